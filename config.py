@@ -204,7 +204,9 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     from_file = _as_arguments(cls, _read_config(file)) if file else []
     base = dataclasses.replace(cls(), **(defaults or {}))
     if "-h" in argv or "--help" in argv:
-        print("--config FILE: read options from a JSON or TOML file (a run's own config.json too); the rest override it.\n")
+        print(
+            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); the rest override it.\n"
+        )
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -213,7 +215,9 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
                 args=from_file + argv,
                 default=base,
                 return_unknown_args=True,
-                config=(tyro.conf.DisallowNone,),  # `bool | None` becomes a pair of flags whose default is None
+                config=(
+                    tyro.conf.DisallowNone,
+                ),  # `bool | None` becomes a pair of flags whose default is None
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -1,0 +1,79 @@
+"""The output head joined to its cross-entropy: the logits of a chunk of rows at a time, never all of them.
+
+At GPT-2's vocabulary the logits are the largest tensor of a training step (4 x 512 tokens: 412 MB in fp32,
+and as much again for their gradient). Here each chunk's logits become their own gradient in place, so the
+forward pass already leaves the gradients of the hidden states and of the head; the backward pass only scales
+them by the incoming gradient. The trade-off: a forward pass that will not be followed by a backward pass must
+say so (no_grad), else it pays for gradients that nobody uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # the target that has no loss
+CHUNK_BYTES = 64 << 20  # of logits held at once, in fp32
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = "sum"
+) -> Tensor:
+    """-log p(target) from hidden states x (N, C), head weight (V', C) with V' >= vocab_size, targets (N,) int64.
+
+    Columns at and past vocab_size are padding and take no part; targets of -100 give 0. Returns fp32:
+    (N,) for reduction "none", a scalar for "sum".
+    """
+    logits = F.linear(x, weight)[:, :vocab_size].float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad: bool
+    ) -> Tensor:
+        head = weight.to(dtype)
+        total = x.new_zeros((), dtype=torch.float32)
+        dx = torch.empty_like(x) if grad else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if grad else None
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, x.shape[0], rows):
+            chunk = x[start : start + rows].to(dtype)
+            target = targets[start : start + rows]
+            logits = (chunk @ head.t()).float()  # (rows, V')
+            logits[:, vocab_size:] = -torch.inf
+            live = target != IGNORE
+            column = target.clamp(min=0).unsqueeze(1)
+            log_z = logits.logsumexp(1, keepdim=True)
+            total += torch.where(live, (log_z - logits.gather(1, column)).squeeze(1), 0.0).sum()
+            if dx is not None and dweight is not None:
+                # d loss / d logits = softmax - one_hot(target), on live rows, in the logits' own memory
+                dlogits = logits.sub_(log_z).exp_()
+                dlogits.scatter_add_(1, column, torch.full_like(log_z, -1.0))
+                dlogits = dlogits.mul_(live.unsqueeze(1)).to(dtype)
+                dx[start : start + rows] = dlogits @ head
+                dweight += dlogits.t() @ chunk
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: the graph may be kept and walked twice.
+        dx, dweight = ctx.saved_tensors
+        return dx * grad_output.to(dx.dtype), (dweight * grad_output), None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Sum over rows of -log p(target), one fp32 scalar; shapes as in `linear_cross_entropy_reference`.
+
+    The products run in autocast's dtype where it is on, else in x's; statistics and the head's gradient are fp32.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropySum.apply(x, weight, targets, vocab_size, dtype, grad)

@@ -1,0 +1,441 @@
+"""GPT-2, whole: embeddings, blocks, attention, KV cache, loading and saving in the hub's layout.
+
+Parameter names are the hub's (`transformer.h.0.attn.c_attn.weight`), so a checkpoint maps onto the model
+name by name; the hub stores the four matrices of a block transposed, and that is the only difference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
+
+from config import GPTConfig, UserError
+from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+class KVCache:
+    """Keys and values of every layer for up to `capacity` positions, filled as the model reads tokens.
+
+    `pad` (B,) counts the padding tokens at the left of each row: they are never attended to and positions
+    begin after them.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, pad: Tensor | None = None):
+        self.shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
+        self.capacity = capacity
+        self.length = 0  # positions filled
+        self.pad = pad
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so far."""
+        if layer == len(self.layers):
+            self.layers.append((k.new_empty(self.shape), v.new_empty(self.shape)))
+        end = self.length + k.shape[2]
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (and repeat) these rows of the batch: the step of a beam search."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        self.shape = (len(rows), *self.shape[1:])
+        if self.pad is not None:
+            self.pad = self.pad[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.explicit = config.attention == "explicit"
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        # One new token sees everything before it; several without a mask are a plain causal sequence.
+        causal = mask is None and T > 1
+        dropout = self.dropout if self.training else 0.0
+        if self.explicit:
+            y = explicit_attention(q, k, v, mask, causal, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """Attention with its (T, T) matrix written out: what the fused kernels are measured against."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019) with its language-model head.
+
+    model(idx)                            logits (B, T, vocab_size)
+    model(idx, targets)                   loss of each target (B, T), fp32, 0 where the target is -100
+    model(idx, targets, reduction="sum")  their sum, one fp32 scalar: the training path, logits never held whole
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+            )
+        )
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.scaled_init:
+            self._init_weights()
+        self._zero_padding()
+
+    def _init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                # Each block adds twice to the residual stream: its variance must not grow with depth.
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                )
+
+    def _zero_padding(self) -> None:
+        """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing of them."""
+        with torch.no_grad():
+            self.transformer.wte.weight[self.config.vocab_size :] = 0
+            if not self.config.tied_head:
+                self.lm_head.weight[self.config.vocab_size :] = 0
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(padded_vocab_size, n_embd)"""
+        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "none",
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """idx (B, T) int64; targets (B, T) int64; segments (B, T) int: attention stays within equal numbers."""
+        x = self.hidden(idx, segments=segments, cache=cache)
+        if targets is None:
+            return self.logits(x)
+        if reduction == "sum":
+            return linear_cross_entropy(
+                x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size
+            )
+        logits = self.logits(x).float()
+        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction)
+
+    def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size."""
+        T, start = idx.shape[1], cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise UserError(
+                f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}"
+            )
+        positions = torch.arange(start, start + T, device=idx.device)
+        if cache is not None and cache.pad is not None:
+            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        mask = attention_mask(T, segments, cache, idx.device)
+        for layer, block in enumerate(self.transformer.h):
+            if self.config.recompute and self.training:
+                x = checkpoint(block, x, mask, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut off."""
+        return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+
+    def n_params(self) -> int:
+        """Parameters of the exact model: the vocabulary's padding is not counted."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        tables = 1 if self.config.tied_head else 2
+        return sum(p.numel() for p in self.parameters()) - tables * padding
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward, 6N + 12 L d T, N without the position table (Chowdhery et al. 2022, app. B)."""
+        tables = self.config.block_size + (0 if self.config.tied_head else self.config.vocab_size)
+        n = self.n_params() - tables * self.config.n_embd
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * seq_len
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, **overrides: Any) -> GPT:
+        """A model from a hub id, a folder in the hub's GPT-2 layout, or nanoGPT's ckpt.pt.
+
+        `overrides` replace fields of GPTConfig that the weights do not fix (dropout, recompute, attention).
+        Raises UserError where there is no such model or it is not a GPT-2.
+        """
+        path = Path(where)
+        if path.is_file() or (path / "ckpt.pt").is_file():
+            config, tensors = _read_nanogpt(path if path.is_file() else path / "ckpt.pt")
+        else:
+            config, tensors = _read_hub(path if path.is_dir() else _download(str(where)))
+        with torch.device("meta"):  # the weights come from the file: nothing to initialise
+            model = cls(GPTConfig(**{**config, **overrides}))
+        model.to_empty(device="cpu")
+        model._load(tensors, where)
+        return model
+
+    def _load(self, tensors: dict[str, Tensor], where: str | Path) -> None:
+        """Copy tensors named and laid out as this model's into it, the vocabulary's padding left at zero."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name not in tensors:
+                    raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
+                tensor = tensors[name]
+                rows = (
+                    self.config.vocab_size if name in ("transformer.wte.weight", "lm_head.weight") else None
+                )
+                if tensor[:rows].shape != parameter[:rows].shape:
+                    raise UserError(
+                        f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(parameter.shape)}"
+                    )
+                parameter[:rows].copy_(tensor[:rows])
+        self._zero_padding()
+
+    def save_pretrained(self, folder: str | Path, eot: int | None = None) -> None:
+        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the end-of-text id."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, parameter in self.named_parameters():
+            tensor = parameter.detach().to("cpu", torch.float32)
+            if name in ("transformer.wte.weight", "lm_head.weight"):
+                tensor = tensor[: self.config.vocab_size]
+            tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hub_config(self.config, eot), indent=2) + "\n")
+
+
+def attention_mask(
+    T: int, segments: Tensor | None, cache: KVCache | None, device: torch.device
+) -> Tensor | None:
+    """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal attention does."""
+    start = cache.length if cache else 0
+    pad = cache.pad if cache else None
+    if segments is None and pad is None and (start == 0 or T == 1):
+        return None
+    key = torch.arange(start + T, device=device)
+    query = key[start:, None]
+    mask = (key <= query)[None]  # (1, T, keys), aligned to the lower right
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    if pad is not None:
+        # A padding query looks at itself: a row of nothing would be NaN.
+        mask = mask & ((key >= pad[:, None])[:, None] | (key == query))
+    return mask[:, None]
+
+
+def attention_backends(
+    device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> list[SDPBackend]:
+    """Fused attention kernels in the order to try on this hardware; `dtype` is that of the products."""
+    if device.type == "cpu":
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    if device.type != "cuda":
+        return [SDPBackend.MATH]
+    half = dtype in (torch.bfloat16, torch.float16)
+    major = torch.cuda.get_device_capability(device)[0]
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if half and major >= 8:
+        backends.insert(0, SDPBackend.FLASH_ATTENTION)
+    if half and major >= 9 and not deterministic:
+        backends.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return backends
+
+
+def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
+    """GPTConfig as the hub's config.json."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": "float32",
+    }
+
+
+def _from_hub_config(hub: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact GPT-2."""
+    if hub.get("model_type") != "gpt2":
+        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {hub.get('model_type')!r}")
+    exact = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * hub["n_embd"]),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    for key, allowed in exact.items():
+        if hub.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where} is not an exact GPT-2: {key} is {hub[key]!r}")
+    return {
+        "vocab_size": hub["vocab_size"],
+        "block_size": hub.get("n_positions", hub.get("n_ctx", 1024)),
+        "n_layer": hub["n_layer"],
+        "n_head": hub["n_head"],
+        "n_embd": hub["n_embd"],
+        "layer_norm_epsilon": hub.get("layer_norm_epsilon", 1e-5),
+        "tied_head": hub.get("tie_word_embeddings", True),
+    }
+
+
+def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config fields and tensors, named and laid out as this model's, of a folder in the hub's layout."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: it has no config.json")
+    try:
+        config = _from_hub_config(json.loads((folder / "config.json").read_text()), folder)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder}/config.json is not a GPT-2 configuration: {error}") from None
+    tensors = {}
+    for name, tensor in _read_tensors(folder).items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
+        tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    return config, tensors
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if (folder / "model.safetensors").is_file():
+            return load_file(folder / "model.safetensors")
+        if (folder / "model.safetensors.index.json").is_file():
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            parts = sorted(set(index["weight_map"].values()))
+            return {k: v for part in parts for k, v in load_file(folder / part).items()}
+        if (folder / "pytorch_model.bin").is_file():
+            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+        raise UserError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    raise UserError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """nanoGPT's ckpt.pt: this model's orientation, a prefix where it was compiled, biases left out at its option."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        args, tensors = saved["model_args"], saved["model"]
+    except Exception as error:  # torch.load raises half a dozen kinds for a file that is not its own
+        raise UserError(f"{file} is not a nanoGPT checkpoint: {str(error).splitlines()[0]}") from None
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+    config = {key: args[key] for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
+    if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
+        config["vocab_size"] = 50257
+    for name in [name for name in tensors if name.endswith("weight") and name not in _BIASLESS]:
+        rows = tensors[name].shape[0]
+        tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(rows))
+    return config, tensors
+
+
+_BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
+
+
+def _download(hub_id: str) -> Path:
+    """The files of a hub model, from the network or the local cache."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "tokenizer*",
+        "vocab.json",
+        "merges.txt",
+    ]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
+    except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no folder {hub_id}, and the hub did not give it as an id either: {reason}"
+        ) from None
+    return folder
