@@ -9,8 +9,6 @@ def choose(kernels: str, device_type: str) -> str:
     """Resolve `--kernels` once, at start-up: the implementation that every operation will use."""
     if kernels == "triton":
         if device_type != "cuda":
-            raise UserError(
-                f"--kernels triton needs a CUDA GPU and this run is on {device_type}; use --kernels torch"
-            )
+            raise UserError(f"--kernels triton needs a CUDA GPU and this run is on {device_type}; use --kernels torch")
         raise UserError("--kernels triton: no operation has a Triton kernel yet; use --kernels torch")
     return "torch"

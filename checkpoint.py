@@ -1,0 +1,250 @@
+"""Folders that are whole or are not there: writing, verifying, finding and pruning checkpoints.
+
+A checkpoint is written under a temporary name, every file flushed, its manifest (sizes and sha256) last, then
+renamed, then the parent flushed. A kill at any instant leaves either the finished folder or a temporary one
+that the next start removes. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import UserError
+
+TEMPORARY = ".tmp-"
+STATE = "training_state.safetensors"
+META = "training_state.json"
+
+
+# --- whole folders
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
+    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError leaves nothing."""
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n")
+        for path in [*files, temporary / "manifest.json", temporary]:
+            flush(path)
+        if folder.exists():  # of an earlier attempt at the same step, or an older final/
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return sum(entry["bytes"] for entry in manifest.values())
+
+
+def flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str | None:
+    """Why a written folder cannot be trusted, or None where its manifest verifies."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except FileNotFoundError:
+        return "it has no manifest.json"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "its manifest.json cannot be read"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if sha256(path) != entry["sha256"]:
+            return f"{name} is damaged (its sha256 differs)"
+    return None
+
+
+# --- finding them
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoint folders of a run, newest first; leftovers of a kill do not count."""
+    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else iter(())
+    return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+
+
+def newest(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; says which ones it passed over and why."""
+    for folder in checkpoints(run):
+        reason = fault(folder)
+        if reason is None:
+            return folder
+        say(f"passing over {folder}: {reason}")
+    return None
+
+
+def locate(where: str) -> str:
+    """CHECKPOINT of the command line to a folder (or hub id) that GPT.from_pretrained takes.
+
+    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, anything else is returned
+    as it is. Raises UserError for a run without checkpoints and for a damaged one.
+    """
+    folder = Path(where)
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    elif (folder / "checkpoints").is_dir():
+        sound = newest(folder, say=lambda text: None)
+        if sound is None:
+            bad = [f"{p.name}: {fault(p)}" for p in checkpoints(folder)]
+            raise UserError(f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else ""))
+        folder = sound
+    written_here = folder.parent.name == "checkpoints" or (folder / "manifest.json").exists()
+    reason = fault(folder) if folder.is_dir() and written_here else None
+    if reason is not None:
+        raise UserError(f"{folder} is not a sound checkpoint: {reason}; take another one of that run")
+    return str(folder)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Training state of a verified checkpoint: its tensors, by name, and its facts (step, identity, ...)."""
+    from safetensors.torch import load_file
+
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder} holds a model but no training state; start from it with --init {folder}")
+    return load_file(folder / STATE), json.loads((folder / META).read_text())
+
+
+def clean(run: Path) -> None:
+    """Remove what a kill in the middle of a save left behind."""
+    for parent in (run, run / "checkpoints"):
+        for leftover in parent.glob(TEMPORARY + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(run: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best."""
+    for folder in checkpoints(run)[max(1, keep) :]:
+        if folder != best:
+            # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+            gone = folder.with_name(TEMPORARY + folder.name)
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def best_of(run: Path, mode: str) -> tuple[Path, float] | None:
+    """The checkpoint whose recorded `best_metric` is the smallest ("min") or largest ("max")."""
+    scored = []
+    for folder in checkpoints(run):
+        try:
+            value = json.loads((folder / META).read_text())["best_metric"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if value is not None:
+            scored.append((value if mode == "min" else -value, folder, value))
+    return min(scored)[1:] if scored else None
+
+
+# --- writing them, off the training thread
+
+
+class Saver:
+    """Writes checkpoints in a thread. The training thread waits only while the state is copied.
+
+    The copy goes into buffers that live as long as the run, so a save allocates nothing after the first one.
+    """
+
+    def __init__(self, run: Path, export: Callable[[dict[str, Tensor], Path], None], done: Callable[..., None]):
+        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)` hears of the end."""
+        self.run, self.export, self.done = run, export, done
+        self.buffers: dict[str, Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any], after: Callable[[], None]) -> None:
+        """Copy `tensors` and write them, `meta` and the exported model as the checkpoint of meta["step"].
+
+        `tensors` are named `model.*`, `optimizer.*`, `loss_scale.*`; `after()` runs in the thread once it stands.
+        """
+        began = time.perf_counter()
+        self.join()
+        self._copy(tensors)
+        blocked = time.perf_counter() - began
+        self.thread = threading.Thread(target=self._write, args=(dict(self.buffers), meta, blocked, after))
+        self.thread.start()
+
+    def join(self) -> None:
+        """Wait for the save under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        self.buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            self.buffers[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        old = self.buffers.get(name)
+        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+            return old
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+
+    def _write(
+        self, tensors: dict[str, Tensor], meta: dict[str, Any], blocked: float, after: Callable[[], None]
+    ) -> None:
+        began = time.perf_counter()
+        folder = step_folder(self.run, meta["step"])
+        try:
+            size = write_folder(folder, lambda temporary: self._fill(temporary, tensors, meta))
+            after()
+        except Exception as error:  # a full disk, most likely: training goes on, older checkpoints stand
+            self.error = error
+            self.done(step=meta["step"], folder=str(folder), error=f"{type(error).__name__}: {error}")
+            return
+        self.error = None
+        write = time.perf_counter() - began
+        self.done(step=meta["step"], folder=str(folder), bytes=size, blocked_ms=1e3 * blocked, write_ms=1e3 * write)
+
+    def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        self.export(part(tensors, "model"), folder)
+        save_file(tensors, folder / STATE)
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{prefix.name: tensor}; the inverse is `part`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors named `prefix.*`, without the prefix."""
+    return {n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")}

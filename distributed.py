@@ -1,0 +1,193 @@
+"""The processes of a run: who am I, on which device, and the few things that ranks say to one another.
+
+Host-side messages travel over a gloo group of their own, so that agreeing on something (a batch's target
+count, whether to stop) never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config import UserError
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs ends the run after this
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `control` is the gloo group for host-side messages (None when alone)."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> World:
+    """Join torchrun's processes (or be the only one) on `device`: auto, cpu, cuda or mps."""
+    rank, local_rank, size, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        torch.set_num_threads(threads_per_rank(local_size))
+    control = None
+    if size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if backend == "nccl" else None)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(rank, local_rank, size, local_size, chosen, control)
+
+
+def finish(world: World) -> None:
+    """Leave the group; only after a run that ended alike on every rank."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def threads_per_rank(local_size: int) -> int:
+    """CPU threads of one rank: this machine's cores, shared.
+
+    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; any other value is the user's and stands.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and (asked != "1" or "TORCHELASTIC_RUN_ID" not in os.environ):
+        return max(1, int(asked))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_size)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "mps" if mps else "cpu"
+    if (device == "cuda" and not cuda) or (device == "mps" and not mps):
+        raise UserError(f"--device {device}: this machine (or this build of PyTorch) has none; use --device cpu")
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"more processes than GPUs: use torchrun --nproc_per_node={count}")
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank (host side, pickled)."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def sum_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:
+    """Sums of host numbers, in fp64. Ranks may lack keys that others have; sums run in rank order."""
+    total: dict[str, float] = {}
+    for of_rank in gather(world, values):
+        for key, value in of_rank.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def all_reduce_sum(world: World, tensor: Tensor) -> None:
+    """Sum a device tensor over ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident in a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def available_memory(device: torch.device, local_size: int) -> int:
+    """Bytes that one rank may still take: free on its GPU, or its share of what the machine has free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [_meminfo_available() // local_size]
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(max(0, soft - _address_space()))
+    return min(limits)
+
+
+def _meminfo_available() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _address_space() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return os.sysconf("SC_PAGE_SIZE") * int(file.read().split()[0])
+    except OSError:
+        return 0
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, turned into an agreement of all ranks to stop at the same point.
+
+    Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on it only raises
+    a flag, however often it comes. `agreed()` is called by every rank at the same points: each call starts a
+    tiny asynchronous all-reduce of the flags and returns the result of the one that the call before started,
+    so all ranks see the same answer at the same point, and none waits.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.flag = 0
+        self.deferred = False
+        self.pending: tuple[Tensor, Any] | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._received)
+
+    def defer(self) -> None:
+        self.deferred = True
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if not self.deferred:
+            raise SystemExit(128 + number)
+        self.flag = self.flag or number
+
+    def agreed(self) -> int:
+        """The signal that some rank had received by the last call, on every rank alike; 0 for none."""
+        if self.world.size == 1:
+            return self.flag
+        result = 0
+        if self.pending is not None:
+            flags, work = self.pending
+            work.wait()
+            result = int(flags.item())
+        flags = torch.tensor([self.flag])
+        self.pending = (flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.control, async_op=True))
+        return result

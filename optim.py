@@ -1,0 +1,150 @@
+"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon, loss scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from config import TrainConfig
+
+
+def lr_multiplier(step: int, steps: int, warmup: int, schedule: str, end: float = 0.1) -> float:
+    """Share of the peak rate at `step` (0-based) of `steps`. Pure in its arguments.
+
+    After a linear warm-up: cosine and linear fall to `end`; wsd (warmup, stable, decay: Hu et al. 2024) stays at
+    1 and falls linearly over the last fifth; slanted-triangular (Howard and Ruder 2018) rises over a tenth of the
+    run, whatever `warmup` says, and falls to 1/32.
+    """
+    if schedule == "slanted-triangular":
+        peak = max(1, steps // 10)
+        rise = step / peak if step < peak else 1 - (step - peak) / max(1, steps - peak)
+        return (1 + 31 * rise) / 32
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "cosine":
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return 1 - (1 - end) * progress
+    if schedule == "wsd":
+        return 1 - (1 - end) * max(0.0, (progress - 0.8) / 0.2)
+    return 1.0
+
+
+@dataclass
+class Group:
+    """Parameters, by name, that train alike."""
+
+    params: dict[str, nn.Parameter]
+    weight_decay: float = 0.0
+    lr_scale: float = 1.0
+    optimizer: str = "adamw"
+
+    def signature(self) -> tuple[Any, ...]:
+        return tuple(self.params), self.weight_decay, self.lr_scale, self.optimizer
+
+
+def default_groups(model: nn.Module, cfg: TrainConfig) -> list[Group]:
+    """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices apart."""
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if p.dim() >= 2}
+    vectors = {name: p for name, p in named.items() if p.dim() < 2}
+    hidden = {name: p for name, p in matrices.items() if ".h." in name} if cfg.optimizer == "muon" else {}
+    tables = {name: p for name, p in matrices.items() if name not in hidden}
+    groups = [
+        Group(tables, cfg.weight_decay),
+        Group(vectors),
+        Group(hidden, cfg.weight_decay, optimizer="muon"),
+    ]
+    return [group for group in groups if group.params]
+
+
+class Optimizers:
+    """AdamW (fused) and, where a group asks for it, Muon (Jordan et al. 2024), stepped as one."""
+
+    def __init__(self, groups: Sequence[Group], cfg: TrainConfig):
+        self.names = {id(p): name for group in groups for name, p in group.params.items()}
+        self.params = [p for group in groups for p in group.params.values()]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        adamw = [_torch_group(group) for group in groups if group.optimizer == "adamw"]
+        muon = [_torch_group(group) for group in groups if group.optimizer == "muon"]
+        if adamw:
+            betas = (cfg.beta1, cfg.beta2)
+            self.optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=betas, eps=1e-8, fused=True))
+        if muon:
+            # The update is scaled to AdamW's size, so that one learning rate serves both.
+            self.optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr: float, ok: Tensor) -> None:
+        """Update with rate `lr` (times each group's scale), or do nothing at all where `ok` is false.
+
+        Fused AdamW looks at `ok` on the device; Muon cannot, so it costs a wait for the GPU.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()
+                optimizer.step()
+            elif bool(ok):
+                optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the state, as `parameter.key`."""
+        return {
+            f"{self.names[id(p)]}.{key}": value
+            for optimizer in self.optimizers
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the state of those parameters that are trained here; others' is passed over."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".")
+            by_name.setdefault(name, {})[part] = tensor
+        for optimizer in self.optimizers:
+            for p in [p for group in optimizer.param_groups for p in group["params"]]:
+                for part, tensor in by_name.get(self.names[id(p)], {}).items():
+                    optimizer.state[p][part] = tensor.detach().clone().to(p.device)
+
+
+def _torch_group(group: Group) -> dict[str, Any]:
+    params = list(group.params.values())
+    return {"params": params, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from vanishing; constant 1 in the other precisions.
+
+    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et al. 2018).
+    It lives on the device, so nothing waits for it.
+    """
+
+    interval = 2000
+
+    def __init__(self, on: bool, device: torch.device):
+        self.on = on
+        self.scale = torch.tensor(2.0**16 if on else 1.0, device=device)
+        self.good = torch.tensor(0.0, device=device)  # updates since the last change
+
+    def update(self, ok: Tensor) -> None:
+        if not self.on:
+            return
+        grow = ok & (self.good + 1 >= self.interval)
+        self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5))
+        self.good.copy_(torch.where(ok & ~grow, self.good + 1, 0.0))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.scale.copy_(tensors["scale"])
+        self.good.copy_(tensors["good"])

@@ -1,0 +1,238 @@
+"""What a run says: the banner, the step line, log.jsonl, the progress bar, Weights & Biases.
+
+Only rank 0 speaks; the other ranks hold a RunLog that is silent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Dense peak of the matrix units in FLOP/s, from the makers' data sheets: (name contains, bf16/fp16, tf32).
+PEAKS = (
+    ("H200", 989e12, 494e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100", 989e12, 494e12),
+    ("B200", 2250e12, 1125e12),
+    ("A100", 312e12, 156e12),
+    ("L40S", 362e12, 183e12),
+    ("L4", 121e12, 60e12),
+    ("A10G", 70e12, 35e12),
+    ("RTX 4090", 165e12, 83e12),
+    ("RTX 3090", 71e12, 36e12),
+    ("V100", 125e12, None),
+    ("T4", 65e12, None),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device in a precision, or None where it is unknown (then MFU is null)."""
+    for part, half, tf32 in PEAKS:
+        if part in device_name:
+            return {"bf16": half, "fp16": half, "tf32": tf32}.get(precision)
+    return None
+
+
+def bytes_text(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def time_text(seconds: float) -> str:
+    seconds = int(max(0, seconds))
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}" if rest >= 3600 else f"{rest // 60}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+class RunLog:
+    """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run has one)."""
+
+    def __init__(self, speaks: bool):
+        self.speaks = speaks
+        self.file: Any = None
+        self.wandb: Any = None
+        self.progress: Any = None
+        self.lock = threading.Lock()  # the checkpoint writer logs from its own thread
+
+    # --- the console
+
+    def say(self, text: str = "") -> None:
+        if not self.speaks:
+            return
+        with self.lock:
+            if self.progress is not None:
+                self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+
+    def banner(self, rows: Mapping[str, str]) -> None:
+        """Names and values, aligned."""
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.say(f"  {name:<{width}}  {value}")
+        self.say()
+
+    def start_progress(self, steps: int, done: int) -> None:
+        """A live bar where someone watches; elsewhere the step lines alone."""
+        if not self.speaks or not sys.stdout.isatty():
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta {task.fields[eta]}"),
+            transient=True,
+        )
+        self.progress.add_task("steps", total=steps, completed=done, eta="-")
+        self.progress.start()
+
+    def step(self, record: dict[str, Any], steps: int, eta: float, show: bool) -> None:
+        """Log one optimizer step; `show` prints its line, `eta` is in seconds."""
+        self.record("train", record)
+        if not self.speaks:
+            return
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=record["step"], eta=time_text(eta))
+        if show:
+            self.say(step_line(record, steps, eta))
+
+    # --- the files
+
+    def open(self, folder: Path, keep_until: int | None, done: tuple[str, ...] = ()) -> None:
+        """Start or continue folder/log.jsonl, cutting what lies past the checkpoint of step `keep_until`."""
+        if not self.speaks:
+            return
+        path = folder / "log.jsonl"
+        if path.exists():
+            lines = [] if keep_until is None else kept_lines(path.read_text(errors="replace"), keep_until, done)
+            beside = path.with_name("log.jsonl.tmp")
+            beside.write_text("".join(lines))
+            os.replace(beside, path)
+        self.file = path.open("a")
+
+    def record(self, kind: str, fields: dict[str, Any]) -> None:
+        """One line of log.jsonl; numbers that JSON cannot hold become null."""
+        if self.file is None:
+            return
+        line = {"kind": kind, "time": round(time.time(), 3)} | fields
+        with self.lock:
+            self.file.write(json.dumps(_finite(line)) + "\n")
+            self.file.flush()
+            self._to_wandb(line)
+
+    def warn(self, text: str, step: int | None = None) -> None:
+        """A fallback, a skipped update, anything that the user should know: printed and logged."""
+        self.say(f"warning: {text}")
+        self.record("warning", {"step": step, "text": text})
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+        if self.wandb is not None:
+            self._guard(self.wandb.finish)
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    # --- Weights & Biases, which may never stop a run
+
+    def start_wandb(self, folder: Path, config: dict[str, Any]) -> None:
+        if not self.speaks:
+            return
+
+        def start() -> None:
+            import wandb
+
+            offline = not (os.environ.get("WANDB_API_KEY") or _has_netrc_key())
+            mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+            if mode == "offline":
+                self.warn(f"wandb logs offline under {folder}/wandb; upload later with: wandb sync")
+            settings = wandb.Settings(init_timeout=30, silent=True)
+            self.wandb = wandb.init(
+                project="gpt2", name=folder.name, id=_wandb_id(folder), resume="allow", dir=str(folder), mode=mode,
+                config=config, settings=settings,
+            )  # fmt: skip
+
+        self._guard(start)
+
+    def _to_wandb(self, line: dict[str, Any]) -> None:
+        if self.wandb is not None and line.get("step") is not None:
+            numbers = {
+                f"{line['kind']}/{k}": v
+                for k, v in line.items()
+                if isinstance(v, int | float) and k not in ("step", "time")
+            }
+            self._guard(lambda: self.wandb.log(numbers | {"step": line["step"]}))
+
+    def _guard(self, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever wandb does, training goes on without it
+            self.wandb = None
+            print(f"warning: wandb stopped ({type(error).__name__}: {error}); training goes on", flush=True)
+
+
+def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
+    step, mfu = record["step"], record["mfu"]
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"norm {record['grad_norm']:.3f}",
+        f"{record['step_ms']:,.0f} ms",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"mfu {100 * mfu:.1f}%" if mfu is not None else "",
+        bytes_text(record["memory_bytes"]),
+        f"eta {time_text(eta)}",
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
+    """The whole lines of a log up to step `until`; of that step's evaluation and sample only what was `done`."""
+    kept = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        step = record.get("step") or 0
+        redone = record.get("kind") in ("eval", "sample") and record["kind"] not in done
+        if step < until or (step == until and not redone):
+            kept.append(line + "\n")
+    return kept
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _wandb_id(folder: Path) -> str:
+    """The same run folder continues the same wandb run."""
+    import hashlib
+
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+
+
+def _has_netrc_key() -> bool:
+    path = Path.home() / ".netrc"
+    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace")
