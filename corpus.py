@@ -1,0 +1,550 @@
+"""Documents to tokens: text files or a hub dataset, read in a fixed order, tokenized by several processes.
+
+Results come back in the order of the input, so what is written never depends on the number of processes; the
+price is that one slow chunk holds back those behind it, up to a small bound that keeps memory flat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import gzip
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import tokenize as python_source
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from config import UserError, nearest
+from tokenizer import Tokenizer
+
+CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
+IN_FLIGHT = 4  # chunks between reading and writing, for each process
+
+Segment = tuple[str, bool]  # text, and whether it begins a document (or goes on with the one before)
+
+# A line of its own. The newline before it belongs to it, not to the document.
+_SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)(?:\r?\n|\Z)")
+# GPT-2's pre-tokenizer never joins the end of a line to the start of the next, nor a word to a single space
+# behind it, so tokenizing on both sides of such a place gives the ids of the whole. `<` may begin a separator.
+_SEAM = re.compile(r"\S(?:\n(?=[^\s<])|(?= \S))")
+
+
+# ---- files to documents
+
+
+def _text(raw: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+
+
+def _read_txt(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
+    """Documents between separator lines; a document longer than a chunk comes in pieces, cut at seams."""
+    stream, buffer, starts = _text(raw), "", True
+    while True:
+        block = stream.read(CHUNK_CHARS)
+        buffer += block
+        begin = 0
+        while found := _SEPARATOR.search(buffer, begin):
+            if block and found.end() == len(buffer):
+                break  # the next block decides whether this is a whole line
+            yield _without_newline(buffer[begin : found.start()]), starts
+            begin, starts = found.end(), True
+        buffer = buffer[begin:]
+        if not block:
+            yield buffer, starts
+            return
+        if len(buffer) >= CHUNK_CHARS and (cut := _last_seam(buffer)):
+            yield buffer[:cut], starts
+            buffer, starts = buffer[cut:], False
+
+
+def _without_newline(text: str) -> str:
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
+
+
+def _last_seam(text: str) -> int:
+    """Where the last seam is; 0 if there is none."""
+    for begin in (max(0, len(text) - 4096), 0):
+        ends = [found.end() for found in _SEAM.finditer(text, begin)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+def _read_python(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
+    """A source file is one document, in the encoding that it declares."""
+    data = raw.read()
+    encoding, _ = python_source.detect_encoding(io.BytesIO(data).readline)
+    yield data.decode(encoding), True
+
+
+def _read_jsonl(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
+    for number, line in enumerate(raw, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where} line {number} is not valid JSON: {error}; mend or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where} line {number} is not a JSON object; each line should be one, with {column!r} in it"
+            )
+        if column not in row:
+            raise _no_column(f"{where} line {number}", column, list(row))
+        yield _cell(row[column], f"{where} line {number}", column), True
+
+
+def _read_csv(raw: IO[bytes], where: str, column: str, delimiter: str = ",") -> Iterator[Segment]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(_text(raw), delimiter=delimiter)
+    try:
+        header = next(rows, [])
+        if column not in header:
+            raise _no_column(where, column, header)
+        at = header.index(column)
+        for row in rows:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{where} line {rows.line_num} has {len(row)} fields where the header has {len(header)}; quote the text"
+                )
+            if row:
+                yield row[at], True
+    except csv.Error as error:
+        raise UserError(f"{where} line {rows.line_num}: {error}") from None
+
+
+def _read_tsv(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
+    return _read_csv(raw, where, column, "\t")
+
+
+def _read_parquet(raw: IO[bytes], where: str, column: str, skip: int = 0) -> Iterator[Segment]:
+    """Rows from `skip` on, a few hundred in memory at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(raw)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{where} is not a sound parquet file: {str(error).splitlines()[0]}") from None
+    names = file.schema_arrow.names
+    if column not in names:
+        raise _no_column(where, column, names)
+    groups, sizes = [], [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    for i, rows in enumerate(sizes):
+        if not groups and skip >= rows:
+            skip -= rows
+        else:
+            groups.append(i)
+    batches = file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False)
+    cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
+    for cell in itertools.islice(cells, skip, None):
+        yield _cell(cell, where, column), True
+
+
+def _cell(value: Any, where: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with --text-column"
+        )
+    return value
+
+
+def _no_column(where: str, column: str, found: Sequence[str]) -> UserError:
+    names = ", ".join(found) or "none"
+    return UserError(
+        f"{where} has no column {column!r}{nearest(column, found)}; it has: {names}. Use --text-column NAME"
+    )
+
+
+_READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[Segment]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".py": _read_python,
+}
+TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+def suffix_of(path: Path) -> str:
+    """`.jsonl` for both a.jsonl and a.jsonl.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def find_files(spec: str) -> list[Path]:
+    """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
+    found: list[Path] = []
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        path = Path(item).expanduser()
+        if path.is_dir():
+            matches = sorted(p for p in path.rglob("*") if suffix_of(p) in TEXT_SUFFIXES and p.is_file())
+        else:
+            matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        matches = [p for p in matches if p.is_file()]
+        if not matches:
+            raise UserError(no_such_data(item))
+        found += matches
+    for path in found:
+        if suffix_of(path) not in _READERS:
+            raise UserError(
+                f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz), nor a token shard"
+            )
+    return list(dict.fromkeys(found))
+
+
+def no_such_data(item: str) -> str:
+    """What is wrong and what to type where `item` does not exist."""
+    path = Path(item)
+    if path.is_dir():
+        return f"{item} holds no token shards (.bin .npy) and no text ({' '.join(TEXT_SUFFIXES)})"
+    if path.suffix or any(sign in item for sign in "*?["):
+        return f"no such data: {item}; give text files or a folder of token shards, or type --data stdlib"
+    return (
+        f"no such data: {item}; prepare it with "
+        f"`python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}`, or type --data stdlib"
+    )
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub, not like a lost file."""
+    owner = spec.partition("/")[0]
+    lost = owner == "data" or Path(owner).is_dir() or suffix_of(Path(spec)) in (*_READERS, ".bin", ".npy")
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", spec)) and not lost
+
+
+def stdlib_files() -> list[Path]:
+    """The source of the running Python's standard library: about 14 MB, the same for one version of Python.
+
+    Left out: what is not the library (site-packages), and its tests, which not every Python is shipped with.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    outside = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in outside and not name.startswith("config-")]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    if not found:
+        raise UserError(
+            f"the source of Python's standard library is not in {root}; give --data text files instead"
+        )
+    return sorted(found)
+
+
+# ---- sources: what can be read from any place on
+
+
+class Source(Protocol):
+    """Documents in a fixed order. `state` is JSON: given to `segments`, reading goes on from there."""
+
+    total: int | None  # bytes, where known
+
+    @property
+    def position(self) -> int: ...  # bytes read so far
+
+    def segments(self, state: Any = None) -> Iterator[Segment]: ...
+
+    def state(self) -> Any: ...
+
+
+class TextFiles:
+    """Documents of text files, in the order given. Its state is [file, segments read of it]."""
+
+    def __init__(self, files: Sequence[Path], column: str = "text"):
+        self.files, self.column = list(files), column
+        self.sizes = [path.stat().st_size for path in self.files]
+        self.total: int | None = sum(self.sizes)
+        self._at = [0, 0]
+        self._raw: IO[bytes] | None = None
+
+    @property
+    def position(self) -> int:
+        inside = self._raw.tell() if self._raw and not self._raw.closed else 0
+        return sum(self.sizes[: self._at[0]]) + inside
+
+    def state(self) -> list[int]:
+        return list(self._at)
+
+    def segments(self, state: Any = None) -> Iterator[Segment]:
+        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column."""
+        first, skip = state or (0, 0)
+        for index in range(first, len(self.files)):
+            self._at = [index, skip]
+            for segment in self._read(self.files[index], skip):
+                self._at[1] += 1
+                yield segment
+            skip = 0
+        self._at = [len(self.files), 0]
+
+    def _read(self, path: Path, skip: int) -> Iterator[Segment]:
+        reader = _READERS[suffix_of(path)]
+        try:
+            with path.open("rb") as self._raw, contextlib.ExitStack() as stack:
+                gzipped = path.name.lower().endswith(".gz")
+                raw: Any = stack.enter_context(gzip.GzipFile(fileobj=self._raw)) if gzipped else self._raw
+                if reader is _read_parquet:
+                    yield from _read_parquet(raw, str(path), self.column, skip)
+                else:
+                    yield from itertools.islice(reader(raw, str(path), self.column), skip, None)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is not UTF-8 text ({error.reason}); convert it: iconv -t UTF-8"
+            ) from None
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f"{path} is not a sound gzip file: {error}") from None
+
+
+class HubDataset:
+    """Rows of a dataset on the hub, streamed. Its state is that of the `datasets` library."""
+
+    total: int | None = None
+
+    def __init__(self, name: str, config: str | None = None, split: str = "train", column: str = "text"):
+        self.name, self.config, self.split, self.column = name, config, split, column
+        self.position = 0
+        self._rows = self._open()
+
+    def _open(self) -> Any:
+        import datasets
+        import huggingface_hub
+
+        tried = f"load_dataset({self.name!r}, {self.config!r}, split={self.split!r}, streaming=True)"
+        try:
+            huggingface_hub.dataset_info(
+                self.name, timeout=10
+            )  # the library itself retries for half a minute
+            return datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
+        except Exception as error:  # the library and its HTTP client have many kinds; the line below names it
+            raise UserError(
+                f"no data on the hub under {self.name}: {tried} said: {str(error).splitlines()[0]} "
+                f"Check the name and the network, or give files, or type --data stdlib"
+            ) from None
+
+    def state(self) -> Any:
+        return self._rows.state_dict()
+
+    def segments(self, state: Any = None) -> Iterator[Segment]:
+        if state is not None:
+            self._rows.load_state_dict(state)
+        for row in self._rows:
+            if self.column not in row:
+                raise _no_column(self.name, self.column, list(row))
+            text = _cell(row[self.column], self.name, self.column)
+            self.position += len(text)
+            yield text, True
+
+
+# ---- documents to tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some segments to tokenize together."""
+
+    texts: list[str]
+    starts: list[bool]
+    empty: int  # documents without text, left out
+    state: Any  # of the source, before the first of these
+    position: int  # of the source, after the last of these
+
+
+def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
+    """Group what `source` holds from `state` on; documents without text are left out and counted."""
+    texts, starts, empty, size, at = [], [], 0, 0, state if state is not None else source.state()
+    for text, start in source.segments(state):
+        if text.strip():
+            texts.append(text)
+            starts.append(start)
+            size += len(text)
+        else:
+            empty += start
+        if size >= CHUNK_CHARS:
+            yield Chunk(texts, starts, empty, at, source.position)
+            texts, starts, empty, size, at = [], [], 0, 0, source.state()
+    if texts or empty:
+        yield Chunk(texts, starts, empty, at, source.position)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16, or uint32 where the vocabulary exceeds 65,536."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all texts in one array, with end-of-text before each that begins a document; and the length of each."""
+    ids = tokenizer.encode_batch(texts)
+    lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
+    tokens = np.full(lengths.sum(), tokenizer.eot, token_dtype(tokenizer.vocab_size))
+    for row, end in zip(ids, np.cumsum(lengths), strict=True):
+        tokens[end - len(row) : end] = row
+    return tokens, lengths
+
+
+def tokenize(
+    source: Iterator[Chunk], tokenizer: Tokenizer, workers: int
+) -> Generator[tuple[Chunk, np.ndarray, np.ndarray]]:
+    """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in this one).
+
+    At most IN_FLIGHT * workers chunks are held at any time.
+    """
+    if workers <= 1:
+        for chunk in source:
+            yield chunk, *encode(tokenizer, chunk.texts, chunk.starts)
+        return
+    with _Encoders(tokenizer, workers) as encoders:
+        numbered = enumerate(source)
+        held: dict[int, Chunk] = {}  # read and not yet given back
+        unsent: deque[tuple[int, Chunk]] = deque()
+        done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for number in itertools.count():
+            while number not in done:
+                # one chunk for each process is read ahead, so that none waits for the disk
+                room = len(held) < IN_FLIGHT * workers and len(unsent) < workers
+                if read := next(numbered, None) if room else None:
+                    unsent.append(read)
+                    held[read[0]] = read[1]
+                elif not held:
+                    return
+                done.update(encoders.receive(block=read is None))
+                while encoders.idle and unsent:
+                    encoders.send(*unsent.popleft())
+            yield held.pop(number), *done.pop(number)
+
+
+class _Encoders:
+    """Processes that tokenize, each with one chunk at a time. They end when this one does, however it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, n: int):
+        # Forking is quick, but unsafe beside other threads; elsewhere a fresh interpreter imports the tokenizer.
+        fork = sys.platform == "linux" and threading.active_count() == 1
+        context = multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
+        self.idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+        self._processes = []
+        for _ in range(n):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, ours, tokenizer), daemon=True)
+            process.start()
+            theirs.close()  # so that the death of either side is the end of the other's file
+            self._processes.append(process)
+            self.idle.append(ours)
+
+    def __enter__(self) -> _Encoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        for connection in [*self.idle, *self._busy]:
+            connection.close()
+
+    def send(self, number: int, chunk: Chunk) -> None:
+        connection = self.idle.pop()
+        self._busy[connection] = number
+        connection.send((chunk.texts, chunk.starts))
+
+    def receive(self, block: bool) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """The results that are there; with `block`, at least one. Raises RuntimeError where a process failed."""
+        for connection in wait(list(self._busy), None if block else 0):
+            assert isinstance(connection, Connection)
+            try:
+                result = connection.recv()
+            except (EOFError, OSError):
+                raise RuntimeError("a tokenizing process died; was memory short?") from None
+            if isinstance(result, str):
+                raise RuntimeError(f"a tokenizing process failed:\n{result}")
+            number = self._busy.pop(connection)
+            self.idle.append(connection)
+            yield number, result
+
+
+def _serve(connection: Connection, parents: Connection, tokenizer: Tokenizer) -> None:
+    """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to act on it."""
+    parents.close()  # a fork holds the other end too, and would never see it close
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer.num_threads = 1
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+        while True:
+            texts, starts = connection.recv()
+            try:
+                result: Any = encode(tokenizer, texts, starts)
+            except Exception:
+                result = traceback.format_exc()
+            connection.send(result)
+
+
+def worker_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Progress:
+    """A bar with MB/s and the time left on a terminal; a plain line every few seconds elsewhere."""
+
+    EVERY = 5.0  # seconds between plain lines
+
+    def __init__(self, label: str, total: int | None, say: Callable[[str], None], begin: int = 0):
+        self.label, self.total, self.say, self.begin = label, total, say, begin
+        self._started = self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
+            # no refreshing thread: it would forbid the quick fork of the tokenizing processes
+            self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+            self._bar.start()
+            self._bar.add_task(self.label, total=self.total, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, position: int, tokens: int) -> None:
+        """`position`: bytes of input done; `tokens`: written so far."""
+        figures = self._figures(position, tokens)
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=position, figures=figures, refresh=True)
+        elif time.monotonic() - self._said >= self.EVERY:
+            self._said = time.monotonic()
+            share = f"{position / self.total:4.0%} " if self.total else ""
+            self.say(f"{self.label}: {share}{figures}")
+
+    def _figures(self, position: int, tokens: int) -> str:
+        rate = max(1.0, position - self.begin) / max(1e-9, time.monotonic() - self._started)
+        figures = f"{position / 1e6:,.0f} MB, {tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
+        if self.total:
+            minutes, seconds = divmod(round(max(0, self.total - position) / rate), 60)
+            figures += f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        return figures

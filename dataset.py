@@ -1,0 +1,707 @@
+"""Token shards to training windows: shards, their cache, and an order that is a pure function of (seed, position).
+
+Shards are memory-mapped, so a corpus may exceed memory; a window is a copy of a slice, at any place of the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import corpus
+from config import UserError
+from tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
+HEADER_INTS = 256
+LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}  # (magic, version)
+BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
+CACHE_SHARD_TOKENS = 100_000_000
+STDLIB_VOCAB = 4096
+HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
+SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
+
+
+# ---- one shard
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the tokens of one file are."""
+
+    path: Path
+    n_tokens: int
+    dtype: np.dtype
+    offset: int  # bytes before the first token
+
+    def map(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.n_tokens,))
+
+
+def read_shard(path: Path) -> Shard:
+    """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
+    size = path.stat().st_size
+    shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
+    expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
+    if size != expected:
+        what = "truncated" if size < expected else "damaged"
+        raise UserError(
+            f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it again"
+        )
+    if not shard.n_tokens:
+        raise UserError(f"{path} holds no tokens; remove it or make it again")
+    return shard
+
+
+def _read_bin(path: Path, size: int) -> Shard:
+    header = np.fromfile(path, "<i4", HEADER_INTS)
+    if len(header) == HEADER_INTS and (layout := (int(header[0]), int(header[1]))) in LAYOUTS:
+        return Shard(path, int(header[2]), LAYOUTS[layout], HEADER_INTS * 4)
+    if path.name in BARE_NAMES and (not len(header) or header[0] not in dict(LAYOUTS)):
+        if size % 2:
+            raise UserError(
+                f"{path} is truncated: {size} bytes are no whole number of uint16 tokens; make or copy it again"
+            )
+        return Shard(path, size // 2, np.dtype(np.uint16), 0)
+    if len(header) and header[0] in [magic for magic, _ in LAYOUTS]:
+        raise UserError(
+            f"{path} is truncated or of another version: its header is not whole; make or copy it again"
+        )
+    raise UserError(
+        f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or val.bin; "
+        f"tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
+    )
+
+
+def _read_npy(path: Path) -> Shard:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is truncated or no .npy file: {error}; make or copy it again") from None
+    if array.dtype not in LAYOUTS.values() or array.ndim != 1:
+        raise UserError(
+            f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 is read"
+        )
+    assert isinstance(array, np.memmap)
+    return Shard(path, len(array), array.dtype, array.offset)
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into .bin shards, each flushed and renamed before the next begins.
+
+    name: of the shard with a given number. finished(record, n): called after each shard with its entry for the
+    manifest, and how many tokens of the array in `add` are on disk by then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: Callable[[int], str],
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        finished: Callable[[dict[str, Any], int], None],
+        first: int = 0,
+    ):
+        self.folder, self.name, self.shard_tokens, self.finished = folder, name, shard_tokens, finished
+        self.dtype, self.eot = corpus.token_dtype(tokenizer.vocab_size), tokenizer.eot
+        self._byte_lengths = byte_lengths(tokenizer)
+        self._number = first
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens = self._documents = self._bytes = self._max_id = 0
+        self._file = None
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / (self.name(self._number) + ".tmp")
+
+    def add(self, tokens: np.ndarray) -> None:
+        """tokens: (n,) of any unsigned dtype."""
+        begin = 0
+        while begin < len(tokens):
+            part = tokens[begin : begin + self.shard_tokens - self._tokens]
+            self._write(part)
+            begin += len(part)
+            if self._tokens == self.shard_tokens:
+                self._finish(begin)
+
+    def close(self) -> None:
+        """Finish the last, shorter shard."""
+        if self._tokens:
+            self._finish(0)
+
+    def _write(self, part: np.ndarray) -> None:
+        if self._file is None:
+            self._file = self._temporary.open("wb")
+            self._file.write(bytes(HEADER_INTS * 4))
+        self._file.write(part.astype(self.dtype, copy=False).tobytes())
+        self._tokens += len(part)
+        self._documents += int((part == self.eot).sum())
+        self._bytes += int(self._byte_lengths[part].sum())
+        self._max_id = max(self._max_id, int(part.max()))
+
+    def _finish(self, consumed: int) -> None:
+        assert self._file is not None
+        header = np.zeros(HEADER_INTS, "<i4")
+        magic, version = next(layout for layout, dtype in LAYOUTS.items() if dtype == self.dtype)
+        header[:3] = magic, version, self._tokens
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path = self.folder / self.name(self._number)
+        self._temporary.replace(path)
+        record = dict(name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes)
+        record |= dict(max_id=self._max_id, sha256=_file_sha256(path))
+        self._number += 1
+        self._begin()
+        self.finished(record, consumed)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """(vocab_size,) int64: bytes of text behind each token; none behind end-of-text."""
+    lengths = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64)
+    lengths[tokenizer.eot] = 0
+    return lengths
+
+
+def write_manifest(folder: Path, tokenizer: Tokenizer, shards: list[dict[str, Any]], **more: Any) -> None:
+    """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside them."""
+    if tokenizer.source != "gpt2":
+        tokenizer.save(folder / "tokenizer")
+    manifest = dict(
+        format=FORMAT, tokenizer=dict(source=tokenizer.source, name=tokenizer.name, sha256=tokenizer.sha256)
+    )
+    manifest |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
+    manifest |= {total: sum(shard[total] for shard in shards) for total in ("documents", "tokens", "bytes")}
+    write_json(folder / "manifest.json", manifest | more | {"shards": shards})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one go, flushed to disk."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# ---- a stream of shards
+
+
+class TokenDataset:
+    """A stream of tokens over shards, from token `start` to `stop`. Pickles as file names; maps are opened on use."""
+
+    def __init__(self, shards: Sequence[Shard], identity: str, manifest: dict[str, Any] | None = None):
+        """identity: names the content of `shards`. manifest: what made them, where known."""
+        manifest = manifest or {}
+        tokenizer = manifest.get("tokenizer", {})
+        self.shards = list(shards)
+        self._ends = np.cumsum([shard.n_tokens for shard in shards])
+        self._start = 0
+        self.n_tokens = int(self._ends[-1])
+        self.sha256 = identity
+        self.vocab_size: int | None = manifest.get("vocab_size")
+        self.tokenizer_source: str | None = tokenizer.get("source")
+        self.tokenizer_sha256: str | None = tokenizer.get("sha256")
+        records = {record["name"]: record for record in manifest.get("shards", [])}
+        sizes = [records.get(shard.path.name, {}).get("bytes") for shard in shards]
+        self.n_bytes: int | None = None if None in sizes else sum(sizes)
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def part(self, begin: int, end: int, n_bytes: int | None) -> TokenDataset:
+        """The tokens from `begin` to `end`, behind which are `n_bytes` of text."""
+        part = object.__new__(TokenDataset)
+        part.__dict__ |= self.__getstate__()
+        part._start, part.n_tokens, part.n_bytes = self._start + begin, end - begin, n_bytes
+        part.sha256 = _sha256(self.sha256, begin, end)
+        return part
+
+    def n_windows(self, seq_len: int) -> int:
+        """Windows of seq_len tokens and the one after; they do not overlap, and run over the borders of shards."""
+        return max(0, (self.n_tokens - 1) // seq_len)
+
+    def windows(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
+        """ids: (B,) window ids. Returns (B, seq_len + 1) int64, the tokens from id * seq_len on.
+
+        Raises IndexError for an id outside [0, n_windows(seq_len)).
+        """
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.n_windows(seq_len):
+            raise IndexError(f"window ids must lie in [0, {self.n_windows(seq_len)})")
+        out = np.empty((len(ids), seq_len + 1), np.int64)
+        for row, id in zip(out, ids, strict=True):
+            self._read(int(id) * seq_len, row)
+        return out
+
+    def count_bytes(self, lengths: np.ndarray) -> int:
+        """Bytes of text behind all tokens. lengths: (vocab_size,) bytes behind each."""
+        total, buffer = 0, np.empty(1 << 20, np.int64)
+        for begin in range(0, self.n_tokens, len(buffer)):
+            part = buffer[: self.n_tokens - begin]
+            self._read(begin, part)
+            total += int(lengths[part].sum())
+        return total
+
+    def _read(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens from `begin` on."""
+        at, filled = self._start + begin, 0
+        index = int(np.searchsorted(self._ends, at, side="right"))
+        while filled < len(out):
+            tokens = self._map(index)
+            offset = at + filled - (int(self._ends[index]) - len(tokens))
+            part = tokens[offset : offset + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            index += 1
+
+    def _map(self, index: int) -> np.ndarray:
+        if index not in self._maps:
+            self._maps[index] = self.shards[index].map()
+        return self._maps[index]
+
+
+# ---- the order
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer: uint64 to uint64, every bit of the input moving every bit of the output."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def window_order(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Window id at each position of the endless stream: positions e*n .. e*n+n-1 hold a permutation of range(n).
+
+    positions: (P,) non-negative integers. Returns (P,) int64, pure in (position, n, seed), in O(P) time and memory.
+    A Feistel network keyed by (seed, epoch) permutes the smallest 4**k >= n; values outside range(n) are fed back
+    until they fall inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    positions = np.asarray(positions, np.uint64)
+    half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
+    seeds = _mix(np.full(1, seed % 2**64, np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    keys = _mix(seeds + positions // np.uint64(n))
+    values = _feistel(positions % np.uint64(n), keys, half)
+    while len(outside := np.flatnonzero(values >= n)):
+        values[outside] = _feistel(values[outside], keys[outside], half)
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int = 8) -> np.ndarray:
+    """A permutation of the numbers of 2 * half bits, chosen by each key. All uint64, (P,)."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for i in range(rounds):
+        step = np.uint64((i + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        left, right = right, left ^ (_mix(_mix(right + step) ^ keys) & mask)
+    return (left << half) | right
+
+
+# ---- the cache
+
+
+class Cache:
+    """Folders named by the content they were made from, and what was once measured of a file."""
+
+    def __init__(self, root: Path):
+        self.root = root.absolute()
+
+    def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+        """The folder of `key`, which `make` fills if no process has done so before.
+
+        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several processes one
+        makes it and the others wait. A killed maker's lock falls with it.
+        """
+        folder = self.root / key
+        if folder.is_dir():
+            return folder
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._lock(key, lambda: say(f"waiting for another process that is preparing {folder}")):
+            if not folder.is_dir():
+                self._sweep()
+                unfinished = self.root / f"{key}.tmp"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                try:
+                    make(unfinished)
+                    sync_folder(unfinished)
+                    unfinished.replace(folder)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                sync_folder(self.root)
+        return folder
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, busy: Callable[[], None] = lambda: None) -> Generator[None]:
+        with (self.root / f"{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left unfinished, under any key."""
+        for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
+            with (
+                (self.root / f"{leftover.stem}.lock").open("w") as file,
+                contextlib.suppress(BlockingIOError),
+            ):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
+        """`measure` of each file, kept for as long as its size and time of change stay the same."""
+        index = self._index()
+        known, fresh = [], {}
+        for path in paths:
+            stat = path.stat()
+            key = f"{what} {path.absolute()}"
+            entry = index.get(key)
+            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+                entry = fresh[key] = [stat.st_size, stat.st_mtime_ns, measure(path)]
+            known.append(entry[2])
+        if fresh:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._lock("index"):
+                write_json(self.root / "index.json", self._index() | fresh)
+        return known
+
+    def _index(self) -> dict[str, list[Any]]:
+        try:
+            return json.loads((self.root / "index.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
+# ---- text to cached shards
+
+
+def tokenize_to_folder(
+    source: corpus.Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    label: str,
+    holdout: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write the documents of `source` as shards and a manifest; with `holdout`, each hundredth goes to val."""
+    records: list[dict[str, Any]] = []
+    writers = [
+        ShardWriter(
+            folder,
+            lambda number, split=split: f"{split}_{number:06d}.bin",
+            tokenizer,
+            CACHE_SHARD_TOKENS,
+            lambda record, _: records.append(record),
+        )
+        for split in ("train", "val")
+    ]
+    workers = corpus.worker_count() if source.total is None or source.total > SMALL else 1
+    documents = tokens = empty = 0
+    results = corpus.tokenize(corpus.chunks(source), tokenizer, workers)
+    with contextlib.closing(results), corpus.Progress(f"tokenizing {label}", source.total, say) as progress:
+        for chunk, ids, lengths in results:
+            document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
+            held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
+            for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
+                writer.add(part)
+            documents, tokens, empty = documents + sum(chunk.starts), tokens + len(ids), empty + chunk.empty
+            progress.update(chunk.position, tokens)
+    if not documents:
+        raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
+    for writer in writers:
+        writer.close()
+    write_manifest(
+        folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty
+    )
+    without = f" ({empty} empty ones left out)" if empty else ""
+    say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
+
+
+def _stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]) -> Tokenizer:
+    """A byte-pair tokenizer trained on the files, once."""
+
+    def make(folder: Path) -> None:
+        say(f"training a tokenizer of {STDLIB_VOCAB} tokens on Python's standard library")
+        texts = (text for text, _ in corpus.TextFiles(files).segments())
+        train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
+
+    key = _sha256(store.remember("sha256", files, _file_sha256), STDLIB_VOCAB, FORMAT)
+    return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
+
+
+# ---- what --data may be
+
+
+@dataclass
+class Data:
+    """What a run trains and validates on."""
+
+    train: TokenDataset
+    val: TokenDataset
+    tokenizer: Tokenizer
+
+
+@dataclass
+class _Opened:
+    """Shards by the split that their names tell."""
+
+    train: TokenDataset | None
+    val: TokenDataset | None
+    tokenizer: Tokenizer
+
+
+def open_data(
+    data: str,
+    val_data: str | None,
+    tokenizer: str | None,
+    text_column: str,
+    cache: Path,
+    seq_len: int,
+    say: Callable[[str], None] = print,
+) -> Data:
+    """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset on the hub.
+
+    Without `val_data`, validation is the shards with `val` in their names; of text, each hundredth document; and
+    where there is neither (fewer than 100 documents), the last hundredth of the stream, at least one window and
+    at most a tenth. Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
+    """
+    store = Cache(cache)
+    opened = _open(data, tokenizer, text_column, store, val_data is None, say)
+    train, val = opened.train, opened.val
+    if train is None:
+        raise UserError(
+            f"{data} holds only validation shards (val in their names); give a folder with others too"
+        )
+    if val_data is not None:
+        other = _open(val_data, opened.tokenizer, text_column, store, False, say)
+        val = other.val or other.train
+    elif val is None:
+        train, val = _split_tail(train, opened.tokenizer, seq_len, data)
+    assert val is not None
+    for dataset, what in (
+        (train, data),
+        (val, f"validation data of {data}" if val_data is None else val_data),
+    ):
+        if not dataset.n_windows(seq_len):
+            raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+    return Data(train, val, opened.tokenizer)
+
+
+def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
+    advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
+    return f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} takes {seq_len + 1}; {advice}"
+
+
+def _split_tail(
+    whole: TokenDataset, tokenizer: Tokenizer, seq_len: int, data: str
+) -> tuple[TokenDataset, TokenDataset]:
+    """The last hundredth of the stream is validation: at least one window, at most a tenth."""
+    most = whole.n_tokens // 10
+    size = max(seq_len + 1, whole.n_tokens // HOLDOUT)
+    if size > most:
+        raise UserError(_too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1))
+    border = whole.n_tokens - size
+    val = whole.part(border, whole.n_tokens, None)
+    if whole.n_bytes is None:
+        return whole.part(0, border, None), val
+    val.n_bytes = val.count_bytes(byte_lengths(tokenizer))
+    return whole.part(0, border, whole.n_bytes - val.n_bytes), val
+
+
+def _open(
+    spec: str,
+    tokenizer: str | Tokenizer | None,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+) -> _Opened:
+    path = Path(spec).expanduser()
+    if files := _shard_files(path):
+        return _open_shards(path, files, tokenizer, store)
+    if spec == "stdlib" and not path.exists():
+        texts = corpus.stdlib_files()
+        chosen = _load(tokenizer) or _stdlib_tokenizer(texts, store, say)
+        return _open_text(texts, spec, chosen, column, store, holdout, say)
+    chosen = _load(tokenizer) or load_tokenizer("gpt2")
+    if not path.exists() and corpus.is_hub_id(spec):
+        return _open_hub(spec, chosen, column, store, holdout, say)
+    return _open_text(corpus.find_files(spec), spec, chosen, column, store, holdout, say)
+
+
+def _load(tokenizer: str | Tokenizer | None) -> Tokenizer | None:
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
+def _open_text(
+    files: list[Path],
+    label: str,
+    tokenizer: Tokenizer,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+) -> _Opened:
+    """Text files, tokenized once for one content, column and tokenizer."""
+    content = store.remember("sha256", files, _file_sha256)
+    kinds = [corpus.suffix_of(path) for path in files]
+    key = _sha256(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
+    folder = store.once(
+        key,
+        lambda folder: tokenize_to_folder(
+            corpus.TextFiles(files, column), tokenizer, folder, label, holdout, say
+        ),
+        say,
+    )
+    return _open_shards(folder, _shard_files(folder), tokenizer, store)
+
+
+def _open_hub(
+    spec: str, tokenizer: Tokenizer, column: str, store: Cache, holdout: bool, say: Callable[[str], None]
+) -> _Opened:
+    """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to fetch it anew."""
+
+    def make(folder: Path) -> None:
+        name, _, config = spec.partition(":")
+        source = corpus.HubDataset(name, config or None, column=column)
+        tokenize_to_folder(source, tokenizer, folder, spec, holdout, say)
+
+    folder = store.once(_sha256("hub", spec, column, tokenizer.sha256, holdout, FORMAT)[:32], make, say)
+    return _open_shards(folder, _shard_files(folder), tokenizer, store)
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """The token shards that `path` is or holds, in order; none where it holds none."""
+    if path.is_file():
+        return [path] if path.suffix in (".bin", ".npy") else []
+    if not path.is_dir():
+        return []
+    if (path / "progress.json").exists() and not (path / "manifest.json").exists():
+        raise UserError(
+            f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on"
+        )
+    return sorted(file for file in path.iterdir() if file.suffix in (".bin", ".npy"))
+
+
+def _open_shards(path: Path, files: list[Path], asked: str | Tokenizer | None, store: Cache) -> _Opened:
+    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked for."""
+    folder = path if path.is_dir() else path.parent
+    manifest = _read_manifest(folder)
+    shards = [read_shard(file) for file in files]
+    if manifest:
+        tokenizer = _manifest_tokenizer(folder, manifest["tokenizer"], asked)
+        records = _check_records(folder, manifest, shards, whole=path.is_dir())
+        max_ids, marks = [r["max_id"] for r in records], [[r["tokens"], r["sha256"]] for r in records]
+    else:
+        tokenizer = _load(asked) or load_tokenizer("gpt2")
+        max_ids = store.remember("max_id", files, _max_id)
+        marks = [_fingerprint(file) for file in files]
+    for file, max_id in zip(files, max_ids, strict=True):
+        if max_id >= tokenizer.vocab_size:
+            raise UserError(
+                f"{file} holds token id {max_id}, beyond the {tokenizer.vocab_size:,} of tokenizer {tokenizer.name}; "
+                f"name the tokenizer that made it with --tokenizer"
+            )
+
+    def split(val: bool) -> TokenDataset | None:
+        chosen = [i for i, file in enumerate(files) if ("val" in file.name) == val]
+        identity = _sha256([marks[i] for i in chosen])
+        return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
+
+    return _Opened(split(False), split(True), tokenizer)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What this project wrote beside the shards; None where they come from elsewhere."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}; make the shards again") from None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def _manifest_tokenizer(folder: Path, made_with: dict[str, str], asked: str | Tokenizer | None) -> Tokenizer:
+    beside = folder / "tokenizer"
+    tokenizer = _load(asked) or load_tokenizer(str(beside) if beside.is_dir() else made_with["source"])
+    if tokenizer.sha256 != made_with["sha256"]:
+        advice = "leave --tokenizer out" if isinstance(asked, str) else "tokenize the text again"
+        raise UserError(
+            f"the shards in {folder} were made with tokenizer {made_with['source']} ({made_with['sha256'][:8]}), "
+            f"not with {tokenizer.source} ({tokenizer.sha256[:8]}); {advice}"
+        )
+    return tokenizer
+
+
+def _check_records(
+    folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool
+) -> list[dict[str, Any]]:
+    """The manifest's entry of each shard. Raises UserError where the two disagree."""
+    records = {record["name"]: record for record in manifest["shards"]}
+    if whole and (missing := sorted(set(records) - {shard.path.name for shard in shards})):
+        raise UserError(f"{folder} lacks {missing[0]}, which its manifest.json names; copy or make it again")
+    for shard in shards:
+        name = shard.path.name
+        if name not in records:
+            raise UserError(f"{shard.path} is not in {folder / 'manifest.json'}; remove the one or the other")
+        if shard.n_tokens != records[name]["tokens"]:
+            raise UserError(
+                f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says {records[name]['tokens']:,}; "
+                f"copy or make it again"
+            )
+    return [records[shard.path.name] for shard in shards]
+
+
+def _max_id(path: Path) -> int:
+    tokens = read_shard(path).map()
+    return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Name, size, head and tail of a shard without a manifest: quick, and enough to tell corpora apart."""
+    size, ends = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        ends.update(file.read(1 << 16))
+        file.seek(max(0, size - (1 << 16)))
+        ends.update(file.read())
+    return [path.name, size, ends.hexdigest()]
