@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def clean(run: Path) -> None:
     """Remove what a kill in the middle of a save left behind."""
     for parent in (run, run / "checkpoints"):
         for leftover in parent.glob(TEMPORARY + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(run: Path, keep: int, best: Path | None) -> None:
@@ -167,6 +168,94 @@ def best_of(run: Path, mode: str) -> tuple[Path, float] | None:
         if value is not None:
             scored.append((value if mode == "min" else -value, folder, value))
     return min(scored)[1:] if scored else None
+
+
+@dataclass
+class Start:
+    """How a run begins: afresh (no folder), from a checkpoint, or not at all."""
+
+    folder: Path | None = None
+    finished: bool = False
+    micro_batch: int | None = None  # of the interrupted run: the same one gives the same bits
+
+
+def open_run(
+    run: Path, resume: str, identity: dict[str, Any], facts: dict[str, Any], say: Callable[[str], None]
+) -> Start:
+    """Claim the run's folder and find where to begin. Raises UserError where that would lose or mix anything.
+
+    `identity` holds, by option name, what a resumed run must have in common with the checkpoint; `facts` (config,
+    versions) are stored beside it in run.json.
+    """
+    record = run / "run.json"
+    if (run / "config.json").exists() and not record.exists():
+        raise UserError(f"{run} already holds something that is not a run; choose another --out")
+    if record.exists() and resume == "never":
+        raise UserError(f"{run} already holds a run; choose another --out, or continue it with --resume auto")
+    clean(run)
+    start = Start()
+    if resume not in ("auto", "never"):
+        start.folder = _resume_from(Path(resume), run, say)
+    elif record.exists():
+        start.folder = newest(run, say)
+        _same_run(identity, json.loads(record.read_text())["identity"], run)
+        start.micro_batch = _micro_batch_of(run)
+        if start.folder is None and checkpoints(run):
+            raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
+    if start.folder is not None:
+        meta = json.loads((start.folder / META).read_text())
+        _same_run(identity, meta["identity"], start.folder)
+        start.micro_batch = meta["micro_batch"]
+        start.finished = meta["step"] >= identity["steps"] and (run / "final" / "manifest.json").exists()
+    if not start.finished:
+        run.mkdir(parents=True, exist_ok=True)
+        _write_whole(record, {"identity": identity} | facts)
+    return start
+
+
+def _micro_batch_of(run: Path) -> int | None:
+    """The micro-batch that a run without a checkpoint had already settled on."""
+    try:
+        return json.loads((run / "config.json").read_text())["micro_batch"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _resume_from(where: Path, run: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint that --resume FOLDER means: itself, or the newest of a run."""
+    folder = newest(where, say) if (where / "checkpoints").is_dir() else where
+    if folder is None or not folder.is_dir():
+        raise UserError(f"--resume {where}: no sound checkpoint there")
+    reason = fault(folder)
+    if reason is not None:
+        raise UserError(f"--resume {folder}: {reason}")
+    if not (folder / META).exists():
+        raise UserError(f"--resume {folder}: a model without training state; start from it with --init {folder}")
+    if any(later.name > folder.name for later in checkpoints(run)):
+        raise UserError(f"{run} holds later checkpoints than {folder.name}; choose another --out to branch off there")
+    return folder
+
+
+def _same_run(now: dict[str, Any], then: dict[str, Any], folder: Path) -> None:
+    differ = [
+        f"{name} (was {_short(then.get(name))}, is {_short(now.get(name))})"
+        for name in now | then
+        if now.get(name) != then.get(name)
+    ]
+    if differ:
+        raise UserError(f"{folder} is of another run: {', '.join(differ)}; give the same options or another --out")
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _write_whole(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file, replaced in one step."""
+    beside = path.with_name(TEMPORARY + path.name)
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    flush(beside)
+    os.replace(beside, path)
 
 
 # --- writing them, off the training thread

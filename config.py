@@ -61,9 +61,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
-            raise UserError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}"
-            )
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -107,7 +105,7 @@ class TrainConfig:
 
     # data
     data: str | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it is there, else stdlib."""
+    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if prepared, else stdlib."""
     val_data: str | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
     text_column: str = "text"
@@ -192,7 +190,55 @@ class TrainConfig:
     """Print the memory, time and disk the run would take, and start nothing."""
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+# Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for smaller ones.
+PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a run without --data looks first
+
+
+def resolve(cfg: TrainConfig, device_type: str) -> TrainConfig:
+    """A copy with every None that depends on the machine or on other options filled in, and checked."""
+    gpu = device_type == "cuda"
+    cfg = dataclasses.replace(cfg)
+
+    def default(name: str, value: Any) -> None:
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+
+    scratch = cfg.init == "scratch"
+    if scratch:
+        default("preset", "gpt2" if gpu else "tiny")
+    default("data", FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib")
+    default("seq_len", 1024 if gpu else 256)
+    default("batch_tokens", 524288 if gpu else 8192)
+    default("steps", 500 if cfg.data == "stdlib" else 19073 if gpu else 1000)  # 19,073 steps are 10B tokens
+    default("lr", PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5)
+    check(cfg)
+    assert cfg.steps
+    default("warmup_steps", min(700, cfg.steps // 50))
+    default("eval_every", min(250, max(1, cfg.steps // 10)))
+    default("eval_tokens", 10 << 20 if gpu else 1 << 16)
+    default("save_every", min(1000, max(1, cfg.steps // 5)))
+    default("sample_every", cfg.eval_every)
+    default("compile", gpu)
+    default("out", f"runs/{cfg.preset or Path(cfg.init).name}")
+    return cfg
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raise UserError for a number out of its range."""
+    at_least = dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep"), 1)
+    at_least |= dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), 0)
+    at_least |= dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), 0)
+    for name, least in at_least.items():
+        value = getattr(cfg, name)
+        if value is not None and value != "auto" and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    for name in ("dropout", "min_lr", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) <= (1 if name == "min_lr" else 0.9999999):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must lie between 0 and 1")
+
+
+Config = TypeVar("Config")  # any dataclass of options
 
 
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
@@ -202,10 +248,10 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     """
     argv, file = _take_config(list(argv))
     from_file = _as_arguments(cls, _read_config(file)) if file else []
-    base = dataclasses.replace(cls(), **(defaults or {}))
+    base = cls(**(defaults or {}))
     if "-h" in argv or "--help" in argv:
         print(
-            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); the rest override it.\n"
+            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); others override it.\n"
         )
     errors = io.StringIO()
     try:
@@ -215,9 +261,7 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
                 args=from_file + argv,
                 default=base,
                 return_unknown_args=True,
-                config=(
-                    tyro.conf.DisallowNone,
-                ),  # `bool | None` becomes a pair of flags whose default is None
+                config=(tyro.conf.DisallowNone,),  # `bool | None` becomes a pair of flags whose default is None
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -277,12 +321,12 @@ def _read_config(file: str) -> dict[str, Any]:
     return values
 
 
-def _as_arguments(cls: type[TrainConfig], values: dict[str, Any]) -> list[str]:
+def _as_arguments(cls: type, values: dict[str, Any]) -> list[str]:
     """A config file as command-line words, so that one parser checks both."""
     words: list[str] = []
     for key, value in values.items():
         option = "--" + key.replace("_", "-")
-        if key.replace("-", "_") not in cls.__dataclass_fields__:
+        if key.replace("-", "_") not in {f.name for f in dataclasses.fields(cls)}:
             raise UserError(_unknown_option(cls, option))
         if isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
@@ -306,8 +350,8 @@ def _one_line(box: str) -> str:
     return " ".join(body) or box.strip()
 
 
-def _unknown_option(cls: type[TrainConfig], word: str) -> str:
-    options = ["--config"] + ["--" + name.replace("_", "-") for name in cls.__dataclass_fields__]
+def _unknown_option(cls: type, word: str) -> str:
+    options = ["--config"] + ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
     if not word.startswith("-"):
         return f"unexpected word {word!r}; options are written --name value (see --help)"
     return f"unknown option {word.partition('=')[0]}{nearest(word.partition('=')[0], options)}"

@@ -84,9 +84,7 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
     """Attention with its (T, T) matrix written out: what the fused kernels are measured against."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if causal:
@@ -153,9 +151,7 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 # Each block adds twice to the residual stream: its variance must not grow with depth.
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(
-                    parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                )
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def _zero_padding(self) -> None:
         """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing of them."""
@@ -183,9 +179,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         if reduction == "sum":
-            return linear_cross_entropy(
-                x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size
-            )
+            return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
         logits = self.logits(x).float()
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction)
 
@@ -193,9 +187,7 @@ class GPT(nn.Module):
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size."""
         T, start = idx.shape[1], cache.length if cache else 0
         if start + T > self.config.block_size:
-            raise UserError(
-                f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}"
-            )
+            raise UserError(f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
@@ -251,9 +243,7 @@ class GPT(nn.Module):
                 if name not in tensors:
                     raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
                 tensor = tensors[name]
-                rows = (
-                    self.config.vocab_size if name in ("transformer.wte.weight", "lm_head.weight") else None
-                )
+                rows = self.config.vocab_size if name in ("transformer.wte.weight", "lm_head.weight") else None
                 if tensor[:rows].shape != parameter[:rows].shape:
                     raise UserError(
                         f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(parameter.shape)}"
@@ -277,9 +267,7 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(hub_config(self.config, eot), indent=2) + "\n")
 
 
-def attention_mask(
-    T: int, segments: Tensor | None, cache: KVCache | None, device: torch.device
-) -> Tensor | None:
+def attention_mask(T: int, segments: Tensor | None, cache: KVCache | None, device: torch.device) -> Tensor | None:
     """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal attention does."""
     start = cache.length if cache else 0
     pad = cache.pad if cache else None
@@ -296,9 +284,7 @@ def attention_mask(
     return mask[:, None]
 
 
-def attention_backends(
-    device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> list[SDPBackend]:
+def attention_backends(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> list[SDPBackend]:
     """Fused attention kernels in the order to try on this hardware; `dtype` is that of the products."""
     if device.type == "cpu":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -435,7 +421,5 @@ def _download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
     except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"no folder {hub_id}, and the hub did not give it as an id either: {reason}"
-        ) from None
+        raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason}") from None
     return folder

@@ -90,7 +90,7 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()
+                vars(optimizer)["found_inf"] = (~ok).float()  # the fused kernel skips the update where it is 1
                 optimizer.step()
             elif bool(ok):
                 optimizer.step()

@@ -159,7 +159,7 @@ class RunLog:
             import wandb
 
             offline = not (os.environ.get("WANDB_API_KEY") or _has_netrc_key())
-            mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+            mode: Any = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
             if mode == "offline":
                 self.warn(f"wandb logs offline under {folder}/wandb; upload later with: wandb sync")
             settings = wandb.Settings(init_timeout=30, silent=True)

@@ -1,0 +1,182 @@
+"""What a run will hold in memory and write to disk, counted before anything is spent.
+
+One micro-batch goes forward and backward on fake tensors, which have shapes but no bytes, while a ledger adds
+up the storages that are alive: the count follows the model's code by itself. The trade-off: what an operation
+takes and gives back inside itself (a matrix product's scratch) is not seen, and neither is what torch.compile saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config import GPTConfig
+from model import GPT
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank at the moment of a training step when it holds the most."""
+
+    weights: int
+    gradients: int  # those there are at that moment: few, where a step is one micro-batch and the peak its forward pass
+    optimizer: int
+    activations: int
+    logits: (
+        int  # the head and its loss: a chunk of logits, and the gradients that the loss leaves for the backward pass
+    )
+    other: int  # the process itself, communication, the checkpoint being written
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def estimate(
+    config: GPTConfig,
+    micro_batch: int,
+    seq_len: int,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    device_type: str = "cpu",
+    world_size: int = 1,
+    *,
+    accumulate: bool = True,
+    saves: bool = False,
+    base: int | None = None,
+) -> Memory:
+    """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
+
+    `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
+    `saves`: the rank keeps a copy of the training state for the checkpoint. `base`: bytes of the process before it
+    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
+    """
+    live = _step(config, micro_batch, seq_len, AUTOCAST.get(precision), accumulate)
+    on_cpu = device_type == "cpu"
+    state = optimizer_bytes(config, optimizer, padded=True)
+    other = base if base is not None else resident_bytes() if on_cpu else 0
+    if saves and on_cpu:  # elsewhere the copy is in the host's memory
+        other += live["weights"] + state
+    if world_size > 1:
+        other += BUCKET_BYTES
+    return Memory(optimizer=state, other=other, **live)
+
+
+def largest_micro_batch(config: GPTConfig, seq_len: int, rows: int, budget: int, *args: Any, **kwargs: Any) -> int:
+    """The largest divisor of `rows` (a rank's sequences in a step) whose estimate fits `budget` bytes; 0 if none.
+
+    Further arguments are `estimate`'s, from precision on; `accumulate` follows from the divisor.
+    """
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    low, high = 0, len(divisors)  # the first `low` fit, those from `high` on do not
+    while low < high:
+        middle = (low + high) // 2
+        size = divisors[middle]
+        if estimate(config, size, seq_len, *args, accumulate=size < rows, **kwargs).total <= budget:
+            low = middle + 1
+        else:
+            high = middle
+    return divisors[low - 1] if low else 0
+
+
+def optimizer_bytes(config: GPTConfig, optimizer: str, padded: bool = False) -> int:
+    """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held, not as saved."""
+    config = dataclasses.replace(config, padded_vocab=padded and config.padded_vocab)
+    one = 4 * sum(p.numel() for p in _meta(config).parameters())
+    if optimizer != "muon":
+        return 2 * one
+    return 2 * one - 4 * sum(p.numel() for p in _meta(config).transformer.h.parameters() if p.dim() == 2)
+
+
+def checkpoint_bytes(config: GPTConfig, optimizer: str) -> int:
+    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and the moments."""
+    return 2 * 4 * _meta(config).n_params() + optimizer_bytes(config, optimizer)
+
+
+def resident_bytes() -> int:
+    """Memory that this process occupies now (where the system does not say, the most it has occupied)."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _meta(config: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config)
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages alive, by part, and how they stood when their sum was largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "activations"  # of what is allocated from now on
+        self.live = dict.fromkeys(("weights", "gradients", "activations", "logits"), 0)
+        self.peak = dict(self.live)
+        self.entries: dict[int, tuple[weakref.ref, str, int]] = {}  # by the storage's address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        if sum(self.live.values()) > sum(self.peak.values()):
+            self.peak = dict(self.live)
+        return out
+
+    def add(self, tensor: Tensor, part: str | None = None) -> None:
+        """Enter a tensor's storage, or move it to `part` where it is entered already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.entries:
+            if part is None:
+                return
+            self._drop(key)
+        part, size = part or self.part, storage.nbytes()
+        self.entries[key] = weakref.ref(storage, lambda _: self._drop(key)), part, size
+        self.live[part] += size
+
+    def _drop(self, key: int) -> None:
+        _, part, size = self.entries.pop(key)
+        self.live[part] -= size
+
+
+def _step(
+    config: GPTConfig, micro_batch: int, seq_len: int, autocast: torch.dtype | None, accumulate: bool
+) -> dict[str, int]:
+    """Bytes by part at the peak of one micro-batch's forward and backward pass."""
+    with FakeTensorMode(), _Ledger() as ledger:
+        ledger.part = "weights"
+        model = GPT(config)
+        ledger.part = "gradients"
+        for parameter in model.parameters():
+            if accumulate:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, "gradients"))
+        ledger.part = "activations"
+        idx = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+
+        def at_head(*_: Any) -> None:
+            ledger.part = "logits"
+
+        model.transformer.ln_f.register_forward_hook(at_head)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = model(idx, idx, reduction="sum")
+        ledger.part = "activations"
+        loss.backward()
+    return ledger.peak

@@ -1,0 +1,167 @@
+"""What is decided before a run: precision, micro-batch, and with --dry-run what it would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import distributed
+from config import TrainConfig, UserError
+from distributed import World
+from runlog import RunLog, bytes_text, peak_flops, time_text
+from step import TrainStep, autocast, to_device
+from task import Task
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why) for `--precision`. Raises UserError for one that the device lacks."""
+    cuda = device.type == "cuda"
+    major = torch.cuda.get_device_capability(device)[0] if cuda else 0
+    lacks = {
+        "fp8": "needs an FP8 path, which this engine does not have yet; use --precision bf16",
+        "fp16": None if cuda else "needs a CUDA GPU; use --precision bf16 or fp32",
+        "tf32": None if major >= 8 else "needs a CUDA GPU of the Ampere generation or newer; use --precision fp32",
+        "bf16": "is not in this GPU; use --precision fp16" if cuda and major < 8 else None,
+    }
+    if lacks.get(asked):
+        raise UserError(f"--precision {asked} {lacks[asked]}")
+    if asked != "auto":
+        return asked, "asked for"
+    if cuda:
+        return ("bf16", "native on this GPU") if major >= 8 else ("fp16", "no bf16 on this GPU; losses are scaled")
+    if device.type == "cpu" and cpu_has_bf16():
+        return "bf16", "native on this CPU"
+    return "fp32", f"no fast bf16 on this {device.type}"
+
+
+def cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def rows_per_rank(cfg: TrainConfig, world: World) -> int:
+    assert cfg.batch_tokens and cfg.seq_len
+    unit = cfg.seq_len * world.size
+    if cfg.batch_tokens % unit:
+        nearest = max(1, round(cfg.batch_tokens / unit)) * unit
+        raise UserError(
+            f"--batch-tokens {cfg.batch_tokens} is not divisible by {world.size} ranks x {cfg.seq_len} tokens; "
+            f"use --batch-tokens {nearest}"
+        )
+    rows = cfg.batch_tokens // unit
+    if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
+        divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
+        raise UserError(f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use {divisor}")
+    return rows
+
+
+def largest_micro_batch(task: Task, model: nn.Module, cfg: TrainConfig, world: World, rows: int) -> int:
+    """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU, estimated elsewhere."""
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    fits = _gpu_fits(task, model, cfg, world) if world.device.type == "cuda" else estimate_fits(task, cfg, world)
+    low, high = 0, len(divisors)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
+    return min(distributed.gather(world, divisors[low - 1] if low else 0))
+
+
+def estimate_fits(task: Task, cfg: TrainConfig, world: World) -> Callable[[int], bool]:
+    room = 0.8 * distributed.available_memory(world.device, world.local_size)
+    held = distributed.memory_bytes(world.device)  # already taken, and counted in the estimate
+    return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
+
+
+def _gpu_fits(task: Task, model: nn.Module, cfg: TrainConfig, world: World) -> Callable[[int], bool]:
+    """One real forward and backward pass and one evaluation batch, with room kept for the optimizer's moments."""
+    device = world.device
+    step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
+    kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
+    kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
+    room = distributed.available_memory(device, 1) + torch.cuda.memory_allocated(device)
+    ids = task.rows("train", 0).reshape(-1)
+
+    def fits(n: int) -> bool:
+        batch = task.collate("train", np.resize(ids, n))
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            step._backward(
+                batch, None, dict.fromkeys(task.terms, 1.0), {k: torch.zeros((), device=device) for k in task.terms}
+            )
+            with torch.no_grad(), autocast(cfg.precision, device):
+                task.sums(model, to_device(batch, device))
+            peak = torch.cuda.max_memory_allocated(device)
+        except torch.OutOfMemoryError:
+            peak = math.inf
+        step.zero_grad()
+        torch.cuda.empty_cache()
+        return peak + kept <= 0.94 * room
+
+    return fits
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def dry_run(task: Task, cfg: TrainConfig, world: World, log: RunLog) -> None:
+    """Print what the run would take of memory, time and disk."""
+    assert cfg.batch_tokens and cfg.steps and cfg.seq_len and cfg.out
+    task.plan(cfg)
+    rows = rows_per_rank(cfg, world)
+    if cfg.micro_batch == "auto":
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        fits = estimate_fits(task, cfg, world)
+        cfg.micro_batch = max((n for n in divisors if fits(n)), default=1)
+    memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
+    tokens, flops = cfg.steps * cfg.batch_tokens, task.flops_per_token()
+    size = task.checkpoint_bytes()
+    kept = min(cfg.keep + 1, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    speed, source = known_speed(cfg, flops, world)
+    log.say(f"dry run: nothing is started or written (micro-batch {cfg.micro_batch} x {cfg.seq_len} tokens)\n")
+    log.banner(
+        {f"memory, {f.name}": bytes_text(getattr(memory, f.name)) for f in dataclasses.fields(memory)}
+        | {"memory, peak of a rank": bytes_text(memory.total)}
+        | {"free now for a rank": bytes_text(distributed.available_memory(world.device, world.local_size))}
+        | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
+        | {"compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)" if flops else "unknown"}
+        | {
+            "disk": f"{bytes_text(kept * size)} ({kept} checkpoints of {bytes_text(size)}), one more while it is written"
+        }
+        | {
+            "time": f"{time_text(tokens / speed)} at {speed:,.0f} tokens/s ({source})"
+            if speed
+            else f"unknown: {source}"
+        }
+    )
+
+
+def known_speed(cfg: TrainConfig, flops: int | None, world: World) -> tuple[float | None, str]:
+    """Tokens per second of a run like this and how they are known."""
+    try:
+        lines = [json.loads(line) for line in (Path(cfg.out or "") / "log.jsonl").read_text().splitlines()]
+        return statistics.median(
+            x["tokens_per_second"] for x in lines if x["kind"] == "train"
+        ), f"measured in {cfg.out}"
+    except (OSError, ValueError, KeyError):
+        pass
+    peak = device_peak(world, cfg.precision)
+    if peak and flops:
+        return 0.4 * peak * world.size / flops, "assuming 40% of the data sheet's peak"
+    return None, "no run in --out to take the speed from"
+
+
+def device_peak(world: World, precision: str) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(world.device), precision) if world.device.type == "cuda" else None

@@ -1,0 +1,249 @@
+"""One optimizer step, and the batches that go into it. It never looks inside a batch, a model or a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+import checkpoint
+import distributed
+from config import TrainConfig
+from distributed import World
+from optim import LossScale, Optimizers, lr_multiplier
+from task import Task
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of a forward pass in `precision`; nothing for fp32 and tf32."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+# --- batches
+
+
+def partition(groups: np.ndarray, rank: int, size: int, micro_batch: int) -> list[np.ndarray | None]:
+    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch rows at a time.
+
+    Every rank gets the same number of micro-batches; None stands where it has no rows left.
+    """
+    per = max(1, micro_batch // groups.shape[1])
+    mine = groups[rank::size]
+    count = math.ceil(math.ceil(len(groups) / size) / per)
+    parts = [mine[i * per : (i + 1) * per].reshape(-1) for i in range(count)]
+    return [part if len(part) else None for part in parts]
+
+
+@dataclass
+class StepBatches:
+    """What one rank reads in one optimizer step."""
+
+    batches: list[Any]  # None: nothing for this rank
+    weights: dict[str, float]  # of this rank alone
+    tokens: float
+
+
+class Loader:
+    """Collates the batches of coming steps in a thread. Its whole state is the step it is asked for."""
+
+    def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
+        self.task, self.world, self.micro_batch, self.steps, self.ahead = task, world, micro_batch, steps, ahead
+        self.pool = ThreadPoolExecutor(1, "loader")
+        self.futures: dict[int, Future[StepBatches]] = {}
+
+    def __call__(self, step: int) -> StepBatches:
+        for s in range(step, min(step + 1 + self.ahead, self.steps)):
+            if s not in self.futures:
+                self.futures[s] = self.pool.submit(self._load, s)
+        return self.futures.pop(step).result()
+
+    def _load(self, step: int) -> StepBatches:
+        parts = partition(self.task.rows("train", step), self.world.rank, self.world.size, self.micro_batch)
+        batches = [None if ids is None else self.task.collate("train", ids) for ids in parts]
+        weights: dict[str, float] = {}
+        for batch in filter(None, batches):
+            for term, weight in self.task.weights(batch).items():
+                weights[term] = weights.get(term, 0.0) + weight
+        tokens = sum(self.task.tokens(batch) for batch in batches if batch is not None)
+        if self.world.device.type == "cuda":
+            batches = [tree_map(_pin, batch) for batch in batches]
+        return StepBatches(batches, weights, tokens)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pin(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, Tensor) else value
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    return tree_map(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, batch)
+
+
+def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
+    """Every random draw of a micro-batch follows from these four numbers, whatever was drawn before."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0]))
+
+
+# --- one optimizer step
+
+
+class LossModule(nn.Module):
+    """The model with the task's loss as its forward pass: what DDP wraps, so that it sees every use of the model."""
+
+    def __init__(self, task: Task, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.task.loss(self.model, batch)
+
+
+@dataclass
+class StepResult:
+    """Figures of one optimizer step; the tensors are scalars on the device, not waited for."""
+
+    loss: Tensor
+    grad_norm: Tensor  # before clipping
+    ok: Tensor  # False: not finite, so nothing was updated
+    terms: dict[str, Tensor]  # mean of each loss term
+    lr: float
+    tokens: float  # over all ranks
+
+
+class TrainStep:
+    """One optimizer step: forward and backward over micro-batches, all-reduce, clip, update.
+
+    Divides every loss term by its global weight, so the update does not depend on how the batch was cut.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, cfg: TrainConfig, world: World):
+        self.task, self.model, self.cfg, self.world = task, model, cfg, world
+        self.scale = LossScale(cfg.precision == "fp16", world.device)
+        self.signature: Any = None
+        self.module: nn.Module = LossModule(task, model)
+        self.optimizers: Optimizers
+        self.assemble(0)
+
+    def assemble(self, step: int) -> None:
+        """Build what depends on which parameters train, if that differs from the step before."""
+        groups = self.task.groups(self.model, step)
+        signature = [group.signature() for group in groups]
+        if signature == self.signature:
+            return
+        trained = {name for group in groups for name in group.params}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        before = self.optimizers.state() if self.signature is not None else {}
+        self.optimizers = Optimizers(groups, self.cfg)
+        self.optimizers.load_state(before)
+        self.signature = signature
+        if self.world.size > 1:
+            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                LossModule(self.task, self.model), device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def lr(self, step: int) -> float:
+        cfg = self.cfg
+        assert cfg.lr is not None and cfg.steps and cfg.warmup_steps is not None
+        return cfg.lr * lr_multiplier(step, cfg.steps, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
+
+    def __call__(self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0) -> StepResult | None:
+        """Update the model with step `step` (0-based); None, and nothing changed, where `stop()` said so half-way."""
+        self.assemble(step)
+        self.model.train()
+        total = distributed.sum_over_ranks(self.world, data.weights | {"": data.tokens})
+        tokens = total.pop("")
+        factors = {k: self.task.terms[k] / w for k, w in total.items() if w}
+        sums = {k: torch.zeros((), device=self.world.device) for k in factors}
+        for micro, batch in enumerate(data.batches):
+            if stop():
+                self.zero_grad()
+                return None
+            seed_draws(self.cfg.seed, step, micro, self.world.rank)
+            with self._sync_gradients(last=micro == len(data.batches) - 1):
+                self._backward(batch, data.batches[0], factors, sums)
+        means = torch.stack([sums[k] / total[k] for k in sums])
+        distributed.all_reduce_sum(self.world, means)
+        terms = dict(zip(sums, means.unbind(), strict=True))
+        loss = torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum()
+        norm, ok = self._clip(loss)
+        lr = self.lr(step)
+        self.optimizers.step(lr, ok)
+        self.scale.update(ok)
+        self.zero_grad()
+        return StepResult(loss, norm, ok, terms, lr, tokens)
+
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """DDP all-reduces gradients in the last micro-batch's backward pass only."""
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def _backward(self, batch: Any, spare: Any, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
+        # A rank without rows left runs another batch for nothing, since DDP waits for its gradients.
+        live = batch is not None
+        batch = to_device(batch if live else spare, self.world.device)
+        with autocast(self.cfg.precision, self.world.device):
+            terms = self.module(batch)
+        # DDP averages over ranks; the objective is a sum.
+        loss = sum(factors[k] * self.world.size * terms[k] for k in factors if k in terms)
+        (loss * self.scale.scale * float(live)).backward()
+        for k in factors:
+            if live and k in terms:
+                sums[k] += terms[k].detach()
+
+    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Undo the loss scale and clip, in one pass over the gradients; their norm and whether all is finite."""
+        grads = [p.grad for p in self.optimizers.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) / self.scale.scale
+        ok = torch.isfinite(norm) & torch.isfinite(loss)
+        if self.cfg.clip or self.scale.on:
+            factor = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip else torch.ones_like(norm)
+            torch._foreach_mul_(grads, factor / self.scale.scale)
+        return norm, ok
+
+    def zero_grad(self) -> None:
+        # In place under DDP, whose buckets the gradients are views of.
+        for p in self.optimizers.params:
+            if p.grad is not None:
+                p.grad = None if self.world.size == 1 else p.grad.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that an uninterrupted run would have here at this step."""
+        named = checkpoint.with_prefix
+        state = named("model", dict(self.model.state_dict()))
+        return state | named("optimizer", self.optimizers.state()) | named("loss_scale", self.scale.state())
+
+    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
+        self.assemble(step)
+        self.model.load_state_dict(checkpoint.part(tensors, "model"))
+        self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
+        self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
+
+
+def check_replicas(model: nn.Module, world: World) -> None:
+    """Stop where the ranks' parameters are no longer the same bits."""
+    if world.size == 1:
+        return
+    bits = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+    sums = distributed.gather(world, int(torch.stack(bits).sum()))
+    different = [rank for rank, value in enumerate(sums) if value != sums[0]]
+    if different:
+        raise RuntimeError(f"the parameters of ranks {different} differ from rank 0's; resume from a checkpoint")

@@ -1,0 +1,291 @@
+"""The seam between the loop and what it trains: a Task says where rows come from, what a batch is and what its
+loss is; the loop (trainer.py) says how an optimizer step is made of them, and knows nothing else of a task.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from checkpoint import locate
+from config import PRESETS, GPTConfig, TrainConfig, UserError
+from dataset import Data, open_data, window_order
+from decoding import Sampling, generate
+from kernels.linear_cross_entropy import IGNORE
+from memory import Memory, checkpoint_bytes, estimate
+from model import GPT
+from optim import Group, default_groups
+from tokenizer import load_tokenizer
+
+Batch = dict[str, Tensor]
+
+
+class Task:
+    """What a training run is about. Subclasses are stateless but for what `setup` reads.
+
+    One optimizer step, whatever the task: W[k] is the sum of `weights` over all micro-batches and ranks, and the
+    objective is the sum over terms k of terms[k] x (sum of loss[k]) / W[k]; so it is exact at any accumulation and
+    on any number of ranks. A term with W[k] = 0 is skipped.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]] = {}  # options that differ from TrainConfig's; the command line overrides
+    terms: ClassVar[dict[str, float]] = {"nll": 1.0}
+    best: ClassVar[tuple[str, str]] = ("val_loss", "min")  # the metric that chooses the best checkpoint
+
+    cfg: TrainConfig
+
+    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+        """Read tokenizer and rows. Raises UserError for whatever is wrong with them."""
+        raise NotImplementedError
+
+    def plan(self, cfg: TrainConfig) -> None:
+        """As much of `setup` as `estimate` needs, reading no rows."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's run must have in common with this one to be resumed, by option name."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """Lines of the banner: model, data, tokenizer."""
+        raise NotImplementedError
+
+    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        """Peak memory of a rank, in bytes by part."""
+        raise NotImplementedError
+
+    def flops_per_token(self) -> int | None:
+        """Of a forward and backward pass, where there is a formula for it."""
+        return None
+
+    def checkpoint_bytes(self) -> int:
+        raise NotImplementedError
+
+    def build_model(self, cfg: TrainConfig) -> nn.Module:
+        """The model on the CPU, initialised from the global random state."""
+        raise NotImplementedError
+
+    def groups(self, model: nn.Module, step: int) -> list[Group]:
+        """Which parameters train, their scale of the rate and decay. Pure in step; the others are frozen."""
+        return default_groups(model, self.cfg)
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        """Ids of a global batch ("train") or of the whole evaluation ("val"), (groups, rows of a group) int64.
+
+        A group is never split across ranks or micro-batches. Pure in (seed, step).
+        """
+        raise NotImplementedError
+
+    def collate(self, split: str, ids: np.ndarray) -> Batch:
+        """Rows as CPU tensors."""
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        """Per term, how many targets (or rows) `loss` will sum over: known before the forward pass."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Batch) -> float:
+        """Tokens of a batch, padding not counted: for tokens per second."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Per term, the fp32 sum (a scalar)."""
+        raise NotImplementedError
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+        """Evaluation counts that add up over batches and ranks."""
+        raise NotImplementedError
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
+        """{row id: record} for what does not add up; gathered over ranks, each row once."""
+        return {}
+
+    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        """(prompt, continuation) to print during training."""
+        return []
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the model and its tokenizer in the hub's layout."""
+        raise NotImplementedError
+
+
+class LanguageModelling(Task):
+    """Predict each next token of packed text: pretraining, and continued pretraining from a checkpoint."""
+
+    name = "pretrain"
+    data: Data
+
+    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+        self.cfg = cfg
+        tokenizer = cfg.tokenizer and locate(cfg.tokenizer)
+        if tokenizer is None and cfg.init != "scratch":
+            tokenizer = _tokenizer_beside(locate(cfg.init))
+        assert cfg.data and cfg.seq_len  # resolved
+        self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
+        self.config = model_config(cfg, self.data.tokenizer.vocab_size)
+        if self.config.vocab_size < self.data.tokenizer.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.data.tokenizer.vocab_size} ids and the model of --init {cfg.init} only "
+                f"{self.config.vocab_size}; leave --tokenizer out or name the model's own"
+            )
+
+    def plan(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.config = model_config(cfg, planned_vocab_size(cfg))
+
+    def identity(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "vocabulary": config.vocab_size,
+            "data": self.data.train.sha256,
+            "tokenizer": self.data.tokenizer.sha256,
+        }
+
+    def describe(self) -> dict[str, str]:
+        config, data = self.config, self.data
+        with torch.device("meta"):
+            model = GPT(config)
+        shape = f"{config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads, context {config.block_size}"
+        padded = f" (padded to {config.padded_vocab_size})" if config.padded_vocab_size > config.vocab_size else ""
+        epochs = (self.cfg.steps or 0) * (self.cfg.batch_tokens or 0) / data.train.n_tokens
+        return {
+            "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
+            "tokenizer": f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids{padded}",
+            "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} epochs), "
+            f"{data.val.n_tokens:,} held out",
+        }
+
+    def flops_per_token(self) -> int:
+        with torch.device("meta"):
+            return GPT(self.config).flops_per_token(self.cfg.seq_len or 0)
+
+    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        assert cfg.seq_len and cfg.batch_tokens
+        rows = cfg.batch_tokens // cfg.seq_len // world_size
+        return estimate(
+            self.config, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
+            accumulate=micro_batch < rows, saves=bool(cfg.save_every),
+        )  # fmt: skip
+
+    def checkpoint_bytes(self) -> int:
+        return checkpoint_bytes(self.config, self.cfg.optimizer)
+
+    def build_model(self, cfg: TrainConfig) -> nn.Module:
+        if cfg.init == "scratch":
+            return GPT(self.config)
+        return GPT.from_pretrained(locate(cfg.init), dropout=cfg.dropout, recompute=cfg.recompute)
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        assert self.cfg.seq_len and self.cfg.batch_tokens
+        seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
+        if split == "train":
+            positions = np.arange(step * batch, (step + 1) * batch)
+            return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[:, None]
+        windows = self.data.val.n_windows(seq_len)
+        if self.cfg.eval_tokens:
+            windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
+        return np.arange(windows)[:, None]
+
+    def collate(self, split: str, ids: np.ndarray) -> Batch:
+        assert self.cfg.seq_len
+        data = self.data.train if split == "train" else self.data.val
+        tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
+        batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        if self.cfg.document_mask:
+            # A document begins with the end-of-text token, so the count of them so far names the document.
+            batch["segments"] = (batch["idx"] == self.data.tokenizer.eot).cumsum(1)
+        return batch
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        return {"nll": float((batch["targets"] != IGNORE).sum())}
+
+    def tokens(self, batch: Batch) -> float:
+        return batch["targets"].numel()
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"nll": model(**batch, reduction="sum")}
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+        return {"nll": model(**batch, reduction="sum"), "tokens": (batch["targets"] != IGNORE).sum()}
+
+    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+        loss = sums["nll"] / sums["tokens"]
+        metrics = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        val = self.data.val
+        if val.n_bytes:
+            metrics["val_bits_per_byte"] = loss / math.log(2) * val.n_tokens / val.n_bytes
+        return metrics
+
+    def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        assert isinstance(model, GPT)
+        tokenizer = self.data.tokenizer
+        prompts = self.cfg.prompts or (
+            ("def ", "class ") if self.cfg.data == "stdlib" else ("The ", "Once upon a time")
+        )
+        ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
+        options = Sampling(max_new_tokens=min(100, self.config.block_size // 2), top_k=50, seed=self.cfg.seed)
+        texts = [tokenizer.decode(out) for out in generate(model, ids, options, tokenizer.eot)]
+        return list(zip(prompts, texts, strict=True))
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, GPT)
+        model.save_pretrained(folder, eot=self.data.tokenizer.eot)
+        self.data.tokenizer.save(folder)
+
+
+def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The shape to train: of the preset and its overrides, or of the checkpoint that --init names."""
+    if cfg.init != "scratch":
+        return _pretrained_config(cfg)
+    assert cfg.preset and cfg.seq_len
+    overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
+    shape: dict[str, Any] = PRESETS[cfg.preset] | {name: n for name, n in overrides.items() if n is not None}
+    return GPTConfig(
+        vocab_size=vocab_size, block_size=cfg.seq_len, dropout=cfg.dropout, recompute=cfg.recompute, **shape
+    )
+
+
+def _pretrained_config(cfg: TrainConfig) -> GPTConfig:
+    given = [f"--{name.replace('_', '-')}" for name in ("n_layer", "n_head", "n_embd", "preset") if getattr(cfg, name)]
+    if given:
+        raise UserError(f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape")
+    model = GPT.from_pretrained(locate(cfg.init), dropout=cfg.dropout, recompute=cfg.recompute)
+    if cfg.seq_len and cfg.seq_len > model.config.block_size:
+        raise UserError(
+            f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of --init {cfg.init}; "
+            f"use --seq-len {model.config.block_size} or less"
+        )
+    return model.config
+
+
+def _tokenizer_beside(where: str) -> str | None:
+    """The tokenizer saved with a checkpoint, if there is one."""
+    folder = Path(where)
+    if not folder.is_dir():
+        return None if folder.exists() else where
+    return where if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
+
+
+def planned_vocab_size(cfg: TrainConfig) -> int:
+    """Size of the vocabulary that `setup` would find, without tokenizing anything: for --dry-run."""
+    if cfg.tokenizer:
+        return load_tokenizer(locate(cfg.tokenizer)).vocab_size
+    manifest = Path(cfg.data or "") / "manifest.json"
+    if manifest.is_file():
+        return json.loads(manifest.read_text())["vocab_size"]
+    return 4096 if cfg.data == "stdlib" else 50257

@@ -1,0 +1,439 @@
+"""Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training a byte-level BPE.
+
+tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers` everything
+else. Both are seen through one class and written in the hub's layout, so a checkpoint carries its tokenizer.
+The libraries are imported where they are used: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import glob
+import hashlib
+import json
+import operator
+import os
+import re
+import shutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import UserError, entry_point
+
+ENDOFTEXT = "<|endoftext|>"
+# The end token of a folder whose tokenizer_config.json names none: the first of these that it has.
+END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
+
+# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
+# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
+# the split does not.
+SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+CHUNK = 1 << 16  # characters
+
+
+class Tokenizer(ABC):
+    """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a worker.
+
+    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again.
+    eot: id of the token that ends a document. num_threads: of encode_batch; None takes every core.
+    """
+
+    name: str
+    source: str
+    vocab_size: int
+    eot: int
+    num_threads: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. What spells a special token is ordinary text; a lone surrogate becomes U+FFFD."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _spec(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+
+    @functools.cached_property
+    @abstractmethod
+    def _token_bytes(self) -> list[bytes]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises UserError for an id outside [0, vocab_size).
+        """
+        return self._decode([self._check(i) for i in ids])
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like `decode`."""
+        return self._token_bytes[self._check(id)]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of what this tokenizer does to a text: vocabulary, merges, normalizer, split, end token.
+
+        The same for GPT-2 through tiktoken, from its tokenizer.json and from vocab.json with merges.txt.
+        """
+        return hashlib.sha256(json.dumps(_canonical(self._spec(), self.eot), sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes alike."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spec = self._spec()
+        _write_json(folder / "tokenizer.json", spec)
+        _write_json(folder / "tokenizer_config.json", self._config(), indent=2)
+        if _is_byte_level_bpe(spec):
+            merges = "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
+            _write_json(folder / "vocab.json", _vocab(spec))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+    def _config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        end = next(t["content"] for t in self._spec()["added_tokens"] if t["id"] == self.eot)
+        # the class that takes tokenizer.json as it is, in every version of transformers
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+
+    def _check(self, id: int) -> int:
+        id = operator.index(id)
+        if not 0 <= id < self.vocab_size:
+            raise UserError(f"token id {id} is outside the vocabulary of {self.name}: 0 to {self.vocab_size - 1}")
+        return id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_tokenizer, (self.source, self.num_threads)
+
+
+class _GPT2Tokenizer(Tokenizer):
+    """GPT-2's vocabulary, run by tiktoken."""
+
+    name = source = "gpt2"
+
+    def __init__(self) -> None:
+        self._encoding = _tiktoken_gpt2()
+        self.vocab_size = self._encoding.n_vocab
+        self.eot = self._encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) <= CHUNK:
+            return self._encoding.encode_ordinary(text)
+        # tiktoken's regular expression overflows its stack on a word after a very long run of white space
+        return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        with ThreadPoolExecutor(self.num_threads or os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids, errors="replace")
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        ranks = self._encoding.token_byte_values()  # sorted by bytes
+        table = [b""] * self.vocab_size
+        for token in ranks:
+            table[self._encoding.encode_single_token(token)] = token
+        return table
+
+    def _spec(self) -> dict[str, Any]:
+        ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
+        spelled = {token: _spell(token) for token in ranks}
+        merges = [tuple(map(_spell, _halves(token, ranks))) for token in ranks if len(token) > 1]
+        vocab = {spelled[token]: id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        end = dict(id=self.eot, content=ENDOFTEXT, single_word=False, lstrip=False, rstrip=False)
+        return {
+            "version": "1.0",
+            "added_tokens": [end | {"normalized": False, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+
+
+class _HubTokenizer(Tokenizer):
+    """Any tokenizer.json, run by `tokenizers`. `config` is what tokenizer_config.json says."""
+
+    def __init__(self, tokenizer: Any, source: Path, config: dict[str, Any]):
+        self._tokenizer = tokenizer
+        self._given_config = config
+        folder = source.parent if source.name == "tokenizer.json" else source
+        self.name, self.source = folder.stem if folder.suffix == ".json" else folder.name, str(source)
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        end = _end_token(vocab, config, self.source)
+        tokenizer.add_special_tokens([end])
+        tokenizer.encode_special_tokens = True  # which means: as ordinary text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.vocab_size = max(vocab.values()) + 1
+        self.eot = vocab[end]
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self.num_threads == 1:
+            return [self.encode(text) for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # a str with a lone surrogate has no UTF-8
+            texts = [_without_surrogates(text) for text in texts]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        spell = _unspell if _is_byte_level_bpe(self._spec()) else self._bytes_after_another
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id not in added:
+                table[id] = spell(token)
+            elif not added[id].special:
+                table[id] = added[id].content.encode()
+        return table
+
+    def _bytes_after_another(self, token: str) -> bytes:
+        """What a token adds to the text when it does not come first: decoders drop a leading space."""
+        if byte := BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        id = self._tokenizer.token_to_id(token)
+        return self._decode([id, id])[len(self._decode([id])) :].encode()
+
+    def _spec(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | self._given_config
+
+
+def load_tokenizer(where: str, num_threads: int | None = None) -> Tokenizer:
+    """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a tokenizer.json.
+
+    Raises UserError where there is none, or it cannot be read, or it has no end token.
+    """
+    if where == "gpt2":
+        tokenizer: Tokenizer = _GPT2Tokenizer()
+    else:
+        tokenizer = _load_hub(Path(where).absolute())
+    tokenizer.num_threads = num_threads
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not at all.
+
+    Ids: the 256 bytes, the merges in order, <|endoftext|> last. A pair is merged only when it is seen twice,
+    so little text gives fewer than `vocab_size` tokens. Two runs on one text write the same bytes.
+    Raises UserError for a vocabulary below 257, an empty text, or a folder that holds something.
+    """
+    from tokenizers import models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {ENDOFTEXT} make 257")
+    out = Path(out).absolute()
+    _check_free(out)
+    tokenizer = _byte_level(models.BPE(), add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_pieces(texts), trainer)
+    tokenizer.add_special_tokens([ENDOFTEXT])
+    _save_whole(_HubTokenizer(tokenizer, out, {}), out)
+    return load_tokenizer(str(out))
+
+
+def _load_hub(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as HubTokenizer
+    from tokenizers import models
+
+    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    config = _read_config(folder)
+    try:
+        if file.is_file():
+            tokenizer = HubTokenizer.from_file(str(file))
+        elif vocab.is_file() and merges.is_file():
+            model = models.BPE.from_file(str(vocab), str(merges))
+            tokenizer = _byte_level(model, bool(config.get("add_prefix_space")))
+        else:
+            raise UserError(
+                f"no tokenizer at {path}: give gpt2, a folder with tokenizer.json or vocab.json and merges.txt, "
+                "or a tokenizer.json"
+            )
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise UserError(f"{file if file.is_file() else vocab} is not a tokenizer: {error}") from None
+    return _HubTokenizer(tokenizer, path, config)
+
+
+def _byte_level(model: Any, add_prefix_space: bool) -> Any:
+    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
+    from tokenizers import Tokenizer as HubTokenizer
+    from tokenizers import decoders, pre_tokenizers, processors
+
+    tokenizer = HubTokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _tiktoken_gpt2() -> Any:
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError):  # no network (requests' errors are OSErrors), or a spoiled download
+        raise UserError(
+            "GPT-2's tokenizer is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder "
+            "with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python tokenizer.py train makes one)"
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with what the older special_tokens_map.json adds; {} where there is neither."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            config |= json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from None
+    return config
+
+
+def _end_token(vocab: dict[str, int], config: dict[str, Any], source: str) -> str:
+    named = config.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    for token in (named, *END_TOKENS):
+        if token in vocab:
+            return token
+    raise UserError(
+        f"{source} has no end token: name one of its tokens as eos_token in tokenizer_config.json beside it"
+    )
+
+
+@functools.cache
+def _byte_alphabet() -> list[str]:
+    """The character that spells each byte in a byte-level vocabulary: itself where it is visible."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(b if b in visible else next(others)) for b in range(256)]
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(_byte_alphabet())}
+
+
+def _spell(token: bytes) -> str:
+    alphabet = _byte_alphabet()
+    return "".join([alphabet[byte] for byte in token])
+
+
+def _unspell(token: str) -> bytes:
+    return bytes([_byte_of()[character] for character in token])
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge made this one: what the earlier merges leave of it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _is_byte_level_bpe(spec: dict[str, Any]) -> bool:
+    return spec["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(spec["decoder"])
+
+
+def _vocab(spec: dict[str, Any]) -> dict[str, int]:
+    vocab = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    return dict(sorted(vocab.items(), key=operator.itemgetter(1)))
+
+
+def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
+    """What of a tokenizer.json decides the ids of a text, in one form however the file spells it."""
+    model = {key: value for key, value in spec["model"].items() if value}
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in added}
+    if _is_byte_level_bpe(spec):
+        model.pop("unk_token", None)  # no text has a byte that is not in the vocabulary
+    split = {key: value for key, value in (spec["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
+    return {"model": model, "added": added, "normalizer": spec["normalizer"], "split": split, "eot": eot}
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
+    start = 0
+    while cut := SAFE_CUT.search(text, start + CHUNK):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces, so that all cores count words; UserError at the end where there was nothing."""
+    characters = 0
+    for text in texts:
+        characters += len(text)
+        yield from _pieces(_without_surrogates(text))
+    if not characters:
+        raise UserError("there is no text to train a tokenizer on")
+
+
+def _check_free(out: Path) -> None:
+    """UserError unless `out` is a folder to be made or an empty one: nothing of the user's is replaced."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already holds something; remove it or give another folder")
+
+
+def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save(beside)
+        beside.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,22 @@
+"""Pretrain GPT-2:  torchrun --standalone --nproc_per_node=N train_gpt2.py [options]   (or plain python)"""
+
+from __future__ import annotations
+
+import sys
+
+from config import TrainConfig, entry_point, parse
+
+
+def main() -> int:
+    cfg = parse(TrainConfig, sys.argv[1:])
+    # torch is imported only now: --help and a mistyped option answer at once.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from task import LanguageModelling
+    from trainer import train
+
+    return record(train)(LanguageModelling(), cfg) or 0
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,542 @@
+"""The one training loop. It never looks inside a batch, a model or a loss: the Task does.
+
+A run begins (afresh or from a checkpoint), makes optimizer steps (step.py), does what is due between them
+(evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its last step saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+import checkpoint
+import distributed
+import kernels
+from checkpoint import Saver
+from config import TrainConfig, UserError, resolve
+from distributed import StopSignal, World
+from model import attention_backends
+from plan import (
+    choose_precision,
+    device_peak,
+    dry_run,
+    estimate_fits,
+    is_out_of_memory,
+    largest_micro_batch,
+    rows_per_rank,
+)
+from runlog import RunLog, bytes_text, time_text
+from step import AUTOCAST, Loader, StepResult, TrainStep, autocast, check_replicas, partition, to_device
+from task import Task
+
+MAX_SKIPPED = 10  # non-finite updates in a row that end a run
+CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
+
+
+def train(task: Task, cfg: TrainConfig) -> int:
+    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError for bad input."""
+    world = distributed.start(cfg.device)
+    stop = StopSignal(world)
+    stop.install()
+    log = RunLog(speaks=world.main)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    defaulted = cfg.data is None
+    cfg = resolve(cfg, world.device.type)
+    cfg.precision, why = choose_precision(cfg.precision, world.device)  # ty: ignore[invalid-assignment]
+    cfg.kernels = kernels.choose(cfg.kernels, world.device.type)  # ty: ignore[invalid-assignment]
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    rows_per_rank(cfg, world)
+    if defaulted and cfg.data == "stdlib":
+        log.say("no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:")
+        log.say("  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb\n")
+    if cfg.dry_run:
+        dry_run(task, cfg, world, log)
+        return 0
+    task.setup(cfg, log.say)
+    backends = attention_backends(world.device, AUTOCAST.get(cfg.precision, torch.float32), cfg.deterministic)
+    try:
+        with sdpa_kernel(backends, set_priority=True):
+            code = Run(task, cfg, world, stop, log).train({"precision": why, "attention": backends[0].name.lower()})
+    finally:
+        log.close()
+    distributed.finish(world)
+    return code
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors: what a checkpoint's JSON holds."""
+
+    step: int = 0  # optimizer steps done
+    tokens: float = 0
+    skipped: int = 0  # updates that were not finite
+    skipped_in_a_row: int = 0
+    done: list[str] = field(default_factory=list)  # of this step's evaluation and sample
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best_metric: float | None = None  # of this very step, where it was evaluated
+    seconds: float = 0.0  # spent in optimizer steps
+
+
+class Run:
+    def __init__(self, task: Task, cfg: TrainConfig, world: World, stop: StopSignal, log: RunLog):
+        self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
+        assert cfg.out and cfg.steps
+        self.folder = Path(cfg.out)
+        self.steps = cfg.steps
+        self.at = Progress()
+        self.saved: int | None = None  # step of the newest checkpoint
+        self.signal = 0  # what all ranks agreed to stop for
+        self.rates: list[float] = []  # tokens per second of each step
+        self.losses: list[float] = []
+        self.clock = time.perf_counter()  # when the last step's figures were read
+        self.peak = device_peak(world, cfg.precision)
+
+    # --- beginning
+
+    def train(self, banner: dict[str, str]) -> int:
+        start = self._on_main(self._open)
+        if start.finished:
+            self.log.say(f"{self.folder} is finished ({self.steps} steps): its model is {self.folder}/final")
+            return 0
+        self._build(start)
+        self._banner(banner, start.folder)
+        self.log.start_progress(self.steps, self.at.step)
+        try:
+            self.stop.defer()
+            self._loop()
+            if self.signal:
+                return self._stopped()
+            self._finish()
+            return 0
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory() from None
+            raise
+        finally:
+            self.loader.close()
+            self.saver.join()
+
+    def _on_main(self, function: Callable[[], Any]) -> Any:
+        """What rank 0's `function` returns, on every rank; its UserError is every rank's."""
+        result: Any = None
+        if self.world.main:
+            try:
+                result = function()
+            except UserError as error:
+                result = error
+        result = distributed.gather(self.world, result)[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def identity(self) -> dict[str, Any]:
+        names = ("seed", "batch_tokens", "seq_len", "optimizer", "schedule", "steps")
+        return {name: getattr(self.cfg, name) for name in names} | self.task.identity()
+
+    def _open(self) -> checkpoint.Start:
+        facts = {
+            "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
+            "command": sys.argv, "world_size": self.world.size,
+        }  # fmt: skip
+        return checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
+
+    def _build(self, start: checkpoint.Start) -> None:
+        cfg, world, resume_from = self.cfg, self.world, start.folder
+        tensors, meta = checkpoint.read_state(resume_from) if resume_from else ({}, {})
+        torch.manual_seed(cfg.seed)
+        self.model = self.task.build_model(cfg)
+        # The checkpoint writer exports from a double of the model whose weights are the copied ones.
+        double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
+        self.model.to(world.device)
+        cfg.micro_batch = self._micro_batch(start.micro_batch)
+        if cfg.compile:
+            self.model.compile()
+        self.step = TrainStep(self.task, self.model, cfg, world)
+        if resume_from:
+            facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress)}
+            self.at = Progress(**facts)
+            self.saved = self.at.step if resume_from.parent.parent == self.folder else None
+            self.step.load_state(tensors, self.at.step)
+        self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
+        self.saver = Saver(self.folder, lambda weights, folder: self._export(double, weights, folder), self._saved)
+        self.log.open(self.folder, self.at.step if resume_from else None, tuple(self.at.done))
+        if world.main:
+            config = dataclasses.asdict(cfg)
+            (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            if cfg.wandb:
+                self.log.start_wandb(self.folder, config)
+
+    def _micro_batch(self, before: int | None) -> int:
+        """As asked, as it was before the run was interrupted, or the largest that fits."""
+        rows = rows_per_rank(self.cfg, self.world)
+        if self.cfg.micro_batch != "auto":
+            if self.world.device.type != "cuda" and not estimate_fits(self.task, self.cfg, self.world)(
+                self.cfg.micro_batch
+            ):
+                raise self._out_of_memory()
+            return self.cfg.micro_batch
+        if before and rows % before == 0:
+            return before
+        found = largest_micro_batch(self.task, self.model, self.cfg, self.world, rows)
+        if not found:
+            raise UserError("not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or --preset")
+        return found
+
+    def _out_of_memory(self) -> UserError:
+        rows = rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world)
+        asked = self.cfg.micro_batch if isinstance(self.cfg.micro_batch, int) else rows
+        if self.world.device.type == "cuda":
+            fits = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n <= asked // 2))
+        else:
+            test = estimate_fits(self.task, self.cfg, self.world)
+            fits = max((n for n in range(1, rows + 1) if rows % n == 0 and n < asked and test(n)), default=0)
+        way = f"lower --micro-batch to {fits}" if 0 < fits < asked else "add --recompute or lower --seq-len or --preset"
+        return UserError(f"out of memory with --micro-batch {asked}; {way}", local=True)
+
+    def _banner(self, rows: dict[str, str], resume_from: Path | None) -> None:
+        cfg, world = self.cfg, self.world
+        assert isinstance(cfg.micro_batch, int) and cfg.seq_len and cfg.batch_tokens
+        accumulation = cfg.batch_tokens // (cfg.micro_batch * cfg.seq_len * world.size)
+        flops = self.task.flops_per_token()
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+        threads = f", {torch.get_num_threads()} threads a rank" if world.device.type == "cpu" else ""
+        first = {
+            "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
+            "device": f"{world.size} x {device}{threads}",
+            "precision": f"{cfg.precision} ({rows['precision']})",
+            "attention": rows["attention"],
+            "kernels": f"{cfg.kernels}, {'compiled' if cfg.compile else 'not compiled'}",
+        }
+        last = {
+            "step": f"{cfg.batch_tokens:,} tokens = micro-batch {cfg.micro_batch} x length {cfg.seq_len} x "
+            f"accumulation {accumulation} x ranks {world.size}",
+            "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} schedule, peak lr {cfg.lr:g}"
+            + (f", {flops / 1e6:,.1f} MFLOP a token" if flops else ""),
+        }
+        self.log.banner(first | self.task.describe() | last)
+
+    # --- the loop
+
+    def _loop(self) -> None:
+        """Run the remaining steps, or as many as a signal leaves."""
+        self._after_step()  # what an interrupted run still owed at its last step
+        self.clock = time.perf_counter()
+        unread: Callable[[], None] | None = None
+        with self._profiler() as profile_step:
+            while self.at.step < self.steps and not self.signal:
+                began = time.perf_counter()
+                data = self.loader(self.at.step)
+                waited = time.perf_counter() - began
+                result = self.step(self.at.step, data, self._stopping)
+                if unread:  # on a GPU the figures of a step are read while the next one runs
+                    unread()
+                    unread = None
+                if result is None:
+                    break
+                self._completed()
+                unread = self._reader(self.at.step, result, waited)
+                if self.world.device.type != "cuda" or self._is_anything_due():
+                    unread()
+                    unread = None
+                    self._after_step()
+                profile_step()
+
+    def _stopping(self) -> int:
+        """The signal that all ranks agree to stop for, 0 for none; asked before each (evaluation) micro-batch."""
+        self.signal = self.signal or self.stop.agreed()
+        return self.signal
+
+    def _completed(self) -> None:
+        self.at.step += 1
+        self.at.done, self.at.best_metric = [], None
+
+    def _reader(self, step: int, result: StepResult, waited: float) -> Callable[[], None]:
+        """Start copying a step's figures to the host; the function returned waits for them and logs them."""
+        figures = torch.stack([result.loss, result.grad_norm, result.ok, *result.terms.values()]).float()
+        if not figures.is_cuda:
+            return lambda: self._log_step(step, result, figures.tolist(), waited)
+        host = torch.empty(figures.shape, pin_memory=True)
+        host.copy_(figures, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> None:
+            copied.synchronize()
+            self._log_step(step, result, host.tolist(), waited)
+
+        return read
+
+    def _log_step(self, step: int, result: StepResult, figures: list[float], waited: float) -> None:
+        loss, norm, ok, *terms = figures
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        rate = result.tokens / seconds
+        self.rates.append(rate)
+        self.at.tokens += result.tokens
+        self.at.seconds += seconds
+        self.losses.append(loss)
+        record = {
+            "step": step,
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": norm,
+            "tokens": int(self.at.tokens),
+            "tokens_per_second": rate,
+            "mfu": self._mfu(rate),
+            "step_ms": 1e3 * seconds,
+            "data_ms": 1e3 * waited,
+            "memory_bytes": distributed.memory_bytes(self.world.device),
+        }
+        if len(terms) > 1:
+            record |= dict(zip(result.terms, terms, strict=True))
+        eta = (self.steps - step) * statistics.median(1 / r for r in self.rates[-50:]) * result.tokens
+        shown = bool(self.cfg.log_every) and (step % self.cfg.log_every == 0 or step == self.steps)
+        self.log.step(record, self.steps, eta, shown)
+        self._count_skipped(step, bool(ok))
+
+    def _count_skipped(self, step: int, ok: bool) -> None:
+        self.at.skipped_in_a_row = 0 if ok else self.at.skipped_in_a_row + 1
+        if ok:
+            return
+        self.at.skipped += 1
+        self.log.warn(f"step {step}: loss or gradient is not finite; update skipped ({self.at.skipped} so far)", step)
+        if self.at.skipped_in_a_row == MAX_SKIPPED:
+            raise RuntimeError(
+                f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower --lr or raise "
+                f"--warmup-steps, and start again from an earlier checkpoint with --resume FOLDER --out ANOTHER"
+            )
+
+    def _mfu(self, rate: float) -> float | None:
+        flops = self.task.flops_per_token()
+        return rate * flops / (self.peak * self.world.size) if flops and self.peak else None
+
+    # --- between steps
+
+    def _due(self, every: int | None) -> bool:
+        step = self.at.step
+        return bool(every) and step > 0 and (step % every == 0 or step == self.steps)
+
+    def _is_anything_due(self) -> bool:
+        cfg, last = self.cfg, self.at.step == self.steps
+        periods = (cfg.eval_every, cfg.sample_every, cfg.save_every, CHECK_EVERY)
+        return last or any(self._due(every) for every in periods)
+
+    def _after_step(self) -> None:
+        """Whatever is due after the step just done, unless it was done before an interruption."""
+        if self._due(CHECK_EVERY):
+            check_replicas(self.model, self.world)
+        for kind, every, act in (
+            ("eval", self.cfg.eval_every, self._evaluate),
+            ("sample", self.cfg.sample_every, self._sample),
+        ):
+            if self._due(every) and kind not in self.at.done:
+                act()
+                if self.signal:
+                    return
+                self.at.done.append(kind)
+        if self._due(self.cfg.save_every) and self.saved != self.at.step:
+            self._save()
+        self.clock = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        metrics = evaluate(self.task, self.model, self.cfg, self.world, self._stopping)
+        if metrics is None:
+            return
+        self.at.metrics = metrics
+        self.at.best_metric = metrics[self.task.best[0]]
+        seconds = time.perf_counter() - began
+        self.log.record("eval", {"step": self.at.step, **metrics, "seconds": seconds})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.log.say(f"evaluation at step {self.at.step}: {figures} ({seconds:.1f} s)")
+
+    def _sample(self) -> None:
+        if not self.world.main:
+            return
+        for prompt, text in self.task.samples(self.model):
+            self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
+            self.log.say(f"--- sample at step {self.at.step}\n{prompt}{text}\n---")
+
+    def _save(self) -> None:
+        """Hand the state to the writer; rank 0 alone."""
+        if not self.world.main:
+            return
+        meta = dataclasses.asdict(self.at) | {
+            "identity": self.identity(),
+            "micro_batch": self.cfg.micro_batch,
+            "world_size": self.world.size,
+        }
+
+        def prune() -> None:
+            best = checkpoint.best_of(self.folder, self.task.best[1])
+            checkpoint.prune(self.folder, self.cfg.keep, best[0] if best else None)
+
+        self.saver.save(self.step.state(), meta, prune)
+
+    def _saved(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
+        """Called by the writer's thread when a checkpoint stands or has failed."""
+        if error:
+            self.log.warn(f"the checkpoint of step {step} could not be written ({error}); older ones stand", step)
+            return
+        self.saved = step
+        self.log.record("checkpoint", {"step": step, "folder": folder, **facts})
+        size, blocked, write = bytes_text(facts["bytes"]), facts["blocked_ms"], facts["write_ms"]
+        self.log.say(f"saved {folder}: {size}, training blocked {blocked:.0f} ms, written in {write:.0f} ms")
+
+    def _export(self, double: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+        double.load_state_dict(weights, assign=True)
+        self.task.export(double, folder)
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Generator[Callable[[], None]]:
+        """With --profile: a trace and a memory snapshot of three steps after two to warm up."""
+        if not self.cfg.profile or not self.world.main:
+            yield lambda: None
+            return
+        cuda = self.world.device.type == "cuda"
+        folder = self.folder / "profile"
+        folder.mkdir(exist_ok=True)
+
+        def write(profile: torch.profiler.profile) -> None:
+            profile.export_chrome_trace(str(folder / "trace.json"))
+            if cuda:
+                torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
+            table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
+            (folder / "memory.txt").write_text(table + "\n")
+            self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/memory.txt")
+
+        if cuda:
+            torch.cuda.memory._record_memory_history()
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+        options: dict[str, Any] = dict(profile_memory=True, record_shapes=True, schedule=schedule)
+        with torch.profiler.profile(on_trace_ready=write, **options) as profile:
+            yield profile.step
+
+    # --- ending
+
+    def _stopped(self) -> int:
+        """Save the last completed step and return the exit code of the signal."""
+        self.saver.join()
+        if self.world.main and self.at.step and self.saved != self.at.step:
+            self._save()
+            self.saver.join()
+        self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {self.signal}"})
+        saved = "its checkpoint is saved" if self.saved == self.at.step else "nothing new was saved"
+        self.log.say(f"stopped by signal {self.signal} after step {self.at.step}; {saved}; the same command resumes")
+        return 128 + self.signal
+
+    def _finish(self) -> None:
+        """Write final/ and metrics.json, and say how it went."""
+        self.saver.join()
+        if self.saver.error:
+            raise RuntimeError(f"the last checkpoint could not be written: {self.saver.error}; free space, start again")
+        if self.world.main:
+            chosen = self._write_final()
+            figures = self._figures() | {"final_is_step": chosen}
+            (self.folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+            rows = {
+                "validation": ", ".join(f"{k} {v:.4f}" for k, v in self.at.metrics.items()) or "not evaluated",
+                "training loss": f"{figures['train_loss']:.4f} (mean of the last {min(10, len(self.losses))} steps)",
+                "speed": f"{figures['tokens_per_second']:,.0f} tokens/s (median)",
+                "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
+                "skipped": f"{self.at.skipped} updates",
+                "model": f"{self.folder}/final (step {chosen})",
+            }
+            self.log.say("\ndone")
+            self.log.banner(rows)
+        distributed.gather(self.world, None)  # nobody leaves before rank 0 has written
+
+    def _write_final(self) -> int:
+        """The best checkpoint's model, where one was better than the last step's, else the last; returns its step."""
+        weights, step = dict(self.model.state_dict()), self.at.step
+        best = checkpoint.best_of(self.folder, self.task.best[1])
+        if best and self.at.best_metric != best[1]:
+            tensors, meta = checkpoint.read_state(best[0])
+            if self.at.best_metric is None or (meta["best_metric"] < self.at.best_metric) == (
+                self.task.best[1] == "min"
+            ):
+                weights, step = checkpoint.part(tensors, "model"), meta["step"]
+
+        def fill(folder: Path) -> None:
+            self.saver.export(weights, folder)
+            (folder / "README.md").write_text(self._card(step))
+
+        checkpoint.write_folder(self.folder / "final", fill)
+        return step
+
+    def _figures(self) -> dict[str, Any]:
+        last = self.losses[-10:] or [math.nan]
+        return {
+            "steps": self.at.step,
+            "tokens": int(self.at.tokens),
+            "train_loss": statistics.fmean(last),
+            **self.at.metrics,
+            "tokens_per_second": statistics.median(self.rates) if self.rates else None,
+            "seconds": self.at.seconds,
+            "skipped": self.at.skipped,
+            "memory_bytes": distributed.memory_bytes(self.world.device),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def _card(self, step: int) -> str:
+        lines = "\n".join(f"- {name}: {value}" for name, value in self.task.describe().items())
+        metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in self.at.metrics.items())
+        cfg = self.cfg
+        return (
+            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n"
+            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} of {self.steps}.\n\n"
+            f"{lines}\n- training: {cfg.batch_tokens:,} tokens a step, {cfg.optimizer}, {cfg.schedule} schedule, peak "
+            f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
+            f'```python\nAutoModelForCausalLM.from_pretrained("{self.folder}/final")\n```\n'
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, cfg: TrainConfig, world: World, stop: Callable[[], int] = lambda: 0
+) -> dict[str, float] | None:
+    """The task's metrics over its whole validation split, exact over ranks; None where `stop()` said so."""
+    assert isinstance(cfg.micro_batch, int)
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    outputs: dict[int, Any] = {}
+    try:
+        for ids in partition(task.rows("val", 0), world.rank, world.size, cfg.micro_batch):
+            if stop():
+                return None
+            if ids is None:
+                continue
+            batch = to_device(task.collate("val", ids), world.device)
+            with autocast(cfg.precision, world.device):
+                counts = task.sums(model, batch)
+                outputs |= task.outputs(model, batch)
+            for key, value in counts.items():  # fp64 on the host's side of MPS; on the device elsewhere
+                count = torch.as_tensor(value, device="cpu" if world.device.type == "mps" else world.device)
+                sums[key] = sums.get(key, 0) + count.double()
+    finally:
+        model.train(was_training)
+    total = distributed.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
+    gathered = {row: record for part in distributed.gather(world, outputs) for row, record in part.items()}
+    return task.metrics(total, gathered)
