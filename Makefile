@@ -1,0 +1,51 @@
+# make train       set up and run the main job on this machine       make train ARGS="--steps 100"
+# make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-n 2 -k floors"
+# make gpu-check   every check and measurement that needs a CUDA GPU
+# PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
+
+.PHONY: train test gpu-check lint setup clean
+.SILENT:
+
+ifeq ($(origin PYTHON),command line)
+SETUP =
+else
+PYTHON = .venv/bin/python
+SETUP = setup
+endif
+
+# What a sound .venv has in .venv/installed: the sum of what it was made from and how many files that gave.
+# An interrupted set-up, a deletion or a new lock makes the next make start it afresh.
+SUM = cat pyproject.toml constraints.txt | cksum
+FILES = find .venv -type f ! -name '*.pyc' | wc -l
+
+train: $(SETUP)
+	gpus=$$($(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
+	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$$gpus train_gpt2.py $(ARGS)
+
+test: lint
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check --quiet .
+	$(PYTHON) -m ruff format --check --quiet .
+	$(PYTHON) -m ty check --quiet
+
+gpu-check: $(SETUP)
+	$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
+		{ echo "gpu-check: torch sees no CUDA GPU on this machine; nothing was run" >&2; exit 2; }
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m benchmarks.peers --device cuda
+
+setup:
+	set -e; { read -r sum && read -r files; } 2> /dev/null < .venv/installed || sum=; \
+	[ "$$sum" != "$$($(SUM))" ] || [ "$$($(FILES))" -lt "$$files" ] || exit 0; \
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || \
+		{ echo "Python 3.11 or newer is needed; python3 here is: $$(python3 --version 2>&1)" >&2; exit 1; }; \
+	echo "Setting up .venv (once, some minutes)"; \
+	python3 -m venv --clear .venv; \
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	{ $(SUM); $(FILES); } > .venv/setting-up; mv .venv/setting-up .venv/installed
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

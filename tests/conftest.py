@@ -1,0 +1,71 @@
+"""What every test may use: the `repo` folder, `run` for whole scripts, and the rule that skips `gpu` tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# No test reaches a network: a library that tries fails at once and does not hang.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+os.environ.update(OFFLINE)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its own."""
+
+    def run(
+        *words: str | Path,
+        cwd: Path = tmp_path,
+        env: dict[str, str] | None = None,
+        timeout: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        # without OMP_NUM_THREADS a script chooses its threads as it would for a user
+        base = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        command = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**base, "PYTHONPATH": str(REPO), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too: they hold the pipes open
+            out, err = process.communicate()
+            print(out, err, sep="\n")
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run
