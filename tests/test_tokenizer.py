@@ -1,0 +1,382 @@
+"""Tokenizers: what goes in comes out, the hub's library agrees, and mistakes are one line."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from config import UserError
+from tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+SENTENCES = [
+    "The quick brown fox doesn't jump over the lazy dog; it's the dog's 1,024th day.\n",
+    "def add(a, b):\r\n    return a + b  # sums\r\n\r\n",
+    "학교에 가는 길에 고양이를 만났다. 고양이는 학교를 좋아한다.\n",
+    "Ünïcödé, naïve café, 東京 🙂🙃 👩‍👩‍👧\t\tend   \n",
+]
+AWKWARD = [
+    "",
+    " ",
+    "<|endoftext|>",
+    "a<|endoftext|>b <|endoftext|>",
+    "line\r\nline\r\n\r\n  x",
+    "고양이 🙂 e\u0301 \u200d \u00a0\u3000 \x00\x1c\x85",
+    "it's I'LL we've 12ab34 ___ \n \n  \t x   ",
+    "a" * 5000,
+    " " * 5000 + "x",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Tokenizer:
+    return train_bpe(SENTENCES * 20, 400, tmp_path_factory.mktemp("tokenizers") / "small")
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", SHARED / "tiktoken_cache"))
+    if not cache.is_dir():
+        pytest.skip("needs tiktoken's two gpt2 files: set TIKTOKEN_CACHE_DIR to their folder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(gpt2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizers") / "gpt2-saved"
+    gpt2.save(folder)
+    return folder
+
+
+def hub_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def hub_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """The ids by transformers, special tokens in the text read as text."""
+    hub = hub_tokenizer(folder)
+    return [hub(text, split_special_tokens=True)["input_ids"] for text in texts]
+
+
+class TestTrained:
+    @given(st.text())
+    @settings(max_examples=300, deadline=None)
+    def test_round_trip(self, trained, text):
+        ids = trained.encode(text)
+        assert trained.decode(ids) == text
+        assert b"".join(map(trained.token_bytes, ids)) == text.encode()
+        assert trained.eot not in ids
+
+    @given(st.text(alphabet=st.one_of(st.sampled_from("the dog's 12 \n\t\r'고양이🙂"), st.characters())))
+    @settings(max_examples=300, deadline=None)
+    def test_batch_through_tiktoken_equals_tokenizers(self, trained, text):
+        assert trained._encoding is not None
+        assert trained.encode_batch([text]) == trained._encode([text])
+
+    def test_ids_are_bytes_then_merges_then_the_end(self, trained):
+        assert trained.vocab_size == 400 and trained.eot == 399
+        assert sorted(trained.token_bytes(i) for i in range(256)) == [bytes([b]) for b in range(256)]
+        assert all(len(trained.token_bytes(i)) > 1 for i in range(256, 399))
+        assert trained.token_bytes(trained.eot) == b""
+
+    def test_learns(self, trained):
+        text = "".join(SENTENCES)
+        assert len(trained.encode(text)) < len(text.encode()) / 2
+
+    def test_transformers_agrees(self, trained):
+        texts = SENTENCES + AWKWARD
+        assert hub_ids(Path(trained.source), texts) == trained.encode_batch(texts)
+        hub = hub_tokenizer(Path(trained.source))
+        assert len(hub) == trained.vocab_size and hub.eos_token_id == trained.eot
+
+    def test_transformers_agrees_beside_a_gpt2_model(self, trained, tmp_path):
+        trained.save(tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+        assert hub_ids(tmp_path, SENTENCES) == trained.encode_batch(SENTENCES)
+
+    def test_is_deterministic(self, trained, tmp_path):
+        again = train_bpe(iter(SENTENCES * 20), 400, tmp_path / "again")
+        for name in FILES:
+            assert (tmp_path / "again" / name).read_bytes() == (Path(trained.source) / name).read_bytes()
+        assert again.sha256 == trained.sha256
+
+    def test_writes_nothing_beside_and_keeps_what_is_there(self, trained):
+        folder = Path(trained.source)
+        assert [path.name for path in folder.parent.iterdir()] == ["small"]
+        with pytest.raises(UserError, match="already holds"):
+            train_bpe(SENTENCES, 300, folder)
+
+    def test_little_text_gives_fewer_tokens(self, tmp_path):
+        small = train_bpe(["ab ab"], 10_000, tmp_path / "t")
+        assert small.vocab_size == 258 and small.eot == 257  # "ab" is the only pair seen twice
+        assert small.decode(small.encode("abba")) == "abba"
+
+    def test_long_runs_train(self, tmp_path):
+        long = train_bpe(["a" * 300_000 + " " * 300_000, "ab" * 50_000], 400, tmp_path / "t")
+        assert max(len(long.token_bytes(i)) for i in range(long.vocab_size)) <= tokenizer.LONGEST_WORD
+
+    def test_bad_input(self, tmp_path):
+        with pytest.raises(UserError, match="257"):
+            train_bpe(SENTENCES, 256, tmp_path / "t")
+        with pytest.raises(UserError, match="no text"):
+            train_bpe(["", ""], 300, tmp_path / "t")
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(UserError, match="cannot write"):
+            train_bpe(SENTENCES, 300, tmp_path / "file" / "t")
+        assert not (tmp_path / "t").exists()
+
+
+class TestAny:
+    """What holds for both implementations."""
+
+    @pytest.fixture(params=["trained", "gpt2"])
+    def either(self, request) -> Tokenizer:
+        return request.getfixturevalue(request.param)
+
+    @pytest.mark.parametrize("text", AWKWARD)
+    def test_awkward_texts_survive(self, either, text):
+        ids = either.encode(text)
+        assert either.decode(ids) == text and either.eot not in ids
+        assert either.encode_batch([text, "x", text]) == [ids, either.encode("x"), ids]
+
+    def test_one_thread_gives_the_same(self, either):
+        one = load_tokenizer(either.source, num_threads=1)
+        assert one.encode_batch(SENTENCES) == either.encode_batch(SENTENCES)
+
+    def test_lone_surrogates_are_replaced(self, either):
+        assert either.decode(either.encode("a\ud800b")) == "a\ufffdb"
+        assert either.decode(either.encode_batch(["\udfff", "\ud83d\ude42"])[0]) == "\ufffd"
+        assert either.encode("\ud83d\ude42") == either.encode("🙂")  # a pair is its character
+
+    def test_partial_utf8_decodes(self, either):
+        ids = either.encode("🙂")
+        assert len(ids) > 1 or either.token_bytes(ids[0]) == "🙂".encode()
+        first_byte = next(i for i in range(either.vocab_size) if either.token_bytes(i) == "🙂".encode()[:1])
+        assert either.decode([first_byte]) == "\ufffd"
+        assert either.decode([]) == ""
+        assert either.decode([either.eot]) == "<|endoftext|>"
+
+    @pytest.mark.parametrize("id", [-1, 10**6, 2**40])
+    def test_ids_outside_are_refused(self, either, id):
+        with pytest.raises(UserError, match="outside the vocabulary"):
+            either.decode([1, id])
+        with pytest.raises(UserError, match="outside the vocabulary"):
+            either.token_bytes(id)
+
+    def test_pickles_small_and_whole(self, either):
+        pickled = pickle.dumps(either)
+        again = pickle.loads(pickled)
+        assert len(pickled) < 500
+        assert (again.name, again.source, again.sha256) == (either.name, either.source, either.sha256)
+        assert again.encode(SENTENCES[0]) == either.encode(SENTENCES[0])
+
+    def test_saved_is_the_same(self, either, tmp_path):
+        either.save(tmp_path / "copy")
+        copy = load_tokenizer(str(tmp_path / "copy"))
+        assert copy.name == "copy" and copy.source == str(tmp_path / "copy")
+        assert (copy.sha256, copy.vocab_size, copy.eot) == (either.sha256, either.vocab_size, either.eot)
+        assert copy.encode_batch(AWKWARD) == either.encode_batch(AWKWARD)
+
+
+class TestGPT2:
+    def test_known_ids(self, gpt2):
+        assert gpt2.encode("hello world") == [31373, 995]
+        assert (gpt2.name, gpt2.source, gpt2.vocab_size, gpt2.eot) == ("gpt2", "gpt2", 50257, 50256)
+        assert gpt2.token_bytes(995) == b" world"
+
+    def test_transformers_agrees(self, gpt2, gpt2_folder):
+        texts = SENTENCES + AWKWARD
+        assert hub_ids(gpt2_folder, texts) == gpt2.encode_batch(texts)
+
+    def test_one_identity_however_it_is_stored(self, gpt2, gpt2_folder, tmp_path):
+        for name in ("vocab.json", "merges.txt"):
+            (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
+        stored = [tmp_path, gpt2_folder, gpt2_folder / "tokenizer.json"]
+        assert {load_tokenizer(str(where)).sha256 for where in stored} == {gpt2.sha256}
+
+    def test_rebuilds_the_released_files(self, gpt2_folder):
+        released = SHARED / "gpt2_bpe"
+        if not released.is_dir():
+            pytest.skip("needs ../shared/data/gpt2_bpe: GPT-2's released vocabulary")
+        assert (gpt2_folder / "merges.txt").read_text() == (released / "vocab.bpe").read_text()
+        vocab = json.loads((gpt2_folder / "vocab.json").read_text())
+        assert vocab == json.loads((released / "encoder.json").read_text())
+
+    @given(text=st.text(alphabet="a' \n\r\x1c\x85\u00a0\u30001é고🙂.", max_size=60))
+    @settings(max_examples=500, deadline=None)
+    def test_cutting_long_text_changes_nothing(self, gpt2, text):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer, "CHUNK", 3)
+            assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)
+
+    def test_very_long_runs(self, gpt2):
+        assert gpt2.encode(" " * 500_000 + "x") == [220] * 499_999 + gpt2.encode(" x")
+        for run in ("a" * 300_000, "\n" * 300_000, "가" * 100_000, "x!" * 100_000):
+            assert gpt2.decode(gpt2.encode(run)) == run
+
+    def test_without_network_or_cache_says_what_to_do(self, monkeypatch):
+        import tiktoken
+
+        def unreachable(name: str):
+            raise ConnectionError("no route")
+
+        monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+        with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR.*tokenizer.py train"):
+            load_tokenizer("gpt2")
+
+
+class TestOtherTokenizers:
+    def test_word_piece(self, tmp_path):
+        from tokenizers import Tokenizer as HubTokenizer
+        from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+        words = ["[UNK]", "[SEP]", "un", "##do", "##ne", "work", ".", "[", "]", "sep"]
+        hub = HubTokenizer(models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]"))
+        hub.normalizer = normalizers.Lowercase()
+        hub.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        hub.decoder = decoders.WordPiece()
+        hub.enable_truncation(2)
+        hub.enable_padding(length=8)
+        hub.save(str(tmp_path / "words.json"))
+
+        words = load_tokenizer(str(tmp_path / "words.json"))
+        assert words.name == "words" and words.eot == 1
+        assert words.encode("Undone work. [SEP]") == [2, 3, 4, 5, 6, 7, 9, 8]
+        assert words.encode("xyz") == [0]
+        assert words.decode([5, 2, 3, 4]) == "work undone"
+        assert [words.token_bytes(i) for i in (1, 2, 3, 5)] == [b"", b" un", b"do", b" work"]
+        words.save(tmp_path / "saved")
+        assert load_tokenizer(str(tmp_path / "saved")).sha256 == words.sha256
+        assert not (tmp_path / "saved" / "merges.txt").exists()
+
+    def test_a_unigram_model_reads_no_special_token_in_text(self, tmp_path):
+        from tokenizers import Tokenizer as HubTokenizer
+        from tokenizers import decoders, models, pre_tokenizers
+
+        pieces = ["<unk>", "</s>", "▁", "a", "b", "<", "/", "s", ">", "<0xF0>"]
+        hub = HubTokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+        hub.pre_tokenizer = pre_tokenizers.Metaspace()
+        hub.decoder = decoders.Metaspace()
+        hub.add_special_tokens(["<unk>", "</s>"])
+        hub.save(str(tmp_path / "tokenizer.json"))
+
+        unigram = load_tokenizer(str(tmp_path))
+        assert unigram.eot == 1
+        assert unigram.decode(unigram.encode("a</s> b")) == "a</s> b" and 1 not in unigram.encode("</s>")
+        assert 0 in unigram.encode("z")
+        assert [unigram.token_bytes(i) for i in (1, 2, 3, 9)] == [b"", b" ", b"a", b"\xf0"]
+
+    def test_a_folders_own_end_token_and_settings(self, trained, tmp_path):
+        file = tmp_path / "tokenizer.json"
+        file.write_text((Path(trained.source) / "tokenizer.json").read_text().replace("<|endoftext|>", "<stop>"))
+        with pytest.raises(UserError, match="no end token"):
+            load_tokenizer(str(file))
+        config = tmp_path / "tokenizer_config.json"
+        config.write_text(json.dumps({"eos_token": {"content": "<stop>"}, "model_max_length": 77}))
+        own = load_tokenizer(str(tmp_path))
+        assert own.eot == 399 and own.decode([399]) == "<stop>" and own.sha256 != trained.sha256
+        own.save(tmp_path / "copy")
+        assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["model_max_length"] == 77
+
+    def test_an_end_token_marked_ordinary_is_still_not_read_in_text(self, trained, tmp_path):
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
+        spec["added_tokens"][0]["special"] = False
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        assert 399 not in load_tokenizer(str(tmp_path)).encode("a<|endoftext|>b")
+
+    @pytest.mark.parametrize("change", ["split", "merge order", "added token"])
+    def test_tiktoken_is_left_out_where_it_could_differ(self, trained, tmp_path, change):
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
+        if change == "split":
+            spec["pre_tokenizer"]["add_prefix_space"] = True
+        elif change == "merge order":
+            spec["model"]["merges"].reverse()
+        else:
+            spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 400, "content": "fox", "special": False})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        other: Any = load_tokenizer(str(tmp_path))
+        assert other._encoding is None and other.sha256 != trained.sha256
+        assert other.encode_batch(SENTENCES) == hub_ids(tmp_path, SENTENCES)
+
+    @pytest.mark.parametrize("content", ["{", "{}", "[]", "\x00"])
+    def test_unreadable_files(self, tmp_path, content):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="is not a tokenizer"):
+            load_tokenizer(str(tmp_path))
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(UserError, match="no tokenizer at"):
+            load_tokenizer(str(tmp_path))
+        with pytest.raises(UserError, match="no tokenizer at"):
+            load_tokenizer(str(tmp_path / "missing"))
+
+
+def command(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    run = [sys.executable, str(ROOT / "tokenizer.py"), *words]
+    return subprocess.run(run, input=stdin, capture_output=True, timeout=60)
+
+
+class TestCommandLine:
+    def test_train_encode_decode(self, tmp_path):
+        text = "".join(SENTENCES * 20)
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n<|endoftext|>\n")
+        (tmp_path / "b.txt").write_bytes(b"bad \xff\xfe bytes\n" + "\ufffd \n".encode())
+        out = str(tmp_path / "made" / "here")
+        train = command("train", "--input", str(tmp_path / "*.txt"), "--vocab-size", "400", "--out", out)
+        assert train.returncode == 0, train.stderr
+        assert b"vocabulary 400" in train.stdout and b"replaced 2 bytes" in train.stdout
+        assert sorted(path.name for path in Path(out).iterdir()) == sorted(FILES)
+        pieces = {load_tokenizer(out).token_bytes(i) for i in range(400)}
+        assert not any(b"<|" in piece for piece in pieces)  # the separator of documents is not text
+
+        ids = command("encode", "--tokenizer", out, stdin=text.encode()).stdout
+        assert [int(id) for id in ids.split()] == load_tokenizer(out).encode(text)
+        assert command("decode", "--tokenizer", out, stdin=ids).stdout == text.encode()
+        ids = command("encode", "--tokenizer", out, "the dog").stdout.split()
+        assert command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
+
+    @pytest.mark.parametrize(
+        "words, says",
+        [
+            ("", "required"),
+            ("tran", "train"),
+            ("train --input nothing*.txt --vocab-size 300 --out OUT", "no such file"),
+            ("train --input . --vocab-size 300 --out OUT", "folder"),
+            ("train --input EMPTY --vocab-size 300 --out OUT", "no text"),
+            ("train --input EMPTY --vocab-size 12 --out OUT", "257"),
+            ("train --input EMPTY --vocab-size many --out OUT", "invalid int"),
+            ("train --input EMPTY --vocab-size 300 --out OUT --fast", "--fast"),
+            ("encode --tokenizer OUT hello", "no tokenizer at"),
+            ("decode --tokenizer SMALL 3 five", "'five'"),
+            ("decode --tokenizer SMALL 400", "outside the vocabulary"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, trained, tmp_path, words, says):
+        (tmp_path / "empty.txt").touch()
+        places = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt", "SMALL": trained.source}
+        result = command(*(str(places.get(word, word)) for word in words.split()))
+        message = result.stderr.decode()
+        assert result.returncode == 2 and message.count("\n") == 1 and message.startswith("error: ")
+        assert says in message
+        assert not (tmp_path / "out").exists()
+
+    def test_importing_is_light(self):
+        heavy = "{'torch', 'tiktoken', 'tokenizers', 'transformers', 'numpy'}"
+        check = f"import sys, tokenizer; sys.exit(' '.join({heavy} & sys.modules.keys()))"
+        result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True)
+        assert result.stderr.split() == []
