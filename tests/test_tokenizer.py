@@ -88,6 +88,10 @@ class TestTrained:
         assert trained._encoding is not None
         assert trained.encode_batch([text]) == trained._encode([text])
 
+    def test_a_very_long_run_of_white_space(self, trained):
+        text = "a" + " \n" * 600_000 + "x"
+        assert trained.encode(text) == trained._encode([text])[0]
+
     def test_ids_are_bytes_then_merges_then_the_end(self, trained):
         assert trained.vocab_size == 400 and trained.eot == 399
         assert sorted(trained.token_bytes(i) for i in range(256)) == [bytes([b]) for b in range(256)]
