@@ -241,6 +241,11 @@ def check(cfg: TrainConfig) -> None:
 Config = TypeVar("Config")  # any dataclass of options
 
 
+def option_names(cls: Any) -> list[str]:
+    """Fields of a dataclass of options, as attributes."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
     """Command line to config: `defaults` below the file of `--config`, the command line on top.
 
@@ -326,7 +331,7 @@ def _as_arguments(cls: type, values: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for key, value in values.items():
         option = "--" + key.replace("_", "-")
-        if key.replace("-", "_") not in {f.name for f in dataclasses.fields(cls)}:
+        if key.replace("-", "_") not in option_names(cls):
             raise UserError(_unknown_option(cls, option))
         if isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
@@ -351,7 +356,7 @@ def _one_line(box: str) -> str:
 
 
 def _unknown_option(cls: type, word: str) -> str:
-    options = ["--config"] + ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+    options = ["--config"] + ["--" + name.replace("_", "-") for name in option_names(cls)]
     if not word.startswith("-"):
         return f"unexpected word {word!r}; options are written --name value (see --help)"
     return f"unknown option {word.partition('=')[0]}{nearest(word.partition('=')[0], options)}"

@@ -156,7 +156,7 @@ class TrainStep:
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.module = DistributedDataParallel(
-                LossModule(self.task, self.model), device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                LossModule(self.task, self.model), device_ids=ids, gradient_as_bucket_view=True
             )
 
     def lr(self, step: int) -> float:
