@@ -102,9 +102,7 @@ def _read_jsonl(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(
-                f"{where} line {number} is not valid JSON: {error}; mend or remove the line"
-            ) from None
+            raise UserError(f"{where} line {number} is not valid JSON: {error}; mend or remove the line") from None
         if not isinstance(row, dict):
             raise UserError(
                 f"{where} line {number} is not a JSON object; each line should be one, with {column!r} in it"
@@ -209,9 +207,7 @@ def find_files(spec: str) -> list[Path]:
         found += matches
     for path in found:
         if suffix_of(path) not in _READERS:
-            raise UserError(
-                f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz), nor a token shard"
-            )
+            raise UserError(f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz), nor a token shard")
     return list(dict.fromkeys(found))
 
 
@@ -225,6 +221,21 @@ def no_such_data(item: str) -> str:
     return (
         f"no such data: {item}; prepare it with "
         f"`python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}`, or type --data stdlib"
+    )
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's libraries raise for a name that does not exist, or a network that does not answer."""
+    import httpx
+
+    return OSError, ValueError, httpx.HTTPError
+
+
+def no_hub_data(what: str, error: Exception) -> UserError:
+    """What was asked of the hub, what it said, and what to type."""
+    said = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return UserError(
+        f"cannot get {what} from the hub: {said}; check the name and the network, or use text files of your own"
     )
 
 
@@ -247,9 +258,7 @@ def stdlib_files() -> list[Path]:
         names[:] = [name for name in names if name not in outside and not name.startswith("config-")]
         found += [Path(folder, name) for name in files if name.endswith(".py")]
     if not found:
-        raise UserError(
-            f"the source of Python's standard library is not in {root}; give --data text files instead"
-        )
+        raise UserError(f"the source of Python's standard library is not in {root}; give --data text files instead")
     return sorted(found)
 
 
@@ -309,9 +318,7 @@ class TextFiles:
                 else:
                     yield from itertools.islice(reader(raw, str(path), self.column), skip, None)
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text ({error.reason}); convert it: iconv -t UTF-8"
-            ) from None
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it: iconv -t UTF-8") from None
         except (gzip.BadGzipFile, EOFError) as error:
             raise UserError(f"{path} is not a sound gzip file: {error}") from None
 
@@ -321,26 +328,26 @@ class HubDataset:
 
     total: int | None = None
 
-    def __init__(self, name: str, config: str | None = None, split: str = "train", column: str = "text"):
-        self.name, self.config, self.split, self.column = name, config, split, column
-        self.position = 0
-        self._rows = self._open()
-
-    def _open(self) -> Any:
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        revision: str | None = None,
+    ):
+        """Raises UserError where the hub has no such dataset, or is out of reach."""
         import datasets
         import huggingface_hub
 
-        tried = f"load_dataset({self.name!r}, {self.config!r}, split={self.split!r}, streaming=True)"
+        self.name, self.column = name, column
+        self.position = 0
         try:
-            huggingface_hub.dataset_info(
-                self.name, timeout=10
-            )  # the library itself retries for half a minute
-            return datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except Exception as error:  # the library and its HTTP client have many kinds; the line below names it
-            raise UserError(
-                f"no data on the hub under {self.name}: {tried} said: {str(error).splitlines()[0]} "
-                f"Check the name and the network, or give files, or type --data stdlib"
-            ) from None
+            # asked first because the library below retries for half a minute before it gives up
+            self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
+            self._rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
+        except hub_errors() as error:
+            raise no_hub_data(f"{name}{f':{config}' if config else ''} ({split})", error) from None
 
     def state(self) -> Any:
         return self._rows.state_dict()

@@ -55,9 +55,7 @@ def read_shard(path: Path) -> Shard:
     expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
     if size != expected:
         what = "truncated" if size < expected else "damaged"
-        raise UserError(
-            f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it again"
-        )
+        raise UserError(f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it again")
     if not shard.n_tokens:
         raise UserError(f"{path} holds no tokens; remove it or make it again")
     return shard
@@ -74,9 +72,7 @@ def _read_bin(path: Path, size: int) -> Shard:
             )
         return Shard(path, size // 2, np.dtype(np.uint16), 0)
     if len(header) and header[0] in [magic for magic, _ in LAYOUTS]:
-        raise UserError(
-            f"{path} is truncated or of another version: its header is not whole; make or copy it again"
-        )
+        raise UserError(f"{path} is truncated or of another version: its header is not whole; make or copy it again")
     raise UserError(
         f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or val.bin; "
         f"tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
@@ -89,9 +85,7 @@ def _read_npy(path: Path) -> Shard:
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is truncated or no .npy file: {error}; make or copy it again") from None
     if array.dtype not in LAYOUTS.values() or array.ndim != 1:
-        raise UserError(
-            f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 is read"
-        )
+        raise UserError(f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 is read")
     assert isinstance(array, np.memmap)
     return Shard(path, len(array), array.dtype, array.offset)
 
@@ -128,7 +122,7 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """tokens: (n,) of any unsigned dtype."""
-        begin = 0
+        begin, self._given = 0, len(tokens)
         while begin < len(tokens):
             part = tokens[begin : begin + self.shard_tokens - self._tokens]
             self._write(part)
@@ -139,7 +133,7 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the last, shorter shard."""
         if self._tokens:
-            self._finish(0)
+            self._finish(self._given)
 
     def _write(self, part: np.ndarray) -> None:
         if self._file is None:
@@ -164,7 +158,7 @@ class ShardWriter:
         path = self.folder / self.name(self._number)
         self._temporary.replace(path)
         record = dict(name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes)
-        record |= dict(max_id=self._max_id, sha256=_file_sha256(path))
+        record |= dict(max_id=self._max_id, sha256=file_sha256(path))
         self._number += 1
         self._begin()
         self.finished(record, consumed)
@@ -209,7 +203,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of the whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -335,6 +330,18 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int 
 # ---- the cache
 
 
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Hold the lock file `path`; `busy` is called before waiting for another holder. A killed holder frees it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Cache:
     """Folders named by the content they were made from, and what was once measured of a file."""
 
@@ -351,7 +358,8 @@ class Cache:
         if folder.is_dir():
             return folder
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._lock(key, lambda: say(f"waiting for another process that is preparing {folder}")):
+        lock = self.root / f"{key}.lock"
+        with locked(lock, lambda: say(f"waiting for another process that is preparing {folder}")):
             if not folder.is_dir():
                 self._sweep()
                 unfinished = self.root / f"{key}.tmp"
@@ -365,16 +373,6 @@ class Cache:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 sync_folder(self.root)
         return folder
-
-    @contextlib.contextmanager
-    def _lock(self, name: str, busy: Callable[[], None] = lambda: None) -> Generator[None]:
-        with (self.root / f"{name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                busy()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def _sweep(self) -> None:
         """Remove what killed processes left unfinished, under any key."""
@@ -399,7 +397,7 @@ class Cache:
             known.append(entry[2])
         if fresh:
             self.root.mkdir(parents=True, exist_ok=True)
-            with self._lock("index"):
+            with locked(self.root / "index.lock"):
                 write_json(self.root / "index.json", self._index() | fresh)
         return known
 
@@ -448,9 +446,7 @@ def tokenize_to_folder(
         raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
     for writer in writers:
         writer.close()
-    write_manifest(
-        folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty
-    )
+    write_manifest(folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty)
     without = f" ({empty} empty ones left out)" if empty else ""
     say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
 
@@ -463,7 +459,7 @@ def _stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None
         texts = (text for text, _ in corpus.TextFiles(files).segments())
         train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
 
-    key = _sha256(store.remember("sha256", files, _file_sha256), STDLIB_VOCAB, FORMAT)
+    key = _sha256(store.remember("sha256", files, file_sha256), STDLIB_VOCAB, FORMAT)
     return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
 
 
@@ -507,9 +503,7 @@ def open_data(
     opened = _open(data, tokenizer, text_column, store, val_data is None, say)
     train, val = opened.train, opened.val
     if train is None:
-        raise UserError(
-            f"{data} holds only validation shards (val in their names); give a folder with others too"
-        )
+        raise UserError(f"{data} holds only validation shards (val in their names); give a folder with others too")
     if val_data is not None:
         other = _open(val_data, opened.tokenizer, text_column, store, False, say)
         val = other.val or other.train
@@ -527,7 +521,9 @@ def open_data(
 
 def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
     advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
-    return f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} takes {seq_len + 1}; {advice}"
+    return (
+        f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} takes {seq_len + 1}; {advice}"
+    )
 
 
 def _split_tail(
@@ -581,14 +577,12 @@ def _open_text(
     say: Callable[[str], None],
 ) -> _Opened:
     """Text files, tokenized once for one content, column and tokenizer."""
-    content = store.remember("sha256", files, _file_sha256)
+    content = store.remember("sha256", files, file_sha256)
     kinds = [corpus.suffix_of(path) for path in files]
     key = _sha256(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
     folder = store.once(
         key,
-        lambda folder: tokenize_to_folder(
-            corpus.TextFiles(files, column), tokenizer, folder, label, holdout, say
-        ),
+        lambda folder: tokenize_to_folder(corpus.TextFiles(files, column), tokenizer, folder, label, holdout, say),
         say,
     )
     return _open_shards(folder, _shard_files(folder), tokenizer, store)
@@ -615,9 +609,7 @@ def _shard_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     if (path / "progress.json").exists() and not (path / "manifest.json").exists():
-        raise UserError(
-            f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on"
-        )
+        raise UserError(f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on")
     return sorted(file for file in path.iterdir() if file.suffix in (".bin", ".npy"))
 
 
@@ -636,10 +628,7 @@ def _open_shards(path: Path, files: list[Path], asked: str | Tokenizer | None, s
         marks = [_fingerprint(file) for file in files]
     for file, max_id in zip(files, max_ids, strict=True):
         if max_id >= tokenizer.vocab_size:
-            raise UserError(
-                f"{file} holds token id {max_id}, beyond the {tokenizer.vocab_size:,} of tokenizer {tokenizer.name}; "
-                f"name the tokenizer that made it with --tokenizer"
-            )
+            raise UserError(beyond_vocabulary(file, max_id, tokenizer))
 
     def split(val: bool) -> TokenDataset | None:
         chosen = [i for i, file in enumerate(files) if ("val" in file.name) == val]
@@ -647,6 +636,14 @@ def _open_shards(path: Path, files: list[Path], asked: str | Tokenizer | None, s
         return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
 
     return _Opened(split(False), split(True), tokenizer)
+
+
+def beyond_vocabulary(path: Path, max_id: int, tokenizer: Tokenizer) -> str:
+    """What is wrong with a shard that holds `max_id`, and what to type."""
+    return (
+        f"{path} holds token id {max_id}, beyond the {tokenizer.vocab_size:,} of tokenizer {tokenizer.name}; "
+        f"name the tokenizer that made it with --tokenizer"
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -673,9 +670,7 @@ def _manifest_tokenizer(folder: Path, made_with: dict[str, str], asked: str | To
     return tokenizer
 
 
-def _check_records(
-    folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool
-) -> list[dict[str, Any]]:
+def _check_records(folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool) -> list[dict[str, Any]]:
     """The manifest's entry of each shard. Raises UserError where the two disagree."""
     records = {record["name"]: record for record in manifest["shards"]}
     if whole and (missing := sorted(set(records) - {shard.path.name for shard in shards})):
