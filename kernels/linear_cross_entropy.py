@@ -34,12 +34,19 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        dtype: torch.dtype,
+        grad_x: bool,
+        grad_weight: bool,
     ) -> Tensor:
         head = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
-        dx = torch.empty_like(x) if grad else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if grad else None
+        dx = torch.empty_like(x) if grad_x else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, x.shape[0], rows):
             chunk = x[start : start + rows].to(dtype)
@@ -50,13 +57,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             column = target.clamp(min=0).unsqueeze(1)
             log_z = logits.logsumexp(1, keepdim=True)
             total += torch.where(live, (log_z - logits.gather(1, column)).squeeze(1), 0.0).sum()
-            if dx is not None and dweight is not None:
+            if dx is not None or dweight is not None:
                 # d loss / d logits = softmax - one_hot(target), on live rows, in the logits' own memory
                 dlogits = logits.sub_(log_z).exp_()
                 dlogits.scatter_add_(1, column, torch.full_like(log_z, -1.0))
                 dlogits = dlogits.mul_(live.unsqueeze(1)).to(dtype)
-                dx[start : start + rows] = dlogits @ head
-                dweight += dlogits.t() @ chunk
+                if dx is not None:
+                    dx[start : start + rows] = dlogits @ head
+                if dweight is not None:
+                    dweight += dlogits.t() @ chunk
         ctx.save_for_backward(dx, dweight)
         return total
 
@@ -64,7 +73,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: the graph may be kept and walked twice.
         dx, dweight = ctx.saved_tensors
-        return dx * grad_output.to(dx.dtype), (dweight * grad_output), None, None, None, None
+        dx = None if dx is None else dx * grad_output.to(dx.dtype)
+        dweight = None if dweight is None else dweight * grad_output
+        return dx, dweight, None, None, None, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -74,6 +85,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    grad = torch.is_grad_enabled()
+    grad_x, grad_weight = grad and x.requires_grad, grad and weight.requires_grad
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropySum.apply(x, weight, targets, vocab_size, dtype, grad)
+        return _LinearCrossEntropySum.apply(x, weight, targets, vocab_size, dtype, grad_x, grad_weight)

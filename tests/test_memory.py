@@ -1,0 +1,152 @@
+"""The estimate of --dry-run against the memory that training takes, and the properties that choosing by it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from config import PRESETS, GPTConfig, UserError
+from memory import Memory, checkpoint_bytes, estimate, largest_micro_batch, optimizer_bytes
+from model import GPT
+
+TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
+MEASURED = GPTConfig(vocab_size=4096, block_size=128, n_layer=4, n_head=4, n_embd=256)
+
+# Two real steps in a process of its own. VmHWM and not ru_maxrss: the latter begins at what the parent had taken.
+TRAIN = """
+import json, re, sys
+import torch
+from config import GPTConfig
+from memory import resident_bytes, return_freed_memory
+from model import GPT
+
+config, rows, micro_batches, autocast = json.loads(sys.argv[1])
+return_freed_memory()
+config = GPTConfig(**config)
+model = GPT(config)
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+for step in range(2):
+    for _ in range(micro_batches):
+        idx = torch.randint(config.vocab_size, (rows, config.block_size))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(idx, idx, reduction="sum") / idx.numel()
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+with open("/proc/self/status") as status:
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]))
+"""
+
+# What --dry-run does: the base is that of a process which has loaded torch and nothing else.
+ESTIMATE = """
+import json, sys
+from config import GPTConfig
+from memory import estimate
+config, rows, micro_batches, autocast = json.loads(sys.argv[1])
+config = GPTConfig(**config)
+precision = "bf16" if autocast else "fp32"
+print(estimate(config, rows, config.block_size, precision, accumulate=micro_batches > 1).total)
+"""
+
+
+def in_a_process(repo, source: str, *case) -> int:
+    words = [sys.executable, "-c", source, json.dumps(case)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("changes", "micro_batches", "autocast"),
+    [({}, 2, False), ({}, 1, True), ({"recompute": True}, 2, False), ({"attention": "explicit"}, 1, False)],
+    ids=["fp32", "bf16", "recompute", "explicit"],
+)
+def test_within_15_percent_of_measured(repo, changes, micro_batches, autocast):
+    case = dataclasses.asdict(dataclasses.replace(MEASURED, **changes)), 32, micro_batches, autocast
+    estimated, measured = in_a_process(repo, ESTIMATE, *case), in_a_process(repo, TRAIN, *case)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def peak(config: GPTConfig = TINY, micro_batch: int = 8, *args, **kwargs) -> int:
+    return estimate(config, micro_batch, 64, *args, base=0, **kwargs).total
+
+
+def test_static_parts_are_exact():
+    bytes_fp32 = 4 * sum(p.numel() for p in GPT(TINY).parameters())
+    memory = estimate(TINY, 2, 64, base=0)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (bytes_fp32, bytes_fp32, 2 * bytes_fp32)
+    assert memory.total == sum(getattr(memory, field.name) for field in dataclasses.fields(Memory))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_more_rows_take_more(precision, accumulate):
+    peaks = [peak(TINY, n, precision, accumulate=accumulate) for n in (1, 2, 3, 8)]
+    assert peaks == sorted(set(peaks))
+
+
+def test_what_saves_memory_and_what_costs():
+    usual = peak(micro_batch=32)
+    assert peak(dataclasses.replace(TINY, recompute=True), 32) < usual
+    assert peak(dataclasses.replace(TINY, attention="explicit"), 32) > usual
+    assert peak(TINY, 32, accumulate=False) < usual
+    assert peak(TINY, 32, optimizer="muon") < usual
+    assert peak(TINY, 32, saves=True) > usual
+    assert peak(TINY, 32, world_size=2) > usual
+    assert peak(TINY, 32, device_type="cuda", saves=True) == peak(TINY, 32, device_type="cuda")
+
+
+def test_longer_than_block_size_is_refused():
+    with pytest.raises(UserError, match="longer than block_size"):
+        estimate(TINY, 1, 65)
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_largest_micro_batch_fits_and_the_next_does_not(rows):
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    needs = [peak(TINY, n, accumulate=n < rows) for n in divisors]
+    for i, need in enumerate(needs):
+        assert largest_micro_batch(TINY, 64, rows, need, base=0) == divisors[i]
+        assert largest_micro_batch(TINY, 64, rows, need - 1, base=0) == (divisors[i - 1] if i else 0)
+
+
+def test_checkpoint_is_as_large_as_what_is_written(tmp_path):
+    model = GPT(TINY)
+    model.save_pretrained(tmp_path)
+    header = 16 << 10  # names and shapes
+    weights, size = 4 * model.n_params(), (tmp_path / "model.safetensors").stat().st_size
+    assert weights < size < weights + header
+    assert checkpoint_bytes(TINY, "adamw") == 2 * weights + 2 * weights
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_bytes_are_what_torch_keeps(optimizer):
+    model = GPT(TINY)
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
+    kinds = {
+        "adamw": [torch.optim.AdamW([*hidden, *rest])],
+        "muon": [torch.optim.Muon(hidden), torch.optim.AdamW(rest)],
+    }
+    for p in model.parameters():
+        p.grad = p.detach().clone()
+    for o in kinds[optimizer]:
+        o.step()
+    kept = [v for o in kinds[optimizer] for state in o.state.values() for v in state.values() if v.dim()]
+    assert sum(v.numel() * v.element_size() for v in kept) == optimizer_bytes(TINY, optimizer, padded=True)
+
+
+def test_gpt2_is_answered_without_its_memory():
+    """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any machine."""
+    config = GPTConfig(**PRESETS["gpt2-xl"])  # ty: ignore[invalid-argument-type]
+    memory = estimate(config, 4, 1024, "bf16", base=0)
+    assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows
+    assert 30e9 < memory.total < 50e9
