@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -56,6 +57,22 @@ def start(device: str) -> World:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if backend == "nccl" else None)
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(rank, local_rank, size, local_size, chosen, control)
+
+
+def recorded(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, where torchrun shows the traceback of a rank that fails, but none for the user's mistake."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    def attempt() -> Any:
+        try:
+            return function(*args)
+        except UserError as error:
+            return error
+
+    result = record(attempt)()
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def finish(world: World) -> None:

@@ -98,7 +98,7 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: TrainConfig, world: World) -> C
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step._backward(
-                batch, None, dict.fromkeys(task.terms, 1.0), {k: torch.zeros((), device=device) for k in task.terms}
+                batch, True, dict.fromkeys(task.terms, 1.0), {k: torch.zeros((), device=device) for k in task.terms}
             )
             with torch.no_grad(), autocast(cfg.precision, device):
                 task.sums(model, to_device(batch, device))

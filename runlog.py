@@ -55,15 +55,22 @@ def time_text(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
+def printable(text: str) -> str:
+    """`text` with control characters spelled out: an untrained model writes them, and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class RunLog:
     """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run has one)."""
 
     def __init__(self, speaks: bool):
         self.speaks = speaks
         self.file: Any = None
+        self.unwritten = b""  # lines that log.jsonl had no room for
+        self.failed = False
         self.wandb: Any = None
         self.progress: Any = None
-        self.lock = threading.Lock()  # the checkpoint writer logs from its own thread
+        self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
 
     # --- the console
 
@@ -119,10 +126,10 @@ class RunLog:
         path = folder / "log.jsonl"
         if path.exists():
             lines = [] if keep_until is None else kept_lines(path.read_text(errors="replace"), keep_until, done)
-            beside = path.with_name("log.jsonl.tmp")
+            beside = path.with_name(".tmp-log.jsonl")
             beside.write_text("".join(lines))
             os.replace(beside, path)
-        self.file = path.open("a")
+        self.file = path.open("ab", buffering=0)
 
     def record(self, kind: str, fields: dict[str, Any]) -> None:
         """One line of log.jsonl; numbers that JSON cannot hold become null."""
@@ -130,22 +137,41 @@ class RunLog:
             return
         line = {"kind": kind, "time": round(time.time(), 3)} | fields
         with self.lock:
-            self.file.write(json.dumps(_finite(line)) + "\n")
-            self.file.flush()
+            self.unwritten += json.dumps(finite(line)).encode() + b"\n"
+            full = self._write()
             self._to_wandb(line)
+        if full:
+            self.say(f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can")
+
+    def _write(self) -> OSError | None:
+        """Write what log.jsonl lacks; the error where that begins to fail (a full disk may not end a run)."""
+        failed, self.failed = self.failed, False
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            self.failed = True
+            return None if failed else error
+        return None
 
     def warn(self, text: str, step: int | None = None) -> None:
         """A fallback, a skipped update, anything that the user should know: printed and logged."""
         self.say(f"warning: {text}")
         self.record("warning", {"step": step, "text": text})
 
-    def close(self) -> None:
+    def stop_progress(self) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+    def close(self) -> None:
+        self.stop_progress()
         if self.wandb is not None:
             self._guard(self.wandb.finish)
         if self.file is not None:
+            self._write()
+            if self.unwritten:
+                self.say("warning: log.jsonl lacks its last lines")
             self.file.close()
             self.file = None
 
@@ -162,7 +188,7 @@ class RunLog:
             mode: Any = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
             if mode == "offline":
                 self.warn(f"wandb logs offline under {folder}/wandb; upload later with: wandb sync")
-            settings = wandb.Settings(init_timeout=30, silent=True)
+            settings = wandb.Settings(init_timeout=30, silent=True, console="off")
             self.wandb = wandb.init(
                 project="gpt2", name=folder.name, id=_wandb_id(folder), resume="allow", dir=str(folder), mode=mode,
                 config=config, settings=settings,
@@ -184,7 +210,7 @@ class RunLog:
             call()
         except Exception as error:  # whatever wandb does, training goes on without it
             self.wandb = None
-            print(f"warning: wandb stopped ({type(error).__name__}: {error}); training goes on", flush=True)
+            self.warn(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
 
 
 def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
@@ -218,12 +244,13 @@ def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: null where a number is infinite or none at all."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _wandb_id(folder: Path) -> str:

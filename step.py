@@ -51,9 +51,10 @@ def partition(groups: np.ndarray, rank: int, size: int, micro_batch: int) -> lis
 class StepBatches:
     """What one rank reads in one optimizer step."""
 
-    batches: list[Any]  # None: nothing for this rank
+    batches: list[Any]  # None: this rank has no rows left
     weights: dict[str, float]  # of this rank alone
     tokens: float
+    spare: Any  # a batch to run for nothing where there is none
 
 
 class Loader:
@@ -71,16 +72,19 @@ class Loader:
         return self.futures.pop(step).result()
 
     def _load(self, step: int) -> StepBatches:
-        parts = partition(self.task.rows("train", step), self.world.rank, self.world.size, self.micro_batch)
+        groups = self.task.rows("train", step)
+        parts = partition(groups, self.world.rank, self.world.size, self.micro_batch)
         batches = [None if ids is None else self.task.collate("train", ids) for ids in parts]
+        live = [batch for batch in batches if batch is not None]
         weights: dict[str, float] = {}
-        for batch in filter(None, batches):
+        for batch in live:
             for term, weight in self.task.weights(batch).items():
                 weights[term] = weights.get(term, 0.0) + weight
-        tokens = sum(self.task.tokens(batch) for batch in batches if batch is not None)
+        tokens = sum(map(self.task.tokens, live))
         if self.world.device.type == "cuda":
             batches = [tree_map(_pin, batch) for batch in batches]
-        return StepBatches(batches, weights, tokens)
+        spare = batches[0] if live else self.task.collate("train", groups[0])
+        return StepBatches(batches, weights, tokens, spare)
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -136,7 +140,7 @@ class TrainStep:
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         self.signature: Any = None
-        self.module: nn.Module = LossModule(task, model)
+        self.module: nn.Module
         self.optimizers: Optimizers
         self.assemble(0)
 
@@ -149,15 +153,15 @@ class TrainStep:
         trained = {name for group in groups for name in group.params}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
+            parameter.grad = None  # under DDP a view of the old buckets
         before = self.optimizers.state() if self.signature is not None else {}
         self.optimizers = Optimizers(groups, self.cfg)
         self.optimizers.load_state(before)
         self.signature = signature
+        self.module = LossModule(self.task, self.model)  # lets go of the old DDP before there is a new one
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(
-                LossModule(self.task, self.model), device_ids=ids, gradient_as_bucket_view=True
-            )
+            self.module = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
 
     def lr(self, step: int) -> float:
         cfg = self.cfg
@@ -178,11 +182,10 @@ class TrainStep:
                 return None
             seed_draws(self.cfg.seed, step, micro, self.world.rank)
             with self._sync_gradients(last=micro == len(data.batches) - 1):
-                self._backward(batch, data.batches[0], factors, sums)
-        means = torch.stack([sums[k] / total[k] for k in sums])
-        distributed.all_reduce_sum(self.world, means)
-        terms = dict(zip(sums, means.unbind(), strict=True))
-        loss = torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum()
+                # A rank without rows left runs another batch for nothing, since DDP waits for its gradients.
+                live = batch is not None
+                self._backward(batch if live else data.spare, live, factors, sums)
+        loss, terms = self._means(sums, total)
         norm, ok = self._clip(loss)
         lr = self.lr(step)
         self.optimizers.step(lr, ok)
@@ -196,18 +199,32 @@ class TrainStep:
             return self.module.no_sync()
         return contextlib.nullcontext()
 
-    def _backward(self, batch: Any, spare: Any, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
-        # A rank without rows left runs another batch for nothing, since DDP waits for its gradients.
-        live = batch is not None
-        batch = to_device(batch if live else spare, self.world.device)
+    def _backward(self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
+        batch = to_device(batch, self.world.device)
         with autocast(self.cfg.precision, self.world.device):
             terms = self.module(batch)
+        used = [k for k in factors if k in terms]
         # DDP averages over ranks; the objective is a sum.
-        loss = sum(factors[k] * self.world.size * terms[k] for k in factors if k in terms)
+        loss = sum(factors[k] * self.world.size * terms[k] for k in used)
+        if len(used) < len(self.task.terms):
+            loss = loss + self._touch()
         (loss * self.scale.scale * float(live)).backward()
-        for k in factors:
-            if live and k in terms:
+        for k in used:
+            if live:
                 sums[k] += terms[k].detach()
+
+    def _touch(self) -> Tensor:
+        """0, with a zero gradient for every parameter: the head of an absent term takes part as it does elsewhere."""
+        return 0.0 * torch.stack([p.sum() for p in self.optimizers.params]).sum()
+
+    def _means(self, sums: dict[str, Tensor], total: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective and the mean of each term, over ranks; NaN where the whole batch had no target."""
+        if not sums:
+            return torch.full((), math.nan, device=self.world.device), {}
+        means = torch.stack([sums[k] / total[k] for k in sums])
+        distributed.all_reduce_sum(self.world, means)
+        terms = dict(zip(sums, means.unbind(), strict=True))
+        return torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum(), terms
 
     def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the loss scale and clip, in one pass over the gradients; their norm and whether all is finite."""
@@ -220,10 +237,11 @@ class TrainStep:
         return norm, ok
 
     def zero_grad(self) -> None:
-        # In place under DDP, whose buckets the gradients are views of.
-        for p in self.optimizers.params:
-            if p.grad is not None:
-                p.grad = None if self.world.size == 1 else p.grad.zero_()
+        if self.world.size == 1:
+            for p in self.optimizers.params:
+                p.grad = None
+        else:  # in place: the gradients are views of DDP's buckets
+            torch._foreach_zero_([p.grad for p in self.optimizers.params if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
         """Everything that an uninterrupted run would have here at this step."""

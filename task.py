@@ -234,9 +234,7 @@ class LanguageModelling(Task):
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         assert isinstance(model, GPT)
         tokenizer = self.data.tokenizer
-        prompts = self.cfg.prompts or (
-            ("def ", "class ") if self.cfg.data == "stdlib" else ("The ", "Once upon a time")
-        )
+        prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
         options = Sampling(max_new_tokens=min(100, self.config.block_size // 2), top_k=50, seed=self.cfg.seed)
         texts = [tokenizer.decode(out) for out in generate(model, ids, options, tokenizer.eot)]

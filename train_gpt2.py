@@ -10,12 +10,11 @@ from config import TrainConfig, entry_point, parse
 def main() -> int:
     cfg = parse(TrainConfig, sys.argv[1:])
     # torch is imported only now: --help and a mistyped option answer at once.
-    from torch.distributed.elastic.multiprocessing.errors import record
-
+    from distributed import recorded
     from task import LanguageModelling
     from trainer import train
 
-    return record(train)(LanguageModelling(), cfg) or 0
+    return recorded(train, LanguageModelling(), cfg)
 
 
 if __name__ == "__main__":

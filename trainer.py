@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
@@ -42,7 +42,7 @@ from plan import (
     largest_micro_batch,
     rows_per_rank,
 )
-from runlog import RunLog, bytes_text, time_text
+from runlog import RunLog, bytes_text, finite, printable, time_text
 from step import AUTOCAST, Loader, StepResult, TrainStep, autocast, check_replicas, partition, to_device
 from task import Task
 
@@ -70,6 +70,7 @@ def train(task: Task, cfg: TrainConfig) -> int:
         log.say("  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb\n")
     if cfg.dry_run:
         dry_run(task, cfg, world, log)
+        distributed.finish(world)
         return 0
     task.setup(cfg, log.say)
     backends = attention_backends(world.device, AUTOCAST.get(cfg.precision, torch.float32), cfg.deterministic)
@@ -93,6 +94,7 @@ class Progress:
     done: list[str] = field(default_factory=list)  # of this step's evaluation and sample
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best_metric: float | None = None  # of this very step, where it was evaluated
+    losses: list[float] = field(default_factory=list)  # of the last steps, whose mean is the run's result
     seconds: float = 0.0  # spent in optimizer steps
 
 
@@ -106,8 +108,8 @@ class Run:
         self.saved: int | None = None  # step of the newest checkpoint
         self.signal = 0  # what all ranks agreed to stop for
         self.rates: list[float] = []  # tokens per second of each step
-        self.losses: list[float] = []
         self.clock = time.perf_counter()  # when the last step's figures were read
+        self.flops = task.flops_per_token()
         self.peak = device_peak(world, cfg.precision)
 
     # --- beginning
@@ -123,6 +125,7 @@ class Run:
         try:
             self.stop.defer()
             self._loop()
+            self.log.stop_progress()
             if self.signal:
                 return self._stopped()
             self._finish()
@@ -174,14 +177,14 @@ class Run:
         if resume_from:
             facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress)}
             self.at = Progress(**facts)
-            self.saved = self.at.step if resume_from.parent.parent == self.folder else None
+            self.saved = self.at.step if resume_from.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
         self.saver = Saver(self.folder, lambda weights, folder: self._export(double, weights, folder), self._saved)
         self.log.open(self.folder, self.at.step if resume_from else None, tuple(self.at.done))
         if world.main:
             config = dataclasses.asdict(cfg)
-            (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            checkpoint.write_whole(self.folder / "config.json", config)
             if cfg.wandb:
                 self.log.start_wandb(self.folder, config)
 
@@ -216,9 +219,8 @@ class Run:
         cfg, world = self.cfg, self.world
         assert isinstance(cfg.micro_batch, int) and cfg.seq_len and cfg.batch_tokens
         accumulation = cfg.batch_tokens // (cfg.micro_batch * cfg.seq_len * world.size)
-        flops = self.task.flops_per_token()
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-        threads = f", {torch.get_num_threads()} threads a rank" if world.device.type == "cpu" else ""
+        threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
         first = {
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
             "device": f"{world.size} x {device}{threads}",
@@ -230,7 +232,7 @@ class Run:
             "step": f"{cfg.batch_tokens:,} tokens = micro-batch {cfg.micro_batch} x length {cfg.seq_len} x "
             f"accumulation {accumulation} x ranks {world.size}",
             "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} schedule, peak lr {cfg.lr:g}"
-            + (f", {flops / 1e6:,.1f} MFLOP a token" if flops else ""),
+            + (f", {self.flops / 1e6:,.1f} MFLOP a token" if self.flops else ""),
         }
         self.log.banner(first | self.task.describe() | last)
 
@@ -293,7 +295,7 @@ class Run:
         self.rates.append(rate)
         self.at.tokens += result.tokens
         self.at.seconds += seconds
-        self.losses.append(loss)
+        self.at.losses = [*self.at.losses, loss][-10:]
         record = {
             "step": step,
             "loss": loss,
@@ -326,8 +328,7 @@ class Run:
             )
 
     def _mfu(self, rate: float) -> float | None:
-        flops = self.task.flops_per_token()
-        return rate * flops / (self.peak * self.world.size) if flops and self.peak else None
+        return rate * self.flops / (self.peak * self.world.size) if self.flops and self.peak else None
 
     # --- between steps
 
@@ -363,7 +364,8 @@ class Run:
         if metrics is None:
             return
         self.at.metrics = metrics
-        self.at.best_metric = metrics[self.task.best[0]]
+        best = metrics[self.task.best[0]]
+        self.at.best_metric = best if math.isfinite(best) else None
         seconds = time.perf_counter() - began
         self.log.record("eval", {"step": self.at.step, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -374,7 +376,7 @@ class Run:
             return
         for prompt, text in self.task.samples(self.model):
             self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
-            self.log.say(f"--- sample at step {self.at.step}\n{prompt}{text}\n---")
+            self.log.say(f"--- sample at step {self.at.step}\n{printable(prompt + text)}\n---")
 
     def _save(self) -> None:
         """Hand the state to the writer; rank 0 alone."""
@@ -409,6 +411,7 @@ class Run:
     @contextlib.contextmanager
     def _profiler(self) -> Generator[Callable[[], None]]:
         """With --profile: a trace and a memory snapshot of three steps after two to warm up."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler announces itself on stderr
         if not self.cfg.profile or not self.world.main:
             yield lambda: None
             return
@@ -424,7 +427,9 @@ class Run:
             by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
             table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
             (folder / "memory.txt").write_text(table + "\n")
-            self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/memory.txt")
+            snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "memory.txt"
+            self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/{snapshot}")
+            self.clock = time.perf_counter()  # the writing is no part of a step
 
         if cuda:
             torch.cuda.memory._record_memory_history()
@@ -441,42 +446,58 @@ class Run:
         if self.world.main and self.at.step and self.saved != self.at.step:
             self._save()
             self.saver.join()
+        distributed.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
         self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {self.signal}"})
         saved = "its checkpoint is saved" if self.saved == self.at.step else "nothing new was saved"
         self.log.say(f"stopped by signal {self.signal} after step {self.at.step}; {saved}; the same command resumes")
         return 128 + self.signal
 
     def _finish(self) -> None:
-        """Write final/ and metrics.json, and say how it went."""
+        """Write final/ and metrics.json, and say how it went; nobody leaves before rank 0 has written."""
         self.saver.join()
-        if self.saver.error:
-            raise RuntimeError(f"the last checkpoint could not be written: {self.saver.error}; free space, start again")
-        if self.world.main:
-            chosen = self._write_final()
-            figures = self._figures() | {"final_is_step": chosen}
-            (self.folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
-            rows = {
-                "validation": ", ".join(f"{k} {v:.4f}" for k, v in self.at.metrics.items()) or "not evaluated",
-                "training loss": f"{figures['train_loss']:.4f} (mean of the last {min(10, len(self.losses))} steps)",
-                "speed": f"{figures['tokens_per_second']:,.0f} tokens/s (median)",
-                "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
-                "skipped": f"{self.at.skipped} updates",
-                "model": f"{self.folder}/final (step {chosen})",
-            }
-            self.log.say("\ndone")
-            self.log.banner(rows)
-        distributed.gather(self.world, None)  # nobody leaves before rank 0 has written
+        figures = self._on_main(self._write_results)
+        speed = figures["tokens_per_second"]  # None: all steps were done before this start
+        rows = {
+            "validation": ", ".join(f"{k} {v:.4f}" for k, v in self.at.metrics.items()) or "not evaluated",
+            "training loss": f"{figures['train_loss']:.4f} (mean of the last {len(self.at.losses)} steps)",
+            "speed": f"{speed:,.0f} tokens/s (median)" if speed else "not measured",
+            "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
+            "skipped": f"{self.at.skipped} updates",
+            "model": f"{self.folder}/final (step {figures['final_is_step']})",
+        }
+        self.log.say("\ndone")
+        self.log.banner(rows)
+
+    def _write_results(self) -> dict[str, Any]:
+        """Write final/, then metrics.json, which says that the run is finished; returns what is in it."""
+        try:
+            if self.saver.error:
+                raise self.saver.error
+            figures = self._figures() | {"final_is_step": self._write_final()}
+            checkpoint.write_whole(self.folder / checkpoint.RESULTS, finite(figures))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the end of the run could not be written ({error}); free space under {self.folder} and type the "
+                f"same command again"
+            ) from None
+        return figures
+
+    def _best_or_last(self) -> tuple[dict[str, Tensor], int]:
+        """Weights of the best checkpoint, where it is better than the last step, else of the last; and their step."""
+        last = dict(self.model.state_dict()), self.at.step
+        best, now = checkpoint.best_of(self.folder, self.task.best[1]), self.at.best_metric
+        if best is None or (now is not None and (now <= best[1] if self.task.best[1] == "min" else now >= best[1])):
+            return last
+        reason = checkpoint.fault(best[0])
+        if reason is not None:
+            self.log.warn(f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last step")
+            return last
+        tensors, meta = checkpoint.read_state(best[0])
+        return checkpoint.part(tensors, "model"), meta["step"]
 
     def _write_final(self) -> int:
-        """The best checkpoint's model, where one was better than the last step's, else the last; returns its step."""
-        weights, step = dict(self.model.state_dict()), self.at.step
-        best = checkpoint.best_of(self.folder, self.task.best[1])
-        if best and self.at.best_metric != best[1]:
-            tensors, meta = checkpoint.read_state(best[0])
-            if self.at.best_metric is None or (meta["best_metric"] < self.at.best_metric) == (
-                self.task.best[1] == "min"
-            ):
-                weights, step = checkpoint.part(tensors, "model"), meta["step"]
+        """Write final/; returns the step whose model it is."""
+        weights, step = self._best_or_last()
 
         def fill(folder: Path) -> None:
             self.saver.export(weights, folder)
@@ -486,11 +507,10 @@ class Run:
         return step
 
     def _figures(self) -> dict[str, Any]:
-        last = self.losses[-10:] or [math.nan]
         return {
             "steps": self.at.step,
             "tokens": int(self.at.tokens),
-            "train_loss": statistics.fmean(last),
+            "train_loss": statistics.fmean(self.at.losses),
             **self.at.metrics,
             "tokens_per_second": statistics.median(self.rates) if self.rates else None,
             "seconds": self.at.seconds,
