@@ -26,6 +26,9 @@ from config import UserError
 TEMPORARY = ".tmp-"
 STATE = "training_state.safetensors"
 META = "training_state.json"
+RECORD = "run.json"  # of a run: written before anything else
+RESULTS = "metrics.json"  # of a run: written last of all, so a run that has it is finished
+WRITTEN = ("config.json", "log.jsonl", "checkpoints", "final", RESULTS)  # what else a run writes
 
 
 # --- whole folders
@@ -39,18 +42,30 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
     try:
         fill(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        sizes = [path.stat().st_size for path in files]
+        manifest = {
+            str(path.relative_to(temporary)): {"bytes": size, "sha256": sha256(path)}
+            for path, size in zip(files, sizes, strict=True)
+        }
         (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n")
         for path in [*files, temporary / "manifest.json", temporary]:
             flush(path)
-        if folder.exists():  # of an earlier attempt at the same step, or an older final/
-            shutil.rmtree(folder)
+        _remove(folder)  # of an earlier attempt at the same step, or an older final/
         temporary.rename(folder)
         flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return sum(entry["bytes"] for entry in manifest.values())
+    return sum(sizes)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, if it is there; a kill half-way leaves no half of it under its name."""
+    if folder.exists():
+        gone = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -71,17 +86,18 @@ def fault(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
-    except FileNotFoundError:
+        facts = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest.json"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "its manifest.json cannot be read"
-    for name, entry in files.items():
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return "its manifest.json is not that of a checkpoint"
+    for name, size, digest in facts:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-        if sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256(path) != digest:
             return f"{name} is damaged (its sha256 differs)"
     return None
 
@@ -151,10 +167,7 @@ def prune(run: Path, keep: int, best: Path | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best."""
     for folder in checkpoints(run)[max(1, keep) :]:
         if folder != best:
-            # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
-            gone = folder.with_name(TEMPORARY + folder.name)
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            _remove(folder)
 
 
 def best_of(run: Path, mode: str) -> tuple[Path, float] | None:
@@ -187,30 +200,45 @@ def open_run(
     `identity` holds, by option name, what a resumed run must have in common with the checkpoint; `facts` (config,
     versions) are stored beside it in run.json.
     """
-    record = run / "run.json"
-    if (run / "config.json").exists() and not record.exists():
-        raise UserError(f"{run} already holds something that is not a run; choose another --out")
-    if record.exists() and resume == "never":
-        raise UserError(f"{run} already holds a run; choose another --out, or continue it with --resume auto")
-    clean(run)
     start = Start()
-    if resume not in ("auto", "never"):
-        start.folder = _resume_from(Path(resume), run, say)
-    elif record.exists():
-        start.folder = newest(run, say)
-        _same_run(identity, json.loads(record.read_text())["identity"], run)
+    before = _identity_of(run)
+    if before is not None:
+        if resume == "never":
+            raise UserError(f"{run} already holds a run; choose another --out, or continue it with --resume auto")
+        _same_run(identity, before, run)
+        if (run / RESULTS).exists() and (run / "final" / "manifest.json").exists():
+            return Start(finished=True)
+        clean(run)
         start.micro_batch = _micro_batch_of(run)
+    if resume in ("auto", "never"):
+        start.folder = newest(run, say)
         if start.folder is None and checkpoints(run):
             raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
+    else:
+        start.folder = _resume_from(Path(resume), run, say)
     if start.folder is not None:
         meta = json.loads((start.folder / META).read_text())
         _same_run(identity, meta["identity"], start.folder)
         start.micro_batch = meta["micro_batch"]
-        start.finished = meta["step"] >= identity["steps"] and (run / "final" / "manifest.json").exists()
-    if not start.finished:
+    try:
         run.mkdir(parents=True, exist_ok=True)
-        _write_whole(record, {"identity": identity} | facts)
+        write_whole(run / RECORD, {"identity": identity} | facts)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
     return start
+
+
+def _identity_of(run: Path) -> dict[str, Any] | None:
+    """What the run in a folder has in common with its continuation; None where there is no run."""
+    try:
+        return json.loads((run / RECORD).read_text())["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{run / RECORD} is not of a run; choose another --out") from None
+    except OSError:
+        foreign = [name for name in WRITTEN if (run / name).exists()]
+        if foreign:
+            raise UserError(f"{run} holds a {foreign[0]} that is not of a run; choose another --out") from None
+        return None
 
 
 def _micro_batch_of(run: Path) -> int | None:
@@ -250,7 +278,7 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
+def write_whole(path: Path, value: dict[str, Any]) -> None:
     """A JSON file, replaced in one step."""
     beside = path.with_name(TEMPORARY + path.name)
     beside.write_text(json.dumps(value, indent=1) + "\n")

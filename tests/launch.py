@@ -1,0 +1,211 @@
+"""Training runs for the tests of faults: forked from a server that has torch loaded, so one starts in no time.
+
+A run may get a `patch`, a function called before it begins: that is how a test kills, stops, slows or breaks it
+at an exact point, without any hook in the engine itself. `python launch.py MODULE:FUNCTION ...` is the same for a
+rank under torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from conftest import REPO
+
+Patch = Callable[[], None]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "one",
+    "two",
+    "three",
+    "of",
+    "the",
+    "a",
+    "model",
+    "reads",
+    "text",
+    "and",
+    "learns",
+]
+# 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
+SMALL = [
+    "--preset",
+    "micro",
+    "--data",
+    "text.txt",
+    "--tokenizer",
+    "tokenizer",
+    "--cache",
+    "cache",
+    "--seq-len",
+    "16",
+    "--batch-tokens",
+    "128",
+    "--micro-batch",
+    "2",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--steps",
+    "12",
+    "--lr",
+    "1e-3",
+    "--dropout",
+    "0.1",
+    "--eval-every",
+    "3",
+    "--save-every",
+    "3",
+    "--sample-every",
+    "6",
+    "--keep",
+    "2",
+    "--out",
+    "run",
+]
+
+
+def small(*words: str | Path) -> list[str]:
+    """The options of a tiny run, `words` in place of or beside them."""
+    return [*SMALL, *map(str, words)]
+
+
+def write_inputs(folder: Path) -> None:
+    """text.txt and tokenizer/: what `SMALL` reads."""
+    from tokenizer import train_bpe
+
+    draw = random.Random(1)
+    text = "\n".join(" ".join(draw.choices(WORDS, k=30)) for _ in range(60))
+    (folder / "text.txt").write_text(text)
+    train_bpe([text], 300, folder / "tokenizer")
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit code (minus the signal that killed it) and what it said."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+class Launch:
+    """One process of a run, under way."""
+
+    def __init__(self, folder: Path, words: Sequence[str], env: dict[str, str], patch: Patch | None, name: str):
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        target = functools.partial(_child, folder, list(words), env, patch, self.out, self.err)
+        self.process: ForkServerProcess = _server().Process(target=target)
+        self.process.start()
+
+    def end(self, timeout: float = 120) -> Ended:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"no end within {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}")
+        return Ended(self.process.exitcode, self.out.read_text(), self.err.read_text())
+
+
+def start(folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1) -> list[Launch]:
+    """Start train_gpt2.py with `words` in `folder`, on `ranks` processes that have `patch` alike."""
+    if ranks == 1:
+        return [Launch(folder, words, {}, patch, "rank0")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    env = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [Launch(folder, words, env[rank], patch, f"rank{rank}") for rank in range(ranks)]
+
+
+def launch(folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1) -> list[Ended]:
+    """`start`, and how each rank ended."""
+    return [process.end() for process in start(folder, words, patch, ranks)]
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # torch._dynamo: what an optimizer would import
+    context.set_forkserver_preload(["train_gpt2", "trainer", "tokenizers", "safetensors.torch", "torch._dynamo"])
+    path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
+    # One thread: a forked process must not inherit a pool whose threads were left behind.
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
+
+
+def _child(folder: Path, words: list[str], env: dict[str, str], patch: Patch | None, out: Path, err: Path) -> None:
+    os.environ.update(env, OMP_NUM_THREADS="1")
+    os.chdir(folder)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["train_gpt2.py", *words]
+    _train(patch)
+
+
+def _train(patch: Patch | None) -> None:
+    import train_gpt2
+    from config import entry_point
+
+    if patch:
+        patch()
+    entry_point(train_gpt2.main)
+
+
+# --- what a run left
+
+
+def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def trace(run: Path) -> dict[str, Any]:
+    """All that two runs of the same options must have in common, bit for bit."""
+    train = [[x[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")] for x in log_of(run, "train")]
+    evals = [{k: v for k, v in x.items() if k not in ("time", "seconds")} for x in log_of(run, "eval")]
+    samples = [[x["step"], x["text"]] for x in log_of(run, "sample")]
+    last = max((run / "checkpoints").glob("step-*"))
+    files = [run / "final" / "model.safetensors", last / "training_state.safetensors"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    return {
+        "train": train, "eval": evals, "sample": samples, "train_loss": metrics["train_loss"], "last": last.name,
+        "final_is_step": metrics["final_is_step"],
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+    }  # fmt: skip
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+if __name__ == "__main__":
+    module, _, function = sys.argv.pop(1).partition(":")
+    try:
+        _train(getattr(importlib.import_module(module), function))
+    except SystemExit as end:
+        with contextlib.suppress(KeyError):
+            Path(f"code-of-rank{os.environ['RANK']}").write_text(str(end.code))
+        raise
