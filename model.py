@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -340,11 +341,11 @@ def _from_hub_config(hub: dict[str, Any], where: str | Path) -> dict[str, Any]:
         if hub.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where} is not an exact GPT-2: {key} is {hub[key]!r}")
     return {
-        "vocab_size": hub["vocab_size"],
-        "block_size": hub.get("n_positions", hub.get("n_ctx", 1024)),
-        "n_layer": hub["n_layer"],
-        "n_head": hub["n_head"],
-        "n_embd": hub["n_embd"],
+        "vocab_size": int(hub["vocab_size"]),
+        "block_size": int(hub.get("n_positions", hub.get("n_ctx", 1024))),
+        "n_layer": int(hub["n_layer"]),
+        "n_head": int(hub["n_head"]),
+        "n_embd": int(hub["n_embd"]),
         "layer_norm_epsilon": hub.get("layer_norm_epsilon", 1e-5),
         "tied_head": hub.get("tie_word_embeddings", True),
     }
@@ -356,8 +357,8 @@ def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder} holds no model: it has no config.json")
     try:
         config = _from_hub_config(json.loads((folder / "config.json").read_text()), folder)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json is not a GPT-2 configuration: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json is not a GPT-2 configuration: {_reason(error)}") from None
     tensors = {}
     for name, tensor in _read_tensors(folder).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
@@ -366,7 +367,6 @@ def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -377,21 +377,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             parts = sorted(set(index["weight_map"].values()))
             return {k: v for part in parts for k, v in load_file(folder / part).items()}
         if (folder / "pytorch_model.bin").is_file():
-            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+            return _state_dict(_unpickle(folder / "pytorch_model.bin"))
+    except Exception as error:  # a damaged file raises half a dozen kinds
+        raise UserError(f"the weights in {folder} cannot be read: {_reason(error)}") from None
     raise UserError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
 
 
 def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """nanoGPT's ckpt.pt: this model's orientation, a prefix where it was compiled, biases left out at its option."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        args, tensors = saved["model_args"], saved["model"]
-    except Exception as error:  # torch.load raises half a dozen kinds for a file that is not its own
-        raise UserError(f"{file} is not a nanoGPT checkpoint: {str(error).splitlines()[0]}") from None
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
-    config = {key: args[key] for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
+        saved = _unpickle(file)
+        tensors = {name.removeprefix("_orig_mod."): t for name, t in _state_dict(saved["model"]).items()}
+        config = {key: saved["model_args"][key] for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
+    except Exception as error:  # as for the hub's files
+        raise UserError(f"{file} is not a nanoGPT checkpoint: {_reason(error)}") from None
     if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
         config["vocab_size"] = 50257
     for name in [name for name in tensors if name.endswith("weight") and name not in _BIASLESS]:
@@ -401,6 +400,26 @@ def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
+
+
+def _unpickle(file: Path) -> Any:
+    """A pickle of tensors and plain values; one that would run anything else is refused with ValueError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own text advises to load it regardless
+        raise ValueError(f"{file.name} is damaged or holds something other than weights, and was not run") from None
+
+
+def _state_dict(value: Any) -> dict[str, Tensor]:
+    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+        raise ValueError("it is not a dictionary of tensors")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text; its kind where that says little."""
+    text = str(error).strip() or type(error).__name__
+    return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
 
 
 def _download(hub_id: str) -> Path:
@@ -420,6 +439,6 @@ def _download(hub_id: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
     except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
         raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason}") from None
     return folder
