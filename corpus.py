@@ -147,16 +147,17 @@ def _read_parquet(raw: IO[bytes], where: str, column: str, skip: int = 0) -> Ite
     names = file.schema_arrow.names
     if column not in names:
         raise _no_column(where, column, names)
-    groups, sizes = [], [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    for i, rows in enumerate(sizes):
-        if not groups and skip >= rows:
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if skip >= rows:
             skip -= rows
-        else:
-            groups.append(i)
-    batches = file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False)
-    cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
-    for cell in itertools.islice(cells, skip, None):
-        yield _cell(cell, where, column), True
+            continue
+        # one group at a time: over several, the library reads far ahead
+        batches = file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False)
+        cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
+        for cell in itertools.islice(cells, skip, None):
+            yield _cell(cell, where, column), True
+        skip = 0
 
 
 def _cell(value: Any, where: str, column: str) -> str:
@@ -195,7 +196,7 @@ def suffix_of(path: Path) -> str:
 def find_files(spec: str) -> list[Path]:
     """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
     found: list[Path] = []
-    for item in filter(None, (part.strip() for part in spec.split(","))):
+    for item in [spec] if Path(spec).exists() else filter(None, map(str.strip, spec.split(","))):
         path = Path(item).expanduser()
         if path.is_dir():
             matches = sorted(p for p in path.rglob("*") if suffix_of(p) in TEXT_SUFFIXES and p.is_file())
@@ -214,21 +215,11 @@ def find_files(spec: str) -> list[Path]:
 def no_such_data(item: str) -> str:
     """What is wrong and what to type where `item` does not exist."""
     path = Path(item)
-    if path.is_dir():
-        return f"{item} holds no token shards (.bin .npy) and no text ({' '.join(TEXT_SUFFIXES)})"
     if path.suffix or any(sign in item for sign in "*?["):
         return f"no such data: {item}; give text files or a folder of token shards, or type --data stdlib"
-    return (
-        f"no such data: {item}; prepare it with "
-        f"`python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}`, or type --data stdlib"
-    )
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's libraries raise for a name that does not exist, or a network that does not answer."""
-    import httpx
-
-    return OSError, ValueError, httpx.HTTPError
+    found = f"{item} holds no token shards (.bin .npy) and no text" if path.is_dir() else f"no such data: {item}"
+    command = f"python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}"
+    return f"{found}; prepare it with `{command}`, or type --data stdlib"
 
 
 def no_hub_data(what: str, error: Exception) -> UserError:
@@ -346,7 +337,7 @@ class HubDataset:
             # asked first because the library below retries for half a minute before it gives up
             self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
             self._rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
-        except hub_errors() as error:
+        except Exception as error:  # whatever HTTP client the library has today; the line says what it said
             raise no_hub_data(f"{name}{f':{config}' if config else ''} ({split})", error) from None
 
     def state(self) -> Any:
@@ -401,7 +392,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def encode(tokenizer: Tokenizer, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all texts in one array, with end-of-text before each that begins a document; and the length of each."""
-    ids = tokenizer.encode_batch(texts)
+    ids = [tokenizer.encode(text) for text in texts]  # not encode_batch, whose threads the processes stand for
     lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
     tokens = np.full(lengths.sum(), tokenizer.eot, token_dtype(tokenizer.vocab_size))
     for row, end in zip(ids, np.cumsum(lengths), strict=True):
@@ -516,9 +507,10 @@ class Progress:
 
     EVERY = 5.0  # seconds between plain lines
 
-    def __init__(self, label: str, total: int | None, say: Callable[[str], None], begin: int = 0):
-        self.label, self.total, self.say, self.begin = label, total, say, begin
-        self._started = self._said = time.monotonic()
+    def __init__(self, label: str, total: int | None, say: Callable[[str], None]):
+        self.label, self.total, self.say = label, total, say
+        self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # position and time of the first update: a resumed run's rate
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -549,9 +541,11 @@ class Progress:
             self.say(f"{self.label}: {share}{figures}")
 
     def _figures(self, position: int, tokens: int) -> str:
-        rate = max(1.0, position - self.begin) / max(1e-9, time.monotonic() - self._started)
+        now = time.monotonic()
+        self._first = self._first or (position, now)
+        rate = (position - self._first[0]) / max(1e-9, now - self._first[1])
         figures = f"{position / 1e6:,.0f} MB, {tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        if self.total:
+        if self.total and rate:
             minutes, seconds = divmod(round(max(0, self.total - position) / rate), 60)
             figures += f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
         return figures

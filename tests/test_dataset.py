@@ -9,9 +9,11 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -591,8 +593,44 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
     assert given_back == 40
 
 
+def test_beside_other_threads_the_workers_are_not_forked(bpe: str) -> None:
+    chunks = [corpus.Chunk([text], [True], 0, None, 0) for text in DOCUMENTS[:4]]
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        results = [ids.tolist() for _, ids, _ in corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2)]
+    finally:
+        stop.set()
+        thread.join()
+    assert results == [expected([text], load_tokenizer(bpe)) for text in DOCUMENTS[:4]]
+
+
+def test_progress_on_a_terminal_and_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(corpus.Progress, "EVERY", 0.0)
+    said: list[str] = []
+    with corpus.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
+        progress.update(10_000_000, 2_000_000)
+        time.sleep(0.01)
+        progress.update(20_000_000, 4_000_000)
+    assert said[0] == "tokenizing a.txt:  25% 10 MB, 2.0M tokens, 0.0 MB/s"
+    assert re.fullmatch(r"tokenizing a.txt:  50% 20 MB, 4.0M tokens, [\d.]+ MB/s, 0:00:0\d left", said[1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    threads = threading.active_count()
+    monkeypatch.setenv("COLUMNS", "100")
+    with corpus.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
+        progress.update(10_000_000, 2_000_000)
+        assert threading.active_count() == threads  # one more would forbid the quick fork
+    assert len(said) == 2
+    assert "10 MB, 2.0M tokens" in capsys.readouterr().err
+
+
 def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # forked, so that the workers see the next line
     monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
         list(corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2))
@@ -740,7 +778,9 @@ def test_data_that_is_not_there(
     for spec in ("none.txt", "none/a.jsonl", "*.csv"):
         with pytest.raises(UserError, match=r"no such data: .*; give text files or a folder of token shards"):
             open_here(spec)
-    with pytest.raises(UserError, match=r"texts holds no token shards .* and no text"):
+    with pytest.raises(
+        UserError, match=f"texts holds no token shards .* and no text; prepare it with `{command} texts`"
+    ):
         open_here("texts")
     with pytest.raises(UserError, match=r"cannot get org/name \(train\) from the hub"):
         open_here("org/name")
