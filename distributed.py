@@ -133,6 +133,11 @@ def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident in a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:  # getrusage's peak may be that of the process that started this one
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
