@@ -1,0 +1,177 @@
+"""A task that is nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss terms.
+
+Row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one for the ranker, so both
+terms have a different number of targets in every micro-batch, and a step may lack the second altogether.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from config import TrainConfig
+from distributed import World
+from optim import Group
+from step import Loader, TrainStep
+from task import Task
+
+ROWS = 64
+STEPS = 12
+BATCH = 10  # rows of a step, in groups of GROUP
+GROUP = 2
+
+
+class Network(nn.Module):
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.trunk = nn.Linear(3, 5)
+        self.dropout = nn.Dropout(dropout)
+        self.tagger = nn.Linear(5, 1)
+        self.ranker = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.trunk(x)))
+
+
+class TwoHeads(Task):
+    name = "two-heads"
+    terms = {"tag": 1.0, "rank": 0.3}
+    best = ("tag", "min")
+
+    def __init__(self, unfreeze_at: int = 0, dropout: float = 0.0, batch: int = BATCH):
+        draw = np.random.default_rng(0)
+        self.lengths = draw.integers(1, 7, ROWS)
+        self.x = draw.normal(size=(ROWS, 7, 3)).astype(np.float32)
+        self.y = draw.normal(size=(ROWS, 7)).astype(np.float32)
+        self.tagged = draw.random((ROWS, 7)) < 0.6
+        self.ranked = draw.random(ROWS) < 0.5
+        self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
+        self.poison: dict[int, float] = {}  # step: what the loss is multiplied by
+        # step 1 has no row for the ranker, step 2 a single one
+        self.ranked[self.rows("train", 1)] = False
+        self.ranked[self.rows("train", 2)] = False
+        self.ranked[self.rows("train", 2)[-1, 0]] = True
+
+    def build_model(self, cfg: TrainConfig) -> nn.Module:
+        return Network(self.dropout)
+
+    def groups(self, model: nn.Module, step: int) -> list[Group]:
+        named = dict(model.named_parameters())
+        if step < self.unfreeze_at:
+            named = {name: p for name, p in named.items() if not name.startswith("trunk")}
+        return [Group(named, weight_decay=0.1)]
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        if split == "val":
+            return np.arange(ROWS - 13, ROWS)[:, None]
+        return (np.arange(self.batch) + step * self.batch).reshape(-1, GROUP) % (ROWS - 14)
+
+    def collate(self, split: str, ids: np.ndarray) -> dict[str, Tensor]:
+        width = self.lengths[ids].max()
+        there = np.arange(width) < self.lengths[ids][:, None]
+        batch = {
+            "ids": ids,
+            "x": self.x[ids, :width],
+            "y": self.y[ids, :width],
+            "there": there,
+            "tagged": self.tagged[ids, :width] & there,
+            "ranked": self.ranked[ids],
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+
+    def weights(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        counts = {"tag": float(batch["tagged"].sum()), "rank": float(batch["ranked"].sum())}
+        return {name: count for name, count in counts.items() if count}
+
+    def tokens(self, batch: dict[str, Tensor]) -> float:
+        return float(batch["there"].sum())
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = batch["x"].to(model.trunk.weight.dtype)
+        hidden = model(x)
+        tags = model.tagger(hidden).squeeze(-1).to(x.dtype)
+        terms = {"tag": ((tags - batch["y"]) ** 2)[batch["tagged"]].sum() * self._poison(batch)}
+        if batch["ranked"].any():  # else this head is not even used
+            summary = (hidden * batch["there"].unsqueeze(-1)).sum(1)
+            score = model.ranker(summary).squeeze(-1).to(x.dtype)
+            terms["rank"] = ((score - batch["y"][:, 0]) ** 2)[batch["ranked"]].sum()
+        return terms
+
+    def _poison(self, batch: dict[str, Tensor]) -> float:
+        for step, value in self.poison.items():
+            if set(self.rows("train", step)[0].tolist()) & set(batch["ids"].tolist()):
+                return value
+        return 1.0
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        return {"tag": self.loss(model, batch)["tag"], "targets": batch["tagged"].sum(), "rows": len(batch["ids"])}
+
+    def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[int, Any]:
+        return {int(i): float(n) for i, n in zip(batch["ids"], batch["there"].sum(1), strict=True)}
+
+    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+        return {
+            "tag": sums["tag"] / sums["targets"],
+            "rows": sums["rows"],
+            "records": len(outputs),
+            "longest": max(outputs.values()),
+        }
+
+    def expected_metrics(self, model: nn.Module) -> dict[str, float]:
+        """Of all validation rows at once, in fp64."""
+        ids = self.rows("val", 0).reshape(-1)
+        batch = self.collate("val", ids)
+        with torch.no_grad():
+            loss = self.loss(copy.deepcopy(model).double().eval(), batch)["tag"]
+        tag = float(loss / batch["tagged"].sum())
+        return {"tag": tag, "rows": len(ids), "records": len(ids), "longest": self.lengths[ids].max()}
+
+
+def config(**options: Any) -> TrainConfig:
+    fixed: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "warmup_steps": 0, "clip": 1.0, "precision": "fp32"}
+    return TrainConfig(**fixed | options)
+
+
+def step_of(task: Task, world: World, seed: int = 0, **options: Any) -> TrainStep:
+    torch.manual_seed(seed)
+    cfg = config(**options)
+    return TrainStep(task, task.build_model(cfg), cfg, world)
+
+
+def loader(task: Task, world: World, micro_batch: int) -> Loader:
+    return Loader(task, world, micro_batch, STEPS, ahead=0)
+
+
+def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
+    """A dictionary that the next step fills with the gradients it would update with; the update is left out."""
+    found: dict[str, Tensor] = {}
+
+    def keep(lr: float, ok: Tensor) -> None:
+        found.update({name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None})
+
+    step.optimizers.step = keep
+    return found
+
+
+def expected_gradients(
+    task: TwoHeads, model: nn.Module, step: int
+) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+    """Objective, mean of each term and gradients of the whole batch of `step` at once, in fp64."""
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    batch = task.collate("train", task.rows("train", step).reshape(-1))
+    weights, sums = task.weights(batch), task.loss(exact, batch)
+    terms = {name: sums[name] / weights[name] for name in weights}
+    loss = sum(task.terms[name] * terms[name] for name in weights)
+    loss.backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in exact.named_parameters()
+        if p.requires_grad
+    }
+    return loss.item(), {name: value.item() for name, value in terms.items()}, gradients
