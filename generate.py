@@ -1,0 +1,181 @@
+"""Text from a checkpoint: prompts on the command line, on standard input, or typed one after another.
+
+python generate.py CHECKPOINT "prompt" ["another prompt" ...]
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from config import UserError, entry_point, parse
+
+if TYPE_CHECKING:
+    from tokenizer import Tokenizer
+
+RULE = "-" * 72  # between two texts
+
+
+@dataclass
+class GenerateConfig:
+    """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or a dialogue.
+
+    A prompt that begins with a dash goes after a bare --.
+    """
+
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
+    """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
+    """Texts to continue, together in a batch. An empty one begins a document."""
+
+    decode: Literal["sample", "greedy"] = "sample"
+    """sample: draw each token from its distribution; greedy: take the likeliest."""
+    max_new_tokens: int = 200
+    """Tokens to add at most. Past block_size the window slides: the newest three quarters are read afresh."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 the likely tokens gain."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probability reaches this."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text already holds are less likely."""
+    seed: int = 1337
+    """The draws of a text follow from this and its number."""
+    num_samples: int = 1
+    """Texts for each prompt."""
+    batch: int = 16
+    """Texts that are generated together."""
+
+    tokenizer: str | None = None
+    """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
+    stream: bool = True
+    """Print a single text as it is made."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the weights. auto: bf16 on a CUDA GPU that has it, fp32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+
+class Writer:
+    """A model, its tokenizer and the options; prints continuations."""
+
+    def __init__(self, config: GenerateConfig):
+        import torch
+
+        import distributed
+        from checkpoint import locate
+        from decoding import Sampling, open_model
+
+        self.config = config
+        self.options = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
+        device = distributed.start(config.device).device
+        half = config.precision == "bf16" or (
+            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        dtype = torch.bfloat16 if half else torch.float32
+        self.model, self.tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
+        self.written = 0  # texts so far: the number of the next one
+
+    def write(self, prompts: Sequence[str]) -> None:
+        """Print `num_samples` continued texts for each prompt, a rule between two."""
+        texts = [prompt for prompt in prompts for _ in range(self.config.num_samples)]
+        if self.config.stream and len(texts) == 1:
+            stream = Stream(self.tokenizer, texts[0])
+            self._continue(texts, lambda row, token: stream.add(token))
+            stream.close()
+            return
+        for begin in range(0, len(texts), self.config.batch):
+            batch = texts[begin : begin + self.config.batch]
+            for i, (prompt, ids) in enumerate(zip(batch, self._continue(batch), strict=True), begin):
+                added = b"".join(map(self.tokenizer.token_bytes, ids)).decode(errors="replace")
+                print(*[RULE] * (i > 0), prompt + added, sep="\n", flush=True)
+
+    def _continue(self, prompts: Sequence[str], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+        from decoding import generate
+
+        tokenizer = self.tokenizer
+        ids = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+        self._warn_of_long(ids)
+        rows = range(self.written, self.written + len(ids))
+        self.written += len(ids)
+        return generate(
+            self.model, ids, self.options, tokenizer.eot, on_token, rows=rows, vocab_size=tokenizer.vocab_size
+        )
+
+    def _warn_of_long(self, prompts: list[list[int]]) -> None:
+        from decoding import kept_tokens
+
+        block, longest = self.model.config.block_size, max(map(len, prompts))
+        if longest > block:
+            print(
+                f"warning: a prompt of {longest} tokens is longer than block_size {block}: "
+                f"only its last {kept_tokens(block)} are read",
+                file=sys.stderr,
+            )
+
+
+class Stream:
+    """Prints a text as its tokens come; a character whose bytes are not all there yet waits for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        print(prompt, end="", flush=True)
+
+    def add(self, token: int) -> None:
+        print(self.decoder.decode(self.tokenizer.token_bytes(token)), end="", flush=True)
+
+    def close(self) -> None:
+        print(self.decoder.decode(b"", final=True), flush=True)
+
+
+def interact(writer: Writer) -> int:
+    """Continue what is typed, line by line, until an empty line, the end of input (0) or Ctrl-C (130)."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  importing it gives input() editing and history
+    print("Type a prompt; an empty line ends.", file=sys.stderr)
+    try:
+        while prompt := input("> "):
+            writer.write([prompt])
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def main() -> int:
+    config = parse(GenerateConfig, sys.argv[1:])
+    if not config.checkpoint:
+        raise UserError('no checkpoint is named; type python generate.py CHECKPOINT "prompt"')
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # bytes and characters that the terminal cannot show are no fault
+            stream.reconfigure(errors="replace")
+    prompts = config.prompts
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        if not prompts:
+            raise UserError("no prompt: give one after the checkpoint, or one a line on standard input")
+    writer = Writer(config)
+    if not prompts:
+        return interact(writer)
+    writer.write(prompts)
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point(main)

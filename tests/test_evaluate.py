@@ -1,0 +1,296 @@
+"""evaluate.py against plain transformers loops, one row at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import evaluate as script
+from config import UserError
+from dataset import byte_lengths, tokenize_to_folder
+from metrics import bits_per_byte, perplexity
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+BLOCK = 48
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+source = random.Random(0)
+WORDS = ["".join(source.choices("abcdefgé", k=source.randint(2, 6))) for _ in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads that wait for one another cost a tiny model more than they save, the more so on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def text(seed: int, n_words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=n_words))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "hub"
+    tokenizer = train_bpe([text(i, 12) for i in range(200)], 331, folder)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=331, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    model.save_pretrained(folder, eot=tokenizer.eot)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> GPT:
+    return GPT.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path):
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return file
+
+
+def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
+    """What `evaluate.py CHECKPOINT WORDS --json -` prints."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (checkpoint, *words)), "--json", "-"])
+    script.main()
+    return json.loads(capsys.readouterr().out)
+
+
+def log_probs(reference, ids: list[int]) -> torch.Tensor:
+    """(len(ids) - 1, vocab_size) fp32"""
+    with torch.no_grad():
+        return reference(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+
+
+def of_continuation(reference, before: list[int], after: list[int], block: int) -> tuple[torch.Tensor, bool]:
+    """Log probability of each token of `after`, and whether all of them are the argmax."""
+    ids = (before + after)[-(block + 1) :]
+    scores = log_probs(reference, ids)[-len(after) :]
+    return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
+
+
+def plain_hellaswag(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, list[float]]:
+    """Accuracy by mean and by sum, and the mean of each ending."""
+    by_mean = by_sum = 0
+    means: list[float] = []
+    for row in rows:
+        before = tokenizer.encode(row["ctx"] if "ctx" in row else row["ctx_a"] + " " + row["ctx_b"])
+        scored = [of_continuation(reference, before, tokenizer.encode(" " + e), block)[0] for e in row["endings"]]
+        mean, total = torch.stack([s.mean() for s in scored]), torch.stack([s.sum() for s in scored])
+        by_mean += int(mean.argmax()) == int(row["label"])
+        by_sum += int(total.argmax()) == int(row["label"])
+        means += mean.tolist()
+    return by_mean / len(rows), by_sum / len(rows), means
+
+
+def plain_lambada(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, float]:
+    """Accuracy, perplexity of a word, perplexity of a token."""
+    hits, nll, tokens = 0, 0.0, 0
+    for row in rows:
+        context, word = row["text"].rsplit(" ", 1)
+        scored, greedy = of_continuation(reference, tokenizer.encode(context), tokenizer.encode(" " + word), block)
+        hits, nll, tokens = hits + greedy, nll - float(scored.sum()), tokens + len(scored)
+    return hits / len(rows), math.exp(nll / len(rows)), math.exp(nll / tokens)
+
+
+HELLASWAG: list[dict[str, Any]] = [
+    {"ind": i, "ctx": text(i, 4 + 3 * i), "label": i % 4, "endings": [text(100 * i + j, 2 + j) for j in range(4)]}
+    for i in range(12)  # the longest contexts exceed block_size
+]
+OFFICIAL = [
+    {"ctx_a": text(i, 5), "ctx_b": text(50 + i, 3), "label": str(row["label"]), "endings": row["endings"]}
+    for i, row in enumerate(HELLASWAG)
+]
+LAMBADA = [{"text": text(i, 3 + 3 * i)} for i in range(12)]
+
+
+@pytest.mark.parametrize("rows", [HELLASWAG, OFFICIAL], ids=["ctx", "official"])
+@pytest.mark.parametrize("batch_size", ["1", "8"])
+def test_hellaswag(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, rows, batch_size) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    ours = figures(monkeypatch, capsys, checkpoint, "--hellaswag", file, "--batch-size", batch_size)["hellaswag"]
+    by_mean, by_sum, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
+    assert (ours["accuracy_norm"], ours["accuracy"], ours["rows"]) == (by_mean, by_sum, 12)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_tokens: int) -> None:
+    spans = [script.make_span(tokenizer, r["ctx"], " " + e, BLOCK) for r in HELLASWAG for e in r["endings"]]
+    scores = script.score(model, spans, batch_tokens, "")
+    expected = plain_hellaswag(reference, tokenizer, HELLASWAG, BLOCK)[2]
+    assert [-s.nll / s.tokens for s in scores] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "8"])
+def test_lambada(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, batch_size) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
+    ours = figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--batch-size", batch_size)["lambada"]
+    expected = plain_lambada(reference, tokenizer, LAMBADA, BLOCK)
+    assert (ours["accuracy"], ours["perplexity"], ours["token_perplexity"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -> None:
+    """Rows whose last word is what the reference itself would write: all of them are right."""
+    rows = []
+    for seed in range(200):
+        context = text(seed, 6)
+        ids = tokenizer.encode(context)
+        word = tokenizer.decode([int(log_probs(reference, [*ids, 0])[-1].argmax())])
+        if word.startswith(" ") and word.strip() and tokenizer.encode(word) and " " not in word[1:]:
+            rows.append((context, word))
+    expected = [of_continuation(reference, *map(tokenizer.encode, row), BLOCK)[1] for row in rows]
+    ours = script.evaluate_lambada(model, tokenizer, rows, 256)
+    assert ours["accuracy"] == sum(expected) / len(rows) > 0
+
+
+def test_limit(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
+    assert figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--limit", "5")["lambada"]["rows"] == 5
+
+
+# ---- --data
+
+
+def plain_nll(reference, ids: list[int], seq_len: int) -> float:
+    """Nats of every token but the first, in windows that do not overlap."""
+    total = 0.0
+    for begin in range(0, len(ids) - 1, seq_len):
+        window = ids[begin : begin + seq_len + 1]
+        scores = log_probs(reference, window)
+        total -= float(scores[torch.arange(len(window) - 1), window[1:]].sum())
+    return total
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(BLOCK, 4), (BLOCK, 1), (17, 3), (1, 500)])
+def test_data(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, seq_len: int, batch_size: int) -> None:
+    documents = [text(i, 20) for i in range(7)]
+    (tmp_path / "books.jsonl").write_text("\n".join(json.dumps({"body": d}) for d in documents))
+    words = ("--data", tmp_path / "books.jsonl", "--text-column", "body", "--cache", tmp_path / "cache")
+    options = ("--seq-len", str(seq_len), "--batch-size", str(batch_size))
+    ours = figures(monkeypatch, capsys, checkpoint, *words, *options)["data"]
+    ids = [id for d in documents for id in (tokenizer.eot, *tokenizer.encode(d))]
+    n_bytes = sum(len(d.encode()) for d in documents)
+    nll = plain_nll(reference, ids, seq_len)
+    assert (ours["tokens"], ours["bytes"]) == (len(ids) - 1, n_bytes)
+    assert ours["loss"] == pytest.approx(nll / (len(ids) - 1), abs=1e-4)
+    assert ours["perplexity"] == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-4)
+    assert ours["bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, abs=1e-4)
+
+
+def test_a_corpus_shorter_than_a_window(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "short.txt").write_text("abc de")
+    words = ("--data", tmp_path / "short.txt", "--cache", tmp_path / "cache")
+    ours = figures(monkeypatch, capsys, checkpoint, *words)["data"]
+    ids = [tokenizer.eot, *tokenizer.encode("abc de")]
+    assert ours["loss"] == pytest.approx(plain_nll(reference, ids, BLOCK) / (len(ids) - 1), abs=1e-4)
+
+
+def test_validation_shards_alone(checkpoint, tokenizer, tmp_path, monkeypatch, capsys) -> None:
+    """A folder's val shards are what is scored, and a single val shard may be named."""
+    import corpus
+
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(text(i, 10) for i in range(200)))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tokenize_to_folder(corpus.TextFiles([tmp_path / "text.txt"]), tokenizer, folder, "text", True, lambda line: None)
+    shard = next(folder.glob("val_*.bin"))
+    one = figures(monkeypatch, capsys, checkpoint, "--data", folder, "--cache", tmp_path / "cache")["data"]
+    other = figures(monkeypatch, capsys, checkpoint, "--data", shard, "--cache", tmp_path / "cache")["data"]
+    del one["seconds"], other["seconds"]
+    assert one == other and one["tokens"] < 200 and byte_lengths(tokenizer).max() > 1
+
+
+def test_metrics() -> None:
+    assert perplexity(2 * math.log(8), 2) == pytest.approx(8)
+    assert perplexity(1e6, 1) == math.inf
+    assert bits_per_byte(math.log(2) * 12, 4) == pytest.approx(3)
+
+
+# ---- the command
+
+
+def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
+    done = run(repo / "evaluate.py", checkpoint, "--lambada", file, "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert f"{written['lambada']['perplexity']:,.4f}" in done.stdout
+    assert written["config"]["lambada"] == str(file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no checkpoint is named"),
+        (["here"], "nothing to evaluate on"),
+        (["here", "--hellaswagg", "x"], "did you mean --hellaswag"),
+        (["here", "--lambada", "missing.jsonl"], "missing.jsonl: No such file"),
+        (["here", "--lambada", "text"], "is not JSONL"),
+        (["here", "--lambada", "empty"], "holds no rows"),
+        (["here", "--hellaswag", "foreign"], "row 2 is not one of this benchmark"),
+        (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),
+        (["here", "--data", "stdlib", "--batch-size", "0"], "--batch-size is 0"),
+        (["{checkpoint}", "--data", "text", "--seq-len", "99"], "longer than the model's block_size 48"),
+        (["here", "--data", "text", "--json", "no/where"], "there is no folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_one_line(words: list[str], message: str, checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("abc\n")
+    (tmp_path / "empty").write_text("\n")
+    write_rows(tmp_path / "foreign", [HELLASWAG[0], {**HELLASWAG[0], "label": ""}])
+    write_rows(tmp_path / "word", [{"text": "abc"}])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(w.format(checkpoint=checkpoint) for w in words)])
+    with pytest.raises(UserError, match=message) as raised:
+        script.main()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not (SHARED / "lm_eval").is_dir(), reason="needs ../shared/data/lm_eval")
+def test_real_rows(tmp_path, monkeypatch) -> None:
+    """Twenty rows of each benchmark with GPT-2's tokenizer and a small random model."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache")))
+    tokenizer = load_tokenizer("gpt2")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=2, n_embd=16)).eval()
+    model.save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    parsers = {"hellaswag_val": script.hellaswag_row, "lambada_test": script.lambada_row}
+    raw, parsed = {}, {}
+    for name, parser in parsers.items():
+        file = SHARED / "lm_eval" / f"{name}.jsonl"
+        raw[name] = script.file_rows(file, name)[:20]
+        parsed[name] = script.read_rows("lambada", str(file), parser, 20)
+    ours = script.evaluate_hellaswag(model, tokenizer, parsed["hellaswag_val"], 1024)
+    expected = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
+    assert (ours["accuracy_norm"], ours["accuracy"]) == expected[:2]
+    ours = script.evaluate_lambada(model, tokenizer, parsed["lambada_test"], 1024)
+    expected = plain_lambada(reference, tokenizer, raw["lambada_test"], 256)
+    assert (ours["accuracy"], ours["token_perplexity"]) == pytest.approx((expected[0], expected[2]), rel=1e-4)
