@@ -354,6 +354,7 @@ class Run:
                 if self.signal:
                     return
                 self.at.done.append(kind)
+                self.saved = None  # a checkpoint of this step, saved when a signal cut this off, lacks it
         if self._due(self.cfg.save_every) and self.saved != self.at.step:
             self._save()
         self.clock = time.perf_counter()
@@ -387,6 +388,8 @@ class Run:
             "micro_batch": self.cfg.micro_batch,
             "world_size": self.world.size,
         }
+        if not self._due(self.cfg.save_every):
+            meta["best_metric"] = None  # saved for a signal's sake: which model is the best may not depend on it
 
         def prune() -> None:
             best = checkpoint.best_of(self.folder, self.task.best[1])

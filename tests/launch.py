@@ -28,74 +28,27 @@ from unittest import mock
 from conftest import REPO
 
 Patch = Callable[[], None]
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "one",
-    "two",
-    "three",
-    "of",
-    "the",
-    "a",
-    "model",
-    "reads",
-    "text",
-    "and",
-    "learns",
-]
-# 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
-SMALL = [
-    "--preset",
-    "micro",
-    "--data",
-    "text.txt",
-    "--tokenizer",
-    "tokenizer",
-    "--cache",
-    "cache",
-    "--seq-len",
-    "16",
-    "--batch-tokens",
-    "128",
-    "--micro-batch",
-    "2",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--steps",
-    "12",
-    "--lr",
-    "1e-3",
-    "--dropout",
-    "0.1",
-    "--eval-every",
-    "3",
-    "--save-every",
-    "3",
-    "--sample-every",
-    "6",
-    "--keep",
-    "2",
-    "--out",
-    "run",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "of", "the", "model", "reads", "text", "learns"]
+OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
+    "preset": "micro", "data": "text.txt", "val-data": "val.txt", "tokenizer": "tokenizer", "cache": "cache",
+    "seq-len": 16, "batch-tokens": 128, "micro-batch": 2, "precision": "fp32", "device": "cpu", "dropout": 0.1,
+    "steps": 12, "lr": 1e-3, "eval-every": 3, "save-every": 3, "sample-every": 6, "keep": 2, "out": "run",
+}  # fmt: skip
 
 
-def small(*words: str | Path) -> list[str]:
-    """The options of a tiny run, `words` in place of or beside them."""
-    return [*SMALL, *map(str, words)]
+def small(*words: Any) -> list[str]:
+    """The options of a tiny run, then `words`; of an option that is there twice the later one counts."""
+    return [*(str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)), *map(str, words)]
 
 
 def write_inputs(folder: Path) -> None:
-    """text.txt and tokenizer/: what `SMALL` reads."""
+    """text.txt, val.txt and tokenizer/: what `small` reads."""
     from tokenizer import train_bpe
 
     draw = random.Random(1)
-    text = "\n".join(" ".join(draw.choices(WORDS, k=30)) for _ in range(60))
+    text, val = ("\n".join(" ".join(draw.choices(WORDS, k=30)) for _ in range(n)) for n in (60, 8))
     (folder / "text.txt").write_text(text)
+    (folder / "val.txt").write_text(val)
     train_bpe([text], 300, folder / "tokenizer")
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import launch, small, trace, write_inputs
+from conftest import REPO
+from launch import Ended, checkpoint_steps, launch, log_of, small, start, trace, write_inputs
 
 # --- patches: what happens to a run, and where
 
@@ -36,8 +42,10 @@ def at_call(owner: Any, name: str, nth: int, act: Callable[[], Any], before: boo
 
 def point(where: str) -> tuple[Any, str]:
     """(owner, function) that runs at a place of a training run."""
+    import safetensors.torch
+
     import checkpoint
-    import runlog
+    from runlog import RunLog
     from step import TrainStep
     from task import LanguageModelling
 
@@ -45,26 +53,34 @@ def point(where: str) -> tuple[Any, str]:
         "micro-batch": (TrainStep, "_backward"),
         "evaluation": (LanguageModelling, "sums"),
         "sample": (LanguageModelling, "samples"),
-        "state of a save": (checkpoint.json, "dumps") if False else (checkpoint.Saver, "_fill"),
-        "manifest of a save": (checkpoint, "flush"),
+        "save": (checkpoint.Saver, "_fill"),
+        "file of a save": (safetensors.torch, "save_file"),
+        "flush": (checkpoint, "flush"),
+        "removal": (checkpoint, "_remove"),
         "retention": (checkpoint, "prune"),
-        "log": (runlog.RunLog, "record"),
+        "log": (RunLog, "record"),
+        "whole file": (checkpoint, "write_whole"),
     }[where]
 
 
-def die(where: str, nth: int, before: bool = True) -> None:
-    at_call(*point(where), nth, lambda: os.kill(os.getpid(), signal.SIGKILL), before)
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
-def receive(where: str, nth: int, numbers: tuple[int, ...], rank: int = 0) -> None:
-    """Send signals to `rank` itself from the nth call; what is under way there takes a moment longer."""
+def die(where: str, nth: int, before: bool = True, on: int = 0) -> None:
+    if rank() == on:
+        at_call(*point(where), nth, lambda: os.kill(os.getpid(), signal.SIGKILL), before)
+
+
+def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int = 0) -> None:
+    """One rank sends itself signals from the nth call; what is under way there takes a moment longer."""
 
     def act() -> None:
         for number in numbers:
             os.kill(os.getpid(), number)
-        time.sleep(0.2)
+        time.sleep(0.3)
 
-    if int(os.environ.get("RANK", "0")) == rank:
+    if rank() == on:
         at_call(*point(where), nth, act)
 
 
@@ -84,27 +100,221 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(reference: Path, tmp_path: Path) -> Path:
     """The same inputs and no run."""
-    for name in ("text.txt", "tokenizer", "cache"):
+    for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(reference / name)
     return tmp_path
 
 
-DEATHS = [
-    ("micro-batch", 2, True),  # within the first step: nothing saved yet
+DEATHS = [  # in this order, each in a start of its own
+    ("micro-batch", 2, True),  # within the first step: nothing is saved yet
     ("micro-batch", 18, False),  # half-way through step 5
     ("evaluation", 2, False),
-    ("state of a save", 1, True),
-    ("manifest of a save", 4, True),
+    ("file of a save", 2, True),  # the model is written, the training state is not
+    ("flush", 6, True),  # all is written, not all of it is flushed
     ("retention", 1, True),  # the checkpoint stands, the older ones are not pruned yet
     ("log", 4, True),
+    ("removal", 1, False),
     ("sample", 1, False),
+    ("whole file", 3, True),  # final/ stands, metrics.json does not
+    ("removal", 1, False),  # the old final/ is gone, the new one not in its place
 ]
 
 
-def test_a_run_killed_anywhere_ends_bit_for_bit_like_one_that_was_not(reference: Path, folder: Path) -> None:
+def test_a_run_killed_anywhere_ends_like_one_that_was_not(reference: Path, folder: Path) -> None:
     for where, nth, before in DEATHS:
         (end,) = launch(folder, small(), functools.partial(die, where, nth, before))
         assert end.code == -signal.SIGKILL, (where, end)
+        with (folder / "run" / "log.jsonl").open("a") as log:
+            log.write('{"kind": "train", "step": 1, "lo')  # a line torn by the kill
     (end,) = launch(folder, small())
     assert end.code == 0, end.err
     assert trace(folder / "run") == trace(reference / "run")
+    assert not list((folder / "run").rglob(".tmp-*"))
+
+
+def test_a_run_killed_at_random_moments(reference: Path, folder: Path) -> None:
+    draw = random.Random(7)
+    for _ in range(5):
+        (process,) = start(folder, small())
+        process.process.join(draw.uniform(0.2, 1.2))
+        process.process.kill()
+        process.end()
+    (end,) = launch(folder, small())
+    assert end.code == 0, end.err
+    assert trace(folder / "run") == trace(reference / "run")
+
+
+# --- SIGTERM and SIGINT
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+STOPS = [  # where, the exit code, the step whose checkpoint must stand, what else the start says
+    ("micro-batch", 1, (TERM,), 143, None),  # nothing done yet, nothing to save
+    ("micro-batch", 6, (INT, INT, INT), 130, 1),  # half-way through step 2
+    ("evaluation", 2, (TERM, TERM, INT), 143, 3),
+    ("file of a save", 2, (TERM, TERM), 143, 3),  # a save under way is joined
+    ("sample", 1, (TERM,), 143, 6),
+    ("micro-batch", 7, (TERM,), 143, 7),
+]
+
+
+def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Path, folder: Path) -> None:
+    for where, nth, numbers, code, step in STOPS:
+        (end,) = launch(folder, small(), functools.partial(receive, where, nth, numbers))
+        assert (end.code, end.err) == (code, ""), (where, end)
+        assert max(checkpoint_steps(folder / "run"), default=None) == step, (where, end.out)
+        assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
+    (end,) = launch(folder, small())
+    assert end.code == 0 and "resumed from step-00000007" in end.out, end
+    assert trace(folder / "run") == trace(reference / "run")
+
+
+def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(folder: Path) -> None:
+    """At a rate that ruins the model, an evaluation between two saves is the best one: nothing of it is kept."""
+    words = small("--steps", 8, "--eval-every", 1, "--save-every", 4, "--sample-every", 0, "--lr", 0.1, "--clip", 0)
+    launch(folder, [*words, "--out", "whole"])
+    (end,) = launch(folder, words, functools.partial(receive, "micro-batch", 5, (TERM,)))
+    assert end.code == 143 and checkpoint_steps(folder / "run") == [1]
+    (end,) = launch(folder, words)
+    best = min(log_of(folder / "run", "eval"), key=lambda x: x["val_loss"])
+    assert best["step"] == 1, "the test needs the stopped step to be the best"
+    assert trace(folder / "run") == trace(folder / "whole")
+
+
+# --- two ranks
+
+
+def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) -> None:
+    words = small("--dropout", 0)
+    for ranks in (1, 2):
+        ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
+        assert [end.code for end in ends] == [0, 0][:ranks], ends
+    ends = launch(folder, words, functools.partial(die, "micro-batch", 9, on=1), ranks=2)
+    assert [end.code for end in ends] == [1, -signal.SIGKILL], ends  # rank 0 does not wait for the dead
+    assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
+    # One rank alone hears of the signal; both leave at the same point, the second micro-batch from then.
+    for where, nth, on, number, step in (("micro-batch", 3, 1, INT, 5), ("evaluation", 2, 0, TERM, 6)):
+        ends = launch(folder, words, functools.partial(receive, where, nth, (number, number), on), ranks=2)
+        assert [end.code for end in ends] == [128 + number] * 2, ends
+        assert max(checkpoint_steps(folder / "run")) == step
+        assert ends[1].out == "", "only rank 0 speaks"
+    shutil.copytree(folder / "run", folder / "other")
+    assert [end.code for end in launch(folder, words, ranks=2)] == [0, 0]
+    assert trace(folder / "run") == trace(folder / "on2")
+    (end,) = launch(folder, [*words, "--out", "other"])  # the second half on one rank
+    assert end.code == 0 and "resumed from step-00000006" in end.out, end
+    losses = {name: [x["loss"] for x in log_of(folder / name, "train")] for name in ("other", "on1", "on2")}
+    assert losses["other"] == pytest.approx(losses["on1"], rel=1e-5)
+    assert losses["on2"] == pytest.approx(losses["on1"], rel=1e-5)
+
+
+def torchrun(folder: Path, patch: str, words: list[str]) -> subprocess.Popen[str]:
+    """Two ranks of tests/launch.py, which calls `patch` of this file first."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(REPO / "tests" / "launch.py"), f"test_faults:{patch}", *words]
+    env = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+def outcome(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Ended(process.returncode, out, err)
+
+
+def nothing() -> None:
+    pass
+
+
+def fault_on_rank_1() -> None:
+    def fail() -> None:
+        raise ArithmeticError("a fault made for this test")
+
+    if rank() == 1:
+        at_call(*point("micro-batch"), 5, fail)
+
+
+def slow_steps() -> None:
+    for nth in range(1, 100):
+        at_call(*point("micro-batch"), nth, lambda: time.sleep(0.2))
+
+
+def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
+    process = torchrun(folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0))
+    log = folder / "run" / "log.jsonl"
+    limit = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    end = outcome(process)
+    assert end.code != 0
+    assert [(folder / f"code-of-rank{rank}").read_text() for rank in (0, 1)] == ["143", "143"], end
+    assert checkpoint_steps(folder / "run") == [log_of(folder / "run", "train")[-1]["step"]]
+
+
+def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> None:
+    began = time.monotonic()
+    end = outcome(torchrun(folder, "fault_on_rank_1", small()))
+    assert end.code != 0 and time.monotonic() - began < 60
+    report = end.err.split("Root Cause")[1]
+    assert (
+        "rank      : 1" in report and "ArithmeticError: a fault made for this test" in report and "_backward" in report
+    )
+
+
+def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
+    end = outcome(torchrun(folder, "nothing", small("--batch-tokens", 100)))
+    assert end.code != 0
+    lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: --batch-tokens 100 is not divisible by 2 ranks x 16 tokens; use --batch-tokens 96"]
+    assert "UserError" not in end.err, "torchrun shows its own traceback, and none of ours"
+    assert [(folder / f"code-of-rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
+# --- a full disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 5 MiB: two checkpoints of these runs, not three."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(reference: Path, folder: Path, disk: Path) -> None:
+    (end,) = launch(folder, small("--out", "disk/run", "--keep", 9))
+    run = disk / "run"
+    assert end.code == 2 and "Traceback" not in end.err, end
+    assert end.err.startswith("error: the end of the run could not be written") and end.err.count("\n") == 1
+    assert [x["step"] for x in log_of(run, "train")] == list(range(1, 13))
+    assert [x["step"] for x in log_of(run, "warning")] == [9, 12]
+    assert checkpoint_steps(run) == [3, 6]
+    subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
+    (end,) = launch(folder, small("--out", "disk/run"))
+    assert end.code == 0 and "resumed from step-00000006" in end.out, end
+    assert trace(run) == trace(reference / "run")
+
+
+def small_files() -> None:
+    """From the second save on, a file may hold 1 MiB: the training state needs more."""
+    import resource
+
+    at_call(*point("save"), 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
+    """Needs no root; the last checkpoint is missing too, so the run ends with the error."""
+    (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0), small_files)
+    assert end.code == 2 and "free space" in end.err and "Traceback" not in end.err, end
+    assert checkpoint_steps(folder / "run") == [3]
+    (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0))
+    assert end.code == 0 and "resumed from step-00000003" in end.out, end
+    assert json.loads((folder / "run" / "metrics.json").read_text())["steps"] == 12
