@@ -463,7 +463,10 @@ class _Encoders:
     def send(self, number: int, chunk: Chunk) -> None:
         connection = self.idle.pop()
         self._busy[connection] = number
-        connection.send((chunk.texts, chunk.starts))
+        try:
+            connection.send((chunk.texts, chunk.starts))
+        except OSError:
+            raise _died() from None
 
     def receive(self, block: bool) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
         """The results that are there; with `block`, at least one. Raises RuntimeError where a process failed."""
@@ -472,12 +475,16 @@ class _Encoders:
             try:
                 result = connection.recv()
             except (EOFError, OSError):
-                raise RuntimeError("a tokenizing process died; was memory short?") from None
+                raise _died() from None
             if isinstance(result, str):
                 raise RuntimeError(f"a tokenizing process failed:\n{result}")
             number = self._busy.pop(connection)
             self.idle.append(connection)
             yield number, result
+
+
+def _died() -> RuntimeError:
+    return RuntimeError("a tokenizing process died; was memory short?")
 
 
 def _serve(connection: Connection, parents: Connection, tokenizer: Tokenizer) -> None:
@@ -544,7 +551,8 @@ class Progress:
         now = time.monotonic()
         self._first = self._first or (position, now)
         rate = (position - self._first[0]) / max(1e-9, now - self._first[1])
-        figures = f"{position / 1e6:,.0f} MB, {tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
+        figures = f"{position / 1e6:,.0f} MB, {tokens / 1e6:,.1f}M tokens"
+        figures += f", {rate / 1e6:.1f} MB/s" if rate else ""
         if self.total and rate:
             minutes, seconds = divmod(round(max(0, self.total - position) / rate), 60)
             figures += f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"

@@ -615,7 +615,7 @@ def test_progress_on_a_terminal_and_elsewhere(
         progress.update(10_000_000, 2_000_000)
         time.sleep(0.01)
         progress.update(20_000_000, 4_000_000)
-    assert said[0] == "tokenizing a.txt:  25% 10 MB, 2.0M tokens, 0.0 MB/s"
+    assert said[0] == "tokenizing a.txt:  25% 10 MB, 2.0M tokens"
     assert re.fullmatch(r"tokenizing a.txt:  50% 20 MB, 4.0M tokens, [\d.]+ MB/s, 0:00:0\d left", said[1])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
