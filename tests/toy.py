@@ -51,7 +51,7 @@ class TwoHeads(Task):
         self.tagged = draw.random((ROWS, 7)) < 0.6
         self.ranked = draw.random(ROWS) < 0.5
         self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
-        self.poison: dict[int, float] = {}  # step: what the loss is multiplied by
+        self.poison: dict[int, float] = {}  # step: what the loss of its second group is multiplied by
         # step 1 has no row for the ranker, step 2 a single one
         self.ranked[self.rows("train", 1)] = False
         self.ranked[self.rows("train", 2)] = False
@@ -104,7 +104,7 @@ class TwoHeads(Task):
 
     def _poison(self, batch: dict[str, Tensor]) -> float:
         for step, value in self.poison.items():
-            if set(self.rows("train", step)[0].tolist()) & set(batch["ids"].tolist()):
+            if set(self.rows("train", step)[1].tolist()) & set(batch["ids"].tolist()):  # on rank 1, where there is one
                 return value
         return 1.0
 
