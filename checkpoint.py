@@ -206,16 +206,17 @@ def open_run(
         if resume == "never":
             raise UserError(f"{run} already holds a run; choose another --out, or continue it with --resume auto")
         _same_run(identity, before, run)
+    if resume not in ("auto", "never"):
+        start.folder = _resume_from(Path(resume), run, say)
+    if before is not None:
         if (run / RESULTS).exists() and (run / "final" / "manifest.json").exists():
             return Start(finished=True)
         clean(run)
         start.micro_batch = _micro_batch_of(run)
-    if resume in ("auto", "never"):
+    if start.folder is None:
         start.folder = newest(run, say)
         if start.folder is None and checkpoints(run):
             raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
-    else:
-        start.folder = _resume_from(Path(resume), run, say)
     if start.folder is not None:
         meta = json.loads((start.folder / META).read_text())
         _same_run(identity, meta["identity"], start.folder)

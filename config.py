@@ -231,8 +231,8 @@ def check(cfg: TrainConfig) -> None:
     at_least |= dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), 0)
     for name, least in at_least.items():
         value = getattr(cfg, name)
-        if value is not None and value != "auto" and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if value is not None and value != "auto" and not least <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}, and finite")
     for name in ("dropout", "min_lr", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) <= (1 if name == "min_lr" else 0.9999999):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must lie between 0 and 1")
@@ -304,7 +304,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     """Split `--config FILE` off a command line."""
     for i, word in enumerate(argv):
         if word == "--config":
-            if i + 1 == len(argv):
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
                 raise UserError("--config needs a file")
             return argv[:i] + argv[i + 2 :], argv[i + 1]
         if word.startswith("--config="):

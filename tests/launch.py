@@ -38,7 +38,8 @@ OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on o
 
 def small(*words: Any) -> list[str]:
     """The options of a tiny run, then `words`; of an option that is there twice the later one counts."""
-    return [*(str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)), *map(str, words)]
+    chosen = {name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in words}
+    return [*(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *map(str, words)]
 
 
 def write_inputs(folder: Path) -> None:

@@ -1,0 +1,329 @@
+"""Checkpoint folders: whole or absent, verified, pruned, written beside the training; and the log that goes with them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import checkpoint_steps, launch, log_of, small, trace, write_inputs
+
+import checkpoint
+from config import UserError
+from runlog import RunLog
+
+
+def write_texts(**texts: str) -> Callable[[Path], None]:
+    """A `fill` for write_folder: name_suffix=text."""
+
+    def fill(folder: Path) -> None:
+        for name, text in texts.items():
+            (folder / ".".join(name.rsplit("_", 1))).write_text(text)
+
+    return fill
+
+
+def no_room(folder: Path) -> None:
+    (folder / "half.txt").write_text("half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- whole folders
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "final"
+    assert checkpoint.write_folder(folder, write_texts(a_txt="old", b_txt="old")) == 6
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_folder(folder, no_room)
+    assert checkpoint.fault(folder) is None and (folder / "a.txt").read_text() == "old"
+    checkpoint.write_folder(folder, write_texts(a_txt="new"))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "manifest.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["final"], "nothing temporary stays"
+    entry = json.loads((folder / "manifest.json").read_text())["files"]["a.txt"]
+    assert entry == {"bytes": 3, "sha256": checkpoint.sha256(folder / "a.txt")}
+
+
+def test_every_file_is_flushed_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append(f"{path.relative_to(tmp_path)}"))
+    checkpoint.write_folder(tmp_path / "step", write_texts(a_txt="a"))
+    inside = [".tmp-step/a.txt", ".tmp-step/manifest.json", ".tmp-step"]
+    assert flushed == [*inside, "."], "the parent, which holds the new name, comes last"
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    "no folder": (shutil.rmtree, "it has no manifest.json"),
+    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"files": {'), "not that of a checkpoint"),
+    "foreign manifest": (lambda f: (f / "manifest.json").write_text('{"files": [1]}'), "not that of a checkpoint"),
+    "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\0"), "not that of a checkpoint"),
+    "missing file": (lambda f: (f / "b.txt").unlink(), "b.txt is missing"),
+    "truncated file": (lambda f: (f / "b.txt").write_text("bb"), "b.txt has 2 bytes, not 3"),
+    "flipped byte": (lambda f: (f / "a.txt").write_text("aba"), "a.txt is damaged (its sha256 differs)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_says_why(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "step"
+    checkpoint.write_folder(folder, write_texts(a_txt="aaa", b_txt="bbb"))
+    assert checkpoint.fault(folder) is None
+    break_it, reason = DAMAGES[damage]
+    break_it(folder)
+    assert reason in (checkpoint.fault(folder) or "")
+
+
+# --- retention
+
+
+def make_run(run: Path, metrics: dict[int, float | None]) -> None:
+    for step, metric in metrics.items():
+        meta = json.dumps({"step": step, "best_metric": metric})
+        checkpoint.write_folder(checkpoint.step_folder(run, step), write_texts(training_state_json=meta))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    make_run(tmp_path, {1: None, 2: 3.0, 3: 5.0, 4: None, 5: 4.0, 6: 4.5})
+    for mode, best in (("max", 3), ("min", 2)):
+        found = checkpoint.best_of(tmp_path, mode)
+        assert found and found[0].name == f"step-{best:08d}"
+    checkpoint.prune(tmp_path, 2, found[0])
+    assert checkpoint_steps(tmp_path) == [2, 5, 6]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
+    make_run(tmp_path, {1: None, 2: None})
+    assert checkpoint.best_of(tmp_path, "min") is None
+
+
+# --- the writer
+
+
+class Written:
+    """A Saver over a run folder, and what it reported."""
+
+    def __init__(self, run: Path, export: Callable[..., Any] = lambda *_: None):
+        self.facts: list[dict[str, Any]] = []
+        self.saver = checkpoint.Saver(run, export, lambda **facts: self.facts.append(facts))
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        self.saver.save(tensors, {"step": step, "best_metric": None}, lambda: None)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    gate = threading.Event()
+    written = Written(tmp_path, lambda *_: gate.wait(60))
+    weight = torch.arange(4.0)
+    written.save(7, {"model.w": weight})
+    assert not written.facts and not checkpoint_steps(tmp_path), "save returned before anything was written"
+    weight += 100  # the next optimizer step
+    gate.set()
+    written.saver.join()
+    tensors, meta = checkpoint.read_state(checkpoint.step_folder(tmp_path, 7))
+    assert tensors["model.w"].tolist() == [0, 1, 2, 3] and meta["step"] == 7
+    (facts,) = written.facts
+    assert facts["step"] == 7 and 0 <= facts["blocked_ms"] < 1e3 * 60 and facts["write_ms"] > 0 and facts["bytes"] > 0
+
+
+def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_path: Path) -> None:
+    fails = iter([False, True, False])
+    written = Written(tmp_path, lambda _, folder: no_room(folder) if next(fails) else None)
+    for step in (1, 2, 3):
+        written.save(step, {"model.w": torch.full((2,), float(step))})
+        written.saver.join()
+        assert (written.saver.error is not None) == (step == 2)
+    assert ["error" in facts for facts in written.facts] == [False, True, False]
+    assert "No space left" in written.facts[1]["error"]
+    assert [checkpoint.fault(folder) for folder in checkpoint.checkpoints(tmp_path)] == [None, None]
+    assert checkpoint_steps(tmp_path) == [1, 3]
+
+
+# --- claiming a run's folder
+
+IDENTITY = {"seed": 1, "steps": 9, "data": "a" * 64}
+
+
+def open_run(run: Path, resume: str = "auto", **changes: object) -> checkpoint.Start:
+    return checkpoint.open_run(run, resume, IDENTITY | changes, {}, lambda text: None)
+
+
+def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert open_run(run) == checkpoint.Start()
+    with pytest.raises(
+        UserError, match=r"run is of another run: seed \(was 1, is 2\), data \(was aaaaaaaaaaaa, is bbb\)"
+    ):
+        open_run(run, seed=2, data="bbb")
+    with pytest.raises(UserError, match="already holds a run"):
+        open_run(run, resume="never")
+    assert open_run(run) == checkpoint.Start()
+
+
+@pytest.mark.parametrize("name", checkpoint.WRITTEN)
+def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".tmp-mine").write_text("mine")
+    with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
+        open_run(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine", ".tmp-mine": "mine"}
+
+
+def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    (tmp_path / ".tmp-run.json").write_text("{")
+    (tmp_path / "checkpoints" / ".tmp-step-00000003").mkdir(parents=True)
+    open_run(tmp_path)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+# --- the log
+
+
+def test_a_full_disk_delays_the_log_and_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(speaks=True)
+    log.open(tmp_path, None)
+    file = log.file
+    log.record("train", {"step": 1})
+    log.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for step in (2, 3):
+        log.record("train", {"step": step})
+    log.file.close()
+    log.file = file
+    log.record("train", {"step": 4, "loss": float("nan")})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["loss"] is None
+    assert capsys.readouterr().out.count("warning: log.jsonl cannot be written") == 1
+
+
+def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    kinds = [("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("sample", 2), ("train", 3), ("warning", None)]
+    lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
+    for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
+        log = RunLog(speaks=True)
+        log.open(tmp_path, 2, done)
+        log.close()
+        kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [(x["kind"], x["step"]) for x in kept] == [*kinds[:2], *last, ("warning", None)]
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with inputs and a finished run with checkpoints 6, 9 and 12."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_inputs(folder)
+    (end,) = launch(folder, small("--keep", 3))
+    assert end.code == 0, end.err
+    return folder
+
+
+@pytest.fixture
+def cut_off(finished: Path, tmp_path: Path) -> Path:
+    """The same run, as a kill just before its end leaves it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "run" / "metrics.json").unlink()
+    return folder
+
+
+def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> None:
+    run = finished / "run"
+    assert checkpoint_steps(run) == [6, 9, 12]
+    files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
+    assert {"model.safetensors", "config.json", "manifest.json", "tokenizer.json", checkpoint.META} <= files
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
+    saves = log_of(run, "checkpoint")
+    assert [x["step"] for x in saves] == [3, 6, 9, 12]
+    assert all(x["blocked_ms"] > 0 and x["write_ms"] > 0 and x["bytes"] > 1e6 for x in saves)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
+    (end,) = launch(finished, small("--keep", 1))
+    assert end.code == 0 and "run is finished (12 steps): its model is run/final" in end.out
+    assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")} == before
+
+
+def test_a_finished_run_without_checkpoints_says_so_too(finished: Path) -> None:
+    words = small("--steps", 2, "--save-every", 0, "--eval-every", 0, "--sample-every", 0, "--out", "unsaved")
+    assert [launch(finished, words)[0].code for _ in range(2)] == [0, 0]
+    (end,) = launch(finished, words)
+    assert end.code == 0 and "unsaved is finished" in end.out and "step 1/2" not in end.out
+
+
+def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut_off: Path) -> None:
+    run = cut_off / "run"
+    (checkpoint.step_folder(run, 12) / "manifest.json").unlink()
+    state = checkpoint.step_folder(run, 9) / checkpoint.STATE
+    state.write_bytes(state.read_bytes()[:-1] + b"\0")
+    (end,) = launch(cut_off, small("--keep", 3))
+    assert end.code == 0 and "resumed from step-00000006" in end.out, end
+    assert "passing over run/checkpoints/step-00000012: it has no manifest.json" in end.out
+    assert f"passing over run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
+    assert trace(run) == trace(finished / "run")
+
+
+def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -> None:
+    """Step 6 is made the best by hand; then it is damaged, and final/ is of the last step, with a warning."""
+    run = cut_off / "run"
+    best = checkpoint.step_folder(run, 6)
+    meta = json.loads((best / checkpoint.META).read_text()) | {"best_metric": 0.5}
+    weights = {
+        path.name: path.read_bytes() for path in best.iterdir() if path.name not in ("manifest.json", checkpoint.META)
+    }
+
+    def fill(folder: Path) -> None:
+        for name, data in weights.items():
+            (folder / name).write_bytes(data)
+        (folder / checkpoint.META).write_text(json.dumps(meta))
+
+    checkpoint.write_folder(best, fill)
+    (end,) = launch(cut_off, small("--keep", 3))
+    assert end.code == 0 and json.loads((run / "metrics.json").read_text())["final_is_step"] == 6
+    assert (run / "final" / "model.safetensors").read_bytes() == weights["model.safetensors"]
+    (run / "metrics.json").unlink()
+    (best / checkpoint.STATE).write_bytes(b"")
+    (end,) = launch(cut_off, small("--keep", 3))
+    assert end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out, end
+    assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
+
+
+def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:
+    (end,) = launch(cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1))
+    assert end.code == 0 and "resumed from step-00000006" in end.out, end
+    assert [x["step"] for x in log_of(cut_off / "branch", "train")] == list(range(7, 13))
+    assert trace(cut_off / "branch")["files"] == trace(finished / "run")["files"]
+    assert checkpoint_steps(cut_off / "run") == [6, 9, 12]
+    (end,) = launch(cut_off, small("--resume", "run/checkpoints/step-00000006"))
+    assert end.code == 2 and "run holds later checkpoints than step-00000006; choose another --out" in end.err
+
+
+# --- the CHECKPOINT of a command line
+
+
+def test_locate(finished: Path, cut_off: Path) -> None:
+    run = cut_off / "run"
+    assert checkpoint.locate(str(run)) == str(run / "final")
+    shutil.rmtree(run / "final")
+    assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 12))
+    (checkpoint.step_folder(run, 12) / "config.json").write_text("{}")
+    assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 9))
+    with pytest.raises(UserError, match=r"not a sound checkpoint: config\.json has 2 bytes"):
+        checkpoint.locate(str(checkpoint.step_folder(run, 12)))
+    for step in (6, 9):
+        (checkpoint.step_folder(run, step) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no sound checkpoint yet"):
+        checkpoint.locate(str(run))
+    assert checkpoint.locate("someone/gpt2") == "someone/gpt2"
