@@ -6,10 +6,11 @@ count, whether to stop) never waits for the GPU.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -112,6 +113,22 @@ def gather(world: World, value: Any) -> list[Any]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value, group=world.control)
     return values
+
+
+@contextlib.contextmanager
+def main_first(world: World) -> Generator[None]:
+    """Rank 0 runs the block before the others do, however long it takes: they find its work done, and it speaks."""
+    if world.size == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if not world.main:
+        dist.barrier(group)
+    try:
+        yield
+    finally:
+        if world.main:
+            dist.barrier(group)
 
 
 def sum_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:

@@ -72,7 +72,8 @@ def train(task: Task, cfg: TrainConfig) -> int:
         dry_run(task, cfg, world, log)
         distributed.finish(world)
         return 0
-    task.setup(cfg, log.say)
+    with distributed.main_first(world):
+        task.setup(cfg, log.say)
     backends = attention_backends(world.device, AUTOCAST.get(cfg.precision, torch.float32), cfg.deterministic)
     try:
         with sdpa_kernel(backends, set_priority=True):
