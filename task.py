@@ -5,7 +5,6 @@ loss is; the loop (trainer.py) says how an optimizer step is made of them, and k
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from dataset import Data, open_data, window_order
 from decoding import Sampling, generate
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate
+from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
 from tokenizer import load_tokenizer
@@ -224,11 +224,11 @@ class LanguageModelling(Task):
         return {"nll": model(**batch, reduction="sum"), "tokens": (batch["targets"] != IGNORE).sum()}
 
     def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
-        loss = sums["nll"] / sums["tokens"]
-        metrics = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        nll, tokens = sums["nll"], sums["tokens"]
+        metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         val = self.data.val
         if val.n_bytes:
-            metrics["val_bits_per_byte"] = loss / math.log(2) * val.n_tokens / val.n_bytes
+            metrics["val_bits_per_byte"] = bits_per_byte(nll, tokens * val.n_bytes / val.n_tokens)
         return metrics
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
@@ -237,7 +237,8 @@ class LanguageModelling(Task):
         prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
         options = Sampling(max_new_tokens=min(100, self.config.block_size // 2), top_k=50, seed=self.cfg.seed)
-        texts = [tokenizer.decode(out) for out in generate(model, ids, options, tokenizer.eot)]
+        outs = generate(model, ids, options, tokenizer.eot, vocab_size=tokenizer.vocab_size)
+        texts = [tokenizer.decode(out) for out in outs]
         return list(zip(prompts, texts, strict=True))
 
     def export(self, model: nn.Module, folder: Path) -> None:
