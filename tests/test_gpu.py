@@ -1,0 +1,163 @@
+"""What only a CUDA GPU can show. Skipped elsewhere; `make gpu-check` runs it. Needs no network and no other file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import GPTConfig, TrainConfig, resolve
+from distributed import World
+from model import GPT, KVCache, attention_backends
+from step import Loader, TrainStep, autocast
+from task import Batch, LanguageModelling
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(170)]
+
+SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens", "4096", "--data", "stdlib"]
+OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
+
+
+class Tokens(LanguageModelling):
+    """Language modelling on seeded random tokens: no corpus, no tokenizer."""
+
+    def __init__(self, config: GPTConfig, cfg: TrainConfig):
+        self.config, self.cfg = config, cfg
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        assert self.cfg.batch_tokens and self.cfg.seq_len
+        return np.arange(self.cfg.batch_tokens // self.cfg.seq_len)[:, None] + 1000 * step
+
+    def collate(self, split: str, ids: np.ndarray) -> Batch:
+        assert self.cfg.seq_len
+        rows = [np.random.default_rng(i).integers(0, self.config.vocab_size, self.cfg.seq_len + 1) for i in ids]
+        tokens = torch.from_numpy(np.stack(rows))
+        return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def make_step(precision: str, device: str = "cuda", compiled: bool = False) -> tuple[TrainStep, Loader]:
+    config = GPTConfig(vocab_size=1000, block_size=128, n_layer=3, n_head=4, n_embd=256)
+    cfg = resolve(TrainConfig(steps=20, seq_len=128, batch_tokens=2048, micro_batch=8, data="stdlib"), device)
+    cfg = dataclasses.replace(cfg, precision=precision, warmup_steps=0, lr=1e-3)
+    world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    task = Tokens(config, cfg)
+    torch.manual_seed(0)
+    model = GPT(config).to(world.device)
+    if compiled:
+        model.compile()
+    return TrainStep(task, model, cfg, world), Loader(task, world, 8, 20)
+
+
+def losses(precision: str, device: str = "cuda", compiled: bool = False, steps: int = 6) -> list[float]:
+    step, loader = make_step(precision, device, compiled)
+    results = [step(s, loader(s)) for s in range(steps)]
+    loader.close()
+    return [float(result.loss) for result in results if result is not None]
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+# Relative to the fp32 losses of the CPU: bf16 keeps 8 bits of mantissa, fp16 and tf32 11; errors partly cancel.
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 2e-5), ("tf32", 2e-3), ("fp16", 2e-3), ("bf16", 8e-3)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_losses_are_those_of_the_cpu(precision, tolerance, compiled):
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        assert losses(precision, compiled=compiled) == pytest.approx(losses("fp32", "cpu"), rel=tolerance)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_steady_state_never_waits_for_the_gpu():
+    step, loader = make_step("bf16")
+    data = [loader(s) for s in range(6)]
+    for s in range(3):  # the first steps allocate, choose kernels and make the optimizer's state
+        step(s, data[s])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for s in range(3, 6):
+            step(s, data[s])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step, loader = make_step("bf16", compiled=True)
+    step(0, loader(0))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for s in range(1, 5):
+        step(s, loader(s))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_every_attention_backend_offered_gives_the_same_output():
+    device = torch.device("cuda")
+    q, k, v = (torch.randn(2, 4, 256, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    for backend in attention_backends(device, torch.bfloat16):
+        with torch.nn.attention.sdpa_kernel(backend):
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert (y.double() - expected).abs().max() < 0.03, backend  # outputs of order 1 in 8 bits
+
+
+def test_the_kv_cache_gives_the_logits_of_the_whole_sequence():
+    config = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
+    model = GPT(config).cuda().eval()
+    idx = torch.randint(0, 331, (3, 64), device="cuda")
+    with torch.no_grad(), autocast("fp32", idx.device):
+        cache = KVCache(config, 3, 64)
+        parts = [model(idx[:, :20], cache=cache), *(model(idx[:, t : t + 1], cache=cache) for t in range(20, 64))]
+        torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_run_then_generate_and_evaluate(repo, run, tmp_path):
+    train = run(repo / "train_gpt2.py", *SMALL, *OFTEN, "--out", "runs/a")
+    assert train.returncode == 0, train.stdout + train.stderr
+    steps = records(tmp_path / "runs/a", "train")
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["memory_bytes"] > 0
+    text = run(repo / "generate.py", "runs/a", "def ", "--max-new-tokens", "20")
+    assert text.returncode == 0 and text.stdout.strip(), text.stderr
+    scores = run(repo / "evaluate.py", "runs/a", "--data", "stdlib", "--json", "-")
+    assert scores.returncode == 0 and json.loads(scores.stdout)["data"]["loss"] > 0, scores.stderr
+
+
+def test_deterministic_runs_repeat_bit_for_bit_also_when_resumed(repo, run, tmp_path):
+    options = [*SMALL, *OFTEN, "--deterministic", "--dropout", "0.1", "--no-compile"]
+    for out in ("a", "b"):
+        assert run(repo / "train_gpt2.py", *options, "--out", f"runs/{out}").returncode == 0
+    branch = run(repo / "train_gpt2.py", *options, "--out", "runs/c", "--resume", "runs/a/checkpoints/step-00000004")
+    assert branch.returncode == 0, branch.stderr
+    a, b, c = ([(x["step"], x["loss"]) for x in records(tmp_path / "runs" / n, "train")] for n in "abc")
+    assert a == b and a[4:] == c
+    weights = [(tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize(
+    "more", [["--optimizer", "muon"], ["--recompute"], ["--precision", "fp16"], ["--document-mask"]]
+)
+def test_options_run_under_torchrun(repo, run, more):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torch.cuda.device_count()}"]
+    done = run(*torchrun, repo / "train_gpt2.py", *SMALL, "--out", "runs/x", "--eval-every", "0", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_out_of_memory_names_a_micro_batch_that_fits(repo, run):
+    huge = ["--preset", "gpt2-xl", "--data", "stdlib", "--seq-len", "1024", "--batch-tokens", str(1 << 20)]
+    done = run(
+        repo / "train_gpt2.py", *huge, "--micro-batch", "1024", "--no-compile", "--steps", "1", "--out", "runs/o"
+    )
+    assert done.returncode == 2 and "out of memory" in done.stderr and "--micro-batch" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
