@@ -18,6 +18,10 @@ from config import UserError
 from model import GPT, KVCache
 from tokenizer import Tokenizer, load_tokenizer
 
+# On a CPU the head's product with few rows, most of a small model's step, runs 1.2 to 1.9 times faster on a copy
+# that is contiguous the other way round. The copy costs as much as it saves in about this many tokens.
+HEAD_COPY_PAYS = 32
+
 
 @dataclass
 class Sampling:
@@ -78,6 +82,8 @@ def generate(
     [prompts[i]], ..., rows=[i])`. Ids at and past `vocab_size` (the tokenizer's, where it is smaller than the
     model's) are never chosen. Past block_size the window slides: see Window. Raises UserError for an empty prompt.
     """
+    if not prompts:
+        return []
     training = model.training
     model.eval()
     try:
@@ -141,6 +147,9 @@ class Window:
         self.shown = [list(prompt) for prompt in prompts]  # the tokens of each row's window
         self.cache: KVCache | None = None
         self.last = torch.empty(0)  # (B, 1) the tokens that the cache has not seen
+        self.head: Tensor | None = None  # (n_embd, vocab_size)
+        if self.device.type == "cpu" and room >= HEAD_COPY_PAYS:
+            self.head = model.head_weight[: model.config.vocab_size].t().contiguous()
 
     def next_logits(self) -> Tensor:
         """fp32 logits (B, vocab_size) of the token after each row."""
@@ -148,8 +157,9 @@ class Window:
             idx = self._refill()
         else:
             idx = self.last
-        x = self.model.hidden(idx, cache=self.cache)
-        return self.model.logits(x[:, -1]).float()
+        x = self.model.hidden(idx, cache=self.cache)[:, -1]
+        logits = self.model.logits(x) if self.head is None else x @ self.head
+        return logits.float()
 
     def append(self, chosen: Tensor, tokens: list[int]) -> None:
         """Each row's next token, on the device (B,) and on the host."""

@@ -231,6 +231,7 @@ def test_greedy_needs_no_temperature() -> None:
 
 
 def test_an_empty_prompt_is_refused(model: GPT) -> None:
+    assert generate(model, [], Sampling(), eot=None) == []
     with pytest.raises(UserError, match="no token"):
         generate(model, [[1], []], Sampling(), eot=None)
 
