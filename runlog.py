@@ -79,7 +79,7 @@ class RunLog:
             return
         with self.lock:
             if self.progress is not None:
-                self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self.progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 print(text, flush=True)
 
