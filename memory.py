@@ -77,7 +77,7 @@ def estimate(
     if saves and on_cpu:  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
         other += live["weights"] + state + _matrix_bytes(config)
     if world_size > 1:
-        other += BUCKET_BYTES
+        other += min(BUCKET_BYTES, live["weights"])
     return Memory(optimizer=state, other=other, **live)
 
 

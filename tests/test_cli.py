@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -329,7 +330,7 @@ def aot_eager(counts: Path) -> None:
             file.write(json.dumps(graphs) + "\n")
         return result
 
-    step.TrainStep.__call__ = call
+    mock.patch.object(step.TrainStep, "__call__", call).start()
 
 
 def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, tmp_path):
@@ -451,7 +452,7 @@ def test_a_broken_wandb_is_a_warning(inputs, plain, where):
 
 
 def no_wandb() -> None:
-    sys.modules["wandb"] = None  # its import raises
+    mock.patch.dict(sys.modules, wandb=None).start()  # its import raises
 
 
 def test_a_missing_wandb_is_a_warning(inputs, plain):

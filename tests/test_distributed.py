@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import launch, log_of, small, write_inputs
 from torch import Tensor
-from toy import TwoHeads, capture_gradients, expected_gradients, loader, step_of
+from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
 import distributed
 import step
@@ -36,7 +37,7 @@ def gradients(world: World) -> dict[Any, Any]:
                 task = TwoHeads(batch=batch)
                 train = step_of(task, world, clip=0)
                 captured = capture_gradients(train)
-                result = train(at, loader(task, world, micro_batch)(at))
+                result = run_step(train, at, loader(task, world, micro_batch))
                 found[batch, at, micro_batch] = captured, result.loss.item(), result.tokens
     return found
 
@@ -51,7 +52,7 @@ def all_reduces(world: World) -> list[int]:
 
     def hook(state, bucket):  # DDP insists on its own annotations or none
         counts[-1] += 1
-        return allreduce_hook(None, bucket)
+        return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
     train.module.register_comm_hook(None, hook)
     data = loader(task, world, 2)
@@ -109,7 +110,7 @@ def host_sums(world: World) -> dict[str, float]:
     return distributed.sum_over_ranks(world, {"both": world.rank + 0.5, f"only {world.rank}": 2.0})
 
 
-def evaluation(world: World) -> list[dict[str, float]]:
+def evaluation(world: World) -> list[dict[str, float] | None]:
     task = TwoHeads()
     train = step_of(task, world)
     metrics = []
@@ -118,9 +119,7 @@ def evaluation(world: World) -> list[dict[str, float]]:
     return metrics
 
 
-SCENARIOS: list[Callable[[World], Any]] = [
-    gradients, all_reduces, trained, skipped, replicas, agreements, host_sums, evaluation,
-]  # fmt: skip
+SCENARIOS = (gradients, all_reduces, trained, skipped, replicas, agreements, host_sums, evaluation)
 
 
 def play(folder: Path) -> None:
@@ -261,7 +260,7 @@ def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
 
 def spoil_loss(from_step: int, steps: int) -> None:
     """NaN on rank 1 alone, in the last micro-batch of `steps` steps; and the ranks are compared after every step."""
-    trainer.CHECK_EVERY = 1
+    mock.patch.object(trainer, "CHECK_EVERY", 1).start()
     per_step = 2
     original = LanguageModelling.loss
     calls = 0
@@ -273,7 +272,7 @@ def spoil_loss(from_step: int, steps: int) -> None:
         spoil = os.environ["RANK"] == "1" and from_step <= at < from_step + steps and micro == per_step - 1
         return {name: value * (torch.nan if spoil else 1.0) for name, value in original(self, model, batch).items()}
 
-    LanguageModelling.loss = loss
+    mock.patch.object(LanguageModelling, "loss", loss).start()
 
 
 def test_nine_updates_skipped_in_a_row_are_counted_and_survived(inputs):
@@ -298,7 +297,7 @@ def test_ten_in_a_row_end_the_run_on_every_rank(inputs):
 
 def drift() -> None:
     """One weight of rank 1 changes after the second step, and ranks are compared after every third."""
-    trainer.CHECK_EVERY = 3
+    mock.patch.object(trainer, "CHECK_EVERY", 3).start()
     original = step.TrainStep.__call__
 
     def call(self: step.TrainStep, at: int, *args: Any) -> Any:
@@ -308,7 +307,7 @@ def drift() -> None:
                 self.model.transformer.ln_f.bias[0] += 1e-3
         return result
 
-    step.TrainStep.__call__ = call
+    mock.patch.object(step.TrainStep, "__call__", call).start()
 
 
 def test_ranks_that_drift_apart_stop(inputs):

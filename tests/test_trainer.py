@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toy import TwoHeads, capture_gradients, expected_gradients, loader, step_of
+from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
 from distributed import World
 from optim import LossScale
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, s
     task = TwoHeads()
     train = step_of(task, ALONE, clip=0)
     found = capture_gradients(train)
-    result = train(step, loader(task, ALONE, micro_batch)(step))
+    result = run_step(train, step, loader(task, ALONE, micro_batch))
     loss, terms, gradients = expected_gradients(task, train.model, step)
     close(found, gradients)
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
@@ -70,7 +70,7 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     task = TwoHeads()
     train = step_of(task, ALONE, clip=0.01)
     found = capture_gradients(train)
-    result = train(0, loader(task, ALONE, 4)(0))
+    result = run_step(train, 0, loader(task, ALONE, 4))
     _, _, gradients = expected_gradients(task, train.model, 0)
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
     assert norm(found) == pytest.approx(0.01, rel=1e-3)  # a millionth is added to the norm it is divided by
@@ -78,7 +78,7 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     close(found, {name: factor * g for name, g in gradients.items()})
     loose = step_of(task, ALONE, clip=1e3)
     found = capture_gradients(loose)
-    loose(0, loader(task, ALONE, 4)(0))
+    run_step(loose, 0, loader(task, ALONE, 4))
     close(found, gradients)
 
 
@@ -86,7 +86,7 @@ def test_a_term_that_no_row_has_moves_its_head_by_decay_alone():
     task = TwoHeads()
     train = step_of(task, ALONE)
     before = copy.deepcopy(train.model.state_dict())
-    result = train(1, loader(task, ALONE, 4)(1))
+    result = run_step(train, 1, loader(task, ALONE, 4))
     assert "rank" not in result.terms
     kept = 1 - train.lr(1) * train.cfg.weight_decay
     torch.testing.assert_close(train.model.ranker.weight.detach(), kept * before["ranker.weight"], rtol=1e-6, atol=0)
@@ -99,7 +99,7 @@ def test_a_batch_without_any_target_changes_nothing():
     before = copy.deepcopy(train.model.state_dict())
     task.tagged[:] = False
     task.ranked[:] = False
-    result = train(0, loader(task, ALONE, 4)(0))
+    result = run_step(train, 0, loader(task, ALONE, 4))
     assert not bool(result.ok)
     assert all(torch.equal(value, before[name]) for name, value in train.model.state_dict().items())
 
@@ -113,16 +113,16 @@ def test_groups_that_change_keep_the_state_of_what_goes_on_training():
     data = loader(task, ALONE, 4)
     head, trunk = train.model.tagger.weight, train.model.trunk.weight
     untouched = trunk.detach().clone()
-    train(0, data(0))
+    run_step(train, 0, data)
     optimizers = train.optimizers
-    train(1, data(1))
+    run_step(train, 1, data)
     assert train.optimizers is optimizers  # rebuilt where the groups change and nowhere else
     assert torch.equal(trunk, untouched) and not trunk.requires_grad
     moments = train.optimizers.state()["tagger.weight.exp_avg"].clone()
     train.assemble(2)
     assert train.optimizers is not optimizers and trunk.requires_grad
     assert torch.equal(train.optimizers.state()["tagger.weight.exp_avg"], moments)
-    train(2, data(2))
+    run_step(train, 2, data)
     assert train.optimizers.optimizers[0].state[head]["step"].item() == 3
     assert train.optimizers.optimizers[0].state[trunk]["step"].item() == 1
     assert not torch.equal(trunk, untouched)
@@ -133,14 +133,14 @@ def test_state_taken_over_in_the_middle_continues_to_the_bit():
     whole = step_of(task, ALONE)
     data = loader(task, ALONE, 3)
     for step in range(2):
-        whole(step, data(step))
+        run_step(whole, step, data)
     saved = {name: value.clone() for name, value in whole.state().items()}
     resumed = step_of(task, ALONE, seed=5)
     resumed.load_state(saved, 2)
     again = loader(task, ALONE, 3)
     for step in (2, 3):
-        whole(step, data(step))
-        resumed(step, again(step))
+        run_step(whole, step, data)
+        run_step(resumed, step, again)
     assert all(map(torch.equal, whole.state().values(), resumed.state().values()))
 
 
@@ -152,12 +152,12 @@ def test_an_update_that_is_not_finite_is_skipped_to_the_bit(value):
     task = TwoHeads()
     train = step_of(task, ALONE)
     data = loader(task, ALONE, 4)
-    train(0, data(0))
+    run_step(train, 0, data)
     before = {name: tensor.clone() for name, tensor in train.state().items()}
     task.poison = {1: value}
-    assert not bool(train(1, data(1)).ok)
+    assert not bool(run_step(train, 1, data).ok)
     assert all(torch.equal(tensor, before[name]) for name, tensor in train.state().items())
-    assert bool(train(2, data(2)).ok)
+    assert bool(run_step(train, 2, data).ok)
     assert train.state()["optimizer.tagger.weight.step"].item() == 2
 
 
@@ -169,7 +169,7 @@ def test_a_step_stopped_half_way_changes_nothing():
     assert train(0, data(0), lambda: next(calls)) is None
     assert all(p.grad is None for p in train.model.parameters())
     for each in (train, untroubled):
-        each(0, loader(task, ALONE, 2)(0))
+        run_step(each, 0, loader(task, ALONE, 2))
     assert all(map(torch.equal, train.model.parameters(), untroubled.model.parameters()))
 
 
@@ -180,15 +180,15 @@ def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
     data = loader(task, ALONE, 4)
     first = train.scale.scale.item()
     task.poison = {0: 1e36}  # finite, until it is scaled
-    assert not bool(train(0, data(0)).ok)
+    assert not bool(run_step(train, 0, data).ok)
     assert train.scale.scale.item() == first / 2
     task.poison = {}
     found = capture_gradients(train)
-    train(1, data(1))
+    run_step(train, 1, data)
     _, _, gradients = expected_gradients(task, train.model, 1)
     for name, expected in gradients.items():
         torch.testing.assert_close(found[name].double(), expected, rtol=0.02, atol=1e-3)  # fp16 has 11 bits
-    train(2, data(2))
+    run_step(train, 2, data)
     assert train.scale.scale.item() == first  # two good ones
 
 
@@ -208,9 +208,9 @@ def test_dropout_repeats_from_its_seed_wherever_a_run_begins():
     once, again = step_of(task, ALONE), step_of(task, ALONE)
     torch.rand(17)
     found, repeated = capture_gradients(once), capture_gradients(again)
-    once(3, loader(task, ALONE, 2)(3))
+    run_step(once, 3, loader(task, ALONE, 2))
     torch.rand(5)
-    again(3, loader(task, ALONE, 2)(3))
+    run_step(again, 3, loader(task, ALONE, 2))
     assert all(torch.equal(found[name], repeated[name]) for name in found)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from config import TrainConfig
 from distributed import World
 from optim import Group
-from step import Loader, TrainStep
+from step import Loader, StepResult, TrainStep
 from task import Task
 
 ROWS = 64
@@ -147,6 +147,13 @@ def loader(task: Task, world: World, micro_batch: int) -> Loader:
     return Loader(task, world, micro_batch, STEPS, ahead=0)
 
 
+def run_step(train: TrainStep, step: int, data: Loader) -> StepResult:
+    """One step that nothing stops."""
+    result = train(step, data(step))
+    assert result is not None
+    return result
+
+
 def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
     """A dictionary that the next step fills with the gradients it would update with; the update is left out."""
     found: dict[str, Tensor] = {}
@@ -167,7 +174,7 @@ def expected_gradients(
     batch = task.collate("train", task.rows("train", step).reshape(-1))
     weights, sums = task.weights(batch), task.loss(exact, batch)
     terms = {name: sums[name] / weights[name] for name in weights}
-    loss = sum(task.terms[name] * terms[name] for name in weights)
+    loss = torch.stack([task.terms[name] * terms[name] for name in weights]).sum()
     loss.backward()
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
