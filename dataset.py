@@ -519,6 +519,22 @@ def open_data(
     return Data(train, val, opened.tokenizer)
 
 
+def open_whole(
+    data: str,
+    tokenizer: Tokenizer,
+    text_column: str,
+    cache: Path,
+    say: Callable[[str], None] = print,
+) -> TokenDataset:
+    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if there are any."""
+    opened = _open(data, tokenizer, text_column, Cache(cache), False, say)
+    whole = opened.val or opened.train
+    assert whole is not None
+    if whole.n_bytes is None:
+        whole.n_bytes = whole.count_bytes(byte_lengths(tokenizer))
+    return whole
+
+
 def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
     advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
     return (

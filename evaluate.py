@@ -120,17 +120,6 @@ def batches_of_windows(dataset: TokenDataset, seq_len: int, batch_size: int) -> 
         yield torch.from_numpy(tail.windows(np.zeros(1, np.int64), tail.n_tokens - 1))
 
 
-def open_corpus(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[TokenDataset, int]:
-    """All of --data (of shards, those with val in their names if there are any), and the bytes of its text."""
-    from dataset import Cache, _open, byte_lengths
-
-    assert config.data
-    opened = _open(config.data, tokenizer, config.text_column, Cache(Path(config.cache)), False, say)
-    dataset = opened.val or opened.train
-    assert dataset is not None
-    return dataset, dataset.n_bytes or dataset.count_bytes(byte_lengths(tokenizer))
-
-
 # ---- rows of a context and what follows it
 
 
@@ -340,6 +329,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
 
     import distributed
     from checkpoint import locate
+    from dataset import open_whole
     from decoding import open_model
 
     # Rows are read before the model: what is wrong with them is said at once.
@@ -355,8 +345,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
         raise UserError(f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}")
     figures: dict[str, Figures] = {}
     if config.data:
-        dataset, n_bytes = open_corpus(config, tokenizer)
-        figures["data"] = evaluate_data(model, dataset, n_bytes, seq_len, batch_size)
+        dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
+        figures["data"] = evaluate_data(model, dataset, dataset.n_bytes or 0, seq_len, batch_size)
     batch_tokens = batch_size * model.config.block_size
     if hellaswag:
         figures["hellaswag"] = evaluate_hellaswag(model, tokenizer, hellaswag, batch_tokens)

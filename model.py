@@ -230,7 +230,7 @@ class GPT(nn.Module):
         if path.is_file() or (path / "ckpt.pt").is_file():
             config, tensors = _read_nanogpt(path if path.is_file() else path / "ckpt.pt")
         else:
-            config, tensors = _read_hub(path if path.is_dir() else _download(str(where)))
+            config, tensors = _read_hub(path if path.is_dir() else download(str(where)))
         with torch.device("meta"):  # the weights come from the file: nothing to initialise
             model = cls(GPTConfig(**{**config, **overrides}))
         model.to_empty(device="cpu")
@@ -422,7 +422,7 @@ def _reason(error: Exception) -> str:
     return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
 
 
-def _download(hub_id: str) -> Path:
+def download(hub_id: str) -> Path:
     """The files of a hub model, from the network or the local cache."""
     from huggingface_hub import snapshot_download
 

@@ -129,9 +129,7 @@ class LanguageModelling(Task):
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        tokenizer = cfg.tokenizer and locate(cfg.tokenizer)
-        if tokenizer is None and cfg.init != "scratch":
-            tokenizer = _tokenizer_beside(locate(cfg.init))
+        tokenizer = _tokenizer_named(cfg)
         assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
         self.config = model_config(cfg, self.data.tokenizer.vocab_size)
@@ -272,18 +270,20 @@ def _pretrained_config(cfg: TrainConfig) -> GPTConfig:
     return model.config
 
 
-def _tokenizer_beside(where: str) -> str | None:
-    """The tokenizer saved with a checkpoint, if there is one."""
-    folder = Path(where)
-    if not folder.is_dir():
-        return None if folder.exists() else where
-    return where if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
+def _tokenizer_named(cfg: TrainConfig) -> str | None:
+    """What load_tokenizer takes for --tokenizer, else for the checkpoint of --init; None leaves it to the data."""
+    if cfg.tokenizer:
+        return cfg.tokenizer if cfg.tokenizer == "gpt2" else locate(cfg.tokenizer)
+    if cfg.init == "scratch":
+        return None
+    where = locate(cfg.init)
+    return where if any((Path(where) / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
 
 
 def planned_vocab_size(cfg: TrainConfig) -> int:
     """Size of the vocabulary that `setup` would find, without tokenizing anything: for --dry-run."""
-    if cfg.tokenizer:
-        return load_tokenizer(locate(cfg.tokenizer)).vocab_size
+    if named := _tokenizer_named(cfg):
+        return load_tokenizer(named).vocab_size
     manifest = Path(cfg.data or "") / "manifest.json"
     if manifest.is_file():
         return json.loads(manifest.read_text())["vocab_size"]

@@ -69,7 +69,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --data nowhere": ["no such data: nowhere", "python fineweb_prep.py --dataset", "--out nowhere"],
     "--out new --data nowhere.txt": ["no such data: nowhere.txt", "--data stdlib"],
     "--out new --data shards --tokenizer other": ["shards were made with", "other"],
-    "--out new --data text.txt --tokenizer nowhere": ["no tokenizer at", "nowhere"],
+    "--out new --data text.txt --tokenizer nowhere": ["no folder nowhere"],
     "--out new --seq-len 4096 --batch-tokens 4096 --micro-batch 1": ["too short", "--seq-len"],
     # shape and batch
     "--out new --n-head 3": ["n_embd 64 is not divisible by n_head 3", "--n-head 2"],
@@ -105,7 +105,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --init shards": ["shards"],
     "--out new --init run --seq-len 32": ["--seq-len 32 is longer than the 16 positions of --init run", "--seq-len 16"],
     "--out new --init run --preset micro": ["--preset cannot go with --init run"],
-    "--out new --init run --tokenizer gpt2x": ["no tokenizer at"],
+    "--out new --init run --tokenizer gpt2x": ["no folder gpt2x"],
     "--out new --resume nowhere": ["--resume nowhere: no sound checkpoint there"],
     "--out new --resume shards": ["--resume shards", "manifest.json"],
     "--out new --resume run/final": ["a model without training state", "--init run/final"],
