@@ -7,13 +7,15 @@ that the next start removes. Nothing is ever pickled.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from model import download
 
 TEMPORARY = ".tmp-"
 STATE = "training_state.safetensors"
@@ -126,12 +129,15 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def locate(where: str) -> str:
-    """CHECKPOINT of the command line to a folder (or hub id) that GPT.from_pretrained takes.
+    """CHECKPOINT of the command line to a path that GPT.from_pretrained and load_tokenizer take.
 
-    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, anything else is returned
-    as it is. Raises UserError for a run without checkpoints and for a damaged one.
+    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, any other path is returned
+    as it is, and what is no path is fetched from the hub. Raises UserError for a run without checkpoints, for a
+    damaged one, and for a name that the hub does not know.
     """
     folder = Path(where)
+    if not folder.exists():
+        return str(download(where))
     if (folder / "final").is_dir():
         folder = folder / "final"
     elif (folder / "checkpoints").is_dir():
@@ -192,10 +198,31 @@ class Start:
     micro_batch: int | None = None  # of the interrupted run: the same one gives the same bits
 
 
+@contextlib.contextmanager
+def claimed(run: Path) -> Generator[None]:
+    """Make a run's folder and keep other processes out of it, the ranks that a killed torchrun left behind too."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(f"{run} is in use by a run that still goes on; end it, or choose another --out") from None
+    except OSError:  # a network file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def open_run(
     run: Path, resume: str, identity: dict[str, Any], facts: dict[str, Any], say: Callable[[str], None]
 ) -> Start:
-    """Claim the run's folder and find where to begin. Raises UserError where that would lose or mix anything.
+    """Find where a run begins and say whose its folder is. Raises UserError where that would lose or mix anything.
 
     `identity` holds, by option name, what a resumed run must have in common with the checkpoint; `facts` (config,
     versions) are stored beside it in run.json.
@@ -222,7 +249,6 @@ def open_run(
         _same_run(identity, meta["identity"], start.folder)
         start.micro_batch = meta["micro_batch"]
     try:
-        run.mkdir(parents=True, exist_ok=True)
         write_whole(run / RECORD, {"identity": identity} | facts)
     except OSError as error:
         raise UserError(f"cannot write to --out {run}: {error.strerror}") from None

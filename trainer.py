@@ -75,9 +75,10 @@ def train(task: Task, cfg: TrainConfig) -> int:
     with distributed.main_first(world):
         task.setup(cfg, log.say)
     backends = attention_backends(world.device, AUTOCAST.get(cfg.precision, torch.float32), cfg.deterministic)
+    run = Run(task, cfg, world, stop, log)
     try:
-        with sdpa_kernel(backends, set_priority=True):
-            code = Run(task, cfg, world, stop, log).train({"precision": why, "attention": backends[0].name.lower()})
+        with sdpa_kernel(backends, set_priority=True), run.held:
+            code = run.train({"precision": why, "attention": backends[0].name.lower()})
     finally:
         log.close()
     distributed.finish(world)
@@ -105,6 +106,7 @@ class Run:
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
         self.steps = cfg.steps
+        self.held = contextlib.ExitStack()  # what this process holds while it trains: the run's folder
         self.at = Progress()
         self.saved: int | None = None  # step of the newest checkpoint
         self.signal = 0  # what all ranks agreed to stop for
@@ -161,6 +163,7 @@ class Run:
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
             "command": sys.argv, "world_size": self.world.size,
         }  # fmt: skip
+        self.held.enter_context(checkpoint.claimed(self.folder))
         return checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
 
     def _build(self, start: checkpoint.Start) -> None:

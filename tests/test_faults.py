@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import REPO
-from launch import Ended, checkpoint_steps, launch, log_of, small, start, trace, write_inputs
+from launch import Ended, Launch, checkpoint_steps, launch, log_of, small, start, trace, write_inputs
 
 # --- patches: what happens to a run, and where
 
@@ -53,6 +53,7 @@ def point(where: str) -> tuple[Any, str]:
         "micro-batch": (TrainStep, "_backward"),
         "evaluation": (LanguageModelling, "sums"),
         "sample": (LanguageModelling, "samples"),
+        "start": (LanguageModelling, "build_model"),
         "save": (checkpoint.Saver, "_fill"),
         "file of a save": (safetensors.torch, "save_file"),
         "flush": (checkpoint, "flush"),
@@ -82,6 +83,11 @@ def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int =
 
     if rank() == on:
         at_call(*point(where), nth, act)
+
+
+def slow_steps() -> None:
+    for nth in range(1, 50):
+        at_call(*point("micro-batch"), nth, lambda: time.sleep(0.1))
 
 
 # --- SIGKILL
@@ -149,6 +155,7 @@ def test_a_run_killed_at_random_moments(reference: Path, folder: Path) -> None:
 TERM, INT = signal.SIGTERM, signal.SIGINT
 STOPS = [  # where, the exit code, the step whose checkpoint must stand, what else the start says
     ("micro-batch", 1, (TERM,), 143, None),  # nothing done yet, nothing to save
+    ("start", 1, (INT, TERM), 130, None),
     ("micro-batch", 6, (INT, INT, INT), 130, 1),  # half-way through step 2
     ("evaluation", 2, (TERM, TERM, INT), 143, 3),
     ("file of a save", 2, (TERM, TERM), 143, 3),  # a save under way is joined
@@ -162,22 +169,40 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Pat
         (end,) = launch(folder, small(), functools.partial(receive, where, nth, numbers))
         assert (end.code, end.err) == (code, ""), (where, end)
         assert max(checkpoint_steps(folder / "run"), default=None) == step, (where, end.out)
+        assert end.out.count("saved run/checkpoints/") == (step is not None), "a step is saved once"
         assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
     (end,) = launch(folder, small())
     assert end.code == 0 and "resumed from step-00000007" in end.out, end
     assert trace(folder / "run") == trace(reference / "run")
 
 
-def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(folder: Path) -> None:
-    """At a rate that ruins the model, an evaluation between two saves is the best one: nothing of it is kept."""
-    words = small("--steps", 8, "--eval-every", 1, "--save-every", 4, "--sample-every", 0, "--lr", 0.1, "--clip", 0)
+@pytest.mark.parametrize(("where", "save_every"), [("micro-batch", 4), ("evaluation", 1)])
+def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
+    folder: Path, where: str, save_every: int
+) -> None:
+    """At a rate that ruins the model step 1 is the best: stopped after it, between two saves, or while it is evaluated."""
+    words = small("--steps", 8, "--eval-every", 1, "--save-every", save_every, "--keep", 1, "--sample-every", 0)
+    words += ["--lr", "0.1", "--clip", "0"]
     launch(folder, [*words, "--out", "whole"])
-    (end,) = launch(folder, words, functools.partial(receive, "micro-batch", 5, (TERM,)))
+    (end,) = launch(folder, words, functools.partial(receive, where, 5, (TERM,)))
     assert end.code == 143 and checkpoint_steps(folder / "run") == [1]
     (end,) = launch(folder, words)
+    assert end.code == 0 and trace(folder / "run") == trace(folder / "whole")
     best = min(log_of(folder / "run", "eval"), key=lambda x: x["val_loss"])
-    assert best["step"] == 1, "the test needs the stopped step to be the best"
-    assert trace(folder / "run") == trace(folder / "whole")
+    assert best["step"] == 1 and (trace(folder / "run")["final_is_step"] == 1) == (save_every == 1)
+
+
+def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
+    (process,) = start(folder, small(), slow_steps)
+    wait_for_steps(folder / "run", 1)
+    other = small("--log-every", 2)
+    end = Launch(folder, other, {}, None, "other").end()
+    assert end.code == 2 and end.err.startswith("error: run is in use by a run that still goes on"), end
+    assert process.process.exitcode is None
+    process.process.kill()
+    process.end()
+    (end,) = launch(folder, other)
+    assert end.code == 0 and [x["step"] for x in log_of(folder / "run", "train")] == list(range(1, 13))
 
 
 # --- two ranks
@@ -205,6 +230,13 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
     losses = {name: [x["loss"] for x in log_of(folder / name, "train")] for name in ("other", "on1", "on2")}
     assert losses["other"] == pytest.approx(losses["on1"], rel=1e-5)
     assert losses["on2"] == pytest.approx(losses["on1"], rel=1e-5)
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    limit = time.monotonic() + 120
+    while not ((run / "log.jsonl").exists() and len(log_of(run, "train")) >= steps):
+        assert time.monotonic() < limit, "the run does not get on"
+        time.sleep(0.05)
 
 
 def torchrun(folder: Path, patch: str, words: list[str]) -> subprocess.Popen[str]:
@@ -237,17 +269,9 @@ def fault_on_rank_1() -> None:
         at_call(*point("micro-batch"), 5, fail)
 
 
-def slow_steps() -> None:
-    for nth in range(1, 100):
-        at_call(*point("micro-batch"), nth, lambda: time.sleep(0.2))
-
-
 def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
     process = torchrun(folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0))
-    log = folder / "run" / "log.jsonl"
-    limit = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < limit:
-        time.sleep(0.1)
+    wait_for_steps(folder / "run", 2)
     process.send_signal(signal.SIGTERM)
     end = outcome(process)
     assert end.code != 0
