@@ -28,6 +28,7 @@ from optim import lr_multiplier
 from plan import choose_precision, largest_micro_batch
 from runlog import bytes_text, peak_flops, printable, step_line, time_text
 from task import LanguageModelling
+from trainer import Run
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
@@ -227,6 +228,13 @@ def test_figures_read_well():
     assert peak_flops("some CPU", "bf16") is None and peak_flops("NVIDIA A100-SXM4-40GB", "fp32") is None
 
 
+def test_mfu_is_of_all_ranks_together():
+    run: Any = types.SimpleNamespace(flops=6e9, peak=1e15, world=types.SimpleNamespace(size=2))
+    assert Run._mfu(run, 1e5) == pytest.approx(0.3)
+    run.peak = None
+    assert Run._mfu(run, 1e5) is None
+
+
 # --- what a run leaves
 
 
@@ -305,6 +313,18 @@ def test_bf16_is_near_fp32(inputs, plain):
 def test_accumulation_and_recomputation_change_no_loss(inputs, plain):
     assert variant(inputs, "whole", "--micro-batch", "8") == pytest.approx(plain, rel=1e-5)
     assert variant(inputs, "recompute", "--recompute") == pytest.approx(plain, rel=1e-6)
+
+
+def test_deterministic_is_what_the_cpu_does_anyway(inputs, plain):
+    assert variant(inputs, "deterministic", "--deterministic") == plain
+
+
+def test_samples_are_from_the_prompts_asked_for(inputs):
+    train(inputs, *QUIET, "--steps", "4", "--sample-every", "2", "--prompts", "alpha", "beta of", "--out", "prompts")
+    samples = log_of(inputs / "prompts", "sample")
+    assert [(line["step"], line["prompt"]) for line in samples] == [
+        (s, p) for s in (2, 4) for p in ("alpha", "beta of")
+    ]
 
 
 def test_document_mask_changes_what_a_token_sees(inputs, plain):

@@ -19,7 +19,10 @@ from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_ste
 import distributed
 import step
 import trainer
+from config import TrainConfig
 from distributed import StopSignal, World
+from memory import Memory
+from plan import largest_micro_batch
 from task import LanguageModelling
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -119,7 +122,22 @@ def evaluation(world: World) -> list[dict[str, float] | None]:
     return metrics
 
 
-SCENARIOS = (gradients, all_reduces, trained, skipped, replicas, agreements, host_sums, evaluation)
+def micro_batch(world: World) -> int:
+    """What auto takes of 12 rows, where rank 0 has memory for all of them and rank 1 for seven."""
+
+    class Linear(TwoHeads):
+        def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+            return Memory(micro_batch, 0, 0, 0, 0, 0)
+
+    room = (12, 7)[world.rank] / 0.8
+    with (
+        mock.patch.object(distributed, "available_memory", lambda device, ranks: room),
+        mock.patch.object(distributed, "memory_bytes", lambda device: 0),
+    ):
+        return largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), world, 12)
+
+
+SCENARIOS = (gradients, all_reduces, trained, skipped, replicas, agreements, host_sums, evaluation, micro_batch)
 
 
 def play(folder: Path) -> None:
@@ -196,6 +214,10 @@ def test_evaluation_over_two_ranks_is_that_of_one(pair):
     assert pair[0]["evaluation"] == pair[1]["evaluation"]
     for metrics in pair[0]["evaluation"]:
         assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batch_auto_fits_on_every_rank(pair):
+    assert [found["micro_batch"] for found in pair] == [6, 6]
 
 
 # --- threads
