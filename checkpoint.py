@@ -112,10 +112,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoint folders of a run, newest first; leftovers of a kill do not count."""
+def checkpoints(run: Path, until: int | None = None) -> list[Path]:
+    """Finished checkpoint folders of a run up to step `until`, newest first; leftovers of a kill do not count."""
     found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else iter(())
-    return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+    last = step_folder(run, until).name if until is not None else "~"
+    return sorted((p for p in found if p.is_dir() and p.name <= last), key=lambda p: p.name, reverse=True)
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:
@@ -169,17 +170,21 @@ def clean(run: Path) -> None:
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(run: Path, keep: int, best: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best."""
-    for folder in checkpoints(run)[max(1, keep) :]:
-        if folder != best:
+def prune(run: Path, step: int, keep: int, mode: str) -> None:
+    """Of the checkpoints up to `step`, delete all but the newest `keep` and the best.
+
+    Later ones are those that a resumed run passed over: they may not push out a sound one.
+    """
+    best = best_of(run, mode, step)
+    for folder in checkpoints(run, step)[max(1, keep) :]:
+        if best is None or folder != best[0]:
             _remove(folder)
 
 
-def best_of(run: Path, mode: str) -> tuple[Path, float] | None:
-    """The checkpoint whose recorded `best_metric` is the smallest ("min") or largest ("max")."""
+def best_of(run: Path, mode: str, until: int | None = None) -> tuple[Path, float] | None:
+    """The checkpoint up to step `until` whose recorded `best_metric` is the smallest ("min") or largest ("max")."""
     scored = []
-    for folder in checkpoints(run):
+    for folder in checkpoints(run, until):
         try:
             value = json.loads((folder / META).read_text())["best_metric"]
         except (OSError, ValueError, KeyError):

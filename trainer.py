@@ -185,12 +185,17 @@ class Run:
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
         self.saver = Saver(self.folder, lambda weights, folder: self._export(double, weights, folder), self._saved)
-        self.log.open(self.folder, self.at.step if resume_from else None, tuple(self.at.done))
-        if world.main:
-            config = dataclasses.asdict(cfg)
+        self._on_main(lambda: self._open_log(self.at.step if resume_from else None))
+
+    def _open_log(self, resumed_at: int | None) -> None:
+        config = dataclasses.asdict(self.cfg)
+        try:
             checkpoint.write_whole(self.folder / "config.json", config)
-            if cfg.wandb:
-                self.log.start_wandb(self.folder, config)
+            self.log.open(self.folder, resumed_at, tuple(self.at.done))
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
+        if self.cfg.wandb:
+            self.log.start_wandb(self.folder, config)
 
     def _micro_batch(self, before: int | None) -> int:
         """As asked, as it was before the run was interrupted, or the largest that fits."""
@@ -395,9 +400,10 @@ class Run:
         if not self._due(self.cfg.save_every):
             meta["best_metric"] = None  # saved for a signal's sake: which model is the best may not depend on it
 
+        step = self.at.step
+
         def prune() -> None:
-            best = checkpoint.best_of(self.folder, self.task.best[1])
-            checkpoint.prune(self.folder, self.cfg.keep, best[0] if best else None)
+            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1])
 
         self.saver.save(self.step.state(), meta, prune)
 

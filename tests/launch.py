@@ -11,12 +11,15 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -126,6 +129,76 @@ def _train(patch: Patch | None) -> None:
     if patch:
         patch()
     entry_point(train_gpt2.main)
+
+
+# --- patches: what happens to a run, and where
+
+
+def at_call(owner: Any, name: str, nth: int, act: Callable[[], Any], before: bool = True) -> None:
+    """Make the nth call of owner.name do `act()` too, before or after its own work."""
+    original, count = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        now = next(count) == nth
+        if now and before:
+            act()
+        result = original(*args, **kwargs)
+        if now and not before:
+            act()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def point(where: str) -> tuple[Any, str]:
+    """(owner, function) that runs at a place of a training run."""
+    import safetensors.torch
+
+    import checkpoint
+    from runlog import RunLog
+    from step import TrainStep
+    from task import LanguageModelling
+
+    return {
+        "micro-batch": (TrainStep, "_backward"),
+        "evaluation": (LanguageModelling, "sums"),
+        "sample": (LanguageModelling, "samples"),
+        "start": (LanguageModelling, "build_model"),
+        "save": (checkpoint.Saver, "_fill"),
+        "file of a save": (safetensors.torch, "save_file"),
+        "flush": (checkpoint, "flush"),
+        "removal": (checkpoint, "_remove"),
+        "retention": (checkpoint, "prune"),
+        "log": (RunLog, "record"),
+        "whole file": (checkpoint, "write_whole"),
+    }[where]
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def die(where: str, nth: int, before: bool = True, on: int = 0) -> None:
+    if rank() == on:
+        at_call(*point(where), nth, lambda: os.kill(os.getpid(), signal.SIGKILL), before)
+
+
+def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int = 0) -> None:
+    """One rank sends itself signals from the nth call; what is under way there takes a moment longer."""
+
+    def act() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        time.sleep(0.3)
+
+    if rank() == on:
+        at_call(*point(where), nth, act)
+
+
+def slow_steps() -> None:
+    for nth in range(1, 50):
+        at_call(*point("micro-batch"), nth, lambda: time.sleep(0.1))
 
 
 # --- what a run left

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import checkpoint_steps, launch, log_of, small, trace, write_inputs
+from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 import checkpoint
 from config import UserError
@@ -94,8 +96,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for mode, best in (("max", 3), ("min", 2)):
         found = checkpoint.best_of(tmp_path, mode)
         assert found and found[0].name == f"step-{best:08d}"
-    checkpoint.prune(tmp_path, 2, found[0])
-    assert checkpoint_steps(tmp_path) == [2, 5, 6]
+    checkpoint.prune(tmp_path, 5, 2, "max")
+    assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], "6 is later than the step: neither kept nor counted"
+    checkpoint.prune(tmp_path, 6, 1, "min")
+    assert checkpoint_steps(tmp_path) == [5, 6]
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
@@ -279,10 +283,12 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
     (checkpoint.step_folder(run, 12) / "manifest.json").unlink()
     state = checkpoint.step_folder(run, 9) / checkpoint.STATE
     state.write_bytes(state.read_bytes()[:-1] + b"\0")
-    (end,) = launch(cut_off, small("--keep", 3))
-    assert end.code == 0 and "resumed from step-00000006" in end.out, end
+    (end,) = launch(cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False))
+    assert end.code == -signal.SIGKILL and "resumed from step-00000006" in end.out, end
     assert "passing over run/checkpoints/step-00000012: it has no manifest.json" in end.out
     assert f"passing over run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
+    (end,) = launch(cut_off, small("--keep", 3))
+    assert end.code == 0 and "resumed from step-00000009" in end.out, "retention may not prefer the damaged one"
     assert trace(run) == trace(finished / "run")
 
 

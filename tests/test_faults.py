@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import random
@@ -12,83 +11,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPO
-from launch import Ended, Launch, checkpoint_steps, launch, log_of, small, start, trace, write_inputs
-
-# --- patches: what happens to a run, and where
-
-
-def at_call(owner: Any, name: str, nth: int, act: Callable[[], Any], before: bool = True) -> None:
-    """Make the nth call of owner.name do `act()` too, before or after its own work."""
-    original, count = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(original)
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        now = next(count) == nth
-        if now and before:
-            act()
-        result = original(*args, **kwargs)
-        if now and not before:
-            act()
-        return result
-
-    setattr(owner, name, patched)
-
-
-def point(where: str) -> tuple[Any, str]:
-    """(owner, function) that runs at a place of a training run."""
-    import safetensors.torch
-
-    import checkpoint
-    from runlog import RunLog
-    from step import TrainStep
-    from task import LanguageModelling
-
-    return {
-        "micro-batch": (TrainStep, "_backward"),
-        "evaluation": (LanguageModelling, "sums"),
-        "sample": (LanguageModelling, "samples"),
-        "start": (LanguageModelling, "build_model"),
-        "save": (checkpoint.Saver, "_fill"),
-        "file of a save": (safetensors.torch, "save_file"),
-        "flush": (checkpoint, "flush"),
-        "removal": (checkpoint, "_remove"),
-        "retention": (checkpoint, "prune"),
-        "log": (RunLog, "record"),
-        "whole file": (checkpoint, "write_whole"),
-    }[where]
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def die(where: str, nth: int, before: bool = True, on: int = 0) -> None:
-    if rank() == on:
-        at_call(*point(where), nth, lambda: os.kill(os.getpid(), signal.SIGKILL), before)
-
-
-def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int = 0) -> None:
-    """One rank sends itself signals from the nth call; what is under way there takes a moment longer."""
-
-    def act() -> None:
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        time.sleep(0.3)
-
-    if rank() == on:
-        at_call(*point(where), nth, act)
-
-
-def slow_steps() -> None:
-    for nth in range(1, 50):
-        at_call(*point("micro-batch"), nth, lambda: time.sleep(0.1))
-
+from launch import (
+    Ended,
+    Launch,
+    at_call,
+    checkpoint_steps,
+    die,
+    launch,
+    log_of,
+    point,
+    rank,
+    receive,
+    slow_steps,
+    small,
+    start,
+    trace,
+    write_inputs,
+)
 
 # --- SIGKILL
 
@@ -171,8 +116,8 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Pat
         assert max(checkpoint_steps(folder / "run"), default=None) == step, (where, end.out)
         assert end.out.count("saved run/checkpoints/") == (step is not None), "a step is saved once"
         assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
-    (end,) = launch(folder, small())
-    assert end.code == 0 and "resumed from step-00000007" in end.out, end
+    (end,) = launch(folder, small(), functools.partial(receive, "whole file", 3, (TERM,)))
+    assert end.code == 0 and "resumed from step-00000007" in end.out, end  # too late to stop: it is finished
     assert trace(folder / "run") == trace(reference / "run")
 
 
@@ -321,6 +266,9 @@ def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(reference: Path,
     assert [x["step"] for x in log_of(run, "train")] == list(range(1, 13))
     assert [x["step"] for x in log_of(run, "warning")] == [9, 12]
     assert checkpoint_steps(run) == [3, 6]
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+    (end,) = launch(folder, small("--out", "disk/run"))
+    assert end.code == 2 and end.err == "error: cannot write to --out disk/run: No space left on device\n", end
     subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
     (end,) = launch(folder, small("--out", "disk/run"))
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
