@@ -1,0 +1,221 @@
+"""Runs as one picture:  python -m benchmarks.plot runs/A [runs/B ...] [--out FILE.png]
+
+Loss, tokens per second and gradient norm out of each run's log.jsonl, which may belong to a run that is still
+going on. Thin lines are the steps as logged, thick ones a running median over a fortieth of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from config import UserError, entry_point, parse
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by everyone, without their yellow, which white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": "#444444",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+
+
+@dataclass
+class Options:
+    """Options of the picture."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, each with a log.jsonl."""
+    out: str = "runs.png"
+    """The PNG to write."""
+    x: Literal["tokens", "steps"] = "tokens"
+    """What is along the x axis."""
+
+
+Series = list[tuple[float, float]]
+
+
+@dataclass
+class Curves:
+    """What is drawn of one run; x is tokens or steps."""
+
+    name: str
+    loss: Series
+    val_loss: Series
+    speed: Series
+    grad_norm: Series
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError without a log."""
+    path = folder / "log.jsonl"
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        raise UserError(f"{folder} is not the folder of a run: it has no log.jsonl that can be read") from None
+    found = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def curves(folder: Path, x: str, name: str) -> Curves:
+    """UserError where no step has been logged yet."""
+    log = records(folder)
+    steps = [r for r in log if r.get("kind") == "train"]
+    if not steps:
+        raise UserError(f"{folder}/log.jsonl has no training step yet")
+    at = {r["step"]: r["tokens" if x == "tokens" else "step"] for r in steps} | {0: 0}
+    evals = [r for r in log if r.get("kind") == "eval"]
+
+    def series(rows: list[dict[str, Any]], key: str) -> Series:
+        # a number that was not finite is null in the log
+        return [(at[r["step"]], r[key]) for r in rows if r.get(key) is not None and r["step"] in at]
+
+    return Curves(
+        name, series(steps, "loss"), series(evals, "val_loss"), series(steps, "tokens_per_second"),
+        series(steps, "grad_norm"),
+    )  # fmt: skip
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """Folders' own names, or as typed where two would be alike."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def smooth(series: Series) -> Series:
+    """Running median, centred, over a fortieth of the points (at least five)."""
+    import numpy as np
+
+    if len(series) < 5:
+        return series
+    half = max(2, len(series) // 80)
+    y = np.pad([y for _, y in series], half, mode="reflect")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(y, 2 * half + 1), axis=1)
+    return [(x, float(m)) for (x, _), m in zip(series, medians, strict=True)]
+
+
+def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:
+    """Of a y axis: what the settled runs span, without the first twentieth of each and its rare spikes."""
+    import numpy as np
+
+    settled = [y for series in all_series for _, y in series[len(series) // 20 :]]
+    if not settled:
+        return None
+    low, high = np.percentile(settled, [0.5, 99.5])
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return (0.0 if from_zero else low - margin), high + margin
+
+
+def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    style: Any = STYLE  # its parameter is typed as every key there is
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(12, 6.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+        panels = figure.subplot_mosaic([["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1])
+        draw_loss(panels["loss"], runs)
+        draw_panel(panels["speed"], "Tokens per second", [run.speed for run in runs], from_zero=True)
+        draw_panel(panels["norm"], "Gradient norm", [run.grad_norm for run in runs])
+        for axes in panels.values():
+            finish(axes, x)
+        figure.savefig(out, format="png")
+
+
+def draw_loss(axes: Axes, runs: Sequence[Curves]) -> None:
+    axes.set_title("Loss (nats per token)")
+    for i, run in enumerate(runs):
+        draw_line(axes, run.loss, COLOURS[i % len(COLOURS)], run.name)
+        if run.val_loss:
+            axes.plot(
+                *zip(*run.val_loss), "o", color=COLOURS[i % len(COLOURS)], markeredgecolor="white", markersize=8,
+                zorder=4,
+            )  # fmt: skip
+    if any(run.val_loss for run in runs):
+        axes.plot([], [], "o", color="#666666", markeredgecolor="white", markersize=8, label="validation")
+    between = limits([run.loss for run in runs] + [run.val_loss[1:] for run in runs])
+    if between:
+        axes.set_ylim(*between)
+    axes.legend(loc="upper right", fontsize=12)
+
+
+def draw_panel(axes: Axes, title: str, all_series: Sequence[Series], from_zero: bool = False) -> None:
+    axes.set_title(title)
+    for i, series in enumerate(all_series):
+        draw_line(axes, series, COLOURS[i % len(COLOURS)])
+    between = limits(all_series, from_zero)
+    if between:
+        axes.set_ylim(*between)
+
+
+def draw_line(axes: Axes, series: Series, colour: str, name: str | None = None) -> None:
+    """As logged, thin and pale; smoothed, thick, with the legend's name."""
+    if series:
+        axes.plot(*zip(*series), color=colour, alpha=0.28, linewidth=0.9, zorder=2)
+        axes.plot(*zip(*smooth(series)), color=colour, linewidth=2.0, label=name, zorder=3)
+
+
+def finish(axes: Axes, x: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.tick_params(length=0)
+
+
+def short_number(value: float) -> str:
+    """1500000 as 1.5M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}" if math.isfinite(value) else ""
+
+
+def main() -> None:
+    options = parse(Options, sys.argv[1:], {"runs": ()})
+    if not options.runs:
+        raise UserError("which runs? python -m benchmarks.plot runs/A [runs/B ...]")
+    folders, out = [Path(run) for run in options.runs], Path(options.out)
+    runs = [curves(folder, options.x, name) for folder, name in zip(folders, names(folders), strict=True)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs, options.x, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    entry_point(main)
