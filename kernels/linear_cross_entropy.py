@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the target that has no loss
-CHUNK_BYTES = 64 << 20  # of logits held at once, in fp32
+CHUNK_BYTES = 256 << 20  # of logits held at once; every chunk reads and writes the whole gradient of the head
+PIECE_BYTES = 16 << 20  # of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
 
 
 def linear_cross_entropy_reference(
@@ -29,6 +30,25 @@ def linear_cross_entropy_reference(
     """
     logits = F.linear(x, weight)[:, :vocab_size].float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: bool) -> Tensor:
+    """Sum of -log p(target), fp32; with `grad` the logits (rows, V') are overwritten by their gradient."""
+    logits[:, vocab_size:] = -torch.inf
+    live = (targets != IGNORE).unsqueeze(1)
+    column = targets.clamp(min=0).unsqueeze(1)
+    at_target = logits.gather(1, column).float()
+    if not grad:
+        log_z = logits.float().logsumexp(1, keepdim=True)
+        return torch.where(live, log_z - at_target, 0.0).sum()
+    # The largest logit's probability is at least 1/V, so its logarithm gives log Z without a second pass of exp.
+    top, where = logits.max(1, keepdim=True)
+    p = logits.softmax(1, dtype=torch.float32)
+    log_z = top.float() - p.gather(1, where).log()
+    # d loss / d logits = softmax - one_hot(target), on live rows
+    p.scatter_add_(1, column, torch.full_like(log_z, -1.0))
+    logits.copy_(p.mul_(live))
+    return torch.where(live, log_z - at_target, 0.0).sum()
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -47,25 +67,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if grad_x else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        grad = grad_x or grad_weight
+        rows = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
+        piece = max(1, PIECE_BYTES // (4 * weight.shape[0])) if x.device.type == "cpu" else rows
         for start in range(0, x.shape[0], rows):
             chunk = x[start : start + rows].to(dtype)
-            target = targets[start : start + rows]
-            logits = (chunk @ head.t()).float()  # (rows, V')
-            logits[:, vocab_size:] = -torch.inf
-            live = target != IGNORE
-            column = target.clamp(min=0).unsqueeze(1)
-            log_z = logits.logsumexp(1, keepdim=True)
-            total += torch.where(live, (log_z - logits.gather(1, column)).squeeze(1), 0.0).sum()
-            if dx is not None or dweight is not None:
-                # d loss / d logits = softmax - one_hot(target), on live rows, in the logits' own memory
-                dlogits = logits.sub_(log_z).exp_()
-                dlogits.scatter_add_(1, column, torch.full_like(log_z, -1.0))
-                dlogits = dlogits.mul_(live.unsqueeze(1)).to(dtype)
-                if dx is not None:
-                    dx[start : start + rows] = dlogits @ head
-                if dweight is not None:
-                    dweight += dlogits.t() @ chunk
+            logits = chunk @ head.t()  # (rows, V')
+            for part, target in zip(logits.split(piece), targets[start : start + rows].split(piece), strict=True):
+                total += _loss_and_gradient(part, target, vocab_size, grad)
+            if dx is not None:
+                dx[start : start + rows] = logits @ head
+            if dweight is not None:
+                dweight += logits.t() @ chunk
         ctx.save_for_backward(dx, dweight)
         return total
 
