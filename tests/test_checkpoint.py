@@ -60,6 +60,20 @@ def test_every_file_is_flushed_before_the_folder_has_its_name(tmp_path: Path, mo
     assert flushed == [*inside, "."], "the parent, which holds the new name, comes last"
 
 
+def test_a_removal_that_is_cut_off_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "step"
+    checkpoint.write_folder(folder, write_texts(a_txt="old"))
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._remove(folder)
+    assert [path.name[: len(checkpoint.TEMPORARY)] for path in tmp_path.iterdir()] == [checkpoint.TEMPORARY]
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
     "no folder": (shutil.rmtree, "it has no manifest.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -153,6 +154,11 @@ def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
 # --- two ranks
 
 
+def stop_and_save_slowly(*how: Any) -> None:
+    receive(*how)
+    at_call(*point("save"), 1, lambda: time.sleep(0.5))
+
+
 def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) -> None:
     words = small("--dropout", 0)
     for ranks in (1, 2):
@@ -163,10 +169,11 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
     assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
     # One rank alone hears of the signal; both leave at the same point, the second micro-batch from then.
     for where, nth, on, number, step in (("micro-batch", 3, 1, INT, 5), ("evaluation", 2, 0, TERM, 6)):
-        ends = launch(folder, words, functools.partial(receive, where, nth, (number, number), on), ranks=2)
-        assert [end.code for end in ends] == [128 + number] * 2, ends
-        assert max(checkpoint_steps(folder / "run")) == step
-        assert ends[1].out == "", "only rank 0 speaks"
+        processes = start(folder, words, functools.partial(stop_and_save_slowly, where, nth, (number, number), on), 2)
+        silent = processes[1].end()
+        assert (silent.code, silent.out) == (128 + number, ""), silent
+        assert max(checkpoint_steps(folder / "run")) == step, "torchrun would kill rank 0 soon after rank 1 has left"
+        assert processes[0].end().code == 128 + number
     shutil.copytree(folder / "run", folder / "other")
     assert [end.code for end in launch(folder, words, ranks=2)] == [0, 0]
     assert trace(folder / "run") == trace(folder / "on2")
@@ -273,6 +280,20 @@ def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(reference: Path,
     (end,) = launch(folder, small("--out", "disk/run"))
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
     assert trace(run) == trace(reference / "run")
+
+
+def no_room_for_the_log() -> None:
+    from runlog import RunLog
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_call(RunLog, "open", 1, fail)
+
+
+def test_a_log_that_cannot_be_opened_is_told_in_one_line(folder: Path) -> None:
+    (end,) = launch(folder, small(), no_room_for_the_log)
+    assert (end.code, end.err) == (2, "error: cannot write to --out run: No space left on device\n")
 
 
 def small_files() -> None:
