@@ -120,21 +120,21 @@ def dry_run(task: Task, cfg: TrainConfig, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
     assert cfg.batch_tokens and cfg.steps and cfg.seq_len and cfg.out
     task.plan(cfg)
-    rows = rows_per_rank(cfg, world)
+    rows, fits = rows_per_rank(cfg, world), estimate_fits(task, cfg, world)
     if cfg.micro_batch == "auto":
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        fits = estimate_fits(task, cfg, world)
         cfg.micro_batch = max((n for n in divisors if fits(n)), default=1)
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * cfg.batch_tokens, task.flops_per_token()
     size = task.checkpoint_bytes()
     kept = min(cfg.keep + 1, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    free = distributed.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(f"dry run: nothing is started or written (micro-batch {cfg.micro_batch} x {cfg.seq_len} tokens)\n")
     log.banner(
         {f"memory, {f.name}": bytes_text(getattr(memory, f.name)) for f in dataclasses.fields(memory)}
         | {"memory, peak of a rank": bytes_text(memory.total)}
-        | {"free now for a rank": bytes_text(distributed.available_memory(world.device, world.local_size))}
+        | {"free now for a rank": bytes_text(free) + ("" if fits(cfg.micro_batch) else ": too little")}
         | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
         | {"compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)" if flops else "unknown"}
         | {

@@ -453,6 +453,8 @@ class Run:
         options: dict[str, Any] = dict(profile_memory=True, record_shapes=True, schedule=schedule)
         with torch.profiler.profile(on_trace_ready=write, **options) as profile:
             yield profile.step
+        if profile.step_num < 5:
+            self.log.warn("--profile needs five steps: two to warm up and three to record")
 
     # --- ending
 

@@ -427,6 +427,22 @@ def test_dry_run_starts_nothing_and_its_memory_is_what_is_then_measured(inputs, 
     assert "tokens/s (measured in dry)" in ended.out
 
 
+def no_memory() -> None:
+    mock.patch.object(distributed, "available_memory", lambda device, ranks: 1 << 20).start()
+
+
+def test_dry_run_says_what_does_not_fit(inputs):
+    said = train(inputs, "--dry-run", "--out", "never")
+    assert "too little" not in said
+    said = train(inputs, "--dry-run", "--out", "never", patch=no_memory)
+    assert re.search(r"free now for a rank +1\.0 MiB: too little", said)
+
+
+def test_a_run_too_short_to_profile_says_so(inputs):
+    train_with_noise(inputs, *QUIET, "--profile", "--steps", "2", "--out", "short")
+    assert ["--profile needs five steps" in line["text"] for line in log_of(inputs / "short", "warning")] == [True]
+
+
 def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
     out = train_with_noise(inputs, *QUIET, "--profile", "--steps", "7", "--out", "profiled")
     assert "profile of three steps: profiled/profile/trace.json" in out
