@@ -54,7 +54,7 @@ class Options:
     """Shapes, comma-separated: 10M, 124M, micro."""
     precision: str | None = None
     """Precisions, comma-separated. Default: bf16 where it is native, and fp32."""
-    seconds: float = 80.0
+    seconds: float = 70.0
     """Time for the repetitions of one shape in one precision."""
     quick: bool = False
     """A tiny shape and two repetitions: does it work at all?"""
@@ -388,7 +388,7 @@ def compare(case: Case, seconds: float, repetitions: tuple[int, int]) -> dict[st
         if OURS in failed:
             raise RuntimeError(f"{case.title}: {failed[OURS]}")
         check_agreement(case, first)
-        steps = max(1, round(TURN_SECONDS / min(t.seconds for t in everyone(2).values())))
+        steps = max(1, round(TURN_SECONDS / min(t.seconds for t in everyone(1).values())))
         for repetition in range(repetitions[1]):
             if repetition >= repetitions[0] and time.monotonic() > until:
                 break
