@@ -81,23 +81,6 @@ def estimate(
     return Memory(optimizer=state, other=other, **live)
 
 
-def largest_micro_batch(config: GPTConfig, seq_len: int, rows: int, budget: int, *args: Any, **kwargs: Any) -> int:
-    """The largest divisor of `rows` (a rank's sequences in a step) whose estimate fits `budget` bytes; 0 if none.
-
-    Further arguments are `estimate`'s, from precision on; `accumulate` follows from the divisor.
-    """
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    low, high = 0, len(divisors)  # the first `low` fit, those from `high` on do not
-    while low < high:
-        middle = (low + high) // 2
-        size = divisors[middle]
-        if estimate(config, size, seq_len, *args, accumulate=size < rows, **kwargs).total <= budget:
-            low = middle + 1
-        else:
-            high = middle
-    return divisors[low - 1] if low else 0
-
-
 def optimizer_bytes(config: GPTConfig, optimizer: str, padded: bool = False) -> int:
     """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held, not as saved."""
     config = dataclasses.replace(config, padded_vocab=padded and config.padded_vocab)
@@ -118,15 +101,22 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def return_freed_memory() -> None:
-    """Have glibc give every freed tensor back to the system at once; elsewhere nothing is done.
+def set_allocator(keep_freed: bool) -> None:
+    """Tell glibc what becomes of freed tensors on the CPU: kept for the next step, or given back at once.
 
-    Left to itself it raises its threshold to 32 MiB as it goes and keeps freed activations in a heap full of
-    holes: a run with --recompute held 1.4 GB where 0.8 GB were alive.
+    Left to itself it does both by halves: what is above 32 MiB is given back and faulted in again every step (a sixth
+    of a step of GPT-2's size), and the rest stays in a heap full of holes (a run with --recompute held 1.4 GB where
+    0.8 GB were alive). Nothing is done where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, MMAP_BYTES)  # M_MMAP_THRESHOLD
+    if mallopt is None:
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h's numbers
+    if keep_freed:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
+    else:
+        mallopt(mmap_threshold, MMAP_BYTES)
 
 
 def _matrix_bytes(config: GPTConfig) -> int:

@@ -32,7 +32,7 @@ import kernels
 from checkpoint import Saver
 from config import TrainConfig, UserError, resolve
 from distributed import StopSignal, World
-from memory import return_freed_memory
+from memory import set_allocator
 from model import attention_backends
 from plan import (
     choose_precision,
@@ -65,8 +65,8 @@ def train(task: Task, cfg: TrainConfig) -> int:
     cfg.precision, why = choose_precision(cfg.precision, world.device)  # ty: ignore[invalid-assignment]
     cfg.kernels = kernels.choose(cfg.kernels, world.device.type)  # ty: ignore[invalid-assignment]
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
-    if cfg.recompute and world.device.type == "cpu":
-        return_freed_memory()  # a fifth slower, so only where memory is what counts
+    if world.device.type == "cpu":
+        set_allocator(keep_freed=not cfg.recompute)  # who recomputes is short of memory
     rows_per_rank(cfg, world)
     if defaulted and cfg.data == "stdlib":
         log.say("no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:")

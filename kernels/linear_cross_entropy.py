@@ -17,6 +17,7 @@ from torch import Tensor
 
 IGNORE = -100  # the target that has no loss
 CHUNK_BYTES = 256 << 20  # of logits held at once; every chunk reads and writes the whole gradient of the head
+GPU_CHUNK_BYTES = 1 << 30  # fewer launches, and large enough to fill the device
 PIECE_BYTES = 16 << 20  # of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
 
 
@@ -68,8 +69,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         dx = torch.empty_like(x) if grad_x else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
         grad = grad_x or grad_weight
-        rows = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
-        piece = max(1, PIECE_BYTES // (4 * weight.shape[0])) if x.device.type == "cpu" else rows
+        on_cpu = x.device.type == "cpu"
+        rows = max(1, (CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES) // (dtype.itemsize * weight.shape[0]))
+        piece = max(1, PIECE_BYTES // (4 * weight.shape[0])) if on_cpu else rows
         for start in range(0, x.shape[0], rows):
             chunk = x[start : start + rows].to(dtype)
             logits = chunk @ head.t()  # (rows, V')
