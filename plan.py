@@ -107,6 +107,7 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: TrainConfig, world: World) -> C
             peak = math.inf
         step.zero_grad()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is not to be this one
         return peak + kept <= 0.94 * room
 
     return fits

@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,9 +138,10 @@ class Run:
             self._finish()
             return 0
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise self._out_of_memory() from None
-            raise
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what did not fit
+            raise self._out_of_memory() from None
         finally:
             self.loader.close()
             self.saver.join()
@@ -219,11 +221,10 @@ class Run:
     def _out_of_memory(self) -> UserError:
         rows = rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world)
         asked = self.cfg.micro_batch if isinstance(self.cfg.micro_batch, int) else rows
-        if self.world.device.type == "cuda":
-            fits = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n <= asked // 2))
-        else:
-            test = estimate_fits(self.task, self.cfg, self.world)
-            fits = max((n for n in range(1, rows + 1) if rows % n == 0 and n < asked and test(n)), default=0)
+        alone = dataclasses.replace(self.world, size=1)  # the other ranks may be anywhere
+        with torch.compiler.set_stance("force_eager"):
+            fits = largest_micro_batch(self.task, self.model, self.cfg, alone, rows)
+        fits = max((n for n in range(1, min(fits, asked - 1) + 1) if rows % n == 0), default=0)
         way = f"lower --micro-batch to {fits}" if 0 < fits < asked else "add --recompute or lower --seq-len or --preset"
         return UserError(f"out of memory with --micro-batch {asked}; {way}", local=True)
 
@@ -427,10 +428,10 @@ class Run:
     @contextlib.contextmanager
     def _profiler(self) -> Generator[Callable[[], None]]:
         """With --profile: a trace and a memory snapshot of three steps after two to warm up."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler announces itself on stderr
         if not self.cfg.profile or not self.world.main:
             yield lambda: None
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler announces itself on stderr
         cuda = self.world.device.type == "cuda"
         folder = self.folder / "profile"
         folder.mkdir(exist_ok=True)
