@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -144,6 +145,18 @@ def all_reduce_sum(world: World, tensor: Tensor) -> None:
     """Sum a device tensor over ranks, in place."""
     if world.size > 1:
         dist.all_reduce(tensor)
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself: "NVIDIA H200", "AMD EPYC"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(names)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def memory_bytes(device: torch.device) -> int:

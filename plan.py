@@ -165,4 +165,4 @@ def known_speed(cfg: TrainConfig, flops: int | None, world: World) -> tuple[floa
 
 
 def device_peak(world: World, precision: str) -> float | None:
-    return peak_flops(torch.cuda.get_device_name(world.device), precision) if world.device.type == "cuda" else None
+    return peak_flops(distributed.device_name(world.device), precision) if world.device.type == "cuda" else None

@@ -232,11 +232,11 @@ class Run:
         cfg, world = self.cfg, self.world
         assert isinstance(cfg.micro_batch, int) and cfg.seq_len and cfg.batch_tokens
         accumulation = cfg.batch_tokens // (cfg.micro_batch * cfg.seq_len * world.size)
-        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+        device = distributed.device_name(world.device)
         threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
         first = {
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
-            "device": f"{world.size} x {device}{threads}",
+            "device": f"{world.size} x {world.device.type} ({device}){threads}",
             "precision": f"{cfg.precision} ({rows['precision']})",
             "attention": rows["attention"],
             "kernels": f"{cfg.kernels}, {'compiled' if cfg.compile else 'not compiled'}",

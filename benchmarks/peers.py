@@ -341,28 +341,19 @@ def machine(device: str) -> dict[str, Any]:
     from plan import choose_precision
 
     world = distributed.start(device)
-    gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else None
     packages = ("torch", "transformers", "numpy")
     return {
         "device": world.device.type,
         "native": choose_precision("auto", world.device)[0],
         "hardware": {
-            "gpu": gpu,
-            "cpu": _cpu_name(),
+            "gpu": distributed.device_name(world.device) if world.device.type == "cuda" else None,
+            "cpu": distributed.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "allocator": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE"))},
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
