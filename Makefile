@@ -33,7 +33,7 @@ lint: $(SETUP)
 gpu-check: $(SETUP)
 	$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 		{ echo "gpu-check: torch sees no CUDA GPU on this machine; nothing was run" >&2; exit 2; }
-	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py $(PYTEST_ARGS)  # no other file: they import more packages
 	$(PYTHON) -m benchmarks.peers --device cuda
 
 setup:

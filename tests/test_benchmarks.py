@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers, plot
+from benchmarks import decoding, peers, plot, tokenizing
 from config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -116,3 +116,24 @@ def test_peers_names_the_nearest_shape(run) -> None:
     done = run("-m", "benchmarks.peers", "--shape", "124")
     assert done.returncode == 2
     assert done.stderr == "error: --shape 124 is none of micro, 10M, 124M (did you mean 124M?)\n"
+
+
+def test_decoding_compares_equal_tokens(run, tmp_path) -> None:
+    words = ["--shape", "micro", "--batch", "2", "--new-tokens", "8", "--repetitions", "2", "--device", "cpu"]
+    done = run("-m", "benchmarks.decoding", *words, "--out", "results")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "results/decoding-cpu.json").read_text())["rows"][0]
+    assert row["tokens"] == 16 and all(len(seconds) == 2 for seconds in row["seconds"].values())
+    assert (tmp_path / "results/decoding-cpu.md").read_text().strip() == done.stdout.strip()
+
+
+def test_contenders_whose_tokens_differ_are_not_timed() -> None:
+    with pytest.raises(RuntimeError, match="differ"):
+        decoding.measure({"one": lambda: [[1]], "other": lambda: [[2]]}, repetitions=1)
+
+
+def test_tokenizing_cuts_documents_that_together_are_the_text(tmp_path) -> None:
+    text = "".join(f"line {i} of a text\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    pieces = tokenizing.documents(str(tmp_path / "a.txt"))
+    assert "".join(pieces) == text and len(pieces) == 5 and all(piece.endswith("\n") for piece in pieces)

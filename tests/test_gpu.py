@@ -16,7 +16,7 @@ from model import GPT, KVCache, attention_backends
 from step import Loader, TrainStep, autocast
 from task import Batch, LanguageModelling
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(170)]
+pytestmark = pytest.mark.gpu
 
 SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens", "4096", "--data", "stdlib"]
 OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
