@@ -33,8 +33,10 @@ lint: $(SETUP)
 gpu-check: $(SETUP)
 	$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 		{ echo "gpu-check: torch sees no CUDA GPU on this machine; nothing was run" >&2; exit 2; }
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py $(PYTEST_ARGS)  # no other file: they import more packages
-	$(PYTHON) -m benchmarks.peers --device cuda
+	# No other test file, since they import more packages; a failing part does not keep the next from running.
+	status=0; $(PYTHON) -m pytest -m gpu tests/test_gpu.py $(PYTEST_ARGS) || status=1; \
+	$(PYTHON) -m benchmarks.peers --device cuda || status=1; \
+	$(PYTHON) -m benchmarks.decoding --device cuda || status=1; exit $$status
 
 setup:
 	set -e; { read -r sum && read -r files; } 2> /dev/null < .venv/installed || sum=; \
