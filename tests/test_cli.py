@@ -85,7 +85,7 @@ def test_a_finished_run_says_what_matters_in_plain_lines(finished):
     _, out = finished
     assert "\x1b" not in out and "\r" not in out
     rows = dict(re.findall(r"^  (\w+) +(.+)$", out.split("\n\n")[0], re.M))
-    assert rows["device"] == "1 x cpu, threads a rank: 1"
+    assert re.fullmatch(r"1 x cpu \(.+\), threads a rank: 1", rows["device"])
     assert rows["precision"] == "fp32 (asked for)"
     assert rows["attention"] == "flash_attention"
     assert rows["kernels"] == "torch, not compiled"

@@ -276,7 +276,7 @@ def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", repo / "train_gpt2.py", *words, cwd=inputs
     )
     assert done.returncode == 0, done.stderr
-    threads = re.search(r"device +2 x cpu, threads a rank: (\d+)", done.stdout)
+    threads = re.search(r"device +2 x cpu \(.+\), threads a rank: (\d+)", done.stdout)
     assert threads and int(threads[1]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
