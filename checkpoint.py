@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -23,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import files
 from config import UserError
+from files import TEMPORARY, flush, sha256
 from model import download
 
-TEMPORARY = ".tmp-"
 STATE = "training_state.safetensors"
 META = "training_state.json"
 RECORD = "run.json"  # of a run: written before anything else
@@ -44,14 +44,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        sizes = [path.stat().st_size for path in files]
+        paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+        sizes = [path.stat().st_size for path in paths]
         manifest = {
             str(path.relative_to(temporary)): {"bytes": size, "sha256": sha256(path)}
-            for path, size in zip(files, sizes, strict=True)
+            for path, size in zip(paths, sizes, strict=True)
         }
         (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n")
-        for path in [*files, temporary / "manifest.json", temporary]:
+        for path in [*paths, temporary / "manifest.json", temporary]:
             flush(path)
         _remove(folder)  # of an earlier attempt at the same step, or an older final/
         temporary.rename(folder)
@@ -71,25 +71,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fault(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        facts = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+        entries = json.loads((folder / "manifest.json").read_text())["files"]
+        facts = [(name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
     except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest.json"
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -254,7 +240,7 @@ def open_run(
         _same_run(identity, meta["identity"], start.folder)
         start.micro_batch = meta["micro_batch"]
     try:
-        write_whole(run / RECORD, {"identity": identity} | facts)
+        files.write_json(run / RECORD, {"identity": identity} | facts)
     except OSError as error:
         raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
     return start
@@ -308,14 +294,6 @@ def _same_run(now: dict[str, Any], then: dict[str, Any], folder: Path) -> None:
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def write_whole(path: Path, value: dict[str, Any]) -> None:
-    """A JSON file, replaced in one step."""
-    beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    flush(beside)
-    os.replace(beside, path)
 
 
 # --- writing them, off the training thread

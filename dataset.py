@@ -20,6 +20,7 @@ import numpy as np
 
 import corpus
 from config import UserError
+from files import flush, sha256, write_json
 from tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
@@ -158,7 +159,7 @@ class ShardWriter:
         path = self.folder / self.name(self._number)
         self._temporary.replace(path)
         record = dict(name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes)
-        record |= dict(max_id=self._max_id, sha256=file_sha256(path))
+        record |= dict(max_id=self._max_id, sha256=sha256(path))
         self._number += 1
         self._begin()
         self.finished(record, consumed)
@@ -181,32 +182,6 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, shards: list[dict[str, An
     manifest |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
     manifest |= {total: sum(shard[total] for shard in shards) for total in ("documents", "tokens", "bytes")}
     write_json(folder / "manifest.json", manifest | more | {"shards": shards})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` in one go, flushed to disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder` to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """Of the whole file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(*parts: Any) -> str:
@@ -367,11 +342,11 @@ class Cache:
                 unfinished.mkdir()
                 try:
                     make(unfinished)
-                    sync_folder(unfinished)
+                    flush(unfinished)
                     unfinished.replace(folder)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
-                sync_folder(self.root)
+                flush(self.root)
         return folder
 
     def _sweep(self) -> None:
@@ -459,7 +434,7 @@ def _stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None
         texts = (text for text, _ in corpus.TextFiles(files).segments())
         train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
 
-    key = _sha256(store.remember("sha256", files, file_sha256), STDLIB_VOCAB, FORMAT)
+    key = _sha256(store.remember("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
     return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
 
 
@@ -593,7 +568,7 @@ def _open_text(
     say: Callable[[str], None],
 ) -> _Opened:
     """Text files, tokenized once for one content, column and tokenizer."""
-    content = store.remember("sha256", files, file_sha256)
+    content = store.remember("sha256", files, sha256)
     kinds = [corpus.suffix_of(path) for path in files]
     key = _sha256(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
     folder = store.once(

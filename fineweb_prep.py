@@ -25,6 +25,7 @@ import numpy as np
 import corpus
 import dataset
 from config import UserError, entry_point, parse
+from files import sha256, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
@@ -186,7 +187,7 @@ class _Run:
 
     def save(self, skip: int) -> None:
         saved = dict(settings=self.settings, shards=self.shards, revision=self.revision)
-        dataset.write_json(self.file, saved | dict(state=self.state, skip=skip))
+        write_json(self.file, saved | dict(state=self.state, skip=skip))
 
     def remove(self) -> None:
         for shard in self.shards:
@@ -255,7 +256,7 @@ def _fetch(cfg: PrepConfig, out: Path) -> None:
     settings = _settings(cfg, tokenizer, [])
     if _is_finished(out, settings):
         return
-    dataset.write_json(out / "progress.json", {"settings": settings})
+    write_json(out / "progress.json", {"settings": settings})
     revision, sizes = _list_shards(cfg)
     _require(out, sum(size for name, size in sizes.items() if not (out / name).exists()))
     records = []
@@ -296,7 +297,7 @@ def _record(shard: dataset.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
     if max_id >= tokenizer.vocab_size:
         raise UserError(dataset.beyond_vocabulary(shard.path, max_id, tokenizer))
     record = dict(name=shard.path.name, tokens=len(tokens), documents=int(counts[tokenizer.eot]))
-    return record | dict(bytes=int(counts @ lengths), max_id=max_id, sha256=dataset.file_sha256(shard.path))
+    return record | dict(bytes=int(counts @ lengths), max_id=max_id, sha256=sha256(shard.path))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch.nn.attention import sdpa_kernel
 
 import checkpoint
 import distributed
+import files
 import kernels
 from checkpoint import Saver
 from config import TrainConfig, UserError, resolve
@@ -195,7 +196,7 @@ class Run:
     def _open_log(self, resumed_at: int | None) -> None:
         config = dataclasses.asdict(self.cfg)
         try:
-            checkpoint.write_whole(self.folder / "config.json", config)
+            files.write_json(self.folder / "config.json", config)
             self.log.open(self.folder, resumed_at, tuple(self.at.done))
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
@@ -493,7 +494,7 @@ class Run:
             if self.saver.error:
                 raise self.saver.error
             figures = self._figures() | {"final_is_step": self._write_final()}
-            checkpoint.write_whole(self.folder / checkpoint.RESULTS, finite(figures))
+            files.write_json(self.folder / checkpoint.RESULTS, finite(figures))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the end of the run could not be written ({error}); free space under {self.folder} and type the "

@@ -156,6 +156,7 @@ def point(where: str) -> tuple[Any, str]:
     import safetensors.torch
 
     import checkpoint
+    import files
     from runlog import RunLog
     from step import TrainStep
     from task import LanguageModelling
@@ -171,7 +172,7 @@ def point(where: str) -> tuple[Any, str]:
         "removal": (checkpoint, "_remove"),
         "retention": (checkpoint, "prune"),
         "log": (RunLog, "record"),
-        "whole file": (checkpoint, "write_whole"),
+        "whole file": (files, "write_json"),
     }[where]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
-    "ground": ["config", "distributed", "kernels"],
+    "ground": ["config", "files", "distributed", "kernels"],
     "parts": ["tokenizer", "corpus", "dataset", "rows", "model", "adapters", "optim"],
     "services": ["checkpoint", "decoding", "metrics", "objectives", "runlog", "memory"],
     "task seam": ["task"],
