@@ -69,13 +69,18 @@ def rows_per_rank(cfg: TrainConfig, world: World) -> int:
 
 def largest_micro_batch(task: Task, model: nn.Module, cfg: TrainConfig, world: World, rows: int) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU, estimated elsewhere."""
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     fits = _gpu_fits(task, model, cfg, world) if world.device.type == "cuda" else estimate_fits(task, cfg, world)
+    return min(distributed.gather(world, largest_divisor(rows, fits)))
+
+
+def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that fits does too."""
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     low, high = 0, len(divisors)
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
-    return min(distributed.gather(world, divisors[low - 1] if low else 0))
+    return divisors[low - 1] if low else 0
 
 
 def estimate_fits(task: Task, cfg: TrainConfig, world: World) -> Callable[[int], bool]:
@@ -123,8 +128,7 @@ def dry_run(task: Task, cfg: TrainConfig, world: World, log: RunLog) -> None:
     task.plan(cfg)
     rows, fits = rows_per_rank(cfg, world), estimate_fits(task, cfg, world)
     if cfg.micro_batch == "auto":
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        cfg.micro_batch = max((n for n in divisors if fits(n)), default=1)
+        cfg.micro_batch = largest_divisor(rows, fits) or 1
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * cfg.batch_tokens, task.flops_per_token()
     size = task.checkpoint_bytes()
