@@ -27,6 +27,7 @@ from model import GPT
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
+HOLES = 0.2  # of activations and logits: what a heap that keeps freed tensors holds beyond those alive (measured)
 SCRATCH_BYTES = 32 << 20  # of a CPU process: its matrix products' buffers, and code first touched by a step
 MMAP_BYTES = 1 << 20  # allocations from here on are mapped one by one, and unmapped when freed
 
@@ -60,12 +61,13 @@ def estimate(
     *,
     accumulate: bool = True,
     saves: bool = False,
+    keep_freed: bool = False,
     base: int | None = None,
 ) -> Memory:
     """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
 
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
-    `saves`: the rank keeps a copy of the training state for the checkpoint. `base`: bytes of the process before it
+    `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`. `base`: bytes of the process before it
     builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
     """
     live = _step(config, micro_batch, seq_len, AUTOCAST.get(precision), accumulate)
@@ -74,6 +76,8 @@ def estimate(
     other = base if base is not None else resident_bytes() if on_cpu else 0
     if on_cpu:
         other += SCRATCH_BYTES
+    if on_cpu and keep_freed:
+        other += int(HOLES * (live["activations"] + live["logits"]))
     if saves and on_cpu:  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
         other += live["weights"] + state + _matrix_bytes(config)
     if world_size > 1:

@@ -177,7 +177,7 @@ class LanguageModelling(Task):
         rows = cfg.batch_tokens // cfg.seq_len // world_size
         return estimate(
             self.config, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
-            accumulate=micro_batch < rows, saves=bool(cfg.save_every),
+            accumulate=micro_batch < rows, saves=bool(cfg.save_every), keep_freed=not cfg.recompute,
         )  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
