@@ -65,7 +65,7 @@ def train(task: Task, cfg: TrainConfig) -> int:
     defaulted = cfg.data is None
     cfg = resolve(cfg, world.device.type)
     cfg.precision, why = choose_precision(cfg.precision, world.device)  # ty: ignore[invalid-assignment]
-    cfg.kernels = kernels.choose(cfg.kernels, world.device.type)  # ty: ignore[invalid-assignment]
+    cfg.kernels = "triton" if kernels.choose(cfg.kernels, world.device.type) else "torch"
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     if world.device.type == "cpu":
         set_allocator(keep_freed=not cfg.recompute)  # who recomputes is short of memory

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 
 # No test reaches a network: a library that tries fails at once and does not hang.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)
+# Triton's kernels run in its interpreter where there is no GPU; it has to be said before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -24,8 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
@@ -46,8 +48,8 @@ def run(tmp_path: Path) -> Run:
         env: dict[str, str] | None = None,
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        # without OMP_NUM_THREADS a script chooses its threads as it would for a user
-        base = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        # As for a user: a script chooses its own threads, and Triton is not interpreted unless a test says so.
+        base = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
         command = [sys.executable, *map(str, words)]
         process = subprocess.Popen(
             command,

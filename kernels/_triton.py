@@ -1,0 +1,49 @@
+"""Triton, where it is installed: what every kernel's file needs of it.
+
+With TRITON_INTERPRET=1 in the environment the same kernels run on a CPU, slowly: that is how tests reach them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a machine without a GPU needs none; nothing below runs there
+    triton = tl = None
+
+__all__ = ["INTERPRETED", "jit", "missing", "multiprocessors", "on", "tl", "triton"]
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """triton.jit; the plain function where there is no Triton, so that the file can be imported."""
+    return function if triton is None else triton.jit(function)
+
+
+def missing(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on this kind of device; None where they can."""
+    if triton is None:
+        return "needs Triton, which is not installed (pip install triton)"
+    if device_type != "cuda" and not INTERPRETED:
+        return f"needs a CUDA GPU and this run is on {device_type}"
+    return None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a few for the interpreter, so that loops over programs are walked there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def on(tensor: Tensor) -> Any:
+    """The context that launches on the GPU which holds `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")
