@@ -1,0 +1,331 @@
+"""AdamW over all parameters in one pass, and the norm that clips their gradients in another.
+
+As separate operations a step's end moves 46 bytes a parameter: the norm reads the gradients (4), clipping reads and
+writes them (8), the update reads weight, gradient and two moments and writes three of them (28), and a bf16 copy of
+the weights costs 6 more. Here the update takes the clip factor along and writes the copy: 4 + 30 bytes, and 2 + 28
+where gradients are bf16. One launch covers all tensors, since a launch apiece would cost more than most of GPT-2's
+vectors: every program looks up in tables on the device which 2048 elements of which tensor are its own. A launch of
+one program per 128 tensors goes before it: it alone may count a tensor's steps, which all of its blocks depend on.
+
+The trade-off: tensors are reached through bare addresses, so a `Table` is good for as long as its tensors are the
+ones that train. No operator is registered with torch.library: this runs between graphs, never inside a compiled one,
+and a plain launch is simpler. Gradients are freed and made anew every step, so their addresses travel every time:
+16 bytes a tensor (2.4 kB for GPT-2 124M) for the update and 24 for the norm, in pinned memory that torch's allocator
+does not hand out again before the copy is done. The rest is uploaded once: 64 bytes a tensor, 8 a program (0.5 MB).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels._triton import jit, on, tl, triton
+
+# Elements of one program, 16 a thread: four 16-byte loads of each of four tensors in flight, 32 kB. At 123 registers
+# (compiled for sm_90) four programs share a multiprocessor: some stream while others look up where their tensors lie.
+UPDATE_BLOCK, UPDATE_WARPS = 2048, 4
+NORM_BLOCK, NORM_WARPS = 8192, 8  # of one tensor alone: for as many bytes in flight, larger blocks
+LANES = 128  # tensors of one program that prepares their scalars
+GRADIENTS = (torch.float32, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Table:
+    """Tensors that AdamW updates together: entry i of every list belongs to parameter i.
+
+    params, exp_avgs and exp_avg_sqs are fp32, copies bf16 (what the forward pass reads) or None, all four of one shape
+    and the same order of elements in memory, without gaps. steps are fp32 scalars: with the moments they are the state
+    of torch.optim.AdamW(fused=True), to be read from there and left there. Make a new table where a tensor is replaced.
+    Raises ValueError.
+    """
+
+    params: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    copies: Sequence[Tensor | None]
+    lr_scales: Sequence[float]
+    weight_decays: Sequence[float]
+
+    def __post_init__(self) -> None:
+        lists = vars(self).values()
+        if not self.params or {len(entries) for entries in lists} != {len(self.params)}:
+            raise ValueError(f"one entry a parameter is needed in every list, not {[len(e) for e in lists]}")
+        for param, exp_avg, exp_avg_sq, step, copy in zip(
+            self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies
+        ):
+            if not _is_dense(param):
+                raise ValueError(f"a parameter of shape {tuple(param.shape)} is not dense: strides {param.stride()}")
+            for tensor in (param, exp_avg, exp_avg_sq):
+                _check(tensor, param, torch.float32)
+            _check(step, self.params[0].new_empty(()), torch.float32)
+            if copy is not None:
+                _check(copy, param, torch.bfloat16)
+        self.device = self.params[0].device
+        tensors = self.params, self.exp_avgs, self.exp_avg_sqs, self.copies, self.steps
+        rows = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
+        self.addresses = rows[0]  # of the parameters
+        self.sizes = tuple(p.numel() for p in self.params)
+        self.columns = _upload([*rows, self.sizes], torch.int64, self.device)  # (6, n): addresses, then sizes
+        self.scales = _upload([self.lr_scales, self.weight_decays], torch.float64, self.device)  # (2, n)
+        self.scalars = torch.empty(3, len(self.params), device=self.device)  # of the step under way
+        self.written = [*self.params, *(copy for copy in self.copies if copy is not None)]
+
+
+def adamw_reference(
+    table: Table,
+    grads: Sequence[Tensor | None],
+    lr: Tensor,
+    factor: Tensor,
+    ok: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019), exactly torch's, with gradients multiplied by `factor`.
+
+    Arguments as for `adamw`.
+    """
+    beta1, beta2 = betas
+    with torch.no_grad():
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            p, m, v, step = table.params[i], table.exp_avgs[i], table.exp_avg_sqs[i], table.steps[i]
+            t = (step + 1).double()
+            rate = lr.double() * table.lr_scales[i]
+            g = grad.float() * factor
+            m_new = beta1 * m + (1 - beta1) * g
+            v_new = beta2 * v + (1 - beta2) * g * g
+            denominator = v_new.sqrt() / (1 - beta2**t).sqrt() + eps
+            p_new = p - rate * table.weight_decays[i] * p - rate / (1 - beta1**t) * m_new / denominator
+            for old, new in ((p, p_new), (m, m_new), (v, v_new), (step, step + 1)):
+                old.copy_(torch.where(ok, new, old))
+            copy = table.copies[i]
+            if copy is not None:
+                copy.copy_(torch.where(ok, p, copy))
+
+
+@jit
+def _prepare_kernel(
+    columns, gradients, scales, scalars, lr, ok, n,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Count the step of every tensor that has a gradient, and work out what its blocks share, in fp64."""
+    i = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    real = i < n
+    live = real & (tl.load(gradients + n + i, real, other=0) > 0)
+    address = tl.load(columns + 4 * n + i, live, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(address, live, other=0.0) + 1
+    tl.store(address, step, live & tl.load(ok))
+    t = step.to(tl.float64)
+    rate = tl.load(lr).to(tl.float64) * tl.load(scales + i, real, other=0.0)
+    decay = rate * tl.load(scales + n + i, real, other=0.0)
+    tl.store(scalars + i, decay.to(tl.float32), real)
+    tl.store(scalars + n + i, (rate / (1 - tl.exp2(t * LOG_BETA1))).to(tl.float32), real)
+    tl.store(scalars + 2 * n + i, (1 / tl.sqrt(1 - tl.exp2(t * LOG_BETA2))).to(tl.float32), real)
+
+
+@jit
+def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """`ALIGNED` promises an address that is a multiple of 16, and Triton moves four elements at once.
+
+    Four of bf16 too, though eight would fit: all tensors are then spread over the threads alike, and none has to be
+    passed from thread to thread through shared memory.
+    """
+    first = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        first = tl.multiple_of(first, 4 * DTYPE.primitive_bitwidth // 8)
+    return first + offsets
+
+
+@jit
+def _load(address, mask, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    return tl.load(_pointers(address, offsets, DTYPE, ALIGNED), mask, other=0)
+
+
+@jit
+def _store(address, values, mask, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    tl.store(_pointers(address, offsets, DTYPE, ALIGNED), values, mask)
+
+
+@jit
+def _load_gradient(address, itemsize, mask, offsets, ALIGNED: tl.constexpr):
+    """fp32 values of an fp32 or bf16 tensor. Its 16 bits are the upper half of an fp32 number's."""
+    if itemsize == 2:
+        bits = _load(address, mask, offsets, tl.int16, ALIGNED).to(tl.int32) << 16
+        values = bits.to(tl.float32, bitcast=True)
+    else:
+        values = _load(address, mask, offsets, tl.float32, ALIGNED)
+    return values
+
+
+@jit
+def _bf16_bits(x):
+    """x rounded to the nearest bf16, ties to even, as torch does; Triton's interpreter would cut the bits off."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)  # a NaN's bits could be carried over into -0
+
+
+@jit
+def _update_block(
+    param, grad, exp_avg, exp_avg_sq, copy, itemsize, count, decay, step_size, root, factor,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """The first `count` elements at these addresses, no more than BLOCK."""
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    g = _load_gradient(grad, itemsize, mask, offsets, ALIGNED) * factor
+    p = _load(param, mask, offsets, tl.float32, ALIGNED)
+    m = BETA1 * _load(exp_avg, mask, offsets, tl.float32, ALIGNED) + (1 - BETA1) * g
+    v = BETA2 * _load(exp_avg_sq, mask, offsets, tl.float32, ALIGNED) + (1 - BETA2) * g * g
+    # Not p * (1 - decay): so small a decay would lose its digits in the difference.
+    p -= decay * p
+    p -= step_size * m / (tl.sqrt(v) * root + EPS)
+    _store(param, p, mask, offsets, tl.float32, ALIGNED)
+    _store(exp_avg, m, mask, offsets, tl.float32, ALIGNED)
+    _store(exp_avg_sq, v, mask, offsets, tl.float32, ALIGNED)
+    if copy != 0:
+        _store(copy, _bf16_bits(p), mask, offsets, tl.int16, ALIGNED)
+
+
+@jit
+def _update_kernel(
+    columns, gradients, scalars, blocks, factor, ok, n,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.load(blocks + 2 * tl.program_id(0))
+    start = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    itemsize = tl.load(gradients + n + i)
+    if (itemsize > 0) & tl.load(ok):
+        param = tl.load(columns + i) + 4 * start
+        exp_avg = tl.load(columns + n + i) + 4 * start
+        exp_avg_sq = tl.load(columns + 2 * n + i) + 4 * start
+        copy = tl.load(columns + 3 * n + i)
+        copy += tl.where(copy != 0, 2 * start, 0)
+        grad = tl.load(gradients + i) + itemsize * start
+        left = tl.load(columns + 5 * n + i) - start
+        decay, step_size, root = tl.load(scalars + i), tl.load(scalars + n + i), tl.load(scalars + 2 * n + i)
+        f = tl.load(factor)
+        if (left >= BLOCK) & ((param | grad | exp_avg | exp_avg_sq | copy) % 16 == 0):
+            _update_block(param, grad, exp_avg, exp_avg_sq, copy, itemsize, BLOCK, decay, step_size, root, f,
+                          BETA1, BETA2, EPS, BLOCK, ALIGNED=True)  # fmt: skip
+        else:
+            _update_block(param, grad, exp_avg, exp_avg_sq, copy, itemsize, left, decay, step_size, root, f,
+                          BETA1, BETA2, EPS, BLOCK, ALIGNED=False)  # fmt: skip
+
+
+@jit
+def _squares_kernel(tensors, blocks, partial, n, BLOCK: tl.constexpr):
+    """partial[program] = the sum of squares of one block; tensors (3, n): addresses, bytes an element, sizes."""
+    program = tl.program_id(0)
+    i = tl.load(blocks + 2 * program)
+    start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
+    itemsize = tl.load(tensors + n + i)
+    address = tl.load(tensors + i) + itemsize * start
+    left = tl.load(tensors + 2 * n + i) - start
+    offsets = tl.arange(0, BLOCK)
+    if (left >= BLOCK) & (address % 16 == 0):
+        x = _load_gradient(address, itemsize, offsets < BLOCK, offsets, ALIGNED=True)
+    else:
+        x = _load_gradient(address, itemsize, offsets < left, offsets, ALIGNED=False)
+    tl.store(partial + program, tl.sum(x * x))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one piece of memory, in whatever order."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one shape keep their elements in one order (strides of a single row say nothing)."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _check(tensor: Tensor, like: Tensor, *dtypes: torch.dtype) -> None:
+    """Raises ValueError where a kernel that visits both in memory's order would read or write astray."""
+    if tensor.shape != like.shape or not _same_order(tensor, like):
+        raise ValueError(f"shapes {list(tensor.shape)} and {list(like.shape)} or their strides differ")
+    if tensor.device != like.device or tensor.dtype not in dtypes:
+        raise ValueError(f"a tensor is {tensor.dtype} on {tensor.device}; needed is {dtypes[0]} on {like.device}")
+
+
+def _laid_out_like(grad: Tensor, param: Tensor) -> Tensor:
+    if grad.shape == param.shape and not _same_order(grad, param):
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad.detach())
+    _check(grad, param, *GRADIENTS)
+    return grad
+
+
+def _upload(values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table on the device, without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """For each program the tensor that it works on, and which block of it: (programs, 2), int32; (0,) for none."""
+    pairs = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, block))]
+    return _upload(pairs, torch.int32, device)
+
+
+def adamw(
+    table: Table,
+    grads: Sequence[Tensor | None],
+    lr: Tensor,
+    factor: Tensor,
+    ok: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of torch.optim.AdamW on every tensor of `table` whose gradient is there, and of its bf16 copy.
+
+    grads: fp32 or bf16, each of its parameter's shape; one in another order of elements is copied first. On the device:
+    lr (), fp32; factor (), fp32, multiplies the gradients; ok (), bool: where it is False nothing changes, the
+    steps included. Nothing waits for the device. Raises ValueError.
+    """
+    if [p.data_ptr() for p in table.params] != table.addresses:
+        raise ValueError("a parameter has moved since its table was made")
+    laid = [None if g is None else _laid_out_like(g, p) for g, p in zip(grads, table.params, strict=True)]
+    blocks = _blocks(table.sizes, UPDATE_BLOCK, table.device)
+    n = len(laid)
+    logs = [math.log2(beta or sys.float_info.min) for beta in betas]
+    rows = [[0 if g is None else g.data_ptr() for g in laid], [0 if g is None else g.itemsize for g in laid]]
+    gradients = _upload(rows, torch.int64, table.device)
+    with on(lr):
+        _prepare_kernel[(triton.cdiv(n, LANES),)](
+            table.columns, gradients, table.scales, table.scalars, lr, ok, n, *logs, LANES, num_warps=LANES // 32
+        )  # fmt: skip
+        _update_kernel[(len(blocks),)](
+            table.columns, gradients, table.scalars, blocks, factor, ok, n,
+            *betas, eps, UPDATE_BLOCK, num_warps=UPDATE_WARPS
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(table.written)  # a graph that saved them must not be walked again
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The l2 norm of all elements of fp32 and bf16 tensors together, (), fp32; 0 where there are none.
+
+    Squares are added in fp32: as torch.nn.utils.get_total_norm's, the result is inf from about 1.8e19 on. It repeats
+    bit for bit. Raises ValueError.
+    """
+    if not tensors:
+        return torch.zeros(())
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device or tensor.dtype not in GRADIENTS:
+            raise ValueError(f"a tensor is {tensor.dtype} on {tensor.device}; needed are fp32 or bf16, all on {device}")
+    dense = [t if _is_dense(t) else t.contiguous() for t in tensors]
+    rows = [[t.data_ptr() for t in dense], [t.itemsize for t in dense], [t.numel() for t in dense]]
+    table = _upload(rows, torch.int64, device)
+    blocks = _blocks(tuple(rows[2]), NORM_BLOCK, device)
+    partial = torch.empty(len(blocks), device=device)
+    with on(table):
+        _squares_kernel[(len(blocks),)](table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS)
+    return partial.sum().sqrt()
