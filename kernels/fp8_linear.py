@@ -28,7 +28,7 @@ from config import UserError
 
 MULTIPLE = 16  # of every dimension that the tensor cores see in FP8
 SMALLEST = 2.0**-100  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
-CAPABILITY = (8, 9)  # the first with FP8: Ada, then Hopper
+CAPABILITY = (9, 0)  # Hopper
 
 
 def supported(device: torch.device, widths: Iterable[int]) -> None:
@@ -37,9 +37,7 @@ def supported(device: torch.device, widths: Iterable[int]) -> None:
     The CPU runs the same operations, without any gain, for tests; it is refused here.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        raise UserError(
-            "--precision fp8 needs a CUDA GPU of the Ada or Hopper generation or newer; use --precision bf16"
-        )
+        raise UserError("--precision fp8 needs a CUDA GPU of the Hopper generation or newer; use --precision bf16")
     for width in widths:
         if width % MULTIPLE:
             raise UserError(

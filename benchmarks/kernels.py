@@ -1,0 +1,716 @@
+"""Each operation of kernels/ beside PyTorch, torch.compile and Liger:  python -m benchmarks.kernels [--only NAME ...]
+
+An operation that waits for memory is counted in the fewest bytes that its forward and backward pass must move, one
+that computes in its floating-point operations, both beside what the same run gets from a large copy and a large
+matrix product. The forms of an operation take turns, A B A B, so that what else the machine does falls on all alike;
+nothing is timed before outputs and gradients agree. The trade-off: an operation alone is fed from memory and not from
+the one before it, so what a compiler gains by joining neighbours shows in benchmarks/peers.py and not here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+import distributed
+import kernels.adamw
+import kernels.attention
+import kernels.bias_gelu
+import kernels.cross_entropy
+import kernels.fp8_linear
+import kernels.layer_norm
+import kernels.linear_cross_entropy
+from config import GPTConfig, UserError, entry_point, nearest, parse
+from kernels._triton import missing
+from memory import resident_bytes, set_allocator
+from model import GPT, attention_backends
+
+OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
+OUT_OF_MEMORY = "not measured: out of memory"
+REPETITIONS = 3, 30  # turns of a form: at least and at most
+SECONDS = 6.0  # for the turns of one operation
+# Of outputs and gradients, relative, as norms of the difference: fp32 sums in another order; bf16 rounds each element
+# by 2^-9 on average, at a few places; FP8's formats move every factor by some 3%, a gradient's by 5%.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+FP8_TOLERANCE = 0.1
+
+
+@dataclass
+class Options:
+    """Options of the comparison."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
+    only: tuple[str, ...] = ()
+    """Operations to measure. Default: all."""
+    quick: bool = False
+    """Tiny shapes, two turns, nothing compiled: does it work at all?"""
+    out: str = "benchmarks/results"
+    """Folder for kernels-DEVICE.json and kernels-DEVICE.md."""
+
+
+@dataclass(frozen=True)
+class Size:
+    rows: int  # tokens
+    logit_rows: int  # tokens whose logits are held at once
+    model: GPTConfig  # block_size is the length of a sequence
+    document: int  # tokens in a document, where attention keeps to them
+    copy: int  # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    product: int  # rows and columns of the ceiling's product
+
+
+SIZES = {
+    "cuda": Size(65536, 65536, GPTConfig(), 256, 1 << 30, 8192),
+    "cpu": Size(8192, 1024, GPTConfig(n_layer=2), 256, 256 << 20, 2048),
+    "quick": Size(64, 32, GPTConfig(vocab_size=250, block_size=32, n_layer=1, n_head=2, n_embd=64), 16, 1 << 16, 128),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is measured, and why some forms cannot be there."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: Size
+    no_triton: str | None
+    no_compiler: str | None
+    no_liger: str | None
+    no_fp8: str | None
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
+
+
+Function = Callable[..., Sequence[Tensor]]  # from an operation's leaves to its outputs
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute an operation."""
+
+    make: Callable[[], Function]
+    lacks: str | None = None  # why it cannot be measured here
+    direct: bool = False  # the function itself returns the gradients, or there are none
+    overwrites: bool = False  # its leaves: it gets a copy of them
+
+
+@dataclass(frozen=True)
+class Operation:
+    shape: str
+    work: float  # bytes or floating-point operations of forward and backward pass together
+    ceiling: str  # a key of CEILINGS
+    leaves: tuple[Tensor, ...]  # whose gradients are computed
+    incoming: tuple[Tensor, ...]  # gradient of each output
+    forms: dict[str, Form]
+    tolerance: float
+
+
+# --- what the machine does at its best, each a function that makes the work of one turn
+
+
+def copy(place: Place) -> tuple[Function, float]:
+    """A function and the bytes that it moves."""
+    source = torch.randn(place.size.copy // 4, device=place.device)
+    target = torch.empty_like(source)
+    return lambda: [target.copy_(source)], 2.0 * place.size.copy
+
+
+def product(place: Place) -> tuple[Function, float]:
+    """A function and its floating-point operations."""
+    n = place.size.product
+    a, b = place.randn(n, n), place.randn(n, n)
+    return lambda: [a @ b], 2.0 * n**3
+
+
+def fp8_product(place: Place) -> tuple[Function, float]:
+    """The same in FP8, the conversions left out."""
+    n = place.size.product
+    (a, a_scale), (b, b_scale) = (kernels.fp8_linear.quantize(place.randn(n, n), torch.float8_e4m3fn) for _ in range(2))
+    return lambda: [torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)], 2.0 * n**3
+
+
+CEILINGS = {"copy": copy, "product": product, "FP8 product": fp8_product}
+
+
+# --- the operations, each a function that makes its inputs and its forms
+
+
+def usual(place: Place, eager: Function, triton: Function, liger: Form | None = None) -> dict[str, Form]:
+    """PyTorch's operations, the same compiled, Liger's kernel where it has one, and ours."""
+    forms = {PYTORCH: Form(lambda: eager), "torch.compile": compiled(place, eager)}
+    return forms | ({"Liger": liger} if liger else {}) | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
+
+
+def compiled(place: Place, function: Function, lacks: str | None = None) -> Form:
+    return Form(lambda: torch.compile(function, dynamic=False), lacks or place.no_compiler)
+
+
+def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.requires_grad_() for tensor in tensors)
+
+
+def cross_entropy(place: Place) -> Operation:
+    """Logits are read once and their gradient is written, if the loss's own gradient is known: 1, as of a sum."""
+    rows, vocab_size, padded = place.size.logit_rows, place.size.model.vocab_size, place.size.model.padded_vocab_size
+    logits, targets = place.randn(rows, padded), torch.randint(vocab_size, (rows,), device=place.device)
+    logits[:, vocab_size:] = -torch.inf  # Liger knows of no padding
+
+    def eager(logits: Tensor) -> Sequence[Tensor]:
+        return [kernels.cross_entropy.cross_entropy_reference(logits, targets, vocab_size).sum()]
+
+    def triton(logits: Tensor) -> Sequence[Tensor]:
+        return [kernels.cross_entropy.cross_entropy(logits, targets, vocab_size).sum()]
+
+    def in_place(logits: Tensor) -> Sequence[Tensor]:
+        return [kernels.cross_entropy.cross_entropy_in_place(logits, targets, vocab_size).sum(), logits]
+
+    def make_liger() -> Function:
+        from liger_kernel.ops import LigerCrossEntropyFunction
+
+        settings = None, -100, 0.0, 0.0, "sum"  # class weights, ignored target, z-loss, smoothing, reduction
+        return lambda logits: [LigerCrossEntropyFunction.apply(logits, targets, *settings)[0]]
+
+    liger = Form(make_liger, place.no_liger, overwrites=True)
+    forms = usual(place, eager, triton, liger)
+    forms[f"{OURS}, Triton in place"] = Form(lambda: in_place, place.no_triton, direct=True, overwrites=True)
+    return Operation(
+        f"{rows:,} x {padded:,}", 2.0 * logits.nbytes, "copy", leaves(logits), (torch.ones((), device=place.device),),
+        forms, TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def linear_cross_entropy(place: Place) -> Operation:
+    """Three products with the head's matrix: logits, gradient of the hidden states, gradient of the head."""
+    rows, model = place.size.logit_rows, place.size.model
+    x, weight = place.randn(rows, model.n_embd), place.randn(model.padded_vocab_size, model.n_embd, scale=0.02)
+    targets = torch.randint(model.vocab_size, (rows,), device=place.device)
+
+    def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        reference = kernels.linear_cross_entropy.linear_cross_entropy_reference
+        return [reference(x, weight, targets, model.vocab_size)]
+
+    def chunks(x: Tensor, weight: Tensor, triton: bool = False) -> Sequence[Tensor]:
+        ours = kernels.linear_cross_entropy.linear_cross_entropy
+        return [ours(x, weight, targets, model.vocab_size, triton=triton)]
+
+    def make_liger() -> Function:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+        # Its sums in fp32, as ours are. It knows of no padding, so its head ends with the vocabulary.
+        settings: dict[str, Any] = dict(reduction="sum", accum_dtype=torch.float32)
+        return lambda x, weight: [fused(x, weight[: model.vocab_size], targets, **settings)]
+
+    forms = usual(place, eager, functools.partial(chunks, triton=True), Form(make_liger, place.no_liger))
+    forms[f"{OURS}, PyTorch"] = Form(lambda: chunks)
+    return Operation(
+        f"{rows:,} x {model.n_embd:,}, {model.padded_vocab_size:,}", 6.0 * rows * model.n_embd * model.vocab_size,
+        "product", leaves(x, weight), (torch.ones((), device=place.device),), forms, TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def layer_norm(place: Place) -> Operation:
+    """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input is one of them."""
+    rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
+    x, branch, weight, bias = (place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,)))
+
+    def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        return kernels.layer_norm.add_layer_norm(x, branch, weight, bias, eps)
+
+    def triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        return kernels.layer_norm.add_layer_norm(x, branch, weight, bias, eps, triton=True)
+
+    def make_liger() -> Function:
+        from liger_kernel.ops import LigerLayerNormFunction
+
+        def liger(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+            total = x + branch  # it has no kernel for both
+            return total, LigerLayerNormFunction.apply(total, weight, bias, eps)
+
+        return liger
+
+    return Operation(
+        f"{rows:,} x {width:,}", 8.0 * x.nbytes, "copy", leaves(x, branch, weight, bias),
+        (place.randn(rows, width), place.randn(rows, width)),
+        usual(place, eager, triton, Form(make_liger, place.no_liger)), TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def bias_gelu(place: Place) -> Operation:
+    """One tensor in and one out, then two in and one out."""
+    rows, width = place.size.rows, 4 * place.size.model.n_embd
+    x, bias = place.randn(rows, width), place.randn(width)
+
+    def eager(x: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        return [kernels.bias_gelu.bias_gelu(x, bias)]
+
+    def triton(x: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        return [kernels.bias_gelu.bias_gelu(x, bias, triton=True)]
+
+    return Operation(
+        f"{rows:,} x {width:,}", 5.0 * x.nbytes, "copy", leaves(x, bias), (place.randn(rows, width),),
+        usual(place, eager, triton), TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def attention(place: Place, document: int | None = None) -> Operation:
+    """Two products over the pairs of query and key that are seen, and five more for the gradients."""
+    size = place.size
+    T, H, D = size.model.block_size, size.model.n_head, size.model.n_embd // size.model.n_head
+    B, length = size.rows // T, document or T
+    segments = mask = None
+    if document:
+        segments = (torch.arange(T, device=place.device) // document).expand(B, T).contiguous()
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = same & torch.ones(T, T, dtype=torch.bool, device=place.device).tril()  # (B, 1, T, T)
+
+    def eager(qkv: Tensor) -> Sequence[Tensor]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return [y.transpose(1, 2).contiguous()]
+
+    def triton(qkv: Tensor) -> Sequence[Tensor]:
+        return [kernels.attention.attention(qkv, segments)]
+
+    pairs = B * H * (T // length) * length * (length + 1) / 2
+    return Operation(
+        f"{B} x {T:,} x {H} x {D}", pairs * (2 + 5) * 2 * D, "product", leaves(place.randn(B, T, 3, H, D)),
+        (place.randn(B, T, H, D),), usual(place, eager, triton), TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def attention_documents(place: Place) -> Operation:
+    return attention(place, place.size.document)
+
+
+def adamw(place: Place) -> Operation:
+    """Clip all gradients, update, round to bf16: 4 bytes for the norm, 16 in and 14 out for the update."""
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in GPT(place.size.model).parameters()]
+    betas, eps, decay, clip = (0.9, 0.95), 1e-8, 0.1, 1.0
+    lr = 0.1  # so that a wrong update shows in the weights
+
+    def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters, gradients and bf16 copies, the same for every form."""
+        torch.manual_seed(0)
+        params = [torch.randn(shape, device=place.device) for shape in shapes]
+        return params, [torch.randn_like(p) for p in params], [p.bfloat16() for p in params]
+
+    def make_eager() -> Function:
+        params, grads, copies = tensors()
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
+
+        def step() -> Sequence[Tensor]:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+            optimizer.step()
+            torch._foreach_copy_(copies, params)
+            return params + copies
+
+        return step
+
+    def make_triton() -> Function:
+        params, grads, copies = tensors()
+        moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        steps = [torch.zeros((), device=place.device) for _ in params]
+        n = len(params)
+        table = kernels.adamw.Table(params, *moments, steps, copies, [1.0] * n, [decay] * n)
+        rate = torch.tensor(lr, device=place.device)
+
+        def step() -> Sequence[Tensor]:
+            norm = kernels.adamw.global_norm(grads)
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+            kernels.adamw.adamw(table, grads, rate, factor, norm.isfinite(), betas, eps)
+            return params + copies
+
+        return step
+
+    count = sum(shape.numel() for shape in shapes)
+    forms = {
+        PYTORCH: Form(make_eager, direct=True),
+        # 50 CPU seconds where it was tried, for a step that PyTorch itself has as one fused kernel.
+        "torch.compile": Form(make_eager, "a minute to compile so many tensors", direct=True),
+        f"{OURS}, Triton": Form(make_triton, place.no_triton, direct=True),
+    }
+    shape = f"{count:,} in {len(shapes)} tensors"
+    return Operation(shape, 34.0 * count, "copy", (), (), forms, TOLERANCE[torch.float32])
+
+
+def fp8_linear(place: Place) -> Operation:
+    """The MLP's first layer: three products."""
+    rows, width = place.size.rows, place.size.model.n_embd
+    x, weight, bias = place.randn(rows, width), place.randn(4 * width, width, scale=0.02), place.randn(4 * width)
+
+    def eager(*tensors: Tensor) -> Sequence[Tensor]:
+        return [F.linear(*tensors)]
+
+    def ours(*tensors: Tensor) -> Sequence[Tensor]:
+        return [kernels.fp8_linear.fp8_linear(*tensors)]
+
+    forms = {
+        PYTORCH: Form(lambda: eager),
+        f"{OURS}, FP8": Form(lambda: ours, place.no_fp8),
+        f"{OURS}, FP8 compiled": compiled(place, ours, place.no_fp8),
+    }
+    return Operation(
+        f"{rows:,} x {width:,} x {4 * width:,}", 6.0 * rows * width * 4 * width, "product" if place.no_fp8 else "FP8 product",
+        leaves(x, weight, bias), (place.randn(rows, 4 * width),), forms, FP8_TOLERANCE,
+    )  # fmt: skip
+
+
+OPERATIONS: dict[str, Callable[[Place], Operation]] = {
+    function.__name__: function
+    for function in (
+        cross_entropy, linear_cross_entropy, layer_norm, bias_gelu, attention, attention_documents, adamw, fp8_linear
+    )
+}  # fmt: skip
+
+
+# --- one run of a form
+
+
+Moment = Any  # a time that has come (CPU) or an event in the GPU's queue
+
+
+def moment(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Moment, second: Moment) -> float:
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A form, built."""
+
+    function: Function
+    leaves: tuple[Tensor, ...]
+    incoming: tuple[Tensor, ...]
+    device: torch.device
+    direct: bool
+
+    def run(self) -> tuple[list[Tensor], list[Moment]]:
+        """Outputs and gradients; when it began, when the outputs and when the gradients were there."""
+        moments = [moment(self.device)]
+        with torch.set_grad_enabled(not self.direct):
+            outputs = list(self.function(*self.leaves))
+        moments.append(moment(self.device))
+        gradients: Sequence[Tensor] = []
+        if not self.direct:
+            gradients = torch.autograd.grad(outputs, self.leaves, self.incoming)
+            moments.append(moment(self.device))
+        return [*(output.detach() for output in outputs), *gradients], moments
+
+
+def build(operation: Operation, form: Form, device: torch.device) -> Contender:
+    mine = operation.leaves
+    if form.overwrites:
+        mine = tuple(leaf.detach().clone().requires_grad_() for leaf in mine)
+    return Contender(form.make(), mine, operation.incoming, device, form.direct)
+
+
+@functools.cache
+def buffer(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size // 4, device=device)
+
+
+def evict(place: Place) -> None:
+    """Fill the caches with something else, by reading: nothing is left to be written back.
+
+    On a GPU this also takes some milliseconds, in which the host queues what is timed next: launches do not count.
+    """
+    for _ in range(16 if place.device.type == "cuda" else 1):
+        buffer(place.device, place.size.copy).sum()
+
+
+def turn(contender: Contender, place: Place) -> list[float]:
+    """Seconds of the forward and, where there is one, the backward pass."""
+    evict(place)
+    _, moments = contender.run()
+    if place.device.type == "cuda":
+        torch.cuda.synchronize()
+    return [seconds_between(a, b) for a, b in zip(moments, moments[1:])]
+
+
+def peak_memory(contender: Contender) -> int | None:
+    """Bytes at the peak of one run beyond what was held before; None where the system does not tell."""
+    device = contender.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.run()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return None
+    trim(0)  # gives back what is free, so that it counts again when it is used
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return None
+    before = resident_bytes()
+    contender.run()
+    return distributed.memory_bytes(device) - before
+
+
+# --- the comparison
+
+
+def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Of norms, relative; NaN where anything is. Piece by piece: an fp32 copy of all logits may not fit."""
+    worst = 0.0
+    for a, b in zip(ours, reference, strict=True):
+        pieces = zip(a.flatten().split(1 << 26), b.flatten().split(1 << 26), strict=True)
+        sums = [((p.float() - q.float()).norm() ** 2, q.float().norm() ** 2) for p, q in pieces]
+        difference, whole = (sum(part.double() for part in parts) for parts in zip(*sums))
+        off = (difference / whole).sqrt().item() if difference else 0.0
+        worst = off if not off <= worst else worst
+    return worst
+
+
+def compare(name: str, place: Place, repetitions: tuple[int, int]) -> list[dict[str, Any]]:
+    """The rows of one operation, one a form: figures, or a note that says why there are none."""
+    torch.manual_seed(0)
+    operation = OPERATIONS[name](place)
+    facts: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Contender] = {}
+    reference: list[Tensor] = []
+    for label, form in operation.forms.items():
+        facts[label] = {"operation": name, "shape": operation.shape, "form": label}
+        if form.lacks:
+            facts[label]["note"] = f"not measured: {form.lacks}"
+            continue
+        try:
+            contender = build(operation, form, place.device)
+            facts[label] |= try_out(contender, reference, operation.tolerance)
+            ready[label] = contender
+        except torch.OutOfMemoryError:
+            facts[label]["note"] = OUT_OF_MEMORY
+        except Exception as error:  # of other people's code as well
+            traceback.print_exc()
+            line = str(error).strip().partition("\n")[0]
+            facts[label]["note"] = f"failed: {type(error).__name__}: {line}"
+    reference.clear()
+    function, work = CEILINGS[operation.ceiling](place)
+    ready[CEILING] = Contender(function, (), (), place.device, direct=True)
+    ready[CEILING].run()
+    times = take_turns(ready, place, repetitions)
+    top = rates(work, times.pop(CEILING))
+    for label in ready.keys() - {CEILING}:
+        more = figures(operation, times[label], times.get(PYTORCH), top) if label in times else {"note": OUT_OF_MEMORY}
+        facts[label] |= more
+    return list(facts.values())
+
+
+def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> dict[str, Any]:
+    """What is known before timing. The first to run fills `reference`; the others must agree with it, else Differs."""
+    results, _ = contender.run()
+    if not reference:
+        reference += [result.clone() for result in results]  # a form may work on its results in place
+    difference = largest_difference(results, reference)
+    if not difference <= tolerance:
+        raise Differs(f"{difference:.2g} away from {PYTORCH}, relative; {tolerance:.2g} is rounding")
+    del results
+    return {"difference": difference, "memory_bytes": peak_memory(contender)}
+
+
+class Differs(Exception):
+    """A form computes something else."""
+
+
+def take_turns(ready: dict[str, Contender], place: Place, repetitions: tuple[int, int]) -> dict[str, list[list[float]]]:
+    """Seconds by form, for each turn those of its passes. A form that runs out of memory is left out."""
+    times: dict[str, list[list[float]]] = {label: [] for label in ready}
+    until = time.monotonic() + SECONDS
+    for repetition in range(repetitions[1]):
+        if repetition >= repetitions[0] and time.monotonic() > until:
+            break
+        for label in list(times):
+            try:
+                times[label].append(turn(ready[label], place))
+            except torch.OutOfMemoryError:  # what fitted alone may not beside the others' inputs
+                del times[label]
+    return times
+
+
+def rates(work: float, passes: Sequence[Sequence[float]]) -> list[float]:
+    return [work / sum(seconds) for seconds in passes]
+
+
+def figures(
+    operation: Operation, mine: list[list[float]], first: list[list[float]] | None, top: list[float]
+) -> dict[str, Any]:
+    """Medians over turns; `first` are PyTorch's turns, `top` the ceiling's rates."""
+    own = rates(operation.work, mine)
+    per_turn = [statistics.median(column) for column in zip(*mine)]
+    return {
+        "unit": "byte/s" if operation.ceiling == "copy" else "FLOP/s",
+        "rate": statistics.median(own),
+        "slowest": min(own),
+        "fastest": max(own),
+        "ceiling": statistics.median(top),
+        "forward_seconds": per_turn[0],
+        "backward_seconds": per_turn[1] if len(per_turn) > 1 else None,
+        # of turns side by side, so that a slow minute of the machine counts against neither
+        "speed": first and statistics.median(sum(other) / sum(seconds) for other, seconds in zip(first, mine)),
+        "seconds": mine,
+    }
+
+
+# --- what is written
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Results as a Markdown table, aligned so that it reads as plain text too."""
+    head = ["operation", "form", "forward ms", "backward ms", "rate", "slowest-fastest", "of ceiling", "speed x", "memory", "note"]  # fmt: skip
+    cells = [head, *(list(table_row(row)) for row in rows)]
+    words = 0, 1, len(head) - 1  # columns of text
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "| "
+        + " | ".join(f"{c:<{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths)))
+        + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i in words else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def table_row(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{row['operation']}, {row['shape']}"
+    yield row["form"]
+    if "note" in row:
+        yield from [*[""] * 7, row["note"]]
+        return
+    yield number(1000 * row["forward_seconds"])
+    yield "" if row["backward_seconds"] is None else number(1000 * row["backward_seconds"])
+    prefix, scale = ("T", 1e12) if row["ceiling"] >= 1e13 else ("G", 1e9)
+    unit = prefix + {"byte/s": "B/s", "FLOP/s": "FLOP/s"}[row["unit"]]
+    yield f"{number(row['rate'] / scale)} {unit}"
+    yield f"{number(row['slowest'] / scale)}-{number(row['fastest'] / scale)}"
+    yield f"{row['rate'] / row['ceiling']:.0%} of {number(row['ceiling'] / scale)}"
+    yield "" if row["speed"] is None else f"{row['speed']:.2f}"
+    yield "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:,.0f} MiB"
+    yield ""
+
+
+def number(x: float) -> str:
+    """Three digits at least."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """kernels-DEVICE.json with everything and kernels-DEVICE.md with the table; returns the latter's text."""
+    hardware = facts["hardware"]
+    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+    text = (
+        f"Operations in {facts['dtype']} on {where}, {facts['date'][:10]}: "
+        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        + f".\n\n{table(rows)}\n\n"
+        "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both passes; the ceiling is a\n"
+        "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this one, both passes. Memory:\n"
+        "at the peak, beyond the inputs; outputs and gradients are in it.\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"kernels-{facts['device']}"
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(text)
+    return text
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def here(device: torch.device, quick: bool) -> Place:
+    gpu = device.type == "cuda"
+    compiler = gpu or shutil.which("c++") or shutil.which("g++")
+    no_fp8 = None
+    try:
+        kernels.fp8_linear.supported(device, ())
+    except UserError:
+        no_fp8 = "needs a GPU with FP8"
+    return Place(
+        device,
+        torch.bfloat16 if gpu else torch.float32,
+        SIZES["quick" if quick else device.type],
+        no_triton=missing("cuda") if gpu else "needs a GPU",
+        no_compiler="--quick compiles nothing" if quick else None if compiler else "needs a C++ compiler",
+        no_liger="not installed" if version("liger_kernel") == "not installed" else None if gpu else "needs a GPU",
+        no_fp8=no_fp8,
+    )
+
+
+def machine(place: Place) -> dict[str, Any]:
+    gpu = place.device.type == "cuda"
+    packages = ("torch", "triton", "liger_kernel")
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": place.device.type,
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "hardware": {
+            "gpu": distributed.device_name(place.device) if gpu else None,
+            "cpu": distributed.device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    options = parse(Options, sys.argv[1:])
+    for name in options.only:
+        if name not in OPERATIONS:
+            raise UserError(f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}")
+    device = distributed.start(options.device).device
+    if device.type == "cpu":
+        set_allocator(keep_freed=True)  # as the engine does; alike for all forms
+    place = here(device, options.quick)
+    facts = machine(place)
+    rows: list[dict[str, Any]] = []
+    text = ""
+    with sdpa_kernel(attention_backends(device, place.dtype), set_priority=True):
+        for name in options.only or OPERATIONS:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            rows += compare(name, place, (2, 2) if options.quick else REPETITIONS)
+            text = write(Path(options.out), facts, rows)  # after each: an interrupted run leaves what it has
+            torch._dynamo.reset()  # lets go of compiled functions and what they hold
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    print(text)
+    broken = [row for row in rows if row["form"].startswith(OURS) and row.get("note", "").startswith("failed")]
+    if broken:
+        raise RuntimeError("; ".join(f"{row['operation']}, {row['form']} {row['note']}" for row in broken))
+
+
+if __name__ == "__main__":
+    entry_point(main)

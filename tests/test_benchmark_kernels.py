@@ -1,0 +1,150 @@
+"""The benchmark of the operations runs, compares what is equal, and says why a figure is missing. No timing is asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import kernels as bench
+from benchmarks.kernels import OURS, Form, Operation, Place
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def place(monkeypatch) -> Place:
+    """Tiny shapes and no more turns than asked for, with our own kernels: in Triton's interpreter on a CPU."""
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    return dataclasses.replace(bench.here(DEVICE, quick=True), no_triton=None)
+
+
+def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None:
+    done = run("-m", "benchmarks.kernels", "--quick", "--device", "cpu", "--out", "results")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results/kernels-cpu.json").read_text())
+    assert results["device"] == "cpu" and results["hardware"]["threads"] >= 1
+    assert {"python", "torch", "triton", "liger_kernel"} == results["versions"].keys()
+    rows = {(row["operation"], row["form"]): row for row in results["rows"]}
+    assert {operation for operation, _ in rows} == set(bench.OPERATIONS)
+    for row in rows.values():
+        if "note" in row:
+            assert row["note"].startswith("not measured: ") and "rate" not in row
+            continue
+        assert 0 < row["slowest"] <= row["rate"] <= row["fastest"] and row["ceiling"] > 0
+        assert len(row["seconds"]) == 2 and row["forward_seconds"] > 0
+        assert row["difference"] <= 1e-4
+    for operation in bench.OPERATIONS:
+        assert rows[operation, bench.PYTORCH]["speed"] == 1
+    for (_, form), row in rows.items():
+        if "Triton" in form:
+            assert row["note"] == "not measured: needs a GPU"
+    assert rows["linear_cross_entropy", f"{OURS}, PyTorch"]["rate"] > 0
+    text = (tmp_path / "results/kernels-cpu.md").read_text()
+    assert text.strip() == done.stdout.strip()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == len(rows) + 2 and len({len(line) for line in lines}) == 1
+
+
+def test_only_names_the_nearest(run) -> None:
+    done = run("-m", "benchmarks.kernels", "--only", "adamw", "layernorm")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --only layernorm is none of cross_entropy, ")
+    assert done.stderr.endswith("(did you mean layer_norm?)\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", bench.OPERATIONS)
+def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
+    # Traced as for a real compilation, then run as it is: that needs no compiler and takes no seconds.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    place = dataclasses.replace(place, no_compiler=None)
+    if DEVICE.type == "cpu":
+        place = dataclasses.replace(place, no_fp8=None)  # slow, but it runs
+    rows = {row["form"]: row for row in bench.compare(name, place, (1, 1))}
+    ours = [form for form in rows if form.startswith(OURS)]
+    assert ours
+    for form in (bench.PYTORCH, *ours):
+        assert "note" not in rows[form], rows[form]["note"]
+        assert len(rows[form]["seconds"]) == 1
+    assert "failed" not in rows.get("torch.compile", {}).get("note", "")
+
+
+def add(place: Place, forms: dict[str, Form]) -> Operation:
+    x = torch.ones(64, device=place.device, requires_grad=True)
+    return Operation("64", 512.0, "copy", (x,), (torch.ones(64, device=place.device),), forms, 1e-4)
+
+
+def raises(error: Exception) -> Form:
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        raise error
+
+    return Form(lambda: function)
+
+
+def test_a_form_that_differs_or_fails_is_not_timed(place, monkeypatch) -> None:
+    forms = {
+        bench.PYTORCH: Form(lambda: lambda x: [2 * x]),
+        "another output": Form(lambda: lambda x: [2 * x + (x.detach() - 1.1) * 1e-2]),
+        "another gradient": Form(lambda: lambda x: [3 * x - x.detach()]),
+        "NaN": Form(lambda: lambda x: [x * torch.nan]),
+        "broken": raises(ValueError("no such thing\nand more")),
+        "large": raises(torch.OutOfMemoryError()),
+        "elsewhere": Form(lambda: lambda x: [x], lacks="needs something"),
+    }
+    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    rows = {row["form"]: row for row in bench.compare("add", place, (2, 2))}
+    assert list(rows) == list(forms) and len(rows[bench.PYTORCH]["seconds"]) == 2
+    for form in ("another output", "another gradient", "NaN"):
+        assert rows[form]["note"].startswith("failed: Differs: ") and "rate" not in rows[form]
+    assert rows["broken"]["note"] == "failed: ValueError: no such thing"
+    assert rows["large"]["note"] == "not measured: out of memory"
+    assert rows["elsewhere"]["note"] == "not measured: needs something"
+
+
+def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch) -> None:
+    calls = iter([None, None, torch.OutOfMemoryError()])  # tried out, its memory measured, timed
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        if error := next(calls):
+            raise error
+        return [2 * x]
+
+    forms = {bench.PYTORCH: Form(lambda: function), "other": Form(lambda: lambda x: [2 * x])}
+    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    first, second = bench.compare("add", place, (2, 2))
+    assert first["note"] == "not measured: out of memory"
+    assert len(second["seconds"]) == 2 and second["speed"] is None  # over nothing
+
+
+def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
+    forms = {bench.PYTORCH: Form(lambda: lambda x: [2 * x]), f"{OURS}, Triton": Form(lambda: lambda x: [3 * x])}
+    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    monkeypatch.setattr(bench, "set_allocator", lambda keep_freed: None)  # this process's own stays as it is
+    monkeypatch.setattr(sys, "argv", ["kernels", "--quick", "--only", "add", "--out", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="add, this engine, Triton failed: Differs"):
+        bench.main()
+    assert "failed: Differs" in next(tmp_path.glob("*.md")).read_text()
+
+
+@pytest.mark.parametrize("document", [None, 16])
+def test_attention_counts_the_pairs_that_are_seen(place, document) -> None:
+    model = place.size.model
+    T, D = model.block_size, model.n_embd // model.n_head
+    token = torch.arange(T)
+    seen = (token[:, None] >= token) & (token[:, None] // (document or T) == token // (document or T))
+    pairs = place.size.rows // T * model.n_head * seen.sum().item()
+    # q k' and p v forward; dp, dv, dq, dk and the scores again backward: a multiplication and an addition each
+    assert bench.attention(place, document).work == pairs * D * 2 * 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak is not reset")
+def test_peak_memory_is_that_of_one_run(place) -> None:
+    size = 64 << 20
+    held = bench.Contender(lambda: [torch.ones(size // 4, device=DEVICE)], (), (), DEVICE, direct=True)
+    for _ in range(2):  # what a first run freed counts again
+        peak = bench.peak_memory(held)
+        assert peak is not None and size <= peak + (1 << 20) < 1.2 * size
