@@ -1,0 +1,332 @@
+"""Causal attention on packed q, k, v: the gradient comes back packed too, and documents need no mask.
+
+Autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them: at 65,536 tokens of
+GPT-2's 2304 columns in bf16 that is 0.6 GB more to read and write in every layer. Here the backward pass writes where
+the product after it reads. Documents are two indices a token; blocks of keys that no query of a block may see are
+skipped, forward and backward, so the smaller the documents, the less the work.
+
+Flash attention 2 (Dao 2023): the (T, T) scores are made a block at a time and never stored. Memory traffic is q, k, v
+and the output, once each way; the time goes into the products and their exponentials. The trade-off: the backward pass
+makes the scores twice, once for dq and once for dk and dv, because adding up dq across blocks of keys takes atomics,
+whose order, and so whose last bits, change from run to run. That is 7 products where atomics need 5.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels._triton import INTERPRETED, jit, on, tl, triton
+
+
+def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v with its (T, T) mask written out; shapes as in `attention`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+    T = qkv.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
+    if segments is not None:
+        mask = (mask & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
+
+
+# Kernels. In all of them D is head_dim and WIDTH the power of two that holds it; M queries and N keys make a block.
+# Scores are in units of log 2, so that the exponential is the hardware's exp2. Masks are made only in the blocks where
+# some query may not see some key: by a branch in the one loop, since a loop for each kind of block takes 153 registers
+# a thread for dq where this takes 115, and so one program on a multiprocessor where this has two.
+
+
+@jit
+def _load(base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first to first + ROWS of a (T, D) matrix, as (ROWS, WIDTH): zeros past its edges."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    block = base + tl.cast(first, tl.int64) * stride  # 500,000 tokens of 4,800 columns are more than an int32 counts
+    return tl.load(block + row * stride + column, mask=(first + row < T) & (column < D), other=0.0)
+
+
+@jit
+def _store(value, base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The inverse of `_load`, rounded to the memory's dtype."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    block = base + tl.cast(first, tl.int64) * stride
+    value = value.to(base.dtype.element_ty)
+    tl.store(block + row * stride + column, value, mask=(first + row < T) & (column < D))
+
+
+@jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """acc + a @ b, fp32. WIDEN is for the interpreter, whose product of bf16 reads the bits as integers."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def _forward_kernel(
+    qkv, out, lse, starts, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One block of M queries of one head: its output, and log2(sum(exp2(score))) of each query."""
+    blocks = tl.cdiv(T, M)
+    first = (blocks - 1 - tl.program_id(0) % blocks) * M  # the longest rows begin first, so that none ends late
+    b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
+    h = tl.program_id(0) // blocks % H
+    head = qkv + b * stride_b + h * D
+    rows = first + tl.arange(0, M)
+    begin = 0
+    end = tl.minimum(first + M, T)
+    if starts is not None:
+        starts += b * T
+        start = tl.load(starts + rows, mask=rows < T, other=0)
+        begin = tl.load(starts + first) // N * N
+        last_start = tl.load(starts + end - 1)
+
+    q = _load(head, first, stride_t, T, D, WIDTH, M)
+    acc = tl.zeros((M, WIDTH), tl.float32)
+    top = tl.full((M,), -float("inf"), tl.float32)  # of the scores so far
+    total = tl.zeros((M,), tl.float32)  # of their exponentials, relative to top
+    scale: tl.constexpr = 1.4426950408889634 * D**-0.5
+    for key in tl.range(begin, end, N):
+        k = _load(head + H * D, key, stride_t, T, D, WIDTH, N)
+        scores = _dot(q, tl.trans(k), None, PRECISION, WIDEN)  # (M, N)
+        masked = key + N - 1 > first
+        if starts is not None:
+            masked = masked | (key < last_start)
+        if masked:
+            keys = key + tl.arange(0, N)
+            seen = keys[None, :] <= rows[:, None]
+            if starts is not None:
+                seen = seen & (keys[None, :] >= start[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        shift = new_top
+        if starts is not None:  # a query whose document has not begun: -inf - -inf would be NaN
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.exp2(scores * scale - shift[:, None])
+        decay = tl.exp2(top - shift)
+        top = new_top
+        total = total * decay + tl.sum(p, 1)
+        v = _load(head + 2 * H * D, key, stride_t, T, D, WIDTH, N)
+        acc = _dot(p.to(v.dtype), v, acc * decay[:, None], PRECISION, WIDEN)
+    _store(acc / total[:, None], out + (b * T * H + h) * D, first, H * D, T, D, WIDTH, M)
+    tl.store(lse + (b * H + h) * T + rows, top + tl.log2(total), mask=rows < T)
+
+
+@jit
+def _dq_kernel(
+    qkv, out, grad, lse, delta, dqkv, starts, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One block of M queries of one head: its dq, and delta = rowsum(grad * out), which dk and dv need too."""
+    blocks = tl.cdiv(T, M)
+    first = (blocks - 1 - tl.program_id(0) % blocks) * M
+    b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
+    h = tl.program_id(0) // blocks % H
+    head = qkv + b * stride_b + h * D
+    rows = first + tl.arange(0, M)
+    begin = 0
+    end = tl.minimum(first + M, T)
+    if starts is not None:
+        starts += b * T
+        start = tl.load(starts + rows, mask=rows < T, other=0)
+        begin = tl.load(starts + first) // N * N
+        last_start = tl.load(starts + end - 1)
+
+    q = _load(head, first, stride_t, T, D, WIDTH, M)
+    do = _load(grad + (b * T * H + h) * D, first, H * D, T, D, WIDTH, M)
+    o = _load(out + (b * T * H + h) * D, first, H * D, T, D, WIDTH, M)
+    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + (b * H + h) * T + rows, row_delta, mask=rows < T)
+    row_lse = tl.load(lse + (b * H + h) * T + rows, mask=rows < T, other=0.0)
+    dq = tl.zeros((M, WIDTH), tl.float32)
+    scale: tl.constexpr = 1.4426950408889634 * D**-0.5
+    for key in tl.range(begin, end, N):
+        k = _load(head + H * D, key, stride_t, T, D, WIDTH, N)
+        v = _load(head + 2 * H * D, key, stride_t, T, D, WIDTH, N)
+        p = tl.exp2(_dot(q, tl.trans(k), None, PRECISION, WIDEN) * scale - row_lse[:, None])  # (M, N)
+        masked = key + N - 1 > first
+        if starts is not None:
+            masked = masked | (key < last_start)
+        if masked:
+            keys = key + tl.arange(0, N)
+            seen = keys[None, :] <= rows[:, None]
+            if starts is not None:
+                seen = seen & (keys[None, :] >= start[:, None])
+            p = tl.where(seen, p, 0.0)
+        ds = p * (_dot(do, tl.trans(v), None, PRECISION, WIDEN) - row_delta[:, None])
+        dq = _dot(ds.to(k.dtype), k, dq, PRECISION, WIDEN)
+    _store(dq * D**-0.5, dqkv + (b * T * 3 * H + h) * D, first, 3 * H * D, T, D, WIDTH, M)
+
+
+@jit
+def _dk_dv_kernel(
+    qkv, grad, lse, delta, dqkv, stops, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One block of N keys of one head: its dk and dv. Scores are transposed, (N, M), as both products take them."""
+    blocks = tl.cdiv(T, N)
+    first = tl.program_id(0) % blocks * N
+    b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
+    h = tl.program_id(0) // blocks % H
+    head = qkv + b * stride_b + h * D
+    grad += (b * T * H + h) * D
+    lse += (b * H + h) * T
+    delta += (b * H + h) * T
+    keys = first + tl.arange(0, N)
+    end = T
+    if stops is not None:
+        stops += b * T
+        stop = tl.load(stops + keys, mask=keys < T, other=0)
+        first_stop = tl.load(stops + first)
+        end = tl.load(stops + tl.minimum(first + N, T) - 1)
+
+    k = _load(head + H * D, first, stride_t, T, D, WIDTH, N)
+    v = _load(head + 2 * H * D, first, stride_t, T, D, WIDTH, N)
+    dk = tl.zeros((N, WIDTH), tl.float32)
+    dv = tl.zeros((N, WIDTH), tl.float32)
+    scale: tl.constexpr = 1.4426950408889634 * D**-0.5
+    for query in tl.range(first // M * M, end, M):
+        rows = query + tl.arange(0, M)
+        q = _load(head, query, stride_t, T, D, WIDTH, M)
+        row_lse = tl.load(lse + rows, mask=rows < T, other=0.0)
+        p = tl.exp2(_dot(k, tl.trans(q), None, PRECISION, WIDEN) * scale - row_lse[None, :])  # (N, M)
+        masked = query < first + N - 1
+        if stops is not None:
+            masked = masked | (query + M > first_stop)
+        if masked:
+            seen = keys[:, None] <= rows[None, :]
+            if stops is not None:
+                seen = seen & (rows[None, :] < stop[:, None])
+            p = tl.where(seen, p, 0.0)
+        # Queries past T are zeros, and so is what they add to both products: they need no mask.
+        do = _load(grad, query, H * D, T, D, WIDTH, M)
+        dv = _dot(p.to(do.dtype), do, dv, PRECISION, WIDEN)
+        row_delta = tl.load(delta + rows, mask=rows < T, other=0.0)
+        ds = p * (_dot(v, tl.trans(do), None, PRECISION, WIDEN) - row_delta[None, :])
+        dk = _dot(ds.to(q.dtype), q, dk, PRECISION, WIDEN)
+    dqkv += (b * T * 3 * H + h) * D
+    _store(dk * D**-0.5, dqkv + H * D, first, 3 * H * D, T, D, WIDTH, N)
+    _store(dv, dqkv + 2 * H * D, first, 3 * H * D, T, D, WIDTH, N)
+
+
+def _blocks(dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
+    """Of the block that a program keeps and of those it walks over: rows of each. And warps.
+
+    On Hopper, as Triton 3.7 compiles it. Half precision: four warps multiply 64 rows at a time, eight 128, and a walk
+    reads memory once for every 128 rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor (121
+    registers a thread at most, 80 KB), where one program multiplies while the other takes exponentials; dk and dv are
+    two sums and fit once. tf32's tiles take twice the shared memory. Exact fp32 uses no matrix units: at 64 columns
+    larger blocks than this spill its registers.
+    """
+    if dtype != torch.float32:
+        return 128, 64, 8
+    return (64, 64, 8) if precision == "tf32" else (32, 32, 8)
+
+
+def _options(qkv: Tensor, stages: int, keeps: str) -> dict[str, Any]:
+    """The constants and launch parameters of a kernel that keeps a block of M queries, or of N keys."""
+    H, D = qkv.shape[3:]
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    kept, walked, warps = _blocks(qkv.dtype, precision)
+    return {
+        "H": H,
+        "D": D,
+        "WIDTH": max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
+        "M": kept if keeps == "M" else walked,
+        "N": kept if keeps == "N" else walked,
+        "PRECISION": precision,
+        "WIDEN": INTERPRETED and qkv.dtype == torch.bfloat16,
+        "num_warps": warps,
+        "num_stages": stages if qkv.dtype != torch.float32 else 2,
+    }
+
+
+def _launch(kernel: Any, stages: int, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
+    B, T, _, H, _ = qkv.shape
+    options = _options(qkv, stages, keeps)
+    with on(qkv):
+        kernel[(B * H * triton.cdiv(T, options[keeps]),)](qkv, *tensors, qkv.stride(0), qkv.stride(1), T, **options)
+
+
+def _packed(qkv: Tensor) -> Tensor:
+    """Tokens may lie apart; within one, q, k and v may not."""
+    H, D = qkv.shape[3:]
+    return qkv if qkv.stride()[2:] == (H * D, D, 1) else qkv.contiguous()
+
+
+@torch.library.custom_op("gpt2::attention", mutates_args=())
+def _attention(qkv: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (B, T, n_head, head_dim) and log2(sum(exp2(score))) of each row (B, n_head, T) fp32."""
+    B, T, _, H, D = qkv.shape
+    out = qkv.new_empty(B, T, H, D)
+    lse = qkv.new_empty((B, H, T), dtype=torch.float32)
+    starts = None if bounds is None else bounds[0]
+    # With three stages ptxas makes each of the plain kernel's products wait for the one before it (its note C7515).
+    _launch(_forward_kernel, 4, "M", _packed(qkv), out, lse, starts)
+    return out, lse
+
+
+@_attention.register_fake
+def _(qkv: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, _, H, D = qkv.shape
+    return qkv.new_empty(B, T, H, D), qkv.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("gpt2::attention_backward", mutates_args=())
+def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bounds: Tensor | None) -> Tensor:
+    """The gradient of qkv, packed like it: (B, T, 3, n_head, head_dim), contiguous."""
+    qkv, grad = _packed(qkv), grad.contiguous()
+    dqkv = qkv.new_empty(qkv.shape)
+    delta = torch.empty_like(lse)
+    starts, stops = (None, None) if bounds is None else bounds.unbind(0)
+    _launch(_dq_kernel, 3, "M", qkv, out, grad, lse, delta, dqkv, starts)
+    _launch(_dk_dv_kernel, 3, "N", qkv, grad, lse, delta, dqkv, stops)
+    return dqkv
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bounds: Tensor | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bounds = inputs
+    ctx.save_for_backward(qkv, *output, bounds)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the statistics' gradient
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
+    qkv, out, lse, bounds = ctx.saved_tensors
+    return _attention_backward(grad, qkv, out, lse, bounds), None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _bounds(segments: Tensor) -> Tensor:
+    """Of each token's segment, the first token and one past the last: (2, B, T) int32. The host waits for nothing."""
+    segments = segments.contiguous()
+    return torch.stack([torch.searchsorted(segments, segments, right=right, out_int32=True) for right in (False, True)])
+
+
+def attention(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v, causal: qkv (B, T, 3, n_head, head_dim), bf16, fp16 or fp32, with head_dim up
+    to 128, to (B, T, n_head, head_dim), contiguous.
+
+    With `segments` (B, T), integers that never fall along T, a query sees only keys of its own number. Under autocast
+    the work is done in autocast's dtype, as by scaled_dot_product_attention. Sums and statistics are fp32; products
+    of fp32 are exact unless torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths.
+    """
+    if not 1 <= qkv.shape[4] <= 128:
+        raise ValueError(f"head_dim is {qkv.shape[4]}; this kernel's blocks hold 128 columns at most")
+    device = qkv.device.type
+    if torch.is_autocast_enabled(device):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    return _attention(qkv, None if segments is None else _bounds(segments))[0]
