@@ -22,6 +22,21 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+# What --without leaves out again, one by one: the engine's optimizations that no other option names.
+OPTIMIZATIONS = {
+    "tied-head": "the output head is the token embedding: a third fewer parameters",
+    "scaled-init": "weights start at 0.02, residual projections smaller with depth",
+    "flash-attention": "attention that never writes its (T, T) matrix",
+    "padded-vocab": "the embedding padded to a multiple of 128, so that its products run at full rate",
+    "decay-groups": "no weight decay on gains and biases",
+    "fused-adamw": "the optimizer in one kernel, not a dozen operations a parameter",
+    "attention-backend": "the fastest attention for the hardware, not PyTorch's flash attention",
+    "chunked-head": "head and cross-entropy a chunk of rows at a time: the logits are never held whole",
+    "kept-memory": "on a CPU, freed memory is kept for the next step, not given back and faulted in anew",
+    "cast-once": "weights cast to the products' format once a step, activations in it throughout; else autocast",
+}
+
+FP8_MULTIPLE = 16  # of every width that the tensor cores see in FP8
 VOCAB_MULTIPLE = 128  # the embedding is padded inside to this, so that its matrix products run at full rate
 
 
@@ -52,6 +67,9 @@ class GPTConfig:
     scaled_init: bool = True  # residual projections start smaller by 1/sqrt(2 n_layer)
     padded_vocab: bool = True  # pad the embedding to a multiple of VOCAB_MULTIPLE
     attention: Literal["sdpa", "explicit"] = "sdpa"
+    chunked_head: bool = True  # in training, logits a chunk of rows at a time
+    triton: tuple[str, ...] = ()  # operations of kernels/ that run in Triton
+    fp8: bool = False  # in training, the blocks' products in FP8
     recompute: bool = False  # recompute each block's activations in the backward pass
 
     def __post_init__(self) -> None:
@@ -62,6 +80,12 @@ class GPTConfig:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
+
+        if self.fp8 and self.n_embd % FP8_MULTIPLE:
+            raise UserError(
+                f"--precision fp8 needs a width that is a multiple of {FP8_MULTIPLE}, and n_embd is {self.n_embd}; "
+                f"use --precision bf16"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -152,8 +176,14 @@ class TrainConfig:
     """Number format of the matrix products; weights and optimizer stay fp32."""
     compile: bool | None = None
     """torch.compile the model. Default: on CUDA yes, elsewhere no."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Plain PyTorch or Triton operations."""
+    kernels: str = "auto"
+    """auto, torch, triton, or names of operations to run in Triton, comma-separated. auto: what suits the hardware."""
+    without: tuple[str, ...] = ()
+    """Optimizations to leave out, to see what each is worth: names in README."""
+    compile_unit: Literal["auto", "model", "block"] = "auto"
+    """What torch.compile takes at once. auto: the model; with several ranks its blocks, so that gradients arrive one by one."""
+    cuda_graphs: bool = False
+    """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     deterministic: bool = False
@@ -225,7 +255,10 @@ def resolve(cfg: TrainConfig, device_type: str) -> TrainConfig:
 
 
 def check(cfg: TrainConfig) -> None:
-    """Raise UserError for a number out of its range."""
+    """Raise UserError for a number out of its range, or a name that is none."""
+    for name in cfg.without:
+        if name not in OPTIMIZATIONS:
+            raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
     at_least = dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep"), 1)
     at_least |= dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), 0)
     at_least |= dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), 0)

@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import GPTConfig
+from config import GPTConfig, TrainConfig
 from model import GPT
+from precision import DTYPES, Cast
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
 HOLES = 0.2  # of activations and logits: what a heap that keeps freed tensors holds beyond those alive (measured)
 SCRATCH_BYTES = 32 << 20  # of a CPU process: its matrix products' buffers, and code first touched by a step
@@ -62,15 +62,18 @@ def estimate(
     accumulate: bool = True,
     saves: bool = False,
     keep_freed: bool = False,
+    cast_once: bool = False,
     base: int | None = None,
 ) -> Memory:
     """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
 
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
-    `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`. `base`: bytes of the process before it
-    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
+    `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`.
+    `base`: bytes of the process before it
+    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's). `cast_once`:
+    the products read copies of the weights (precision.Cast).
     """
-    live = _step(config, micro_batch, seq_len, AUTOCAST.get(precision), accumulate)
+    live = _step(config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once)
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(config, optimizer, padded=True)
     other = base if base is not None else resident_bytes() if on_cpu else 0
@@ -103,6 +106,11 @@ def resident_bytes() -> int:
     if statm.is_file():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keeps_freed(cfg: TrainConfig) -> bool:
+    """Whether a run on a CPU keeps what it frees; who recomputes is short of memory."""
+    return not cfg.recompute and "kept-memory" not in cfg.without
 
 
 def set_allocator(keep_freed: bool) -> None:
@@ -170,12 +178,13 @@ class _Ledger(TorchDispatchMode):
 
 
 def _step(
-    config: GPTConfig, micro_batch: int, seq_len: int, autocast: torch.dtype | None, accumulate: bool
+    config: GPTConfig, micro_batch: int, seq_len: int, dtype: torch.dtype | None, accumulate: bool, cast_once: bool
 ) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
     with FakeTensorMode(), _Ledger() as ledger:
         ledger.part = "weights"
         model = GPT(config)
+        run = Cast(model, dtype) if dtype and cast_once else model
         ledger.part = "gradients"
         for parameter in model.parameters():
             if accumulate:
@@ -188,8 +197,8 @@ def _step(
             ledger.part = "logits"
 
         model.transformer.ln_f.register_forward_hook(at_head)
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            loss = model(idx, idx, reduction="sum")
+        with torch.autocast("cpu", dtype, enabled=dtype is not None and not cast_once):
+            loss = run(idx, idx, reduction="sum")
         ledger.part = "activations"
         loss.backward()
     return ledger.peak

@@ -6,9 +6,11 @@ name by name; the hub stores the four matrices of a block transposed, and that i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig, UserError
-from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from kernels.attention import attention as packed_attention
+from kernels.bias_gelu import bias_gelu
+from kernels.cross_entropy import cross_entropy
+from kernels.fp8_linear import fp8_linear
+from kernels.layer_norm import add_layer_norm
+from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values in, all of them out
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -40,6 +50,10 @@ class KVCache:
         self.length = 0  # positions filled
         self.pad = pad
         self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def at(self, layer: int) -> Extend:
+        """`extend` of one layer."""
+        return functools.partial(self.extend, layer)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so far."""
@@ -59,30 +73,48 @@ class KVCache:
             self.pad = self.pad[rows]
 
 
+class Linear(nn.Linear):
+    """x (..., in) to (..., out); in training its products run in FP8 where the config says so."""
+
+    def __init__(self, config: GPTConfig, width_in: int, width_out: int):
+        super().__init__(width_in, width_out)
+        self.fp8 = config.fp8
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.training:
+            return fp8_linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.explicit = config.attention == "explicit"
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.kind = "triton" if "attention" in config.triton else config.attention
+        self.c_attn = Linear(config, config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config, config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        # One new token sees everything before it; several without a mask are a plain causal sequence.
-        causal = mask is None and T > 1
-        dropout = self.dropout if self.training else 0.0
-        if self.explicit:
-            y = explicit_attention(q, k, v, mask, causal, dropout)
+        if self.kind == "triton" and mask is None and extend is None:
+            y = packed_attention(qkv, segments)  # (B, T, n_head, head_dim)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            y = self._attend(qkv, mask, extend).transpose(1, 2)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+    def _attend(self, qkv: Tensor, mask: Tensor | None, extend: Extend | None) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+        if extend is not None:
+            k, v = extend(k, v)
+        # One new token sees everything before it; several without a mask are a plain causal sequence.
+        causal = mask is None and q.shape[2] > 1
+        dropout = self.dropout if self.training else 0.0
+        if self.kind == "explicit":
+            return explicit_attention(q, k, v, mask, causal, dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
@@ -98,25 +130,47 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cau
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.triton = "bias_gelu" in config.triton
+        self.c_fc = Linear(config, config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(config, 4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        if self.triton and not self.c_fc.fp8:
+            h = bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, triton=True)
+        else:
+            h = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.dropout(self.c_proj(h))
 
 
 class Block(nn.Module):
+    """Two branches on the residual stream, each added to it as the next norm reads it: one pass for both."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.triton = "layer_norm" in config.triton
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache, layer)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        extend: Extend | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of this block."""
+        x, h = add_norm(x, branch, self.ln_1, self.triton)
+        x, h = add_norm(x, self.attn(h, mask, segments, extend), self.ln_2, self.triton)
+        return x, self.mlp(h)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, triton: bool) -> tuple[Tensor, Tensor]:
+    """x + branch, and the norm of it."""
+    return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, triton)
 
 
 class GPT(nn.Module):
@@ -130,9 +184,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        # An empty table, since its first values are drawn below, one for each row that is not padding.
+        table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wte=nn.Embedding.from_pretrained(table, freeze=False),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -143,6 +199,8 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.scaled_init:
             self._init_weights()
+        else:
+            nn.init.normal_(self.transformer.wte.weight[: config.vocab_size])  # as nn.Embedding does
         self._zero_padding()
 
     def _init_weights(self) -> None:
@@ -152,7 +210,9 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 # Each block adds twice to the residual stream: its variance must not grow with depth.
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                table = name in ("transformer.wte.weight", "lm_head.weight")
+                drawn = parameter[: self.config.vocab_size] if table else parameter  # whatever the padding
+                nn.init.normal_(drawn, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def _zero_padding(self) -> None:
         """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing of them."""
@@ -180,9 +240,18 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         if reduction == "sum":
-            return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+            return self._summed_loss(x.flatten(0, 1), targets.flatten())
         logits = self.logits(x).float()
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction)
+
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (N, n_embd), targets (N,); one fp32 scalar."""
+        triton = "cross_entropy" in self.config.triton
+        if self.config.chunked_head:
+            return linear_cross_entropy(x, self.head_weight, targets, self.config.vocab_size, triton)
+        if triton:
+            return cross_entropy(F.linear(x, self.head_weight), targets, self.config.vocab_size).sum()
+        return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
 
     def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size."""
@@ -193,15 +262,20 @@ class GPT(nn.Module):
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        mask = attention_mask(T, segments, cache, idx.device)
+        in_kernel = "attention" in self.config.triton and cache is None  # documents need no mask there
+        mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
+        branch = None
         for layer, block in enumerate(self.transformer.h):
+            extend = cache.at(layer) if cache else None
             if self.config.recompute and self.training:
-                x = checkpoint(block, x, mask, cache, layer, use_reentrant=False)
+                # With the weights that it has now, in the backward pass too: they may be stand-ins (precision.py).
+                again = functools.partial(functional_call, block, dict(block.named_parameters()))
+                x, branch = checkpoint(again, (x, branch, mask, segments, extend), use_reentrant=False)
             else:
-                x = block(x, mask, cache, layer)
+                x, branch = block(x, branch, mask, segments, extend)
         if cache is not None:
             cache.length += T
-        return self.transformer.ln_f(x)
+        return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.triton)[1]
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut off."""
@@ -285,8 +359,13 @@ def attention_mask(T: int, segments: Tensor | None, cache: KVCache | None, devic
     return mask[:, None]
 
 
-def attention_backends(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> list[SDPBackend]:
-    """Fused attention kernels in the order to try on this hardware; `dtype` is that of the products."""
+def attention_backends(
+    device: torch.device, dtype: torch.dtype, deterministic: bool = False, by_hardware: bool = True
+) -> list[SDPBackend]:
+    """Fused attention kernels in the order to try; `dtype` is that of the products.
+
+    `by_hardware`: the one that is fastest on this device first, else PyTorch's flash attention.
+    """
     if device.type == "cpu":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     if device.type != "cuda":
@@ -296,7 +375,7 @@ def attention_backends(device: torch.device, dtype: torch.dtype, deterministic: 
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if half and major >= 8:
         backends.insert(0, SDPBackend.FLASH_ATTENTION)
-    if half and major >= 9 and not deterministic:
+    if half and major >= 9 and by_hardware and not deterministic:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return backends
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import kernels
 from config import TrainConfig
+from kernels.adamw import Table, adamw, global_norm
 
 
 def lr_multiplier(step: int, steps: int, warmup: int, schedule: str, end: float = 0.1) -> float:
@@ -53,6 +55,8 @@ class Group:
 def default_groups(model: nn.Module, cfg: TrainConfig) -> list[Group]:
     """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices apart."""
     named = dict(model.named_parameters())
+    if "decay-groups" in cfg.without:
+        return [Group(named, cfg.weight_decay)]
     matrices = {name: p for name, p in named.items() if p.dim() >= 2}
     vectors = {name: p for name, p in named.items() if p.dim() < 2}
     hidden = {name: p for name, p in matrices.items() if ".h." in name} if cfg.optimizer == "muon" else {}
@@ -65,35 +69,90 @@ def default_groups(model: nn.Module, cfg: TrainConfig) -> list[Group]:
     return [group for group in groups if group.params]
 
 
-class Optimizers:
-    """AdamW (fused) and, where a group asks for it, Muon (Jordan et al. 2024), stepped as one."""
+class TritonAdamW(torch.optim.AdamW):
+    """torch's AdamW, its groups and its state, with kernels/adamw.py for the update."""
 
-    def __init__(self, groups: Sequence[Group], cfg: TrainConfig):
-        self.names = {id(p): name for group in groups for name, p in group.params.items()}
-        self.params = [p for group in groups for p in group.params.values()]
+    table: Table | None = None  # of addresses: to be dropped where a tensor of the state is replaced
+
+    def update(self, lr: float, factor: Tensor | None, ok: Tensor, copies: dict[int, Tensor]) -> None:
+        """One step with rate `lr` times each group's scale, gradients times `factor`; the copies are written too."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.table = self.table or self._make_table(params, copies)
+        device = params[0].device
+        rate = torch.full((), lr, device=device)
+        one = torch.ones((), device=device) if factor is None else factor
+        adamw(self.table, [p.grad for p in params], rate, one, ok, self.defaults["betas"], self.defaults["eps"])
+
+    def _make_table(self, params: list[nn.Parameter], copies: dict[int, Tensor]) -> Table:
+        for p in params:
+            if not self.state[p]:
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+        state = {key: [self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq")}
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return Table(
+            [p.detach() for p in params], state["exp_avg"], state["exp_avg_sq"], state["step"],
+            [copies.get(id(p)) for p in params],
+            [group["lr_scale"] for group in groups], [group["weight_decay"] for group in groups],
+        )  # fmt: skip
+
+
+class Optimizers:
+    """AdamW (fused) and, where a group asks for it, Muon (Jordan et al. 2024), stepped as one.
+
+    `copies`: by name, what the products read in place of a parameter; each follows its parameter.
+    """
+
+    def __init__(self, groups: Sequence[Group], cfg: TrainConfig, copies: Mapping[str, Tensor] | None = None):
+        named = {name: p for group in groups for name, p in group.params.items()}
+        self.names = {id(p): name for name, p in named.items()}
+        self.params = list(named.values())
+        self.copies = {id(named[name]): copy for name, copy in (copies or {}).items() if name in named}
         self.optimizers: list[torch.optim.Optimizer] = []
-        adamw = [_torch_group(group) for group in groups if group.optimizer == "adamw"]
+        self.triton = "adamw" in kernels.named(cfg.kernels)
+        adam = [_torch_group(group) for group in groups if group.optimizer == "adamw"]
         muon = [_torch_group(group) for group in groups if group.optimizer == "muon"]
-        if adamw:
+        if adam:
+            kind = TritonAdamW if self.triton else torch.optim.AdamW
+            fused = "fused-adamw" not in cfg.without
             betas = (cfg.beta1, cfg.beta2)
-            self.optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=betas, eps=1e-8, fused=True))
+            self.optimizers.append(kind(adam, lr=0.0, betas=betas, eps=1e-8, fused=fused, foreach=False))
         if muon:
             # The update is scaled to AdamW's size, so that one learning rate serves both.
             self.optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
 
-    def step(self, lr: float, ok: Tensor) -> None:
-        """Update with rate `lr` (times each group's scale), or do nothing at all where `ok` is false.
+    def norm(self) -> Tensor:
+        """Of all gradients together, (), fp32."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return global_norm(grads) if self.triton else torch.nn.utils.get_total_norm(grads)
 
-        Fused AdamW looks at `ok` on the device; Muon cannot, so it costs a wait for the GPU.
+    def step(self, lr: float, factor: Tensor | None, ok: Tensor) -> None:
+        """Update with rate `lr` (times each group's scale) and gradients times `factor`, or do nothing at all where
+        `ok` is false.
+
+        Fused AdamW looks at `ok` on the device; the others cannot, so they cost a wait for the GPU.
         """
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            if isinstance(optimizer, torch.optim.AdamW):
-                vars(optimizer)["found_inf"] = (~ok).float()  # the fused kernel skips the update where it is 1
-                optimizer.step()
-            elif bool(ok):
-                optimizer.step()
+            if isinstance(optimizer, TritonAdamW):
+                optimizer.update(lr, factor, ok, self.copies)
+            else:
+                self._step(optimizer, lr, factor, ok)
+
+    def _step(self, optimizer: torch.optim.Optimizer, lr: float, factor: Tensor | None, ok: Tensor) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if factor is not None:
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
+        if optimizer.defaults.get("fused"):
+            vars(optimizer)["found_inf"] = (~ok).float()  # the fused kernel skips the update where it is 1
+            optimizer.step()
+        elif bool(ok):
+            optimizer.step()
+        with torch.no_grad():
+            copied = [p for p in params if id(p) in self.copies]
+            if copied:
+                torch._foreach_copy_([self.copies[id(p)] for p in copied], copied)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the state, as `parameter.key`."""
@@ -111,6 +170,8 @@ class Optimizers:
             name, _, part = key.rpartition(".")
             by_name.setdefault(name, {})[part] = tensor
         for optimizer in self.optimizers:
+            if isinstance(optimizer, TritonAdamW):
+                optimizer.table = None
             for p in [p for group in optimizer.param_groups for p in group["params"]]:
                 for part, tensor in by_name.get(self.names[id(p)], {}).items():
                     optimizer.state[p][part] = tensor.detach().clone().to(p.device)

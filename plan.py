@@ -1,54 +1,59 @@
-"""What is decided before a run: precision, micro-batch, and with --dry-run what it would cost."""
+"""What is decided before a run: what suits the machine, the micro-batch, and with --dry-run what it would cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend
 
 import distributed
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, resolve
 from distributed import World
+from kernels import choose
+from memory import keeps_freed, set_allocator
+from model import attention_backends
+from precision import DTYPES, choose_precision
 from runlog import RunLog, bytes_text, peak_flops, time_text
-from step import TrainStep, autocast, to_device
+from step import TrainStep
 from task import Task
 
 
-def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why) for `--precision`. Raises UserError for one that the device lacks."""
-    cuda = device.type == "cuda"
-    major = torch.cuda.get_device_capability(device)[0] if cuda else 0
-    lacks = {
-        "fp8": "needs an FP8 path, which this engine does not have yet; use --precision bf16",
-        "fp16": None if cuda else "needs a CUDA GPU; use --precision bf16 or fp32",
-        "tf32": None if major >= 8 else "needs a CUDA GPU of the Ampere generation or newer; use --precision fp32",
-        "bf16": "is not in this GPU; use --precision fp16" if cuda and major < 8 else None,
-    }
-    if lacks.get(asked):
-        raise UserError(f"--precision {asked} {lacks[asked]}")
-    if asked != "auto":
-        return asked, "asked for"
-    if cuda:
-        return ("bf16", "native on this GPU") if major >= 8 else ("fp16", "no bf16 on this GPU; losses are scaled")
-    if device.type == "cpu" and cpu_has_bf16():
-        return "bf16", "native on this CPU"
-    return "fp32", f"no fast bf16 on this {device.type}"
+@dataclass
+class Choices:
+    """What was chosen for this machine, beyond what the configuration says."""
+
+    precision: str  # why it is that
+    backends: list[SDPBackend]  # of attention, in the order to try
+    lost: str | None  # what `auto` had to do without
 
 
-def cpu_has_bf16() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+def settle(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Choices]:
+    """`cfg` resolved for this machine, and the process set up to run it. Raises UserError."""
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    cfg = resolve(cfg, world.device.type)
+    precision, why = choose_precision(cfg.precision, world.device)
+    kernels, lost = choose(
+        cfg.kernels, world.device.type, compiled=bool(cfg.compile), documents=cfg.document_mask, dropout=cfg.dropout
+    )
+    cfg = dataclasses.replace(cfg, precision=precision, kernels=kernels)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if world.device.type == "cpu":
+        set_allocator(keep_freed=keeps_freed(cfg))
+    by_hardware = "attention-backend" not in cfg.without
+    dtype = DTYPES.get(precision, torch.float32)
+    return cfg, Choices(why, attention_backends(world.device, dtype, cfg.deterministic, by_hardware), lost)
 
 
 def rows_per_rank(cfg: TrainConfig, world: World) -> int:
@@ -105,8 +110,8 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: TrainConfig, world: World) -> C
             step._backward(
                 batch, True, dict.fromkeys(task.terms, 1.0), {k: torch.zeros((), device=device) for k in task.terms}
             )
-            with torch.no_grad(), autocast(cfg.precision, device):
-                task.sums(model, to_device(batch, device))
+            with torch.no_grad():
+                step.evaluate(batch)
             peak = torch.cuda.max_memory_allocated(device)
         except torch.OutOfMemoryError:
             peak = math.inf

@@ -21,16 +21,8 @@ import distributed
 from config import TrainConfig
 from distributed import World
 from optim import LossScale, Optimizers, lr_multiplier
+from precision import DTYPES, Cast, autocast, casts_once
 from task import Task
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context of a forward pass in `precision`; nothing for fp32 and tf32."""
-    dtype = AUTOCAST.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
 
 # --- batches
 
@@ -58,12 +50,16 @@ class StepBatches:
 
 
 class Loader:
-    """Collates the batches of coming steps in a thread. Its whole state is the step it is asked for."""
+    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on this one.
+
+    Its whole state is the step it is asked for.
+    """
 
     def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
         self.task, self.world, self.micro_batch, self.steps, self.ahead = task, world, micro_batch, steps, ahead
         self.pool = ThreadPoolExecutor(1, "loader")
         self.futures: dict[int, Future[StepBatches]] = {}
+        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def __call__(self, step: int) -> StepBatches:
         for s in range(step, min(step + 1 + self.ahead, self.steps)):
@@ -81,17 +77,30 @@ class Loader:
             for term, weight in self.task.weights(batch).items():
                 weights[term] = weights.get(term, 0.0) + weight
         tokens = sum(map(self.task.tokens, live))
-        if self.world.device.type == "cuda":
-            batches = [tree_map(_pin, batch) for batch in batches]
-        spare = batches[0] if live else self.task.collate("train", groups[0])
+        spare = live[0] if live else self.task.collate("train", groups[0])
+        if self.stream:
+            batches, spare = self._copied((batches, spare))
         return StepBatches(batches, weights, tokens, spare)
+
+    def _copied(self, batches: Any) -> Any:
+        """`batches` on the GPU. Only this thread waits for the copy."""
+        assert self.stream
+        computing = torch.cuda.default_stream(self.world.device)
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.pin_memory().to(self.world.device, non_blocking=True)
+            value.record_stream(computing)  # its memory is not used again before the computation is through with it
+            return value
+
+        with torch.cuda.stream(self.stream):
+            batches = tree_map(copied, batches)
+        self.stream.synchronize()
+        return batches
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pin(value: Any) -> Any:
-    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -106,16 +115,16 @@ def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
 # --- one optimizer step
 
 
-class LossModule(nn.Module):
-    """The model with the task's loss as its forward pass: what DDP wraps, so that it sees every use of the model."""
+class TaskModule(nn.Module):
+    """The model with the task's functions of it as its forward pass: what DDP wraps, so that it sees every use."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
         self.model = model
         self.task = task
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return self.task.loss(self.model, batch)
+    def forward(self, function: str, batch: Any) -> Any:
+        return getattr(self.task, function)(self.model, batch)
 
 
 @dataclass
@@ -130,6 +139,20 @@ class StepResult:
     tokens: float  # over all ranks
 
 
+def compile_unit(cfg: TrainConfig, world: World) -> str:
+    """model or block. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them."""
+    return cfg.compile_unit if cfg.compile_unit != "auto" else "block" if world.size > 1 else "model"
+
+
+def compile_model(model: nn.Module, cfg: TrainConfig, world: World) -> None:
+    """torch.compile the model in place; its blocks are the members of its module lists."""
+    units = [model]
+    if compile_unit(cfg, world) == "block":
+        units = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
+    for unit in units:
+        unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)
+
+
 class TrainStep:
     """One optimizer step: forward and backward over micro-batches, all-reduce, clip, update.
 
@@ -140,7 +163,8 @@ class TrainStep:
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         self.signature: Any = None
-        self.module: nn.Module
+        self.module: nn.Module  # computes the task's functions of a batch
+        self.synced: nn.Module  # the same, but that its backward pass sums gradients over ranks
         self.optimizers: Optimizers
         self.assemble(0)
 
@@ -154,14 +178,18 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None  # under DDP a view of the old buckets
+        self.module = self.synced = TaskModule(self.task, self.model)  # lets go of an old DDP before there is a new one
+        copies = None
+        if casts_once(self.cfg.precision, self.cfg.without):
+            self.module = self.synced = Cast(self.module, DTYPES[self.cfg.precision])
+            copies = {name.removeprefix("model."): copy for name, copy in self.module.copies.items()}
         before = self.optimizers.state() if self.signature is not None else {}
-        self.optimizers = Optimizers(groups, self.cfg)
+        self.optimizers = Optimizers(groups, self.cfg, copies)
         self.optimizers.load_state(before)
         self.signature = signature
-        self.module = LossModule(self.task, self.model)  # lets go of the old DDP before there is a new one
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
+            self.synced = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
 
     def lr(self, step: int) -> float:
         cfg = self.cfg
@@ -186,23 +214,21 @@ class TrainStep:
                 live = batch is not None
                 self._backward(batch if live else data.spare, live, factors, sums)
         loss, terms = self._means(sums, total)
-        norm, ok = self._clip(loss)
+        norm, factor, ok = self._clip(loss)
         lr = self.lr(step)
-        self.optimizers.step(lr, ok)
+        self.optimizers.step(lr, factor, ok)
         self.scale.update(ok)
         self.zero_grad()
         return StepResult(loss, norm, ok, terms, lr, tokens)
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP all-reduces gradients in the last micro-batch's backward pass only."""
-        if isinstance(self.module, DistributedDataParallel) and not last:
-            return self.module.no_sync()
+        if isinstance(self.synced, DistributedDataParallel) and not last:
+            return self.synced.no_sync()
         return contextlib.nullcontext()
 
     def _backward(self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
-        batch = to_device(batch, self.world.device)
-        with autocast(self.cfg.precision, self.world.device):
-            terms = self.module(batch)
+        terms = self._call(self.synced, "loss", to_device(batch, self.world.device))
         used = [k for k in factors if k in terms]
         # DDP averages over ranks; the objective is a sum.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
@@ -212,6 +238,17 @@ class TrainStep:
         for k in used:
             if live:
                 sums[k] += terms[k].detach()
+
+    def evaluate(self, batch: Any) -> tuple[dict[str, Tensor | float], dict[int, Any]]:
+        """The task's `sums` and `outputs` of a batch, computed as in training."""
+        batch = to_device(batch, self.world.device)
+        return self._call(self.module, "sums", batch), self._call(self.module, "outputs", batch)
+
+    def _call(self, module: nn.Module, function: str, batch: Any) -> Any:
+        if isinstance(self.module, Cast):
+            return module(function, batch)
+        with autocast(self.cfg.precision, self.world.device):
+            return module(function, batch)
 
     def _touch(self) -> Tensor:
         """0, with a zero gradient for every parameter: the head of an absent term takes part as it does elsewhere."""
@@ -226,15 +263,14 @@ class TrainStep:
         terms = dict(zip(sums, means.unbind(), strict=True))
         return torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum(), terms
 
-    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Undo the loss scale and clip, in one pass over the gradients; their norm and whether all is finite."""
-        grads = [p.grad for p in self.optimizers.params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) / self.scale.scale
+    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The gradients' norm without the loss scale, what to multiply them with, and whether all is finite."""
+        norm = self.optimizers.norm() / self.scale.scale
         ok = torch.isfinite(norm) & torch.isfinite(loss)
-        if self.cfg.clip or self.scale.on:
-            factor = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip else torch.ones_like(norm)
-            torch._foreach_mul_(grads, factor / self.scale.scale)
-        return norm, ok
+        if not self.cfg.clip and not self.scale.on:
+            return norm, None, ok
+        factor = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip else torch.ones_like(norm)
+        return norm, factor / self.scale.scale, ok
 
     def zero_grad(self) -> None:
         if self.world.size == 1:
@@ -254,6 +290,8 @@ class TrainStep:
         self.model.load_state_dict(checkpoint.part(tensors, "model"))
         self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
         self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
+        if isinstance(self.module, Cast):
+            self.module.refresh()
 
 
 def check_replicas(model: nn.Module, world: World) -> None:

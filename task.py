@@ -14,15 +14,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import kernels
 from checkpoint import locate
 from config import PRESETS, GPTConfig, TrainConfig, UserError
 from dataset import Data, open_data, window_order
 from decoding import Sampling, generate
 from kernels.linear_cross_entropy import IGNORE
-from memory import Memory, checkpoint_bytes, estimate
+from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
+from precision import casts_once
 from tokenizer import load_tokenizer
 
 Batch = dict[str, Tensor]
@@ -177,7 +179,8 @@ class LanguageModelling(Task):
         rows = cfg.batch_tokens // cfg.seq_len // world_size
         return estimate(
             self.config, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
-            accumulate=micro_batch < rows, saves=bool(cfg.save_every), keep_freed=not cfg.recompute,
+            accumulate=micro_batch < rows, saves=bool(cfg.save_every), keep_freed=keeps_freed(cfg),
+            cast_once=casts_once(cfg.precision, cfg.without),
         )  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
@@ -186,7 +189,7 @@ class LanguageModelling(Task):
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         if cfg.init == "scratch":
             return GPT(self.config)
-        return GPT.from_pretrained(locate(cfg.init), dropout=cfg.dropout, recompute=cfg.recompute)
+        return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
         assert self.cfg.seq_len and self.cfg.batch_tokens
@@ -252,16 +255,28 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     assert cfg.preset and cfg.seq_len
     overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
     shape: dict[str, Any] = PRESETS[cfg.preset] | {name: n for name, n in overrides.items() if n is not None}
-    return GPTConfig(
-        vocab_size=vocab_size, block_size=cfg.seq_len, dropout=cfg.dropout, recompute=cfg.recompute, **shape
-    )
+    shape |= dict(tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without)
+    return GPTConfig(vocab_size=vocab_size, block_size=cfg.seq_len, **shape, **how_it_runs(cfg))
+
+
+def how_it_runs(cfg: TrainConfig) -> dict[str, Any]:
+    """Fields of GPTConfig that no weight fixes."""
+    return {
+        "dropout": cfg.dropout,
+        "recompute": cfg.recompute,
+        "padded_vocab": "padded-vocab" not in cfg.without,
+        "attention": "explicit" if "flash-attention" in cfg.without else "sdpa",
+        "chunked_head": "chunked-head" not in cfg.without,
+        "triton": kernels.named(cfg.kernels),
+        "fp8": cfg.precision == "fp8",
+    }
 
 
 def _pretrained_config(cfg: TrainConfig) -> GPTConfig:
     given = [f"--{name.replace('_', '-')}" for name in ("n_layer", "n_head", "n_embd", "preset") if getattr(cfg, name)]
     if given:
         raise UserError(f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape")
-    model = GPT.from_pretrained(locate(cfg.init), dropout=cfg.dropout, recompute=cfg.recompute)
+    model = GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
             f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of --init {cfg.init}; "

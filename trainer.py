@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import platform
@@ -30,23 +31,21 @@ from torch.nn.attention import sdpa_kernel
 import checkpoint
 import distributed
 import files
-import kernels
 from checkpoint import Saver
-from config import TrainConfig, UserError, resolve
+from config import TrainConfig, UserError
 from distributed import StopSignal, World
-from memory import set_allocator
-from model import attention_backends
 from plan import (
-    choose_precision,
+    Choices,
     device_peak,
     dry_run,
     estimate_fits,
     is_out_of_memory,
     largest_micro_batch,
     rows_per_rank,
+    settle,
 )
 from runlog import RunLog, bytes_text, finite, printable, time_text
-from step import AUTOCAST, Loader, StepResult, TrainStep, autocast, check_replicas, partition, to_device
+from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, partition
 from task import Task
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
@@ -59,16 +58,8 @@ def train(task: Task, cfg: TrainConfig) -> int:
     stop = StopSignal(world)
     stop.install()
     log = RunLog(speaks=world.main)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     defaulted = cfg.data is None
-    cfg = resolve(cfg, world.device.type)
-    cfg.precision, why = choose_precision(cfg.precision, world.device)  # ty: ignore[invalid-assignment]
-    cfg.kernels = "triton" if kernels.choose(cfg.kernels, world.device.type) else "torch"
-    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
-    if world.device.type == "cpu":
-        set_allocator(keep_freed=not cfg.recompute)  # who recomputes is short of memory
+    cfg, choices = settle(cfg, world)
     rows_per_rank(cfg, world)
     if defaulted and cfg.data == "stdlib":
         log.say("no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:")
@@ -79,11 +70,10 @@ def train(task: Task, cfg: TrainConfig) -> int:
         return 0
     with distributed.main_first(world):
         task.setup(cfg, log.say)
-    backends = attention_backends(world.device, AUTOCAST.get(cfg.precision, torch.float32), cfg.deterministic)
     run = Run(task, cfg, world, stop, log)
     try:
-        with sdpa_kernel(backends, set_priority=True), run.held:
-            code = run.train({"precision": why, "attention": backends[0].name.lower()})
+        with sdpa_kernel(choices.backends, set_priority=True), run.held:
+            code = run.train(choices)
     finally:
         log.close()
     distributed.finish(world)
@@ -122,13 +112,15 @@ class Run:
 
     # --- beginning
 
-    def train(self, banner: dict[str, str]) -> int:
+    def train(self, choices: Choices) -> int:
         start = self._on_main(self._open)
         if start.finished:
             self.log.say(f"{self.folder} is finished ({self.steps} steps): its model is {self.folder}/final")
             return 0
         self._build(start)
-        self._banner(banner, start.folder)
+        self._banner(choices, start.folder)
+        if choices.lost:
+            self.log.warn(choices.lost)
         self.log.start_progress(self.steps, self.at.step)
         try:
             self.stop.defer()
@@ -182,7 +174,7 @@ class Run:
         self.model.to(world.device)
         cfg.micro_batch = self._micro_batch(start.micro_batch)
         if cfg.compile:
-            self.model.compile()
+            compile_model(self.model, cfg, world)
         self.step = TrainStep(self.task, self.model, cfg, world)
         if resume_from:
             facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress)}
@@ -229,18 +221,20 @@ class Run:
         way = f"lower --micro-batch to {fits}" if 0 < fits < asked else "add --recompute or lower --seq-len or --preset"
         return UserError(f"out of memory with --micro-batch {asked}; {way}", local=True)
 
-    def _banner(self, rows: dict[str, str], resume_from: Path | None) -> None:
+    def _banner(self, choices: Choices, resume_from: Path | None) -> None:
         cfg, world = self.cfg, self.world
         assert isinstance(cfg.micro_batch, int) and cfg.seq_len and cfg.batch_tokens
         accumulation = cfg.batch_tokens // (cfg.micro_batch * cfg.seq_len * world.size)
         device = distributed.device_name(world.device)
         threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
+        compiled = f"compiled by the {compile_unit(cfg, world)}" if cfg.compile else "not compiled"
         first = {
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
             "device": f"{world.size} x {world.device.type} ({device}){threads}",
-            "precision": f"{cfg.precision} ({rows['precision']})",
-            "attention": rows["attention"],
-            "kernels": f"{cfg.kernels}, {'compiled' if cfg.compile else 'not compiled'}",
+            "precision": f"{cfg.precision} ({choices.precision})",
+            "attention": choices.backends[0].name.lower(),
+            "kernels": f"{'torch' if cfg.kernels == 'torch' else cfg.kernels.replace(',', ', ') + ' in Triton'}, {compiled}"
+            + (f", without {', '.join(cfg.without)}" if cfg.without else ""),
         }
         last = {
             "step": f"{cfg.batch_tokens:,} tokens = micro-batch {cfg.micro_batch} x length {cfg.seq_len} x "
@@ -256,6 +250,7 @@ class Run:
         """Run the remaining steps, or as many as a signal leaves."""
         self._after_step()  # what an interrupted run still owed at its last step
         self.clock = time.perf_counter()
+        first = self.at.step
         unread: Callable[[], None] | None = None
         with self._profiler() as profile_step:
             while self.at.step < self.steps and not self.signal:
@@ -268,6 +263,9 @@ class Run:
                     unread = None
                 if result is None:
                     break
+                if self.at.step == first:
+                    gc.collect()
+                    gc.freeze()  # what has been built stays: no collection walks it again
                 self._completed()
                 unread = self._reader(self.at.step, result, waited)
                 if self.world.device.type != "cuda" or self._is_anything_due():
@@ -375,7 +373,7 @@ class Run:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        metrics = evaluate(self.task, self.model, self.cfg, self.world, self._stopping)
+        metrics = evaluate(self.step, self._stopping)
         if metrics is None:
             return
         self.at.metrics = metrics
@@ -389,7 +387,9 @@ class Run:
     def _sample(self) -> None:
         if not self.world.main:
             return
-        for prompt, text in self.task.samples(self.model):
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            samples = self.task.samples(self.model)
+        for prompt, text in samples:
             self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
             self.log.say(f"--- sample at step {self.at.step}\n{printable(prompt + text)}\n---")
 
@@ -553,25 +553,22 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(
-    task: Task, model: nn.Module, cfg: TrainConfig, world: World, stop: Callable[[], int] = lambda: 0
-) -> dict[str, float] | None:
+def evaluate(step: TrainStep, stop: Callable[[], int] = lambda: 0) -> dict[str, float] | None:
     """The task's metrics over its whole validation split, exact over ranks; None where `stop()` said so."""
-    assert isinstance(cfg.micro_batch, int)
+    task, model, world = step.task, step.model, step.world
+    assert isinstance(step.cfg.micro_batch, int)
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
     outputs: dict[int, Any] = {}
     try:
-        for ids in partition(task.rows("val", 0), world.rank, world.size, cfg.micro_batch):
+        for ids in partition(task.rows("val", 0), world.rank, world.size, step.cfg.micro_batch):
             if stop():
                 return None
             if ids is None:
                 continue
-            batch = to_device(task.collate("val", ids), world.device)
-            with autocast(cfg.precision, world.device):
-                counts = task.sums(model, batch)
-                outputs |= task.outputs(model, batch)
+            counts, records = step.evaluate(task.collate("val", ids))
+            outputs |= records
             for key, value in counts.items():  # fp64 on the host's side of MPS; on the device elsewhere
                 count = torch.as_tensor(value, device="cpu" if world.device.type == "mps" else world.device)
                 sums[key] = sums.get(key, 0) + count.double()

@@ -43,6 +43,7 @@ from config import GPTConfig, UserError, entry_point, nearest, parse
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
 from model import GPT, attention_backends
+from precision import choose_precision
 
 OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
@@ -655,7 +656,7 @@ def here(device: torch.device, quick: bool) -> Place:
     compiler = gpu or shutil.which("c++") or shutil.which("g++")
     no_fp8 = None
     try:
-        kernels.fp8_linear.supported(device, ())
+        choose_precision("fp8", device)
     except UserError:
         no_fp8 = "needs a GPU with FP8"
     return Place(

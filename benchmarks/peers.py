@@ -139,7 +139,8 @@ def ours(case: Case) -> Step:
     from kernels.linear_cross_entropy import IGNORE
     from memory import set_allocator
     from model import GPT, attention_backends
-    from step import AUTOCAST, Loader, TrainStep
+    from precision import DTYPES
+    from step import Loader, TrainStep
     from task import Batch, LanguageModelling
 
     class RandomTokens(LanguageModelling):
@@ -162,7 +163,7 @@ def ours(case: Case) -> Step:
     step = TrainStep(task, model, cfg, world)
     assert isinstance(cfg.micro_batch, int)
     data = Loader(task, world, cfg.micro_batch, steps=1)(0)
-    backends = attention_backends(world.device, AUTOCAST.get(case.precision, torch.float32))
+    backends = attention_backends(world.device, DTYPES.get(case.precision, torch.float32))
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         with sdpa_kernel(backends, set_priority=True):
@@ -180,7 +181,7 @@ def transformers(case: Case, compiled: bool = False) -> Step:
     from transformers.utils import logging
 
     import distributed
-    from step import autocast
+    from precision import autocast
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -338,7 +339,7 @@ def machine(device: str) -> dict[str, Any]:
     import torch
 
     import distributed
-    from plan import choose_precision
+    from precision import choose_precision
 
     world = distributed.start(device)
     packages = ("torch", "transformers", "numpy")

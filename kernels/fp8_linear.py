@@ -17,33 +17,14 @@ pass 2MK for the transpose, since tensor cores read FP8 along the summed dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
-
-MULTIPLE = 16  # of every dimension that the tensor cores see in FP8
+MULTIPLE = 16  # of rows: the tensor cores sum over them in the weight's gradient
 SMALLEST = 2.0**-100  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
-CAPABILITY = (9, 0)  # Hopper
-
-
-def supported(device: torch.device, widths: Iterable[int]) -> None:
-    """Raise UserError unless linear layers between these widths (in and out) can run in FP8 on `device`.
-
-    The CPU runs the same operations, without any gain, for tests; it is refused here.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        raise UserError("--precision fp8 needs a CUDA GPU of the Hopper generation or newer; use --precision bf16")
-    for width in widths:
-        if width % MULTIPLE:
-            raise UserError(
-                f"--precision fp8 needs widths that are multiples of {MULTIPLE}, and this model has {width}; "
-                "use --precision bf16"
-            )
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -109,7 +90,7 @@ class _FP8Linear(torch.autograd.Function):
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the transpose of weight (N, K), plus bias (N,): (..., N) in bf16, whatever the inputs' dtypes.
 
-    K and N must be multiples of 16 (`supported` says so beforehand); any number of rows will do. The gradients have
+    K and N must be multiples of 16 (GPTConfig sees to it); any number of rows will do. The gradients have
     the dtypes of x, weight and bias. The bias is added to the fp32 sum and is itself rounded to bf16 first.
     """
     rows = x.reshape(-1, x.shape[-1])  # (M, K)

@@ -30,6 +30,7 @@ from unittest import mock
 
 from conftest import REPO
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Patch = Callable[[], None]
 WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "of", "the", "model", "reads", "text", "learns"]
 OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
@@ -108,7 +109,7 @@ def _server() -> Any:
     context.set_forkserver_preload(["train_gpt2", "trainer", "tokenizers", "safetensors.torch", "torch._dynamo"])
     path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
     # One thread: a forked process must not inherit a pool whose threads were left behind.
-    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+    with mock.patch.dict(os.environ, PYTHONPATH=path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
         forkserver.ensure_running()
     return context
 

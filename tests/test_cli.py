@@ -25,7 +25,8 @@ from config import TrainConfig, UserError, option_names
 from distributed import World
 from memory import Memory
 from optim import lr_multiplier
-from plan import choose_precision, largest_micro_batch
+from plan import largest_micro_batch
+from precision import choose_precision
 from runlog import bytes_text, peak_flops, printable, step_line, time_text
 from task import LanguageModelling
 from trainer import Run
@@ -394,9 +395,9 @@ def test_micro_batch_auto_is_stored(inputs):
 
 
 def test_precision_says_why(monkeypatch):
-    monkeypatch.setattr("plan.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("precision.cpu_has_bf16", lambda: True)
     assert choose_precision("auto", CPU) == ("bf16", "native on this CPU")
-    monkeypatch.setattr("plan.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("precision.cpu_has_bf16", lambda: False)
     assert choose_precision("auto", CPU) == ("fp32", "no fast bf16 on this cpu")
     assert choose_precision("bf16", CPU) == ("bf16", "asked for")
     for lacking in ("fp16", "tf32", "fp8"):

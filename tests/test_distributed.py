@@ -57,7 +57,7 @@ def all_reduces(world: World) -> list[int]:
         counts[-1] += 1
         return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
-    train.module.register_comm_hook(None, hook)
+    train.synced.register_comm_hook(None, hook)
     data = loader(task, world, 2)
     for at in range(3):
         counts.append(0)
@@ -118,7 +118,7 @@ def evaluation(world: World) -> list[dict[str, float] | None]:
     train = step_of(task, world)
     metrics = []
     for train.cfg.micro_batch in (1, 4):
-        metrics.append(trainer.evaluate(task, train.model, train.cfg, world))
+        metrics.append(trainer.evaluate(train))
     return metrics
 
 

@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
     "ground": ["config", "files", "distributed", "kernels"],
-    "parts": ["tokenizer", "corpus", "dataset", "rows", "model", "adapters", "optim"],
+    "parts": ["tokenizer", "corpus", "dataset", "rows", "model", "adapters", "optim", "precision"],
     "services": ["checkpoint", "decoding", "metrics", "objectives", "runlog", "memory"],
     "task seam": ["task"],
     "one step": ["step"],
@@ -28,6 +28,7 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("corpus", "tokenizer"),  # text becomes tokens
     ("dataset", "tokenizer"),  # shards know the vocabulary they were written with
     ("dataset", "corpus"),  # --data may be text, tokenized on the spot
+    ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
-from kernels import fp8_linear as fp8
-from kernels.fp8_linear import dequantized, fp8_linear, fp8_linear_reference, quantize, supported
+from config import GPTConfig, UserError
+from kernels.fp8_linear import dequantized, fp8_linear, fp8_linear_reference, quantize
+from precision import choose_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -24,7 +24,7 @@ BF16 = 2.0**-8  # the same of the output, rounded once
 SUMMED = 2.0**-13 if DEVICE == "cuda" else 2.0**-20
 
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability() < fp8.CAPABILITY, reason="this GPU has no FP8"
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9, reason="this GPU has no FP8"
 )
 
 
@@ -251,12 +251,10 @@ def test_the_operands_lie_as_tensor_cores_read_them(rows, without_data):
         assert y.shape == (rows, 32) and dx.shape == (rows, 64) and dweight.shape == (32, 64)
 
 
-def test_widths_that_the_tensor_cores_refuse_are_refused_beforehand(monkeypatch, without_data):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gpu = torch.device("cuda")
-    supported(gpu, (768, 2304, 3072))
-    with pytest.raises(UserError, match="multiples of 16, and this model has 40; use --precision bf16"):
-        supported(gpu, (64, 40))
+def test_widths_that_the_tensor_cores_refuse_are_refused_beforehand(without_data):
+    GPTConfig(n_embd=48, n_head=3, fp8=True)
+    with pytest.raises(UserError, match="multiple of 16, and n_embd is 40; use --precision bf16"):
+        GPTConfig(n_embd=40, n_head=1, fp8=True)
     x, weight, _, _ = (t.detach().to("meta") for t in inputs(16, 40, 64))
     with pytest.raises(RuntimeError, match="16"):
         fp8_linear(x, weight)
@@ -264,10 +262,10 @@ def test_widths_that_the_tensor_cores_refuse_are_refused_beforehand(monkeypatch,
 
 def test_devices_without_fp8_are_refused(monkeypatch):
     with pytest.raises(UserError, match="Hopper generation or newer; use --precision bf16"):
-        supported(torch.device("cpu"), (64,))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        choose_precision("fp8", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(UserError, match="Hopper generation or newer"):
-        supported(torch.device("cuda"), (64,))
+        choose_precision("fp8", torch.device("cuda"))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from random_tokens import make_step
 
-from config import GPTConfig, TrainConfig, resolve
-from distributed import World
+from config import GPTConfig
 from model import GPT, KVCache, attention_backends
-from step import Loader, TrainStep, autocast
-from task import Batch, LanguageModelling
+from precision import autocast
 
 pytestmark = pytest.mark.gpu
 
@@ -22,38 +20,8 @@ SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens
 OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
 
 
-class Tokens(LanguageModelling):
-    """Language modelling on seeded random tokens: no corpus, no tokenizer."""
-
-    def __init__(self, config: GPTConfig, cfg: TrainConfig):
-        self.config, self.cfg = config, cfg
-
-    def rows(self, split: str, step: int) -> np.ndarray:
-        assert self.cfg.batch_tokens and self.cfg.seq_len
-        return np.arange(self.cfg.batch_tokens // self.cfg.seq_len)[:, None] + 1000 * step
-
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
-        assert self.cfg.seq_len
-        rows = [np.random.default_rng(i).integers(0, self.config.vocab_size, self.cfg.seq_len + 1) for i in ids]
-        tokens = torch.from_numpy(np.stack(rows))
-        return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-
-
-def make_step(precision: str, device: str = "cuda", compiled: bool = False) -> tuple[TrainStep, Loader]:
-    config = GPTConfig(vocab_size=1000, block_size=128, n_layer=3, n_head=4, n_embd=256)
-    cfg = resolve(TrainConfig(steps=20, seq_len=128, batch_tokens=2048, micro_batch=8, data="stdlib"), device)
-    cfg = dataclasses.replace(cfg, precision=precision, warmup_steps=0, lr=1e-3)
-    world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
-    task = Tokens(config, cfg)
-    torch.manual_seed(0)
-    model = GPT(config).to(world.device)
-    if compiled:
-        model.compile()
-    return TrainStep(task, model, cfg, world), Loader(task, world, 8, 20)
-
-
-def losses(precision: str, device: str = "cuda", compiled: bool = False, steps: int = 6) -> list[float]:
-    step, loader = make_step(precision, device, compiled)
+def losses(device: str = "cuda", steps: int = 6, **options: Any) -> list[float]:
+    step, loader = make_step(device, **options)
     results = [step(s, loader(s)) for s in range(steps)]
     loader.close()
     return [float(result.loss) for result in results if result is not None]
@@ -70,13 +38,36 @@ def records(folder: Path, kind: str) -> list[dict]:
 def test_losses_are_those_of_the_cpu(precision, tolerance, compiled):
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
-        assert losses(precision, compiled=compiled) == pytest.approx(losses("fp32", "cpu"), rel=tolerance)
+        ours = losses(precision=precision, compile=compiled)
+        assert ours == pytest.approx(losses("cpu", precision="fp32"), rel=tolerance)
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_steady_state_never_waits_for_the_gpu():
-    step, loader = make_step("bf16")
+# Relative, as above: FP8 keeps 4 bits (e4m3) and 3 (e5m2).
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU or newer"
+)
+def test_losses_in_fp8_are_those_of_the_cpu():
+    assert losses(precision="fp8", compile=True) == pytest.approx(losses("cpu", precision="fp32"), rel=3e-2)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("without", [(), ("cast-once",), ("chunked-head",), ("flash-attention",)])
+def test_losses_are_those_of_the_cpu_with_and_without_each_optimization(kernels, without):
+    ours = losses(precision="bf16", kernels=kernels, without=without)
+    assert ours == pytest.approx(losses("cpu", precision="fp32"), rel=8e-3)
+
+
+def test_cuda_graphs_replay_the_same_losses():
+    ours = losses(precision="bf16", compile=True, cuda_graphs=True, micro_batch=2)
+    assert ours == pytest.approx(losses("cpu", precision="fp32"), rel=8e-3)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton", "cross_entropy,adamw"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_steady_state_never_waits_for_the_gpu(kernels, compiled):
+    step, loader = make_step("cuda", precision="bf16", kernels=kernels, compile=compiled)
     data = [loader(s) for s in range(6)]
     for s in range(3):  # the first steps allocate, choose kernels and make the optimizer's state
         step(s, data[s])
@@ -92,7 +83,7 @@ def test_the_steady_state_never_waits_for_the_gpu():
 def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    step, loader = make_step("bf16", compiled=True)
+    step, loader = make_step("cuda", precision="bf16", kernels="triton", compile=True)
     step(0, loader(0))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for s in range(1, 5):

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import kernels
 import kernels._triton
 from config import UserError
 
+PLAIN: dict[str, Any] = dict(compiled=True, documents=False, dropout=0.0)
+EAGER: dict[str, Any] = {**PLAIN, "compiled": False}
+DOCUMENTS: dict[str, Any] = {**PLAIN, "documents": True}
+DROPOUT: dict[str, Any] = {**DOCUMENTS, "dropout": 0.1}
+ALL = ",".join(kernels.OPERATIONS)
+
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(kernels._triton, "INTERPRETED", False)
-    assert kernels.choose("auto", "cpu") == kernels.choose("torch", "cpu") == ()
-    with pytest.raises(UserError, match="needs a CUDA GPU"):
-        kernels.choose("triton", "cpu")
+    assert kernels.choose("auto", "cpu", **PLAIN) == kernels.choose("torch", "cpu", **PLAIN) == ("torch", None)
+    for asked in ("triton", "adamw"):
+        with pytest.raises(UserError, match=r"needs a CUDA GPU.*--kernels torch"):
+            kernels.choose(asked, "cpu", **PLAIN)
     monkeypatch.setattr(kernels._triton, "triton", None)
     with pytest.raises(UserError, match="not installed"):
-        kernels.choose("triton", "cuda")
+        kernels.choose("triton", "cuda", **PLAIN)
 
 
-def test_triton_is_chosen_whole_where_it_is_asked_for():
-    assert kernels.choose("triton", "cuda") == tuple(kernels.OPERATIONS)
+def test_auto_says_what_is_lost_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels._triton, "triton", None)
+    chosen, lost = kernels.choose("auto", "cuda", **PLAIN)
+    assert chosen == "torch" and lost is not None and "cross_entropy, adamw" in lost and "not installed" in lost
+
+
+def test_triton_is_chosen_whole_or_by_name():
+    assert kernels.choose("triton", "cuda", **PLAIN) == (ALL, None)
+    assert kernels.choose("layer_norm,adamw", "cuda", **PLAIN) == ("layer_norm,adamw", None)
+    assert kernels.choose(ALL, "cuda", **PLAIN) == (ALL, None)  # what a resolved configuration says
+    assert kernels.named("torch") == () and kernels.named(ALL) == kernels.OPERATIONS
+    with pytest.raises(UserError, match="did you mean layer_norm"):
+        kernels.choose("layernorm", "cuda", **PLAIN)
+
+
+def test_auto_leaves_to_the_compiler_what_it_can_do():
+    assert kernels.choose("auto", "cuda", **PLAIN)[0] == "cross_entropy,adamw"
+    eager = kernels.choose("auto", "cuda", **EAGER)[0]
+    assert eager == "cross_entropy,layer_norm,bias_gelu,adamw"
+
+
+def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
+    assert "attention" in kernels.choose("auto", "cuda", **DOCUMENTS)[0]
+    chosen, lost = kernels.choose("auto", "cuda", **DROPOUT)
+    assert "attention" not in chosen and lost is not None and "dropout" in lost
+    with pytest.raises(UserError, match="dropout; use --kernels cross_entropy,layer_norm,bias_gelu,adamw"):
+        kernels.choose("triton", "cuda", **DROPOUT)

@@ -106,7 +106,7 @@ def test_adamw_is_torch_s_own_unfused():
     for seed in range(6):
         lr = 1e-2 / (1 + seed)
         gradients(ours, seed), gradients(theirs, seed)
-        optimizers.step(lr, YES)
+        optimizers.step(lr, None, YES)
         for group, scale in zip(reference.param_groups, (1.0, 0.5), strict=True):
             group["lr"] = lr * scale
         reference.step()
@@ -123,7 +123,7 @@ def test_muon_is_torch_s_own_at_adamw_s_size():
     before = [p.detach().clone() for p in hidden]
     for seed in range(3):
         gradients(ours, seed), gradients(theirs, seed)
-        optimizers.step(1e-2, YES)
+        optimizers.step(1e-2, None, YES)
         reference.step()
     mine = [p for name, p in ours.named_parameters() if ".h." in name and p.dim() == 2]
     assert all(map(torch.equal, mine, hidden))
@@ -139,7 +139,7 @@ def test_zero_gradients_shrink_matrices_and_leave_vectors_alone():
     optimizers = Optimizers(default_groups(model, cfg), cfg)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizers.step(0.1, YES)
+    optimizers.step(0.1, None, YES)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() == 2 else 1), rtol=1e-6, atol=0)
 
@@ -152,13 +152,13 @@ def test_a_skipped_update_leaves_weights_moments_and_counters_to_the_bit(optimiz
     optimizers = Optimizers(default_groups(model, cfg), cfg)
     for seed in range(steps_before):
         gradients(model, seed)
-        optimizers.step(1e-2, YES)
+        optimizers.step(1e-2, None, YES)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = {name: value.clone() for name, value in optimizers.state().items()}
     gradients(model, 9)
     for p in model.parameters():
         p.grad[0] = torch.nan  # one entry of each
-    optimizers.step(1e-2, NO)
+    optimizers.step(1e-2, None, NO)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     after = optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in state.items())
@@ -172,13 +172,13 @@ def test_state_taken_over_by_another_instance_continues_to_the_bit(optimizer):
     first = Optimizers(default_groups(model, cfg), cfg)
     for seed in range(3):
         gradients(model, seed)
-        first.step(1e-2, YES)
+        first.step(1e-2, None, YES)
     other.load_state_dict(model.state_dict())
     second = Optimizers(default_groups(other, cfg), cfg)
     second.load_state(first.state() | {"not.trained.here.exp_avg": torch.ones(2)})
     for network, optimizers in ((model, first), (other, second)):
         gradients(network, 7)
-        optimizers.step(1e-2, YES)
+        optimizers.step(1e-2, None, YES)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert second.state().keys() == first.state().keys()
 
@@ -188,7 +188,7 @@ def test_a_group_s_scale_multiplies_the_rate():
     optimizers = Optimizers([Group({"p": p}), Group({"q": q}, lr_scale=0.25)], TrainConfig())
     for parameter in (p, q):
         parameter.grad = torch.ones(3, 3)
-    optimizers.step(0.1, YES)
+    optimizers.step(0.1, None, YES)
     torch.testing.assert_close(q, 0.25 * p)
     assert p[0, 0].item() == pytest.approx(-0.1)
 

@@ -223,10 +223,10 @@ def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_ba
     train = step_of(task, ALONE)
     train.cfg.micro_batch = micro_batch
     train.model.train()
-    metrics = evaluate(task, train.model, train.cfg, ALONE)
+    metrics = evaluate(train)
     assert metrics == pytest.approx(task.expected_metrics(train.model), rel=1e-5)
     assert train.model.training
-    assert evaluate(task, train.model, train.cfg, ALONE, stop=lambda: 15) is None
+    assert evaluate(train, stop=lambda: 15) is None
     assert train.model.training
 
 

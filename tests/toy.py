@@ -158,8 +158,9 @@ def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
     """A dictionary that the next step fills with the gradients it would update with; the update is left out."""
     found: dict[str, Tensor] = {}
 
-    def keep(lr: float, ok: Tensor) -> None:
-        found.update({name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None})
+    def keep(lr: float, factor: Tensor | None, ok: Tensor) -> None:
+        times = 1.0 if factor is None else factor
+        found.update({name: p.grad * times for name, p in step.model.named_parameters() if p.grad is not None})
 
     step.optimizers.step = keep
     return found

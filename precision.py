@@ -1,0 +1,97 @@
+"""In which number format a model is computed; its parameters, their gradients and the optimizer stay fp32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.func import functional_call
+
+from config import UserError
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}  # of activations; fp8's products are narrower
+CAST_ONCE = ("bf16", "fp8")  # fp16's range is too small for a residual stream
+
+
+def casts_once(precision: str, without: Collection[str]) -> bool:
+    """Whether a run's products read copies of the weights that are cast once a step."""
+    return precision in CAST_ONCE and "cast-once" not in without
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of a forward pass in `precision`; nothing for fp32 and tf32."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+class Cast(nn.Module):
+    """`module` with its parameters cast to the products' format once, when `refresh` is called, not in every use.
+
+    The module sees the copies in place of its parameters, so whatever it computes is in that format throughout, the
+    residual stream too; a parameter gets its gradient in fp32. The trade-off against autocast: half the bytes in
+    every operation that is not a product, and one more copy of the weights in half their size.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module = module
+        self.copies = {name: p.detach().to(dtype) for name, p in module.named_parameters()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stand_ins = {name: _Copy.apply(p, self.copies[name]) for name, p in self.module.named_parameters()}
+        return functional_call(self.module, stand_ins, args, kwargs)
+
+    def refresh(self) -> None:
+        """Cast the parameters anew: after every change of them."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.copies.values()), list(self.module.parameters()))
+
+
+class _Copy(torch.autograd.Function):
+    """A parameter's copy in its place: the gradient goes to the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.float(), None
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why) for `--precision`. Raises UserError for one that the device lacks."""
+    cuda = device.type == "cuda"
+    major = torch.cuda.get_device_capability(device)[0] if cuda else 0
+    lacks = {
+        "fp8": None if major >= 9 else "needs a CUDA GPU of the Hopper generation or newer; use --precision bf16",
+        "fp16": None if cuda else "needs a CUDA GPU; use --precision bf16 or fp32",
+        "tf32": None if major >= 8 else "needs a CUDA GPU of the Ampere generation or newer; use --precision fp32",
+        "bf16": "is not in this GPU; use --precision fp16" if cuda and major < 8 else None,
+    }
+    if lacks.get(asked):
+        raise UserError(f"--precision {asked} {lacks[asked]}")
+    if asked != "auto":
+        return asked, "asked for"
+    if cuda:
+        return ("bf16", "native on this GPU") if major >= 8 else ("fp16", "no bf16 on this GPU; losses are scaled")
+    if device.type == "cpu" and cpu_has_bf16():
+        return "bf16", "native on this CPU"
+    return "fp32", f"no fast bf16 on this {device.type}"
+
+
+def cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,0 +1,49 @@
+"""Language modelling on seeded random tokens, a step of it at a time: no corpus, no tokenizer, no files."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import GPTConfig, TrainConfig, resolve
+from distributed import World
+from model import GPT
+from step import Loader, TrainStep, compile_model
+from task import Batch, LanguageModelling, how_it_runs
+
+SHAPE = GPTConfig(vocab_size=1000, block_size=128, n_layer=3, n_head=4, n_embd=256)
+STEPS = 20
+
+
+class RandomTokens(LanguageModelling):
+    def __init__(self, config: GPTConfig, cfg: TrainConfig):
+        self.config, self.cfg = config, cfg
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        assert self.cfg.batch_tokens and self.cfg.seq_len
+        return np.arange(self.cfg.batch_tokens // self.cfg.seq_len)[:, None] + 1000 * step
+
+    def collate(self, split: str, ids: np.ndarray) -> Batch:
+        assert self.cfg.seq_len
+        rows = [np.random.default_rng(i).integers(0, self.config.vocab_size, self.cfg.seq_len + 1) for i in ids]
+        tokens = torch.from_numpy(np.stack(rows))
+        return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def make_step(device: str = "cpu", shape: GPTConfig = SHAPE, **options: Any) -> tuple[TrainStep, Loader]:
+    """A step of the engine and its batches; `options` are TrainConfig's."""
+    T = shape.block_size
+    given: dict[str, Any] = dict(seq_len=T, batch_tokens=16 * T, micro_batch=8, steps=STEPS, lr=1e-3, warmup_steps=0)
+    given |= dict(data="stdlib", compile=False) | options
+    cfg = resolve(TrainConfig(**given), device)
+    world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    task = RandomTokens(shape, cfg)
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(shape, **how_it_runs(cfg))).to(world.device)
+    if cfg.compile:
+        compile_model(model, cfg, world)
+    assert isinstance(cfg.micro_batch, int)
+    return TrainStep(task, model, cfg, world), Loader(task, world, cfg.micro_batch, STEPS)
