@@ -1,6 +1,6 @@
 # make train       set up and run the main job on this machine       make train ARGS="--steps 100"
 # make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-n 2 -k floors"
-# make gpu-check   every check and measurement that needs a CUDA GPU
+# make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
 
 .PHONY: train test gpu-check lint setup clean
@@ -31,12 +31,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ty check --quiet
 
 gpu-check: $(SETUP)
-	$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
-		{ echo "gpu-check: torch sees no CUDA GPU on this machine; nothing was run" >&2; exit 2; }
-	# No other test file, since they import more packages; a failing part does not keep the next from running.
-	status=0; $(PYTHON) -m pytest -m gpu tests/test_gpu.py $(PYTEST_ARGS) || status=1; \
-	$(PYTHON) -m benchmarks.peers --device cuda || status=1; \
-	$(PYTHON) -m benchmarks.decoding --device cuda || status=1; exit $$status
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 setup:
 	set -e; { read -r sum && read -r files; } 2> /dev/null < .venv/installed || sum=; \

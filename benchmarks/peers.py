@@ -1,9 +1,9 @@
 """One optimizer step of this engine beside other trainers':  python -m benchmarks.peers [--quick] [--device cuda]
 
-Every contender starts from the same weights and trains on the same tokens, in a process of its own, so that its
-peak memory is its own. The processes take turns, A B A B, one step each: what else the machine does falls on all
-alike. Nothing is timed before losses and gradient norms agree. The trade-off: all contenders are in memory at
-once, so the largest shape that a machine can train is not the largest that it can compare.
+Every contender trains in a process of its own, so that its peak memory is its own. This engine stays; the others come
+one after another and take turns with it, A B A B: what else the machine does falls on both alike, and no more than
+two are in memory. Nothing is timed before losses and gradient norms agree. The trade-off: two others are compared
+only through this engine.
 """
 
 from __future__ import annotations
@@ -12,36 +12,32 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
-import importlib.metadata
 import json
+import math
 import multiprocessing
-import os
-import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from config import GPTConfig, TrainConfig, UserError, entry_point, nearest, parse, resolve
+from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step
+from benchmarks.machine import elsewhere, facts, product_ceiling
+from benchmarks.peers_report import assessed, rates, report
+from config import UserError, entry_point, nearest, parse
+from runlog import peak_flops
 
-if TYPE_CHECKING:
-    import torch
-
-OURS = "this engine"
-SEED = 1337
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
 REPETITIONS = 3, 30  # turns of a contender: at least and at most
 # Relative, of the first loss and gradient norm. fp32: sums in another order. bf16 has 8 bits, and the two round
-# at other places (the residual stream, the logits).
-TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 1e-2), "bf16": (1e-3, 2e-2)}
-RECIPE: dict[str, Any] = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, clip=1.0)
+# at other places (the residual stream, the logits); FP8 has 4 of them.
+TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 1e-2), "bf16": (1e-3, 3e-2), "fp8": (1e-2, 1e-1)}
 
 
 @dataclass
@@ -50,194 +46,20 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure."""
-    shape: str = "10M,124M"
-    """Shapes, comma-separated: 10M, 124M, micro."""
+    shape: str | None = None
+    """Shapes, comma-separated. Default: 10M,124M on a CPU; 124M,350M,774M,1.5B on a GPU."""
     precision: str | None = None
-    """Precisions, comma-separated. Default: bf16 where it is native, and fp32."""
-    seconds: float = 70.0
-    """Time for the repetitions of one shape in one precision."""
+    """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 where it is native, else fp32."""
+    against: str | None = None
+    """Contenders, comma-separated. Default: all that the device has."""
+    seconds: float | None = None
+    """Time for the turns of each contender. Default: 45 on a CPU, 15 on a GPU."""
     quick: bool = False
-    """A tiny shape and two repetitions: does it work at all?"""
+    """A tiny shape and two turns each: does it work at all?"""
+    resume: bool = False
+    """Keep what --out has of this machine, with these versions, and measure what it lacks."""
     out: str = "benchmarks/results"
     """Folder for peers-DEVICE.json and peers-DEVICE.md."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    rows: int  # sequences in a batch
-    seq_len: int
-
-
-SHAPES = {
-    "cpu": {
-        "micro": Shape(2, 2, 64, 1000, 2, 32),
-        "10M": Shape(6, 6, 384, 8192, 32, 256),
-        "124M": Shape(12, 12, 768, 50257, 4, 512),
-    },
-    "cuda": {
-        "micro": Shape(2, 2, 64, 1000, 2, 32),
-        "10M": Shape(6, 6, 384, 8192, 128, 256),
-        "124M": Shape(12, 12, 768, 50257, 32, 1024),
-    },
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What all contenders do alike."""
-
-    name: str
-    shape: Shape
-    precision: str
-    device: str
-    weights: str  # folder in the hub's layout that everyone starts from
-
-    @property
-    def tokens(self) -> int:
-        return self.shape.rows * self.shape.seq_len
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} {self.precision}"
-
-    def tokens_drawn(self) -> torch.Tensor:
-        """Random tokens (rows, seq_len) int64, the same for all."""
-        import torch
-
-        size = (self.shape.rows, self.shape.seq_len)
-        return torch.randint(self.shape.vocab_size, size, generator=torch.Generator().manual_seed(SEED))
-
-
-Step = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]  # one optimizer step: its loss and gradient norm
-
-
-# --- the contenders, each a function that builds one
-
-
-def train_config(case: Case) -> TrainConfig:
-    shape, device = case.shape, case.device
-    same: dict[str, Any] = dict(precision=case.precision, device=device, seed=SEED, **RECIPE)
-    cfg = TrainConfig(
-        seq_len=shape.seq_len, batch_tokens=case.tokens, micro_batch=shape.rows, steps=10**6, schedule="constant",
-        warmup_steps=0, **same,
-    )  # fmt: skip
-    return resolve(cfg, device)
-
-
-def ours(case: Case) -> Step:
-    """step.TrainStep under the settings that trainer.train makes; only the tokens are made up."""
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import sdpa_kernel
-
-    import distributed
-    from kernels.linear_cross_entropy import IGNORE
-    from memory import set_allocator
-    from model import GPT, attention_backends
-    from precision import DTYPES
-    from step import Loader, TrainStep
-    from task import Batch, LanguageModelling
-
-    class RandomTokens(LanguageModelling):
-        def rows(self, split: str, step: int) -> np.ndarray:
-            return np.arange(case.shape.rows)[:, None]
-
-        def collate(self, split: str, ids: np.ndarray) -> Batch:
-            idx = case.tokens_drawn()[ids]
-            # The last token's successor is unknown, as in transformers, which shifts its labels itself.
-            return {"idx": idx, "targets": F.pad(idx[:, 1:], (0, 1), value=IGNORE)}
-
-    if case.device == "cpu":
-        set_allocator(keep_freed=True)
-    world = distributed.start(case.device)
-    task, cfg = RandomTokens(), train_config(case)
-    task.cfg = cfg
-    model = GPT.from_pretrained(case.weights).to(world.device)
-    if cfg.compile:
-        model.compile()
-    step = TrainStep(task, model, cfg, world)
-    assert isinstance(cfg.micro_batch, int)
-    data = Loader(task, world, cfg.micro_batch, steps=1)(0)
-    backends = attention_backends(world.device, DTYPES.get(case.precision, torch.float32))
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        with sdpa_kernel(backends, set_priority=True):
-            result = step(0, data)
-        assert result is not None
-        return result.loss, result.grad_norm
-
-    return run
-
-
-def transformers(case: Case, compiled: bool = False) -> Step:
-    """transformers' GPT-2 and torch's fused AdamW, as its documentation trains them."""
-    import torch
-    from transformers import GPT2LMHeadModel
-    from transformers.utils import logging
-
-    import distributed
-    from precision import autocast
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = distributed.start(case.device).device
-    model: Any = GPT2LMHeadModel.from_pretrained(case.weights, attn_implementation="sdpa", dtype=torch.float32)
-    model = model.to(device).train()
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": RECIPE["weight_decay"]},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (RECIPE["beta1"], RECIPE["beta2"])
-    optimizer = torch.optim.AdamW(groups, lr=RECIPE["lr"], betas=betas, eps=1e-8, fused=True)
-    idx = case.tokens_drawn().to(device)
-    forward = torch.compile(model) if compiled else model
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(case.precision, device):
-            loss = forward(input_ids=idx, labels=idx, use_cache=False).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, RECIPE["clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    return run
-
-
-def transformers_compiled(case: Case) -> Step:
-    return transformers(case, compiled=True)
-
-
-def transformers_kept(case: Case) -> Step:
-    """With this engine's allocator setting, so that what is left of the difference is the code's."""
-    from memory import set_allocator
-
-    set_allocator(keep_freed=True)
-    return transformers(case)
-
-
-HUGGING_FACE = "transformers.models.gpt2.modeling_gpt2"
-
-
-@dataclass(frozen=True)
-class Contender:
-    build: Callable[[Case], Step]
-    imports: tuple[str, ...]  # what it needs of code; its memory is counted from there on
-    devices: tuple[str, ...] = ("cpu", "cuda")
-
-
-CONTENDERS = {
-    OURS: Contender(ours, ("step",)),
-    "transformers": Contender(transformers, (HUGGING_FACE, "step")),
-    "transformers, our allocator": Contender(transformers_kept, (HUGGING_FACE, "step"), devices=("cpu",)),
-    "transformers, compiled": Contender(transformers_compiled, (HUGGING_FACE, "step"), devices=("cuda",)),
-}
 
 
 # --- the process of a contender
@@ -254,18 +76,31 @@ class Turn:
     memory: int  # peak so far, in bytes, without the code
 
 
+TakeTurn = Callable[[int, int], Turn]  # untimed steps and timed ones
+
+
 def serve(pipe: Connection, name: str, case: Case) -> None:
-    """Build a contender, then answer each number of steps with a Turn; an exception is the last answer."""
+    """Build a contender, then answer each (untimed, timed) steps with a Turn; an error is the last answer."""
+    from plan import is_out_of_memory
+
     try:
+        import torch
+
+        torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
         for module in ("torch._dynamo", *CONTENDERS[name].imports):  # torch's optimizers load the former late
             importlib.import_module(module)
         code = _code_bytes(case.device)
         step = CONTENDERS[name].build(case)
         while (steps := pipe.recv()) is not None:
-            pipe.send(take_turn(step, steps, case.device, code))
+            pipe.send(take_turn(step, *steps, case.device, code))
+    except ModuleNotFoundError as error:
+        pipe.send(f"not installed (no module {error.name})")
+    except UserError as error:
+        pipe.send(str(error))
     except Exception as error:
         traceback.print_exc()
-        pipe.send(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        pipe.send("out of memory" if is_out_of_memory(error) else message)
 
 
 def _code_bytes(device: str) -> int:
@@ -274,11 +109,13 @@ def _code_bytes(device: str) -> int:
     return 0 if device == "cuda" else resident_bytes()
 
 
-def take_turn(step: Step, steps: int, device: str, code: int) -> Turn:
+def take_turn(step: Step, untimed: int, steps: int, device: str, code: int) -> Turn:
     import torch
 
     import distributed
 
+    for _ in range(untimed):
+        step()[0].item()
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         loss, norm = step()
@@ -287,11 +124,21 @@ def take_turn(step: Step, steps: int, device: str, code: int) -> Turn:
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     memory = distributed.memory_bytes(torch.device(device)) - code
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the other contender may need it; an untimed step fetches it back
     return Turn(seconds / steps, cpu / steps, *figures, memory)
 
 
+class Failed(RuntimeError):
+    """Contender `name` could not make its steps, or made other ones than this engine."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
 @contextlib.contextmanager
-def contender(name: str, case: Case) -> Generator[Callable[[int], Turn]]:
+def contender(name: str, case: Case) -> Generator[TakeTurn]:
     """A function that has contender `name` make some steps in its own process. It raises Failed."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
@@ -299,15 +146,15 @@ def contender(name: str, case: Case) -> Generator[Callable[[int], Turn]]:
     process.start()
     theirs.close()
 
-    def turn(steps: int) -> Turn:
+    def turn(untimed: int, steps: int) -> Turn:
         try:
-            pipe.send(steps)
+            pipe.send((untimed, steps))
             answer = pipe.recv()
         except (EOFError, OSError):
             process.join()
             answer = f"its process ended with code {process.exitcode}"
         if isinstance(answer, str):
-            raise Failed(answer)
+            raise Failed(name, answer)
         return answer
 
     try:
@@ -317,183 +164,108 @@ def contender(name: str, case: Case) -> Generator[Callable[[int], Turn]]:
             pipe.send(None)
         process.join(30)
         process.kill()
-
-
-class Failed(Exception):
-    """A contender could not make its steps."""
-
-
-def prepare(shape: Shape, folder: str) -> None:
-    """Write the weights that all contenders start from."""
-    import torch
-
-    from model import GPT
-
-    torch.manual_seed(SEED)
-    config = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name not in ("rows", "seq_len")}
-    GPT(GPTConfig(block_size=shape.seq_len, **config)).save_pretrained(folder)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """The device that is meant, whether bf16 is native to it, hardware and versions. UserError if there is none."""
-    import torch
-
-    import distributed
-    from precision import choose_precision
-
-    world = distributed.start(device)
-    packages = ("torch", "transformers", "numpy")
-    return {
-        "device": world.device.type,
-        "native": choose_precision("auto", world.device)[0],
-        "hardware": {
-            "gpu": distributed.device_name(world.device) if world.device.type == "cuda" else None,
-            "cpu": distributed.device_name(torch.device("cpu")),
-            "threads": torch.get_num_threads(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        },
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE"))},
-    }
-
-
-def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns in a process of its own: torch stays out of this one, whose memory children inherit."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        process.join()
 
 
 # --- the comparison
 
 
-def compare(case: Case, seconds: float, repetitions: tuple[int, int]) -> dict[str, Any]:
-    """All contenders in turns until `seconds` are over, `repetitions` (least, most); figures by contender."""
-    until = time.monotonic() + seconds
-    turns: dict[str, list[Turn]] = {}
-    failed: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        running = {
-            name: stack.enter_context(contender(name, case))
-            for name, kind in CONTENDERS.items()
-            if case.device in kind.devices
-        }
+@dataclass
+class Opening:
+    """The first two steps, which show that all do the same: the second has the first update behind it."""
 
-        def everyone(steps: int) -> dict[str, Turn]:
-            answers = {}
-            for name in list(running):
-                try:
-                    answers[name] = running[name](steps)
-                except Failed as error:
-                    failed[name] = str(error)
-                    del running[name]
-            return answers
-
-        first = everyone(1)
-        if OURS in failed:
-            raise RuntimeError(f"{case.title}: {failed[OURS]}")
-        check_agreement(case, first)
-        steps = max(1, round(TURN_SECONDS / min(t.seconds for t in everyone(1).values())))
-        for repetition in range(repetitions[1]):
-            if repetition >= repetitions[0] and time.monotonic() > until:
-                break
-            for name, turn in everyone(steps).items():
-                turns.setdefault(name, []).append(turn)
-    return figures(case, first, {name: turns[name] for name in running}, failed)
+    loss: float
+    grad_norm: float
+    next_loss: float
+    seconds: float  # of the second, which compiles nothing
 
 
-def check_agreement(case: Case, first: dict[str, Turn]) -> None:
-    """Stop where a contender's first loss or gradient norm is not ours: it would be timed at other work."""
-    loss_tolerance, norm_tolerance = TOLERANCE[case.precision]
-    own = first[OURS]
-    for name, turn in first.items():
-        off = abs(turn.loss / own.loss - 1), abs(turn.grad_norm / own.grad_norm - 1)
-        if not (off[0] <= loss_tolerance and off[1] <= norm_tolerance):
-            raise RuntimeError(
-                f"{case.title}: {name} has loss {turn.loss:.6f} and gradient norm {turn.grad_norm:.5f}, "
-                f"{OURS} {own.loss:.6f} and {own.grad_norm:.5f}"
-            )
+def opening(turn: TakeTurn) -> Opening:
+    first, second = turn(0, 1), turn(0, 1)
+    return Opening(first.loss, first.grad_norm, second.loss, second.seconds)
 
 
-def figures(case: Case, first: dict[str, Turn], turns: dict[str, list[Turn]], failed: dict[str, str]) -> dict[str, Any]:
-    """The JSON of one case. Ratios are ours over the other's: above 1 in speed and below 1 in memory is better."""
-    contenders: dict[str, Any] = {name: {"error": error} for name, error in failed.items()}
-    for name, mine in turns.items():
-        rates = [case.tokens / t.seconds for t in mine]
-        contenders[name] = {
-            "tokens_per_second": statistics.median(rates),
-            "slowest": min(rates),
-            "fastest": max(rates),
-            "memory_bytes": max(t.memory for t in mine),
-            "first_loss": first[name].loss,
-            "first_grad_norm": first[name].grad_norm,
-            "last_loss": mine[-1].loss,
-            "seconds": [t.seconds for t in mine],
-            "cpu_seconds": [t.cpu_seconds for t in mine],
-        }
-    own = contenders[OURS]
-    for name in turns:
-        other = contenders[name]
-        other["ratio"] = {
-            # of turns side by side, so that a slow minute of the machine counts against neither
-            "speed": statistics.median(b / a for a, b in zip(own["seconds"], other["seconds"], strict=True)),
-            "memory": own["memory_bytes"] / other["memory_bytes"],
-        }
-    return {
-        "shape": case.name,
-        **dataclasses.asdict(case.shape),
-        "precision": case.precision,
-        "contenders": {name: contenders[name] for name in CONTENDERS if name in contenders},
+def check_agreement(case: Case, name: str, own: Opening, other: Opening) -> None:
+    """Raise Failed where a contender's first steps are not ours: it would be timed at other work."""
+    precision = "fp8" if "fp8" in name else case.precision
+    loss_tolerance, norm_tolerance = TOLERANCE[precision]
+    # The vocabulary's padding in a softmax raises the loss by the logarithm of its share, where all are as likely.
+    padding = math.log(case.shape.padded_vocab / case.shape.vocab_size) if CONTENDERS[name].padded else 0.0
+    limits = {
+        "loss": loss_tolerance * own.loss + padding,
+        "next_loss": 10 * loss_tolerance * own.loss + padding,  # Adam's first update is the gradient's mere sign
+        "grad_norm": (norm_tolerance + padding) * own.grad_norm,
+    }
+    for figure, limit in limits.items():
+        mine, its = getattr(own, figure), getattr(other, figure)
+        if not abs(its - mine) <= limit:
+            raise Failed(name, f"{figure.replace('_', ' ')} {its:.6f}, {OURS}'s {mine:.6f}")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Turns of a contender: at least, at most, and how long it goes on between the two."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+def alternate(case: Case, own: TakeTurn, other: TakeTurn, steps: int, pace: Pace) -> list[tuple[Turn, Turn]]:
+    untimed = int(case.device == "cuda")
+    until = time.monotonic() + pace.seconds
+    turns: list[tuple[Turn, Turn]] = []
+    while len(turns) < pace.least or (len(turns) < pace.most and time.monotonic() < until):
+        turns.append((own(untimed, steps), other(untimed, steps)))
+    return turns
+
+
+def against(case: Case, name: str, own: TakeTurn, start: Opening, pace: Pace) -> dict[str, Any]:
+    """The figures of contender `name` in turns with ours, or the error that it met."""
+    if reason := CONTENDERS[name].lacking(case.device):
+        return {"error": reason}
+    try:
+        with contender(name, case) as other:
+            its = opening(other)
+            check_agreement(case, name, start, its)
+            steps = max(1, round(TURN_SECONDS / min(start.seconds, its.seconds)))
+            turns = alternate(case, own, other, steps, pace)
+    except Failed as error:
+        if error.name == OURS:
+            raise
+        return {"error": error.reason}
+    mine, theirs = zip(*turns, strict=True)
+    # Ratios are of turns side by side, so that a slow minute of the machine counts against neither.
+    return of_turns(case, theirs) | {
+        "opening": dataclasses.asdict(its),
+        "beside": of_turns(case, mine),
+        "speed_ratio": statistics.median(b.seconds / a.seconds for a, b in turns),
+        "memory_ratio": mine[-1].memory / theirs[-1].memory,
     }
 
 
-# --- what is written
+def of_turns(case: Case, turns: Sequence[Turn]) -> dict[str, Any]:
+    return {
+        "seconds": [t.seconds for t in turns],
+        "cpu_seconds": [t.cpu_seconds for t in turns],
+        "memory_bytes": max(t.memory for t in turns),
+    } | rates(case.tokens, [t.seconds for t in turns])
 
 
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """Results as a Markdown table, aligned so that it reads as plain text too."""
-    head = ["shape", "precision", "trainer", "tokens/s", "slowest-fastest", "peak memory", "speed x", "memory x"]
-    rows = [head, *(row for case in cases for row in table_rows(case))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = 3  # columns of words
-    lines = [
-        "| " + " | ".join(f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+def compare(case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]) -> Iterator[str]:
+    """Fill `contenders` with the figures of ours and of each of `names`; yields each name when it is there."""
+    with contender(OURS, case) as own:
+        start = opening(own)
+        steps = max(1, round(TURN_SECONDS / start.seconds))
+        alone = [own(int(case.device == "cuda"), steps) for _ in range(pace.least)]
+        contenders[OURS] = of_turns(case, alone) | {"opening": dataclasses.asdict(start)}
+        yield OURS
+        for name in names:
+            contenders[name] = against(case, name, own, start, pace)
+            yield name
 
 
-def table_rows(case: dict[str, Any]) -> Iterator[list[str]]:
-    for name, of in case["contenders"].items():
-        words = [f"{case['shape']}, {case['rows']} x {case['seq_len']}", case["precision"], name]
-        if "error" in of:
-            yield [*words, "failed", "", "", "", ""]
-            continue
-        speed = f"{of['tokens_per_second']:,.0f}", f"{of['slowest']:,.0f}-{of['fastest']:,.0f}"
-        ratio = ("", "") if name == OURS else (f"{of['ratio']['speed']:.2f}", f"{of['ratio']['memory']:.2f}")
-        yield [*words, *speed, bytes_text(of["memory_bytes"]), *ratio]
-
-
-def bytes_text(n: float) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
-
-
-def write(folder: Path, facts: dict[str, Any], cases: list[dict[str, Any]]) -> str:
-    """peers-DEVICE.json with everything and peers-DEVICE.md with the table; returns the latter's text."""
-    hardware, versions = facts["hardware"], facts["versions"]
-    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    text = (
-        f"One optimizer step on {where}, {facts['date'][:10]}: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f".\n\n{table(cases)}\n\n"
-        "Speed x and memory x: this engine over the other, medians over alternated steps; more speed, less memory is "
-        "better.\nPeak memory is that of a process (on a GPU: of its allocations) without its code.\n"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"peers-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(text)
-    return text
+# --- what is asked for, and what is written
 
 
 def chosen(option: str, asked: str, known: Sequence[str]) -> list[str]:
@@ -504,26 +276,98 @@ def chosen(option: str, asked: str, known: Sequence[str]) -> list[str]:
     return names
 
 
+def prepare(shape: Shape, device: str, folder: str) -> int:
+    """Write the weights that all contenders start from, drawn on the device; returns FLOPs a token."""
+    import torch
+
+    from model import GPT
+
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = GPT(shape.config)
+    model.save_pretrained(folder)
+    return model.flops_per_token(shape.seq_len)
+
+
+def write(folder: Path, facts: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    """peers-DEVICE.json with everything and peers-DEVICE.md with the table; returns the latter's text."""
+    cases = list(map(assessed, cases))
+    text = report(facts, cases)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"peers-{facts['device']}"
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(text)
+    return text
+
+
+def earlier(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases that `folder` has of this machine with these versions."""
+    try:
+        before = json.loads((folder / f"peers-{now['device']}.json").read_text())
+    except (OSError, ValueError):
+        return []
+    same = all(before.get(key) == now[key] for key in ("hardware", "driver", "versions", "settings"))
+    return before["cases"] if same else []
+
+
+def asked_for(options: Options, device: str) -> tuple[list[str], list[str], Pace]:
+    """Shapes, contenders and pace. UserError for a name that this device has not."""
+    shapes = list(SHAPES[device])
+    default = "micro" if options.quick else ",".join(shapes[1:] if device == "cpu" else shapes[2:])
+    peers = [name for name, kind in CONTENDERS.items() if name != OURS and device in kind.devices]
+    pace = Pace(options.seconds or (45 if device == "cpu" else 15), *REPETITIONS)
+    return (
+        chosen("shape", options.shape or default, shapes),
+        chosen("against", options.against or ",".join(peers), peers),
+        Pace(0, 2, 2) if options.quick else pace,
+    )
+
+
+def begun(
+    case: Case, flops_per_token: int, facts: dict[str, Any], cases: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """The JSON of a case without its figures, added to `cases`; or the one that is there.
+
+    `seconds` are for measuring the ceiling.
+    """
+    key = {"shape": case.name, **dataclasses.asdict(case.shape), "precision": case.precision}
+    for of in cases:
+        if key.items() <= of.items():
+            return of
+    known = (of["ceiling_flops"] for of in cases if of["precision"] == case.precision)
+    new = key | {
+        "flops_per_token": flops_per_token,
+        "ceiling_flops": next(known, None) or elsewhere(product_ceiling, case.device, case.precision, seconds),
+        "sheet_flops": peak_flops(facts["hardware"]["gpu"] or "", case.precision),
+        "contenders": {},
+    }
+    cases.append(new)
+    return new
+
+
 def main() -> None:
     options = parse(Options, sys.argv[1:])
-    shapes = chosen("shape", "micro" if options.quick else options.shape, list(SHAPES["cpu"]))
-    asked = options.precision and chosen("precision", options.precision, list(TOLERANCE))
-    facts = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    facts |= elsewhere(machine, options.device)
-    device = facts["device"]
-    precisions = asked or (["bf16", "fp32"] if facts["native"] == "bf16" and not options.quick else ["fp32"])
-    results: list[dict[str, Any]] = []
-    text = ""
+    now = elsewhere(facts, options.device)
+    now |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    device, out = now["device"], Path(options.out)
+    shapes, peers, pace = asked_for(options, device)
+    precisions = chosen("precision", options.precision or now["native"], ["fp32", "tf32", "bf16"])
+    cases = earlier(out, now) if options.resume else []
     with tempfile.TemporaryDirectory() as folder:
-        for name in shapes:
+        for name, shape in ((name, SHAPES[device][name]) for name in shapes):
             weights = f"{folder}/{name}"
-            elsewhere(prepare, SHAPES[device][name], weights)
+            flops = elsewhere(prepare, shape, device, weights)
             for precision in precisions:
-                case = Case(name, SHAPES[device][name], precision, device, weights)
-                print(f"{case.title} ...", file=sys.stderr, flush=True)
-                results.append(compare(case, options.seconds, (2, 2) if options.quick else REPETITIONS))
-                text = write(Path(options.out), facts, results)  # after each: an interrupted run leaves what it has
-    print(text)
+                case = Case(name, shape, precision, device, weights)
+                contenders = begun(case, flops, now, cases, 0 if options.quick else 3)["contenders"]
+                missing = [peer for peer in peers if peer not in contenders]
+                if not missing:
+                    continue
+                for done in compare(case, missing, pace, contenders):
+                    print(f"{case.title}: {done}", file=sys.stderr, flush=True)
+                    write(out, now, cases)  # after each: an interrupted run leaves what it has
+            shutil.rmtree(weights)
+    print(write(out, now, cases))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import decoding, peers, plot, tokenizing
+from benchmarks import contenders, decoding, peers, peers_report, plot, tokenizing
+from benchmarks.contenders import OURS, Case, Step
+from benchmarks.peers import Opening
 from config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -74,48 +79,118 @@ def test_runs_of_the_same_name_are_told_apart() -> None:
 
 
 def test_peers_writes_its_figures(run, tmp_path) -> None:
-    done = run("-m", "benchmarks.peers", "--quick", "--device", "cpu", "--precision", "fp32", "--out", "results")
+    words = ["--quick", "--device", "cpu", "--precision", "fp32", "--against", "plain,liger"]
+    done = run("-m", "benchmarks.peers", *words, "--out", "results")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results/peers-cpu.json").read_text())
     assert results["device"] == "cpu" and results["hardware"]["threads"] >= 1
-    assert {"python", "torch", "transformers"} <= results["versions"].keys()
+    assert {"python", "torch", "numpy"} <= results["versions"].keys()
     (case,) = results["cases"]
-    ours, theirs = case["contenders"][peers.OURS], case["contenders"]["transformers"]
-    for of in (ours, theirs):
-        assert len(of["seconds"]) == 2
+    assert case["accumulation"] == 2 and case["ceiling_flops"] > 1e8
+    ours, plain = case["contenders"][OURS], case["contenders"]["plain"]
+    for of in (ours, plain):
         assert 0 < of["slowest"] <= of["tokens_per_second"] <= of["fastest"]
-        assert 0 < of["memory_bytes"] < 2**30
-        assert of["last_loss"] < of["first_loss"]
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
-    assert ours["last_loss"] == pytest.approx(theirs["last_loss"], rel=1e-4)  # the optimizers do the same work
-    assert theirs["ratio"]["speed"] > 0 and theirs["ratio"]["memory"] > 0
+        assert 0 < of["memory_bytes"] < 2**30 and of["mfu"] > 0
+        assert of["opening"]["next_loss"] < of["opening"]["loss"]
+    assert len(plain["seconds"]) == len(plain["beside"]["seconds"]) == 2
+    assert plain["speed_ratio"] > 0 and plain["memory_ratio"] > 0
+    assert case["contenders"]["liger"] == {"error": "needs a CUDA GPU"}
+    assert case["best"]["as it ships"]["name"] == "plain" and "with our allocator" not in case["best"]
     text = (tmp_path / "results/peers-cpu.md").read_text()
     assert text.strip() == done.stdout.strip()
-    assert "| transformers " in text and "our allocator" in text
+    assert "| liger: needs a CUDA GPU " in text and "the best peer as it ships (plain)" in text
 
 
-def test_contenders_that_differ_are_not_timed() -> None:
-    case = peers.Case("micro", peers.SHAPES["cpu"]["micro"], "fp32", "cpu", "")
-    turn = peers.Turn(1.0, 1.0, loss=7.0, grad_norm=1.0, memory=1)
-    other = peers.Turn(1.0, 1.0, loss=7.001, grad_norm=1.0, memory=1)
-    peers.check_agreement(case, {peers.OURS: turn, "transformers": turn})
-    with pytest.raises(RuntimeError, match=r"transformers has loss 7\.001"):
-        peers.check_agreement(case, {peers.OURS: turn, "transformers": other})
+@pytest.fixture
+def case(tmp_path) -> Case:
+    """The tiny one, with weights for all."""
+    shape = contenders.SHAPES["cpu"]["micro"]
+    peers.prepare(shape, "cpu", str(tmp_path / "weights"))
+    return Case("micro", shape, "fp32", "cpu", str(tmp_path / "weights"))
 
 
-def test_a_contender_that_fails_is_in_the_table() -> None:
-    case = peers.Case("micro", peers.SHAPES["cpu"]["micro"], "fp32", "cpu", "")
-    turn = peers.Turn(0.5, 0.5, loss=7.0, grad_norm=1.0, memory=2**30)
-    result = peers.figures(case, {peers.OURS: turn}, {peers.OURS: [turn]}, {"transformers": "MemoryError: "})
-    rows = peers.table([result]).splitlines()
-    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
-    assert "failed" in rows[3] and "1.00 GiB" in rows[2] and " 128 " in rows[2]
+def opening(step: Step) -> Opening:
+    return peers.opening(lambda untimed, steps: peers.take_turn(step, untimed, steps, "cpu", 0))
 
 
-def test_peers_names_the_nearest_shape(run) -> None:
-    done = run("-m", "benchmarks.peers", "--shape", "124")
-    assert done.returncode == 2
-    assert done.stderr == "error: --shape 124 is none of micro, 10M, 124M (did you mean 124M?)\n"
+def test_the_peers_train_exact_gpt2(case) -> None:
+    reference = opening(contenders.transformers(case, compiled=False))
+    peers.check_agreement(case, "plain", reference, opening(contenders.plain(case, compiled=False)))
+    try:
+        import litgpt.model  # noqa: F401
+    except ImportError:
+        return
+    peers.check_agreement(case, "litgpt compiled", reference, opening(contenders.litgpt(case, compiled=False)))
+
+
+def test_a_contender_at_other_work_is_not_timed(case) -> None:
+    own = Opening(loss=7.0, grad_norm=1.0, next_loss=6.9, seconds=1.0)
+    peers.check_agreement(case, "transformers", own, own)
+    more = dataclasses.replace(own, loss=7.01, next_loss=6.91)  # what the padding of 24 in 1,000 words may add
+    peers.check_agreement(case, "plain", own, more)
+    for other in (more, dataclasses.replace(own, next_loss=7.0), dataclasses.replace(own, grad_norm=math.nan)):
+        with pytest.raises(peers.Failed, match=r"transformers: .*this engine's"):
+            peers.check_agreement(case, "transformers", own, other)
+
+
+def test_a_turn_times_only_what_it_should() -> None:
+    taken: list[int] = []
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(len(taken))
+        return torch.tensor(float(len(taken))), torch.tensor(0.5)
+
+    turn = peers.take_turn(step, 1, 2, "cpu", code=0)
+    assert len(taken) == 3 and turn.loss == 3.0 and turn.memory > 0
+
+
+def measured(seconds: list[float], memory: int, ratio: float) -> dict[str, Any]:
+    beside = {"seconds": [0.5, 0.25], "memory_bytes": 2**30}
+    return {"seconds": seconds, "memory_bytes": memory, "beside": beside, "speed_ratio": ratio, "memory_ratio": 0.5} | (
+        peers_report.rates(128, seconds)
+    )
+
+
+def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
+    figures = {
+        OURS: {"seconds": [1.0], "memory_bytes": 2**29} | peers_report.rates(128, [1.0]),
+        "transformers compiled": {"error": "needs a C++ compiler"},
+        "plain": measured([0.5], 2**31, 2.0),
+        "transformers": measured([0.4], 2**31, 1.5),
+        "plain + our allocator": measured([0.25], 2**31, 1.25),
+        f"{OURS} fp8": measured([0.125], 2**30, 0.5),
+    }
+    shape = dataclasses.asdict(contenders.SHAPES["cpu"]["micro"])
+    rates = {"flops_per_token": 1000, "ceiling_flops": 1e6, "sheet_flops": 2e6}
+    case = peers_report.assessed({"shape": "micro", **shape, "precision": "bf16", "contenders": figures, **rates})
+    assert case["best"]["as it ships"] == {"name": "transformers", "speed_ratio": 1.5, "memory_ratio": 0.5}
+    assert case["best"]["with our allocator"]["name"] == "plain + our allocator"
+    ours = case["contenders"][OURS]  # of all its turns, alone and beside the others
+    assert ours["slowest"] == 128 and ours["fastest"] == 512 and ours["memory_bytes"] == 2**30
+    plain = case["contenders"]["plain"]
+    assert plain["mfu"] == pytest.approx(0.256) and plain["mfu_of_data_sheet"] == pytest.approx(0.128)
+    assert peers_report.assessed(case) == case  # what --resume reads again
+    rows = peers_report.table([case]).splitlines()
+    assert len({len(row) for row in rows}) == 1
+    assert "| transformers compiled: needs a C++ compiler " in rows[3] and " 2 x 32 x 2 " in rows[3]
+    assert "12.8%" in next(row for row in rows if "| plain " in row)
+
+
+def test_peers_goes_on_only_on_the_same_machine(tmp_path) -> None:
+    facts = {"device": "cpu", "hardware": {"cpu": "x"}, "driver": None, "versions": {"torch": "2"}, "settings": {}}
+    (tmp_path / "peers-cpu.json").write_text(json.dumps(facts | {"date": "yesterday", "cases": [{"shape": "10M"}]}))
+    assert peers.earlier(tmp_path, facts | {"date": "today"}) == [{"shape": "10M"}]
+    assert peers.earlier(tmp_path, facts | {"versions": {"torch": "3"}}) == []
+    assert peers.earlier(tmp_path / "empty", facts) == []
+
+
+def test_peers_names_what_is_nearest() -> None:
+    with pytest.raises(UserError, match=r"--shape 124 is none of micro, 10M, 124M \(did you mean 124M\?\)"):
+        peers.asked_for(peers.Options(shape="124"), "cpu")
+    with pytest.raises(UserError, match="--against this engine fp8 is none of"):
+        peers.asked_for(peers.Options(against=f"{OURS} fp8"), "cpu")
+    shapes, against, _ = peers.asked_for(peers.Options(), "cuda")
+    assert shapes == ["124M", "350M", "774M", "1.5B"] and f"{OURS} fp8" in against and OURS not in against
 
 
 def test_decoding_compares_equal_tokens(run, tmp_path) -> None:

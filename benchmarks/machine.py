@@ -1,0 +1,93 @@
+"""The machine that a benchmark runs on: what it is, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
+SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that move figures
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` returns in a process of its own: torch stays out of this one, whose memory children inherit."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The device that is meant, the precision native to it, hardware and versions. UserError if there is none."""
+    import torch
+
+    import distributed
+    from precision import choose_precision
+
+    found = distributed.start(device).device
+    return {
+        "device": found.type,
+        "native": choose_precision("auto", found)[0],
+        "hardware": {
+            "gpu": distributed.device_name(found) if found.type == "cuda" else None,
+            "cpu": distributed.device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "driver": driver(),
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | versions(),
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, where they are installed."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout.partition("\n")[0].strip() or None
+
+
+def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
+    """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would be faster."""
+    import torch
+
+    import distributed
+    from precision import DTYPES
+
+    found = distributed.start(device).device
+    n, products = (8192, 20) if found.type == "cuda" else (2048, 1)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    a, b = (torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32)) for _ in range(2))
+
+    def timed() -> float:
+        began = time.perf_counter()
+        for _ in range(products):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        return (time.perf_counter() - began) / products
+
+    timed()
+    until = time.perf_counter() + seconds
+    best = timed()
+    while time.perf_counter() < until:
+        best = min(best, timed())
+    return 2 * n**3 / best
