@@ -50,9 +50,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: b
         log_z = logits.float().logsumexp(1, keepdim=True)
         return torch.where(live, log_z - at_target, 0.0).sum()
     # The largest logit's probability is at least 1/V, so its logarithm gives log Z without a second pass of exp.
-    top, where = logits.max(1, keepdim=True)
     p = logits.softmax(1, dtype=torch.float32)
-    log_z = top.float() - p.gather(1, where).log()
+    log_z = logits.amax(1, keepdim=True).float() - p.amax(1, keepdim=True).log()
     # d loss / d logits = softmax - one_hot(target), on live rows
     p.scatter_add_(1, column, torch.full_like(log_z, -1.0))
     logits.copy_(p.mul_(live))
@@ -63,6 +62,18 @@ def _with_torch(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum, and its gradients: of x in x's dtype, of weight in fp32; None where not asked for."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a number of rows is not known at once
+        live = (targets != IGNORE).nonzero()[:, 0]
+        if len(live) < len(targets):
+            total, dlive, dweight = _in_chunks(x[live], weight, targets[live], vocab_size, dtype, grad_x, grad_weight)
+            return total, None if dlive is None else torch.zeros_like(x).index_copy_(0, live, dlive), dweight
+    return _in_chunks(x, weight, targets, vocab_size, dtype, grad_x, grad_weight)
+
+
+def _in_chunks(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`_with_torch`, with rows that have no target among the others."""
     head = weight.to(dtype)
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if grad_x else None
