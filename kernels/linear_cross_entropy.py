@@ -62,7 +62,8 @@ def _with_torch(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum, and its gradients: of x in x's dtype, of weight in fp32; None where not asked for."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a number of rows is not known at once
+    # The number of rows is known at once on a CPU alone, and there not to a compiler or a fake tensor.
+    if x.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling():
         live = (targets != IGNORE).nonzero()[:, 0]
         if len(live) < len(targets):
             total, dlive, dweight = _in_chunks(x[live], weight, targets[live], vocab_size, dtype, grad_x, grad_weight)

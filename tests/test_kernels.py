@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from launch import small, write_inputs
 
 import kernels
 import kernels._triton
@@ -55,3 +57,19 @@ def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
     assert "attention" not in chosen and lost is not None and "dropout" in lost
     with pytest.raises(UserError, match="dropout; use --kernels cross_entropy,layer_norm,bias_gelu,adamw"):
         kernels.choose("triton", "cuda", **DROPOUT)
+
+
+def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
+    write_inputs(tmp_path)
+    options = small("--steps", 3, "--dropout", 0, "--eval-every", 3, "--save-every", 0, "--sample-every", 0)
+    losses = {}
+    for kernels_named in ("torch", "triton"):
+        words = [*options, "--kernels", kernels_named, "--out", kernels_named]
+        done = run(repo / "train_gpt2.py", *words, env={"TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stderr
+        log = map(json.loads, (tmp_path / kernels_named / "log.jsonl").read_text().splitlines())
+        losses[kernels_named] = [x.get("loss", x.get("val_loss")) for x in log if x["kind"] in ("train", "eval")]
+        banner = ALL.replace(",", ", ") + " in Triton" if kernels_named == "triton" else "torch"
+        assert banner in done.stdout
+    assert len(losses["torch"]) == 4
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
