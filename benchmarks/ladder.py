@@ -1,0 +1,175 @@
+"""The stages of benchmarks.stages as data, and how a machine runs them. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config import OPTIMIZATIONS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the engine's options those that some stage changes, as the baseline has them."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    compile: bool = False
+    clip: float = 0.0
+    without: tuple[str, ...] = tuple(OPTIMIZATIONS)
+    kernels: tuple[str, ...] = ()
+    cuda_graphs: bool = False
+    accumulation: int | None = 1  # micro-batches in a step, over all ranks; None: those that make the plan's batch
+    ranks: int | None = 1  # None, here and below: the plan's
+    micro_batch: int | None = None
+    steps: int | None = None
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    adds: str
+    change: dict[str, Any]  # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
+    needs: str = ""  # what some machines lack: a key of Machine.lacks, as a kernel's name is
+    by_design: bool = False  # it changes the loss
+    branch: bool = False  # never the engine's default: the next stage does not build on it
+
+
+LADDER = (
+    Stage("cpu", "the baseline on the CPU", dict(device="cpu", micro_batch=1, steps=4), "", True, True),
+    Stage("baseline", "fp32, operation by operation, without all that follows", {}, "", True),
+    Stage("tied-head", "the output head is the token embedding", {"with": ["tied-head"]}, "", True),
+    Stage("scaled-init", "weights of 0.02, residual projections less", {"with": ["scaled-init"]}, "", True),
+    Stage("tf32", "matrix products in TF32", dict(precision="tf32"), "tf32"),
+    Stage("bf16", "autocast to bf16", dict(precision="bf16"), "bf16"),
+    Stage("compile", "torch.compile", dict(compile=True), "compiler"),
+    Stage("flash-attention", "no (T, T) matrix in memory", {"with": ["flash-attention"]}),
+    Stage("padded-vocab", "rows of the embedding: a multiple of 128", {"with": ["padded-vocab"]}),
+    Stage("clip", "gradients clipped at norm 1.0", dict(clip=1.0), "", True),
+    Stage("adamw", "no decay of vectors, fused AdamW", {"with": ["decay-groups", "fused-adamw"]}, "", True),
+    Stage("accumulation", "several micro-batches a step", dict(accumulation=None), "", True),
+    Stage("ddp", "DistributedDataParallel through torchrun", dict(ranks=None), "ranks", branch=True),
+    Stage("attention-backend", "attention by hardware: cuDNN's", {"with": ["attention-backend"]}, "backend"),
+    Stage("cpu-attention", "attention by batched products on a CPU", dict(kernel="cpu_attention")),
+    Stage("cast-once", "weights cast once a step, a bf16 residual stream", {"with": ["cast-once"]}, "bf16"),
+    Stage("chunked-head", "head and loss a chunk of rows at a time", {"with": ["chunked-head"]}),
+    Stage("kept-memory", "freed memory is kept for the next step", {"with": ["kept-memory"]}, "heap"),
+    Stage("triton-cross-entropy", "loss and its gradient in one pass", dict(kernel="cross_entropy")),
+    Stage("triton-layer-norm", "residual addition and norm in one pass", dict(kernel="layer_norm")),
+    Stage("triton-bias-gelu", "bias and GELU in one pass", dict(kernel="bias_gelu")),
+    Stage("triton-attention", "attention on packed q, k and v", dict(kernel="attention")),
+    Stage("triton-adamw", "all of AdamW in one launch", dict(kernel="adamw")),
+    Stage("cuda-graphs", "the compiled step replayed from graphs", dict(cuda_graphs=True), "graphs", branch=True),
+    Stage("fp8", "the blocks' products in FP8", dict(precision="fp8"), "fp8", branch=True),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to measure on."""
+
+    device: str  # cpu or cuda
+    name: str  # what the hardware calls itself
+    threads: int
+    cores: int
+    devices: int  # GPUs, or 1
+    memory: int  # bytes of a GPU, or of the machine
+    lacks: dict[str, str]  # what a stage may need and this machine has not: why
+    kernels: tuple[str, ...]  # those that the engine runs here by itself
+    facts: dict[str, Any]  # hardware and versions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all stages do alike."""
+
+    preset: str
+    seq_len: int
+    micro_batch: int
+    accumulation: int  # micro-batches of a step, from the stage of that name on
+    ranks: int  # of the ddp stage
+    steps: int
+    data: str
+    tokenizer: str | None
+    vocabulary: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A stage as it is run on this machine."""
+
+    stage: Stage
+    settings: Settings
+    before: str | None = None  # the stage that it is measured against
+    kept: bool = False  # the next stage builds on it
+    by_design: bool = False  # its loss is not that of `before`
+    skipped: str | None = None  # why
+
+
+def apply(change: Mapping[str, Any], settings: Settings) -> Settings:
+    """`settings` with a stage's change."""
+    change = dict(change)
+    added, kernel = change.pop("with", ()), change.pop("kernel", None)
+    without = tuple(name for name in settings.without if name not in added)
+    kernels = (*settings.kernels, kernel) if kernel else settings.kernels
+    return dataclasses.replace(settings, without=without, kernels=kernels, **change)
+
+
+def stays(stage: Stage, machine: Machine) -> bool:
+    """Whether the engine does this here by itself; where not, the stage is a branch."""
+    if "kernel" in stage.change:
+        return stage.change["kernel"] in machine.kernels
+    if "compile" in stage.change:
+        return machine.device == "cuda"
+    return not stage.branch
+
+
+def ladder(machine: Machine, only: Sequence[str] | None = None, failed: Iterable[str] = ()) -> list[Rung]:
+    """The stages in `only` (None: all) as this machine runs them, each on what is kept of all before it.
+
+    None builds on one that failed, and none is measured against one that is not in `only`.
+    """
+    rungs: list[Rung] = []
+    settings, before, design = Settings(device=machine.device), None, False  # design: of what was kept since `before`
+    for stage in LADDER:
+        if stage.name == "cpu" and machine.device == "cpu":
+            continue  # the baseline is just that
+        wanted = only is None or stage.name in only
+        mine, kept = apply(stage.change, settings), stays(stage, machine)
+        reason = machine.lacks.get(stage.change.get("kernel", stage.needs))
+        if mine.cuda_graphs and not mine.compile:
+            reason = reason or "needs compile"
+        if wanted:
+            rung = Rung(stage, mine, before, kept, design or stage.by_design)
+            rungs.append(Rung(stage, settings, skipped=reason) if reason else rung)
+        if reason or stage.name in failed:
+            continue
+        if kept:
+            settings, design = mine, design or stage.by_design
+        if wanted and (kept or stage.name == "cpu"):  # the baseline is measured against the CPU; it has nothing of it
+            before, design = stage.name, False
+    return rungs
+
+
+def default_settings(machine: Machine, failed: Iterable[str] = ()) -> Settings:
+    """What the engine does here by itself: the settings of the last kept stage."""
+    return [rung for rung in ladder(machine, None, failed) if rung.kept and rung.stage.name not in failed][-1].settings
+
+
+# --- scaling over ranks
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def scaling_points(most: int) -> dict[str, list[tuple[int, int]]]:
+    """(ranks, micro-batches of each) up to `most` ranks.
+
+    Weak scaling gives each rank one micro-batch, strong scaling divides `most` of them.
+    """
+    return {"weak": [(n, 1) for n in divisors(most)], "strong": [(n, most // n) for n in divisors(most)]}

@@ -1,0 +1,152 @@
+"""One run of benchmarks.stages: its command, its process, and the figures in its log and its trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ladder import Plan, Settings
+
+ENGINE = Path(__file__).resolve().parent.parent
+SEED = 1337
+LEARNING_RATE = 3e-4  # constant, and small: Adam's first steps blow up differences of rounding
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]:
+    """train_gpt2.py with a stage's options, through torchrun where there are several ranks."""
+    ranks = settings.ranks or plan.ranks
+    micro_batch = settings.micro_batch or plan.micro_batch
+    options: dict[str, Any] = {
+        "preset": plan.preset, "data": plan.data, "tokenizer": plan.tokenizer, "cache": cache, "seed": SEED,
+        "device": settings.device, "seq-len": plan.seq_len, "micro-batch": micro_batch,
+        "batch-tokens": micro_batch * plan.seq_len * (settings.accumulation or plan.accumulation),
+        "steps": settings.steps or plan.steps, "lr": LEARNING_RATE, "schedule": "constant", "warmup-steps": 0,
+        "clip": settings.clip, "precision": settings.precision, "kernels": ",".join(settings.kernels) or "torch",
+        "eval-every": 0, "save-every": 0, "sample-every": 0, "log-every": 0, "resume": "never", "out": out,
+    }  # fmt: skip
+    words = [sys.executable]
+    if ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    words.append(str(ENGINE / "train_gpt2.py"))
+    words += [str(word) for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    words.append("--compile" if settings.compile else "--no-compile")
+    words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
+    return words + (["--without", *settings.without] if settings.without else [])
+
+
+class Failed(Exception):
+    """A run ended otherwise than it should: the last line of its error."""
+
+
+class TimeUp(Exception):
+    """A run was cut off, or not begun, because the time was over."""
+
+
+def start(words: Sequence[str], output: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, on some of the cores or all, its output in a file."""
+    with output.open("w") as file, on_cores(cores):
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+
+
+@contextlib.contextmanager
+def on_cores(count: int | None) -> Generator[None]:
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(mine)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command that still runs, and torchrun's workers with it."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def execute(words: Sequence[str], output: Path, until: float, cores: int | None = None) -> None:
+    """Run a command to its end. Raises Failed, or TimeUp at `until` (of time.monotonic)."""
+    process = start(words, output, cores)
+    try:
+        code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise TimeUp from None
+    finally:
+        end(process)
+    if code:
+        raise Failed(last_error(output.read_text(errors="replace"), code))
+
+
+def last_error(output: str, code: int) -> str:
+    """The line that names the error: torchrun adds many after it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\[\w+\]:?\s*)?(error|[\w.]*(Error|Exception)): ", line)]
+    named = [line for line in named if "ChildFailedError" not in line] or lines[-1:]
+    return named[-1] if named else f"it ended with code {code}"
+
+
+def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
+    """What a finished run's log, and its trace where it has one, say; without the first steps."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in log if line["kind"] == "train"]
+    figures: dict[str, Any] = {
+        "step_ms": [step["step_ms"] for step in steps[warm_up:]],
+        "tokens_per_step": steps[0]["tokens"],
+        "memory_bytes": steps[-1]["memory_bytes"],
+        "loss": steps[-1]["loss"],
+        "warnings": [line["text"] for line in log if line["kind"] == "warning"],
+    }
+    trace = run / "profile" / "trace.json"
+    if trace.exists():
+        figures["communication"] = communication_share(json.loads(trace.read_text())["traceEvents"])
+    return figures
+
+
+def communication_share(events: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the traced steps in which ranks talk and this one computes nothing.
+
+    On a GPU: NCCL's kernels without the time of other kernels beside them. On a CPU: gloo's collectives without the
+    time of PyTorch's operations.
+    """
+    talk, work, steps = [], [], []
+    on_gpu = any(event.get("cat") == "kernel" for event in events)
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        name, kind = event["name"].lower(), event.get("cat")
+        span = event["ts"], event["ts"] + event["dur"]
+        if kind == "user_annotation" and name.startswith("profilerstep"):
+            steps.append(span)
+        elif name.startswith("nccl") and kind == "kernel" if on_gpu else name.startswith("gloo:"):
+            talk.append(span)
+        elif kind == "kernel" if on_gpu else name.startswith("aten::"):
+            work.append(span)
+    return (covered(talk + work) - covered(work)) / covered(steps)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans (begin, end)."""
+    total, reached = 0.0, -math.inf
+    for begin, finish in sorted(spans):
+        total += max(0.0, finish - max(begin, reached))
+        reached = max(reached, finish)
+    return total

@@ -1,0 +1,150 @@
+"""What benchmarks.stages asks of torch before it starts: the machine and the tokens. Each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ladder import Machine
+from benchmarks.machine import facts, product_ceiling
+from benchmarks.stages_run import say
+from config import PRESETS, GPTConfig, TrainConfig, UserError, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+GPT2_VOCABULARY = 50257  # no multiple of anything, as padding it needs
+TORCH_SOURCE = 8 << 20  # bytes of it beside the standard library: together they have pairs enough for that vocabulary
+
+
+def look(device: str, ranks: int | None) -> Machine:
+    """The machine that is meant. Raises UserError where there is none, or not so many ranks fit on it."""
+    import torch
+
+    known = facts(device)
+    device, hardware = known["device"], known["hardware"]
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"there is no ladder for {device}; use --device cpu")
+    cuda = device == "cuda"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = torch.cuda.device_count() if cuda else 1
+    room = devices if cuda else cores
+    if ranks is not None and not 1 < ranks <= room:
+        raise UserError(f"--ranks is {ranks}; it must be from 2 to the {room} {'GPUs' if cuda else 'cores'} there are")
+    chosen, without = kernels_of(device, known["native"])
+    return Machine(
+        device=device,
+        name=hardware["gpu"] or hardware["cpu"],
+        threads=hardware["threads"],
+        cores=cores,
+        devices=devices,
+        memory=torch.cuda.get_device_properties(0).total_memory if cuda else hardware["memory_bytes"],
+        lacks=lacks(torch.device(device), room) | without,
+        kernels=chosen,
+        facts=known,
+    )
+
+
+def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The kernels that the engine runs here by itself, and why others cannot run."""
+    from kernels import OPERATIONS, choose, named
+
+    cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=precision)
+    lacking = {}
+    for name in OPERATIONS:
+        try:
+            choose(dataclasses.replace(cfg, kernels=name), device)
+        except UserError as error:
+            lacking[name] = str(error).partition(";")[0].removeprefix(f"--kernels {name}: {name} ")
+    return named(choose(cfg, device)[0]), lacking
+
+
+def lacks(device: torch.device, room: int) -> dict[str, str]:
+    """What stages need and this machine has not, in the engine's own words; `room`: for how many ranks."""
+    import torch
+
+    from kernels._triton import missing
+    from model import attention_backends
+    from precision import choose_precision
+
+    def refused(precision: str) -> str | None:
+        try:
+            choose_precision(precision, device)
+        except UserError as error:
+            return str(error).partition(";")[0].removeprefix(f"--precision {precision} ")
+        return None
+
+    cuda = device.type == "cuda"
+    native, why = choose_precision("auto", device)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    best, plain = (attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False))
+    reasons = {
+        "tf32": refused("tf32"),
+        "bf16": None if native == "bf16" else why,
+        "compiler": missing("cuda") if cuda else None if compiler else "needs a C++ compiler",
+        "ranks": None if room > 1 else f"there is one {'GPU' if cuda else 'core'}",
+        "backend": None if best != plain else f"{best.name.lower()} is the best here already",
+        "heap": "about a CPU's memory" if cuda else None if sys.platform == "linux" else "needs Linux",
+        "graphs": missing("cuda") if cuda else "needs a CUDA GPU",
+        "fp8": refused("fp8"),
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def prepare(preset: str, seq_len: int, data: str, tokenizer: str | None, cache: Path) -> tuple[str | None, int, int]:
+    """Make the tokenizer and the tokens, once; returns the tokenizer, its vocabulary and the FLOPs of a token."""
+    import torch
+
+    from dataset import open_data
+    from model import GPT
+
+    if data == "stdlib" and tokenizer is None:
+        tokenizer = str(cache / "tokenizer")
+        if not Path(tokenizer).exists():
+            train_tokenizer(Path(tokenizer))
+    opened = open_data(data, None, tokenizer, TrainConfig.text_column, cache, seq_len, say)
+    vocabulary = opened.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = GPT(config_of(preset, seq_len, vocab_size=vocabulary))
+    return tokenizer, vocabulary, model.flops_per_token(seq_len)
+
+
+def train_tokenizer(folder: Path) -> None:
+    """A byte-level BPE with as many tokens as GPT-2's, from the Python source on this machine."""
+    import torch
+
+    import corpus
+    from tokenizer import train_bpe
+
+    sources = sorted(Path(torch.__file__).parent.rglob("*.py"))
+    sizes = itertools.accumulate(path.stat().st_size for path in sources)
+    beside = [path for path, size in zip(sources, sizes) if size <= TORCH_SOURCE]
+    say(f"training a tokenizer of {GPT2_VOCABULARY:,} tokens on this machine's Python source")
+    texts = (text for text, _ in corpus.TextFiles([*corpus.stdlib_files(), *beside]).segments())
+    train_bpe(texts, GPT2_VOCABULARY, folder)
+
+
+def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
+    """The largest power of two up to 32 with which the baseline, which holds the most, fits into a GPU."""
+    from memory import estimate
+
+    baseline: dict[str, Any] = dict(tied_head=False, padded_vocab=False, attention="explicit", chunked_head=False)
+    config = config_of(preset, seq_len, **baseline)
+    fitting = (n for n in (32, 16, 8, 4, 2) if estimate(config, n, seq_len, device_type="cuda").total < 0.75 * memory)
+    return next(fitting, 1)
+
+
+def product_ceilings(device: str, precisions: Sequence[str]) -> dict[str, float]:
+    """FLOP/s of one large matrix product by precision."""
+    return {precision: product_ceiling(device, precision, 1.0) for precision in precisions}
+
+
+def config_of(preset: str, seq_len: int, **more: Any) -> GPTConfig:
+    shape: dict[str, Any] = PRESETS[preset] | more
+    return GPTConfig(block_size=seq_len, **shape)

@@ -1,0 +1,466 @@
+"""The ladder: its stages are the engine's own options, its figures are what the logs say, and it goes on where it ended.
+
+No timing is asserted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from launch import write_inputs
+
+import kernels
+from benchmarks import stages, stages_report, stages_run
+from benchmarks.ladder import LADDER, Machine, Plan, Settings, default_settings, ladder, scaling_points
+from benchmarks.stages import Bench
+from benchmarks.stages_run import Failed, TimeUp
+from benchmarks.stages_setup import fitting_micro_batch
+from config import OPTIMIZATIONS, TrainConfig, UserError, parse, resolve
+
+AUTO = ("cross_entropy", "adamw")  # of a GPU and a compiled model
+H200 = Machine(
+    "cuda",
+    "NVIDIA H200",
+    8,
+    16,
+    1,
+    139 << 30,
+    {"ranks": "there is one GPU", "heap": "no", "cpu_attention": "no"},
+    AUTO,
+    {},
+)
+CPU_LACKS = dict.fromkeys(("tf32", "backend", "graphs", "fp8", *kernels.TRITON), "no")
+CPU = Machine("cpu", "AMD EPYC", 2, 2, 1, 24 << 30, CPU_LACKS, (), {"versions": {"torch": "2.13.0", "cuda": None}})
+PLAN = Plan("micro", 16, 2, 4, 2, 5, "text.txt", "tokenizer", 300, 1_000_000)
+NAMES = [stage.name for stage in LADDER]
+
+
+def rungs_of(machine: Machine, **options: Any) -> dict[str, Any]:
+    return {rung.stage.name: rung for rung in ladder(machine, **options)}
+
+
+def record(rate: float, loss: float | None = 5.0, **more: Any) -> dict[str, Any]:
+    """Figures of a run of `rate` tokens a second."""
+    known = dict(
+        step_ms=[1e6 / rate] * 3, tokens_per_step=1000, memory_bytes=2**30, loss=loss, warnings=[], command="x"
+    )
+    return known | more
+
+
+# --- the ladder
+
+
+def test_each_optimization_and_kernel_is_a_stage_once() -> None:
+    added = [name for stage in LADDER for name in stage.change.get("with", ())]
+    assert sorted(added) == sorted(OPTIMIZATIONS)
+    assert sorted(s.change["kernel"] for s in LADDER if "kernel" in s.change) == sorted(kernels.OPERATIONS)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("machine", [H200, CPU])
+def test_the_last_kept_stage_is_what_the_engine_does_by_itself(machine, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda device: None)
+    engine = resolve(TrainConfig(precision="bf16"), machine.device)
+    chosen = kernels.named(kernels.choose(engine, machine.device)[0])
+    settings = default_settings(dataclasses.replace(machine, kernels=chosen))
+    assert settings.kernels == chosen
+    assert (settings.compile, settings.clip, settings.cuda_graphs) == (engine.compile, engine.clip, engine.cuda_graphs)
+    assert (settings.precision, settings.accumulation, settings.ranks) == ("bf16", None, 1)
+    skipped = [rung.stage for rung in ladder(machine) if rung.skipped]
+    assert list(settings.without) == [name for stage in skipped for name in stage.change.get("with", ())]
+
+
+def test_a_stage_is_the_kept_one_before_and_its_change() -> None:
+    rungs = rungs_of(CPU)
+    assert "cpu" not in rungs and rungs["baseline"].settings == Settings(device="cpu")
+    assert rungs["tf32"].skipped == "no"
+    assert rungs["compile"].settings.compile and not rungs["compile"].kept
+    assert rungs["flash-attention"].before == "bf16" and not rungs["flash-attention"].settings.compile
+    assert rungs["ddp"].before == "accumulation" == rungs["cast-once"].before
+    assert rungs["cast-once"].settings.ranks == 1 and rungs["ddp"].settings.ranks is None
+    gpu = rungs_of(H200)
+    assert gpu["baseline"].before == "cpu" and gpu["baseline"].settings.device == "cuda"
+    assert (
+        gpu["triton-bias-gelu"].settings.kernels == ("cross_entropy", "bias_gelu") and not gpu["triton-bias-gelu"].kept
+    )
+    assert gpu["triton-adamw"].settings.kernels == AUTO and gpu["fp8"].before == "triton-adamw"
+
+
+def test_nothing_builds_on_a_stage_that_failed() -> None:
+    gpu = rungs_of(H200, failed=["compile", "triton-cross-entropy"])
+    assert gpu["compile"].settings.compile and not gpu["flash-attention"].settings.compile
+    assert gpu["flash-attention"].before == "bf16"
+    assert gpu["cuda-graphs"].skipped == "needs compile"
+    assert default_settings(H200, ["triton-adamw"]).kernels == ("cross_entropy",)
+    assert gpu["triton-adamw"].settings.kernels == ("adamw",)
+
+
+def test_of_some_stages_each_is_measured_against_one_of_them() -> None:
+    rungs = rungs_of(CPU, only=["baseline", "bf16", "flash-attention", "clip"])
+    assert [(name, rung.before) for name, rung in rungs.items()] == [
+        ("baseline", None), ("bf16", "baseline"), ("flash-attention", "bf16"), ("clip", "flash-attention"),
+    ]  # fmt: skip
+    assert rungs["bf16"].by_design  # the head and the initialisation lie between
+    assert not rungs["flash-attention"].by_design
+    assert rungs["clip"].settings == rungs_of(CPU)["clip"].settings
+
+
+@pytest.mark.parametrize("machine", [H200, CPU])
+def test_every_command_is_one_that_the_engine_takes(machine, tmp_path) -> None:
+    for rung in ladder(machine):
+        if rung.skipped:
+            continue
+        words = stages_run.command(rung.settings, PLAN, tmp_path / "cache", tmp_path / "run")
+        script = next(i for i, word in enumerate(words) if word.endswith("train_gpt2.py"))
+        assert ("torch.distributed.run" in words[:script]) == (rung.stage.name == "ddp")
+        cfg = resolve(parse(TrainConfig, words[script + 1 :]), rung.settings.device)
+        assert (cfg.without, cfg.clip, cfg.compile) == (
+            rung.settings.without,
+            rung.settings.clip,
+            rung.settings.compile,
+        )
+        assert kernels.named(cfg.kernels) == rung.settings.kernels
+        assert cfg.batch_tokens == 16 * (rung.settings.micro_batch or 2) * (rung.settings.accumulation or 4)
+        assert not (cfg.eval_every or cfg.save_every or cfg.sample_every)
+
+
+def test_scaling_points_divide() -> None:
+    assert scaling_points(4) == {"weak": [(1, 1), (2, 1), (4, 1)], "strong": [(1, 4), (2, 2), (4, 1)]}
+    assert stages.distinct_points(2) == [(1, 1), (2, 1), (1, 2)]
+    assert stages.distinct_points(1) == []
+
+
+# --- figures
+
+
+def test_rates_and_ratios_are_medians_of_the_same_rounds() -> None:
+    assert stages_report.rate(record(1) | {"step_ms": [10.0, 20.0, 500.0]}) == 50_000
+    slow_minute = [record(100), record(10), record(100)], [record(50), record(5), record(40)]
+    assert stages_report.ratio(*slow_minute) == 2
+    assert stages_report.ratio(slow_minute[0], ()) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "before", "precisions", "by_design", "expected"),
+    [
+        (5.00004, 5.0, {"fp32"}, False, "same"),
+        (5.001, 5.0, {"fp32"}, False, "differs"),
+        (5.001, 5.0, {"fp32", "bf16"}, False, "same"),  # the coarser counts
+        (5.1, 5.0, {"bf16"}, False, "differs"),
+        (5.1, 5.0, {"bf16"}, True, "by design"),
+        (5.0, 5.0, {"bf16"}, True, "same"),
+        (5.0, None, {"bf16"}, False, ""),
+        (None, 5.0, {"bf16"}, True, "not finite"),
+    ],
+)  # fmt: skip
+def test_losses_are_compared_within_the_precision(loss, before, precisions, by_design, expected) -> None:
+    assert stages_report.compare_loss(loss, before, precisions, by_design) == expected
+
+
+def made_up(machine: Machine = CPU) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of a ladder in which each stage is a tenth faster, flash attention changes the loss, and clip failed."""
+    failed = {"clip": "RuntimeError: a | b " + 100 * "x"}
+    rungs = ladder(machine, None, failed)
+    records: dict[str, list[dict[str, Any]]] = {rung.stage.name: [] for rung in rungs}
+    for i, rung in enumerate(rungs):
+        if not rung.skipped and rung.stage.name != "kept-memory":
+            loss = 5.5 if rung.stage.name == "flash-attention" else 5.0
+            records[rung.stage.name] = [record(100 * 1.1**i, loss), record(90 * 1.1**i, loss)]
+    ceilings = {"fp32": 1e9, "bf16": 2e9}
+    rows = stages_report.stage_rows(rungs, records, failed, PLAN, machine, ceilings, {"fp32": None, "bf16": 4e9})
+    extra = dict(date="2026-11-20T12:00", ceilings=ceilings, warm_up=2, tolerance=stages_report.TOLERANCE)
+    return rows, extra | {"stages": rows, "plan": dataclasses.asdict(PLAN), "scaling": []}
+
+
+def test_rows_say_what_each_stage_was() -> None:
+    rows = {row["stage"]: row for row in made_up()[0]}
+    assert rows["baseline"]["x_first"] == 1 and rows["baseline"]["x_before"] is None
+    assert rows["tied-head"]["x_before"] == pytest.approx(1.1)
+    assert rows["baseline"]["mfu_measured"] == pytest.approx(95 * 1e6 / 1e9) and rows["baseline"]["mfu_sheet"] is None
+    assert rows["bf16"]["mfu_sheet"] == pytest.approx(rows["bf16"]["mfu_measured"] / 2)
+    assert rows["baseline"]["slowest"] == pytest.approx(90) and rows["baseline"]["fastest"] == pytest.approx(100)
+    status = {name: row["status"] for name, row in rows.items()}
+    assert [status[name] for name in ("baseline", "compile", "tf32", "clip", "kept-memory")] == [
+        "kept", "branch", "skipped", "failed", "not reached",
+    ]  # fmt: skip
+    assert rows["flash-attention"]["loss_is"] == "differs" and rows["bf16"]["loss_is"] == "same"
+    assert rows["adamw"]["before"] == "padded-vocab"  # not clip, which failed
+
+
+def test_a_row_beside_the_gpu_has_no_share_of_its_ceiling() -> None:
+    rows = {row["stage"]: row for row in made_up(H200)[0]}
+    assert rows["cpu"]["mfu_measured"] is None and rows["cpu"]["loss_is"] == ""
+    assert rows["baseline"]["x_before"] == pytest.approx(1.1)
+    assert rows["fp8"]["mfu_measured"] is None  # no ceiling was measured in it
+
+
+def test_table_reads_as_plain_text_and_as_markdown() -> None:
+    text = stages_report.text_of(made_up()[1], PLAN, CPU)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(made_up()[0]) and len({len(line) for line in table}) == 1
+    assert len({line.count("|") for line in table}) == 1  # none in a cell
+    by_stage = {line.split("|")[1].strip(): line for line in table}
+    assert "LOSS DIFFERS" in by_stage["flash-attention"] and "branch" in by_stage["compile"]
+    assert "skipped: no" in by_stage["tf32"] and "failed: RuntimeError: a / b" in by_stage["clip"]
+    assert "torch 2.13.0." in text and "None" not in text
+
+
+def test_chart_is_drawn_with_every_kind_of_row(tmp_path) -> None:
+    rows, result = made_up()
+    stages_report.draw(result, "title", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    drawn = [row["stage"] for row in stages_report.joined(rows)]
+    assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn  # skipped alike, in one row
+    stages_report.draw(result | {"stages": rows[3:4], "ceilings": {}}, "only a skipped one", tmp_path / "b.png")
+
+
+def test_scaling_is_over_one_rank_at_the_same_work() -> None:
+    points = {
+        (1, 1): ([record(100)], None), (2, 1): ([record(150)], record(1, communication=0.2)),
+        (1, 2): ([record(120)], None),
+    }  # fmt: skip
+    weak, strong = (
+        [r for r in stages_report.scaling_rows(points, 2) if r["kind"] == kind] for kind in ("weak", "strong")
+    )
+    assert [(r["ranks"], r["speedup"], r["efficiency"], r["communication"]) for r in weak] == [
+        (1, 1, 1, None), (2, 1.5, 0.75, 0.2),
+    ]  # fmt: skip
+    assert [(r["ranks"], r["micro_batches_per_rank"], r["speedup"]) for r in strong] == [
+        (1, 2, 1),
+        (2, 1, pytest.approx(1.25)),
+    ]
+    text = stages_report.scaling_text([*weak, *strong], CPU)
+    assert "75.0%" in text and "gloo" in text
+
+
+def event(name: str, category: str, begin: float, end: float) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": category, "ts": begin, "dur": end - begin}
+
+
+def test_communication_counts_only_where_nothing_is_computed() -> None:
+    steps = [event("ProfilerStep#2", "user_annotation", 0, 60), event("ProfilerStep#3", "user_annotation", 60, 100)]
+    gpu = [
+        event("ncclDevKernel_AllReduce", "kernel", 10, 40),
+        event("gemm", "kernel", 0, 20),
+        event("aten::mm", "cpu_op", 0, 99),
+    ]
+    assert stages_run.communication_share(steps + gpu) == pytest.approx(0.2)
+    cpu = [
+        event("gloo:all_reduce", "user_annotation", 10, 40),
+        event("aten::mm", "cpu_op", 0, 20),
+        event("aten::mm", "cpu_op", 15, 30),
+    ]
+    assert stages_run.communication_share([*steps, *cpu, {"ph": "M", "name": "x"}]) == pytest.approx(0.1)
+
+
+# --- runs
+
+
+def test_steps_are_those_that_the_time_allows() -> None:
+    least, most = stages.TIMED
+    assert stages.steps_for(seconds=20, start_up=10, step=1, warm_up=2) == 10
+    assert stages.steps_for(seconds=5, start_up=10, step=1, warm_up=2) == 2 + least
+    assert stages.steps_for(seconds=1e6, start_up=10, step=1, warm_up=2) == 2 + most
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("banner\nerror: --precision fp8 needs a GPU\n", "error: --precision fp8 needs a GPU"),
+        ("Traceback\n  x()\nRuntimeError: boom\n", "RuntimeError: boom"),
+        ("[rank1]: torch.OutOfMemoryError: CUDA\n" + "torch.distributed.elastic.ChildFailedError: \n" + 9 * "=", "[rank1]: torch.OutOfMemoryError: CUDA"),
+        ("Segmentation fault\n", "Segmentation fault"),
+        ("", "it ended with code 9"),
+    ],
+)  # fmt: skip
+def test_the_last_error_is_found(output, expected) -> None:
+    assert stages_run.last_error(output, 9) == expected
+
+
+def test_a_run_past_its_time_is_ended(tmp_path) -> None:
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(TimeUp):
+        stages_run.execute(words, tmp_path / "out.txt", until=time.monotonic() + 0.2)
+    with pytest.raises(Failed, match="ValueError: no"):
+        stages_run.execute([sys.executable, "-c", "raise ValueError('no')"], tmp_path / "out.txt", until=math.inf)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    """A bench without ceilings whose runs are made up: see `runs`."""
+    monkeypatch.setattr(stages, "measure_ceilings", lambda bench, number: None)
+    bench = Bench(tmp_path, CPU, PLAN)
+    (tmp_path / "runs").mkdir()
+    return bench
+
+
+@pytest.fixture
+def runs(bench, monkeypatch) -> list[tuple[str, int]]:
+    """The runs made, in order; that of `flash-attention` fails."""
+    made: list[tuple[str, int]] = []
+
+    def run(self: Bench, name: str, number: int, settings: Settings, cores: int | None = None) -> dict[str, Any]:
+        made.append((name, number))
+        if name == "flash-attention":
+            raise Failed("RuntimeError: boom")
+        figures = record(100, settings=stages.as_json(settings), wall_seconds=1.0)
+        self.path(name, number).with_suffix(".json").write_text(json.dumps(figures))
+        return figures
+
+    monkeypatch.setattr(Bench, "run", run)
+    return made
+
+
+ONLY = ["baseline", "flash-attention", "clip"]
+
+
+def test_rounds_go_round_the_ladder_and_past_a_failure(bench, runs, capsys) -> None:
+    stages.measure(bench, ONLY, rounds=2, most=1)
+    assert runs == [("baseline", 1), ("flash-attention", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
+    assert bench.failed == {"flash-attention": "RuntimeError: boom"} and bench.done == bench.total == 5
+    stored = json.loads(bench.path("clip", 1).with_suffix(".json").read_text())
+    assert "flash-attention" in stored["settings"]["without"]  # not built on
+    assert "[2/6] flash-attention        failed: RuntimeError: boom" in capsys.readouterr().err
+
+
+def test_a_second_call_makes_only_what_is_missing(bench, runs) -> None:
+    stages.measure(bench, ["baseline"], rounds=1, most=1)
+    again = Bench(bench.folder, CPU, PLAN)
+    stages.measure(again, ["baseline", "clip"], rounds=2, most=1)
+    assert runs == [("baseline", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
+    bench.path("clip", 2).with_suffix(".json").write_text('{"torn')
+    stages.measure(Bench(bench.folder, CPU, PLAN), ["baseline", "clip"], rounds=2, most=1)
+    assert runs[4:] == [("clip", 2)]
+
+
+def test_no_run_begins_that_would_not_be_done_in_time(bench, runs) -> None:
+    bench.until = time.monotonic() - 1
+    stages.measure(bench, ONLY, rounds=1, most=1)
+    assert runs == [] and bench.done == 0 and bench.total == 3
+
+
+def test_scaling_runs_each_point_and_traces_those_of_several_ranks(bench, runs) -> None:
+    stages.measure(bench, ["scaling"], rounds=2, most=2)
+    timed = ["ranks-1-each-1", "ranks-2-each-1", "ranks-1-each-2"]
+    assert runs == [*((n, 1) for n in timed), ("ranks-2-each-1", stages.TRACE), *((n, 2) for n in timed)]
+    trace = json.loads(bench.path("ranks-2-each-1", stages.TRACE).with_suffix(".json").read_text())["settings"]
+    assert trace["profile"] and trace["ranks"] == 2 and trace["accumulation"] == 2
+
+
+def test_each_compiled_graph_is_made_once_ahead(tmp_path, monkeypatch, capsys) -> None:
+    made: list[Settings] = []
+
+    def command(settings: Settings, *_: Any) -> list[str]:
+        made.append(settings)
+        return [sys.executable, "-c", "raise SystemExit(len('one fails') % 2)"]
+
+    monkeypatch.setattr(stages, "command", command)
+    bench = Bench(tmp_path, H200, PLAN)
+    (tmp_path / "runs").mkdir()
+    rungs = [rung for rung in ladder(H200) if rung.skipped is None]
+    stages.compile_ahead(bench, rungs)
+    distinct = {"compile", "flash-attention", "padded-vocab", "attention-backend", "cast-once", "chunked-head"}
+    distinct |= {
+        "triton-cross-entropy",
+        "triton-layer-norm",
+        "triton-bias-gelu",
+        "triton-attention",
+        "cuda-graphs",
+        "fp8",
+    }
+    assert len(made) == len(set(made)) == len(distinct)
+    assert all(settings.steps == settings.accumulation == 1 for settings in made)
+    stages.compile_ahead(bench, rungs)
+    assert len(made) == len(distinct)  # their code is in the cache
+
+
+def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
+    large, small = (fitting_micro_batch("gpt2", 1024, memory << 30) for memory in (139, 16))
+    assert large == 32 and small < 16
+
+
+# --- the command
+
+
+def test_a_wrong_name_is_one_line(run, tmp_path) -> None:
+    done = run("-m", "benchmarks.stages", "--only", "baseline,flash-attn", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --only flash-attn: no such stage (did you mean flash-attention?); there are ")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"identity": {"preset": "micro", "steps": 5}, "plan": dataclasses.asdict(PLAN)}))
+    assert stages.stored_plan(file, {"preset": "micro", "steps": 5}) == PLAN
+    with pytest.raises(UserError, match=r"holds another ladder \(preset was micro, is mini\)"):
+        stages.stored_plan(file, {"preset": "mini", "steps": 5})
+    file.write_text("[]")
+    with pytest.raises(UserError, match="not of a ladder"):
+        stages.stored_plan(file, {})
+
+
+def test_a_number_out_of_range_is_refused() -> None:
+    for options, message in (
+        (stages.Options(steps=2), "--steps is 2; it must be at least 4"),
+        (stages.Options(rounds=0), "--rounds is 0"),
+        (stages.Options(micro_batch=0), "--micro-batch is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stages.check(options)
+
+
+def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
+    bench.done, bench.total = 3, 3
+    assert stages.ended(bench) == 0 and capsys.readouterr().err == ""
+    bench.total = 5
+    assert stages.ended(bench) == 0 and "after 3 of 5 runs; the same command" in capsys.readouterr().err
+    bench.failed["bf16"] = "RuntimeError: boom"
+    assert stages.ended(bench) == 1 and "bf16 failed: RuntimeError: boom" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(run, tmp_path) -> Callable[[], Any]:
+    """The whole program on three stages of a tiny model, where it can be called again."""
+    write_inputs(tmp_path)
+    words = ["--preset", "micro", "--quick", "--device", "cpu", "--seq-len", "16", "--micro-batch", "2", "--steps", "4"]
+    words += [
+        "--rounds",
+        "1",
+        "--only",
+        "baseline,tied-head,accumulation",
+        "--data",
+        "text.txt",
+        "--tokenizer",
+        "tokenizer",
+    ]
+    return lambda: run("-m", "benchmarks.stages", *words, "--out", "ladder")
+
+
+def test_it_measures_writes_and_goes_on(small, tmp_path) -> None:
+    done = small()
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "ladder"
+    result = json.loads((out / "stages.json").read_text())
+    rows = {row["stage"]: row for row in result["stages"]}
+    assert list(rows) == ["baseline", "tied-head", "accumulation"]
+    log = [json.loads(line) for line in (out / "runs/accumulation-1/log.jsonl").read_text().splitlines()]
+    assert rows["accumulation"]["loss"] == log[-1]["loss"] and len(log) == 4
+    assert rows["accumulation"]["step_ms"] == pytest.approx((log[2]["step_ms"] + log[3]["step_ms"]) / 2)
+    assert rows["accumulation"]["tokens_per_step"] == 128 == 4 * rows["baseline"]["tokens_per_step"]
+    config = json.loads((out / "runs/baseline-1/config.json").read_text())
+    assert set(config["without"]) == set(OPTIMIZATIONS) and config["precision"] == "fp32" and not config["compile"]
+    assert result["ceilings"]["fp32"] > 0 and rows["baseline"]["mfu_measured"] > 0
+    assert done.stdout.strip() == (out / "stages.md").read_text().strip()
+    assert (out / "stages.png").read_bytes().startswith(b"\x89PNG")
+    again = small()
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("found in the folder") == 3
+    assert json.loads((out / "stages.json").read_text())["stages"] == result["stages"]
