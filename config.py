@@ -68,7 +68,7 @@ class GPTConfig:
     padded_vocab: bool = True  # pad the embedding to a multiple of VOCAB_MULTIPLE
     attention: Literal["sdpa", "explicit"] = "sdpa"
     chunked_head: bool = True  # in training, logits a chunk of rows at a time
-    triton: tuple[str, ...] = ()  # operations of kernels/ that run in Triton
+    kernels: tuple[str, ...] = ()  # operations of kernels/ that run in place of PyTorch's
     fp8: bool = False  # in training, the blocks' products in FP8
     recompute: bool = False  # recompute each block's activations in the backward pass
 
@@ -177,7 +177,7 @@ class TrainConfig:
     compile: bool | None = None
     """torch.compile the model. Default: on CUDA yes, elsewhere no."""
     kernels: str = "auto"
-    """auto, torch, triton, or names of operations to run in Triton, comma-separated. auto: what suits the hardware."""
+    """auto, torch, triton, or names of kernels, comma-separated. auto: what is faster on this hardware."""
     without: tuple[str, ...] = ()
     """Optimizations to leave out, to see what each is worth: names in README."""
     compile_unit: Literal["auto", "model", "block"] = "auto"

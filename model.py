@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from config import GPTConfig, UserError
 from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
+from kernels.cpu_attention import cpu_attention
 from kernels.cross_entropy import cross_entropy
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
@@ -91,7 +92,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.kind = "triton" if "attention" in config.triton else config.attention
+        self.kernels = config.kernels
+        self.explicit = config.attention == "explicit"
         self.c_attn = Linear(config, config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config, config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -99,8 +101,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if self.kind == "triton" and mask is None and extend is None:
+        plain = mask is None and extend is None
+        if plain and "attention" in self.kernels:
             y = packed_attention(qkv, segments)  # (B, T, n_head, head_dim)
+        elif plain and "cpu_attention" in self.kernels:
+            y = cpu_attention(qkv)
         else:
             y = self._attend(qkv, mask, extend).transpose(1, 2)
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
@@ -112,7 +117,7 @@ class Attention(nn.Module):
         # One new token sees everything before it; several without a mask are a plain causal sequence.
         causal = mask is None and q.shape[2] > 1
         dropout = self.dropout if self.training else 0.0
-        if self.kind == "explicit":
+        if self.explicit:
             return explicit_attention(q, k, v, mask, causal, dropout)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
@@ -130,7 +135,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cau
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.triton = "bias_gelu" in config.triton
+        self.triton = "bias_gelu" in config.kernels
         self.c_fc = Linear(config, config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(config, 4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -148,7 +153,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.triton = "layer_norm" in config.triton
+        self.triton = "layer_norm" in config.kernels
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -246,7 +251,7 @@ class GPT(nn.Module):
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, n_embd), targets (N,); one fp32 scalar."""
-        triton = "cross_entropy" in self.config.triton
+        triton = "cross_entropy" in self.config.kernels
         if self.config.chunked_head:
             return linear_cross_entropy(x, self.head_weight, targets, self.config.vocab_size, triton)
         if triton:
@@ -262,7 +267,7 @@ class GPT(nn.Module):
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        in_kernel = "attention" in self.config.triton and cache is None  # documents need no mask there
+        in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
         branch = None
         for layer, block in enumerate(self.transformer.h):
@@ -275,7 +280,7 @@ class GPT(nn.Module):
                 x, branch = block(x, branch, mask, segments, extend)
         if cache is not None:
             cache.length += T
-        return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.triton)[1]
+        return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.kernels)[1]
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut off."""

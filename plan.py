@@ -44,12 +44,11 @@ def settle(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Choices]:
         torch.use_deterministic_algorithms(True)
     cfg = resolve(cfg, world.device.type)
     precision, why = choose_precision(cfg.precision, world.device)
-    kernels, lost = choose(
-        cfg.kernels, world.device.type, compiled=bool(cfg.compile), documents=cfg.document_mask, dropout=cfg.dropout
-    )
-    cfg = dataclasses.replace(cfg, precision=precision, kernels=kernels)
+    cfg = dataclasses.replace(cfg, precision=precision)
+    kernels, lost = choose(cfg, world.device.type)
+    cfg = dataclasses.replace(cfg, kernels=kernels)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):  # else glibc is left alone
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)

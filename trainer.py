@@ -233,7 +233,7 @@ class Run:
             "device": f"{world.size} x {world.device.type} ({device}){threads}",
             "precision": f"{cfg.precision} ({choices.precision})",
             "attention": choices.backends[0].name.lower(),
-            "kernels": f"{'torch' if cfg.kernels == 'torch' else cfg.kernels.replace(',', ', ') + ' in Triton'}, {compiled}"
+            "kernels": f"{cfg.kernels.replace(',', ', ')}, {compiled}"
             + (f", without {', '.join(cfg.without)}" if cfg.without else ""),
         }
         last = {

@@ -1,53 +1,71 @@
-"""One file an operation: the plain PyTorch reference, the Triton kernel, its autograd function, one public function.
+"""One file an operation: the plain PyTorch reference, the kernel, its autograd function, one public function.
 
-Which operations run in Triton is chosen once, here, at start-up, and handed to the model and the optimizer as a tuple
-of names (GPTConfig.triton). Nothing falls back in silence.
+Which operations run on the kernels here is chosen once, at start-up, and handed to the model and the optimizer as a
+tuple of names (GPTConfig.kernels). Nothing falls back in silence.
 """
 
 from __future__ import annotations
 
-from config import UserError, nearest
+import torch
+
+from config import TrainConfig, UserError, nearest
+from kernels import cpu_attention
 from kernels._triton import missing
 
-OPERATIONS = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
+TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
+OPERATIONS = (*TRITON, "cpu_attention")
 FUSED_BY_COMPILER = ("layer_norm", "bias_gelu")  # torch.compile makes the like of these kernels by itself
 
 
 def named(kernels: str) -> tuple[str, ...]:
-    """The operations in Triton of a resolved `--kernels`: torch, or their names with commas between."""
+    """The operations of a resolved `--kernels`: torch, or names with commas between."""
     return () if kernels in ("auto", "torch") else tuple(_asked(kernels))
 
 
-def choose(
-    kernels: str, device_type: str, *, compiled: bool, documents: bool, dropout: float
-) -> tuple[str, str | None]:
-    """Resolve `--kernels`, and say what `auto` has to do without. Raises UserError.
+def choose(cfg: TrainConfig, device_type: str) -> tuple[str, str | None]:
+    """Resolve `--kernels` where all else is resolved, and say what `auto` has to do without. Raises UserError.
 
-    auto: on a CUDA GPU, what torch.compile cannot make of PyTorch's operations, and attention where documents would
-    need a mask. triton: every operation. Else the names of operations.
+    auto: on a CUDA GPU what torch.compile cannot make of PyTorch's operations, and attention where documents would
+    need a mask; on a CPU what is faster there. triton: every operation in Triton. Else the names of operations.
     """
-    if kernels == "torch" or (kernels == "auto" and device_type != "cuda"):
+    if cfg.kernels == "torch":
         return "torch", None
-    names = _automatic(compiled, documents) if kernels == "auto" else _asked(kernels)
-    reason = missing(device_type)
-    if reason is None and dropout and "attention" in names:
-        reason, names = "has no attention with dropout", [name for name in names if name != "attention"]
-    elif reason:
-        lost, names = ", ".join(names), []
-        reason = f"{reason}: {lost}" if kernels == "auto" else reason
-    chosen = ",".join(names) or "torch"
-    if reason and kernels != "auto":
-        raise UserError(f"--kernels {kernels} {reason}; use --kernels {chosen}")
-    return chosen, f"--kernels auto {reason}; PyTorch's operations run in place of it" if reason else None
+    names = _automatic(cfg, device_type) if cfg.kernels == "auto" else _asked(cfg.kernels)
+    lacking: dict[str, list[str]] = {}
+    for name in names:
+        if reason := _lacking(name, cfg, device_type):
+            lacking.setdefault(reason, []).append(name)
+    chosen = ",".join(name for name in names if not any(name in lost for lost in lacking.values())) or "torch"
+    reasons = "; ".join(f"{', '.join(lost)} {reason}" for reason, lost in lacking.items())
+    if lacking and cfg.kernels != "auto":
+        raise UserError(f"--kernels {cfg.kernels}: {reasons}; use --kernels {chosen}")
+    return chosen, f"PyTorch's operations run in place of some kernels: {reasons}" if lacking else None
 
 
-def _automatic(compiled: bool, documents: bool) -> list[str]:
-    left = FUSED_BY_COMPILER if compiled else ()
-    return [name for name in OPERATIONS if name not in left and (name != "attention" or documents)]
+def _automatic(cfg: TrainConfig, device_type: str) -> list[str]:
+    if device_type == "cuda":
+        left = FUSED_BY_COMPILER if cfg.compile else ()
+        return [name for name in TRITON if name not in left and (name != "attention" or cfg.document_mask)]
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    pays = device_type == "cpu" and "attention-backend" not in cfg.without and cpu_attention.pays(dtype)
+    return ["cpu_attention"] if pays and not _lacking("cpu_attention", cfg, "cpu") else []
+
+
+def _lacking(name: str, cfg: TrainConfig, device_type: str) -> str | None:
+    """Why an operation cannot run here; None where it can."""
+    if "attention" in name and cfg.dropout:
+        return "has no dropout"
+    if "attention" in name and "flash-attention" in cfg.without:
+        return "is not --without flash-attention"
+    if name != "cpu_attention":
+        return missing(device_type)
+    if device_type != "cpu":
+        return "needs a CPU"
+    return "has no documents" if cfg.document_mask else None
 
 
 def _asked(kernels: str) -> list[str]:
-    names = list(OPERATIONS) if kernels == "triton" else kernels.split(",")
+    names = list(TRITON) if kernels == "triton" else kernels.split(",")
     for name in names:
         if name not in OPERATIONS:
             known = ["auto", "torch", "triton", *OPERATIONS]

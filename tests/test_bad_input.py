@@ -95,7 +95,9 @@ MISTAKES = {  # options: what the line must hold
     "--out new --precision fp16": ["--precision fp16 needs a CUDA GPU", "bf16"],
     "--out new --precision tf32": ["--precision tf32 needs a CUDA GPU", "fp32"],
     "--out new --precision fp8": ["--precision fp8"],
-    "--out new --kernels triton": ["--kernels triton needs a CUDA GPU", "--kernels torch"],
+    "--out new --kernels triton --dropout 0": ["--kernels triton", "needs a CUDA GPU", "--kernels torch"],
+    "--out new --kernels layernorm": ["--kernels layernorm", "did you mean layer_norm"],
+    "--out new --without cast-onces": ["--without cast-onces", "did you mean cast-once"],
     # --config
     "--config nowhere.json": ["--config nowhere.json: No such file"],
     "--config text.txt": ["--config text.txt is not valid"],

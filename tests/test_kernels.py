@@ -6,57 +6,69 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from launch import small, write_inputs
 
 import kernels
 import kernels._triton
-from config import UserError
+from config import TrainConfig, UserError
 
-PLAIN: dict[str, Any] = dict(compiled=True, documents=False, dropout=0.0)
-EAGER: dict[str, Any] = {**PLAIN, "compiled": False}
-DOCUMENTS: dict[str, Any] = {**PLAIN, "documents": True}
-DROPOUT: dict[str, Any] = {**DOCUMENTS, "dropout": 0.1}
-ALL = ",".join(kernels.OPERATIONS)
+TRITON = ",".join(kernels.TRITON)
+
+
+def choose(asked: str, device_type: str, **options: Any) -> tuple[str, str | None]:
+    given: dict[str, Any] = {"kernels": asked, "compile": True, "precision": "bf16", **options}
+    return kernels.choose(TrainConfig(**given), device_type)
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(kernels._triton, "INTERPRETED", False)
-    assert kernels.choose("auto", "cpu", **PLAIN) == kernels.choose("torch", "cpu", **PLAIN) == ("torch", None)
     for asked in ("triton", "adamw"):
         with pytest.raises(UserError, match=r"needs a CUDA GPU.*--kernels torch"):
-            kernels.choose(asked, "cpu", **PLAIN)
+            choose(asked, "cpu")
     monkeypatch.setattr(kernels._triton, "triton", None)
     with pytest.raises(UserError, match="not installed"):
-        kernels.choose("triton", "cuda", **PLAIN)
+        choose("triton", "cuda")
 
 
 def test_auto_says_what_is_lost_without_triton(monkeypatch):
     monkeypatch.setattr(kernels._triton, "triton", None)
-    chosen, lost = kernels.choose("auto", "cuda", **PLAIN)
+    chosen, lost = choose("auto", "cuda")
     assert chosen == "torch" and lost is not None and "cross_entropy, adamw" in lost and "not installed" in lost
 
 
 def test_triton_is_chosen_whole_or_by_name():
-    assert kernels.choose("triton", "cuda", **PLAIN) == (ALL, None)
-    assert kernels.choose("layer_norm,adamw", "cuda", **PLAIN) == ("layer_norm,adamw", None)
-    assert kernels.choose(ALL, "cuda", **PLAIN) == (ALL, None)  # what a resolved configuration says
-    assert kernels.named("torch") == () and kernels.named(ALL) == kernels.OPERATIONS
+    assert choose("triton", "cuda") == (TRITON, None)
+    assert choose("layer_norm,adamw", "cuda") == ("layer_norm,adamw", None)
+    assert choose(TRITON, "cuda") == (TRITON, None)  # what a resolved configuration says
+    assert kernels.named("torch") == () and kernels.named(TRITON) == kernels.TRITON
     with pytest.raises(UserError, match="did you mean layer_norm"):
-        kernels.choose("layernorm", "cuda", **PLAIN)
+        choose("layernorm", "cuda")
 
 
 def test_auto_leaves_to_the_compiler_what_it_can_do():
-    assert kernels.choose("auto", "cuda", **PLAIN)[0] == "cross_entropy,adamw"
-    eager = kernels.choose("auto", "cuda", **EAGER)[0]
-    assert eager == "cross_entropy,layer_norm,bias_gelu,adamw"
+    assert choose("auto", "cuda")[0] == "cross_entropy,adamw"
+    assert choose("auto", "cuda", compile=False)[0] == "cross_entropy,layer_norm,bias_gelu,adamw"
 
 
 def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
-    assert "attention" in kernels.choose("auto", "cuda", **DOCUMENTS)[0]
-    chosen, lost = kernels.choose("auto", "cuda", **DROPOUT)
+    assert "attention" in choose("auto", "cuda", document_mask=True)[0].split(",")
+    chosen, lost = choose("auto", "cuda", document_mask=True, dropout=0.1)
     assert "attention" not in chosen and lost is not None and "dropout" in lost
     with pytest.raises(UserError, match="dropout; use --kernels cross_entropy,layer_norm,bias_gelu,adamw"):
-        kernels.choose("triton", "cuda", **DROPOUT)
+        choose("triton", "cuda", dropout=0.1)
+
+
+def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
+    monkeypatch.setattr(kernels.cpu_attention, "pays", lambda dtype: dtype == torch.bfloat16)
+    assert choose("auto", "cpu") == ("cpu_attention", None)
+    for options in ({"precision": "fp32"}, {"dropout": 0.1}, {"document_mask": True}):
+        assert choose("auto", "cpu", **options) == ("torch", None)
+    for without in ("attention-backend", "flash-attention"):
+        assert choose("auto", "cpu", without=(without,)) == ("torch", None)
+    assert choose("torch", "cpu") == ("torch", None)
+    with pytest.raises(UserError, match="needs a CPU; use --kernels adamw"):
+        choose("cpu_attention,adamw", "cuda")
 
 
 def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
@@ -84,7 +96,7 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
         assert done.returncode == 0, done.stderr
         log = map(json.loads, (tmp_path / kernels_named / "log.jsonl").read_text().splitlines())
         losses[kernels_named] = [x.get("loss", x.get("val_loss")) for x in log if x["kind"] in ("train", "eval")]
-        banner = ALL.replace(",", ", ") + " in Triton" if kernels_named == "triton" else "torch"
+        banner = TRITON.replace(",", ", ") if kernels_named == "triton" else "torch"
         assert banner in done.stdout
     assert len(losses["torch"]) == 3
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)

@@ -1,0 +1,253 @@
+"""Causal attention on a CPU, made of batched matrix products: a group of heads, a block of queries at a time.
+
+PyTorch's flash attention walks small tiles and, on a CPU without AMX, multiplies them at a fifth of the rate that its
+batched product of bf16 matrices reaches (on Zen 4: 35 of 200 GFLOP/s a thread). Here one call multiplies a block of
+queries of a whole group of heads with all the keys that they may see. The scores of one block are held, never all of
+them, and only q, k and v are kept for the backward pass, which makes the scores and their softmax again. The gradient
+comes back packed: autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them.
+The reference is `kernels.attention.attention_reference`.
+
+Scores, softmax and the gradient of the probabilities are fp32: bf16 has 8 bits, which would put a score of 10 off by
+2% of its probability. Probabilities and the gradient of the scores are rounded to the inputs' dtype for the other
+products, as flash attention rounds them; sums over blocks of queries are fp32 again.
+
+The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a block of queries
+meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in place of half of it.
+
+Threads take whole groups and each product runs within one, so the bits do not depend on which thread does what.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token of a head at
+# head_dim 64, no longer stays in the caches: here 18 MB a thread.
+TOKENS = 6144  # times heads, in a group
+
+
+def _rows(T: int) -> int:
+    """Queries in a block: with more, products are larger and so is the waste above the diagonal. Measured."""
+    return min(T, 64 if T <= 512 else 128)
+
+
+def pays(dtype: torch.dtype) -> bool:
+    """Whether this is faster here than scaled_dot_product_attention: asked of the CPU and torch's build alone, never
+    of a measurement, so that a run that is resumed on a like machine computes the same bits.
+
+    Measured on Zen 4, so true for bf16 and fp32 where the CPU has avx512_bf16. With AMX PyTorch's flash attention runs
+    its bf16 products in tiles; there, and on other CPUs, nobody has compared the two.
+    """
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # fp32's products, bf16's
+    cpu = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return libraries and cpu and dtype in (torch.bfloat16, torch.float32)
+
+
+class _Block:
+    """Some queries of a group of heads and the keys that any of them may see, as views into the group's memory."""
+
+    def __init__(self, group: _Group, first: int, end: int):
+        g, _, D = group.out.shape
+        rows, keys = slice(first, end), slice(0, end)
+
+        def cut(inputs: Tensor) -> list[Tensor]:
+            return [x[:, part] for x, part in zip(inputs, (rows, keys, keys, rows))]
+
+        def shaped(memory: Tensor, *shape: int) -> Tensor:
+            return memory[: math.prod(shape)].view(shape)
+
+        self.scale = D**-0.5
+        self.narrow, self.wide = cut(group.inputs), cut(group.wide_inputs)  # q, k, v and the output's gradient
+        self.out = group.out[:, rows]
+        self.dk, self.dv = group.dkv[:, :, keys]
+        self.scores, self.dscores = (shaped(memory, g, end - first, end) for memory in group.scores)
+        self.diagonal = self.scores[:, :, first:]
+        self.above = group.above[: end - first, : end - first]
+        self.rounded, self.part = None, None
+        if group.rounded is not None and group.part is not None:
+            self.rounded, self.part = shaped(group.rounded, g, end - first, end), shaped(group.part, g, end, D)
+
+    def forward(self) -> None:
+        torch.bmm(self._round(self._probabilities()), self.narrow[2], out=self.out)
+
+    def backward(self) -> None:
+        """Write dq where the output was; add to dk and dv."""
+        q, k, _, grad = self.narrow
+        _, _, wide_v, wide_grad = self.wide
+        p = self._probabilities()
+        self._add_product(self.dv, self._round(p), grad, 1.0)
+        dp = torch.bmm(wide_grad, wide_v.transpose(1, 2), out=self.dscores)
+        # p (dp - rowsum(p dp)): the softmax's own gradient in one pass, and nothing of the forward pass is needed.
+        torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        ds = self._round(dp)
+        torch.baddbmm(self.out, ds, k, beta=0, alpha=self.scale, out=self.out)
+        self._add_product(self.dk, ds, q, self.scale)
+
+    def _probabilities(self) -> Tensor:
+        q, k, _, _ = self.wide
+        torch.baddbmm(self.scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=self.scores)
+        self.diagonal.add_(self.above)
+        return torch.softmax(self.scores, -1, out=self.scores)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x if self.rounded is None else self.rounded.copy_(x)
+
+    def _add_product(self, total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        """total += scale x a' b, the sum in total's dtype."""
+        a = a.transpose(1, 2)
+        if self.part is None:
+            total.baddbmm_(a, b, alpha=scale)
+        else:
+            total.add_(torch.baddbmm(self.part, a, b, beta=0, alpha=scale, out=self.part))
+
+
+class _Group:
+    """The memory that g heads are computed in, used again by one group after the other: fresh pages cost time."""
+
+    def __init__(self, g: int, T: int, D: int, dtype: torch.dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = _rows(T)
+        self.inputs = torch.empty(4, g, T, D, dtype=dtype)  # q, k, v and the output's gradient
+        self.wide_inputs = self.inputs if dtype == wide else torch.empty(4, g, T, D, dtype=wide)
+        self.out = torch.empty(g, T, D, dtype=dtype)
+        self.dkv = torch.empty(2, g, T, D, dtype=wide)
+        self.scores = torch.empty(2, g * rows * T, dtype=wide)  # and their gradient
+        self.rounded = None if dtype == wide else torch.empty(g * rows * T, dtype=dtype)
+        self.part = None if dtype == wide else torch.empty(g * T * D, dtype=dtype)
+        self.above = torch.full((rows, rows), -torch.inf, dtype=wide).triu_(1)  # the diagonal
+        self.blocks = [_Block(self, i, min(i + rows, T)) for i in range(0, T, rows)]
+
+    def forward(self, qkv: Tensor, out: Tensor) -> None:
+        """qkv (b, T, 3, h, D) to out (b, T, h, D)."""
+        self._load(qkv, slice(0, 3))
+        for block in self.blocks:
+            block.forward()
+        _store(self.out[None], out.unsqueeze(2))
+
+    def backward(self, qkv: Tensor, grad: Tensor, dqkv: Tensor) -> None:
+        """qkv (b, T, 3, h, D) and the output's gradient (b, T, h, D) to dqkv, as qkv."""
+        self._load(qkv, slice(0, 3))
+        self._load(grad.unsqueeze(2), slice(3, 4))
+        self.dkv.zero_()
+        for block in self.blocks:
+            block.backward()
+        _store(self.out[None], dqkv[:, :, :1])
+        _store(self.dkv, dqkv[:, :, 1:])
+
+    def _load(self, x: Tensor, which: slice) -> None:
+        """x (b, T, n, h, D) into n of the inputs."""
+        x = _heads_first(x)
+        self.inputs[which].view(x.shape).copy_(x)
+        if self.wide_inputs is not self.inputs:
+            self.wide_inputs[which].copy_(self.inputs[which])
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(b, T, n, h, D) seen as (n, b, h, T, D)."""
+    return x.permute(2, 0, 3, 1, 4)
+
+
+def _store(x: Tensor, out: Tensor) -> None:
+    """x (n, b * h, T, D) into out (b, T, n, h, D), rounded to its dtype."""
+    out = _heads_first(out)
+    out.copy_(x.view(out.shape))
+
+
+def _parts(n: int, most: int) -> list[slice]:
+    """range(n) in parts as even as can be, of at most `most`."""
+    size = math.ceil(n / math.ceil(n / most))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _groups(B: int, T: int, H: int, threads: int) -> list[tuple[slice, slice]]:
+    """Sequences and heads that are computed together: some heads of one sequence, or all of several."""
+    most = max(1, min(TOKENS // T, B * H // threads))
+    return list(itertools.product(_parts(B, max(1, most // H)), _parts(H, most)))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which an operation of torch's takes one thread and not all."""
+    all_here = threading.Barrier(threads)
+
+    def start() -> None:
+        torch.get_num_threads()  # makes this thread's own setting, which would else be made later and undo the next line
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, "cpu_attention", start)
+    list(pool.map(lambda _: all_here.wait(), range(threads)))
+    torch.set_num_threads(threads)  # what threads of the future begin with was set too
+    return pool
+
+
+def _for_each_group(qkv: Tensor, task: Callable[[_Group, slice, slice], None]) -> None:
+    """task(group, batch, heads) for all sequences and heads of qkv, on as many threads as torch has been given."""
+    B, T, _, H, D = qkv.shape
+    threads = torch.get_num_threads()
+    parts = iter(_groups(B, T, H, threads))
+
+    def work(_: int) -> None:
+        group_of = functools.cache(lambda g: _Group(g, T, D, qkv.dtype))
+        with torch.inference_mode():  # a thread begins with gradients on
+            for batch, heads in parts:
+                task(group_of((batch.stop - batch.start) * (heads.stop - heads.start)), batch, heads)
+
+    if threads == 1:
+        work(0)
+    else:
+        list(_pool(threads).map(work, range(threads)))
+
+
+@torch.library.custom_op("gpt2::cpu_attention", mutates_args=())
+def _forward(qkv: Tensor) -> Tensor:
+    """out (B, T, n_head, head_dim)."""
+    B, T, _, H, D = qkv.shape
+    out = qkv.new_empty(B, T, H, D)
+    _for_each_group(qkv, lambda group, b, h: group.forward(qkv[b, :, :, h], out[b, :, h]))
+    return out
+
+
+@_forward.register_fake
+def _(qkv: Tensor) -> Tensor:
+    B, T, _, H, D = qkv.shape
+    return qkv.new_empty(B, T, H, D)
+
+
+@torch.library.custom_op("gpt2::cpu_attention_backward", mutates_args=())
+def _backward(qkv: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of qkv, packed like it (B, T, 3, n_head, head_dim)."""
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _for_each_group(qkv, lambda group, b, h: group.backward(qkv[b, :, :, h], grad[b, :, h], dqkv[b, :, :, h]))
+    return dqkv
+
+
+@_backward.register_fake
+def _(qkv: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_forward.register_autograd(lambda ctx, grad: _backward(*ctx.saved_tensors, grad), setup_context=_setup_context)
+
+
+def cpu_attention(qkv: Tensor) -> Tensor:
+    """Causal softmax attention, scores times 1 / sqrt(head_dim): qkv (B, T, 3, n_head, head_dim) packed q, k and v to
+    (B, T, n_head, head_dim), contiguous; any strides, any floating-point dtype.
+
+    Under autocast the work is done in autocast's dtype, as by scaled_dot_product_attention.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        qkv = qkv.to(torch.get_autocast_dtype("cpu"))
+    return _forward(qkv)
