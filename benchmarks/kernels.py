@@ -35,6 +35,7 @@ import distributed
 import kernels.adamw
 import kernels.attention
 import kernels.bias_gelu
+import kernels.cpu_attention
 import kernels.cross_entropy
 import kernels.fp8_linear
 import kernels.layer_norm
@@ -292,10 +293,16 @@ def attention(place: Place, document: int | None = None) -> Operation:
     def triton(qkv: Tensor) -> Sequence[Tensor]:
         return [kernels.attention.attention(qkv, segments)]
 
+    def blocks(qkv: Tensor) -> Sequence[Tensor]:
+        return [kernels.cpu_attention.cpu_attention(qkv)]
+
+    forms = usual(place, eager, triton)
+    if not document:
+        forms[f"{OURS}, on a CPU"] = Form(lambda: blocks, None if place.device.type == "cpu" else "needs a CPU")
     pairs = B * H * (T // length) * length * (length + 1) / 2
     return Operation(
         f"{B} x {T:,} x {H} x {D}", pairs * (2 + 5) * 2 * D, "product", leaves(place.randn(B, T, 3, H, D)),
-        (place.randn(B, T, H, D),), usual(place, eager, triton), TOLERANCE[place.dtype],
+        (place.randn(B, T, H, D),), forms, TOLERANCE[place.dtype],
     )  # fmt: skip
 
 
@@ -661,7 +668,7 @@ def here(device: torch.device, quick: bool) -> Place:
         no_fp8 = "needs a GPU with FP8"
     return Place(
         device,
-        torch.bfloat16 if gpu else torch.float32,
+        torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32,
         SIZES["quick" if quick else device.type],
         no_triton=missing("cuda") if gpu else "needs a GPU",
         no_compiler="--quick compiles nothing" if quick else None if compiler else "needs a C++ compiler",
