@@ -14,7 +14,7 @@ products, as flash attention rounds them; sums over blocks of queries are fp32 a
 The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a block of queries
 meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in place of half of it.
 
-Threads take whole groups and each product runs within one, so the bits do not depend on which thread does what.
+Threads take whole groups and each product runs within one, so the number of threads changes no bit.
 """
 
 from __future__ import annotations
