@@ -27,6 +27,7 @@ from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
 from kernels.cross_entropy import cross_entropy
+from kernels.embedding import embedding
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
@@ -266,7 +267,8 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=idx.device)
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        x = embedding(idx, self.transformer.wte.weight) + self.transformer.wpe(positions)
+        x = self.transformer.drop(x)
         in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
         branch = None
