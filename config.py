@@ -36,6 +36,7 @@ OPTIMIZATIONS = {
     "cast-once": "weights cast to the products' format once a step, activations in it throughout; else autocast",
 }
 
+ATTENTION_WIDTH = 128  # of a head that the Triton kernel can hold
 FP8_MULTIPLE = 16  # of every width that the tensor cores see in FP8
 VOCAB_MULTIPLE = 128  # the embedding is padded inside to this, so that its matrix products run at full rate
 
@@ -81,6 +82,11 @@ class GPTConfig:
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
 
+        if "attention" in self.kernels and self.n_embd // self.n_head > ATTENTION_WIDTH:
+            raise UserError(
+                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are {self.n_embd // self.n_head} "
+                f"wide; leave it out of --kernels or raise --n-head"
+            )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
                 f"--precision fp8 needs a width that is a multiple of {FP8_MULTIPLE}, and n_embd is {self.n_embd}; "

@@ -27,7 +27,6 @@ from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
 from kernels.cross_entropy import cross_entropy
-from kernels.embedding import embedding
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
@@ -232,6 +231,11 @@ class GPT(nn.Module):
         """(padded_vocab_size, n_embd)"""
         return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks' weights, and so of the residual stream (precision.py may have cast them)."""
+        return self.transformer.h[0].mlp.c_fc.weight.dtype
+
     def forward(
         self,
         idx: Tensor,
@@ -256,7 +260,7 @@ class GPT(nn.Module):
         if self.config.chunked_head:
             return linear_cross_entropy(x, self.head_weight, targets, self.config.vocab_size, triton)
         if triton:
-            return cross_entropy(F.linear(x, self.head_weight), targets, self.config.vocab_size).sum()
+            return cross_entropy(self._padded_logits(x), targets, self.config.vocab_size).sum()
         return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
 
     def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -267,8 +271,7 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=idx.device)
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
-        x = embedding(idx, self.transformer.wte.weight) + self.transformer.wpe(positions)
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(self.dtype)
         in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
         branch = None
@@ -286,7 +289,10 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut off."""
-        return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        return self._padded_logits(x)[..., : self.config.vocab_size]
+
+    def _padded_logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.head_weight.to(x.dtype))
 
     def n_params(self) -> int:
         """Parameters of the exact model: the vocabulary's padding is not counted."""

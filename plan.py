@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 import distributed
 from config import TrainConfig, UserError, resolve
 from distributed import World
-from kernels import choose
+from kernels import choose, named
 from memory import keeps_freed, set_allocator
 from model import attention_backends
 from precision import DTYPES, choose_precision
@@ -34,6 +34,7 @@ class Choices:
 
     precision: str  # why it is that
     backends: list[SDPBackend]  # of attention, in the order to try
+    attention: str  # what computes it in training
     lost: str | None  # what `auto` had to do without
 
 
@@ -52,7 +53,10 @@ def settle(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Choices]:
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)
-    return cfg, Choices(why, attention_backends(world.device, dtype, cfg.deterministic, by_hardware), lost)
+    backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)
+    written_out = "explicit" if "flash-attention" in cfg.without else backends[0].name.lower()
+    attention = next((f"{name} kernel" for name in named(kernels) if "attention" in name), written_out)
+    return cfg, Choices(why, backends, attention, lost)
 
 
 def rows_per_rank(cfg: TrainConfig, world: World) -> int:

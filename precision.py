@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -33,26 +33,34 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 class Cast(nn.Module):
-    """`module` with its parameters cast to the products' format once, when `refresh` is called, not in every use.
+    """`module` with the weights of its products cast to their format once, when `refresh` is called, not in every use.
 
-    The module sees the copies in place of its parameters, so whatever it computes is in that format throughout, the
-    residual stream too; a parameter gets its gradient in fp32. The trade-off against autocast: half the bytes in
-    every operation that is not a product, and one more copy of the weights in half their size.
+    The module sees the copies in place of its linear layers' parameters, and computes in their format; a parameter gets
+    its gradient in fp32. Embeddings and norms stay as they are: their gradients are sums of many, and a table is
+    too large for what little of it is read. The trade-off against autocast: half the bytes in every operation that
+    is not a product, for one more copy of the weights in half their size.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.module = module
-        self.copies = {name: p.detach().to(dtype) for name, p in module.named_parameters()}
+        self.params = dict(_of_linear_layers(module))
+        self.copies = {name: p.detach().to(dtype) for name, p in self.params.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stand_ins = {name: _Copy.apply(p, self.copies[name]) for name, p in self.module.named_parameters()}
+        stand_ins = {name: _Copy.apply(p, self.copies[name]) for name, p in self.params.items()}
         return functional_call(self.module, stand_ins, args, kwargs)
 
     def refresh(self) -> None:
         """Cast the parameters anew: after every change of them."""
         with torch.no_grad():
-            torch._foreach_copy_(list(self.copies.values()), list(self.module.parameters()))
+            torch._foreach_copy_(list(self.copies.values()), list(self.params.values()))
+
+
+def _of_linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            yield from layer.named_parameters(prefix, recurse=False)
 
 
 class _Copy(torch.autograd.Function):

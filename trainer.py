@@ -232,7 +232,7 @@ class Run:
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
             "device": f"{world.size} x {world.device.type} ({device}){threads}",
             "precision": f"{cfg.precision} ({choices.precision})",
-            "attention": choices.backends[0].name.lower(),
+            "attention": choices.attention,
             "kernels": f"{cfg.kernels.replace(',', ', ')}, {compiled}"
             + (f", without {', '.join(cfg.without)}" if cfg.without else ""),
         }

@@ -36,7 +36,7 @@ def linear_cross_entropy_reference(
     Columns at and past vocab_size are padding and take no part; targets of -100 give 0. Returns fp32:
     (N,) for reduction "none", a scalar for "sum".
     """
-    logits = F.linear(x, weight)[:, :vocab_size].float()
+    logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 

@@ -11,7 +11,7 @@ from launch import small, write_inputs
 
 import kernels
 import kernels._triton
-from config import TrainConfig, UserError
+from config import GPTConfig, TrainConfig, UserError
 
 TRITON = ",".join(kernels.TRITON)
 
@@ -69,6 +69,12 @@ def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
     assert choose("torch", "cpu") == ("torch", None)
     with pytest.raises(UserError, match="needs a CPU; use --kernels adamw"):
         choose("cpu_attention,adamw", "cuda")
+
+
+def test_a_head_too_wide_for_the_kernel_is_refused():
+    GPTConfig(n_embd=512, n_head=4, kernels=("attention",))
+    with pytest.raises(UserError, match="up to 128, and these are 256 wide"):
+        GPTConfig(n_embd=512, n_head=2, kernels=("attention",))
 
 
 def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
