@@ -83,9 +83,10 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
 
         if "attention" in self.kernels and self.n_embd // self.n_head > ATTENTION_WIDTH:
+            wide = self.n_embd // self.n_head
             raise UserError(
-                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are {self.n_embd // self.n_head} "
-                f"wide; leave it out of --kernels or raise --n-head"
+                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are {wide} wide; "
+                f"leave it out of --kernels or raise --n-head"
             )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
@@ -187,7 +188,7 @@ class TrainConfig:
     without: tuple[str, ...] = ()
     """Optimizations to leave out, to see what each is worth: names in README."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
-    """What torch.compile takes at once. auto: the model; with several ranks its blocks, so that gradients arrive one by one."""
+    """What torch.compile takes at once. auto: the model; its blocks on a CPU, and with several ranks."""
     cuda_graphs: bool = False
     """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False

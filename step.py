@@ -140,8 +140,11 @@ class StepResult:
 
 
 def compile_unit(cfg: TrainConfig, world: World) -> str:
-    """model or block. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them."""
-    return cfg.compile_unit if cfg.compile_unit != "auto" else "block" if world.size > 1 else "model"
+    """model or block. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them; and
+    on a CPU the head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
+    if cfg.compile_unit != "auto":
+        return cfg.compile_unit
+    return "block" if world.size > 1 or world.device.type == "cpu" else "model"
 
 
 def compile_model(model: nn.Module, cfg: TrainConfig, world: World) -> None:

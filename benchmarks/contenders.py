@@ -105,8 +105,8 @@ Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss o
 # --- this engine
 
 
-def ours(case: Case) -> Step:
-    """step.TrainStep as trainer.train sets it up; only the tokens are made up."""
+def ours(case: Case, **options: Any) -> Step:
+    """step.TrainStep as trainer.train sets it up; only the tokens are made up. `options` are TrainConfig's."""
     import gc
 
     import numpy as np
@@ -126,7 +126,7 @@ def ours(case: Case) -> Step:
             return {"idx": idx, "targets": targets_of(idx)}
 
     world = distributed.start(case.device)
-    cfg, choices = settle(train_config(case), world)
+    cfg, choices = settle(dataclasses.replace(train_config(case), **options), world)
     assert isinstance(cfg.micro_batch, int)
     task = RandomTokens()
     task.cfg = cfg
@@ -158,6 +158,11 @@ def train_config(case: Case) -> TrainConfig:
 
 def ours_in_fp8(case: Case) -> Step:
     return ours(dataclasses.replace(case, precision="fp8"))
+
+
+def ours_compiled(case: Case) -> Step:
+    """With what --compile gives on a CPU, where it is not the default."""
+    return ours(case, compile=True)
 
 
 # --- the others
@@ -315,7 +320,8 @@ class Contender:
         """What this machine has not that it needs."""
         if self.builder is liger and device == "cpu":
             return "needs a CUDA GPU"
-        if self.compiled and device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        compiles = self.compiled or self.builder is ours_compiled
+        if compiles and device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "needs a C++ compiler"
         return None
 
@@ -347,6 +353,7 @@ def _all() -> Iterator[tuple[str, Contender]]:
             needs = (*imports, "precision", *(("torch._inductor.compile_fx",) if compiled else ()))
             devices = ("cpu",) if kept else ("cpu", "cuda")
             yield words, Contender(builder, needs, devices, compiled, kept, padded)
+    yield f"{OURS} compiled", Contender(ours_compiled, ("step", "torch._inductor.compile_fx"), ("cpu",))
     yield f"{OURS} fp8", Contender(ours_in_fp8, ("step",), ("cuda",))
 
 

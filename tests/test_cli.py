@@ -356,7 +356,8 @@ def aot_eager(counts: Path) -> None:
 
 def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, tmp_path):
     often = ("--eval-every", "3", "--sample-every", "4")
-    found = variant(inputs, "graphs", "--compile", *often, patch=functools.partial(aot_eager, tmp_path / "counts"))
+    words = ("--compile", "--compile-unit", "model", *often)
+    found = variant(inputs, "graphs", *words, patch=functools.partial(aot_eager, tmp_path / "counts"))
     assert found == pytest.approx(plain, rel=1e-4)
     counts = [json.loads(line) for line in (tmp_path / "counts").read_text().splitlines()]
     assert counts[:3] == [[1, 0]] * 3  # one graph for training, no break
