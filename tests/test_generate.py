@@ -151,11 +151,11 @@ def test_padding_ids_are_never_drawn(model: GPT) -> None:
 def test_a_row_ends_before_end_of_text_and_its_neighbours_go_on(model: GPT) -> None:
     options = Sampling(decode="greedy", max_new_tokens=30)
     whole = generate(model, PROMPTS, options, eot=None)
-    eot = whole[2][4]
+    eot = next(token for token in whole[2] if not all(token in row for row in whole))
     seen: list[list[int]] = [[], [], []]
     cut = generate(model, PROMPTS, options, eot, on_token=lambda row, token: seen[row].append(token))
     assert cut == [row[: row.index(eot)] if eot in row else row for row in whole]
-    assert len(cut[2]) <= 4 and max(map(len, cut)) == 30
+    assert len(cut[2]) < 30 and max(map(len, cut)) == 30
     assert seen == cut
 
 
