@@ -1,7 +1,10 @@
 # make train       set up and run the main job on this machine       make train ARGS="--steps 100"
-# make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-n 2 -k floors"
+# make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-k floors"
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
+
+# Two processes: most of the tests' time is spent in programs that they start.
+PYTEST_ARGS = -n 2
 
 .PHONY: train test gpu-check lint setup clean
 .SILENT:
