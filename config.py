@@ -81,7 +81,6 @@ class GPTConfig:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
-
         if "attention" in self.kernels and self.n_embd // self.n_head > ATTENTION_WIDTH:
             wide = self.n_embd // self.n_head
             raise UserError(
@@ -257,6 +256,8 @@ def resolve(cfg: TrainConfig, device_type: str) -> TrainConfig:
     default("save_every", min(1000, max(1, cfg.steps // 5)))
     default("sample_every", cfg.eval_every)
     default("compile", gpu)
+    if cfg.cuda_graphs and not (gpu and cfg.compile):
+        raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     default("out", f"runs/{cfg.preset or Path(cfg.init).name}")
     return cfg
 

@@ -69,9 +69,8 @@ def estimate(
 
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
     `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`.
-    `base`: bytes of the process before it
-    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's). `cast_once`:
-    the products read copies of the weights (precision.Cast).
+    `cast_once`: the products read copies of the weights (precision.Cast). `base`: bytes of the process before it
+    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
     """
     live = _step(config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once)
     on_cpu = device_type == "cpu"

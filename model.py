@@ -82,9 +82,12 @@ class Linear(nn.Linear):
         self.fp8 = config.fp8
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.fp8 and self.training:
-            return fp8_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            return fp8_linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -141,8 +144,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.triton and not self.c_fc.fp8:
-            h = bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, triton=True)
+        if self.triton:
+            h = bias_gelu(self.c_fc.product(x), self.c_fc.bias, triton=True)
         else:
             h = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(h))

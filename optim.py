@@ -55,15 +55,13 @@ class Group:
 def default_groups(model: nn.Module, cfg: TrainConfig) -> list[Group]:
     """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices apart."""
     named = dict(model.named_parameters())
-    if "decay-groups" in cfg.without:
-        return [Group(named, cfg.weight_decay)]
     matrices = {name: p for name, p in named.items() if p.dim() >= 2}
     vectors = {name: p for name, p in named.items() if p.dim() < 2}
     hidden = {name: p for name, p in matrices.items() if ".h." in name} if cfg.optimizer == "muon" else {}
     tables = {name: p for name, p in matrices.items() if name not in hidden}
     groups = [
         Group(tables, cfg.weight_decay),
-        Group(vectors),
+        Group(vectors, cfg.weight_decay if "decay-groups" in cfg.without else 0.0),
         Group(hidden, cfg.weight_decay, optimizer="muon"),
     ]
     return [group for group in groups if group.params]

@@ -13,11 +13,8 @@ from torch.func import functional_call
 
 from config import UserError
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}  # of activations; fp8's products are narrower
+# Of activations; the products of fp8 are narrower.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 CAST_ONCE = ("bf16", "fp8")  # fp16's range is too small for a residual stream
 
 

@@ -123,8 +123,8 @@ class TaskModule(nn.Module):
         self.model = model
         self.task = task
 
-    def forward(self, function: str, batch: Any) -> Any:
-        return getattr(self.task, function)(self.model, batch)
+    def forward(self, batch: Any, *functions: str) -> tuple[Any, ...]:
+        return tuple(getattr(self.task, function)(self.model, batch) for function in functions)
 
 
 @dataclass
@@ -231,7 +231,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _backward(self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
-        terms = self._call(self.synced, "loss", to_device(batch, self.world.device))
+        (terms,) = self._call(self.synced, batch, "loss")
         used = [k for k in factors if k in terms]
         # DDP averages over ranks; the objective is a sum.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
@@ -244,14 +244,15 @@ class TrainStep:
 
     def evaluate(self, batch: Any) -> tuple[dict[str, Tensor | float], dict[int, Any]]:
         """The task's `sums` and `outputs` of a batch, computed as in training."""
-        batch = to_device(batch, self.world.device)
-        return self._call(self.module, "sums", batch), self._call(self.module, "outputs", batch)
+        sums, outputs = self._call(self.module, batch, "sums", "outputs")
+        return sums, outputs
 
-    def _call(self, module: nn.Module, function: str, batch: Any) -> Any:
+    def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
+        batch = to_device(batch, self.world.device)
         if isinstance(self.module, Cast):
-            return module(function, batch)
+            return module(batch, *functions)
         with autocast(self.cfg.precision, self.world.device):
-            return module(function, batch)
+            return module(batch, *functions)
 
     def _touch(self) -> Tensor:
         """0, with a zero gradient for every parameter: the head of an absent term takes part as it does elsewhere."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmarks.table import markdown
 from config import GPTConfig, UserError, entry_point, nearest, parse
 
 if TYPE_CHECKING:
@@ -97,21 +98,22 @@ def measure(generators: dict[str, Generate], repetitions: int) -> dict[str, list
 
 
 def table(rows: list[dict[str, Any]], title: str) -> str:
-    lines = [
-        title,
-        "",
-        "| shape | batch | this engine, tokens/s | transformers, tokens/s | ratio of medians | slowest-fastest ratio |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        "shape",
+        "batch",
+        "this engine, tokens/s",
+        "transformers, tokens/s",
+        "ratio of medians",
+        "slowest-fastest ratio",
+    )
+    cells = []
     for row in rows:
         ours, theirs = row["seconds"]["this engine"], row["seconds"]["transformers"]
         rate = [row["tokens"] / statistics.median(seconds) for seconds in (ours, theirs)]
         pairs = sorted(t / o for o, t in zip(ours, theirs, strict=True))
-        lines.append(
-            f"| {row['shape']} | {row['batch']} | {rate[0]:,.0f} | {rate[1]:,.0f} | {rate[0] / rate[1]:.2f} "
-            f"| {pairs[0]:.2f}-{pairs[-1]:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        ratios = f"{rate[0] / rate[1]:.2f}", f"{pairs[0]:.2f}-{pairs[-1]:.2f}"
+        cells.append([row["shape"], str(row["batch"]), f"{rate[0]:,.0f}", f"{rate[1]:,.0f}", *ratios])
+    return f"{title}\n\n{markdown(head, cells, words=(0,))}\n"
 
 
 def main() -> None:

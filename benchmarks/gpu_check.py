@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import markdown
 from files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
@@ -189,9 +190,7 @@ class Check:
             rows.append(
                 [of["part"], of["result"], f"{of['seconds']:.0f}", lines[-1].replace("|", ",") if lines else ""]
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, ["-" * width for width in widths])
-        return "".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |\n" for row in rows)
+        return markdown(rows[0], rows[1:], words=(0, 1, 3)) + "\n"
 
 
 def record_of(part: Part, result: str, output: str = "", files: dict[str, Any] | None = None) -> dict[str, Any]:

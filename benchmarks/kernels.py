@@ -12,10 +12,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -40,6 +37,8 @@ import kernels.cross_entropy
 import kernels.fp8_linear
 import kernels.layer_norm
 import kernels.linear_cross_entropy
+from benchmarks import machine
+from benchmarks.table import markdown
 from config import GPTConfig, UserError, entry_point, nearest, parse
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
@@ -596,17 +595,7 @@ def figures(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Results as a Markdown table, aligned so that it reads as plain text too."""
     head = ["operation", "form", "forward ms", "backward ms", "rate", "slowest-fastest", "of ceiling", "speed x", "memory", "note"]  # fmt: skip
-    cells = [head, *(list(table_row(row)) for row in rows)]
-    words = 0, 1, len(head) - 1  # columns of text
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "| "
-        + " | ".join(f"{c:<{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths)))
-        + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if i in words else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown(head, map(list, map(table_row, rows)), words=(0, 1, len(head) - 1))
 
 
 def table_row(row: dict[str, Any]) -> Iterator[str]:
@@ -638,7 +627,7 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     text = (
         f"Operations in {facts['dtype']} on {where}, {facts['date'][:10]}: "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
         + f".\n\n{table(rows)}\n\n"
         "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both passes; the ceiling is a\n"
         "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this one, both passes. Memory:\n"
@@ -649,13 +638,6 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
     (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(text)
     return text
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def here(device: torch.device, quick: bool) -> Place:
@@ -672,26 +654,9 @@ def here(device: torch.device, quick: bool) -> Place:
         SIZES["quick" if quick else device.type],
         no_triton=missing("cuda") if gpu else "needs a GPU",
         no_compiler="--quick compiles nothing" if quick else None if compiler else "needs a C++ compiler",
-        no_liger="not installed" if version("liger_kernel") == "not installed" else None if gpu else "needs a GPU",
+        no_liger="not installed" if "liger-kernel" not in machine.versions() else None if gpu else "needs a GPU",
         no_fp8=no_fp8,
     )
-
-
-def machine(place: Place) -> dict[str, Any]:
-    gpu = place.device.type == "cuda"
-    packages = ("torch", "triton", "liger_kernel")
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": place.device.type,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "hardware": {
-            "gpu": distributed.device_name(place.device) if gpu else None,
-            "cpu": distributed.device_name(torch.device("cpu")),
-            "threads": torch.get_num_threads(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-    }
 
 
 def main() -> None:
@@ -703,7 +668,10 @@ def main() -> None:
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms
     place = here(device, options.quick)
-    facts = machine(place)
+    facts = machine.facts(options.device) | {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "dtype": str(place.dtype).removeprefix("torch."),
+    }
     rows: list[dict[str, Any]] = []
     text = ""
     with sdpa_kernel(attention_backends(device, place.dtype), set_priority=True):

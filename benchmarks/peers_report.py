@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, OURS
+from benchmarks.table import markdown
 from runlog import bytes_text
 
 NOTES = (
@@ -69,14 +70,7 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
     rows = [[*head, "speed x", "memory x"], *(row for case in cases for row in table_rows(case))]
     if not any(case["sheet_flops"] for case in cases):
         rows = [row[:6] + row[7:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = 3  # columns of words
-    lines = [
-        "| " + " | ".join(f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown(rows[0], rows[1:], words=range(3))
 
 
 def table_rows(case: dict[str, Any]) -> Iterator[list[str]]:

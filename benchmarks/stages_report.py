@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
 from benchmarks.plot import COLOURS, STYLE, short_number
+from benchmarks.table import markdown
 from runlog import bytes_text
 
 if TYPE_CHECKING:
@@ -137,19 +138,6 @@ HEAD = (
 )  # fmt: skip
 LONGEST = 90  # letters of a reason
 WORDS = (0, 1, len(HEAD) - 1)  # columns of words
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int]) -> str:
-    """A Markdown table, aligned so that it reads as plain text too."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def written(line: Sequence[str]) -> str:
-        cells = (f"{c:<{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths)))
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|".join("-" * (w + 2) if i in words else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([written(lines[0]), f"|{rule}|", *map(written, lines[1:])])
 
 
 def percent(value: float | None) -> str:

@@ -14,6 +14,7 @@ from kernels._triton import missing
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
 OPERATIONS = (*TRITON, "cpu_attention")
+PART_OF = {"attention": "flash-attention", "cpu_attention": "flash-attention", "adamw": "fused-adamw"}  # of --without
 FUSED_BY_COMPILER = ("layer_norm", "bias_gelu")  # torch.compile makes the like of these kernels by itself
 
 
@@ -30,7 +31,8 @@ def choose(cfg: TrainConfig, device_type: str) -> tuple[str, str | None]:
     """
     if cfg.kernels == "torch":
         return "torch", None
-    names = _automatic(cfg, device_type) if cfg.kernels == "auto" else _asked(cfg.kernels)
+    auto = cfg.kernels == "auto"
+    names = _asked(cfg.kernels) if not auto else [n for n in _automatic(cfg, device_type) if not _left_out(n, cfg)]
     lacking: dict[str, list[str]] = {}
     for name in names:
         if reason := _lacking(name, cfg, device_type):
@@ -51,12 +53,16 @@ def _automatic(cfg: TrainConfig, device_type: str) -> list[str]:
     return ["cpu_attention"] if pays and not _lacking("cpu_attention", cfg, "cpu") else []
 
 
+def _left_out(name: str, cfg: TrainConfig) -> bool:
+    return PART_OF.get(name) in cfg.without
+
+
 def _lacking(name: str, cfg: TrainConfig, device_type: str) -> str | None:
     """Why an operation cannot run here; None where it can."""
     if "attention" in name and cfg.dropout:
         return "has no dropout"
-    if "attention" in name and "flash-attention" in cfg.without:
-        return "is not --without flash-attention"
+    if _left_out(name, cfg):
+        return f"is not --without {PART_OF[name]}"
     if name != "cpu_attention":
         return missing(device_type)
     if device_type != "cpu":

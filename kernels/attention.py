@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config import ATTENTION_WIDTH
 from kernels._triton import INTERPRETED, jit, on, tl, triton
 
 
@@ -324,8 +325,8 @@ def attention(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
     the work is done in autocast's dtype, as by scaled_dot_product_attention. Sums and statistics are fp32; products
     of fp32 are exact unless torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths.
     """
-    if not 1 <= qkv.shape[4] <= 128:
-        raise ValueError(f"head_dim is {qkv.shape[4]}; this kernel's blocks hold 128 columns at most")
+    if not 1 <= qkv.shape[4] <= ATTENTION_WIDTH:
+        raise ValueError(f"head_dim is {qkv.shape[4]}; this kernel's blocks hold {ATTENTION_WIDTH} columns at most")
     device = qkv.device.type
     if torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MULTIPLE = 16  # of rows: the tensor cores sum over them in the weight's gradient
+from config import FP8_MULTIPLE
+
 SMALLEST = 2.0**-100  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
 
 
@@ -94,7 +95,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     the dtypes of x, weight and bias. The bias is added to the fp32 sum and is itself rounded to bf16 first.
     """
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    missing = -rows.shape[0] % MULTIPLE
+    missing = -rows.shape[0] % FP8_MULTIPLE
     if missing:  # the weight's gradient sums over rows: rows of zeros add nothing to it
         rows = F.pad(rows, (0, 0, 0, missing))
     y = _FP8Linear.apply(rows, weight, bias)

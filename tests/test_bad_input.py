@@ -97,6 +97,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --precision fp8": ["--precision fp8"],
     "--out new --kernels triton --dropout 0": ["--kernels triton", "needs a CUDA GPU", "--kernels torch"],
     "--out new --kernels layernorm": ["--kernels layernorm", "did you mean layer_norm"],
+    "--out new --cuda-graphs": ["--cuda-graphs needs a CUDA GPU and --compile"],
     "--out new --without cast-onces": ["--without cast-onces", "did you mean cast-once"],
     # --config
     "--config nowhere.json": ["--config nowhere.json: No such file"],

@@ -28,7 +28,7 @@ def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results/kernels-cpu.json").read_text())
     assert results["device"] == "cpu" and results["hardware"]["threads"] >= 1
-    assert {"python", "torch", "triton", "liger_kernel"} == results["versions"].keys()
+    assert {"python", "torch", "triton"} <= results["versions"].keys()
     rows = {(row["operation"], row["form"]): row for row in results["rows"]}
     assert {operation for operation, _ in rows} == set(bench.OPERATIONS)
     for row in rows.values():

@@ -46,7 +46,7 @@ def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, option
     )
     step(0, loader(0))
     graphs = traced["stats"]["unique_graphs"]
-    # A block with and without a branch to add are two; recompute's wrapper may cut them once more.
+    # Blocks with and without a branch to add are two graphs.
     assert 1 <= graphs <= (1 if unit == "model" else 2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for s in range(1, 4):

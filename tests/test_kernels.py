@@ -71,6 +71,13 @@ def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
         choose("cpu_attention,adamw", "cuda")
 
 
+def test_what_is_left_out_is_not_there_as_a_kernel_either():
+    assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy", None)
+    assert "attention" not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
+    with pytest.raises(UserError, match="adamw is not --without fused-adamw; use --kernels cross_entropy"):
+        choose("cross_entropy,adamw", "cuda", without=("fused-adamw",))
+
+
 def test_a_head_too_wide_for_the_kernel_is_refused():
     GPTConfig(n_embd=512, n_head=4, kernels=("attention",))
     with pytest.raises(UserError, match="up to 128, and these are 256 wide"):

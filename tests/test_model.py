@@ -491,3 +491,22 @@ def test_shapes_that_cannot_be():
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="try --n-head 4"):
         GPTConfig(n_embd=64, n_head=5)
+
+
+def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "model.fp8_linear", lambda x, w, bias: calls.append(bias) or torch.nn.functional.linear(x, w, bias)
+    )
+    monkeypatch.setattr(
+        "model.bias_gelu", lambda x, bias, triton: torch.nn.functional.gelu(x + bias, approximate="tanh")
+    )
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    eight = GPT(dataclasses.replace(plain.config, fp8=True, kernels=("bias_gelu",)))
+    eight.load_state_dict(plain.state_dict())
+    idx = torch.randint(50, (2, 16))
+    torch.testing.assert_close(eight(idx), plain(idx))
+    assert [bias is None for bias in calls] == [False, False, True, False]  # c_attn, c_proj, c_fc, c_proj
+    eight.eval()(idx)
+    assert len(calls) == 4

@@ -34,8 +34,6 @@ def test_losses_are_those_of_fp32(without):
         ("flash-attention",),
         ("padded-vocab",),
         ("fused-adamw",),
-        ("attention-backend",),
-        ("kept-memory",),
     ],
 )
 def test_leaving_an_optimization_out_changes_no_loss(without):
