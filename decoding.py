@@ -124,9 +124,9 @@ def _generate(
     return continuations
 
 
-def kept_tokens(block_size: int) -> int:
-    """How many of its newest tokens a row that has outgrown block_size keeps."""
-    return block_size - block_size // 4
+def kept_tokens(context: int) -> int:
+    """How many of its newest tokens a row keeps that has outgrown the model's context."""
+    return context - context // 4
 
 
 class Window:
@@ -177,17 +177,13 @@ class Window:
 
     def _refill(self) -> Tensor:
         """A new cache, and all that the windows show (B, T) to read into it, padded at the left with token 0."""
-        block = self.model.config.block_size
-        self.shown = [row if len(row) <= block else row[-kept_tokens(block) :] for row in self.shown]
+        context = self.model.context
+        self.shown = [row if len(row) <= context else row[-kept_tokens(context) :] for row in self.shown]
         T = max(map(len, self.shown))
         pad = [T - len(row) for row in self.shown]
         idx = torch.tensor([[0] * n + row for n, row in zip(pad, self.shown, strict=True)], device=self.device)
-        self.cache = KVCache(
-            self.model.config,
-            batch=len(pad),
-            capacity=min(block, T + self.room),
-            pad=torch.tensor(pad, device=self.device) if any(pad) else None,
-        )
+        padding = torch.tensor(pad, device=self.device) if any(pad) else None
+        self.cache = self.model.new_cache(len(pad), T + self.room, padding)
         return idx
 
 

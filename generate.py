@@ -118,10 +118,10 @@ class Writer:
     def _warn_of_long(self, prompts: list[list[int]]) -> None:
         from decoding import kept_tokens
 
-        block, longest = self.model.config.block_size, max(map(len, prompts))
+        block, longest = self.model.context, max(map(len, prompts))
         if longest > block:
             print(
-                f"warning: a prompt of {longest} tokens is longer than block_size {block}: "
+                f"warning: a prompt of {longest} tokens is longer than the model's context of {block}: "
                 f"only its last {kept_tokens(block)} are read",
                 file=sys.stderr,
             )

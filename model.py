@@ -6,11 +6,12 @@ name by name; the hub stores the four matrices of a block transposed, and that i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ class KVCache:
     """Keys and values of every layer for up to `capacity` positions, filled as the model reads tokens.
 
     `pad` (B,) counts the padding tokens at the left of each row: they are never attended to and positions
-    begin after them.
+    begin after them. What a row's text follows, a prefix, stands before the padding. GPT.new_cache makes one.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, pad: Tensor | None = None):
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, pad: Tensor | None = None, prefix: int = 0):
         self.shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
         self.capacity = capacity
         self.length = 0  # positions filled
         self.pad = pad
+        self.prefix = prefix  # positions that come before the padding
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def at(self, layer: int) -> Extend:
@@ -72,6 +74,24 @@ class KVCache:
         self.shape = (len(rows), *self.shape[1:])
         if self.pad is not None:
             self.pad = self.pad[rows]
+
+
+class Prefixed:
+    """Stands for a KVCache where nothing is kept: keys and values (1, n_head, P, head_dim) before those of each layer."""
+
+    pad = None
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
+        self.layers = layers
+        self.length = self.prefix = layers[0][0].shape[2]
+
+    def at(self, layer: int) -> Extend:
+        return functools.partial(_put_before, *self.layers[layer])
+
+
+def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (k.shape[0], -1, -1, -1)
+    return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat((values.expand(shape).to(v.dtype), v), 2)
 
 
 class Linear(nn.Linear):
@@ -192,6 +212,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        # Trained keys and values before the text: a module whose `layers(model)` gives them, one (1, n_head, P,
+        # head_dim) pair a layer, and whose `length` is P (adapters.py).
+        self.prefix: nn.Module | None = None
         # An empty table, since its first values are drawn below, one for each row that is not padding.
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
@@ -235,6 +258,22 @@ class GPT(nn.Module):
         return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
 
     @property
+    def context(self) -> int:
+        """Tokens of text that the positions have room for: all but a prefix's."""
+        return self.config.block_size - (self.prefix.length if self.prefix is not None else 0)
+
+    def new_cache(self, batch: int, tokens: int, pad: Tensor | None = None) -> KVCache:
+        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the prefix if any."""
+        if self.prefix is None:
+            return KVCache(self.config, batch, min(self.context, tokens), pad)
+        length = self.prefix.length
+        cache = KVCache(self.config, batch, length + min(self.context, tokens), pad, length)
+        for layer, (k, v) in enumerate(self.prefix.layers(self)):
+            cache.extend(layer, *(t.expand(batch, -1, -1, -1).to(self.dtype) for t in (k, v)))
+        cache.length = length
+        return cache
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the blocks' weights, and so of the residual stream (precision.py may have cast them)."""
         return self.transformer.h[0].mlp.c_fc.weight.dtype
@@ -266,14 +305,16 @@ class GPT(nn.Module):
             return cross_entropy(self._padded_logits(x), targets, self.config.vocab_size).sum()
         return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
 
-    def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | Prefixed | None = None) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size."""
+        if cache is None and self.prefix is not None:
+            cache = Prefixed(self.prefix.layers(self))
         T, start = idx.shape[1], cache.length if cache else 0
         if start + T > self.config.block_size:
             raise UserError(f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
         if cache is not None and cache.pad is not None:
-            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
+            positions = (positions - cache.pad[:, None]).clamp(min=cache.prefix)  # (B, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(self.dtype)
         in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
@@ -296,6 +337,21 @@ class GPT(nn.Module):
 
     def _padded_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head_weight.to(x.dtype))
+
+    def grow_vocabulary(self, vocab_size: int) -> None:
+        """Make room for new token ids; their embeddings start at the mean of the old, which stay as they are."""
+        old, self.config = self.config, dataclasses.replace(self.config, vocab_size=vocab_size)
+        if vocab_size < old.vocab_size:
+            raise UserError(f"a vocabulary of {old.vocab_size} ids cannot shrink to {vocab_size}")
+        for layer in [self.transformer.wte] if old.tied_head else [self.transformer.wte, self.lm_head]:
+            rows = layer.weight.detach()[: old.vocab_size]
+            table = rows.new_zeros(self.config.padded_vocab_size, old.n_embd)
+            table[: old.vocab_size] = rows
+            table[old.vocab_size : vocab_size] = rows.mean(0)
+            layer.weight = nn.Parameter(table)
+            for name in ("num_embeddings", "out_features"):
+                if hasattr(layer, name):
+                    setattr(layer, name, len(table))
 
     def n_params(self) -> int:
         """Parameters of the exact model: the vocabulary's padding is not counted."""
@@ -358,7 +414,9 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(hub_config(self.config, eot), indent=2) + "\n")
 
 
-def attention_mask(T: int, segments: Tensor | None, cache: KVCache | None, device: torch.device) -> Tensor | None:
+def attention_mask(
+    T: int, segments: Tensor | None, cache: KVCache | Prefixed | None, device: torch.device
+) -> Tensor | None:
     """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal attention does."""
     start = cache.length if cache else 0
     pad = cache.pad if cache else None
@@ -371,7 +429,8 @@ def attention_mask(T: int, segments: Tensor | None, cache: KVCache | None, devic
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     if pad is not None:
         # A padding query looks at itself: a row of nothing would be NaN.
-        mask = mask & ((key >= pad[:, None])[:, None] | (key == query))
+        ahead = cache.prefix if cache else 0
+        mask = mask & (((key < ahead) | (key >= ahead + pad[:, None]))[:, None] | (key == query))
     return mask[:, None]
 
 
