@@ -1,26 +1,14 @@
-"""Every choice a user can make, as dataclasses, and the command line made from them.
-
-No torch in here: `--help` and a mistyped option answer before anything heavy is imported.
-"""
+"""Every choice a user can make, as dataclasses: no torch in here, so that `--help` and a mistyped option answer at once."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import json
 import math
-import os
-import re
-import sys
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
-
-import tyro
+from typing import Any, Literal, TypeVar
 
 # What --without leaves out again, one by one: the engine's optimizations that no other option names.
 OPTIMIZATIONS = {
@@ -113,15 +101,18 @@ PRESETS: dict[str, dict[str, int]] = {
 Preset = Literal["micro", "tiny", "mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"]
 Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
+Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
+Decode = Literal["sample", "greedy", "beam", "contrastive", "mbr", "ensemble"]
+Objective = Literal["unlikelihood"]
 
 
 @dataclass
-class TrainConfig:
-    """Options of a training run. None means: what suits the machine (the banner says what was chosen)."""
+class RunConfig:
+    """Options of every run, whatever it trains. None means: what suits the machine (the banner says what was chosen)."""
 
     # what is trained
     preset: Preset | None = None
-    """Shape of the model. Default: gpt2 on a CUDA GPU, tiny elsewhere."""
+    """Shape of a model from scratch. Default: gpt2 on a CUDA GPU, tiny elsewhere."""
     n_layer: int | None = None
     """Number of blocks, in place of the preset's."""
     n_head: int | None = None
@@ -135,25 +126,17 @@ class TrainConfig:
 
     # data
     data: str | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if prepared, else stdlib."""
+    """Training data."""
     val_data: str | None = None
-    """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
-    text_column: str = "text"
-    """Column that holds the text in csv, tsv, jsonl and parquet files."""
+    """Validation data, in the same forms. Default: a fixed part of the training data."""
     tokenizer: str | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the data's or the checkpoint's own; gpt2 for text."""
-    cache: str = "data/cache"
-    """Folder of tokenized text."""
-    document_mask: bool = False
-    """Keep attention from crossing documents."""
 
     # how long and how large
     steps: int | None = None
     """Optimizer steps of the whole run."""
     seq_len: int | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere."""
-    batch_tokens: int | None = None
-    """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
     micro_batch: int | Literal["auto"] = "auto"
     """Sequences in one forward pass on one rank. auto: the largest that fits."""
 
@@ -161,7 +144,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the hidden matrices with Muon and the rest with AdamW."""
     lr: float | None = None
-    """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets."""
+    """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets, 5e-5 with --init."""
     schedule: Schedule = "cosine"
     """Shape of the learning rate over the run."""
     warmup_steps: int | None = None
@@ -201,15 +184,13 @@ class TrainConfig:
 
     # what is written and when (an interval of 0 turns that thing off)
     out: str | None = None
-    """Folder of the run. Default: runs/PRESET."""
+    """Folder of the run. Default: runs/PRESET, or runs/TASK."""
     resume: str = "auto"
     """auto: the newest sound checkpoint in --out; never; or a folder to resume from."""
     eval_every: int | None = None
-    """Steps between evaluations. Default: a tenth of the run, at most 250."""
-    eval_tokens: int | None = None
-    """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all there are."""
+    """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every epoch."""
     save_every: int | None = None
-    """Steps between checkpoints. Default: a fifth of the run, at most 1000."""
+    """Steps between checkpoints. Default: a fifth of the run, at most 1000; fine-tuning: every epoch."""
     sample_every: int | None = None
     """Steps between samples. Default: that of the evaluations."""
     log_every: int = 1
@@ -226,178 +207,202 @@ class TrainConfig:
     """Print the memory, time and disk the run would take, and start nothing."""
 
 
+@dataclass
+class TrainConfig(RunConfig):
+    """Options of a pretraining run. None means: what suits the machine (the banner says what was chosen)."""
+
+    data: str | None = None
+    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if prepared, else stdlib."""
+    val_data: str | None = None
+    """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
+    text_column: str = "text"
+    """Column that holds the text in csv, tsv, jsonl and parquet files."""
+    cache: str = "data/cache"
+    """Folder of tokenized text."""
+    document_mask: bool = False
+    """Keep attention from crossing documents."""
+    batch_tokens: int | None = None
+    """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
+    eval_tokens: int | None = None
+    """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all there are."""
+
+
+@dataclass
+class MethodConfig:
+    """Which parameters train, and what is added to the model for it (adapters.py)."""
+
+    method: Method = "full"
+    """What is trained: everything, a part of the model, or parameters added to it."""
+    last_k: int = 2
+    """Blocks that last-k trains, counted from the end."""
+    lora_rank: int = 8
+    """Rank of LoRA's and DoRA's updates."""
+    lora_alpha: float = 16.0
+    """Scale of LoRA's and DoRA's updates, times 1/rank."""
+    lora_dropout: float = 0.0
+    """Dropout before LoRA's and DoRA's updates."""
+    lora_on: Literal["attention", "feed-forward", "both"] = "attention"
+    """Which matrices of a block LoRA and DoRA update."""
+    prefix_tokens: int = 10
+    """Positions of a prefix or a soft prompt."""
+    prefix_width: int = 512
+    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are trained themselves."""
+    llrd: float = 1.0
+    """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""
+
+
+@dataclass
+class DecodeConfig:
+    """How a continuation is chosen, and for how long (decoding.py)."""
+
+    decode: Decode = "sample"
+    """sample: draw each token; greedy: take the likeliest; beam: the likeliest text of several kept at once; contrastive:
+    likely and unlike what stands; mbr: of several samples the one most like the others; ensemble: mbr over several
+    ways of decoding."""
+    max_new_tokens: int = 200
+    """Tokens to add at most. Past the model's context the window slides: the newest three quarters are read afresh."""
+    stop_lines: int = 0
+    """End after this many lines; 0: no such end."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 the likely tokens gain."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probability reaches this."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text already holds are less likely."""
+    beams: int = 5
+    """Texts that beam search keeps."""
+    length_penalty: float = 1.0
+    """Beam search divides a text's log-probability by its length to this power."""
+    no_repeat_ngram: int = 0
+    """Beam search never repeats this many tokens in a row; 0: it may."""
+    contrastive_k: int = 4
+    """Contrastive search chooses among this many likeliest tokens."""
+    contrastive_alpha: float = 0.6
+    """Weight of contrastive search's penalty for being like what stands."""
+    contrastive_growth: bool = False
+    """Let that weight grow from 0 to its value over the text."""
+    contrastive_similarity: Literal["max", "mean"] = "max"
+    """Likeness to the most alike token that stands, or the mean over all."""
+    candidates: int = 16
+    """Texts that mbr and ensemble choose from."""
+    candidates_by: Literal["sample", "beam"] = "sample"
+    """How mbr makes its candidates."""
+
+
+@dataclass
+class FinetuneConfig(MethodConfig, RunConfig):
+    """Options of a fine-tuning run. None means: what suits the machine (the banner says what was chosen)."""
+
+    init: str = "gpt2"
+    """Start from: a hub id, a folder in the hub's GPT-2 layout or written by a run, or scratch."""
+    data: str | None = None
+    """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows (the default)."""
+    val_data: str | None = None
+    """Validation rows, in the same forms. Default: a fixed tenth of the rows."""
+    seq_len: int | None = None
+    """Longest row in tokens. Default: what the model has room for (from scratch 256)."""
+    epochs: int = 3
+    """Passes over the rows; --steps sets the length of the run in place of it."""
+    batch_size: int = 16
+    """Rows in an optimizer step, over all ranks."""
+    strict: bool = False
+    """End at a row that cannot be read or does not fit, in place of counting and leaving it out."""
+    show_rows: int = 2
+    """Rows of the first batch to print, what is learned marked."""
+    predict: str | None = None
+    """When trained, write the model's answers to the rows of this file into the run's folder."""
+
+
+@dataclass
+class GenerationConfig(DecodeConfig, FinetuneConfig):
+    """Options of a task whose answers are texts."""
+
+    objective: tuple[Objective, ...] = ()
+    """Loss terms besides the likelihood: unlikelihood."""
+    unlikelihood: float = 1.0
+    """Weight of the unlikelihood term."""
+    eval_rows: int = 64
+    """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of all)."""
+
+
 # Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for smaller ones.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a run without --data looks first
+MIN_INTERVAL = 5  # steps between evaluations, by default
+BELOW_ONE = 0.9999999
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep"), (1, math.inf)),
+    **dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), (0, math.inf)),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), (0, BELOW_ONE)),
+    "min_lr": (0, 1),
+    **dict.fromkeys(("batch_size", "last_k", "lora_rank", "prefix_tokens", "max_new_tokens", "beams"), (1, math.inf)),
+    **dict.fromkeys(("contrastive_k", "candidates"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "show_rows", "eval_rows", "prefix_width", "lora_alpha", "unlikelihood"), (0, math.inf)),
+    **dict.fromkeys(("stop_lines", "top_k", "length_penalty", "no_repeat_ngram"), (0, math.inf)),
+    "lora_dropout": (0, BELOW_ONE),
+    **dict.fromkeys(("llrd", "contrastive_alpha"), (0, 1)),
+}
+Run = TypeVar("Run", bound=RunConfig)
 
 
-def resolve(cfg: TrainConfig, device_type: str) -> TrainConfig:
-    """A copy with every None that depends on the machine or on other options filled in, and checked."""
+def resolve(cfg: Run, device_type: str) -> Run:
+    """A copy with every None that depends on the machine or on other options filled in, and checked.
+
+    The steps of a fine-tuning run, and what depends on them, wait for its rows: `resolve_steps`.
+    """
     gpu = device_type == "cuda"
     cfg = dataclasses.replace(cfg)
-
-    def default(name: str, value: Any) -> None:
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-
     scratch = cfg.init == "scratch"
-    if scratch:
-        default("preset", "gpt2" if gpu else "tiny")
-    default("data", FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib")
-    default("seq_len", 1024 if gpu else 256)
-    default("batch_tokens", 524288 if gpu else 8192)
-    default("steps", 500 if cfg.data == "stdlib" else 19073 if gpu else 1000)  # 19,073 steps are 10B tokens
-    default("lr", PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5)
+    defaults: dict[str, Any] = {"preset": "gpt2" if gpu else "tiny"} if scratch else {}
+    _fill(cfg, defaults | {"compile": gpu})
+    _fill(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
+    if isinstance(cfg, TrainConfig):
+        _fill(cfg, {"data": FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib"})
+        # 19,073 steps are 10B tokens
+        _fill(cfg, {"steps": 500 if cfg.data == "stdlib" else 19073 if gpu else 1000})
+        _fill(cfg, {"batch_tokens": 524288 if gpu else 8192, "eval_tokens": 10 << 20 if gpu else 1 << 16})
+        _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": f"runs/{cfg.preset or Path(cfg.init).name}"})
+    else:
+        _fill(cfg, {"data": "toy"})
     check(cfg)
-    assert cfg.steps
-    default("warmup_steps", min(700, cfg.steps // 50))
-    default("eval_every", min(250, max(1, cfg.steps // 10)))
-    default("eval_tokens", 10 << 20 if gpu else 1 << 16)
-    default("save_every", min(1000, max(1, cfg.steps // 5)))
-    default("sample_every", cfg.eval_every)
-    default("compile", gpu)
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
-    default("out", f"runs/{cfg.preset or Path(cfg.init).name}")
+    return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
+
+
+def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
+    """A copy with the steps of the run and what follows from them; `epoch`: steps of one pass over the rows."""
+    cfg = dataclasses.replace(cfg, steps=steps)
+    # An epoch of a few steps is no time to evaluate and save in.
+    often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
+    _fill(cfg, {"warmup_steps": min(700, steps // 50), "eval_every": often or min(250, max(1, steps // 10))})
+    _fill(cfg, {"save_every": often or min(1000, max(1, steps // 5)), "sample_every": cfg.eval_every})
     return cfg
 
 
-def check(cfg: TrainConfig) -> None:
+def _fill(cfg: RunConfig, defaults: dict[str, Any]) -> None:
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+
+
+def check(cfg: RunConfig) -> None:
     """Raise UserError for a number out of its range, or a name that is none."""
     for name in cfg.without:
         if name not in OPTIMIZATIONS:
             raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
-    at_least = dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep"), 1)
-    at_least |= dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), 0)
-    at_least |= dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), 0)
-    for name, least in at_least.items():
-        value = getattr(cfg, name)
-        if value is not None and value != "auto" and not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}, and finite")
-    for name in ("dropout", "min_lr", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) <= (1 if name == "min_lr" else 0.9999999):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must lie between 0 and 1")
-
-
-Config = TypeVar("Config")  # any dataclass of options
-
-
-def option_names(cls: Any) -> list[str]:
-    """Fields of a dataclass of options, as attributes."""
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
-    """Command line to config: `defaults` below the file of `--config`, the command line on top.
-
-    Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
-    """
-    argv, file = _take_config(list(argv))
-    from_file = _as_arguments(cls, _read_config(file)) if file else []
-    base = cls(**(defaults or {}))
-    if "-h" in argv or "--help" in argv:
-        print(
-            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); others override it.\n"
-        )
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config, unknown = tyro.cli(
-                cls,
-                args=from_file + argv,
-                default=base,
-                return_unknown_args=True,
-                config=(tyro.conf.DisallowNone,),  # `bool | None` becomes a pair of flags whose default is None
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_one_line(errors.getvalue())) from None
-    if unknown:
-        raise UserError(_unknown_option(cls, unknown[0]))
-    return config
-
-
-def entry_point(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and turn what it returns or raises into the contract's exit codes."""
-    try:
-        code = main() or 0
-    except UserError as error:
-        if error.local or os.environ.get("RANK", "0") == "0":
-            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    for name, (least, most) in RANGES.items():
+        value = getattr(cfg, name, None)
+        if value is None or value == "auto" or (least <= value <= most and math.isfinite(value)):
+            continue
+        limits = f"lie between {least} and {most:g}" if most < math.inf else f"be at least {least}, and finite"
+        raise UserError(f"--{name.replace('_', '-')} is {value}; it must {limits}")
 
 
 def nearest(word: str, among: Sequence[str]) -> str:
     """` (did you mean X?)`, or nothing where no word is near."""
     match = difflib.get_close_matches(word, among, n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""
-
-
-def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """Split `--config FILE` off a command line."""
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                raise UserError("--config needs a file")
-            return argv[:i] + argv[i + 2 :], argv[i + 1]
-        if word.startswith("--config="):
-            return argv[:i] + argv[i + 1 :], word.partition("=")[2]
-    return argv, None
-
-
-def _read_config(file: str) -> dict[str, Any]:
-    path = Path(file)
-    try:
-        text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file} holds no options; it should be an object of names and values")
-    return values
-
-
-def _as_arguments(cls: type, values: dict[str, Any]) -> list[str]:
-    """A config file as command-line words, so that one parser checks both."""
-    words: list[str] = []
-    for key, value in values.items():
-        option = "--" + key.replace("_", "-")
-        if key.replace("-", "_") not in option_names(cls):
-            raise UserError(_unknown_option(cls, option))
-        if isinstance(value, bool):
-            words.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list | tuple):
-            words += [option, *map(str, value)] if value else []
-        elif value is not None:
-            words += [option, str(value)]
-    return words
-
-
-def _one_line(box: str) -> str:
-    """The message inside tyro's box, on one line."""
-    lines = [re.sub(r"[│╭╮╰╯─━┃]+", " ", line).strip() for line in box.splitlines()[1:]]
-    body = []
-    for line in lines:
-        if not line or line.startswith(("Argument helptext", "For full helptext")):
-            if body:
-                break
-            continue
-        body.append(line)
-    return " ".join(body) or box.strip()
-
-
-def _unknown_option(cls: type, word: str) -> str:
-    options = ["--config"] + ["--" + name.replace("_", "-") for name in option_names(cls)]
-    if not word.startswith("-"):
-        return f"unexpected word {word!r}; options are written --name value (see --help)"
-    return f"unknown option {word.partition('=')[0]}{nearest(word.partition('=')[0], options)}"

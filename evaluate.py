@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
-from config import UserError, entry_point, parse
+from cli import entry_point, parse
+from config import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,8 @@ import numpy as np
 
 import corpus
 import dataset
-from config import UserError, entry_point, parse
+from cli import entry_point, parse
+from config import UserError
 from files import sha256, write_json
 from tokenizer import Tokenizer, load_tokenizer
 

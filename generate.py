@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from config import UserError, entry_point, parse
+from cli import entry_point, parse
+from config import UserError
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer

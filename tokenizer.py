@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import UserError, entry_point
+from cli import entry_point
+from config import UserError
 
 ENDOFTEXT = "<|endoftext|>"
 # The end token of a folder whose tokenizer_config.json names none: the first of these that it has.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from config import TrainConfig, entry_point, parse
+from cli import entry_point, parse
+from config import TrainConfig
 
 
 def main() -> int:

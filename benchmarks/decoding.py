@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.table import markdown
-from config import GPTConfig, UserError, entry_point, nearest, parse
+from cli import entry_point, parse
+from config import GPTConfig, UserError, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -260,7 +260,8 @@ def main() -> int:
     import torch
 
     from benchmarks.machine import elsewhere, facts
-    from config import UserError, parse
+    from cli import parse
+    from config import UserError
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
@@ -281,6 +282,6 @@ if __name__ == "__main__":
     if importlib.util.find_spec("tyro") is None:
         print("error: tyro is not installed and every part needs it; pip install tyro", file=sys.stderr)
         sys.exit(2)
-    from config import entry_point
+    from cli import entry_point
 
     entry_point(main)

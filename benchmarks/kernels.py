@@ -39,7 +39,8 @@ import kernels.layer_norm
 import kernels.linear_cross_entropy
 from benchmarks import machine
 from benchmarks.table import markdown
-from config import GPTConfig, UserError, entry_point, nearest, parse
+from cli import entry_point, parse
+from config import GPTConfig, UserError, nearest
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
 from model import GPT, attention_backends

@@ -30,7 +30,8 @@ from typing import Any, Literal
 from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step
 from benchmarks.machine import elsewhere, facts, product_ceiling
 from benchmarks.peers_report import assessed, rates, report
-from config import UserError, entry_point, nearest, parse
+from cli import entry_point, parse
+from config import UserError, nearest
 from runlog import peak_flops
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from config import UserError, entry_point, parse
+from cli import entry_point, parse
+from config import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

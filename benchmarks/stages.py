@@ -32,7 +32,8 @@ from benchmarks.machine import elsewhere
 from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_rows, stage_rows, text_of
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
-from config import PRESETS, Preset, UserError, entry_point, nearest, parse
+from cli import entry_point, parse
+from config import PRESETS, Preset, UserError, nearest
 from files import write_json
 from runlog import peak_flops, time_text
 

@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, entry_point, parse
+from cli import entry_point, parse
+from config import UserError
 
 DOCUMENT = 4000  # characters, about
 

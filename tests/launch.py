@@ -125,7 +125,7 @@ def _child(folder: Path, words: list[str], env: dict[str, str], patch: Patch | N
 
 def _train(patch: Patch | None) -> None:
     import train_gpt2
-    from config import entry_point
+    from cli import entry_point
 
     if patch:
         patch()

@@ -21,7 +21,8 @@ from launch import launch, log_of, small, trace, write_inputs
 
 import distributed
 import step
-from config import TrainConfig, UserError, option_names
+from cli import option_names
+from config import TrainConfig, UserError
 from distributed import World
 from memory import Memory
 from optim import lr_multiplier

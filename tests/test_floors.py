@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
-    "ground": ["config", "files", "distributed", "kernels"],
+    "ground": ["config", "cli", "files", "distributed", "kernels"],
     "parts": ["tokenizer", "corpus", "dataset", "rows", "model", "adapters", "optim", "precision"],
     "services": ["checkpoint", "decoding", "metrics", "objectives", "runlog", "memory"],
     "task seam": ["task"],
@@ -22,6 +22,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name in names}
 
 SIDEWAYS = {  # the imports within a floor that are allowed
+    ("cli", "config"),
     ("distributed", "config"),
     ("kernels", "config"),
     ("kernels", "kernels"),

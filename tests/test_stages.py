@@ -22,7 +22,8 @@ from benchmarks.ladder import LADDER, Machine, Plan, Settings, default_settings,
 from benchmarks.stages import Bench
 from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
-from config import OPTIMIZATIONS, TrainConfig, UserError, parse, resolve
+from cli import parse
+from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 
 AUTO = ("cross_entropy", "adamw")  # of a GPU and a compiled model
 H200 = Machine(

@@ -1,0 +1,136 @@
+"""The command line made from a dataclass of options, and the exit codes of the contract."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from config import UserError, nearest
+
+Config = TypeVar("Config")  # any dataclass of options
+
+
+def option_names(cls: Any) -> list[str]:
+    """Fields of a dataclass of options, as attributes."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
+    """Command line to config: `defaults` below the file of `--config`, the command line on top.
+
+    Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
+    """
+    argv, file = _take_config(list(argv))
+    from_file = _as_arguments(cls, _read_config(file)) if file else []
+    base = cls(**(defaults or {}))
+    if "-h" in argv or "--help" in argv:
+        print(
+            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); others override it.\n"
+        )
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                cls,
+                args=from_file + argv,
+                default=base,
+                return_unknown_args=True,
+                config=(tyro.conf.DisallowNone,),  # `bool | None` becomes a pair of flags whose default is None
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+    if unknown:
+        raise UserError(_unknown_option(cls, unknown[0]))
+    return config
+
+
+def entry_point(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and turn what it returns or raises into the contract's exit codes."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        if error.local or os.environ.get("RANK", "0") == "0":
+            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """Split `--config FILE` off a command line."""
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
+                raise UserError("--config needs a file")
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+        if word.startswith("--config="):
+            return argv[:i] + argv[i + 1 :], word.partition("=")[2]
+    return argv, None
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    path = Path(file)
+    try:
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} holds no options; it should be an object of names and values")
+    return values
+
+
+def _as_arguments(cls: type, values: dict[str, Any]) -> list[str]:
+    """A config file as command-line words, so that one parser checks both."""
+    words: list[str] = []
+    for key, value in values.items():
+        option = "--" + key.replace("_", "-")
+        if key.replace("-", "_") not in option_names(cls):
+            raise UserError(_unknown_option(cls, option))
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, list | tuple):
+            words += [option, *map(str, value)] if value else []
+        elif value is not None:
+            words += [option, str(value)]
+    return words
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's box, on one line."""
+    lines = [re.sub(r"[│╭╮╰╯─━┃]+", " ", line).strip() for line in box.splitlines()[1:]]
+    body = []
+    for line in lines:
+        if not line or line.startswith(("Argument helptext", "For full helptext")):
+            if body:
+                break
+            continue
+        body.append(line)
+    return " ".join(body) or box.strip()
+
+
+def _unknown_option(cls: type, word: str) -> str:
+    options = ["--config"] + ["--" + name.replace("_", "-") for name in option_names(cls)]
+    if not word.startswith("-"):
+        return f"unexpected word {word!r}; options are written --name value (see --help)"
+    return f"unknown option {word.partition('=')[0]}{nearest(word.partition('=')[0], options)}"
