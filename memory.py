@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import GPTConfig, TrainConfig
+from config import GPTConfig, RunConfig
 from model import GPT
 from precision import DTYPES, Cast
 
@@ -107,7 +107,7 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def keeps_freed(cfg: TrainConfig) -> bool:
+def keeps_freed(cfg: RunConfig) -> bool:
     """Whether a run on a CPU keeps what it frees; who recomputes is short of memory."""
     return not cfg.recompute and "kept-memory" not in cfg.without
 

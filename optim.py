@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from config import TrainConfig
+from config import RunConfig
 from kernels.adamw import Table, adamw, global_norm
 
 
@@ -52,7 +52,7 @@ class Group:
         return tuple(self.params), self.weight_decay, self.lr_scale, self.optimizer
 
 
-def default_groups(model: nn.Module, cfg: TrainConfig) -> list[Group]:
+def default_groups(model: nn.Module, cfg: RunConfig) -> list[Group]:
     """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices apart."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if p.dim() >= 2}
@@ -101,7 +101,7 @@ class Optimizers:
     `copies`: by name, what the products read in place of a parameter; each follows its parameter.
     """
 
-    def __init__(self, groups: Sequence[Group], cfg: TrainConfig, copies: Mapping[str, Tensor] | None = None):
+    def __init__(self, groups: Sequence[Group], cfg: RunConfig, copies: Mapping[str, Tensor] | None = None):
         named = {name: p for group in groups for name, p in group.params.items()}
         self.names = {id(p): name for name, p in named.items()}
         self.params = list(named.values())

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
 import distributed
-from config import TrainConfig, UserError, resolve
+from config import Run, RunConfig, resolve
 from distributed import World
 from kernels import choose, named
 from memory import keeps_freed, set_allocator
@@ -38,7 +37,7 @@ class Choices:
     lost: str | None  # what `auto` had to do without
 
 
-def settle(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Choices]:
+def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     """`cfg` resolved for this machine, and the process set up to run it. Raises UserError."""
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -59,23 +58,7 @@ def settle(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Choices]:
     return cfg, Choices(why, backends, attention, lost)
 
 
-def rows_per_rank(cfg: TrainConfig, world: World) -> int:
-    assert cfg.batch_tokens and cfg.seq_len
-    unit = cfg.seq_len * world.size
-    if cfg.batch_tokens % unit:
-        nearest = max(1, round(cfg.batch_tokens / unit)) * unit
-        raise UserError(
-            f"--batch-tokens {cfg.batch_tokens} is not divisible by {world.size} ranks x {cfg.seq_len} tokens; "
-            f"use --batch-tokens {nearest}"
-        )
-    rows = cfg.batch_tokens // unit
-    if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
-        divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
-        raise UserError(f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use {divisor}")
-    return rows
-
-
-def largest_micro_batch(task: Task, model: nn.Module, cfg: TrainConfig, world: World, rows: int) -> int:
+def largest_micro_batch(task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU, estimated elsewhere."""
     fits = _gpu_fits(task, model, cfg, world) if world.device.type == "cuda" else estimate_fits(task, cfg, world)
     return min(distributed.gather(world, largest_divisor(rows, fits)))
@@ -91,23 +74,22 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     return divisors[low - 1] if low else 0
 
 
-def estimate_fits(task: Task, cfg: TrainConfig, world: World) -> Callable[[int], bool]:
+def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], bool]:
     room = 0.8 * distributed.available_memory(world.device, world.local_size)
     held = distributed.memory_bytes(world.device)  # already taken, and counted in the estimate
     return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
 
 
-def _gpu_fits(task: Task, model: nn.Module, cfg: TrainConfig, world: World) -> Callable[[int], bool]:
+def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Callable[[int], bool]:
     """One real forward and backward pass and one evaluation batch, with room kept for the optimizer's moments."""
     device = world.device
     step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
     kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
     kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
     room = distributed.available_memory(device, 1) + torch.cuda.memory_allocated(device)
-    ids = task.rows("train", 0).reshape(-1)
 
     def fits(n: int) -> bool:
-        batch = task.collate("train", np.resize(ids, n))
+        batch = task.collate("train", task.longest_rows(n))
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step._backward(
@@ -130,20 +112,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
-def dry_run(task: Task, cfg: TrainConfig, world: World, log: RunLog) -> None:
+def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
-    assert cfg.batch_tokens and cfg.steps and cfg.seq_len and cfg.out
-    task.plan(cfg)
-    rows, fits = rows_per_rank(cfg, world), estimate_fits(task, cfg, world)
+    assert cfg.steps
+    rows, fits = task.rows_per_rank(cfg, world.size), estimate_fits(task, cfg, world)
     if cfg.micro_batch == "auto":
         cfg.micro_batch = largest_divisor(rows, fits) or 1
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
-    tokens, flops = cfg.steps * cfg.batch_tokens, task.flops_per_token()
+    tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
     size = task.checkpoint_bytes()
     kept = min(cfg.keep + 1, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
     free = distributed.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
-    log.say(f"dry run: nothing is started or written (micro-batch {cfg.micro_batch} x {cfg.seq_len} tokens)\n")
+    log.say(f"dry run: nothing is started or written ({task.describe_step(cfg.micro_batch, world.size)})\n")
     log.banner(
         {f"memory, {f.name}": bytes_text(getattr(memory, f.name)) for f in dataclasses.fields(memory)}
         | {"memory, peak of a rank": bytes_text(memory.total)}
@@ -161,7 +142,7 @@ def dry_run(task: Task, cfg: TrainConfig, world: World, log: RunLog) -> None:
     )
 
 
-def known_speed(cfg: TrainConfig, flops: int | None, world: World) -> tuple[float | None, str]:
+def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float | None, str]:
     """Tokens per second of a run like this and how they are known."""
     try:
         lines = [json.loads(line) for line in (Path(cfg.out or "") / "log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 import checkpoint
 import distributed
-from config import TrainConfig
+from config import RunConfig
 from distributed import World
 from optim import LossScale, Optimizers, lr_multiplier
 from precision import DTYPES, Cast, autocast, casts_once
@@ -139,7 +139,7 @@ class StepResult:
     tokens: float  # over all ranks
 
 
-def compile_unit(cfg: TrainConfig, world: World) -> str:
+def compile_unit(cfg: RunConfig, world: World) -> str:
     """model or block. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them; and
     on a CPU the head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
     if cfg.compile_unit != "auto":
@@ -147,7 +147,7 @@ def compile_unit(cfg: TrainConfig, world: World) -> str:
     return "block" if world.size > 1 or world.device.type == "cpu" else "model"
 
 
-def compile_model(model: nn.Module, cfg: TrainConfig, world: World) -> None:
+def compile_model(model: nn.Module, cfg: RunConfig, world: World) -> None:
     """torch.compile the model in place; its blocks are the members of its module lists."""
     units = [model]
     if compile_unit(cfg, world) == "block":
@@ -162,7 +162,7 @@ class TrainStep:
     Divides every loss term by its global weight, so the update does not depend on how the batch was cut.
     """
 
-    def __init__(self, task: Task, model: nn.Module, cfg: TrainConfig, world: World):
+    def __init__(self, task: Task, model: nn.Module, cfg: RunConfig, world: World):
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         self.signature: Any = None
@@ -286,16 +286,29 @@ class TrainStep:
     def state(self) -> dict[str, Tensor]:
         """Everything that an uninterrupted run would have here at this step."""
         named = checkpoint.with_prefix
-        state = named("model", dict(self.model.state_dict()))
+        state = named("model", {k: v for k, v in self.model.state_dict().items() if self.task.is_stored(k)})
         return state | named("optimizer", self.optimizers.state()) | named("loss_scale", self.scale.state())
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         self.assemble(step)
-        self.model.load_state_dict(checkpoint.part(tensors, "model"))
+        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.is_stored)
         self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
         self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
         if isinstance(self.module, Cast):
             self.module.refresh()
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    stored: Callable[[str], bool] = lambda name: True,
+    assign: bool = False,
+) -> None:
+    """Load what is `stored` of a model's state, all of it and nothing else; `assign`: the tensors themselves."""
+    wrong = model.load_state_dict(weights, strict=False, assign=assign)
+    missing = [name for name in wrong.missing_keys if stored(name)]
+    if missing or wrong.unexpected_keys:
+        raise RuntimeError(f"a checkpoint's weights lack {missing} and have {wrong.unexpected_keys} too many")
 
 
 def check_replicas(model: nn.Module, world: World) -> None:

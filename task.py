@@ -5,7 +5,7 @@ loss is; the loop (trainer.py) says how an optimizer step is made of them, and k
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 from checkpoint import locate
-from config import PRESETS, GPTConfig, TrainConfig, UserError
+from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import Data, open_data, window_order
 from decoding import Sampling, generate
 from kernels.linear_cross_entropy import IGNORE
@@ -39,19 +39,45 @@ class Task:
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[dict[str, Any]] = {}  # options that differ from TrainConfig's; the command line overrides
-    terms: ClassVar[dict[str, float]] = {"nll": 1.0}
-    best: ClassVar[tuple[str, str]] = ("val_loss", "min")  # the metric that chooses the best checkpoint
+    config: ClassVar[type[RunConfig]]  # its options
+    defaults: ClassVar[dict[str, Any]] = {}  # of those, where they differ; the command line overrides
+    terms: dict[str, float] = {"nll": 1.0}
+    best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
+    warnings: Sequence[str] = ()  # what `setup` found that the run's log should hold
 
-    cfg: TrainConfig
+    cfg: Any  # of its kind of options
 
-    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+    def without_data(self, cfg: RunConfig) -> str:
+        """What to tell a user who has named no data."""
+        return ""
+
+    def setup(self, cfg: RunConfig, say: Callable[[str], None]) -> None:
         """Read tokenizer and rows. Raises UserError for whatever is wrong with them."""
         raise NotImplementedError
 
-    def plan(self, cfg: TrainConfig) -> None:
-        """As much of `setup` as `estimate` needs, reading no rows."""
+    def plan(self, cfg: RunConfig) -> None:
+        """As much of `setup` as a dry run needs."""
+        self.setup(cfg, lambda text: None)
+
+    def set_length(self, cfg: RunConfig) -> RunConfig:
+        """After `setup` or `plan`: the options with all that follows from the number of rows."""
+        return cfg
+
+    def rows_per_rank(self, cfg: RunConfig, world_size: int) -> int:
+        """Rows of a step on one rank, the most that a micro-batch may have. Raises UserError where they do not divide."""
         raise NotImplementedError
+
+    def tokens_per_step(self) -> float:
+        """Over all ranks, padding not counted."""
+        raise NotImplementedError
+
+    def describe_step(self, micro_batch: int, world_size: int) -> str:
+        """What a step consists of, for the banner."""
+        raise NotImplementedError
+
+    def longest_rows(self, n: int) -> np.ndarray:
+        """Ids (n,) of training rows that need the most memory."""
+        return np.resize(self.rows("train", 0).reshape(-1), n)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint's run must have in common with this one to be resumed, by option name."""
@@ -61,7 +87,7 @@ class Task:
         """Lines of the banner: model, data, tokenizer."""
         raise NotImplementedError
 
-    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(self, cfg: RunConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
         """Peak memory of a rank, in bytes by part."""
         raise NotImplementedError
 
@@ -72,13 +98,17 @@ class Task:
     def checkpoint_bytes(self) -> int:
         raise NotImplementedError
 
-    def build_model(self, cfg: TrainConfig) -> nn.Module:
+    def build_model(self, cfg: RunConfig) -> nn.Module:
         """The model on the CPU, initialised from the global random state."""
         raise NotImplementedError
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
         """Which parameters train, their scale of the rate and decay. Pure in step; the others are frozen."""
         return default_groups(model, self.cfg)
+
+    def is_stored(self, parameter: str) -> bool:
+        """Whether a checkpoint holds this parameter; the others are what `build_model` makes them."""
+        return True
 
     def rows(self, split: str, step: int) -> np.ndarray:
         """Ids of a global batch ("train") or of the whole evaluation ("val"), (groups, rows of a group) int64.
@@ -119,35 +149,78 @@ class Task:
         return []
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the model and its tokenizer in the hub's layout."""
+        """Write the model and its tokenizer in the hub's layout; it is not used afterwards."""
         raise NotImplementedError
+
+    def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
+        """The same of what a checkpoint holds: parameters that are not stored are not there."""
+        self.export(model, folder)
 
 
 class LanguageModelling(Task):
     """Predict each next token of packed text: pretraining, and continued pretraining from a checkpoint."""
 
     name = "pretrain"
+    config = TrainConfig
+    cfg: TrainConfig
     data: Data
+
+    def without_data(self, cfg: TrainConfig) -> str:
+        if cfg.data != "stdlib":
+            return ""
+        return (
+            "no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:\n"
+            "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb\n"
+        )
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
         tokenizer = _tokenizer_named(cfg)
         assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
-        self.config = model_config(cfg, self.data.tokenizer.vocab_size)
-        if self.config.vocab_size < self.data.tokenizer.vocab_size:
+        self.shape = model_config(cfg, self.data.tokenizer.vocab_size)
+        if self.shape.vocab_size < self.data.tokenizer.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.data.tokenizer.vocab_size} ids and the model of --init {cfg.init} only "
-                f"{self.config.vocab_size}; leave --tokenizer out or name the model's own"
+                f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
 
     def plan(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
-        self.config = model_config(cfg, planned_vocab_size(cfg))
+        self.shape = model_config(cfg, planned_vocab_size(cfg))
+
+    def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
+        assert cfg.batch_tokens and cfg.seq_len
+        unit = cfg.seq_len * world_size
+        if cfg.batch_tokens % unit:
+            nearest = max(1, round(cfg.batch_tokens / unit)) * unit
+            raise UserError(
+                f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x {cfg.seq_len} tokens; "
+                f"use --batch-tokens {nearest}"
+            )
+        rows = cfg.batch_tokens // unit
+        if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
+            divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
+            raise UserError(f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use {divisor}")
+        return rows
+
+    def tokens_per_step(self) -> float:
+        assert self.cfg.batch_tokens
+        return self.cfg.batch_tokens
+
+    def describe_step(self, micro_batch: int, world_size: int) -> str:
+        cfg = self.cfg
+        accumulation = self.rows_per_rank(cfg, world_size) // micro_batch
+        return (
+            f"{cfg.batch_tokens:,} tokens = micro-batch {micro_batch} x length {cfg.seq_len} x "
+            f"accumulation {accumulation} x ranks {world_size}"
+        )
 
     def identity(self) -> dict[str, Any]:
-        config = self.config
+        config = self.shape
         return {
+            "batch_tokens": self.cfg.batch_tokens,
+            "seq_len": self.cfg.seq_len,
             "n_layer": config.n_layer,
             "n_head": config.n_head,
             "n_embd": config.n_embd,
@@ -157,7 +230,7 @@ class LanguageModelling(Task):
         }
 
     def describe(self) -> dict[str, str]:
-        config, data = self.config, self.data
+        config, data = self.shape, self.data
         with torch.device("meta"):
             model = GPT(config)
         shape = f"{config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads, context {config.block_size}"
@@ -172,23 +245,23 @@ class LanguageModelling(Task):
 
     def flops_per_token(self) -> int:
         with torch.device("meta"):
-            return GPT(self.config).flops_per_token(self.cfg.seq_len or 0)
+            return GPT(self.shape).flops_per_token(self.cfg.seq_len or 0)
 
     def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
         assert cfg.seq_len and cfg.batch_tokens
         rows = cfg.batch_tokens // cfg.seq_len // world_size
         return estimate(
-            self.config, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
+            self.shape, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
             accumulate=micro_batch < rows, saves=bool(cfg.save_every), keep_freed=keeps_freed(cfg),
             cast_once=casts_once(cfg.precision, cfg.without),
         )  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
-        return checkpoint_bytes(self.config, self.cfg.optimizer)
+        return checkpoint_bytes(self.shape, self.cfg.optimizer)
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         if cfg.init == "scratch":
-            return GPT(self.config)
+            return GPT(self.shape)
         return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
@@ -237,7 +310,7 @@ class LanguageModelling(Task):
         tokenizer = self.data.tokenizer
         prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-        options = Sampling(max_new_tokens=min(100, self.config.block_size // 2), top_k=50, seed=self.cfg.seed)
+        options = Sampling(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50, seed=self.cfg.seed)
         outs = generate(model, ids, options, tokenizer.eot, vocab_size=tokenizer.vocab_size)
         texts = [tokenizer.decode(out) for out in outs]
         return list(zip(prompts, texts, strict=True))
@@ -248,7 +321,7 @@ class LanguageModelling(Task):
         self.data.tokenizer.save(folder)
 
 
-def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
+def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
     """The shape to train: of the preset and its overrides, or of the checkpoint that --init names."""
     if cfg.init != "scratch":
         return _pretrained_config(cfg)
@@ -259,7 +332,7 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, block_size=cfg.seq_len, **shape, **how_it_runs(cfg))
 
 
-def how_it_runs(cfg: TrainConfig) -> dict[str, Any]:
+def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
     """Fields of GPTConfig that no weight fixes."""
     return {
         "dropout": cfg.dropout,
@@ -272,7 +345,7 @@ def how_it_runs(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained_config(cfg: TrainConfig) -> GPTConfig:
+def _pretrained_config(cfg: RunConfig) -> GPTConfig:
     given = [f"--{name.replace('_', '-')}" for name in ("n_layer", "n_head", "n_embd", "preset") if getattr(cfg, name)]
     if given:
         raise UserError(f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape")
@@ -285,7 +358,7 @@ def _pretrained_config(cfg: TrainConfig) -> GPTConfig:
     return model.config
 
 
-def _tokenizer_named(cfg: TrainConfig) -> str | None:
+def _tokenizer_named(cfg: RunConfig) -> str | None:
     """What load_tokenizer takes for --tokenizer, else for the checkpoint of --init; None leaves it to the data."""
     if cfg.tokenizer:
         return cfg.tokenizer if cfg.tokenizer == "gpt2" else locate(cfg.tokenizer)
@@ -295,7 +368,7 @@ def _tokenizer_named(cfg: TrainConfig) -> str | None:
     return where if any((Path(where) / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
 
 
-def planned_vocab_size(cfg: TrainConfig) -> int:
+def planned_vocab_size(cfg: RunConfig) -> int:
     """Size of the vocabulary that `setup` would find, without tokenizing anything: for --dry-run."""
     if named := _tokenizer_named(cfg):
         return load_tokenizer(named).vocab_size

@@ -32,7 +32,7 @@ import checkpoint
 import distributed
 import files
 from checkpoint import Saver
-from config import TrainConfig, UserError
+from config import RunConfig, UserError
 from distributed import StopSignal, World
 from plan import (
     Choices,
@@ -41,18 +41,17 @@ from plan import (
     estimate_fits,
     is_out_of_memory,
     largest_micro_batch,
-    rows_per_rank,
     settle,
 )
 from runlog import RunLog, bytes_text, finite, printable, time_text
-from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, partition
+from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, load_weights, partition
 from task import Task
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
 CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
 
 
-def train(task: Task, cfg: TrainConfig) -> int:
+def train(task: Task, cfg: RunConfig) -> int:
     """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError for bad input."""
     world = distributed.start(cfg.device)
     stop = StopSignal(world)
@@ -60,16 +59,17 @@ def train(task: Task, cfg: TrainConfig) -> int:
     log = RunLog(speaks=world.main)
     defaulted = cfg.data is None
     cfg, choices = settle(cfg, world)
-    rows_per_rank(cfg, world)
-    if defaulted and cfg.data == "stdlib":
-        log.say("no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:")
-        log.say("  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb\n")
+    task.rows_per_rank(cfg, world.size)
+    if defaulted and (note := task.without_data(cfg)):
+        log.say(note)
     if cfg.dry_run:
-        dry_run(task, cfg, world, log)
+        task.plan(cfg)
+        dry_run(task, task.set_length(cfg), world, log)
         distributed.finish(world)
         return 0
     with distributed.main_first(world):
         task.setup(cfg, log.say)
+    cfg = task.set_length(cfg)
     run = Run(task, cfg, world, stop, log)
     try:
         with sdpa_kernel(choices.backends, set_priority=True), run.held:
@@ -96,7 +96,7 @@ class Progress:
 
 
 class Run:
-    def __init__(self, task: Task, cfg: TrainConfig, world: World, stop: StopSignal, log: RunLog):
+    def __init__(self, task: Task, cfg: RunConfig, world: World, stop: StopSignal, log: RunLog):
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
@@ -119,8 +119,8 @@ class Run:
             return 0
         self._build(start)
         self._banner(choices, start.folder)
-        if choices.lost:
-            self.log.warn(choices.lost)
+        for warning in (*((choices.lost,) if choices.lost else ()), *self.task.warnings):
+            self.log.warn(warning)
         self.log.start_progress(self.steps, self.at.step)
         try:
             self.stop.defer()
@@ -153,7 +153,7 @@ class Run:
         return result
 
     def identity(self) -> dict[str, Any]:
-        names = ("seed", "batch_tokens", "seq_len", "optimizer", "schedule", "steps")
+        names = ("seed", "optimizer", "schedule", "steps")
         return {name: getattr(self.cfg, name) for name in names} | self.task.identity()
 
     def _open(self) -> checkpoint.Start:
@@ -170,7 +170,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = self.task.build_model(cfg)
         # The checkpoint writer exports from a double of the model whose weights are the copied ones.
-        double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
+        self.double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
         self.model.to(world.device)
         cfg.micro_batch = self._micro_batch(start.micro_batch)
         if cfg.compile:
@@ -182,7 +182,7 @@ class Run:
             self.saved = self.at.step if resume_from.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
-        self.saver = Saver(self.folder, lambda weights, folder: self._export(double, weights, folder), self._saved)
+        self.saver = Saver(self.folder, self._export_checkpoint, self._saved)
         self._on_main(lambda: self._open_log(self.at.step if resume_from else None))
 
     def _open_log(self, resumed_at: int | None) -> None:
@@ -197,7 +197,7 @@ class Run:
 
     def _micro_batch(self, before: int | None) -> int:
         """As asked, as it was before the run was interrupted, or the largest that fits."""
-        rows = rows_per_rank(self.cfg, self.world)
+        rows = self.task.rows_per_rank(self.cfg, self.world.size)
         if self.cfg.micro_batch != "auto":
             if self.world.device.type != "cuda" and not estimate_fits(self.task, self.cfg, self.world)(
                 self.cfg.micro_batch
@@ -212,7 +212,7 @@ class Run:
         return found
 
     def _out_of_memory(self) -> UserError:
-        rows = rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world)
+        rows = self.task.rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world.size)
         asked = self.cfg.micro_batch if isinstance(self.cfg.micro_batch, int) else rows
         alone = dataclasses.replace(self.world, size=1)  # the other ranks may be anywhere
         with torch.compiler.set_stance("force_eager"):
@@ -223,8 +223,7 @@ class Run:
 
     def _banner(self, choices: Choices, resume_from: Path | None) -> None:
         cfg, world = self.cfg, self.world
-        assert isinstance(cfg.micro_batch, int) and cfg.seq_len and cfg.batch_tokens
-        accumulation = cfg.batch_tokens // (cfg.micro_batch * cfg.seq_len * world.size)
+        assert isinstance(cfg.micro_batch, int)
         device = distributed.device_name(world.device)
         threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
         compiled = f"compiled by the {compile_unit(cfg, world)}" if cfg.compile else "not compiled"
@@ -237,8 +236,7 @@ class Run:
             + (f", without {', '.join(cfg.without)}" if cfg.without else ""),
         }
         last = {
-            "step": f"{cfg.batch_tokens:,} tokens = micro-batch {cfg.micro_batch} x length {cfg.seq_len} x "
-            f"accumulation {accumulation} x ranks {world.size}",
+            "step": self.task.describe_step(cfg.micro_batch, world.size),
             "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} schedule, peak lr {cfg.lr:g}"
             + (f", {self.flops / 1e6:,.1f} MFLOP a token" if self.flops else ""),
         }
@@ -422,9 +420,10 @@ class Run:
         size, blocked, write = bytes_text(facts["bytes"]), facts["blocked_ms"], facts["write_ms"]
         self.log.say(f"saved {folder}: {size}, training blocked {blocked:.0f} ms, written in {write:.0f} ms")
 
-    def _export(self, double: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-        double.load_state_dict(weights, assign=True)
-        self.task.export(double, folder)
+    def _export_checkpoint(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Of the copied weights, in the writer's thread."""
+        load_weights(self.double, weights, self.task.is_stored, assign=True)
+        self.task.export_checkpoint(self.double, folder)
 
     @contextlib.contextmanager
     def _profiler(self) -> Generator[Callable[[], None]]:
@@ -520,7 +519,8 @@ class Run:
         weights, step = self._best_or_last()
 
         def fill(folder: Path) -> None:
-            self.saver.export(weights, folder)
+            load_weights(self.double, dict(self.model.state_dict()) | weights, assign=True)
+            self.task.export(self.double, folder)
             (folder / "README.md").write_text(self._card(step))
 
         checkpoint.write_folder(self.folder / "final", fill)
@@ -543,10 +543,11 @@ class Run:
         lines = "\n".join(f"- {name}: {value}" for name, value in self.task.describe().items())
         metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in self.at.metrics.items())
         cfg = self.cfg
+        assert isinstance(cfg.micro_batch, int)
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n"
             f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} of {self.steps}.\n\n"
-            f"{lines}\n- training: {cfg.batch_tokens:,} tokens a step, {cfg.optimizer}, {cfg.schedule} schedule, peak "
+            f"{lines}\n- training: {self.task.describe_step(cfg.micro_batch, self.world.size)}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
             f'```python\nAutoModelForCausalLM.from_pretrained("{self.folder}/final")\n```\n'
         )

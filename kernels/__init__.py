@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from config import TrainConfig, UserError, nearest
+from config import RunConfig, TrainConfig, UserError, nearest
 from kernels import cpu_attention
 from kernels._triton import missing
 
@@ -23,7 +23,7 @@ def named(kernels: str) -> tuple[str, ...]:
     return () if kernels in ("auto", "torch") else tuple(_asked(kernels))
 
 
-def choose(cfg: TrainConfig, device_type: str) -> tuple[str, str | None]:
+def choose(cfg: RunConfig, device_type: str) -> tuple[str, str | None]:
     """Resolve `--kernels` where all else is resolved, and say what `auto` has to do without. Raises UserError.
 
     auto: on a CUDA GPU what torch.compile cannot make of PyTorch's operations, and attention where documents would
@@ -44,20 +44,20 @@ def choose(cfg: TrainConfig, device_type: str) -> tuple[str, str | None]:
     return chosen, f"PyTorch's operations run in place of some kernels: {reasons}" if lacking else None
 
 
-def _automatic(cfg: TrainConfig, device_type: str) -> list[str]:
+def _automatic(cfg: RunConfig, device_type: str) -> list[str]:
     if device_type == "cuda":
         left = FUSED_BY_COMPILER if cfg.compile else ()
-        return [name for name in TRITON if name not in left and (name != "attention" or cfg.document_mask)]
+        return [name for name in TRITON if name not in left and (name != "attention" or _documents(cfg))]
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     pays = device_type == "cpu" and "attention-backend" not in cfg.without and cpu_attention.pays(dtype)
     return ["cpu_attention"] if pays and not _lacking("cpu_attention", cfg, "cpu") else []
 
 
-def _left_out(name: str, cfg: TrainConfig) -> bool:
+def _left_out(name: str, cfg: RunConfig) -> bool:
     return PART_OF.get(name) in cfg.without
 
 
-def _lacking(name: str, cfg: TrainConfig, device_type: str) -> str | None:
+def _lacking(name: str, cfg: RunConfig, device_type: str) -> str | None:
     """Why an operation cannot run here; None where it can."""
     if "attention" in name and cfg.dropout:
         return "has no dropout"
@@ -67,7 +67,12 @@ def _lacking(name: str, cfg: TrainConfig, device_type: str) -> str | None:
         return missing(device_type)
     if device_type != "cpu":
         return "needs a CPU"
-    return "has no documents" if cfg.document_mask else None
+    return "has no documents" if _documents(cfg) else None
+
+
+def _documents(cfg: RunConfig) -> bool:
+    """Whether attention keeps documents apart."""
+    return isinstance(cfg, TrainConfig) and cfg.document_mask
 
 
 def _asked(kernels: str) -> list[str]:

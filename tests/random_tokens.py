@@ -20,7 +20,7 @@ STEPS = 20
 
 class RandomTokens(LanguageModelling):
     def __init__(self, config: GPTConfig, cfg: TrainConfig):
-        self.config, self.cfg = config, cfg
+        self.shape, self.cfg = config, cfg
 
     def rows(self, split: str, step: int) -> np.ndarray:
         assert self.cfg.batch_tokens and self.cfg.seq_len
@@ -28,7 +28,7 @@ class RandomTokens(LanguageModelling):
 
     def collate(self, split: str, ids: np.ndarray) -> Batch:
         assert self.cfg.seq_len
-        rows = [np.random.default_rng(i).integers(0, self.config.vocab_size, self.cfg.seq_len + 1) for i in ids]
+        rows = [np.random.default_rng(i).integers(0, self.shape.vocab_size, self.cfg.seq_len + 1) for i in ids]
         tokens = torch.from_numpy(np.stack(rows))
         return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
