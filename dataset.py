@@ -174,7 +174,7 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, shards: list[dict[str, Any]], **more: Any) -> None:
     """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside them."""
-    if tokenizer.source != "gpt2":
+    if tokenizer.source != "gpt2" or tokenizer.special:
         tokenizer.save(folder / "tokenizer")
     manifest = dict(
         format=FORMAT, tokenizer=dict(source=tokenizer.source, name=tokenizer.name, sha256=tokenizer.sha256)

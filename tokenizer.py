@@ -32,6 +32,7 @@ from config import UserError
 ENDOFTEXT = "<|endoftext|>"
 # The end token of a folder whose tokenizer_config.json names none: the first of these that it has.
 END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+METASPACE = "▁"  # how SentencePiece writes a space
 BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
 
@@ -43,6 +44,7 @@ GPT2_SPLIT = r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+
 # run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
 # the split does not.
 SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
 CHUNK = 1 << 16  # characters
 PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
 LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
@@ -51,14 +53,17 @@ LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
 class Tokenizer(ABC):
     """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a worker.
 
-    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again.
-    eot: id of the token that ends a document. num_threads: of encode_batch; None takes every core.
+    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again, but for
+    `special`: what with_special() added. eot: id of the token that ends a document. special_ids: every special
+    token's id, the end token's too. num_threads: of encode_batch; None takes every core.
     """
 
     name: str
     source: str
     vocab_size: int
     eot: int
+    special: tuple[str, ...]
+    special_ids: dict[str, int]
     num_threads: int | None = None
 
     @abstractmethod
@@ -72,6 +77,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
+    @abstractmethod
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        """This tokenizer with `tokens` as special ones at the ids from vocab_size on."""
+
+    @abstractmethod
+    def _spells(self, token: str) -> bool:
+        """Whether the vocabulary writes one of its tokens so."""
+
     @functools.cached_property
     @abstractmethod
     def _spec(self) -> dict[str, Any]:
@@ -81,16 +94,51 @@ class Tokenizer(ABC):
     @abstractmethod
     def _token_bytes(self) -> list[bytes]: ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD.
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of the ids, special tokens spelled out or left out; bytes that are not UTF-8 become U+FFFD.
 
         Raises UserError for an id outside [0, vocab_size).
         """
-        return self._decode([self._check(i) for i in ids])
+        left_out = set(self.special_ids.values()) if skip_special else ()
+        return self._decode([self._check(i) for i in ids if i not in left_out])
 
     def token_bytes(self, id: int) -> bytes:
         """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like `decode`."""
         return self._token_bytes[self._check(id)]
+
+    def special_id(self, token: str) -> int:
+        """Id of a special token. Raises UserError where this tokenizer has none that is written so."""
+        if token not in self.special_ids:
+            raise UserError(f"{self.name} has no special token {token!r}; it has {' '.join(self.special_ids)}")
+        return self.special_ids[token]
+
+    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
+        """This tokenizer with each of `tokens` as one special token; new ones take the ids from vocab_size on.
+
+        The ids of a text stay as they are: a text that spells a special token is still text. Raises UserError for
+        a string that is given twice, has no visible character, or is an ordinary token of the vocabulary.
+        """
+        if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
+            raise UserError(f"special token {twice[0]!r} is given twice; name it once")
+        new = tuple(token for token in tokens if token not in self.special_ids)
+        for token in new:
+            self._check_special(token)
+        if not new:
+            return self
+        extended = self._extended(new)
+        extended.num_threads = self.num_threads
+        return extended
+
+    def _check_special(self, token: str) -> None:
+        readable = token.strip() and token == _without_surrogates(token)
+        if not readable or METASPACE in token or _unspell(token) != token.encode():  # a decoder would rewrite it
+            raise UserError(f"{token!r} cannot be a special token; take one of plain characters, such as <answer>")
+        ids = self.encode(token)
+        if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
+            raise UserError(
+                f"{token!r} cannot be a special token of {self.name}: it already is an ordinary one; "
+                "take one that no text holds, such as <answer>"
+            )
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -114,9 +162,10 @@ class Tokenizer(ABC):
 
     def _config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
-        end = next(t["content"] for t in self._spec["added_tokens"] if t["id"] == self.eot)
+        end = next(token for token, id in self.special_ids.items() if id == self.eot)
         # the class that takes tokenizer.json as it is, in every version of transformers
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        return config | ({"additional_special_tokens": list(self.special)} if self.special else {})
 
     def _check(self, id: int) -> int:
         id = operator.index(id)
@@ -125,20 +174,31 @@ class Tokenizer(ABC):
         return id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return load_tokenizer, (self.source, self.num_threads)
+        return _restore, (self.source, self.num_threads, self.special)
 
 
 class _GPT2Tokenizer(Tokenizer):
     """GPT-2's vocabulary, run by tiktoken."""
 
     name = source = "gpt2"
-    # What the property above gives for this vocabulary: working it out rebuilds 50,000 merges in every process.
-    sha256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"
 
-    def __init__(self) -> None:
-        self._encoding = _tiktoken_gpt2()
+    def __init__(self, special: tuple[str, ...] = ()) -> None:
+        self._encoding = _tiktoken_gpt2(special)
         self.vocab_size = self._encoding.n_vocab
         self.eot = self._encoding.eot_token
+        self.special = special
+        self.special_ids = dict(self._encoding._special_tokens)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        # Working it out rebuilds 50,000 merges: not in every process.
+        return super().sha256 if self.special else GPT2_SHA256
+
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        return _GPT2Tokenizer(self.special + tokens)
+
+    def _spells(self, token: str) -> bool:
+        return _unspell(token) in self._encoding._mergeable_ranks
 
     def encode(self, text: str) -> list[int]:
         return _tiktoken_encode(self._encoding, text)
@@ -161,10 +221,10 @@ class _GPT2Tokenizer(Tokenizer):
         ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
         merges = [[_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1]
         vocab = {_spell(token): id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
-        end = dict(id=self.eot, content=ENDOFTEXT, single_word=False, lstrip=False, rstrip=False)
+        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         return {
             "version": "1.0",
-            "added_tokens": [end | {"normalized": False, "special": True}],
+            "added_tokens": [{"id": id, "content": token, **form} for token, id in self.special_ids.items()],
             "normalizer": None,
             "pre_tokenizer": BYTE_LEVEL,
             "post_processor": BYTE_LEVEL,
@@ -179,7 +239,7 @@ class _HubTokenizer(Tokenizer):
     Batches go through tiktoken where it is sure to give the same ids: it is several times faster.
     """
 
-    def __init__(self, tokenizer: Any, source: Path, config: dict[str, Any]):
+    def __init__(self, tokenizer: Any, source: Path, config: dict[str, Any], special: tuple[str, ...] = ()):
         self._tokenizer = tokenizer
         self._given_config = config
         folder = source.parent if source.name == "tokenizer.json" else source
@@ -192,6 +252,19 @@ class _HubTokenizer(Tokenizer):
         tokenizer.no_padding()
         self.vocab_size = max(vocab.values()) + 1
         self.eot = vocab[end]
+        self.special = special
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens(list(tokens))
+        if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
+            raise UserError(f"{self.source} leaves ids without a token: special tokens cannot be added to it")
+        return _HubTokenizer(tokenizer, Path(self.source), self._given_config, self.special + tokens)
+
+    def _spells(self, token: str) -> bool:
+        return self._tokenizer.token_to_id(token) is not None
 
     def encode(self, text: str) -> list[int]:
         if len(text) > PROMPT:
@@ -228,8 +301,7 @@ class _HubTokenizer(Tokenizer):
         """Ids of the special tokens but the unknown one, which stands for text."""
         settings = self._spec["model"]
         unknown = settings.get("unk_id", self._tokenizer.token_to_id(settings.get("unk_token") or ""))
-        added = self._tokenizer.get_added_tokens_decoder()
-        return {id for id, token in added.items() if token.special and id != unknown}
+        return {id for id in self.special_ids.values() if id != unknown}
 
     @functools.cached_property
     def _encoding(self) -> Any:
@@ -268,7 +340,12 @@ class _HubTokenizer(Tokenizer):
         return json.loads(self._tokenizer.to_str())
 
     def _config(self) -> dict[str, Any]:
-        return super()._config() | self._given_config
+        config = super()._config() | self._given_config
+        if not self.special:
+            return config
+        new_name = isinstance(config.get("extra_special_tokens"), list)  # since transformers 5
+        name = "extra_special_tokens" if new_name else "additional_special_tokens"
+        return config | {name: [*self._given_config.get(name, []), *self.special]}
 
 
 def load_tokenizer(where: str, num_threads: int | None = None) -> Tokenizer:
@@ -282,6 +359,10 @@ def load_tokenizer(where: str, num_threads: int | None = None) -> Tokenizer:
         tokenizer = _load_hub(Path(where).absolute())
     tokenizer.num_threads = num_threads
     return tokenizer
+
+
+def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> Tokenizer:
+    return load_tokenizer(source, num_threads).with_special(special)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
@@ -351,16 +432,22 @@ def _byte_level(model: Any, add_prefix_space: bool) -> Any:
     return tokenizer
 
 
-def _tiktoken_gpt2() -> Any:
+def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
+    """tiktoken's gpt2, with `special` as the special tokens after its own."""
     import tiktoken
 
     try:
-        return tiktoken.get_encoding("gpt2")
+        encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):  # no network (requests' errors are OSErrors), or a spoiled download
         raise UserError(
             "GPT-2's tokenizer is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a "
             "folder with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python tokenizer.py train makes one)"
         ) from None
+    if not special:
+        return encoding
+    ids = encoding._special_tokens | {token: encoding.n_vocab + i for i, token in enumerate(special)}
+    ranks = encoding._mergeable_ranks
+    return tiktoken.Encoding("gpt2", pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=ids)
 
 
 def _tiktoken_encode(encoding: Any, text: str) -> list[int]:

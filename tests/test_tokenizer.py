@@ -197,6 +197,119 @@ class TestAny:
         assert copy.encode_batch(AWKWARD) == either.encode_batch(AWKWARD)
 
 
+class TestSpecialTokens:
+    """What with_special adds, to either implementation."""
+
+    NEW = ("<question>", "<답>", "<end of it>")
+
+    @pytest.fixture(params=["trained", "gpt2"])
+    def plain(self, request) -> Tokenizer:
+        return request.getfixturevalue(request.param)
+
+    @pytest.fixture
+    def extended(self, plain) -> Tokenizer:
+        return plain.with_special(["<|endoftext|>", *self.NEW])
+
+    def test_new_ids_follow_the_old(self, plain, extended):
+        ids = [extended.special_id(token) for token in self.NEW]
+        assert ids == list(range(plain.vocab_size, plain.vocab_size + 3))
+        assert extended.vocab_size == plain.vocab_size + 3
+        assert extended.eot == plain.eot == extended.special_id("<|endoftext|>")
+        assert extended.special == self.NEW and plain.special == ()
+
+    @given(st.text(alphabet=st.one_of(st.sampled_from("<answer>question답 the"), st.characters())))
+    @settings(max_examples=100, deadline=None)
+    def test_text_is_what_it_was(self, trained, text):
+        extended = trained.with_special(["<answer>"])
+        text = text + "<answer>"
+        assert extended.encode(text) == extended.encode_batch([text])[0] == trained.encode(text)
+
+    def test_awkward_texts_are_what_they_were(self, plain, extended):
+        assert extended.encode_batch(AWKWARD) == plain.encode_batch(AWKWARD)
+
+    def test_decode_spells_or_skips(self, extended):
+        ids = [*extended.encode("it is"), extended.special_id("<답>"), *extended.encode(" so"), extended.eot]
+        assert extended.decode(ids) == "it is<답> so<|endoftext|>"
+        assert extended.decode(ids, skip_special=True) == "it is so"
+        assert extended.token_bytes(extended.special_id("<답>")) == b""
+
+    def test_transformers_reads_them_as_special(self, extended, tmp_path):
+        extended.save(tmp_path)
+        hub, ids = hub_tokenizer(tmp_path), [extended.special_id(token) for token in self.NEW]
+        expected = [*extended.encode("the dog"), ids[1], *extended.encode(" runs\n"), ids[2]]
+        assert hub("the dog<답> runs\n<end of it>")["input_ids"] == expected
+        assert len(hub) == extended.vocab_size and set(ids) <= set(hub.all_special_ids)
+        assert hub.decode(expected, skip_special_tokens=True) == extended.decode(expected, skip_special=True)
+
+    def test_saved_and_pickled_are_the_same(self, plain, extended, tmp_path):
+        extended.save(tmp_path)
+        assert extended.sha256 != plain.sha256
+        for again in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(extended))):
+            assert (again.sha256, again.special_ids) == (extended.sha256, extended.special_ids)
+            assert again.with_special(self.NEW) is again
+            twice, expected = again.with_special(["<more>"]), extended.with_special(["<more>"])
+            assert (twice.sha256, twice.vocab_size) == (expected.sha256, plain.vocab_size + 4)
+
+    def test_a_second_addition_is_saved_with_the_first(self, extended, tmp_path):
+        extended.save(tmp_path / "once")
+        load_tokenizer(str(tmp_path / "once")).with_special(["<more>"]).save(tmp_path / "twice")
+        assert set(hub_tokenizer(tmp_path / "twice").extra_special_tokens) == {*self.NEW, "<more>"}
+
+    @pytest.mark.parametrize(
+        "tokens, says",
+        [
+            (["the"], "already is an ordinary one"),
+            ([" the"], "already is an ordinary one"),
+            (["Ġthe"], "plain characters"),  # how the vocabulary writes " the"
+            (["t"], "already is an ordinary one"),
+            (["<a>", "<b>", "<a>"], "'<a>' is given twice"),
+            ([""], "plain characters"),
+            ([" \n"], "plain characters"),
+            (["<\ud800>"], "plain characters"),
+            (["<é>"], "plain characters"),
+        ],
+    )
+    def test_what_cannot_be_one(self, plain, tokens, says):
+        with pytest.raises(UserError, match=says):
+            plain.with_special(tokens)
+
+    def test_unknown_names_are_refused(self, extended):
+        with pytest.raises(UserError, match=r"no special token '<anser>'; it has .*<question>"):
+            extended.special_id("<anser>")
+
+    def test_ids_without_a_token_leave_no_room(self, trained, tmp_path):
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
+        spec["model"]["vocab"]["fox"] = 500
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(UserError, match="without a token"):
+            load_tokenizer(str(tmp_path)).with_special(["<answer>"])
+
+    def test_the_model_grows_with_the_tokenizer(self, trained, tmp_path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from model import GPT, GPTConfig
+
+        extended = trained.with_special(self.NEW)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=trained.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32)).eval()
+        idx = torch.tensor([trained.encode("The quick brown fox")])
+        before, table = model(idx), model.transformer.wte.weight.detach()[: trained.vocab_size].clone()
+        model.grow_vocabulary(extended.vocab_size)
+        after = model(idx)
+        torch.testing.assert_close(after[..., : trained.vocab_size], before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            model.transformer.wte.weight[trained.vocab_size : extended.vocab_size], table.mean(0).expand(3, -1)
+        )
+
+        model.save_pretrained(tmp_path, eot=extended.eot)
+        extended.save(tmp_path)
+        hub, words = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), hub_tokenizer(tmp_path)
+        assert len(words) == hub.config.vocab_size == load_tokenizer(str(tmp_path)).vocab_size
+        idx = torch.tensor([words("The fox<question> quick")["input_ids"]])
+        torch.testing.assert_close(hub(idx).logits, model(idx), rtol=1e-5, atol=1e-5)
+
+
 class TestGPT2:
     def test_known_ids(self, gpt2):
         assert gpt2.encode("hello world") == [31373, 995]
