@@ -193,16 +193,22 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def find_files(spec: str) -> list[Path]:
-    """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
-    found: list[Path] = []
+def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
+    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those of a folder with one
+    of the suffixes."""
     for item in [spec] if Path(spec).exists() else filter(None, map(str.strip, spec.split(","))):
         path = Path(item).expanduser()
         if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if suffix_of(p) in TEXT_SUFFIXES and p.is_file())
+            matches = sorted(p for p in path.rglob("*") if suffix_of(p) in suffixes)
         else:
             matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        matches = [p for p in matches if p.is_file()]
+        yield item, [p for p in matches if p.is_file()]
+
+
+def find_files(spec: str) -> list[Path]:
+    """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
+    found: list[Path] = []
+    for item, matches in named_files(spec, TEXT_SUFFIXES):
         if not matches:
             raise UserError(no_such_data(item))
         found += matches
@@ -337,17 +343,17 @@ class HubDataset:
         try:
             # asked first because the library below retries for half a minute before it gives up
             self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
-            self._rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
+            self.rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
         except Exception as error:  # whatever HTTP client the library has today; the line says what it said
             raise no_hub_data(f"{name}{f':{config}' if config else ''} ({split})", error) from None
 
     def state(self) -> Any:
-        return self._rows.state_dict()
+        return self.rows.state_dict()
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
         if state is not None:
-            self._rows.load_state_dict(state)
-        for row in self._rows:
+            self.rows.load_state_dict(state)
+        for row in self.rows:
             if self.column not in row:
                 raise _no_column(self.name, self.column, list(row))
             text = _cell(row[self.column], self.name, self.column)

@@ -11,8 +11,19 @@ REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
     "ground": ["config", "cli", "files", "distributed", "kernels"],
-    "parts": ["tokenizer", "corpus", "dataset", "rows", "model", "adapters", "optim", "precision"],
-    "services": ["checkpoint", "decoding", "metrics", "objectives", "runlog", "memory"],
+    "parts": [
+        "tokenizer",
+        "tokenizer_training",
+        "corpus",
+        "dataset",
+        "rows",
+        "order",
+        "model",
+        "adapters",
+        "optim",
+        "precision",
+    ],
+    "services": ["checkpoint", "decoding", "search", "window", "metrics", "objectives", "runlog", "memory"],
     "task seam": ["task"],
     "one step": ["step"],
     "before a run": ["plan"],
@@ -26,9 +37,16 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("distributed", "config"),
     ("kernels", "config"),
     ("kernels", "kernels"),
+    ("tokenizer", "tokenizer_training"),  # a tokenizer is read, or made
     ("corpus", "tokenizer"),  # text becomes tokens
     ("dataset", "tokenizer"),  # shards know the vocabulary they were written with
     ("dataset", "corpus"),  # --data may be text, tokenized on the spot
+    ("rows", "corpus"),  # what --data may name is one thing for all
+    ("order", "dataset"),  # one random permutation for windows and rows
+    ("decoding", "search"),
+    ("decoding", "window"),
+    ("search", "window"),
+    ("decoding", "metrics"),  # minimum Bayes risk compares candidates by chrF
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }
 
