@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training a byte-level BPE.
+"""Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training one.
 
 tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers` everything
 else. Both are seen through one class and written in the hub's layout, so a checkpoint carries its tokenizer.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import glob
 import hashlib
 import itertools
 import json
@@ -20,34 +19,37 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from cli import entry_point
 from config import UserError
+from tokenizer_training import (
+    CHUNK,
+    ENDOFTEXT,
+    METASPACE,
+    UNKNOWN,
+    TrainingText,
+    byte_level,
+    input_files,
+    pieces_of,
+    train_byte_level,
+    without_surrogates,
+)
+from tokenizer_training import train_sentencepiece as train_pieces
 
-ENDOFTEXT = "<|endoftext|>"
 # The end token of a folder whose tokenizer_config.json names none: the first of these that it has.
 END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
-METASPACE = "▁"  # how SentencePiece writes a space
-BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # GPT-2's split into words, written so that it hardly ever steps back: a run of white space at the end of
 # the text is taken whole, any other takes each character that no visible one follows
 GPT2_SPLIT = r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
-# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
-# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
-# the split does not.
-SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
-CHUNK = 1 << 16  # characters
 PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
-LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
 
 
 class Tokenizer(ABC):
@@ -118,21 +120,17 @@ class Tokenizer(ABC):
         The ids of a text stay as they are: a text that spells a special token is still text. Raises UserError for
         a string that is given twice, has no visible character, or is an ordinary token of the vocabulary.
         """
-        if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
-            raise UserError(f"special token {twice[0]!r} is given twice; name it once")
+        _check_names(tokens)
         new = tuple(token for token in tokens if token not in self.special_ids)
         for token in new:
-            self._check_special(token)
+            self._check_meaning(token)
         if not new:
             return self
         extended = self._extended(new)
         extended.num_threads = self.num_threads
         return extended
 
-    def _check_special(self, token: str) -> None:
-        readable = token.strip() and token == _without_surrogates(token)
-        if not readable or METASPACE in token or _unspell(token) != token.encode():  # a decoder would rewrite it
-            raise UserError(f"{token!r} cannot be a special token; take one of plain characters, such as <answer>")
+    def _check_meaning(self, token: str) -> None:
         ids = self.encode(token)
         if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
             raise UserError(
@@ -282,7 +280,7 @@ class _HubTokenizer(Tokenizer):
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # a str with a lone surrogate has no UTF-8
-            texts = [_without_surrogates(text) for text in texts]
+            texts = [without_surrogates(text) for text in texts]
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._without_specials(encoding.ids) for encoding in encodings]
 
@@ -365,32 +363,49 @@ def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> 
     return load_tokenizer(source, num_threads).with_special(special)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not at all.
 
-    Ids: the 256 bytes, the merges in order, <|endoftext|> last. A pair is merged only when it is seen twice,
-    so little text gives fewer than `vocab_size` tokens. Two runs on one text write the same bytes.
-    Raises UserError for a vocabulary below 257, an empty text, or a folder that holds something.
+    Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no other token holds
+    in part. A pair is merged only when it is seen twice, so little text gives fewer than `vocab_size` tokens. Two
+    runs on one text write the same bytes. Raises UserError for a vocabulary below 257 and the special tokens, an
+    empty text, special tokens as with_special does, or a folder that holds something.
     """
-    from tokenizers import models, pre_tokenizers, trainers
+    return _train(train_byte_level, texts, vocab_size, out, special, {})
 
-    if vocab_size < 257:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {ENDOFTEXT} make 257")
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    out: Path,
+    kind: Literal["unigram", "bpe"] = "unigram",
+    special: Sequence[str] = (),
+) -> Tokenizer:
+    """Train SentencePiece's unigram model (Kudo 2018) or its BPE and write it to the new folder `out`.
+
+    Every text comes out as it went in (but for U+2581, which comes out as a space): no normalisation, no space
+    before the text, bytes for the characters that have no piece. Ids: <unk>, the 256 bytes, the pieces,
+    <|endoftext|>, the `special` tokens: `vocab_size` in all. Two runs on one text write the same bytes. Raises
+    UserError for a vocabulary too small or too large for the text, and as train_bpe does.
+    """
+    train = functools.partial(train_pieces, kind=kind)
+    return _train(train, texts, vocab_size, out, special, {"unk_token": UNKNOWN})
+
+
+def _train(
+    train: Callable[..., Any],
+    texts: Iterable[str],
+    vocab_size: int,
+    out: Path,
+    special: Sequence[str],
+    config: dict[str, Any],
+) -> Tokenizer:
+    _check_names(special)
     out = Path(out).absolute()
     _check_free(out)
-    tokenizer = _byte_level(models.BPE(), add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    split = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.FixedLength(LONGEST_WORD)])
-    tokenizer.train_from_iterator(_training_pieces(texts), trainer)
-    tokenizer.pre_tokenizer = split
+    tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
     tokenizer.add_special_tokens([ENDOFTEXT])
-    _save_whole(_HubTokenizer(tokenizer, out, {}), out)
+    _save_whole(_HubTokenizer(tokenizer, out, config).with_special(special), out)
     return load_tokenizer(str(out))
 
 
@@ -407,7 +422,7 @@ def _load_hub(path: Path) -> Tokenizer:
             tokenizer = HubTokenizer.from_file(str(file))
         elif vocab.is_file() and merges.is_file():
             model = models.BPE.from_file(str(vocab), str(merges))
-            tokenizer = _byte_level(model, bool(config.get("add_prefix_space")))
+            tokenizer = byte_level(model, bool(config.get("add_prefix_space")))
         else:
             raise UserError(
                 f"no tokenizer at {path}: give gpt2, a folder with tokenizer.json "
@@ -418,18 +433,6 @@ def _load_hub(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         raise UserError(f"{file if file.is_file() else vocab} is not a tokenizer: {error}") from None
     return _HubTokenizer(tokenizer, path, config)
-
-
-def _byte_level(model: Any, add_prefix_space: bool) -> Any:
-    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
-    from tokenizers import Tokenizer as HubTokenizer
-    from tokenizers import decoders, pre_tokenizers, processors
-
-    tokenizer = HubTokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
@@ -454,7 +457,7 @@ def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
     if len(text) <= CHUNK:
         return encoding.encode_ordinary(text)
     # tiktoken's regular expression overflows its stack on a word after a very long run of white space
-    return [id for piece in _pieces(text) for id in encoding.encode_ordinary(piece)]
+    return [id for piece in pieces_of(text) for id in encoding.encode_ordinary(piece)]
 
 
 def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) -> list[list[int]]:
@@ -484,6 +487,16 @@ def _end_token(vocab: dict[str, int], config: dict[str, Any], source: str) -> st
     raise UserError(
         f"{source} has no end token: name one of its tokens as eos_token in tokenizer_config.json beside it"
     )
+
+
+def _check_names(special: Sequence[str]) -> None:
+    """UserError for a special token that is there twice, is not to be seen, or that a decoder would rewrite."""
+    for i, token in enumerate(special):
+        if token in special[:i]:
+            raise UserError(f"special token {token!r} is given twice; name it once")
+        readable = token.strip() and token == without_surrogates(token)
+        if not readable or METASPACE in token or _unspell(token) != token.encode():
+            raise UserError(f"{token!r} cannot be a special token; take one of plain characters, such as <answer>")
 
 
 @functools.cache
@@ -572,30 +585,6 @@ def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
-def _without_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
-    start = 0
-    while cut := SAFE_CUT.search(text, start + CHUNK):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
-
-
-def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in pieces, so that all cores count words; UserError at the end where there was nothing."""
-    characters = 0
-    for text in texts:
-        characters += len(text)
-        yield from _pieces(_without_surrogates(text))
-    if not characters:
-        raise UserError("there is no text to train a tokenizer on")
-
-
 def _check_free(out: Path) -> None:
     """UserError unless `out` can be made or is an empty folder: nothing of the user's is replaced."""
     try:
@@ -617,59 +606,24 @@ def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-@dataclass
-class _Corpus:
-    """The text of some files, block by block; counts what it reads.
-
-    A line that is exactly <|endoftext|> separates documents and is left out. Bytes that are not UTF-8 become
-    U+FFFD.
-    """
-
-    files: list[str]
-    characters: int = 0
-    bad_bytes: int = 0
-    first: str = ""  # the first block, to measure the tokenizer on
-
-    def __iter__(self) -> Iterator[str]:
-        for file in self.files:
-            try:
-                yield from self._blocks(file)
-            except OSError as error:
-                raise UserError(f"--input {file}: {error.strerror}") from None
-
-    def _blocks(self, file: str) -> Iterator[str]:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            while lines := stream.readlines(1 << 20):
-                text = "".join(line for line in lines if line.rstrip("\r\n") != ENDOFTEXT)
-                text, bad = BAD_BYTE.subn("\ufffd", text)
-                self.bad_bytes += bad
-                self.characters += len(text)
-                self.first = self.first or text
-                yield text
-
-
-def _input_files(patterns: list[str]) -> list[str]:
-    files: list[str] = []
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            raise UserError(f"--input {pattern} is a folder; give its files: --input '{pattern}/*.txt'")
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"--input {pattern}: no such file")
-        files += [file for file in found if not Path(file).is_dir()]
-    return list(dict.fromkeys(files))
+TRAIN = {
+    "byte-bpe": train_bpe,
+    "unigram": functools.partial(train_sentencepiece, kind="unigram"),
+    "sentencepiece-bpe": functools.partial(train_sentencepiece, kind="bpe"),
+}
 
 
 def _train_command(options: argparse.Namespace) -> None:
-    corpus = _Corpus(_input_files(options.input))
-    print(f"training a vocabulary of {options.vocab_size:,} on {len(corpus.files)} file(s) ...", flush=True)
+    text = TrainingText(input_files(options.input))
+    print(f"training a vocabulary of {options.vocab_size:,} on {len(text.files)} file(s) ...", flush=True)
     start = time.perf_counter()
-    tokenizer = train_bpe(corpus, options.vocab_size, Path(options.out))
+    train = TRAIN[options.model]
+    tokenizer = train(text, options.vocab_size, Path(options.out), special=options.special)
     seconds = time.perf_counter() - start
-    print(f"read {corpus.characters:,} characters; replaced {corpus.bad_bytes:,} bytes that are not UTF-8")
+    print(f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the text gives only {tokenizer.vocab_size:,} tokens: no other pair is in it twice")
-    ratio = len(corpus.first) / len(tokenizer.encode(corpus.first))
+    ratio = len(text.first) / len(tokenizer.encode(text.first))
     print(f"{options.out}: vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s, {ratio:.2f} characters per token")
 
 
@@ -701,9 +655,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tokenizer.py", description="Train a tokenizer, and try one.")
     commands = parser.add_subparsers(required=True, metavar="train|encode|decode")
-    train = commands.add_parser("train", help="train a byte-level BPE on text", allow_abbrev=False)
+    train = commands.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
+    train.add_argument("--model", choices=TRAIN, default="byte-bpe", help="default: byte-bpe, as GPT-2's")
     train.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files or globs")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="256 bytes + merges + 1")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, the special ones too")
+    train.add_argument(
+        "--special", nargs="+", default=(), metavar="TOKEN", help="a task's own tokens, after the others"
+    )
     train.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the tokenizer")
     train.set_defaults(command=_train_command)
     encode = commands.add_parser("encode", help="text to ids", allow_abbrev=False)

@@ -1,0 +1,135 @@
+"""SentencePiece's models in the hub's layout, KoGPT-2's layout, and a model of a vocabulary of its own, end to end."""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import AWKWARD, SENTENCES, hub_ids, hub_tokenizer
+
+from config import UserError
+from tokenizer import Tokenizer, train_sentencepiece
+from tokenizer_training import sentencepiece_model, sentencepiece_pipeline
+
+pytest.importorskip("sentencepiece")
+
+SIZE = 400
+SYLLABLES = ["the", "ba", "ko", "ing", "st", "er", "1,", "02", "'s", "학", "교", "에서", "를", "고양", "이", "ㅋㅋ"]
+WORDS = [a + b for a in SYLLABLES for b in SYLLABLES]
+SPELT = ["<0x41>", "<0x0A>", "<unk>", "<|endoftext|>", "<answer>"]  # names of ids, as text
+# "▁" comes out as a space
+TEXTS = st.lists(st.one_of(st.sampled_from([*WORDS, *SPELT, " ", "  ", "\n", "ㅋ"]), st.text())).map(
+    lambda parts: "".join(parts).replace("▁", "")
+)
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=12)) + draw.choice(".!") for _ in range(600)]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def kind(request) -> Any:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(lines, kind, tmp_path_factory) -> Tokenizer:
+    out = tmp_path_factory.mktemp("sentencepiece") / kind
+    return train_sentencepiece(lines, SIZE, out, kind, ["<answer>", "<질문>"])
+
+
+@pytest.fixture(scope="module")
+def reference(lines, kind) -> tuple[Any, Any]:
+    """SentencePiece's own model, and it in `tokenizers`."""
+    processor = sentencepiece_model(lines, SIZE, [], kind)
+    pipeline = sentencepiece_pipeline(processor, kind)
+    pipeline.encode_special_tokens = True
+    return processor, pipeline
+
+
+class TestSentencePiece:
+    @given(TEXTS)
+    @settings(max_examples=200, deadline=None)
+    def test_round_trip(self, made, text):
+        ids = made.encode(text)
+        assert made.decode(ids) == text
+        assert b"".join(map(made.token_bytes, ids)) == text.encode()
+        assert not set(ids) & set(made.special_ids.values())
+        assert made.encode_batch([text]) == [ids]
+
+    @pytest.mark.parametrize("text", AWKWARD)
+    def test_awkward_texts_survive(self, made, text):
+        assert made.decode(made.encode(text)) == text
+
+    @given(TEXTS)
+    @settings(max_examples=200, deadline=None)
+    def test_ids_are_sentencepieces_own(self, reference, kind, text):
+        processor, pipeline = reference
+        own, ids = processor.encode(text), pipeline.encode(text).ids
+        if kind == "bpe":
+            assert ids == own
+        else:  # of two ways that are as likely, each may take the other
+            scores = [sum(processor.get_score(id) for id in way) for way in (ids, own)]
+            assert processor.decode(ids) == text and scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+    def test_ids_are_unknown_bytes_pieces_end_special(self, made):
+        assert made.vocab_size == SIZE and made.eot == SIZE - 3
+        assert [made.special_id(token) for token in ("<unk>", "<answer>", "<질문>")] == [0, SIZE - 2, SIZE - 1]
+        assert [made.token_bytes(id) for id in range(1, 257)] == [bytes([b]) for b in range(256)]
+        assert len(made.encode("theing 학교 1,02")) < 10
+
+    def test_transformers_agrees(self, made):
+        texts = [*SENTENCES, *AWKWARD, *SPELT, "ㅋㅋㅋ theing 학교  ko\n"]
+        assert hub_ids(Path(made.source), texts) == made.encode_batch(texts)
+        hub = hub_tokenizer(Path(made.source))
+        ids = [*made.encode("bako"), made.special_id("<질문>"), *made.encode(" 학교를\n"), made.eot]
+        assert hub("bako<질문> 학교를\n<|endoftext|>")["input_ids"] == ids
+        assert hub.decode(ids) == made.decode(ids) == "bako<질문> 학교를\n<|endoftext|>"
+        assert hub.decode(ids, skip_special_tokens=True) == made.decode(ids, skip_special=True) == "bako 학교를\n"
+        assert (len(hub), hub.eos_token_id, hub.unk_token_id) == (SIZE, made.eot, 0)
+
+    def test_is_deterministic_and_saved_whole(self, made, lines, kind, tmp_path):
+        again = train_sentencepiece(iter(lines), SIZE, tmp_path / "a", kind, ["<answer>", "<질문>"])
+        assert (again.sha256, again.special_ids) == (made.sha256, made.special_ids)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "a" / name).read_bytes() == (Path(made.source) / name).read_bytes()
+
+    def test_special_tokens_are_no_text_to_learn(self, lines, kind, tmp_path):
+        texts = [f"{line}<answer>{line}" for line in lines]
+        made = train_sentencepiece(texts, SIZE, tmp_path / "t", kind, ["<answer>"])
+        assert not any(b"<ans" in made.token_bytes(id) for id in range(made.vocab_size))
+
+    def test_long_lines_and_runs(self, kind, tmp_path):
+        texts = ["a" * 100_000 + " ", "ab " * 50_000, "\ud83d\ude42\ud800"]
+        made = train_sentencepiece(texts, {"unigram": 285, "bpe": 265}[kind], tmp_path / "t", kind)
+        assert made.decode(made.encode("aab 🙂\ud800")) == "aab 🙂\ufffd"
+
+    @pytest.mark.parametrize(
+        "texts, vocab_size, special, says",
+        [
+            (None, 270, (), "270 is too small"),
+            (None, -5, (), "-5 is too small"),
+            (None, 9_000, (), "9000 is too large"),
+            ([], SIZE, (), "no text"),
+            (["\n", ""], SIZE, (), "no text"),
+            (None, SIZE, ("<a>", "<a>"), "given twice"),
+            (None, SIZE, (" ",), "plain characters"),
+        ],
+    )
+    def test_bad_input(self, lines, kind, tmp_path, texts, vocab_size, special, says):
+        with pytest.raises(UserError, match=says) as raised:
+            train_sentencepiece(lines if texts is None else texts, vocab_size, tmp_path / "t", kind, special)
+        assert "\n" not in str(raised.value) and not (tmp_path / "t").exists()
+
+    @pytest.mark.parametrize("vocab_size", [258, 9_000])
+    def test_the_size_that_the_message_names_can_be_given(self, lines, kind, tmp_path, vocab_size):
+        special = ["<a>", "<b>"]
+        with pytest.raises(UserError, match=r"make \d+|gives \d+") as raised:
+            train_sentencepiece(lines, vocab_size, tmp_path / "t", kind, special)
+        limit = int(re.findall(r"(?:make|gives) (\d+)", str(raised.value))[0])
+        assert train_sentencepiece(lines, limit, tmp_path / "t", kind, special).vocab_size == limit

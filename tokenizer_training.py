@@ -1,0 +1,234 @@
+"""Vocabularies made from text: byte-level BPE by `tokenizers`, unigram and BPE by SentencePiece.
+
+Each is a pipeline of `tokenizers` still without special tokens: tokenizer.py adds those and writes the folder.
+The libraries are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from config import UserError
+
+ENDOFTEXT = "<|endoftext|>"
+METASPACE = "▁"  # how SentencePiece writes a space
+UNKNOWN = "<unk>"  # SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
+BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+
+# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
+# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
+# the split does not.
+SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+CHUNK = 1 << 16  # characters
+LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
+LONGEST_LINE = 1000  # characters: SentencePiece leaves out lines above 4,192 bytes
+
+# `tokenizers` would read "<0x41>" and "<unk>" in a text as the pieces of that name: a score below that of any
+# spelling forbids it, where each of their characters is a piece.
+NEVER = -1e4
+NAME_CHARACTERS = "<>0123456789ABCDEFxunk"
+
+NO_TEXT = "there is no text to train a tokenizer on"
+
+
+def byte_level(model: Any, add_prefix_space: bool) -> Any:
+    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
+    """Byte-level BPE with GPT-2's split; ids: the 256 bytes, the merges in order.
+
+    `vocab_size` counts the `special` tokens, which come later. See tokenizer.train_bpe.
+    """
+    from tokenizers import models, pre_tokenizers, trainers
+
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {' '.join(special)} make {least}")
+    tokenizer = byte_level(models.BPE(), add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special),
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    split = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    tokenizer.train_from_iterator(training_pieces(texts, special), trainer)
+    tokenizer.pre_tokenizer = split
+    return tokenizer
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
+) -> Any:
+    """SentencePiece's unigram model or BPE; ids: <unk>, the 256 bytes, the pieces.
+
+    `vocab_size` counts the `special` tokens, which come later. See tokenizer.train_sentencepiece.
+    """
+    return sentencepiece_pipeline(sentencepiece_model(texts, vocab_size, special, kind), kind)
+
+
+def sentencepiece_model(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
+) -> Any:
+    """SentencePieceProcessor of a model trained on the texts' lines; `vocab_size` and `special` as above."""
+    import sentencepiece
+
+    lines = [line for piece in training_pieces(texts, special) for line in _lines(piece)]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=max(1, vocab_size - len(special)),
+            byte_fallback=True,
+            required_chars=NAME_CHARACTERS if kind == "unigram" else "",
+            # Text comes out as it went in.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_piece=UNKNOWN,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_complaint(error, vocab_size, len(special))) from None
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def sentencepiece_pipeline(processor: Any, kind: Literal["unigram", "bpe"]) -> Any:
+    """A model trained as above, run by `tokenizers`: the same ids, but where two ways of a unigram are as likely."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [(processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.vocab_size())]
+    first = 257  # after <unk> and the bytes
+    if kind == "unigram":
+        scores = [(piece, score if id >= first else NEVER) for id, (piece, score) in enumerate(pieces)]
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    else:
+        vocab = {piece: id for id, (piece, _) in enumerate(pieces)}
+        merges = _merges([piece for piece, _ in pieces[first:]])
+        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([UNKNOWN])
+    return tokenizer
+
+
+def _merges(pieces: list[str]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes another, in the order of what they make: SentencePiece joins any of them."""
+    known = set(pieces)
+    halves = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
+    return [(left, right) for left, right in halves if left in known and right in known]
+
+
+def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
+    """What SentencePiece found wrong, in one line. Raises the error again where it is no mistake of the user's."""
+    message = str(error)
+    if found := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", message):
+        least = int(found[1]) + reserved
+        return (
+            f"a vocabulary of {vocab_size} is too small for this text: its characters, "
+            f"256 bytes and the special tokens make {least}; give at least that"
+        )
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+        most = int(found[1]) + reserved
+        return f"a vocabulary of {vocab_size} is too large for this text, which gives {most} tokens; give at most that"
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        return NO_TEXT
+    raise error
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
+    start = 0
+    while cut := SAFE_CUT.search(text, start + CHUNK):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def training_pieces(texts: Iterable[str], special: Sequence[str]) -> Iterator[str]:
+    """The texts in pieces, so that all cores count words, without the special tokens that they hold.
+
+    Raises UserError at the end where there was nothing.
+    """
+    at_special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    characters = 0
+    for text in texts:
+        for part in at_special.split(without_surrogates(text)):
+            characters += len(part)
+            yield from pieces_of(part)
+    if not characters:
+        raise UserError(NO_TEXT)
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        yield from (line[i : i + LONGEST_LINE] for i in range(0, len(line), LONGEST_LINE))
+
+
+@dataclass
+class TrainingText:
+    """The text of some files, block by block; counts what it reads.
+
+    A line that is exactly <|endoftext|> separates documents and is left out. Bytes that are not UTF-8 become
+    U+FFFD.
+    """
+
+    files: list[str]
+    characters: int = 0
+    bad_bytes: int = 0
+    first: str = ""  # the first block, to measure the tokenizer on
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            try:
+                yield from self._blocks(file)
+            except OSError as error:
+                raise UserError(f"--input {file}: {error.strerror}") from None
+
+    def _blocks(self, file: str) -> Iterator[str]:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            while lines := stream.readlines(1 << 20):
+                text = "".join(line for line in lines if line.rstrip("\r\n") != ENDOFTEXT)
+                text, bad = BAD_BYTE.subn("\ufffd", text)
+                self.bad_bytes += bad
+                self.characters += len(text)
+                self.first = self.first or text
+                yield text
+
+
+def input_files(patterns: list[str]) -> list[str]:
+    """Files of --input, each once. Raises UserError for a folder, or a pattern that finds none."""
+    files: list[str] = []
+    for pattern in patterns:
+        if Path(pattern).is_dir():
+            raise UserError(f"--input {pattern} is a folder; give its files: --input '{pattern}/*.txt'")
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"--input {pattern}: no such file")
+        files += [file for file in found if not Path(file).is_dir()]
+    return list(dict.fromkeys(files))
