@@ -47,6 +47,8 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("decoding", "window"),
     ("search", "window"),
     ("decoding", "metrics"),  # minimum Bayes risk compares candidates by chrF
+    ("adapters", "model"),  # what adapters are put into
+    ("adapters", "optim"),  # which of its parameters train alike
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }
 

@@ -1,0 +1,581 @@
+"""Adapters against the `peft` package: the same outputs, the same gradients, each reads what the other writes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import adapters
+from adapters import ADAPTERS, LORA, added, can_merge, groups, load_adapter, merge, save_adapter, stored, weights_sha256
+from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from model import GPT
+from optim import Optimizers, default_groups
+from precision import Cast
+
+VOCAB, NEW, LAYERS = 101, 3, 2
+SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
+METHODS = ("full", "last-layer", "last-k", "ulmfit", *ADAPTERS)
+LORA_CASES = [(method, on) for method in LORA for on in adapters.LORA_ON]
+CASES = [*LORA_CASES, ("prefix", "attention"), ("soft-prompt", "attention")]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the hub's layout."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    model = GPT(SHAPE)
+    for parameter in model.parameters():  # biases and gains that are not all 0 and 1
+        parameter.data[:VOCAB] += 0.1 * torch.randn_like(parameter)[:VOCAB]
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(method: str, lora_on: str = "attention", **options: Any) -> FinetuneConfig:
+    given: dict[str, Any] = {"prefix_tokens": 4, "prefix_width": 16, "lora_rank": 3, "last_k": 1}
+    given |= {"init": "base", "method": method, "lora_on": lora_on, **options}
+    return FinetuneConfig(**given)
+
+
+def adapted(
+    base: Path, method: str, lora_on: str = "attention", new: int = 0, train: bool = True, **options: Any
+) -> GPT:
+    """The base with an adapter, as after some training: its values are moved off their beginning."""
+    model = GPT.from_pretrained(base, **options).eval()
+    if new:
+        model.grow_vocabulary(VOCAB + new)
+    torch.manual_seed(1)
+    adapters.add_adapter(model, config(method, lora_on), new)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if train and name in added(model):
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(new: int = 0, rows: int = 3, length: int = 9) -> torch.Tensor:
+    idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(2))
+    idx[:, 1 : 1 + new] = torch.arange(VOCAB, VOCAB + new)
+    return idx
+
+
+def hub(base: Path, new: int = 0):
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = GPT2LMHeadModel.from_pretrained(base)
+    if new:
+        model.resize_token_embeddings(VOCAB + new, mean_resizing=False)
+    return model.eval()
+
+
+def of_peft(base: Path, folder: Path, new: int = 0):
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft of transformers
+        return peft.PeftModel.from_pretrained(hub(base, new), folder).eval()
+
+
+# --- the same as peft
+
+
+@pytest.mark.parametrize("new", [0, NEW])
+@pytest.mark.parametrize("method, lora_on", CASES)
+def test_peft_reads_what_is_written_here(base, tmp_path, method, lora_on, new):
+    model = adapted(base, method, lora_on, new)
+    save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
+    theirs = of_peft(base, tmp_path, new)
+    if new and method not in LORA:  # PEFT has no place for them
+        rows = load_file(tmp_path / adapters.NEW_TOKENS)
+        table = theirs.get_input_embeddings().weight
+        table.data[rows["transformer.wte.ids"]] = rows["transformer.wte.rows"]
+    idx = tokens(new)
+    with torch.no_grad():
+        want = theirs(input_ids=idx).logits[:, -idx.shape[1] :]
+        torch.testing.assert_close(model(idx), want, atol=1e-5, rtol=1e-5)
+
+    again = GPT.from_pretrained(base).eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(idx), model(idx))
+
+
+def peft_config(kind: str, options: dict[str, Any]):
+    import peft
+
+    if kind in LORA:
+        options = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True} | options
+        return peft.LoraConfig(r=3, lora_alpha=5, use_dora=kind == "dora", task_type="CAUSAL_LM", **options)
+    if kind == "soft-prompt":
+        return peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    return peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", **options)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("lora", {"fan_in_fan_out": False}),  # which peft sets right itself for transformers' transposed layers
+        ("lora", {"target_modules": ["attn.c_proj"], "layers_to_transform": [1]}),
+        ("lora", {"trainable_token_indices": [5, 2]}),
+        ("dora", {}),
+        ("prefix", {"prefix_projection": True, "encoder_hidden_size": 8}),
+        ("prefix", {}),
+        ("soft-prompt", {}),
+    ],
+)
+def test_what_peft_writes_is_read_here_with_the_same_gradients(base, tmp_path, kind, options):
+    import peft
+
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(hub(base), peft_config(kind, options))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(base)
+    load_adapter(model, tmp_path)
+    idx = tokens()
+    want, got = theirs(input_ids=idx).logits[:, -idx.shape[1] :], model(idx)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+    want.square().mean().backward()
+    got.square().mean().backward()
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert own.keys() == added(model)
+    if "prefix_projection" in options:  # the gradient goes on to the MLP there
+        return
+    grads = {here(name, kind): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert grads.keys() == own.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(own[name], grad, atol=1e-6, rtol=1e-4)
+
+
+def here(name: str, kind: str) -> str:
+    """What a parameter of peft is called here."""
+    name = name.removeprefix("base_model.model.")
+    if name.startswith("prompt_encoder"):
+        return "prefix.rows" if kind == "prefix" else "prefix.vectors"
+    if name.endswith("trainable_tokens_delta.default"):
+        return "transformer.wte.parametrizations.weight.0.rows"
+    return name.replace(".default", "") if "magnitude" in name else name.replace(".default.weight", "")
+
+
+def test_new_rows_for_an_untied_head(tmp_path):
+    torch.manual_seed(0)
+    GPT(replace(SHAPE, tied_head=False)).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", "lora", new=NEW)
+    assert {name for name in added(model) if "lora_" not in name} == {
+        "transformer.wte.parametrizations.weight.0.rows",
+        "lm_head.parametrizations.weight.0.rows",
+    }
+    save_adapter(model, tmp_path / "adapter", "base", weights_sha256(GPT.from_pretrained(tmp_path / "base")))
+    with torch.no_grad():
+        want = of_peft(tmp_path / "base", tmp_path / "adapter", NEW)(input_ids=tokens(NEW)).logits
+        torch.testing.assert_close(model(tokens(NEW)), want, atol=1e-5, rtol=1e-5)
+
+
+# --- how it trains
+
+
+@pytest.mark.parametrize("new", [0, NEW])
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_meant_to_train_does(base, method, new):
+    """Two steps lower the loss, move what trains and nothing else, and give the optimizer state for that alone."""
+    model = adapted(base, method, new=new, train=False).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if not new:
+        assert before.keys() - added(model) == dict(GPT(SHAPE).named_parameters()).keys()
+    cfg = config(method, weight_decay=0.0)
+    optimizer, losses = Optimizers(groups(model, cfg, 0, 10), cfg), []
+    idx = tokens(new)
+    for _ in range(3):
+        loss = model(idx[:, :-1], idx[:, 1:], reduction="sum") / idx[:, 1:].numel()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(3e-2, None, torch.tensor(True))
+        model.zero_grad()
+    assert losses[2] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.rpartition(".")[0] for name in optimizer.state()} == moved
+    if method in ADAPTERS:
+        assert moved == added(model) == stored(model, cfg)
+    else:
+        assert stored(model, cfg) == before.keys()
+    if new:  # whatever freezes the table
+        rows = model.transformer.wte.weight[VOCAB : VOCAB + new]
+        assert not torch.equal(rows, rows[:1].expand_as(rows))
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_an_adapter_begins_as_the_base_where_its_paper_says_so(base, method):
+    plain, model = GPT.from_pretrained(base).eval(), adapted(base, method, "both", train=False)
+    same = torch.allclose(model(tokens()), plain(tokens()), atol=1e-5)
+    assert same == (method in LORA)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("how", ["recompute", "compile", "autocast", "deepcopy"])
+def test_gradients_are_those_of_the_plain_path(base, method, how):
+    """Recomputed, traced by the compiler, under autocast, in a copy."""
+    want = gradients(adapted(base, method, "both", NEW).train())
+    model = adapted(base, method, "both", NEW, recompute=how == "recompute").train()
+    if how == "compile":  # whole, as on a GPU, or by the block
+        for unit in [model] if method in ("dora", "soft-prompt") else model.transformer.h:
+            unit.compile(backend="aot_eager", fullgraph=True)
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext():
+        got = gradients(model)
+    assert got.keys() == want.keys()
+    for name in got:
+        error = (got[name] - want[name]).norm() / want[name].norm()
+        assert error < (0.1 if how == "autocast" else 1e-4), name  # bf16 has 8 bits, and roundings add up
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    idx = tokens(NEW)
+    model(idx[:, :-1], idx[:, 1:], reduction="sum").backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_trains_behind_weights_that_are_cast_once(base, method):
+    model = adapted(base, method, "both", NEW, train=False).train()
+    cfg, idx = config(method, weight_decay=0.0), tokens(NEW)
+    cast = Cast(model, torch.bfloat16)
+    copies = {name.removeprefix("module."): c for name, c in cast.copies.items()}
+    # A change that bf16 would round away must last in what is no matrix: DoRA's magnitudes near 1, rows, prefixes.
+    assert not any("magnitude" in name or name.endswith((".rows", ".vectors")) for name in copies)
+    optimizer = Optimizers(groups(model, cfg, 0, 1), cfg, {n: c for n, c in copies.items() if n in added(model)})
+    losses = []
+    for _ in range(20):
+        loss = cast(idx[:, :-1], idx[:, 1:], reduction="sum") / idx[:, 1:].numel()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(3e-2, None, torch.tensor(True))
+        model.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    plain = model(idx[:, :-1], idx[:, 1:], reduction="sum") / idx[:, 1:].numel()
+    cast.refresh()
+    again = cast(idx[:, :-1], idx[:, 1:], reduction="sum") / idx[:, 1:].numel()
+    assert again.item() == pytest.approx(plain.item(), rel=2e-2)
+
+
+def test_doras_scale_is_exact_in_bf16(base):
+    """Beside a bf16 product a magnitude moves by a thousandth, and the output with it: not rounded to bf16's 1/256."""
+    model = adapted(base, "dora", train=False)
+    layer = model.get_submodule("transformer.h.0.attn.c_attn").bfloat16()
+    magnitude = layer.lora_magnitude_vector.float()
+    x = torch.randn(4000, 64).bfloat16()
+    with torch.no_grad():
+        before = layer(x).float().abs().mean()
+        magnitude.weight *= 1.001
+        after = layer(x).float().abs().mean()
+    assert after / before == pytest.approx(1.001, abs=2e-4)
+
+
+def test_dropout_is_on_the_update_alone(base):
+    model = GPT.from_pretrained(base)
+    adapters.add_adapter(model, config("lora", lora_dropout=0.5))
+    layer = model.transformer.h[0].attn.c_attn.train()
+    with torch.no_grad():
+        layer.lora_B += 1.0
+        x = torch.randn(1, 64)
+        base_part = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        mean = torch.stack([layer(x) - base_part for _ in range(4000)]).mean(0)
+        assert (layer(x) != layer(x)).any()
+        layer.eval()
+        torch.testing.assert_close(mean, layer(x) - base_part, rtol=0.2, atol=0.5)
+
+
+@pytest.mark.parametrize("method", ["prefix", "soft-prompt"])
+def test_the_cache_continues_after_what_comes_before_the_text(base, method):
+    model, idx = adapted(base, method), tokens()
+    with torch.no_grad():
+        cache = model.new_cache(len(idx), idx.shape[1])
+        parts = [model(idx[:, :5], cache=cache), *(model(idx[:, i : i + 1], cache=cache) for i in range(5, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_without_mlp_begins_as_a_soft_prompt_of_tokens(base):
+    models = []
+    for method in ("prefix", "soft-prompt"):
+        torch.manual_seed(7)
+        model = GPT.from_pretrained(base).eval()
+        adapters.add_adapter(model, config(method, prefix_width=0 if method == "prefix" else 16))
+        models.append(model)
+    torch.testing.assert_close(models[0](tokens()), models[1](tokens()), atol=1e-5, rtol=1e-5)
+
+
+# --- which parameters, at which rate
+
+
+def rates(model: GPT, cfg: FinetuneConfig, step: int = 0, epoch: int = 10) -> dict[str, float]:
+    found = groups(model, cfg, step, epoch)
+    named = [(name, group.lr_scale) for group in found for name in group.params]
+    assert len(dict(named)) == len(named)  # none twice
+    return dict(named)
+
+
+def parts(names) -> set[str]:
+    """transformer.h.1.mlp.c_fc.weight is of h.1, transformer.ln_f.bias of ln_f."""
+    short = {name.removeprefix("transformer.") for name in names}
+    return {".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0] for name in short}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_full_is_what_pretraining_does(base, optimizer):
+    model, cfg = GPT.from_pretrained(base), config("full", optimizer=optimizer)
+    assert [g.signature() for g in groups(model, cfg, 0, 10)] == [g.signature() for g in default_groups(model, cfg)]
+
+
+@pytest.mark.parametrize(
+    "method, options, expected",
+    [
+        ("last-layer", {}, {"wte", "ln_f"}),
+        ("last-k", {"last_k": 1}, {"h.1", "ln_f"}),
+        ("last-k", {"last_k": 2}, {"h.0", "h.1", "ln_f"}),
+    ],
+)
+def test_parts_of_the_model(base, method, options, expected):
+    found = rates(GPT.from_pretrained(base), config(method, **options))
+    assert parts(found) == expected and set(found.values()) == {1.0}
+
+
+@pytest.mark.parametrize("head", ["score", "lm_head"])
+def test_a_head_of_its_own_is_the_head_and_the_table_is_not(head):
+    model = GPT(replace(SHAPE, tied_head=head != "lm_head"))
+    if head == "score":
+        model.score = torch.nn.Linear(64, 5)
+    assert parts(rates(model, config("last-layer"))) == {head, "ln_f"}
+    assert parts(rates(model, config("last-k"))) == {head, "ln_f", "h.1"}
+    assert parts(rates(model, config("ulmfit"), step=29)) == {head, "ln_f", "h.1", "h.0"}
+    assert rates(model, config("ulmfit"), step=30)["transformer.wte.weight"] == pytest.approx(2.6**-3)
+
+
+def test_ulmfit_thaws_a_layer_an_epoch_and_divides_its_rate(base):
+    model, cfg = GPT.from_pretrained(base), config("ulmfit")
+    order = [{"wte", "ln_f"}, {"h.1"}, {"h.0"}, {"wpe"}]
+    for step in range(60):
+        found, thawed = rates(model, cfg, step), min(step // 10 + 1, 4)
+        assert parts(found) == set().union(*order[:thawed])
+        for depth, layer in enumerate(order[:thawed]):
+            scales = [rate for name, rate in found.items() if parts([name]) <= layer]
+            assert scales == pytest.approx([2.6**-depth] * len(scales))
+
+
+@given(llrd=st.floats(0.1, 0.99), last_k=st.integers(1, LAYERS), method=st.sampled_from(["full", "last-k"]))
+@settings(max_examples=10, deadline=None)
+def test_llrd_lowers_the_rate_block_by_block(llrd, last_k, method):
+    with torch.device("meta"):
+        model = GPT(SHAPE)
+    found = rates(model, config(method, llrd=llrd, last_k=last_k))
+    for name, rate in found.items():
+        depth = {"ln_f": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}[parts([name]).pop()]
+        assert rate == pytest.approx(llrd**depth)
+
+
+def test_muon_takes_the_blocks_matrices(base):
+    model = GPT.from_pretrained(base)
+    for method, rows in (("full", 8), ("last-k", 4), ("ulmfit", 4)):
+        found = groups(model, config(method, optimizer="muon"), 15, 10)
+        names = [name for group in found if group.optimizer == "muon" for name in group.params]
+        assert len(names) == rows and all(".h." in name and "weight" in name for name in names)
+
+
+def test_vectors_have_no_decay(base):
+    found = groups(adapted(base, "dora"), config("dora"), 0, 10)
+    decay = {name: group.weight_decay for group in found for name in group.params}
+    assert all((wd == 0) == ("magnitude" in name) for name, wd in decay.items())
+
+
+def test_counts_leave_the_padding_out(base):
+    model = GPT.from_pretrained(base)
+    total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
+    assert adapters.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
+    assert adapters.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
+    model = adapted(base, "lora")
+    extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
+    assert adapters.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
+
+
+# --- merged and written
+
+
+@pytest.mark.parametrize("new", [0, NEW])
+@pytest.mark.parametrize("method, lora_on", [*LORA_CASES, ("last-k", "attention"), ("full", "attention")])
+def test_merged_logits_are_the_same_and_the_model_is_plain(base, tmp_path, method, lora_on, new):
+    model = adapted(base, method, lora_on, new)
+    want = model(tokens(new))
+    assert can_merge(model)
+    merge(model)
+    torch.testing.assert_close(model(tokens(new)), want, atol=1e-5, rtol=1e-5)
+    plain = GPT(replace(SHAPE, vocab_size=VOCAB + new))
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in plain.named_modules()}
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(tokens(new)), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix", "soft-prompt"])
+def test_a_prefix_is_not_merged(base, method):
+    model = adapted(base, method)
+    assert not can_merge(model)
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge(model)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_double_without_the_base_can_be_written(base, tmp_path, method):
+    """As the writer of checkpoints does it: a copy on `meta` into which only the adapter's tensors are put."""
+    model = adapted(base, method, new=NEW)
+    double = copy.deepcopy(model, {id(p): torch.nn.Parameter(p.to("meta")) for p in model.parameters()})
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n in stored(model, config(method))}
+    double.load_state_dict(weights, strict=False, assign=True)
+    for source, folder in ((model, "a"), (double, "b")):
+        save_adapter(source, tmp_path / folder, "base", "0" * 64)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    size = sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
+    assert size < 4 * VOCAB * 64  # less than the smallest table of the base
+
+
+def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
+    model = GPT.from_pretrained(base)
+    one = weights_sha256(model)
+    assert weights_sha256(GPT.from_pretrained(base, padded_vocab=False)) == one
+    torch.save(hub(base).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    assert weights_sha256(GPT.from_pretrained(tmp_path)) == one
+    model.transformer.h[1].mlp.c_fc.bias.data[7] += 1e-6
+    assert weights_sha256(model) != one
+
+
+def test_base_of(base, tmp_path):
+    save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
+    assert adapters.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert adapters.is_adapter(tmp_path) and not adapters.is_adapter(base)
+    (tmp_path / adapters.BASE).unlink()
+    assert adapters.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"method": "lora", "optimizer": "muon"}, "--optimizer adamw"),
+        ({"method": "last-layer", "optimizer": "muon"}, "--optimizer adamw"),
+        ({"method": "lora", "llrd": 0.9}, "does not train these"),
+        ({"method": "prefix", "llrd": 0.9}, "does not train these"),
+        ({"method": "last-layer", "llrd": 0.9}, "does not train these"),
+        ({"method": "ulmfit", "llrd": 0.9}, "sets them itself"),
+        ({"method": "dora", "init": "scratch"}, "--init"),
+        ({"method": "full", "lora_rank": 4}, "--lora-rank belongs to --method lora or dora"),
+        ({"method": "full", "lora_on": "both"}, "--lora-on belongs to --method lora or dora"),
+        ({"method": "lora", "prefix_tokens": 4}, "--prefix-tokens belongs to --method prefix or soft-prompt"),
+        ({"method": "soft-prompt", "prefix_width": 0}, "--prefix-width belongs to --method prefix"),
+        ({"method": "full", "last_k": 1}, "--last-k belongs to --method last-k"),
+    ],
+)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(UserError) as error:
+        adapters.check(FinetuneConfig(**options))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_alone_is_fine(method):
+    adapters.check(FinetuneConfig(method=method))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"method": "last-k", "last_k": 3}, "2 blocks"),
+        ({"method": "prefix", "prefix_tokens": 32}, "--prefix-tokens"),
+        ({"method": "soft-prompt", "prefix_tokens": 40}, "--prefix-tokens"),
+    ],
+)
+def test_what_the_model_has_no_room_for(base, options, words):
+    with pytest.raises(UserError, match=words):
+        adapters.add_adapter(GPT.from_pretrained(base), MethodConfig(**options))
+
+
+def spoil(folder: Path, **changes) -> None:
+    file = folder / adapters.CONFIG
+    value = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    file = folder / adapters.WEIGHTS
+    save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
+
+
+def cut(folder: Path, key: str) -> None:
+    file = folder / adapters.WEIGHTS
+    tensors = load_file(file)
+    save_file({k: t[..., :-1].contiguous() if key in k else t for k, t in tensors.items()}, file)
+
+
+@pytest.mark.parametrize(
+    "method, damage, words",
+    [
+        ("lora", lambda f: spoil(f, peft_type="IA3"), "of the kind IA3"),
+        ("lora", lambda f: spoil(f, use_rslora=True), "use_rslora"),
+        ("lora", lambda f: spoil(f, alpha_pattern={"c_attn": 3}), "alpha_pattern"),
+        ("lora", lambda f: spoil(f, init_lora_weights="pissa"), "pissa"),
+        ("lora", lambda f: spoil(f, r=None), "r and lora_alpha"),
+        ("lora", lambda f: spoil(f, r=5), r"lora_A.weight is \(3, 64\), and this model's is \(5, 64\)"),
+        ("lora", lambda f: spoil(f, use_dora=True), "lora_magnitude_vector is missing"),
+        ("dora", lambda f: spoil(f, use_dora=False), "says it is none"),
+        ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no product"),
+        ("lora", lambda f: rename(f, "lora_A", "lora_embedding_A"), "no part of a LoRA"),
+        ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
+        ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
+        ("lora", lambda f: cut(f, "trainable_tokens"), "the new tokens of transformer.wte"),
+        ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
+        ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
+        ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
+        ("lora", lambda f: (f / adapters.WEIGHTS).unlink(), "no adapter_model.safetensors"),
+        ("lora", lambda f: (f / adapters.CONFIG).unlink(), "no adapter_config.json"),
+        ("lora", lambda f: (f / adapters.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
+        ("lora", lambda f: (f / adapters.CONFIG).write_text("{"), "cannot be read"),
+        ("lora", lambda f: (f / adapters.CONFIG).write_text("[]"), "no JSON object"),
+    ],
+)
+def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):
+    save_adapter(adapted(base, method, new=NEW), tmp_path, "base", weights_sha256(GPT.from_pretrained(base)))
+    damage(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        load_adapter(GPT.from_pretrained(base), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_for_another_base(base, tmp_path):
+    sha = weights_sha256(GPT.from_pretrained(base))
+    save_adapter(adapted(base, "lora"), tmp_path, "the-base", sha)
+    other = GPT(SHAPE)
+    with pytest.raises(UserError) as error:
+        load_adapter(other, tmp_path)
+    message = str(error.value)
+    assert "the-base" in message and sha[:12] in message and weights_sha256(other)[:12] in message
