@@ -1,0 +1,169 @@
+"""What token unlikelihood costs:  python -m benchmarks.objectives [--preset mini] [--vocab 8192,50257]
+
+Whole optimizer steps of one model (forward, backward, AdamW), in turns: the likelihood alone with its logits in memory
+whole; with the unlikelihood of objectives.py; with it as Welleck et al. published it, a (T, V) mask of candidates and
+their probabilities clamped; and position by position. The two written out here are what the tests compare with too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks.table import markdown
+from cli import entry_point, parse
+from config import PRESETS, GPTConfig, Preset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN, OURS, MASKED, LOOP = "likelihood alone", "objectives.py", "mask of candidates", "loop over positions"
+
+
+@dataclass
+class Options:
+    """Options of the comparison."""
+
+    preset: Preset = "mini"
+    """Size of the model."""
+    vocab: str = "8192,50257"
+    """Vocabularies, comma-separated."""
+    seq_len: int = 256
+    """Tokens of a row."""
+    batch: int = 8
+    """Rows of a step."""
+    repetitions: int = 7
+    """Turns of each; the loop has two at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure, in fp32 on a CPU and under bf16 autocast on a GPU."""
+    out: str = "benchmarks/results"
+    """Folder for objectives-DEVICE.json and objectives-DEVICE.md."""
+
+
+def with_mask(logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Both sums from dense tensors: a mask (B, T, V) of the candidates, and 1 - p clamped from below."""
+    import torch
+    import torch.nn.functional as F
+
+    log_p = logits.float().log_softmax(-1)
+    B, T, _ = log_p.shape
+    target = targets.clamp(min=0)[..., None]
+    ahead = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+    read = torch.where(ahead, target, idx[:, None, :].expand(B, T, T))  # in place of tokens to come, the target
+    mask = torch.zeros_like(log_p).scatter_(2, read, 1).scatter_(2, target, 0) * (targets != -100)[..., None]
+    nll = F.nll_loss(log_p.transpose(1, 2), targets, reduction="sum")
+    return nll, -(torch.log((1 - log_p.exp()).clamp(min=least)) * mask).sum()
+
+
+def with_loop(logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Both sums position by position."""
+    import torch
+
+    nll, unlikelihood = [], []
+    for row, tokens, wanted in zip(logits.float().unbind(), idx.tolist(), targets.tolist(), strict=True):
+        for t, (z, target) in enumerate(zip(row.unbind(), wanted, strict=True)):
+            if target != -100:
+                log_p = z.log_softmax(0)
+                nll.append(-log_p[target])
+                candidates = torch.tensor(sorted(set(tokens[: t + 1]) - {target}), dtype=torch.int64, device=z.device)
+                unlikelihood.append(-torch.log((1 - log_p[candidates].exp()).clamp(min=least)).sum())
+    return torch.stack(nll).sum(), torch.stack(unlikelihood).sum()
+
+
+def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Callable[[], float]]:
+    """A function for each that makes one optimizer step of the same model on the same rows, and returns its loss."""
+    import torch
+
+    from model import GPT
+    from objectives import nll_and_unlikelihood
+
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(config.vocab_size, (options.batch, options.seq_len + 1), device=device)
+    idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step_with(objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None) -> Callable[[], float]:
+        def step() -> float:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                if objective is None:
+                    loss = model(idx, targets).sum()
+                else:
+                    nll, unlikelihood = objective(model.logits(model.hidden(idx)), idx, targets)
+                    loss = nll + unlikelihood
+            loss = loss / targets.numel()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()  # waits for the device
+
+        return step
+
+    objectives = {PLAIN: None, OURS: nll_and_unlikelihood, MASKED: with_mask, LOOP: with_loop}
+    return {name: step_with(objective) for name, objective in objectives.items()}
+
+
+def measure(steps: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each turn, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repetitions + 1):
+        for name, step in steps.items():
+            if name == LOOP and turn > 2:
+                continue
+            began = time.perf_counter()
+            step()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def table(rows: list[dict[str, Any]], title: str) -> str:
+    cells = []
+    for row in rows:
+        plain = row["seconds"][PLAIN]
+        for name, seconds in row["seconds"].items():
+            ratios = sorted(s / p for s, p in zip(seconds, plain))  # of the same turn
+            spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+            ms = f"{1000 * statistics.median(seconds):,.0f}"
+            cells.append([f"{row['vocab']:,}", name, ms, f"{statistics.median(ratios):.2f}", spread])
+    head = ("vocabulary", "step", "median ms", "median of a plain step", "least-most")
+    return f"{title}\n\n{markdown(head, cells, words=(1,))}\n"
+
+
+def main() -> None:
+    options = parse(Options, sys.argv[1:])
+    import torch
+
+    import distributed
+
+    device = distributed.start(options.device).device
+    title = (
+        f"Optimizer steps of {options.preset} ({options.batch} rows x {options.seq_len} tokens), "
+        f"{distributed.device_name(device)}, {torch.get_num_threads()} threads, "
+        f"{datetime.date.today()}: torch {torch.__version__}."
+    )
+    rows = []
+    for vocab in map(int, options.vocab.split(",")):
+        print(f"vocabulary {vocab} ...", file=sys.stderr, flush=True)
+        shape: dict[str, Any] = {"block_size": options.seq_len, **PRESETS[options.preset]}
+        config = GPTConfig(vocab_size=vocab, **shape)
+        seconds = measure(contenders(config, options, device), options.repetitions)
+        rows.append(dict(vocab=vocab, seconds=seconds))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = dict(title=title, options=dataclasses.asdict(options), rows=rows)
+    (out / f"objectives-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"objectives-{device.type}.md").write_text(table(rows, title))
+    print(table(rows, title))
+
+
+if __name__ == "__main__":
+    entry_point(main)

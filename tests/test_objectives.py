@@ -1,0 +1,204 @@
+"""Token unlikelihood against a plain loop in fp64, with its gradients, and where probabilities are extreme."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import objectives
+from benchmarks import objectives as written_out
+from kernels.linear_cross_entropy import IGNORE
+from objectives import first_occurrences, nll_and_unlikelihood
+
+
+def loop(logits, idx, targets, earlier=None):
+    """Both sums in fp64 by definition: -log(1 - p) is that of the probability of all other tokens."""
+    log_p = logits.double().log_softmax(-1)
+    nll = unlikelihood = torch.zeros((), dtype=torch.float64)
+    for b, t in (targets != IGNORE).nonzero().tolist():
+        target = int(targets[b, t])
+        nll = nll - log_p[b, t, target]
+        read = {int(idx[b, s]) for s in range(t + 1) if earlier is None or earlier[b, s]}
+        for candidate in read - {target}:
+            others = torch.cat((log_p[b, t, :candidate], log_p[b, t, candidate + 1 :]))
+            unlikelihood = unlikelihood - others.logsumexp(0)
+    return nll, unlikelihood
+
+
+def inputs(B=2, T=7, V=9, scale=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(B, T, V, generator=generator) * scale).to(dtype).requires_grad_()
+    idx, targets = torch.randint(V, (2, B, T), generator=generator)
+    return logits, idx, targets
+
+
+def gradients(sums, logits):
+    """Of each sum by itself; zero where it does not depend on the logits."""
+    found = [torch.autograd.grad(s, logits, retain_graph=True)[0] if s.requires_grad else None for s in sums]
+    return [torch.zeros_like(logits) if g is None else g for g in found]
+
+
+def check(logits, idx, targets, earlier=None, rtol=1e-5, atol=1e-6):
+    ours, plain = nll_and_unlikelihood(logits, idx, targets, earlier), loop(logits, idx, targets, earlier)
+    torch.testing.assert_close([s.double() for s in ours], list(plain), rtol=rtol, atol=atol)
+    torch.testing.assert_close(gradients(ours, logits), gradients(plain, logits), rtol=rtol, atol=atol)
+
+
+@given(
+    *(st.integers(1, n) for n in (3, 6, 5)), st.sampled_from([0.1, 3.0, 12.0]), st.integers(0, 99), st.floats(0, 0.9)
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_the_loop(B, T, V, scale, seed, without):
+    logits, idx, targets = inputs(B, T, V + 1, scale, seed)
+    draw = torch.rand(2, B, T, generator=torch.Generator().manual_seed(seed))
+    targets[draw[0] < without] = IGNORE
+    check(logits, idx, targets, earlier=draw[1] >= without)
+    check(logits, idx, targets)
+
+
+def test_by_hand():
+    """One position that has read tokens 0, 1 and 0 and must say 1: the one candidate is 0, once."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    logits = p.log().expand(1, 3, 3).clone().requires_grad_()
+    idx, targets = torch.tensor([[0, 1, 0]]), torch.tensor([[IGNORE, IGNORE, 1]])
+    nll, unlikelihood = nll_and_unlikelihood(logits, idx, targets)
+    assert nll.item() == pytest.approx(-math.log(0.3)) and unlikelihood.item() == pytest.approx(-math.log(0.5))
+    # The odds of 0 are 1: its logit gets 1 - p, the others lose p.
+    torch.testing.assert_close(gradients([unlikelihood], logits)[0][0, 2], torch.tensor([0.5, -0.3, -0.2]))
+
+
+def test_gradients_in_fp64():
+    logits, idx, targets = inputs(scale=2.0, dtype=torch.float64)
+    targets[0, :3] = IGNORE
+    assert torch.autograd.gradcheck(lambda z: nll_and_unlikelihood(z, idx, targets), logits)
+    nll, unlikelihood = nll_and_unlikelihood(logits, idx, targets)
+    mixed = torch.autograd.grad(3.0 * nll - 0.5 * unlikelihood, logits)
+    apart = gradients(loop(logits, idx, targets), logits)
+    torch.testing.assert_close(mixed[0], 3.0 * apart[0] - 0.5 * apart[1])
+
+
+@pytest.mark.parametrize("form", [written_out.with_mask, written_out.with_loop])
+def test_equals_the_published_form(form):
+    logits, idx, targets = inputs(3, 20, 31, scale=2.0)
+    targets[1, 4:9] = IGNORE
+    ours, theirs = nll_and_unlikelihood(logits, idx, targets), form(logits, idx, targets)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits), rtol=1e-4, atol=1e-6)
+
+
+def test_exact_where_a_repeated_token_is_nearly_certain():
+    """Where the published clamp at 1e-5 has no gradient left: 1 - p down to 1e-26, in fp32."""
+    logits, idx, targets = inputs(2, 6, 11, dtype=torch.float32)
+    sure = torch.linspace(5, 60, 12).view(2, 6, 1)
+    with torch.no_grad():
+        logits.scatter_add_(2, idx[..., None], sure)
+    check(logits, idx, targets)
+    check(logits, idx, idx)  # the certain token is the target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_wherever_logits_are(dtype):
+    logits, idx, targets = inputs(2, 6, 11, scale=1e4 if dtype != torch.float16 else 1e3, dtype=dtype)
+    sums = nll_and_unlikelihood(logits, idx, targets)
+    assert all(torch.isfinite(s) and s.dtype == torch.float32 for s in sums)
+    assert sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001  # only one token a position can be certain
+    for gradient in gradients([s * 2.0**14 for s in sums], logits):
+        assert gradient.dtype == dtype
+        assert gradient.isfinite().all()
+
+
+def test_bf16_logits_are_summed_in_fp32():
+    logits, idx, targets = inputs(4, 16, 50, scale=3.0, dtype=torch.bfloat16)
+    same = logits.detach().float().requires_grad_()
+    ours, wide = nll_and_unlikelihood(logits, idx, targets), nll_and_unlikelihood(same, idx, targets)
+    torch.testing.assert_close(ours, wide, rtol=0, atol=0)
+    for narrow, exact in zip(gradients(ours, logits), gradients(wide, same)):
+        assert torch.equal(narrow, exact.bfloat16())
+
+
+def test_nothing_to_learn_or_to_avoid():
+    logits, idx, targets = inputs(B=3, T=1)
+    targets[0] = idx[0]  # the one token read is the target: no candidate
+    check(logits, idx, targets)
+    ours = nll_and_unlikelihood(logits, idx, torch.full_like(targets, IGNORE))
+    assert [s.item() for s in ours] == [0, 0]
+    assert all(not gradient.any() for gradient in gradients(ours, logits))
+    assert nll_and_unlikelihood(logits, idx, targets, torch.zeros_like(idx, dtype=torch.bool))[1].item() == 0
+
+
+def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
+    logits, idx, targets = inputs(3, 8, 21, scale=2.0)
+    whole = nll_and_unlikelihood(logits, idx, targets)
+    dz = gradients(whole, logits)
+    alone = [nll_and_unlikelihood(*(x[b : b + 1] for x in (logits, idx, targets))) for b in range(3)]
+    torch.testing.assert_close(list(whole), [torch.stack(s).sum() for s in zip(*alone)])
+    monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * 21 * 5)  # five positions, over the ends of rows
+    pieces = nll_and_unlikelihood(logits, idx, targets)
+    torch.testing.assert_close(pieces, whole)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(pieces, logits), dz))
+
+
+def test_a_prompt_counts_and_padding_on_the_left_does_not():
+    logits, idx, targets = inputs(1, 5, 9)
+    pad = 3
+    wide = torch.cat((torch.randn(1, pad, 9), logits.detach()), 1).requires_grad_()
+    padded = torch.cat((idx.new_full((1, pad), int(idx[0, 1])), idx), 1)  # padding that is a token of the text too
+    wanted = torch.cat((targets.new_full((1, pad), IGNORE), targets), 1)
+    earlier = torch.arange(pad + 5)[None] >= pad
+    torch.testing.assert_close(
+        nll_and_unlikelihood(wide, padded, wanted, earlier), nll_and_unlikelihood(logits, idx, targets)
+    )
+    prompt = torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[IGNORE, IGNORE, IGNORE, IGNORE, 0]])
+    expected = -torch.log1p(-logits.detach()[0, -1].softmax(0)[4:]).sum()
+    torch.testing.assert_close(nll_and_unlikelihood(logits, *prompt)[1], expected)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+@settings(deadline=None)
+def test_first_occurrences(tokens):
+    expected = [token not in tokens[:t] for t, token in enumerate(tokens)]
+    assert first_occurrences(torch.tensor([tokens]))[0].tolist() == expected
+
+
+def test_a_padded_vocabulary_of_gpt2():
+    """Logits as the model gives them, a view that leaves padding columns out; nothing as large is kept for backward."""
+    torch.manual_seed(0)
+    wide = torch.randn(2, 12, 50304, requires_grad=True)
+    idx, targets = torch.randint(50257, (2, 2, 12))
+    with torch.no_grad():
+        wide.scatter_add_(2, idx[..., None], torch.full((2, 12, 1), 12.0))
+    logits = wide[..., :50257]
+    ours = nll_and_unlikelihood(logits, idx, targets)
+    saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ours[0].grad_fn.saved_tensors}  # ty: ignore[missing-attribute]
+    assert saved.pop(wide.untyped_storage().data_ptr())  # the logits themselves
+    assert sum(saved.values()) < 10_000
+    plain = loop(logits, idx, targets)
+    torch.testing.assert_close([s.double() for s in ours], list(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(ours, wide), gradients(plain, wide), rtol=1e-4, atol=1e-7)
+
+
+def test_compiles_without_a_break():
+    logits, idx, targets = inputs()
+    compiled = torch.compile(nll_and_unlikelihood, fullgraph=True, backend="aot_eager")(logits, idx, targets)
+    eager = nll_and_unlikelihood(logits, idx, targets)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(gradients(compiled, logits), gradients(eager, logits))
+
+
+def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
+    words = "--preset micro --vocab 300 --seq-len 16 --batch 2 --repetitions 1 --device cpu --out"
+    monkeypatch.setattr(sys, "argv", ["objectives", *words.split(), str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        written_out.main()
+    finally:
+        torch.set_num_threads(threads)
+    [row] = json.loads((tmp_path / "objectives-cpu.json").read_text())["rows"]
+    assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(row["seconds"], 1)
+    assert (tmp_path / "objectives-cpu.md").read_text().strip() in capsys.readouterr().out
