@@ -1,17 +1,21 @@
 """SentencePiece's models in the hub's layout, KoGPT-2's layout, and a model of a vocabulary of its own, end to end."""
 
+import json
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import AWKWARD, SENTENCES, hub_ids, hub_tokenizer
 
 from config import UserError
-from tokenizer import Tokenizer, train_sentencepiece
+from decoding import open_model
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tokenizer_training import sentencepiece_model, sentencepiece_pipeline
 
 pytest.importorskip("sentencepiece")
@@ -67,6 +71,7 @@ class TestSentencePiece:
         assert made.decode(made.encode(text)) == text
 
     @given(TEXTS)
+    @example(" theing  ko ")
     @settings(max_examples=200, deadline=None)
     def test_ids_are_sentencepieces_own(self, reference, kind, text):
         processor, pipeline = reference
@@ -102,7 +107,7 @@ class TestSentencePiece:
     def test_special_tokens_are_no_text_to_learn(self, lines, kind, tmp_path):
         texts = [f"{line}<answer>{line}" for line in lines]
         made = train_sentencepiece(texts, SIZE, tmp_path / "t", kind, ["<answer>"])
-        assert not any(b"<ans" in made.token_bytes(id) for id in range(made.vocab_size))
+        assert not any(b"sw" in made.token_bytes(id) for id in range(made.vocab_size))
 
     def test_long_lines_and_runs(self, kind, tmp_path):
         texts = ["a" * 100_000 + " ", "ab " * 50_000, "\ud83d\ude42\ud800"]
@@ -133,3 +138,87 @@ class TestSentencePiece:
             train_sentencepiece(lines, vocab_size, tmp_path / "t", kind, special)
         limit = int(re.findall(r"(?:make|gives) (\d+)", str(raised.value))[0])
         assert train_sentencepiece(lines, limit, tmp_path / "t", kind, special).vocab_size == limit
+
+
+class TestKoGPT2:
+    """A folder as KoGPT-2's: Metaspace BPE without bytes, NFKC, its special tokens first; no tokenizer_config.json."""
+
+    SPECIAL = ("<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", "<d>", "</d>", "<unused0>")
+    TEXTS = ("학교에서 고양이를", "  두  칸 ", "a</s> the<usr>ko", "", "ﾊ 漢字 ① ㅋㅋ", "줄\n바꿈 1,02 ", "🙂 학교")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, lines, tmp_path_factory) -> Path:
+        from tokenizers import SentencePieceBPETokenizer
+
+        folder = tmp_path_factory.mktemp("kogpt2")
+        words = SentencePieceBPETokenizer(unk_token="<unk>")
+        words.train_from_iterator(lines, vocab_size=300, special_tokens=list(cls.SPECIAL), show_progress=False)
+        spec = json.loads(words.to_str())
+        # as the library wrote it in 2021
+        for part in ("pre_tokenizer", "decoder"):
+            spec[part] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+        spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        torch.manual_seed(0)
+        shape = GPTConfig(vocab_size=len(spec["model"]["vocab"]), block_size=64, n_layer=2, n_head=2, n_embd=64)
+        GPT(shape).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3, "author": "a person", "n_ctx": 64}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def test_ids_are_transformers(self, folder, tmp_path):
+        from transformers import PreTrainedTokenizerFast
+
+        ours, theirs = load_tokenizer(str(folder)), PreTrainedTokenizerFast.from_pretrained(folder)
+        ids = ours.encode_batch(list(self.TEXTS))
+        assert [theirs(text, split_special_tokens=True)["input_ids"] for text in self.TEXTS] == ids
+        assert [theirs.decode(row) for row in ids] == [ours.decode(row) for row in ids]
+        assert (ours.eot, ours.vocab_size, ours.special_id("<usr>")) == (1, len(theirs), 2)
+        assert ours.decode(ids[0]) == "학교에서 고양이를" and ours.special_id("<unk>") in ids[6]
+        ours.save(tmp_path)  # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
+        assert hub_ids(tmp_path, list(self.TEXTS)) == ids
+
+    def test_takes_a_tasks_special_tokens(self, folder, tmp_path):
+        plain = load_tokenizer(str(folder))
+        extended = plain.with_special(["<d>", "<요약>"])
+        assert (extended.special_id("<d>"), extended.special_id("<요약>")) == (7, plain.vocab_size)
+        ids = [*plain.encode("학교에서"), plain.vocab_size, *plain.encode("고양이")]
+        assert extended.decode(ids) == "학교에서<요약> 고양이"
+        extended.save(tmp_path)
+        assert hub_tokenizer(tmp_path)("학교에서<요약> 고양이")["input_ids"] == ids
+        with pytest.raises(UserError, match="already is an ordinary one"):
+            plain.with_special(["학"])
+
+    def test_generates(self, folder, run, repo):
+        words = ("학교에서", "--max-new-tokens", "5", "--device", "cpu")
+        done = run(repo / "generate.py", folder, *words, env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("학교에서") and len(done.stdout) > len("학교에서\n")
+
+
+def test_from_scratch_end_to_end(lines, run, repo, tmp_path):
+    """Tokenizer with a task's tokens, empty GPT-2 of that vocabulary, training, and the lot in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    text = "".join(f"{line}\n<|endoftext|>\n" for line in lines)
+    (tmp_path / "text.txt").write_text(text)
+    out, one = tmp_path / "run", {"OMP_NUM_THREADS": "1"}
+    words = ["--model", "unigram", "--special", "<question>", "<답>", "--input", "text.txt", "--vocab-size", SIZE]
+    made = run(repo / "tokenizer.py", "train", *words, "--out", "words", env=one)
+    assert made.returncode == 0 and f"vocabulary {SIZE}" in made.stdout, made.stderr
+    words = ["--tokenizer", "words", "--init", "scratch", "--preset", "micro", "--steps", 3, "--data", "text.txt"]
+    words += ["--seq-len", 32, "--batch-tokens", 128, "--eval-tokens", 256, "--device", "cpu", "--out", out]
+    trained = run(repo / "train_gpt2.py", *words, env=one)
+    assert trained.returncode == 0, trained.stderr
+
+    hub, hub_model = hub_tokenizer(out / "final"), AutoModelForCausalLM.from_pretrained(out / "final").eval()
+    model, ours = open_model(str(out / "final"), None, torch.device("cpu"), torch.float32)
+    ids = [*ours.encode("theing 학교"), ours.special_id("<답>"), *ours.encode(" kober"), ours.eot]
+    assert hub("theing 학교<답> kober<|endoftext|>")["input_ids"] == ids
+    assert SIZE == ours.vocab_size == model.config.vocab_size == hub_model.config.vocab_size == len(hub)
+    assert hub_model.config.eos_token_id == hub.eos_token_id == ours.eot
+    idx = torch.tensor([ids])
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), hub_model(idx).logits, rtol=1e-5, atol=1e-5)
