@@ -67,7 +67,7 @@ class _NllAndUnlikelihood(torch.autograd.Function):
             target, column, candidate = _candidates(piece, idx, targets, first)
             nll = nll + ((log_z - z.gather(1, target.clamp(min=0))) * (target != IGNORE)).sum()
             is_top = column == top
-            p = (z.gather(1, column) - log_z).exp_().masked_fill_(is_top, 0)
+            p = (z.gather(1, column) - log_z).exp_()
             loss = torch.where(is_top, rest.log1p() - rest.log(), -torch.log1p(-p))  # (n, T)
             unlikelihood = unlikelihood + (loss * candidate).sum()
             tops[piece], rests[piece] = top, rest

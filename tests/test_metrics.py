@@ -69,6 +69,7 @@ def test_rouge_by_hand():
     assert metrics.rouge(["The cats, running"], ["the cat runs fast"]) == pytest.approx(
         {"rouge1": 600 / 7, "rouge2": 400 / 5, "rougeL": 600 / 7}
     )
+    assert metrics.rouge(["bus"], ["bu"])["rouge1"] == 0  # three letters keep their ending
     # The longest common subsequence of a b c d and c d a b has 2 words; the mean is over texts.
     both = metrics.rouge(["a b c d", "x"], ["c d a b", "y"])
     assert both == pytest.approx({"rouge1": 50, "rouge2": 100 / 3, "rougeL": 25})
@@ -163,8 +164,8 @@ def test_rhymes_by_hand():
     assert metrics.rhyming_accuracy([worse]) == pytest.approx({"rhyming_accuracy": 4 / 6, "rhyming_coverage": 6 / 7})
     # Without the last two lines; without the pair that the three lines of a prompt make.
     assert metrics.rhyming_accuracy([poem(*GOOD[:12])])["rhyming_accuracy"] == pytest.approx(6 / 7)
-    given = metrics.rhyming_accuracy([poem("day", "light", "grass", *GOOD[3:])], given=3)
-    assert given == {"rhyming_accuracy": 1, "rhyming_coverage": 1}
+    given = metrics.rhyming_accuracy([poem("day", "light", "grass", "stone", *GOOD[4:])], given=3)
+    assert given == pytest.approx({"rhyming_accuracy": 5 / 6, "rhyming_coverage": 1})
     # Pairs of all poems together; blank lines are none.
     two = metrics.rhyming_accuracy([poem(*GOOD).replace("\n", "\n\n"), ""])
     assert two == {"rhyming_accuracy": 0.5, "rhyming_coverage": 1}

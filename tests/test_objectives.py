@@ -99,7 +99,11 @@ def test_exact_where_a_repeated_token_is_nearly_certain():
     with torch.no_grad():
         logits.scatter_add_(2, idx[..., None], sure)
     check(logits, idx, targets)
-    check(logits, idx, idx)  # the certain token is the target
+    # The certain token is the target: what is left to learn is as small as 1 - p, and none of it is rounded away.
+    p = logits.detach().double().softmax(-1).scatter_(2, idx[..., None], 0)
+    expected = p.scatter(2, idx[..., None], -p.sum(-1, keepdim=True))
+    ours = gradients(nll_and_unlikelihood(logits, idx, idx), logits)[0]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
