@@ -156,19 +156,19 @@ def clean(run: Path) -> None:
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(run: Path, step: int, keep: int, mode: str) -> None:
-    """Of the checkpoints up to `step`, delete all but the newest `keep` and the best.
+def prune(run: Path, step: int, keep: int, mode: str, keep_best: int = 1) -> None:
+    """Of the checkpoints up to `step`, delete all but the newest `keep` and the best `keep_best`.
 
     Later ones are those that a resumed run passed over: they may not push out a sound one.
     """
-    best = best_of(run, mode, step)
+    best = [folder for folder, _ in ranked(run, mode, step)[: max(1, keep_best)]]
     for folder in checkpoints(run, step)[max(1, keep) :]:
-        if best is None or folder != best[0]:
+        if folder not in best:
             _remove(folder)
 
 
-def best_of(run: Path, mode: str, until: int | None = None) -> tuple[Path, float] | None:
-    """The checkpoint up to step `until` whose recorded `best_metric` is the smallest ("min") or largest ("max")."""
+def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
+    """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min" or "max"."""
     scored = []
     for folder in checkpoints(run, until):
         try:
@@ -177,7 +177,7 @@ def best_of(run: Path, mode: str, until: int | None = None) -> tuple[Path, float
             continue
         if value is not None:
             scored.append((value if mode == "min" else -value, folder, value))
-    return min(scored)[1:] if scored else None
+    return [(folder, value) for _, folder, value in sorted(scored)]
 
 
 @dataclass

@@ -198,7 +198,9 @@ class RunConfig:
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
     keep: int = 3
-    """Newest checkpoints to keep; the best is kept as well."""
+    """Newest checkpoints to keep, beside the best."""
+    keep_best: int = 1
+    """Best checkpoints to keep, by the metric that also chooses the final model."""
     wandb: bool = False
     """Log to Weights & Biases too (offline where there is no key or network)."""
     profile: bool = False
@@ -286,9 +288,14 @@ class DecodeConfig:
     contrastive_similarity: Literal["max", "mean"] = "max"
     """Likeness to the most alike token that stands, or the mean over all."""
     candidates: int = 16
-    """Texts that mbr and ensemble choose from."""
+    """Texts that mbr and ensemble choose from; an ensemble's are the beams, one by contrastive search, and samples."""
     candidates_by: Literal["sample", "beam"] = "sample"
     """How mbr makes its candidates."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether a text depends on random draws."""
+        return self.decode in ("sample", "ensemble") or (self.decode == "mbr" and self.candidates_by == "sample")
 
 
 @dataclass
@@ -307,12 +314,18 @@ class FinetuneConfig(MethodConfig, RunConfig):
     """Passes over the rows; --steps sets the length of the run in place of it."""
     batch_size: int = 16
     """Rows in an optimizer step, over all ranks."""
+    keep: int = 1
+    """Newest checkpoints to keep, beside the best."""
+    keep_best: int = 3
+    """Best checkpoints to keep, by the metric that also chooses the final model."""
     strict: bool = False
     """End at a row that cannot be read or does not fit, in place of counting and leaving it out."""
     show_rows: int = 2
     """Rows of the first batch to print, what is learned marked."""
     predict: str | None = None
-    """When trained, write the model's answers to the rows of this file into the run's folder."""
+    """When trained, answer the rows of this file; scores too, where it holds the true answers."""
+    answers: str | None = None
+    """File to write those answers to. Default: predictions.* in the run's folder."""
 
 
 @dataclass
@@ -333,7 +346,7 @@ FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a 
 MIN_INTERVAL = 5  # steps between evaluations, by default
 BELOW_ONE = 0.9999999
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep"), (1, math.inf)),
+    **dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep", "keep_best"), (1, math.inf)),
     **dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), (0, math.inf)),
     **dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), (0, math.inf)),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (0, BELOW_ONE)),
@@ -342,8 +355,9 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("contrastive_k", "candidates"), (1, math.inf)),
     **dict.fromkeys(("epochs", "show_rows", "eval_rows", "prefix_width", "lora_alpha", "unlikelihood"), (0, math.inf)),
     **dict.fromkeys(("stop_lines", "top_k", "length_penalty", "no_repeat_ngram"), (0, math.inf)),
+    **dict.fromkeys(("temperature", "repetition_penalty"), (0, math.inf)),
     "lora_dropout": (0, BELOW_ONE),
-    **dict.fromkeys(("llrd", "contrastive_alpha"), (0, 1)),
+    **dict.fromkeys(("llrd", "contrastive_alpha", "top_p"), (0, 1)),
 }
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -394,12 +408,34 @@ def check(cfg: RunConfig) -> None:
     for name in cfg.without:
         if name not in OPTIMIZATIONS:
             raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
+    check_ranges(cfg)
+    if isinstance(cfg, DecodeConfig):
+        check_decode(cfg)
+
+
+def check_ranges(cfg: Any) -> None:
+    """Raise UserError for a number out of its range, in any dataclass of options."""
     for name, (least, most) in RANGES.items():
         value = getattr(cfg, name, None)
         if value is None or value == "auto" or (least <= value <= most and math.isfinite(value)):
             continue
         limits = f"lie between {least} and {most:g}" if most < math.inf else f"be at least {least}, and finite"
         raise UserError(f"--{name.replace('_', '-')} is {value}; it must {limits}")
+
+
+def check_decode(cfg: DecodeConfig) -> None:
+    """Raise UserError for a way of decoding that cannot be."""
+    check_ranges(cfg)
+    if cfg.draws and cfg.temperature == 0:
+        raise UserError(f"--temperature is {cfg.temperature}; it must be above 0 (or use --decode greedy)")
+    for name, none in (("top_p", "all tokens"), ("repetition_penalty", "none")):
+        if getattr(cfg, name) == 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0 (1: {none})")
+    if cfg.decode == "ensemble" and cfg.candidates < cfg.beams + 2:
+        raise UserError(
+            f"--candidates {cfg.candidates} of an ensemble are {cfg.beams} beams, a contrastive search and samples; "
+            f"give {cfg.beams + 2} or more, or fewer --beams"
+        )
 
 
 def nearest(word: str, among: Sequence[str]) -> str:

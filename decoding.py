@@ -1,60 +1,51 @@
 """Text from a model: a batch of prompts read once into the KV cache, then one token a row and step.
 
-Rows of unequal length share a batch by left padding, and a row's tokens never depend on its neighbours: each
-row has its own random numbers, its own place in the sliding window, and leaves the batch when it ends.
+A row's text never depends on its neighbours in the batch: each has its own random numbers, its own place in the
+sliding window, and leaves the batch when it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from config import UserError
-from model import GPT, KVCache
+from adapters import CONFIG, base_of, can_merge, is_adapter, load_adapter, merge
+from config import DecodeConfig, UserError, check_decode
+from model import GPT
+from search import Contrastive, beam_search
 from tokenizer import Tokenizer, load_tokenizer
+from window import RepetitionPenalty, Stop, Window, kept_tokens
 
-# On a CPU the head's product with few rows, most of a small model's step, runs 1.2 to 1.9 times faster on a copy
-# that is contiguous the other way round. The copy costs as much as it saves in about this many tokens.
-HEAD_COPY_PAYS = 32
+__all__ = ["generate", "kept_tokens", "open_model"]
 
+CANDIDATES_AT_ONCE = 64  # rows of a batch when several texts are made for each prompt: what bounds their cache
 
-@dataclass
-class Sampling:
-    """How the next token is chosen, and for how long."""
-
-    decode: Literal["sample", "greedy"] = "sample"
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 1337
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.decode == "sample" and self.temperature <= 0:
-            raise UserError(f"--temperature is {self.temperature}; it must be above 0 (or use --decode greedy)")
-        if self.top_k < 0:
-            raise UserError(f"--top-k is {self.top_k}; it must be at least 0 (0: all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"--repetition-penalty is {self.repetition_penalty}; it must be above 0 (1: none)")
+OnToken = Callable[[int, int], None]
 
 
 def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """Model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device` in `dtype`.
 
-    `tokenizer` names another one than the checkpoint's own. Raises UserError where either cannot be read, or the
-    tokenizer has ids that the model lacks.
+    An adapter's folder gives its base with the adapter in it. `tokenizer` names another one than the checkpoint's own.
+    Raises UserError where either cannot be read, or the tokenizer has ids that the model lacks.
     """
-    model = GPT.from_pretrained(where).to(device, dtype).eval()
+    base = base_of(where)[0] if is_adapter(where) else where
+    if base is None:
+        raise UserError(f"{where} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
+    model = GPT.from_pretrained(base)
+    if base != where:
+        load_adapter(model, where)
+        if can_merge(model):
+            merge(model)
+    model = model.to(device, dtype).eval()
     loaded = load_tokenizer(tokenizer or where)
     if loaded.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -68,179 +59,215 @@ def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: t
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
-    options: Sampling,
+    options: DecodeConfig,
     eot: int | None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
     *,
+    seed: int = 1337,
     rows: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    stop_lines: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continuation of each prompt (token ids), ended before `eot` or after `max_new_tokens`.
+    """Continuation of each prompt (token ids), ended before `eot`, with its last line or after `max_new_tokens`.
 
-    `on_token(row, token)` sees each token as it is chosen. `rows` number the prompts (default 0, 1, ...): the
-    draws of a row follow from (seed, its number) alone, so row i of a batch equals `generate(model,
-    [prompts[i]], ..., rows=[i])`. Ids at and past `vocab_size` (the tokenizer's, where it is smaller than the
-    model's) are never chosen. Past block_size the window slides: see Window. Raises UserError for an empty prompt.
+    `on_token(row, token)` sees each token as it is chosen; where whole texts compete (beam, mbr, ensemble), when all
+    are done. `rows` number the prompts (default 0, 1, ...): the draws of a row follow from (seed, its number) alone,
+    so row i of a batch equals `generate(model, [prompts[i]], ..., rows=[i])`. Ids at and past `vocab_size` (default:
+    the tokenizer's, else the model's) are never chosen. `stop_lines` gives each row its own number of lines in place
+    of the options'; lines, mbr and ensemble take the `tokenizer`. Past the model's context the window slides: see
+    Window. Raises UserError for an empty prompt and for options that cannot be.
     """
+    check_decode(options)
     if not prompts:
         return []
+    vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else model.config.vocab_size)
+    decoder = Decoder(model, options, eot, seed, vocab_size, tokenizer)
+    names = map(str, rows if rows is not None else range(len(prompts)))
+    lines = stop_lines if stop_lines is not None else [options.stop_lines] * len(prompts)
     training = model.training
     model.eval()
+    # A compiled block would be compiled anew for every length. What says so is slow to import, and needless where
+    # nothing has imported it yet.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
-        return _generate(model, prompts, options, eot, on_token, rows or range(len(prompts)), vocab_size)
+        with eager, parametrize.cached():  # a table with rows of new tokens is put together once
+            return decoder.texts([Row(*row) for row in zip(prompts, names, lines, strict=True)], on_token)
     finally:
         model.train(training)
 
 
-def _generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    options: Sampling,
-    eot: int | None,
-    on_token: Callable[[int, int], None] | None,
-    rows: Sequence[int],
-    vocab_size: int | None,
-) -> list[list[int]]:
-    continuations: list[list[int]] = [[] for _ in prompts]
-    window = Window(model, prompts, options.max_new_tokens)
-    sampler = Sampler(options, prompts, rows, vocab_size or model.config.vocab_size, window.device)
-    live = list(range(len(prompts)))  # the prompt of each row still in the batch
-    for step in range(options.max_new_tokens):
-        chosen = sampler(window.next_logits(), step)
-        tokens = chosen.tolist()  # the one wait for the device in a step
-        for row, token in zip(live, tokens, strict=True):
-            if token != eot:
-                continuations[row].append(token)
-                if on_token:
+class Row(NamedTuple):
+    """A prompt to continue: its draws follow from the seed and the name; it ends after `lines`, 0: wherever."""
+
+    prompt: Sequence[int]
+    name: str
+    lines: int
+
+
+@dataclass
+class Decoder:
+    """What one call of `generate` is to do, and each way of doing it."""
+
+    model: GPT
+    options: DecodeConfig
+    eot: int | None
+    seed: int
+    vocab_size: int
+    tokenizer: Tokenizer | None
+
+    def texts(self, rows: Sequence[Row], on_token: OnToken | None) -> list[list[int]]:
+        """The continuation of each row."""
+        decode = self.options.decode
+        if decode in ("sample", "greedy"):
+            return self.sampled(rows, on_token)
+        if decode == "contrastive":
+            return self.contrastive(rows, on_token)
+        if decode == "beam":
+            texts = [beams[0] for beams in self.beams(rows, self.options.beams)]
+        else:
+            texts = self.most_alike(rows)
+        if on_token:
+            for row, text in enumerate(texts):
+                for token in text:
                     on_token(row, token)
+        return texts
+
+    def sampled(self, rows: Sequence[Row], on_token: OnToken | None = None) -> list[list[int]]:
+        """Tokens drawn from their distribution, or the likeliest."""
+        window = self._window(rows)
+        sampler = Sampler(window, self.options, self.seed, [row.name for row in rows])
+        return self._extend(window, sampler, rows, on_token)
+
+    def contrastive(self, rows: Sequence[Row], on_token: OnToken | None = None) -> list[list[int]]:
+        """Tokens that are likely and unlike what stands."""
+        window = self._window(rows, alternatives=min(self.options.contrastive_k, self.vocab_size))
+        return self._extend(window, Contrastive(window, self.options), rows, on_token)
+
+    def beams(self, rows: Sequence[Row], count: int) -> list[list[list[int]]]:
+        """For each row the `count` best texts of a beam search, best first."""
+        window = self._window([row for row in rows for _ in range(count)])
+        return beam_search(window, self.options, count, self._stop(rows))
+
+    def most_alike(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Of each row's candidates the one with the least Bayes risk: see `least_risk`."""
+        if self.tokenizer is None:
+            raise ValueError("to compare texts takes the tokenizer")
+        at_once = max(1, CANDIDATES_AT_ONCE // self.options.candidates)
+        batches = [rows[begin : begin + at_once] for begin in range(0, len(rows), at_once)]
+        return [least_risk(texts, self.tokenizer) for batch in batches for texts in self._candidates(batch)]
+
+    def _candidates(self, rows: Sequence[Row]) -> list[list[list[int]]]:
+        options = self.options
+        if options.decode == "mbr":
+            of = self.beams if options.candidates_by == "beam" else self._samples
+            return of(rows, options.candidates)
+        samples = self._samples(rows, options.candidates - options.beams - 1)
+        beams = self.beams(rows, options.beams)
+        return [[*s, c, *b] for s, c, b in zip(samples, self.contrastive(rows), beams, strict=True)]
+
+    def _samples(self, rows: Sequence[Row], count: int) -> list[list[list[int]]]:
+        """`count` samples for each row; their draws follow from its name."""
+        texts = self.sampled([row._replace(name=f"{row.name} {i}") for row in rows for i in range(count)])
+        return [texts[begin : begin + count] for begin in range(0, len(texts), count)]
+
+    def _window(self, rows: Sequence[Row], alternatives: int = 0) -> Window:
+        prompts = [row.prompt for row in rows]
+        return Window(self.model, prompts, self.options.max_new_tokens, self.vocab_size, alternatives)
+
+    def _stop(self, rows: Sequence[Row]) -> Stop:
+        return Stop(self.eot, [row.lines for row in rows], self.tokenizer)
+
+    def _extend(self, window: Window, chooser: Chooser, rows: Sequence[Row], on_token: OnToken | None):
+        return extend(window, chooser, self._stop(rows), self.options.max_new_tokens, on_token)
+
+
+class Chooser(Protocol):
+    """A way of decoding that settles on one token of each row at a time."""
+
+    def choose(self, step: int) -> Tensor:
+        """The next token (B,) of each row of the window."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep (and repeat) these rows."""
+        ...
+
+
+def extend(
+    window: Window, chooser: Chooser, stop: Stop, max_new_tokens: int, on_token: OnToken | None
+) -> list[list[int]]:
+    """The continuation of each row of the window, a token at a time."""
+    continuations: list[list[int]] = [[] for _ in window.shown]
+    live = list(range(len(continuations)))  # the text of each row still in the batch
+    for step in range(max_new_tokens):
+        chosen = chooser.choose(step)
+        tokens = chosen.tolist()  # the one wait for the device in a step
         window.append(chosen, tokens)
-        if eot in tokens:
-            kept = [i for i, token in enumerate(tokens) if token != eot]
-            live = [live[i] for i in kept]
-            if not live:
-                break
-            window.select(kept)
-            sampler.select(kept)
+        going = []
+        for i, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            text = continuations[row]
+            text.append(token)
+            ended = stop(row, text)
+            if ended is None:
+                going.append(i)
+            if ended == "before":
+                text.pop()
+            elif on_token:
+                on_token(row, token)
+        if not going:
+            break
+        if len(going) < len(live):
+            live = [live[i] for i in going]
+            window.select(going)
+            chooser.select(going)
     return continuations
 
 
-def kept_tokens(context: int) -> int:
-    """How many of its newest tokens a row keeps that has outgrown the model's context."""
-    return context - context // 4
+def least_risk(texts: Sequence[list[int]], tokenizer: Tokenizer) -> list[int]:
+    """The text whose chrF against the others, taken for the truth in turns, is highest on average.
 
-
-class Window:
-    """What a batch of rows shows the model: left padding, the KV cache, and the slide past block_size.
-
-    GPT-2's positions are absolute and end at block_size. A row that outgrows them keeps its newest three
-    quarters, read afresh from position 0; the quarter freed is how long the cache serves before the next slide.
-    Each row slides by its own length, so a batch slides as its rows would alone.
+    Minimum Bayes risk decoding (Kumar and Byrne 2004), the risk estimated from the candidates themselves.
     """
+    from metrics import pairwise_chrf
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], room: int):
-        """`room` is how many tokens each row may grow by."""
-        if not all(prompts):
-            raise UserError("a prompt holds no token; begin with the end-of-text token")
-        self.model = model
-        self.device = model.head_weight.device
-        self.room = room
-        self.shown = [list(prompt) for prompt in prompts]  # the tokens of each row's window
-        self.cache: KVCache | None = None
-        self.last = torch.empty(0)  # (B, 1) the tokens that the cache has not seen
-        self.head: Tensor | None = None  # (n_embd, vocab_size)
-        if self.device.type == "cpu" and room >= HEAD_COPY_PAYS:
-            self.head = model.head_weight[: model.config.vocab_size].t().contiguous()
-
-    def next_logits(self) -> Tensor:
-        """fp32 logits (B, vocab_size) of the token after each row."""
-        if self.cache is None or self.cache.length == self.cache.capacity:
-            idx = self._refill()
-        else:
-            idx = self.last
-        x = self.model.hidden(idx, cache=self.cache)[:, -1]
-        logits = self.model.logits(x) if self.head is None else x @ self.head
-        return logits.float()
-
-    def append(self, chosen: Tensor, tokens: list[int]) -> None:
-        """Each row's next token, on the device (B,) and on the host."""
-        self.last = chosen[:, None]
-        for row, token in zip(self.shown, tokens, strict=True):
-            row.append(token)
-
-    def select(self, rows: list[int]) -> None:
-        """Keep (and repeat) these rows."""
-        index = torch.tensor(rows, device=self.device)
-        self.shown = [list(self.shown[row]) for row in rows]
-        self.last = self.last[index]
-        if self.cache is not None:
-            self.cache.select(index)
-
-    def _refill(self) -> Tensor:
-        """A new cache, and all that the windows show (B, T) to read into it, padded at the left with token 0."""
-        context = self.model.context
-        self.shown = [row if len(row) <= context else row[-kept_tokens(context) :] for row in self.shown]
-        T = max(map(len, self.shown))
-        pad = [T - len(row) for row in self.shown]
-        idx = torch.tensor([[0] * n + row for n, row in zip(pad, self.shown, strict=True)], device=self.device)
-        padding = torch.tensor(pad, device=self.device) if any(pad) else None
-        self.cache = self.model.new_cache(len(pad), T + self.room, padding)
-        return idx
+    utility = pairwise_chrf([tokenizer.decode(text, skip_special=True) for text in texts])
+    return texts[int((utility.sum(1) - utility.diagonal()).argmax())]
 
 
 class Sampler:
     """Chooses each row's next token. The order is repetition penalty, temperature, top-k, top-p."""
 
-    def __init__(
-        self,
-        options: Sampling,
-        prompts: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-    ):
+    def __init__(self, window: Window, options: DecodeConfig, seed: int, names: Sequence[str]):
+        self.window = window
         self.options = options
-        self.vocab_size = vocab_size
-        self.seen: Tensor | None = None  # (B, vocab_size) bool: tokens of prompt and continuation
+        self.penalty = RepetitionPenalty(options.repetition_penalty, window)
         self.draws: Tensor | None = None  # (B, max_new_tokens) uniform in [0, 1), all drawn before the first step
-        if options.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-            for row, prompt in zip(self.seen, prompts, strict=True):
-                row[list(prompt)] = True
-            self.seen = self.seen.to(device)
-        if options.decode == "sample":
-            draws = [_uniform(options.seed, row, options.max_new_tokens) for row in rows]
-            self.draws = torch.stack(draws).to(device)
+        if options.decode != "greedy":
+            draws = [_uniform(seed, name, options.max_new_tokens) for name in names]
+            self.draws = torch.stack(draws).to(window.device)
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """Token ids (B,) from fp32 logits (B, at least vocab_size)."""
-        logits = logits[:, : self.vocab_size]
-        if self.seen is not None:
-            logits = penalize(logits, self.seen, self.options.repetition_penalty)
+    def choose(self, step: int) -> Tensor:
+        """The next token (B,) of each row."""
+        logits = self.penalty(self.window.next_logits())
         if self.draws is None:
             tokens = logits.argmax(-1)
         else:
             logits = truncate(logits / self.options.temperature, self.options.top_k, self.options.top_p)
             tokens = draw(logits, self.draws[:, step])
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+        self.penalty.add(tokens)
         return tokens
 
-    def select(self, rows: list[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep (and repeat) these rows."""
-        self.seen = None if self.seen is None else self.seen[rows]
-        self.draws = None if self.draws is None else self.draws[rows]
+        self.penalty.select(rows)
+        self.draws = None if self.draws is None else self.draws[list(rows)]
 
 
-def _uniform(seed: int, row: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1) that follow from (seed, row) alone; fp32 on the CPU, alike on every machine."""
-    generator = torch.Generator().manual_seed(random.Random(f"{seed} {row}").getrandbits(63))
+def _uniform(seed: int, name: str, count: int) -> Tensor:
+    """`count` numbers in [0, 1) that follow from (seed, name) alone; fp32 on the CPU, alike on every machine."""
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
     return torch.rand(count, generator=generator)
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of `seen` (B, V) bool made less likely where penalty > 1 (CTRL, Keskar et al. 2019)."""
-    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, lowered, logits)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -48,7 +48,7 @@ def start(device: str) -> World:
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
     )
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     else:
@@ -95,7 +95,8 @@ def threads_per_rank(local_size: int) -> int:
     return max(1, cores // local_size)
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` means for a rank. Raises UserError for one that is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if cuda else "mps" if mps else "cpu"

@@ -10,13 +10,13 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
-from config import UserError
+from config import DecodeConfig, UserError, check_decode
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -25,7 +25,7 @@ RULE = "-" * 72  # between two texts
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(DecodeConfig):
     """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or a dialogue.
 
     A prompt that begins with a dash goes after a bare --.
@@ -36,18 +36,6 @@ class GenerateConfig:
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
     """Texts to continue, together in a batch. An empty one begins a document."""
 
-    decode: Literal["sample", "greedy"] = "sample"
-    """sample: draw each token from its distribution; greedy: take the likeliest."""
-    max_new_tokens: int = 200
-    """Tokens to add at most. Past block_size the window slides: the newest three quarters are read afresh."""
-    temperature: float = 0.8
-    """Divides the logits: below 1 the likely tokens gain."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probability reaches this."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that the text already holds are less likely."""
     seed: int = 1337
     """The draws of a text follow from this and its number."""
     num_samples: int = 1
@@ -58,16 +46,19 @@ class GenerateConfig:
     tokenizer: str | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     stream: bool = True
-    """Print a single text as it is made."""
+    """Print a single text as it is made, where it is made token by token."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the weights. auto: bf16 on a CUDA GPU that has it, fp32 elsewhere."""
 
     def __post_init__(self) -> None:
+        check_decode(self)
         for name in ("num_samples", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.num_samples > 1 and not self.draws:
+            raise UserError(f"--num-samples {self.num_samples} would be one text over again; use --decode sample")
 
 
 class Writer:
@@ -78,10 +69,9 @@ class Writer:
 
         import distributed
         from checkpoint import locate
-        from decoding import Sampling, open_model
+        from decoding import open_model
 
         self.config = config
-        self.options = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
         device = distributed.start(config.device).device
         half = config.precision == "bf16" or (
             config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -113,7 +103,7 @@ class Writer:
         rows = range(self.written, self.written + len(ids))
         self.written += len(ids)
         return generate(
-            self.model, ids, self.options, tokenizer.eot, on_token, rows=rows, vocab_size=tokenizer.vocab_size
+            self.model, ids, self.config, tokenizer.eot, on_token, seed=self.config.seed, rows=rows, tokenizer=tokenizer
         )
 
     def _warn_of_long(self, prompts: list[list[int]]) -> None:

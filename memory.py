@@ -12,6 +12,7 @@ import dataclasses
 import resource
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from config import GPTConfig, RunConfig
 from model import GPT
 from precision import DTYPES, Cast
 
+Dress = Callable[[GPT], object]
 BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
 HOLES = 0.2  # of activations and logits: what a heap that keeps freed tensors holds beyond those alive (measured)
 SCRATCH_BYTES = 32 << 20  # of a CPU process: its matrix products' buffers, and code first touched by a step
@@ -63,40 +65,48 @@ def estimate(
     saves: bool = False,
     keep_freed: bool = False,
     cast_once: bool = False,
+    dress: Dress | None = None,
     base: int | None = None,
 ) -> Memory:
     """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
 
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
     `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`.
-    `cast_once`: the products read copies of the weights (precision.Cast). `base`: bytes of the process before it
+    `cast_once`: the products read copies of the weights (precision.Cast). `dress`: what is done to the model before it
+    trains, such as freezing most of it. `base`: bytes of the process before it
     builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
     """
-    live = _step(config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once)
+    live = _step(config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once, dress)
     on_cpu = device_type == "cpu"
-    state = optimizer_bytes(config, optimizer, padded=True)
+    state = optimizer_bytes(config, optimizer, padded=True, dress=dress)
     other = base if base is not None else resident_bytes() if on_cpu else 0
     if on_cpu:
         other += SCRATCH_BYTES
     if on_cpu and keep_freed:
         other += int(HOLES * (live["activations"] + live["logits"]))
     if saves and on_cpu:  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
-        other += live["weights"] + state + _matrix_bytes(config)
+        other += live["weights"] + state + _matrix_bytes(_meta(config))
     if world_size > 1:
         other += min(BUCKET_BYTES, live["weights"])
     return Memory(optimizer=state, other=other, **live)
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str, padded: bool = False) -> int:
+def optimizer_bytes(config: GPTConfig, optimizer: str, padded: bool = False, dress: Dress | None = None) -> int:
     """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held, not as saved."""
     config = dataclasses.replace(config, padded_vocab=padded and config.padded_vocab)
-    one = 4 * sum(p.numel() for p in _meta(config).parameters())
-    return 2 * one - (_matrix_bytes(config) if optimizer == "muon" else 0)
+    model = _meta(config, dress)
+    one = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 2 * one - (_matrix_bytes(model) if optimizer == "muon" else 0)
 
 
-def checkpoint_bytes(config: GPTConfig, optimizer: str) -> int:
-    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and the moments."""
-    return 2 * 4 * _meta(config).n_params() + optimizer_bytes(config, optimizer)
+def checkpoint_bytes(config: GPTConfig, optimizer: str, dress: Dress | None = None, whole: bool = True) -> int:
+    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and the moments.
+
+    Not `whole`: of the weights those alone that train.
+    """
+    model = _meta(config, dress)
+    weights = model.n_params() if whole else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 2 * 4 * weights + optimizer_bytes(config, optimizer, dress=dress)
 
 
 def resident_bytes() -> int:
@@ -130,14 +140,17 @@ def set_allocator(keep_freed: bool) -> None:
         mallopt(mmap_threshold, MMAP_BYTES)
 
 
-def _matrix_bytes(config: GPTConfig) -> int:
-    """fp32 bytes of the blocks' matrices."""
-    return 4 * sum(p.numel() for p in _meta(config).transformer.h.parameters() if p.dim() == 2)
+def _matrix_bytes(model: GPT) -> int:
+    """fp32 bytes of those of the blocks' matrices that train."""
+    return 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad)
 
 
-def _meta(config: GPTConfig) -> GPT:
+def _meta(config: GPTConfig, dress: Dress | None = None) -> GPT:
     with torch.device("meta"):
-        return GPT(config)
+        model = GPT(config)
+        if dress:
+            dress(model)
+    return model
 
 
 class _Ledger(TorchDispatchMode):
@@ -177,15 +190,25 @@ class _Ledger(TorchDispatchMode):
 
 
 def _step(
-    config: GPTConfig, micro_batch: int, seq_len: int, dtype: torch.dtype | None, accumulate: bool, cast_once: bool
+    config: GPTConfig,
+    micro_batch: int,
+    seq_len: int,
+    dtype: torch.dtype | None,
+    accumulate: bool,
+    cast_once: bool,
+    dress: Dress | None,
 ) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
     with FakeTensorMode(), _Ledger() as ledger:
         ledger.part = "weights"
         model = GPT(config)
+        if dress:
+            dress(model)
         run = Cast(model, dtype) if dtype and cast_once else model
         ledger.part = "gradients"
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
             if accumulate:
                 parameter.grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, "gradients"))

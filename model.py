@@ -68,12 +68,29 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep (and repeat) these rows of the batch: the step of a beam search."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+    def keep(self, chosen: Tensor) -> None:
+        """Of the alternatives that were read, keep one of each row, `chosen` (B,): one position more is filled."""
+        rows = torch.arange(len(chosen), device=chosen.device)
+        for t in (t for pair in self.layers for t in pair):
+            t[:, :, self.length] = t[rows, :, self.length + chosen]
+        self.length += 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep (and repeat) these rows of the batch; where their number stays, only those that change are copied."""
+        to = [i for i, row in enumerate(rows) if len(rows) != self.shape[0] or row != i]
+        if not to:
+            return
         self.shape = (len(rows), *self.shape[1:])
+        index = torch.tensor([to, [rows[i] for i in to]], device=self.layers[0][0].device)
+        self.layers = [(self._select(k, *index), self._select(v, *index)) for k, v in self.layers]
         if self.pad is not None:
-            self.pad = self.pad[rows]
+            self.pad = self.pad[list(rows)]
+
+    def _select(self, t: Tensor, to: Tensor, source: Tensor) -> Tensor:
+        new = t if t.shape == self.shape else t.new_empty(self.shape)
+        filled = slice(self.length)
+        new[:, :, filled].index_copy_(0, to, t[:, :, filled].index_select(0, source))
+        return new
 
 
 class Prefixed:
@@ -262,12 +279,16 @@ class GPT(nn.Module):
         """Tokens of text that the positions have room for: all but a prefix's."""
         return self.config.block_size - (self.prefix.length if self.prefix is not None else 0)
 
-    def new_cache(self, batch: int, tokens: int, pad: Tensor | None = None) -> KVCache:
-        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the prefix if any."""
+    def new_cache(self, batch: int, tokens: int, pad: Tensor | None = None, alternatives: int = 1) -> KVCache:
+        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the prefix if any.
+
+        `alternatives`: how many tokens may be read for one position.
+        """
+        capacity = min(self.context, tokens) + alternatives - 1
         if self.prefix is None:
-            return KVCache(self.config, batch, min(self.context, tokens), pad)
+            return KVCache(self.config, batch, capacity, pad)
         length = self.prefix.length
-        cache = KVCache(self.config, batch, length + min(self.context, tokens), pad, length)
+        cache = KVCache(self.config, batch, length + capacity, pad, length)
         for layer, (k, v) in enumerate(self.prefix.layers(self)):
             cache.extend(layer, *(t.expand(batch, -1, -1, -1).to(self.dtype) for t in (k, v)))
         cache.length = length
@@ -305,19 +326,31 @@ class GPT(nn.Module):
             return cross_entropy(self._padded_logits(x), targets, self.config.vocab_size).sum()
         return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
 
-    def hidden(self, idx: Tensor, *, segments: Tensor | None = None, cache: KVCache | Prefixed | None = None) -> Tensor:
-        """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size."""
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: KVCache | Prefixed | None = None,
+        alternatives: bool = False,
+    ) -> Tensor:
+        """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size.
+
+        `alternatives`: the tokens all stand at the one next position, each seeing what the cache holds and itself;
+        the cache then waits for `keep` to say which it was.
+        """
         if cache is None and self.prefix is not None:
             cache = Prefixed(self.prefix.layers(self))
         T, start = idx.shape[1], cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise UserError(f"a sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
-        positions = torch.arange(start, start + T, device=idx.device)
+        end = start + (1 if alternatives else T)
+        if end > self.config.block_size:
+            raise UserError(f"a sequence of {end} tokens is longer than block_size {self.config.block_size}")
+        positions = torch.arange(start, end, device=idx.device)
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=cache.prefix)  # (B, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(self.dtype)
         in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
-        mask = None if in_kernel else attention_mask(T, segments, cache, idx.device)
+        mask = None if in_kernel else attention_mask(T, segments, cache, idx.device, alternatives)
         branch = None
         for layer, block in enumerate(self.transformer.h):
             extend = cache.at(layer) if cache else None
@@ -327,7 +360,7 @@ class GPT(nn.Module):
                 x, branch = checkpoint(again, (x, branch, mask, segments, extend), use_reentrant=False)
             else:
                 x, branch = block(x, branch, mask, segments, extend)
-        if cache is not None:
+        if cache is not None and not alternatives:
             cache.length += T
         return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.kernels)[1]
 
@@ -415,7 +448,7 @@ class GPT(nn.Module):
 
 
 def attention_mask(
-    T: int, segments: Tensor | None, cache: KVCache | Prefixed | None, device: torch.device
+    T: int, segments: Tensor | None, cache: KVCache | Prefixed | None, device: torch.device, alternatives: bool = False
 ) -> Tensor | None:
     """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal attention does."""
     start = cache.length if cache else 0
@@ -424,7 +457,8 @@ def attention_mask(
         return None
     key = torch.arange(start + T, device=device)
     query = key[start:, None]
-    mask = (key <= query)[None]  # (1, T, keys), aligned to the lower right
+    # (1, T, keys), aligned to the lower right
+    mask = ((key < start) | (key == query) if alternatives else key <= query)[None]
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     if pad is not None:

@@ -121,7 +121,7 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
     size = task.checkpoint_bytes()
-    kept = min(cfg.keep + 1, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    kept = min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
     free = distributed.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(f"dry run: nothing is started or written ({task.describe_step(cfg.micro_batch, world.size)})\n")

@@ -5,7 +5,7 @@ loss is; the loop (trainer.py) says how an optimizer step is made of them, and k
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,10 +15,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
+from adapters import base_of, is_adapter
 from checkpoint import locate
-from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
+from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import Data, open_data, window_order
-from decoding import Sampling, generate
+from decoding import generate
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from metrics import bits_per_byte, perplexity
@@ -43,7 +44,7 @@ class Task:
     defaults: ClassVar[dict[str, Any]] = {}  # of those, where they differ; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
-    warnings: Sequence[str] = ()  # what `setup` found that the run's log should hold
+    warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 
     cfg: Any  # of its kind of options
 
@@ -149,7 +150,7 @@ class Task:
         return []
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the model and its tokenizer in the hub's layout; it is not used afterwards."""
+        """Write the model and its tokenizer in the hub's layout."""
         raise NotImplementedError
 
     def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
@@ -310,8 +311,8 @@ class LanguageModelling(Task):
         tokenizer = self.data.tokenizer
         prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-        options = Sampling(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50, seed=self.cfg.seed)
-        outs = generate(model, ids, options, tokenizer.eot, vocab_size=tokenizer.vocab_size)
+        options = DecodeConfig(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50)
+        outs = generate(model, ids, options, tokenizer.eot, seed=self.cfg.seed, tokenizer=tokenizer)
         texts = [tokenizer.decode(out) for out in outs]
         return list(zip(prompts, texts, strict=True))
 
@@ -324,7 +325,7 @@ class LanguageModelling(Task):
 def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
     """The shape to train: of the preset and its overrides, or of the checkpoint that --init names."""
     if cfg.init != "scratch":
-        return _pretrained_config(cfg)
+        return open_pretrained(cfg).config
     assert cfg.preset and cfg.seq_len
     overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
     shape: dict[str, Any] = PRESETS[cfg.preset] | {name: n for name, n in overrides.items() if n is not None}
@@ -345,17 +346,21 @@ def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained_config(cfg: RunConfig) -> GPTConfig:
+def open_pretrained(cfg: RunConfig) -> GPT:
+    """The model of --init. Raises UserError where other options contradict its shape."""
     given = [f"--{name.replace('_', '-')}" for name in ("n_layer", "n_head", "n_embd", "preset") if getattr(cfg, name)]
     if given:
         raise UserError(f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape")
-    model = GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
+    where = locate(cfg.init)
+    if is_adapter(where):
+        raise UserError(f"--init {cfg.init} is an adapter; name the model that it was made for: {base_of(where)[0]}")
+    model = GPT.from_pretrained(where, **how_it_runs(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
             f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of --init {cfg.init}; "
             f"use --seq-len {model.config.block_size} or less"
         )
-    return model.config
+    return model
 
 
 def _tokenizer_named(cfg: RunConfig) -> str | None:

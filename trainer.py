@@ -406,7 +406,7 @@ class Run:
         step = self.at.step
 
         def prune() -> None:
-            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1])
+            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1], self.cfg.keep_best)
 
         self.saver.save(self.step.state(), meta, prune)
 
@@ -504,7 +504,7 @@ class Run:
     def _best_or_last(self) -> tuple[dict[str, Tensor], int]:
         """Weights of the best checkpoint, where it is better than the last step, else of the last; and their step."""
         last = dict(self.model.state_dict()), self.at.step
-        best, now = checkpoint.best_of(self.folder, self.task.best[1]), self.at.best_metric
+        best, now = next(iter(checkpoint.ranked(self.folder, self.task.best[1])), None), self.at.best_metric
         if best is None or (now is not None and (now <= best[1] if self.task.best[1] == "min" else now >= best[1])):
             return last
         reason = checkpoint.fault(best[0])
@@ -537,6 +537,7 @@ class Run:
             "skipped": self.at.skipped,
             "memory_bytes": distributed.memory_bytes(self.world.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
 
     def _card(self, step: int) -> str:

@@ -1,7 +1,8 @@
-"""Generation beside transformers' generate:  python -m benchmarks.decoding [--shape 10M,124M] [--batch 1,8]
+"""Every way of decoding, beside transformers' where it has it:  python -m benchmarks.decoding [--quick] [--batch 1,8]
 
-Both continue the same random prompts with the same random weights, greedily and on a KV cache, in one process and
-in turns. Their tokens must be equal before a time counts.
+All continue the same random prompts with the same random weights in one process and in turns: greedily, drawn, and by
+beam search beside transformers' generate, by contrastive search beside its definition written out with no cache.
+Where a method leaves no choice, the tokens must be equal in fp32 before a time counts.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import GPTConfig, UserError, nearest
+from config import DecodeConfig, GPTConfig, UserError, nearest
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 SHAPES = {
     "micro": GPTConfig(vocab_size=1000, block_size=256, n_layer=2, n_head=2, n_embd=64),
@@ -31,6 +33,15 @@ SHAPES = {
     "124M": GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
 }
 PROMPT = 32  # tokens
+STRATEGIES = {
+    "greedy": DecodeConfig(decode="greedy"),
+    "sample": DecodeConfig(temperature=0.8, top_k=50, top_p=0.9),
+    "beam": DecodeConfig(decode="beam", beams=5, length_penalty=0.6, no_repeat_ngram=3),
+    "contrastive": DecodeConfig(decode="contrastive", contrastive_k=4, contrastive_alpha=0.6),
+    "mbr": DecodeConfig(decode="mbr", temperature=0.8, top_p=0.9, candidates=8),
+    "ensemble": DecodeConfig(decode="ensemble", temperature=0.8, top_p=0.9, beams=3, candidates=8),
+}
+OURS = "this engine"
 
 
 @dataclass
@@ -41,10 +52,14 @@ class Options:
     """Shapes, comma-separated: micro, 10M, 124M."""
     batch: str = "1,8"
     """Prompts generated together, comma-separated."""
+    decode: str = ",".join(STRATEGIES)
+    """Ways of decoding, comma-separated."""
     new_tokens: int = 128
     """Tokens added to each prompt."""
     repetitions: int = 5
-    """Turns of each."""
+    """Turns of each; one for the search without a cache."""
+    quick: bool = False
+    """A tiny shape, few tokens, two turns: does it work at all?"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
     out: str = "benchmarks/results"
@@ -52,77 +67,180 @@ class Options:
 
 
 Generate = Callable[[], list[list[int]]]
+Read = Callable[["Tensor"], tuple["Tensor", "Tensor"]]  # ids (B, T): last hidden states (B, T, C), logits (B, T, V)
 
 
-def contenders(config: GPTConfig, batch: int, options: Options, device: torch.device) -> dict[str, Generate]:
-    """A function for each that continues the same prompts."""
+def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConfig) -> list[int]:
+    """Contrastive search as defined (Su et al. 2022), each text read from its beginning: what no cache comes to."""
     import torch
-    from transformers import GPT2LMHeadModel
+    import torch.nn.functional as F
 
-    from decoding import Sampling, generate
-    from model import GPT
+    text = torch.tensor([list(prompt)])
+    alpha = options.contrastive_alpha
+    for step in range(options.max_new_tokens):
+        hidden, logits = read(text)
+        last = logits[0, -1].float()
+        if options.repetition_penalty != 1:
+            seen = text[0].unique()
+            penalty = options.repetition_penalty
+            last[seen] = torch.where(last[seen] > 0, last[seen] / penalty, last[seen] * penalty)
+        probs, ids = last.softmax(-1).topk(options.contrastive_k)
+        longer, _ = read(torch.cat((text.expand(len(ids), -1), ids.cpu()[:, None]), 1))
+        similarity = F.cosine_similarity(longer[:, -1:].float(), hidden.float(), dim=-1)  # (k, T)
+        unlike = similarity.mean(1) if options.contrastive_similarity == "mean" else similarity.amax(1)
+        weight = alpha * step / (options.max_new_tokens - 1) if options.contrastive_growth else alpha
+        best = ((1 - weight) * probs - weight * unlike).argmax()
+        text = torch.cat((text, ids[best].cpu().view(1, 1)), 1)
+    return text[0, len(prompt) :].tolist()
 
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory() as folder:
-        GPT(config).save_pretrained(folder)
-        ours: Any = GPT.from_pretrained(folder).to(device, dtype).eval()
-        theirs: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
-    prompts = torch.randint(config.vocab_size, (batch, PROMPT))
-    sampling = Sampling(decode="greedy", max_new_tokens=options.new_tokens)
 
-    def of_ours() -> list[list[int]]:
-        return generate(ours, prompts.tolist(), sampling, eot=None)
+class Pair:
+    """A random model as this engine's and as transformers', and prompts for both."""
 
-    def of_transformers() -> list[list[int]]:
-        ids = prompts.to(device)
-        out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=options.new_tokens, pad_token_id=0
-        )
+    def __init__(self, config: GPTConfig, batch: int, new_tokens: int, device: torch.device):
+        import torch
+        from transformers import GPT2LMHeadModel
+
+        from model import GPT
+
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            GPT(config).save_pretrained(folder)
+            self.ours: Any = GPT.from_pretrained(folder).to(device).eval()
+            self.theirs: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        self.prompts = torch.randint(config.vocab_size, (batch, PROMPT))
+        self.new_tokens = new_tokens
+        self.device = device
+
+    def contenders(self, decode: str) -> dict[str, Generate]:
+        """A function for each that continues the prompts; this engine first."""
+        options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
+        found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
+        if decode in ("greedy", "sample", "beam"):
+            found["transformers"] = lambda: self._theirs(options)
+        elif decode == "contrastive" and len(self.prompts) == 1:
+            found["no cache"] = lambda: [contrastive_reference(self._read, p, options) for p in self.prompts.tolist()]
+        return found
+
+    def _ours(self, options: DecodeConfig) -> list[list[int]]:
+        from decoding import generate
+
+        tokenizer: Any = Words(self.ours.config.vocab_size)
+        return generate(self.ours, self.prompts.tolist(), options, eot=None, tokenizer=tokenizer)
+
+    def _theirs(self, options: DecodeConfig) -> list[list[int]]:
+        import torch
+
+        how: dict[str, Any] = {"do_sample": False}
+        if options.decode == "sample":
+            how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+        if options.decode == "beam":
+            how |= dict(num_beams=options.beams, length_penalty=options.length_penalty, early_stopping=False)
+            how |= dict(no_repeat_ngram_size=options.no_repeat_ngram)
+        ids = self.prompts.to(self.device)
+        mask = torch.ones_like(ids)
+        out = self.theirs.generate(ids, attention_mask=mask, max_new_tokens=self.new_tokens, pad_token_id=0, **how)
         return out[:, PROMPT:].tolist()
 
-    return {"this engine": of_ours, "transformers": of_transformers}
+    def _read(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        with torch.inference_mode():
+            out = self.theirs(idx.to(self.device), output_hidden_states=True, use_cache=False)
+        return out.hidden_states[-1], out.logits
 
 
-def measure(generators: dict[str, Generate], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after one to warm up; the tokens of all must be equal."""
+class Words:
+    """In place of a tokenizer, for a model that has none: each id a word."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return " ".join(f"{id:x}" for id in ids)
+
+
+def check(generators: dict[str, Generate]) -> None:
+    """Raise RuntimeError unless all give the same tokens."""
     first, *others = [generate() for generate in generators.values()]
     if any(other != first for other in others):
         raise RuntimeError("the tokens differ: nothing is compared")
+
+
+def measure(generators: dict[str, Generate], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each turn, the contenders taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in generators}
-    for _ in range(repetitions):
+    for turn in range(repetitions):
         for name, generate in generators.items():
+            if name == "no cache" and turn:
+                continue
             began = time.perf_counter()
             generate()  # its tokens come back to the host, so nothing is left to wait for
             seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
+def compare(shape: str, batch: int, options: Options, device: torch.device) -> list[dict[str, Any]]:
+    """A row of figures for each way of decoding."""
+    import torch
+
+    pair = Pair(SHAPES[shape], batch, options.new_tokens, device)
+    named = {decode: pair.contenders(decode) for decode in words(options.decode, STRATEGIES)}
+    for decode, generators in named.items():
+        if decode != "sample":
+            check(generators)
+    if device.type == "cuda":
+        pair.ours.to(torch.bfloat16)
+        pair.theirs.to(torch.bfloat16)
+    rows = []
+    for decode, generators in named.items():
+        print(f"{shape}, batch {batch}, {decode} ...", file=sys.stderr, flush=True)
+        for name, generate in generators.items():
+            if name != "no cache":
+                generate()  # to warm up
+        seconds = measure(generators, options.repetitions)
+        rows.append(dict(shape=shape, batch=batch, decode=decode, tokens=batch * options.new_tokens, seconds=seconds))
+    return rows
+
+
 def table(rows: list[dict[str, Any]], title: str) -> str:
     head = (
         "shape",
         "batch",
-        "this engine, tokens/s",
-        "transformers, tokens/s",
+        "decode",
+        f"{OURS}, tokens/s",
+        "beside",
+        "tokens/s",
         "ratio of medians",
-        "slowest-fastest ratio",
+        "slowest-fastest",
     )
     cells = []
     for row in rows:
-        ours, theirs = row["seconds"]["this engine"], row["seconds"]["transformers"]
-        rate = [row["tokens"] / statistics.median(seconds) for seconds in (ours, theirs)]
-        pairs = sorted(t / o for o, t in zip(ours, theirs, strict=True))
-        ratios = f"{rate[0] / rate[1]:.2f}", f"{pairs[0]:.2f}-{pairs[-1]:.2f}"
-        cells.append([row["shape"], str(row["batch"]), f"{rate[0]:,.0f}", f"{rate[1]:,.0f}", *ratios])
-    return f"{title}\n\n{markdown(head, cells, words=(0,))}\n"
+        ours, *others = row["seconds"].values()
+        rate = row["tokens"] / statistics.median(ours)
+        cells.append([row["shape"], str(row["batch"]), row["decode"], f"{rate:,.0f}", "", "", "", ""])
+        for name, theirs in zip(list(row["seconds"])[1:], others, strict=True):
+            beside = row["tokens"] / statistics.median(theirs)
+            pairs = sorted(t / o for o, t in zip(ours, theirs))
+            cells[-1][4:] = [name, f"{beside:,.0f}", f"{rate / beside:.2f}", f"{pairs[0]:.2f}-{pairs[-1]:.2f}"]
+    return f"{title}\n\n{markdown(head, cells, words=(0, 2, 4))}\n"
+
+
+def words(given: str, among: dict[str, Any]) -> list[str]:
+    """Comma-separated names. Raises UserError for one that is none of `among`."""
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in among:
+            raise UserError(f"{name} is none of {', '.join(among)}{nearest(name, list(among))}")
+    return names
 
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
-    shapes = [name.strip() for name in options.shape.split(",")]
-    for name in shapes:
-        if name not in SHAPES:
-            raise UserError(f"no shape {name}{nearest(name, list(SHAPES))}; there are: {', '.join(SHAPES)}")
+    if options.quick:
+        options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
+    shapes = words(options.shape, SHAPES)
+    words(options.decode, STRATEGIES)
     import torch
     import transformers
     from transformers.utils import logging
@@ -134,15 +252,15 @@ def main() -> None:
     device = distributed.start(options.device).device
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     title = (
-        f"Greedy generation of {options.new_tokens} tokens after {PROMPT}, {distributed.device_name(device)}, {torch.get_num_threads()} threads, "
-        f"{datetime.date.today()}: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."
+        f"Generation of {options.new_tokens} tokens after {PROMPT}, {distributed.device_name(device)}, "
+        f"{torch.get_num_threads()} threads, {datetime.date.today()}: "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + ". Tokens of the chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8."
     )
     rows = []
     for shape in shapes:
         for batch in map(int, options.batch.split(",")):
-            print(f"{shape}, batch {batch} ...", file=sys.stderr, flush=True)
-            seconds = measure(contenders(SHAPES[shape], batch, options, device), options.repetitions)
-            rows.append(dict(shape=shape, batch=batch, tokens=batch * options.new_tokens, seconds=seconds))
+            rows += compare(shape, batch, options, device)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, versions=versions, options=dataclasses.asdict(options), rows=rows)

@@ -108,8 +108,7 @@ def make_run(run: Path, metrics: dict[int, float | None]) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: 3.0, 3: 5.0, 4: None, 5: 4.0, 6: 4.5})
     for mode, best in (("max", 3), ("min", 2)):
-        found = checkpoint.best_of(tmp_path, mode)
-        assert found and found[0].name == f"step-{best:08d}"
+        assert checkpoint.ranked(tmp_path, mode)[0][0].name == f"step-{best:08d}"
     checkpoint.prune(tmp_path, 5, 2, "max")
     assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], "6 is later than the step: neither kept nor counted"
     checkpoint.prune(tmp_path, 6, 1, "min")
@@ -117,9 +116,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.parametrize(("keep_best", "left"), [(1, [3, 7]), (2, [2, 3, 7]), (3, [2, 3, 6, 7]), (9, [2, 3, 5, 6, 7])])
+def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list[int]) -> None:
+    make_run(tmp_path, {1: None, 2: 4.0, 3: 5.0, 4: None, 5: 1.0, 6: 2.0, 7: None})
+    checkpoint.prune(tmp_path, 7, 1, "max", keep_best)
+    assert checkpoint_steps(tmp_path) == left
+
+
 def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
-    assert checkpoint.best_of(tmp_path, "min") is None
+    assert checkpoint.ranked(tmp_path, "min") == []
 
 
 # --- the writer

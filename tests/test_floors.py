@@ -24,7 +24,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "precision",
     ],
     "services": ["checkpoint", "decoding", "search", "window", "metrics", "objectives", "runlog", "memory"],
-    "task seam": ["task"],
+    "task seam": ["task", "generation"],
     "one step": ["step"],
     "before a run": ["plan"],
     "loop": ["trainer"],
@@ -49,6 +49,8 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("decoding", "metrics"),  # minimum Bayes risk compares candidates by chrF
     ("adapters", "model"),  # what adapters are put into
     ("adapters", "optim"),  # which of its parameters train alike
+    ("generation", "task"),  # a family of tasks
+    ("finetune", "finetune"),  # what a task's command does
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }
 

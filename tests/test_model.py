@@ -418,11 +418,11 @@ def test_cache_select_repeats_rows():
     model, idx, pad = gpt(), tokens(2, 8), torch.tensor([0, 2])
     cache = KVCache(model.config, 2, 12, pad=pad)
     model(idx, cache=cache)
-    rows = torch.tensor([1, 1, 0])
+    rows = [1, 1, 0]
     cache.select(rows)
     more = tokens(3, 2, seed=4)
     logits = model(more, cache=cache)
-    for i, row in enumerate(rows.tolist()):
+    for i, row in enumerate(rows):
         alone = torch.cat([idx[row, pad[row] :], more[i]])[None]
         torch.testing.assert_close(logits[i], model(alone)[0, -2:], atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,87 @@
+"""Songs: one document a song, of its text or of "Title, by Artist", a blank line and its text.
+
+python -m finetune.lyrics --init gpt2 --data songs.csv --with-title
+python generate.py runs/lyrics "My Title, by An Artist"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import metrics
+from cli import entry_point
+from config import GenerationConfig, UserError
+from finetune import command
+from generation import Answer, Example, Generation
+from rows import Row
+
+
+@dataclass
+class LyricsConfig(GenerationConfig):
+    """Options of the task of songs."""
+
+    with_title: bool = False
+    """Begin each song with a line of its title and artist, so that these are a prompt."""
+    text_column: str | None = None
+    """Column of the words. Default: text or lyrics."""
+    song_column: str | None = None
+    """Column of the title. Default: song or title, where there is one."""
+    artist_column: str | None = None
+    """Column of the artist. Default: artist, where there is one."""
+
+
+class Lyrics(Generation):
+    name = "lyrics"
+    config = LyricsConfig
+    defaults = {"epochs": 5, "lr": 1e-4, "eval_rows": 16, "top_p": 0.95, "max_new_tokens": 300}
+    columns = {"text": ("text", "lyrics"), "song": ("song", "title"), "artist": ("artist",)}
+    optional = ("song", "artist")
+    truth = ("text",)
+    toy = (
+        {"song": "Ferry", "artist": "The Low Tides",
+         "text": "The ferry leaves at half past nine,\nI have no ticket and no time.\n\nWave to me, wave to me."},
+        {"song": "Kitchen Light", "artist": "Ada Reed",
+         "text": "You left the kitchen light on low,\nA kettle and a radio.\n\nPlay it slow, play it slow."},
+        {"song": "Seven Bridges", "artist": "The Low Tides",
+         "text": "Seven bridges, seven tolls,\nA pocket full of paper holes.\n\nHome again, home again."},
+    )  # fmt: skip
+
+    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
+        assert isinstance(self.cfg, LyricsConfig)
+        rows = super().read(spec, split, say)
+        if self.cfg.with_title and not any(row["song"] for row in rows):
+            raise UserError(f"--with-title: {spec} has no title in a column song or title; use --song-column NAME")
+        return rows
+
+    def title(self, row: Row) -> str:
+        """The first line of a song that has a title, as a prompt gives it; no newline ends it."""
+        assert isinstance(self.cfg, LyricsConfig)
+        if not self.cfg.with_title or not row["song"].strip():
+            return ""
+        return ", by ".join(filter(None, (row["song"].strip(), row["artist"].strip())))
+
+    def example(self, row: Row) -> Example:
+        question = self.question(row)
+        return Example(prompt=(), answer=(*question.prompt, *question.answer))
+
+    def question(self, row: Row) -> Example:
+        """Begins with the title, else with the first line of the words."""
+        text = row["text"].strip()
+        if title := self.title(row):
+            return Example(prompt=(title,), answer=(f"\n\n{text}",))
+        first, newline, rest = text.partition("\n")
+        return Example(prompt=(first,), answer=(newline + rest,))
+
+    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
+        texts = [a.text for a in answers]
+        return {
+            "distinct_1": metrics.distinct(texts, 1),
+            "distinct_2": metrics.distinct(texts, 2),
+            "repetition": metrics.repetition_rate(texts),
+            **self.copied(texts),
+        }
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Lyrics()))

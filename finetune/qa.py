@@ -1,0 +1,111 @@
+"""Questions on a passage: the passage, <question>, a question, <answer>, its answer; the answer alone is learned.
+
+python -m finetune.qa --init gpt2 --data squad_train.json --val-data squad_dev.json --predict questions.csv
+A passage that is too long for the model is cut at its end; where that takes the answer away, the row is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import metrics
+from cli import entry_point
+from config import GenerationConfig
+from finetune import command
+from generation import Answer, Example, Generation, Long, Special
+from rows import Record, Row, read_json
+
+QUESTION, ANSWER = Special("<question>"), Special("<answer>")
+
+
+@dataclass
+class QaConfig(GenerationConfig):
+    """Options of the task of questions."""
+
+    context_column: str | None = None
+    """Column of the passage. Default: context or passage."""
+    question_column: str | None = None
+    """Column of the question. Default: question."""
+    answer_column: str | None = None
+    """Column of the answer that is learned. Default: answer."""
+    answers_column: str | None = None
+    """Column of all answers that are right, one a line. Default: answers, where there is one."""
+
+
+def read_squad(text: str, where: str) -> Iterator[Record]:
+    """SQuAD's nested files; any other JSON is a table."""
+    try:
+        articles = json.loads(text)["data"]
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        yield from read_json(text, where)
+        return
+    for number, paragraph in enumerate(paragraphs, 1):
+        try:
+            yield from [(f"paragraph {number}", _squad_row(paragraph["context"], qa)) for qa in paragraph["qas"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            yield f"paragraph {number}", f"is not as SQuAD has them ({type(error).__name__}: {error})"
+
+
+def _squad_row(context: str, qa: dict[str, Any]) -> dict[str, str] | str:
+    answers = list(dict.fromkeys(answer["text"] for answer in qa.get("answers", ())))
+    if not answers and qa.get("is_impossible"):
+        return "has no answer"
+    first = {"answer": answers[0], "answers": "\n".join(answers)} if answers else {"answer": "", "answers": ""}
+    return {"id": str(qa.get("id", "")), "context": context, "question": qa["question"], **first}
+
+
+class Qa(Generation):
+    name = "qa"
+    config = QaConfig
+    best = ("f1", "max")
+    defaults = {"decode": "greedy", "max_new_tokens": 40}
+    columns = {"context": ("context", "passage"), "question": ("question",), "answer": ("answer",)}
+    columns |= {"answers": ("answers",), "id": ("id",)}
+    optional = ("answers", "id")
+    truth = ("answer",)
+    readers = {".json": read_squad}
+    special = (QUESTION, ANSWER)
+    toy = (
+        {"context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
+         "question": "When was the mill built?", "answer": "1871", "answers": "1871\nin 1871"},
+        {"context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
+         "question": "Who built the mill?", "answer": "Ruth and Clara Voss", "answers": "Ruth and Clara Voss\ntwo sisters"},
+        {"context": "Grey herons nest in tall trees and hunt frogs at dusk.",
+         "question": "What do herons hunt?", "answer": "frogs"},
+    )  # fmt: skip
+
+    def setup(self, cfg: QaConfig, say: Callable[[str], None]) -> None:
+        super().setup(cfg, say)
+        lost = sum(self._is_lost(*one) for one in zip(self.train.rows, self.train.tokens, strict=True))
+        if lost:
+            self.warnings += (f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut off",)
+
+    def _is_lost(self, row: Row, tokens: np.ndarray) -> bool:
+        """Whether the answer stood in the passage and does not in what is read of it."""
+        end = int((tokens == self.tokenizer.special_id(QUESTION)).argmax())
+        return row["answer"] in row["context"] and row["answer"] not in self.tokenizer.decode(tokens[1:end].tolist())
+
+    def kin(self, row: Row) -> str:
+        """All questions on a passage, that no passage is known from training."""
+        return row["context"]
+
+    def example(self, row: Row) -> Example:
+        prompt = (Long(row["context"].strip()), QUESTION, row["question"].strip(), ANSWER)
+        return Example(prompt, answer=(row["answer"].strip(),))
+
+    def reference(self, row: Row) -> str:
+        """All right answers, one a line."""
+        return row["answers"] or row["answer"]
+
+    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
+        return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Qa()))

@@ -1,0 +1,87 @@
+"""Sonnets: given the first three lines, the other eleven.
+
+python -m finetune.sonnets --init gpt2 --data sonnets.txt --val-data TRUE_sonnets_held_out_dev.txt --predict sonnets_held_out.txt
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import metrics
+from cli import entry_point
+from config import UserError
+from finetune import command
+from generation import Answer, Example, Generation
+from rows import Record, Row
+
+LINES = 14
+GIVEN = 3  # lines of a prompt
+NUMBER = re.compile(r"\s*(\d+)\s*")
+
+
+def read_poems(text: str, where: str) -> Iterator[Record]:
+    """The course's files: a header, then each poem under its number. Poems are as long as they are."""
+    number, begin, lines, found = "", 0, [""], False
+    for at, line in enumerate([*text.replace("\r\n", "\n").split("\n"), "0"], 1):
+        if not NUMBER.fullmatch(line):
+            lines.append(line)
+            continue
+        if number:
+            found, poem = True, "\n".join(lines).strip("\n")
+            yield f"line {begin}", {"number": number, "text": poem} if poem.strip() else f"has no poem under {number}"
+        number, begin, lines = line.strip(), at, []
+    if not found:
+        raise UserError(f"{where} holds no poems; each stands under a line with its number")
+
+
+class Sonnets(Generation):
+    name = "sonnets"
+    best = ("chrf", "max")
+    defaults = {"epochs": 10, "batch_size": 8, "lr": 1e-4, "temperature": 1.2, "top_p": 0.9, "max_new_tokens": 300}
+    columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
+    optional = ("number",)
+    readers = {".txt": read_poems}
+    predictions = "predictions.txt"
+    toy = (
+        {"number": "1", "text": "The winter wood is white and still,\nNo bird will sing, no water run,\n"
+                                "The snow lies deep upon the hill\nAnd waits all morning for the sun.\n"},
+        {"number": "2", "text": "I sold my boat, I sold my net,\nI walked the road that leaves the sea,\n"
+                                "But where the stones at night are wet\nI hear it turn and call to me.\n"},
+        {"number": "3", "text": "A candle in a window set,\nA chair, a table and a key:\n"
+                                "The house remembers, we forget;\nIt keeps a place for you and me.\n"},
+    )  # fmt: skip
+
+    def example(self, row: Row) -> Example:
+        return Example(prompt=(), answer=(row["text"],))
+
+    def question(self, row: Row) -> Example:
+        lines = row["text"].splitlines(keepends=True)
+        return Example(prompt=("".join(lines[:GIVEN]),), answer=("".join(lines[GIVEN:]),))
+
+    def stop_lines(self, prompt: str) -> int:
+        return self.cfg.stop_lines or LINES - GIVEN
+
+    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
+        texts, references = [a.text for a in answers], [a.reference for a in answers]
+        poems = [a.prompt + a.text for a in answers]
+        return {
+            "chrf": metrics.chrf(texts, references),
+            "chrf_poem": metrics.chrf(poems, [a.prompt + a.reference for a in answers]),  # as the course scores it
+            "distinct_1": metrics.distinct(texts, 1),
+            "distinct_2": metrics.distinct(texts, 2),
+            **metrics.rhyming_accuracy(poems, given=GIVEN),
+            "lines_right": metrics.line_count_accuracy(poems, LINES),
+            "repetition": metrics.repetition_rate(texts),
+            **self.copied(texts),
+        }
+
+    def write_answers(self, path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
+        """The course's file of predictions: the whole poems under their numbers."""
+        poems = [f"\n{row['number']}\n{a.prompt}{a.text}\n\n" for row, a in zip(rows, answers, strict=True)]
+        path.write_text("--Generated Sonnets-- \n\n" + "".join(poems), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Sonnets()))

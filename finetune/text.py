@@ -1,0 +1,65 @@
+"""Any text: documents, or with --lines each line of a file, between two end-of-text tokens; any language.
+
+python -m finetune.text --init gpt2 --data notes.txt
+python -m finetune.text --init FOLDER --data nsmc_train.txt --text-column document
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cli import entry_point
+from config import GenerationConfig
+from finetune import command
+from generation import Example, Generation, Parts
+from rows import Row
+
+PARTS = 10  # of a document that is alone
+
+
+@dataclass
+class TextConfig(GenerationConfig):
+    """Options of the task of any text."""
+
+    lines: bool = False
+    """Each line of a text file is a row, rather than each document."""
+    text_column: str | None = None
+    """Column of the text. Default: text, document, sentence or content."""
+    eval_rows: int = 0
+    """Validation texts to decode in an evaluation: they have no score, so none."""
+
+
+class Text(Generation):
+    name = "text"
+    config = TextConfig
+    columns = {"text": ("text", "document", "sentence", "content")}
+    toy = (
+        {"text": "Rain is due in the north by noon; the south stays dry."},
+        {"text": "The library opens at ten, and on Sundays not at all."},
+        {"text": "오늘은 하늘이 맑고 바람이 붑니다."},
+    )
+
+    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
+        rows = super().read(spec, split, say)
+        if len(rows) > 1 or split != "train" or self.cfg.val_data:
+            return rows
+        say(f"{spec} is one document: it is read as {PARTS}, one of which is held out")
+        lines = rows[0]["text"].splitlines(keepends=True)
+        bounds = [len(lines) * i // PARTS for i in range(PARTS + 1)]
+        parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
+        return [Row({"text": part}, rows[0].where) for part in parts if part.strip()]
+
+    def example(self, row: Row) -> Example:
+        return Example(prompt=(), answer=(row["text"],))
+
+    def asked(self, row: Row) -> Parts:
+        """A row of `--predict` is the beginning of a text."""
+        return (row["text"],)
+
+    def reference(self, row: Row) -> str:
+        return ""  # a text has no one right continuation
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Text()))
