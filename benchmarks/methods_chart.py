@@ -1,0 +1,188 @@
+"""The chart of benchmarks.methods: a row a method, the costly ones on top, quality and cost side by side; then decodings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.methods_report import Row, label, number
+from benchmarks.plot import COLOURS, STYLE, short_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOWEST = "lowest perplexity"  # of all epochs, not of the one that was chosen
+HEAD = 1.15  # inches for title and legend
+DARK, PALE = "#222222", "#8a8a8a"
+LOOK = STYLE | {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}
+FAMILIES = {  # beginnings of names, a colour each, and what trains
+    "scratch": (COLOURS[6], "from scratch"),
+    "full": (COLOURS[0], "everything"),
+    "ulmfit": (COLOURS[0], "everything"),
+    "last": (COLOURS[5], "part of the model"),
+    "lora": (COLOURS[2], "LoRA, DoRA"),
+    "dora": (COLOURS[2], "LoRA, DoRA"),
+    "prefix": (COLOURS[3], "prefix, soft prompt"),
+    "soft": (COLOURS[3], "prefix, soft prompt"),
+}
+OTHER = (COLOURS[1], "other")
+
+
+class Line(NamedTuple):
+    """A figure of a row, if there is one: mean and spread over seeds."""
+
+    name: str
+    colour: str
+    mean: float | None = None
+    spread: float = 0.0
+
+
+def family(name: str) -> tuple[str, str]:
+    """Colour and name of what a method trains."""
+    return next((found for begin, found in FAMILIES.items() if name.startswith(begin)), OTHER)
+
+
+def line(row: Row, figure: Mapping[str, float | None] | None) -> Line:
+    colour = family(row["name"])[0]
+    if figure is None or figure["mean"] is None:
+        return Line(row["name"], colour)
+    return Line(row["name"], colour, figure["mean"], figure["spread"] or 0.0)
+
+
+def quality(row: Row, metric: str) -> Line:
+    """A metric of a row; the lowest perplexity comes of the lowest validation loss."""
+    if metric != LOWEST:
+        return line(row, row["metrics"].get(metric))
+    found = line(row, row.get("lowest_val_loss"))
+    if found.mean is None:
+        return found
+    perplexity = math.exp(found.mean)
+    return found._replace(mean=perplexity, spread=perplexity * found.spread)
+
+
+def draw(result: Row, out: Path) -> None:
+    """Write the chart; no file where there is nothing to draw."""
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    metric = result["best"][0]
+    methods = sorted(result["methods"], key=lambda row: -row["trained_parameters"]["mean"])
+    decodings = [row for row in result["decodings"] if metric in row["metrics"]]
+    if not methods:
+        return
+    heights = [0.9 + 0.34 * len(methods)] + [0.9 + 0.34 * len(decodings)] * bool(decodings)
+    columns = ["best", *["perplexity"] * any("lowest_val_loss" in row for row in methods), "parameters", "seconds"]
+    mosaic: list[Any] = [columns, ["decoding", "decoding", *["took"] * (len(columns) - 2)]][: len(heights)]
+    style: Any = LOOK
+    with matplotlib.rc_context(style):
+        size = 3.5 * len(columns), sum(heights) + HEAD
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 1 - HEAD / size[1]))
+        figure = Figure(figsize=size, layout=layout)
+        axes: Any = figure.subplot_mosaic(mosaic, height_ratios=heights)
+        draw_methods(axes, methods, result["best"])
+        if decodings:
+            draw_decodings(axes, decodings, result["best"])
+        for name in axes.keys() - {"best", "decoding"}:
+            axes[name].set_yticklabels([])
+        draw_head(figure, result)
+        figure.savefig(out, format="png")
+
+
+def draw_methods(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str]) -> None:
+    metric, way = best
+    draw_points(axes["best"], f"{label(metric)} {better(way)}", [quality(row, metric) for row in rows])
+    if "perplexity" in axes:
+        draw_points(axes["perplexity"], f"perplexity {better('min')}", [quality(row, LOWEST) for row in rows])
+    parameters = [line(row, row["trained_parameters"]) for row in rows]
+    draw_bars(axes["parameters"], "parameters trained", parameters, log=True)
+    draw_bars(axes["seconds"], "training, s", [line(row, row["seconds"]) for row in rows])
+
+
+def draw_decodings(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str]) -> None:
+    metric, way = best
+    points = [coloured(quality(row, metric)) for row in rows]
+    draw_points(axes["decoding"], f"{label(metric)} {better(way)} by decoding", points)
+    draw_bars(axes["took"], "all answers, s", [coloured(line(row, row["metrics"]["seconds"])) for row in rows])
+
+
+def better(way: str) -> str:
+    return "(more is better)" if way == "max" else "(less is better)"
+
+
+def coloured(found: Line) -> Line:
+    """A decoding in the colour of the method whose weights it decodes."""
+    return found._replace(colour=family(found.name.partition("-of-")[2] or "full")[0])
+
+
+def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
+    """A point a row and its spread; no zero, so that small differences show."""
+    for y, (name, colour, mean, spread) in enumerate(lines):
+        if mean is None:
+            continue
+        axes.plot([mean - spread, mean + spread], [y, y], color=colour, linewidth=2.2, zorder=2)
+        hollow = name == "scratch"
+        axes.plot(
+            mean, y, "o", color="white" if hollow else colour, markeredgecolor=colour, markeredgewidth=1.8, markersize=9,
+            zorder=3,
+        )  # fmt: skip
+        write(axes, mean + spread, y, f"{mean:#.3g}".rstrip(".") if abs(mean) < 1000 else number(mean))
+    finish(axes, title, lines, log=False)
+
+
+def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) -> None:
+    for y, (_, colour, mean, _) in enumerate(lines):
+        if mean is not None:
+            axes.barh(y, mean, height=0.6, color=colour, zorder=2)
+            write(axes, mean, y, short_number(mean))
+    finish(axes, title, lines, log)
+
+
+def write(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, color=DARK, zorder=4)
+
+
+def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    if log:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.margins(x=0.2)
+    axes.set_yticks(range(len(lines)), [found.name for found in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.tick_params(length=0)
+    axes.set_title(title, fontsize=11.5)
+
+
+def draw_head(figure: Figure, result: Row) -> None:
+    """Title, the line below it, and what the colours mean."""
+    from matplotlib.lines import Line2D
+
+    left, inch = 0.012, 1 / figure.get_figheight()
+    title = f"{result['task']}: what each way of fine-tuning gives, and what it costs"
+    figure.text(left, 1 - 0.3 * inch, title, fontsize=16, fontweight="bold", va="center")
+    figure.text(left, 1 - 0.62 * inch, below_title(result), color=PALE, fontsize=10.5, va="center")
+    families = dict.fromkeys(family(row["name"]) for row in result["methods"])
+    dot: dict[str, Any] = dict(marker="o", linestyle="", markersize=8)
+    handles = [
+        Line2D([], [], markeredgecolor=colour, color="white" if name == "from scratch" else colour, **dot)
+        for colour, name in families
+    ]
+    figure.legend(
+        handles, [name for _, name in families], loc="upper left", bbox_to_anchor=(0.0, 1 - 0.76 * inch), ncols=6,
+        fontsize=10.5, handletextpad=0.1, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def below_title(result: Row) -> str:
+    base, machine = result["base"], result["machine"]
+    name = Path(base["folder"]).parent.name if "results" in base else base["init"]
+    seen = f" trained on {short_number(base['results']['tokens'])} tokens" if "results" in base else ""
+    where = machine["hardware"]["gpu" if machine["device"] == "cuda" else "cpu"]
+    size = short_number(base["parameters"])
+    return f"base: {name}, {size} parameters{seen}; {where}; {result['date'][:10]}; lines: spread over seeds"
