@@ -34,6 +34,7 @@ import files
 from checkpoint import Saver
 from config import RunConfig, UserError
 from distributed import StopSignal, World
+from memory import Heap, keeps_freed
 from plan import (
     Choices,
     device_peak,
@@ -48,6 +49,7 @@ from step import Loader, StepResult, TrainStep, check_replicas, compile_model, c
 from task import Task
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
+HEAP_SLACK = 1.25  # of what a run is estimated to take: so much more may its process hold
 CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
 
 
@@ -173,6 +175,7 @@ class Run:
         self.double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
         self.model.to(world.device)
         cfg.micro_batch = self._micro_batch(start.micro_batch)
+        self.heap = Heap(self._heap_limit(cfg.micro_batch))
         if cfg.compile:
             compile_model(self.model, cfg, world)
         self.step = TrainStep(self.task, self.model, cfg, world)
@@ -210,6 +213,12 @@ class Run:
         if not found:
             raise UserError("not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or --preset")
         return found
+
+    def _heap_limit(self, micro_batch: int) -> float:
+        """Bytes of a CPU process from which on it is worth to look for holes in its heap."""
+        if self.world.device.type != "cpu" or not keeps_freed(self.cfg):
+            return math.inf
+        return HEAP_SLACK * self.task.estimate(self.cfg, micro_batch, "cpu", self.world.size).total
 
     def _out_of_memory(self) -> UserError:
         rows = self.task.rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world.size)
@@ -265,6 +274,7 @@ class Run:
                     gc.collect()
                     gc.freeze()  # what has been built stays: no collection walks it again
                 self._completed()
+                self.heap.after_step()
                 unread = self._reader(self.at.step, result, waited)
                 if self.world.device.type != "cuda" or self._is_anything_due():
                     unread()

@@ -141,3 +141,31 @@ def test_gpt2_is_answered_without_its_memory():
     memory = estimate(config, 4, 1024, "bf16", base=0)
     assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows
     assert 30e9 < memory.total < 50e9
+
+
+HOLES = """
+import torch
+from memory import Heap, resident_bytes, set_allocator
+
+set_allocator(keep_freed=True)
+blocks = [torch.ones(1 << 18) for _ in range(200)]  # 200 MiB
+last = blocks[-1]
+full = resident_bytes()
+del blocks  # the heap cannot shrink below the last one
+kept = resident_bytes()
+heap = Heap(limit=full - (100 << 20))
+for _ in range(Heap.every):
+    heap.after_step()
+left = resident_bytes()
+Heap(limit=0.0).after_step()  # not yet due
+print(full - kept, kept - left, float(last.sum()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_what_a_heap_keeps_beyond_a_limit_is_given_back(repo) -> None:
+    out = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, cwd=repo)
+    freed, returned, intact = map(float, out.stdout.split())
+    assert freed < 20 << 20, "it is kept at first"
+    assert returned > 150 << 20
+    assert intact == 1 << 18
