@@ -59,6 +59,7 @@ GROWTH, MEAN = {"contrastive-growth": True}, {"contrastive-similarity": "mean"}
 BEAMS = {"decode": "beam", "beams": 5, "length-penalty": 0.6, "no-repeat-ngram": 3}
 DECODINGS = (  # sampling is the task's own
     Decoding("sample", {"decode": "sample"}),
+    Decoding("sample-hot", {"decode": "sample", "temperature": 1.2, "top-p": 0.9}),
     Decoding("sample-of-prefix", {"decode": "sample"}, of="prefix"),
     Decoding("greedy", {"decode": "greedy"}),
     Decoding("contrastive", CONTRASTIVE),

@@ -29,7 +29,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "prefix+unlikelihood": {
             "val_perplexity": 55.70, "distinct_1": 0.641, "distinct_2": 0.944, "rhyming_accuracy": 0.132,
         },
-        "sample": {"chrf": 39.74}, "sample-of-prefix": {"chrf": 35.08}, "contrastive": {"chrf": 35.69},
+        "sample-hot": {"chrf": 39.74}, "sample-of-prefix": {"chrf": 35.08}, "contrastive": {"chrf": 35.69},
         "contrastive-growing": {"chrf": 36.35}, "contrastive-mean": {"chrf": 35.69},
         "contrastive-growing-mean": {"chrf": 37.75}, "contrastive-penalty": {"chrf": 24.87}, "beam": {"chrf": 33.44},
         "mbr-beams": {"chrf": 37.75}, "ensemble": {"chrf": 37.65},

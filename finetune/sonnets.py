@@ -39,7 +39,7 @@ def read_poems(text: str, where: str) -> Iterator[Record]:
 class Sonnets(Generation):
     name = "sonnets"
     best = ("chrf", "max")
-    defaults = {"epochs": 10, "batch_size": 8, "lr": 1e-4, "temperature": 1.2, "top_p": 0.9, "max_new_tokens": 300}
+    defaults = {"epochs": 10, "batch_size": 8, "lr": 1e-4, "temperature": 0.9, "top_p": 0.9, "max_new_tokens": 300}
     columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
     optional = ("number",)
     readers = {".txt": read_poems}
