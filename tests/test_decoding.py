@@ -86,8 +86,8 @@ def of_transformers(reference, prompts: list[list[int]], count: int, eot: int | 
     idx = torch.tensor(prompts)
     how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": eot, "pad_token_id": 0} | how
     out = reference.generate(idx, attention_mask=torch.ones_like(idx), **how)
-    rows = [[*row, eot][: count + 1] for row in out[:, idx.shape[1] :].tolist()]
-    return [row[: row.index(eot)] for row in rows] if eot is not None else [row[:count] for row in rows]
+    rows = out[:, idx.shape[1] :].tolist()
+    return [row[: row.index(eot)] if eot in row else row for row in rows]
 
 
 class Letters:
