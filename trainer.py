@@ -395,8 +395,7 @@ class Run:
     def _sample(self) -> None:
         if not self.world.main:
             return
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            samples = self.task.samples(self.model)
+        samples = self.task.samples(self.model)
         for prompt, text in samples:
             self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
             self.log.say(f"--- sample at step {self.at.step}\n{printable(prompt + text)}\n---")
