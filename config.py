@@ -258,9 +258,8 @@ class DecodeConfig:
     """How a continuation is chosen, and for how long (decoding.py)."""
 
     decode: Decode = "sample"
-    """sample: draw each token; greedy: take the likeliest; beam: the likeliest text of several kept at once; contrastive:
-    likely and unlike what stands; mbr: of several samples the one most like the others; ensemble: mbr over several
-    ways of decoding."""
+    """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once; contrastive: likely, unlike what
+    stands; mbr: of several samples the one most like the others; ensemble: mbr over several ways of decoding."""
     max_new_tokens: int = 200
     """Tokens to add at most. Past the model's context the window slides: the newest three quarters are read afresh."""
     stop_lines: int = 0

@@ -136,6 +136,24 @@ def test_deterministic_runs_repeat_bit_for_bit_also_when_resumed(repo, run, tmp_
     assert weights[0] == weights[1] == weights[2]
 
 
+@pytest.mark.parametrize("method", ["full", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"])
+def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, method):
+    from tokenizer import train_bpe
+
+    torch.manual_seed(0)
+    GPT(GPTConfig(300, 128, n_layer=2, n_head=2, n_embd=64)).save_pretrained(tmp_path / "base")
+    train_bpe(["The moon is up, the night is long. " * 20], 300, tmp_path / "base" / "tokenizer")
+    base = ["--init", "base", "--tokenizer", "base/tokenizer", "--method", method, "--lr", "1e-3", "--epochs", "4"]
+    how = {"cpu": ["--precision", "fp32", "--no-compile"], "cuda": ["--precision", "bf16", "--compile"]}
+    found = {}
+    for device, options in how.items():
+        words = ["--device", device, *options, "--eval-rows", "0", "--sample-every", "0", "--out", f"runs/{device}"]
+        done = run("-m", "finetune.sonnets", *base, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[device] = [record["loss"] for record in records(tmp_path / "runs" / device, "train")]
+    assert len(found["cpu"]) == 4 and found["cuda"] == pytest.approx(found["cpu"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     "more", [["--optimizer", "muon"], ["--recompute"], ["--precision", "fp16"], ["--document-mask"]]
 )
