@@ -44,11 +44,12 @@ class Text(Generation):
         rows = super().read(spec, split, say)
         if len(rows) > 1 or split != "train" or self.cfg.val_data:
             return rows
-        say(f"{spec} is one document: it is read as {PARTS}, one of which is held out")
         lines = rows[0]["text"].splitlines(keepends=True)
         bounds = [len(lines) * i // PARTS for i in range(PARTS + 1)]
         parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
-        return [Row({"text": part}, rows[0].where) for part in parts if part.strip()]
+        parts = [part for part in parts if part.strip()]
+        say(f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held out")
+        return [Row({"text": part}, rows[0].where) for part in parts]
 
     def example(self, row: Row) -> Example:
         return Example(prompt=(), answer=(row["text"],))

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
 import sys
@@ -69,9 +70,17 @@ class Ended:
 class Launch:
     """One process of a run, under way."""
 
-    def __init__(self, folder: Path, words: Sequence[str], env: dict[str, str], patch: Patch | None, name: str):
+    def __init__(
+        self,
+        folder: Path,
+        words: Sequence[str],
+        env: dict[str, str],
+        patch: Patch | None,
+        name: str,
+        program: str = "train_gpt2",
+    ):
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        target = functools.partial(_child, folder, list(words), env, patch, self.out, self.err)
+        target = functools.partial(_child, folder, list(words), env, patch, self.out, self.err, program)
         self.process: ForkServerProcess = _server().Process(target=target)
         self.process.start()
 
@@ -84,29 +93,35 @@ class Launch:
         return Ended(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 
-def start(folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1) -> list[Launch]:
-    """Start train_gpt2.py with `words` in `folder`, on `ranks` processes that have `patch` alike."""
+def start(
+    folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1, program: str = "train_gpt2"
+) -> list[Launch]:
+    """Start a program (a module) with `words` in `folder`, on `ranks` processes that have `patch` alike."""
     if ranks == 1:
-        return [Launch(folder, words, {}, patch, "rank0")]
+        return [Launch(folder, words, {}, patch, "rank0", program)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     env = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [Launch(folder, words, env[rank], patch, f"rank{rank}") for rank in range(ranks)]
+    return [Launch(folder, words, env[rank], patch, f"rank{rank}", program) for rank in range(ranks)]
 
 
-def launch(folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1) -> list[Ended]:
+def launch(
+    folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1, program: str = "train_gpt2"
+) -> list[Ended]:
     """`start`, and how each rank ended."""
-    return [process.end() for process in start(folder, words, patch, ranks)]
+    return [process.end() for process in start(folder, words, patch, ranks, program)]
 
 
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo: what an optimizer would import
-    context.set_forkserver_preload(["train_gpt2", "trainer", "tokenizers", "safetensors.torch", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["train_gpt2", "trainer", "finetune", "tokenizers", "safetensors.torch", "torch._dynamo"]
+    )
     path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
     # One thread: a forked process must not inherit a pool whose threads were left behind.
     with mock.patch.dict(os.environ, PYTHONPATH=path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
@@ -114,22 +129,21 @@ def _server() -> Any:
     return context
 
 
-def _child(folder: Path, words: list[str], env: dict[str, str], patch: Patch | None, out: Path, err: Path) -> None:
+def _child(
+    folder: Path, words: list[str], env: dict[str, str], patch: Patch | None, out: Path, err: Path, program: str
+) -> None:
     os.environ.update(env, OMP_NUM_THREADS="1")
     os.chdir(folder)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["train_gpt2.py", *words]
-    _train(patch)
+    sys.argv = [f"{program}.py", *words]
+    _run(patch, program)
 
 
-def _train(patch: Patch | None) -> None:
-    import train_gpt2
-    from cli import entry_point
-
+def _run(patch: Patch | None, program: str = "train_gpt2") -> None:
     if patch:
         patch()
-    entry_point(train_gpt2.main)
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 # --- patches: what happens to a run, and where
@@ -233,7 +247,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 if __name__ == "__main__":
     module, _, function = sys.argv.pop(1).partition(":")
     try:
-        _train(getattr(importlib.import_module(module), function))
+        _run(getattr(importlib.import_module(module), function))
     except SystemExit as end:
         with contextlib.suppress(KeyError):
             Path(f"code-of-rank{os.environ['RANK']}").write_text(str(end.code))

@@ -1,0 +1,582 @@
+"""The contract of every task of finetune/, found by itself; every method; what a user gets wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import REPO
+from launch import Ended, checkpoint_steps, die, launch, log_of, trace
+from safetensors.torch import load_file
+from toy import capture_gradients, expected_gradients
+
+import adapters
+from config import Decode, GenerationConfig, GPTConfig, Method, UserError, resolve
+from decoding import open_model
+from distributed import World
+from generation import Answer, Generation, plain
+from model import GPT
+from step import Loader, TrainStep
+from tokenizer import load_tokenizer, train_bpe
+from trainer import evaluate
+
+CPU = torch.device("cpu")
+SHARED = REPO.parent / "shared" / "data"
+ALONE = World(0, 0, 1, 1, CPU)
+TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
+METHODS = get_args(Method)
+OPTIONS = {  # of a run on the toy rows, all of them in each step
+    "preset": "micro", "init": "scratch", "tokenizer": "tokenizer", "precision": "fp32", "device": "cpu", "out": "run",
+    "batch-size": 4, "schedule": "linear", "warmup-steps": 0, "weight-decay": 0, "sample-every": 0, "show-rows": 0,
+    "eval-rows": 0, "log-every": 1000, "keep": 5,
+}  # fmt: skip
+
+
+def kind(name: str) -> type[Generation]:
+    """The one task of a module."""
+    module = importlib.import_module(f"finetune.{name}")
+    found = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    (task,) = (v for v in found if issubclass(v, Generation))
+    return task
+
+
+def words(*more: Any) -> list[str]:
+    """The options of a tiny run, then `more`; of an option that is there twice the later one counts."""
+    chosen = {name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in more}
+    return [*(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *map(str, more)]
+
+
+def run_task(name: str, folder: Path, *more: Any, **how: Any) -> list[Ended]:
+    return launch(folder, words(*more), program=f"finetune.{name}", **how)
+
+
+def finished(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
+    """The first rank of a run that ends well."""
+    ends = run_task(name, folder, *more, **how)
+    assert [end.code for end in ends] == [0] * len(ends), ends
+    return ends[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tests share their cores; threads that wait for each other there cost more than these models' work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer/, trained on all toy rows, and base/, a model of that vocabulary."""
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = [text for name in TASKS for row in kind(name).toy for text in row.values()]
+    tokenizer = train_bpe(texts, 400, folder / "tokenizer")
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=160, n_layer=2, n_head=2, n_embd=64))
+    base.save_pretrained(folder / "base", eot=tokenizer.eot)
+    tokenizer.save(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def folder(inputs: Path, tmp_path: Path) -> Path:
+    """The same inputs and no run."""
+    for name in ("tokenizer", "base"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+def set_up(name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any) -> Generation:
+    """A task on its toy rows, in this process."""
+    task = kind(name)()
+    fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32")
+    fixed |= task.defaults | dict(data="toy", warmup_steps=0, lr=1e-3, steps=3, batch_size=4)
+    cfg = resolve(task.config(**fixed | options), "cpu")
+    assert isinstance(cfg, GenerationConfig)
+    task.setup(cfg, say)
+    task.set_length(cfg)
+    return task
+
+
+def step_of(task: Generation, seed: int = 0) -> TrainStep:
+    torch.manual_seed(seed)
+    return TrainStep(task, task.build_model(task.cfg), task.cfg, ALONE)
+
+
+# --- every task
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_one_thin_file(name: str) -> None:
+    task, file = kind(name), REPO / "finetune" / f"{name}.py"
+    assert task.name == name and task.toy
+    assert 40 <= len(file.read_text().splitlines()) <= 120
+    assert f"python -m finetune.{name} " in (importlib.import_module(f"finetune.{name}").__doc__ or "")
+    options = {field.name for field in dataclasses.fields(task.config)}
+    assert task.defaults.keys() <= options
+    assert all(row.keys() <= task.columns.keys() for row in task.toy)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(name: str, inputs: Path) -> None:
+    """Accumulation over single rows equals one batch: the loss, and every gradient, those of fp64."""
+    task = set_up(name, inputs, clip=0.0)
+    train = step_of(task)
+    loss, _, expected = expected_gradients(task, train.model, 0)  # ty: ignore[invalid-argument-type]
+    for micro_batch in (1, 3, 4):
+        found = capture_gradients(train)
+        result = train(0, Loader(task, ALONE, micro_batch, 1, ahead=0)(0))
+        assert result is not None and result.loss.item() == pytest.approx(loss, rel=1e-5)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key].double(), gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(name: str, inputs: Path) -> None:
+    task = set_up(name, inputs, eval_rows=2, max_new_tokens=3, beams=2, candidates=4, seq_len=128)
+    model = step_of(task).model.eval()
+    prompts = [task.prompt(i) for i in task.decoded]
+    for decode in get_args(Decode):
+        task.cfg = dataclasses.replace(task.cfg, decode=decode)
+        together = task.answers(model, prompts, task.decoded)
+        alone = [task.answers(model, [p], [i])[0] for p, i in zip(prompts, task.decoded, strict=True)]
+        assert together == alone, decode
+        assert all(
+            prompt == task.tokenizer.decode(ids, skip_special=True) for (prompt, _), ids in zip(together, prompts)
+        )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs: Path) -> None:
+    said: list[str] = []
+    task = set_up(name, inputs, said.append, show_rows=2)
+    assert len(said) == 2
+    for text, i in zip(said, task.order(0).reshape(-1), strict=False):
+        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        read, answer = task.tokenizer.decode(tokens[:learned]), task.tokenizer.decode(tokens[learned:])
+        assert text.endswith(f":\n{read}⟦{answer}⟧\n") and answer.endswith("<|endoftext|>")
+        assert text.startswith(f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them learned)")
+        assert all(str(token) in text for token in task.special)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
+    """The loss by a loop over rows and positions, the scores from all answers at once, at any micro-batch."""
+    task = set_up(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
+    step = step_of(task)
+    exact, nll, tokens = step.model.double().eval(), 0.0, 0
+    for ids, learned in zip(task.val.tokens, task.val.learned, strict=True):
+        log_p = torch.log_softmax(exact(torch.from_numpy(ids[None, :-1]))[0].double(), -1)
+        nll -= sum(float(log_p[t - 1, ids[t]].detach()) for t in range(learned, len(ids)))
+        tokens += len(ids) - learned
+    model = step.model.float()
+    answers = task.answers(model, [task.prompt(i) for i in task.decoded], task.decoded)
+    found = [Answer(*a, task.reference(task.val.rows[i])) for a, i in zip(answers, task.decoded, strict=True)]
+    expected = {"val_loss": nll / tokens, "val_perplexity": math.exp(nll / tokens)} | task.scores(found)
+    for micro_batch in (1, 4):
+        step.cfg = dataclasses.replace(step.cfg, micro_batch=micro_batch)
+        assert evaluate(step) == pytest.approx(expected, rel=1e-4)
+    assert task.best[0] in expected
+
+
+LINE = "and on the night the sun will stay"
+HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
+    "lyrics": (
+        [Answer("p", "la la la la la", ""), Answer("p", "one two three", "")],
+        {"distinct_1": (1 / 5 + 1) / 2, "distinct_2": (1 / 4 + 1) / 2, "repetition": (1 / 2 + 0) / 2},
+    ),
+    "sonnets": (  # the same end in all eleven lines: a word does not rhyme with itself
+        [Answer(f"{LINE}\n" * 3, f"{LINE}\n" * 11, f"{LINE}\n" * 11)],
+        {"chrf": 100, "chrf_poem": 100, "distinct_1": 7 / 88, "distinct_2": 8 / 87, "repetition": 77 / 85,
+         "rhyming_accuracy": 0, "rhyming_coverage": 1, "lines_right": 1},
+    ),
+    "summarize": (
+        [Answer("p", "the cat sat", "the cat ran"), Answer("p", "", "a")],
+        {"rouge_1": 100 / 3, "rouge_2": 25, "rouge_l": 100 / 3},
+    ),
+    "qa": (
+        [Answer("p", "The red house.", "a house\nred house"), Answer("p", "in May 1871", "1871")],
+        {"exact_match": 50, "f1": (100 + 50) / 2},
+    ),
+    "text": ([Answer("p", "any", "")], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_scores_are_those_worked_out_by_hand(name: str) -> None:
+    answers, expected = HAND[name]
+    assert kind(name)().scores(answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path) -> None:
+    more = ("--steps", 60, "--lr", "5e-3", "--eval-every", 100, "--save-every", 30, "--decode", "greedy")
+    end = finished(name, folder, *more, "--predict", "toy", "--answers", "answers")
+    run = folder / "run"
+    losses = [line["loss"] for line in log_of(run, "train")]
+    assert len(losses) == 60 and losses[0] > 4 and losses[-1] < 0.1, (name, losses[-1])
+    (evaluation,) = log_of(run, "eval")
+    assert evaluation["step"] == 60 and evaluation["val_loss"] < 0.1
+    left_by_a_run(run, [30, 60])
+    agrees_with_transformers(run / "final", load_tokenizer(str(run / "final")).encode("the town council met"))
+    gives_back_the_toy_answers(set_up(name, folder, decode="greedy", max_new_tokens=150), run / "final")
+    assert "answers to toy: answers" in end.out
+    more = (*more, "--data", "toy")
+    finished(name, folder, "--init", "run", "--epochs", 0, *more[4:], "--predict", "toy", "--answers", "again")
+    assert (folder / "answers").read_bytes() == (folder / "again").read_bytes()
+    finished(name, folder, *more, "--resume", run / "checkpoints" / "step-00000030", "--out", "branch")
+    same_second_half(run, folder / "branch", 30)
+
+
+def left_by_a_run(run: Path, steps: list[int]) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["steps"] == steps[-1] and config["micro_batch"] == 4
+    assert checkpoint_steps(run) == steps
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["steps"] == steps[-1] and figures["final_is_step"] in steps and "val_loss" in figures
+    assert (run / "final" / "README.md").exists() and (run / "final" / "tokenizer.json").exists()
+
+
+def agrees_with_transformers(final: Path, ids: list[int]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(final).eval()
+    idx = torch.tensor([ids])
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(final).eval()(idx), theirs(idx).logits, rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids and len(tokenizer) == theirs.config.vocab_size
+
+
+def gives_back_the_toy_answers(task: Generation, final: Path) -> None:
+    """Greedy decoding from each toy prompt; where several rows have one prompt, one of their answers."""
+    model, _ = open_model(str(final), None, CPU, torch.float32)
+    rows = range(len(task.toy))
+    prompts = [task.prompt(i) for i in rows]
+    true: dict[tuple[int, ...], set[str]] = {}
+    for i in rows:
+        true.setdefault(tuple(prompts[i]), set()).add(plain(task.question(task.val.rows[i]).answer))
+    for prompt, (_, text) in zip(prompts, task.answers(model, prompts, rows), strict=True):
+        assert text in true[tuple(prompt)], text
+
+
+def same_second_half(run: Path, branch: Path, step: int) -> None:
+    """Every figure after `step`, and the bits of the last checkpoint and of final/."""
+    whole, second = log_of(run, "train"), log_of(branch, "train")
+    for key in ("step", "loss", "grad_norm", "lr", "tokens"):
+        assert [line[key] for line in second] == [line[key] for line in whole if line["step"] > step]
+    last = max((run / "checkpoints").glob("step-*")) / "training_state.safetensors"
+    files = [file.relative_to(run) for file in (last, *(run / "final").glob("*.safetensors"))]
+    assert len(files) > 1
+    for file in files:
+        assert (branch / file).read_bytes() == (run / file).read_bytes(), file
+
+
+def test_ranks_kills_and_warnings(folder: Path) -> None:
+    """On rows that are broken, cut and left out: two ranks as one, and killed as not; all is told in the log."""
+    rows = [{"context": f"{n} " * 5 * n, "question": "?", "answer": f"{n}"} for n in range(1, 9)]
+    rows += [{"context": "", "question": "?", "answer": "."}, {"context": "a", "question": "?", "answer": "so " * 60}]
+    (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
+    more = ("--data", "rows.jsonl", "--val-data", "rows.jsonl", "--seq-len", 48, "--steps", 6, "--save-every", 2)
+    more += ("--eval-every", 3, "--eval-rows", 3, "--max-new-tokens", 4, "--batch-size", 5, "--micro-batch", 1)
+    finished("qa", folder, *more)
+    finished("qa", folder, *more, "--out", "on2", ranks=2)
+    (end,) = run_task("qa", folder, *more, "--out", "killed", patch=functools.partial(die, "micro-batch", 17))
+    assert end.code == -signal.SIGKILL
+    finished("qa", folder, *more, "--out", "killed")
+    assert trace(folder / "killed") == trace(folder / "run")
+    for what, keys in (("train", ("loss", "tokens")), ("eval", ("val_loss", "f1"))):
+        one, two = log_of(folder / "run", what), log_of(folder / "on2", what)
+        for key in keys:
+            assert [x[key] for x in two] == pytest.approx([x[key] for x in one], rel=1e-5), key
+    weights = [load_file(folder / name / "final" / "model.safetensors") for name in ("run", "on2")]
+    for key in ("transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"):
+        torch.testing.assert_close(weights[1][key], weights[0][key], rtol=1e-3, atol=1e-5)
+    told = [line["text"] for line in log_of(folder / "on2", "warning")]
+    assert sum(text == "rows.jsonl: 2 rows could not be read and are left out" for text in told) == 2
+    for what in ("training", "validation"):
+        assert f"1 of 9 {what} rows are longer than 48 tokens and cannot be cut to fit and are left out" in told
+        assert any(f"{what} rows are longer than 48 tokens and are cut at the end" in text for text in told)
+
+
+def test_a_program_of_its_own(run: Any, folder: Path) -> None:
+    """As a user starts it; and --help names the task's own options."""
+    done = run("-m", "finetune.qa", *words("--steps", 2, "--eval-every", 0), cwd=folder)
+    assert done.returncode == 0 and (folder / "run" / "final" / "model.safetensors").exists(), done.stderr
+    (end,) = launch(folder, ["--help"], program="finetune.lyrics")
+    assert end.code == 0 and "--with-title" in end.out and "--text-column" in end.out, end
+
+
+# --- what each task makes of its files
+
+
+def rows_of(name: str, inputs: Path, file: Path, text: str, **options: Any) -> tuple[Generation, list[dict[str, str]]]:
+    """A task set up on a file of this text, and all of its rows."""
+    file.write_text(text)
+    task = set_up(name, inputs, data=str(file), **options)
+    return task, [row.fields for row in task.read(str(file), "validation", lambda text: None)]
+
+
+def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None:
+    answers = [{"text": text, "answer_start": 0} for text in ("two men", "men", "two men")]
+    asked: list[dict[str, Any]] = [
+        {"id": "a", "question": "who", "answers": answers},
+        {"id": "b", "question": "why", "answers": answers[1:2]},
+        {"id": "c", "question": "what", "answers": [], "is_impossible": True},
+    ]
+    data = {"data": [{"paragraphs": [{"context": f"{n} two men", "qas": asked} for n in range(5)]}]}
+    task, rows = rows_of("qa", inputs, tmp_path / "squad.json", json.dumps(data))
+    told = f"{tmp_path / 'squad.json'}: 5 rows could not be read and are left out"
+    first = {"context": "0 two men", "question": "who", "answer": "two men", "answers": "two men\nmen", "id": "a"}
+    assert rows[0] == first and len(rows) == 10 and rows[1]["answers"] == "men"
+    assert task.warnings[0] == told
+    assert {row["context"] for row in task.train.rows}.isdisjoint(row["context"] for row in task.val.rows)
+    assert task.reference(task.val.rows[0]) == "two men\nmen"
+    flat = "passage,question,answer\n" + "".join(f"p{n},q,a\n" for n in range(3))
+    _, rows = rows_of("qa", inputs, tmp_path / "flat.csv", flat)
+    assert rows[0] == {"context": "p0", "question": "q", "answer": "a", "answers": "", "id": ""}
+    _, rows = rows_of("qa", inputs, tmp_path / "list.json", json.dumps([first, first | {"context": "1"}]))
+    assert rows[0] == first
+
+
+def test_an_answer_that_is_cut_off_is_counted(inputs: Path, tmp_path: Path) -> None:
+    rows = [{"context": "far " * 40 + end, "question": "?", "answer": "here"} for end in ("here", "there", "")]
+    text = "\n".join(json.dumps(row) for row in rows)
+    for seq_len, lost in ((30, 2), (150, 0)):
+        task, _ = rows_of("qa", inputs, tmp_path / "cut.jsonl", text, val_data="toy", seq_len=seq_len)
+        assert any("rows lose their answer where it is cut off" in text for text in task.warnings) == bool(lost)
+        assert not lost or task.warnings[-1].startswith("2 of 3 ")
+
+
+def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: Path) -> None:
+    songs = 'artist,song,text\nAda,Ferry,"\none\ntwo\n"\n,Tide,only\nBob,,three\n'
+    parts = {
+        False: [("one", "\ntwo"), ("only", ""), ("three", "")],
+        True: [("Ferry, by Ada", "\n\none\ntwo"), ("Tide", "\n\nonly"), ("three", "")],
+    }
+    for with_title, expected in parts.items():
+        task, _ = rows_of("lyrics", inputs, tmp_path / "songs.csv", songs, with_title=with_title)
+        rows = task.read(str(tmp_path / "songs.csv"), "train", print)
+        found = [task.question(row) for row in rows]
+        assert [("".join(q.prompt), "".join(q.answer)) for q in found] == expected
+        assert ["".join(task.example(row).answer) for row in rows] == [a + b for a, b in expected]
+    (tmp_path / "titles.csv").write_text("song,artist\nDawn,Cy\n")
+    (row,) = task.read(str(tmp_path / "titles.csv"), "test", print)
+    assert task.asked(row) == ("Dawn, by Cy",)
+
+
+def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path) -> None:
+    lines = [f"line {n} of it\n" for n in range(25)]
+    task, (document,) = rows_of("text", inputs, tmp_path / "one.txt", "".join(lines))
+    assert document == {"text": "".join(lines)}
+    assert "".join(row["text"] for row in task.read(str(tmp_path / "one.txt"), "train", print)) == "".join(lines)
+    assert {row["text"] for row in task.val.rows}.isdisjoint(row["text"] for row in task.train.rows)
+    _, rows = rows_of("text", inputs, tmp_path / "one.txt", "".join(lines), lines=True)
+    assert [row["text"] + "\n" for row in rows] == lines
+    _, rows = rows_of("text", inputs, tmp_path / "reviews.tsv", "id\tdocument\tlabel\n1\t좋아요\t1\n2\t별로\t0\n")
+    assert [row["text"] for row in rows] == ["좋아요", "별로"]
+
+
+def test_rows_to_predict_need_no_answer(inputs: Path, tmp_path: Path) -> None:
+    for name, text in (("summarize", "article\nsome news\n"), ("qa", "context,question\na,b\n")):
+        (tmp_path / "asked.csv").write_text(text)
+        task = set_up(name, inputs)
+        (row,) = task.read(str(tmp_path / "asked.csv"), "test", print)
+        assert not task.reference(row) and task.question(row).prompt == task.example(row).prompt
+        with pytest.raises(UserError, match=r"has no column '(summary|answer)'"):
+            task.read(str(tmp_path / "asked.csv"), "train", print)
+
+
+def test_sonnets_are_read_and_written_in_the_format_of_the_course(inputs: Path, tmp_path: Path) -> None:
+    poems = [[f"{n} the line {i}" for i in range(lines)] for n, lines in ((7, 14), (99, 15), (126, 12))]
+    text = "A header\r\nof an edition\r\n\r\n"
+    text += "".join(
+        f"\r\n{n}\r\n\r\n" + "\r\n".join(poem) + "\r\n\r\n" for n, poem in zip((7, 99, 126), poems, strict=True)
+    )
+    task, rows = rows_of("sonnets", inputs, tmp_path / "poems.txt", text)
+    assert [row["number"] for row in rows] == ["7", "99", "126"]
+    assert [row["text"].split("\n") for row in rows] == poems
+    asked = task.read(str(tmp_path / "poems.txt"), "test", print)
+    assert ["".join(task.asked(row)) for row in asked] == ["\n".join(poem[:3]) + "\n" for poem in poems]
+    assert task.stop_lines("") == 11
+    answers = [Answer("".join(task.asked(row)), task.reference(row), "") for row in asked]
+    task.write_answers(tmp_path / "written.txt", asked, answers)
+    _, again = rows_of("sonnets", inputs, tmp_path / "again.txt", (tmp_path / "written.txt").read_text())
+    assert again == rows
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_the_real_files_are_read_whole() -> None:
+    counts = {
+        ("sonnets", "cs224n/sonnets.txt"): 131, ("sonnets", "cs224n/TRUE_sonnets_held_out_dev.txt"): 12,
+        ("sonnets", "cs224n/sonnets_held_out.txt"): 12, ("qa", "qa/xquad_en.json"): 934,
+        ("lyrics", "lyrics/sacred_harp.csv"): 468, ("lyrics", "lyrics/pop_lyrics.csv"): 867,
+        ("summarize", "summarization/scitldr_dev.jsonl"): 619, ("summarize", "summarization/dialogsum_dev.jsonl"): 500,
+        ("text", "korean/nsmc_dev.txt"): 2000,
+    }  # fmt: skip
+    for (name, file), count in counts.items():
+        task = kind(name)()
+        task.cfg = task.config(init="scratch")  # ty: ignore[invalid-assignment]
+        assert len(task.read(str(SHARED / file), "validation", print)) == count, file
+        assert task.warnings == ()
+
+
+# --- every method
+
+ONE_TERM = ("full", "last-layer", "dora", "soft-prompt")  # the others also by unlikelihood
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -> None:
+    more = [
+        "--init",
+        "base",
+        "--method",
+        method,
+        "--steps",
+        8,
+        "--save-every",
+        4,
+        "--eval-every",
+        0,
+        "--dropout",
+        "0.1",
+    ]
+    more += ["--lr", "2e-2" if method in adapters.ADAPTERS else "3e-3", "--schedule", "constant"]
+    more += [] if method in ONE_TERM else ["--objective", "unlikelihood"]
+    more += {"prefix": ["--prefix-width", 32], "last-k": ["--last-k", 1]}.get(method, [])
+    finished("sonnets", folder, *more)
+    run = folder / "run"
+    train = log_of(run, "train")
+    nll = [line.get("nll", line["loss"]) for line in train]
+    assert min(nll[-2:]) < nll[0] - 0.02, nll
+    assert ("unlikelihood" in train[0]) == (method not in ONE_TERM)
+    finished("sonnets", folder, *more, "--resume", run / "checkpoints" / "step-00000004", "--out", "branch")
+    same_second_half(run, folder / "branch", 4)
+    newest = run / "checkpoints" / "step-00000008"
+    stored = {key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")}
+    if method in adapters.ADAPTERS:
+        assert adapters.is_adapter(newest) and not (newest / "model.safetensors").exists()
+        assert stored and not any(key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored)
+        assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
+        assert adapters.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
+    else:
+        assert "model.transformer.wte.weight" in stored
+    unchanged = weights_of(folder / "base")
+    ids = load_tokenizer(str(folder / "base")).encode("The winter wood is white")
+    if method in ("prefix", "soft-prompt"):
+        assert adapters.is_adapter(run / "final")
+        typed = ["run", "The winter", "--decode", "greedy", "--max-new-tokens", "4"]
+        (end,) = launch(folder, typed, program="generate")
+        assert end.code == 0 and end.out.startswith("The winter") and not end.err, end
+    else:
+        agrees_with_transformers(run / "final", ids)
+        assert weights_of(run / "final") != unchanged
+    model, _ = open_model(str(newest), None, CPU, torch.float32)
+    final, _ = open_model(str(run / "final"), None, CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor([ids])), final(torch.tensor([ids])), rtol=1e-4, atol=1e-4)
+
+
+def weights_of(folder: Path) -> str:
+    return adapters.weights_sha256(GPT.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: Path) -> None:
+    more = ["--init", "base", "--method", method, "--steps", 3, "--lr", "1e-2", "--predict", "toy", "--save-every", 3]
+    finished("qa", folder, *more, "--decode", "greedy")
+    base = GPT.from_pretrained(folder / "base").head_weight.detach()
+    model, tokenizer = open_model(str(folder / "run" / "final"), None, CPU, torch.float32)
+    vocab_size = load_tokenizer(str(folder / "base")).vocab_size
+    assert tokenizer.vocab_size == vocab_size + 2 == model.config.vocab_size
+    assert [tokenizer.special_id(token) for token in kind("qa").special] == [vocab_size, vocab_size + 1]
+    assert torch.equal(model.head_weight[:vocab_size], base[:vocab_size])
+    rows = model.head_weight[vocab_size : vocab_size + 2].detach()
+    assert (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()  # they started at the mean, and moved
+    assert json.loads((folder / "run" / "predictions.jsonl").read_text().splitlines()[0])["prediction"] is not None
+
+
+# --- what a user gets wrong
+
+
+@pytest.fixture(scope="module")
+def mistakes(inputs: Path) -> Path:
+    """Beside the inputs: files that are not what a task wants, an adapter, and a model of other weights."""
+    write = {
+        "prose.txt": "No number stands over these lines.\nNor over these.\n", "songs.csv": "singer,words\nA,la la\n",
+        "broken.jsonl": '{"text": "one"}\n{"text": 3\n{"text": "two"}\n', "long.txt": "1\n\n" + "so long a line " * 90 + "\n",
+        "no_answer.json": json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}),
+    }  # fmt: skip
+    for name, text in write.items():
+        (inputs / name).write_text(text)
+    finished("sonnets", inputs, "--init", "base", "--method", "lora", "--steps", 1, "--eval-every", 0, "--out", "lora")
+    odd = json.loads((inputs / "tokenizer" / "tokenizer.json").read_text())
+    odd["model"]["vocab"]["<generate>"] = load_tokenizer(str(inputs / "tokenizer")).vocab_size
+    (inputs / "odd").mkdir()
+    (inputs / "odd" / "tokenizer.json").write_text(json.dumps(odd))
+    other = GPT(
+        GPTConfig(
+            vocab_size=load_tokenizer(str(inputs / "base")).vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64
+        )
+    )
+    other.save_pretrained(inputs / "other")
+    (inputs / "moved").mkdir()
+    for file in (inputs / "lora" / "checkpoints" / "step-00000001").iterdir():
+        if file.name != "manifest.json":
+            shutil.copy(file, inputs / "moved")
+    settings = inputs / "moved" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(str((inputs / "base").resolve()), str(inputs / "other")))
+    return inputs
+
+
+MISTAKES = {  # a task and options: what the line must hold
+    "sonnets --data prose.txt": ["prose.txt holds no poems", "line with its number"],
+    "sonnets --data nowhere.txt": ["no such data: nowhere.txt"],
+    "lyrics --data songs.csv": ["songs.csv has no column 'text' or 'lyrics'", "singer, words", "--text-column NAME"],
+    "lyrics --data songs.csv --text-column word": ["no column 'word' (did you mean words?)"],
+    "lyrics --data songs.csv --text-column words --with-title": ["--with-title", "--song-column NAME"],
+    "qa --data no_answer.json": ["holds no row that can be read", "no_answer.json paragraph 1 has nothing in column 'answer'"],
+    "text --data broken.jsonl --strict": ["broken.jsonl line 2 is not valid JSON", "--strict"],
+    "text --data prose.txt --lines --seq-len 3 --strict --epochs 0": ["--epochs 0 trains nothing", "--predict FILE"],
+    "sonnets --init base --epochs 0 --predict long.txt": ["long.txt line 1: a prompt of", "context of 160"],
+    "summarize --tokenizer odd": ["'<generate>'"],
+    "sonnets --with-title": ["unknown option --with-title"],
+    "lyrics --with-titel": ["unknown option --with-titel", "did you mean --with-title?"],
+    "qa --decode gredy": ["gredy"],
+    "sonnets --method lora": ["--method lora adds to trained weights", "--init"],
+    "sonnets --init base --method lora --llrd 0.9": ["--llrd", "--method lora"],
+    "sonnets --init base --method last-k --last-k 3": ["--last-k 3", "2 blocks", "--method full"],
+    "sonnets --init base --lora-rank 4": ["--lora-rank belongs to --method lora or dora, not to full"],
+    "sonnets --init base --method prefix --prefix-tokens 160": ["--prefix-tokens"],
+    "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
+    "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
+    "sonnets --init lora/checkpoints/step-00000001": ["is an adapter; name the model that it was made for", "/base"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line(mistake: str, mistakes: Path) -> None:
+    name, *options = mistake.split()
+    (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
+    assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
+    assert "Traceback" not in end.out
+    for part in MISTAKES[mistake]:
+        assert part in end.err, end.err
+
+
+def test_an_adapter_over_another_base_is_refused(mistakes: Path) -> None:
+    (end,) = launch(mistakes, ["moved", "a prompt"], program="generate")
+    assert end.code == 2 and end.err.startswith("error: moved is an adapter for ") and end.err.count("\n") == 1, end
+    assert str(mistakes / "other") in end.err and "these are other weights" in end.err

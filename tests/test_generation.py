@@ -1,0 +1,407 @@
+"""The family of tasks whose answers are texts: rows to sequences, sequences to batches, batches to a loss."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from config import GenerationConfig, UserError, resolve
+from generation import IGNORE, Answer, Example, Generation, Long, Special, plain
+from model import GPT
+from rows import Row
+from tokenizer import Tokenizer, train_bpe
+
+GO = Special("<go>")
+WORDS = [
+    "the",
+    "river",
+    "ran",
+    "under",
+    "a",
+    "bridge",
+    "of",
+    "stone",
+    "and",
+    "the",
+    "town",
+    "slept",
+    "on",
+    "in",
+    "the",
+    "rain",
+]
+
+
+class Echo(Generation):
+    """Rows that the test gives: a text that may be cut, one that may not, and an answer."""
+
+    name = "echo"
+    columns = {"long": ("long",), "fixed": ("fixed",), "answer": ("answer",)}
+    optional = ("long", "fixed")
+    special = (GO,)
+    toy = ({"answer": "yes"},)
+
+    def __init__(self, train: list[dict[str, str]], val: list[dict[str, str]] | None = None):
+        self.given = {"train": train, "validation": val or train, "test": val or train}
+
+    def read(self, spec: str, split: str, say: Any) -> list[Row]:
+        return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(self.given[split])]
+
+    def example(self, row: Row) -> Example:
+        long = (Long(row["long"]),) if row["long"] else ()
+        fixed = (row["fixed"], GO) if row["fixed"] else ()
+        return Example((*long, *fixed), (row["answer"],))
+
+    def scores(self, answers: Any) -> dict[str, float]:
+        return {"answered": len(answers)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tests share their cores; threads that wait for each other there cost more than these models' work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_bpe([" ".join(WORDS * 3)], 300, tmp_path_factory.mktemp("echo") / "tokenizer")
+
+
+def set_up(task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None, **options: Any) -> Echo:
+    """The task with its rows read, for a model from scratch."""
+    fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32")
+    fixed |= dict(data="rows", warmup_steps=0)
+    cfg = resolve(GenerationConfig(**fixed | options), "cpu")
+    assert isinstance(cfg, GenerationConfig)
+    task.setup(cfg, say)
+    task.set_length(cfg)
+    return task
+
+
+def echo(tokenizer: Tokenizer, train: list[dict[str, str]], val: Any = None, **options: Any) -> Echo:
+    """A task that trains on rows and is validated on `val`, or on those that are held out (None)."""
+    return set_up(Echo(train, val), tokenizer, **dict[str, Any](val_data="val" if val else None) | options)
+
+
+def row(answer: str, fixed: str = "", long: str = "") -> dict[str, str]:
+    return {"answer": answer, "fixed": fixed, "long": long}
+
+
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
+quick = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# --- rows to sequences
+
+
+@given(
+    rows=st.lists(st.builds(row, texts, st.just("") | texts, st.just("") | texts), max_size=6),
+    seq_len=st.integers(8, 40),
+)
+@quick
+def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, rows, seq_len):
+    rows = [row("the end"), *rows]
+    task = echo(tokenizer, rows, rows, seq_len=seq_len)
+    go, eot, encode = task.tokenizer.special_id(GO), task.tokenizer.eot, tokenizer.encode
+    counts = dict.fromkeys(("are cut", "cannot be cut", "go on"), 0)
+    expected: list[tuple[list[int], int]] = []
+    for r in rows:
+        long, fixed, answer = encode(r["long"]), [*encode(r["fixed"]), go] if r["fixed"] else [], encode(r["answer"])
+        rest = [*fixed, *answer, eot]  # what cannot be cut
+        whole = [eot, *long, *rest]
+        over = len(whole) - (seq_len + 1)
+        if over <= 0:
+            expected.append((whole, 1 + len(long) + len(fixed)))
+        elif long and over <= len(long):
+            counts["are cut"] += 1
+            expected.append(([eot, *long[: len(long) - over], *rest], seq_len + 1 - len(answer) - 1))
+        elif not long and 1 + len(fixed) < seq_len + 1:
+            counts["go on"] += 1
+            expected.append((whole[: seq_len + 1], 1 + len(fixed)))
+            expected += [(whole[i : i + seq_len + 1], 1) for i in range(seq_len, len(whole) - 1, seq_len)]
+        else:
+            counts["cannot be cut"] += 1
+    for split in (task.train, task.val):
+        assert [(t.tolist(), n) for t, n in zip(split.tokens, split.learned, strict=True)] == expected
+        assert split.lengths.max() <= seq_len
+    told = [f"{n} of {len(rows)} {what}" for n in counts.values() if n for what in ("training", "validation")]
+    assert len(task.warnings) == len(told)
+    for what, n in counts.items():
+        assert sum(what in w and w.startswith(f"{n} of {len(rows)} ") for w in task.warnings) == (2 if n else 0)
+
+
+@given(answer=texts, fixed=st.just("") | texts, seq_len=st.integers(8, 20))
+@quick
+def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed, seq_len):
+    task = echo(tokenizer, [row("the end"), row(answer, fixed)], [row("a")], seq_len=seq_len)
+    sequences = list(zip(task.train.tokens[1:], task.train.learned[1:], strict=True))
+    learned = [token for tokens, at in sequences for token in tokens[at:].tolist()]
+    assert learned == ([*tokenizer.encode(answer), tokenizer.eot] if sequences else [])
+    assert bool(sequences) == (not fixed or len(tokenizer.encode(fixed)) + 2 < seq_len + 1)
+
+
+def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
+    long = " ".join(WORDS)
+    for bad in (row("stone", "a", long), row(long, "a", "the")):
+        with pytest.raises(UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"):
+            echo(tokenizer, [row("rain"), bad], [row("a")], seq_len=12, strict=True)
+    task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)  # nothing of it is lost
+    assert len(task.train.rows) > 2
+    with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
+        echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
+
+
+def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenizer):
+    task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
+    go, tokens = task.tokenizer.special_id(GO), task.train.tokens[0].tolist()
+    assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
+    assert tokens[task.train.learned[0] - 1] == go
+    assert task.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
+    assert plain(("a", GO, Long("b"))) == "ab"
+
+
+def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenizer):
+    said: list[str] = []
+    rows = [row("stone", "bridge of"), row("rain", "slept in")]
+    task = set_up(Echo(rows), tokenizer, said.append, val_data="val", show_rows=1)
+    i = int(task.order(0).reshape(-1)[0])
+    answer, fixed = task.given["train"][i]["answer"], task.given["train"][i]["fixed"]
+    learned = len(tokenizer.encode(answer)) + 1
+    assert said == [
+        f"row {i} ({len(task.train.tokens[i])} tokens, {learned} of them learned):\n"
+        f"<|endoftext|>{fixed}<go>⟦{answer}<|endoftext|>⟧\n"
+    ]
+
+
+# --- what is held out
+
+
+def test_rows_that_belong_together_are_held_out_together(tokenizer):
+    class Kin(Echo):
+        def kin(self, row: Row) -> str:
+            return row["fixed"]
+
+    rows = [row(f"{a} {n}", a) for a in WORDS[:8] for n in range(5)]
+    task = set_up(Kin(rows), tokenizer)
+    train, val = ({r["fixed"] for r in split.rows} for split in (task.train, task.val))
+    assert train | val == set(WORDS[:8]) and not train & val and len(val) == 1
+    other = echo(tokenizer, rows)
+    assert len(other.val.rows) == 4 and len(other.train.rows) == 36
+    assert [r.where for r in echo(tokenizer, rows).val.rows] == [r.where for r in other.val.rows]
+    assert [r.where for r in echo(tokenizer, rows, [row("a")]).val.rows] == ["val row 0"]
+
+
+# --- sequences to batches, batches to a loss
+
+ROWS = [
+    row("slept on", "the town"), row(" ".join(WORDS), "a", "of"), row("stone"), row("rain in the rain", "", "the river ran"),
+    row("bridge", " ".join(WORDS)), row("a bridge of stone " * 9),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["likelihood", "unlikelihood"])
+def trained(request, tokenizer) -> tuple[Echo, GPT]:
+    """A task and a model with random weights; seed and scale such that its losses differ from row to row."""
+    objective = ("unlikelihood",) if request.param == "unlikelihood" else ()
+    task = echo(tokenizer, ROWS, objective=objective, unlikelihood=0.7, batch_size=4)
+    torch.manual_seed(1)
+    model = task.build_model(task.cfg)
+    assert isinstance(model, GPT)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * (p.dim() > 1)
+    return task, model.train()
+
+
+ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # one of the six rows is held out
+
+
+@given(ids=ids)
+@quick
+def test_a_batch_holds_each_row_and_its_targets(trained, ids):
+    task, _ = trained
+    batch = task.collate("train", np.array(ids))
+    assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.padded
+    assert (
+        task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()
+    ).all()  # the least that holds
+    for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
+        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        for t in range(len(idx)):
+            assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.tokenizer.eot)
+            assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
+    n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
+    assert task.weights(batch) == dict.fromkeys(task.terms, n_learned)
+    assert task.tokens(batch) == sum(len(task.train.tokens[i]) - 1 for i in ids)
+
+
+def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
+    """Of training row `i` alone, unpadded, position by position in fp64."""
+    exact, tokens = copy.deepcopy(model).double(), task.train.tokens[i]
+    with torch.no_grad():
+        log_p = F.log_softmax(exact(torch.from_numpy(tokens[None, :-1]))[0], -1)
+    sums = dict.fromkeys(task.terms, 0.0)
+    for t in range(task.train.learned[i] - 1, len(tokens) - 1):
+        sums["nll"] -= float(log_p[t, tokens[t + 1]])
+        if "unlikelihood" in sums:
+            candidates = set(tokens[: t + 1].tolist()) - {int(tokens[t + 1])}
+            sums["unlikelihood"] -= sum(math.log1p(-math.exp(float(log_p[t, c]))) for c in candidates)
+    return sums
+
+
+def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
+    task, model = trained
+    alone = [plain_loss(task, model, i) for i in range(len(task.train.rows))]
+    draw = np.random.default_rng(0)
+    for size in (1, 2, 5, 7):
+        ids = draw.integers(0, len(alone), size)
+        found = {name: float(value.detach()) for name, value in task.loss(model, task.collate("train", ids)).items()}
+        assert found == pytest.approx({name: sum(alone[i][name] for i in ids) for name in task.terms}, rel=1e-5)
+
+
+def test_gradients_do_not_see_the_padding(trained):
+    task, model = trained
+
+    def gradients(ids: list[int]) -> list[Tensor]:
+        model.zero_grad()
+        sum(task.terms[k] * v for k, v in task.loss(model, task.collate("train", np.array(ids))).items()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    together = gradients([0, 1, 4])
+    for one, parts in zip(together, zip(*(gradients([i]) for i in (0, 1, 4)), strict=True), strict=True):
+        torch.testing.assert_close(one, sum(parts), rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+# --- evaluation
+
+
+def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
+    task = echo(tokenizer, ROWS, ROWS, seq_len=24, eval_rows=3, max_new_tokens=6, temperature=1.0)
+    torch.manual_seed(1)
+    model = task.build_model(task.cfg).eval()
+    order = task.rows("val", 0).reshape(-1)
+    assert sorted(order) == list(range(len(task.val.rows)))
+    begins = [i for i, tokens in enumerate(task.val.tokens) if tokens[0] == tokenizer.eot]
+    assert len(begins) < len(task.val.rows) and task.decoded == begins[:3]  # some go on in a second sequence
+    assert sorted(order[:3]) == task.decoded  # together in the first batch
+    results = []
+    for size in (len(order), 2, 1):
+        sums: dict[str, float] = {}
+        outputs: dict[int, Any] = {}
+        with torch.no_grad():
+            for at in range(0, len(order), size):
+                batch = task.collate("val", order[at : at + size])
+                for name, value in task.sums(model, batch).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+                outputs |= task.outputs(model, batch)
+        results.append((task.metrics(sums, outputs), outputs))
+    for metrics, outputs in results[1:]:
+        assert outputs == results[0][1]
+        assert metrics == pytest.approx(results[0][0], rel=1e-5)
+    metrics, outputs = results[0]
+    exact = [plain_loss(on_validation(task), model, i)["nll"] for i in range(len(order))]
+    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.learned, strict=True))
+    assert metrics["val_loss"] == pytest.approx(sum(exact) / learned, rel=1e-5)
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(sum(exact) / learned), rel=1e-4)
+    assert metrics["answered"] == 3
+    assert [outputs[i].reference for i in task.decoded] == [r["answer"] for r in ROWS[:3]]
+    assert all(isinstance(a, Answer) and a.text for a in outputs.values())
+
+
+def on_validation(task: Echo) -> Echo:
+    """The task with its validation rows in the place of those to train on."""
+    other = copy.copy(task)
+    other.train = task.val
+    return other
+
+
+def test_without_rows_to_decode_the_loss_chooses_the_best(tokenizer):
+    class Scored(Echo):
+        best = ("answered", "max")
+
+    for eval_rows, best in ((2, ("answered", "max")), (0, ("val_loss", "min"))):
+        task = set_up(Scored(ROWS, ROWS), tokenizer, val_data="val", eval_rows=eval_rows)
+        assert task.best == best and len(task.decoded) == eval_rows
+        assert best[0] in task.metrics({"nll": 1.0, "tokens": 2.0}, dict.fromkeys(range(eval_rows)))
+
+
+def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
+    long, words = " ".join(WORDS * 4), tokenizer.encode(" ".join(WORDS * 4))
+    task = echo(tokenizer, [row("rain")], [row("stone", "of a", long), row("stone", long[:60])], seq_len=32)
+    fixed, go = tokenizer.encode("of a"), task.tokenizer.special_id(GO)
+    kept = 24 - 2 - len(fixed)
+    assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
+    assert task.val.learned[0] > 24  # in training the text fills what its answer leaves
+    assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
+
+
+def test_rows_to_predict_are_answered_in_their_order_and_a_prompt_beyond_the_context_is_refused(tokenizer, tmp_path):
+    rows = [row("stone", "the town slept"), row("rain", "a"), row("bridge", "of stone and")]
+    task = echo(tokenizer, ROWS, rows, seq_len=32, decode="greedy", max_new_tokens=4, batch_size=2)
+    model = task.build_model(task.cfg)
+    task.export(model, tmp_path / "model")
+    cfg = dataclasses.replace(task.cfg, predict="rows", device="cpu")
+    scores = Echo(rows).predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", print)
+    assert scores == {"answered": 3}
+    alone = [text for i in range(3) for _, text in task.answers(model, [task.prompt(i)], [i])]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert lines == [r | {"prediction": text} for r, text in zip(rows, alone, strict=True)]
+    bad = Echo([*rows, row("a", " ".join(WORDS * 3))])
+    with pytest.raises(UserError, match=r"rows row 3: a prompt of \d+ tokens is too long for a context of 32"):
+        bad.predict(cfg, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
+    assert not (tmp_path / "other.jsonl").exists()
+    unknown = Echo([row("", "the town")])
+    assert unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "unknown.jsonl", print) == {}
+
+
+def test_prompts_of_the_user_are_sampled(tokenizer):
+    task = echo(tokenizer, ROWS, ROWS, max_new_tokens=3)
+    model = task.build_model(task.cfg)
+    assert [prompt for prompt, _ in task.samples(model)] == ["the town<go>", "ofa<go>"]
+    task.cfg = dataclasses.replace(task.cfg, prompts=("rain", "", "stone"))
+    assert [prompt for prompt, _ in task.samples(model)] == ["rain", "", "stone"]
+
+
+# --- what a run must have in common with its continuation
+
+
+def test_the_identity_names_what_changes_the_result(tokenizer):
+    def identity(rows: Any = ROWS, val: Any = ROWS, **options: Any) -> dict[str, Any]:
+        return echo(tokenizer, rows, val, **options).identity()
+
+    first = identity()
+    assert first == identity(lr=0.5, eval_rows=7, decode="greedy", micro_batch=2, show_rows=0)
+    changed = {
+        "batch_size": identity(batch_size=3), "data": identity(rows=ROWS[1:]), "seq_len": identity(seq_len=64),
+        "objective": identity(objective=("unlikelihood",)), "n_layer": identity(n_layer=3),
+    }  # fmt: skip
+    for name, other in changed.items():
+        assert first[name] != other[name], name
+    assert identity(val=ROWS[1:])["data"] != first["data"]
+
+
+def test_a_sequence_longer_than_the_model_has_room_for_is_refused(tokenizer, tmp_path):
+    model = GPT(echo(tokenizer, ROWS, seq_len=32).shape)
+    model.save_pretrained(tmp_path)
+    options: dict[str, Any] = dict(init=str(tmp_path), preset=None)
+    assert echo(tokenizer, ROWS, **options).seq_len == 32
+    assert echo(tokenizer, ROWS, method="prefix", prefix_tokens=5, **options).seq_len == 27
+    with pytest.raises(UserError, match="--seq-len 28 is longer than the 27 tokens"):
+        echo(tokenizer, ROWS, seq_len=28, method="soft-prompt", prefix_tokens=5, **options)
+    with pytest.raises(UserError, match="--seq-len 33 is longer than the 32 positions"):
+        echo(tokenizer, ROWS, seq_len=33, **options)
