@@ -202,8 +202,8 @@ HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
          "rhyming_accuracy": 0, "rhyming_coverage": 1, "lines_right": 1},
     ),
     "summarize": (
-        [Answer("p", "the cat sat", "the cat ran"), Answer("p", "", "a")],
-        {"rouge_1": 100 / 3, "rouge_2": 25, "rouge_l": 100 / 3},
+        [Answer("p", "sat the cat", "the cat sat"), Answer("p", "", "a")],
+        {"rouge_1": 100 / 2, "rouge_2": 50 / 2, "rouge_l": 200 / 3 / 2},
     ),
     "qa": (
         [Answer("p", "The red house.", "a house\nred house"), Answer("p", "in May 1871", "1871")],
