@@ -177,11 +177,11 @@ class TokenRows(nn.Module):
 # --- putting them into a model
 
 
-def add_adapter(model: GPT, cfg: MethodConfig, n_new_tokens: int = 0) -> None:
+def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> None:
     """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze the rest.
 
-    The last `n_new_tokens` ids are new to a pretrained vocabulary: their rows train under every method, those that
-    freeze the table too. Raises UserError where method and model do not fit.
+    `new_tokens` are ids that are new to a pretrained model: their rows train under every method, those that freeze
+    the table too. Raises UserError where method and model do not fit.
     """
     if cfg.method == "last-k" and cfg.last_k > model.config.n_layer:
         raise UserError(f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full")
@@ -191,10 +191,9 @@ def add_adapter(model: GPT, cfg: MethodConfig, n_new_tokens: int = 0) -> None:
     elif cfg.method in ADAPTERS:
         _check_room(model, cfg.prefix_tokens)
         model.prefix = _new_prefix(model, cfg)
-    vocab_size = model.config.vocab_size
     trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
-    if n_new_tokens:
-        _add_rows(model, torch.arange(vocab_size - n_new_tokens, vocab_size), trained)
+    if new_tokens:
+        _add_rows(model, torch.tensor(new_tokens), trained)
     _freeze(model, trained.keys() | added(model))
 
 
@@ -592,7 +591,7 @@ def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
         return
     ids = rows[TABLES[0]][0]
     if (size := int(ids.max()) + 1) > model.config.vocab_size:
-        model.grow_vocabulary(size)
+        model.add_tokens(range(model.config.vocab_size, size))
     _add_rows(model, ids)
     for name, own in _rows(model).items():
         _copy(own.rows, rows[name][1] if name in rows else None, f"{folder}: the new tokens of {name}")

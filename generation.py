@@ -34,7 +34,7 @@ from objectives import nll_and_unlikelihood
 from optim import Group
 from order import Order, pad_to, padded_lengths, padding_share
 from precision import casts_once
-from rows import Reader, Row, Rows, hold_out, read_rows
+from rows import Reader, Row, Rows, hold_out, overlap, read_rows
 from task import Batch, Task, model_config, open_pretrained
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -176,6 +176,7 @@ class Generation(Task):
         self.train = self._split(train, self.example, "training")
         self.val = self._split(val, self.question, "validation")
         self.learned_rows = self.train.rows
+        self._warn_of_known(train, val)
         # A sequence that goes on with a text does not begin with the end-of-text token.
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == self.tokenizer.eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
@@ -183,6 +184,11 @@ class Generation(Task):
         self.order = Order(self.train.lengths, cfg.batch_size, cfg.seed)
         for text in self._first_rows():
             say(text)
+
+    def _warn_of_known(self, train: Sequence[Row], val: Sequence[Row]) -> None:
+        texts = (["".join(row.fields.values()) for row in rows] for rows in (train, val))
+        if self.cfg.val_data and (known := overlap(*texts)):
+            self.warnings += (f"{known} of {len(train)} training rows also stand among the validation rows",)
 
     def _open_vocabulary(self) -> None:
         cfg = self.cfg
@@ -192,7 +198,7 @@ class Generation(Task):
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
         self.base_sha256 = adapters.weights_sha256(self.base) if self.base else ""
-        self.new_tokens = self.tokenizer.vocab_size - base.vocab_size if self.base else 0
+        self.new_tokens = range(base.vocab_size, self.tokenizer.vocab_size if self.base else base.vocab_size)
         scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
         self.shape: GPTConfig = self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
         if base.vocab_size > self.shape.vocab_size:
@@ -364,8 +370,8 @@ class Generation(Task):
 
     def build_model(self, cfg: GenerationConfig) -> nn.Module:
         model, self.base = self.base or GPT(self.shape), None
-        if self.shape.vocab_size > model.config.vocab_size:
-            model.grow_vocabulary(self.shape.vocab_size)
+        if self.new_tokens:
+            model.add_tokens(self.new_tokens)
         self._dressed(model)
         self.stored = adapters.stored(model, cfg)
         return model

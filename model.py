@@ -371,16 +371,18 @@ class GPT(nn.Module):
     def _padded_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head_weight.to(x.dtype))
 
-    def grow_vocabulary(self, vocab_size: int) -> None:
-        """Make room for new token ids; their embeddings start at the mean of the old, which stay as they are."""
-        old, self.config = self.config, dataclasses.replace(self.config, vocab_size=vocab_size)
-        if vocab_size < old.vocab_size:
-            raise UserError(f"a vocabulary of {old.vocab_size} ids cannot shrink to {vocab_size}")
+    def add_tokens(self, ids: range) -> None:
+        """Make room for new token ids; their embeddings start at the mean of those below, which stay as they are.
+
+        Some may lie within the vocabulary, where it has more rows than the tokenizer had ids.
+        """
+        old = self.config
+        self.config = dataclasses.replace(old, vocab_size=max(old.vocab_size, ids.stop))
         for layer in [self.transformer.wte] if old.tied_head else [self.transformer.wte, self.lm_head]:
             rows = layer.weight.detach()[: old.vocab_size]
             table = rows.new_zeros(self.config.padded_vocab_size, old.n_embd)
             table[: old.vocab_size] = rows
-            table[old.vocab_size : vocab_size] = rows.mean(0)
+            table[ids.start : ids.stop] = rows[: ids.start].mean(0)
             layer.weight = nn.Parameter(table)
             for name in ("num_embeddings", "out_features"):
                 if hasattr(layer, name):

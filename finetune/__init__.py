@@ -10,6 +10,7 @@ from pathlib import Path
 from checkpoint import locate
 from cli import parse
 from config import GenerationConfig, UserError, check
+from distributed import recorded
 from files import write_json
 from generation import Generation
 from runlog import finite
@@ -24,7 +25,7 @@ def command(task: Generation) -> int:
     trains = bool(cfg.epochs or cfg.steps)
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
-    code = train(task, cfg) if trains else 0
+    code = recorded(train, task, cfg) if trains else 0
     if code == 0 and cfg.predict and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         predict(task, cfg, str(cfg.out) if trains else cfg.init)
     return code

@@ -54,9 +54,9 @@ def adapted(
     """The base with an adapter, as after some training: its values are moved off their beginning."""
     model = GPT.from_pretrained(base, **options).eval()
     if new:
-        model.grow_vocabulary(VOCAB + new)
+        model.add_tokens(range(VOCAB, VOCAB + new))
     torch.manual_seed(1)
-    adapters.add_adapter(model, config(method, lora_on), new)
+    adapters.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if train and name in added(model):

@@ -580,3 +580,18 @@ def test_an_adapter_over_another_base_is_refused(mistakes: Path) -> None:
     (end,) = launch(mistakes, ["moved", "a prompt"], program="generate")
     assert end.code == 2 and end.err.startswith("error: moved is an adapter for ") and end.err.count("\n") == 1, end
     assert str(mistakes / "other") in end.err and "these are other weights" in end.err
+
+
+def test_new_tokens_of_a_base_with_more_rows_than_its_tokenizer(folder: Path) -> None:
+    model = GPT.from_pretrained(folder / "base")
+    known = load_tokenizer(str(folder / "base")).vocab_size
+    model.add_tokens(range(known, known + 40))  # rows that no token has
+    model.save_pretrained(folder / "wide")
+    load_tokenizer(str(folder / "base")).save(folder / "wide")
+    finished("qa", folder, "--init", "wide", "--method", "lora", "--steps", 3, "--eval-rows", 0, "--out", "run")
+    rows = load_file(folder / "run/checkpoints/step-00000003/adapter_model.safetensors")
+    trained = next(tensor for name, tensor in rows.items() if "trainable_tokens" in name)
+    both = ("wide", "run/final")
+    old, new = (load_file(folder / name / "model.safetensors")["transformer.wte.weight"] for name in both)
+    assert trained.shape[0] == 2 and len(new) == len(old) == known + 40
+    assert (new != old).any(1).nonzero().flatten().tolist() == [known, known + 1]

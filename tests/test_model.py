@@ -510,3 +510,20 @@ def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
     assert [bias is None for bias in calls] == [False, False, True, False]  # c_attn, c_proj, c_fc, c_proj
     eight.eval()(idx)
     assert len(calls) == 4
+
+
+def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
+    for tied in (True, False):
+        for ids in (range(300, 303), range(290, 293), range(299, 301)):  # beyond the vocabulary, within it, across
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
+            tables = [model.transformer.wte] + ([] if tied else [model.lm_head])
+            before = [table.weight.detach().clone() for table in tables]
+            model.add_tokens(ids)
+            assert model.config.vocab_size == max(300, ids.stop)
+            for table, old in zip(tables, before, strict=True):
+                new, kept = table.weight.detach(), [i for i in range(300) if i not in ids]
+                assert torch.equal(new[kept], old[kept])
+                torch.testing.assert_close(new[list(ids)], old[: ids.start].mean(0).expand(len(ids), -1))
+                assert len(new) == model.config.padded_vocab_size and not new[model.config.vocab_size :].any()
+            assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)

@@ -304,7 +304,7 @@ class TestSpecialTokens:
         model = GPT(GPTConfig(vocab_size=trained.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32)).eval()
         idx = torch.tensor([trained.encode("The quick brown fox")])
         before, table = model(idx), model.transformer.wte.weight.detach()[: trained.vocab_size].clone()
-        model.grow_vocabulary(extended.vocab_size)
+        model.add_tokens(range(trained.vocab_size, extended.vocab_size))
         after = model(idx)
         torch.testing.assert_close(after[..., : trained.vocab_size], before, rtol=0, atol=1e-6)
         torch.testing.assert_close(
