@@ -21,6 +21,10 @@ os.environ.update(OFFLINE)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
