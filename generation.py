@@ -88,6 +88,7 @@ class Generation(Task):
     """Fill in `columns`, `example` and, where answers are scored, `scores`."""
 
     config = GenerationConfig
+    ragged = True
     cfg: GenerationConfig
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}  # fields and the columns they may come from
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack

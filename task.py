@@ -44,6 +44,7 @@ class Task:
     defaults: ClassVar[dict[str, Any]] = {}  # of those, where they differ; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
+    ragged: ClassVar[bool] = False  # whether batches differ in length
     warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 
     cfg: Any  # of its kind of options

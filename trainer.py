@@ -216,7 +216,7 @@ class Run:
 
     def _heap_limit(self, micro_batch: int) -> float:
         """Bytes of a CPU process from which on it is worth to look for holes in its heap."""
-        if self.world.device.type != "cpu" or not keeps_freed(self.cfg):
+        if not self.task.ragged or self.world.device.type != "cpu" or not keeps_freed(self.cfg):
             return math.inf
         return HEAP_SLACK * self.task.estimate(self.cfg, micro_batch, "cpu", self.world.size).total
 

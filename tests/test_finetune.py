@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +30,7 @@ from step import Loader, TrainStep
 from tokenizer import load_tokenizer, train_bpe
 from trainer import evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SHARED = REPO.parent / "shared" / "data"
 ALONE = World(0, 0, 1, 1, CPU)
@@ -65,15 +66,6 @@ def finished(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
     ends = run_task(name, folder, *more, **how)
     assert [end.code for end in ends] == [0] * len(ends), ends
     return ends[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tests share their cores; threads that wait for each other there cost more than these models' work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from model import GPT
 from rows import Row
 from tokenizer import Tokenizer, train_bpe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GO = Special("<go>")
 WORDS = [
     "the",
@@ -66,15 +67,6 @@ class Echo(Generation):
 
     def scores(self, answers: Any) -> dict[str, float]:
         return {"answered": len(answers)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tests share their cores; threads that wait for each other there cost more than these models' work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
