@@ -104,6 +104,10 @@ Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
 Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
 Decode = Literal["sample", "greedy", "beam", "contrastive", "mbr", "ensemble"]
 Objective = Literal["unlikelihood"]
+Form = Literal["plain", "prompt", "word"]
+Pooling = Literal["last", "mean", "attention", "lstm"]
+Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
+Auxiliary = Literal["rdrop", "simcse"]
 
 
 @dataclass
@@ -201,6 +205,8 @@ class RunConfig:
     """Newest checkpoints to keep, beside the best."""
     keep_best: int = 1
     """Best checkpoints to keep, by the metric that also chooses the final model."""
+    patience: int = 0
+    """Evaluations without a better one after which the run ends; 0: it goes on to its last step."""
     wandb: bool = False
     """Log to Weights & Biases too (offline where there is no key or network)."""
     profile: bool = False
@@ -339,6 +345,52 @@ class GenerationConfig(DecodeConfig, FinetuneConfig):
     """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of all)."""
 
 
+@dataclass
+class ClassificationConfig(FinetuneConfig):
+    """Options of a task whose answers are labels."""
+
+    model: Classifier = "gpt2"
+    """What classifies: gpt2; or, beside it on the same rows, naive-bayes, tf-idf (a linear model on it), lstm (on
+    embeddings of its own)."""
+    form: Form = "plain"
+    """plain: a head over the text; prompt: a head over a prompt with the text in it; word: the language model's own head
+    answers the prompt with a label's word."""
+    words: tuple[str, ...] = ()
+    """Under --form word, the labels' words in the labels' order. Default: the task's, else the labels themselves."""
+    pooling: Pooling = "last"
+    """What a head reads: the state of the last token, the mean of all, a mean with learned weights, or an LSTM over them."""
+    cut: Literal["end", "start", "middle"] = "end"
+    """Where a text that is too long is cut."""
+    dropout: float = 0.1
+    """Dropout on embeddings, attention and residual branches."""
+    head_dropout: float = 0.1
+    """Dropout on what a head has pooled."""
+    class_weights: tuple[str, ...] = ()
+    """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is. Default: all alike."""
+    label_smoothing: float = 0.0
+    """Share of a row's target that is spread over all labels."""
+    objective: tuple[Auxiliary, ...] = ()
+    """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under different dropout."""
+    rdrop: float = 1.0
+    """Weight alpha of R-Drop's divergence."""
+    simcse: float = 0.1
+    """Weight of SimCSE's contrastive loss."""
+    simcse_temperature: float = 0.05
+    """Divides SimCSE's cosine similarities."""
+    simcse_group: int = 8
+    """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the micro-batch."""
+    also: tuple[str, ...] = ()
+    """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its loss."""
+    also_data: tuple[str, ...] = ()
+    """Their training rows, in the same order. Default: their toy rows."""
+    augment: str | None = None
+    """More training rows, in the form of --data: back-translations, paraphrases, hard examples."""
+    augment_weight: float = 1.0
+    """Weight of each of those rows' losses."""
+    allow_overlap: bool = False
+    """Go on where more than a hundredth of the training rows also stand among the validation rows."""
+
+
 # Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for smaller ones.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a run without --data looks first
@@ -352,6 +404,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_lr": (0, 1),
     **dict.fromkeys(("batch_size", "last_k", "lora_rank", "prefix_tokens", "max_new_tokens", "beams"), (1, math.inf)),
     **dict.fromkeys(("contrastive_k", "candidates"), (1, math.inf)),
+    **dict.fromkeys(("rdrop", "simcse", "augment_weight", "patience"), (0, math.inf)),
+    **dict.fromkeys(("head_dropout", "label_smoothing"), (0, BELOW_ONE)),
+    "simcse_group": (2, math.inf),
+    "simcse_temperature": (1e-6, math.inf),
     **dict.fromkeys(("epochs", "show_rows", "eval_rows", "prefix_width", "lora_alpha", "unlikelihood"), (0, math.inf)),
     **dict.fromkeys(("stop_lines", "top_k", "length_penalty", "no_repeat_ngram"), (0, math.inf)),
     **dict.fromkeys(("temperature", "repetition_penalty"), (0, math.inf)),

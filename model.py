@@ -232,6 +232,7 @@ class GPT(nn.Module):
         # Trained keys and values before the text: a module whose `layers(model)` gives them, one (1, n_head, P,
         # head_dim) pair a layer, and whose `length` is P (adapters.py).
         self.prefix: nn.Module | None = None
+        self.heads = nn.ModuleDict()  # of a classifier, by task (heads.py)
         # An empty table, since its first values are drawn below, one for each row that is not padding.
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
@@ -433,20 +434,36 @@ class GPT(nn.Module):
                 parameter[:rows].copy_(tensor[:rows])
         self._zero_padding()
 
-    def save_pretrained(self, folder: str | Path, eot: int | None = None) -> None:
-        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the end-of-text id."""
+    def save_pretrained(
+        self, folder: str | Path, eot: int | None = None, score: Tensor | None = None, labels: Sequence[str] = ()
+    ) -> None:
+        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the end-of-text id.
+
+        With `score` (n_labels, n_embd) it is a classifier by the last token, GPT2ForSequenceClassification.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, parameter in self.named_parameters():
+            if name.startswith("heads."):
+                continue
             tensor = parameter.detach().to("cpu", torch.float32)
             if name in ("transformer.wte.weight", "lm_head.weight"):
                 tensor = tensor[: self.config.vocab_size]
             tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+        config = hub_config(self.config, eot)
+        if score is not None:
+            tensors["score.weight"] = score.detach().to("cpu", torch.float32).contiguous()
+            config |= {
+                "architectures": ["GPT2ForSequenceClassification"],
+                "id2label": {str(i): label for i, label in enumerate(labels)},
+                "label2id": {label: i for i, label in enumerate(labels)},
+                "pad_token_id": eot,
+            }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(hub_config(self.config, eot), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def attention_mask(

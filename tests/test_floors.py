@@ -19,6 +19,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "rows",
         "order",
         "model",
+        "heads",
         "adapters",
         "optim",
         "precision",
@@ -47,6 +48,7 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("decoding", "window"),
     ("search", "window"),
     ("decoding", "metrics"),  # minimum Bayes risk compares candidates by chrF
+    ("heads", "model"),  # what they read
     ("adapters", "model"),  # what adapters are put into
     ("adapters", "optim"),  # which of its parameters train alike
     ("generation", "task"),  # a family of tasks
