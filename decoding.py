@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from adapters import CONFIG, base_of, can_merge, is_adapter, load_adapter, merge
+from adapter_files import CONFIG, base_of, is_adapter, load_adapter
+from adapters import can_merge, merge
 from config import DecodeConfig, UserError, check_decode
 from model import GPT
 from search import Contrastive, beam_search

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import adapter_files
 import adapters
 from checkpoint import locate
 from config import GenerationConfig, GPTConfig, UserError, resolve_steps
@@ -198,7 +199,7 @@ class Generation(Task):
         base = load_tokenizer(given if given == "gpt2" else locate(given))
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
-        self.base_sha256 = adapters.weights_sha256(self.base) if self.base else ""
+        self.base_sha256 = adapter_files.weights_sha256(self.base) if self.base else ""
         self.new_tokens = range(base.vocab_size, self.tokenizer.vocab_size if self.base else base.vocab_size)
         scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
         self.shape: GPTConfig = self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
@@ -509,7 +510,7 @@ class Generation(Task):
     def _export_adapter(self, model: GPT, folder: Path) -> None:
         init = self.cfg.init
         base = str(Path(locate(init)).resolve()) if Path(init).exists() else init  # else a hub id
-        adapters.save_adapter(model, folder, base, self.base_sha256)
+        adapter_files.save_adapter(model, folder, base, self.base_sha256)
         self.tokenizer.save(folder)
 
     def _export_whole(self, model: GPT, folder: Path) -> None:

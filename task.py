@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from adapters import base_of, is_adapter
+from adapter_files import base_of, is_adapter
 from checkpoint import locate
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import Data, open_data, window_order

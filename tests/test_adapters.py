@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import adapter_files
 import adapters
-from adapters import ADAPTERS, LORA, added, can_merge, groups, load_adapter, merge, save_adapter, stored, weights_sha256
+from adapter_files import load_adapter, save_adapter, weights_sha256
+from adapters import ADAPTERS, LORA, added, can_merge, groups, merge, stored
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
 from model import GPT
 from optim import Optimizers, default_groups
@@ -100,7 +102,7 @@ def test_peft_reads_what_is_written_here(base, tmp_path, method, lora_on, new):
     save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
     theirs = of_peft(base, tmp_path, new)
     if new and method not in LORA:  # PEFT has no place for them
-        rows = load_file(tmp_path / adapters.NEW_TOKENS)
+        rows = load_file(tmp_path / adapter_files.NEW_TOKENS)
         table = theirs.get_input_embeddings().weight
         table.data[rows["transformer.wte.ids"]] = rows["transformer.wte.rows"]
     idx = tokens(new)
@@ -470,10 +472,10 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
 
 def test_base_of(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
-    assert adapters.base_of(tmp_path) == ("somewhere", "5" * 64)
-    assert adapters.is_adapter(tmp_path) and not adapters.is_adapter(base)
-    (tmp_path / adapters.BASE).unlink()
-    assert adapters.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+    assert adapter_files.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert adapter_files.is_adapter(tmp_path) and not adapter_files.is_adapter(base)
+    (tmp_path / adapter_files.BASE).unlink()
+    assert adapter_files.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
 
 
 # --- refusals
@@ -521,18 +523,18 @@ def test_what_the_model_has_no_room_for(base, options, words):
 
 
 def spoil(folder: Path, **changes) -> None:
-    file = folder / adapters.CONFIG
+    file = folder / adapter_files.CONFIG
     value = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    file = folder / adapters.WEIGHTS
+    file = folder / adapter_files.WEIGHTS
     save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
 
 
 def cut(folder: Path, key: str) -> None:
-    file = folder / adapters.WEIGHTS
+    file = folder / adapter_files.WEIGHTS
     tensors = load_file(file)
     save_file({k: t[..., :-1].contiguous() if key in k else t for k, t in tensors.items()}, file)
 
@@ -556,11 +558,11 @@ def cut(folder: Path, key: str) -> None:
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
         ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
-        ("lora", lambda f: (f / adapters.WEIGHTS).unlink(), "no adapter_model.safetensors"),
-        ("lora", lambda f: (f / adapters.CONFIG).unlink(), "no adapter_config.json"),
-        ("lora", lambda f: (f / adapters.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
-        ("lora", lambda f: (f / adapters.CONFIG).write_text("{"), "cannot be read"),
-        ("lora", lambda f: (f / adapters.CONFIG).write_text("[]"), "no JSON object"),
+        ("lora", lambda f: (f / adapter_files.WEIGHTS).unlink(), "no adapter_model.safetensors"),
+        ("lora", lambda f: (f / adapter_files.CONFIG).unlink(), "no adapter_config.json"),
+        ("lora", lambda f: (f / adapter_files.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
+        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("{"), "cannot be read"),
+        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("[]"), "no JSON object"),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):

@@ -20,6 +20,7 @@ from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from safetensors.torch import load_file
 from toy import capture_gradients, expected_gradients
 
+import adapter_files
 import adapters
 from config import Decode, GenerationConfig, GPTConfig, Method, UserError, resolve
 from decoding import open_model
@@ -459,16 +460,16 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
     newest = run / "checkpoints" / "step-00000008"
     stored = {key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")}
     if method in adapters.ADAPTERS:
-        assert adapters.is_adapter(newest) and not (newest / "model.safetensors").exists()
+        assert adapter_files.is_adapter(newest) and not (newest / "model.safetensors").exists()
         assert stored and not any(key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored)
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert adapters.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
+        assert adapter_files.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
     else:
         assert "model.transformer.wte.weight" in stored
     unchanged = weights_of(folder / "base")
     ids = load_tokenizer(str(folder / "base")).encode("The winter wood is white")
     if method in ("prefix", "soft-prompt"):
-        assert adapters.is_adapter(run / "final")
+        assert adapter_files.is_adapter(run / "final")
         typed = ["run", "The winter", "--decode", "greedy", "--max-new-tokens", "4"]
         (end,) = launch(folder, typed, program="generate")
         assert end.code == 0 and end.out.startswith("The winter") and not end.err, end
@@ -482,7 +483,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
 
 
 def weights_of(folder: Path) -> str:
-    return adapters.weights_sha256(GPT.from_pretrained(folder))
+    return adapter_files.weights_sha256(GPT.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])

@@ -21,6 +21,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "model",
         "heads",
         "adapters",
+        "adapter_files",
         "optim",
         "precision",
     ],
@@ -51,6 +52,8 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("heads", "model"),  # what they read
     ("adapters", "model"),  # what adapters are put into
     ("adapters", "optim"),  # which of its parameters train alike
+    ("adapter_files", "adapters"),  # what is written and read
+    ("adapter_files", "model"),
     ("generation", "task"),  # a family of tasks
     ("finetune", "finetune"),  # what a task's command does
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share

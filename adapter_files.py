@@ -1,0 +1,259 @@
+"""Adapters on the disk, in PEFT's layout: the `peft` package reads what is written here, and the other way round.
+
+Beside PEFT's two files stands what it has no place for: which weights the adapter is for, and rows of new tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from adapters import TABLES, DoRA, Prefix, SoftPrompt, add_lora, add_rows, added, check_room, freeze, loras, token_rows
+from config import UserError
+from model import GPT, Linear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
+NEW_TOKENS = "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
+ROOT = "base_model.model."  # begins PEFT's names
+DELTA = ".token_adapter.trainable_tokens_delta"  # ends PEFT's name of the rows of new tokens
+KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING")
+
+
+def weights_sha256(model: GPT) -> str:
+    """Of a plain model's weights: by name, in fp32, without padding; so of what they are, not of the file they are in."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        rows = model.config.vocab_size if name.removesuffix(".weight") in TABLES else None
+        tensor = parameter.detach()[:rows].to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def base_of(folder: str | Path) -> tuple[str | None, str | None]:
+    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for what is not said."""
+    folder = Path(folder)
+    sha256 = _read_json(folder / BASE).get("weights_sha256") if (folder / BASE).is_file() else None
+    return _read_json(folder / CONFIG).get("base_model_name_or_path"), sha256
+
+
+def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str) -> None:
+    """Write the model's adapter in PEFT's layout, fp32. The model's own weights are not looked at.
+
+    `base` names the weights it belongs to, `base_sha256` is their weights_sha256. New tokens go where PEFT has
+    them beside LoRA and DoRA, else into a file beside, `ids` and `rows` by table.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = token_rows(model)
+    if model.prefix is None:
+        config, tensors = _lora_to_peft(model)
+        config["trainable_token_indices"] = {n.rpartition(".")[2]: r.ids.tolist() for n, r in rows.items()} or None
+        tensors |= {ROOT + name + DELTA: r.rows for name, r in rows.items()}
+    else:
+        config, tensors = _prefix_to_peft(model)
+        if rows:
+            beside = {f"{n}.{k}": t for n, r in rows.items() for k, t in (("ids", r.ids), ("rows", r.rows))}
+            save_file(_on_cpu(beside), folder / NEW_TOKENS)
+    config |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
+    save_file(_on_cpu(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / BASE).write_text(json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n")
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _lora_to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    layers = loras(model)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors |= {f"{ROOT}{name}.lora_A.weight": layer.lora_A, f"{ROOT}{name}.lora_B.weight": layer.lora_B}
+        if isinstance(layer, DoRA):
+            tensors[f"{ROOT}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.weight
+    one = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.lora_dropout.p,
+        "use_dora": isinstance(one, DoRA),
+        "target_modules": list(layers),
+        "fan_in_fan_out": True,  # the hub's GPT-2 holds its matrices transposed
+    }
+    return config, tensors
+
+
+def _prefix_to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    prefix, shape = model.prefix, model.config
+    config = {"num_virtual_tokens": prefix.length, "token_dim": shape.n_embd, "num_transformer_submodules": 1}
+    config |= {"num_attention_heads": shape.n_head, "num_layers": shape.n_layer}
+    if isinstance(prefix, Prefix):
+        config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": False}
+        return config, {"prompt_embeddings": prefix.table()}
+    return config | {"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": prefix.vectors}
+
+
+def load_adapter(model: GPT, folder: str | Path) -> None:
+    """Put the adapter of a folder, written here or by `peft`, into its base, a plain model; the base is frozen.
+
+    The vocabulary grows where the adapter has tokens that the base lacks. Raises UserError for another base, shapes
+    that do not fit, and a kind of adapter that this project does not have.
+    """
+    folder = Path(folder)
+    config, tensors = _read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        raise UserError(
+            f"{folder} holds an adapter of the kind {kind}; LoRA, DoRA, prefix and prompt tuning can be read"
+        )
+    _check_base(model, folder)
+    if kind == "LORA":
+        rows = _rows_from_peft(folder, config, tensors)
+        _lora_from_peft(model, folder, config, tensors)
+    else:
+        beside = folder / NEW_TOKENS
+        rows = _rows_beside(_read_tensors(beside)) if beside.is_file() else {}
+        model.prefix = _prefix_from_peft(model, folder, kind, tensors)
+    _load_rows(model, folder, rows)
+    freeze(model, added(model))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} is not a whole adapter: it has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is not of an adapter: it holds no JSON object")
+    return value
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} is not a whole adapter: it has no {file.name}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _check_base(model: GPT, folder: Path) -> None:
+    base, expected = base_of(folder)
+    if expected is not None and expected != (found := weights_sha256(model)):
+        raise UserError(
+            f"{folder} is an adapter for {base} (weights {expected[:12]}), and these are other weights ({found[:12]})"
+        )
+
+
+# What would change the numbers and is not done here: by key of a LoRA's configuration, the values that leave it be.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "use_rslora": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "alora_invocation_tokens": (),
+    "init_lora_weights": (True, False, "gaussian"),  # the others change the base's weights
+}
+
+
+def _lora_from_peft(model: GPT, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for key, values in PLAIN_LORA.items():
+        if config.get(key) not in (None, *values):
+            raise UserError(f"{folder} holds a LoRA with {key} {config[key]!r}, which cannot be read")
+    ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in ends if key.endswith("." + end)), None)
+        if end is None:
+            raise UserError(f"{folder} holds {key}, which is no part of a LoRA or DoRA")
+        parts.setdefault(key.removeprefix(ROOT).removesuffix("." + end), {})[end] = tensor
+    try:
+        rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / CONFIG} does not say a LoRA's r and lora_alpha") from None
+    modules = dict(model.named_modules())
+    for name in parts:
+        if not isinstance(modules.get(name), Linear):
+            raise UserError(f"{folder} adapts {name}, which is no product of a block of this model")
+    add_lora(model, list(parts), bool(config.get("use_dora")), rank, alpha, dropout)
+    for name, layer in loras(model).items():
+        own = {ends[0]: layer.lora_A, ends[1]: layer.lora_B}
+        if isinstance(layer, DoRA):
+            own[ends[2]] = layer.lora_magnitude_vector.weight
+        if not own.keys() >= parts[name].keys():
+            raise UserError(f"{folder} has magnitudes of a DoRA and a {CONFIG} that says it is none")
+        for end, parameter in own.items():
+            _copy(parameter, parts[name].get(end), f"{folder}: {name}.{end}")
+
+
+def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
+    rows = tensors.get("prompt_embeddings")
+    if rows is None:
+        raise UserError(f"{folder / WEIGHTS} holds no prompt_embeddings")
+    config = model.config
+    width = config.n_embd * (2 * config.n_layer if kind == "PREFIX_TUNING" else 1)
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise UserError(f"{folder}: prompt_embeddings are {tuple(rows.shape)}, and this model's are {width} wide")
+    check_room(model, len(rows))
+    rows = rows.to(model.transformer.wte.weight)
+    return Prefix(config, rows, width=0) if kind == "PREFIX_TUNING" else SoftPrompt(rows)
+
+
+Rows = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
+
+
+def _rows_from_peft(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
+    """Taken out of `tensors`."""
+    found = {key: tensors.pop(key) for key in list(tensors) if key.endswith(DELTA)}
+    indices = config.get("trainable_token_indices") or {}
+    rows = {}
+    for key, tensor in found.items():
+        name = key.removeprefix(ROOT).removesuffix(DELTA)
+        ids = indices.get(name.rpartition(".")[2], indices.get(name)) if isinstance(indices, dict) else indices
+        if name not in TABLES or ids is None:
+            raise UserError(f"{folder} holds {key}, and its {CONFIG} does not say of which tokens")
+        rows[name] = torch.tensor(ids), tensor
+    return rows
+
+
+def _rows_beside(tensors: dict[str, Tensor]) -> Rows:
+    names = [name.removesuffix(".ids") for name in tensors if name.endswith(".ids")]
+    return {name: (tensors[f"{name}.ids"], tensors[f"{name}.rows"]) for name in names}
+
+
+def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
+    if not rows:
+        return
+    ids = rows[TABLES[0]][0]
+    if (size := int(ids.max()) + 1) > model.config.vocab_size:
+        model.add_tokens(range(model.config.vocab_size, size))
+    add_rows(model, ids)
+    for name, own in token_rows(model).items():
+        _copy(own.rows, rows[name][1] if name in rows else None, f"{folder}: the new tokens of {name}")
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, tensor: Tensor | None, what: str) -> None:
+    if tensor is None or tensor.shape != parameter.shape:
+        shape = "missing" if tensor is None else str(tuple(tensor.shape))
+        raise UserError(f"{what} is {shape}, and this model's is {tuple(parameter.shape)}")
+    parameter.copy_(tensor)
