@@ -1,4 +1,6 @@
-"""Training objectives besides the likelihood: token unlikelihood (Welleck et al. 2020).
+"""Training objectives: of labels, their likelihood, R-Drop and SimCSE; of tokens, unlikelihood beside the likelihood.
+
+All are sums over rows or positions, in fp32 whatever the model's precision: the loop divides by the global count.
 
 The likelihood and the unlikelihood of a position come from the same softmax, and so do their gradients: one pass over
 the logits forwards and one backwards serve both. What the unlikelihood adds is a gather of T probabilities a position
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +21,68 @@ from kernels.linear_cross_entropy import IGNORE
 PIECE_BYTES = 16 << 20  # of logits in fp32 that a CPU works on at once: they stay in the caches
 GPU_PIECE_BYTES = 1 << 30
 LEAST = 1e-30  # of the probability that a position leaves for all but its likeliest token: what -log of it may reach
+
+# --- labels
+
+
+def label_nll(log_p: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Sum over rows i of w_i x the cross-entropy -sum_k q_ik log_p_ik, with q = (1 - smoothing) one-hot + smoothing / K.
+
+    log_p (B, K) of any dtype; labels (B,) int64; weights (B,), None for ones. log_p is taken as it is: of a language
+    head's probabilities of the labels' words, under the whole vocabulary, the rows add up to less than 1.
+    Returns an fp32 scalar (fp64 for fp64 log_p).
+    """
+    log_p = _wide(log_p)
+    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * log_p.mean(1)
+    return _weighted_sum(nll, weights)
+
+
+def rdrop(log_p1: Tensor, log_p2: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over rows i of w_i x (KL(p1_i || p2_i) + KL(p2_i || p1_i)) / 2, of two passes of the rows (Liang et al. 2021).
+
+    log_p1, log_p2 (B, K) of any dtype, finite; each row is renormalised first. weights (B,), None for ones.
+    Returns an fp32 scalar (fp64 for fp64 inputs), never below 0.
+
+    The paper's objective is the sum of both passes' nll + alpha x this. Half of it is what a task trains on: the nll
+    averaged over both passes + alpha / 2 x this. So the loss stays what it is without R-Drop where the passes agree.
+    """
+    log_p1, log_p2 = _wide(log_p1).log_softmax(1), _wide(log_p2).log_softmax(1)
+    # Both divergences at once: the factors of each product have the same sign, so no rounding makes a sum negative.
+    both = ((log_p1.exp() - log_p2.exp()) * (log_p1 - log_p2)).sum(1)
+    return _weighted_sum(both / 2, weights)
+
+
+def simcse(first: Tensor, second: Tensor, group: int, temperature: float) -> Tensor:
+    """Sum over rows of -log of the share of the row's own second pass among those of its group (Gao et al. 2021):
+    InfoNCE, the softmax of the cosine similarities / temperature.
+
+    first, second (B, C) of any dtype: two passes of the same rows, in groups of `group` consecutive rows. B is a
+    multiple of `group`, or less than it: one shorter group. Anything else is a ValueError, for then a row's negatives
+    would depend on how the batch was cut. Returns an fp32 scalar (fp64 for fp64 inputs).
+    """
+    B = len(first)
+    size = min(group, B) or group  # no rows: no group
+    if B % size:
+        raise ValueError(f"{B} rows are no whole number of groups of {group}")
+    with torch.autocast(
+        first.device.type, enabled=False
+    ):  # over a temperature of 0.05, cosines in bf16 would be off by hundredths
+        first, second = (F.normalize(_wide(x), dim=1).unflatten(0, (B // size, size)) for x in (first, second))
+        log_p = (first @ second.mT / temperature).log_softmax(2)  # (groups, rows, their second passes)
+    return -log_p.diagonal(dim1=1, dim2=2).sum()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.sum() if weights is None else (values * weights.to(values.dtype)).sum()
+
+
+# --- tokens
 
 
 def nll_and_unlikelihood(

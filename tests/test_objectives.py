@@ -1,4 +1,4 @@
-"""Token unlikelihood against a plain loop in fp64, with its gradients, and where probabilities are extreme."""
+"""The objectives against plain loops in fp64, with their gradients, and where probabilities are extreme."""
 
 from __future__ import annotations
 
@@ -8,13 +8,163 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import objectives
 from benchmarks import objectives as written_out
 from kernels.linear_cross_entropy import IGNORE
-from objectives import first_occurrences, nll_and_unlikelihood
+from objectives import first_occurrences, label_nll, nll_and_unlikelihood, rdrop, simcse
+
+# --- labels
+
+SHAPES = dict(B=st.integers(1, 6), K=st.integers(1, 5), seed=st.integers(0, 99))
+
+
+def draws(*shape, seed=0, n=2, dtype=torch.float32, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_() for _ in range(n)]
+
+
+def labelled(B, K, seed=0, dtype=torch.float32):
+    """log_p whose rows add up to less than 1, labels, weights."""
+    [logits], generator = draws(B, K + 1, seed=seed, n=1, dtype=dtype), torch.Generator().manual_seed(seed)
+    log_p = logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()  # the last column is the other words
+    weights = torch.rand(B, generator=generator)
+    return log_p, torch.randint(K, (B,), generator=generator), weights
+
+
+def equal_to_loop(ours, plain, *leaves):
+    """The sums and their gradients."""
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(plain, leaves)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), wanted, rtol=1e-4, atol=1e-5)
+
+
+@given(**SHAPES, smoothing=st.sampled_from([0.0, 0.1, 0.9]), weighted=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_label_nll_equals_the_loop(B, K, seed, smoothing, weighted):
+    log_p, labels, weights = labelled(B, K, seed)
+    plain, exact = torch.zeros((), dtype=torch.float64), log_p.double()
+    for i in range(B):
+        for k in range(K):
+            q = (1 - smoothing) * (k == labels[i]) + smoothing / K
+            plain = plain - (float(weights[i]) if weighted else 1.0) * q * exact[i, k]
+    equal_to_loop(label_nll(log_p, labels, weights if weighted else None, smoothing), plain, log_p)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_nll_is_the_cross_entropy_of_logits(smoothing):
+    [logits], labels = draws(7, 4, n=1, dtype=torch.float64), torch.arange(7) % 4
+    ours = label_nll(logits.log_softmax(1), labels, smoothing=smoothing)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum"))
+    of_class = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    ours = label_nll(logits.log_softmax(1), labels, of_class[labels])
+    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, of_class, reduction="sum"))
+
+
+def test_a_label_without_probability_costs_the_other_rows_nothing():
+    log_p = torch.tensor([[0.0, -math.inf], [math.log(0.5), math.log(0.5)]])
+    assert label_nll(log_p, torch.tensor([0, 1])).item() == pytest.approx(math.log(2))
+
+
+@given(**SHAPES, weighted=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_rdrop_equals_the_loop(B, K, seed, weighted):
+    one, two = draws(B, K, seed=seed)
+    _, _, weights = labelled(B, K, seed)
+    plain = 0.0 * (one + two).double().sum()
+    for i in range(B):
+        p, q = one[i].double().softmax(0), two[i].double().softmax(0)
+        both = sum(p[k] * (p[k] / q[k]).log() + q[k] * (q[k] / p[k]).log() for k in range(K))
+        plain = plain + (weights[i].double() if weighted else 1) * both / 2
+    equal_to_loop(rdrop(one, two, weights if weighted else None), plain, one, two)
+
+
+@given(**SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_rdrop_is_a_symmetric_divergence_of_distributions(B, K, seed):
+    one, two = draws(B, K, seed=seed)
+    value = rdrop(one, two)
+    assert value >= 0 and value == rdrop(two, one)
+    torch.testing.assert_close(rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5)  # renormalised
+    assert rdrop(one, one).item() == 0
+    assert rdrop(one, one + 1e-6 * two) >= 0  # where 1e-12 is left of it
+
+
+def infonce(first, second, group, temperature):
+    """Row by row in fp64."""
+    loss = 0.0 * (first + second).double().sum()
+    for i in range(len(first)):
+        begin = i - i % group
+        others = range(begin, min(begin + group, len(first)))
+        cosines = {j: torch.cosine_similarity(first[i].double(), second[j].double(), dim=0) for j in others}
+        loss = loss - cosines[i] / temperature + sum((c / temperature).exp() for c in cosines.values()).log()
+    return loss
+
+
+@given(group=st.integers(1, 4), groups=st.integers(1, 3), C=st.integers(2, 5), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_simcse_equals_the_loop(group, groups, C, seed):
+    one, two = draws(group * groups, C, seed=seed)
+    equal_to_loop(simcse(one, two, group, 0.5), infonce(one, two, group, 0.5), one, two)
+
+
+def test_simcse_of_fewer_rows_than_a_group():
+    one, two = draws(3, 4)
+    torch.testing.assert_close(simcse(one, two, 8, 0.1), simcse(one, two, 3, 0.1))
+    equal_to_loop(simcse(one, two, 8, 0.1), infonce(one, two, 8, 0.1), one, two)
+    assert simcse(one[:1], two[:1], 8, 0.1).item() == 0  # no negatives
+    assert simcse(one[:0], two[:0], 8, 0.1).item() == 0
+    for rows, group in ((3, 2), (9, 8)):
+        one, two = draws(rows, 4)
+        with pytest.raises(ValueError, match=f"{rows} rows are no whole number of groups of {group}"):
+            simcse(one, two, group, 0.1)
+
+
+def test_groups_of_simcse_do_not_see_each_other():
+    one, two = draws(8, 5)
+    parts = [simcse(one[s], two[s], 4, 0.1) for s in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(simcse(one, two, 4, 0.1), torch.stack(parts).sum())
+    assert not torch.allclose(simcse(one, two, 8, 0.1), torch.stack(parts).sum())
+    with torch.no_grad():
+        two[4:] = 9.0
+    torch.testing.assert_close(simcse(one[:4], two[:4], 4, 0.1), parts[0])
+
+
+def test_simcse_does_not_depend_on_the_order_or_the_length_of_rows():
+    one, two = draws(8, 5)
+    order = torch.tensor([2, 0, 3, 1, 4, 7, 6, 5])  # within groups of four
+    value = simcse(one, two, 4, 0.1)
+    torch.testing.assert_close(simcse(one[order], two[order], 4, 0.1), value)
+    torch.testing.assert_close(simcse(3 * one, 0.2 * two, 4, 0.1), value)
+    across = torch.tensor([4, 1, 2, 3, 0, 5, 6, 7])
+    assert not torch.allclose(simcse(one[across], two[across], 4, 0.1), value)
+
+
+def test_gradients_of_label_objectives_in_fp64():
+    log_p, labels, weights = labelled(5, 3, dtype=torch.float64)
+    one, two = draws(6, 3, dtype=torch.float64)
+    check = torch.autograd.gradcheck
+    assert check(lambda x: label_nll(x, labels, weights, 0.1), log_p)
+    assert check(lambda x, y: rdrop(x, y, torch.arange(6.0)), (one, two))
+    assert check(lambda x, y: simcse(x, y, 3, 0.3), (one, two))
+    assert {x.dtype for x in (label_nll(log_p, labels), rdrop(one, two), simcse(one, two, 3, 1.0))} == {torch.float64}
+
+
+def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
+    one, two = draws(8, 16, dtype=torch.bfloat16)
+    labels = torch.arange(8)
+    wide = one.detach().float(), two.detach().float()
+    expected = label_nll(wide[0], labels, smoothing=0.1), rdrop(*wide), simcse(*wide, 4, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = label_nll(one, labels, smoothing=0.1), rdrop(one, two), simcse(one, two, 4, 0.05)
+    assert all(x.dtype == torch.float32 for x in ours)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+
+# --- tokens
 
 
 def loop(logits, idx, targets, earlier=None):
