@@ -26,7 +26,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "precision",
     ],
     "services": ["checkpoint", "decoding", "search", "window", "metrics", "objectives", "runlog", "memory"],
-    "task seam": ["task", "generation"],
+    "task seam": ["task", "finetuning", "generation"],
     "one step": ["step"],
     "before a run": ["plan"],
     "loop": ["trainer"],
@@ -54,7 +54,9 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("adapters", "optim"),  # which of its parameters train alike
     ("adapter_files", "adapters"),  # what is written and read
     ("adapter_files", "model"),
-    ("generation", "task"),  # a family of tasks
+    ("finetuning", "task"),  # what two families of tasks share
+    ("generation", "finetuning"),
+    ("generation", "task"),
     ("finetune", "finetune"),  # what a task's command does
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }

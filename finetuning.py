@@ -1,0 +1,321 @@
+"""Fine-tuning: what all tasks on rows of a file share, whether their answers are texts (generation.py) or labels
+(classification.py): reading rows, the base and its vocabulary, the method, the order, what a checkpoint holds.
+
+A row becomes a sequence of tokens, padded at the right, where causal attention sees nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import adapter_files
+import adapters
+from checkpoint import locate
+from config import FinetuneConfig, GPTConfig, UserError, resolve_steps
+from memory import Memory, checkpoint_bytes, estimate, keeps_freed
+from model import GPT
+from optim import Group
+from order import Order, padded_lengths, padding_share
+from precision import casts_once
+from rows import Reader, Row, hold_out, overlap, read_rows
+from task import Batch, Task, model_config, open_pretrained
+from tokenizer import Tokenizer, load_tokenizer
+
+
+class Special(str):
+    """A token of its own between the texts of a sequence."""
+
+
+class Long(str):
+    """A text that may be cut where its row is longer than the context."""
+
+
+SCRATCH_CONTEXT = 256  # tokens, of a model from scratch without --seq-len
+Parts = tuple[str, ...]  # texts, special tokens and long texts
+
+
+@dataclass
+class Split:
+    """Sequences of a split, by row id."""
+
+    rows: list[Row]
+    tokens: list[np.ndarray]  # int64
+    sha256: str
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens that the model reads of each."""
+        return np.array([len(tokens) for tokens in self.tokens])
+
+
+class Finetuning(Task):
+    """A family fills in `setup`, `collate`, the loss and the metrics; a task says what its rows are."""
+
+    config = FinetuneConfig
+    ragged = True
+    cfg: Any  # of its kind of options
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}  # fields and the columns they may come from
+    optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
+    truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
+    readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
+    predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
+    special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
+    toy: ClassVar[Sequence[dict[str, str]]]  # a few rows to try the task with
+    choices: ClassVar[tuple[str, ...]] = ()  # options of the family that a resumed run must have in common
+
+    train: Any  # Split of the family's kind
+    val: Any
+
+    # --- what a task says
+
+    def content(self, row: Row) -> str:
+        """Equal for rows that are the same."""
+        return "".join(row.fields.values())
+
+    def kin(self, row: Row) -> str:
+        """Equal for rows that are held out together."""
+        return self.content(row)
+
+    # --- rows
+
+    def without_data(self, cfg: FinetuneConfig) -> str:
+        return f"no --data: training on the {len(self.toy)} toy rows of the task"
+
+    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
+        """Rows of `--data` ("train"), `--val-data` ("validation") or `--predict` ("test")."""
+        if spec == "toy":
+            return [Row(dict.fromkeys(self.columns, "") | row, f"toy row {n}") for n, row in enumerate(self.toy, 1)]
+        # `--FIELD-column` names the column of a field, `--lines` makes a row of each line of a text file.
+        columns = {field: getattr(self.cfg, f"{field}_column", None) or names for field, names in self.columns.items()}
+        optional = self.optional + (self.truth if split == "test" else ())
+        found = read_rows(
+            spec, columns, optional=optional, strict=self.cfg.strict, split=split,
+            lines=getattr(self.cfg, "lines", False), readers=self.readers, say=say,
+        )  # fmt: skip
+        if found.skipped:
+            self.warnings += (f"{spec}: {found.skipped:,} rows could not be read and are left out",)
+        return found.rows
+
+    def _training_and_validation(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
+        cfg = self.cfg
+        assert cfg.data
+        train = self.read(cfg.data, "train", say)
+        if cfg.val_data:
+            return train, self.read(cfg.val_data, "validation", say)
+        if cfg.data == "toy":
+            return train, train
+        parts = hold_out([self.kin(row) for row in train])
+        train, val = ([train[i] for i in ids] for ids in parts)
+        return train, val
+
+    def known_rows(self, train: Sequence[Row], val: Sequence[Row]) -> int:
+        """Training rows that also stand among the validation rows that the user named."""
+        return overlap(*([self.content(row) for row in rows] for rows in (train, val))) if self.cfg.val_data else 0
+
+    # --- vocabulary and shape
+
+    def _open_vocabulary(self) -> None:
+        cfg = self.cfg
+        where = cfg.init if cfg.init == "scratch" else locate(cfg.init)
+        given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
+        base = load_tokenizer(given if given == "gpt2" else locate(given))
+        self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
+        self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
+        self.base_sha256 = adapter_files.weights_sha256(self.base) if self.base else ""
+        self.new_tokens = range(base.vocab_size, self.tokenizer.vocab_size if self.base else base.vocab_size)
+        scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
+        self.shape: GPTConfig = self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
+        if base.vocab_size > self.shape.vocab_size:
+            raise UserError(
+                f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
+                f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
+            )
+        size = max(self.shape.vocab_size, self.tokenizer.vocab_size)
+        self.shape = dataclasses.replace(self.shape, vocab_size=size)
+
+    def _make_room(self) -> None:
+        """Set the longest row there may be, `seq_len`."""
+        cfg = self.cfg
+        limit = self.shape.block_size - (cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0)
+        if limit < 1:
+            raise UserError(
+                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's {self.shape.block_size} positions; "
+                f"use fewer"
+            )
+        if cfg.seq_len and cfg.seq_len > limit:
+            raise UserError(f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has room for")
+        self.seq_len = cfg.seq_len or limit
+
+    def _encode(self, parts: Parts, keep: int | None = None) -> list[int]:
+        """Token ids of the parts, the first `keep` of a long text."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, Special):
+                ids.append(self.tokenizer.special_id(part))
+            elif isinstance(part, Long):
+                ids += self.tokenizer.encode(part)[:keep]
+            else:
+                ids += self.tokenizer.encode(part)
+        return ids
+
+    def _set_order(self, group: int = 1) -> None:
+        """The batches of each step, and the lengths they are padded to."""
+        self.padded = padded_lengths(np.concatenate((self.train.lengths, self.val.lengths)), self.seq_len)
+        self.order = Order(self.train.lengths, self.cfg.batch_size, self.cfg.seed, group)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    # --- the run
+
+    def set_length(self, cfg: FinetuneConfig) -> FinetuneConfig:
+        epoch = self.steps_per_epoch
+        self.cfg = resolve_steps(cfg, cfg.steps or cfg.epochs * epoch, epoch)
+        return self.cfg
+
+    def rows_per_rank(self, cfg: FinetuneConfig, world_size: int) -> int:
+        return -(-cfg.batch_size // world_size)
+
+    def tokens_per_step(self) -> float:
+        return float(self.train.lengths.mean()) * min(self.cfg.batch_size, len(self.train.rows))
+
+    def describe_step(self, micro_batch: int, world_size: int) -> str:
+        return f"{self.cfg.batch_size} rows, up to {micro_batch} in a forward pass, on {world_size} ranks"
+
+    def longest_rows(self, n: int) -> np.ndarray:
+        return np.resize(np.argsort(-self.train.lengths, kind="stable"), n)
+
+    def identity(self) -> dict[str, Any]:
+        names = ["batch_size", "method", "llrd", *self.choices]
+        names += [name for name, methods in adapters.OPTIONS.items() if self.cfg.method in methods]
+        config = {name: getattr(self.cfg, name) for name in names}
+        config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+        return config | {
+            "seq_len": self.seq_len,
+            "n_layer": self.shape.n_layer,
+            "n_head": self.shape.n_head,
+            "n_embd": self.shape.n_embd,
+            "vocabulary": self.shape.vocab_size,
+            "base": self.base_sha256,
+            "data": hashlib.sha256(f"{self.train.sha256} {self.val.sha256}".encode()).hexdigest(),
+            "tokenizer": self.tokenizer.sha256,
+        }
+
+    def describe(self) -> dict[str, str]:
+        shape, train = self.shape, self.train
+        with torch.device("meta"):
+            model = self._dressed(GPT(shape))
+        trained, total = adapters.counts(model, self.groups(model, 0))
+        padding = padding_share(self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size)
+        return {
+            "task": f"{self.name}, {self.cfg.method}: {trained:,} of {total:,} parameters train "
+            f"({trained / total:.2%})",
+            "model": f"{shape.n_layer} layers x {shape.n_embd} wide, {shape.n_head} heads, context {self.seq_len}, "
+            f"start: {self.cfg.init}",
+            "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.vocab_size:,} ids"
+            + (f", of them {' '.join(self.special)}" if self.special else ""),
+            "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on ({train.lengths.sum():,} tokens, "
+            f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",
+        }
+
+    def flops_per_token(self) -> int:
+        with torch.device("meta"):
+            return GPT(self.shape).flops_per_token(int(self.train.lengths.max()))
+
+    def shape_in_training(self) -> GPTConfig:
+        """The shape as far as the memory of a step depends on it."""
+        return self.shape
+
+    def estimate(self, cfg: FinetuneConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        return estimate(
+            self.shape_in_training(), micro_batch, int(self.padded[-1]), cfg.precision, cfg.optimizer, device_type, world_size,
+            accumulate=micro_batch < self.rows_per_rank(cfg, world_size), saves=bool(cfg.save_every),
+            keep_freed=keeps_freed(cfg), cast_once=casts_once(cfg.precision, cfg.without), dress=self._dressed,
+        )  # fmt: skip
+
+    def checkpoint_bytes(self) -> int:
+        whole = self.cfg.method not in adapters.ADAPTERS
+        return checkpoint_bytes(self.shape, self.cfg.optimizer, self._dressed, whole)
+
+    # --- the model
+
+    def build_model(self, cfg: FinetuneConfig) -> nn.Module:
+        model, self.base = self.base or GPT(self.shape), None
+        if self.new_tokens:
+            model.add_tokens(self.new_tokens)
+        self._dressed(model)
+        self.stored = adapters.stored(model, cfg)
+        return model
+
+    def _dressed(self, model: GPT) -> GPT:
+        """The model with what its method adds to it."""
+        adapters.add_adapter(model, self.cfg, self.new_tokens)
+        return model
+
+    def groups(self, model: nn.Module, step: int) -> list[Group]:
+        assert isinstance(model, GPT)
+        return adapters.groups(model, self.cfg, step, self.steps_per_epoch)
+
+    def is_stored(self, parameter: str) -> bool:
+        return parameter in self.stored
+
+    def tokens(self, batch: Batch) -> float:
+        return float(self.train.lengths[batch["ids"].numpy()].sum())
+
+    def amounts(self, batch: Batch) -> dict[str, float]:
+        lengths = self.train.lengths[batch["ids"].numpy()]
+        return {"tokens": float(lengths.sum()), "padded_tokens": batch["idx"].numel(), "rows": len(lengths)}
+
+    # --- what is written
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, GPT)
+        if adapters.can_merge(model):
+            self._export_whole(model, folder)
+        else:
+            self._export_adapter(model, folder)
+
+    def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, GPT)
+        if self.cfg.method in adapters.ADAPTERS:
+            self._export_adapter(model, folder)
+        else:
+            self._export_whole(model, folder)
+
+    def _export_adapter(self, model: GPT, folder: Path) -> None:
+        init = self.cfg.init
+        base = str(Path(locate(init)).resolve()) if Path(init).exists() else init  # else a hub id
+        self.write_adapter(model, folder, base)
+        self.tokenizer.save(folder)
+
+    def _export_whole(self, model: GPT, folder: Path) -> None:
+        if adapters.added(model):
+            model = copy.deepcopy(model)  # the loop goes on with this one
+            adapters.merge(model)
+        self.write_model(model, folder)
+        self.tokenizer.save(folder)
+
+    def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
+        """What was added to a base that is elsewhere, in PEFT's layout."""
+        adapter_files.save_adapter(model, folder, base, self.base_sha256)
+
+    def write_model(self, model: GPT, folder: Path) -> None:
+        """A whole model, in the hub's layout."""
+        model.save_pretrained(folder, eot=self.tokenizer.eot)
+
+
+def plain(parts: Parts) -> str:
+    """The texts of some parts, special tokens left out."""
+    return "".join(part for part in parts if not isinstance(part, Special))
