@@ -66,9 +66,8 @@ def simcse(first: Tensor, second: Tensor, group: int, temperature: float) -> Ten
     size = min(group, B) or group  # no rows: no group
     if B % size:
         raise ValueError(f"{B} rows are no whole number of groups of {group}")
-    with torch.autocast(
-        first.device.type, enabled=False
-    ):  # over a temperature of 0.05, cosines in bf16 would be off by hundredths
+    # Over a temperature of 0.05, cosines in bf16 would be off by hundredths.
+    with torch.autocast(first.device.type, enabled=False):
         first, second = (F.normalize(_wide(x), dim=1).unflatten(0, (B // size, size)) for x in (first, second))
         log_p = (first @ second.mT / temperature).log_softmax(2)  # (groups, rows, their second passes)
     return -log_p.diagonal(dim1=1, dim2=2).sum()
