@@ -14,7 +14,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import TABLES, DoRA, Prefix, SoftPrompt, add_lora, add_rows, added, check_room, freeze, loras, token_rows
+from adapters import (
+    TABLES,
+    DoRA,
+    Prefix,
+    SoftPrompt,
+    add_lora,
+    add_rows,
+    always_trained,
+    check_room,
+    freeze,
+    loras,
+    token_rows,
+)
 from config import UserError
 from model import GPT, Linear
 
@@ -22,14 +34,20 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
 NEW_TOKENS = "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
 ROOT = "base_model.model."  # begins PEFT's names
+# By kind of adapter, PEFT's name of the weights of a classifier's scores.
+SCORES = {"LORA": ROOT + "score.weight"} | dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), "base_model.score.weight")
 DELTA = ".token_adapter.trainable_tokens_delta"  # ends PEFT's name of the rows of new tokens
-KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING")
 
 
 def weights_sha256(model: GPT) -> str:
-    """Of a plain model's weights: by name, in fp32, without padding; so of what they are, not of the file they are in."""
+    """Of a plain model's weights: by name, in fp32, without padding; so of what they are, not of the file they are in.
+
+    A classifier's heads are left aside: they are no part of the base.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if name.startswith("heads."):
+            continue
         rows = model.config.vocab_size if name.removesuffix(".weight") in TABLES else None
         tensor = parameter.detach()[:rows].to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -48,11 +66,12 @@ def base_of(folder: str | Path) -> tuple[str | None, str | None]:
     return _read_json(folder / CONFIG).get("base_model_name_or_path"), sha256
 
 
-def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str) -> None:
+def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, score: Tensor | None = None) -> None:
     """Write the model's adapter in PEFT's layout, fp32. The model's own weights are not looked at.
 
     `base` names the weights it belongs to, `base_sha256` is their weights_sha256. New tokens go where PEFT has
-    them beside LoRA and DoRA, else into a file beside, `ids` and `rows` by table.
+    them beside LoRA and DoRA, else into a file beside, `ids` and `rows` by table. With `score` (n_labels, n_embd) it is
+    an adapter for a classifier by the last token, of GPT2ForSequenceClassification.
     """
     from safetensors.torch import save_file
 
@@ -69,6 +88,9 @@ def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str) ->
             beside = {f"{n}.{k}": t for n, r in rows.items() for k, t in (("ids", r.ids), ("rows", r.rows))}
             save_file(_on_cpu(beside), folder / NEW_TOKENS)
     config |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
+    if score is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}  # as PEFT always writes it
+        tensors[SCORES[config["peft_type"]]] = score
     save_file(_on_cpu(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / BASE).write_text(json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n")
@@ -108,20 +130,21 @@ def _prefix_to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config | {"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": prefix.vectors}
 
 
-def load_adapter(model: GPT, folder: str | Path) -> None:
+def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
     """Put the adapter of a folder, written here or by `peft`, into its base, a plain model; the base is frozen.
 
-    The vocabulary grows where the adapter has tokens that the base lacks. Raises UserError for another base, shapes
+    Returns the scores' weights (n_labels, n_embd) where it is for a classifier by the last token. The vocabulary grows where the adapter has tokens that the base lacks. Raises UserError for another base, shapes
     that do not fit, and a kind of adapter that this project does not have.
     """
     folder = Path(folder)
     config, tensors = _read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     kind = config.get("peft_type")
-    if kind not in KINDS:
+    if kind not in SCORES:
         raise UserError(
             f"{folder} holds an adapter of the kind {kind}; LoRA, DoRA, prefix and prompt tuning can be read"
         )
     _check_base(model, folder)
+    score = _score_from_peft(model, folder, kind, tensors)
     if kind == "LORA":
         rows = _rows_from_peft(folder, config, tensors)
         _lora_from_peft(model, folder, config, tensors)
@@ -130,7 +153,8 @@ def load_adapter(model: GPT, folder: str | Path) -> None:
         rows = _rows_beside(_read_tensors(beside)) if beside.is_file() else {}
         model.prefix = _prefix_from_peft(model, folder, kind, tensors)
     _load_rows(model, folder, rows)
-    freeze(model, added(model))
+    freeze(model, always_trained(model))
+    return score
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -218,6 +242,15 @@ def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Te
     return Prefix(config, rows, width=0) if kind == "PREFIX_TUNING" else SoftPrompt(rows)
 
 
+def _score_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Taken out of `tensors`."""
+    score = tensors.pop(SCORES[kind], None)
+    width = model.config.n_embd
+    if score is not None and (score.dim() != 2 or score.shape[1] != width):
+        raise UserError(f"{folder}: the scores' weights are {tuple(score.shape)}, and this model is {width} wide")
+    return score
+
+
 Rows = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
 
 
@@ -241,14 +274,15 @@ def _rows_beside(tensors: dict[str, Tensor]) -> Rows:
 
 
 def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
-    if not rows:
-        return
-    ids = rows[TABLES[0]][0]
-    if (size := int(ids.max()) + 1) > model.config.vocab_size:
+    """On the tables that have them in the file: a classifier's adapter has none for a head that it does not use."""
+    size = max((int(ids.max()) + 1 for ids, _ in rows.values()), default=0)
+    if size > model.config.vocab_size:
         model.add_tokens(range(model.config.vocab_size, size))
-    add_rows(model, ids)
-    for name, own in token_rows(model).items():
-        _copy(own.rows, rows[name][1] if name in rows else None, f"{folder}: the new tokens of {name}")
+    for name, (ids, tensor) in rows.items():
+        if name == "lm_head" and model.config.tied_head:
+            raise UserError(f"{folder} has rows of its own for the head, and this model's head is its table")
+        add_rows(model, name, ids)
+        _copy(token_rows(model)[name].rows, tensor, f"{folder}: the new tokens of {name}")
 
 
 @torch.no_grad()

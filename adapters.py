@@ -189,8 +189,10 @@ def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> 
         model.prefix = _new_prefix(model, cfg)
     trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
     if new_tokens:
-        add_rows(model, torch.tensor(new_tokens), trained)
-    freeze(model, trained.keys() | added(model))
+        for table in TABLES if not model.config.tied_head and not model.heads else TABLES[:1]:
+            if f"{table}.weight" not in trained:
+                add_rows(model, table, torch.tensor(new_tokens))
+    freeze(model, trained.keys() | always_trained(model))
 
 
 def add_lora(model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: float, dropout: float) -> None:
@@ -223,14 +225,11 @@ def check_room(model: GPT, length: int) -> None:
         )
 
 
-def add_rows(model: GPT, ids: Tensor, trained: Collection[str] = ()) -> None:
-    """TokenRows on each table that does not train itself."""
-    modules = dict(model.named_modules())
-    for name in TABLES:
-        if name in modules and f"{name}.weight" not in trained:
-            layer = model.get_submodule(name)
-            rows = TokenRows(ids.to(layer.weight.device), layer.weight.detach()[ids].clone())
-            parametrize.register_parametrization(layer, "weight", rows)
+def add_rows(model: GPT, table: str, ids: Tensor) -> None:
+    """TokenRows on a table, of TABLES."""
+    layer = model.get_submodule(table)
+    rows = TokenRows(ids.to(layer.weight.device), layer.weight.detach()[ids].clone())
+    parametrize.register_parametrization(layer, "weight", rows)
 
 
 def token_rows(model: GPT) -> dict[str, TokenRows]:
@@ -263,7 +262,7 @@ def check(cfg: FinetuneConfig) -> None:
         if getattr(cfg, name) != defaults[name] and cfg.method not in methods:
             option, owners = name.replace("_", "-"), " or ".join(methods)
             raise UserError(f"--{option} belongs to --method {owners}, not to {cfg.method}; leave it out")
-    if cfg.llrd != 1 and cfg.method not in ("full", "last-k"):
+    if cfg.llrd != 1 and cfg.method not in ("full", "last-k", *LORA):
         why = "sets them itself" if cfg.method == "ulmfit" else "does not train these"
         raise UserError(f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave it out")
     if cfg.optimizer == "muon" and cfg.method not in ("full", "last-k", "ulmfit"):
@@ -279,7 +278,8 @@ def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> 
     """The parameters that train in `step`, as optim.default_groups but with the rate of each layer. Pure in step.
 
     ulmfit (Howard and Ruder 2018) begins with the head, and each epoch thaws the layer below; a layer's rate is
-    1/2.6 of that of the layer above.
+    1/2.6 of that of the layer above. Where there are heads of a classifier, they train under every method, and a
+    language model's head of its own, which has no loss then, under none.
     """
     rates = _rates(model, cfg, step // steps_per_epoch)
     found = []
@@ -294,39 +294,51 @@ def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> 
 
 def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
     """Names of the parameters that train in an epoch, with their share of the learning rate."""
-    rates = dict.fromkeys(added(model), 1.0)
-    if cfg.method in ADAPTERS:
-        return rates
-    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}[cfg.method]
+    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}.get(cfg.method, -1)
     decay = ULMFIT_DECAY if cfg.method == "ulmfit" else cfg.llrd
     depths = _depths(model, from_head=cfg.method in ("last-layer", "ulmfit"))
-    return rates | {name: decay**depth for name, depth in depths.items() if depth <= deepest}
+    always = always_trained(model)
+    return {name: decay**depth for name, depth in depths.items() if depth <= deepest or name in always}
 
 
 def _depths(model: GPT, from_head: bool) -> dict[str, int]:
-    """Layers from the top to each of the model's own parameters: 0 the head and the last norm, then block by block,
-    last the embeddings. A table that is both embedding and head is the head where `from_head`."""
-    n_layer, own = model.config.n_layer, dict(model.named_parameters()).keys() - added(model)
-    tied = all(name.startswith("transformer.") for name in own)  # no head beside the trunk
+    """Layers from the top to each parameter that can train: 0 the head and the last norm, then block by block, last the
+    embeddings. What is added has the depth of its block, outside of blocks 0.
+
+    Where `from_head`, a table that is both embedding and head is the head; a classifier's heads are above the last norm,
+    which goes with the last block.
+    """
+    n_layer, new, classifier = model.config.n_layer, always_trained(model), len(model.heads) > 0
+    top_table = "transformer.wte.weight" if from_head and model.config.tied_head and not classifier else None
     depths = {}
-    for name in own:
-        block = re.match(r"transformer\.h\.(\d+)\.", name)
-        embedding = name.startswith(("transformer.wte.", "transformer.wpe."))
-        if name == "transformer.wte.weight" and tied and from_head:
-            embedding = False
-        depths[name] = n_layer - int(block[1]) if block else n_layer + 1 if embedding else 0
+    for name, _ in model.named_parameters():
+        if block := re.match(r"transformer\.h\.(\d+)\.", name):
+            depths[name] = n_layer - int(block[1])
+        elif name in new or name == top_table:
+            depths[name] = 0
+        elif name.startswith(("transformer.wte.", "transformer.wpe.")):
+            depths[name] = n_layer + 1
+        elif name.startswith("transformer.ln_f."):
+            depths[name] = int(from_head and classifier)
+        elif not classifier:  # the language model's head
+            depths[name] = 0
     return depths
 
 
 def added(model: GPT) -> set[str]:
     """Names of the parameters that are not the model's own but an adapter's; empty where there is none."""
-    pattern = re.compile(r"(^|\.)(lora_|prefix\.|parametrizations\.weight\.0\.)")
+    pattern = re.compile(r"^prefix\.|\.lora_|\.parametrizations\.weight\.0\.")
     return {name for name, _ in model.named_parameters() if pattern.search(name)}
 
 
+def always_trained(model: GPT) -> set[str]:
+    """Names of the parameters that train under every method: an adapter's, and those of a classifier's heads."""
+    return added(model) | {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+
+
 def stored(model: GPT, cfg: MethodConfig) -> set[str]:
-    """Names of the parameters that a checkpoint must hold: an adapter's own, where the base is elsewhere."""
-    return added(model) if cfg.method in ADAPTERS else {name for name, _ in model.named_parameters()}
+    """Names of the parameters that a checkpoint must hold: what is new to the model, where the base is elsewhere."""
+    return always_trained(model) if cfg.method in ADAPTERS else {name for name, _ in model.named_parameters()}
 
 
 def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,11 +22,12 @@ import adapters
 from adapter_files import load_adapter, save_adapter, weights_sha256
 from adapters import ADAPTERS, LORA, added, can_merge, groups, merge, stored
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from heads import Head
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
 
-VOCAB, NEW, LAYERS = 101, 3, 2
+VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
 METHODS = ("full", "last-layer", "last-k", "ulmfit", *ADAPTERS)
 LORA_CASES = [(method, on) for method in LORA for on in adapters.LORA_ON]
@@ -51,10 +53,18 @@ def config(method: str, lora_on: str = "attention", **options: Any) -> FinetuneC
 
 
 def adapted(
-    base: Path, method: str, lora_on: str = "attention", new: int = 0, train: bool = True, **options: Any
+    base: Path,
+    method: str,
+    lora_on: str = "attention",
+    new: int = 0,
+    train: bool = True,
+    head: bool = False,
+    **options: Any,
 ) -> GPT:
     """The base with an adapter, as after some training: its values are moved off their beginning."""
     model = GPT.from_pretrained(base, **options).eval()
+    if head:
+        model.heads["main"] = Head(64, LABELS, "last")
     if new:
         model.add_tokens(range(VOCAB, VOCAB + new))
     torch.manual_seed(1)
@@ -72,24 +82,28 @@ def tokens(new: int = 0, rows: int = 3, length: int = 9) -> torch.Tensor:
     return idx
 
 
-def hub(base: Path, new: int = 0):
-    from transformers import GPT2LMHeadModel
+def hub(base: Path, new: int = 0, labels: int = 0):
+    """transformers' model, a classifier where there are labels."""
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = GPT2LMHeadModel.from_pretrained(base)
+    if labels:
+        model = GPT2ForSequenceClassification.from_pretrained(base, num_labels=labels)
+    else:
+        model = GPT2LMHeadModel.from_pretrained(base)
     if new:
         model.resize_token_embeddings(VOCAB + new, mean_resizing=False)
     return model.eval()
 
 
-def of_peft(base: Path, folder: Path, new: int = 0):
+def of_peft(base: Path, folder: Path, new: int = 0, labels: int = 0):
     import peft
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft of transformers
-        return peft.PeftModel.from_pretrained(hub(base, new), folder).eval()
+        return peft.PeftModel.from_pretrained(hub(base, new, labels), folder).eval()
 
 
 # --- the same as peft
@@ -118,12 +132,27 @@ def test_peft_reads_what_is_written_here(base, tmp_path, method, lora_on, new):
 def peft_config(kind: str, options: dict[str, Any]):
     import peft
 
+    options = {"task_type": "CAUSAL_LM"} | options
     if kind in LORA:
         options = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True} | options
-        return peft.LoraConfig(r=3, lora_alpha=5, use_dora=kind == "dora", task_type="CAUSAL_LM", **options)
-    if kind == "soft-prompt":
-        return peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    return peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", **options)
+        return peft.LoraConfig(r=3, lora_alpha=5, use_dora=kind == "dora", **options)
+    of = peft.PromptTuningConfig if kind == "soft-prompt" else peft.PrefixTuningConfig
+    return of(num_virtual_tokens=4, **options)
+
+
+def made_by_peft(model, kind: str, options: dict[str, Any]):
+    """peft's adapter, as after some training."""
+    import peft
+
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(model, peft_config(kind, options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return theirs
 
 
 @pytest.mark.parametrize(
@@ -139,16 +168,7 @@ def peft_config(kind: str, options: dict[str, Any]):
     ],
 )
 def test_what_peft_writes_is_read_here_with_the_same_gradients(base, tmp_path, kind, options):
-    import peft
-
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(hub(base), peft_config(kind, options))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn_like(parameter)
+    theirs = made_by_peft(hub(base), kind, options)
     theirs.save_pretrained(tmp_path)
     model = GPT.from_pretrained(base)
     load_adapter(model, tmp_path)
@@ -190,6 +210,72 @@ def test_new_rows_for_an_untied_head(tmp_path):
     with torch.no_grad():
         want = of_peft(tmp_path / "base", tmp_path / "adapter", NEW)(input_ids=tokens(NEW)).logits
         torch.testing.assert_close(model(tokens(NEW)), want, atol=1e-5, rtol=1e-5)
+
+
+# --- classifiers, the same as peft's
+
+
+def scores(model: GPT, head: Head, idx: torch.Tensor) -> torch.Tensor:
+    return head(model.hidden(idx), torch.full((len(idx),), idx.shape[1]))
+
+
+def scores_of_peft(theirs, idx: torch.Tensor) -> torch.Tensor:
+    """A row at a time: without padding, whatever their model takes for it."""
+    return torch.cat([theirs(input_ids=row[None]).logits for row in idx])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method, new", [("lora", 0), ("lora", NEW), ("dora", 0), ("prefix", 0), ("soft-prompt", 0)])
+def test_peft_reads_a_classifier_that_is_written_here(base, tmp_path, method, new):
+    model, idx = adapted(base, method, "both", new, head=True), tokens(new)
+    head = model.heads["main"]
+    save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)), head.weight)
+    want = scores_of_peft(of_peft(base, tmp_path, new, LABELS), idx)
+    torch.testing.assert_close(scores(model, head, idx), want, atol=1e-5, rtol=1e-5)
+
+    again = GPT.from_pretrained(base).eval()
+    score = load_adapter(again, tmp_path)
+    assert score is not None and torch.equal(score, head.weight)
+    assert torch.equal(again.hidden(idx), model.hidden(idx))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_peft_writes_of_a_classifier_is_read_here(base, tmp_path, kind):
+    theirs = made_by_peft(hub(base, labels=LABELS), kind, {"task_type": "SEQ_CLS"})
+    theirs.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(base).eval()
+    score = load_adapter(model, tmp_path)
+    assert score is not None
+    head = Head(64, LABELS, "last")
+    head.weight.copy_(score)
+    torch.testing.assert_close(scores(model, head, tokens()), scores_of_peft(theirs, tokens()), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_a_language_model_has_no_scores(base, tmp_path):
+    save_adapter(adapted(base, "lora"), tmp_path, "base", weights_sha256(GPT.from_pretrained(base)))
+    assert load_adapter(GPT.from_pretrained(base), tmp_path) is None
+
+
+def test_scores_of_another_width(base, tmp_path):
+    model = adapted(base, "lora", head=True)
+    save_adapter(model, tmp_path, "base", weights_sha256(GPT.from_pretrained(base)), model.heads["main"].weight[:, 1:])
+    with pytest.raises(UserError, match=r"\(5, 63\), and this model is 64 wide"):
+        load_adapter(GPT.from_pretrained(base), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_new_rows_of_a_classifier_are_its_table_s_alone(tmp_path, method):
+    """Its language model's head is in no loss."""
+    GPT(replace(SHAPE, tied_head=False)).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", method, new=NEW, head=True)
+    assert [name for name in added(model) if name.endswith(".rows") and not name.startswith("prefix.")] == [
+        "transformer.wte.parametrizations.weight.0.rows"
+    ]
+    save_adapter(model, tmp_path, "base", weights_sha256(GPT.from_pretrained(tmp_path / "base")))
+    again = GPT.from_pretrained(tmp_path / "base").eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.hidden(tokens(NEW)), model.hidden(tokens(NEW)))
 
 
 # --- how it trains
@@ -360,15 +446,93 @@ def test_parts_of_the_model(base, method, options, expected):
     assert parts(found) == expected and set(found.values()) == {1.0}
 
 
-@pytest.mark.parametrize("head", ["score", "lm_head"])
-def test_a_head_of_its_own_is_the_head_and_the_table_is_not(head):
-    model = GPT(replace(SHAPE, tied_head=head != "lm_head"))
-    if head == "score":
-        model.score = torch.nn.Linear(64, 5)
-    assert parts(rates(model, config("last-layer"))) == {head, "ln_f"}
-    assert parts(rates(model, config("last-k"))) == {head, "ln_f", "h.1"}
-    assert parts(rates(model, config("ulmfit"), step=29)) == {head, "ln_f", "h.1", "h.0"}
+def test_a_head_of_its_own_is_the_head_and_the_table_is_not():
+    model = GPT(replace(SHAPE, tied_head=False))
+    assert parts(rates(model, config("last-layer"))) == {"lm_head", "ln_f"}
+    assert parts(rates(model, config("last-k"))) == {"lm_head", "ln_f", "h.1"}
+    assert parts(rates(model, config("ulmfit"), step=29)) == {"lm_head", "ln_f", "h.1", "h.0"}
     assert rates(model, config("ulmfit"), step=30)["transformer.wte.weight"] == pytest.approx(2.6**-3)
+
+
+def classifier(method: str, tied: bool, new: int = 0) -> GPT:
+    """With heads that have every kind of parameter, and a method's part put in."""
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, tied_head=tied, vocab_size=VOCAB + new)).eval()
+    for pooling in ("last", "attention", "lstm"):
+        model.heads[pooling] = Head(64, LABELS, pooling)
+    adapters.add_adapter(model, config(method), range(VOCAB, VOCAB + new))
+    return model
+
+
+def of_heads(model: GPT) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+
+
+TRUNK = {"h.0", "h.1", "ln_f", "wte", "wpe"}
+WITH_HEADS = {  # what trains in the first epoch
+    "full": TRUNK,
+    "last-layer": set(),
+    "last-k": {"ln_f", "h.1"},
+    "ulmfit": set(),
+    "lora": {"h.0", "h.1"},
+    "dora": {"h.0", "h.1"},
+    "prefix": {"prefix"},
+    "soft-prompt": {"prefix"},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_train_under_every_method_and_the_language_model_s_under_none(method, tied):
+    model = classifier(method, tied)
+    found = rates(model, config(method))
+    assert parts(found) == {"heads"} | WITH_HEADS[method]
+    assert found.keys() >= of_heads(model) and set(found.values()) == {1.0}
+    if method in LORA:
+        assert found.keys() == added(model) | of_heads(model)
+
+
+@pytest.mark.parametrize("new", [0, NEW])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_beside_heads_has_a_gradient(method, tied, new):
+    """All of it, or processes would wait for each other's; new tokens' rows and the heads are part of it."""
+    model = classifier(method, tied, new)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == rates(model, config(method), step=1000).keys()
+    assert added(model) | of_heads(model) <= trained and "lm_head.weight" not in trained
+    idx = tokens(new)
+    sum(F.cross_entropy(scores(model, head, idx), torch.tensor([1, 3, 2])) for head in model.heads.values()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == trained
+    assert all(grads[name].any() for name in of_heads(model))
+    if new:
+        rows = grads.get("transformer.wte.parametrizations.weight.0.rows")
+        rows = grads["transformer.wte.weight"][VOCAB:] if rows is None else rows
+        assert rows[:new].any(1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_are_stored_and_counted(method):
+    model = classifier(method, tied=False)
+    names = {name for name, _ in model.named_parameters()}
+    assert stored(model, config(method)) == (added(model) | of_heads(model) if method in ADAPTERS else names)
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    for table in ("lm_head.weight", "transformer.wte.weight"):
+        numbers[table] = VOCAB * 64
+    trained = rates(model, config(method))
+    want = sum(numbers[name] for name in trained), sum(numbers.values())
+    assert adapters.counts(model, groups(model, config(method), 0, 10)) == want
+
+
+def test_ulmfit_begins_with_the_heads_alone():
+    order = [{"heads"}, {"h.1", "ln_f"}, {"h.0"}, {"wte", "wpe"}]
+    for step in range(0, 60, 5):
+        found, thawed = rates(classifier("ulmfit", tied=True), config("ulmfit"), step), min(step // 10 + 1, 4)
+        assert parts(found) == set().union(*order[:thawed])
+        for depth, layer in enumerate(order[:thawed]):
+            scales = [rate for name, rate in found.items() if parts([name]) <= layer]
+            assert scales == pytest.approx([2.6**-depth] * len(scales))
 
 
 def test_ulmfit_thaws_a_layer_an_epoch_and_divides_its_rate(base):
@@ -382,15 +546,27 @@ def test_ulmfit_thaws_a_layer_an_epoch_and_divides_its_rate(base):
             assert scales == pytest.approx([2.6**-depth] * len(scales))
 
 
-@given(llrd=st.floats(0.1, 0.99), last_k=st.integers(1, LAYERS), method=st.sampled_from(["full", "last-k"]))
-@settings(max_examples=10, deadline=None)
-def test_llrd_lowers_the_rate_block_by_block(llrd, last_k, method):
+@given(
+    llrd=st.floats(0.1, 0.99),
+    last_k=st.integers(1, LAYERS),
+    method=st.sampled_from(["full", "last-k", *LORA]),
+    head=st.booleans(),
+    new=st.sampled_from([0, NEW]),
+)
+@settings(max_examples=20, deadline=None)
+def test_llrd_lowers_the_rate_block_by_block(llrd, last_k, method, head, new):
+    """What is new and in no block has the whole rate."""
+    cfg = config(method, lora_on="both", llrd=llrd, last_k=last_k)
     with torch.device("meta"):
-        model = GPT(SHAPE)
-    found = rates(model, config(method, llrd=llrd, last_k=last_k))
+        model = GPT(replace(SHAPE, vocab_size=VOCAB + new))
+        if head:
+            model.heads["main"] = Head(64, LABELS, "last")
+        adapters.add_adapter(model, cfg, range(VOCAB, VOCAB + new))
+    found = rates(model, cfg)
+    assert ("heads.main.weight" in found) == head and {"h.1"} <= parts(found)
     for name, rate in found.items():
-        depth = {"ln_f": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}[parts([name]).pop()]
-        assert rate == pytest.approx(llrd**depth)
+        depth = {"heads": 0, "ln_f": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}[parts([name]).pop()]
+        assert rate == pytest.approx(1.0 if name.endswith(".rows") else llrd**depth)
 
 
 def test_muon_takes_the_blocks_matrices(base):
@@ -436,6 +612,15 @@ def test_merged_logits_are_the_same_and_the_model_is_plain(base, tmp_path, metho
     torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(tokens(new)), want, atol=1e-5, rtol=1e-5)
 
 
+def test_heads_stay_when_an_adapter_is_merged(base):
+    model = adapted(base, "dora", "both", head=True)
+    head = model.heads["main"]
+    want = scores(model, head, tokens())
+    merge(model)
+    assert model.heads["main"] is head and not added(model) and head.weight.requires_grad
+    torch.testing.assert_close(scores(model, head, tokens()), want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["prefix", "soft-prompt"])
 def test_a_prefix_is_not_merged(base, method):
     model = adapted(base, method)
@@ -466,6 +651,8 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
     torch.save(hub(base).state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
     assert weights_sha256(GPT.from_pretrained(tmp_path)) == one
+    model.heads["main"] = Head(64, LABELS, "last")  # no part of a base
+    assert weights_sha256(model) == one
     model.transformer.h[1].mlp.c_fc.bias.data[7] += 1e-6
     assert weights_sha256(model) != one
 
@@ -486,7 +673,7 @@ def test_base_of(base, tmp_path):
     [
         ({"method": "lora", "optimizer": "muon"}, "--optimizer adamw"),
         ({"method": "last-layer", "optimizer": "muon"}, "--optimizer adamw"),
-        ({"method": "lora", "llrd": 0.9}, "does not train these"),
+        ({"method": "soft-prompt", "llrd": 0.9}, "does not train these"),
         ({"method": "prefix", "llrd": 0.9}, "does not train these"),
         ({"method": "last-layer", "llrd": 0.9}, "does not train these"),
         ({"method": "ulmfit", "llrd": 0.9}, "sets them itself"),
@@ -507,6 +694,8 @@ def test_options_that_do_not_go_together(options, words):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_alone_is_fine(method):
     adapters.check(FinetuneConfig(method=method))
+    if method in ("full", "last-k", *LORA):
+        adapters.check(FinetuneConfig(method=method, llrd=0.9))
 
 
 @pytest.mark.parametrize(
@@ -533,6 +722,11 @@ def rename(folder: Path, old: str, new: str) -> None:
     save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
 
 
+def rows_of_the_head(folder: Path) -> None:
+    rename(folder, "transformer.wte.", "lm_head.")
+    spoil(folder, trainable_token_indices={"lm_head": list(range(VOCAB, VOCAB + NEW))})
+
+
 def cut(folder: Path, key: str) -> None:
     file = folder / adapter_files.WEIGHTS
     tensors = load_file(file)
@@ -553,6 +747,7 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no product"),
         ("lora", lambda f: rename(f, "lora_A", "lora_embedding_A"), "no part of a LoRA"),
         ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
+        ("lora", lambda f: rows_of_the_head(f), "rows of its own for the head"),
         ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
         ("lora", lambda f: cut(f, "trainable_tokens"), "the new tokens of transformer.wte"),
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),

@@ -549,7 +549,7 @@ MISTAKES = {  # a task and options: what the line must hold
     "lyrics --with-titel": ["unknown option --with-titel", "did you mean --with-title?"],
     "qa --decode gredy": ["gredy"],
     "sonnets --method lora": ["--method lora adds to trained weights", "--init"],
-    "sonnets --init base --method lora --llrd 0.9": ["--llrd", "--method lora"],
+    "sonnets --init base --method prefix --llrd 0.9": ["--llrd", "--method prefix does not train"],
     "sonnets --init base --method last-k --last-k 3": ["--last-k 3", "2 blocks", "--method full"],
     "sonnets --init base --lora-rank 4": ["--lora-rank belongs to --method lora or dora, not to full"],
     "sonnets --init base --method prefix --prefix-tokens 160": ["--prefix-tokens"],
