@@ -63,8 +63,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            least = 0 if name == "n_layer" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
@@ -397,7 +398,10 @@ FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a 
 MIN_INTERVAL = 5  # steps between evaluations, by default
 BELOW_ONE = 0.9999999
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "seq_len", "batch_tokens", "micro_batch", "keep", "keep_best"), (1, math.inf)),
+    **dict.fromkeys(
+        ("n_layer", "n_head", "n_embd", "steps", "seq_len", "batch_tokens", "micro_batch", "keep", "keep_best"),
+        (1, math.inf),
+    ),
     **dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), (0, math.inf)),
     **dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), (0, math.inf)),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (0, BELOW_ONE)),

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 import adapter_files
 import adapters
@@ -243,7 +244,12 @@ class Finetuning(Task):
             self.shape_in_training(), micro_batch, int(self.padded[-1]), cfg.precision, cfg.optimizer, device_type, world_size,
             accumulate=micro_batch < self.rows_per_rank(cfg, world_size), saves=bool(cfg.save_every),
             keep_freed=keeps_freed(cfg), cast_once=casts_once(cfg.precision, cfg.without), dress=self._dressed,
+            loss=self.of_tokens,
         )  # fmt: skip
+
+    def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
+        """What a step computes of token ids (B, T), as far as its memory depends on it: a scalar."""
+        return model(idx, idx, reduction="sum")
 
     def checkpoint_bytes(self) -> int:
         whole = self.cfg.method not in adapters.ADAPTERS
@@ -271,12 +277,21 @@ class Finetuning(Task):
     def is_stored(self, parameter: str) -> bool:
         return parameter in self.stored
 
-    def tokens(self, batch: Batch) -> float:
-        return float(self.train.lengths[batch["ids"].numpy()].sum())
-
     def amounts(self, batch: Batch) -> dict[str, float]:
         lengths = self.train.lengths[batch["ids"].numpy()]
         return {"tokens": float(lengths.sum()), "padded_tokens": batch["idx"].numel(), "rows": len(lengths)}
+
+    # --- what a finished model says
+
+    def conclude(self, cfg: Any, say: Callable[[str], None]) -> None:
+        """Write into the folder of a finished run what is to be known of its model; rank 0 alone."""
+
+    def predict(self, cfg: Any, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
+        """Write the answers that the model of a checkpoint gives to the rows of `--predict`.
+
+        Returns their scores where the file has the true ones.
+        """
+        raise NotImplementedError
 
     # --- what is written
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Pooling, UserError
+from config import Form, Pooling, UserError
 from model import GPT
 
 LSTM_WIDTH = 512
@@ -49,18 +49,17 @@ class Head(nn.Module):
         if self.pooling == "last":  # before the cast: of one position in T
             hidden = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
             return hidden.to(self.weight.dtype)
-        hidden = hidden.to(self.weight.dtype)
+        there = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
+        # Not a product with 0: what is computed of padding may be anything.
+        hidden = hidden.to(self.weight.dtype).masked_fill(~there[:, :, None], 0)
         if self.pooling == "lstm":
             states, _ = self.lstm(hidden)
             return states[torch.arange(len(lengths), device=hidden.device), lengths - 1]
-        there = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
         if self.pooling == "mean":
-            weights = there / lengths[:, None]
-        else:
-            scores = hidden @ self.query / math.sqrt(hidden.shape[2])
-            weights = scores.masked_fill(~there, -torch.inf).softmax(1)
-        # Not a product with 0: what is computed of padding may be anything.
-        return (weights.to(hidden)[:, :, None] * hidden.masked_fill(~there[:, :, None], 0)).sum(1)
+            return hidden.sum(1) / lengths[:, None]
+        scores = hidden @ self.query / math.sqrt(hidden.shape[2])
+        weights = scores.masked_fill(~there, -torch.inf).softmax(1)
+        return (weights[:, :, None] * hidden).sum(1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Info:
 
     task: str
     labels: tuple[str, ...]
-    form: str
+    form: Form
     pooling: Pooling
     words: tuple[str, ...] = ()  # of the labels, where the language head answers
 
@@ -96,20 +95,39 @@ def read_info(folder: str | Path) -> Info | None:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def load(head: Head, folder: str | Path, name: str) -> bool:
-    """Give `head` the values that the head of this name has in a classifier's folder; False where there is none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
+    """The head of a classifier's folder, written here or by transformers, and what it is for; None where there is none."""
+    folder = Path(folder)
+    info = read_info(folder)
+    if info is None:
+        return _of_hub(folder)
+    if info.form == "word":
+        return None
+    own = {key: t for key, t in _tensors(folder / WEIGHTS).items() if key.startswith(f"{info.task}.")}
+    if not own:
+        raise UserError(f"{folder / WEIGHTS} holds no head of the name {info.task}")
+    return info, {key.removeprefix(f"{info.task}."): tensor for key, tensor in own.items()}
 
-    file = Path(folder) / WEIGHTS
-    if not file.is_file():
-        return False
+
+def _of_hub(folder: Path) -> tuple[Info, dict[str, Tensor]] | None:
+    """Of a GPT2ForSequenceClassification."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if not config.is_file() or not weights.is_file():
+        return None
+    said = json.loads(config.read_text(encoding="utf-8"))
+    if "GPT2ForSequenceClassification" not in (said.get("architectures") or ()):
+        return None
+    score = _tensors(weights, "score.weight")["score.weight"]
+    names = said.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(score))}
+    labels = tuple(names[str(i)] for i in range(len(score)))
+    return Info("", labels, "plain", "last"), {"weight": score.float()}
+
+
+def _tensors(file: Path, only: str | None = None) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        tensors = load_file(file)
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in ([only] if only else tensors.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-    if own.keys() != dict(head.named_parameters()).keys():
-        return False
-    head.load_state_dict(own)
-    return True

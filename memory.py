@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,7 @@ from model import GPT
 from precision import DTYPES, Cast
 
 Dress = Callable[[GPT], object]
+Loss = Callable[[GPT, Tensor], Tensor]
 BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
 HOLES = 0.2  # of activations and logits: what a heap that keeps freed tensors holds beyond those alive (measured)
 SCRATCH_BYTES = 32 << 20  # of a CPU process: its matrix products' buffers, and code first touched by a step
@@ -66,6 +68,7 @@ def estimate(
     keep_freed: bool = False,
     cast_once: bool = False,
     dress: Dress | None = None,
+    loss: Loss | None = None,
     base: int | None = None,
 ) -> Memory:
     """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
@@ -73,10 +76,12 @@ def estimate(
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
     `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`.
     `cast_once`: the products read copies of the weights (precision.Cast). `dress`: what is done to the model before it
-    trains, such as freezing most of it. `base`: bytes of the process before it
-    builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
+    trains, such as freezing most of it. `loss`: what a step computes of token ids (micro_batch, seq_len); by default
+    that of their language. `base`: bytes of the process before it builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
     """
-    live = _step(config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once, dress)
+    live = _step(
+        config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once, dress, loss or _of_language
+    )
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(config, optimizer, padded=True, dress=dress)
     other = base if base is not None else resident_bytes() if on_cpu else 0
@@ -224,6 +229,7 @@ def _step(
     accumulate: bool,
     cast_once: bool,
     dress: Dress | None,
+    loss: Loss,
 ) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
     with FakeTensorMode(), _Ledger() as ledger:
@@ -231,7 +237,8 @@ def _step(
         model = GPT(config)
         if dress:
             dress(model)
-        run = Cast(model, dtype) if dtype and cast_once else model
+        run: nn.Module = _Step(model, loss)
+        run = Cast(run, dtype) if dtype and cast_once else run
         ledger.part = "gradients"
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -247,7 +254,22 @@ def _step(
 
         model.transformer.ln_f.register_forward_hook(at_head)
         with torch.autocast("cpu", dtype, enabled=dtype is not None and not cast_once):
-            loss = run(idx, idx, reduction="sum")
+            objective = run(idx)
         ledger.part = "activations"
-        loss.backward()
+        objective.backward()
     return ledger.peak
+
+
+class _Step(nn.Module):
+    """A model's loss of token ids, as one module."""
+
+    def __init__(self, model: GPT, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.loss(self.model, idx)
+
+
+def _of_language(model: GPT, idx: Tensor) -> Tensor:
+    return model(idx, idx, reduction="sum")

@@ -298,7 +298,7 @@ class GPT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the blocks' weights, and so of the residual stream (precision.py may have cast them)."""
-        return self.transformer.h[0].mlp.c_fc.weight.dtype
+        return (self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte).weight.dtype
 
     def forward(
         self,

@@ -222,6 +222,7 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
         f"norm {record['grad_norm']:.3f}",
         f"{record['step_ms']:,.0f} ms",
         f"{record['tokens_per_second']:,.0f} tok/s",
+        f"{record['rows_per_second']:,.1f} rows/s" if "rows_per_second" in record else "",
         f"mfu {100 * mfu:.1f}%" if mfu is not None else "",
         bytes_text(record["memory_bytes"]),
         f"eta {time_text(eta)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class StepBatches:
 
     batches: list[Any]  # None: this rank has no rows left
     weights: dict[str, float]  # of this rank alone
-    tokens: float
+    amounts: dict[str, float]  # the same
     spare: Any  # a batch to run for nothing where there is none
 
 
@@ -72,15 +72,11 @@ class Loader:
         parts = partition(groups, self.world.rank, self.world.size, self.micro_batch)
         batches = [None if ids is None else self.task.collate("train", ids) for ids in parts]
         live = [batch for batch in batches if batch is not None]
-        weights: dict[str, float] = {}
-        for batch in live:
-            for term, weight in self.task.weights(batch).items():
-                weights[term] = weights.get(term, 0.0) + weight
-        tokens = sum(map(self.task.tokens, live))
+        weights, amounts = added(map(self.task.weights, live)), added(map(self.task.amounts, live))
         spare = live[0] if live else self.task.collate("train", groups[0])
         if self.stream:
             batches, spare = self._copied((batches, spare))
-        return StepBatches(batches, weights, tokens, spare)
+        return StepBatches(batches, weights, amounts, spare)
 
     def _copied(self, batches: Any) -> Any:
         """`batches` on the GPU. Only this thread waits for the copy."""
@@ -103,6 +99,15 @@ class Loader:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
+def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sums by name; not all need have all names."""
+    total: dict[str, float] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total.get(name, 0.0) + number
+    return total
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, batch)
 
@@ -113,6 +118,8 @@ def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
 
 
 # --- one optimizer step
+
+AMOUNT = "amount "  # before an amount's name, where it travels with the weights
 
 
 class TaskModule(nn.Module):
@@ -136,7 +143,7 @@ class StepResult:
     ok: Tensor  # False: not finite, so nothing was updated
     terms: dict[str, Tensor]  # mean of each loss term
     lr: float
-    tokens: float  # over all ranks
+    amounts: dict[str, float]  # what the step's batches held, over all ranks
 
 
 def compile_unit(cfg: RunConfig, world: World) -> str:
@@ -203,8 +210,7 @@ class TrainStep:
         """Update the model with step `step` (0-based); None, and nothing changed, where `stop()` said so half-way."""
         self.assemble(step)
         self.model.train()
-        total = distributed.sum_over_ranks(self.world, data.weights | {"": data.tokens})
-        tokens = total.pop("")
+        total, amounts = self._over_ranks(data)
         factors = {k: self.task.terms[k] / w for k, w in total.items() if w}
         sums = {k: torch.zeros((), device=self.world.device) for k in factors}
         for micro, batch in enumerate(data.batches):
@@ -222,7 +228,13 @@ class TrainStep:
         self.optimizers.step(lr, factor, ok)
         self.scale.update(ok)
         self.zero_grad()
-        return StepResult(loss, norm, ok, terms, lr, tokens)
+        return StepResult(loss, norm, ok, terms, lr, amounts)
+
+    def _over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
+        """The step's weights and amounts over all ranks, in one exchange."""
+        both = distributed.sum_over_ranks(self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights)
+        amounts = {k.removeprefix(AMOUNT): both.pop(k) for k in list(both) if k.startswith(AMOUNT)}
+        return both, amounts
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP all-reduces gradients in the last micro-batch's backward pass only."""

@@ -127,8 +127,8 @@ class Task:
         """Per term, how many targets (or rows) `loss` will sum over: known before the forward pass."""
         raise NotImplementedError
 
-    def tokens(self, batch: Batch) -> float:
-        """Tokens of a batch, padding not counted: for tokens per second."""
+    def amounts(self, batch: Batch) -> dict[str, float]:
+        """What a batch holds, for the log's rates: tokens without padding, and whatever else adds up: padded_tokens, rows."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -290,8 +290,8 @@ class LanguageModelling(Task):
     def weights(self, batch: Batch) -> dict[str, float]:
         return {"nll": float((batch["targets"] != IGNORE).sum())}
 
-    def tokens(self, batch: Batch) -> float:
-        return batch["targets"].numel()
+    def amounts(self, batch: Batch) -> dict[str, float]:
+        return {"tokens": batch["targets"].numel()}
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"nll": model(**batch, reduction="sum")}

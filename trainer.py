@@ -107,7 +107,7 @@ class Run:
         self.at = Progress()
         self.saved: int | None = None  # step of the newest checkpoint
         self.signal = 0  # what all ranks agreed to stop for
-        self.rates: list[float] = []  # tokens per second of each step
+        self.rates: dict[str, list[float]] = {}  # by amount, of each step, per second
         self.clock = time.perf_counter()  # when the last step's figures were read
         self.flops = task.flops_per_token()
         self.peak = device_peak(world, cfg.precision)
@@ -311,9 +311,10 @@ class Run:
         loss, norm, ok, *terms = figures
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        rate = result.tokens / seconds
-        self.rates.append(rate)
-        self.at.tokens += result.tokens
+        rates = {name: amount / seconds for name, amount in result.amounts.items()}
+        for name, rate in rates.items():
+            self.rates.setdefault(name, []).append(rate)
+        self.at.tokens += result.amounts["tokens"]
         self.at.seconds += seconds
         self.at.losses = [*self.at.losses, loss][-10:]
         record = {
@@ -322,15 +323,16 @@ class Run:
             "lr": result.lr,
             "grad_norm": norm,
             "tokens": int(self.at.tokens),
-            "tokens_per_second": rate,
-            "mfu": self._mfu(rate),
+            **per_second(rates),
+            "mfu": self._mfu(rates["tokens"]),
             "step_ms": 1e3 * seconds,
             "data_ms": 1e3 * waited,
             "memory_bytes": distributed.memory_bytes(self.world.device),
         }
         if len(terms) > 1:
             record |= dict(zip(result.terms, terms, strict=True))
-        eta = (self.steps - step) * statistics.median(1 / r for r in self.rates[-50:]) * result.tokens
+        a_token = statistics.median(1 / rate for rate in self.rates["tokens"][-50:])
+        eta = (self.steps - step) * a_token * result.amounts["tokens"]
         shown = bool(self.cfg.log_every) and (step % self.cfg.log_every == 0 or step == self.steps)
         self.log.step(record, self.steps, eta, shown)
         self._count_skipped(step, bool(ok))
@@ -484,11 +486,11 @@ class Run:
         """Write final/ and metrics.json, and say how it went; nobody leaves before rank 0 has written."""
         self.saver.join()
         figures = self._on_main(self._write_results)
-        speed = figures["tokens_per_second"]  # None: all steps were done before this start
+        speeds = [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in self._speeds().items()]
         rows = {
             "validation": ", ".join(f"{k} {v:.4f}" for k, v in self.at.metrics.items()) or "not evaluated",
             "training loss": f"{figures['train_loss']:.4f} (mean of the last {len(self.at.losses)} steps)",
-            "speed": f"{speed:,.0f} tokens/s (median)" if speed else "not measured",
+            "speed": f"{', '.join(speeds)} (median)" if speeds else "not measured",  # all steps were done before
             "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
             "skipped": f"{self.at.skipped} updates",
             "model": f"{self.folder}/final (step {figures['final_is_step']})",
@@ -541,13 +543,17 @@ class Run:
             "tokens": int(self.at.tokens),
             "train_loss": statistics.fmean(self.at.losses),
             **self.at.metrics,
-            "tokens_per_second": statistics.median(self.rates) if self.rates else None,
+            **(per_second(self._speeds()) or {"tokens_per_second": None}),
             "seconds": self.at.seconds,
             "skipped": self.at.skipped,
             "memory_bytes": distributed.memory_bytes(self.world.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
+
+    def _speeds(self) -> dict[str, float]:
+        """Median rate of each amount over the steps since this start."""
+        return {name: statistics.median(rates) for name, rates in self.rates.items()}
 
     def _card(self, step: int) -> str:
         lines = "\n".join(f"- {name}: {value}" for name, value in self.task.describe().items())
@@ -561,6 +567,10 @@ class Run:
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
             f'```python\nAutoModelForCausalLM.from_pretrained("{self.folder}/final")\n```\n'
         )
+
+
+def per_second(rates: dict[str, float]) -> dict[str, float]:
+    return {f"{name}_per_second": rate for name, rate in rates.items()}
 
 
 @torch.no_grad()

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from checkpoint import locate
+from classification import Classification, as_lstm, probabilities
 from cli import parse
-from config import GenerationConfig, UserError, check
-from distributed import recorded
+from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
+from distributed import memory_bytes, recorded
 from files import write_json
-from generation import Generation
+from finetuning import Finetuning
+from rows import Row
 from runlog import finite
 
 
-def command(task: Generation) -> int:
+def command(task: Finetuning) -> int:
     """Train `task` as the command line says, then answer the rows of --predict; returns the exit code."""
     from trainer import train
 
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
-    assert isinstance(cfg, GenerationConfig)
+    assert isinstance(cfg, FinetuneConfig)
+    if isinstance(task, Classification):
+        assert isinstance(cfg, ClassificationConfig)
+        if cfg.model in ("naive-bayes", "tf-idf"):
+            return fit_words(task, cfg)
+        cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
+        task.others = [other_task(*words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)]
     trains = bool(cfg.epochs or cfg.steps)
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     code = recorded(train, task, cfg) if trains else 0
-    if code == 0 and cfg.predict and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
-        predict(task, cfg, str(cfg.out) if trains else cfg.init)
+    if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
+        if trains:
+            task.conclude(cfg, print)
+        if cfg.predict:
+            predict(task, cfg, str(cfg.out) if trains else cfg.init)
     return code
 
 
-def predict(task: Generation, cfg: GenerationConfig, where: str) -> None:
+def predict(task: Finetuning, cfg: Any, where: str) -> None:
     """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed and written beside
     the answers, with the seconds that opening the model and answering took."""
     check(cfg)
@@ -44,3 +62,61 @@ def predict(task: Generation, cfg: GenerationConfig, where: str) -> None:
         write_json(path.with_suffix(".scores.json"), finite(scores) | {"seconds": seconds})
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
+
+
+def _data_of_others(cfg: ClassificationConfig) -> tuple[str, ...]:
+    if cfg.also_data and len(cfg.also_data) != len(cfg.also):
+        raise UserError(
+            f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give one for each"
+        )
+    return cfg.also_data or ("toy",) * len(cfg.also)
+
+
+def other_task(asked: str, data: str) -> tuple[Classification, float]:
+    """A task of --also TASK:WEIGHT, set to read `data`, and the weight."""
+    name, _, weight = asked.partition(":")
+    tasks = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    kinds = vars(importlib.import_module(f"finetune.{name}")).values() if name in tasks else ()
+    task = next((kind() for kind in kinds if isinstance(kind, type) and issubclass(kind, Classification)
+                 and kind.__module__ == f"finetune.{name}"), None)  # fmt: skip
+    if task is None:
+        raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, tasks)}")
+    try:
+        value = float(weight or 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--also {asked}: the weight must be a number above 0, as in --also {name}:0.5")
+    task.cfg = dataclasses.replace(task.config(**task.defaults), data=data)
+    return task, value
+
+
+def fit_words(task: Classification, cfg: ClassificationConfig) -> int:
+    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the same files about them."""
+    from baselines import fit_text_model
+
+    task.cfg, task.warnings = cfg, ()
+    cfg.data = cfg.data or "toy"
+    folder = Path(str(cfg.out))
+    folder.mkdir(parents=True, exist_ok=True)
+    train, val = task.read_labelled(print)
+    labels = np.array([task.label_of(row) for row in train])
+    began = time.perf_counter()
+    model = fit_text_model(cfg.model, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed,
+                           task.row_weights(train))  # fmt: skip
+    seconds = time.perf_counter() - began
+
+    def answer(rows: list[Row], path: Path) -> dict[str, float]:
+        found = model.log_probs([task.texts(row) for row in rows])
+        return task.write_answers(path, rows, probabilities(found), print)
+
+    figures = answer(val, folder / "validation.jsonl")
+    write_json(folder / "config.json", dataclasses.asdict(cfg))
+    about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")),
+             "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
+    write_json(folder / "metrics.json", figures | about)
+    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
+    if cfg.predict:
+        path = Path(cfg.answers or folder / task.predictions)
+        write_json(path.with_suffix(".scores.json"), answer(task.read(cfg.predict, "test", print), path))
+    return 0

@@ -73,7 +73,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --seq-len 4096 --batch-tokens 4096 --micro-batch 1": ["too short", "--seq-len"],
     # shape and batch
     "--out new --n-head 3": ["n_embd 64 is not divisible by n_head 3", "--n-head 2"],
-    "--out new --n-layer 0": ["n_layer is 0"],
+    "--out new --n-layer 0": ["--n-layer is 0; it must be at least 1"],
     "--out new --batch-tokens 100": ["--batch-tokens 100", "1 ranks x 16", "--batch-tokens 96"],
     "--out new --micro-batch 3": ["--micro-batch 3", "8 rows", "use 2"],
     "--out new --micro-batch 0": ["--micro-batch is 0"],

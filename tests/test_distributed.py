@@ -41,7 +41,7 @@ def gradients(world: World) -> dict[Any, Any]:
                 train = step_of(task, world, clip=0)
                 captured = capture_gradients(train)
                 result = run_step(train, at, loader(task, world, micro_batch))
-                found[batch, at, micro_batch] = captured, result.loss.item(), result.tokens
+                found[batch, at, micro_batch] = captured, result.loss.item(), result.amounts
     return found
 
 
@@ -164,11 +164,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("micro_batch", [2, 8])
 def test_gradients_are_those_of_the_whole_batch(pair, batch, at, micro_batch):
-    (mine, loss, tokens), (other, *_) = (found["gradients"][batch, at, micro_batch] for found in pair)
+    (mine, loss, amounts), (other, *_) = (found["gradients"][batch, at, micro_batch] for found in pair)
     task = TwoHeads(batch=batch)
     expected_loss, _, expected = expected_gradients(task, step_of(task, ALONE).model, at)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert tokens == sum(task.lengths[i] for i in task.rows("train", at).reshape(-1))
+    ids = task.rows("train", at).reshape(-1)
+    assert amounts == {"tokens": task.lengths[ids].sum(), "rows": len(ids)}
     assert equal(mine, other)
     for name, value in expected.items():
         torch.testing.assert_close(mine[name].double(), value, rtol=2e-5, atol=1e-7, msg=name)

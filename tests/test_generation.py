@@ -241,7 +241,8 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
     n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
     assert task.weights(batch) == dict.fromkeys(task.terms, n_learned)
-    assert task.tokens(batch) == sum(len(task.train.tokens[i]) - 1 for i in ids)
+    n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
+    assert task.amounts(batch) == {"tokens": n_tokens, "padded_tokens": batch["idx"].numel(), "rows": len(ids)}
 
 
 def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:

@@ -485,7 +485,7 @@ def test_trains_as_transformers_does(tmp_path):
 
 
 def test_shapes_that_cannot_be():
-    for changes in ({"n_head": 5}, {"n_layer": 0}, {"vocab_size": 0}):
+    for changes in ({"n_head": 5}, {"n_layer": -1}, {"vocab_size": 0}):
         with pytest.raises(UserError) as error:
             dataclasses.replace(SMALL, **changes)
         assert "\n" not in str(error.value)

@@ -58,7 +58,8 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, s
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
     assert {name: value.item() for name, value in result.terms.items()} == pytest.approx(terms, rel=1e-5)
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
-    assert result.tokens == sum(task.lengths[i] for i in task.rows("train", step).reshape(-1))
+    ids = task.rows("train", step).reshape(-1)
+    assert result.amounts == {"tokens": task.lengths[ids].sum(), "rows": len(ids)}
     assert bool(result.ok)
 
 

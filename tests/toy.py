@@ -88,8 +88,8 @@ class TwoHeads(Task):
         counts = {"tag": float(batch["tagged"].sum()), "rank": float(batch["ranked"].sum())}
         return {name: count for name, count in counts.items() if count}
 
-    def tokens(self, batch: dict[str, Tensor]) -> float:
-        return float(batch["there"].sum())
+    def amounts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        return {"tokens": float(batch["there"].sum()), "rows": len(batch["ids"])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x = batch["x"].to(model.trunk.weight.dtype)

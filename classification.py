@@ -1,0 +1,668 @@
+"""Fine-tuning on rows whose answers are labels: the family of tasks that a head over a GPT's hidden states can do.
+
+A row becomes the tokens of its text and nothing else, so that whoever loads the classifier elsewhere gives it the text
+and gets the same scores. Under `--form word` there is no head: the language model's own answers with a label's word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import adapter_files
+import adapters
+import confusion
+import confusion_chart
+import heads
+from checkpoint import locate
+from config import ClassificationConfig, FinetuneConfig, UserError, nearest
+from decoding import open_model
+from distributed import choose_device
+from files import write_json
+from finetuning import Finetuning, Long, Parts, Split
+from heads import Head
+from model import GPT
+from objectives import label_nll, rdrop, simcse
+from order import Order, pad_to
+from rows import Row, Rows
+from runlog import finite
+from task import Batch
+
+ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
+MANY_LABELS = 20  # from here on a label a few rows is no label
+LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
+PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
+
+
+@dataclass
+class Labelled(Split):
+    """Rows with what is learned of them."""
+
+    labels: np.ndarray  # (n,) int64: the number of each row's label
+    weights: np.ndarray  # (n,) float64: of each row's loss
+    heads: np.ndarray  # (n,) int64: the head that each belongs to, 0 the task's own
+
+
+class Classification(Finetuning):
+    """Fill in `columns`, `texts` and, for the forms that need them, `prompt` and `label_words`."""
+
+    config = ClassificationConfig
+    cfg: ClassificationConfig
+    best = ("accuracy", "max")
+    compiles_whole = False
+    hub_class = ("AutoModelForSequenceClassification", "text-classification")
+    truth: ClassVar[tuple[str, ...]] = ("label",)
+    choices: ClassVar[tuple[str, ...]] = (
+        "form", "words", "pooling", "cut", "dropout", "head_dropout", "class_weights", "label_smoothing", "objective",
+        "rdrop", "simcse", "simcse_temperature", "simcse_group", "also", "augment_weight",
+    )  # fmt: skip
+    course: ClassVar[str] = "Predicted_Label"  # heads the second column of the csv of predictions
+    others: Sequence[tuple[Classification, float]] = ()  # of --also, with the weights of their losses
+
+    labels: tuple[str, ...]
+    train: Labelled
+    val: Labelled
+
+    # --- what a task says
+
+    def texts(self, row: Row) -> tuple[str, ...]:
+        """The one text of a row, or the two."""
+        return (row["text"].strip(),)
+
+    def prompt(self, row: Row) -> Parts:
+        """A row under the forms `prompt` and `word`; after it stands the label's word."""
+        raise NotImplementedError
+
+    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
+        """What the language model answers with, label by label; empty where the task knows none."""
+        return [] if all(label.isdigit() for label in labels) else [label.replace("_", " ").lower() for label in labels]
+
+    def content(self, row: Row) -> str:
+        return "\n".join(self.texts(row))
+
+    # --- rows
+
+    def _open_vocabulary(self) -> None:
+        super()._open_vocabulary()
+        if self.cfg.model == "lstm":
+            self.shape = dataclasses.replace(self.shape, n_layer=0)  # its embeddings, then the head
+
+    def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
+        self.cfg = cfg
+        adapters.check(cfg)
+        check(cfg)
+        self.warnings = ()
+        train, val = self.read_labelled(say)
+        self._open_vocabulary()
+        self._make_room()
+        self.words = self._words()
+        self.parts: list[Classification] = [self]
+        splits = [self._splits(train, val)]
+        for other, _ in self.others:
+            splits.append(other.beside(self, say))
+            self.parts.append(other)
+            self.warnings += other.warnings
+        self.keys = _distinct([part.name for part in self.parts])
+        self.train, self.val = (_joined(parts) for parts in zip(*splits, strict=True))
+        self._set_order(cfg.simcse_group if "simcse" in cfg.objective else 1)
+        self._set_terms()
+        for text in self._first_rows():
+            say(text)
+
+    def read_labelled(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
+        """Training rows, those of --augment last, and validation rows; finds the labels, and checks all of them."""
+        train, val = self._training_and_validation(say)
+        self.labels = find_labels(train)
+        self.augmented = self.read(self.cfg.augment, "train", say) if self.cfg.augment else []
+        for row in (*self.augmented, *val):
+            self.label_of(row)
+        train = [*train, *self.augmented]
+        known = self.known_rows(train, val)
+        if known:
+            text = (
+                f"{known} of {len(train)} training rows ({known / len(train):.1%}) also stand among the validation rows"
+            )
+            if known > ALLOWED_OVERLAP * len(train) and not self.cfg.allow_overlap:
+                raise UserError(f"{text}; take them out, or go on with --allow-overlap")
+            self.warnings += (text,)
+        return train, val
+
+    def label_of(self, row: Row) -> int:
+        """The number of a row's label. Raises UserError for one that no training row has."""
+        name = label_name(row["label"])
+        if name in self.labels:
+            return self.labels.index(name)
+        numbers = all(label.isdigit() for label in self.labels) and not name.isdigit()
+        why = (
+            "is not a number, as those of the training rows are" if numbers else "is none of the training rows' labels"
+        )
+        shown = ", ".join(self.labels[:MANY_LABELS])
+        raise UserError(f"{row.where}: the label {name[:60]!r} {why}{nearest(name, self.labels)}; they are {shown}")
+
+    def beside(self, main: Classification, say: Callable[[str], None]) -> tuple[Labelled, Labelled]:
+        """The splits of a task that trains along with `main`, read with its tokenizer, for a head of its own."""
+        self.warnings = ()
+        train, val = self.read_labelled(say)
+        self.tokenizer, self.seq_len, self.words = main.tokenizer, main.seq_len, ()
+        return self._splits(train, val)
+
+    def row_weights(self, train: Sequence[Row]) -> np.ndarray:
+        """Of the loss of each training row, (n,)."""
+        of_class = self._class_weights(Counter(map(self.label_of, train)))
+        weights = np.array([of_class[self.label_of(row)] for row in train])
+        weights[len(train) - len(self.augmented) :] *= self.cfg.augment_weight
+        if not weights.any():
+            raise UserError("all training rows have the weight 0; raise --class-weights or --augment-weight")
+        return weights
+
+    def _splits(self, train: Sequence[Row], val: Sequence[Row]) -> tuple[Labelled, Labelled]:
+        return self._split(train, self.row_weights(train), "training"), self._split(
+            val, np.ones(len(val)), "validation"
+        )
+
+    def _class_weights(self, rows: Counter[int]) -> list[float]:
+        asked, n = self.cfg.class_weights, len(self.labels)
+        if not asked:
+            return [1.0] * n
+        if asked == ("balanced",):
+            return [rows.total() / (n * rows[label]) for label in range(n)]
+        try:
+            weights = [float(word) for word in asked]
+        except ValueError:
+            weights = []
+        if len(weights) != n or not all(0 <= weight < math.inf for weight in weights):
+            raise UserError(
+                f"--class-weights {' '.join(asked)}: give balanced, or {n} numbers, for the labels {', '.join(self.labels)}"
+            )
+        return weights
+
+    def _split(self, rows: Sequence[Row], weights: np.ndarray, what: str) -> Labelled:
+        kept, cut = [], 0
+        for row, weight in zip(rows, weights, strict=True):
+            tokens, was_cut = self.tokens_of(row)
+            cut += was_cut
+            kept.append((row, tokens, self.label_of(row), weight))
+        if cut:
+            self.warnings += (
+                f"{cut} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and cut at the {self.cfg.cut} of their text",
+            )
+        texts, tokens, labels, losses = zip(*kept, strict=True)
+        digest = hashlib.sha256(f"{Rows(list(texts)).sha256} {self.labels} {np.array(losses).tolist()}".encode())
+        return Labelled(
+            list(texts), list(tokens), digest.hexdigest(), np.array(labels), np.array(losses), np.zeros(len(texts), np.int64)
+        )  # fmt: skip
+
+    def tokens_of(self, row: Row) -> tuple[np.ndarray, bool]:
+        """The tokens of a row, and whether it had to be cut."""
+        if self.cfg.form == "plain":
+            parts = [Long(text) for text in self.texts(row)]
+            pieces = [self.tokenizer.encode(part) for part in parts]
+            scaffold = len(parts) - 1
+        else:
+            parts = list(self.prompt(row))
+            pieces = [self._encode((part,)) for part in parts]
+            scaffold = 0
+        over = scaffold + sum(map(len, pieces)) - self.seq_len
+        if over > 0:
+            if self.cfg.strict:
+                raise UserError(f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)")
+            pieces = self._cut(row, parts, pieces, over)
+        separated = [[self.tokenizer.eot] * (scaffold > 0 and n > 0) + piece for n, piece in enumerate(pieces)]
+        tokens = [token for piece in separated for token in piece] or [self.tokenizer.eot]
+        return np.array(tokens, np.int64), over > 0
+
+    def _cut(self, row: Row, parts: Sequence[str], pieces: list[list[int]], over: int) -> list[list[int]]:
+        """Take `over` tokens from the long texts, always from the longest."""
+        long = [n for n, part in enumerate(parts) if isinstance(part, Long)]
+        keep = {n: len(pieces[n]) for n in long}
+        if sum(keep.values()) - over < len(long):
+            raise UserError(f"{row.where}: nothing of its text fits into {self.seq_len} tokens; raise --seq-len")
+        for _ in range(over):
+            keep[max(keep, key=lambda n: keep[n])] -= 1
+        return [_shortened(piece, keep[n], self.cfg.cut) if n in keep else piece for n, piece in enumerate(pieces)]
+
+    def _first_rows(self) -> list[str]:
+        """The first rows of the first batch, what is learned between the marks."""
+        texts = []
+        for i in self.rows("train", 0).reshape(-1)[: self.cfg.show_rows]:
+            part = self.parts[self.train.heads[i]]
+            answer = part.words[self.train.labels[i]] if part.words else part.labels[self.train.labels[i]]
+            tokens = self.train.tokens[i].tolist()
+            texts.append(f"row {i} ({len(tokens)} tokens):\n{self.tokenizer.decode(tokens)}⟦{answer}⟧\n")
+        return texts
+
+    # --- labels' words
+
+    def _words(self) -> tuple[str, ...]:
+        """The labels' words under --form word, else none; and the tokens that they begin with."""
+        self.word_ids: list[int] = []
+        if self.cfg.form != "word":
+            return ()
+        words = self.cfg.words or tuple(self.label_words(self.labels))
+        if len(words) != len(self.labels):
+            raise UserError(f"--form word: name {len(self.labels)} words with --words, for {', '.join(self.labels)}")
+        self.word_ids = word_ids(self.tokenizer, words)
+        if len(set(self.word_ids)) < len(words):
+            raise UserError(f"of the words {', '.join(words)} two begin with the same token; name others with --words")
+        return tuple(words)
+
+    # --- order
+
+    def _set_order(self, group: int = 1) -> None:
+        """An order for each task's rows. In an epoch the task itself gives all of its batches; each of the others as
+        many as it has, and never more than that, goes on in the next where it ended, and has its places by the seed."""
+        super()._set_order(group)
+        self.orders, self.offsets = [], []
+        for head in range(len(self.parts)):
+            ids = np.flatnonzero(self.train.heads == head)
+            self.offsets.append(int(ids[0]))
+            self.orders.append(Order(self.train.lengths[ids], self.cfg.batch_size, self.cfg.seed + head, group))
+        own = self.orders[0].steps_per_epoch
+        self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(self.shares)
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        if split == "val":
+            return np.lexsort((self.val.lengths, self.val.heads))[:, None]
+        epoch, at = divmod(step, self.steps_per_epoch)
+        turns = np.repeat(np.arange(len(self.shares)), self.shares)
+        if len(self.shares) > 1:
+            turns = np.random.default_rng([self.cfg.seed, epoch]).permutation(turns)
+        head = turns[at]
+        before = int((turns[:at] == head).sum())
+        return self.orders[head](epoch * self.shares[head] + before) + self.offsets[head]
+
+    def collate(self, split: str, ids: np.ndarray) -> Batch:
+        data = self.train if split == "train" else self.val
+        return {
+            **padded([data.tokens[i] for i in ids], self.tokenizer.eot, self.padded),
+            "labels": torch.from_numpy(data.labels[ids]),
+            "weights": torch.from_numpy(data.weights[ids]).float(),
+            "heads": torch.from_numpy(data.heads[ids]),
+            "ids": torch.from_numpy(np.asarray(ids)),
+        }
+
+    # --- the model
+
+    def _dressed(self, model: GPT) -> GPT:
+        for key, part in zip(self.keys, self.parts, strict=True):
+            if part.cfg.form != "word":
+                model.heads[key] = Head(model.config.n_embd, len(part.labels), self.cfg.pooling, self.cfg.head_dropout)
+        return super()._dressed(model)
+
+    def build_model(self, cfg: FinetuneConfig) -> nn.Module:
+        model = super().build_model(cfg)
+        assert isinstance(model, GPT)
+        self.warnings += tuple(self._take_heads(model))
+        return model
+
+    def _take_heads(self, model: GPT) -> Iterator[str]:
+        """Go on with the head of --init where it is for the same labels; says where it is not."""
+        if self.cfg.init == "scratch" or self.cfg.form == "word":
+            return
+        where = locate(self.cfg.init)
+        found = heads.find(where)
+        if found is None:
+            return
+        info, state = found
+        if info.labels == self.labels and info.pooling == self.cfg.pooling:
+            model.heads[self.keys[0]].load_state_dict(state)
+        else:
+            yield f"--init {self.cfg.init} has a head for {', '.join(info.labels)} ({info.pooling}): this run's is new"
+
+    def log_p(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
+        """Hidden states (B, T, n_embd) to log-probabilities of the labels of a head (B, K), fp32.
+
+        Under --form word those of the words in the whole vocabulary, so that they add up to less than 1.
+        """
+        if self.parts[head].cfg.form != "word":
+            return model.heads[self.keys[head]](hidden, lengths).log_softmax(-1)
+        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        return model.logits(last).float().log_softmax(-1)[:, self.word_ids]
+
+    def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
+        """What a step computes, for its memory: idx (B, T) to a loss."""
+        idx = idx.repeat(self.passes, 1)
+        lengths = torch.full((len(idx),), idx.shape[1])
+        return -self.log_p(model, model.hidden(idx), lengths, 0).sum()
+
+    def flops_per_token(self) -> int:
+        """Without the language model's head."""
+        return super().flops_per_token() - 6 * self.shape.vocab_size * self.shape.n_embd
+
+    def describe(self) -> dict[str, str]:
+        counts = np.bincount(self.train.labels[self.train.heads == 0], minlength=len(self.labels))
+        shares = [f"{name} {count / counts.sum():.0%}" for name, count in zip(self.labels, counts, strict=True)]
+        read = f"--form {self.cfg.form}, " + (", ".join(self.words) or f"{self.cfg.pooling} pooling")
+        also = "".join(f", {key} x {weight:g}" for key, (_, weight) in zip(self.keys[1:], self.others, strict=True))
+        return super().describe() | {"labels": f"{', '.join(shares)}; {read}{also}"}
+
+    # --- the loss
+
+    def _set_terms(self) -> None:
+        cfg = self.cfg
+        self.passes = 2 if cfg.objective else 1
+        self.terms = {"nll": 1.0} | {key: weight for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)}
+        of = {
+            "rdrop": cfg.rdrop / 2,
+            "simcse": cfg.simcse,
+        }  # half of R-Drop's objective: the mean nll, alpha/2 its divergence
+        self.terms |= {name: of[name] for name in cfg.objective}
+
+    def _term(self, head: int) -> str:
+        return self.keys[head] if head else "nll"
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        total = float(batch["weights"].double().sum())
+        found = {
+            self._term(head): float(batch["weights"][batch["heads"] == head].double().sum())
+            for head in batch["heads"].unique().tolist()
+        }
+        of = {"rdrop": total, "simcse": float(len(batch["ids"]))}
+        return found | {name: of[name] for name in self.cfg.objective}
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(model, GPT)
+        n, lengths = len(batch["ids"]), batch["lengths"]
+        hidden = model.hidden(batch["idx"].repeat(self.passes, 1))
+        views = [hidden[n * i : n * (i + 1)] for i in range(self.passes)]
+        terms: dict[str, Tensor] = dict.fromkeys(
+            map(str, self.cfg.objective), hidden.new_zeros((), dtype=torch.float32)
+        )
+        for head in batch["heads"].unique().tolist():
+            mine = batch["heads"] == head
+            log_ps = [self.log_p(model, view[mine], lengths[mine], head) for view in views]
+            labels, weights = batch["labels"][mine], batch["weights"][mine]
+            nlls = [label_nll(log_p, labels, weights, self.cfg.label_smoothing) for log_p in log_ps]
+            terms[self._term(head)] = torch.stack(nlls).mean()
+            if "rdrop" in terms:
+                terms["rdrop"] = terms["rdrop"] + rdrop(*log_ps, weights)
+        if "simcse" in terms:
+            terms["simcse"] = simcse(*(self._pooled(model, view, batch) for view in views),
+                                     self.cfg.simcse_group, self.cfg.simcse_temperature)  # fmt: skip
+        return terms
+
+    def _pooled(self, model: GPT, hidden: Tensor, batch: Batch) -> Tensor:
+        """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last token."""
+        head = int(batch["heads"][0])  # a step's rows are of one task
+        if self.parts[head].cfg.form != "word":
+            return model.heads[self.keys[head]].pool(hidden, batch["lengths"])
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch["lengths"] - 1].float()
+
+    # --- evaluation
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+        return {}  # F1 and calibration do not add up, so all is computed of the rows' outputs
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
+        """Head, label and log-probabilities of each row."""
+        assert isinstance(model, GPT)
+        hidden, found = model.hidden(batch["idx"]), {}
+        for head in batch["heads"].unique().tolist():
+            mine = batch["heads"] == head
+            log_p = self.log_p(model, hidden[mine], batch["lengths"][mine], head)
+            records = zip(batch["ids"][mine].tolist(), batch["labels"][mine].tolist(), log_p.tolist(), strict=True)
+            found |= {i: (head, label, values) for i, label, values in records}
+        return found
+
+    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for head, key in enumerate(self.keys):
+            records = [outputs[i][1:] for i in sorted(outputs) if outputs[i][0] == head]
+            labels, log_p = (np.array(column) for column in zip(*records, strict=True))
+            figures = {"val_loss": float(-log_p[np.arange(len(labels)), labels].mean())}
+            figures |= confusion.figures(labels, probabilities(log_p))
+            found |= {f"{key}_{name}" if head else name: value for name, value in figures.items()}
+        return found
+
+    # --- what a finished model says
+
+    def conclude(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
+        """Score the validation rows with final/, and write what that shows into the run's folder."""
+        assert cfg.out
+        folder, own = Path(cfg.out), self.val.heads == 0
+        rows, tokens = ([of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens))
+        model, _ = self._open(locate(cfg.out), cfg)
+        self.write_answers(folder / "validation.jsonl", rows, self._scores(model, tokens), say)
+
+    def predict(
+        self, cfg: ClassificationConfig, where: str, path: Path, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Write the labels that the classifier of a checkpoint gives to the rows of `--predict`, as jsonl with
+        probabilities and as the course's csv. Returns their scores where the file has the true ones."""
+        assert cfg.predict
+        self.cfg, self.warnings = cfg, ()
+        model, self.tokenizer = self._open(where, cfg)
+        self.seq_len = min(cfg.seq_len or model.context, model.context)
+        rows = self.read(cfg.predict, "test", say)
+        found = [self.tokens_of(row) for row in rows]
+        if cut := sum(was_cut for _, was_cut in found):
+            say(
+                f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the {cfg.cut} of their text"
+            )
+        return self.write_answers(path, rows, self._scores(model, [tokens for tokens, _ in found]), say)
+
+    def _open(self, where: str, cfg: ClassificationConfig) -> tuple[GPT, Any]:
+        """A classifier and its tokenizer; takes its labels, form and words for this task's."""
+        found = heads.find(where)
+        info = found[0] if found else heads.read_info(where)
+        if info is None:
+            raise UserError(f"{where} is no classifier; train one first, or name a run of finetune.{self.name}")
+        model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
+        self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling)
+        self.labels, self.words, self.keys = info.labels, info.words, [self.name]
+        self.parts: list[Classification] = [self]
+        self.word_ids = word_ids(tokenizer, info.words)
+        if found and info.form != "word":
+            model.heads[self.name] = Head(model.config.n_embd, len(info.labels), info.pooling)
+            model.heads[self.name].load_state_dict(found[1])
+            model.heads.to(model.transformer.wte.weight.device)
+        return model.eval(), tokenizer
+
+    @torch.inference_mode()
+    def _scores(self, model: GPT, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Probabilities of the labels (n, K) float64, of rows of like length together."""
+        device = model.transformer.wte.weight.device
+        order = np.argsort([len(row) for row in tokens], kind="stable")
+        found = np.zeros((len(tokens), len(self.labels)))
+        for begin in range(0, len(order), PREDICTED_AT_ONCE):
+            some = order[begin : begin + PREDICTED_AT_ONCE]
+            batch = padded([tokens[i] for i in some], self.tokenizer.eot)
+            lengths = batch["lengths"].to(device)
+            log_p = self.log_p(model, model.hidden(batch["idx"].to(device)), lengths, 0)
+            found[some] = probabilities(log_p.double().cpu().numpy())
+        return found
+
+    def write_answers(
+        self, path: Path, rows: Sequence[Row], found: np.ndarray, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known."""
+        write_predictions(path, rows, found, self.labels, self.course)
+        if not all(row.fields.get("label") for row in rows):
+            return {}
+        report = confusion.report([self.label_of(row) for row in rows], found, self.labels, self.cfg.seed)
+        write_json(path.with_suffix(".report.json"), finite(report))
+        pictures = confusion_chart.draw(report, path.parent, f"{self.name}: {path.stem}")
+        say(summary(report, path, pictures))
+        return {name: report[name] for name in ("accuracy", "macro_f1", "calibration_error")}
+
+    # --- what is written
+
+    @property
+    def info(self) -> heads.Info:
+        return heads.Info(self.name, self.labels, self.cfg.form, self.cfg.pooling, self.words)
+
+    def _score(self, model: GPT) -> Tensor | None:
+        """The weights of the task's own head where the hub's classifiers have such a one: by the last token."""
+        with_head = self.cfg.form != "word" and self.cfg.pooling == "last"
+        return model.heads[self.keys[0]].weight if with_head else None
+
+    def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
+        adapter_files.save_adapter(model, folder, base, self.base_sha256, self._score(model))
+        heads.save(model, folder, self.info)
+
+    def write_model(self, model: GPT, folder: Path) -> None:
+        model.save_pretrained(folder, self.tokenizer.eot, self._score(model), self.labels)
+        heads.save(model, folder, self.info)
+
+
+# --- labels
+
+
+def label_name(cell: str) -> str:
+    """A cell of a label column as the label's name: numbers without a fraction are whole numbers."""
+    text = cell.strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
+
+
+def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The labels of training rows: numbers in their order, words in the alphabet's. Raises UserError where these are
+    no classes to learn."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[label_name(row["label"])] += 1
+    if len(counts) < 2:
+        raise UserError(
+            f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is nothing to learn"
+        )
+    words = [name for name in counts if not _is_number(name)]
+    if words and 2 * sum(counts[name] for name in words) < len(rows):
+        row = next(row for row in rows if label_name(row["label"]) == words[0])
+        raise UserError(
+            f"{row.where}: the label {words[0][:60]!r} is not a number, as most others are; mend or remove it"
+        )
+    if len(counts) > MANY_LABELS and 3 * len(counts) > len(rows):
+        raise UserError(
+            f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: --label-column"
+        )
+    return tuple(sorted(counts, key=float) if not words else sorted(counts))
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The token that each word begins with after a prompt."""
+    return [tokenizer.encode(f" {word.strip()}")[0] for word in words]
+
+
+def probabilities(log_p: np.ndarray) -> np.ndarray:
+    """Log-probabilities (n, K), of which some may be elsewhere, to probabilities that add up to 1."""
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+# --- options
+
+
+def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
+    """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
+    tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
+    width = cfg.n_embd or LSTM_EMBEDDING
+    return dataclasses.replace(cfg, init="scratch", tokenizer=tokenizer, n_embd=width, n_head=1, pooling="lstm")
+
+
+def check(cfg: ClassificationConfig) -> None:
+    """Raise UserError for options that do not go together."""
+    if cfg.objective and not cfg.dropout and not cfg.head_dropout:
+        raise UserError(
+            f"--objective {' '.join(cfg.objective)} compares two passes of a row under different dropout; set --dropout"
+        )
+    if cfg.form == "word" and cfg.pooling != "last":
+        raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
+    if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
+        raise UserError("--model lstm has no language model's head and no blocks: leave out --form word and --method")
+    if cfg.words and cfg.form != "word":
+        raise UserError("--words belongs to --form word; add it, or leave --words out")
+    if cfg.augment_weight != 1 and not cfg.augment:
+        raise UserError("--augment-weight belongs to --augment FILE; add it, or leave the weight out")
+    if cfg.method == "soft-prompt" and cfg.pooling == "lstm":
+        raise UserError("--pooling lstm reads the states of a text; with --method soft-prompt use another pooling")
+
+
+# --- sequences
+
+
+def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Batch:
+    """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of `sizes` that holds it, and
+    their lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    idx = torch.full((len(rows), longest if sizes is None else pad_to(longest, sizes)), filler)
+    for i, row in enumerate(rows):
+        idx[i, : len(row)] = torch.from_numpy(row)
+    return {"idx": idx, "lengths": lengths}
+
+
+def _shortened(piece: list[int], keep: int, cut: str) -> list[int]:
+    if cut == "end":
+        return piece[:keep]
+    head = keep // 2 if cut == "middle" else 0
+    return piece[:head] + piece[len(piece) - (keep - head) :]
+
+
+def _joined(parts: Sequence[Labelled]) -> Labelled:
+    """The rows of several tasks as one split, each with the number of its task's head."""
+    digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
+    return Labelled(
+        [row for part in parts for row in part.rows], [row for part in parts for row in part.tokens],
+        parts[0].sha256 if len(parts) == 1 else digest,
+        np.concatenate([part.labels for part in parts]), np.concatenate([part.weights for part in parts]),
+        np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts]),
+    )  # fmt: skip
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names, those that came before with a number."""
+    return [name if name not in names[:n] else f"{name}-{n + 1}" for n, name in enumerate(names)]
+
+
+# --- files of predictions
+
+
+def write_predictions(path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str) -> None:
+    """Predictions of rows with probabilities (n, K): `path` as jsonl, and beside it the course's csv."""
+    predicted = [labels[i] for i in found.argmax(1)]
+    with path.open("w", encoding="utf-8") as file:
+        for row, label, p in zip(rows, predicted, found.tolist(), strict=True):
+            record = row.fields | {"prediction": label, "probabilities": dict(zip(labels, p, strict=True))}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        file.write(f"id \t {course} \n")
+        for n, (row, label) in enumerate(zip(rows, predicted, strict=True)):
+            file.write(f"{row.fields.get('id') or n} , {label} \n")
+
+
+def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str:
+    """What a report comes to, in a few lines."""
+    low, high = report["intervals"]["accuracy"]
+    lines = [f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), macro-F1 "
+             f"{report['macro_f1']:.4f}, calibration error {report['calibration_error']:.4f}, {report['rows']:,} rows"]  # fmt: skip
+    for name, figures in report["per_class"].items():
+        lines.append(f"  {name:<20} precision {figures['precision']:.3f}  recall {figures['recall']:.3f}  F1 "
+                     f"{figures['f1']:.3f}  rows {figures['rows']:,}")  # fmt: skip
+    lines.append(", ".join(str(file) for file in pictures) or "no pictures: pip install matplotlib")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""Whether two sentences say the same: Quora's question pairs, MRPC, any file with two columns of texts and a label.
+
+python -m finetune.paraphrase --init gpt2 --data quora-train.csv --val-data quora-dev.csv
+--form plain: a head over the pair; prompt: a head over the pair in a question; word: the language model answers yes or no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from classification import Classification
+from cli import entry_point
+from config import ClassificationConfig
+from finetune import command
+from finetuning import Long, Parts
+from rows import Row
+
+
+@dataclass
+class ParaphraseConfig(ClassificationConfig):
+    """Options of the task of paraphrases."""
+
+    first_column: str | None = None
+    """Column of the first sentence. Default: sentence1, question1, text1 or #1 String."""
+    second_column: str | None = None
+    """Column of the second sentence. Default: sentence2, question2, text2 or #2 String."""
+    label_column: str | None = None
+    """Column of the label. Default: is_duplicate, label or Quality."""
+
+
+class Paraphrase(Classification):
+    name = "paraphrase"
+    config = ParaphraseConfig
+    columns = {"first": ("sentence1", "question1", "text1", "#1 String")}
+    columns |= {"second": ("sentence2", "question2", "text2", "#2 String")}
+    columns |= {"label": ("is_duplicate", "label", "Quality"), "id": ("id", "idx")}
+    optional = ("id",)
+    course: ClassVar[str] = "Predicted_Is_Paraphrase"
+    toy = (
+        {"first": "How do I boil an egg?", "second": "What is the way to boil eggs?", "label": "1"},
+        {"first": "How do I boil an egg?", "second": "How do I fry an egg?", "label": "0"},
+        {"first": "Where can I learn to swim?", "second": "What is a good place to learn swimming?", "label": "1"},
+        {"first": "Where can I learn to swim?", "second": "Where can I learn to sing?", "label": "0"},
+        {"first": "Is the moon moving away?", "second": "Does the moon drift away from us?", "label": "1"},
+        {"first": "Is the moon moving away?", "second": "Is the moon made of rock?", "label": "0"},
+        {"first": "Who wrote this song?", "second": "Who is the author of this song?", "label": "1"},
+        {"first": "Who wrote this song?", "second": "Who sang this song first?", "label": "0"},
+    )
+
+    def texts(self, row: Row) -> tuple[str, ...]:
+        return row["first"].strip(), row["second"].strip()
+
+    def prompt(self, row: Row) -> Parts:
+        first, second = map(Long, self.texts(row))
+        return "Sentence1: ", first, "\nSentence2: ", second, "\nAre they paraphrases?"
+
+    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
+        return ("no", "yes") if tuple(labels) == ("0", "1") else super().label_words(labels)
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Paraphrase()))

@@ -1,0 +1,59 @@
+"""Sentiment of a text: SST-5 and CFIMDB in the course's format, NSMC, any file with columns of texts and labels.
+
+python -m finetune.sentiment --init gpt2 --data ids-sst-train.csv --val-data ids-sst-dev.csv --predict ids-sst-test-student.csv
+With --form prompt the head reads "Review: ... Sentiment:", with --form word the language model answers that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from classification import Classification
+from cli import entry_point
+from config import ClassificationConfig
+from finetune import command
+from finetuning import Long, Parts
+from rows import Row
+
+WORDS = {2: ("negative", "positive"), 3: ("negative", "neutral", "positive"), 5: ("terrible", "bad", "okay", "good", "great")}  # fmt: skip
+
+
+@dataclass
+class SentimentConfig(ClassificationConfig):
+    """Options of the task of sentiment."""
+
+    text_column: str | None = None
+    """Column of the text. Default: sentence, text, document, review or content."""
+    label_column: str | None = None
+    """Column of the label. Default: sentiment, label or stars."""
+
+
+class Sentiment(Classification):
+    name = "sentiment"
+    config = SentimentConfig
+    columns = {"text": ("sentence", "text", "document", "review", "content"), "label": ("sentiment", "label", "stars")}
+    columns |= {"id": ("id", "idx")}
+    optional = ("id",)
+    course: ClassVar[str] = "Predicted_Sentiment"
+    toy = (
+        {"text": "A warm, funny film that I would gladly see again.", "label": "1"},
+        {"text": "Two hours of my life that nobody gives back.", "label": "0"},
+        {"text": "The cast is splendid and the music stays with you.", "label": "1"},
+        {"text": "Dull from the first scene, and it never wakes up.", "label": "0"},
+        {"text": "A quiet, beautiful story, told with great care.", "label": "1"},
+        {"text": "The jokes are old and the plot makes no sense.", "label": "0"},
+        {"text": "진짜 재미있어요, 또 보고 싶습니다.", "label": "1"},
+        {"text": "시간이 아까운 영화였다.", "label": "0"},
+    )
+
+    def prompt(self, row: Row) -> Parts:
+        return ("Review: ", Long(row["text"].strip()), "\nSentiment:")
+
+    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
+        return super().label_words(labels) or WORDS.get(len(labels), ())
+
+
+if __name__ == "__main__":
+    entry_point(lambda: command(Sentiment()))
