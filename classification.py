@@ -42,6 +42,7 @@ from task import Batch
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
 MANY_LABELS = 20  # from here on a label a few rows is no label
+VALIDATION = "validation"  # begins the names of the files about those rows
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
@@ -62,7 +63,6 @@ class Classification(Finetuning):
     cfg: ClassificationConfig
     best = ("accuracy", "max")
     compiles_whole = False
-    hub_class = ("AutoModelForSequenceClassification", "text-classification")
     truth: ClassVar[tuple[str, ...]] = ("label",)
     choices: ClassVar[tuple[str, ...]] = (
         "form", "words", "pooling", "cut", "dropout", "head_dropout", "class_weights", "label_smoothing", "objective",
@@ -108,6 +108,8 @@ class Classification(Finetuning):
         self._open_vocabulary()
         self._make_room()
         self.words = self._words()
+        if cfg.form != "word" and cfg.pooling == "last":
+            self.hub_class = ("AutoModelForSequenceClassification", "text-classification")
         self.parts: list[Classification] = [self]
         splits = [self._splits(train, val)]
         for other, _ in self.others:
@@ -438,7 +440,7 @@ class Classification(Finetuning):
         folder, own = Path(cfg.out), self.val.heads == 0
         rows, tokens = ([of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens))
         model, _ = self._open(locate(cfg.out), cfg)
-        self.write_answers(folder / "validation.jsonl", rows, self._scores(model, tokens), say)
+        self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say)
 
     def predict(
         self, cfg: ClassificationConfig, where: str, path: Path, say: Callable[[str], None]
@@ -497,7 +499,8 @@ class Classification(Finetuning):
             return {}
         report = confusion.report([self.label_of(row) for row in rows], found, self.labels, self.cfg.seed)
         write_json(path.with_suffix(".report.json"), finite(report))
-        pictures = confusion_chart.draw(report, path.parent, f"{self.name}: {path.stem}")
+        before = "" if path.stem == VALIDATION else f"{path.stem}."
+        pictures = confusion_chart.draw(report, path.parent, f"{self.name}: {path.stem}", before)
         say(summary(report, path, pictures))
         return {name: report[name] for name in ("accuracy", "macro_f1", "calibration_error")}
 
@@ -591,6 +594,8 @@ def check(cfg: ClassificationConfig) -> None:
         raise UserError(
             f"--objective {' '.join(cfg.objective)} compares two passes of a row under different dropout; set --dropout"
         )
+    if cfg.compile_unit == "model":
+        raise UserError("--compile-unit model: a classifier is compiled block by block; leave it out")
     if cfg.form == "word" and cfg.pooling != "last":
         raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):

@@ -38,13 +38,14 @@ SMALLEST = 5.0  # points: smaller numbers are not written
 NUMBERED = "labels by their number, from 0: no font of this machine has their letters"
 
 
-def draw(report: Report, folder: Path, title: str) -> list[Path]:
-    """Write confusion.png and reliability.png into the folder: which were written, none where matplotlib is missing."""
+def draw(report: Report, folder: Path, title: str, before: str = "") -> list[Path]:
+    """Write confusion.png and reliability.png into the folder, with `before` before their names: which were written,
+    none where matplotlib is missing."""
     try:
         importlib.import_module("matplotlib")
     except ImportError:
         return []
-    paths = [folder / "confusion.png", folder / "reliability.png"]
+    paths = [folder / f"{before}confusion.png", folder / f"{before}reliability.png"]
     draw_confusion(report, paths[0], title)
     draw_reliability(report, paths[1], title)
     return paths

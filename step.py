@@ -146,18 +146,18 @@ class StepResult:
     amounts: dict[str, float]  # what the step's batches held, over all ranks
 
 
-def compile_unit(cfg: RunConfig, world: World) -> str:
-    """model or block. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them; and
+def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
+    """model or block; `whole`: whether what runs is the model's forward pass itself. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them; and
     on a CPU the head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
-    return "block" if world.size > 1 or world.device.type == "cpu" else "model"
+    return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
 
 
-def compile_model(model: nn.Module, cfg: RunConfig, world: World) -> None:
+def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
     """torch.compile the model in place; its blocks are the members of its module lists."""
     units = [model]
-    if compile_unit(cfg, world) == "block":
+    if compile_unit(cfg, world, whole) == "block":
         units = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
     for unit in units:
         unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)

@@ -45,6 +45,8 @@ class Task:
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     ragged: ClassVar[bool] = False  # whether batches differ in length
+    compiles_whole: ClassVar[bool] = True  # whether `loss` is the model's own forward pass
+    hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")  # what loads final/, and its pipeline
     warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 
     cfg: Any  # of its kind of options

@@ -177,7 +177,7 @@ class Run:
         cfg.micro_batch = self._micro_batch(start.micro_batch)
         self.heap = Heap(self._heap_limit(cfg.micro_batch))
         if cfg.compile:
-            compile_model(self.model, cfg, world)
+            compile_model(self.model, cfg, world, self.task.compiles_whole)
         self.step = TrainStep(self.task, self.model, cfg, world)
         if resume_from:
             facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress)}
@@ -235,7 +235,9 @@ class Run:
         assert isinstance(cfg.micro_batch, int)
         device = distributed.device_name(world.device)
         threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
-        compiled = f"compiled by the {compile_unit(cfg, world)}" if cfg.compile else "not compiled"
+        compiled = (
+            f"compiled by the {compile_unit(cfg, world, self.task.compiles_whole)}" if cfg.compile else "not compiled"
+        )
         first = {
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
             "device": f"{world.size} x {world.device.type} ({device}){threads}",
@@ -558,14 +560,14 @@ class Run:
     def _card(self, step: int) -> str:
         lines = "\n".join(f"- {name}: {value}" for name, value in self.task.describe().items())
         metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in self.at.metrics.items())
-        cfg = self.cfg
+        cfg, (hub_class, pipeline) = self.cfg, self.task.hub_class
         assert isinstance(cfg.micro_batch, int)
         return (
-            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n"
+            f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [gpt2]\n---\n"
             f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} of {self.steps}.\n\n"
             f"{lines}\n- training: {self.task.describe_step(cfg.micro_batch, self.world.size)}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
-            f'```python\nAutoModelForCausalLM.from_pretrained("{self.folder}/final")\n```\n'
+            f'```python\n{hub_class}.from_pretrained("{self.folder}/final")\n```\n'
         )
 
 
