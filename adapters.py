@@ -189,7 +189,7 @@ def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> 
         model.prefix = _new_prefix(model, cfg)
     trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
     if new_tokens:
-        for table in TABLES if not model.config.tied_head and not model.heads else TABLES[:1]:
+        for table in _tables(model):
             if f"{table}.weight" not in trained:
                 add_rows(model, table, torch.tensor(new_tokens))
     freeze(model, trained.keys() | always_trained(model))
@@ -223,6 +223,11 @@ def check_room(model: GPT, length: int) -> None:
             f"{length} positions before the text leave it none of the model's {model.config.block_size}; "
             f"use a smaller --prefix-tokens"
         )
+
+
+def _tables(model: GPT) -> Sequence[str]:
+    """Those that a loss depends on: a language model's own head is in none of a classifier's."""
+    return TABLES[:1] if model.config.tied_head or model.heads else TABLES
 
 
 def add_rows(model: GPT, table: str, ids: Tensor) -> None:
