@@ -87,7 +87,7 @@ class Classification(Finetuning):
 
     def label_words(self, labels: Sequence[str]) -> Sequence[str]:
         """What the language model answers with, label by label; empty where the task knows none."""
-        return [] if all(label.isdigit() for label in labels) else [label.replace("_", " ").lower() for label in labels]
+        return [] if all(map(_is_number, labels)) else [label.replace("_", " ").lower() for label in labels]
 
     def content(self, row: Row) -> str:
         return "\n".join(self.texts(row))
@@ -101,8 +101,8 @@ class Classification(Finetuning):
 
     def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        adapters.check(cfg)
         check(cfg)
+        adapters.check(cfg)
         self.warnings = ()
         train, val = self.read_labelled(say)
         self._open_vocabulary()
@@ -146,7 +146,7 @@ class Classification(Finetuning):
         name = label_name(row["label"])
         if name in self.labels:
             return self.labels.index(name)
-        numbers = all(label.isdigit() for label in self.labels) and not name.isdigit()
+        numbers = all(map(_is_number, self.labels)) and not _is_number(name)
         why = (
             "is not a number, as those of the training rows are" if numbers else "is none of the training rows' labels"
         )
@@ -386,8 +386,7 @@ class Classification(Finetuning):
         terms: dict[str, Tensor] = dict.fromkeys(
             map(str, self.cfg.objective), hidden.new_zeros((), dtype=torch.float32)
         )
-        for head in batch["heads"].unique().tolist():
-            mine = batch["heads"] == head
+        for head, mine in self._by_head(batch):
             log_ps = [self.log_p(model, view[mine], lengths[mine], head) for view in views]
             labels, weights = batch["labels"][mine], batch["weights"][mine]
             nlls = [label_nll(log_p, labels, weights, self.cfg.label_smoothing) for log_p in log_ps]
@@ -399,9 +398,17 @@ class Classification(Finetuning):
                                      self.cfg.simcse_group, self.cfg.simcse_temperature)  # fmt: skip
         return terms
 
+    def _by_head(self, batch: Batch) -> Iterator[tuple[int, Any]]:
+        """The heads that a batch has rows for, and which those are. With one head a GPU has nothing to wait for."""
+        if len(self.parts) == 1:
+            yield 0, slice(None)
+            return
+        for head in batch["heads"].unique().tolist():
+            yield head, batch["heads"] == head
+
     def _pooled(self, model: GPT, hidden: Tensor, batch: Batch) -> Tensor:
         """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last token."""
-        head = int(batch["heads"][0])  # a step's rows are of one task
+        head = int(batch["heads"][0]) if len(self.parts) > 1 else 0  # a step's rows are of one task
         if self.parts[head].cfg.form != "word":
             return model.heads[self.keys[head]].pool(hidden, batch["lengths"])
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["lengths"] - 1].float()
@@ -415,8 +422,7 @@ class Classification(Finetuning):
         """Head, label and log-probabilities of each row."""
         assert isinstance(model, GPT)
         hidden, found = model.hidden(batch["idx"]), {}
-        for head in batch["heads"].unique().tolist():
-            mine = batch["heads"] == head
+        for head, mine in self._by_head(batch):
             log_p = self.log_p(model, hidden[mine], batch["lengths"][mine], head)
             records = zip(batch["ids"][mine].tolist(), batch["labels"][mine].tolist(), log_p.tolist(), strict=True)
             found |= {i: (head, label, values) for i, label, values in records}
@@ -495,9 +501,10 @@ class Classification(Finetuning):
     ) -> dict[str, float]:
         """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known."""
         write_predictions(path, rows, found, self.labels, self.course)
-        if not all(row.fields.get("label") for row in rows):
+        known = [i for i, row in enumerate(rows) if row.fields.get("label", "").strip()]
+        if not known:
             return {}
-        report = confusion.report([self.label_of(row) for row in rows], found, self.labels, self.cfg.seed)
+        report = confusion.report([self.label_of(rows[i]) for i in known], found[known], self.labels, self.cfg.seed)
         write_json(path.with_suffix(".report.json"), finite(report))
         before = "" if path.stem == VALIDATION else f"{path.stem}."
         pictures = confusion_chart.draw(report, path.parent, f"{self.name}: {path.stem}", before)
@@ -600,6 +607,10 @@ def check(cfg: ClassificationConfig) -> None:
         raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
         raise UserError("--model lstm has no language model's head and no blocks: leave out --form word and --method")
+    if cfg.form == "word" and cfg.also:
+        raise UserError(
+            "--also trains heads, and --form word the language model's own: use another form, or leave --also out"
+        )
     if cfg.words and cfg.form != "word":
         raise UserError("--words belongs to --form word; add it, or leave --words out")
     if cfg.augment_weight != 1 and not cfg.augment:

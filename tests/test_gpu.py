@@ -155,6 +155,57 @@ def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, me
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        ["--pooling", "last"], ["--pooling", "attention"], ["--form", "word"], ["--method", "lora"], ["--model", "lstm"],
+        ["--method", "last-layer", "--pooling", "lstm"], ["--also", "topics:0.5"], ["--class-weights", "balanced"],
+    ],
+)  # fmt: skip
+def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
+    from tokenizer import train_bpe
+
+    torch.manual_seed(0)
+    GPT(GPTConfig(300, 128, n_layer=2, n_head=2, n_embd=64)).save_pretrained(tmp_path / "base")
+    train_bpe(["A warm film, a dull film, a loud one. " * 20], 300, tmp_path / "base" / "tokenizer")
+    base = [
+        "--init",
+        "base",
+        "--tokenizer",
+        "base/tokenizer",
+        *more,
+        "--lr",
+        "1e-3",
+        "--steps",
+        "4",
+        "--dropout",
+        "0",
+        "--head-dropout",
+        "0",
+    ]
+    how = {"cpu": ["--precision", "fp32", "--no-compile"], "cuda": ["--precision", "bf16", "--compile"]}
+    found = {}
+    for device, options in how.items():
+        words = ["--device", device, *options, "--out", f"runs/{device}"]
+        done = run("-m", "finetune.sentiment", *base, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[device] = [record["loss"] for record in records(tmp_path / "runs" / device, "train")]
+    assert len(found["cpu"]) == 4 and found["cuda"] == pytest.approx(found["cpu"], rel=2e-2)
+
+
+def test_two_passes_under_dropout_run_compiled(run, tmp_path):
+    """R-Drop and SimCSE: draws differ between devices, so that it learns is all that can be told."""
+    from tokenizer import train_bpe
+
+    train_bpe(["A warm film, a dull film, a loud one. " * 20], 300, tmp_path / "tokenizer")
+    words = ["--init", "scratch", "--preset", "micro", "--tokenizer", "tokenizer", "--objective", "rdrop", "simcse",
+             "--simcse-group", "4", "--batch-size", "8", "--lr", "5e-3", "--steps", "40", "--out", "runs/a"]  # fmt: skip
+    done = run("-m", "finetune.sentiment", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [record["nll"] for record in records(tmp_path / "runs/a", "train")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
     "more", [["--optimizer", "muon"], ["--recompute"], ["--precision", "fp16"], ["--document-mask"]]
 )
 def test_options_run_under_torchrun(repo, run, more):
