@@ -48,7 +48,7 @@ def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, siz
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 16])
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, step):
-    # step 1 lacks the second term altogether, step 2 has it in one row only
+    # step 1 lacks the second term, step 2 has it in one row only; steps 0 and 2 have a group without the first
     task = TwoHeads()
     train = step_of(task, ALONE, clip=0)
     found = capture_gradients(train)

@@ -1,7 +1,7 @@
 """A task that is nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss terms.
 
 Row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one for the ranker, so both
-terms have a different number of targets in every micro-batch, and a step may lack the second altogether.
+terms have a different number of targets in every micro-batch; a batch may lack either of them or both, and a step may.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class TwoHeads(Task):
         self.ranked = draw.random(ROWS) < 0.5
         self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
         self.poison: dict[int, float] = {}  # step: what the loss of its second group is multiplied by
+        # the middle group of step 0 has rows for the ranker alone, that of step 2 for neither
+        middle = batch // GROUP // 2
+        self.tagged[self.rows("train", 0)[middle]] = False
+        self.ranked[self.rows("train", 0)[middle]] = True
+        self.tagged[self.rows("train", 2)[middle]] = False
         # step 1 has no row for the ranker, step 2 a single one
         self.ranked[self.rows("train", 1)] = False
         self.ranked[self.rows("train", 2)] = False
@@ -93,10 +98,11 @@ class TwoHeads(Task):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x = batch["x"].to(model.trunk.weight.dtype)
-        hidden = model(x)
-        tags = model.tagger(hidden).squeeze(-1).to(x.dtype)
-        terms = {"tag": ((tags - batch["y"]) ** 2)[batch["tagged"]].sum() * self._poison(batch)}
-        if batch["ranked"].any():  # else this head is not even used
+        hidden, terms = model(x), {}
+        if batch["tagged"].any():  # else this head is not even used
+            tags = model.tagger(hidden).squeeze(-1).to(x.dtype)
+            terms["tag"] = ((tags - batch["y"]) ** 2)[batch["tagged"]].sum() * self._poison(batch)
+        if batch["ranked"].any():
             summary = (hidden * batch["there"].unsqueeze(-1)).sum(1)
             score = model.ranker(summary).squeeze(-1).to(x.dtype)
             terms["rank"] = ((score - batch["y"][:, 0]) ** 2)[batch["ranked"]].sum()
@@ -109,7 +115,11 @@ class TwoHeads(Task):
         return 1.0
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        return {"tag": self.loss(model, batch)["tag"], "targets": batch["tagged"].sum(), "rows": len(batch["ids"])}
+        return {
+            "tag": self.loss(model, batch).get("tag", 0.0),
+            "targets": batch["tagged"].sum(),
+            "rows": len(batch["ids"]),
+        }
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[int, Any]:
         return {int(i): float(n) for i, n in zip(batch["ids"], batch["there"].sum(1), strict=True)}
