@@ -231,6 +231,7 @@ def fonts_for(names: Sequence[str]) -> tuple[list[str], set[int]]:
 
 def glyphs_of(font: str) -> set[int]:
     """The code points that it draws."""
-    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return set(get_font(findfont(font)).get_charmap())
+    # In a list it is a name; by itself it would be a pattern, in which a hyphen means something.
+    return set(get_font(findfont(FontProperties(family=[font]))).get_charmap())

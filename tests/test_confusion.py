@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -305,7 +306,7 @@ def size(path) -> tuple[int, int]:
 
 
 LABELS = {
-    2: ["no", "yes $ 100 $"],
+    2: ["no", r"$\yes$"],  # no formula, and one that cannot be read
     5: ["여행", "경제", "a\nb", "\U0010ffff", "x" * 300],  # letters that fonts lack, one that all lack
     42: [f"org:place_of_headquarters_{i}" for i in range(42)],
 }
@@ -350,15 +351,19 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
     assert not written
 
 
-def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks():
-    from matplotlib import font_manager
+def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
+    from matplotlib.font_manager import fontManager
 
     own = confusion_chart.glyphs_of(confusion_chart.FONT)
-    math_only = min(confusion_chart.glyphs_of("STIXGeneral") - own)
-    fonts, glyphs = confusion_chart.fonts_for(["plain", f"not plain {chr(math_only)}"])
-    assert len(fonts) == 2 and math_only in confusion_chart.glyphs_of(fonts[1]) and own < glyphs
-    assert fonts[1] in {font.name for font in font_manager.fontManager.ttflist}
-    assert confusion_chart.fonts_for(["plain"]) == confusion_chart.fonts_for(["\U0010ffff"]) == ([fonts[0]], own)
+    other = next(font for font in fontManager.ttflist if font.name == "STIXGeneral" and font.style == "normal")
+    hyphened = dataclasses.replace(other, name="A-Name: hyphened", weight=400)
+    monkeypatch.setattr(fontManager, "ttflist", [hyphened, *fontManager.ttflist])
+    lacking = chr(min(confusion_chart.glyphs_of("STIXGeneral") - own))
+    fonts, glyphs = confusion_chart.fonts_for(["plain", f"not plain {lacking}"])
+    assert fonts == [confusion_chart.FONT, "A-Name: hyphened"]
+    assert ord(lacking) in glyphs and own < glyphs
+    for none_needed_or_none_has in ("plain", "\U0010ffff"):
+        assert confusion_chart.fonts_for([none_needed_or_none_has]) == ([confusion_chart.FONT], own)
 
 
 def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):
