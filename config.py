@@ -468,6 +468,10 @@ def check(cfg: RunConfig) -> None:
         if name not in OPTIMIZATIONS:
             raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
     check_ranges(cfg)
+    if cfg.patience and cfg.eval_every == 0:
+        raise UserError(
+            f"--patience {cfg.patience} counts evaluations, and --eval-every 0 makes none; leave one of them out"
+        )
     if isinstance(cfg, DecodeConfig):
         check_decode(cfg)
 

@@ -239,7 +239,8 @@ def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
         except ValueError:
             continue  # torn by a kill
         step = record.get("step") or 0
-        redone = record.get("kind") in ("eval", "sample") and record["kind"] not in done
+        act = {"stopped_early": "eval"}.get(record.get("kind"), record.get("kind"))
+        redone = act in ("eval", "sample") and act not in done
         if step < until or (step == until and not redone):
             kept.append(line + "\n")
     return kept

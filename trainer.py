@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import json
 import math
 import os
 import platform
@@ -93,6 +94,8 @@ class Progress:
     done: list[str] = field(default_factory=list)  # of this step's evaluation and sample
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best_metric: float | None = None  # of this very step, where it was evaluated
+    best_so_far: float | None = None  # of the metrics of all evaluations
+    not_better: int = 0  # evaluations since that one, none of them better
     losses: list[float] = field(default_factory=list)  # of the last steps, whose mean is the run's result
     seconds: float = 0.0  # spent in optimizer steps
 
@@ -117,7 +120,6 @@ class Run:
     def train(self, choices: Choices) -> int:
         start = self._on_main(self._open)
         if start.finished:
-            self.log.say(f"{self.folder} is finished ({self.steps} steps): its model is {self.folder}/final")
             return 0
         self._build(start)
         self._banner(choices, start.folder)
@@ -164,7 +166,11 @@ class Run:
             "command": sys.argv, "world_size": self.world.size,
         }  # fmt: skip
         self.held.enter_context(checkpoint.claimed(self.folder))
-        return checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
+        start = checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
+        if start.finished:
+            steps = json.loads((self.folder / checkpoint.RESULTS).read_text())["steps"]
+            self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
+        return start
 
     def _build(self, start: checkpoint.Start) -> None:
         cfg, world, resume_from = self.cfg, self.world, start.folder
@@ -180,7 +186,8 @@ class Run:
             compile_model(self.model, cfg, world, self.task.compiles_whole)
         self.step = TrainStep(self.task, self.model, cfg, world)
         if resume_from:
-            facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress)}
+            # A checkpoint that an older version wrote lacks some.
+            facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress) if f.name in meta}
             self.at = Progress(**facts)
             self.saved = self.at.step if resume_from.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.at.step)
@@ -249,6 +256,7 @@ class Run:
         last = {
             "step": self.task.describe_step(cfg.micro_batch, world.size),
             "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} schedule, peak lr {cfg.lr:g}"
+            + (f", ends after {cfg.patience} evaluations without a better {self.task.best[0]}" if cfg.patience else "")
             + (f", {self.flops / 1e6:,.1f} MFLOP a token" if self.flops else ""),
         }
         self.log.banner(first | self.task.describe() | last)
@@ -262,7 +270,7 @@ class Run:
         first = self.at.step
         unread: Callable[[], None] | None = None
         with self._profiler() as profile_step:
-            while self.at.step < self.steps and not self.signal:
+            while not self._ends() and not self.signal:
                 began = time.perf_counter()
                 data = self.loader(self.at.step)
                 waited = time.perf_counter() - began
@@ -356,14 +364,18 @@ class Run:
 
     # --- between steps
 
+    def _ends(self) -> bool:
+        """Whether the step just done is the run's last: as planned, or because nothing got better for too long."""
+        return self.at.step == self.steps or 0 < self.cfg.patience <= self.at.not_better
+
     def _due(self, every: int | None) -> bool:
         step = self.at.step
-        return bool(every) and step > 0 and (step % every == 0 or step == self.steps)
+        return bool(every) and step > 0 and (step % every == 0 or self._ends())
 
     def _is_anything_due(self) -> bool:
-        cfg, last = self.cfg, self.at.step == self.steps
+        cfg = self.cfg
         periods = (cfg.eval_every, cfg.sample_every, cfg.save_every, CHECK_EVERY)
-        return last or any(self._due(every) for every in periods)
+        return self._ends() or any(self._due(every) for every in periods)
 
     def _after_step(self) -> None:
         """Whatever is due after the step just done, unless it was done before an interruption."""
@@ -395,6 +407,21 @@ class Run:
         self.log.record("eval", {"step": self.at.step, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.log.say(f"evaluation at step {self.at.step}: {figures} ({seconds:.1f} s)")
+        self._count_evaluation()
+
+    def _count_evaluation(self) -> None:
+        """Whether the evaluation just made is the best so far, and so whether the run goes on; alike on every rank."""
+        now, (name, mode) = self.at.best_metric, self.task.best
+        if now is not None and (self.at.best_so_far is None or is_better(now, self.at.best_so_far, mode)):
+            self.at.best_so_far, self.at.not_better = now, 0
+            return
+        self.at.not_better += 1
+        if self._ends() and self.at.step < self.steps:
+            self.log.record("stopped_early", {"step": self.at.step, "metric": name, "best": self.at.best_so_far})
+            best = "" if self.at.best_so_far is None else f" than {self.at.best_so_far:.4f}"
+            self.log.say(
+                f"stopped early at step {self.at.step}: {self.at.not_better} evaluations without a better {name}{best}"
+            )
 
     def _sample(self) -> None:
         if not self.world.main:
@@ -518,7 +545,7 @@ class Run:
         """Weights of the best checkpoint, where it is better than the last step, else of the last; and their step."""
         last = dict(self.model.state_dict()), self.at.step
         best, now = next(iter(checkpoint.ranked(self.folder, self.task.best[1])), None), self.at.best_metric
-        if best is None or (now is not None and (now <= best[1] if self.task.best[1] == "min" else now >= best[1])):
+        if best is None or (now is not None and not is_better(best[1], now, self.task.best[1])):
             return last
         reason = checkpoint.fault(best[0])
         if reason is not None:
@@ -569,6 +596,11 @@ class Run:
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
             f'```python\n{hub_class}.from_pretrained("{self.folder}/final")\n```\n'
         )
+
+
+def is_better(value: float, than: float, mode: str) -> bool:
+    """Of two figures of a metric whose best is its "min" or its "max"."""
+    return value < than if mode == "min" else value > than
 
 
 def per_second(rates: dict[str, float]) -> dict[str, float]:

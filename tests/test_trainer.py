@@ -1,20 +1,39 @@
-"""The optimizer step against the same objective written out in fp64, for a task that is nothing like a GPT."""
+"""The optimizer step against the same objective written out in fp64, for a task that is nothing like a GPT; and where
+whole runs end.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import gc
+import json
 import math
+import os
+import signal
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from launch import launch, log_of
 from torch import Tensor
-from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
+from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
 
+import checkpoint
+from config import UserError
 from distributed import World
 from optim import LossScale
+from runlog import finite
 from step import check_replicas, partition, seed_draws
-from trainer import evaluate
+from trainer import Progress, evaluate, train
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -233,3 +252,186 @@ def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_ba
 
 def test_one_rank_has_nobody_to_differ_from():
     check_replicas(step_of(TwoHeads(), ALONE).model, ALONE)
+
+
+# --- where a run ends
+
+
+@pytest.fixture(scope="module")
+def untouched(one_thread: None) -> Iterator[None]:
+    """Whole runs in this process: they take its signals, and freeze what it has built."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    gc.unfreeze()
+
+
+STEPS = 8
+steps = st.integers(1, STEPS)
+scores = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, math.nan, math.inf]), min_size=STEPS, max_size=STEPS)
+options = st.fixed_dictionaries({"eval_every": st.integers(1, 3), "patience": st.integers(0, 3)})
+
+
+def best_evaluations(values: list[float], mode: str) -> list[int]:
+    """Those (counted from 1) that were better than all before."""
+    signed = [-math.inf if not math.isfinite(v) else v if mode == "max" else -v for v in values]
+    return [i for i, v in enumerate(signed, 1) if v > max([-math.inf, *signed[: i - 1]])]
+
+
+def expected_end(scores: list[float], mode: str, eval_every: int, patience: int) -> int:
+    """The step whose evaluation is the first that follows a better one, or the beginning, by `patience`."""
+    steps = [s for s in range(1, len(scores) + 1) if s % eval_every == 0 or s == len(scores)]
+    best = [0, *best_evaluations([scores[s - 1] for s in steps], mode)]
+    ends = [s for i, s in enumerate(steps, 1) if patience and i - max(b for b in best if b <= i) >= patience]
+    return min([*ends, len(scores)])
+
+
+def what_happened(run: Path) -> dict[str, Any]:
+    """All that two runs of the same options must have in common."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kinds = ("train", "eval", "stopped_early", "sample")
+    kept = ("kind", "step", "loss", "tokens", "score", "metric", "best", "text")
+    figures = json.loads((run / "metrics.json").read_text())
+    return {
+        "log": [{k: x[k] for k in kept if k in x} for x in lines if x["kind"] in kinds],
+        "figures": {k: figures[k] for k in ("steps", "tokens", "train_loss", "score", "final_is_step")},
+        "final": (run / "final" / "steps.txt").read_text(),
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+def die() -> None:
+    raise Killed
+
+
+def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]) -> None:
+    """Train to the end, through starts that each end at a point: by a signal that is obeyed, or without notice."""
+    for *point, obeyed in falls:
+        fall = functools.partial(os.kill, os.getpid(), signal.SIGTERM) if obeyed else die
+        task.during = lambda *now, point=point, fall=fall: fall() if list(now) == point else None
+        try:
+            code = train(task, cfg)
+        except Killed:
+            continue
+        if code == 0:  # it had ended before that point
+            return
+        assert code == 143
+    task.during = lambda *now: None
+    assert train(task, cfg) == 0
+
+
+@given(scores=scores, mode=st.sampled_from(["min", "max"]), options=options)
+@example([2.0, 3.0, 1.0, 2.0, 0.0, 1.0, -1.0, 0.0], "min", {"eval_every": 1, "patience": 2})
+@example([2.0, 1.0, 3.0, 2.0, 4.0, 3.0, 3.0, 3.0], "max", {"eval_every": 1, "patience": 2})
+@settings(max_examples=15, deadline=None)
+def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scores, mode, options):
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        cfg = whole_run(run, STEPS, save_every=3, sample_every=0, **options)
+        assert train(Scripted(scores, mode), cfg) == 0
+        end = expected_end(scores, mode, **options)
+        happened = what_happened(run)
+        assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
+        assert happened["figures"]["score"] == finite(scores[end - 1])
+        assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
+        early = log_of(run, "stopped_early")
+        assert [line["step"] for line in early] == [end] * (end < STEPS)
+        before = (run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes()
+        assert train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0  # it is finished
+        assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
+
+
+@given(
+    scores=scores,
+    options=options,
+    save_every=st.integers(0, 3),
+    falls=st.lists(st.tuples(st.sampled_from(["step", "evaluation", "sample"]), steps, st.booleans()), max_size=3),
+)
+@example([1.0, *[2.0] * 7], {"eval_every": 2, "patience": 1}, 4, [("evaluation", 4, True), ("sample", 4, False)])
+@settings(max_examples=15, deadline=None)
+def test_a_run_that_fell_ends_where_it_would_have(untouched, scores, options, save_every, falls):
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder) / "whole", Path(folder) / "fallen"
+        whole, fallen = (whole_run(run, STEPS, save_every=save_every, sample_every=2, **options) for run in runs)
+        assert train(Scripted(scores), whole) == 0
+        trained_through(Scripted(scores), fallen, falls)
+        assert what_happened(runs[1]) == what_happened(runs[0])
+
+
+def test_a_run_stopped_early_says_so_and_keeps_its_best_model(untouched, tmp_path, capsys):
+    scores = [5.0, 3.0, 4.0, 3.0, 9.0, 1.0]
+    cfg = whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0, patience=3)
+    assert train(Scripted(scores), cfg) == 0
+    out = capsys.readouterr().out
+    assert "steps 0 to 6" in out and "ends after 3 evaluations without a better score" in out
+    assert "\nstopped early at step 5: 3 evaluations without a better score than 3.0000\n" in out
+    assert what_happened(tmp_path / "run")["figures"]["final_is_step"] == 2
+    assert what_happened(tmp_path / "run")["final"] == "2"
+    assert train(Scripted(scores), cfg) == 0
+    assert f"{tmp_path}/run is finished (5 steps): its model is" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_path):
+    task, cfg = Scripted([1.0] * 6), whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0)
+    task.during = lambda what, step: die() if step == 4 else None
+    with pytest.raises(Killed):
+        train(task, cfg)
+    fields = {"best_so_far", "not_better"}
+    assert fields < {field.name for field in dataclasses.fields(Progress)}
+
+    def fill(folder: Path) -> None:
+        for path in newest.iterdir():
+            if path.name != "manifest.json":
+                (folder / path.name).write_bytes(path.read_bytes())
+        meta = json.loads((newest / checkpoint.META).read_text())
+        (folder / checkpoint.META).write_text(json.dumps({k: v for k, v in meta.items() if k not in fields}))
+
+    newest = checkpoint.step_folder(tmp_path / "run", 3)
+    checkpoint.write_folder(newest, fill)
+    assert train(Scripted([1.0] * 6), dataclasses.replace(cfg, patience=2)) == 0
+    assert what_happened(tmp_path / "run")["figures"]["steps"] == 6  # step 4 is the best it knows of
+
+
+def test_patience_without_evaluations_is_refused(untouched, tmp_path):
+    with pytest.raises(UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"):
+        train(Scripted([1.0]), whole_run(tmp_path / "run", 1, eval_every=0, patience=2))
+
+
+def play(scores: list[float], folder: Path) -> None:
+    cfg = whole_run(folder / "run", len(scores), eval_every=2, save_every=4, sample_every=0, patience=2)
+    raise SystemExit(train(Scripted(scores), cfg))
+
+
+def test_ranks_end_together(untouched, tmp_path):
+    scores = [9.0, 4.0, 9.0, 5.0, 9.0, 3.0, 9.0, math.nan, 9.0, 3.0, 9.0, 1.0]
+    (tmp_path / "alone").mkdir()
+    cfg = whole_run(tmp_path / "alone" / "run", 12, eval_every=2, save_every=4, sample_every=0, patience=2)
+    assert train(Scripted(scores), cfg) == 0
+    ended = launch(tmp_path, [], functools.partial(play, scores, tmp_path), ranks=2)
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert what_happened(tmp_path / "run") == what_happened(tmp_path / "alone" / "run")
+    assert what_happened(tmp_path / "run")["figures"]["steps"] == 10
+
+
+# --- how fast it was
+
+
+def test_rates_of_all_that_batches_hold(untouched, tmp_path, capsys):
+    assert train(Scripted([1.0] * 5), whole_run(tmp_path / "run", 5, sample_every=0)) == 0
+    lines, figures = log_of(tmp_path / "run", "train"), json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for name, amount in (("tokens", 12), ("padded_tokens", 20), ("rows", 4)):
+        rates = [line[f"{name}_per_second"] for line in lines]
+        assert rates == pytest.approx([amount / (line["step_ms"] / 1e3) for line in lines])
+        assert figures[f"{name}_per_second"] == statistics.median(rates)
+    assert [line["tokens"] for line in lines] == [12, 24, 36, 48, 60]
+    out = capsys.readouterr().out
+    assert f"{lines[0]['tokens_per_second']:,.0f} tok/s | {lines[0]['rows_per_second']:,.1f} rows/s | " in out
+    median = (
+        f"{figures[f'{name}_per_second']:,.0f} {name.replace('_', ' ')}/s"
+        for name in ("tokens", "padded_tokens", "rows")
+    )
+    assert f"{', '.join(median)} (median)" in out

@@ -1,12 +1,15 @@
-"""A task that is nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss terms.
+"""Tasks that are nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss terms; and a task for
+whole runs, whose evaluations find what was written down.
 
-Row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one for the ranker, so both
+TwoHeads: row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one for the ranker, so both
 terms have a different number of targets in every micro-batch; a batch may lack either of them or both, and a step may.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from config import TrainConfig
 from distributed import World
+from memory import Memory
 from optim import Group
 from step import Loader, StepResult, TrainStep
 from task import Task
@@ -140,6 +144,90 @@ class TwoHeads(Task):
             loss = self.loss(copy.deepcopy(model).double().eval(), batch)["tag"]
         tag = float(loss / batch["tagged"].sum())
         return {"tag": tag, "rows": len(ids), "records": len(ids), "longest": self.lengths[ids].max()}
+
+
+class Counter(nn.Module):
+    """One weight, and the number of steps that it has been trained."""
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+class Scripted(Task):
+    """After s steps an evaluation (of two batches) finds scores[s - 1]."""
+
+    name = "scripted"
+    config = TrainConfig
+
+    def __init__(self, scores: list[float], mode: str = "min"):
+        self.scores, self.best = scores, ("score", mode)
+        self.during: Callable[[str, int], None] = lambda what, step: None  # called within whatever a run does
+
+    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+        self.cfg = cfg
+
+    def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
+        return 4 // world_size
+
+    def describe_step(self, micro_batch: int, world_size: int) -> str:
+        return "4 rows"
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        return Memory(0, 0, 0, 0, 0, 0)
+
+    def build_model(self, cfg: TrainConfig) -> nn.Module:
+        return Counter()
+
+    def rows(self, split: str, step: int) -> np.ndarray:
+        return np.arange(4 if split == "train" else 8)[:, None]
+
+    def collate(self, split: str, ids: np.ndarray) -> dict[str, Tensor]:
+        return {"ids": torch.from_numpy(ids)}
+
+    def weights(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        return {"nll": len(batch["ids"])}
+
+    def amounts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        return {"tokens": 3 * len(batch["ids"]), "padded_tokens": 5 * len(batch["ids"]), "rows": len(batch["ids"])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(model, Counter)
+        model.steps += 1
+        self.during("step", int(model.steps))
+        return {"nll": (model.weight**2 * (1 + batch["ids"])).sum()}
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        assert isinstance(model, Counter)
+        self.during("evaluation", int(model.steps))
+        return {"steps": model.steps, "batches": 1}
+
+    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+        return {"score": self.scores[int(sums["steps"] / sums["batches"]) - 1]}
+
+    def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        assert isinstance(model, Counter)
+        self.during("sample", int(model.steps))
+        return [("after", f"{int(model.steps)}")]
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, Counter)
+        (folder / "steps.txt").write_text(str(int(model.steps)))
+
+
+def whole_run(out: Path, steps: int, **options: Any) -> TrainConfig:
+    """Options of a run of Scripted with whole global batches, that leaves this process as it is."""
+    fixed: dict[str, Any] = {"out": str(out), "micro_batch": "auto", "device": "cpu", "without": ("kept-memory",)}
+    return config(steps=steps, **fixed | options)
 
 
 def config(**options: Any) -> TrainConfig:
