@@ -1,10 +1,12 @@
 """Ways of fine-tuning and of decoding, side by side:
 
 python -m benchmarks.methods --task sonnets --init FOLDER --data FILE --val-data FILE --out FOLDER --budget-minutes N
+python -m benchmarks.methods --task paraphrase --init FOLDER --data FILE --val-data FILE --search
 
 A cell of the tables is a run of `python -m finetune.TASK` in a process of its own, so that a failure loses one cell.
 One seed for all methods comes first, then all decodings of what that seed trained, then more seeds for the methods
-that did best. The trade-off: rates are set by rule (--lr times a factor a method), not searched for each.
+that did best. The trade-off: rates are set by rule (--lr times a factor a method); --search tries others too, as many
+for each method.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.machine import elsewhere, facts
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, noted
+from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method, wall_of
 from benchmarks.methods_chart import draw
+from benchmarks.methods_figures import compared
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, end, last_error, say, start
@@ -42,8 +45,11 @@ from runlog import time_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+GIVEN = ("augment", "also", "also-data", "words")  # options that go to some methods alone
+SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
 SMALL, SMALL_RATE = 50_000_000, 3  # parameters below which a base takes so many times the rate of GPT-2
+RATES = (1.0, 0.3, 3.0)  # of a search
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
 
 
@@ -75,6 +81,20 @@ class Options:
     """Rows in a step. Default: the task's."""
     lr: float | None = None
     """Peak rate of full fine-tuning, of which each method has its multiple. Default: the task's, thrice for small bases."""
+    search: bool = False
+    """Try each method with the first seed at several rates and lengths; the tables hold the best of each."""
+    search_rates: tuple[float, ...] = RATES
+    """Rates to try, in multiples of a method's own."""
+    search_epochs: tuple[int, ...] = ()
+    """Lengths to try, in passes over the rows. Default: that of --epochs alone."""
+    augment: str | None = None
+    """More training rows for the method full+augment, of tasks with labels."""
+    also: tuple[str, ...] = ()
+    """Other tasks, each TASK:WEIGHT, for the method full+also, of tasks with labels."""
+    also_data: tuple[str, ...] = ()
+    """Their training rows. Default: their toy rows."""
+    words: tuple[str, ...] = ()
+    """The labels' words, for methods whose language model answers with them. Default: the task's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     extra: str = ""
@@ -90,16 +110,19 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 
 
 def task_facts(name: str) -> dict[str, Any]:
-    """Of the task in finetune/NAME.py: its metric, its options' defaults, and its file of answers if these have scores."""
+    """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file of answers if these
+    are texts that have scores."""
+    from finetuning import Finetuning
     from generation import Generation
-    from task import Task
 
     module = importlib.import_module(f"finetune.{name}")
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Task)]
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Finetuning)]
     kind: Any = next(kind for kind in kinds if kind.__module__ == module.__name__)
+    family = kind.__mro__[kind.__mro__.index(Finetuning) - 1].__name__.lower()
     defaults = {f.name: f.default for f in dataclasses.fields(kind.config) if f.default is not dataclasses.MISSING}
     scored = issubclass(kind, Generation) and kind.scores is not Generation.scores
-    return {"best": list(kind.best), "defaults": defaults | kind.defaults, "answers": scored and kind.predictions}
+    answers = kind.predictions if scored else None
+    return {"family": family, "best": list(kind.best), "defaults": defaults | kind.defaults, "answers": answers}
 
 
 def base_facts(init: str) -> dict[str, Any]:
@@ -141,8 +164,8 @@ def execute(words: Sequence[str], output: Path, until: float) -> None:
 
 def attempt(bench: Bench, cell: Cell) -> str:
     """Make a cell that the folder lacks, if there is time for it; returns how it went, in words."""
-    if cell.result.exists():
-        bench.done.append(cell)
+    if cell.note.exists():
+        bench.done[cell] = wall_of(cell)
         return "found in the folder"
     if time.monotonic() + bench.usual(cell) > bench.until:
         bench.left_out[cell] = None
@@ -151,7 +174,7 @@ def attempt(bench: Bench, cell: Cell) -> str:
     words, began = [*bench.program, *cell.words], time.monotonic()
     bench.running = cell
     try:
-        execute(words, noted(cell).with_suffix(".txt"), bench.until)
+        execute(words, cell.note.with_suffix(".txt"), bench.until)
     except Failed as error:
         bench.failed[cell] = str(error)
         return f"failed: {error}"
@@ -161,10 +184,10 @@ def attempt(bench: Bench, cell: Cell) -> str:
     finally:
         bench.running = None
     seconds = time.monotonic() - began
-    write_json(noted(cell), {"command": shlex.join(words), "wall_seconds": seconds})
+    write_json(cell.note, {"command": shlex.join(words), "wall_seconds": seconds})
     if cell.kind == "methods":
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)  # final/ is all that is needed from here on
-    bench.done.append(cell)
+    bench.done[cell] = seconds
     return f"{seconds:.0f} s"
 
 
@@ -176,13 +199,15 @@ def compare(bench: Bench, write: Callable[[], object]) -> None:
             if cell in bench.left_out:
                 continue
             write()
-            say(f"{cell.label:<32} {score(bench, cell)}{how}; about {time_text(bench.rest())} left")
+            found = score_text(bench, cell)
+            found = f"{bench.best[0]} {found}, " if found else ""
+            say(f"{cell.label:<32} {found}{how}; about {time_text(bench.rest())} left")
 
 
-def score(bench: Bench, cell: Cell) -> str:
+def score_text(bench: Bench, cell: Cell) -> str:
     """The metric that ranks, of a cell that is done."""
-    value = (cell.figures() or {"metrics": {}})["metrics"].get(bench.best[0])
-    return "" if value is None else f"{bench.best[0]} {value:.4g}, "
+    value = bench.score(cell)
+    return "" if value is None else f"{value:.4g}"
 
 
 @contextlib.contextmanager
@@ -203,11 +228,11 @@ def board(bench: Bench) -> Table:
     from rich.table import Table
 
     table = Table("cell", bench.best[0], "state", title=f"about {time_text(bench.rest())} left")
-    states = {cell: "done" for cell in bench.done} | {cell: "failed" for cell in bench.failed}
-    states |= dict.fromkeys(bench.left_out, "left out")
+    of_state = {"done": bench.done, "failed": bench.failed, "left out": bench.left_out}
+    states = {cell: state for state, cells in of_state.items() for cell in list(cells)}
     for cell in list(bench.cells()):
         state = progress_of(cell.path) if cell == bench.running else states.get(cell, "")
-        table.add_row(cell.label, score(bench, cell).rstrip(", ").rpartition(" ")[2], state)
+        table.add_row(cell.label, score_text(bench, cell), state)
     return table
 
 
@@ -229,28 +254,53 @@ def fits(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     return all(name.replace("-", "_") in defaults for name in options)
 
 
-def make_bench(options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float) -> Bench:
-    """What is to be run of a task from a base. Raises UserError for a name in --only that is none."""
-    defaults, more = task["defaults"], extra_options(options.extra)
-    given = {"data": options.data, "val-data": options.val_data, "batch-size": options.batch_size}
-    common = {"init": options.init} | {name: value for name, value in given.items() if value is not None}
-    common |= {"epochs": options.epochs or defaults["epochs"], "device": options.device}
-    common |= {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-best": 1} | more
-    shape = {name: base[key] for name, key in (("n-layer", "n_layer"), ("n-head", "n_head"), ("n-embd", "n_embd"))}
-    methods = [method for method in METHODS if fits(method.options, defaults)]
-    decodings = [decoding for decoding in DECODINGS if fits(decoding.options, defaults)]
-    predict = options.val_data or (None if options.data else "toy")
+def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
+    """Those that fit the task and what the user gives. Raises UserError for what no method takes."""
+    given = {name: getattr(options, name.replace("-", "_")) for name in GIVEN}
+    given = {name: "\0".join((value,) if isinstance(value, str) else value) for name, value in given.items() if value}
+    for name in given:
+        if name.replace("-", "_") not in task["defaults"]:
+            raise UserError(f"--{name} is for tasks with labels, and {options.task} is none; leave it out")
+    found = []
+    for method in METHODS:
+        if method.family in ("", task["family"]) and fits(method.options, task["defaults"]):
+            named = {name: given[name] for name in method.needs if name in given}
+            named |= {"words": given["words"]} if method.options.get("form") == "word" and "words" in given else {}
+            if set(method.needs[:1]) <= named.keys():
+                found.append(dataclasses.replace(method, options={**method.options, **named}))
+    return found
+
+
+def names_to_run(options: Options, methods: Sequence[Method], decodings: Sequence[Decoding]) -> list[str]:
+    """Of --only, else of all that the task is run with. Raises UserError for a name that is none."""
     names = [name.strip() for name in options.only.split(",") if name.strip()]
     known = [*(method.name for method in methods), *(decoding.name for decoding in decodings)]
     for name in names:
         if name not in known:
             raise UserError(f"--only {name}: no such method{nearest(name, known)}; there are {', '.join(known)}")
+    other = {method.name for method in methods if method.tasks and options.task not in method.tasks}
+    return names or [name for name in known if name not in other]
+
+
+def make_bench(options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float) -> Bench:
+    """What is to be run of a task from a base. Raises UserError for a name in --only that is none."""
+    defaults, more = task["defaults"], extra_options(options.extra)
+    given = {"data": options.data, "val-data": options.val_data, "batch-size": options.batch_size}
+    common = {"init": options.init} | {name: value for name, value in given.items() if value is not None}
+    epochs = options.epochs or defaults["epochs"]
+    common |= {"epochs": epochs, "device": options.device}
+    common |= {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-best": 1} | more
+    shape = {name: base[key] for name, key in (("n-layer", "n_layer"), ("n-head", "n_head"), ("n-embd", "n_embd"))}
+    methods = methods_of(options, task)
+    decodings = [decoding for decoding in DECODINGS if fits(decoding.options, defaults)]
+    predict = options.val_data or (None if options.data else "toy")
+    search = [(rate, n) for n in options.search_epochs or (epochs,) for rate in options.search_rates]
     return Bench(
         Path(options.out or f"runs/methods-{options.task}"), (sys.executable, "-m", f"finetune.{options.task}"),
         tuple(task["best"]), options.lr or usual_rate(defaults["lr"], base["parameters"]), common,
         {"tokenizer": options.init, "seq-len": base["block_size"]} | shape,
-        predict if task["answers"] else None, Path(task["answers"] or "").suffix, methods, decodings, names or None,
-        options.seeds, options.best, until,
+        predict if task["answers"] else None, Path(task["answers"] or "").suffix, methods, decodings,
+        names_to_run(options, methods, decodings), options.seeds, search if options.search else (), options.best, until,
     )  # fmt: skip
 
 
@@ -269,6 +319,8 @@ def extra_options(text: str) -> dict[str, Any]:
             found[list(found)[-1]].append(word)
         else:
             raise UserError(f"--extra {text!r} begins with no option; write --extra='--name value ...'")
+    if own := found.keys() & {*SET_HERE, *GIVEN}:
+        raise UserError(f"--extra names --{min(own)}, which this command sets; give it outside of --extra, if at all")
     return {name: "\0".join(values) if values else True for name, values in found.items()}
 
 
@@ -277,7 +329,7 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {"methods": {}, "decodings": {}}
     commands: dict[str, str] = {}
     for seed in bench.seeds:
-        cells = [bench.run_of(method, seed) for method in bench.methods]
+        cells = [bench.run_of(bench.chosen(method), seed) for method in bench.methods]
         cells += [bench.decoding_of(decoding, seed) for decoding in bench.decodings] if bench.predict else []
         for cell in cells:
             if figures := cell.figures():
@@ -285,14 +337,41 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
                 commands.setdefault(cell.name, shlex.join([*bench.program, *cell.words]))
     order = {"methods": bench.methods, "decodings": bench.decodings}
     names = {kind: [each.name for each in of_kind] for kind, of_kind in order.items()}
+    rows = {kind: rows_of(names[kind], grouped[kind], commands, bench.best) for kind in order}
+    for row in rows["methods"]:
+        row["against_full"] = against_full(bench, row["name"])
     return dict(about) | {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "best": list(bench.best), "seeds": list(bench.seeds),
-        "methods": rows_of(names["methods"], grouped["methods"], commands),
-        "decodings": rows_of(names["decodings"], grouped["decodings"], commands),
+        "best": list(bench.best), "seeds": list(bench.seeds), **rows, "trials": trials_of(bench),
         "failed": {cell.label: reason for cell, reason in bench.failed.items()},
         "left_out": [cell.label for cell in bench.left_out],
     }  # fmt: skip
+
+
+def against_full(bench: Bench, name: str) -> dict[str, Any] | None:
+    """A method's labels beside those of `full`, of the first seed; None where one of the two has none."""
+    cells = [
+        bench.run_of(bench.chosen(method), bench.seeds[0])
+        for wanted in (name, "full")
+        for method in bench.methods
+        if method.name == wanted
+    ]
+    both = name != "full" and len(cells) == 2 and all(cell.figures() for cell in cells)
+    return compared(cells[0].path, cells[1].path) if both else None
+
+
+def trials_of(bench: Bench) -> list[dict[str, Any]]:
+    """What a search tried, or would have, with the score of each."""
+    found = []
+    for method in bench.methods:
+        if method.rate is None or not bench.wanted(method.name):
+            continue
+        chosen = bench.chosen(method)
+        for (rate, _), trial in zip(bench.search, bench.trials(method)):
+            cell = bench.run_of(trial, bench.seeds[0])
+            setting = {"rate": rate, "lr": cell.options["lr"], "epochs": cell.options["epochs"]}
+            found.append({"name": method.name, **setting, "score": bench.score(cell), "chosen": trial == chosen})
+    return found
 
 
 def write_report(bench: Bench, about: Mapping[str, Any]) -> str:
@@ -316,6 +395,10 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
+    if not options.search and (options.search_rates != RATES or options.search_epochs):
+        raise UserError("--search-rates and --search-epochs belong to --search; add it, or leave them out")
+    if not options.search_rates or min(options.search_rates) <= 0 or min(options.search_epochs, default=1) < 1:
+        raise UserError("--search-rates takes one or more numbers above 0, --search-epochs whole numbers from 1 on")
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes one or more numbers, each once")
 
@@ -328,7 +411,7 @@ def main() -> int:
     until = began + 60 * (options.budget_minutes or math.inf) - WRITING
     bench = make_bench(options, seen["of_task"], seen["base"], until)
     about = {
-        "task": options.task, "base": seen["base"], "machine": seen["machine"],
+        "task": options.task, "family": seen["of_task"]["family"], "base": seen["base"], "machine": seen["machine"],
         "data": [options.data or "its toy rows", options.val_data or "a part held out"],
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
     }  # fmt: skip

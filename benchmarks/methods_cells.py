@@ -1,9 +1,10 @@
-"""The cells of benchmarks.methods: the methods, the decodings, where each run lies, and what a finished one measured."""
+"""The cells of benchmarks.methods: the methods, the decodings, where each run lies, and in which order they come."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -13,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.plot import records
-
-NO_METRICS = ("kind", "time", "step", "seconds")  # of an evaluation's record
+from benchmarks.methods_figures import figures_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,10 @@ class Method:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    rate: float = 1.0  # its peak learning rate, over that of full fine-tuning
+    rate: float | None = 1.0  # its peak learning rate, over that of full fine-tuning; None: no steps and no draws
+    family: str = ""  # of tasks that it is for; else all that have its options
+    tasks: tuple[str, ...] = ()  # that it is run for unless asked by name; else all of those
+    needs: tuple[str, ...] = ()  # options that the user gives; without the first there is no such method
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,38 @@ class Decoding:
 
 SCRATCH = {"init": "scratch"}
 UNLIKELIHOOD = {"objective": "unlikelihood"}
+LORA = {"method": "lora", "lora-rank": 8, "lora-alpha": 16}
+LAST_LAYER = {"method": "last-layer"}  # of a classifier its head alone, which is new
+TEXTS, LABELS = "generation", "classification"
 METHODS = (
     Method("scratch", SCRATCH, 10),
+    Method("naive-bayes", {"model": "naive-bayes"}, None, tasks=("topics",)),
+    Method("tf-idf", {"model": "tf-idf"}, None),
+    Method("lstm", {"model": "lstm"}, 10, tasks=("topics",)),
+    Method("lstm-gpt2", LAST_LAYER | {"pooling": "lstm"}, 10, tasks=("topics",)),
     Method("full"),
-    Method("full+unlikelihood", UNLIKELIHOOD),
+    Method("full+prompt", {"form": "prompt"}),
+    Method("full+word", {"form": "word"}),
+    Method("full+mean", {"pooling": "mean"}),
+    Method("full+attention", {"pooling": "attention"}),
+    Method("full+unlikelihood", UNLIKELIHOOD, family=TEXTS),
+    Method("full+rdrop", {"objective": "rdrop"}, family=LABELS),
+    Method("full+simcse", {"objective": "simcse"}, family=LABELS),
+    Method("full+augment", needs=("augment",)),
+    Method("full+also", needs=("also", "also-data")),
     Method("full+llrd", {"llrd": 0.8}),
     Method("ulmfit", {"method": "ulmfit", "schedule": "slanted-triangular"}, 3),
     Method("last-2", {"method": "last-k", "last-k": 2}, 3),
-    Method("last-layer", {"method": "last-layer"}, 3),
-    Method("lora-attention-8", {"method": "lora", "lora-rank": 8, "lora-alpha": 16}, 10),
-    Method("lora-attention-16", {"method": "lora", "lora-rank": 16, "lora-alpha": 32}, 10),
-    Method("lora-feed-forward-8", {"method": "lora", "lora-rank": 8, "lora-alpha": 16, "lora-on": "feed-forward"}, 10),
-    Method("dora-attention-8", {"method": "dora", "lora-rank": 8, "lora-alpha": 16}, 10),
+    Method("last-layer", LAST_LAYER, 3, family=TEXTS),
+    Method("last-layer", LAST_LAYER, 30, family=LABELS),
+    Method("lora-attention-8", LORA, 10),
+    Method("lora-attention-16", LORA | {"lora-rank": 16, "lora-alpha": 32}, 10),
+    Method("lora-feed-forward-8", LORA | {"lora-on": "feed-forward"}, 10),
+    Method("dora-attention-8", LORA | {"method": "dora"}, 10),
+    Method("lora+prompt", LORA | {"form": "prompt"}, 10),
+    Method("lora+llrd", LORA | {"llrd": 0.8}, 10, family=LABELS),
     Method("prefix", {"method": "prefix"}, 10),
-    Method("prefix+unlikelihood", {"method": "prefix"} | UNLIKELIHOOD, 10),
+    Method("prefix+unlikelihood", {"method": "prefix"} | UNLIKELIHOOD, 10, family=TEXTS),
     Method("soft-prompt", {"method": "soft-prompt"}, 100),
 )
 CONTRASTIVE = {"decode": "contrastive", "contrastive-k": 4, "contrastive-alpha": 0.6}
@@ -86,15 +106,16 @@ class Cell:
     seed: int
     options: Mapping[str, Any] = field(compare=False)
     path: Path  # a run's folder, or a file of answers
+    setting: str = field(default="", compare=False)  # what is tried, in a search
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.seed})"
+        return f"{self.name}{self.setting} ({self.seed})"
 
     @property
-    def result(self) -> Path:
-        """The file whose presence says that the cell is done."""
-        return self.path / "metrics.json" if self.kind == "methods" else self.path.with_suffix(".scores.json")
+    def note(self) -> Path:
+        """The file for its command and time, whose presence says that it is done: written when its process has ended."""
+        return self.path.with_name(self.path.stem + ".cell.json")
 
     @property
     def words(self) -> list[str]:
@@ -107,33 +128,14 @@ class Cell:
 
     def figures(self) -> dict[str, Any] | None:
         """What was measured, or None where the cell is not done."""
-        if not self.result.exists():
+        if not self.note.exists():
             return None
-        return figures_of(self.path) if self.kind == "methods" else {"metrics": json.loads(self.result.read_text())}
+        if self.kind == "methods":
+            return figures_of(self.path)
+        return {"metrics": json.loads(self.path.with_suffix(".scores.json").read_text())}
 
 
-@functools.cache
-def figures_of(run: Path) -> dict[str, Any]:
-    """Of a finished run: the metrics of the step that final/ is of, the lowest validation loss, and the cost."""
-    results, config = (json.loads((run / name).read_text()) for name in ("metrics.json", "config.json"))
-    log = records(run)
-    evals = [line for line in log if line["kind"] == "eval"]
-    chosen = next((line for line in evals if line["step"] == results["final_is_step"]), {})
-    epoch = results["steps"] / config["epochs"]
-    losses = [(line["val_loss"], line["step"]) for line in evals if line.get("val_loss") is not None]
-    lowest = min(losses, default=None)
-    return {
-        "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
-        "lowest_val_loss": lowest and lowest[0],
-        "lowest_epoch": lowest and lowest[1] / epoch,
-        "best_epoch": results["final_is_step"] / epoch,
-        "epochs": config["epochs"],
-        "lr": config["lr"],
-        "seconds": results["seconds"],
-        "seconds_per_epoch": results["seconds"] / config["epochs"],
-        **{name: results[name] for name in ("trained_parameters", "parameters", "memory_bytes")},
-        "warnings": [line["text"] for line in log if line["kind"] == "warning"],
-    }
+# --- all of them
 
 
 @dataclass
@@ -152,24 +154,25 @@ class Bench:
     decodings: Sequence[Decoding] = DECODINGS
     only: Sequence[str] | None = None
     seeds: Sequence[int] = (11711,)
+    search: Sequence[tuple[float, int]] = ()  # settings to try with the first seed: times a method's rate, and epochs
     keep: int = 5  # methods that are run with every seed
     until: float = math.inf  # of time.monotonic
     failed: dict[Cell, str] = field(default_factory=dict)  # the last line of each that did
     left_out: dict[Cell, None] = field(default_factory=dict)
-    done: list[Cell] = field(default_factory=list)
+    done: dict[Cell, float | None] = field(default_factory=dict)  # seconds that each took, where they are known
     running: Cell | None = None
 
     def run_of(self, method: Method, seed: int) -> Cell:
         """The cell of a method and a seed."""
-        options = (
-            dict(self.common) | {"lr": float(f"{method.rate * self.rate:.3g}"), "seed": seed} | dict(method.options)
-        )
+        lr = {} if method.rate is None else {"lr": float(f"{method.rate * self.rate:.3g}")}
+        options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
         options |= self.scratch if options["init"] == "scratch" else {}
-        return Cell("methods", method.name, seed, options, self._path("runs", method.name, seed, options))
+        path = self._path("runs", method.name, seed, options)
+        return Cell("methods", method.name, seed, options, path, f", {setting(options)}" if self.search and lr else "")
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell of a decoding of the run of its method with that seed."""
-        run = self.run_of(self.method_of(decoding), seed)
+        run = self.run_of(self.chosen(self.method_of(decoding)), seed)
         options = dict(run.options) | {"predict": self.predict} | dict(decoding.options)
         path = self._path("decodings", decoding.name, seed, options).with_suffix(self.answers)
         return Cell("decodings", decoding.name, seed, options | {"out": run.path}, path)
@@ -184,31 +187,61 @@ class Bench:
     def method_of(self, decoding: Decoding) -> Method:
         return next(method for method in self.methods if method.name == decoding.of)
 
+    def trials(self, method: Method) -> list[Method]:
+        """What is tried of a method with the first seed: itself alone, or with each setting of the search."""
+        if method.rate is None or not self.search:
+            return [method]
+        return [
+            dataclasses.replace(method, rate=method.rate * rate, options={**method.options, "epochs": epochs})
+            for rate, epochs in self.search
+        ]
+
+    def chosen(self, method: Method) -> Method:
+        """The best of a method's trials so far, the first of equal ones."""
+        return max(self.trials(method), key=lambda trial: self.merit(self.run_of(trial, self.seeds[0])))
+
+    def score(self, cell: Cell) -> float | None:
+        """The metric that ranks, of a cell that is done."""
+        figures = cell.figures()
+        return figures["metrics"].get(self.best[0]) if figures else None
+
+    def merit(self, cell: Cell) -> float:
+        """The score, its sign such that more is better; minus infinity without one."""
+        score = self.score(cell)
+        return -math.inf if score is None else score if self.best[1] == "max" else -score
+
     def ranking(self) -> list[Method]:
-        """Methods by the first seed, best first, then those whose turn is yet to come."""
-        sign = -1 if self.best[1] == "max" else 1
+        """Methods by the first seed, best first, then those whose turn is yet to come; none that draws nothing."""
         ranked, waiting = [], []
-        for method in filter(lambda method: self.wanted(method.name), self.methods):
-            cell = self.run_of(method, self.seeds[0])
-            figures = cell.figures()
-            value = figures["metrics"].get(self.best[0]) if figures else None
-            if value is not None:
-                ranked.append((sign * value, method))
-            elif figures is None and not self.settled(cell):
+        for method in self.methods:
+            if not self.wanted(method.name) or method.rate is None:
+                continue
+            cells = [self.run_of(trial, self.seeds[0]) for trial in self.trials(method)]
+            merit = max(map(self.merit, cells))
+            if merit > -math.inf:
+                ranked.append((-merit, method))
+            elif not all(cell.note.exists() or self.settled(cell) for cell in cells):
                 waiting.append(method)
         return [method for _, method in sorted(ranked, key=lambda pair: pair[0])] + waiting
 
     def cells(self) -> Iterator[Cell]:
         """All there is to do, in order; what comes later depends on what the earlier ones gave."""
+        first = [method for method in self.methods if self.wanted(method.name)]
+        yield from self._in_turn([self.trials(method) for method in first])
         for number, seed in enumerate(self.seeds):
-            methods = self.ranking()[: self.keep] if number else [m for m in self.methods if self.wanted(m.name)]
-            yield from (self.run_of(method, seed) for method in methods)
+            methods = self.ranking()[: self.keep] if number else first
+            yield from (self.run_of(self.chosen(method), seed) for method in methods if number)
             for decoding in self.decodings if self.predict else ():
                 method = self.method_of(decoding)
-                run = self.run_of(method, seed)
+                run = self.run_of(self.chosen(method), seed)
                 to_come = method in methods and not self.settled(run)
-                if self.wanted(decoding.name) and (to_come or run.result.exists()):
+                if self.wanted(decoding.name) and (to_come or run.note.exists()):
                     yield self.decoding_of(decoding, seed)
+
+    def _in_turn(self, trials: Sequence[Sequence[Method]]) -> Iterator[Cell]:
+        """The first trial of each method, then the second of each: when time runs out, all have had about as many."""
+        for of_all in itertools.zip_longest(*trials):
+            yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
 
     def settled(self, cell: Cell) -> bool:
         """Whether a cell has had its turn."""
@@ -217,8 +250,12 @@ class Bench:
     # --- time
 
     def usual(self, cell: Cell) -> float:
-        """Seconds that a cell may take: as long as it took with other seeds, or as its like did."""
-        walls = [(other.name, wall) for other in self.done if other.kind == cell.kind and (wall := wall_of(other))]
+        """Seconds that a cell may take: as long an epoch as it took with other seeds, or as its like did."""
+        walls = [
+            (other.name, wall / other.options["epochs"] * cell.options["epochs"])
+            for other, wall in list(self.done.items())  # the live table asks from another thread
+            if wall is not None and other.kind == cell.kind
+        ]
         same = [wall for name, wall in walls if name == cell.name]
         return statistics.median(same or [wall for _, wall in walls] or [0.0])
 
@@ -228,14 +265,14 @@ class Bench:
         return min(left, self.until - time.monotonic())
 
 
+def setting(options: Mapping[str, Any]) -> str:
+    """What a search varies, in words."""
+    return f"rate {options['lr']:g}, {options['epochs']} epochs"
+
+
 def wall_of(cell: Cell) -> float | None:
     """Seconds that the process of a done cell took, where this command has noted them."""
     try:
-        return json.loads(noted(cell).read_text())["wall_seconds"]
+        return json.loads(cell.note.read_text())["wall_seconds"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def noted(cell: Cell) -> Path:
-    """The file for a cell's command and time."""
-    return cell.path.with_name(cell.path.stem + ".cell.json")

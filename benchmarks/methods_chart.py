@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOWEST = "lowest perplexity"  # of all epochs, not of the one that was chosen
+SECOND = {
+    "generation": (LOWEST, "perplexity", "min"),
+    "classification": ("macro_f1", "macro-F1", "max"),
+}  # beside the first
 HEAD = 1.15  # inches for title and legend
 DARK, PALE = "#222222", "#8a8a8a"
 LOOK = STYLE | {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}
@@ -23,12 +27,13 @@ FAMILIES = {  # beginnings of names, a colour each, and what trains
     "full": (COLOURS[0], "everything"),
     "ulmfit": (COLOURS[0], "everything"),
     "last": (COLOURS[5], "part of the model"),
+    "lstm-gpt2": (COLOURS[5], "part of the model"),
     "lora": (COLOURS[2], "LoRA, DoRA"),
     "dora": (COLOURS[2], "LoRA, DoRA"),
     "prefix": (COLOURS[3], "prefix, soft prompt"),
     "soft": (COLOURS[3], "prefix, soft prompt"),
 }
-OTHER = (COLOURS[1], "other")
+OTHER = (COLOURS[1], "without GPT-2")
 
 
 class Line(NamedTuple):
@@ -75,7 +80,8 @@ def draw(result: Row, out: Path) -> None:
     if not methods:
         return
     heights = [0.9 + 0.34 * len(methods)] + [0.9 + 0.34 * len(decodings)] * bool(decodings)
-    columns = ["best", *["perplexity"] * any("lowest_val_loss" in row for row in methods), "parameters", "seconds"]
+    second = any(quality(row, SECOND[result["family"]][0]).mean is not None for row in methods)
+    columns = ["best", *["second"] * second, "parameters", "seconds"]
     mosaic: list[Any] = [columns, ["decoding", "decoding", *["took"] * (len(columns) - 2)]][: len(heights)]
     style: Any = LOOK
     with matplotlib.rc_context(style):
@@ -83,7 +89,7 @@ def draw(result: Row, out: Path) -> None:
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 1 - HEAD / size[1]))
         figure = Figure(figsize=size, layout=layout)
         axes: Any = figure.subplot_mosaic(mosaic, height_ratios=heights)
-        draw_methods(axes, methods, result["best"])
+        draw_methods(axes, methods, result["best"], SECOND[result["family"]])
         if decodings:
             draw_decodings(axes, decodings, result["best"])
         for name in axes.keys() - {"best", "decoding"}:
@@ -92,11 +98,14 @@ def draw(result: Row, out: Path) -> None:
         figure.savefig(out, format="png")
 
 
-def draw_methods(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str]) -> None:
+def draw_methods(
+    axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str], second: tuple[str, str, str]
+) -> None:
     metric, way = best
     draw_points(axes["best"], f"{label(metric)} {better(way)}", [quality(row, metric) for row in rows])
-    if "perplexity" in axes:
-        draw_points(axes["perplexity"], f"perplexity {better('min')}", [quality(row, LOWEST) for row in rows])
+    if "second" in axes:
+        metric, name, way = second
+        draw_points(axes["second"], f"{name} {better(way)}", [quality(row, metric) for row in rows])
     parameters = [line(row, row["trained_parameters"]) for row in rows]
     draw_bars(axes["parameters"], "parameters trained", parameters, log=True)
     draw_bars(axes["seconds"], "training, s", [line(row, row["seconds"]) for row in rows])

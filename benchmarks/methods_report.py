@@ -5,22 +5,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.table import markdown
 from runlog import bytes_text
 
 Row = Mapping[str, Any]
+Column = tuple[str, list[str]]  # its head and its cells
 
 LABELS = {
     "val_loss": "val loss", "val_perplexity": "perplexity", "chrf": "chrF", "chrf_poem": "chrF poem",
     "distinct_1": "distinct-1", "distinct_2": "distinct-2", "lines_right": "line accuracy",
-    "longest_copied": "longest copy",
+    "longest_copied": "longest copy", "macro_f1": "macro-F1",
 }  # fmt: skip
+OF_LABELS = (
+    "accuracy",
+    "macro_f1",
+    "val_loss",
+    "calibration_error",
+)  # metrics of a task with labels: the table's order
 PUBLISHED_AS = "published, GPT-2 124M"
-# What the systems that this project replaces published, of another base and with other splits of a poem.
-PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
-    "sonnets": {
+# What the systems that this project replaces published, of another base: by task, and by what the name of the rows holds.
+PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
+    ("sonnets", ""): {
         "full": {"val_perplexity": 55.73, "distinct_1": 0.621, "distinct_2": 0.927, "rhyming_accuracy": 0.141},
         "full+unlikelihood": {
             "val_perplexity": 51.68, "distinct_1": 0.613, "distinct_2": 0.919, "rhyming_accuracy": 0.215,
@@ -34,7 +42,25 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "contrastive-growing-mean": {"chrf": 37.75}, "contrastive-penalty": {"chrf": 24.87}, "beam": {"chrf": 33.44},
         "mbr-beams": {"chrf": 37.75}, "ensemble": {"chrf": 37.65},
     },
+    ("sentiment", "sst"): {
+        "full": {"accuracy": 0.518, "macro_f1": 0.490}, "ulmfit": {"accuracy": 0.509, "macro_f1": 0.480},
+    },
+    ("sentiment", "cfimdb"): {"full": {"accuracy": 0.988, "macro_f1": 0.988}},
+    ("paraphrase", "quora"): {
+        "full+word": {"accuracy": 0.9081, "macro_f1": 0.9019}, "full": {"accuracy": 0.8919, "macro_f1": 0.8849},
+        "full+mean": {"accuracy": 0.8872, "macro_f1": 0.88}, "full+simcse": {"accuracy": 0.8946, "macro_f1": 0.8879},
+        "full+augment": {"accuracy": 0.8854, "macro_f1": 0.8781}, "full+also": {"accuracy": 0.8891, "macro_f1": 0.8505},
+        "lora-attention-16": {"accuracy": 0.8707, "macro_f1": 0.8623},
+        "lora-attention-8": {"accuracy": 0.8599, "macro_f1": 0.8498},
+        "dora-attention-8": {"accuracy": 0.8601, "macro_f1": 0.8501},
+    },
 }  # fmt: skip
+
+
+def published(result: Row) -> dict[str, dict[str, float]]:
+    """What was published of these rows, by method or decoding."""
+    name = Path(result["data"][0]).name.lower()
+    return next((of for (task, part), of in PUBLISHED.items() if task == result["task"] and part in name), {})
 
 
 # --- figures
@@ -46,16 +72,22 @@ def stat(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def rows_of(
-    names: Sequence[str], found: Mapping[str, Sequence[Row]], commands: Mapping[str, str]
+    names: Sequence[str], found: Mapping[str, Sequence[Row]], commands: Mapping[str, str], best: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a seed has none."""
+    """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a seed has none.
+
+    "intervals" are those of the seed that is best by the metric that ranks.
+    """
     rows = []
     for name in names:
         if not (cells := found.get(name)):
             continue
         row: dict[str, Any] = {"name": name, "seeds": [cell["seed"] for cell in cells]}
-        row["metrics"] = stats([cell["metrics"] for cell in cells])
-        row |= stats([{k: v for k, v in cell.items() if k not in ("seed", "metrics", "warnings")} for cell in cells])
+        for group in ("metrics", "between_epochs"):
+            row[group] = stats([cell.get(group, {}) for cell in cells])
+        row |= stats([{k: v for k, v in cell.items() if isinstance(v, int | float) and k != "seed"} for cell in cells])
+        best_cell = best_of(cells, best, lambda cell, metric: cell["metrics"].get(metric))
+        row["intervals"] = best_cell.get("intervals", {}) if best_cell else {}
         row["warnings"] = sorted({text for cell in cells for text in cell.get("warnings", ())})
         rows.append(row | {"command": commands[name]})
     return rows
@@ -92,33 +124,71 @@ def label(metric: str) -> str:
     return LABELS.get(metric, metric.replace("_", " "))
 
 
-def best_row(rows: Sequence[Row], best: Sequence[str]) -> Row | None:
-    """The row with the best mean of the metric that ranks."""
-    having = [row for row in rows if best[0] in row["metrics"]]
+def best_of(rows: Sequence[Row], best: Sequence[str], value: Callable[[Row, str], float | None]) -> Row | None:
+    """The row with the best value of the metric that ranks."""
+    having = [(found, row) for row in rows if (found := value(row, best[0])) is not None]
     pick = max if best[1] == "max" else min
-    return pick(having, key=lambda row: row["metrics"][best[0]]["mean"]) if having else None
+    return pick(having, key=lambda pair: pair[0])[1] if having else None
 
 
-def quality_cells(row: Row, metrics: Sequence[str], best: Sequence[str], top: Row | None) -> list[str]:
-    """A row's metrics, the best of all in bold."""
-    cells = [cell(row["metrics"].get(metric)) for metric in metrics]
-    if row is top:
-        at = metrics.index(best[0])
-        cells[at] = f"**{cells[at]}**"
-    return cells
+def mean_of(row: Row, metric: str) -> float | None:
+    return row["metrics"].get(metric, {}).get("mean")
+
+
+def quality_columns(rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]) -> list[Column]:
+    """The metrics of rows, the best of the one that ranks in bold; where it is of labels, how sure it is beside it."""
+    top = best_of(rows, best, mean_of)
+    columns = []
+    for metric in metrics:
+        cells = [cell(row["metrics"].get(metric)) for row in rows]
+        if metric != best[0]:
+            columns.append((label(metric), cells))
+            continue
+        columns.append((label(metric), [f"**{text}**" if row is top else text for row, text in zip(rows, cells)]))
+        if any(row.get("intervals") for row in rows):
+            columns.append(("95% of rows", [interval_text(row["intervals"].get(metric)) for row in rows]))
+        if any(row.get("against_full") for row in rows):
+            columns.append(("p against full", [p_text(row["against_full"]) for row in rows]))
+    return columns
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+
+
+def p_text(test: Row | None) -> str:
+    if not test:
+        return ""
+    p = test["mcnemar_p"]
+    return f"{p:.2g}" if p >= 1e-4 else "<0.0001"
+
+
+def table(columns: Sequence[Column]) -> str:
+    return markdown([head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True), (0,))
 
 
 def quality_table(result: Row) -> str:
-    """Of the methods: the task's metrics at the step that was chosen, and the lowest perplexity of all epochs."""
-    rows, best = result["methods"], result["best"]
-    metrics, top = metric_names(rows), best_row(rows, best)
-    losses = any("lowest_val_loss" in row for row in rows)
-    head = ["method", *map(label, metrics), *(["lowest perplexity"] if losses else []), "seeds"]
-    lines = []
-    for row in rows:
-        lowest = [lowest_perplexity(row)] if losses else []
-        lines.append([row["name"], *quality_cells(row, metrics, best, top), *lowest, str(len(row["seeds"]))])
-    return markdown(head, lines, (0,))
+    """Of the methods: the task's metrics at the step that was chosen; of texts the lowest perplexity of all epochs too."""
+    rows = result["methods"]
+    metrics = OF_LABELS if of_labels(result) else metric_names(rows)
+    columns = [("method", [row["name"] for row in rows]), *quality_columns(rows, metrics, result["best"])]
+    if not of_labels(result):
+        columns.append(("lowest perplexity", [lowest_perplexity(row) for row in rows]))
+    return table([*columns, ("seeds", [str(len(row["seeds"])) for row in rows])])
+
+
+def of_labels(result: Row) -> bool:
+    return result["family"] == "classification"
+
+
+def other_tasks(result: Row) -> str:
+    """What `full+also` comes to on the tasks that it learns as well."""
+    lines = [
+        f"{row['name']}: {', '.join(f'{label(m)} {cell(figure)}' for m, figure in more.items())}.\n\n"
+        for row in result["methods"]
+        if (more := {m: figure for m, figure in row["metrics"].items() if m not in OF_LABELS})
+    ]
+    return "".join(lines) if of_labels(result) else ""
 
 
 def lowest_perplexity(row: Row) -> str:
@@ -127,65 +197,89 @@ def lowest_perplexity(row: Row) -> str:
     return f"{number(math.exp(row['lowest_val_loss']['mean']))} (epoch {row['lowest_epoch']['mean']:.3g})"
 
 
-def cost_table(rows: Sequence[Row]) -> str:
-    """Of the methods: what trained, how long, in how much memory."""
-    head = (
-        "method", "peak rate", "parameters trained", "share", "training s", "s an epoch", "peak memory", "best epoch",
-        "of epochs",
-    )  # fmt: skip
+def cost_table(result: Row) -> str:
+    """Of the methods: what trained, how long, in how much memory, how fast and how steadily."""
+    steady = result["best"][0]
     lines = [
         [
-            row["name"], f"{row['lr']['mean']:.3g}", f"{row['trained_parameters']['mean']:,.0f}", f"{share(row):.2%}",
-            cell(row["seconds"], lambda s: f"{s:,.0f}"), f"{row['seconds_per_epoch']['mean']:.3g}",
-            bytes_text(row["memory_bytes"]["mean"]), cell(row["best_epoch"]), f"{row['epochs']['mean']:g}",
+            row["name"], mean(row, "lr", "{:.3g}"), mean(row, "trained_parameters", "{:,.0f}"), f"{share(row):.2%}",
+            cell(row["seconds"], duration), cell(row.get("seconds_to_best"), duration), mean(row, "rows_per_second", "{:,.3g}"),
+            bytes_text(row["memory_bytes"]["mean"]), cell(row.get("best_epoch")), mean(row, "epochs", "{:.3g}"),
+            mean(row["between_epochs"], steady, "{:.2g}"),
         ]
-        for row in rows
+        for row in result["methods"]
     ]  # fmt: skip
+    head = (
+        "method", "peak rate", "parameters trained", "share", "training s", "s to best", "rows/s", "peak memory",
+        "best epoch", "of epochs", f"{label(steady)} between epochs",
+    )  # fmt: skip
     return markdown(head, lines, (0,))
+
+
+def mean(row: Row, name: str, form: str) -> str:
+    return form.format(row[name]["mean"]) if name in row else ""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def share(row: Row) -> float:
     return row["trained_parameters"]["mean"] / row["parameters"]["mean"]
 
 
+def trial_table(result: Row) -> str:
+    """What a search tried: a column a setting, what was chosen of each method in bold."""
+    trials = result["trials"]
+    columns = [("method", list(dict.fromkeys(trial["name"] for trial in trials)))]
+    for rate, epochs in dict.fromkeys((trial["rate"], trial["epochs"]) for trial in trials):
+        of_all = [trial for trial in trials if (trial["rate"], trial["epochs"]) == (rate, epochs)]
+        columns.append((f"rate x {rate:g}, {epochs} epochs", [trial_text(trial) for trial in of_all]))
+    return table(columns)
+
+
+def trial_text(trial: Row) -> str:
+    if trial["score"] is None:
+        return ""
+    text = number(trial["score"])
+    return f"**{text}**" if trial["chosen"] else text
+
+
 def decoding_table(result: Row) -> str:
     """Of the decodings: the task's metrics and the seconds that all answers took."""
-    rows, best = result["decodings"], result["best"]
-    metrics, top = metric_names(rows), best_row(rows, best)
-    published = PUBLISHED.get(result["task"], {})
-    head = ["decoding", *map(label, metrics), "seconds", "seeds"]
-    head += [f"{label(best[0])} ({PUBLISHED_AS})"] if published else []
-    lines = []
-    for row in rows:
-        words = [row["name"], *quality_cells(row, metrics, best, top), cell(row["metrics"]["seconds"])]
-        words.append(str(len(row["seeds"])))
-        beside = published.get(row["name"], {}).get(best[0])
-        lines.append(words + ([number(beside) if beside else ""] if published else []))
-    return markdown(head, lines, (0,))
+    rows, best, beside = result["decodings"], result["best"], published(result)
+    columns = [("decoding", [row["name"] for row in rows]), *quality_columns(rows, metric_names(rows), best)]
+    columns.append(("seconds", [cell(row["metrics"]["seconds"]) for row in rows]))
+    columns.append(("seeds", [str(len(row["seeds"])) for row in rows]))
+    if beside:
+        theirs = [beside.get(row["name"], {}).get(best[0]) for row in rows]
+        columns.append((f"{label(best[0])} ({PUBLISHED_AS})", [number(value) if value else "" for value in theirs]))
+    return table(columns)
 
 
 PUBLISHED_NOTE = {
     "sonnets": "And not that of all: the published perplexity is that of a poem under the frequencies of its own words, "
     "the published rhymes are alike in spelling. The published chrF has the size of whole poems.",
+    "sentiment": "Published: batches of 64 rows, rate 2e-5, dropout 0.3, the best of 6 epochs.",
+    "paraphrase": "Published: Quora's whole training set, batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method at "
+    "settings of its own; full+word 10 epochs, full+augment 10 of back-translations, LoRA and DoRA 20.",
 }
 
 
 def published_table(result: Row) -> str:
     """The methods that have published figures, beside these."""
-    published = PUBLISHED.get(result["task"], {})
-    rows = [row for row in result["methods"] if published.get(row["name"])]
+    beside = published(result)
+    rows = [row for row in result["methods"] if row["name"] in beside]
     if not rows:
         return ""
-    metrics = list(published[rows[0]["name"]])
-    head = ["method", *(text for m in metrics for text in (label(m), PUBLISHED_AS))]
-    lines = [
-        [row["name"], *(t for m in metrics for t in (cell(row["metrics"].get(m)), number(published[row["name"]][m])))]
-        for row in rows
-    ]
+    columns = [("method", [row["name"] for row in rows])]
+    for metric in beside[rows[0]["name"]]:
+        columns.append((label(metric), [cell(row["metrics"].get(metric)) for row in rows]))
+        columns.append((PUBLISHED_AS, [number(beside[row["name"]][metric]) for row in rows]))
     note = (
         f"Other weights to begin with, so other levels: what can be compared is order. {PUBLISHED_NOTE[result['task']]}"
     )
-    return f"{markdown(head, lines, (0,))}\n\n{note}\n\n"
+    return f"{table(columns)}\n\n{note}\n\n"
 
 
 def base_line(base: Row) -> str:
@@ -216,10 +310,11 @@ def text_of(result: Row) -> str:
     parts = [
         f"# {result['task']}: methods compared\n\n{base_line(result['base'])}\n\nTrained on {train}, chosen and scored on "
         f"{val}. {machine_line(result['machine'])}; {result['date'][:10]}.\n\n```\n{result['command']}\n```\n",
-        f"## What is trained\n\n{quality_table(result)}\n\n{cost_table(result['methods'])}\n\n{method_note(result)}\n"
+        f"## What is trained\n\n{quality_table(result)}\n\n{other_tasks(result)}{cost_table(result)}\n\n{method_note(result)}\n"
         if result["methods"]
         else "",
         published_table(result),
+        f"## What the search tried\n\n{trial_table(result)}\n\n{trial_note(result)}\n" if result["trials"] else "",
         f"## How it is decoded\n\n{decoding_table(result)}\n\n{decoding_note(result)}\n" if result["decodings"] else "",
         lost(result),
     ]
@@ -228,12 +323,30 @@ def text_of(result: Row) -> str:
 
 def method_note(result: Row) -> str:
     metric, way = result["best"]
-    return (
-        f"All metrics but the lowest perplexity are of the epoch with the {'highest' if way == 'max' else 'lowest'} {label(metric)}, "
+    name, most = label(metric), "highest" if way == "max" else "lowest"
+    text = (
+        f"{'Metrics' if of_labels(result) else 'All metrics but the lowest perplexity'} are of the epoch with the {most} {name}, "
         f"whose weights final/ holds. The validation rows chose that epoch and are scored here as well: each\nfigure is "
         f"a little better than on rows never seen, the more so the noisier it is. Mean ± standard deviation over seeds; "
-        f"the methods that did best with the first seed have\nmore of them. Perplexity is that of the answers' tokens. "
-        f"Training s: optimizer steps alone. Best epoch: of those trained. Scratch has the base's shape and tokenizer.\n"
+        f"the methods that did best with the first seed have\nmore of them. Training s: optimizer steps alone; s to best: "
+        f"until that epoch's end. Rows/s: the median step's. Best epoch: of those trained. {name[:1].upper() + name[1:]} between "
+        f"epochs: its\nstandard deviation over the evaluations of a run's second half. Scratch has the base's shape and tokenizer.\n"
+    )
+    return text + (LABEL_NOTE if of_labels(result) else "Perplexity is that of the answers' tokens.\n")
+
+
+LABEL_NOTE = (
+    "95% of rows: the bootstrap's interval of the best seed's accuracy, rows drawn anew. P against full: McNemar's exact "
+    "test of the first seed's labels beside those of full; one in\ntwenty of such methods is below 0.05 by chance. Val loss "
+    "of full+word is that of the word among all words, of the others that of the label among the labels.\n"
+)
+
+
+def trial_note(result: Row) -> str:
+    return (
+        f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. The setting in bold is what the "
+        "tables above hold. A best setting at the edge of what was tried may have a\nbetter one beyond it. The best of several "
+        "trials is a little better than it would be on rows never seen.\n"
     )
 
 
