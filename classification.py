@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,25 +22,22 @@ from torch import Tensor
 import adapter_files
 import adapters
 import confusion
-import confusion_chart
 import heads
 from checkpoint import locate
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
 from decoding import open_model
 from distributed import choose_device
-from files import write_json
 from finetuning import Finetuning, Long, Parts, Split
 from heads import Head
+from labels import MANY_LABELS, class_weights, find_labels, is_number, label_name, word_ids
 from model import GPT
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
+from predictions import VALIDATION, probabilities, write_predictions, write_report
 from rows import Row, Rows
-from runlog import finite
 from task import Batch
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
-MANY_LABELS = 20  # from here on a label a few rows is no label
-VALIDATION = "validation"  # begins the names of the files about those rows
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
@@ -63,6 +58,7 @@ class Classification(Finetuning):
     cfg: ClassificationConfig
     best = ("accuracy", "max")
     compiles_whole = False
+    pads: ClassVar[bool] = True
     truth: ClassVar[tuple[str, ...]] = ("label",)
     choices: ClassVar[tuple[str, ...]] = (
         "form", "words", "pooling", "cut", "dropout", "head_dropout", "class_weights", "label_smoothing", "objective",
@@ -87,7 +83,7 @@ class Classification(Finetuning):
 
     def label_words(self, labels: Sequence[str]) -> Sequence[str]:
         """What the language model answers with, label by label; empty where the task knows none."""
-        return [] if all(map(_is_number, labels)) else [label.replace("_", " ").lower() for label in labels]
+        return [] if all(map(is_number, labels)) else [label.replace("_", " ").lower() for label in labels]
 
     def content(self, row: Row) -> str:
         return "\n".join(self.texts(row))
@@ -146,7 +142,7 @@ class Classification(Finetuning):
         name = label_name(row["label"])
         if name in self.labels:
             return self.labels.index(name)
-        numbers = all(map(_is_number, self.labels)) and not _is_number(name)
+        numbers = all(map(is_number, self.labels)) and not is_number(name)
         why = (
             "is not a number, as those of the training rows are" if numbers else "is none of the training rows' labels"
         )
@@ -162,7 +158,7 @@ class Classification(Finetuning):
 
     def row_weights(self, train: Sequence[Row]) -> np.ndarray:
         """Of the loss of each training row, (n,)."""
-        of_class = self._class_weights(Counter(map(self.label_of, train)))
+        of_class = class_weights(self.cfg.class_weights, Counter(map(self.label_of, train)), self.labels)
         weights = np.array([of_class[self.label_of(row)] for row in train])
         weights[len(train) - len(self.augmented) :] *= self.cfg.augment_weight
         if not weights.any():
@@ -173,22 +169,6 @@ class Classification(Finetuning):
         return self._split(train, self.row_weights(train), "training"), self._split(
             val, np.ones(len(val)), "validation"
         )
-
-    def _class_weights(self, rows: Counter[int]) -> list[float]:
-        asked, n = self.cfg.class_weights, len(self.labels)
-        if not asked:
-            return [1.0] * n
-        if asked == ("balanced",):
-            return [rows.total() / (n * rows[label]) for label in range(n)]
-        try:
-            weights = [float(word) for word in asked]
-        except ValueError:
-            weights = []
-        if len(weights) != n or not all(0 <= weight < math.inf for weight in weights):
-            raise UserError(
-                f"--class-weights {' '.join(asked)}: give balanced, or {n} numbers, for the labels {', '.join(self.labels)}"
-            )
-        return weights
 
     def _split(self, rows: Sequence[Row], weights: np.ndarray, what: str) -> Labelled:
         kept, cut = [], 0
@@ -504,12 +484,8 @@ class Classification(Finetuning):
         known = [i for i, row in enumerate(rows) if row.fields.get("label", "").strip()]
         if not known:
             return {}
-        report = confusion.report([self.label_of(rows[i]) for i in known], found[known], self.labels, self.cfg.seed)
-        write_json(path.with_suffix(".report.json"), finite(report))
-        before = "" if path.stem == VALIDATION else f"{path.stem}."
-        pictures = confusion_chart.draw(report, path.parent, f"{self.name}: {path.stem}", before)
-        say(summary(report, path, pictures))
-        return {name: report[name] for name in ("accuracy", "macro_f1", "calibration_error")}
+        true = [self.label_of(rows[i]) for i in known]
+        return write_report(path, true, found[known], self.labels, self.name, self.cfg.seed, say)
 
     # --- what is written
 
@@ -531,60 +507,6 @@ class Classification(Finetuning):
         heads.save(model, folder, self.info)
 
 
-# --- labels
-
-
-def label_name(cell: str) -> str:
-    """A cell of a label column as the label's name: numbers without a fraction are whole numbers."""
-    text = cell.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return str(int(number)) if number.is_integer() else text
-
-
-def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels of training rows: numbers in their order, words in the alphabet's. Raises UserError where these are
-    no classes to learn."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts[label_name(row["label"])] += 1
-    if len(counts) < 2:
-        raise UserError(
-            f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is nothing to learn"
-        )
-    words = [name for name in counts if not _is_number(name)]
-    if words and 2 * sum(counts[name] for name in words) < len(rows):
-        row = next(row for row in rows if label_name(row["label"]) == words[0])
-        raise UserError(
-            f"{row.where}: the label {words[0][:60]!r} is not a number, as most others are; mend or remove it"
-        )
-    if len(counts) > MANY_LABELS and 3 * len(counts) > len(rows):
-        raise UserError(
-            f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: --label-column"
-        )
-    return tuple(sorted(counts, key=float) if not words else sorted(counts))
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return math.isfinite(float(name))
-    except ValueError:
-        return False
-
-
-def word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The token that each word begins with after a prompt."""
-    return [tokenizer.encode(f" {word.strip()}")[0] for word in words]
-
-
-def probabilities(log_p: np.ndarray) -> np.ndarray:
-    """Log-probabilities (n, K), of which some may be elsewhere, to probabilities that add up to 1."""
-    p = np.exp(log_p - log_p.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
 # --- options
 
 
@@ -603,10 +525,10 @@ def check(cfg: ClassificationConfig) -> None:
         )
     if cfg.compile_unit == "model":
         raise UserError("--compile-unit model: a classifier is compiled block by block; leave it out")
-    if cfg.form == "word" and cfg.pooling != "last":
-        raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
         raise UserError("--model lstm has no language model's head and no blocks: leave out --form word and --method")
+    if cfg.form == "word" and cfg.pooling != "last":
+        raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
     if cfg.form == "word" and cfg.also:
         raise UserError(
             "--also trains heads, and --form word the language model's own: use another form, or leave --also out"
@@ -615,8 +537,6 @@ def check(cfg: ClassificationConfig) -> None:
         raise UserError("--words belongs to --form word; add it, or leave --words out")
     if cfg.augment_weight != 1 and not cfg.augment:
         raise UserError("--augment-weight belongs to --augment FILE; add it, or leave the weight out")
-    if cfg.method == "soft-prompt" and cfg.pooling == "lstm":
-        raise UserError("--pooling lstm reads the states of a text; with --method soft-prompt use another pooling")
 
 
 # --- sequences
@@ -654,31 +574,3 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
 def _distinct(names: Sequence[str]) -> list[str]:
     """Names, those that came before with a number."""
     return [name if name not in names[:n] else f"{name}-{n + 1}" for n, name in enumerate(names)]
-
-
-# --- files of predictions
-
-
-def write_predictions(path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str) -> None:
-    """Predictions of rows with probabilities (n, K): `path` as jsonl, and beside it the course's csv."""
-    predicted = [labels[i] for i in found.argmax(1)]
-    with path.open("w", encoding="utf-8") as file:
-        for row, label, p in zip(rows, predicted, found.tolist(), strict=True):
-            record = row.fields | {"prediction": label, "probabilities": dict(zip(labels, p, strict=True))}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        file.write(f"id \t {course} \n")
-        for n, (row, label) in enumerate(zip(rows, predicted, strict=True)):
-            file.write(f"{row.fields.get('id') or n} , {label} \n")
-
-
-def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str:
-    """What a report comes to, in a few lines."""
-    low, high = report["intervals"]["accuracy"]
-    lines = [f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), macro-F1 "
-             f"{report['macro_f1']:.4f}, calibration error {report['calibration_error']:.4f}, {report['rows']:,} rows"]  # fmt: skip
-    for name, figures in report["per_class"].items():
-        lines.append(f"  {name:<20} precision {figures['precision']:.3f}  recall {figures['recall']:.3f}  F1 "
-                     f"{figures['f1']:.3f}  rows {figures['rows']:,}")  # fmt: skip
-    lines.append(", ".join(str(file) for file in pictures) or "no pictures: pip install matplotlib")
-    return "\n".join(lines)

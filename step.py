@@ -147,8 +147,9 @@ class StepResult:
 
 
 def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
-    """model or block; `whole`: whether what runs is the model's forward pass itself. Compiled whole, a model has all its gradients at once, and no all-reduce overlaps with them; and
-    on a CPU the head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
+    """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a model has all its
+    gradients at once, and no all-reduce overlaps with them; and on a CPU the head's loss, which works on pieces that
+    stay in the caches, is taken apart into whole passes."""
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
     return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"

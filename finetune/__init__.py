@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from baselines import Kind, fit_text_model
 from checkpoint import locate
-from classification import Classification, as_lstm, probabilities
+from classification import Classification, as_lstm
 from cli import parse
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from distributed import memory_bytes, recorded
 from files import write_json
 from finetuning import Finetuning
+from predictions import probabilities
 from rows import Row
 from runlog import finite
 
@@ -31,13 +33,13 @@ def command(task: Finetuning) -> int:
 
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
     assert isinstance(cfg, FinetuneConfig)
+    trains = bool(cfg.epochs or cfg.steps)
     if isinstance(task, Classification):
         assert isinstance(cfg, ClassificationConfig)
-        if cfg.model in ("naive-bayes", "tf-idf"):
-            return fit_words(task, cfg)
-        cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
+        if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
+            return fit_words(task, cfg, cfg.model)
+        cfg = as_lstm(cfg) if cfg.model == "lstm" and trains else cfg
         task.others = [other_task(*words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)]
-    trains = bool(cfg.epochs or cfg.steps)
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     code = recorded(train, task, cfg) if trains else 0
@@ -91,18 +93,18 @@ def other_task(asked: str, data: str) -> tuple[Classification, float]:
     return task, value
 
 
-def fit_words(task: Classification, cfg: ClassificationConfig) -> int:
+def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> int:
     """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the same files about them."""
-    from baselines import fit_text_model
-
-    task.cfg, task.warnings = cfg, ()
-    cfg.data = cfg.data or "toy"
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # there is nothing to divide
+    check(cfg)
+    task.cfg, task.warnings = dataclasses.replace(cfg, data=cfg.data or "toy"), ()
     folder = Path(str(cfg.out))
     folder.mkdir(parents=True, exist_ok=True)
     train, val = task.read_labelled(print)
     labels = np.array([task.label_of(row) for row in train])
     began = time.perf_counter()
-    model = fit_text_model(cfg.model, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed,
+    model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed,
                            task.row_weights(train))  # fmt: skip
     seconds = time.perf_counter() - began
 
@@ -110,6 +112,8 @@ def fit_words(task: Classification, cfg: ClassificationConfig) -> int:
         found = model.log_probs([task.texts(row) for row in rows])
         return task.write_answers(path, rows, probabilities(found), print)
 
+    for warning in task.warnings:
+        print(f"warning: {warning}")
     figures = answer(val, folder / "validation.jsonl")
     write_json(folder / "config.json", dataclasses.asdict(cfg))
     about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")),
@@ -118,5 +122,6 @@ def fit_words(task: Classification, cfg: ClassificationConfig) -> int:
     (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
     if cfg.predict:
         path = Path(cfg.answers or folder / task.predictions)
-        write_json(path.with_suffix(".scores.json"), answer(task.read(cfg.predict, "test", print), path))
+        if scores := answer(task.read(cfg.predict, "test", print), path):
+            write_json(path.with_suffix(".scores.json"), scores)
     return 0

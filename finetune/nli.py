@@ -59,10 +59,13 @@ class Nli(Classification):
 
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
         rows = super().read(spec, split, say)
-        known = [row for row in rows if row["label"].strip() not in NO_LABEL]
-        if len(known) < len(rows) and split != "test":
+        if split == "test":  # answered all the same
+            unknown = {"label": ""}
+            return [Row(row.fields | unknown, row.where) if _is_unknown(row) else row for row in rows]
+        known = [row for row in rows if not _is_unknown(row)]
+        if len(known) < len(rows):
             say(f"left out: {len(rows) - len(known):,} rows of {spec} without an agreed label")
-        return known if split != "test" else rows
+        return known
 
     def texts(self, row: Row) -> tuple[str, ...]:
         return row["premise"].strip(), row["hypothesis"].strip()
@@ -75,6 +78,10 @@ class Nli(Classification):
 
     def label_words(self, labels: Sequence[str]) -> Sequence[str]:
         return super().label_words(labels) or WORDS.get(len(labels), ())
+
+
+def _is_unknown(row: Row) -> bool:
+    return row["label"].strip() in NO_LABEL
 
 
 if __name__ == "__main__":

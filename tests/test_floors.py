@@ -17,6 +17,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "corpus",
         "dataset",
         "rows",
+        "labels",
         "order",
         "model",
         "heads",
@@ -34,6 +35,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "metrics",
         "confusion",
         "confusion_chart",
+        "predictions",
         "objectives",
         "runlog",
         "memory",
@@ -56,6 +58,11 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("dataset", "tokenizer"),  # shards know the vocabulary they were written with
     ("dataset", "corpus"),  # --data may be text, tokenized on the spot
     ("rows", "corpus"),  # what --data may name is one thing for all
+    ("labels", "rows"),
+    ("labels", "tokenizer"),  # the tokens of their words
+    ("predictions", "confusion"),
+    ("predictions", "confusion_chart"),
+    ("predictions", "runlog"),
     ("order", "dataset"),  # one random permutation for windows and rows
     ("decoding", "search"),
     ("decoding", "window"),
@@ -72,6 +79,7 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("classification", "task"),
     ("generation", "task"),
     ("finetune", "finetune"),  # what a task's command does
+    ("benchmarks", "finetune"),  # the tasks that are measured
     ("benchmarks", "benchmarks"),  # the machine, the contenders: what several of them share
 }
 

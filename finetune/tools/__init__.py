@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from classification import label_name
 from config import UserError
 from confusion import accuracy, confusion_matrix, macro_f1
+from labels import label_name
 from rows import read_json
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from classification import label_name
 from cli import entry_point, parse
 from config import UserError
 from finetune.tools import check_out, show_table
+from labels import label_name
 from metrics import words
 from rows import Row, read_rows
 from runlog import printable

@@ -1,0 +1,76 @@
+"""Labels of rows: their names, which there are, what they weigh, and the tokens of their words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from config import UserError
+from rows import Row
+from tokenizer import Tokenizer
+
+MANY_LABELS = 20  # from here on a label a few rows is no label
+
+
+def label_name(cell: str) -> str:
+    """A cell of a label column as the label's name: numbers without a fraction are whole numbers."""
+    text = cell.strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
+
+
+def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The labels of training rows: numbers in their order, words in the alphabet's. Raises UserError where these are
+    no classes to learn."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[label_name(row["label"])] += 1
+    if len(counts) < 2:
+        raise UserError(
+            f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is nothing to learn"
+        )
+    words = [name for name in counts if not is_number(name)]
+    if words and 2 * sum(counts[name] for name in words) < len(rows):
+        row = next(row for row in rows if label_name(row["label"]) == words[0])
+        raise UserError(
+            f"{row.where}: the label {words[0][:60]!r} is not a number, as most others are; mend or remove it"
+        )
+    if len(counts) > MANY_LABELS and 3 * len(counts) > len(rows):
+        raise UserError(
+            f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: --label-column"
+        )
+    return tuple(sorted(counts, key=float) if not words else sorted(counts))
+
+
+def is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
+    """The token that each word begins with after a prompt."""
+    return [tokenizer.encode(f" {word.strip()}")[0] for word in words]
+
+
+def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str]) -> list[float]:
+    """The weight of each label's rows: all 1 where nothing is asked; `balanced` by how rare they are, n / (K n_k); or
+    the numbers that are asked. Raises UserError where those are not one for each label."""
+    if not asked:
+        return [1.0] * len(labels)
+    if tuple(asked) == ("balanced",):
+        return [rows.total() / (len(labels) * rows[label]) for label in range(len(labels))]
+    try:
+        weights = [float(word) for word in asked]
+    except ValueError:
+        weights = []
+    if len(weights) != len(labels) or not all(0 <= weight < math.inf for weight in weights):
+        raise UserError(
+            f"--class-weights {' '.join(asked)}: give balanced, or {len(labels)} numbers, for the labels {', '.join(labels)}"
+        )
+    return weights
