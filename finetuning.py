@@ -72,6 +72,7 @@ class Finetuning(Task):
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
     predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
+    pads: ClassVar[bool] = False  # whether the hub's class for such models must know what fills a batch
     toy: ClassVar[Sequence[dict[str, str]]]  # a few rows to try the task with
     choices: ClassVar[tuple[str, ...]] = ()  # options of the family that a resumed run must have in common
 
@@ -313,14 +314,14 @@ class Finetuning(Task):
         init = self.cfg.init
         base = str(Path(locate(init)).resolve()) if Path(init).exists() else init  # else a hub id
         self.write_adapter(model, folder, base)
-        self.tokenizer.save(folder)
+        self.tokenizer.save(folder, self.pads)
 
     def _export_whole(self, model: GPT, folder: Path) -> None:
         if adapters.added(model):
             model = copy.deepcopy(model)  # the loop goes on with this one
             adapters.merge(model)
         self.write_model(model, folder)
-        self.tokenizer.save(folder)
+        self.tokenizer.save(folder, self.pads)
 
     def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
         """What was added to a base that is elsewhere, in PEFT's layout."""

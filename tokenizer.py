@@ -146,13 +146,16 @@ class Tokenizer(ABC):
         """
         return hashlib.sha256(json.dumps(_canonical(self._spec, self.eot), sort_keys=True).encode()).hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes alike."""
+    def save(self, folder: Path, pads: bool = False) -> None:
+        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes alike.
+
+        `pads`: it fills batches with the end token, as a classifier that is told so by its config expects.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spec = self._spec
+        spec, config = self._spec, self._config()
         _write_json(folder / "tokenizer.json", spec)
-        _write_json(folder / "tokenizer_config.json", self._config(), indent=2)
+        _write_json(folder / "tokenizer_config.json", config | ({"pad_token": self._end} if pads else {}), indent=2)
         if _is_byte_level_bpe(spec):
             merges = "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
             _write_json(folder / "vocab.json", _vocab(spec))
@@ -160,10 +163,14 @@ class Tokenizer(ABC):
 
     def _config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
-        end = next(token for token, id in self.special_ids.items() if id == self.eot)
         # the class that takes tokenizer.json as it is, in every version of transformers
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= dict.fromkeys(("bos_token", "eos_token"), self._end)
         return config | ({"additional_special_tokens": list(self.special)} if self.special else {})
+
+    @property
+    def _end(self) -> str:
+        return next(token for token, id in self.special_ids.items() if id == self.eot)
 
     def _check(self, id: int) -> int:
         id = operator.index(id)
