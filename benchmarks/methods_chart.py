@@ -128,7 +128,10 @@ def coloured(found: Line) -> Line:
 
 
 def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
-    """A point a row and its spread; no zero, so that small differences show."""
+    """A point a row and its spread; no zero, so that small differences show. A dashed line goes through that of `full`."""
+    for found in lines:
+        if found.name == "full" and found.mean is not None:
+            axes.axvline(found.mean, color=found.colour, alpha=0.5, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     for y, (name, colour, mean, spread) in enumerate(lines):
         if mean is None:
             continue
@@ -151,7 +154,10 @@ def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) 
 
 
 def write(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, color=DARK, zorder=4)
+    axes.annotate(
+        text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, color=DARK, zorder=4,
+        bbox=dict(facecolor="white", edgecolor="none", pad=0.6),
+    )  # fmt: skip
 
 
 def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:

@@ -261,8 +261,8 @@ PUBLISHED_NOTE = {
     "sonnets": "And not that of all: the published perplexity is that of a poem under the frequencies of its own words, "
     "the published rhymes are alike in spelling. The published chrF has the size of whole poems.",
     "sentiment": "Published: batches of 64 rows, rate 2e-5, dropout 0.3, the best of 6 epochs.",
-    "paraphrase": "Published: Quora's whole training set, batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method at "
-    "settings of its own; full+word 10 epochs, full+augment 10 of back-translations, LoRA and DoRA 20.",
+    "paraphrase": "Published: batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method at settings of its own (10 epochs "
+    "of full+word and of full+augment with back-translations, 3 of full+simcse, 20 of the others).",
 }
 
 
@@ -337,7 +337,7 @@ def method_note(result: Row) -> str:
 
 LABEL_NOTE = (
     "95% of rows: the bootstrap's interval of the best seed's accuracy, rows drawn anew. P against full: McNemar's exact "
-    "test of the first seed's labels beside those of full; one in\ntwenty of such methods is below 0.05 by chance. Val loss "
+    "test of the first seed's labels beside those of full; of\ntwenty methods that are no different one is below 0.05 by chance. Val loss "
     "of full+word is that of the word among all words, of the others that of the label among the labels.\n"
 )
 
