@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -22,10 +23,14 @@ from toy import capture_gradients, expected_gradients
 
 import adapter_files
 import adapters
-from config import Decode, GenerationConfig, GPTConfig, Method, UserError, resolve
+from classification import Classification, as_lstm
+from config import ClassificationConfig, Decode, Form, GPTConfig, Method, Pooling, UserError, resolve
 from decoding import open_model
 from distributed import World
+from finetune import other_task
+from finetuning import Finetuning
 from generation import Answer, Generation, plain
+from labels import find_labels
 from model import GPT
 from step import Loader, TrainStep
 from tokenizer import load_tokenizer, train_bpe
@@ -35,31 +40,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SHARED = REPO.parent / "shared" / "data"
 ALONE = World(0, 0, 1, 1, CPU)
-TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
 METHODS = get_args(Method)
 OPTIONS = {  # of a run on the toy rows, all of them in each step
     "preset": "micro", "init": "scratch", "tokenizer": "tokenizer", "precision": "fp32", "device": "cpu", "out": "run",
     "batch-size": 4, "schedule": "linear", "warmup-steps": 0, "weight-decay": 0, "sample-every": 0, "show-rows": 0,
-    "eval-rows": 0, "log-every": 1000, "keep": 5,
+    "log-every": 1000, "keep": 5,
 }  # fmt: skip
 
 
-def kind(name: str) -> type[Generation]:
+def kind(name: str) -> Any:
     """The one task of a module."""
     module = importlib.import_module(f"finetune.{name}")
     found = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-    (task,) = (v for v in found if issubclass(v, Generation))
+    (task,) = (v for v in found if issubclass(v, Finetuning))
     return task
 
 
-def words(*more: Any) -> list[str]:
-    """The options of a tiny run, then `more`; of an option that is there twice the later one counts."""
+TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
+GENERATION = [name for name in TASKS if issubclass(kind(name), Generation)]
+CLASSIFICATION = [name for name in TASKS if issubclass(kind(name), Classification)]
+
+
+def words(name: str, *more: Any) -> list[str]:
+    """The options of a tiny run of a task, then `more`; of an option that is there twice the later one counts."""
     chosen = {name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in more}
+    chosen |= {"eval-rows": 0} if name in GENERATION else {}
     return [*(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *map(str, more)]
 
 
 def run_task(name: str, folder: Path, *more: Any, **how: Any) -> list[Ended]:
-    return launch(folder, words(*more), program=f"finetune.{name}", **how)
+    return launch(folder, words(name, *more), program=f"finetune.{name}", **how)
 
 
 def finished(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
@@ -90,19 +100,23 @@ def folder(inputs: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def set_up(name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any) -> Generation:
-    """A task on its toy rows, in this process."""
+def set_up(name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any) -> Any:
+    """A task on its toy rows, in this process; without dropout, unless the test says so."""
     task = kind(name)()
     fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32")
-    fixed |= task.defaults | dict(data="toy", warmup_steps=0, lr=1e-3, steps=3, batch_size=4)
-    cfg = resolve(task.config(**fixed | options), "cpu")
-    assert isinstance(cfg, GenerationConfig)
+    fixed |= task.defaults | dict(data="toy", warmup_steps=0, lr=1e-3, steps=3, batch_size=4, dropout=0.0)
+    fixed |= {"head_dropout": 0.0} if name in CLASSIFICATION else {}
+    cfg = task.config(**fixed | options)
+    if isinstance(cfg, ClassificationConfig):
+        cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
+        task.others = [other_task(asked, "toy") for asked in cfg.also]
+    cfg = resolve(cfg, "cpu")
     task.setup(cfg, say)
     task.set_length(cfg)
     return task
 
 
-def step_of(task: Generation, seed: int = 0) -> TrainStep:
+def step_of(task: Finetuning, seed: int = 0) -> TrainStep:
     torch.manual_seed(seed)
     return TrainStep(task, task.build_model(task.cfg), task.cfg, ALONE)
 
@@ -126,7 +140,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(name: str, inputs: Path)
     """Accumulation over single rows equals one batch: the loss, and every gradient, those of fp64."""
     task = set_up(name, inputs, clip=0.0)
     train = step_of(task)
-    loss, _, expected = expected_gradients(task, train.model, 0)  # ty: ignore[invalid-argument-type]
+    loss, _, expected = expected_gradients(task, train.model, 0)
     for micro_batch in (1, 3, 4):
         found = capture_gradients(train)
         result = train(0, Loader(task, ALONE, micro_batch, 1, ahead=0)(0))
@@ -135,7 +149,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(name: str, inputs: Path)
             torch.testing.assert_close(found[key].double(), gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GENERATION)
 def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(name: str, inputs: Path) -> None:
     task = set_up(name, inputs, eval_rows=2, max_new_tokens=3, beams=2, candidates=4, seq_len=128)
     model = step_of(task).model.eval()
@@ -150,7 +164,7 @@ def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(name: str, 
         )
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GENERATION)
 def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs: Path) -> None:
     said: list[str] = []
     task = set_up(name, inputs, said.append, show_rows=2)
@@ -163,7 +177,25 @@ def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs:
         assert all(str(token) in text for token in task.special)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_the_first_rows_are_shown_with_the_label_or_its_word_marked(name: str, inputs: Path) -> None:
+    for form in get_args(Form):
+        said: list[str] = []
+        other = {"words": ("alpha", "beta", "gamma")} if (name, form) == ("topics", "word") else {}
+        task = set_up(name, inputs, said.append, show_rows=2, form=form, **other)
+        names = (other.get("words") or task.label_words(task.labels)) if form == "word" else task.labels
+        assert len(said) == 2 and len(set(names)) == len(task.labels)
+        for text, i in zip(said, task.rows("train", 0).reshape(-1), strict=False):
+            ids, row = task.train.tokens[i].tolist(), task.train.rows[i]
+            read, answer = task.tokenizer.decode(ids), names[task.labels.index(row["label"])]
+            assert text == f"row {i} ({len(ids)} tokens):\n{read}⟦{answer}⟧\n"
+            assert all(part in read for part in task.texts(row))
+            assert form != "plain" or "".join(task.texts(row)) == task.tokenizer.decode(ids, skip_special=True)
+            assert all(str(token) in text for token in task.special)
+    assert bool(task.special) == (name == "nli")
+
+
+@pytest.mark.parametrize("name", GENERATION)
 def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
     """The loss by a loop over rows and positions, the scores from all answers at once, at any micro-batch."""
     task = set_up(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
@@ -212,7 +244,7 @@ def test_scores_are_those_worked_out_by_hand(name: str) -> None:
     assert kind(name)().scores(answers) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GENERATION)
 def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path) -> None:
     more = ("--steps", 60, "--lr", "5e-3", "--eval-every", 100, "--save-every", 30, "--decode", "greedy")
     end = finished(name, folder, *more, "--predict", "toy", "--answers", "answers")
@@ -230,6 +262,34 @@ def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path)
     assert (folder / "answers").read_bytes() == (folder / "again").read_bytes()
     finished(name, folder, *more, "--resume", run / "checkpoints" / "step-00000030", "--out", "branch")
     same_second_half(run, folder / "branch", 30)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Path) -> None:
+    more = ("--steps", 40, "--lr", "5e-3", "--eval-every", 100, "--save-every", 20)
+    asked = ("--predict", "toy", "--answers", "answers.jsonl")
+    finished(name, folder, *more, *asked)
+    run = folder / "run"
+    losses = [line["loss"] for line in log_of(run, "train")]
+    (evaluation,) = log_of(run, "eval")
+    assert len(losses) == 40 and losses[0] > 0.5 and losses[-1] < 0.1, (name, losses[-1])
+    assert evaluation["step"] == 40 and evaluation["accuracy"] == evaluation["macro_f1"] == 1
+    assert 0 < evaluation["val_loss"] < 0.1 and 0 < evaluation["calibration_error"] < 0.1
+    left_by_a_run(run, [20, 40])
+    task = set_up(name, folder)
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prediction"] for answer in answers] == [answer["label"] for answer in answers]
+    assert [{k: answer[k] for k in row} for answer, row in zip(answers, task.toy, strict=True)] == list(task.toy)
+    for suffix in (".jsonl", ".csv", ".report.json"):  # the toy rows are those to validate on, too
+        assert (folder / f"answers{suffix}").read_bytes() == (run / f"validation{suffix}").read_bytes()
+    scores = json.loads((folder / "answers.scores.json").read_text())
+    assert scores["accuracy"] == 1 and scores["calibration_error"] == pytest.approx(
+        evaluation["calibration_error"], rel=1e-4
+    )
+    finished(name, folder, "--init", "run", "--epochs", 0, *asked[:2], "--out", "again")
+    assert (folder / "again" / "predictions.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
+    finished(name, folder, *more, "--resume", run / "checkpoints" / "step-00000020", "--out", "branch")
+    same_second_half(run, folder / "branch", 20)
 
 
 def left_by_a_run(run: Path, steps: list[int]) -> None:
@@ -252,7 +312,7 @@ def agrees_with_transformers(final: Path, ids: list[int]) -> None:
     assert tokenizer.encode(tokenizer.decode(ids)) == ids and len(tokenizer) == theirs.config.vocab_size
 
 
-def gives_back_the_toy_answers(task: Generation, final: Path) -> None:
+def gives_back_the_toy_answers(task: Any, final: Path) -> None:
     """Greedy decoding from each toy prompt; where several rows have one prompt, one of their answers."""
     model, _ = open_model(str(final), None, CPU, torch.float32)
     rows = range(len(task.toy))
@@ -303,9 +363,42 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
         assert any(f"{what} rows are longer than 48 tokens and are cut at the end" in text for text in told)
 
 
+ALIKE = ("--steps", 5, "--eval-every", 2, "--save-every", 0, "--dropout", 0, "--lr", "1e-3", "--micro-batch", 2)
+ON_TWO_RANKS = {  # tasks and options; a share of dropout that is nothing lets two passes be, and be the same
+    "sentiment": ("--also", "topics:0.5", "--objective", "rdrop", "simcse", "--simcse-group", 2, "--batch-size", 6,
+                  "--class-weights", 1, 2, "--head-dropout", "1e-12"),
+    "nli": ("--form", "word", "--batch-size", 5, "--label-smoothing", "0.1", "--head-dropout", 0),
+}  # fmt: skip
+
+COMPARED = {
+    "train": ("loss", "tokens", "nll", "topics", "rdrop", "simcse"),
+    "eval": ("val_loss", "accuracy", "macro_f1", "calibration_error", "topics_val_loss", "topics_accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_two_ranks_classify_as_one(name: str, folder: Path) -> None:
+    for out, ranks in (("run", 1), ("on2", 2)):
+        finished(name, folder, *ALIKE, *ON_TWO_RANKS[name], "--out", out, ranks=ranks)
+    one, two = folder / "run", folder / "on2"
+    for what, keys in COMPARED.items():
+        first, second = (
+            [{k: v for k, v in line.items() if k in keys} for line in log_of(run, what)] for run in (one, two)
+        )
+        for expected, found in zip(first, second, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert name != "sentiment" or {key for line in first for key in line} == set(keys)
+    for file in (file.name for file in (one / "final").glob("*.safetensors")):
+        expected = load_file(one / "final" / file)
+        for key, tensor in load_file(two / "final" / file).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5, msg=key)
+    predicted = [[json.loads(line)["prediction"] for line in (run / "validation.jsonl").open()] for run in (one, two)]
+    assert predicted[0] == predicted[1] and len(predicted[0]) == len(kind(name).toy)
+
+
 def test_a_program_of_its_own(run: Any, folder: Path) -> None:
     """As a user starts it; and --help names the task's own options."""
-    done = run("-m", "finetune.qa", *words("--steps", 2, "--eval-every", 0), cwd=folder)
+    done = run("-m", "finetune.qa", *words("qa", "--steps", 2, "--eval-every", 0), cwd=folder)
     assert done.returncode == 0 and (folder / "run" / "final" / "model.safetensors").exists(), done.stderr
     (end,) = launch(folder, ["--help"], program="finetune.lyrics")
     assert end.code == 0 and "--with-title" in end.out and "--text-column" in end.out, end
@@ -314,7 +407,7 @@ def test_a_program_of_its_own(run: Any, folder: Path) -> None:
 # --- what each task makes of its files
 
 
-def rows_of(name: str, inputs: Path, file: Path, text: str, **options: Any) -> tuple[Generation, list[dict[str, str]]]:
+def rows_of(name: str, inputs: Path, file: Path, text: str, **options: Any) -> tuple[Any, list[dict[str, str]]]:
     """A task set up on a file of this text, and all of its rows."""
     file.write_text(text)
     task = set_up(name, inputs, data=str(file), **options)
@@ -409,6 +502,74 @@ def test_sonnets_are_read_and_written_in_the_format_of_the_course(inputs: Path, 
     assert again == rows
 
 
+def reader(name: str, **options: Any) -> Any:
+    """A task that reads files and does nothing else."""
+    task = kind(name)()
+    task.cfg = task.config(init="scratch", **options)
+    return task
+
+
+LABELLED = [  # a task, a file, its first lines; what is read of the first row: texts, label, id
+    ("sentiment", "sst.csv", "\tid\tsentence\tsentiment\n0\tf4a\t It 's a \"film .\t3\n", ("It 's a \"film .",), "3", "f4a"),
+    ("sentiment", "nsmc.txt", "id\tdocument\tlabel\n97\t좋아요, 또\t1\n", ("좋아요, 또",), "1", "97"),
+    ("sentiment", "stars.jsonl", '{"review": "fine", "stars": 4.0}\n', ("fine",), "4.0", ""),
+    ("paraphrase", "quora.csv", "\tid\tsentence1\tsentence2\tis_duplicate\n1\ta\tWhy?\t\"How, so?\"\t1.0\n",
+     ("Why?", "How, so?"), "1.0", "a"),
+    ("paraphrase", "mrpc.tsv", 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t7\t8\t"A" said so\tSo "A\n',
+     ('"A" said so', 'So "A'), "0", ""),
+    ("nli", "rte.tsv", "sentence1\tsentence2\tlabel\tidx\nIt rained.\tIt is wet.\t1\t5\n", ("It rained.", "It is wet."), "1", "5"),
+    ("nli", "sick.tsv", "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n2\tA b\tA c\t3.6\tNEUTRAL\n",
+     ("A b", "A c"), "NEUTRAL", "2"),
+    ("nli", "xnli.tsv", "sentence1\tsentence2\tgold_label\n눈이 왔다.\t춥다.\tneutral\n", ("눈이 왔다.", "춥다."), "neutral", ""),
+    ("topics", "ag.csv", 'label,title,description\n3,"Cup, won","A ""late"" goal."\n', ('Cup, won\nA "late" goal.',), "3", ""),
+    ("topics", "news.json", '{"category": "WELLNESS", "headline": "Sleep", "short_description": "", "authors": "A"}\n',
+     ("Sleep",), "WELLNESS", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LABELLED, ids=lambda case: case[1])
+def test_labelled_files_are_read_as_they_come(case: Any, tmp_path: Path) -> None:
+    name, file, text, texts, label, id = case
+    (tmp_path / file).write_text(text)
+    task = reader(name)
+    (row,) = task.read(str(tmp_path / file), "train", print)
+    assert task.texts(row) == texts and (row["label"], row["id"]) == (label, id)
+
+
+def test_rows_without_an_agreed_label_are_left_out_and_told(tmp_path: Path) -> None:
+    file, said = tmp_path / "snli.tsv", []
+    file.write_text("gold_label\tpremise\thypothesis\nneutral\ta\tb\n-\ta\tc\n")
+    task = reader("nli")
+    assert [row["hypothesis"] for row in task.read(str(file), "train", said.append)] == ["b"]
+    assert said == [f"left out: 1 rows of {file} without an agreed label"]
+    asked = task.read(str(file), "test", said.append)
+    assert [(row["hypothesis"], row["label"]) for row in asked] == [("b", "neutral"), ("c", "")] and len(said) == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_the_real_labelled_files_are_read_whole() -> None:
+    three = ("contradiction", "entailment", "neutral")
+    expected = {
+        ("sentiment", "cs224n/ids-sst-dev.csv"): (881, ("0", "1", "2", "3", "4")),
+        ("sentiment", "cs224n/ids-cfimdb-dev.csv"): (196, ("0", "1")),
+        ("sentiment", "korean/nsmc_dev.txt"): (2000, ("0", "1")),
+        ("paraphrase", "paraphrase/quora-dev.csv"): (2914, ("0", "1")),
+        ("paraphrase", "paraphrase/mrpc_test.tsv"): (1380, ("0", "1")),
+        ("nli", "nli/rte_dev.tsv"): (222, ("0", "1")),
+        ("nli", "nli/sick_dev.tsv"): (500, tuple(word.upper() for word in three)),
+        ("nli", "nli/mnli_sample_dev.csv"): (828, ("0", "1", "2")),
+        ("nli", "korean/kornli_xnli_dev.tsv"): (2490, three),
+        ("topics", "topic/ag_news_dev.csv"): (1000, ("1", "2", "3", "4")),
+        ("topics", "topic/bbc_news_dev.jsonl"): (300, ("business", "entertainment", "politics", "sport", "tech")),
+    }
+    for (name, file), (count, labels) in expected.items():
+        task = reader(name)
+        rows = task.read(str(SHARED / file), "validation", print)
+        assert (len(rows), find_labels(rows)) == (count, labels) and task.warnings == (), file
+    (first, *_) = reader("sentiment").read(str(SHARED / "cs224n/ids-sst-test-student.csv"), "test", print)
+    assert first.fields == {"text": " Effective but too-tepid biopic", "label": "", "id": "b7573736a6ddf7be102b7fee0"}
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_the_real_files_are_read_whole() -> None:
     counts = {
@@ -419,8 +580,7 @@ def test_the_real_files_are_read_whole() -> None:
         ("text", "korean/nsmc_dev.txt"): 2000,
     }  # fmt: skip
     for (name, file), count in counts.items():
-        task = kind(name)()
-        task.cfg = task.config(init="scratch")  # ty: ignore[invalid-assignment]
+        task = reader(name)
         assert len(task.read(str(SHARED / file), "validation", print)) == count, file
         assert task.warnings == ()
 
@@ -482,6 +642,61 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
         torch.testing.assert_close(model(torch.tensor([ids])), final(torch.tensor([ids])), rtol=1e-4, atol=1e-4)
 
 
+A_BASE: dict[str, Any] = dict(preset=None, tokenizer=None, steps=30, batch_size=8, lr=3e-3, schedule="constant")
+MOVES = {  # by method, the parameters that train
+    "last-layer": r"heads\..*", "last-k": r"heads\..*|transformer\.(h\.1|ln_f)\..*",
+    **dict.fromkeys(("lora", "dora"), r"heads\..*|.*\.lora_.*"), **dict.fromkeys(("prefix", "soft-prompt"), r"heads\..*|prefix\..*"),
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
+    "full": {}, "last-layer": dict(lr=2e-2), "last-k": dict(last_k=1), "ulmfit": dict(lr=2e-2), "lora": dict(lr=2e-2),
+    "dora": dict(lr=2e-2), "prefix": dict(lr=5e-2, prefix_width=32), "soft-prompt": dict(lr=5e-2, steps=60),
+    "llrd": dict(llrd=0.7), "slanted triangular": dict(schedule="slanted-triangular"),
+    "prompt": dict(form="prompt"), "word": dict(form="word"), "words": dict(form="word", words=("no", "yes")),
+    **{name: dict(pooling=name) for name in get_args(Pooling)},
+    "an LSTM over frozen states": dict(pooling="lstm", method="last-layer"),
+    "an LSTM on embeddings": dict(model="lstm", preset="micro"),
+    "rdrop": dict(objective=("rdrop",), dropout=0.1), "simcse": dict(objective=("simcse",), dropout=0.1),
+    "both": dict(objective=("rdrop", "simcse"), simcse_group=4, head_dropout=0.1),
+    "two tasks": dict(also=("topics:0.5",), steps=60), "three": dict(also=("nli", "sentiment:2"), steps=90),
+    "more rows": dict(augment="toy", augment_weight=0.5), "weights": dict(class_weights=("1", "3")),
+    "balanced": dict(class_weights=("balanced",)), "smoothing": dict(label_smoothing=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path) -> None:
+    """And moves what it should: heads train under every method, and might well do without the rest."""
+    options: dict[str, Any] = A_BASE | dict(init=str(inputs / "base")) | WAYS[way]
+    if way in METHODS:
+        options["method"] = way
+    elif options.get("model") == "lstm":
+        options |= dict(init="scratch", tokenizer=str(inputs / "tokenizer"))
+    task = set_up("sentiment", inputs, **options)
+    step = step_of(task)
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    losses = train_all(step, task)
+    step.cfg.micro_batch = 3
+    figures = evaluate(step)
+    assert figures is not None and figures["val_loss"] < 0.25 < losses[0], (losses[0], figures)
+    assert {v for k, v in figures.items() if k.endswith("accuracy")} == {1.0}
+    assert len([k for k in figures if k.endswith("accuracy")]) == len(task.keys) == 1 + len(task.cfg.also)
+    moved = {name for name, p in step.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if re.fullmatch(MOVES.get(task.cfg.method, ".*"), name)}
+    assert len(step.model.heads) == (len(task.keys) if task.cfg.form != "word" else 0)
+
+
+def test_every_method_is_among_the_ways() -> None:
+    assert {*METHODS, *get_args(Pooling)} <= WAYS.keys()
+
+
+def train_all(step: TrainStep, task: Finetuning) -> list[float]:
+    """All steps of a run, in this process; the loss of each."""
+    data = Loader(task, ALONE, 8, task.cfg.steps)
+    results = [step(n, data(n)) for n in range(task.cfg.steps)]
+    data.close()
+    return [result.loss.item() for result in results if result is not None]
+
+
 def weights_of(folder: Path) -> str:
     return adapter_files.weights_sha256(GPT.from_pretrained(folder))
 
@@ -510,6 +725,10 @@ def mistakes(inputs: Path) -> Path:
     write = {
         "prose.txt": "No number stands over these lines.\nNor over these.\n", "songs.csv": "singer,words\nA,la la\n",
         "broken.jsonl": '{"text": "one"}\n{"text": 3\n{"text": "two"}\n', "long.txt": "1\n\n" + "so long a line " * 90 + "\n",
+        "typo.csv": "sentense,lable\nfine,1\n", "one.csv": "text,label\na,1\nb,1.0\nc,1\n", "none.csv": "text,label\n",
+        "seven.csv": "text,label\nfine,1\nfiner,7\n", "word.csv": "text,label\nfine,1\nfiner,good\n",
+        "mixed.csv": "text,label\na,1\nb,2\nc,one\nd,1\n", "ids.csv": "text,label\n" + "".join(f"t{n},x{n}\n" for n in range(30)),
+        "cells.csv": "text,label\na,1\nb,0,1\n", "known.csv": "text,label\n" + "".join(f"t{n},{n % 2}\n" for n in range(99)),
         "no_answer.json": json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}),
     }  # fmt: skip
     for name, text in write.items():
@@ -556,6 +775,42 @@ MISTAKES = {  # a task and options: what the line must hold
     "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
     "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
     "sonnets --init lora/checkpoints/step-00000001": ["is an adapter; name the model that it was made for", "/base"],
+    # rows with labels
+    "sentiment --data typo.csv": ["no column 'sentence' or 'text'", "(did you mean sentense?)", "sentense, lable", "--text-column NAME"],
+    "sentiment --data typo.csv --text-column sentense --label-column labl": ["no column 'labl' (did you mean lable?)", "--label-column"],
+    "sentiment --val-data seven.csv": ["seven.csv line 3: the label '7' is none of the training rows' labels", "they are 0, 1"],
+    "sentiment --val-data word.csv": ["word.csv line 3: the label 'good' is not a number, as those of the training rows are"],
+    "sentiment --data mixed.csv": ["mixed.csv line 4: the label 'one' is not a number, as most others are"],
+    "sentiment --data one.csv": ["all 2 training rows have the label '1'"],
+    "sentiment --data ids.csv": ["27 training rows have 27 labels", "--label-column"],
+    "sentiment --val-data none.csv": ["none.csv holds no row that can be read"],
+    "sentiment --data cells.csv --strict": ["cells.csv line 3 has 3 cells where the first line names 2 columns", "--strict"],
+    "sentiment --data known.csv --val-data known.csv": ["99 of 99 training rows (100.0%) also stand", "--allow-overlap"],
+    "topics --seq-len 8 --strict": ["toy row 1: ", "tokens too long for --seq-len 8 (--strict)"],
+    "nli --form prompt --seq-len 8": ["toy row 1: nothing of its text fits into 8 tokens; raise --seq-len"],
+    "sentiment --init base --epochs 0 --predict toy": ["base is no classifier; train one first", "finetune.sentiment"],
+    # options of classification
+    "sentiment --also sonnets": ["--also sonnets: sonnets is no task with labels"],
+    "sentiment --also topic:1": ["--also topic:1: topic is no task with labels (did you mean topics?)"],
+    "sentiment --also topics:much": ["--also topics:much: the weight must be a number above 0", "topics:0.5"],
+    "sentiment --also topics:-1": ["the weight must be a number above 0"],
+    "sentiment --also topics nli --also-data toy": ["--also names 2 tasks and --also-data 1 files"],
+    "sentiment --also topics --also-data nowhere.csv": ["no such data: nowhere.csv"],
+    "sentiment --class-weights 1 2 3": ["--class-weights 1 2 3: give balanced, or 2 numbers, for the labels 0, 1"],
+    "sentiment --class-weights even": ["--class-weights even: give balanced, or 2 numbers"],
+    "sentiment --class-weights 0 0": ["all training rows have the weight 0", "--class-weights"],
+    "sentiment --words bad": ["--words belongs to --form word"],
+    "sentiment --form word --words bad": ["--form word: name 2 words with --words, for 0, 1"],
+    "sentiment --form word --words good good": ["of the words good, good two begin with the same token", "--words"],
+    "sentiment --form word --pooling mean": ["--pooling mean", "--form word", "leave it out"],
+    "sentiment --form word --also topics": ["--also trains heads", "--form word", "leave --also out"],
+    "sentiment --form cloze": ["cloze"],
+    "sentiment --objective simcse --dropout 0 --head-dropout 0": ["--objective simcse compares two passes", "set --dropout"],
+    "sentiment --objective simcse --batch-size 12": ["--batch-size 12 is no multiple of groups of 8 rows; use 16"],
+    "sentiment --augment-weight 2": ["--augment-weight belongs to --augment FILE"],
+    "sentiment --label-smoothing 1": ["--label-smoothing is 1.0; it must lie between 0 and 1"],
+    "sentiment --model lstm --method lora": ["--model lstm", "leave out", "--method"],
+    "sentiment --model lstm --form word": ["--model lstm", "leave out", "--form word"],
 }  # fmt: skip
 
 
@@ -565,6 +820,7 @@ def test_a_mistake_is_told_in_one_line(mistake: str, mistakes: Path) -> None:
     (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
     assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
     assert "Traceback" not in end.out
+    assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}  # nothing was trained or written
     for part in MISTAKES[mistake]:
         assert part in end.err, end.err
 

@@ -1,0 +1,844 @@
+"""The family of tasks whose answers are labels: rows to tokens, tokens to labels, losses, other tasks beside, files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy import capture_gradients, expected_gradients
+
+import heads
+from adapters import ADAPTERS
+from classification import Classification, padded
+from config import ClassificationConfig, Pooling, UserError, resolve
+from distributed import World
+from finetuning import Long, Parts, Special
+from labels import find_labels, label_name, word_ids
+from model import GPT
+from predictions import probabilities, write_predictions
+from rows import Row
+from step import Loader, TrainStep, partition
+from tokenizer import Tokenizer, train_bpe
+from trainer import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+ASK = Special("<ask>")
+WORDS = ["the", "river", "ran", "under", "a", "bridge", "of", "stone", "and", "the", "town", "slept", "on", "in", "the", "rain"]  # fmt: skip
+LABELS = ("bad", "good", "so-so")
+
+
+class Mood(Classification):
+    """Rows that the test gives: a text or two, and how they feel."""
+
+    name = "mood"
+    columns = {"first": ("first",), "second": ("second",), "label": ("label",)}
+    optional = ("second",)
+    special = (ASK,)
+    toy = ()
+    course = "Predicted_Mood"
+
+    def __init__(self, train: list[dict[str, str]], val: list[dict[str, str]] | None = None):
+        self.given = {"rows": train, "val": val or train}
+
+    def read(self, spec: str, split: str, say: Any) -> list[Row]:
+        return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(self.given[spec])]
+
+    def texts(self, row: Row) -> tuple[str, ...]:
+        return (row["first"], row["second"]) if row["second"] else (row["first"],)
+
+    def prompt(self, row: Row) -> Parts:
+        return ("of", *(part for text in self.texts(row) for part in (Long(text), ASK)))
+
+
+def row(first: str, label: str = "good", second: str = "") -> dict[str, str]:
+    return {"first": first, "second": second, "label": label}
+
+
+ROWS = [
+    row("stone", "bad"), row("the river ran under a bridge of stone", "good", "rain"), row("slept in the rain", "so-so"),
+    row(" ".join(WORDS), "bad", " ".join(WORDS[:9])), row("a bridge", "good"), row("and on and on", "so-so", "the town slept"),
+    row("town", "good", "rain"),
+]  # fmt: skip
+OTHERS = [row(f"{a} {b} {a}", "yes" if a < b else "no") for a in WORDS[:4] for b in WORDS[3:6]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = " ".join([*WORDS, *LABELS]) + " "
+    return train_bpe([text * 3], 320, tmp_path_factory.mktemp("mood") / "tokenizer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """An LSTM that takes no time."""
+    with mock.patch.object(heads, "LSTM_WIDTH", 16):
+        yield
+
+
+def set_up(task: Mood, tokenizer: Tokenizer, /, **options: Any) -> Mood:
+    """The task with its rows read, for a model from scratch, without dropout."""
+    fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32")
+    fixed |= dict(data="rows", val_data="val", warmup_steps=0, dropout=0.0, head_dropout=0.0, show_rows=0)
+    fixed |= dict(batch_size=4, lr=1e-3, clip=0.0, allow_overlap=True) | options
+    cfg = resolve(ClassificationConfig(**fixed), "cpu")
+    for other, _ in task.others:
+        other.cfg = dataclasses.replace(cfg, objective=(), class_weights=(), augment=None, form="plain")
+    task.setup(cfg, lambda text: None)
+    task.set_length(cfg)
+    return task
+
+
+def mood(tokenizer: Tokenizer, train: Any = None, val: Any = None, /, **options: Any) -> Mood:
+    return set_up(Mood(train or ROWS, val), tokenizer, **options)
+
+
+def of_two(tokenizer: Tokenizer, train: Any = None, others: Any = None, /, **options: Any) -> Mood:
+    """A task with another beside."""
+    task = Mood(train or ROWS)
+    task.others = [(Mood(others or OTHERS), 0.5)]
+    return set_up(task, tokenizer, **options)
+
+
+def model_of(task: Mood) -> GPT:
+    """With random weights, at a scale where scores differ from row to row."""
+    torch.manual_seed(1)
+    model = task.build_model(task.cfg)
+    assert isinstance(model, GPT)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    model._zero_padding()
+    return model.eval()
+
+
+quick = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
+READS: dict[str, dict[str, Any]] = {name: dict(pooling=name) for name in get_args(Pooling)}
+READS |= {"prompt": dict(form="prompt"), "word": dict(form="word")}
+
+
+# --- rows to scores
+
+
+@pytest.fixture(scope="module", params=READS)
+def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
+    task = mood(tokenizer, **READS[request.param])
+    return task, model_of(task)
+
+
+@given(
+    ids=st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=8),
+    more=st.integers(0, 30),
+    filler=st.integers(0, 300),
+)
+@quick
+def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(scorer, ids, more, filler):
+    task, model = scorer
+
+    def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
+        rows = [task.train.tokens[i] for i in ids]
+        batch = padded(rows, filler, np.array([max(map(len, rows)) + more]))
+        return task.log_p(model, model.hidden(batch["idx"]), batch["lengths"], 0)
+
+    with torch.no_grad():
+        together = scores(ids, filler, more)
+        assert together.shape == (len(ids), len(LABELS)) and together.dtype == torch.float32
+        for i, found in zip(ids, together, strict=True):
+            torch.testing.assert_close(found, scores([i], 0, 0)[0], rtol=1e-5, atol=1e-5)
+    assert task.cfg.form == "word" or together.exp().sum(1).tolist() == pytest.approx([1] * len(ids))
+    assert task.cfg.form != "word" or (together.exp().sum(1) < 0.9).all()  # of the whole vocabulary
+
+
+def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
+    task = mood(tokenizer)
+    for ids in ([0], [4, 0], [3, 1], [5, 2, 0]):
+        batch = task.collate("train", np.array(ids))
+        longest = max(len(task.train.tokens[i]) for i in ids)
+        assert batch["idx"].shape == (len(ids), min(size for size in task.padded if size >= longest))
+        assert batch["lengths"].tolist() == [len(task.train.tokens[i]) for i in ids]
+        for i, tokens, n in zip(ids, batch["idx"].tolist(), batch["lengths"], strict=True):
+            assert tokens == [*task.train.tokens[i].tolist(), *[tokenizer.eot] * (len(tokens) - n)]
+        assert [LABELS[i] for i in batch["labels"]] == [ROWS[i]["label"] for i in ids]
+
+
+# --- rows to tokens
+
+
+def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer):
+    plain, prompt = mood(tokenizer), mood(tokenizer, form="prompt")
+    encode, ask = tokenizer.encode, prompt.tokenizer.special_id(ASK)
+    for i, given_row in enumerate(ROWS):
+        pair = [tokenizer.eot, *encode(given_row["second"])] if given_row["second"] else []
+        assert plain.train.tokens[i].tolist() == [*encode(given_row["first"]), *pair]
+        asked = [*encode(given_row["second"]), ask] if given_row["second"] else []
+        expected = [*encode("of"), *encode(given_row["first"]), ask, *asked]
+        assert prompt.train.tokens[i].tolist() == expected
+    assert mood(tokenizer, [row(""), row("a", "bad")]).train.tokens[0].tolist() == [tokenizer.eot]
+
+
+@given(first=texts, second=st.just("") | texts, seq_len=st.integers(6, 30), form=st.sampled_from(["plain", "prompt"]))
+@quick
+def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(tokenizer, first, second, seq_len, form):
+    whole = [tokenizer.encode(text) for text in (first, second) if text]
+    fixed = len(whole) - 1 if form == "plain" else len(whole) + len(tokenizer.encode("of"))
+    over = fixed + sum(map(len, whole)) - seq_len
+    for cut in ("end", "start", "middle"):
+        task = mood(tokenizer, [row(first, second=second), row("a", "bad")], seq_len=seq_len, cut=cut, form=form)
+        tokens = task.train.tokens[0].tolist()
+        assert len(tokens) == min(seq_len, seq_len + over)
+        what = f"1 of 2 {{}} rows are longer than {seq_len} tokens and cut at the {cut} of their text"
+        told = [text for text in task.warnings if "longer than" in text]
+        assert told == ([what.format("training"), what.format("validation")] if over > 0 else [])
+        kept = parts_of(tokens if form == "plain" else tokens[len(tokenizer.encode("of")) : -1], task)
+        lost = [len(text) - len(part) for text, part in zip(whole, kept, strict=True)]
+        assert sum(lost) == max(0, over)
+        if len(whole) > 1:  # none is shorter than the other by what it lost
+            a, b = map(len, kept)
+            assert (not lost[0] or a >= b - 1) and (not lost[1] or b >= a - 1)
+        for part, text in zip(kept, whole, strict=True):
+            n = len(part)
+            head = {"end": n, "start": 0, "middle": n // 2}[cut]
+            assert part == text[:head] + text[len(text) - (n - head) :]
+
+
+def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
+    """What stands between the tokens that part the texts of a row."""
+    parts: list[list[int]] = [[]]
+    for token in tokens:
+        if token in (task.tokenizer.eot, task.tokenizer.special_id(ASK)):
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
+    with pytest.raises(UserError, match=r"rows row 3: \d+ tokens too long for --seq-len 14 \(--strict\)"):
+        mood(tokenizer, seq_len=14, strict=True)
+    with pytest.raises(UserError, match=r"rows row \d: nothing of its text fits into 2 tokens; raise --seq-len"):
+        mood(tokenizer, seq_len=2, form="prompt")
+
+
+# --- labels
+
+
+@given(
+    numbers=st.lists(st.integers(-20, 20), min_size=2, unique=True), words=st.lists(st.sampled_from(WORDS), min_size=3)
+)
+@quick
+def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, words):
+    def labels(cells: list[str]) -> tuple[str, ...]:
+        return find_labels([Row({"label": cell}, "") for cell in cells])
+
+    ordered = tuple(map(str, sorted(numbers)))
+    assert labels([*map(str, numbers)] * 3) == labels([f" {n}.0 " for n in numbers] * 3) == ordered
+    if len(set(words)) > 1:
+        assert labels([f"{word} " for word in words] * 3) == tuple(sorted(set(words)))
+
+
+def test_a_label_s_name():
+    names = {
+        "1.0": "1",
+        " 2 ": "2",
+        "-1": "-1",
+        "0.5": "0.5",
+        "1e3": "1000",
+        "nan": "nan",
+        "inf": "inf",
+        "so so": "so so",
+    }
+    assert {cell: label_name(cell) for cell in names} == names
+
+
+def test_labels_that_are_no_classes():
+    def rows(*cells: str) -> list[Row]:
+        return [Row({"label": cell}, f"a.csv line {n}") for n, cell in enumerate(cells, 2)]
+
+    with pytest.raises(UserError, match="all 3 training rows have the label '2'; there is nothing to learn"):
+        find_labels(rows("2", "2.0", " 2"))
+    with pytest.raises(UserError, match=r"a.csv line 3: the label 'two' is not a number, as most others are"):
+        find_labels(rows("1", "two", "2", "1"))
+    assert find_labels(rows("1", "one", "two", "one")) == ("1", "one", "two")
+    many = [f"{n}" for n in range(21)]
+    with pytest.raises(
+        UserError, match="22 training rows have 21 labels; name the column of the class: --label-column"
+    ):
+        find_labels(rows(*many, "1"))
+    assert len(find_labels(rows(*many, *many, *many))) == 21
+
+
+def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenizer):
+    for known, found, why in (
+        (
+            ("bad", "good"),
+            "goood",
+            r"'goood' is none of the training rows' labels \(did you mean good\?\); they are bad, good",
+        ),
+        (("0", "1"), "good", r"'good' is not a number, as those of the training rows are; they are 0, 1"),
+        (("0", "1"), "-1", r"'-1' is none of the training rows' labels \(did you mean 1\?\); they are 0, 1"),
+        (("0", "0.5"), "1.5", r"'1.5' is none of the training rows' labels"),
+    ):
+        train = [row("a", label) for label in known]
+        with pytest.raises(UserError, match=f"val row 1: the label {why}"):
+            mood(tokenizer, train, [row("b", known[0]), row("c", found)])
+        assert mood(tokenizer, train, [row("b", f"{known[0]} ")]).val.labels.tolist() == [0]
+
+
+def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused(tokenizer):
+    train = [row(f"stone {n} of", LABELS[n % 2]) for n in range(200)]
+    for both, told in ((2, "2 of 200 training rows (1.0%)"), (3, "3 of 200 training rows (1.5%)")):
+        val = [row(f"Stone  {n} OF ") for n in range(both)] + [row("rain")]
+        if both == 3:
+            with pytest.raises(
+                UserError, match=re.escape(told) + " also stand among .*; take them out, or .*--allow-overlap"
+            ):
+                mood(tokenizer, train, val, allow_overlap=False)
+        task = mood(tokenizer, train, val, allow_overlap=both == 3)
+        assert task.warnings == (f"{told} also stand among the validation rows",)
+
+
+def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
+    class Augmented(Mood):
+        def read(self, spec: str, split: str, say: Any) -> list[Row]:
+            more = [row("rain rain", "bad"), row("stone stone", "good")]
+            return [Row(fields, spec) for fields in more] if spec == "more" else super().read(spec, split, say)
+
+    def weights(**options: Any) -> list[float]:
+        task = set_up(Augmented(ROWS), tokenizer, **options)
+        assert task.val.weights.tolist() == [1.0] * len(ROWS)
+        return task.train.weights.tolist()
+
+    of = [LABELS.index(r["label"]) for r in ROWS]
+    assert weights() == [1.0] * 7
+    assert weights(class_weights=("1", "2.5", "0")) == [(1.0, 2.5, 0.0)[label] for label in of]
+    assert weights(class_weights=("balanced",)) == pytest.approx([7 / (3 * of.count(label)) for label in of])
+    assert weights(augment="more", augment_weight=0.25) == [1.0] * 7 + [0.25] * 2
+    both = weights(augment="more", augment_weight=0.5, class_weights=("2", "1", "1"))
+    assert both == [2.0 if label == 0 else 1.0 for label in of] + [1.0, 0.5]
+    with pytest.raises(
+        UserError, match="--class-weights 1 2: give balanced, or 3 numbers, for the labels bad, good, so-so"
+    ):
+        weights(class_weights=("1", "2"))
+
+
+def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
+    task = mood(tokenizer, form="word")
+    assert task.words == LABELS  # a word is its own name
+    assert task.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS] and len(set(task.word_ids)) == 3
+    assert word_ids(tokenizer, ["rain ", " town"]) == [tokenizer.encode(" rain")[0], tokenizer.encode(" town")[0]]
+    assert mood(tokenizer, form="word", words=("rain", "town", "stone")).words == ("rain", "town", "stone")
+    numbers = [row("a", "0"), row("b", "1")]
+    with pytest.raises(UserError, match="--form word: name 2 words with --words, for 0, 1"):
+        mood(tokenizer, numbers, form="word")
+    with pytest.raises(UserError, match="of the words rain, rain two begin with the same token"):
+        mood(tokenizer, numbers, form="word", words=("rain", "rain"))
+
+
+# --- the loss
+
+
+class Passes(nn.Module):
+    """In place of dropout: changes the second pass of each row, and always alike."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, pattern = len(x) // 2, torch.arange(x.shape[-1], dtype=x.dtype) % 3
+        return torch.cat([x[:n], x[n:] * (1 + 0.2 * pattern)])
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {}, "weights and smoothing": dict(class_weights=("1", "2", "0.5"), label_smoothing=0.1),
+    "word": dict(form="word", label_smoothing=0.2), "attention": dict(pooling="attention"), "lstm": dict(pooling="lstm"),
+    "rdrop": dict(objective=("rdrop",), rdrop=0.7, class_weights=("balanced",)),
+    "simcse": dict(objective=("simcse",), simcse=0.3, simcse_group=2, simcse_temperature=0.5),
+    "both, mean": dict(objective=("simcse", "rdrop"), simcse_group=2, simcse_temperature=0.5, pooling="mean"),
+    "both, word": dict(objective=("simcse", "rdrop"), simcse_group=2, form="word"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LOSSES)
+def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
+    """A task with another beside, but under --form word, and its model; two passes differ without any draw."""
+    options: dict[str, Any] = LOSSES[request.param] | (
+        dict(dropout=0.1) if "objective" in LOSSES[request.param] else {}
+    )
+    task = (mood if options.get("form") == "word" else of_two)(tokenizer, **options)
+    task.shape = dataclasses.replace(task.shape, dropout=0.0)
+    model = model_of(task)
+    if task.passes == 2:
+        model.transformer.drop = Passes()
+    return task, model.train()
+
+
+def own_steps(task: Mood) -> Iterator[tuple[int, np.ndarray]]:
+    """The steps of an epoch, with their rows."""
+    for step in range(task.steps_per_epoch):
+        yield step, task.rows("train", step)
+
+
+def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
+    """The terms of a step's rows, in plain loops in fp64."""
+    exact, cfg = copy.deepcopy(model).double(), task.cfg
+    sums: dict[str, float] = defaultdict(float)
+    for group in groups:
+        seen = [passes_of(task, exact, i) for i in group]
+        for i, (log_ps, _) in zip(group, seen, strict=True):
+            label, weight = task.train.labels[i], task.train.weights[i]
+            term = task.keys[1] if task.train.heads[i] else "nll"
+            for log_p in log_ps:
+                nll = -(1 - cfg.label_smoothing) * log_p[label] - cfg.label_smoothing * sum(log_p) / len(log_p)
+                sums[term] += weight * nll / len(log_ps)
+            if "rdrop" in cfg.objective:
+                p, q = ([math.exp(x) / sum(map(math.exp, log_p)) for x in log_p] for log_p in log_ps)
+                sums["rdrop"] += (
+                    weight * sum((a - b) * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)) / 2
+                )
+        if "simcse" in cfg.objective:
+            for n, (_, (first, _)) in enumerate(seen):
+                alike = [
+                    float(F.cosine_similarity(first, second, dim=0)) / cfg.simcse_temperature for _, (_, second) in seen
+                ]
+                sums["simcse"] -= alike[n] - math.log(sum(map(math.exp, alike)))
+    return dict(sums)
+
+
+@torch.no_grad()
+def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[torch.Tensor]]:
+    """Of one row alone, unpadded: its log-probabilities in each pass, and what is pooled in each."""
+    tokens, head = torch.from_numpy(task.train.tokens[i])[None], int(task.train.heads[i])
+    hidden, n = exact.hidden(tokens.repeat(task.passes, 1)), torch.tensor([len(tokens[0])] * task.passes)
+    if task.cfg.form == "word":
+        log_p, pooled = F.log_softmax(exact.logits(hidden[:, -1]), -1)[:, task.word_ids], hidden[:, -1]
+    else:
+        pooled = exact.heads[task.keys[head]].pool(hidden, n)
+        log_p = F.log_softmax(pooled @ exact.heads[task.keys[head]].weight.T, -1)
+    return log_p.tolist(), list(pooled)
+
+
+def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
+    task, model = learner
+    for _, groups in own_steps(task):
+        batch = task.collate("train", groups.reshape(-1))
+        found = {name: float(value.detach()) for name, value in task.loss(model, batch).items()}
+        assert found == pytest.approx(by_hand(task, model, groups), rel=1e-4, abs=1e-6)
+        ids = groups.reshape(-1)
+        weight = float(task.train.weights[ids].sum())
+        of = {"simcse": len(ids), "rdrop": weight}
+        expected = {task.keys[1] if task.train.heads[ids[0]] else "nll": weight}
+        assert task.weights(batch) == pytest.approx(expected | {name: of[name] for name in task.cfg.objective})
+
+
+def test_the_weights_of_the_terms(learner):
+    task, _ = learner
+    cfg = task.cfg
+    of = {"rdrop": cfg.rdrop / 2, "simcse": cfg.simcse}
+    others = {"mood-2": 0.5} if task.others else {}
+    assert task.terms == {"nll": 1.0} | others | {name: of[name] for name in cfg.objective}
+
+
+def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
+    """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does not draw."""
+    task, model = learner
+    train = TrainStep(task, model, task.cfg, ALONE)
+    for step, groups in own_steps(task):
+        loss, terms, expected = expected_gradients(task, model, step)
+        for micro_batch in (1, 3, groups.size):
+            found = capture_gradients(train)
+            result = train(step, Loader(task, ALONE, micro_batch, step + 1, ahead=0)(step))
+            assert result is not None and result.loss.item() == pytest.approx(loss, rel=1e-5)
+            assert {k: v.item() for k, v in result.terms.items()} == pytest.approx(terms, rel=1e-4, abs=1e-6)
+            for name, gradient in expected.items():
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(
+                    found[name].double(), gradient, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name
+                )
+
+
+def test_two_ranks_have_the_terms_of_one(learner):
+    task, model = learner
+    for _, groups in own_steps(task):
+        whole = task.collate("train", groups.reshape(-1))
+        for micro_batch in (1, 3):
+            parts = [part for rank in (0, 1) for part in partition(groups, rank, 2, micro_batch) if part is not None]
+            assert sorted(np.concatenate(parts)) == sorted(groups.reshape(-1))
+            for of in (task.weights, lambda batch: {k: v.detach() for k, v in task.loss(model, batch).items()}):
+                total: dict[str, float] = defaultdict(float)
+                for part in parts:
+                    for k, v in of(task.collate("train", part)).items():
+                        total[k] += float(v)
+                assert dict(total) == pytest.approx({k: float(v) for k, v in of(whole).items()}, rel=1e-5, abs=1e-6)
+
+
+# --- evaluation
+
+
+def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
+    from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+    draw = np.random.default_rng(0)
+    val = [row(" ".join(draw.choice(WORDS, draw.integers(1, 20))), LABELS[n % 5 % 3]) for n in range(40)]
+    task = Mood(ROWS, val)
+    task.others = [(Mood(OTHERS), 1.0)]
+    set_up(task, tokenizer)
+    model = model_of(task)
+    expected: dict[str, float] = {}
+    for head, (prefix, rows) in enumerate((("", val), ("mood-2_", OTHERS))):
+        labels = [task.parts[head].labels.index(r["label"]) for r in rows]
+        ids = np.flatnonzero(task.val.heads == head)
+        alone = [log_p_of(task, copy.deepcopy(model).double(), task.val.tokens[i], head) for i in ids]
+        p = np.exp(alone)
+        predicted = p.argmax(1)
+        assert len(set(predicted)) > 1, "a figure of one label says little"
+        expected |= {
+            f"{prefix}val_loss": log_loss(labels, p, labels=range(p.shape[1])),
+            f"{prefix}accuracy": accuracy_score(labels, predicted),
+            f"{prefix}macro_f1": f1_score(labels, predicted, average="macro"),
+            f"{prefix}calibration_error": calibration_by_hand(labels, p),
+        }
+    step = TrainStep(task, model, task.cfg, ALONE)
+    for micro_batch in (1, 7, 64):
+        step.cfg = dataclasses.replace(step.cfg, micro_batch=micro_batch)
+        assert evaluate(step) == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def log_p_of(task: Mood, model: GPT, tokens: np.ndarray, head: int = 0) -> np.ndarray:
+    """Of a row alone."""
+    hidden = model.hidden(torch.from_numpy(tokens)[None])
+    return task.log_p(model, hidden, torch.tensor([len(tokens)]), head)[0].numpy()
+
+
+def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> float:
+    error = 0.0
+    for low in range(bins):
+        inside = [n for n in range(len(labels)) if low / bins < p[n].max() <= (low + 1) / bins]
+        if inside:
+            right = sum(p[n].argmax() == labels[n] for n in inside) / len(inside)
+            error += len(inside) / len(labels) * abs(right - float(np.mean([p[n].max() for n in inside])))
+    return error
+
+
+# --- other tasks beside
+
+
+sizes = st.integers(2, 12)
+
+
+@given(own=sizes, other=sizes, batch=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99), grouped=st.booleans())
+@quick
+def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(tokenizer, own, other, batch, seed, grouped):
+    group: dict[str, Any] = (
+        dict(objective=("simcse",), simcse_group=2, dropout=0.1, batch_size=2 * batch) if grouped else {}
+    )
+    train = [row(" ".join(WORDS[: n + 1]), LABELS[n % 2]) for n in range(own)]
+    others = [row(" ".join(WORDS[n:]), LABELS[n % 2]) for n in range(other)]
+    task = of_two(tokenizer, train, others, **dict(batch_size=batch, seed=seed) | group)
+    epochs = 4
+    n = task.steps_per_epoch
+    steps = [task.rows("train", step) for step in range(epochs * n)]
+    heads_of = [set(task.train.heads[groups.reshape(-1)].tolist()) for groups in steps]
+    assert all(len(found) == 1 for found in heads_of)  # a step's rows are of one task
+    whole = [[g for g, of in zip(steps, heads_of, strict=True) if of == {head}] for head in (0, 1)]
+    own_steps = len(whole[0]) // epochs
+    for epoch in range(epochs):
+        mine = [g for g, of in zip(steps[epoch * n :][:n], heads_of[epoch * n :][:n], strict=True) if of == {0}]
+        assert sorted(np.concatenate([g.reshape(-1) for g in mine])) == list(range(own))
+    per_pass = task.orders[1].steps_per_epoch
+    assert n - own_steps == min(own_steps, per_pass) and len(whole[1]) == epochs * (n - own_steps)
+    for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):  # it goes on where it ended
+        found = np.concatenate([g.reshape(-1) for g in whole[1][begin : begin + per_pass]])
+        assert sorted(found) == list(range(own, own + other))
+    again = copy.deepcopy(task)
+    for step in np.random.default_rng(seed).permutation(epochs * n):
+        assert np.array_equal(again.rows("train", int(step)), steps[step])
+
+
+def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to_epoch(tokenizer):
+    def turns(seed: int) -> list[list[int]]:
+        task = of_two(tokenizer, [row(f"{n} stone", LABELS[n % 2]) for n in range(12)], batch_size=1, seed=seed)
+        n = task.steps_per_epoch
+        assert n == 24
+        found = [int(task.train.heads[task.rows("train", step).reshape(-1)[0]]) for step in range(2 * n)]
+        return [found[:n], found[n:]]
+
+    first = turns(1)
+    assert first == turns(1) and first[0] != first[1] and first[0] != turns(2)[0]
+    assert sum(first[0]) == sum(first[1]) == 12
+
+
+def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
+    task = mood(tokenizer, seed=5)
+    assert task.steps_per_epoch == task.order.steps_per_epoch == 2
+    assert all(np.array_equal(task.rows("train", step), task.order(step)) for step in range(6))
+    val = task.rows("val", 0)
+    assert val.shape == (7, 1) and sorted(val.reshape(-1)) == list(range(7))
+    assert (np.diff(task.val.lengths[val.reshape(-1)]) >= 0).all()
+
+
+def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
+    task = of_two(tokenizer, method="ulmfit")
+    model, n = task.build_model(task.cfg), task.steps_per_epoch
+    assert n == 4 > task.orders[0].steps_per_epoch
+
+    def trained(step: int) -> set[str]:
+        """The heads, or h.0, h.1, ..., that train in a step."""
+        names = [name for group in task.groups(model, step) for name in group.params]
+        return {re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names}
+
+    assert trained(0) == trained(n - 1) == {"heads.mood", "heads.mood-2"}
+    assert trained(n) == trained(2 * n - 1) == trained(0) | {"h.1", "ln_f"}
+    assert trained(2 * n) == trained(n) | {"h.0"} and trained(3 * n) == trained(2 * n) | {"wte", "wpe"}
+
+
+def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_choices(tokenizer):
+    task = of_two(tokenizer, ROWS, [*OTHERS, row(" ".join(WORDS), "yes")], seq_len=12, class_weights=("1", "2", "3"))
+    assert task.keys == ["mood", "mood-2"] and [part.labels for part in task.parts] == [LABELS, ("no", "yes")]
+    assert task.train.heads.tolist() == [0] * len(ROWS) + [1] * (len(OTHERS) + 1)
+    assert (task.train.weights[task.train.heads == 1] == 1).all()
+    assert sum("1 of 13 training rows are longer" in text for text in task.warnings) == 1
+    shapes = {name: tuple(p.shape) for name, p in task.build_model(task.cfg).named_parameters() if "heads" in name}
+    assert shapes == {"heads.mood.weight": (3, 64), "heads.mood-2.weight": (2, 64)}
+    alone = mood(tokenizer, seq_len=12)
+    assert alone.identity()["data"] != task.identity()["data"]
+
+
+# --- files
+
+
+def exported(task: Mood, folder: Path) -> GPT:
+    model = model_of(task)
+    task.export(model, folder)
+    return model
+
+
+def test_a_file_of_predictions_is_the_course_s_and_one_with_probabilities(tmp_path):
+    found = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
+    rows = [Row({"text": "one", "id": "x9"}, ""), Row({"text": "둘", "id": ""}, "")]
+    write_predictions(tmp_path / "answers.jsonl", rows, found, LABELS, "Predicted_Sentiment")
+    assert (tmp_path / "answers.csv").read_bytes() == b"id \t Predicted_Sentiment \nx9 , good \n1 , bad \n"
+    first, second = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first == {
+        "text": "one",
+        "id": "x9",
+        "prediction": "good",
+        "probabilities": {"bad": 0.1, "good": 0.7, "so-so": 0.2},
+    }
+    assert second["text"] == "둘" and second["prediction"] == "bad"
+
+
+@given(log_p=st.lists(st.lists(st.floats(-700, 0), min_size=2, max_size=4), min_size=1, max_size=1))
+@quick
+def test_probabilities_add_up_to_one(log_p):
+    found = probabilities(np.array(log_p))
+    assert found.sum(1) == pytest.approx([1.0]) and (found >= 0).all()
+    assert found.argmax() == np.array(log_p).argmax() or max(log_p[0]) - sorted(log_p[0])[-2] < 1e-12
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_form_of_the_run(
+    reads, tokenizer, tmp_path
+):
+    asked = [row(" ".join(WORDS[n:][:7]), LABELS[n % 3] if n else "", WORDS[n]) for n in range(9)]
+    task = mood(tokenizer, **READS[reads])
+    model = exported(task, tmp_path / "model")
+    cfg = ClassificationConfig(
+        init="other", predict="rows", device="cpu", allow_overlap=True
+    )  # says nothing of the form
+    other, said = Mood(asked), []
+    scores = other.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [{k: answer[k] for k in row("")} for answer in answers] == asked
+    p = np.array([[answer["probabilities"][label] for label in LABELS] for answer in answers])
+    assert p.sum(1) == pytest.approx([1] * 9) and [answer["prediction"] for answer in answers] == [
+        LABELS[i] for i in p.argmax(1)
+    ]
+    for answer, given_row in zip(p, asked, strict=True):
+        tokens, _ = task.tokens_of(Row(given_row, ""))
+        np.testing.assert_allclose(
+            answer, probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0], atol=1e-5
+        )
+    right = [answer["prediction"] == answer["label"] for answer in answers[1:]]  # the first has no label
+    assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores["accuracy"] == pytest.approx(
+        sum(right) / 8
+    )
+    report = json.loads((tmp_path / "answers.report.json").read_text())
+    assert report["rows"] == 8 and (tmp_path / "answers.csv").read_text().startswith("id \t Predicted_Mood \n0 , ")
+
+
+def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
+    exported(mood(tokenizer, seq_len=8), tmp_path / "model")
+    asked, said = Mood([row(" ".join(WORDS), ""), row("stone", "")]), []
+    cfg = ClassificationConfig(init="other", predict="rows", device="cpu", cut="start")
+    assert asked.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append) == {}
+    assert said == ["1 of 2 rows are longer than 8 tokens and cut at the start of their text"]
+    assert {file.name for file in tmp_path.glob("answers*")} == {"answers.jsonl", "answers.csv"}
+    with pytest.raises(UserError, match="too long for --seq-len 8"):
+        asked.predict(dataclasses.replace(cfg, strict=True), str(tmp_path / "model"), tmp_path / "no.jsonl", print)
+    unknown = Mood([row("stone", "awful")])
+    with pytest.raises(UserError, match="rows row 0: the label 'awful' is none of the training rows' labels"):
+        unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "no.jsonl", print)
+
+
+def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):
+    GPT(mood(tokenizer).shape).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is no classifier; train one first, or name a run of finetune.mood"):
+        Mood(ROWS).predict(ClassificationConfig(predict="rows"), str(tmp_path), tmp_path / "answers.jsonl", print)
+
+
+def test_the_identity_names_what_changes_the_result(tokenizer):
+    def identity(rows: Any = ROWS, val: Any = ROWS, **options: Any) -> dict[str, Any]:
+        return mood(tokenizer, rows, val, **options).identity()
+
+    first = identity()
+    assert first == identity(lr=0.5, micro_batch=2, show_rows=0, keep_best=1)
+    relabelled = [*ROWS[:-1], ROWS[-1] | {"label": "bad"}]
+    changed = {
+        "data": (identity(relabelled), identity(val=ROWS[1:]), identity(class_weights=("balanced",))),
+        "pooling": (identity(pooling="mean"),), "form": (identity(form="prompt"),), "cut": (identity(cut="start"),),
+        "label_smoothing": (identity(label_smoothing=0.1),), "head_dropout": (identity(head_dropout=0.1),),
+        "objective": (identity(objective=("rdrop",), dropout=0.1),), "dropout": (identity(dropout=0.2),),
+    }  # fmt: skip
+    for name, others in changed.items():
+        assert all(first[name] != other[name] for other in others), name
+
+
+# --- one task after another
+
+
+def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer, tmp_path):
+    model = exported(mood(tokenizer), tmp_path)
+    start: dict[str, Any] = dict(init=str(tmp_path), preset=None, tokenizer=None)
+    other = [r | {"label": "yes" if r["label"] == "bad" else "no"} for r in ROWS]
+    for rows, options, taken in ((ROWS, {}, True), (other, {}, False), (ROWS, dict(pooling="mean"), False),
+                                 (ROWS, dict(form="word"), None)):  # fmt: skip
+        task = mood(tokenizer, rows, **start | options)
+        torch.manual_seed(3)
+        found = dict(task.build_model(task.cfg).named_parameters())
+        told = [text for text in task.warnings if "has a head for" in text]
+        assert told == ([] if taken is not False else [
+            f"--init {tmp_path} has a head for bad, good, so-so (last): this run's is new"])  # fmt: skip
+        for name, p in model.named_parameters():
+            same = name in found and found[name].shape == p.shape and torch.equal(found[name], p)
+            assert same == (bool(taken) if name.startswith("heads.") else True), name
+
+
+def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    task = mood(tokenizer)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: n for n, label in enumerate(LABELS)}}
+    shape = dict(vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    theirs = GPT2ForSequenceClassification(GPT2Config(**shape, **names, pad_token_id=tokenizer.eot)).eval()
+    theirs.save_pretrained(tmp_path)
+    task.tokenizer.save(tmp_path)
+    tokenizer.save(tmp_path)
+    task = mood(tokenizer, init=str(tmp_path), preset=None, tokenizer=None)
+    model = task.build_model(task.cfg).eval()
+    assert not any("has a head for" in text for text in task.warnings)
+    for tokens in task.train.tokens:
+        with torch.no_grad():
+            expected = theirs(torch.from_numpy(tokens)[None]).logits.log_softmax(-1)[0].numpy()
+        np.testing.assert_allclose(log_p_of(task, model, tokens), expected, atol=1e-4)
+    scores = Mood(ROWS).predict(
+        ClassificationConfig(predict="rows", device="cpu"), str(tmp_path), tmp_path / "a.jsonl", print
+    )
+    assert 0 <= scores["accuracy"] <= 1  # it predicts as it is, too
+    task = mood(tokenizer, [row("a", "no"), row("b", "yes")], init=str(tmp_path), preset=None, tokenizer=None)
+    task.build_model(task.cfg)
+    assert any("has a head for bad, good, so-so (last): this run's is new" in text for text in task.warnings)
+
+
+# --- what others read
+
+
+def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenizer, tmp_path):
+    from transformers import AutoTokenizer, GPT2ForSequenceClassification, pipeline
+
+    task = mood(tokenizer)
+    model = exported(task, tmp_path)
+    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.id2label == dict(enumerate(LABELS)) and theirs.config.label2id["good"] == 1
+    own = [log_p_of(task, model, tokens) for tokens in task.train.tokens]
+    with torch.no_grad():
+        for ids in ([0], [3], [1, 0, 3], [*range(7)]):
+            batch = padded([task.train.tokens[i] for i in ids], tokenizer.eot)
+            found = theirs(batch["idx"]).logits
+            hidden = model.hidden(batch["idx"])
+            torch.testing.assert_close(found, model.heads["mood"](hidden, batch["lengths"]), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.log_softmax(-1), np.stack([own[i] for i in ids]), atol=1e-4)
+    singles = [n for n, r in enumerate(ROWS) if not r["second"]]
+    classify = pipeline("text-classification", model=str(tmp_path), tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    for batch_size in (1, 3):
+        answers = classify([ROWS[n]["first"] for n in singles], batch_size=batch_size)
+        assert [answer["label"] for answer in answers] == [LABELS[own[n].argmax()] for n in singles]
+        assert [answer["score"] for answer in answers] == pytest.approx(
+            [float(np.exp(own[n].max())) for n in singles], abs=1e-4
+        )
+
+
+def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path / "given")  # another filler would be taken for a row's last token
+    file = tmp_path / "given" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "rain"}))
+    exported(mood(tokenizer, tokenizer=str(tmp_path / "given")), tmp_path / "model")
+    filler = AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id
+    assert filler == tokenizer.eot == json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"]
+
+
+@pytest.mark.parametrize("reads", ["mean", "attention", "lstm", "word"])
+def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_beside(reads, tokenizer, tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    task = mood(tokenizer, **READS[reads])
+    exported(task, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and "id2label" not in config
+    theirs, idx = GPT2LMHeadModel.from_pretrained(tmp_path).eval(), torch.from_numpy(task.train.tokens[3])[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, GPT.from_pretrained(tmp_path).eval()(idx), rtol=1e-4, atol=1e-4)
+    assert (heads.find(tmp_path) is None) == (reads == "word") and heads.read_info(tmp_path) == task.info
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("reads", ["last", "attention", "word"])
+def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(method, reads, tokenizer, tmp_path):
+    GPT(mood(tokenizer).shape).save_pretrained(tmp_path / "base", eot=tokenizer.eot)
+    tokenizer.save(tmp_path / "base")
+    options: dict[str, Any] = dict(init=str(tmp_path / "base"), preset=None, tokenizer=None, method=method)
+    task = mood(tokenizer, **options | READS[reads])
+    torch.manual_seed(0)
+    model = task.build_model(task.cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in task.stored:
+                p += 0.3 * torch.randn_like(p)
+    task.export_checkpoint(model, tmp_path / "checkpoint")
+    files = {file.name: file.stat().st_size for file in (tmp_path / "checkpoint").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files and "classifier.json" in files
+    assert ("heads.safetensors" in files) == (reads != "word")
+    base = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert sum(size for name, size in files.items() if name.endswith("safetensors")) < base / 2
+    cfg = ClassificationConfig(init="other", predict="rows", device="cpu")
+    Mood(ROWS).predict(cfg, str(tmp_path / "checkpoint"), tmp_path / "answers.jsonl", lambda text: None)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    for answer, tokens in zip(answers, task.train.tokens, strict=True):
+        expected = probabilities(log_p_of(task, model.eval(), tokens)[None].astype(np.float64))[0]
+        np.testing.assert_allclose([*answer["probabilities"].values()], expected, atol=1e-5)
