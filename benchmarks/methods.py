@@ -50,6 +50,7 @@ SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", 
 WRITING = 6.0  # seconds kept for tables and chart
 SMALL, SMALL_RATE = 50_000_000, 3  # parameters below which a base takes so many times the rate of GPT-2
 RATES = (1.0, 0.3, 3.0)  # of a search
+BORDER = 6  # lines of the live table that are no cell
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
 
 
@@ -219,18 +220,25 @@ def watched(bench: Bench) -> Generator[None]:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), get_renderable=lambda: board(bench), refresh_per_second=2, transient=True):
+    console = Console(stderr=True)
+    with Live(
+        console=console, get_renderable=lambda: board(bench, console.height), refresh_per_second=2, transient=True
+    ):  # fmt: skip
         yield
 
 
-def board(bench: Bench) -> Table:
-    """How far each cell is."""
+def board(bench: Bench, height: int) -> Table:
+    """How far each cell is, in so many lines: those around the one that runs."""
     from rich.table import Table
 
-    table = Table("cell", bench.best[0], "state", title=f"about {time_text(bench.rest())} left")
+    cells, rows = list(bench.cells()), max(1, height - BORDER)
+    title = f"{sum(map(bench.settled, cells))} of {len(cells)} runs, about {time_text(bench.rest())} left"
+    table = Table("cell", bench.best[0], "state", title=title)
     of_state = {"done": bench.done, "failed": bench.failed, "left out": bench.left_out}
-    states = {cell: state for state, cells in of_state.items() for cell in list(cells)}
-    for cell in list(bench.cells()):
+    states = {cell: state for state, of in of_state.items() for cell in list(of)}
+    at = next((n for n, cell in enumerate(cells) if cell == bench.running), 0)
+    begin = max(0, min(at - rows // 2, len(cells) - rows))
+    for cell in cells[begin : begin + rows]:
         state = progress_of(cell.path) if cell == bench.running else states.get(cell, "")
         table.add_row(cell.label, score_text(bench, cell), state)
     return table

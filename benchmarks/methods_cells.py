@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.methods_figures import figures_of
+from benchmarks.methods_report import epochs_text
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class Bench:
 
 def setting(options: Mapping[str, Any]) -> str:
     """What a search varies, in words."""
-    return f"rate {options['lr']:g}, {options['epochs']} epochs"
+    return f"rate {options['lr']:g}, {epochs_text(options['epochs'])}"
 
 
 def wall_of(cell: Cell) -> float | None:

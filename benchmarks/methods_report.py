@@ -234,8 +234,12 @@ def trial_table(result: Row) -> str:
     columns = [("method", list(dict.fromkeys(trial["name"] for trial in trials)))]
     for rate, epochs in dict.fromkeys((trial["rate"], trial["epochs"]) for trial in trials):
         of_all = [trial for trial in trials if (trial["rate"], trial["epochs"]) == (rate, epochs)]
-        columns.append((f"rate x {rate:g}, {epochs} epochs", [trial_text(trial) for trial in of_all]))
+        columns.append((f"rate x {rate:g}, {epochs_text(epochs)}", [trial_text(trial) for trial in of_all]))
     return table(columns)
+
+
+def epochs_text(epochs: int) -> str:
+    return f"{epochs} epoch" + "s" * (epochs != 1)
 
 
 def trial_text(trial: Row) -> str:

@@ -262,7 +262,7 @@ def test_a_search_that_is_cut_off_says_what_it_lacks(fake: Fake, tmp_path: Path)
     compare(bench, silent)
     text = text_of(result_of(bench, ABOUT))
     assert "What the search tried" in text and "rate x 0.5, 3 epochs" in text
-    assert "g, rate 3.5, 1 epochs (1)" in text.partition("left out for want of time")[2]
+    assert "g, rate 3.5, 1 epoch (1)" in text.partition("left out for want of time")[2]
     done = sum(trial["score"] is not None for trial in result_of(bench, ABOUT)["trials"])
     assert done == sum(name in "abcdefg" for name, _ in fake.ran) < 4 * len(FEW)
 
@@ -295,6 +295,17 @@ def test_usual_time_is_that_of_the_same_method_else_of_its_like(fake: Fake, tmp_
     assert bench.usual(again) == 10
     assert bench.usual(dataclasses.replace(again, name="new")) == 10
     assert 0 <= bench.rest() <= 5
+
+
+@pytest.mark.parametrize(("running", "shown"), [("a", "abcd"), ("d", "bcde"), ("g", "defg")])
+def test_the_live_table_shows_the_cells_around_the_one_that_runs(
+    fake: Fake, tmp_path: Path, running: str, shown: str
+) -> None:
+    bench = bench_of(tmp_path, only=tuple("abcdefg"), seeds=(1,))
+    bench.running = next(cell for cell in bench.cells() if cell.name == running)
+    rows = list(bench_module.board(bench, height=10).columns[0].cells)
+    assert [str(row)[0] for row in rows] == list(shown)
+    assert str(bench_module.board(bench, height=100).title).startswith("0 of 7 runs")
 
 
 # --- a process
