@@ -122,7 +122,7 @@ class Classification(Finetuning):
     def read_labelled(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
         """Training rows, those of --augment last, and validation rows; finds the labels, and checks all of them."""
         train, val = self._training_and_validation(say)
-        self.labels = find_labels(train)
+        self.labels = find_labels(train if self.cfg.val_data else [*train, *val])  # a rare one may be held out
         self.augmented = self.read(self.cfg.augment, "train", say) if self.cfg.augment else []
         for row in (*self.augmented, *val):
             self.label_of(row)

@@ -64,7 +64,7 @@ def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str
     if not asked:
         return [1.0] * len(labels)
     if tuple(asked) == ("balanced",):
-        return [rows.total() / (len(labels) * rows[label]) for label in range(len(labels))]
+        return [rows.total() / (len(labels) * max(1, rows[label])) for label in range(len(labels))]
     try:
         weights = [float(word) for word in asked]
     except ValueError:
