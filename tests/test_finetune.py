@@ -266,9 +266,8 @@ def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path)
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Path) -> None:
-    more = ("--steps", 40, "--lr", "5e-3", "--eval-every", 100, "--save-every", 20)
-    asked = ("--predict", "toy", "--answers", "answers.jsonl")
-    finished(name, folder, *more, *asked)
+    more = ("--steps", 40, "--lr", "5e-3", "--eval-every", 100, "--save-every", 20, "--micro-batch", 4)
+    finished(name, folder, *more, "--predict", "toy", "--answers", "answers.jsonl")
     run = folder / "run"
     losses = [line["loss"] for line in log_of(run, "train")]
     (evaluation,) = log_of(run, "eval")
@@ -286,8 +285,6 @@ def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Pa
     assert scores["accuracy"] == 1 and scores["calibration_error"] == pytest.approx(
         evaluation["calibration_error"], rel=1e-4
     )
-    finished(name, folder, "--init", "run", "--epochs", 0, *asked[:2], "--out", "again")
-    assert (folder / "again" / "predictions.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
     finished(name, folder, *more, "--resume", run / "checkpoints" / "step-00000020", "--out", "branch")
     same_second_half(run, folder / "branch", 20)
 
@@ -500,6 +497,44 @@ def test_sonnets_are_read_and_written_in_the_format_of_the_course(inputs: Path, 
     task.write_answers(tmp_path / "written.txt", asked, answers)
     _, again = rows_of("sonnets", inputs, tmp_path / "again.txt", (tmp_path / "written.txt").read_text())
     assert again == rows
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_an_adapter_and_its_head_resume_and_predict_from_a_checkpoint(method: str, folder: Path) -> None:
+    more = (
+        "--init",
+        "base",
+        "--method",
+        method,
+        "--pooling",
+        "attention",
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--lr",
+        "1e-2",
+    )
+    more += ("--eval-every", 0, "--micro-batch", 4)
+    finished("topics", folder, *more)
+    run, newest = folder / "run", folder / "run" / "checkpoints" / "step-00000004"
+    finished("topics", folder, *more, "--resume", run / "checkpoints" / "step-00000002", "--out", "branch")
+    same_second_half(run, folder / "branch", 2)
+    assert adapter_files.is_adapter(newest) and not (newest / "model.safetensors").exists()
+    state = load_file(newest / "training_state.safetensors")
+    stored = {key for key in state if key.startswith("model.")}
+    assert {"model.heads.topics.weight", "model.heads.topics.query"} < stored
+    assert all(".lora_" in key or "prefix." in key for key in stored if "heads." not in key)
+    (folder / "asked.csv").write_text(
+        "title,text\n" + "".join(f"{row['title']},{row['text']}\n" for row in kind("topics").toy)
+    )
+    finished("topics", folder, "--init", newest, "--epochs", 0, "--predict", "asked.csv", "--answers", "answers.jsonl")
+    files = (run / "validation.jsonl", folder / "answers.jsonl")
+    expected, found = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    for one, other in zip(expected, found, strict=True):
+        assert other["text"] == one["text"] and not other["label"]
+        assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+    assert not (folder / "answers.scores.json").exists()
 
 
 def reader(name: str, **options: Any) -> Any:
