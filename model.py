@@ -28,6 +28,7 @@ from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
 from kernels.cross_entropy import cross_entropy
+from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         self.explicit = config.attention == "explicit"
         self.c_attn = Linear(config, config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config, config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None) -> Tensor:
         B, T, C = x.shape
@@ -178,7 +179,7 @@ class MLP(nn.Module):
         self.triton = "bias_gelu" in config.kernels
         self.c_fc = Linear(config, config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(config, 4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.triton:
@@ -239,7 +240,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding.from_pretrained(table, freeze=False),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
+                drop=Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
             )
