@@ -424,6 +424,7 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
     }  # fmt: skip
     make_folders(bench.folder)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the run under way ends with this one
     try:
         compare(bench, lambda: write_report(bench, about))
     finally:  # an interrupted comparison leaves what it has

@@ -186,7 +186,7 @@ def other_tasks(result: Row) -> str:
     lines = [
         f"{row['name']}: {', '.join(f'{label(m)} {cell(figure)}' for m, figure in more.items())}.\n\n"
         for row in result["methods"]
-        if (more := {m: figure for m, figure in row["metrics"].items() if m not in OF_LABELS})
+        if (more := {m: figure for m, figure in row["metrics"].items() if m.endswith("_accuracy")})
     ]
     return "".join(lines) if of_labels(result) else ""
 

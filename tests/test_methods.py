@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import time
@@ -451,6 +453,28 @@ def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=message) as error:
         bench_module.main()
     assert "\n" not in str(error.value)
+
+
+def test_a_comparison_that_is_told_to_end_writes_what_it_has(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(words: Sequence[str], output: Path, until: float) -> None:
+        if len(fake.ran) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        fake.execute(words[2:], output, until)
+
+    seen = {"of_task": facts_of("generation"), "base": ABOUT["base"], "machine": ABOUT["machine"]}
+    monkeypatch.setattr(bench_module, "elsewhere", lambda *_: seen)
+    monkeypatch.setattr(bench_module, "execute", stopped)
+    monkeypatch.setattr(sys, "argv", ["methods", "--out", str(tmp_path), "--data", "a.txt"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            bench_module.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+    assert len(json.loads((tmp_path / "methods.json").read_text())["methods"]) == 2
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
