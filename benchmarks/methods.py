@@ -159,6 +159,8 @@ def execute(words: Sequence[str], output: Path, until: float) -> None:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait(GRACE)
         end(process)
+    if code < 0:
+        raise Failed(f"killed by {signal.Signals(-code).name}")
     if code:
         raise Failed(last_error(output.read_text(errors="replace"), code))
 

@@ -324,6 +324,12 @@ def test_a_process_that_fails_leaves_its_last_line(tmp_path: Path) -> None:
         execute(words, tmp_path / "out.txt", math.inf)
 
 
+def test_a_process_that_is_killed_leaves_the_signal(tmp_path: Path) -> None:
+    words = stub(tmp_path, "import os; print('all is well', flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(Failed, match="^killed by SIGKILL$"):
+        execute(words, tmp_path / "out.txt", math.inf)
+
+
 def test_at_the_end_of_the_budget_a_run_may_save(tmp_path: Path) -> None:
     words = stub(
         tmp_path,
