@@ -326,7 +326,7 @@ def test_a_process_that_fails_leaves_its_last_line(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed_leaves_the_signal(tmp_path: Path) -> None:
     words = stub(tmp_path, "import os; print('all is well', flush=True); os.kill(os.getpid(), 9)")
-    with pytest.raises(Failed, match="^killed by SIGKILL$"):
+    with pytest.raises(Failed, match=r"^killed by SIGKILL$"):
         execute(words, tmp_path / "out.txt", math.inf)
 
 
