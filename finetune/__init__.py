@@ -116,7 +116,7 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
         print(f"warning: {warning}")
     figures = answer(val, folder / "validation.jsonl")
     write_json(folder / "config.json", dataclasses.asdict(cfg))
-    about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")),
+    about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
              "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
     write_json(folder / "metrics.json", figures | about)
     (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
