@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from kernels.dropout import Dropout
 from model import GPT, Linear
 from optim import Group, default_groups
 
@@ -51,7 +52,7 @@ class LoRA(Linear):
         self.rank, self.alpha = rank, alpha
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_dropout = Dropout(dropout)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear does
 
     @property

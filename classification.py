@@ -30,7 +30,7 @@ from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Split
 from heads import Head
 from labels import MANY_LABELS, class_weights, find_labels, is_number, label_name, word_ids
-from model import GPT
+from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
 from predictions import VALIDATION, probabilities, write_predictions, write_report
@@ -314,18 +314,37 @@ class Classification(Finetuning):
         """
         if self.parts[head].cfg.form != "word":
             return model.heads[self.keys[head]](hidden, lengths).log_softmax(-1)
-        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        last = pick(hidden, lengths - 1)[:, 0]
         return model.logits(last).float().log_softmax(-1)[:, self.word_ids]
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether of a row's states only the last token's is read."""
+        return all(part.cfg.pooling == "last" for part in self.parts)
+
+    def states(self, model: GPT, idx: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads read of rows idx (B, T) of `lengths` (B,) tokens: hidden states, and how many of each row.
+
+        Where all of them read the last token, its state (B, 1, n_embd); else those of all positions (B, T, n_embd).
+        """
+        if self.reads_last:
+            return model.hidden(idx, at=lengths - 1), torch.ones_like(lengths)
+        return model.hidden(idx), lengths
 
     def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
         """What a step computes, for its memory: idx (B, T) to a loss."""
         idx = idx.repeat(self.passes, 1)
         lengths = torch.full((len(idx),), idx.shape[1])
-        return -self.log_p(model, model.hidden(idx), lengths, 0).sum()
+        return -self.log_p(model, *self.states(model, idx, lengths), 0).sum()
 
     def flops_per_token(self) -> int:
-        """Without the language model's head."""
-        return super().flops_per_token() - 6 * self.shape.vocab_size * self.shape.n_embd
+        """Without the language model's head; of the last block its keys, values and queries where the last token is
+        all that is read (9 of 12 n_embd^2 weights, and its attention, are left out)."""
+        width = self.shape.n_embd
+        left_out = 6 * self.shape.vocab_size * width
+        if self.reads_last and self.shape.n_layer:
+            left_out += 6 * 9 * width**2 + 12 * width * int(self.train.lengths.max())
+        return super().flops_per_token() - left_out
 
     def describe(self) -> dict[str, str]:
         counts = np.bincount(self.train.labels[self.train.heads == 0], minlength=len(self.labels))
@@ -360,9 +379,10 @@ class Classification(Finetuning):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(model, GPT)
-        n, lengths = len(batch["ids"]), batch["lengths"]
-        hidden = model.hidden(batch["idx"].repeat(self.passes, 1))
+        n = len(batch["ids"])
+        hidden, lengths = self.states(model, batch["idx"].repeat(self.passes, 1), batch["lengths"].repeat(self.passes))
         views = [hidden[n * i : n * (i + 1)] for i in range(self.passes)]
+        lengths = lengths[:n]
         terms: dict[str, Tensor] = dict.fromkeys(
             map(str, self.cfg.objective), hidden.new_zeros((), dtype=torch.float32)
         )
@@ -374,8 +394,9 @@ class Classification(Finetuning):
             if "rdrop" in terms:
                 terms["rdrop"] = terms["rdrop"] + rdrop(*log_ps, weights)
         if "simcse" in terms:
-            terms["simcse"] = simcse(*(self._pooled(model, view, batch) for view in views),
-                                     self.cfg.simcse_group, self.cfg.simcse_temperature)  # fmt: skip
+            head = int(batch["heads"][0]) if len(self.parts) > 1 else 0  # a step's rows are of one task
+            pooled = [self._pooled(model, view, lengths, head) for view in views]
+            terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
 
     def _by_head(self, batch: Batch) -> Iterator[tuple[int, Any]]:
@@ -386,12 +407,11 @@ class Classification(Finetuning):
         for head in batch["heads"].unique().tolist():
             yield head, batch["heads"] == head
 
-    def _pooled(self, model: GPT, hidden: Tensor, batch: Batch) -> Tensor:
+    def _pooled(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
         """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last token."""
-        head = int(batch["heads"][0]) if len(self.parts) > 1 else 0  # a step's rows are of one task
         if self.parts[head].cfg.form != "word":
-            return model.heads[self.keys[head]].pool(hidden, batch["lengths"])
-        return hidden[torch.arange(len(hidden), device=hidden.device), batch["lengths"] - 1].float()
+            return model.heads[self.keys[head]].pool(hidden, lengths)
+        return pick(hidden, lengths - 1)[:, 0].float()
 
     # --- evaluation
 
@@ -401,9 +421,10 @@ class Classification(Finetuning):
     def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
         """Head, label and log-probabilities of each row."""
         assert isinstance(model, GPT)
-        hidden, found = model.hidden(batch["idx"]), {}
+        hidden, lengths = self.states(model, batch["idx"], batch["lengths"])
+        found = {}
         for head, mine in self._by_head(batch):
-            log_p = self.log_p(model, hidden[mine], batch["lengths"][mine], head)
+            log_p = self.log_p(model, hidden[mine], lengths[mine], head)
             records = zip(batch["ids"][mine].tolist(), batch["labels"][mine].tolist(), log_p.tolist(), strict=True)
             found |= {i: (head, label, values) for i, label, values in records}
         return found
@@ -438,6 +459,7 @@ class Classification(Finetuning):
         model, self.tokenizer = self._open(where, cfg)
         self.seq_len = min(cfg.seq_len or model.context, model.context)
         rows = self.read(cfg.predict, "test", say)
+        self.true_labels(rows)  # a label that is unknown ends the run before the work is done
         found = [self.tokens_of(row) for row in rows]
         if cut := sum(was_cut for _, was_cut in found):
             say(
@@ -471,8 +493,7 @@ class Classification(Finetuning):
         for begin in range(0, len(order), PREDICTED_AT_ONCE):
             some = order[begin : begin + PREDICTED_AT_ONCE]
             batch = padded([tokens[i] for i in some], self.tokenizer.eot)
-            lengths = batch["lengths"].to(device)
-            log_p = self.log_p(model, model.hidden(batch["idx"].to(device)), lengths, 0)
+            log_p = self.log_p(model, *self.states(model, batch["idx"].to(device), batch["lengths"].to(device)), 0)
             found[some] = probabilities(log_p.double().cpu().numpy())
         return found
 
@@ -480,12 +501,15 @@ class Classification(Finetuning):
         self, path: Path, rows: Sequence[Row], found: np.ndarray, say: Callable[[str], None]
     ) -> dict[str, float]:
         """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known."""
+        true = self.true_labels(rows)
         write_predictions(path, rows, found, self.labels, self.course)
-        known = [i for i, row in enumerate(rows) if row.fields.get("label", "").strip()]
-        if not known:
+        if not true:
             return {}
-        true = [self.label_of(rows[i]) for i in known]
-        return write_report(path, true, found[known], self.labels, self.name, self.cfg.seed, say)
+        return write_report(path, list(true.values()), found[list(true)], self.labels, self.name, self.cfg.seed, say)
+
+    def true_labels(self, rows: Sequence[Row]) -> dict[int, int]:
+        """The label's number of those rows that have one. Raises UserError for one that the classifier does not know."""
+        return {i: self.label_of(row) for i, row in enumerate(rows) if row.fields.get("label", "").strip()}
 
     # --- what is written
 
@@ -519,10 +543,13 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
 
 def check(cfg: ClassificationConfig) -> None:
     """Raise UserError for options that do not go together."""
-    if cfg.objective and not cfg.dropout and not cfg.head_dropout:
-        raise UserError(
-            f"--objective {' '.join(cfg.objective)} compares two passes of a row under different dropout; set --dropout"
-        )
+    draws = cfg.dropout or (cfg.method in adapters.LORA and cfg.lora_dropout)  # of the states, which SimCSE compares
+    of_head = cfg.head_dropout and cfg.form != "word"
+    for objective in cfg.objective:
+        if not draws and not (objective == "rdrop" and of_head):
+            raise UserError(
+                f"--objective {objective} compares two passes of a row under different dropout; set --dropout"
+            )
     if cfg.compile_unit == "model":
         raise UserError("--compile-unit model: a classifier is compiled block by block; leave it out")
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):

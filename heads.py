@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Form, Pooling, UserError
-from model import GPT
+from model import GPT, pick
 
 LSTM_WIDTH = 512
 INFO, WEIGHTS = "classifier.json", "heads.safetensors"
@@ -47,14 +47,13 @@ class Head(nn.Module):
     def pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """(B, width) or (B, LSTM_WIDTH), fp32 (fp64 of fp64)."""
         if self.pooling == "last":  # before the cast: of one position in T
-            hidden = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
-            return hidden.to(self.weight.dtype)
+            return pick(hidden, lengths - 1)[:, 0].to(self.weight.dtype)
         there = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
         # Not a product with 0: what is computed of padding may be anything.
         hidden = hidden.to(self.weight.dtype).masked_fill(~there[:, :, None], 0)
         if self.pooling == "lstm":
             states, _ = self.lstm(hidden)
-            return states[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+            return pick(states, lengths - 1)[:, 0]
         if self.pooling == "mean":
             return hidden.sum(1) / lengths[:, None]
         scores = hidden @ self.query / math.sqrt(hidden.shape[2])

@@ -139,24 +139,29 @@ class Attention(nn.Module):
         self.c_proj = Linear(config, config.n_embd, config.n_embd)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None, at: Tensor | None
+    ) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         plain = mask is None and extend is None
         if plain and "attention" in self.kernels:
             y = packed_attention(qkv, segments)  # (B, T, n_head, head_dim)
         elif plain and "cpu_attention" in self.kernels:
-            y = cpu_attention(qkv)
+            y = cpu_attention(qkv, self.dropout if self.training else 0.0)
         else:
-            y = self._attend(qkv, mask, extend).transpose(1, 2)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+            y = self._attend(qkv, mask, extend, at).transpose(1, 2)
+        return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
 
-    def _attend(self, qkv: Tensor, mask: Tensor | None, extend: Extend | None) -> Tensor:
+    def _attend(self, qkv: Tensor, mask: Tensor | None, extend: Extend | None, at: Tensor | None) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+        if at is not None:
+            q = pick(q.transpose(1, 2), at).transpose(1, 2)
         if extend is not None:
             k, v = extend(k, v)
-        # One new token sees everything before it; several without a mask are a plain causal sequence.
-        causal = mask is None and q.shape[2] > 1
+        # One new token sees everything before it; several without a mask are a plain causal sequence. In this order:
+        # where lengths vary, a compiler makes a symbol of the comparison, and the operation takes a bool alone.
+        causal = q.shape[2] > 1 and mask is None
         dropout = self.dropout if self.training else 0.0
         if self.explicit:
             return explicit_attention(q, k, v, mask, causal, dropout)
@@ -207,11 +212,23 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         extend: Extend | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of this block."""
+        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of this block.
+
+        `at` (B,): of the positions `at` alone, (B, 1, n_embd); `mask` is then that of those queries.
+        """
         x, h = add_norm(x, branch, self.ln_1, self.triton)
-        x, h = add_norm(x, self.attn(h, mask, segments, extend), self.ln_2, self.triton)
+        branch = self.attn(h, mask, segments, extend, at)
+        if at is not None:
+            x = pick(x, at)
+        x, h = add_norm(x, branch, self.ln_2, self.triton)
         return x, self.mlp(h)
+
+
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """x (B, T, ...) at one position of each row, `at` (B,): (B, 1, ...)."""
+    return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
 
 
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, triton: bool) -> tuple[Tensor, Tensor]:
@@ -335,11 +352,13 @@ class GPT(nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | Prefixed | None = None,
         alternatives: bool = False,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size.
 
         `alternatives`: the tokens all stand at the one next position, each seeing what the cache holds and itself;
-        the cache then waits for `keep` to say which it was.
+        the cache then waits for `keep` to say which it was. `at` (B,): the states of these positions alone, (B, 1,
+        n_embd), for which the last block computes little more than keys and values of the others.
         """
         if cache is None and self.prefix is not None:
             cache = Prefixed(self.prefix.layers(self))
@@ -353,15 +372,20 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(self.dtype)
         in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device, alternatives)
-        branch = None
-        for layer, block in enumerate(self.transformer.h):
+        branch, blocks = None, self.transformer.h
+        for layer, block in enumerate(blocks):
             extend = cache.at(layer) if cache else None
+            inputs = (x, branch, mask, segments, extend)
+            if at is not None and layer == len(blocks) - 1:
+                inputs = (x, branch, mask_at(at, T, segments, cache), None, extend, at)
             if self.config.recompute and self.training:
                 # With the weights that it has now, in the backward pass too: they may be stand-ins (precision.py).
                 again = functools.partial(functional_call, block, dict(block.named_parameters()))
-                x, branch = checkpoint(again, (x, branch, mask, segments, extend), use_reentrant=False)
+                x, branch = checkpoint(again, inputs, use_reentrant=False)
             else:
-                x, branch = block(x, branch, mask, segments, extend)
+                x, branch = block(*inputs)
+        if at is not None and not blocks:
+            x = pick(x, at)
         if cache is not None and not alternatives:
             cache.length += T
         return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.kernels)[1]
@@ -486,6 +510,15 @@ def attention_mask(
         ahead = cache.prefix if cache else 0
         mask = mask & (((key < ahead) | (key >= ahead + pad[:, None]))[:, None] | (key == query))
     return mask[:, None]
+
+
+def mask_at(at: Tensor, T: int, segments: Tensor | None, cache: KVCache | Prefixed | None) -> Tensor:
+    """The mask (B, 1, 1, keys) of one query of each row, at `at` (B,)."""
+    mask = attention_mask(T, segments, cache, at.device)
+    if mask is not None:
+        return pick(mask.expand(len(at), -1, -1, -1).transpose(1, 2), at).transpose(1, 2)
+    start = cache.length if cache else 0
+    return (torch.arange(start + T, device=at.device) <= start + at[:, None])[:, None, None]
 
 
 def attention_backends(

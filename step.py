@@ -146,6 +146,9 @@ class StepResult:
     amounts: dict[str, float]  # what the step's batches held, over all ranks
 
 
+BLOCK_GRAPHS = 32
+
+
 def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
     """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a model has all its
     gradients at once, and no all-reduce overlaps with them; and on a CPU the head's loss, which works on pieces that
@@ -159,6 +162,9 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
     """torch.compile the model in place; its blocks are the members of its module lists."""
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
+        # All blocks share one function's graphs: of the first, a middle and the last one, for one length and for any,
+        # in training and in evaluation. Past the limit, 8 by default, they would run uncompiled.
+        torch._dynamo.config.recompile_limit = BLOCK_GRAPHS  # ty: ignore[invalid-assignment]
         units = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
     for unit in units:
         unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)

@@ -59,7 +59,7 @@ def _left_out(name: str, cfg: RunConfig) -> bool:
 
 def _lacking(name: str, cfg: RunConfig, device_type: str) -> str | None:
     """Why an operation cannot run here; None where it can."""
-    if "attention" in name and cfg.dropout:
+    if name == "attention" and cfg.dropout:
         return "has no dropout"
     if _left_out(name, cfg):
         return f"is not --without {PART_OF[name]}"

@@ -14,6 +14,9 @@ products, as flash attention rounds them; sums over blocks of queries are fp32 a
 The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a block of queries
 meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in place of half of it.
 
+Dropout falls on the probabilities. Each block of queries of each head draws from a generator that begins with a number
+of its own, and in the backward pass draws the same again, so that nothing is kept of it.
+
 Threads take whole groups and each product runs within one, so the number of threads changes no bit.
 """
 
@@ -23,12 +26,14 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels import dropout
 
 # Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token of a head at
 # head_dim 64, no longer stays in the caches: here 18 MB a thread.
@@ -65,7 +70,8 @@ class _Block:
         def shaped(memory: Tensor, *shape: int) -> Tensor:
             return memory[: math.prod(shape)].view(shape)
 
-        self.scale = D**-0.5
+        self.scale, self.p = D**-0.5, group.p
+        self.kept_scale = dropout.scale(self.p)
         self.narrow, self.wide = cut(group.inputs), cut(group.wide_inputs)  # q, k, v and the output's gradient
         self.out = group.out[:, rows]
         self.dk, self.dv = group.dkv[:, :, keys]
@@ -75,17 +81,28 @@ class _Block:
         self.rounded, self.part = None, None
         if group.rounded is not None and group.part is not None:
             self.rounded, self.part = shaped(group.rounded, g, end - first, end), shaped(group.part, g, end, D)
+        if self.p:
+            n = (end - first) * end
+            self.first, self.generator = first, group.generator
+            self.draws = shaped(group.draws, g, dropout.words(n))
+            self.keep = self.draws.view(torch.int16)[:, :n].view(self.scores.shape)
 
-    def forward(self) -> None:
-        torch.bmm(self._round(self._probabilities()), self.narrow[2], out=self.out)
+    def forward(self, seeds: Sequence[int]) -> None:
+        p = self._round(self._probabilities())
+        self._draw(seeds)
+        torch.baddbmm(self.out, self._drop(p), self.narrow[2], beta=0, alpha=self.kept_scale, out=self.out)
 
-    def backward(self) -> None:
+    def backward(self, seeds: Sequence[int]) -> None:
         """Write dq where the output was; add to dk and dv."""
         q, k, _, grad = self.narrow
         _, _, wide_v, wide_grad = self.wide
         p = self._probabilities()
-        self._add_product(self.dv, self._round(p), grad, 1.0)
-        dp = torch.bmm(wide_grad, wide_v.transpose(1, 2), out=self.dscores)
+        self._draw(seeds)
+        # Before dropout they are needed once more: what drops is a copy of them.
+        copy = self.dscores.copy_(p) if self.rounded is None and self.p else self._round(p)
+        self._add_product(self.dv, self._drop(copy), grad, self.kept_scale)
+        v = wide_v.transpose(1, 2)
+        dp = self._drop(torch.baddbmm(self.dscores, wide_grad, v, beta=0, alpha=self.kept_scale, out=self.dscores))
         # p (dp - rowsum(p dp)): the softmax's own gradient in one pass, and nothing of the forward pass is needed.
         torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         ds = self._round(dp)
@@ -97,6 +114,16 @@ class _Block:
         torch.baddbmm(self.scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=self.scores)
         self.diagonal.add_(self.above)
         return torch.softmax(self.scores, -1, out=self.scores)
+
+    def _draw(self, seeds: Sequence[int]) -> None:
+        """What is kept in this block, of each head by the seed of that head and the block's place."""
+        if self.p:
+            for draws, seed in zip(self.draws, seeds):
+                dropout.draw_(draws, self.generator.manual_seed(seed + self.first))
+            dropout.masks_(self.draws, self.p)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout.mask_(x, self.keep) if self.p else x
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self.rounded is None else self.rounded.copy_(x)
@@ -113,7 +140,8 @@ class _Block:
 class _Group:
     """The memory that g heads are computed in, used again by one group after the other: fresh pages cost time."""
 
-    def __init__(self, g: int, T: int, D: int, dtype: torch.dtype):
+    def __init__(self, g: int, T: int, D: int, dtype: torch.dtype, p: float):
+        self.p = p
         wide = torch.promote_types(dtype, torch.float32)
         rows = _rows(T)
         self.inputs = torch.empty(4, g, T, D, dtype=dtype)  # q, k, v and the output's gradient
@@ -124,22 +152,24 @@ class _Group:
         self.rounded = None if dtype == wide else torch.empty(g * rows * T, dtype=dtype)
         self.part = None if dtype == wide else torch.empty(g * T * D, dtype=dtype)
         self.above = torch.full((rows, rows), -torch.inf, dtype=wide).triu_(1)  # the diagonal
+        self.draws = torch.empty(g * dropout.words(rows * T) if p else 0, dtype=torch.int64)
+        self.generator = torch.Generator()
         self.blocks = [_Block(self, i, min(i + rows, T)) for i in range(0, T, rows)]
 
-    def forward(self, qkv: Tensor, out: Tensor) -> None:
-        """qkv (b, T, 3, h, D) to out (b, T, h, D)."""
+    def forward(self, qkv: Tensor, seeds: Sequence[int], out: Tensor) -> None:
+        """qkv (b, T, 3, h, D) to out (b, T, h, D); under dropout `seeds` has one of each head."""
         self._load(qkv, slice(0, 3))
         for block in self.blocks:
-            block.forward()
+            block.forward(seeds)
         _store(self.out[None], out.unsqueeze(2))
 
-    def backward(self, qkv: Tensor, grad: Tensor, dqkv: Tensor) -> None:
+    def backward(self, qkv: Tensor, seeds: Sequence[int], grad: Tensor, dqkv: Tensor) -> None:
         """qkv (b, T, 3, h, D) and the output's gradient (b, T, h, D) to dqkv, as qkv."""
         self._load(qkv, slice(0, 3))
         self._load(grad.unsqueeze(2), slice(3, 4))
         self.dkv.zero_()
         for block in self.blocks:
-            block.backward()
+            block.backward(seeds)
         _store(self.out[None], dqkv[:, :, :1])
         _store(self.dkv, dqkv[:, :, 1:])
 
@@ -189,17 +219,23 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _for_each_group(qkv: Tensor, task: Callable[[_Group, slice, slice], None]) -> None:
-    """task(group, batch, heads) for all sequences and heads of qkv, on as many threads as torch has been given."""
+def _for_each_group(
+    qkv: Tensor, seed: Tensor | None, p: float, task: Callable[[_Group, slice, slice, Sequence[int]], None]
+) -> None:
+    """task(group, batch, heads, seeds) for all sequences and heads of qkv, on as many threads as torch has been given."""
     B, T, _, H, D = qkv.shape
     threads = torch.get_num_threads()
     parts = iter(_groups(B, T, H, threads))
+    first = None if seed is None else int(seed)
 
     def work(_: int) -> None:
-        group_of = functools.cache(lambda g: _Group(g, T, D, qkv.dtype))
+        group_of = functools.cache(lambda g: _Group(g, T, D, qkv.dtype, p))
         with torch.inference_mode():  # a thread begins with gradients on
             for batch, heads in parts:
-                task(group_of((batch.stop - batch.start) * (heads.stop - heads.start)), batch, heads)
+                which = [b * H + h for b in range(batch.start, batch.stop) for h in range(heads.start, heads.stop)]
+                # A head has as many numbers as queries, and a block that of its first one.
+                seeds = [] if first is None else [first + T * i for i in which]
+                task(group_of(len(which)), batch, heads, seeds)
 
     if threads == 1:
         work(0)
@@ -208,46 +244,58 @@ def _for_each_group(qkv: Tensor, task: Callable[[_Group, slice, slice], None]) -
 
 
 @torch.library.custom_op("gpt2::cpu_attention", mutates_args=())
-def _forward(qkv: Tensor) -> Tensor:
-    """out (B, T, n_head, head_dim)."""
+def _forward(qkv: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """out (B, T, n_head, head_dim); seed () int64, None where p is 0."""
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
-    _for_each_group(qkv, lambda group, b, h: group.forward(qkv[b, :, :, h], out[b, :, h]))
+    _for_each_group(
+        qkv, seed, p, lambda group, b, h, seeds: group.forward(qkv[b, :, :, h], seeds, out[b, :, h])
+    )  # fmt: skip
     return out
 
 
 @_forward.register_fake
-def _(qkv: Tensor) -> Tensor:
+def _(qkv: Tensor, seed: Tensor | None, p: float) -> Tensor:
     B, T, _, H, D = qkv.shape
     return qkv.new_empty(B, T, H, D)
 
 
 @torch.library.custom_op("gpt2::cpu_attention_backward", mutates_args=())
-def _backward(qkv: Tensor, grad: Tensor) -> Tensor:
+def _backward(qkv: Tensor, seed: Tensor | None, p: float, grad: Tensor) -> Tensor:
     """The gradient of qkv, packed like it (B, T, 3, n_head, head_dim)."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    _for_each_group(qkv, lambda group, b, h: group.backward(qkv[b, :, :, h], grad[b, :, h], dqkv[b, :, :, h]))
+    _for_each_group(
+        qkv, seed, p, lambda group, b, h, seeds: group.backward(qkv[b, :, :, h], seeds, grad[b, :, h], dqkv[b, :, :, h])
+    )  # fmt: skip
     return dqkv
 
 
 @_backward.register_fake
-def _(qkv: Tensor, grad: Tensor) -> Tensor:
+def _(qkv: Tensor, seed: Tensor | None, p: float, grad: Tensor) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
+    qkv, seed, ctx.p = inputs
+    ctx.save_for_backward(qkv, seed)
 
 
-_forward.register_autograd(lambda ctx, grad: _backward(*ctx.saved_tensors, grad), setup_context=_setup_context)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    qkv, seed = ctx.saved_tensors
+    return _backward(qkv, seed, ctx.p, grad), None, None
 
 
-def cpu_attention(qkv: Tensor) -> Tensor:
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def cpu_attention(qkv: Tensor, p: float = 0.0) -> Tensor:
     """Causal softmax attention, scores times 1 / sqrt(head_dim): qkv (B, T, 3, n_head, head_dim) packed q, k and v to
     (B, T, n_head, head_dim), contiguous; any strides, any floating-point dtype.
 
-    Under autocast the work is done in autocast's dtype, as by scaled_dot_product_attention.
+    A probability is dropped with probability `p`, rounded to a multiple of 2^-15, as the global generator says; the
+    others are divided by what is kept. Under autocast the work is done in autocast's dtype, as by
+    scaled_dot_product_attention.
     """
     if torch.is_autocast_enabled("cpu"):
         qkv = qkv.to(torch.get_autocast_dtype("cpu"))
-    return _forward(qkv)
+    return _forward(qkv, torch.randint(2**62, ()) if p else None, p)

@@ -8,7 +8,6 @@ rounded to a multiple of 2^-15. Values are divided by what is then kept, so thei
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -47,28 +46,47 @@ class Dropout(nn.Dropout):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = round(p * LEVELS)
-        ctx.scale = LEVELS / (LEVELS - dropped)
-        keep = _kept(x.shape, dropped)
+        ctx.scale = scale(p)
+        n = x.numel()
+        draws = torch.empty(words(n), dtype=torch.int64)
+        keep = masks_(draw_(draws), p)[:n].view(x.shape)
         ctx.save_for_backward(keep)
-        return _mask(x * ctx.scale, keep)
+        return mask_(x * ctx.scale, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _mask(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
+        return mask_(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
 
 
-def _kept(shape: torch.Size, dropped: int) -> Tensor:
-    """A mask of `shape`, int16: all bits set where a number is kept, none in `dropped` of LEVELS cases."""
-    n = math.prod(shape)
-    draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
-    level = draws.view(torch.int16)[:n].view(shape).bitwise_right_shift_(1)  # -LEVELS / 2 to LEVELS / 2 - 1
-    # The sign, in all bits: negative below the level from which on numbers are kept.
-    return level.sub_(dropped - LEVELS // 2).bitwise_right_shift_(15).bitwise_not_()
+def words(n: int) -> int:
+    """Draws of 64 bits for n elements."""
+    return -(-n // 4)
 
 
-def _mask(x: Tensor, keep: Tensor) -> Tensor:
-    """x, in place, with zeros where `keep` has none of its bits set."""
+def _dropped(p: float) -> int:
+    """In so many of LEVELS cases an element is dropped, but never in all."""
+    return min(round(p * LEVELS), LEVELS - 1)
+
+
+def scale(p: float) -> float:
+    """What is kept is multiplied by this."""
+    return LEVELS / (LEVELS - _dropped(p))
+
+
+def draw_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill int64 draws with random bits."""
+    return draws.random_(-(2**63), None, generator=generator)
+
+
+def masks_(draws: Tensor, p: float) -> Tensor:
+    """Random int64 (..., n), in place, to int16 (..., 4 n): all bits set where an element is kept, none where dropped."""
+    level = draws.view(torch.int16).bitwise_right_shift_(1)  # -LEVELS / 2 to LEVELS / 2 - 1
+    # The sign, in all bits: negative below the level from which on elements are kept.
+    return level.sub_(_dropped(p) - LEVELS // 2).bitwise_right_shift_(15).bitwise_not_()
+
+
+def mask_(x: Tensor, keep: Tensor) -> Tensor:
+    """x, in place, with zeros where `keep`, int16, has none of its bits set."""
     integers = INTEGERS[x.dtype]
     x.view(integers).bitwise_and_(keep.to(integers))
     return x

@@ -32,7 +32,7 @@ from labels import find_labels, label_name, word_ids
 from model import GPT
 from predictions import probabilities, write_predictions
 from rows import Row
-from step import Loader, TrainStep, partition
+from step import Loader, TrainStep, compile_model, partition
 from tokenizer import Tokenizer, train_bpe
 from trainer import evaluate
 
@@ -154,7 +154,7 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(sc
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
         batch = padded(rows, filler, np.array([max(map(len, rows)) + more]))
-        return task.log_p(model, model.hidden(batch["idx"]), batch["lengths"], 0)
+        return task.log_p(model, *task.states(model, batch["idx"], batch["lengths"]), 0)
 
     with torch.no_grad():
         together = scores(ids, filler, more)
@@ -443,6 +443,34 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
         assert task.weights(batch) == pytest.approx(expected | {name: of[name] for name in task.cfg.objective})
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch, pooling):
+    """Training and evaluation compile no more than once they have met two lengths, and no graph breaks."""
+    compile = nn.Module.compile  # all but code generation, which takes the time and is not what is asked about
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rows = [row(" ".join((WORDS * 8)[: 1 + 7 * n % 120]), LABELS[n % 3]) for n in range(60)]
+    options: dict[str, Any] = dict(pooling=pooling, precision="bf16", dropout=0.1, micro_batch=4, seq_len=128)
+    task = mood(tokenizer, rows, rows[:12], n_layer=4, compile=True, **options)
+    model = model_of(task).train()
+    compile_model(model, task.cfg, ALONE, task.compiles_whole)
+    step, loader = TrainStep(task, model, task.cfg, ALONE), Loader(task, ALONE, 4, 40)
+    for s in range(12):
+        step(s, loader(s))
+    evaluate(step)
+    kinds = 3 if pooling == "last" else 2  # of blocks: the first, those after it, and one that computes one position
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 * kinds
+    assert len({loader(s).batches[0]["idx"].shape[1] for s in range(12, 30)}) > 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for s in range(30, 40):
+            step(s, loader(s))
+        evaluate(step)
+    loader.close()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 def test_the_weights_of_the_terms(learner):
     task, _ = learner
     cfg = task.cfg
@@ -692,6 +720,7 @@ def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
     unknown = Mood([row("stone", "awful")])
     with pytest.raises(UserError, match="rows row 0: the label 'awful' is none of the training rows' labels"):
         unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "no.jsonl", print)
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):

@@ -183,10 +183,105 @@ def test_threads_of_torch_are_left_as_they_were(threads):
         assert set(_pool(threads).map(lambda _: torch.get_num_threads(), range(threads))) == {1}
 
 
-def test_operations_keep_their_promises():
-    qkv = inputs(2, 9, 3, 16)
-    torch.library.opcheck(_forward, (qkv,))
-    torch.library.opcheck(_backward, (qkv.detach(), torch.randn(2, 9, 3, 16)))
+# --- dropout
+
+
+def dropping(p: float, seed: int = 0):
+    """Attention whose draws begin with `seed`."""
+
+    def attention(qkv: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        return cpu_attention(qkv, p)
+
+    return attention
+
+
+def kept(B: int, T: int, H: int, p: float, seed: int = 0) -> Tensor:
+    """What is kept and by what it is multiplied, (B, H, T, T) fp64, 0 above the diagonal: q and k that make all
+    probabilities of a query equal, and a v that hands them out one by one."""
+    qkv = torch.zeros(B, T, 3, H, T, dtype=FP64)
+    qkv[:, :, 2] = torch.eye(T, dtype=FP64)[:, None]
+    shares = dropping(p, seed)(qkv).transpose(1, 2)
+    return shares * torch.arange(1, T + 1)[:, None]
+
+
+def with_mask(mask: Tensor):
+    """Attention as written, with what is kept given, in the dtype of its input."""
+
+    def attention(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        above = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        return (scores.masked_fill(above, -torch.inf).softmax(-1) * mask.to(q.dtype) @ v).transpose(1, 2)
+
+    return attention
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 16), (3, 7, 2, 32), (2, 64, 1, 64), (3, 131, 5, 48), (1, 600, 2, 16)], ids=str
+)
+def test_dropout_agrees_with_float64(shape, dtype, p):
+    qkv = inputs(*shape, dtype=dtype)
+    reference = run(qkv.detach().double().requires_grad_(), with_mask(kept(*shape[:3], p)))
+    for ours, exact in zip(run(qkv, dropping(p)), reference, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
+
+
+def test_dropout_in_bf16_is_as_near_to_float64_as_the_plain_way():
+    qkv, mask = inputs(2, 200, 3, 64, dtype=BF16), kept(2, 200, 3, 0.2)
+    double = qkv.detach().double().requires_grad_()
+    for found in zip(run(qkv, dropping(0.2)), run(qkv, with_mask(mask)), run(double, with_mask(mask)), strict=True):
+        parts = (t.unbind(2) if t.dim() == 5 else (t,) for t in found)
+        for ours, theirs, exact in zip(*parts, strict=True):
+            assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99999])
+def test_each_probability_is_dropped_by_itself(p):
+    mask = kept(3, 100, 4, p)
+    values = mask[..., *torch.tril_indices(100, 100)]  # (B, H, of the triangle)
+    there = values != 0
+    assert (mask.triu(1) == 0).all()
+    assert there.double().mean().item() == pytest.approx(1 - p, abs=4 * (p * (1 - p) / there.numel()) ** 0.5 + 2**-15)
+    if p < 0.9:
+        assert values[there].unique().tolist() == pytest.approx([1 / (1 - p)] * len(values[there].unique()), rel=1e-4)
+        # Neither heads, nor sequences, nor neighbours, nor calls are alike.
+        of_heads = there.flatten(0, 1).double()
+        of_heads = torch.cat(
+            (
+                of_heads,
+                of_heads[:1].roll(1, 1),
+                (kept(1, 100, 1, p, seed=1)[..., *torch.tril_indices(100, 100)] != 0)[0].double(),
+            )
+        )
+        assert (torch.corrcoef(of_heads) - torch.eye(len(of_heads))).abs().max() < 0.06  # four over sqrt(5050)
+
+
+@pytest.mark.parametrize("tokens", [1, 400, 10**6])
+def test_neither_groups_nor_threads_change_what_is_dropped(monkeypatch, tokens):
+    expected = kept(3, 100, 5, 0.3)
+    monkeypatch.setattr(module, "TOKENS", tokens)
+    assert torch.equal(kept(3, 100, 5, 0.3), expected)
+    ours = run(inputs(3, 300, 5, 32), dropping(0.3))
+    torch.set_num_threads(2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(inputs(3, 300, 5, 32), dropping(0.3))))
+
+
+def test_dropout_keeps_its_input_and_a_number():
+    qkv, sizes = inputs(2, 300, 3, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        cpu_attention(qkv, 0.1)
+    assert sizes == [qkv.numel(), 1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_operations_keep_their_promises(p):
+    qkv, seed = inputs(2, 9, 3, 16), torch.tensor(7) if p else None
+    torch.library.opcheck(_forward, (qkv, seed, p))
+    torch.library.opcheck(_backward, (qkv.detach(), seed, p, torch.randn(2, 9, 3, 16)))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")

@@ -360,11 +360,11 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
         assert any(f"{what} rows are longer than 48 tokens and are cut at the end" in text for text in told)
 
 
-ALIKE = ("--steps", 5, "--eval-every", 2, "--save-every", 0, "--dropout", 0, "--lr", "1e-3", "--micro-batch", 2)
+ALIKE = ("--steps", 5, "--eval-every", 2, "--save-every", 0, "--lr", "1e-3", "--micro-batch", 2)
 ON_TWO_RANKS = {  # tasks and options; a share of dropout that is nothing lets two passes be, and be the same
     "sentiment": ("--also", "topics:0.5", "--objective", "rdrop", "simcse", "--simcse-group", 2, "--batch-size", 6,
-                  "--class-weights", 1, 2, "--head-dropout", "1e-12"),
-    "nli": ("--form", "word", "--batch-size", 5, "--label-smoothing", "0.1", "--head-dropout", 0),
+                  "--class-weights", 1, 2, "--dropout", "1e-12", "--head-dropout", 0),
+    "nli": ("--form", "word", "--batch-size", 5, "--label-smoothing", "0.1", "--dropout", 0, "--head-dropout", 0),
 }  # fmt: skip
 
 COMPARED = {
@@ -691,7 +691,9 @@ WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
     "an LSTM over frozen states": dict(pooling="lstm", method="last-layer"),
     "an LSTM on embeddings": dict(model="lstm", preset="micro"),
     "rdrop": dict(objective=("rdrop",), dropout=0.1), "simcse": dict(objective=("simcse",), dropout=0.1),
-    "both": dict(objective=("rdrop", "simcse"), simcse_group=4, head_dropout=0.1),
+    "both": dict(objective=("rdrop", "simcse"), simcse_group=4, dropout=0.1, head_dropout=0.1),
+    "rdrop of a head": dict(objective=("rdrop",), head_dropout=0.1),
+    "simcse of an adapter": dict(objective=("simcse",), method="lora", lora_dropout=0.1, lr=2e-2),
     "two tasks": dict(also=("topics:0.5",), steps=60), "three": dict(also=("nli", "sentiment:2"), steps=90),
     "more rows": dict(augment="toy", augment_weight=0.5), "weights": dict(class_weights=("1", "3")),
     "balanced": dict(class_weights=("balanced",)), "smoothing": dict(label_smoothing=0.1),
@@ -841,6 +843,8 @@ MISTAKES = {  # a task and options: what the line must hold
     "sentiment --form word --also topics": ["--also trains heads", "--form word", "leave --also out"],
     "sentiment --form cloze": ["cloze"],
     "sentiment --objective simcse --dropout 0 --head-dropout 0": ["--objective simcse compares two passes", "set --dropout"],
+    "sentiment --objective rdrop simcse --dropout 0": ["--objective simcse compares two passes"],  # the head's is not its
+    "sentiment --objective rdrop --form word --dropout 0": ["--objective rdrop compares two passes"],
     "sentiment --objective simcse --batch-size 12": ["--batch-size 12 is no multiple of groups of 8 rows; use 16"],
     "sentiment --augment-weight 2": ["--augment-weight belongs to --augment FILE"],
     "sentiment --label-smoothing 1": ["--label-smoothing is 1.0; it must lie between 0 and 1"],

@@ -62,7 +62,8 @@ def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
 def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
     monkeypatch.setattr(kernels.cpu_attention, "pays", lambda dtype: dtype == torch.bfloat16)
     assert choose("auto", "cpu") == ("cpu_attention", None)
-    for options in ({"precision": "fp32"}, {"dropout": 0.1}, {"document_mask": True}):
+    assert choose("auto", "cpu", dropout=0.1) == ("cpu_attention", None)
+    for options in ({"precision": "fp32"}, {"document_mask": True}):
         assert choose("auto", "cpu", **options) == ("torch", None)
     for without in ("attention-backend", "flash-attention"):
         assert choose("auto", "cpu", without=(without,)) == ("torch", None)

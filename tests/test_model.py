@@ -437,6 +437,70 @@ def test_longer_than_block_size():
         model(tokens(1, 1), cache=cache)
 
 
+# --- one position of each row
+
+AT = torch.tensor([0, 11, 4])
+
+
+def prefixed(model: GPT, recompute: bool = False) -> GPT:
+    """With random keys and values before the text, as prefix tuning has them."""
+    draw = torch.Generator().manual_seed(5)
+    layers = [torch.randn(2, 1, 4, 3, 16, generator=draw).unbind(0) for _ in range(model.config.n_layer)]
+    model.prefix = torch.nn.Module()
+    model.prefix.layers, model.prefix.length = lambda model: layers, 3
+    return model
+
+
+POSITIONS: dict[str, dict[str, Any]] = {
+    "plain": {}, "explicit": dict(attention="explicit"), "recompute": dict(recompute=True),
+    "a kernel": dict(kernels=("cpu_attention",)), "one block": dict(n_layer=1), "no block": dict(n_layer=0),
+    "prefix": {}, "documents": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_states_of_one_position_are_those_among_all(case, dtype):
+    """Values, and gradients of all weights; bf16 as autocast has it."""
+    model, idx = gpt(**POSITIONS[case]).train(), tokens(3, 12)
+    model = (prefixed(model) if case == "prefix" else model).to(torch.float64 if dtype == torch.float64 else None)
+    segments = (torch.arange(12) // 5).expand(3, -1) if case == "documents" else None
+    weigh = torch.randn(3, 64, generator=torch.Generator().manual_seed(6)).double()
+
+    def run(**options: Any) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            hidden = model.hidden(idx, segments=segments, **options)
+        states = hidden[:, 0] if options else hidden[torch.arange(3), AT]
+        model.zero_grad()
+        (states.double() * weigh).sum().backward()
+        return states.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    (states, gradients), (expected, of_all) = run(at=AT), run()
+    assert states.shape == (3, 64) and len(gradients) == len(of_all)
+    rtol = 1e-9 if dtype == torch.float64 else 0.05  # a few of bf16's 2^-8
+    for ours, exact in ((states, expected), *zip(gradients, of_all, strict=True)):
+        assert (ours - exact).norm() <= rtol * exact.norm()
+
+
+def test_one_position_computes_less_of_the_last_block():
+    model, rows = gpt(n_layer=3), []
+    for block in model.transformer.h:
+        block.mlp.register_forward_hook(lambda _, x, y: rows.append(y.shape))
+    model.hidden(tokens(3, 12), at=AT)
+    assert rows == [(3, 12, 64), (3, 12, 64), (3, 1, 64)]
+
+
+def test_one_position_after_a_cache_with_padding_at_the_left():
+    model, pad = gpt(), torch.tensor([2, 0, 5])
+    caches = [model.new_cache(3, 32, pad) for _ in range(2)]
+    for cache in caches:
+        model.hidden(tokens(3, 7), cache=cache)
+    idx = tokens(3, 12, seed=2)
+    found = model.hidden(idx, cache=caches[0], at=AT)
+    torch.testing.assert_close(found[:, 0], model.hidden(idx, cache=caches[1])[torch.arange(3), AT])
+    assert caches[0].length == caches[1].length == 19
+
+
 # --- training
 
 
