@@ -21,7 +21,7 @@ from distributed import World
 from kernels import choose, named
 from memory import keeps_freed, set_allocator
 from model import attention_backends
-from precision import DTYPES, choose_precision
+from precision import DTYPES, choose_precision, set_products
 from runlog import RunLog, bytes_text, peak_flops, time_text
 from step import TrainStep
 from task import Task
@@ -47,7 +47,8 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     cfg = dataclasses.replace(cfg, precision=precision)
     kernels, lost = choose(cfg, world.device.type)
     cfg = dataclasses.replace(cfg, kernels=kernels)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if set_products(precision, world.device, cfg.without):
+        why += "; fp32 products by oneDNN"
     if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):  # else glibc is left alone
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without

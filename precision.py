@@ -72,6 +72,28 @@ class _Copy(torch.autograd.Function):
         return grad.float(), None
 
 
+def set_products(precision: str, device: torch.device, without: Collection[str] = ()) -> bool:
+    """Set how this process multiplies fp32 matrices: exactly, but in TF32 where `precision` says so.
+
+    Returns whether a CPU's are oneDNN's. PyTorch gives them to MKL, which on AMD's processors uses vectors of 256 bits
+    of the 512 that there are, and to oneDNN only where it may round its inputs to bf16 ("medium"): leave that a
+    processor without AMX has no use for. So it is taken where its products are seen to be exact.
+    """
+    candidate = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and "cpu-products" not in without and candidate and torch.backends.mkldnn.is_available():
+        torch.set_float32_matmul_precision("medium")
+        if _products_are_exact():
+            return True
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return False
+
+
+def _products_are_exact(n: int = 256) -> bool:
+    """Of numbers that bf16 lacks, but whose sums fp32 has."""
+    ones, near = torch.ones(n, n), torch.full((n, n), 1 + 2.0**-12)
+    return all(bool((product == n * (1 + 2.0**-12)).all()) for product in (near @ ones, ones @ near, near.t() @ ones))
+
+
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """(precision, why) for `--precision`. Raises UserError for one that the device lacks."""
     cuda = device.type == "cuda"

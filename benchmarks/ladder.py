@@ -43,6 +43,7 @@ LADDER = (
     Stage("baseline", "fp32, operation by operation, without all that follows", {}, "", True),
     Stage("tied-head", "the output head is the token embedding", {"with": ["tied-head"]}, "", True),
     Stage("scaled-init", "weights of 0.02, residual projections less", {"with": ["scaled-init"]}, "", True),
+    Stage("cpu-products", "fp32 products by oneDNN on a CPU", {"with": ["cpu-products"]}, "products"),
     Stage("tf32", "matrix products in TF32", dict(precision="tf32"), "tf32"),
     Stage("bf16", "autocast to bf16", dict(precision="bf16"), "bf16"),
     Stage("compile", "torch.compile", dict(compile=True), "compiler"),

@@ -71,11 +71,11 @@ def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
     import torch
 
     import distributed
-    from precision import DTYPES
+    from precision import DTYPES, set_products
 
     found = distributed.start(device).device
     n, products = (8192, 20) if found.type == "cuda" else (2048, 1)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    set_products(precision, found)
     a, b = (torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32)) for _ in range(2))
 
     def timed() -> float:

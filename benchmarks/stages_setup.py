@@ -71,7 +71,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 
     from kernels._triton import missing
     from model import attention_backends
-    from precision import choose_precision
+    from precision import choose_precision, set_products
 
     def refused(precision: str) -> str | None:
         try:
@@ -85,6 +85,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     best, plain = (attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False))
     reasons = {
+        "products": None if set_products("fp32", device) else "is for CPUs where it is faster than MKL",
         "tf32": refused("tf32"),
         "bf16": None if native == "bf16" else why,
         "compiler": missing("cuda") if cuda else None if compiler else "needs a C++ compiler",

@@ -14,8 +14,8 @@ products, as flash attention rounds them; sums over blocks of queries are fp32 a
 The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a block of queries
 meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in place of half of it.
 
-Dropout falls on the probabilities. Each block of queries of each head draws from a generator that begins with a number
-of its own, and in the backward pass draws the same again, so that nothing is kept of it.
+Dropout falls on the probabilities. For each block of queries some heads draw together, from a generator that begins
+with a number of theirs, and in the backward pass draw the same again: nothing is kept of it.
 
 Threads take whole groups and each product runs within one, so the number of threads changes no bit.
 """
@@ -26,9 +26,9 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from kernels import dropout
 # Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token of a head at
 # head_dim 64, no longer stays in the caches: here 18 MB a thread.
 TOKENS = 6144  # times heads, in a group
+# Probabilities that are drawn together, whatever the groups. With fewer, the calls are what takes the time.
+DRAWN = 1 << 16
 
 
 def _rows(T: int) -> int:
@@ -57,11 +59,21 @@ def pays(dtype: torch.dtype) -> bool:
     return libraries and cpu and dtype in (torch.bfloat16, torch.float32)
 
 
+class Draws(NamedTuple):
+    """Of a group's dropout. A group's heads follow one another: some of a sequence's, or all of several's."""
+
+    seed: int
+    head: int  # the group's first, counted over all sequences
+
+
+Draw = Draws | None  # none where nothing is dropped
+
+
 class _Block:
     """Some queries of a group of heads and the keys that any of them may see, as views into the group's memory."""
 
     def __init__(self, group: _Group, first: int, end: int):
-        g, _, D = group.out.shape
+        g, self.length, D = group.out.shape
         rows, keys = slice(first, end), slice(0, end)
 
         def cut(inputs: Tensor) -> list[Tensor]:
@@ -82,22 +94,21 @@ class _Block:
         if group.rounded is not None and group.part is not None:
             self.rounded, self.part = shaped(group.rounded, g, end - first, end), shaped(group.part, g, end, D)
         if self.p:
-            n = (end - first) * end
-            self.first, self.generator = first, group.generator
-            self.draws = shaped(group.draws, g, dropout.words(n))
-            self.keep = self.draws.view(torch.int16)[:, :n].view(self.scores.shape)
+            self.first, self.draws, self.generator = first, group.draws, group.generator
+            self.words = dropout.words((end - first) * end)  # of 64 bits, for one head
+            self.together = max(1, DRAWN // (4 * self.words))  # heads
 
-    def forward(self, seeds: Sequence[int]) -> None:
+    def forward(self, draw: Draw) -> None:
         p = self._round(self._probabilities())
-        self._draw(seeds)
+        self._draw(draw)
         torch.baddbmm(self.out, self._drop(p), self.narrow[2], beta=0, alpha=self.kept_scale, out=self.out)
 
-    def backward(self, seeds: Sequence[int]) -> None:
+    def backward(self, draw: Draw) -> None:
         """Write dq where the output was; add to dk and dv."""
         q, k, _, grad = self.narrow
         _, _, wide_v, wide_grad = self.wide
         p = self._probabilities()
-        self._draw(seeds)
+        self._draw(draw)
         # Before dropout they are needed once more: what drops is a copy of them.
         copy = self.dscores.copy_(p) if self.rounded is None and self.p else self._round(p)
         self._add_product(self.dv, self._drop(copy), grad, self.kept_scale)
@@ -115,12 +126,18 @@ class _Block:
         self.diagonal.add_(self.above)
         return torch.softmax(self.scores, -1, out=self.scores)
 
-    def _draw(self, seeds: Sequence[int]) -> None:
-        """What is kept in this block, of each head by the seed of that head and the block's place."""
-        if self.p:
-            for draws, seed in zip(self.draws, seeds):
-                dropout.draw_(draws, self.generator.manual_seed(seed + self.first))
-            dropout.masks_(self.draws, self.p)
+    def _draw(self, draw: Draw) -> None:
+        """Set what is kept in this block: some of what the heads that draw together with the group's first and last do."""
+        if draw is None:
+            return
+        g, rows, keys = self.scores.shape
+        before = draw.head % self.together
+        parts = -(-(before + g) // self.together)
+        draws = self.draws[: parts * self.together * self.words].view(parts, -1)
+        for i, part in enumerate(draws, draw.head // self.together):
+            dropout.draw_(part, self.generator.manual_seed(draw.seed + self.length * i + self.first))
+        own = draws.view(-1, self.words)[before : before + g]
+        self.keep = dropout.masks_(own, self.p)[:, : rows * keys].view(g, rows, keys)
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout.mask_(x, self.keep) if self.p else x
@@ -152,24 +169,24 @@ class _Group:
         self.rounded = None if dtype == wide else torch.empty(g * rows * T, dtype=dtype)
         self.part = None if dtype == wide else torch.empty(g * T * D, dtype=dtype)
         self.above = torch.full((rows, rows), -torch.inf, dtype=wide).triu_(1)  # the diagonal
-        self.draws = torch.empty(g * dropout.words(rows * T) if p else 0, dtype=torch.int64)
+        self.draws = torch.empty(g * dropout.words(rows * T) + DRAWN // 2 if p else 0, dtype=torch.int64)
         self.generator = torch.Generator()
         self.blocks = [_Block(self, i, min(i + rows, T)) for i in range(0, T, rows)]
 
-    def forward(self, qkv: Tensor, seeds: Sequence[int], out: Tensor) -> None:
-        """qkv (b, T, 3, h, D) to out (b, T, h, D); under dropout `seeds` has one of each head."""
+    def forward(self, qkv: Tensor, draw: Draw, out: Tensor) -> None:
+        """qkv (b, T, 3, h, D) to out (b, T, h, D)."""
         self._load(qkv, slice(0, 3))
         for block in self.blocks:
-            block.forward(seeds)
+            block.forward(draw)
         _store(self.out[None], out.unsqueeze(2))
 
-    def backward(self, qkv: Tensor, seeds: Sequence[int], grad: Tensor, dqkv: Tensor) -> None:
+    def backward(self, qkv: Tensor, draw: Draw, grad: Tensor, dqkv: Tensor) -> None:
         """qkv (b, T, 3, h, D) and the output's gradient (b, T, h, D) to dqkv, as qkv."""
         self._load(qkv, slice(0, 3))
         self._load(grad.unsqueeze(2), slice(3, 4))
         self.dkv.zero_()
         for block in self.blocks:
-            block.backward(seeds)
+            block.backward(draw)
         _store(self.out[None], dqkv[:, :, :1])
         _store(self.dkv, dqkv[:, :, 1:])
 
@@ -219,23 +236,31 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+_kept = threading.local()
+
+
+def _group(*shape: Any) -> _Group:
+    """A thread's memory for groups of a shape: one call has at most two, and the next is likely to have the same."""
+    if not hasattr(_kept, "groups"):
+        _kept.groups = functools.lru_cache(maxsize=2)(_Group)
+    return _kept.groups(*shape)
+
+
 def _for_each_group(
-    qkv: Tensor, seed: Tensor | None, p: float, task: Callable[[_Group, slice, slice, Sequence[int]], None]
+    qkv: Tensor, seed: Tensor | None, p: float, task: Callable[[_Group, slice, slice, Draw], None]
 ) -> None:
-    """task(group, batch, heads, seeds) for all sequences and heads of qkv, on as many threads as torch has been given."""
+    """task(group, batch, heads, draw) for all sequences and heads of qkv, on as many threads as torch has been given."""
     B, T, _, H, D = qkv.shape
     threads = torch.get_num_threads()
     parts = iter(_groups(B, T, H, threads))
     first = None if seed is None else int(seed)
 
     def work(_: int) -> None:
-        group_of = functools.cache(lambda g: _Group(g, T, D, qkv.dtype, p))
         with torch.inference_mode():  # a thread begins with gradients on
             for batch, heads in parts:
-                which = [b * H + h for b in range(batch.start, batch.stop) for h in range(heads.start, heads.stop)]
-                # A head has as many numbers as queries, and a block that of its first one.
-                seeds = [] if first is None else [first + T * i for i in which]
-                task(group_of(len(which)), batch, heads, seeds)
+                g = (batch.stop - batch.start) * (heads.stop - heads.start)
+                draw = None if first is None else Draws(first, batch.start * H + heads.start)
+                task(_group(g, T, D, qkv.dtype, p), batch, heads, draw)
 
     if threads == 1:
         work(0)
@@ -249,7 +274,7 @@ def _forward(qkv: Tensor, seed: Tensor | None, p: float) -> Tensor:
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
     _for_each_group(
-        qkv, seed, p, lambda group, b, h, seeds: group.forward(qkv[b, :, :, h], seeds, out[b, :, h])
+        qkv, seed, p, lambda group, b, h, draw: group.forward(qkv[b, :, :, h], draw, out[b, :, h])
     )  # fmt: skip
     return out
 
@@ -265,7 +290,7 @@ def _backward(qkv: Tensor, seed: Tensor | None, p: float, grad: Tensor) -> Tenso
     """The gradient of qkv, packed like it (B, T, 3, n_head, head_dim)."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _for_each_group(
-        qkv, seed, p, lambda group, b, h, seeds: group.backward(qkv[b, :, :, h], seeds, grad[b, :, h], dqkv[b, :, :, h])
+        qkv, seed, p, lambda group, b, h, draw: group.backward(qkv[b, :, :, h], draw, grad[b, :, h], dqkv[b, :, :, h])
     )  # fmt: skip
     return dqkv
 

@@ -51,6 +51,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def products_are_as_they_were() -> Iterator[None]:
+    """Who multiplies fp32 matrices is a setting of the process, which a run in a test's own process changes."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its own."""

@@ -9,7 +9,7 @@ from random_tokens import make_step
 from toy import run_step
 
 from config import GPTConfig
-from precision import Cast
+from precision import Cast, set_products
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=2, n_embd=64)
 
@@ -34,10 +34,38 @@ def test_losses_are_those_of_fp32(without):
         ("flash-attention",),
         ("padded-vocab",),
         ("fused-adamw",),
+        ("cpu-products",),
     ],
 )
 def test_leaving_an_optimization_out_changes_no_loss(without):
     assert losses(precision="fp32", without=without) == pytest.approx(losses(precision="fp32"), rel=2e-5)
+
+
+def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
+    """At shapes of a model's: every way that a product has its operands, against fp64."""
+    torch.manual_seed(0)
+    by_onednn = set_products("fp32", torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == ("medium" if by_onednn else "highest")
+    for n, k, m in ((1024, 384, 1536), (333, 1000, 65), (1, 768, 96), (64, 64, 64)):
+        a, b = torch.randn(n, k), torch.randn(k, m)
+        exact = a.double() @ b.double()
+        batched = torch.bmm(torch.stack((a, a)), torch.stack((b, b)))
+        for found in (a @ b, (b.t() @ a.t()).t(), a.t().contiguous().t() @ b.t().contiguous().t(), *batched):
+            # Sums of k numbers, each rounded to 2^-24: bf16's 2^-9 would be off by thousands of times as much.
+            assert (found - exact).norm() <= 1e-6 * exact.norm()
+    assert not set_products("fp32", torch.device("cpu"), ("cpu-products",))
+    assert not set_products("fp32", torch.device("meta")) and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_products_that_round_are_not_taken(monkeypatch):
+    """As on a CPU with AMX that did not say so."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("precision._products_are_exact", lambda: False)
+    assert not set_products("fp32", torch.device("cpu")) and torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not set_products("fp32", torch.device("cpu"))
 
 
 def test_recomputed_activations_are_those_of_the_copies():

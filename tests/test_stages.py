@@ -33,7 +33,7 @@ H200 = Machine(
     16,
     1,
     139 << 30,
-    {"ranks": "there is one GPU", "heap": "no", "cpu_attention": "no"},
+    {"ranks": "there is one GPU", "heap": "no", "products": "no", "cpu_attention": "no"},
     AUTO,
     {},
 )
