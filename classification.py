@@ -33,6 +33,7 @@ from labels import MANY_LABELS, class_weights, find_labels, is_number, label_nam
 from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
+from precision import set_products
 from predictions import VALIDATION, probabilities, write_predictions, write_report
 from rows import Row, Rows
 from task import Batch
@@ -473,7 +474,9 @@ class Classification(Finetuning):
         info = found[0] if found else heads.read_info(where)
         if info is None:
             raise UserError(f"{where} is no classifier; train one first, or name a run of finetune.{self.name}")
-        model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
+        device = choose_device(cfg.device)
+        set_products("fp32", device)
+        model, tokenizer = open_model(where, None, device, torch.float32)
         self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling)
         self.labels, self.words, self.keys = info.labels, info.words, [self.name]
         self.parts: list[Classification] = [self]

@@ -332,6 +332,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     from checkpoint import locate
     from dataset import open_whole
     from decoding import open_model
+    from precision import set_products
 
     # Rows are read before the model: what is wrong with them is said at once.
     limit = config.limit
@@ -339,6 +340,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     lambada = read_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
     device = distributed.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    set_products("fp32", device)
     model, tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
     batch_size = config.batch_size or (32 if device.type == "cuda" else 4)
     seq_len = config.seq_len or model.config.block_size

@@ -537,6 +537,34 @@ def test_an_adapter_and_its_head_resume_and_predict_from_a_checkpoint(method: st
     assert not (folder / "answers.scores.json").exists()
 
 
+def test_an_lstm_of_a_finished_run_answers_rows_as_the_run_itself_does(inputs: Path, folder: Path) -> None:
+    """Its own --model names no file to read: --init alone says what it is."""
+    words = ("--model", "lstm", "--init", "base", "--steps", 3, "--lr", "1e-2", "--micro-batch", 4, "--predict", "toy")
+    finished("sentiment", folder, *words, "--answers", "answers.jsonl")
+    for model in (("--model", "lstm"), ()):
+        again = (
+            "--init",
+            "run",
+            *model,
+            "--epochs",
+            0,
+            "--predict",
+            "toy",
+            "--answers",
+            "again.jsonl",
+            "--out",
+            "other",
+        )
+        finished("sentiment", folder, *again)
+        one, other = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for name in ("answers.jsonl", "again.jsonl")
+        )
+        assert [row["prediction"] for row in one] == [row["prediction"] for row in other] and len(one) == 8
+        for a, b in zip(one, other, strict=True):
+            assert b["probabilities"] == pytest.approx(a["probabilities"], abs=1e-5)
+
+
 def reader(name: str, **options: Any) -> Any:
     """A task that reads files and does nothing else."""
     task = kind(name)()
