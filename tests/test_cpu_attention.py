@@ -183,6 +183,18 @@ def test_threads_of_torch_are_left_as_they_were(threads):
         assert set(_pool(threads).map(lambda _: torch.get_num_threads(), range(threads))) == {1}
 
 
+@pytest.mark.parametrize("products", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_memory_that_is_used_again_holds_nothing_of_before(dtype, products):
+    """Whoever makes the products (precision.set_products)."""
+    torch.set_float32_matmul_precision(products)
+    qkv = inputs(2, 100, 3, 16, dtype=dtype)
+    before = run(qkv, dropping(0.2))
+    lost = run((qkv.detach() * torch.nan).requires_grad_(), dropping(0.2))
+    assert all(t.isnan().all() for t in lost)
+    assert all(torch.equal(a, b) for a, b in zip(before, run(qkv, dropping(0.2))))
+
+
 # --- dropout
 
 

@@ -47,3 +47,13 @@ def test_cudnn_comes_first_on_hopper_unless_left_out(monkeypatch):
         backends = attention_backends(gpu, half, **options)
         assert backends[0] == SDPBackend.FLASH_ATTENTION and SDPBackend.CUDNN_ATTENTION not in backends
     assert attention_backends(gpu, torch.float32)[0] == SDPBackend.EFFICIENT_ATTENTION
+
+
+@pytest.mark.parametrize("without", [(), ("cpu-products",)])
+def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
+    asked: list[Any] = []
+    monkeypatch.setattr(plan, "set_products", lambda *args: asked.append(args) or not args[2])
+    cfg = TrainConfig(precision="fp32", kernels="torch", without=without)
+    told = plan.settle(cfg, ALONE)[1].precision
+    assert asked == [("fp32", ALONE.device, without)]
+    assert told == "asked for" + ("" if without else "; fp32 products by oneDNN")
