@@ -30,6 +30,7 @@ from distributed import World
 from finetuning import Long, Parts, Special
 from labels import find_labels, label_name, word_ids
 from model import GPT
+from precision import set_products
 from predictions import probabilities, write_predictions
 from rows import Row
 from step import Loader, TrainStep, compile_model, partition
@@ -150,6 +151,7 @@ def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
 @quick
 def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(scorer, ids, more, filler):
     task, model = scorer
+    set_products("fp32", ALONE.device)  # as a run does
 
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
