@@ -273,9 +273,7 @@ def _forward(qkv: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """out (B, T, n_head, head_dim); seed () int64, None where p is 0."""
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
-    _for_each_group(
-        qkv, seed, p, lambda group, b, h, draw: group.forward(qkv[b, :, :, h], draw, out[b, :, h])
-    )  # fmt: skip
+    _for_each_group(qkv, seed, p, lambda group, b, h, draw: group.forward(qkv[b, :, :, h], draw, out[b, :, h]))
     return out
 
 
@@ -291,7 +289,7 @@ def _backward(qkv: Tensor, seed: Tensor | None, p: float, grad: Tensor) -> Tenso
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _for_each_group(
         qkv, seed, p, lambda group, b, h, draw: group.backward(qkv[b, :, :, h], draw, grad[b, :, h], dqkv[b, :, :, h])
-    )  # fmt: skip
+    )
     return dqkv
 
 

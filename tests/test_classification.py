@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from toy import capture_gradients, expected_gradients
 
 import heads
@@ -471,6 +472,21 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     loader.close()
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
+    """As torch counts them, of attention too where it is written out: forward, and twice as many backward."""
+    rows = [row(" ".join(WORDS * 8), label) for label in LABELS]
+    task = mood(
+        tokenizer, rows, pooling=pooling, n_layer=2, n_head=2, n_embd=128, seq_len=96, without=("flash-attention",)
+    )
+    model, length = model_of(task), int(task.train.lengths.max())
+    batch = task.collate("train", np.array([0]))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.states(model, batch["idx"][:, :length], batch["lengths"])
+    # Biases and norms are counted as weights by the formula, and the one position's few products are not.
+    assert task.flops_per_token() == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
 
 
 def test_the_weights_of_the_terms(learner):
