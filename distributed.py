@@ -49,9 +49,8 @@ def start(device: str) -> World:
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
     )
     chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    else:
+    use_device(chosen)
+    if chosen.type != "cuda":
         torch.set_num_threads(threads_per_rank(local_size))
     control = None
     if size > 1:
@@ -91,8 +90,18 @@ def threads_per_rank(local_size: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (asked != "1" or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_size)
+    return max(1, cores() // local_size)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_device(device: torch.device) -> None:
+    """Let the calling thread work on this rank's GPU; nothing for other devices."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ class Choices:
     precision: str  # why it is that
     backends: list[SDPBackend]  # of attention, in the order to try
     attention: str  # what computes it in training
+    repeatability: str  # whether its gradients are the same bits in every run
     lost: str | None  # what `auto` had to do without
 
 
@@ -49,6 +52,8 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     cfg = dataclasses.replace(cfg, kernels=kernels)
     if set_products(precision, world.device, cfg.without):
         why += "; fp32 products by oneDNN"
+    if world.device.type == "cuda":
+        set_gpu_allocator(cfg)
     if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):  # else glibc is left alone
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without
@@ -56,7 +61,33 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)
     written_out = "explicit" if "flash-attention" in cfg.without else backends[0].name.lower()
     attention = next((f"{name} kernel" for name in named(kernels) if "attention" in name), written_out)
-    return cfg, Choices(why, backends, attention, lost)
+    return cfg, Choices(why, backends, attention, repeatability(attention, cfg, world.device), lost)
+
+
+def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
+    """Whether attention's gradients are the same bits in every run, in words; `attention` as the banner names it.
+
+    On CUDA, cuDNN's and PyTorch's fused kernels add up dq in whatever order their blocks end. PyTorch's keep an
+    order under --deterministic, which leaves cuDNN's out.
+    """
+    ordered = attention in ("attention kernel", "explicit", "math")
+    if device.type != "cuda" or ordered or cfg.deterministic:
+        return "repeatable bit for bit"
+    return "not repeatable bit for bit (with --deterministic it is)"
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the user's own settings
+
+
+def set_gpu_allocator(cfg: RunConfig) -> None:
+    """Let the GPU's allocator grow its segments, so that memory freed in pieces serves a larger tensor later.
+
+    A micro-batch that fitted in a trial then also fits in the run, whose allocations come in another order. CUDA graphs
+    keep addresses, which such segments may not. Settings in the environment are the user's and stand.
+    """
+    chosen_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
+    if sys.platform == "linux" and not (cfg.cuda_graphs or chosen_by_user):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def largest_micro_batch(task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int) -> int:
@@ -99,7 +130,9 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Cal
             with torch.no_grad():
                 step.evaluate(batch)
             peak = torch.cuda.max_memory_allocated(device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             peak = math.inf
         step.zero_grad()
         torch.cuda.empty_cache()
@@ -109,8 +142,19 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Cal
     return fits
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+# PyTorch's allocators and CUDA's; and cuBLAS and cuDNN, which allocate past PyTorch's.
+OUT_OF_MEMORY = re.compile(r"out[ _]of[ _]memory|allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, also where the compiler has wrapped the error that said so."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:

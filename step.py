@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,7 +59,8 @@ class Loader:
 
     def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
         self.task, self.world, self.micro_batch, self.steps, self.ahead = task, world, micro_batch, steps, ahead
-        self.pool = ThreadPoolExecutor(1, "loader")
+        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte on that GPU.
+        self.pool = ThreadPoolExecutor(1, "loader", distributed.use_device, (world.device,))
         self.futures: dict[int, Future[StepBatches]] = {}
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
@@ -97,6 +100,7 @@ class Loader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.futures.clear()
 
 
 def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -160,6 +164,13 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
 
 def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
     """torch.compile the model in place; its blocks are the members of its module lists."""
+    import torch._inductor.config as inductor  # here: a run that does not compile does without its second of imports
+
+    # Each rank starts these processes, by default one for each of the machine's cores.
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = min(32, max(1, distributed.cores() // world.local_size))
+    # The run has chosen its products, and its banner names them.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
         # All blocks share one function's graphs: of the first, a middle and the last one, for one length and for any,
@@ -207,6 +218,11 @@ class TrainStep:
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.synced = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
+        elif self.cfg.cuda_graphs:
+            # A gradient that the graph's backward pass returns lies in the graph's memory, which the next replay
+            # overwrites. In buffers of their own the gradients are added up.
+            for parameter in self.optimizers.params:
+                parameter.grad = torch.zeros_like(parameter)
 
     def lr(self, step: int) -> float:
         cfg = self.cfg
@@ -268,6 +284,8 @@ class TrainStep:
 
     def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
         batch = to_device(batch, self.world.device)
+        if self.cfg.cuda_graphs:  # what the last batch left in the graphs' memory may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         if isinstance(self.module, Cast):
             return module(batch, *functions)
         with autocast(self.cfg.precision, self.world.device):
@@ -296,10 +314,11 @@ class TrainStep:
         return norm, factor / self.scale.scale, ok
 
     def zero_grad(self) -> None:
-        if self.world.size == 1:
+        """Forget the gradients: in place where they are views of DDP's buckets or stay beside a CUDA graph."""
+        if self.world.size == 1 and not self.cfg.cuda_graphs:
             for p in self.optimizers.params:
                 p.grad = None
-        else:  # in place: the gradients are views of DDP's buckets
+        else:
             torch._foreach_zero_([p.grad for p in self.optimizers.params if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:

@@ -121,14 +121,17 @@ class Run:
         start = self._on_main(self._open)
         if start.finished:
             return 0
+        searched = self.cfg.micro_batch == "auto"
         self._build(start)
+        self._on_main(lambda: self._open_log(self.at.step if start.folder else None))
         self._banner(choices, start.folder)
         for warning in (*((choices.lost,) if choices.lost else ()), *self.task.warnings):
             self.log.warn(warning)
         self.log.start_progress(self.steps, self.at.step)
         try:
             self.stop.defer()
-            self._loop()
+            while not self._loop_fits(searched and self.world.size == 1):
+                self._shrink_micro_batch(start)
             self.log.stop_progress()
             if self.signal:
                 return self._stopped()
@@ -137,7 +140,7 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold what did not fit
+            release_frames(error)
             raise self._out_of_memory() from None
         finally:
             self.loader.close()
@@ -172,7 +175,8 @@ class Run:
             self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
         return start
 
-    def _build(self, start: checkpoint.Start) -> None:
+    def _build(self, start: checkpoint.Start, micro_batch: int | None = None) -> None:
+        """Build the model and what trains it, as of the checkpoint; `micro_batch` None: as it must be found."""
         cfg, world, resume_from = self.cfg, self.world, start.folder
         tensors, meta = checkpoint.read_state(resume_from) if resume_from else ({}, {})
         torch.manual_seed(cfg.seed)
@@ -180,7 +184,7 @@ class Run:
         # The checkpoint writer exports from a double of the model whose weights are the copied ones.
         self.double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
         self.model.to(world.device)
-        cfg.micro_batch = self._micro_batch(start.micro_batch)
+        cfg.micro_batch = micro_batch or self._micro_batch(start.micro_batch)
         self.heap = Heap(self._heap_limit(cfg.micro_batch))
         if cfg.compile:
             compile_model(self.model, cfg, world, self.task.compiles_whole)
@@ -193,7 +197,6 @@ class Run:
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
         self.saver = Saver(self.folder, self._export_checkpoint, self._saved)
-        self._on_main(lambda: self._open_log(self.at.step if resume_from else None))
 
     def _open_log(self, resumed_at: int | None) -> None:
         config = dataclasses.asdict(self.cfg)
@@ -249,7 +252,7 @@ class Run:
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
             "device": f"{world.size} x {world.device.type} ({device}){threads}",
             "precision": f"{cfg.precision} ({choices.precision})",
-            "attention": choices.attention,
+            "attention": f"{choices.attention}, {choices.repeatability}",
             "kernels": f"{cfg.kernels.replace(',', ', ')}, {compiled}"
             + (f", without {', '.join(cfg.without)}" if cfg.without else ""),
         }
@@ -262,6 +265,39 @@ class Run:
         self.log.banner(first | self.task.describe() | last)
 
     # --- the loop
+
+    def _loop_fits(self, may_shrink: bool) -> bool:
+        """Run the loop; False where memory ran out in its first step and a smaller micro-batch may be tried."""
+        first = self.at.step
+        try:
+            self._loop()
+        except (RuntimeError, MemoryError) as error:
+            in_first_step = self.at.step == first and is_out_of_memory(error)
+            if not (may_shrink and in_first_step) or self.cfg.micro_batch == 1:
+                raise
+            release_frames(error)
+            return False
+        return True
+
+    def _shrink_micro_batch(self, start: checkpoint.Start) -> None:
+        """Begin again with the next smaller micro-batch: a compiled step may take more than the trial did."""
+        too_large, at = self.cfg.micro_batch, self.at
+        assert isinstance(too_large, int)
+        whole = dataclasses.replace(self.cfg, micro_batch="auto")
+        rows = self.task.rows_per_rank(whole, self.world.size)
+        smaller = max(n for n in range(1, too_large) if rows % n == 0)
+        self.loader.close()
+        del self.model, self.double, self.step
+        if self.cfg.compile:
+            torch.compiler.reset()  # compiled code holds the model
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._build(start, smaller)
+        self.at = at
+        files.write_json(self.folder / "config.json", dataclasses.asdict(self.cfg))
+        text = f"the first step ran out of memory with --micro-batch {too_large}; going on with {smaller}"
+        self.log.warn(text, self.at.step)
 
     def _loop(self) -> None:
         """Run the remaining steps, or as many as a signal leaves."""
@@ -596,6 +632,13 @@ class Run:
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
             f'```python\n{hub_class}.from_pretrained("{self.folder}/final")\n```\n'
         )
+
+
+def release_frames(error: BaseException | None) -> None:
+    """Let go of the tensors that an error's frames hold, and those of the errors that led to it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def is_better(value: float, than: float, mode: str) -> bool:

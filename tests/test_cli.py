@@ -89,7 +89,8 @@ def test_a_finished_run_says_what_matters_in_plain_lines(finished):
     rows = dict(re.findall(r"^  (\w+) +(.+)$", out.split("\n\n")[0], re.M))
     assert re.fullmatch(r"1 x cpu \(.+\), threads a rank: 1", rows["device"])
     assert rows["precision"].startswith("fp32 (asked for")
-    assert rows["attention"] in ("flash_attention", "cpu_attention kernel")
+    attention, repeatability = rows["attention"].split(", ")
+    assert attention in ("flash_attention", "cpu_attention kernel") and repeatability == "repeatable bit for bit"
     assert rows["kernels"] in ("torch, not compiled", "cpu_attention, not compiled")
     assert re.match(r"[\d,]+ parameters: 2 layers x 64 wide, 2 heads, context 16", rows["model"])
     assert rows["step"] == "128 tokens = micro-batch 2 x length 16 x accumulation 4 x ranks 1"
@@ -228,6 +229,22 @@ def test_figures_read_well():
     assert [bytes_text(n) for n in (0, 1023, 1024, 5 << 20)] == ["0 B", "1023 B", "1.0 KiB", "5.0 MiB"]
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_flops("NVIDIA H100 PCIe", "tf32") == 378e12
     assert peak_flops("some CPU", "bf16") is None and peak_flops("NVIDIA A100-SXM4-40GB", "fp32") is None
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA H20", 148e12),
+        ("NVIDIA H20-3e", 148e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA B200", 2250e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12), ("NVIDIA GeForce RTX 5090", 209e12), ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12), ("NVIDIA A100 80GB PCIe", 312e12), ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12), ("NVIDIA T400", None), ("NVIDIA L20", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H2000", None),
+    ],
+)  # fmt: skip
+def test_a_peak_belongs_to_the_whole_name_of_a_card(name, peak):
+    assert peak_flops(name, "bf16") == peak
 
 
 def test_mfu_is_of_all_ranks_together():
