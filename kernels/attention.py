@@ -256,6 +256,7 @@ _EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
 _EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
 BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
     ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
+    ("wgmma", "half", 127): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),),
     ("wgmma", "half", 128): (Blocks(*_LARGE, 164_864),),
     ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
     ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
@@ -288,7 +289,9 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
     if card.capability[0] not in TENSOR_CORES:
         return f"has no blocks for the compute capability of {card.name}, {card.version}"
     kind = precision if precision in ("fp32", "tf32") else "half"
-    candidates = BLOCKS[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
+    cores = TENSOR_CORES[card.capability[0]]
+    bounds = [bound for of, products, bound in BLOCKS if (of, products) == (cores, kind) and bound >= head_dim]
+    candidates = BLOCKS[cores, kind, min(bounds)]
     for candidate in candidates:
         if candidate.shared <= card.shared_memory:
             return candidate
