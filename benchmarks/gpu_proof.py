@@ -431,17 +431,18 @@ def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
         for group in groups
     ]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    refused = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.group}: {r.reason}" for r in rows if r.result == "refused")
+    compiled = sum(bool(row.kernel) for row in rows)
+    refused = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.reason}" for r in rows if r.result == "refused")
     failed = [f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.reason}" for r in rows if r.result == "failed"]
     waits = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.notes}" for r in rows if r.notes)
     parts = [
-        f"{len(rows)} kernels compiled without a GPU, {facts['date'][:10]}: {versions}.",
+        f"{compiled} kernels compiled without a GPU{' (--quick)' * facts['quick']}, {facts['date'][:10]}: {versions}.",
         markdown(["kernel", *(f"{ARCHS[arch]} (sm_{arch})" for arch in archs)], lines, range(len(archs) + 1)),
         "Each cell: registers a thread / bytes spilled a thread / KiB of shared memory a program / the tensor cores'\n"
         "instruction; the most over forward and backward passes, widths, and documents or none.",
     ]
-    told = (("Refused, as a run refuses it:", refused), ("Failed:", failed), ("ptxas lets products wait:", waits))
-    parts += [heading + "\n" + "\n".join(items) for heading, items in told if items]
+    lists = (("Refused, as a run refuses it:", refused), ("Failed:", failed), ("ptxas lets products wait:", waits))
+    parts += [heading + "\n" + "\n".join(items) for heading, items in lists if items]
     return "\n\n".join(parts) + "\n"
 
 
@@ -477,6 +478,7 @@ def main() -> int:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
         rows = run(archs, names, options.quick)
     facts = {
+        "quick": options.quick,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {k: v for k, v in machine.versions().items() if k in ("torch", "triton")} | tools,
     }
