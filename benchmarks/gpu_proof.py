@@ -1,11 +1,12 @@
 """Every Triton kernel compiled for real cards on a machine that has none:  python -m benchmarks.gpu_proof [--quick]
 
-The launch code of kernels/ runs on meta tensors, which have shapes but no bytes, under a driver that only names a GPU.
-Signatures, constants, warps and stages are therefore those of a real launch, and Triton's own ptxas makes the machine
-code. A kernel that a run refuses on a card (kernels.choose, choose_precision) is listed with the reason. Exit code 1
-where another does not compile, spills more than SPILLS bytes a thread, or takes more shared memory than its card has
-or kernels/attention.py says. The trade-off: this proves neither results nor times, which only a GPU shows (gpu_check).
-kernels/fp8_linear.py is not here: its products are cuBLAS's.
+The launch code of kernels/ runs on meta tensors, which have shapes but no bytes, under a driver
+that only names a GPU. Signatures, constants, warps and stages are therefore those of a real launch,
+and Triton's own ptxas makes the machine code. A kernel that a run refuses on a card
+(kernels.choose, choose_precision) is listed with the reason. Exit code 1 where another does not
+compile, spills more than SPILLS bytes a thread, or takes more shared memory than its card has or
+kernels/attention.py says. The trade-off: this proves neither results nor times, which only a GPU
+shows (gpu_check). kernels/fp8_linear.py is not here: its products are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -264,7 +265,9 @@ class NoGPU:
 
 @contextlib.contextmanager
 def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
-    """Inside, kernel[grid](...) compiles for `arch` and launches nothing; gives the kernels, each with ptxas's words."""
+    """Inside, kernel[grid](...) compiles for `arch` and launches nothing.
+
+    Gives the kernels, each with what ptxas said of it."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 

@@ -1,4 +1,4 @@
-"""The GPU that kernels would run on. Whatever a kernel must know of it is asked here, so that tests can name any card."""
+"""The GPU that kernels would run on: asked in one place, so that tests can name any card."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 
 
 class Card(NamedTuple):
-    """What decides whether a kernel fits: compute capability, and bytes of shared memory one program may take."""
+    """What decides whether a kernel fits.
+
+    shared_memory: bytes that one program may take with opt-in (CUDA C++ Programming Guide,
+    technical specifications per compute capability).
+    """
 
     name: str
     capability: tuple[int, int]
-    shared_memory: int  # with opt-in (CUDA C++ Programming Guide, technical specifications per compute capability)
+    shared_memory: int
 
     @property
     def version(self) -> str:

@@ -219,8 +219,8 @@ def _dk_dv_kernel(
 
 
 class Tile(NamedTuple):
-    """Rows of the block that a program keeps and of those that it walks over, its warps, and how many loads are in
-    flight."""
+    """Rows of the block that a program keeps and of those it walks over, its warps, and the stages
+    of the pipeline that loads them."""
 
     kept: int
     walked: int
@@ -240,15 +240,18 @@ class Blocks(NamedTuple):
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TENSOR_CORES = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}  # Triton's instruction, by major capability
 
-# By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The proof
-# (benchmarks/gpu_proof.py) compiles them all: none spills more than 64 bytes a thread, and none takes more shared memory
-# than is said here. A formula would have to guess what Triton's allocator keeps at the same time.
-# Hopper, half precision: four warps multiply 64 rows at a time, eight 128, and a walk reads memory once for every 128
-# rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor (121 registers a thread at most, 80 KB),
-# where one program multiplies while the other takes exponentials; dk and dv are two sums and fit once. tf32's tiles take
-# twice the shared memory. Exact fp32 uses no matrix units. mma.sync holds operands in registers: dk and dv walk over
-# shorter blocks there.
-# With three stages ptxas makes each of Hopper's plain forward products wait for the one before it (its note C7515).
+# By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The
+# proof (benchmarks/gpu_proof.py) compiles them: none spills more than 64 bytes a thread, and none
+# takes more shared memory than is said here. A formula would have to guess what Triton's allocator
+# keeps at the same time.
+# Hopper, half precision: four warps multiply 64 rows at a time, eight 128, and a walk reads memory
+# once for every 128 rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor
+# (121 registers a thread at most, 80 KB), where one program multiplies while the other takes
+# exponentials; dk and dv are two sums and fit once. With three stages ptxas makes each of the plain
+# forward kernel's products wait for the one before it (its note C7515).
+# tf32's tiles take twice the shared memory. Exact fp32 uses no matrix units. dk and dv walk over
+# shorter blocks where longer ones spill: mma.sync holds operands in registers, and at 128 columns
+# their sums alone take half of Hopper's.
 _LARGE = Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
 _TF32 = Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
 _TF32_SHORT = Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)
@@ -256,8 +259,7 @@ _EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
 _EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
 BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
     ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
-    ("wgmma", "half", 127): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),),
-    ("wgmma", "half", 128): (Blocks(*_LARGE, 164_864),),
+    ("wgmma", "half", 128): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),),
     ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
     ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
     ("tcgen05", "half", 64): (Blocks(*_LARGE, 99_392),),
@@ -277,9 +279,11 @@ BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
 
 
 def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
-    """The blocks that fit `card`, or why there are none, as the end of a sentence that begins with "attention".
+    """The blocks that fit `card`, or the end of a sentence that begins with "attention" and says
+    why there are none. Launches and `kernels.choose` both ask here.
 
-    precision: fp32 for exact products, tf32, or any other for 16 bits. Without a card (the interpreter) an H100's.
+    precision: fp32 for exact products, tf32, or any other for 16 bits. Without a card (the
+    interpreter) an H100's.
     """
     if not 1 <= head_dim <= ATTENTION_WIDTH:
         return f"holds heads of up to {ATTENTION_WIDTH}, and these are {head_dim} wide"
@@ -289,9 +293,7 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
     if card.capability[0] not in TENSOR_CORES:
         return f"has no blocks for the compute capability of {card.name}, {card.version}"
     kind = precision if precision in ("fp32", "tf32") else "half"
-    cores = TENSOR_CORES[card.capability[0]]
-    bounds = [bound for of, products, bound in BLOCKS if (of, products) == (cores, kind) and bound >= head_dim]
-    candidates = BLOCKS[cores, kind, min(bounds)]
+    candidates = BLOCKS[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
     for candidate in candidates:
         if candidate.shared <= card.shared_memory:
             return candidate

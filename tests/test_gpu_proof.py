@@ -52,8 +52,8 @@ def test_every_card_since_ampere_has_blocks(name, precision):
 
 
 def test_hopper_keeps_the_blocks_it_was_tuned_for():
-    for head_dim in (64, 128):
-        chosen = blocks(CARDS["H100"], "bf16", head_dim)
+    for precision in ("bf16", "fp16", "fp8"):
+        chosen = blocks(CARDS["H100"], precision, 64)
         assert isinstance(chosen, Blocks)
         assert chosen[:3] == (Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
 
