@@ -1,12 +1,13 @@
 # make train       set up and run the main job on this machine       make train ARGS="--steps 100"
 # make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-k floors"
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
+# make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
 
 # Two processes: most of the tests' time is spent in programs that they start.
 PYTEST_ARGS = -n 2
 
-.PHONY: train test gpu-check lint setup clean
+.PHONY: train test gpu-check gpu-proof lint setup clean
 .SILENT:
 
 ifeq ($(origin PYTHON),command line)
@@ -35,6 +36,9 @@ lint: $(SETUP)
 
 gpu-check: $(SETUP)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+gpu-proof: $(SETUP)
+	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)
 
 setup:
 	set -e; { read -r sum && read -r files; } 2> /dev/null < .venv/installed || sum=; \

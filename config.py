@@ -75,7 +75,7 @@ class GPTConfig:
             wide = self.n_embd // self.n_head
             raise UserError(
                 f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are {wide} wide; "
-                f"leave it out of --kernels or raise --n-head"
+                f"use --kernels torch or raise --n-head"
             )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
@@ -420,6 +420,12 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("llrd", "contrastive_alpha", "top_p"), (0, 1)),
 }
 Run = TypeVar("Run", bound=RunConfig)
+
+
+def head_dim(cfg: RunConfig) -> int:
+    """Width of an attention head of the preset and its overrides; of GPT-2's, 64, where weights fix the shape."""
+    shape = PRESETS[cfg.preset or "gpt2"]
+    return (cfg.n_embd or shape["n_embd"]) // (cfg.n_head or shape["n_head"])
 
 
 def resolve(cfg: Run, device_type: str) -> Run:

@@ -10,6 +10,7 @@ the one before it, so what a compiler gains by joining neighbours shows in bench
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import datetime
 import functools
 import json
@@ -41,6 +42,7 @@ from benchmarks import machine
 from benchmarks.table import markdown
 from cli import entry_point, parse
 from config import GPTConfig, UserError, nearest
+from kernels import _card
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
 from model import GPT, attention_backends
@@ -296,6 +298,10 @@ def attention(place: Place, document: int | None = None) -> Operation:
     def blocks(qkv: Tensor) -> Sequence[Tensor]:
         return [kernels.cpu_attention.cpu_attention(qkv)]
 
+    precision = "fp32" if place.dtype == torch.float32 else "bf16"
+    fitting = kernels.attention.blocks(_card.card(place.device), precision, D)
+    if isinstance(fitting, str):
+        place = dataclasses.replace(place, no_triton=place.no_triton or fitting)
     forms = usual(place, eager, triton)
     if not document:
         forms[f"{OURS}, on a CPU"] = Form(lambda: blocks, None if place.device.type == "cpu" else "needs a CPU")

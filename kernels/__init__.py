@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from config import RunConfig, TrainConfig, UserError, nearest
-from kernels import cpu_attention
+from config import RunConfig, TrainConfig, UserError, head_dim, nearest
+from kernels import _card, attention, cpu_attention
+from kernels._card import Card
 from kernels._triton import missing
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
@@ -23,11 +24,12 @@ def named(kernels: str) -> tuple[str, ...]:
     return () if kernels in ("auto", "torch") else tuple(_asked(kernels))
 
 
-def choose(cfg: RunConfig, device_type: str) -> tuple[str, str | None]:
+def choose(cfg: RunConfig, device_type: str, card: Card | None = None) -> tuple[str, str | None]:
     """Resolve `--kernels` where all else is resolved, and say what `auto` has to do without. Raises UserError.
 
     auto: on a CUDA GPU what torch.compile cannot make of PyTorch's operations, and attention where documents would
     need a mask; on a CPU what is faster there. triton: every operation in Triton. Else the names of operations.
+    What does not fit `card`, by default this process's own GPU, is never chosen.
     """
     if cfg.kernels == "torch":
         return "torch", None
@@ -35,7 +37,7 @@ def choose(cfg: RunConfig, device_type: str) -> tuple[str, str | None]:
     names = _asked(cfg.kernels) if not auto else [n for n in _automatic(cfg, device_type) if not _left_out(n, cfg)]
     lacking: dict[str, list[str]] = {}
     for name in names:
-        if reason := _lacking(name, cfg, device_type):
+        if reason := _lacking(name, cfg, device_type, card):
             lacking.setdefault(reason, []).append(name)
     chosen = ",".join(name for name in names if not any(name in lost for lost in lacking.values())) or "torch"
     reasons = "; ".join(f"{', '.join(lost)} {reason}" for reason, lost in lacking.items())
@@ -57,17 +59,22 @@ def _left_out(name: str, cfg: RunConfig) -> bool:
     return PART_OF.get(name) in cfg.without
 
 
-def _lacking(name: str, cfg: RunConfig, device_type: str) -> str | None:
+def _lacking(name: str, cfg: RunConfig, device_type: str, card: Card | None = None) -> str | None:
     """Why an operation cannot run here; None where it can."""
     if name == "attention" and cfg.dropout:
         return "has no dropout"
     if _left_out(name, cfg):
         return f"is not --without {PART_OF[name]}"
     if name != "cpu_attention":
-        return missing(device_type)
+        return missing(device_type) or (_attention_lacks(cfg, card) if name == "attention" else None)
     if device_type != "cpu":
         return "needs a CPU"
     return "has no documents" if _documents(cfg) else None
+
+
+def _attention_lacks(cfg: RunConfig, card: Card | None) -> str | None:
+    chosen = attention.blocks(card or _card.card(), cfg.precision, head_dim(cfg))
+    return chosen if isinstance(chosen, str) else None
 
 
 def _documents(cfg: RunConfig) -> bool:

@@ -14,12 +14,14 @@ whose order, and so whose last bits, change from run to run. That is 7 products 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from config import ATTENTION_WIDTH
+from kernels import _card
+from kernels._card import CARDS, Card
 from kernels._triton import INTERPRETED, jit, on, tl, triton
 
 
@@ -216,43 +218,114 @@ def _dk_dv_kernel(
     _store(dv, dqkv + 2 * H * D, first, 3 * H * D, T, D, WIDTH, N)
 
 
-def _blocks(dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
-    """Of the block that a program keeps and of those it walks over: rows of each. And warps.
+class Tile(NamedTuple):
+    """Rows of the block that a program keeps and of those it walks over, its warps, and the stages
+    of the pipeline that loads them."""
 
-    On Hopper, as Triton 3.7 compiles it. Half precision: four warps multiply 64 rows at a time, eight 128, and a walk
-    reads memory once for every 128 rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor (121
-    registers a thread at most, 80 KB), where one program multiplies while the other takes exponentials; dk and dv are
-    two sums and fit once. tf32's tiles take twice the shared memory. Exact fp32 uses no matrix units: at 64 columns
-    larger blocks than this spill its registers.
+    kept: int
+    walked: int
+    warps: int
+    stages: int
+
+
+class Blocks(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dk_dv: Tile
+    shared: int  # bytes of shared memory that the hungriest of them takes
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TENSOR_CORES = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}  # Triton's instruction, by major capability
+
+# By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The
+# proof (benchmarks/gpu_proof.py) compiles them: none spills more than 64 bytes a thread, and none
+# takes more shared memory than is said here. A formula would have to guess what Triton's allocator
+# keeps at the same time.
+# Hopper, half precision: four warps multiply 64 rows at a time, eight 128, and a walk reads memory
+# once for every 128 rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor
+# (121 registers a thread at most, 80 KB), where one program multiplies while the other takes
+# exponentials; dk and dv are two sums and fit once. With three stages ptxas makes each of the plain
+# forward kernel's products wait for the one before it (its note C7515).
+# tf32's tiles take twice the shared memory. Exact fp32 uses no matrix units. dk and dv walk over
+# shorter blocks where longer ones spill: mma.sync holds operands in registers, and at 128 columns
+# their sums alone take half of Hopper's.
+_LARGE = Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
+_TF32 = Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+_TF32_SHORT = Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)
+_EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
+_EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
+BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
+    ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
+    ("wgmma", "half", 128): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),),
+    ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
+    ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
+    ("tcgen05", "half", 64): (Blocks(*_LARGE, 99_392),),
+    ("tcgen05", "half", 128): (Blocks(*_LARGE, 197_696),),
+    ("tcgen05", "tf32", 64): (Blocks(*_TF32, 131_624),),
+    ("tcgen05", "tf32", 128): (Blocks(*_TF32_SHORT, 164_384),),
+    ("mma.sync", "half", 64): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),),
+    ("mma.sync", "half", 128): (Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),),
+    ("mma.sync", "tf32", 64): (Blocks(*_TF32_SHORT, 66_560),),
+    ("mma.sync", "tf32", 128): (
+        Blocks(*_TF32_SHORT, 123_136),
+        Blocks(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), 86_272),
+    ),
+    **{(cores, "fp32", 64): (Blocks(*_EXACT, 37_120),) for cores in TENSOR_CORES.values()},
+    **{(cores, "fp32", 128): (Blocks(*_EXACT_WIDE, 69_632),) for cores in TENSOR_CORES.values()},
+}
+
+
+def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
+    """The blocks that fit `card`, or the end of a sentence that begins with "attention" and says
+    why there are none. Launches and `kernels.choose` both ask here.
+
+    precision: fp32 for exact products, tf32, or any other for 16 bits. Without a card (the
+    interpreter) an H100's.
     """
-    if dtype != torch.float32:
-        return 128, 64, 8
-    return (64, 64, 8) if precision == "tf32" else (32, 32, 8)
+    if not 1 <= head_dim <= ATTENTION_WIDTH:
+        return f"holds heads of up to {ATTENTION_WIDTH}, and these are {head_dim} wide"
+    card = card or CARDS["H100"]
+    if card.capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 (Ampere) or newer, and {card.name} has {card.version}"
+    if card.capability[0] not in TENSOR_CORES:
+        return f"has no blocks for the compute capability of {card.name}, {card.version}"
+    kind = precision if precision in ("fp32", "tf32") else "half"
+    candidates = BLOCKS[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
+    for candidate in candidates:
+        if candidate.shared <= card.shared_memory:
+            return candidate
+    least = min(candidate.shared for candidate in candidates)
+    return (
+        f"takes {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in {precision}, "
+        f"and {card.name} has {card.shared_memory // 1024}"
+    )
 
 
-def _options(qkv: Tensor, stages: int, keeps: str) -> dict[str, Any]:
-    """The constants and launch parameters of a kernel that keeps a block of M queries, or of N keys."""
-    H, D = qkv.shape[3:]
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    kept, walked, warps = _blocks(qkv.dtype, precision)
-    return {
-        "H": H,
-        "D": D,
-        "WIDTH": max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
-        "M": kept if keeps == "M" else walked,
-        "N": kept if keeps == "N" else walked,
-        "PRECISION": precision,
-        "WIDEN": INTERPRETED and qkv.dtype == torch.bfloat16,
-        "num_warps": warps,
-        "num_stages": stages if qkv.dtype != torch.float32 else 2,
-    }
+def _chosen(qkv: Tensor, precision: str) -> Blocks:
+    """Raises ValueError where this kernel cannot run on the GPU that holds qkv."""
+    chosen = blocks(_card.card(qkv.device), precision, qkv.shape[4])
+    if isinstance(chosen, str):
+        raise ValueError(f"attention {chosen}")
+    return chosen
 
 
-def _launch(kernel: Any, stages: int, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
-    B, T, _, H, _ = qkv.shape
-    options = _options(qkv, stages, keeps)
+def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
+    """Run the kernel whose tile is the field `of` of Blocks, and which keeps a block of M queries, or of N keys."""
+    B, T, _, H, D = qkv.shape
+    exact = torch.get_float32_matmul_precision() == "highest"
+    precision = NAMES.get(qkv.dtype, "fp32" if exact else "tf32")
+    kept, walked, warps, stages = getattr(_chosen(qkv, precision), of)
     with on(qkv):
-        kernel[(B * H * triton.cdiv(T, options[keeps]),)](qkv, *tensors, qkv.stride(0), qkv.stride(1), T, **options)
+        kernel[(B * H * triton.cdiv(T, kept),)](
+            qkv, *tensors, qkv.stride(0), qkv.stride(1), T,
+            H=H, D=D, WIDTH=max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
+            M=kept if keeps == "M" else walked, N=kept if keeps == "N" else walked,
+            PRECISION="ieee" if exact else "tf32", WIDEN=INTERPRETED and qkv.dtype == torch.bfloat16,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 def _packed(qkv: Tensor) -> Tensor:
@@ -268,8 +341,7 @@ def _attention(qkv: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(B, T, H, D)
     lse = qkv.new_empty((B, H, T), dtype=torch.float32)
     starts = None if bounds is None else bounds[0]
-    # With three stages ptxas makes each of the plain kernel's products wait for the one before it (its note C7515).
-    _launch(_forward_kernel, 4, "M", _packed(qkv), out, lse, starts)
+    _launch(_forward_kernel, "forward", "M", _packed(qkv), out, lse, starts)
     return out, lse
 
 
@@ -286,8 +358,8 @@ def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bou
     dqkv = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(lse)
     starts, stops = (None, None) if bounds is None else bounds.unbind(0)
-    _launch(_dq_kernel, 3, "M", qkv, out, grad, lse, delta, dqkv, starts)
-    _launch(_dk_dv_kernel, 3, "N", qkv, grad, lse, delta, dqkv, stops)
+    _launch(_dq_kernel, "dq", "M", qkv, out, grad, lse, delta, dqkv, starts)
+    _launch(_dk_dv_kernel, "dk_dv", "N", qkv, grad, lse, delta, dqkv, stops)
     return dqkv
 
 

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.attention as module
-from kernels.attention import _bounds, attention, attention_reference
+from kernels import _card
+from kernels.attention import Blocks, Tile, _bounds, attention, attention_reference, blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNFIT = blocks(_card.card(), "fp32", 64)  # a sentence where no blocks fit this GPU
+pytestmark = pytest.mark.skipif(isinstance(UNFIT, str), reason=f"attention {UNFIT}")
 
 # fp32 sums of up to a thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of the largest value.
 FP32 = 1e-5
@@ -26,7 +29,12 @@ UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-9 if DEVICE == "cuda" else 2*
 def blocks_for_the_interpreter(monkeypatch):
     """Half precision's blocks for fp32 too: it takes one Python step a block, and exact fp32's are 1/8 as large."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(module, "_blocks", lambda dtype, precision: (128, 64, 8))
+        set_blocks(monkeypatch, 128, 64)
+
+
+def set_blocks(monkeypatch: pytest.MonkeyPatch, kept: int, walked: int) -> None:
+    tiles = [Tile(kept, walked, 4, 2)] * 3
+    monkeypatch.setattr(module, "blocks", lambda card, precision, head_dim: Blocks(*tiles, 0))
 
 
 def packed(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -75,6 +83,13 @@ def test_a_head_dim_without_a_block_is_refused(D):
         attention(torch.zeros(1, 4, 3, 1, D, device=DEVICE))
 
 
+def test_a_launch_on_a_card_without_blocks_raises(monkeypatch):
+    monkeypatch.setattr(module, "blocks", blocks)  # not the interpreter's
+    monkeypatch.setattr(_card, "card", lambda device: _card.CARDS["T4"])
+    with pytest.raises(ValueError, match="attention needs a GPU of compute capability"):
+        attention(packed(1, 4, 1, 16))
+
+
 def number(lengths: list[int]) -> list[int]:
     """Each token's document number, for documents of these lengths."""
     return [document for document, length in enumerate(lengths) for _ in range(length)]
@@ -99,7 +114,7 @@ def test_documents(documents):
 @pytest.mark.parametrize("lengths", [None, [5, 60, 1, 1, 30, 4]])
 def test_any_blocks(monkeypatch, kept, walked, lengths):
     """The bounds of the loops, whichever side of a block is the longer. (32, 32) is what exact fp32 has on a GPU."""
-    monkeypatch.setattr(module, "_blocks", lambda dtype, precision: (kept, walked, 4))
+    set_blocks(monkeypatch, kept, walked)
     segments = None if lengths is None else torch.tensor([number(lengths)], device=DEVICE)
     check(packed(1, 101, 1, 16), segments)
 

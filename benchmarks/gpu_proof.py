@@ -1,0 +1,493 @@
+"""Every Triton kernel compiled for real cards on a machine that has none:  python -m benchmarks.gpu_proof [--quick]
+
+The launch code of kernels/ runs on meta tensors, which have shapes but no bytes, under a driver
+that only names a GPU. Signatures, constants, warps and stages are therefore those of a real launch,
+and Triton's own ptxas makes the machine code. A kernel that a run refuses on a card
+(kernels.choose, choose_precision) is listed with the reason. Exit code 1 where another does not
+compile, spills more than SPILLS bytes a thread, or takes more shared memory than its card has or
+kernels/attention.py says. The trade-off: this proves neither results nor times, which only a GPU
+shows (gpu_check). kernels/fp8_linear.py is not here: its products are cuBLAS's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from benchmarks import machine
+from benchmarks.table import markdown
+from cli import entry_point, parse
+from config import TrainConfig, UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kernels._card import Card
+
+# One card for each architecture, by its name in kernels._card.CARDS.
+ARCHS = {
+    75: "T4", 80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090",
+}  # fmt: skip
+SPILLS = 64  # bytes a thread, stored and loaded
+HEADS, QUICK_HEADS = (32, 64, 80, 96, 128), (64, 128)
+WIDTHS, QUICK_WIDTHS = (128, 768, 1600), (768,)  # of the residual stream
+LOGITS = ((50304, 50257), (1024, 1000))  # columns of the padded and of the exact vocabulary
+ROWS = 8192
+TENSOR_CORES = ("tcgen05.mma", "wgmma", "mma.sync")  # PTX's instructions
+
+
+@dataclass
+class Options:
+    """Options of the proof."""
+
+    archs: tuple[int, ...] = tuple(ARCHS)
+    """Architectures: 75 (T4), 80 (A100), 86 (RTX 3090), 89 (RTX 4090), 90 (H100, H200), 100 (B200), 120 (RTX 5090)."""
+    kernels: tuple[str, ...] = ()
+    """Kernels to compile. Default: all."""
+    quick: bool = False
+    """bf16 alone, heads of 64 and 128 with documents, one width."""
+    out: str = "benchmarks/results"
+    """Folder for gpu-proof.json and gpu-proof.md."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is launched: a kernel's forward and backward pass in one precision and one shape."""
+
+    kernel: str
+    precision: str
+    size: int = 0  # head_dim, or columns
+    documents: bool = False
+    autocast: bool = False  # a residual stream of fp32 under products of 16 bits
+
+    @property
+    def group(self) -> str:
+        """The row of the table."""
+        heads = f", heads of {self.size}" if self.kernel == "attention" else ""
+        return f"{self.kernel}, {self.precision}" + (" autocast" if self.autocast else "") + heads
+
+    @property
+    def name(self) -> str:
+        size = f", {self.size} wide" if self.kernel not in ("attention", "adamw") else ""
+        return self.group + size + (", documents" if self.documents else "")
+
+
+@dataclass
+class Row:
+    """One kernel as it was compiled, or why it was not."""
+
+    arch: int
+    case: str
+    group: str
+    kernel: str = ""
+    result: str = "compiled"  # or refused, or failed
+    reason: str = ""
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0  # a thread
+    spilled: int = 0  # bytes a thread, stored and loaded
+    shared: int = 0  # bytes a program
+    tensor_cores: str = ""
+    notes: str = ""  # ptxas's numbers for products that wait for each other
+
+
+# --- what is compiled
+
+
+def cases(kernel: str, quick: bool) -> Iterator[Case]:
+    """The shapes of GPT-2's sizes and around them, in every precision that a run may have."""
+    precisions = ("bf16",) if quick else ("bf16", "fp16", "tf32", "fp32")
+    widths = QUICK_WIDTHS if quick else WIDTHS
+    for precision in precisions:
+        if kernel == "attention":
+            for head in QUICK_HEADS if quick else HEADS:
+                yield from (
+                    Case(kernel, precision, head, documents) for documents in ((True,) if quick else (False, True))
+                )
+        elif precision == "tf32":
+            continue  # the others multiply nothing: as fp32
+        elif kernel == "cross_entropy":
+            yield from (Case(kernel, precision, columns) for columns, _ in LOGITS[: 1 if quick else None])
+        elif kernel == "layer_norm":
+            yield from (Case(kernel, precision, width, autocast=precision == "fp16") for width in widths)
+        elif kernel == "bias_gelu":
+            yield from (Case(kernel, precision, 4 * width) for width in widths)
+        elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 where weights are cast once
+            yield Case(kernel, precision)
+    if kernel == "layer_norm" and not quick:  # --without cast-once
+        yield from (Case(kernel, "bf16", width, autocast=True) for width in widths)
+
+
+def launch_attention(case: Case) -> None:
+    import torch
+
+    import kernels.attention as module
+
+    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+    B, T, H, D = 64, 1024, 12, case.size
+    qkv, out = meta(B, T, 3, H, D, dtype=dtype_of(case)), meta(B, T, H, D, dtype=dtype_of(case))
+    bounds = meta(2, B, T, dtype=torch.int32) if case.documents else None
+    within(module._attention)(qkv, bounds)
+    within(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
+
+
+def launch_cross_entropy(case: Case) -> None:
+    import torch
+
+    import kernels.cross_entropy as module
+
+    vocab_size = dict(LOGITS)[case.size]
+    logits, row = meta(ROWS, case.size, dtype=dtype_of(case)), meta(ROWS)
+    targets = meta(ROWS, dtype=torch.int64)
+    module.cross_entropy_in_place(logits, targets, vocab_size)
+    within(module._forward)(logits, targets, vocab_size)
+    within(module._backward)(row, logits, targets, row, row, vocab_size)
+
+
+def launch_layer_norm(case: Case) -> None:
+    import torch
+
+    import kernels.layer_norm as module
+
+    branch_dtype = dtype_of(case)
+    x = meta(ROWS, case.size, dtype=torch.float32 if case.autocast else branch_dtype)
+    branch, weight, row = x.to(branch_dtype), meta(case.size), meta(ROWS)
+    other = branch_dtype if case.autocast else None
+    forward, backward = within(module._forward), within(module._backward)
+    forward(x, branch, weight, weight, 1e-5)
+    forward(x, None, weight, weight, 1e-5)
+    backward(x, x, x, weight, row, row, True, other, True)
+    backward(x, None, x, weight, row, row, True, None, True)
+
+
+def launch_bias_gelu(case: Case) -> None:
+    import kernels.bias_gelu as module
+
+    x, bias = meta(ROWS, case.size, dtype=dtype_of(case)), meta(case.size, dtype=dtype_of(case))
+    within(module._forward)(x, bias)
+    within(module._backward)(x, x, bias, True, True)
+
+
+def launch_adamw(case: Case) -> None:
+    """fp32 gradients, and with copies of the weights in bf16 gradients of bf16 too."""
+    import torch
+
+    import kernels.adamw as module
+
+    shapes = ((50304, 768), (2304, 768), (768,))
+    n = len(shapes)
+
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [meta(*shape, dtype=dtype) for shape in shapes]
+
+    copies = tensors(torch.bfloat16) if case.precision == "bf16" else [None] * n
+    moments = tensors(), tensors()
+    table = module.Table(tensors(), *moments, [meta() for _ in shapes], copies, [1.0] * n, [0.1] * n)
+    grads = tensors(dtype_of(case))
+    module.adamw(table, grads, meta(), meta(), meta(dtype=torch.bool), (0.9, 0.95), 1e-8)
+    module.global_norm(grads)
+
+
+LAUNCH: dict[str, Callable[[Case], None]] = {
+    "attention": launch_attention,
+    "cross_entropy": launch_cross_entropy,
+    "layer_norm": launch_layer_norm,
+    "bias_gelu": launch_bias_gelu,
+    "adamw": launch_adamw,
+}
+
+
+def meta(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=dtype or torch.float32, device="meta")
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    import torch
+
+    from precision import DTYPES
+
+    return DTYPES.get(case.precision, torch.float32)
+
+
+def within(operator: Any) -> Callable[..., Any]:
+    """The function behind a torch.library.custom_op, which for meta tensors would only tell shapes."""
+    return operator._init_fn
+
+
+# --- the compiler, in a process of its own
+
+
+class NoGPU:
+    """What Triton asks of a driver before it launches: here, for a GPU that is not there."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_device_interface(self) -> Any:
+        import torch
+
+        return torch.cuda
+
+    def get_active_torch_device(self) -> torch.device:
+        import torch
+
+        return torch.device("meta")
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
+    """Inside, kernel[grid](...) compiles for `arch` and launches nothing.
+
+    Gives the kernels, each with what ptxas said of it."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    found: list[tuple[Any, str]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        words = io.StringIO()
+        with contextlib.redirect_stdout(words):
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        if words.getvalue():  # a kernel that was compiled before has none
+            found.append((kernel, words.getvalue()))
+        return kernel
+
+    driver.set_active(NoGPU(arch))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = launch
+
+
+def proof(arch: int, case: Case) -> list[Row]:
+    """The kernels of a case for a card of `arch`, as compiled; or a row that says why there are none."""
+    from kernels import _card
+
+    card = _card.CARDS[ARCHS[arch]]
+    row = Row(arch, case.name, case.group)
+    with compiling(arch) as found, mock.patch.object(_card, "card", lambda device="cuda": card):
+        if reason := refusal(case, card):
+            return [dataclasses.replace(row, result="refused", reason=reason)]
+        failed = []
+        try:
+            LAUNCH[case.kernel](case)
+        except Exception as error:  # of the compiler, of any kind
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+            failed = [dataclasses.replace(row, result="failed", reason=reason)]
+    most = limit(case, card)
+    return [judged(examined(row, kernel, words), card, most) for kernel, words in found] + failed
+
+
+def refusal(case: Case, card: Card) -> str | None:
+    """Why a run on this card does not take the kernel, in the engine's own words."""
+    import torch
+
+    from kernels import choose
+    from precision import choose_precision
+
+    n_embd = 12 * case.size if case.kernel == "attention" else None
+    cfg: Any = TrainConfig(kernels=case.kernel, n_head=12, n_embd=n_embd)
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: card.capability):
+        try:
+            cfg.precision, _ = choose_precision(case.precision, torch.device("cuda"))
+            choose(cfg, "cuda", card)
+        except UserError as error:
+            return re.sub(r"^--(precision|kernels \S+:) ", "", str(error)).partition(";")[0]
+    return None
+
+
+def limit(case: Case, card: Card) -> int:
+    """Bytes of shared memory that a program may take."""
+    if case.kernel != "attention":
+        return card.shared_memory
+    from kernels.attention import Blocks, blocks
+
+    chosen = blocks(card, case.precision, case.size)
+    assert isinstance(chosen, Blocks)
+    return chosen.shared
+
+
+def examined(row: Row, kernel: Any, words: str) -> Row:
+    """`row` with the figures of a compiled kernel; `words` are ptxas's."""
+
+    def count(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, words)))
+
+    ptx = kernel.asm["ptx"]
+    meta = kernel.metadata
+    return dataclasses.replace(
+        row,
+        kernel=meta.name.strip("_"),
+        warps=meta.num_warps,
+        stages=meta.num_stages,
+        registers=count(r"Used (\d+) registers"),
+        spilled=count(r"(\d+) bytes spill"),
+        shared=meta.shared,
+        tensor_cores=", ".join(name for name in TENSOR_CORES if re.search(rf"\b{re.escape(name)}", ptx)),
+        notes=", ".join(sorted(set(re.findall(r"C75\d\d", words)))),
+    )
+
+
+def judged(row: Row, card: Card, limit: int) -> Row:
+    """`row`, failed where the kernel spills or does not fit."""
+    faults = []
+    if not row.registers:
+        faults.append("ptxas told no registers")
+    if row.spilled > SPILLS:
+        faults.append(f"spills {row.spilled} bytes")
+    if row.shared > card.shared_memory:
+        faults.append(f"takes {row.shared} bytes of shared memory where {card.name} has {card.shared_memory}")
+    elif row.shared > limit:
+        faults.append(f"takes {row.shared} bytes of shared memory where kernels/attention.py says {limit}")
+    return dataclasses.replace(row, result="failed", reason="; ".join(faults)) if faults else row
+
+
+def versions_of_tools() -> dict[str, str]:
+    """Of Triton and its assemblers. Raises UserError where they are missing."""
+    try:
+        from triton import knobs
+    except ImportError:
+        raise UserError("the proof needs Triton, which is not installed; pip install triton") from None
+    try:
+        tools = {"ptxas": knobs.nvidia.ptxas, "ptxas-blackwell": knobs.nvidia.ptxas_blackwell}
+        return {name: tool.version for name, tool in tools.items()}
+    except RuntimeError as error:
+        raise UserError(f"the proof needs Triton's assembler: {error}; pip install --force-reinstall triton") from None
+
+
+# --- all of it
+
+
+def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
+    """Compile everything on two cores at most, and tell what is done."""
+    work = [(arch, case) for arch in archs for name in names for case in cases(name, quick)]
+    rows: dict[int, list[Row]] = {}
+    began = time.perf_counter()
+    workers = min(2, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(proof, *job): i for i, job in enumerate(work)}
+        for done in as_completed(futures):
+            arch, case = work[futures[done]]
+            try:
+                found = done.result()
+            except Exception as error:  # the compiler took the process with it
+                found = [Row(arch, case.name, case.group, result="failed", reason=str(error))]
+            rows[futures[done]] = found
+            seconds = time.perf_counter() - began
+            result = "; ".join(sorted({f"{row.result} {row.reason}".strip() for row in found}))
+            print(f"{len(rows)}/{len(work)}, {seconds:.0f} s: sm_{arch} {case.name}: {result}", file=sys.stderr)
+    return [row for i in sorted(rows) for row in rows[i]]
+
+
+def cell(rows: list[Row]) -> str:
+    """The worst of a card's kernels in one row of the table."""
+    if not rows:
+        return ""
+    if failed := sum(row.result == "failed" for row in rows):
+        return f"{failed} FAILED"
+    if all(row.result == "refused" for row in rows):
+        return "refused"
+    registers, spilled, shared = (
+        max(getattr(row, name) for row in rows) for name in ("registers", "spilled", "shared")
+    )
+    cores = ", ".join(sorted({row.tensor_cores for row in rows} - {""})) or "-"
+    return f"{registers} / {spilled} / {shared / 1024:.0f} / {cores}"
+
+
+def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
+    """The table of cards by kernels, what is refused and what failed."""
+    groups = dict.fromkeys(row.group for row in rows)
+    lines = [
+        [group, *(cell([row for row in rows if row.group == group and row.arch == arch]) for arch in archs)]
+        for group in groups
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    compiled = sum(bool(row.kernel) for row in rows)
+    refused = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.reason}" for r in rows if r.result == "refused")
+    failed = [f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.reason}" for r in rows if r.result == "failed"]
+    waits = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.notes}" for r in rows if r.notes)
+    parts = [
+        f"{compiled} kernels compiled without a GPU{' (--quick)' * facts['quick']}, {facts['date'][:10]}: {versions}.",
+        markdown(["kernel", *(f"{ARCHS[arch]} (sm_{arch})" for arch in archs)], lines, range(len(archs) + 1)),
+        "Each cell: registers a thread / bytes spilled a thread / KiB of shared memory a program / the tensor cores'\n"
+        "instruction; the most over forward and backward passes, widths, and documents or none.",
+    ]
+    lists = (("Refused, as a run refuses it:", refused), ("Failed:", failed), ("ptxas lets products wait:", waits))
+    parts += [heading + "\n" + "\n".join(items) for heading, items in lists if items]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path, rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
+    """gpu-proof.json, a row on a line, and gpu-proof.md; returns the latter's text."""
+    text = report(rows, archs, facts)
+    columns = [field.name for field in dataclasses.fields(Row)]
+    head = json.dumps(facts | {"columns": columns})[:-1]
+    body = ",\n".join(json.dumps(list(dataclasses.astuple(row))) for row in rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu-proof.json").write_text(f'{head}, "rows": [\n{body}\n]}}\n')
+    (folder / "gpu-proof.md").write_text(text)
+    return text
+
+
+def checked(options: Options) -> tuple[list[int], list[str]]:
+    """Architectures and kernels to compile. Raises UserError."""
+    for arch in options.archs:
+        if arch not in ARCHS:
+            raise UserError(f"--archs {arch}: there are {', '.join(map(str, ARCHS))}")
+    for name in options.kernels:
+        if name not in LAUNCH:
+            raise UserError(f"--kernels {name}{nearest(name, list(LAUNCH))}; there are {', '.join(LAUNCH)}")
+    return sorted(set(options.archs)), [name for name in LAUNCH if name in (options.kernels or LAUNCH)]
+
+
+def main() -> int:
+    options = parse(Options, sys.argv[1:])
+    archs, names = checked(options)
+    os.environ.pop("TRITON_INTERPRET", None)  # else nothing is ever compiled
+    tools = versions_of_tools()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
+        rows = run(archs, names, options.quick)
+    facts = {
+        "quick": options.quick,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {k: v for k, v in machine.versions().items() if k in ("torch", "triton")} | tools,
+    }
+    print(write(Path(options.out), rows, archs, facts))
+    return int(any(row.result == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    entry_point(main)

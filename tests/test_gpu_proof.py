@@ -1,0 +1,166 @@
+"""Which kernels fit which card: the choice, and a part of the proof that compiles them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from benchmarks import gpu_proof
+from benchmarks.gpu_proof import ARCHS, LAUNCH, Row, judged
+from config import ATTENTION_WIDTH, TrainConfig, UserError, resolve
+from kernels import _card
+from kernels._card import CARDS, Card
+from kernels.attention import Blocks, Tile, blocks
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
+
+
+def choose(card: str, asked: str = "auto", **options: Any) -> tuple[list[str], str | None]:
+    given: dict[str, Any] = {"precision": "bf16", "document_mask": True, "kernels": asked, **options}
+    chosen, lost = kernels.choose(resolve(TrainConfig(**given), "cuda"), "cuda", CARDS[card])
+    return chosen.split(","), lost
+
+
+@given(
+    st.tuples(st.integers(5, 14), st.integers(0, 9)),
+    st.integers(0, 300 << 10),
+    st.sampled_from(PRECISIONS),
+    st.integers(-1, 200),
+)
+def test_no_blocks_are_chosen_that_do_not_fit(capability, shared_memory, precision, head_dim):
+    chosen = blocks(Card("a card", capability, shared_memory), precision, head_dim)
+    if isinstance(chosen, Blocks):
+        assert chosen.shared <= shared_memory
+        assert capability >= (8, 0) and 1 <= head_dim <= ATTENTION_WIDTH
+    else:
+        assert "a card" in chosen or str(head_dim) in chosen
+
+
+@pytest.mark.parametrize("name", set(CARDS) - {"T4"})
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_card_since_ampere_has_blocks(name, precision):
+    for head_dim in (1, 32, 64, 65, 128):
+        assert isinstance(blocks(CARDS[name], precision, head_dim), Blocks)
+
+
+def test_hopper_keeps_the_blocks_it_was_tuned_for():
+    for precision in ("bf16", "fp16", "fp8"):
+        chosen = blocks(CARDS["H100"], precision, 64)
+        assert isinstance(chosen, Blocks)
+        assert chosen[:3] == (Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+
+
+def test_a_t4_masks_documents_without_the_kernel():
+    chosen, lost = choose("T4", precision="fp16")
+    assert chosen == ["cross_entropy", "adamw"]
+    assert lost is not None and "attention needs a GPU of compute capability 8.0" in lost and "Tesla T4 has 7.5" in lost
+
+
+def test_attention_asked_for_on_a_t4_is_refused():
+    with pytest.raises(UserError, match=r"--kernels attention,adamw: attention needs .*; use --kernels adamw"):
+        choose("T4", "attention,adamw", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("card", "precision"), [("RTX 4090", "bf16"), ("RTX 3090", "fp16"), ("RTX 5090", "bf16"), ("A100", "tf32")]
+)
+def test_wide_heads_get_blocks_that_fit(card, precision):
+    assert "attention" in choose(card, n_head=6, precision=precision)[0]
+    narrow, wide = (blocks(CARDS[card], precision, head_dim) for head_dim in (64, 128))
+    assert isinstance(narrow, Blocks) and isinstance(wide, Blocks)
+    assert narrow != wide and wide.shared <= CARDS[card].shared_memory
+
+
+def test_auto_takes_smaller_blocks_where_memory_is_short():
+    large, small = (blocks(CARDS[name], "tf32", 128) for name in ("A100", "RTX 4090"))
+    assert isinstance(large, Blocks) and isinstance(small, Blocks) and small.shared < large.shared
+
+
+def test_auto_leaves_heads_that_no_block_holds_to_pytorch():
+    chosen, lost = choose("H100", n_head=2)
+    assert "attention" not in chosen and lost is not None and "384 wide" in lost
+
+
+def test_a_machine_without_a_gpu_has_no_card():
+    assert _card.card("cpu") is None
+    assert torch.cuda.is_available() or _card.card() is None
+
+
+def test_every_triton_kernel_is_in_the_proof():
+    assert set(LAUNCH) == set(kernels.TRITON)
+
+
+@pytest.mark.parametrize(
+    ("figures", "fault"),
+    [
+        ({}, None),
+        ({"registers": 0}, "no registers"),
+        ({"spilled": 65}, "spills 65 bytes"),
+        ({"shared": 99 * 1024 + 1}, "RTX 4090 has 101376"),
+        ({"shared": 2000}, "says 1000"),
+    ],
+)
+def test_what_the_proof_calls_a_fault(figures, fault):
+    sound = Row(89, "", "", registers=9, spilled=64, shared=1000)
+    row = judged(dataclasses.replace(sound, **figures), CARDS["RTX 4090"], limit=1000)
+    assert row.result == ("failed" if fault else "compiled") and (fault or "") in row.reason
+
+
+def test_a_failed_kernel_is_exit_code_1(monkeypatch, tmp_path, capsys):
+    rows = [Row(90, "one", "group", result="failed", reason="spills"), Row(80, "two", "group", "k", registers=7)]
+    monkeypatch.setattr(gpu_proof, "run", lambda archs, names, quick: rows)
+    monkeypatch.setattr(gpu_proof, "versions_of_tools", lambda: {})
+    for name in ("TRITON_CACHE_DIR", "TRITON_DUMP_PTXAS_LOG", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")  # main sets them; the test puts them back
+    monkeypatch.setattr(sys, "argv", ["gpu_proof", "--archs", "80", "90", "--out", str(tmp_path)])
+    assert gpu_proof.main() == 1
+    assert "1 FAILED" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_proof, "run", lambda archs, names, quick: rows[1:])
+    assert gpu_proof.main() == 0
+
+
+def no_compiler() -> str:
+    try:
+        gpu_proof.versions_of_tools()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(bool(no_compiler()), reason=no_compiler() or "there is a compiler")
+def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
+    words = ["--quick", "--archs", "75", "80", "89", "90", "--kernels", "attention", "cross_entropy", "--out", "out"]
+    done = run("-m", "benchmarks.gpu_proof", *words, env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out/gpu-proof.json").read_text())
+    rows = [Row(**dict(zip(results["columns"], row, strict=True))) for row in results["rows"]]
+    assert {row.result for row in rows if row.arch == 75} == {"refused"}
+    compiled = [row for row in rows if row.arch != 75]
+    assert len(compiled) == 3 * (2 * 3 + 3) and {row.result for row in compiled} == {"compiled"}
+    for row in compiled:
+        assert 0 < row.registers < 256 and row.shared <= CARDS[ARCHS[row.arch]].shared_memory
+        products = row.tensor_cores if row.case.startswith("attention") else row.tensor_cores or "none"
+        assert products == ("none" if "entropy" in row.case else "wgmma" if row.arch == 90 else "mma.sync")
+    table = (tmp_path / "out/gpu-proof.md").read_text()
+    assert table.strip() == done.stdout.strip() and "RTX 4090 (sm_89)" in table
+
+
+def test_the_proof_without_triton_is_one_line(run):
+    code = "import sys; sys.modules['triton'] = None; from benchmarks import gpu_proof as p, gpu_proof; "
+    done = run("-c", code + "from cli import entry_point; sys.argv[1:] = []; entry_point(p.main)")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install triton" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--archs", "70"], ["--kernels", "atention"]])
+def test_what_the_proof_does_not_know_is_refused(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["gpu_proof", *words])
+    with pytest.raises(UserError, match=words[1]):
+        gpu_proof.main()
