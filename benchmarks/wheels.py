@@ -166,7 +166,11 @@ def missing(wheels: dict[str, Wheel]) -> list[Wheel]:
     for wheel in chosen:  # grows on the way
         for need in needs_of(wheel):
             other = wheels.get(canonicalize_name(need.name))
-            if other is None or other in chosen or need.specifier.contains(installed(other.name), prereleases=True):
+            if (
+                other is None
+                or other in chosen
+                or need.specifier.contains(installed(other.name) or "0", prereleases=True)
+            ):
                 continue
             if need.specifier.contains(other.version, prereleases=True):
                 chosen.append(other)
