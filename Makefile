@@ -2,15 +2,22 @@
 # make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-k floors"
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
+#   WHEELS=FOLDER      with what that folder has of packages that are missing here; no .venv, no network
+# make wheels      download those wheels for Python 3.12 on x86-64 Linux (into wheels/, or WHEELS=FOLDER)
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
 
 # Two processes: most of the tests' time is spent in programs that they start.
 PYTEST_ARGS = -n 2
+# The Python that will install the wheels.
+TARGET = 3.12
 
-.PHONY: train test gpu-check gpu-proof lint setup clean
+.PHONY: train test gpu-check gpu-proof wheels lint setup clean
 .SILENT:
 
 ifeq ($(origin PYTHON),command line)
+SETUP =
+else ifeq ($(origin WHEELS),command line)
+PYTHON = python3
 SETUP =
 else
 PYTHON = .venv/bin/python
@@ -34,8 +41,21 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff format --check --quiet .
 	$(PYTHON) -m ty check --quiet
 
+# The wheels go to a folder that only this call sees: this Python's own packages stay as they are.
+ifeq ($(origin WHEELS),command line)
+gpu-check:
+	set -e; site=$$(mktemp -d); trap 'rm -rf "$$site"' EXIT; \
+	$(PYTHON) -m benchmarks.wheels install "$(WHEELS)" "$$site"; \
+	PYTHONPATH="$$site$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check $(ARGS)
+else
+WHEELS = wheels
 gpu-check: $(SETUP)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+endif
+
+wheels: PYTHON = python3
+wheels:
+	$(PYTHON) -m benchmarks.wheels download "$(WHEELS)" --python $(TARGET)
 
 gpu-proof: $(SETUP)
 	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)

@@ -345,7 +345,7 @@ def against(case: Fit, name: str, start: Opening, own: TakeTurn, pace: Pace) -> 
         with side(name, case) as (its, other):
             check_agreement(case, name, start, its)
             steps = max(1, round(TURN_SECONDS / min(start.seconds, its.seconds)))
-            turns = alternate(case, own, other, steps, pace)
+            turns = alternate(own, other, steps, pace)
     except Failed as error:
         if error.name == OURS:
             raise

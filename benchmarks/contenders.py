@@ -59,6 +59,19 @@ SHAPES = {
 }
 
 
+LARGE_CARD = 100e9  # bytes: with less, twice SMALL_ROWS do not fit where the logits are held whole
+SMALL_ROWS = 32 * 1024  # tokens of a micro-batch on such a card
+
+
+def fitting(shape: Shape, memory: int | None) -> Shape:
+    """The shape on a card of `memory` bytes (None: on a CPU): on a smaller one the same step in smaller micro-batches."""
+    tokens = shape.rows * shape.seq_len
+    if memory is None or memory >= LARGE_CARD or tokens <= SMALL_ROWS:
+        return shape
+    parts = tokens // SMALL_ROWS
+    return dataclasses.replace(shape, rows=shape.rows // parts, accumulation=shape.accumulation * parts)
+
+
 @dataclass(frozen=True)
 class Case:
     """What all contenders do alike."""

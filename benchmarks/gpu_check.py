@@ -1,8 +1,9 @@
-"""Everything that needs a CUDA GPU, in order of worth:  make gpu-check  [ARGS="--only correctness --minutes 9"]
+"""Everything that needs a CUDA GPU, in order of worth:  make gpu-check  [WHEELS=FOLDER] [ARGS="--only correctness"]
 
-Each part is a command of its own with a time limit, so that one that hangs or fails costs the others nothing; what
-torch.compile and Triton make is kept under --out from one to the next. A second call goes on where the first ended.
-The trade-off: every part starts Python anew, some ten seconds each.
+Each part is a command of its own with a time limit, so that one that hangs or fails costs the others nothing. A call
+lasts --minutes; the next one goes on where it ended, also on another machine of the same kind if --out is carried
+there. Tests run several at a time, measurements alone. `--rehearse` runs every part tiny on a CPU: it shows that the
+commands work, and measures nothing. The trade-off: every part starts Python anew, some ten seconds each.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,14 @@ from benchmarks.table import markdown
 from files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
-LIMIT = 170.0  # seconds of a command
-SHORTEST = 20.0  # with less time than this left, no part is begun
+SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
+PATIENCE = 2.5  # a part is ended after this many times its expected seconds: it hangs
+CALLS = 3  # that the plan shows
 GRACE = 10.0  # seconds for a command to end when it is interrupted
-TAIL = 4000  # characters of a part's output that are kept
+TAIL = 4000  # characters of a part's output that are kept in the JSON file
+CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
+AT_ONCE = 5  # tests at most: the GPU's memory is shared
+REHEARSAL = "a rehearsal on a CPU with tiny sizes: it shows that the commands work, and measures nothing"
 
 
 @dataclass
@@ -39,148 +47,309 @@ class Options:
 
     only: str | None = None
     """Parts or groups of parts, comma-separated. Default: all."""
-    minutes: float = 25.0
-    """Time for all of them."""
+    minutes: float = 9.0
+    """Time of this call; the next call goes on."""
     again: bool = False
-    """Run also what was done before."""
+    """Run also what was done before, from its beginning."""
+    rehearse: bool = False
+    """Run every part's command tiny on the CPU, to see that it works; measures nothing."""
     out: str = "benchmarks/results/gpu"
-    """Folder for gpu-check.json, gpu-check.md and a folder of each part."""
+    """Folder for gpu-check.json, gpu-check.md and gpu-check.log."""
+    cache: str | None = None
+    """Folder for what is compiled and what parts write, gigabytes. Default: cache in --out."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command: words after `python`, {out} for a folder of its own, whose JSON files are its result."""
+    """A command: words after `python`. Its JSON files are its result.
+
+    In the words {out} is a folder of its own, {minutes} the time it has and {engine} a hash of the engine's source.
+    """
 
     group: str
     name: str
     words: tuple[str, ...]
-    packages: tuple[str, ...] = ("tyro", "safetensors")  # beside torch, triton and numpy
-    tries: int = 1  # of a part that goes on where its time ran out, or finds compiled what took the time
-    sliced: bool = False  # it ends in time by itself, and all of its tries are needed
+    packages: tuple[str, ...] = ("numpy", "tyro", "safetensors")  # beside torch and triton
+    seconds: float = 60.0  # expected of an H100 and 16 cores
+    beside: bool = False  # it may run beside others: it measures nothing, and needs little of the GPU's memory
+    unfinished: str | None = None  # it goes on where it was cut off; its output has this where it cut itself off
+    rehearsal: tuple[str, ...] = ()  # words that make it run tiny, on a CPU
+
+    @property
+    def least(self) -> float:
+        """Seconds without which it is not begun."""
+        return min(self.seconds, self.seconds if self.unfinished is None else SHORTEST)
 
 
 # --- what is run
 
 
 def all_parts() -> list[Part]:
-    slices = ("--preset", "gpt2", "--minutes", "2.6")
-    of_training = ("tokenizers", "rich", "matplotlib")
+    """Correctness, then what replaces assumptions, then comparisons. The seconds are estimates until they were measured."""
+    first = (
+        "product_qkv",
+        "product_projection",
+        "product_up",
+        "product_down",
+        "attention",
+        "cross_entropy",
+        "bias_gelu",
+    )
+    rest = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
+    ladder = ("--preset", "gpt2", "--rounds", "1", "--minutes", "{minutes}", "--out", "{out}/{engine}")
+    of_training = ("tokenizers", "tiktoken", "rich")
     return [
         *correctness(),
-        measured("peers", "peers-124M", "peers", "--shape", "124M", "--resume", tries=4),
-        measured("ladder", "ladder", "stages", *slices, packages=of_training, tries=4, sliced=True),
-        measured("kernels", "kernels", "kernels", tries=2),
-        *(
-            measured("sizes", f"peers-{name}", "peers", "--shape", name, "--resume", tries=3)
-            for name in ("350M", "774M", "1.5B")
-        ),
-        measured("decoding", "decoding", "decoding", packages=("transformers",)),
-    ]
+        measured("kernels", "kernels-first", "kernels", "--only", *first, seconds=110),
+        measured("kernels", "kernels-rest", "kernels", "--only", *rest, seconds=100),
+        peers("peers", "peers-124M", "124M", compiled=True, seconds=430),
+        measured("ladder", "ladder", "stages", *ladder, packages=of_training, seconds=520, unfinished="the time was up",
+                 rehearsal=("--quick", "--preset", "micro", "--only", "baseline,compile", "--steps", "4")),
+        peers("sizes", "peers-124M-eager", "124M", compiled=False, seconds=200),
+        *(peers("sizes", f"peers-{name}", name, compiled=True, seconds=s)
+          for name, s in (("350M", 480), ("774M", 600), ("1.5B", 700))),
+        measured("decoding", "decoding", "decoding", packages=("transformers",), seconds=240),
+    ]  # fmt: skip
 
 
 def measured(group: str, name: str, module: str, *words: str, packages: tuple[str, ...] = (), **more: Any) -> Part:
     """A benchmark that writes its figures."""
-    command = ("-m", f"benchmarks.{module}", "--device", "cuda", *words, "--out", "{out}")
-    return Part(group, name, command, ("tyro", "safetensors", *packages), **more)
+    out = () if "--out" in words else ("--out", "{out}")
+    command = ("-m", f"benchmarks.{module}", "--device", "cuda", *words, *out)
+    tiny = ("--device", "cpu", *more.pop("rehearsal", ("--quick",)))
+    return Part(group, name, command, (*Part("", "", ()).packages, *packages), rehearsal=tiny, **more)
+
+
+def peers(group: str, name: str, shape: str, compiled: bool, seconds: float) -> Part:
+    """The comparison with other trainers at one shape: theirs compiled, and ours in FP8; or theirs as they come."""
+    from benchmarks.contenders import CONTENDERS, OURS
+
+    theirs = [name for name, of in CONTENDERS.items() if "cuda" in of.devices and of.peer and of.compiled == compiled]
+    against = ",".join([*theirs, *([f"{OURS} fp8"] if compiled else [])])
+    words = ("--shape", shape, "--against", against, "--seconds", "8", "--resume")
+    here = ",".join(name for name in theirs if "cpu" in CONTENDERS[name].devices)
+    tiny = ("--quick", "--shape", "micro", "--against", here)
+    return measured(group, name, "peers", *words, seconds=seconds, unfinished="", rehearsal=tiny)
 
 
 def correctness() -> list[Part]:
     """The tests for a GPU, then the kernels' own tests, which are not interpreted there."""
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    packages = ("pytest", "tyro", "safetensors")
+    packages = (*Part("", "", ()).packages, "pytest")
+    of_programs = (*packages, "tokenizers", "tiktoken", "rich")
     programs = program_tests()
     steps = (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", f"not ({' or '.join(programs)})")
     kernels = sorted(file.stem for file in (REPO / "kernels").glob("[!_]*.py"))
     return [
-        Part("correctness", "steps", steps, packages, tries=2),
-        *(Part("correctness", f"test_{stem}", (*pytest, f"tests/test_{stem}.py"), packages) for stem in kernels),
-        *(
-            Part("correctness", name, (*pytest, f"tests/test_gpu.py::{name}"), (*packages, "tokenizers", "rich"), 2)
-            for name in programs
-        ),
-    ]
+        Part("correctness", "steps", steps, packages, 300, beside=True),
+        *(Part("correctness", f"test_{stem}", (*pytest, f"tests/test_{stem}.py"), packages, 70, True)
+          for stem in kernels),
+        *(Part("correctness", name, (*pytest, f"tests/test_gpu.py::{name}"), of_programs, seconds, "memory" not in name)
+          for name, seconds in programs.items()),
+    ]  # fmt: skip
 
 
-def program_tests() -> list[str]:
-    """Those of tests/test_gpu.py that run whole programs, and take as long: each is a part of its own."""
+def program_tests() -> dict[str, float]:
+    """Those of tests/test_gpu.py that run whole programs, each a part of its own, with the seconds they may take.
+
+    A test's cases are those of its decorator. Those that fill the GPU's memory have "memory" in their name.
+    """
     tree = ast.parse((REPO / "tests" / "test_gpu.py").read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    return [function.name for function in functions if any(arg.arg == "run" for arg in function.args.args)]
+    found = [function for function in functions if any(arg.arg == "run" for arg in function.args.args)]
+    return {function.name: 30.0 + 40.0 * cases(function) for function in sorted(found, key=cases)}
+
+
+def cases(function: ast.FunctionDef) -> int:
+    """How often a test runs: the elements of its lists of parameters."""
+    lists = [
+        len(values.elts)
+        for decorator in function.decorator_list
+        if isinstance(decorator, ast.Call) and len(decorator.args) > 1
+        for values in (decorator.args[1],)
+        if isinstance(values, ast.List | ast.Tuple)
+    ]
+    count = 1
+    for length in lists:
+        count *= length
+    return count
+
+
+# --- when it is run
+
+
+def begun_in(parts: Sequence[Part], seconds: float, at_once: int) -> Iterator[tuple[Part, float]]:
+    """The parts that a call of so many seconds begins, and how long each has: what the others leave it.
+
+    Parts come in turn; one that no longer fits leaves its place to the next. The first is begun in any case.
+    """
+    free = [0.0] * at_once  # when each place is free again
+    for part in parts:
+        start = min(free) if part.beside else max(free)
+        if start and seconds - start < part.least:
+            continue
+        took = min(part.seconds, seconds - start)
+        yield part, took
+        if part.beside:
+            free[free.index(start)] = start + took
+        else:
+            free = [start + took] * at_once
+
+
+def forecast(parts: Sequence[Part], seconds: float, at_once: int, calls: int = CALLS) -> list[str]:
+    """One line a call: which parts it takes; and one for those that come after."""
+    import dataclasses
+
+    todo, lines = list(parts), []
+    for call in range(1, calls + 1):
+        took = dict(begun_in(todo, seconds, at_once))
+        if took:
+            lines.append(f"call {call}: " + ", ".join(f"{part.name} {length:.0f} s" for part, length in took.items()))
+        rest = [dataclasses.replace(part, seconds=part.seconds - took.get(part, 0.0)) for part in todo]
+        todo = [part for part in rest if part.seconds > 1]
+    if todo:
+        lines.append("later: " + ", ".join(part.name for part in todo))
+    return lines
 
 
 # --- running
 
 
 class Check:
-    """Runs parts and keeps gpu-check.json and gpu-check.md, which a later call reads again."""
+    """Runs parts and keeps gpu-check.json, .md and .log, which a later call goes on from."""
 
-    def __init__(self, out: Path, facts: dict[str, Any], limit: float = LIMIT):
-        self.out, self.facts, self.limit = out.resolve(), facts, limit
+    def __init__(
+        self, out: Path, facts: dict[str, Any], cache: Path | None = None, rehearse: bool = False, at_once: int = 1
+    ):
+        self.out, self.facts, self.rehearse = out.resolve(), facts | {"rehearsal": rehearse}, rehearse
+        self.cache = cache.resolve() if cache else self.out / "cache"
+        self.stem = "gpu-check-rehearsal" if rehearse else "gpu-check"
+        self.at_once = at_once
+        self.engine = str(facts.get("engine", "engine"))
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.lock = threading.Lock()
+        for folder in (self.out, self.cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.cache / ".gitignore").write_text("*\n")
         self.records = self._earlier()
 
     def _earlier(self) -> dict[str, Any]:
-        """What an earlier call did on this machine with these versions, by part."""
-        before = read_json(self.out / "gpu-check.json")
+        """What earlier calls did on such a machine with these versions, by part.
+
+        The cache has a copy: --out may be emptied between two calls. What another machine did is kept beside.
+        """
+        name = f"{self.stem}.json"
+        before = read_json(self.cache / name) or read_json(self.out / name)
         if before is None:
             return {}
-        same = all(before.get(key) == value for key, value in self.facts.items() if key != "date")
-        return {record["part"]: record for record in before["parts"]} if same else {}
+        known = {key: value for key, value in self.facts.items() if key not in ("date", "engine")}
+        if all(before.get(key) == value for key, value in known.items()):
+            return {record["part"]: record for record in before["parts"]}
+        write_json(self.out / f"{self.stem}-{before.get('date', 'before')[:10]}-before.json", before)
+        return {}
 
     def run(self, parts: Sequence[Part], minutes: float, again: bool = False) -> bool:
         """Run `parts` that are not done, in turn, for `minutes`; whether all are done."""
         ends = time.monotonic() + 60 * minutes
-        self._keep_cache_out_of_git()
         todo = [part for part in parts if again or not self.done(part)]
         for part in todo:
+            if again:
+                shutil.rmtree(self._folder(part), ignore_errors=True)
             if again or part.name not in self.records:
                 self.records[part.name] = record_of(part, "not run", output=lack(part))
-        for part in todo:
-            for _ in range(0 if lack(part) else part.tries):
-                left = ends - time.monotonic()
-                if left < min(SHORTEST, self.limit):
-                    break
-                self.records[part.name] = self._attempt(part, min(self.limit, left))
-                self.write()
-                if self.done(part) or (self.records[part.name]["result"] == "failed" and not part.sliced):
-                    break
+        todo = [part for part in todo if not lack(part)]
+        first = todo[:1]
+        try:
+            for batch in batches(todo):
+                with ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool:
+                    list(pool.map(lambda part: self._take(part, ends, part in first), batch))
+        except BaseException:
+            for process in list(self.running):
+                end(process)
+            raise
+        finally:
+            self.write()
         return all(map(self.done, parts))
 
     def done(self, part: Part) -> bool:
-        record = self.records.get(part.name, record_of(part, "not run"))
-        return record["result"] == "done" and (not part.sliced or record["tries"] >= part.tries)
+        return self.records.get(part.name, record_of(part, "not run"))["result"] == "done"
 
-    def _attempt(self, part: Part, seconds: float) -> dict[str, Any]:
+    def _folder(self, part: Part) -> Path:
+        return self.cache / "parts" / part.name
+
+    def _take(self, part: Part, ends: float, first: bool) -> None:
+        """Run a part where the time suffices."""
+        left = ends - time.monotonic()
+        if left < part.least and not (first and left > 0):
+            return
+        limit = left if part.unfinished is not None else min(left, PATIENCE * part.seconds)
+        record = self._attempt(part, limit)
+        with self.lock:
+            self.records[part.name] = record
+            self.write()
+
+    def _attempt(self, part: Part, limit: float) -> dict[str, Any]:
         """Run a part once; its record, with what its tries before have cost."""
-        folder = self.out / part.name
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, *(word.replace("{out}", str(folder)) for word in part.words)]
+        folder, before = self._folder(part), self.records[part.name]
+        folder.mkdir(parents=True, exist_ok=True)
+        restore(folder, before["files"])
+        words = (*part.words, *(part.rehearsal if self.rehearse else ()))
+        minutes = f"{max(1.0, (limit - 15) / 60):.2f}"
+        values = {"{out}": str(folder), "{minutes}": minutes, "{engine}": self.engine}
+        command = [sys.executable, *(filled(word, values) for word in words)]
         print(f"{part.name}: {shlex.join(['python', *command[1:]])}", flush=True)
         began = time.monotonic()
-        code = run_command(command, self._environment(), folder / "log.txt", seconds)
+        code = self._execute(command, part, folder / "log.txt", limit)
         seconds = round(time.monotonic() - began, 1)
-        output = (folder / "log.txt").read_text(errors="replace")[-TAIL:]
+        output = (folder / "log.txt").read_text(errors="replace")
         result = "timed out" if code is None else "failed" if code else "done"
-        print(f"  {result} after {seconds:.0f} s" + ("" if result == "done" else f"\n{output}"), flush=True)
-        files = {file.name: read_json(file) for file in sorted(folder.glob("*.json"))}
-        before = self.records[part.name]
-        return record_of(part, result, output, files) | {
+        if result == "done" and part.unfinished and part.unfinished in output:
+            result = "timed out"
+        tail = output[-TAIL:]
+        print(f"{part.name}: {result} after {seconds:.0f} s" + ("" if result == "done" else f"\n{tail}"), flush=True)
+        with self.lock, (self.out / f"{self.stem}.log").open("a") as log:
+            log.write(f"==== {part.name}: {result} after {seconds:.0f} s: {shlex.join(command)}\n{output}\n")
+        return record_of(part, result, tail, json_files(folder)) | {
             "command": shlex.join(command),
             "exit_code": code,
-            "seconds": before["seconds"] + seconds,
+            "seconds": round(before["seconds"] + seconds, 1),
             "tries": before["tries"] + 1,
+            "engine": self.engine,
         }
 
-    def _keep_cache_out_of_git(self) -> None:
-        (self.out / "cache").mkdir(parents=True, exist_ok=True)
-        (self.out / "cache" / ".gitignore").write_text("*\n")
+    def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
+        """Run a command with its output in `log`; its exit code, or None where its time was up and it was ended."""
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=REPO, env=self._environment(part), stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self.running.add(process)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            end(process)
+            self.running.discard(process)
 
-    def _environment(self) -> dict[str, str]:
-        cache = self.out / "cache"
-        return os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+    def _environment(self, part: Part) -> dict[str, str]:
+        """Compilers keep what they make from one part to the next, and leave cores to the tests beside."""
+        more = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton",
+            "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        if part.beside and self.at_once > 1:
+            more["TORCHINDUCTOR_COMPILE_THREADS"] = str(CORES_EACH)
+        if self.rehearse:
+            more |= {"CUDA_VISIBLE_DEVICES": "", "GPU_TESTS_DEVICE": "cpu"}
+        return os.environ | more
 
     def write(self) -> None:
-        write_json(self.out / "gpu-check.json", self.facts | {"parts": list(self.records.values())})
-        (self.out / "gpu-check.md").write_text(self.table())
+        result = self.facts | {"parts": list(self.records.values())}
+        for folder in (self.out, self.cache):
+            write_json(folder / f"{self.stem}.json", result)
+        (self.out / f"{self.stem}.md").write_text(self.table())
 
     def table(self) -> str:
         """One row a part, with the last line of what it printed."""
@@ -190,7 +359,26 @@ class Check:
             rows.append(
                 [of["part"], of["result"], f"{of['seconds']:.0f}", lines[-1].replace("|", ",") if lines else ""]
             )
-        return markdown(rows[0], rows[1:], words=(0, 1, 3)) + "\n"
+        title = f"This was {REHEARSAL}.\n\n" if self.rehearse else ""
+        return f"{title}{markdown(rows[0], rows[1:], words=(0, 1, 3))}\n"
+
+
+def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts that follow one another and may run beside one another; each of the others alone."""
+    batch: list[Part] = []
+    for part in parts:
+        if batch and not (part.beside and batch[-1].beside):
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def filled(word: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(name, value)
+    return word
 
 
 def record_of(part: Part, result: str, output: str = "", files: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -201,27 +389,27 @@ def record_of(part: Part, result: str, output: str = "", files: dict[str, Any] |
     }  # fmt: skip
 
 
+def json_files(folder: Path) -> dict[str, Any]:
+    """The figures in a part's folder by path, those of a ladder's runs too; not its caches and models."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.json"))]
+    return {str(path): read_json(folder / path) for path in paths if len(path.parts) <= 3 and "cache" not in path.parts}
+
+
+def restore(folder: Path, files: dict[str, Any]) -> None:
+    """Write what an earlier call on another machine recorded, so that the part goes on from it."""
+    for name, value in files.items():
+        path = folder / name
+        if value is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, value)
+
+
 def read_json(path: Path) -> Any:
     """None where there is none that is whole: who writes it may have been killed."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def run_command(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> int | None:
-    """Run a command with its output in `log`; its exit code, or None where its time was up and it was ended."""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        end(process)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -260,27 +448,42 @@ def main() -> int:
     import torch
 
     from benchmarks.machine import elsewhere, facts
+    from benchmarks.stages import engine_hash
     from cli import parse
     from config import UserError
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
     parts = asked_for(options.only, all_parts())
-    if not torch.cuda.is_available():
-        raise UserError("torch sees no CUDA GPU on this machine; nothing was run")
+    if not options.rehearse and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU")
+    if options.rehearse:
+        print(f"This is {REHEARSAL}.", flush=True)
+    known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
+    known |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "engine": engine_hash()}
+    cache = Path(options.cache) if options.cache else None
+    at_once = max(1, min(AT_ONCE, (os.cpu_count() or 1) // CORES_EACH))
+    check = Check(Path(options.out), known, cache, options.rehearse, at_once)
     for part in parts:
         if reason := lack(part):
             print(f"{part.name} will not run; {reason}", flush=True)
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    check = Check(Path(options.out), elsewhere(facts, "cuda") | {"date": now})
+    todo = [part for part in parts if not lack(part) and (options.again or not check.done(part))]
+    print(f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected of an H100, 16 cores:")
+    print("\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True)
     done = check.run(parts, options.minutes, options.again)
     print(check.table())
+    if not done:
+        print("the same command goes on with what is not done")
     return int(not done)
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("tyro") is None:
-        print("error: tyro is not installed and every part needs it; pip install tyro", file=sys.stderr)
+    if importlib.util.find_spec("tyro") is None or importlib.util.find_spec("numpy") is None:
+        print(
+            "error: tyro and numpy are not installed and every part needs them; run `make wheels` on a machine with a "
+            "network and `make gpu-check WHEELS=FOLDER` here",
+            file=sys.stderr,
+        )
         sys.exit(2)
     from cli import entry_point
 

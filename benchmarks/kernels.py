@@ -39,6 +39,7 @@ import kernels.fp8_linear
 import kernels.layer_norm
 import kernels.linear_cross_entropy
 from benchmarks import machine
+from benchmarks.contenders import LARGE_CARD
 from benchmarks.table import markdown
 from cli import entry_point, parse
 from config import GPTConfig, UserError, nearest
@@ -232,6 +233,37 @@ def linear_cross_entropy(place: Place) -> Operation:
     )  # fmt: skip
 
 
+def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
+    """A product of a layer and the two of its gradients, as PyTorch makes them; widths in multiples of n_embd."""
+    rows, width = place.size.rows, place.size.model.n_embd
+    x, weight = place.randn(rows, inputs * width), place.randn(outputs * width, inputs * width, scale=0.02)
+
+    def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        return [F.linear(x, weight)]
+
+    return Operation(
+        f"{rows:,} x {inputs * width:,} x {outputs * width:,}", 6.0 * rows * inputs * outputs * width**2, "product",
+        leaves(x, weight), (place.randn(rows, outputs * width),), {PYTORCH: Form(lambda: eager)},
+        TOLERANCE[place.dtype],
+    )  # fmt: skip
+
+
+def product_qkv(place: Place) -> Operation:
+    return layer_product(place, 1, 3)
+
+
+def product_projection(place: Place) -> Operation:
+    return layer_product(place, 1, 1)
+
+
+def product_up(place: Place) -> Operation:
+    return layer_product(place, 1, 4)
+
+
+def product_down(place: Place) -> Operation:
+    return layer_product(place, 4, 1)
+
+
 def layer_norm(place: Place) -> Operation:
     """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input is one of them."""
     rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
@@ -395,7 +427,8 @@ def fp8_linear(place: Place) -> Operation:
 OPERATIONS: dict[str, Callable[[Place], Operation]] = {
     function.__name__: function
     for function in (
-        cross_entropy, linear_cross_entropy, layer_norm, bias_gelu, attention, attention_documents, adamw, fp8_linear
+        product_qkv, product_projection, product_up, product_down, cross_entropy, linear_cross_entropy, layer_norm,
+        bias_gelu, attention, attention_documents, adamw, fp8_linear,
     )
 }  # fmt: skip
 
@@ -647,6 +680,13 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
     return text
 
 
+def size_of(device: torch.device, quick: bool) -> Size:
+    """Half the logits on a GPU with less than 100 GB: PyTorch holds them seven times over."""
+    size = SIZES["quick" if quick else device.type]
+    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD
+    return dataclasses.replace(size, logit_rows=size.logit_rows // 2) if small and not quick else size
+
+
 def here(device: torch.device, quick: bool) -> Place:
     gpu = device.type == "cuda"
     compiler = gpu or shutil.which("c++") or shutil.which("g++")
@@ -658,7 +698,7 @@ def here(device: torch.device, quick: bool) -> Place:
     return Place(
         device,
         torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32,
-        SIZES["quick" if quick else device.type],
+        size_of(device, quick),
         no_triton=missing("cuda") if gpu else "needs a GPU",
         no_compiler="--quick compiles nothing" if quick else None if compiler else "needs a C++ compiler",
         no_liger="not installed" if "liger-kernel" not in machine.versions() else None if gpu else "needs a GPU",

@@ -36,6 +36,7 @@ def facts(device: str) -> dict[str, Any]:
         "native": choose_precision("auto", found)[0],
         "hardware": {
             "gpu": distributed.device_name(found) if found.type == "cuda" else None,
+            "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None,
             "cpu": distributed.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -1,9 +1,9 @@
 """One optimizer step of this engine beside other trainers':  python -m benchmarks.peers [--quick] [--device cuda]
 
-Every contender trains in a process of its own, so that its peak memory is its own. This engine stays; the others come
-one after another and take turns with it, A B A B: what else the machine does falls on both alike, and no more than
-two are in memory. Nothing is timed before losses and gradient norms agree. The trade-off: two others are compared
-only through this engine.
+Every contender trains in a process of its own, so that its peak memory is its own. On a CPU this engine stays, and the
+others come one after another and take turns with it, A B A B: what else the machine does falls on both alike. On a GPU
+each is alone, this engine first: two do not fit, and nothing else runs there. Nothing is timed before losses and
+gradient norms agree. The trade-off: two others are compared only through this engine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step
+from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step, fitting
 from benchmarks.machine import elsewhere, facts, product_ceiling
 from benchmarks.peers_report import assessed, rates, report
 from cli import entry_point, parse
 from config import UserError, nearest
-from runlog import peak_flops
+from runlog import bytes_text, peak_flops
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
+FREE = 0.85  # share of a GPU's memory that is free where no other process uses it
 REPETITIONS = 3, 30  # turns of a contender: at least and at most
 # Relative, of the first loss and gradient norm. fp32: sums in another order. bf16 has 8 bits, and the two round
 # at other places (the residual stream, the logits); FP8 has 4 of them.
@@ -90,6 +91,7 @@ def serve(pipe: Connection, name: str, case: Case) -> None:
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
         for module in ("torch._dynamo", *CONTENDERS[name].imports):  # torch's optimizers load the former late
             importlib.import_module(module)
+        check_free(case.device)
         code = _code_bytes(case.device)
         step = CONTENDERS[name].build(case)
         while (steps := pipe.recv()) is not None:
@@ -102,6 +104,16 @@ def serve(pipe: Connection, name: str, case: Case) -> None:
         traceback.print_exc()
         message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         pipe.send("out of memory" if is_out_of_memory(error) else message)
+
+
+def check_free(device: str) -> None:
+    """Raise UserError where other processes hold a GPU's memory: nothing is measured beside them."""
+    import torch
+
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        if free < FREE * total:
+            raise UserError(f"other processes hold {bytes_text(total - free)} of the GPU; end them first")
 
 
 def _code_bytes(device: str) -> int:
@@ -125,8 +137,6 @@ def take_turn(step: Step, untimed: int, steps: int, device: str, code: int) -> T
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     memory = distributed.memory_bytes(torch.device(device)) - code
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the other contender may need it; an untimed step fetches it back
     return Turn(seconds / steps, cpu / steps, *figures, memory)
 
 
@@ -211,14 +221,50 @@ class Pace:
     least: int
     most: int
 
+    def goes_on(self) -> Iterator[int]:
+        """Numbers of the turns."""
+        until = time.monotonic() + self.seconds
+        for number in range(self.most):
+            if number >= self.least and time.monotonic() > until:
+                return
+            yield number
 
-def alternate(case: Case, own: TakeTurn, other: TakeTurn, steps: int, pace: Pace) -> list[tuple[Turn, Turn]]:
-    untimed = int(case.device == "cuda")
-    until = time.monotonic() + pace.seconds
-    turns: list[tuple[Turn, Turn]] = []
-    while len(turns) < pace.least or (len(turns) < pace.most and time.monotonic() < until):
-        turns.append((own(untimed, steps), other(untimed, steps)))
-    return turns
+
+def alternate(own: TakeTurn, other: TakeTurn, steps: int, pace: Pace) -> list[tuple[Turn, Turn]]:
+    return [(own(0, steps), other(0, steps)) for _ in pace.goes_on()]
+
+
+def alone(case: Case, name: str, pace: Pace, start: Opening | None = None) -> tuple[Opening, list[Turn]]:
+    """A contender's opening, checked against ours in `start`, and its turns, in a process that ends. Raises Failed."""
+    with contender(name, case) as turn:
+        its = opening(turn)
+        if start:
+            check_agreement(case, name, start, its)
+        steps = max(1, round(TURN_SECONDS / its.seconds))
+        return its, [turn(int(number == 0), steps) for number in pace.goes_on()]
+
+
+def one_by_one(case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]) -> Iterator[str]:
+    """As `compare`, on a GPU: ours, then each of the others, with nothing else in the GPU's memory."""
+    start, mine = alone(case, OURS, pace)
+    contenders[OURS] = of_turns(case, mine) | {"opening": dataclasses.asdict(start)}
+    yield OURS
+    for name in names:
+        try:
+            if reason := CONTENDERS[name].lacking(case.device):
+                raise Failed(name, reason)
+            its, theirs = alone(case, name, pace, start)
+        except Failed as error:
+            contenders[name] = {"error": error.reason}
+        else:
+            contenders[name] = of_turns(case, theirs) | {
+                "opening": dataclasses.asdict(its),
+                "beside": of_turns(case, mine),
+                "speed_ratio": statistics.median(t.seconds for t in theirs)
+                / statistics.median(t.seconds for t in mine),
+                "memory_ratio": mine[-1].memory / theirs[-1].memory,
+            }
+        yield name
 
 
 def against(case: Case, name: str, own: TakeTurn, start: Opening, pace: Pace) -> dict[str, Any]:
@@ -230,7 +276,7 @@ def against(case: Case, name: str, own: TakeTurn, start: Opening, pace: Pace) ->
             its = opening(other)
             check_agreement(case, name, start, its)
             steps = max(1, round(TURN_SECONDS / min(start.seconds, its.seconds)))
-            turns = alternate(case, own, other, steps, pace)
+            turns = alternate(own, other, steps, pace)
     except Failed as error:
         if error.name == OURS:
             raise
@@ -255,11 +301,14 @@ def of_turns(case: Case, turns: Sequence[Turn]) -> dict[str, Any]:
 
 def compare(case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]) -> Iterator[str]:
     """Fill `contenders` with the figures of ours and of each of `names`; yields each name when it is there."""
+    if case.device == "cuda":
+        yield from one_by_one(case, names, pace, contenders)
+        return
     with contender(OURS, case) as own:
         start = opening(own)
         steps = max(1, round(TURN_SECONDS / start.seconds))
-        alone = [own(int(case.device == "cuda"), steps) for _ in range(pace.least)]
-        contenders[OURS] = of_turns(case, alone) | {"opening": dataclasses.asdict(start)}
+        turns = [own(0, steps) for _ in range(pace.least)]
+        contenders[OURS] = of_turns(case, turns) | {"opening": dataclasses.asdict(start)}
         yield OURS
         for name in names:
             contenders[name] = against(case, name, own, start, pace)
@@ -355,7 +404,8 @@ def main() -> None:
     precisions = chosen("precision", options.precision or now["native"], ["fp32", "tf32", "bf16"])
     cases = earlier(out, now) if options.resume else []
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in ((name, SHAPES[device][name]) for name in shapes):
+        memory = now["hardware"]["gpu_memory_bytes"]
+        for name, shape in ((name, fitting(SHAPES[device][name], memory)) for name in shapes):
             weights = f"{folder}/{name}"
             flops = elsewhere(prepare, shape, device, weights)
             for precision in precisions:

@@ -108,11 +108,12 @@ def report(facts: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     ceilings = {case["precision"]: case["ceiling_flops"] for case in cases}
     ceiling = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {precision}" for precision, flops in ceilings.items())
+    turns = "steps of each alone" if hardware["gpu"] else "alternated steps"
     sheet = ";\nof sheet: of the maker's data sheet" if any(case["sheet_flops"] for case in cases) else ""
     return (
         f"One optimizer step on {where}, {facts['date'][:10]}: {versions}.\n\n{table(cases)}\n\n"
         "Shapes: micro-batch x length x accumulation. Speed x and memory x: this engine over the other, medians over "
-        "alternated steps; more speed,\nless memory is better. MFU: share of the matrix-product ceiling measured in this "
+        f"{turns}; more speed,\nless memory is better. MFU: share of the matrix-product ceiling measured in this "
         f"run, {ceiling}{sheet}.\nPeak memory is that of a process (on a GPU: of its allocations) without its code.\n{NOTES}\n\n"
         + "\n".join(map(sentence, cases))
         + "\n"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -374,7 +375,10 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     text = text_of(result, plan, machine)
     write_json(bench.folder / "stages.json", result)
     (bench.folder / "stages.md").write_text(text)
-    draw(result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png")
+    if importlib.util.find_spec("matplotlib"):
+        draw(result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png")
+    else:
+        say("matplotlib is not installed: no chart was drawn; the same command draws it where it is")
     return text
 
 

@@ -87,7 +87,8 @@ def _in_chunks(
         chunk = x[start : start + rows].to(dtype)
         logits = chunk @ head.t()  # (rows, V')
         for part, target in zip(logits.split(piece), targets[start : start + rows].split(piece), strict=True):
-            total += _loss_and_gradient(part, target, vocab_size, grad)
+            # not +=: torch 2.11 compiles a Function that returns what it changed in place to gradients of zero
+            total = total + _loss_and_gradient(part, target, vocab_size, grad)
         if dx is not None:
             dx[start : start + rows] = logits @ head
         if dweight is not None:

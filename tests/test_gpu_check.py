@@ -9,25 +9,26 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import Check, Part, all_parts, asked_for
+from benchmarks.gpu_check import Check, Part, all_parts, asked_for, begun_in, forecast
 from config import UserError
 
 FACTS = {"hardware": {"gpu": "none such"}, "driver": "1", "versions": {"torch": "2"}, "date": "today"}
 
 
-def part(name: str, code: str, tries: int = 1, packages: tuple[str, ...] = ()) -> Part:
+def part(name: str, code: str, packages: tuple[str, ...] = (), seconds: float = 12, **more: Any) -> Part:
     """A part that runs `code`; {out} in it is the part's folder."""
-    return Part("tests", name, ("-c", code), packages, tries)
+    return Part("tests", name, ("-c", code), packages, seconds, **more)
 
 
-def check(folder: Path, limit: float = 30, **facts: Any) -> Check:
-    return Check(folder, FACTS | facts, limit)
+def check(folder: Path, **facts: Any) -> Check:
+    return Check(folder, FACTS | facts)
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -41,7 +42,7 @@ FIGURES = "import os, json\njson.dump(os.environ['TRITON_CACHE_DIR'], open('{out
 
 
 def runs(folder: Path, name: str) -> int:
-    return len((folder / name / "runs").read_text())
+    return len((folder / "cache/parts" / name / "runs").read_text())
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path, capsys) -> None:
@@ -66,10 +67,11 @@ def test_done_parts_are_not_run_again(tmp_path) -> None:
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (2, 1)
     assert check(tmp_path).run(parts[1:], minutes=1)
     assert set(written(tmp_path)["parts"]) == {"bad", "good"}  # what was not asked for now stays in the table
-    check(tmp_path).run(parts, minutes=1, again=True)
-    assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (3, 2)
     check(tmp_path, driver="2").run(parts, minutes=1)  # other figures
-    assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (4, 3)
+    assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (3, 2)
+    assert json.loads((tmp_path / "gpu-check-today-before.json").read_text())["driver"] == "1"
+    check(tmp_path, driver="2").run(parts, minutes=1, again=True)  # from the beginning
+    assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (1, 1)
 
 
 def test_a_part_that_hangs_is_ended_and_may_go_on(tmp_path) -> None:
@@ -77,46 +79,89 @@ def test_a_part_that_hangs_is_ended_and_may_go_on(tmp_path) -> None:
         "import time\nprint('begun', flush=True)\n"
         "try:\n  time.sleep(60)\nfinally:\n  open('{out}/tidy', 'w')\n"  # as pytest does, which ends its programs
     )
-    goes_on = "import os, time\nif not os.path.exists('{out}/runs'):\n  " + COUNT + "  time.sleep(60)\n" + COUNT
-    parts = [part("hangs", hang), part("goes on", goes_on, tries=3), part("good", COUNT)]
-    assert not check(tmp_path, limit=2).run(parts, minutes=1)
+    parts = [part("hangs", hang, seconds=1), part("good", COUNT)]
+    assert not check(tmp_path).run(parts, minutes=1)
     result = written(tmp_path)["parts"]
     hangs = result["hangs"]
     assert (hangs["result"], hangs["exit_code"]) == ("timed out", None) and hangs["output"].startswith("begun")
-    assert (tmp_path / "hangs/tidy").exists()
-    assert result["goes on"]["result"] == result["good"]["result"] == "done"
-    assert (runs(tmp_path, "hangs"), runs(tmp_path, "goes on")) == (1, 2)
+    assert (tmp_path / "cache/parts/hangs/tidy").exists() and result["good"]["result"] == "done"
+
+
+def test_a_part_that_says_it_is_unfinished_goes_on(tmp_path) -> None:
+    code = COUNT + "import os\nif os.path.getsize('{out}/runs') < 2: print('the time was up')"
+    slices = part("slices", code, unfinished="the time was up")
+    assert not check(tmp_path).run([slices], minutes=1)
+    assert written(tmp_path)["parts"]["slices"]["result"] == "timed out"
+    assert check(tmp_path).run([slices], minutes=1) and runs(tmp_path, "slices") == 2
+    assert check(tmp_path).run([slices], minutes=1) and runs(tmp_path, "slices") == 2
+
+
+def test_another_machine_goes_on_from_the_record(tmp_path) -> None:
+    code = (
+        "import json, os, pathlib\nfolder = pathlib.Path('{out}/runs')\nfolder.mkdir(exist_ok=True)\n"
+        "had = len(list(folder.iterdir()))\n(folder / f'{had}.json').write_text('1')\nif had < 1: print('time up')"
+    )
+    parts = [part("slices", code, unfinished="time up")]
+    assert not check(tmp_path / "a").run(parts, minutes=1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/gpu-check.json").write_text((tmp_path / "a/gpu-check.json").read_text())
+    assert check(tmp_path / "b").run(parts, minutes=1)
+    assert set(written(tmp_path / "b")["parts"]["slices"]["files"]) == {"runs/0.json", "runs/1.json"}
+
+
+def test_an_emptied_results_folder_comes_back_from_the_cache(tmp_path) -> None:
+    done = part("done", COUNT)
+    for _ in range(2):
+        assert Check(tmp_path / "out", FACTS, tmp_path / "cache").run([done], minutes=1)
+        assert {"gpu-check.json", "gpu-check.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+    assert len((tmp_path / "cache/parts/done/runs").read_text()) == 1
+
+
+def test_tests_run_beside_one_another_and_measurements_alone(tmp_path) -> None:
+    stamps = "import time\nopen('{out}/a', 'w').write(str(time.time()))\ntime.sleep(1.5)\n"
+    stamps += "open('{out}/b', 'w').write(str(time.time()))"
+    parts = [part("x", stamps, beside=True), part("y", stamps, beside=True), part("alone", stamps)]
+    assert Check(tmp_path, FACTS, at_once=2).run(parts, minutes=1)
+    spans = {p.name: [float((tmp_path / "cache/parts" / p.name / n).read_text()) for n in "ab"] for p in parts}
+    assert spans["x"][0] < spans["y"][1] and spans["y"][0] < spans["x"][1]
+    assert spans["alone"][0] > max(spans["x"][1], spans["y"][1])
+
+
+def test_the_plan_fills_calls_in_turn() -> None:
+    parts = [part("a", "", seconds=50), part("b", "", seconds=400), part("c", "", seconds=100, beside=True),
+             part("d", "", seconds=500, unfinished="")]  # fmt: skip
+    assert [p.name for p, _ in begun_in(parts, 300, 2)] == ["a", "c", "d"]
+    lines = forecast(parts, 300, 2)
+    assert lines == ["call 1: a 50 s, c 100 s, d 150 s", "call 2: b 300 s", "call 3: b 100 s, d 200 s", "later: d"]
+
+
+def test_a_rehearsal_says_so_and_runs_on_the_cpu(tmp_path) -> None:
+    told = part("told", "import os, sys; print(sys.argv[1:], os.environ['GPU_TESTS_DEVICE'])", rehearsal=("--tiny",))
+    assert Check(tmp_path, FACTS, rehearse=True).run([told], minutes=1)
+    text = (tmp_path / "gpu-check-rehearsal.md").read_text()
+    assert text.startswith("This was a rehearsal") and "['--tiny'] cpu" in text
+    assert not (tmp_path / "gpu-check.json").exists()
 
 
 def test_a_part_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('{out}/x', 'w')\ntime.sleep(60)"
-    assert not check(tmp_path, limit=2).run([part("deaf", deaf)], minutes=1)
-    assert (tmp_path / "deaf/x").exists() and written(tmp_path)["parts"]["deaf"]["seconds"] < 30
-
-
-def test_a_sliced_part_takes_all_its_tries(tmp_path) -> None:
-    slices = dataclasses.replace(part("slices", COUNT, tries=4), sliced=True)
-    check(tmp_path).run([dataclasses.replace(slices, tries=1)], minutes=1)  # as if the time had been over then
-    assert runs(tmp_path, "slices") == 1
-    assert check(tmp_path).run([slices], minutes=1) and runs(tmp_path, "slices") == 4
-    assert check(tmp_path).run([slices], minutes=1) and runs(tmp_path, "slices") == 4
-    assert written(tmp_path)["parts"]["slices"]["tries"] == 4
-    broken = dataclasses.replace(slices, name="broken", words=("-c", COUNT + "raise SystemExit(1)"))
-    assert not check(tmp_path).run([broken], minutes=1)  # of what failed in one slice, the next may do the rest
-    assert runs(tmp_path, "broken") == 4
+    assert not check(tmp_path).run([part("deaf", deaf, seconds=1)], minutes=1)
+    assert (tmp_path / "cache/parts/deaf/x").exists() and written(tmp_path)["parts"]["deaf"]["seconds"] < 30
 
 
 def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
     checked = check(tmp_path)
     assert not checked.run([part("late", COUNT)], minutes=0)
-    assert "| late | not run |" in checked.table() and not (tmp_path / "late").exists()
+    assert "| late | not run |" in checked.table() and not (tmp_path / "cache/parts/late").exists()
 
 
 def test_a_missing_package_costs_its_parts_only(tmp_path) -> None:
     checked = check(tmp_path)
     assert not checked.run([part("poor", COUNT, packages=("json", "no_such")), part("good", COUNT)], minutes=1)
-    assert "not installed: no_such" in checked.table() and not (tmp_path / "poor").exists()
+    assert "not installed: no_such" in checked.table() and not (tmp_path / "cache/parts/poor").exists()
     assert written(tmp_path)["parts"]["good"]["result"] == "done"
 
 
@@ -139,7 +184,7 @@ def test_without_a_gpu_it_says_so_in_one_line(repo) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # as under no make
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     line, of_make = done.stderr.splitlines()
-    assert line == "error: torch sees no CUDA GPU on this machine; nothing was run"
+    assert line == "error: torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU"
     assert done.returncode == 2 and of_make.startswith("make: ***") and not done.stdout
 
 
@@ -150,7 +195,7 @@ def test_the_parts_come_in_order_of_worth() -> None:
     parts = all_parts()
     assert len({p.name for p in parts}) == len(parts)
     groups = list(dict.fromkeys(p.group for p in parts))
-    assert groups == ["correctness", "peers", "ladder", "kernels", "sizes", "decoding"]
+    assert groups == ["correctness", "kernels", "peers", "ladder", "sizes", "decoding"]
 
 
 def test_every_kernel_and_every_gpu_test_is_in_a_part(repo) -> None:
@@ -183,3 +228,41 @@ def test_the_engine_needs_small_packages_only(repo) -> None:
             imported |= {name.partition(".")[0] for name in names}
     outside = imported - own - sys.stdlib_module_names - {"__future__"}
     assert outside <= {"torch", "numpy", "triton", *Part("", "", ()).packages}
+
+
+# --- wheels
+
+
+def make_wheel(folder: Path, name: str, version: str, needs: str = "", tag: str = "py3-none-any") -> None:
+    folder.mkdir(exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (
+        f"Requires-Dist: {needs}\n" if needs else ""
+    )
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as file:
+        file.writestr(f"{name}.py", f"version = {version!r}\n")
+        file.writestr(f"{info}/METADATA", metadata)
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_that_fit_are_installed_and_others_named(run, tmp_path) -> None:
+    folder = tmp_path / "wheels"
+    make_wheel(folder, "gpu_tiny", "1.0")
+    make_wheel(folder, "gpu_tiny", "1.10")  # newer than 1.9
+    make_wheel(folder, "gpu_tiny", "1.9")
+    make_wheel(folder, "gpu_other", "1.0", tag="cp27-cp27m-win32")
+    make_wheel(folder, "pytest", "0.1")  # there is another one
+    (folder / "gpu_broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
+    done = run("-m", "benchmarks.wheels", "install", folder, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert "gpu_other is left out" in done.stdout.replace("-", "_") and "gpu_broken is left out" in done.stdout.replace(
+        "-", "_"
+    )
+    assert (tmp_path / "site/gpu_tiny.py").read_text() == "version = '1.10'\n"
+    assert not (tmp_path / "site/pytest.py").exists()
+
+
+def test_a_folder_without_wheels_is_one_line(run, tmp_path) -> None:
+    done = run("-m", "benchmarks.wheels", "install", tmp_path, tmp_path / "site")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make wheels" in done.stderr
