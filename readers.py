@@ -126,7 +126,7 @@ def wide_encoding(head: bytes) -> str | None:
         return "UTF-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
-    zeros = 0.02 if _decodes(head, "utf-8") is None else 0.2
+    zeros = 0.02 if _decodes(head, "utf-8") is None else 0.4
     if head.count(0) < max(1, zeros * len(head)):
         return None
     best, most = None, 0.0
@@ -333,6 +333,14 @@ class Lines:
         self._ahead.extendleft(reversed(lines))
         self.number -= len(lines)
 
+    def following(self, n: int) -> list[str]:
+        """The next n lines; fewer at the end of the file."""
+        self._ahead.extend(itertools.islice(self._lines, max(0, n - len(self._ahead))))
+        return list(itertools.islice(self._ahead, n))
+
+    def is_done(self) -> bool:
+        return not self.following(1)
+
     def peek(self, characters: int) -> list[str]:
         """So much of what comes next, in whole lines; less at the end of the file."""
         held = sum(map(len, self._ahead))
@@ -456,6 +464,7 @@ DELIMITERS = "\t,;|"
 _NONE = "\U0010ffff"  # a character that stands in no text: the delimiter of a table of one column
 _MANY = 10  # lines inside one cell that each look like a row, from which on they are rows
 _JUDGED = 200  # rows of the sample that are split to choose between delimiters
+_VOTES = 2000  # rows with quotes that tell whether these hold cells together
 _INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')  # the rest of a quoted cell and the quote that ends it
 
 UNCLOSED = "has a quote that is not closed where its cell ends"
@@ -473,9 +482,9 @@ def read_table(
     called with the names of the columns, and may raise. Raises UserError where the first line does not name columns.
     """
     lines = Lines(stream, path)
-    if not lines.peek(1):
+    if lines.is_done():
         return
-    if isinstance(lines.peek(1)[0], NotUtf8):
+    if isinstance(lines.following(1)[0], NotUtf8):
         raise not_utf8(f"{path} line 1", path)
     table = _Table(lines, *_dialect(lines, needed))
     header = table.header()
@@ -501,14 +510,19 @@ class _Table:
 
     def __init__(self, lines: Lines, delimiter: str, quoted: bool | None):
         self.lines, self.delimiter, self.quoted = lines, delimiter, quoted
+        self.n: int | None = None  # cells of the header
         self.taken: list[str] = []  # the lines of the row
         self.odd = False  # whether the row has a quote inside a cell that is not quoted
-        self._opens = re.compile(rf'(?:^|{re.escape(delimiter)})"')
+
+    def opens(self, line: str) -> bool:
+        """Whether a cell of this line begins with a quote."""
+        return '"' in line and (line[0] == '"' or self.delimiter + '"' in line)
 
     def header(self) -> list[str] | str:
         """The first row that is not blank."""
-        while (row := self._next()) is not None:
+        while (row := self.next()) is not None:
             if row:
+                self.n = len(row)
                 return row
         return "has nothing"
 
@@ -518,25 +532,41 @@ class _Table:
         After a row that is broken, or that runs over lines which are rows themselves, reading goes on in its second
         line: its quote has run on to some later one by then, over rows that are whole.
         """
-        while (cells := self._next()) is not None:
+        n = len(names)
+        held: tuple[int, list[str], list[str]] | None = None  # a row of several lines, until the next one is sound
+        while (cells := self.next()) is not None:
             line = self.lines.number - len(self.taken) + 1
             if not cells:
                 continue  # a blank line
-            if isinstance(cells, list) and len(cells) != len(names):
+            if isinstance(cells, list) and len(cells) != n:
                 cells = Torn(names, cells)
-            elif isinstance(cells, list) and len(self.taken) > 1 and self._swallowed(len(names)):
+            elif isinstance(cells, list) and len(self.taken) > 1 and self.swallowed(n):
                 cells = UNCLOSED
+            if held:
+                ahead = [*held[2], *self.taken, *self.lines.following(_JUDGED)] if isinstance(cells, str) else []
+                yield held[:2]
+                if ahead and _reads_on(ahead, len(held[2]), self.delimiter, n):
+                    # One of the two is broken and nothing tells which, so both readings are kept.
+                    self.lines.give_back([*held[2][1:], *self.taken])
+                    held = None
+                    continue
+                held = None
             if isinstance(cells, str):
                 self.lines.give_back(self.taken[1:])
+            elif len(self.taken) > 1:
+                held = line, cells, self.taken
+                continue
             yield line, cells
+        if held:
+            yield held[:2]
 
-    def _next(self) -> list[str] | str | None:
+    def next(self) -> list[str] | str | None:
         line = self.lines.take()
         if line is None:
             return None
         self.taken, self.odd = [line], False
-        if self.quoted is None and '"' in line and self._opens.search(line):
-            self.quoted = _is_quoted([line, *self.lines.peek(SAMPLE)], self.delimiter)
+        if self.quoted is None and self.opens(line):
+            self.quoted = _is_quoted([line, *self.lines.peek(SAMPLE)], self.delimiter, self.n)
         if self.quoted is False or '"' not in line:
             body = _without_end(line)
             return self._mark(body.split(self.delimiter)) if body else []
@@ -578,10 +608,10 @@ class _Table:
                 return cells
             at = end + 1
 
-    def _swallowed(self, n: int) -> bool:
+    def swallowed(self, n: int) -> bool:
         """Whether a row of several lines is one line with a quote that means nothing, and then rows of their own."""
         inside = self.taken[1:]
-        if len(inside) >= _MANY and n > 1 and all(line.count(self.delimiter) == n - 1 for line in inside):
+        if len(inside) >= _MANY and n > 1 and _looks_like_rows(inside, self.delimiter, n):
             return True
         return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
 
@@ -599,16 +629,31 @@ class _Given(Lines):
         self._lines, self._ahead, self.number = iter(lines), deque(), 0
 
 
-def _rows_of(lines: Sequence[str], delimiter: str, n: int, even: bool = False) -> float:
+def _rows_of(lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True) -> float:
     """The share of the rows in these lines that have n cells; under `even` also none with a quote out of place."""
-    table = _Table(_Given(lines), delimiter, True)
+    table = _Table(_Given(lines), delimiter, quoted)
     right = rows = 0
-    while rows < _JUDGED and (cells := table._next()) is not None:
+    while rows < _JUDGED and (cells := table.next()) is not None:
         rows += bool(cells)
         right += isinstance(cells, list) and len(cells) == n and not (even and table.odd)
         if isinstance(cells, str):
             table.lines.give_back(table.taken[1:])
     return right / max(1, rows)
+
+
+def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
+    """Whether line `at`, which begins no sound row, belongs to one if reading begins in the second line."""
+    given = _Given(lines[1:])
+    table = _Table(given, delimiter, True)
+    while (cells := table.next()) is not None:
+        right = isinstance(cells, list) and len(cells) == n and not table.odd
+        if given.number >= at and right:
+            return given.number - len(table.taken) < at - 1  # it began before
+        if given.number - len(table.taken) + 1 >= at:
+            return False
+        if not right:
+            given.give_back(table.taken[1:])
+    return False
 
 
 def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool | None]:
@@ -620,15 +665,14 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         if delimiter not in first:
             continue
         quoted = _is_quoted(sample, delimiter)
-        table = _Table(_Given(sample), delimiter, quoted)
-        header = table.header()
+        header = _Table(_Given(sample), delimiter, quoted).header()
         if isinstance(header, str) or len(header) < 2:
             continue
         names = set(map(str.strip, header))
         ranked.append((all(names & set(of) for of in needed), delimiter, quoted, len(header)))
     if len(ranked) > 1:
-        rest = sample[1:]
-        ranked.sort(key=lambda one: (one[0], _rows_of(rest[: 4 * _JUDGED], one[1], one[3])), reverse=True)
+        rest = sample[1 : 1 + 4 * _JUDGED]
+        ranked.sort(key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True)
     if ranked:
         return ranked[0][1:3]
     # No delimiter splits the first line: one column, or a quote in it that is never closed.
@@ -639,18 +683,37 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
     return _NONE, _is_quoted(sample, _NONE)
 
 
-def _is_quoted(sample: list[str], delimiter: str) -> bool | None:
-    """Whether quotes hold a table's cells together (RFC 4180): most cells that open with one close with one too.
+def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool | None:
+    """Whether quotes hold a table's cells together (RFC 4180), judged by the rows in which a cell begins with one.
 
-    Where they mean nothing, as in MRPC, a cell that opens with a quotation mostly goes on after its end. None where
-    no cell opens with one.
+    They do where such a row is mostly one of n cells only if they do (n: those of the first row, unless given). Where
+    they mean nothing, as in MRPC, a cell that opens with a quotation mostly goes on after its end, and the line has n
+    cells as it is. None where no cell begins with a quote.
     """
-    text = "".join(sample)
-    cell = rf'(?:^|(?<=\r)|{re.escape(delimiter)})"([^"]*+(?:""[^"]*+)*+"(?={re.escape(delimiter)}|[\r\n]|\Z))?'
-    closed = [(match[1] is not None, match.end()) for match in re.finditer(cell, text, re.MULTILINE)]
-    if closed and not closed[-1][0] and len(text) >= SAMPLE and '"' not in text[closed[-1][1] :]:
-        closed.pop()  # a cell that the sample ends in
-    return 2 * sum(is_closed for is_closed, _ in closed) >= len(closed) if closed else None
+    table = _Table(_Given(sample), delimiter, True)
+    if n is None:
+        header = table.header()
+        n = len(header) if isinstance(header, list) else _without_end(sample[0]).count(delimiter) + 1
+        if isinstance(header, str):
+            table = _Table(_Given(sample), delimiter, True)
+    cut = sum(map(len, sample)) >= SAMPLE
+    whole = plain = met = 0
+    while whole + plain < _VOTES and (cells := table.next()) is not None:
+        line, more = table.taken[0], table.taken[1:]
+        opens = table.opens(line)
+        met += opens
+        if isinstance(cells, list) and len(cells) in (0, n) and not (more and table.swallowed(n)):
+            whole += opens
+            continue
+        if opens and _looks_like_rows([line], delimiter, n):
+            # A cell that the sample ends in is no sign, unless rows follow its first line.
+            plain += not (cut and table.lines.is_done()) or _looks_like_rows(more[:3], delimiter, n)
+        table.lines.give_back(more)
+    return whole >= plain if met else None
+
+
+def _looks_like_rows(lines: Sequence[str], delimiter: str, n: int) -> bool:
+    return all(line.count(delimiter) == n - 1 for line in lines)
 
 
 # ---- parquet
