@@ -93,7 +93,7 @@ def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
                     break
                 if layer == LAYERS:
                     raise UserError(f"{path} is gzip inside gzip, more than {LAYERS} times; unpack it first")
-                unpacked: Any = stack.enter_context(gzip.GzipFile(fileobj=stream))
+                unpacked: Any = stack.enter_context(gzip.GzipFile(mode="rb", fileobj=stream))
                 stream = io.BufferedReader(unpacked, HEAD)
             if stream is file and path.name.lower().endswith(".gz") and head and not _is_plain(head):
                 raise UserError(f"{path} is not a sound gzip file: it does not begin as one; copy or make it again")
@@ -162,7 +162,7 @@ def encoding_of(sample: bytes) -> str | None:
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(sample)
     bad = len(BAD_BYTE.findall(text))
     utf8 = sum(character > "\x7f" for character in text) - bad
-    if not bad or 4 * utf8 > bad or any(byte < 32 and byte not in b"\t\n\r\f" for byte in sample):
+    if not bad or 2 * utf8 > bad or any(byte < 32 and byte not in b"\t\n\r\f" for byte in sample):
         return None  # UTF-8 in which some bytes are spoilt, or no text at all
     high = [byte > 0x7F for byte in sample]
     runs = sum(1 for pair in itertools.pairwise(high) if all(pair))
