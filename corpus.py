@@ -210,6 +210,7 @@ class TextFiles:
                 self._at[1] += 1
                 if segment:
                     yield segment
+            rows.tell()
             skip = 0
         self._at = [len(self.files), 0]
         rows.close(", ".join(map(str, self.files[:2])) + (", ..." if len(self.files) > 2 else ""))
@@ -226,6 +227,7 @@ class TextFiles:
                 if self.column not in names and self.column.strip() not in names:
                     raise UserError(readers.no_column(str(path), self.column, names))
 
+            rows.waits = stream is not self._raw
             records = readers.read_records(stream, path, suffix, [(self.column,)], check, [self.column], skip)
             for place, cells in records:
                 yield rows.segment(f"{path} {place}", cells, path)
@@ -239,33 +241,35 @@ class _Rows:
     def __init__(self, column: str, say: Callable[[str], None]):
         self.column, self.say = column, say
         self.found = False  # whether there was any sound one
+        self.waits = False  # whether damage may show later in the file, which would explain the broken rows
         self.left_out = LeftOut()
+        self._told = 0
 
     def segment(self, where: str, cells: dict[str, Any] | str, name: Path | str) -> Segment | None:
         """The document of a row; None for a broken one."""
         text = readers.text_of(cells, self.column)
         if text is not None:
-            if not self.found:
-                self.found = True
-                self._tell(self.left_out.shown)
+            self.found = True
             return text, True
         shown = self.left_out.count < SHOWN
-        line = f"{where} {readers.fault_of(cells, self.column, name)}" if shown else ""
-        self.left_out.add(line)
-        if self.found and shown:
-            self._tell([line])
+        self.left_out.add(f"{where} {readers.fault_of(cells, self.column, name)}" if shown else "")
+        if not self.waits:
+            self.tell()
         if not self.found and self.left_out.count == self.GIVE_UP:
             self.close(str(name))
         return None
 
-    def _tell(self, lines: Sequence[str]) -> None:
-        for line in lines:
+    def tell(self) -> None:
+        """Name those that were not named yet, once there is a sound row beside them."""
+        for line in self.left_out.shown[self._told :] if self.found else ():
             self.say(f"left out: {line}")
+            self._told += 1
 
     def close(self, what: str) -> None:
         """Tell how many were left out. Raises UserError where there was nothing else."""
         if self.left_out.count and not self.found:
             raise UserError(f"{what} holds no row that can be read: {self.left_out.shown[0]}")
+        self.tell()
         if more := self.left_out.more(what):
             self.say(more)
 

@@ -287,15 +287,15 @@ def read_rows(option: str, where: str, parse_row: Callable[[dict[str, Any]], Row
 def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the score were another's."""
     from corpus import records_of
+    from readers import with_advice
 
     if not path.is_file():
         raise UserError(f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub")
-    rows = []
-    for place, cells in records_of(path, ".jsonl"):
+    records = list(records_of(path, ".jsonl"))  # all, so that damage of the file comes before what it made of a row
+    for place, cells in records:
         if isinstance(cells, str):
-            raise UserError(f"{what} {place} {cells}; mend it, a score needs every row")
-        rows.append(cells)
-    return rows
+            raise UserError(f"a score needs every row: {what} {place} {with_advice(cells, cells, path)}")
+    return [cells for _, cells in records if isinstance(cells, dict)]
 
 
 def hub_rows(name: str, split: str) -> list[dict[str, Any]]:

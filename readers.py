@@ -815,7 +815,7 @@ def text_of(cells: dict[str, Any] | str, column: str) -> str | None:
 def fault_of(cells: dict[str, Any] | str, column: str, path: Path | str) -> str:
     """Why a row has no text in the column, and what to type."""
     if isinstance(cells, str):
-        return cells
+        return with_advice(cells, cells, path)
     if column not in cells and column.strip() not in cells:
         return no_column("", column, list(cells)).strip()
     value = cells.get(column, cells.get(column.strip()))
@@ -827,7 +827,7 @@ def fault_of(cells: dict[str, Any] | str, column: str, path: Path | str) -> str:
 def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> str:
     """What is wrong with a row and, where its bytes are not UTF-8, what to type."""
     bad = next((v for v in cells.values() if isinstance(v, NotUtf8)), "") if isinstance(cells, dict) else ""
-    if not bad or not fault.startswith("is not UTF-8 text"):
+    if not fault.startswith("is not UTF-8 text") or not (bad or isinstance(cells, str)):
         return fault
     head = b""
     with contextlib.suppress(UserError), opened(Path(path)) as (_, stream):

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def tools(path: Path, say: Callable[[str], None] = print) -> list[str]:
 CONSUMERS = [pretraining, fine_tuning, tokenizer, tools]
 
 
-def table(rows: list[tuple[str, ...]], **how: Any) -> str:
+def table(rows: Sequence[Sequence[str]], **how: Any) -> str:
     out = io.StringIO(newline="")
     csv.writer(out, **how).writerows(rows)
     return out.getvalue()

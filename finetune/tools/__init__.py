@@ -51,7 +51,7 @@ def read_predictions(files: Sequence[str]) -> list[Predictions]:
 
 
 def _read(file: str, first: Predictions | None = None) -> Predictions:
-    records = [_record(f"{file} {place}", cells) for place, cells in records_of(Path(file), ".jsonl")]
+    records = [_record(f"{file} {place}", cells) for place, cells in list(records_of(Path(file), ".jsonl"))]
     if not records:
         raise UserError(f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run")
     labels = first.labels if first else tuple(records[0]["probabilities"])
@@ -75,7 +75,7 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
 def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
     """A row of predictions, if it is one."""
     if isinstance(cells, str):
-        raise UserError(f"{where} {cells}")
+        raise UserError(f"{where} {cells}; name the predictions of a run")
     given = cells.get("probabilities")
     if not isinstance(given, dict) or cells.get("prediction") not in given or not all(map(_is_share, given.values())):
         raise UserError(

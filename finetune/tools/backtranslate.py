@@ -72,7 +72,7 @@ class BacktranslateConfig:
 def read_cells(file: str) -> list[dict[str, Any]]:
     """The rows of a file with all of their columns; those that are broken are told and left out."""
     rows, left_out = [], LeftOut()
-    for place, cells in records_of(Path(file)):
+    for place, cells in list(records_of(Path(file))):
         fault = cells if isinstance(cells, str) else ""
         if isinstance(cells, dict):
             fault = next((f"is not UTF-8 text in column {n!r}" for n, v in cells.items() if isinstance(v, NotUtf8)), "")
