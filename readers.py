@@ -321,11 +321,14 @@ class Lines:
         self._lines = _classic_lines(stream) if _is_classic(head) else map(_decode_line, stream)
         self._ahead: deque[str] = deque()
         self.number = 0  # of the last line that was taken
+        self.marked = False  # whether any so far was not UTF-8
 
     def take(self) -> str | None:
         """The next line; None at the end."""
         line = self._ahead.popleft() if self._ahead else next(self._lines, None)
-        self.number += line is not None
+        if line is not None:
+            self.number += 1
+            self.marked = self.marked or line.__class__ is NotUtf8
         return line
 
     def give_back(self, lines: Sequence[str]) -> None:
@@ -462,7 +465,8 @@ def _said(error: Exception) -> str:
 
 DELIMITERS = "\t,;|"
 _NONE = "\U0010ffff"  # a character that stands in no text: the delimiter of a table of one column
-_MANY = 10  # lines inside one cell that each look like a row, from which on they are rows
+_FEW, _MANY = 5, 10  # lines inside one cell that each look like a row, from which on they are rows
+_NUMBER, _WORD = re.compile(r"[-+]?[\d.]+"), re.compile(r"\S{1,30}")
 _JUDGED = 200  # rows of the sample that are split to choose between delimiters
 _VOTES = 2000  # rows with quotes that tell whether these hold cells together
 _INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')  # the rest of a quoted cell and the quote that ends it
@@ -574,23 +578,23 @@ class _Table:
         return cells if isinstance(cells, str) else self._mark(cells)
 
     def _mark(self, cells: list[str]) -> list[str]:
-        if not any(isinstance(line, NotUtf8) for line in self.taken):
+        if not self.lines.marked or not any(isinstance(line, NotUtf8) for line in self.taken):
             return cells
         return [NotUtf8(cell) if BAD_BYTE.search(cell) else cell for cell in cells]
 
     def _split(self, line: str) -> list[str] | str:
         """The cells of the row that begins with `line`, some of which are quoted; or what is wrong with it."""
         cells: list[str] = []
-        at, held = 0, len(line)
+        at, held, take, taken = 0, len(line), self.lines.take, self.taken
         while True:
             if line.startswith('"', at):
                 parts, begin = [], at + 1
-                while not (end := _closed_at(line, begin)):
-                    parts.append(line[begin:])
-                    following = self.lines.take()
+                while not (end := _closed_at(line, begin) if '"' in line else 0):
+                    parts.append(line[begin:] if begin else line)
+                    following = take()
                     if following is None:
                         return UNCLOSED
-                    self.taken.append(following)
+                    taken.append(following)
                     line, begin, held = following, 0, held + len(following)
                     if held > SAMPLE * 4:
                         return UNCLOSED  # no cell is so long, and memory must stay flat
@@ -611,9 +615,22 @@ class _Table:
     def swallowed(self, n: int) -> bool:
         """Whether a row of several lines is one line with a quote that means nothing, and then rows of their own."""
         inside = self.taken[1:]
-        if len(inside) >= _MANY and n > 1 and _looks_like_rows(inside, self.delimiter, n):
+        if len(inside) >= _FEW and n > 1 and _looks_like_rows(inside, self.delimiter, n) and self._alike(inside):
             return True
         return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
+
+    def _alike(self, inside: Sequence[str]) -> bool:
+        """Whether some column of these lines has what the row has in it, beside the cell that holds the lines: numbers
+        alone, or (which may be chance, so of many lines) single words."""
+        first, last = (_without_end(line).split(self.delimiter) for line in (self.taken[0], self.taken[-1]))
+        opened = max((at for at, cell in enumerate(first) if cell.startswith('"')), default=0)
+        beside = dict(enumerate(first[:opened])) | dict(list(enumerate(last))[opened + 1 :])
+        rows = [_without_end(line).split(self.delimiter) for line in inside]
+        return any(
+            len(inside) >= least and all(kind.fullmatch(cells[at]) for cells in [beside, *rows])
+            for at in beside
+            for kind, least in ((_NUMBER, _FEW), (_WORD, _MANY))
+        )
 
 
 def _closed_at(line: str, begin: int) -> int:
@@ -626,7 +643,7 @@ class _Given(Lines):
     """Lines that are there already."""
 
     def __init__(self, lines: Iterable[str]):
-        self._lines, self._ahead, self.number = iter(lines), deque(), 0
+        self._lines, self._ahead, self.number, self.marked = iter(lines), deque(), 0, False
 
 
 def _rows_of(lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True) -> float:

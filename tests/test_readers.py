@@ -137,6 +137,14 @@ def test_two_strays_do_not_join_what_is_between(tmp_path: Path, consumer: Callab
     assert said == [f"left out: {path} line 162 {readers.UNCLOSED}"]
 
 
+def test_verses_with_a_delimiter_each_stay_one_cell(tmp_path: Path) -> None:
+    verses = "".join(f'Of summer {i}, and of "rain"\n' for i in range(40))
+    rows = [("id", "text"), ("1", verses), ("2", "x"), ("3", verses)]
+    for end in ("\n", "\r\n"):
+        path = write(tmp_path / "a.csv", table(rows, lineterminator=end))
+        assert pretraining(path) == [verses, "x", verses]
+
+
 def test_unreadable_rows_are_named_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "id,text\n" + "1,x\n" + "2\n" * 1007 + "3,y\n")
     said: list[str] = []
