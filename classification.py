@@ -29,7 +29,7 @@ from decoding import open_model
 from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Split
 from heads import Head
-from labels import MANY_LABELS, class_weights, find_labels, is_number, label_name, word_ids
+from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, label_name, word_ids
 from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
@@ -141,8 +141,9 @@ class Classification(Finetuning):
     def label_of(self, row: Row) -> int:
         """The number of a row's label. Raises UserError for one that no training row has."""
         name = label_name(row["label"])
-        if name in self.labels:
-            return self.labels.index(name)
+        labels = list(map(composed, self.labels))  # a checkpoint's may be spelled with combining marks
+        if name in labels:
+            return labels.index(name)
         numbers = all(map(is_number, self.labels)) and not is_number(name)
         why = (
             "is not a number, as those of the training rows are" if numbers else "is none of the training rows' labels"
@@ -233,7 +234,7 @@ class Classification(Finetuning):
         self.word_ids: list[int] = []
         if self.cfg.form != "word":
             return ()
-        words = self.cfg.words or tuple(self.label_words(self.labels))
+        words = tuple(map(composed, self.cfg.words)) or tuple(self.label_words(self.labels))
         if len(words) != len(self.labels):
             raise UserError(f"--form word: name {len(self.labels)} words with --words, for {', '.join(self.labels)}")
         self.word_ids = word_ids(self.tokenizer, words)

@@ -89,7 +89,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 def _read_config(file: str) -> dict[str, Any]:
     path = Path(file)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None

@@ -7,12 +7,9 @@ price is that one slow chunk holds back those behind it, up to a small bound tha
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
-import gzip
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -32,160 +29,61 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from config import UserError, nearest
-from tokenizer import Tokenizer
+import readers
+from config import UserError
+from readers import SHOWN, LeftOut
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 IN_FLIGHT = 4  # chunks between reading and writing, for each process
 
 Segment = tuple[str, bool]  # text, and whether it begins a document (or goes on with the one before)
 
-# A line of its own. The newline before it belongs to it, not to the document.
-_SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)(?:\r?\n|\Z)")
-# GPT-2's pre-tokenizer never joins the end of a line to the start of the next, nor a word to a single space
-# behind it, so tokenizing on both sides of such a place gives the ids of the whole. `<` may begin a separator.
-_SEAM = re.compile(r"\S(?:\n(?=[^\s<])|(?= \S))")
+
+class Encoder(Protocol):
+    """What of a tokenizer is needed here."""
+
+    vocab_size: int
+    eot: int
+    num_threads: int | None
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 # ---- files to documents
 
 
-def _text(raw: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> Iterator[Segment]:
+    """Documents between separator lines; one longer than a chunk comes in pieces. The last newline is the separator's.
+
+    errors: "surrogateescape" lets single bytes pass that are not UTF-8, but no text of another encoding.
+    """
+    sound = errors == "strict"
+    try:
+        for text, starts, ends in readers.documents(readers.text_stream(stream, path, errors), CHUNK_CHARS):
+            if not sound and readers.BAD_BYTE.search(text):
+                if readers.encoding_of(readers.sample_of(path)):
+                    raise readers.not_utf8(str(path), path)
+                sound = True
+            yield (text[:-1].removesuffix("\r") if ends and text.endswith("\n") else text), starts
+    except UnicodeDecodeError:
+        raise readers.not_utf8(str(path), path) from None
 
 
-def _read_txt(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
-    """Documents between separator lines; a document longer than a chunk comes in pieces, cut at seams."""
-    stream, buffer, starts = _text(raw), "", True
-    while True:
-        block = stream.read(CHUNK_CHARS)
-        buffer += block
-        begin = 0
-        while found := _SEPARATOR.search(buffer, begin):
-            if block and found.end() == len(buffer):
-                break  # the next block decides whether this is a whole line
-            yield _without_newline(buffer[begin : found.start()]), starts
-            begin, starts = found.end(), True
-        buffer = buffer[begin:]
-        if not block:
-            yield buffer, starts
-            return
-        if len(buffer) >= CHUNK_CHARS and (cut := _last_seam(buffer)):
-            yield buffer[:cut], starts
-            buffer, starts = buffer[cut:], False
-
-
-def _without_newline(text: str) -> str:
-    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
-
-
-def _last_seam(text: str) -> int:
-    """Where the last seam is; 0 if there is none."""
-    for begin in (max(0, len(text) - 4096), 0):
-        ends = [found.end() for found in _SEAM.finditer(text, begin)]
-        if ends:
-            return ends[-1]
-    return 0
-
-
-def _read_python(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
+def _read_python(stream: io.BufferedReader, path: Path, errors: str) -> Iterator[Segment]:
     """A source file is one document, in the encoding that it declares."""
-    data = raw.read()
-    encoding, _ = python_source.detect_encoding(io.BytesIO(data).readline)
-    yield data.decode(encoding), True
-
-
-def _read_jsonl(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
-    for number, line in enumerate(raw, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} line {number} is not valid JSON: {error}; mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where} line {number} is not a JSON object; each line should be one, with {column!r} in it"
-            )
-        if column not in row:
-            raise _no_column(f"{where} line {number}", column, list(row))
-        yield _cell(row[column], f"{where} line {number}", column), True
-
-
-def _read_csv(raw: IO[bytes], where: str, column: str, delimiter: str = ",") -> Iterator[Segment]:
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(_text(raw), delimiter=delimiter)
+    data = stream.read()
     try:
-        header = next(rows, [])
-        if column not in header:
-            raise _no_column(where, column, header)
-        at = header.index(column)
-        for row in rows:
-            if row and len(row) != len(header):
-                raise UserError(
-                    f"{where} line {rows.line_num} has {len(row)} fields where the header has {len(header)}; quote the text"
-                )
-            if row:
-                yield row[at], True
-    except csv.Error as error:
-        raise UserError(f"{where} line {rows.line_num}: {error}") from None
+        encoding, _ = python_source.detect_encoding(io.BytesIO(data).readline)
+        yield data.decode(encoding), True
+    except (UnicodeDecodeError, SyntaxError) as error:
+        raise UserError(f"{path} is not Python in the encoding that it declares: {error}") from None
 
 
-def _read_tsv(raw: IO[bytes], where: str, column: str) -> Iterator[Segment]:
-    return _read_csv(raw, where, column, "\t")
-
-
-def _read_parquet(raw: IO[bytes], where: str, column: str, skip: int = 0) -> Iterator[Segment]:
-    """Rows from `skip` on, a few hundred in memory at a time."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(raw)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{where} is not a sound parquet file: {str(error).splitlines()[0]}") from None
-    names = file.schema_arrow.names
-    if column not in names:
-        raise _no_column(where, column, names)
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if skip >= rows:
-            skip -= rows
-            continue
-        # one group at a time: over several, the library reads far ahead
-        batches = file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False)
-        cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
-        for cell in itertools.islice(cells, skip, None):
-            yield _cell(cell, where, column), True
-        skip = 0
-
-
-def _cell(value: Any, where: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with --text-column"
-        )
-    return value
-
-
-def _no_column(where: str, column: str, found: Sequence[str]) -> UserError:
-    names = ", ".join(found) or "none"
-    return UserError(
-        f"{where} has no column {column!r}{nearest(column, found)}; it has: {names}. Use --text-column NAME"
-    )
-
-
-_READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[Segment]]] = {
+_READERS: dict[str, Callable[..., Iterator[Segment]] | None] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
     ".py": _read_python,
-}
-TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+} | dict.fromkeys(readers.ROW_SUFFIXES)  # None: a file of rows
+TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")  # of the files that a folder is searched for
 
 
 def suffix_of(path: Path) -> str:
@@ -277,10 +175,17 @@ class Source(Protocol):
 
 
 class TextFiles:
-    """Documents of text files, in the order given. Its state is [file, segments read of it]."""
+    """Documents of text files, in the order given. Its state is [file, records read of it, broken ones too]."""
 
-    def __init__(self, files: Sequence[Path], column: str = "text"):
-        self.files, self.column = list(files), column
+    def __init__(
+        self,
+        files: Sequence[Path],
+        column: str = "text",
+        say: Callable[[str], None] = print,
+        errors: str = "strict",
+    ):
+        """say: is told of the rows that cannot be read and are left out. errors: of the bytes of a .txt file."""
+        self.files, self.column, self.say, self.errors = list(files), column, say, errors
         self.sizes = [path.stat().st_size for path in self.files]
         self.total: int | None = sum(self.sizes)
         self._at = [0, 0]
@@ -295,30 +200,92 @@ class TextFiles:
         return list(self._at)
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
-        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column."""
+        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column; and where all rows are broken."""
         first, skip = state or (0, 0)
+        rows = _Rows(self.column, self.say)
+        rows.found = bool(first or skip)
         for index in range(first, len(self.files)):
             self._at = [index, skip]
-            for segment in self._read(self.files[index], skip):
+            for segment in self._read(self.files[index], skip, rows):
                 self._at[1] += 1
-                yield segment
+                if segment:
+                    yield segment
+            rows.tell()
             skip = 0
         self._at = [len(self.files), 0]
+        rows.close(", ".join(map(str, self.files[:2])) + (", ..." if len(self.files) > 2 else ""))
 
-    def _read(self, path: Path, skip: int) -> Iterator[Segment]:
-        reader = _READERS[suffix_of(path)]
-        try:
-            with path.open("rb") as self._raw, contextlib.ExitStack() as stack:
-                gzipped = path.name.lower().endswith(".gz")
-                raw: Any = stack.enter_context(gzip.GzipFile(fileobj=self._raw)) if gzipped else self._raw
-                if reader is _read_parquet:
-                    yield from _read_parquet(raw, str(path), self.column, skip)
-                else:
-                    yield from itertools.islice(reader(raw, str(path), self.column), skip, None)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it: iconv -t UTF-8") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"{path} is not a sound gzip file: {error}") from None
+    def _read(self, path: Path, skip: int, rows: _Rows) -> Iterator[Segment | None]:
+        suffix = suffix_of(path)
+        reader = _READERS.get(suffix, _read_txt)
+        with readers.opened(path) as (self._raw, stream):
+            if reader:
+                yield from itertools.islice(reader(stream, path, self.errors), skip, None)
+                return
+
+            def check(names: list[str]) -> None:
+                if self.column not in names and self.column.strip() not in names:
+                    raise UserError(readers.no_column(str(path), self.column, names))
+
+            rows.waits = stream is not self._raw
+            records = readers.read_records(stream, path, suffix, [(self.column,)], check, [self.column], skip)
+            for place, cells in records:
+                yield rows.segment(f"{path} {place}", cells, path)
+
+
+class _Rows:
+    """Rows to documents: those that cannot be read are named, counted and left out."""
+
+    GIVE_UP = 10_000  # broken rows at the beginning, after which no sound one is looked for
+
+    def __init__(self, column: str, say: Callable[[str], None]):
+        self.column, self.say = column, say
+        self.found = False  # whether there was any sound one
+        self.waits = False  # whether damage may show later in the file, which would explain the broken rows
+        self.left_out = LeftOut()
+        self._told = 0
+
+    def segment(self, where: str, cells: dict[str, Any] | str, name: Path | str) -> Segment | None:
+        """The document of a row; None for a broken one."""
+        text = readers.text_of(cells, self.column)
+        if text is not None:
+            self.found = True
+            return text, True
+        shown = self.left_out.count < SHOWN
+        self.left_out.add(f"{where} {readers.fault_of(cells, self.column, name)}" if shown else "")
+        if not self.waits:
+            self.tell()
+        if not self.found and self.left_out.count == self.GIVE_UP:
+            self.close(str(name))
+        return None
+
+    def tell(self) -> None:
+        """Name those that were not named yet, once there is a sound row beside them."""
+        for line in self.left_out.shown[self._told :] if self.found else ():
+            self.say(f"left out: {line}")
+            self._told += 1
+
+    def close(self, what: str) -> None:
+        """Tell how many were left out. Raises UserError where there was nothing else."""
+        if self.left_out.count and not self.found:
+            raise UserError(f"{what} holds no row that can be read: {self.left_out.shown[0]}")
+        self.tell()
+        if more := self.left_out.more(what):
+            self.say(more)
+
+
+def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
+    """The rows of a file, with all of their columns; a .txt file is a table.
+
+    otherwise: the suffix of a file whose own tells nothing. Raises UserError as the readers do.
+    """
+    suffix = suffix_of(path)
+    if otherwise and suffix not in readers.ROW_SUFFIXES:
+        suffix = otherwise
+    if suffix not in (*readers.ROW_SUFFIXES, ".txt"):
+        raise UserError(f"{path} is none of {' '.join(readers.ROW_SUFFIXES)} (or these with .gz)")
+    with readers.opened(path) as (_, stream):
+        yield from readers.read_records(stream, path, suffix)
 
 
 class HubDataset:
@@ -333,32 +300,54 @@ class HubDataset:
         split: str = "train",
         column: str = "text",
         revision: str | None = None,
+        say: Callable[[str], None] = print,
     ):
         """Raises UserError where the hub has no such dataset, or is out of reach."""
         import datasets
         import huggingface_hub
 
-        self.name, self.column = name, column
+        self.name, self.column, self.say = name, column, say
         self.position = 0
+        self.what = f"{name}{f':{config}' if config else ''} ({split})"
         try:
             # asked first because the library below retries for half a minute before it gives up
             self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
             self.rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
         except Exception as error:  # whatever HTTP client the library has today; the line says what it said
-            raise no_hub_data(f"{name}{f':{config}' if config else ''} ({split})", error) from None
+            raise no_hub_data(self.what, error) from None
 
     def state(self) -> Any:
         return self.rows.state_dict()
 
+    def records(self) -> Iterator[readers.Record]:
+        """Rows from the state on. Raises UserError where the hub, or the network, gives no more."""
+        try:
+            for number, row in enumerate(self.rows, 1):
+                yield f"row {number}", row
+        except Exception as error:  # as above, and whatever a damaged file on the hub makes the library raise
+            raise no_hub_data(self.what, error) from None
+
     def segments(self, state: Any = None) -> Iterator[Segment]:
         if state is not None:
             self.rows.load_state_dict(state)
-        for row in self.rows:
-            if self.column not in row:
-                raise _no_column(self.name, self.column, list(row))
-            text = _cell(row[self.column], self.name, self.column)
-            self.position += len(text)
-            yield text, True
+        rows = _Rows(self.column, self.say)
+        rows.found = state is not None
+        for place, row in self.records():
+            if segment := rows.segment(f"{self.name} {place}", row, self.name):
+                self.position += len(segment[0])
+                yield segment
+        rows.close(self.name)
+
+
+def open_text(spec: str, column: str = "text", say: Callable[[str], None] = print, config: str | None = None) -> Source:
+    """Whatever text `spec` names: files, folders and globs, a dataset on the hub, or `stdlib`."""
+    path = Path(spec).expanduser()
+    if spec == "stdlib" and not path.exists():
+        return TextFiles(stdlib_files(), column, say)
+    if not path.exists() and is_hub_id(spec):
+        name, _, config = spec.partition(":")
+        return HubDataset(name, config or None, column=column, say=say)
+    return TextFiles(find_files(spec), column, say)
 
 
 # ---- documents to tokens
@@ -397,7 +386,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Encoder, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all texts in one array, with end-of-text before each that begins a document; and the length of each."""
     ids = [tokenizer.encode(text) for text in texts]  # not encode_batch, whose threads the processes stand for
     lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
@@ -408,7 +397,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], starts: list[bool]) -> tuple[
 
 
 def tokenize(
-    source: Iterator[Chunk], tokenizer: Tokenizer, workers: int
+    source: Iterator[Chunk], tokenizer: Encoder, workers: int
 ) -> Generator[tuple[Chunk, np.ndarray, np.ndarray]]:
     """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in this one).
 
@@ -441,7 +430,7 @@ def tokenize(
 class _Encoders:
     """Processes that tokenize, each with one chunk at a time. They end when this one does, however it ends."""
 
-    def __init__(self, tokenizer: Tokenizer, n: int):
+    def __init__(self, tokenizer: Encoder, n: int):
         # Forking is quick, but unsafe beside other threads; elsewhere a fresh interpreter imports the tokenizer.
         fork = sys.platform == "linux" and threading.active_count() == 1
         context = multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
@@ -494,7 +483,7 @@ def _died() -> RuntimeError:
     return RuntimeError("a tokenizing process died; was memory short?")
 
 
-def _serve(connection: Connection, parents: Connection, tokenizer: Tokenizer) -> None:
+def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
     """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to act on it."""
     parents.close()  # a fork holds the other end too, and would never see it close
     signal.signal(signal.SIGINT, signal.SIG_IGN)

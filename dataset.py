@@ -573,7 +573,7 @@ def _open_text(
     key = _sha256(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
     folder = store.once(
         key,
-        lambda folder: tokenize_to_folder(corpus.TextFiles(files, column), tokenizer, folder, label, holdout, say),
+        lambda folder: tokenize_to_folder(corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say),
         say,
     )
     return _open_shards(folder, _shard_files(folder), tokenizer, store)
@@ -586,7 +586,7 @@ def _open_hub(
 
     def make(folder: Path) -> None:
         name, _, config = spec.partition(":")
-        source = corpus.HubDataset(name, config or None, column=column)
+        source = corpus.HubDataset(name, config or None, column=column, say=say)
         tokenize_to_folder(source, tokenizer, folder, spec, holdout, say)
 
     folder = store.once(_sha256("hub", spec, column, tokenizer.sha256, holdout, FORMAT)[:32], make, say)

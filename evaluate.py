@@ -285,23 +285,23 @@ def read_rows(option: str, where: str, parse_row: Callable[[dict[str, Any]], Row
 
 
 def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror}; give a JSONL file, or hub") from None
-    except ValueError as error:
-        raise UserError(f"{what} is not JSONL, one object a line: {error}") from None
+    """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the score were another's."""
+    from corpus import records_of
+    from readers import with_advice
+
+    if not path.is_file():
+        raise UserError(f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub")
+    records = list(records_of(path, ".jsonl"))  # all, so that damage of the file comes before what it made of a row
+    for place, cells in records:
+        if isinstance(cells, str):
+            raise UserError(f"a score needs every row: {what} {place} {with_advice(cells, cells, path)}")
+    return [cells for _, cells in records if isinstance(cells, dict)]
 
 
 def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
-    import datasets
+    from corpus import HubDataset
 
-    try:
-        return list(datasets.load_dataset(name, split=split))
-    except Exception as error:  # the hub's client raises many kinds: no network, no access
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the hub did not give {name}: {reason}; give a JSONL file") from None
+    return [row for _, row in HubDataset(name, split=split).records() if isinstance(row, dict)]
 
 
 # ---- the command

@@ -29,7 +29,7 @@ from model import GPT
 from optim import Group
 from order import Order, padded_lengths, padding_share
 from precision import casts_once
-from rows import Reader, Row, hold_out, overlap, read_rows
+from rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from task import Batch, Task, model_config, open_pretrained
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -70,6 +70,7 @@ class Finetuning(Task):
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
     truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
+    expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
     predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
     pads: ClassVar[bool] = False  # whether the hub's class for such models must know what fills a batch
@@ -103,7 +104,7 @@ class Finetuning(Task):
         optional = self.optional + (self.truth if split == "test" else ())
         found = read_rows(
             spec, columns, optional=optional, strict=self.cfg.strict, split=split,
-            lines=getattr(self.cfg, "lines", False), readers=self.readers, say=say,
+            lines=getattr(self.cfg, "lines", False), readers=self.readers, expand=self.expand, say=say,
         )  # fmt: skip
         if found.skipped:
             self.warnings += (f"{spec}: {found.skipped:,} rows could not be read and are left out",)

@@ -198,8 +198,8 @@ class _Run:
 
 def _source(cfg: PrepConfig, files: list[Path], run: _Run) -> corpus.Source:
     if cfg.dataset is None:
-        return corpus.TextFiles(files, cfg.text_column)
-    source = corpus.HubDataset(cfg.dataset, cfg.name, cfg.split, cfg.text_column, run.revision)
+        return corpus.TextFiles(files, cfg.text_column, _say)
+    source = corpus.HubDataset(cfg.dataset, cfg.name, cfg.split, cfg.text_column, run.revision, _say)
     run.revision = source.revision
     return source
 

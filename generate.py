@@ -158,7 +158,7 @@ def main() -> int:
             stream.reconfigure(errors="replace")
     prompts = config.prompts
     if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        prompts = [line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin if line.strip()]
         if not prompts:
             raise UserError("no prompt: give one after the checkpoint, or one a line on standard input")
     writer = Writer(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ MANY_LABELS = 20  # from here on a label a few rows is no label
 
 
 def label_name(cell: str) -> str:
-    """A cell of a label column as the label's name: numbers without a fraction are whole numbers."""
-    text = cell.strip()
+    """A cell of a label column as the label's name: numbers without a fraction are whole numbers, and a letter with its
+    marks is one character (NFC), since two files may spell one label either way."""
+    text = composed(cell.strip())
     try:
         number = float(text)
     except ValueError:
@@ -23,12 +25,20 @@ def label_name(cell: str) -> str:
     return str(int(number)) if number.is_integer() else text
 
 
+def composed(text: str) -> str:
+    """The text in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", text)
+
+
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
     """The labels of training rows: numbers in their order, words in the alphabet's. Raises UserError where these are
     no classes to learn."""
     counts: Counter[str] = Counter()
+    spelled: dict[str, str] = {}  # as the first row has it, which sets the order
     for row in rows:
-        counts[label_name(row["label"])] += 1
+        name = label_name(row["label"])
+        counts[name] += 1
+        spelled.setdefault(name, row["label"].strip())
     if len(counts) < 2:
         raise UserError(
             f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is nothing to learn"
@@ -43,7 +53,13 @@ def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
         raise UserError(
             f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: --label-column"
         )
-    return tuple(sorted(counts, key=float) if not words else sorted(counts))
+    return tuple(
+        sorted(counts, key=float) if not words else sorted(counts, key=lambda name: _order(name, spelled[name]))
+    )
+
+
+def _order(name: str, spelled: str) -> str:
+    return spelled if composed(spelled) == name else name
 
 
 def is_number(name: str) -> bool:

@@ -1,38 +1,41 @@
 """Labelled and text files to rows: what a fine-tuning task trains on, validates on and predicts.
 
-A file is read whole, since the rows of fine-tuning fit into memory; so what it is can be told from all of its content
-where a name misleads: tables of tabs named .csv, quotes that mean nothing, JSON lines named .json.
+The rows are held in memory: those of fine-tuning fit into it. How a file is read stands in readers.py.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from config import UserError, nearest
 from corpus import HubDataset, is_hub_id, named_files, suffix_of
-
-SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
-SHOWN = 5  # broken rows that are printed; the others are counted
+from readers import (
+    HEAD,
+    SHOWN,
+    NotUtf8,
+    Reader,
+    Record,
+    documents,
+    opened,
+    read_records,
+    read_text,
+    text_stream,
+    with_advice,
+)
 
 Columns = Mapping[str, str | tuple[str, ...]]
-# Of one row: the place in its file ("line 12"), and its cells by column or what is wrong with it.
-Record = tuple[str, dict[str, Any] | str]
-# Takes the text of a file and its name for messages. Raises UserError where the file as a whole is not right.
-Reader = Callable[[str, str], Iterator[Record]]
+# Takes a record and gives those that a task makes of it: rows that hold several questions, say.
+Expand = Callable[[Record], Iterator[Record]]
 
 _NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # what bytes that are not UTF-8 become when decoded to be looked at
 
@@ -73,6 +76,7 @@ def read_rows(
     split: str = "train",
     lines: bool = False,
     readers: Mapping[str, Reader] | None = None,
+    expand: Expand | None = None,
     say: Callable[[str], None] = print,
 ) -> Rows:
     """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub ids, comma-separated.
@@ -80,14 +84,18 @@ def read_rows(
     columns: per field of the task, the column that the user named, or a tuple of usual names, the first of them that
     is there being taken. Fields that are `optional` may be empty, and lack a column unless the user named it. split:
     which part of a hub dataset; and of a folder, where its files' names tell. lines: each line of a text file is a row
-    with the column "text", rather than each document. readers: by suffix, in place of those here.
+    with the column "text", rather than each document. readers: by suffix, in place of those here. expand: what the
+    rows of every kind of file are turned into.
 
     A row that is broken (cells missing, a field empty, not JSON, not UTF-8) is told to `say`, counted and left out;
     under `strict` it ends the run. Raises UserError naming file and line or column; also where no row is left.
     """
     rows: list[Row] = []
     broken: list[str] = []
-    for name, records in _sources(spec, split, _readers(columns, optional, lines) | dict(readers or {})):
+    needed = [
+        (names,) if isinstance(names, str) else names for field, names in columns.items() if field not in optional
+    ]
+    for name, records in _sources(spec, split, _Kind(needed, lines, readers or {}, expand)):
         chosen: dict[str, str | None] = {}
         found = dict.fromkeys(column for _, cells in records if isinstance(cells, dict) for column in cells)
         if found:
@@ -95,10 +103,12 @@ def read_rows(
         for place, cells in records:
             fields = _fields(cells, chosen, optional) if isinstance(cells, dict) else cells
             where = f"{name} {place}"
+            if isinstance(fields, str) and (strict or len(broken) < SHOWN):
+                fields = with_advice(fields, cells, name)
             if isinstance(fields, dict):
                 rows.append(Row(fields, where))
             elif strict:
-                raise UserError(f"{where} {fields}; mend or remove it, or leave --strict out")
+                raise UserError(f"--strict ends the run at a broken row: {where} {fields}")
             else:
                 broken.append(f"{where} {fields}")
     if not rows:
@@ -140,7 +150,7 @@ def _fields(cells: dict[str, Any], chosen: dict[str, str | None], optional: Coll
             return f"has a {type(value).__name__} in column {column!r}, not text"
         text = "" if value is None else str(value).replace("\r\n", "\n")
         if _NO_UTF8.search(text):
-            return f"is not UTF-8 text in column {column!r}; convert it: iconv -t UTF-8"
+            return f"is not UTF-8 text in column {column!r}"
         if not text.strip() and field not in optional:
             return f"has nothing in column {column!r}"
         fields[field] = text
@@ -150,30 +160,48 @@ def _fields(cells: dict[str, Any], chosen: dict[str, str | None], optional: Coll
 # ---- files and datasets
 
 
-def _readers(columns: Columns, optional: Collection[str], lines: bool) -> dict[str, Reader]:
-    needed = [
-        (given,) if isinstance(given, str) else given for field, given in columns.items() if field not in optional
-    ]
+@dataclass(frozen=True)
+class _Kind:
+    """How the rows of a task are read."""
 
-    def read_txt(text: str, where: str) -> Iterator[Record]:
-        """A table where the first line names all columns that are needed, else running text."""
-        header = text.partition("\n")[0].rstrip("\r").split("\t")
-        if len(header) > 1 and needed and all(set(names) & set(header) for names in needed):
-            return read_table(text, where)
-        return read_lines(text, where) if lines else read_documents(text, where)
+    needed: Sequence[Sequence[str]]  # the names that each column may have
+    lines: bool  # each line of a text file is a row
+    readers: Mapping[str, Reader]  # of the task's own, by suffix
+    expand: Expand | None
 
-    return {".csv": read_table, ".tsv": read_table, ".txt": read_txt, ".json": read_json, ".jsonl": read_json}
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", *self.readers)))
+
+    def read(self, path: Path) -> list[Record]:
+        suffix = suffix_of(path)
+        if suffix in self.readers:
+            return self.expanded(self.readers[suffix](read_text(path), str(path)))
+        with opened(path) as (_, stream):
+            if suffix != ".txt" or self._is_table(stream.peek(HEAD)[:HEAD]):
+                return self.expanded(read_records(stream, path, suffix, self.needed))
+            text = text_stream(stream, path, "surrogateescape")
+            return self.expanded(read_lines(text) if self.lines else read_documents(text))
+
+    def _is_table(self, head: bytes) -> bool:
+        """Whether the first line of a text file names all columns that are needed."""
+        first = head.decode("utf-8-sig", "replace").partition("\n")[0].rstrip("\r").split("\t")
+        return len(first) > 1 and bool(self.needed) and all(set(names) & set(first) for names in self.needed)
+
+    def expanded(self, records: Iterable[Record]) -> list[Record]:
+        if self.expand is None:
+            return list(records)
+        return list(itertools.chain.from_iterable(map(self.expand, records)))
 
 
-def _sources(spec: str, split: str, readers: dict[str, Reader]) -> Iterator[tuple[str, list[Record]]]:
+def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Record]]]:
     """The name and the records of each file or hub dataset that `spec` names."""
-    known = (*readers, ".parquet")
+    known = kind.suffixes
     seen: set[Path] = set()
     for item, files in named_files(spec, known):
         if not files and is_hub_id(item):
             name, _, config = item.partition(":")
-            dataset = HubDataset(name, config or None, split)
-            yield item, [(f"row {n}", row) for n, row in enumerate(dataset.rows, 1)]
+            yield item, kind.expanded(HubDataset(name, config or None, split).records())
         elif not files:
             raise UserError(f"no such data: {item}; give files ({' '.join(known)}), a folder of them or a hub id")
         folder = Path(item).expanduser()
@@ -181,7 +209,7 @@ def _sources(spec: str, split: str, readers: dict[str, Reader]) -> Iterator[tupl
             if suffix_of(path) not in known:
                 raise UserError(f"{path} is none of {' '.join(known)} (or these with .gz)")
             if path not in seen:
-                yield str(path), _read(path, readers)
+                yield str(path), kind.read(path)
             seen.add(path)
 
 
@@ -200,130 +228,34 @@ def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     return [path for path, of in zip(files, told, strict=True) if of == split]
 
 
-def _read(path: Path, readers: dict[str, Reader]) -> list[Record]:
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a sound gzip file: {error}") from None
-    if (suffix := suffix_of(path)) not in readers:
-        return list(read_parquet(raw, str(path)))
-    return list(readers[suffix](raw.decode("utf-8-sig", "surrogateescape"), str(path)))
-
-
-def read_parquet(raw: bytes, where: str) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        items = parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is not a sound parquet file: {str(error).splitlines()[0]}") from None
-    for number, cells in enumerate(items, 1):
-        yield f"row {number}", cells
-
-
-def read_json(text: str, where: str) -> Iterator[Record]:
-    """A list of objects, alone or as {"data": [...]}; or an object a line."""
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise UserError(f"{where} is not valid JSON: {error}; mend it, or write one object a line") from None
-        yield from _json_lines(text)
-        return
-    if isinstance(items, dict):
-        items = items["data"] if isinstance(items.get("data"), list) else [items]
-    for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-        yield f"row {number}", item if isinstance(item, dict) else "is not a JSON object"
-
-
-def _json_lines(text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            item, wrong = None, f"is not valid JSON: {error}"
-        else:
-            wrong = "is not a JSON object"
-        yield f"line {number}", item if isinstance(item, dict) else wrong
-
-
-def read_documents(text: str, where: str) -> Iterator[Record]:
+def read_documents(text: IO[str]) -> Iterator[Record]:
     """The documents between separator lines, as the column "text"; without any, the file is one document."""
-    document: list[str] = []
-    begin = 1
-    for number, line in enumerate([*text.split("\n"), SEPARATOR], 1):
-        if line.rstrip("\r") != SEPARATOR:
-            document.append(line)
-            continue
-        if any(map(str.strip, document)):
-            yield f"line {begin}", {"text": "\n".join(document)}
-        document, begin = [], number + 1
+    document, begin, line = "", 1, 1
+    for piece, starts, ends in documents(text, 1 << 20):
+        if starts:
+            document, begin = "", line
+        document += piece
+        line += piece.count("\n") + ends
+        if ends:
+            yield from _document(document.removesuffix("\n"), begin)
+            document = ""
+    yield from _document(document, begin)
 
 
-def read_lines(text: str, where: str) -> Iterator[Record]:
+def _document(text: str, begin: int) -> Iterator[Record]:
+    if text.strip():
+        yield f"line {begin}", {"text": _marked(text)}
+
+
+def read_lines(text: IO[str]) -> Iterator[Record]:
     """Each line that is not blank, as the column "text"."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.read().split("\n"), 1):
         if line.strip():
-            yield f"line {number}", {"text": line.rstrip("\r")}
+            yield f"line {number}", {"text": _marked(line.rstrip("\r"))}
 
 
-def read_table(text: str, where: str) -> Iterator[Record]:
-    """Rows of cells between the delimiter that the first line, the names of the columns, has most of."""
-    table = list(io.StringIO(text, newline=""))  # with the line ends that the csv module wants to see
-    if not table:
-        return
-    if _NO_UTF8.search(table[0]):
-        raise UserError(f"{where} line 1 is not UTF-8 text; convert the file: iconv -t UTF-8")
-    delimiter = max("\t,;|", key=table[0].count)
-    records = _split_cells(table, delimiter, csv.QUOTE_MINIMAL if _is_quoted(text, delimiter) else csv.QUOTE_NONE)
-    header = next(records)[1]
-    if isinstance(header, str):
-        raise UserError(f"{where} line 1 should name the columns, and {header}")
-    header = [name.strip() for name in header]
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise UserError(f"{where} line 1 names the column {_shown(twice[0])!r} twice; rename one")
-    for line, cells in records:
-        if isinstance(cells, list) and cells and len(cells) != len(header):
-            cells = f"has {len(cells)} cells where the first line names {len(header)} columns"
-        if cells:  # [] is a blank line
-            yield f"line {line}", cells if isinstance(cells, str) else dict(zip(header, cells, strict=True))
-
-
-def _is_quoted(text: str, delimiter: str) -> bool:
-    """Whether quotes hold a table's cells together (RFC 4180): most cells that open with one close with one too.
-
-    Where they mean nothing, as in MRPC, a cell that opens with a quotation mostly goes on after its end.
-    """
-    cell = rf'(?:^|{re.escape(delimiter)})"([^"]*+(?:""[^"]*+)*+"(?={re.escape(delimiter)}|[\r\n]|\Z))?'
-    closed = [match[1] is not None for match in re.finditer(cell, text, re.MULTILINE)]
-    return sum(closed) * 2 >= len(closed)
-
-
-def _split_cells(table: list[str], delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """The number of the first line of each row, and its cells or what is wrong with it.
-
-    After a quote that is never closed, or not where its cell ends, reading goes on in the next line: the csv module
-    has run on to some later quote by then, over rows that are whole.
-    """
-    csv.field_size_limit(2**31 - 1)
-    begin = 0
-    while begin < len(table):
-        first = begin
-        reader = csv.reader(
-            map(table.__getitem__, range(first, len(table))), delimiter=delimiter, quoting=quoting, strict=True
-        )
-        try:
-            for cells in reader:
-                yield begin + 1, cells
-                begin = first + reader.line_num
-        except csv.Error as error:
-            yield begin + 1, f"has a quote that is not closed where its cell ends ({error})"
-            begin += 1
+def _marked(text: str) -> str:
+    return NotUtf8(text) if _NO_UTF8.search(text) else text
 
 
 # ---- training rows and validation rows

@@ -26,14 +26,14 @@ from typing import Any, Literal, NoReturn
 
 from cli import entry_point
 from config import UserError
+from readers import decode_input
 from tokenizer_training import (
     CHUNK,
     ENDOFTEXT,
     METASPACE,
     UNKNOWN,
-    TrainingText,
     byte_level,
-    input_files,
+    open_input,
     pieces_of,
     train_byte_level,
     without_surrogates,
@@ -621,8 +621,8 @@ TRAIN = {
 
 
 def _train_command(options: argparse.Namespace) -> None:
-    text = TrainingText(input_files(options.input))
-    print(f"training a vocabulary of {options.vocab_size:,} on {len(text.files)} file(s) ...", flush=True)
+    text = open_input(options.input, options.text_column, lambda line: print(line, flush=True))
+    print(f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...", flush=True)
     start = time.perf_counter()
     train = TRAIN[options.model]
     tokenizer = train(text, options.vocab_size, Path(options.out), special=options.special)
@@ -651,7 +651,7 @@ def _decode_command(options: argparse.Namespace) -> None:
 
 
 def _read_stdin() -> str:
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    return decode_input(sys.stdin.buffer.read(), "standard input")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -659,12 +659,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
+INPUT = "text files (.txt .jsonl .csv .tsv .parquet .json, gzipped or not), folders, globs, a hub id, or stdlib"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tokenizer.py", description="Train a tokenizer, and try one.")
     commands = parser.add_subparsers(required=True, metavar="train|encode|decode")
     train = commands.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
     train.add_argument("--model", choices=TRAIN, default="byte-bpe", help="default: byte-bpe, as GPT-2's")
-    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files or globs")
+    train.add_argument("--input", nargs="+", required=True, metavar="WHAT", help=INPUT)
+    train.add_argument("--text-column", default="text", metavar="NAME", help="column that holds the text")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, the special ones too")
     train.add_argument(
         "--special", nargs="+", default=(), metavar="TOKEN", help="a task's own tokens, after the others"

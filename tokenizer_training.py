@@ -6,10 +6,9 @@ The libraries are imported where they are used.
 
 from __future__ import annotations
 
-import glob
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,28 +191,17 @@ def _lines(text: str) -> Iterator[str]:
 
 @dataclass
 class TrainingText:
-    """The text of some files, block by block; counts what it reads.
+    """The documents of some sources of text, one after another; counts what it reads. Bytes that are not UTF-8 become
+    U+FFFD."""
 
-    A line that is exactly <|endoftext|> separates documents and is left out. Bytes that are not UTF-8 become
-    U+FFFD.
-    """
-
-    files: list[str]
+    sources: list[Any]  # of corpus.Source
     characters: int = 0
     bad_bytes: int = 0
-    first: str = ""  # the first block, to measure the tokenizer on
+    first: str = ""  # the first document that holds text, or its first piece, to measure the tokenizer on
 
     def __iter__(self) -> Iterator[str]:
-        for file in self.files:
-            try:
-                yield from self._blocks(file)
-            except OSError as error:
-                raise UserError(f"--input {file}: {error.strerror}") from None
-
-    def _blocks(self, file: str) -> Iterator[str]:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            while lines := stream.readlines(1 << 20):
-                text = "".join(line for line in lines if line.rstrip("\r\n") != ENDOFTEXT)
+        for source in self.sources:
+            for text, _ in source.segments():
                 text, bad = BAD_BYTE.subn("\ufffd", text)
                 self.bad_bytes += bad
                 self.characters += len(text)
@@ -221,14 +209,27 @@ class TrainingText:
                 yield text
 
 
-def input_files(patterns: list[str]) -> list[str]:
-    """Files of --input, each once. Raises UserError for a folder, or a pattern that finds none."""
-    files: list[str] = []
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            raise UserError(f"--input {pattern} is a folder; give its files: --input '{pattern}/*.txt'")
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UserError(f"--input {pattern}: no such file")
-        files += [file for file in found if not Path(file).is_dir()]
-    return list(dict.fromkeys(files))
+def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) -> TrainingText:
+    """What --input names: all that --data may name but token shards, and any other file as plain text.
+
+    Raises UserError for what is not there or is no text.
+    """
+    import corpus  # not above: it takes numpy, which no other command here needs
+
+    files: dict[Path, None] = {}
+    sources: list[Any] = []
+    for item in items:
+        if not Path(item).expanduser().exists() and (item == "stdlib" or corpus.is_hub_id(item)):
+            sources.append(corpus.open_text(item, column, say))
+            continue
+        for name, found in corpus.named_files(item, corpus.TEXT_SUFFIXES):
+            if not found and Path(name).expanduser().is_dir():
+                raise UserError(f"--input {name} is a folder without text ({' '.join(corpus.TEXT_SUFFIXES)})")
+            if not found:
+                raise UserError(f"--input {name}: no such file")
+            if shards := [path for path in found if path.suffix in (".bin", ".npy")]:
+                raise UserError(f"--input {shards[0]} holds tokens, not text; give the text that they were made of")
+            files |= dict.fromkeys(found)
+    if files:
+        sources.insert(0, corpus.TextFiles(list(files), column, say, errors="surrogateescape"))
+    return TrainingText(sources)

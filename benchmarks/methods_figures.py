@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plot import records
+from corpus import records_of
 
 NO_METRICS = ("kind", "time", "step", "seconds")  # of an evaluation's record
 COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memory_bytes")
@@ -88,7 +89,7 @@ def labels_of(run: Path) -> tuple[list[int], list[int]] | None:
     file = run / "validation.jsonl"
     if not file.exists():
         return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [cells for _, cells in records_of(file) if isinstance(cells, dict)]
     labels = list(rows[0]["probabilities"])
     true = [next(n for n, label in enumerate(labels) if is_name(label, row["label"])) for row in rows]
     return true, [labels.index(row["prediction"]) for row in rows]

@@ -1,12 +1,13 @@
 """Questions on a passage: the passage, <question>, a question, <answer>, its answer; the answer alone is learned.
 
 python -m finetune.qa --init gpt2 --data squad_train.json --val-data squad_dev.json --predict questions.csv
-A passage that is too long for the model is cut at its end; where that takes the answer away, the row is counted.
+SQuAD is read as its own files have it and as the hub has it; a question without an answer (SQuAD 2) is not learned from,
+but is answered. A passage that is too long for the model is cut at its end; where that takes the answer away, the row is
+counted.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from cli import entry_point
 from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special
-from rows import Record, Row, read_json
+from readers import Record
+from rows import Row
 
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")
 
@@ -37,27 +39,43 @@ class QaConfig(GenerationConfig):
     """Column of all answers that are right, one a line. Default: answers, where there is one."""
 
 
-def read_squad(text: str, where: str) -> Iterator[Record]:
-    """SQuAD's nested files; any other JSON is a table."""
+def expand(record: Record) -> Iterator[Record]:
+    """The questions of a row in one of SQuAD's layouts: an article with paragraphs, a paragraph with questions (qas),
+    or as the hub has it, a question whose answers are {"text": [...], "answer_start": [...]}; other rows as they are."""
+    place, cells = record
+    if not isinstance(cells, dict):
+        yield record
+    elif isinstance(cells.get("paragraphs"), list):
+        for number, paragraph in enumerate(cells["paragraphs"], 1):
+            yield from _questions(f"{place} paragraph {number}", paragraph)
+    elif isinstance(cells.get("qas"), list):
+        yield from _questions(place, cells)
+    else:
+        answers = cells.get("answers")
+        yield place, cells | _answers(answers) if isinstance(answers, dict | list) else cells
+
+
+def _questions(place: str, paragraph: Any) -> Iterator[Record]:
     try:
-        articles = json.loads(text)["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        yield from read_json(text, where)
-        return
-    for number, paragraph in enumerate(paragraphs, 1):
-        try:
-            yield from [(f"paragraph {number}", _squad_row(paragraph["context"], qa)) for qa in paragraph["qas"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            yield f"paragraph {number}", f"is not as SQuAD has them ({type(error).__name__}: {error})"
+        for qa in paragraph["qas"]:
+            row = {"id": str(qa.get("id", "")), "context": paragraph["context"], "question": qa["question"]}
+            yield place, row | _answers(qa.get("answers") or [])
+    except (KeyError, TypeError, AttributeError) as error:
+        yield place, f"is not as SQuAD has them ({type(error).__name__}: {error})"
 
 
-def _squad_row(context: str, qa: dict[str, Any]) -> dict[str, str] | str:
-    answers = list(dict.fromkeys(answer["text"] for answer in qa.get("answers", ())))
-    if not answers and qa.get("is_impossible"):
-        return "has no answer"
-    first = {"answer": answers[0], "answers": "\n".join(answers)} if answers else {"answer": "", "answers": ""}
-    return {"id": str(qa.get("id", "")), "context": context, "question": qa["question"], **first}
+def _answers(found: dict[str, Any] | list[Any]) -> dict[str, Any]:
+    """The first answer, which is learned, and all of them; both empty for a question without one (SQuAD 2)."""
+    texts = found.get("text") if isinstance(found, dict) else [_text(answer) for answer in found]
+    texts = [texts] if isinstance(texts, str) else texts or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return {}
+    texts = list(dict.fromkeys(texts))
+    return {"answer": texts[0] if texts else "", "answers": "\n".join(texts)}
+
+
+def _text(answer: Any) -> Any:
+    return answer.get("text") if isinstance(answer, dict) else answer
 
 
 class Qa(Generation):
@@ -69,7 +87,7 @@ class Qa(Generation):
     columns |= {"answers": ("answers",), "id": ("id",)}
     optional = ("answers", "id")
     truth = ("answer",)
-    readers = {".json": read_squad}
+    expand = staticmethod(expand)
     special = (QUESTION, ANSWER)
     toy = (
         {"context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import corpus
 import dataset
+import readers
 from config import UserError
 from dataset import open_data, window_order
 from tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -283,7 +284,7 @@ def read_txt(text: str, block: int) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "CHUNK_CHARS", block)
         documents: list[str] = []
-        for piece, starts in corpus._read_txt(io.BytesIO(text.encode()), "", ""):
+        for piece, starts in corpus._read_txt(io.BufferedReader(io.BytesIO(text.encode())), Path("a.txt")):
             if starts:
                 documents.append(piece)
             else:
@@ -342,7 +343,7 @@ def test_a_long_document_is_cut_where_the_tokenizer_cuts(gpt2: Tokenizer, bpe: s
     text = "".join(parts)
     for tokenizer in (gpt2, load_tokenizer(bpe)):
         whole = tokenizer.encode(text)
-        for seam in corpus._SEAM.finditer(text):
+        for seam in readers.SEAM.finditer(text):
             left, right = text[: seam.end()], text[seam.end() :]
             assert tokenizer.encode(left) + tokenizer.encode(right) == whole
 
@@ -725,26 +726,18 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 BAD_FILES = [
     ("a.txt", "", "is empty: no document in it has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
-    ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text"),
-    ("a.txt.gz", b"no gzip", "is not a sound gzip file"),
-    (
-        "a.txt",
-        "too short",
-        r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
-    ),
+    ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text; it seems to be ISO-8859-1; convert it: iconv -f ISO-8859-1"),
+    ("a.txt.gz", b"\x1f\x8c no gzip", "is not a sound gzip file"),
+    ("a.txt", "too short", r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data"),
     ("a.pdf", "x", "none of .txt .jsonl"),
-    ("a.jsonl", '{"text": "a"}\n{"text": ', "a.jsonl line 2 is not valid JSON"),
-    ("a.jsonl", '{"text": "a"}\n["b"]', "line 2 is not a JSON object"),
-    (
-        "a.jsonl",
-        '{"txt": "a", "id": 1}',
-        r"line 1 has no column 'text' \(did you mean txt\?\); it has: txt, id",
-    ),
-    ("a.jsonl", '{"text": 3}', "line 1: column 'text' holds int, not text"),
+    ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
+    ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
+    ("a.jsonl", '{"txt": "a", "id": 1}', r"row 1 has no column 'text' \(did you mean txt\?\); it has: txt, id"),
+    ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
-    ("a.csv", "", "has no column 'text'; it has: none"),
-    ("a.csv", "id,text\n1,a,b", "line 2 has 3 fields where the header has 2"),
-    ("a.tsv", "id,text\n1,a", "has no column 'text'"),
+    ("a.csv", "", "is empty: no document"),
+    ("a.csv", "id,text\n1,a,b", "line 2 has 3 cells where the first line names 2 columns"),
+    ("a.tsv", "id:text\n1:a", "has no column 'text'"),
     ("a.parquet", "x", "is not a sound parquet file"),
 ]
 
@@ -760,7 +753,7 @@ def test_bad_files(
 
 def test_a_parquet_column_that_is_not_text(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
     path = write_parquet(tmp_path / "a.parquet", DOCUMENTS)
-    with pytest.raises(UserError, match=r"column 'id' holds int, not text"):
+    with pytest.raises(UserError, match=r"row 1 holds int in column 'id', not text"):
         open_here(path, text_column="id")
     with pytest.raises(UserError, match=r"no column 'tex' \(did you mean text\?\)"):
         open_here(path, text_column="tex")

@@ -251,7 +251,7 @@ def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) 
         (["here"], "nothing to evaluate on"),
         (["here", "--hellaswagg", "x"], "did you mean --hellaswag"),
         (["here", "--lambada", "missing.jsonl"], "missing.jsonl: No such file"),
-        (["here", "--lambada", "text"], "is not JSONL"),
+        (["here", "--lambada", "text"], "line 1 is not valid JSON"),
         (["here", "--lambada", "empty"], "holds no rows"),
         (["here", "--hellaswag", "foreign"], "row 2 is not one of this benchmark"),
         (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),

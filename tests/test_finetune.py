@@ -824,7 +824,7 @@ MISTAKES = {  # a task and options: what the line must hold
     "lyrics --data songs.csv": ["songs.csv has no column 'text' or 'lyrics'", "singer, words", "--text-column NAME"],
     "lyrics --data songs.csv --text-column word": ["no column 'word' (did you mean words?)"],
     "lyrics --data songs.csv --text-column words --with-title": ["--with-title", "--song-column NAME"],
-    "qa --data no_answer.json": ["holds no row that can be read", "no_answer.json paragraph 1 has nothing in column 'answer'"],
+    "qa --data no_answer.json": ["holds no row that can be read", "no_answer.json row 1 paragraph 1 has nothing in column 'answer'"],
     "text --data broken.jsonl --strict": ["broken.jsonl line 2 is not valid JSON", "--strict"],
     "text --data prose.txt --lines --seq-len 3 --strict --epochs 0": ["--epochs 0 trains nothing", "--predict FILE"],
     "sonnets --init base --epochs 0 --predict long.txt": ["long.txt line 1: a prompt of", "context of 160"],

@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
-    "ground": ["config", "cli", "files", "distributed", "kernels"],
+    "ground": ["config", "cli", "files", "readers", "distributed", "kernels"],
     "parts": [
         "tokenizer",
         "tokenizer_training",
@@ -50,11 +50,12 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name 
 
 SIDEWAYS = {  # the imports within a floor that are allowed
     ("cli", "config"),
+    ("readers", "config"),
     ("distributed", "config"),
     ("kernels", "config"),
     ("kernels", "kernels"),
     ("tokenizer", "tokenizer_training"),  # a tokenizer is read, or made
-    ("corpus", "tokenizer"),  # text becomes tokens
+    ("tokenizer_training", "corpus"),  # a vocabulary is made of whatever --data may name
     ("dataset", "tokenizer"),  # shards know the vocabulary they were written with
     ("dataset", "corpus"),  # --data may be text, tokenized on the spot
     ("rows", "corpus"),  # what --data may name is one thing for all

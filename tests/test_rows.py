@@ -237,7 +237,7 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
         ("a.csv", "text,title\nx\n", "holds no row that can be read: .* line 2 has 1 cells"),
         ("a.csv", "text,text,title\nx,y,z\n", "line 1 names the column 'text' twice"),
         ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, and has a quote"),
-        ("a.csv", "text,title\nx,y\n".encode("utf-16"), "line 1 is not UTF-8 text; convert"),
+        ("a.csv", "text,title\nx,y\n".encode("utf-16"), "is not UTF-8 text; it seems to be UTF-16; convert"),
         ("a.json", '[{"text": "x"},', "is not valid JSON"),
         ("a.json", '{"data": [{"paragraphs": [], "title": "x"}]}', "no column 'text' or 'lyrics'.*: paragraphs, title"),
         ("a.json", "3", "row 1 is not a JSON object"),

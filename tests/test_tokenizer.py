@@ -483,7 +483,7 @@ class TestCommandLine:
             ("", "required"),
             ("tran", "train"),
             ("train --input nothing*.txt --vocab-size 300 --out OUT", "no such file"),
-            ("train --input . --vocab-size 300 --out OUT", "folder"),
+            ("train --input BARE --vocab-size 300 --out OUT", "folder without text"),
             ("train --input EMPTY --vocab-size 300 --out OUT", "no text"),
             ("train --input EMPTY --vocab-size 12 --out OUT", "257"),
             ("train --input EMPTY --vocab-size many --out OUT", "invalid int"),
@@ -498,7 +498,13 @@ class TestCommandLine:
     )
     def test_mistakes_are_one_line(self, trained, tmp_path, words, says):
         (tmp_path / "empty.txt").touch()
-        places = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt", "SMALL": trained.source}
+        (tmp_path / "bare").mkdir()
+        places = {
+            "BARE": tmp_path / "bare",
+            "OUT": tmp_path / "out",
+            "EMPTY": tmp_path / "empty.txt",
+            "SMALL": trained.source,
+        }
         result = command(*(str(places.get(word, word)) for word in words.split()))
         message = result.stderr.decode()
         assert result.returncode == 2 and message.count("\n") == 1 and message.startswith("error: ")

@@ -15,8 +15,8 @@ import numpy as np
 
 from config import UserError
 from confusion import accuracy, confusion_matrix, macro_f1
-from labels import label_name
-from rows import read_json
+from corpus import records_of
+from labels import composed, label_name
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
 UNKNOWN = -1  # in place of a label
@@ -51,7 +51,7 @@ def read_predictions(files: Sequence[str]) -> list[Predictions]:
 
 
 def _read(file: str, first: Predictions | None = None) -> Predictions:
-    records = [_record(f"{file} {place}", cells) for place, cells in read_json(read_text(file), file)]
+    records = [_record(f"{file} {place}", cells) for place, cells in list(records_of(Path(file), ".jsonl"))]
     if not records:
         raise UserError(f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run")
     labels = first.labels if first else tuple(records[0]["probabilities"])
@@ -75,13 +75,14 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
 def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
     """A row of predictions, if it is one."""
     if isinstance(cells, str):
-        raise UserError(f"{where} {cells}")
+        raise UserError(f"{where} {cells}; name the predictions of a run")
     given = cells.get("probabilities")
     if not isinstance(given, dict) or cells.get("prediction") not in given or not all(map(_is_share, given.values())):
         raise UserError(
             f'{where} has no "prediction" with the "probabilities" of all labels; name the predictions of a run'
         )
-    return cells
+    shares = {composed(label): share for label, share in given.items()}
+    return cells | {"prediction": composed(cells["prediction"]), "probabilities": shares}
 
 
 def _is_share(value: Any) -> bool:
@@ -106,16 +107,6 @@ def _same_rows(first: Predictions, other: Predictions) -> Predictions:
                 f"row {number} of {other.where} is not that of {first.where}; give predictions of the same file"
             )
     return other
-
-
-def read_text(file: str) -> str:
-    """Raises UserError for a file that cannot be read as UTF-8."""
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; convert it: iconv -t UTF-8") from None
 
 
 def check_out(out: str, read: Sequence[str], option: str = "--out") -> Path:

@@ -20,12 +20,12 @@ import torch
 
 from cli import entry_point, parse
 from config import UserError, nearest
+from corpus import records_of
 from distributed import choose_device
 from files import TEMPORARY, flush
-from finetune.tools import check_out, read_text
-from rows import read_json, read_table
+from finetune.tools import check_out
+from readers import SHOWN, LeftOut, NotUtf8, with_advice
 
-READERS = {".csv": read_table, ".tsv": read_table, ".txt": read_table, ".json": read_json, ".jsonl": read_json}
 TEXTS = (
     "sentence", "text", "document", "review", "content", "article", "title", "headline", "description",
     "short_description",
@@ -42,7 +42,7 @@ class BacktranslateConfig:
     """Translate the texts of --data with the model --to, and what comes of it with the model --back."""
 
     data: str = ""
-    """The file of rows: .csv .tsv .txt .json .jsonl."""
+    """The file of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
     to: str = "Helsinki-NLP/opus-mt-en-de"
     """Translation model from the language of the texts, from one language to one other: a hub id or a folder."""
     back: str = "Helsinki-NLP/opus-mt-de-en"
@@ -71,16 +71,23 @@ class BacktranslateConfig:
 
 def read_cells(file: str) -> list[dict[str, Any]]:
     """The rows of a file with all of their columns; those that are broken are told and left out."""
-    path = Path(file)
-    if path.suffix not in READERS:
-        raise UserError(f"--data {file}: name a file of rows, {' '.join(READERS)}")
-    records = list(READERS[path.suffix](read_text(file), file))
-    for place, cells in records:
-        if isinstance(cells, str):
-            say(f"left out: {file} {place} {cells}")
-    rows = [cells for _, cells in records if isinstance(cells, dict)]
+    rows, left_out = [], LeftOut()
+    for place, cells in list(records_of(Path(file))):
+        fault = cells if isinstance(cells, str) else ""
+        if isinstance(cells, dict):
+            fault = next((f"is not UTF-8 text in column {n!r}" for n, v in cells.items() if isinstance(v, NotUtf8)), "")
+        if not fault:
+            rows.append(cells)
+            continue
+        if left_out.count < SHOWN:
+            fault = with_advice(fault, cells, file)
+            say(f"left out: {file} {place} {fault}")
+        left_out.add(f"{place} {fault}")
+    if more := left_out.more(file):
+        say(more)
     if not rows:
-        raise UserError(f"{file} holds no row that can be read; give other data")
+        first = f": {left_out.shown[0]}" if left_out.count else "; give other data"
+        raise UserError(f"{file} holds no row that can be read{first}")
     return rows
 
 
