@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError, nearest
-from corpus import HubDataset, is_hub_id, named_files, suffix_of
+from corpus import HubDataset, file_id, is_hub_id, named_files, suffix_of, words_of
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
 SHOWN = 5  # broken rows that are printed; the others are counted
@@ -168,7 +168,7 @@ def _readers(columns: Columns, optional: Collection[str], lines: bool) -> dict[s
 def _sources(spec: str, split: str, readers: dict[str, Reader]) -> Iterator[tuple[str, list[Record]]]:
     """The name and the records of each file or hub dataset that `spec` names."""
     known = (*readers, ".parquet")
-    seen: set[Path] = set()
+    seen: set[object] = set()
     for item, files in named_files(spec, known):
         if not files and is_hub_id(item):
             name, _, config = item.partition(":")
@@ -180,9 +180,9 @@ def _sources(spec: str, split: str, readers: dict[str, Reader]) -> Iterator[tupl
         for path in _of_split(files, folder, split) if folder.is_dir() else files:
             if suffix_of(path) not in known:
                 raise UserError(f"{path} is none of {' '.join(known)} (or these with .gz)")
-            if path not in seen:
+            if (file := file_id(path)) not in seen:
                 yield str(path), _read(path, readers)
-            seen.add(path)
+            seen.add(file)
 
 
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -191,13 +191,21 @@ _SPLITS |= {"dev": "validation", "test": "test"}
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Those of a folder's files whose names tell this split, as the hub names them; all where no name tells one."""
-    words = [re.findall("[a-z]+", str(path.relative_to(folder)).lower()) for path in files]
-    told = [next((_SPLITS[word] for word in of if word in _SPLITS), None) for of in words]
+    told = [_split_of(path.relative_to(folder)) for path in files]
     if not any(told):
         return files
     if split not in told:
         raise UserError(f"{folder} has no file of the split {split!r}, and files of others; name the files instead")
     return [path for path, of in zip(files, told, strict=True) if of == split]
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a whole word of a file's name tells, else that of the nearest folder's that tells one."""
+    for part in reversed(path.parts):
+        for word in words_of(part):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
 
 
 def _read(path: Path, readers: dict[str, Reader]) -> list[Record]:
