@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -309,38 +308,42 @@ def test_another_users_cache_is_used_as_it_stands(tmp_path: Path, inputs: Path, 
 # ---- shards whose tokenizer is elsewhere
 
 
-def without_gpt2() -> None:
+def missing(_: object) -> None:
+    raise UserError("GPT-2's tokenizer is not on this machine")
+
+
+def test_shards_without_gpt2_are_still_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tokenizer
 
-    def missing(_: object) -> None:
-        raise UserError("GPT-2's tokenizer is not on this machine")
-
-    mock.patch.object(tokenizer, "_tiktoken_gpt2", missing).start()
+    monkeypatch.setattr(tokenizer, "_tiktoken_gpt2", missing)
+    np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16))
+    known = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8).vocabulary
+    # where GPT-2's files are, the same run goes on
+    assert (known.size, known.eot, known.sha256) == (50257, 50256, dataset.GPT2_SHA256)
+    assert known.tokenizer is None and known.missing == "GPT-2's tokenizer is not on this machine"
 
 
 def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for name, size in (("val_0", 100), ("train_1", 2000)):
-        np.save(folder / f"{name}.npy", draw.integers(0, 300, size).astype(np.uint16))
-    words = [word for word in small("--data", "shards", "--sample-every", 2) if word != "tokenizer"]
-    for option in ("--tokenizer", "--val-data", "val.txt"):
-        words.remove(option)
-    (end,) = launch(tmp_path, [*words, "--steps", "2", "--eval-every", "2", "--save-every", "2"], without_gpt2)
+    write_inputs(tmp_path)
+    made = open_data(str(tmp_path / "text.txt"), None, str(tmp_path / "tokenizer"), "text", tmp_path / "made", 16)
+    (manifest,) = (tmp_path / "made").glob("*/manifest.json")
+    manifest.parent.rename(tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards" / "tokenizer")
+    shutil.rmtree(tmp_path / "tokenizer")
+    words = [word for word in small("--data", "shards", "--steps", 2) if word != "tokenizer"]
+    for word in ("--tokenizer", "--val-data", "val.txt"):
+        words.remove(word)
+    (end,) = launch(tmp_path, [*words, "--eval-every", "2", "--save-every", "1", "--sample-every", "1"])
     assert end.code == 0, end.err
     assert not (tmp_path / "cache").exists()
-    assert [log["text"] for log in log_of(tmp_path / "run", "warning")] == [
-        "training without the tokenizer of the shards (GPT-2's tokenizer is not on this machine): no samples are "
-        "printed, and the model is written without a tokenizer"
-    ]
+    (warning,) = log_of(tmp_path / "run", "warning")
+    assert warning["text"].startswith("training without the tokenizer of the shards (there is no ")
     assert not log_of(tmp_path / "run", "sample") and not list((tmp_path / "run").rglob("tokenizer*"))
-    assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["vocab_size"] == 50257
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
-    assert facts["tokenizer"] == dataset.GPT2_SHA256  # where GPT-2's files are, the same run goes on
-    (end,) = launch(tmp_path, ["run", "--data", "shards", "--device", "cpu"], without_gpt2, program="evaluate")
-    assert end.code == 0 and "perplexity" in end.out and "bits_per_byte" not in end.out, end.err
-    (end,) = launch(tmp_path, ["run", "hello", "--device", "cpu"], without_gpt2, program="generate")
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert (identity["tokenizer"], identity["vocabulary"]) == (made.vocabulary.sha256, 300)
+    (end,) = launch(tmp_path, ["run", "--data", "shards", "--device", "cpu"], program="evaluate")
+    assert end.code == 0 and "bits_per_byte" in end.out, end.err
+    (end,) = launch(tmp_path, ["run", "hello", "--device", "cpu"], program="generate")
     assert end.code == 2 and "--tokenizer" in end.err and end.err.count("\n") == 1
 
 
