@@ -7,6 +7,7 @@ price is that one slow chunk holds back those behind it, up to a small bound tha
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import io
 import itertools
@@ -91,37 +92,134 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+# Names that a system or an editor gives to files of its own: .ipynb_checkpoints, ._a.txt, #a.txt#, a.txt~.
+_HIDDEN = re.compile(r"\..*|~\$.*|.*~|#.*#|__MACOSX|\$RECYCLE\.BIN|System Volume Information|lost\+found")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out wherever nobody named it."""
+    return bool(_HIDDEN.fullmatch(name))
+
+
 def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
-    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those of a folder with one
-    of the suffixes."""
-    for item in [spec] if Path(spec).exists() else filter(None, map(str.strip, spec.split(","))):
-        path = Path(item).expanduser()
-        if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if suffix_of(p) in suffixes)
+    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those in and below a folder
+    with one of the suffixes.
+
+    Hidden files and folders count only where the item names them. Raises UserError for a folder that cannot be
+    listed, and for a link in it that leads nowhere.
+    """
+    for item in _items(spec):
+        path = os.path.expanduser(item)
+        if os.path.isdir(path):
+            files = sorted(p for p in _walk(path) if suffix_of(p) in suffixes)
         else:
-            matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        yield item, [p for p in matches if p.is_file()]
+            files = [Path(path)] if os.path.isfile(path) else sorted(_glob(path))
+        for file in files:
+            if file.is_symlink() and not os.path.exists(file):
+                raise UserError(f"{file} is a link to a file that is not there; mend or remove the link")
+        yield item, [file for file in files if os.path.isfile(file)]
+
+
+def _items(spec: str) -> list[str]:
+    """The items of `spec`; a path that exists is one item, commas or not."""
+    whole = os.path.exists(os.path.expanduser(spec))
+    return [spec] if whole else list(filter(None, map(str.strip, spec.split(","))))
+
+
+def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
+    """All in and below a folder but its folders, links followed, each folder once. Hidden names are left out unless a
+    hidden part of the `pattern` matches them."""
+    top, seen = os.path.realpath(folder), set[str]()
+    waiting, links = [folder], list[str]()
+    while waiting or links:
+        at = waiting.pop() if waiting else links.pop()  # a folder counts under its own name rather than a link's
+        real = os.path.realpath(at)
+        if real in seen or _is_below(top, real):
+            continue  # a link that leads back, or up
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(at), reverse=True)
+        except OSError as error:
+            raise UserError(f"{at} cannot be listed: {error.strerror}; name its files, or leave it out") from None
+        for path in (os.path.join(at, name) for name in names if _is_meant(name, pattern)):
+            if os.path.isdir(path):
+                (links if os.path.islink(path) else waiting).append(path)
+            else:
+                yield Path(path)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_meant(name: str, pattern: Sequence[str]) -> bool:
+    named = any(fnmatch.fnmatchcase(name, part) for part in pattern if is_hidden(part))
+    return named or not is_hidden(name)
+
+
+def _glob(pattern: str) -> Iterator[Path]:
+    """What matches a pattern. glob's own ** would follow links in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        for path in map(Path, glob.iglob(pattern)):
+            if all(_is_meant(part, parts) for part in path.parts):
+                yield path
+        return
+    head, tail = parts[: parts.index("**")], parts[parts.index("**") :]
+    for folder in _glob(str(Path(*head))) if head else [Path()]:
+        if folder.is_dir():
+            below = _walk(str(folder), tail)
+            yield from (path for path in below if _matches(path.relative_to(folder).parts, tail))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        if len(pattern) == 1:
+            return bool(parts)
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def file_id(path: Path) -> object:
+    """Equal for two names of one file: links, hard links, other spellings of its path."""
+    stat = path.stat()
+    linked = stat.st_nlink > 1 and stat.st_ino  # some file systems number no files
+    return (stat.st_dev, stat.st_ino) if linked else os.path.realpath(path)
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a file's name in lower case: val and fineweb of fineweb_val_000000.bin, medieval of medieval.npy."""
+    return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def find_files(spec: str) -> list[Path]:
     """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
-    found: list[Path] = []
+    found: dict[object, Path] = {}
     for item, matches in named_files(spec, TEXT_SUFFIXES):
         if not matches:
             raise UserError(no_such_data(item))
-        found += matches
-    for path in found:
-        if suffix_of(path) not in _READERS:
-            raise UserError(f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz), nor a token shard")
-    return list(dict.fromkeys(found))
+        for path in matches:
+            if suffix_of(path) in (".bin", ".npy"):
+                raise UserError(f"{path} is a token shard: give its folder, or this file alone")
+            if suffix_of(path) not in _READERS:
+                raise UserError(f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz)")
+            found.setdefault(file_id(path), path)
+    if not found:
+        raise UserError(f"no data is named in {spec!r}; give text files or a folder of token shards")
+    return list(found.values())
 
 
 def no_such_data(item: str) -> str:
     """What is wrong and what to type where `item` does not exist."""
-    path = Path(item)
+    path = Path(item).expanduser()
+    if os.path.exists(path) and not os.path.isdir(path):
+        return f"{item} is neither a file nor a folder; give text files or a folder of token shards"
     if path.suffix or any(sign in item for sign in "*?["):
         return f"no such data: {item}; give text files or a folder of token shards, or type --data stdlib"
-    found = f"{item} holds no token shards (.bin .npy) and no text" if path.is_dir() else f"no such data: {item}"
+    holds = f"{item} holds no token shards (.bin .npy) and no text"
+    found = holds if os.path.isdir(path) else f"no such data: {item}"
     command = f"python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}"
     return f"{found}; prepare it with `{command}`, or type --data stdlib"
 
@@ -137,7 +235,7 @@ def no_hub_data(what: str, error: Exception) -> UserError:
 def is_hub_id(spec: str) -> bool:
     """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub, not like a lost file."""
     owner = spec.partition("/")[0]
-    lost = owner == "data" or Path(owner).is_dir() or suffix_of(Path(spec)) in (*_READERS, ".bin", ".npy")
+    lost = owner == "data" or os.path.isdir(owner) or suffix_of(Path(spec)) in (*_READERS, ".bin", ".npy")
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", spec)) and not lost
 
 
@@ -151,8 +249,10 @@ def stdlib_files() -> list[Path]:
     outside = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "encodings"}
     found = []
     for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in outside and not name.startswith("config-")]
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
+        names[:] = [
+            name for name in names if name not in outside and not name.startswith("config-") and not is_hidden(name)
+        ]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and not is_hidden(name)]
     if not found:
         raise UserError(f"the source of Python's standard library is not in {root}; give --data text files instead")
     return sorted(found)

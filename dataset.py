@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,18 @@ import numpy as np
 import corpus
 from config import UserError
 from files import flush, sha256, write_json
-from tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
+READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 2"}  # in the cache's keys
 HEADER_INTS = 256
 LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}  # (magic, version)
 BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
 CACHE_SHARD_TOKENS = 100_000_000
 STDLIB_VOCAB = 4096
+GPT2_VOCAB = 50257
 HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
+SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
 SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
 
 
@@ -51,7 +55,9 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
-    size = path.stat().st_size
+    with _reading(path):
+        size = path.stat().st_size
+        path.open("rb").close()
     shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
     expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
     if size != expected:
@@ -306,81 +312,188 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int 
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[None]:
-    """Hold the lock file `path`; `busy` is called before waiting for another holder. A killed holder frees it."""
-    with path.open("w") as file:
+def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[bool]:
+    """Hold the lock file `path`; `busy` is called before waiting for another holder. A killed holder frees it.
+
+    Gives False where the file system has no locks. Raises OSError where the file cannot be made.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        file = os.open(path, os.O_RDONLY)  # another user's
+    try:
+        yield _lock(file, busy)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, busy: Callable[[], None]) -> bool:
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             busy()
             fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a network file system without locks
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def writing(option: str, folder: Path) -> Generator[None]:
+    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
+    try:
         yield
+    except OSError as error:
+        if folder.is_symlink() and not os.path.exists(folder):
+            reason = "it is a link to a folder that is not there"
+        elif os.path.exists(folder) and not os.path.isdir(folder):
+            reason = "it is a file"
+        else:
+            reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, with room for the "
+            f"tokens (two bytes each): {option} FOLDER"
+        ) from None
+
+
+Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sampled blocks]
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises UserError."""
+    with _reading(path):
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample(path)]
+
+
+def sample(path: Path) -> str:
+    """sha256 of a file's first and last block and some between; of all of a small one. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
+        n = min(SAMPLES, -(-last // SAMPLE_BYTES) + 1)
+        for block in range(n):
+            file.seek(last * block // max(1, n - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def changed_while_read(path: Path | str) -> UserError:
+    return UserError(f"{path} changed while it was read; type the same command again when nothing writes to it")
+
+
+def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
+    """The stamp of a file and `measure` of it. Raises UserError where it changes over and over."""
+    for _ in range(2):
+        before = stamp(path)
+        with _reading(path):
+            value = measure(path)
+        if stamp(path) == before:
+            return before, value
+    raise changed_while_read(path)
 
 
 class Cache:
     """Folders named by the content they were made from, and what was once measured of a file."""
 
     def __init__(self, root: Path):
-        self.root = root.absolute()
+        self.root = Path(os.path.abspath(root.expanduser()))
+        self._measured: dict[str, Any] = {}  # by this process, whether or not it could be written
+
+    def prepare(self) -> None:
+        """Make the cache's folder, so that what is measured is kept. Another user's may hold all that is needed."""
+        with contextlib.suppress(OSError):
+            self.root.mkdir(parents=True, exist_ok=True)
 
     def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
         """The folder of `key`, which `make` fills if no process has done so before.
 
         It is made beside its place and renamed, so that nothing unfinished is ever seen; of several processes one
-        makes it and the others wait. A killed maker's lock falls with it.
+        makes it and the others wait. A killed maker's lock falls with it. Raises UserError where it cannot be written.
         """
         folder = self.root / key
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return folder
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = self.root / f"{key}.lock"
-        with locked(lock, lambda: say(f"waiting for another process that is preparing {folder}")):
-            if not folder.is_dir():
-                self._sweep()
-                unfinished = self.root / f"{key}.tmp"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-                try:
-                    make(unfinished)
-                    flush(unfinished)
-                    unfinished.replace(folder)
-                finally:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                flush(self.root)
+        with contextlib.ExitStack() as held:
+            with self.writing():
+                self.root.mkdir(parents=True, exist_ok=True)
+                busy = lambda: say(f"waiting for another process that is preparing {folder}")  # noqa: E731
+                alone = held.enter_context(locked(self.root / f"{key}.lock", busy))
+            if not os.path.isdir(folder):
+                self._make(folder, make, alone)
         return folder
+
+    def _make(self, folder: Path, make: Callable[[Path], None], alone: bool) -> None:
+        """alone: nobody else makes this folder now. Elsewise the first to finish wins."""
+        name = folder.name if alone else f"{folder.name}.{platform.node()}-{os.getpid()}"
+        unfinished = self.root / f"{name}.tmp"
+        with self.writing():
+            if alone:
+                self._sweep()
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        try:
+            make(unfinished)
+            with self.writing():
+                flush(unfinished)
+                try:
+                    unfinished.replace(folder)
+                except OSError:
+                    if alone or not os.path.isdir(folder):
+                        raise
+                flush(self.root)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing("--cache", self.root)
 
     def _sweep(self) -> None:
         """Remove what killed processes left unfinished, under any key."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
             with (
-                (self.root / f"{leftover.stem}.lock").open("w") as file,
-                contextlib.suppress(BlockingIOError),
+                contextlib.suppress(OSError),  # in use, or another user's
+                (self.root / f"{leftover.stem}.lock").open("a") as file,
             ):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
-        """`measure` of each file, kept for as long as its size and time of change stay the same."""
-        index = self._index()
+        """`measure` of each file, kept for as long as its stamp stays the same.
+
+        Where the folder is not there or cannot be written, each start measures again.
+        """
+        index = self._index() | self._measured
         known, fresh = [], {}
         for path in paths:
-            stat = path.stat()
             key = f"{what} {path.absolute()}"
             entry = index.get(key)
-            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-                entry = fresh[key] = [stat.st_size, stat.st_mtime_ns, measure(path)]
-            known.append(entry[2])
-        if fresh:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with locked(self.root / "index.lock"):
+            # An entry of before there were stamps, [size, time of change, value], is no proof.
+            if not isinstance(entry, dict) or entry.get("stamp") != stamp(path):
+                now, value = measured(path, measure)
+                entry = fresh[key] = {"stamp": now, "value": value}
+            known.append(entry["value"])
+        self._measured |= fresh
+        if fresh and os.path.isdir(self.root):
+            with contextlib.suppress(OSError), locked(self.root / "index.lock"):
                 write_json(self.root / "index.json", self._index() | fresh)
         return known
 
-    def _index(self) -> dict[str, list[Any]]:
+    def _index(self) -> dict[str, Any]:
         try:
-            return json.loads((self.root / "index.json").read_text())
-        except (FileNotFoundError, ValueError):
+            index = json.loads((self.root / "index.json").read_text())
+        except (OSError, ValueError):
             return {}
+        return index if isinstance(index, dict) else {}
 
 
 # ---- text to cached shards
@@ -413,15 +526,17 @@ def tokenize_to_folder(
         for chunk, ids, lengths in results:
             document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
             held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
-            for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
-                writer.add(part)
+            with writing("--cache", folder.parent):
+                for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
+                    writer.add(part)
             documents, tokens, empty = documents + sum(chunk.starts), tokens + len(ids), empty + chunk.empty
             progress.update(chunk.position, tokens)
     if not documents:
         raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
-    for writer in writers:
-        writer.close()
-    write_manifest(folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty)
+    with writing("--cache", folder.parent):
+        for writer in writers:
+            writer.close()
+        write_manifest(folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty)
     without = f" ({empty} empty ones left out)" if empty else ""
     say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
 
@@ -434,11 +549,31 @@ def _stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None
         texts = (text for text, _ in corpus.TextFiles(files).segments())
         train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
 
+    store.prepare()
     key = _sha256(store.remember("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
     return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
 
 
 # ---- what --data may be
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What training has to know of its token ids. Token shards need no more: their tokenizer may be elsewhere."""
+
+    size: int
+    name: str  # of the tokenizer
+    source: str  # what load_tokenizer takes
+    eot: int | None  # id that begins a document, where known
+    sha256: str | None  # of the tokenizer, where known
+    tokenizer: Tokenizer | None  # None where it is not on this machine
+    missing: str = ""  # why it is not
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> Vocabulary:
+        return Vocabulary(
+            tokenizer.vocab_size, tokenizer.name, tokenizer.source, tokenizer.eot, tokenizer.sha256, tokenizer
+        )
 
 
 @dataclass
@@ -447,7 +582,12 @@ class Data:
 
     train: TokenDataset
     val: TokenDataset
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where it is not on this machine."""
+        return _needed(self.vocabulary)
 
 
 @dataclass
@@ -456,7 +596,15 @@ class _Opened:
 
     train: TokenDataset | None
     val: TokenDataset | None
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+
+
+def _needed(vocabulary: Vocabulary) -> Tokenizer:
+    if vocabulary.tokenizer is None:
+        raise UserError(
+            f"the tokenizer of the token shards is not known here ({vocabulary.missing}); name it: --tokenizer"
+        )
+    return vocabulary.tokenizer
 
 
 def open_data(
@@ -470,20 +618,26 @@ def open_data(
 ) -> Data:
     """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset on the hub.
 
-    Without `val_data`, validation is the shards with `val` in their names; of text, each hundredth document; and
+    Without `val_data`, validation is the shards whose names have the word val or validation; of text, each hundredth document; and
     where there is neither (fewer than 100 documents), the last hundredth of the stream, at least one window and
     at most a tenth. Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
-    opened = _open(data, tokenizer, text_column, store, val_data is None, say)
-    train, val = opened.train, opened.val
+    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    opened = _open(data, asked, text_column, store, val_data is None, say)
+    train, val, vocabulary = opened.train, opened.val, opened.vocabulary
     if train is None:
-        raise UserError(f"{data} holds only validation shards (val in their names); give a folder with others too")
+        raise UserError(
+            f"{data} holds only validation shards (val or validation in their names); give a folder with others too"
+        )
     if val_data is not None:
-        other = _open(val_data, opened.tokenizer, text_column, store, False, say)
+        unknown = vocabulary.sha256 is None
+        other = _open(val_data, None if unknown else vocabulary, text_column, store, False, say, named=False)
         val = other.val or other.train
+        if unknown:  # then its size is one more than the largest id
+            vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
     elif val is None:
-        train, val = _split_tail(train, opened.tokenizer, seq_len, data)
+        train, val = _split_tail(train, vocabulary, seq_len, data)
     assert val is not None
     for dataset, what in (
         (train, data),
@@ -491,21 +645,28 @@ def open_data(
     ):
         if not dataset.n_windows(seq_len):
             raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
-    return Data(train, val, opened.tokenizer)
+    return Data(train, val, vocabulary)
 
 
 def open_whole(
     data: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     text_column: str,
     cache: Path,
     say: Callable[[str], None] = print,
 ) -> TokenDataset:
-    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if there are any."""
-    opened = _open(data, tokenizer, text_column, Cache(cache), False, say)
+    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if there are any.
+
+    Without a tokenizer only shards can be opened, and the bytes are those of their manifest, if any.
+    """
+    if tokenizer is None and not _shard_files(Path(data).expanduser()):
+        raise UserError(f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer")
+    asked = Vocabulary.of(tokenizer) if tokenizer else None
+    opened = _open(data, asked, text_column, Cache(cache), False, say)
     whole = opened.val or opened.train
     assert whole is not None
-    if whole.n_bytes is None:
+    whole.vocab_size = opened.vocabulary.size
+    if whole.n_bytes is None and tokenizer:
         whole.n_bytes = whole.count_bytes(byte_lengths(tokenizer))
     return whole
 
@@ -518,7 +679,7 @@ def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
 
 
 def _split_tail(
-    whole: TokenDataset, tokenizer: Tokenizer, seq_len: int, data: str
+    whole: TokenDataset, vocabulary: Vocabulary, seq_len: int, data: str
 ) -> tuple[TokenDataset, TokenDataset]:
     """The last hundredth of the stream is validation: at least one window, at most a tenth."""
     most = whole.n_tokens // 10
@@ -527,35 +688,83 @@ def _split_tail(
         raise UserError(_too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1))
     border = whole.n_tokens - size
     val = whole.part(border, whole.n_tokens, None)
-    if whole.n_bytes is None:
+    if whole.n_bytes is None or vocabulary.tokenizer is None:
         return whole.part(0, border, None), val
-    val.n_bytes = val.count_bytes(byte_lengths(tokenizer))
+    val.n_bytes = val.count_bytes(byte_lengths(vocabulary.tokenizer))
     return whole.part(0, border, whole.n_bytes - val.n_bytes), val
 
 
 def _open(
     spec: str,
-    tokenizer: str | Tokenizer | None,
+    asked: Vocabulary | None,
     column: str,
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
+    named: bool = True,
 ) -> _Opened:
+    """named: whether the user named the vocabulary that is asked for."""
     path = Path(spec).expanduser()
     if files := _shard_files(path):
-        return _open_shards(path, files, tokenizer, store)
+        return _open_shards(path, files, asked, store, named)
     if spec == "stdlib" and not path.exists():
         texts = corpus.stdlib_files()
-        chosen = _load(tokenizer) or _stdlib_tokenizer(texts, store, say)
-        return _open_text(texts, spec, chosen, column, store, holdout, say)
-    chosen = _load(tokenizer) or load_tokenizer("gpt2")
-    if not path.exists() and corpus.is_hub_id(spec):
-        return _open_hub(spec, chosen, column, store, holdout, say)
-    return _open_text(corpus.find_files(spec), spec, chosen, column, store, holdout, say)
+        tokenizer = _needed(asked) if asked else _stdlib_tokenizer(texts, store, say)
+        return _open_text(texts, spec, tokenizer, column, store, holdout, say)
+    hub = not os.path.exists(path) and corpus.is_hub_id(spec)
+    texts = [] if hub else corpus.find_files(spec)  # looked for first: what is not there needs no tokenizer
+    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    if hub:
+        return _open_hub(spec, tokenizer, column, store, holdout, say)
+    return _open_text(texts, spec, tokenizer, column, store, holdout, say)
 
 
-def _load(tokenizer: str | Tokenizer | None) -> Tokenizer | None:
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+def check_data(data: str, val_data: str | None, tokenizer: str | None, text_column: str, cache: Path) -> int:
+    """The size of the vocabulary that `open_data` would find, with nothing tokenized or written.
+
+    Raises UserError where it would find no data or no tokenizer; and for damaged shards.
+    """
+    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    store = Cache(cache)
+    _check_there(data, asked, text_column, store)
+    if val_data is not None:
+        _check_there(val_data, asked, text_column, store)
+    path = Path(data).expanduser()
+    if files := _shard_files(path):
+        return _open_shards(path, files, asked, store).vocabulary.size
+    if asked:
+        return asked.size
+    return STDLIB_VOCAB if data == "stdlib" and not path.exists() else load_tokenizer("gpt2").vocab_size
+
+
+def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
+    path = Path(spec).expanduser()
+    if files := _shard_files(path):
+        _open_shards(path, files, asked, store)
+    elif spec == "stdlib" and not path.exists():
+        corpus.stdlib_files()
+    elif os.path.exists(path) or not corpus.is_hub_id(spec):
+        corpus.find_files(spec)
+    elif not _is_cached(spec, asked, column, store):
+        _hub_dataset(spec, column)
+
+
+def _is_cached(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> bool:
+    """Whether a hub dataset has been tokenized: then it need not be in reach."""
+    if not store.root.is_dir():
+        return False
+    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    keys = (_hub_key(spec, column, tokenizer, holdout) for holdout in (True, False))
+    return any((store.root / key).is_dir() for key in keys)
+
+
+def _hub_key(spec: str, column: str, tokenizer: Tokenizer, holdout: bool) -> str:
+    return _sha256("hub", spec, column, tokenizer.sha256, holdout, FORMAT)[:32]
+
+
+def _hub_dataset(spec: str, column: str, say: Callable[[str], None] = print) -> corpus.HubDataset:
+    name, _, config = spec.partition(":")
+    return corpus.HubDataset(name, config or None, column=column, say=say)
 
 
 def _open_text(
@@ -568,15 +777,20 @@ def _open_text(
     say: Callable[[str], None],
 ) -> _Opened:
     """Text files, tokenized once for one content, column and tokenizer."""
+    store.prepare()
     content = store.remember("sha256", files, sha256)
-    kinds = [corpus.suffix_of(path) for path in files]
+    # Tables were once read by other rules, so what the cache holds of them from then is not used.
+    kinds = [READ_ANEW.get(kind, kind) for kind in map(corpus.suffix_of, files)]
     key = _sha256(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
-    folder = store.once(
-        key,
-        lambda folder: tokenize_to_folder(corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say),
-        say,
-    )
-    return _open_shards(folder, _shard_files(folder), tokenizer, store)
+
+    def make(folder: Path) -> None:
+        tokenize_to_folder(corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say)
+        for path, before, now in zip(files, content, store.remember("sha256", files, sha256), strict=True):
+            if now != before:
+                raise changed_while_read(path)
+
+    folder = store.once(key, make, say)
+    return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
 def _open_hub(
@@ -585,54 +799,70 @@ def _open_hub(
     """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to fetch it anew."""
 
     def make(folder: Path) -> None:
-        name, _, config = spec.partition(":")
-        source = corpus.HubDataset(name, config or None, column=column, say=say)
-        tokenize_to_folder(source, tokenizer, folder, spec, holdout, say)
+        tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
 
-    folder = store.once(_sha256("hub", spec, column, tokenizer.sha256, holdout, FORMAT)[:32], make, say)
-    return _open_shards(folder, _shard_files(folder), tokenizer, store)
+    folder = store.once(_hub_key(spec, column, tokenizer, holdout), make, say)
+    return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
+
+
+def is_validation(name: str) -> bool:
+    """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not medieval_000000.npy."""
+    return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
 
 
 def _shard_files(path: Path) -> list[Path]:
     """The token shards that `path` is or holds, in order; none where it holds none."""
-    if path.is_file():
+    if os.path.isfile(path):
         return [path] if path.suffix in (".bin", ".npy") else []
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return []
     if (path / "progress.json").exists() and not (path / "manifest.json").exists():
         raise UserError(f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on")
-    return sorted(file for file in path.iterdir() if file.suffix in (".bin", ".npy"))
+    with _reading(path):
+        files = sorted(path.iterdir())
+    return [file for file in files if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)]
 
 
-def _open_shards(path: Path, files: list[Path], asked: str | Tokenizer | None, store: Cache) -> _Opened:
+def _open_shards(path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True) -> _Opened:
     """Raises UserError for shards that are damaged, or of another tokenizer than the one asked for."""
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(folder)
     shards = [read_shard(file) for file in files]
     if manifest:
-        tokenizer = _manifest_tokenizer(folder, manifest["tokenizer"], asked)
+        vocabulary = _manifest_vocabulary(folder, manifest, asked, named)
         records = _check_records(folder, manifest, shards, whole=path.is_dir())
         max_ids, marks = [r["max_id"] for r in records], [[r["tokens"], r["sha256"]] for r in records]
     else:
-        tokenizer = _load(asked) or load_tokenizer("gpt2")
         max_ids = store.remember("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
+        vocabulary = asked or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):
-        if max_id >= tokenizer.vocab_size:
-            raise UserError(beyond_vocabulary(file, max_id, tokenizer))
+        if max_id >= vocabulary.size:
+            raise UserError(beyond_vocabulary(file, max_id, vocabulary.size, vocabulary.name))
 
     def split(val: bool) -> TokenDataset | None:
-        chosen = [i for i, file in enumerate(files) if ("val" in file.name) == val]
+        chosen = [i for i, file in enumerate(files) if is_validation(file.name) == val]
         identity = _sha256([marks[i] for i in chosen])
         return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
 
-    return _Opened(split(False), split(True), tokenizer)
+    return _Opened(split(False), split(True), vocabulary)
 
 
-def beyond_vocabulary(path: Path, max_id: int, tokenizer: Tokenizer) -> str:
+def _assumed_vocabulary(n_ids: int) -> Vocabulary:
+    """Of shards that do not say what made them: GPT-2's, where their ids are all in it."""
+    if n_ids > GPT2_VOCAB:
+        reason = f"they hold ids up to {n_ids - 1:,}, beyond GPT-2's, and no manifest.json"
+        return Vocabulary(n_ids, "unknown", "unknown", None, None, None, reason)
+    try:
+        return Vocabulary.of(load_tokenizer("gpt2"))
+    except UserError as error:
+        return Vocabulary(GPT2_VOCAB, "gpt2", "gpt2", GPT2_VOCAB - 1, GPT2_SHA256, None, str(error))
+
+
+def beyond_vocabulary(path: Path, max_id: int, size: int, name: str) -> str:
     """What is wrong with a shard that holds `max_id`, and what to type."""
     return (
-        f"{path} holds token id {max_id}, beyond the {tokenizer.vocab_size:,} of tokenizer {tokenizer.name}; "
+        f"{path} holds token id {max_id}, beyond the {size:,} of tokenizer {name}; "
         f"name the tokenizer that made it with --tokenizer"
     )
 
@@ -649,16 +879,39 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
-def _manifest_tokenizer(folder: Path, made_with: dict[str, str], asked: str | Tokenizer | None) -> Tokenizer:
-    beside = folder / "tokenizer"
-    tokenizer = _load(asked) or load_tokenizer(str(beside) if beside.is_dir() else made_with["source"])
-    if tokenizer.sha256 != made_with["sha256"]:
-        advice = "leave --tokenizer out" if isinstance(asked, str) else "tokenize the text again"
+def _manifest_vocabulary(folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool) -> Vocabulary:
+    made_with = manifest["tokenizer"]
+    vocabulary = asked or _own_vocabulary(folder, manifest)
+    if vocabulary.sha256 != made_with["sha256"]:
+        advice = "leave --tokenizer out" if named else "tokenize the text again"
         raise UserError(
             f"the shards in {folder} were made with tokenizer {made_with['source']} ({made_with['sha256'][:8]}), "
-            f"not with {tokenizer.source} ({tokenizer.sha256[:8]}); {advice}"
+            f"not with {vocabulary.source} ({str(vocabulary.sha256)[:8]}); {advice}"
         )
-    return tokenizer
+    return vocabulary
+
+
+def _own_vocabulary(folder: Path, manifest: dict[str, Any]) -> Vocabulary:
+    """With the tokenizer, where it is on this machine."""
+    beside, made_with = folder / "tokenizer", manifest["tokenizer"]
+    where = str(beside) if beside.is_dir() else made_with["source"]
+    reason = f"there is no {where}"
+    if where == "gpt2" or os.path.exists(where):
+        try:
+            return Vocabulary.of(load_tokenizer(where))
+        except UserError as error:
+            if where != "gpt2":
+                raise
+            reason = str(error)
+    return Vocabulary(
+        manifest["vocab_size"],
+        made_with["name"],
+        made_with["source"],
+        manifest["eot"],
+        made_with["sha256"],
+        None,
+        reason,
+    )
 
 
 def _check_records(folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool) -> list[dict[str, Any]]:

@@ -38,6 +38,12 @@ def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: t
     An adapter's folder gives its base with the adapter in it. `tokenizer` names another one than the checkpoint's own.
     Raises UserError where either cannot be read, or the tokenizer has ids that the model lacks.
     """
+    model = open_weights(where, device, dtype)
+    return model, open_tokenizer(where, tokenizer, model)
+
+
+def open_weights(where: str, device: torch.device, dtype: torch.dtype) -> GPT:
+    """The model of `where` alone, ready for inference."""
     base = base_of(where)[0] if is_adapter(where) else where
     if base is None:
         raise UserError(f"{where} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
@@ -46,14 +52,18 @@ def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: t
         load_adapter(model, where)
         if can_merge(model):
             merge(model)
-    model = model.to(device, dtype).eval()
+    return model.to(device, dtype).eval()
+
+
+def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
+    """The tokenizer named, else that of `where`."""
     loaded = load_tokenizer(tokenizer or where)
     if loaded.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} only "
             f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
         )
-    return model, loaded
+    return loaded
 
 
 @torch.inference_mode()

@@ -77,11 +77,11 @@ class EvaluateConfig:
 # ---- a corpus
 
 
-def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int, seq_len: int, batch_size: int) -> Figures:
+def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_len: int, batch_size: int) -> Figures:
     """Loss (nats a token), perplexity and bits per byte of all tokens but the first, each predicted once.
 
     Windows of seq_len tokens do not overlap, so a token sees at most seq_len - 1 others before it; the last one is
-    as long as what is left. `n_bytes`: of the text. Raises UserError for a corpus of fewer than two tokens.
+    as long as what is left. `n_bytes`: of the text; None where unknown. Raises UserError for a corpus of fewer than two tokens.
     """
     import torch
 
@@ -97,12 +97,12 @@ def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int, seq_len: int,
             idx, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
             nll += float(model(idx, targets, reduction="sum"))
             advance(targets.numel())
+    of_bytes = {} if n_bytes is None else {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes}
     return {
         "loss": nll / tokens,
         "perplexity": perplexity(nll, tokens),
-        "bits_per_byte": bits_per_byte(nll, n_bytes),
+        **of_bytes,
         "tokens": tokens,
-        "bytes": n_bytes,
         "seconds": time.perf_counter() - began,
     }
 
@@ -331,8 +331,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import distributed
     from checkpoint import locate
     from dataset import open_whole
-    from decoding import open_model
+    from decoding import open_tokenizer, open_weights
     from precision import set_products
+    from tokenizer import has_tokenizer
 
     # Rows are read before the model: what is wrong with them is said at once.
     limit = config.limit
@@ -341,7 +342,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     device = distributed.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_products("fp32", device)
-    model, tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
+    where = locate(config.checkpoint)
+    model = open_weights(where, device, dtype)
+    # Token shards alone can be scored without one.
+    needed = bool(config.tokenizer or hellaswag or lambada or has_tokenizer(where))
+    tokenizer = open_tokenizer(where, config.tokenizer, model) if needed else None
     batch_size = config.batch_size or (32 if device.type == "cuda" else 4)
     seq_len = config.seq_len or model.config.block_size
     if seq_len > model.config.block_size:
@@ -349,11 +354,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     figures: dict[str, Figures] = {}
     if config.data:
         dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
-        figures["data"] = evaluate_data(model, dataset, dataset.n_bytes or 0, seq_len, batch_size)
+        if tokenizer is None and (dataset.vocab_size or 0) > model.config.vocab_size:
+            raise UserError(
+                f"--data {config.data} has {dataset.vocab_size:,} token ids and the model of {config.checkpoint} only "
+                f"{model.config.vocab_size:,}; give shards that its tokenizer made"
+            )
+        figures["data"] = evaluate_data(model, dataset, dataset.n_bytes, seq_len, batch_size)
     batch_tokens = batch_size * model.config.block_size
-    if hellaswag:
+    if hellaswag and tokenizer:
         figures["hellaswag"] = evaluate_hellaswag(model, tokenizer, hellaswag, batch_tokens)
-    if lambada:
+    if lambada and tokenizer:
         figures["lambada"] = evaluate_lambada(model, tokenizer, lambada, batch_tokens)
     return figures
 

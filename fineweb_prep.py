@@ -68,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse(PrepConfig, sys.argv[1:] if argv is None else argv)
     out = _check(cfg)
     begun = (out / "manifest.json").exists() or (out / "progress.json").exists()
-    if not begun and list(out.glob("*.bin")):
+    if not begun and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
         raise UserError(f"{out} holds shards that this program did not make; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    with dataset.writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "prep.lock").touch()
     with dataset.locked(out / "prep.lock", lambda: _say(f"waiting for another process that writes {out}")):
         if cfg.pretokenized:
             _fetch(cfg, out)
@@ -127,13 +129,14 @@ def _prepare(cfg: PrepConfig, out: Path) -> None:
 
 
 def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:
-    """All that decides the bytes. Files count by name and size: hashing terabytes would double the work."""
+    """All that decides the bytes. Files count by name, size and a few blocks: hashing terabytes would double the work."""
     names = [[path.name, path.stat().st_size] for path in files]
     return {
         "dataset": cfg.dataset,
         "name": cfg.name,
         "split": cfg.split,
         "input": hashlib.sha256(json.dumps(names).encode()).hexdigest() if files else None,
+        "input_blocks": hashlib.sha256("".join(map(dataset.sample, files)).encode()).hexdigest() if files else None,
         "text_column": cfg.text_column,
         "tokenizer": tokenizer.sha256,
         "shard_tokens": cfg.shard_tokens,
@@ -152,7 +155,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
         saved = json.loads(file.read_text())
         made_with = saved.get("settings", {})
         for name, value in settings.items() if saved.get("shards") else ():
-            if made_with.get(name) != value:
+            if name in made_with and made_with[name] != value:  # older versions knew fewer
                 option, before, now = "--" + name.replace("_", "-"), str(made_with.get(name))[:40], str(value)[:40]
                 raise UserError(f"{out} was made with another {option} ({before}, now {now}); give another --out")
     if finished:
@@ -216,12 +219,14 @@ def _tokenize(cfg: PrepConfig, out: Path, source: corpus.Source, tokenizer: Toke
         for chunk, tokens, _ in results:
             part = tokens[skip : skip + limit - written]
             run.begin(chunk.state, skip)
-            writer.add(part)
+            with dataset.writing("--out", out):
+                writer.add(part)
             skip, written = 0, written + len(part)
             progress.update(chunk.position, written)
             if written == limit:
                 break
-    writer.close()
+    with dataset.writing("--out", out):
+        writer.close()
 
 
 def _check_disk(cfg: PrepConfig, out: Path, tokenizer: Tokenizer, files: list[Path], run: _Run) -> None:
@@ -281,10 +286,10 @@ def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
         raise corpus.no_hub_data(cfg.dataset, error) from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     shards = sorted(name for name in sizes if name.endswith(".bin") and "/" not in name)
-    train = [name for name in shards if "val" not in name][: cfg.max_shards]
+    train = [name for name in shards if not dataset.is_validation(name)][: cfg.max_shards]
     if not train:
         raise UserError(f"{cfg.dataset} has no .bin shards; leave --pretokenized out to tokenize its text")
-    return info.sha, {name: sizes[name] for name in shards if "val" in name or name in train}
+    return info.sha, {name: sizes[name] for name in shards if dataset.is_validation(name) or name in train}
 
 
 def _record(shard: dataset.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -296,7 +301,7 @@ def _record(shard: dataset.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
         counts = part + np.pad(counts, (0, len(part) - len(counts)))
     max_id = int(np.flatnonzero(counts)[-1])
     if max_id >= tokenizer.vocab_size:
-        raise UserError(dataset.beyond_vocabulary(shard.path, max_id, tokenizer))
+        raise UserError(dataset.beyond_vocabulary(shard.path, max_id, tokenizer.vocab_size, tokenizer.name))
     record = dict(name=shard.path.name, tokens=len(tokens), documents=int(counts[tokenizer.eot]))
     return record | dict(bytes=int(counts @ lengths), max_id=max_id, sha256=sha256(shard.path))
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from config import UserError, nearest
-from corpus import HubDataset, is_hub_id, named_files, suffix_of
+from corpus import HubDataset, file_id, is_hub_id, named_files, suffix_of, words_of
 from readers import (
     HEAD,
     SHOWN,
@@ -197,7 +197,7 @@ class _Kind:
 def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Record]]]:
     """The name and the records of each file or hub dataset that `spec` names."""
     known = kind.suffixes
-    seen: set[Path] = set()
+    seen: set[object] = set()
     for item, files in named_files(spec, known):
         if not files and is_hub_id(item):
             name, _, config = item.partition(":")
@@ -208,9 +208,9 @@ def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Rec
         for path in _of_split(files, folder, split) if folder.is_dir() else files:
             if suffix_of(path) not in known:
                 raise UserError(f"{path} is none of {' '.join(known)} (or these with .gz)")
-            if path not in seen:
+            if (file := file_id(path)) not in seen:
                 yield str(path), kind.read(path)
-            seen.add(path)
+            seen.add(file)
 
 
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -219,13 +219,21 @@ _SPLITS |= {"dev": "validation", "test": "test"}
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Those of a folder's files whose names tell this split, as the hub names them; all where no name tells one."""
-    words = [re.findall("[a-z]+", str(path.relative_to(folder)).lower()) for path in files]
-    told = [next((_SPLITS[word] for word in of if word in _SPLITS), None) for of in words]
+    told = [_split_of(path.relative_to(folder)) for path in files]
     if not any(told):
         return files
     if split not in told:
         raise UserError(f"{folder} has no file of the split {split!r}, and files of others; name the files instead")
     return [path for path, of in zip(files, told, strict=True) if of == split]
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a whole word of a file's name tells, else that of the nearest folder's that tells one."""
+    for part in reversed(path.parts):
+        for word in words_of(part):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
 
 
 def read_documents(text: IO[str]) -> Iterator[Record]:

@@ -4,7 +4,6 @@ loss is; the loop (trainer.py) says how an optimizer step is made of them, and k
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ import kernels
 from adapter_files import base_of, is_adapter
 from checkpoint import locate
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
-from dataset import Data, open_data, window_order
+from dataset import Data, check_data, open_data, window_order
 from decoding import generate
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
@@ -26,7 +25,7 @@ from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
 from precision import casts_once
-from tokenizer import load_tokenizer
+from tokenizer import has_tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -182,16 +181,27 @@ class LanguageModelling(Task):
         tokenizer = _tokenizer_named(cfg)
         assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
-        self.shape = model_config(cfg, self.data.tokenizer.vocab_size)
-        if self.shape.vocab_size < self.data.tokenizer.vocab_size:
+        vocabulary = self.data.vocabulary
+        self.shape = model_config(cfg, vocabulary.size)
+        if vocabulary.tokenizer is None:
+            self.warnings = (
+                f"training without the tokenizer of the shards ({vocabulary.missing}): no samples are printed, and "
+                f"the model is written without a tokenizer",
+            )
+        if cfg.document_mask and vocabulary.eot is None:
+            raise UserError("--document-mask needs the id that ends a document; name the shards' --tokenizer")
+        if self.shape.vocab_size < vocabulary.size:
             raise UserError(
-                f"the tokenizer has {self.data.tokenizer.vocab_size} ids and the model of --init {cfg.init} only "
+                f"the tokenizer has {vocabulary.size} ids and the model of --init {cfg.init} only "
                 f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
 
     def plan(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
-        self.shape = model_config(cfg, planned_vocab_size(cfg))
+        tokenizer = _tokenizer_named(cfg)
+        assert cfg.data
+        vocab_size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache))
+        self.shape = model_config(cfg, vocab_size)
 
     def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
         assert cfg.batch_tokens and cfg.seq_len
@@ -230,7 +240,7 @@ class LanguageModelling(Task):
             "n_embd": config.n_embd,
             "vocabulary": config.vocab_size,
             "data": self.data.train.sha256,
-            "tokenizer": self.data.tokenizer.sha256,
+            "tokenizer": self.data.vocabulary.sha256,
         }
 
     def describe(self) -> dict[str, str]:
@@ -242,7 +252,8 @@ class LanguageModelling(Task):
         epochs = (self.cfg.steps or 0) * (self.cfg.batch_tokens or 0) / data.train.n_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
-            "tokenizer": f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids{padded}",
+            "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
+            + ("" if data.vocabulary.tokenizer else ", not on this machine"),
             "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} epochs), "
             f"{data.val.n_tokens:,} held out",
         }
@@ -286,7 +297,9 @@ class LanguageModelling(Task):
         batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
             # A document begins with the end-of-text token, so the count of them so far names the document.
-            batch["segments"] = (batch["idx"] == self.data.tokenizer.eot).cumsum(1)
+            eot = self.data.vocabulary.eot
+            assert eot is not None  # `setup` saw to it
+            batch["segments"] = (batch["idx"] == eot).cumsum(1)
         return batch
 
     def weights(self, batch: Batch) -> dict[str, float]:
@@ -311,7 +324,9 @@ class LanguageModelling(Task):
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         assert isinstance(model, GPT)
-        tokenizer = self.data.tokenizer
+        tokenizer = self.data.vocabulary.tokenizer
+        if tokenizer is None:
+            return []
         prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
         options = DecodeConfig(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50)
@@ -321,8 +336,10 @@ class LanguageModelling(Task):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, GPT)
-        model.save_pretrained(folder, eot=self.data.tokenizer.eot)
-        self.data.tokenizer.save(folder)
+        vocabulary = self.data.vocabulary
+        model.save_pretrained(folder, eot=vocabulary.eot)
+        if vocabulary.tokenizer:
+            vocabulary.tokenizer.save(folder)
 
 
 def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
@@ -373,14 +390,4 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
     if cfg.init == "scratch":
         return None
     where = locate(cfg.init)
-    return where if any((Path(where) / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
-
-
-def planned_vocab_size(cfg: RunConfig) -> int:
-    """Size of the vocabulary that `setup` would find, without tokenizing anything: for --dry-run."""
-    if named := _tokenizer_named(cfg):
-        return load_tokenizer(named).vocab_size
-    manifest = Path(cfg.data or "") / "manifest.json"
-    if manifest.is_file():
-        return json.loads(manifest.read_text())["vocab_size"]
-    return 4096 if cfg.data == "stdlib" else 50257
+    return where if has_tokenizer(where) else None

@@ -366,6 +366,11 @@ def load_tokenizer(where: str, num_threads: int | None = None) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(folder: str) -> bool:
+    """Whether load_tokenizer would find one there."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> Tokenizer:
     return load_tokenizer(source, num_threads).with_special(special)
 
@@ -432,7 +437,7 @@ def _load_hub(path: Path) -> Tokenizer:
             tokenizer = byte_level(model, bool(config.get("add_prefix_space")))
         else:
             raise UserError(
-                f"no tokenizer at {path}: give gpt2, a folder with tokenizer.json "
+                f"no tokenizer at {path}: give --tokenizer gpt2, a folder with tokenizer.json "
                 "or vocab.json and merges.txt, or a tokenizer.json"
             )
     except UserError:

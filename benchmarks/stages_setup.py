@@ -110,7 +110,7 @@ def prepare(preset: str, seq_len: int, data: str, tokenizer: str | None, cache: 
         if not Path(tokenizer).exists():
             train_tokenizer(Path(tokenizer))
     opened = open_data(data, None, tokenizer, TrainConfig.text_column, cache, seq_len, say)
-    vocabulary = opened.tokenizer.vocab_size
+    vocabulary = opened.vocabulary.size
     with torch.device("meta"):
         model = GPT(config_of(preset, seq_len, vocab_size=vocabulary))
     return tokenizer, vocabulary, model.flops_per_token(seq_len)

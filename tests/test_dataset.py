@@ -866,6 +866,7 @@ def test_the_largest_id_is_looked_for_once(
     tmp_path: Path, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shard_folder(tmp_path)
+    (tmp_path / "cache").mkdir()
     open_here(folder)
     monkeypatch.setattr(dataset, "_max_id", lambda _: 1 / 0)
     open_here(folder)

@@ -1,0 +1,401 @@
+"""Which files are data, what of them is kept between runs, and runs on shards whose tokenizer is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from launch import launch, log_of, small, write_inputs
+
+import corpus
+import dataset
+from config import UserError
+from dataset import Cache, is_validation, open_data
+from rows import read_rows
+
+HIDDEN = [".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt", "__MACOSX/a.txt", "._a.txt", "sub/.tmp-a.txt",
+          ".cache/deep/er.txt", "sub/.hidden.txt", "#a.txt#", "a.txt~", "~$a.txt", "lost+found/a.txt"]  # fmt: skip
+
+
+def write(path: Path, text: str = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def found(spec: object) -> list[str]:
+    return [path.name for path in corpus.find_files(str(spec))]
+
+
+# ---- hidden files, links
+
+
+def test_hidden_files_are_no_data(tmp_path: Path) -> None:
+    data = tmp_path / ".cache" / "data"  # the folder that is named may itself lie below a hidden one
+    for name in ("a.txt", "sub/b.txt", *HIDDEN):
+        write(data / name)
+    for spec in (data, f"{data}/**/*.txt", f"{data}/**", f"{data}/*.txt,{data}/sub/*"):
+        assert found(spec) == ["a.txt", "b.txt"]
+
+
+def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
+    for name in HIDDEN:
+        write(tmp_path / name)
+    for spec in (".cache", "._a.txt", ".git/*.txt", "**/.git/*.txt", "__MACOSX/*", "sub/.*.txt", ".cache/**/*.txt"):
+        assert found(tmp_path / spec), spec
+
+
+def test_rows_of_hidden_files_are_left_out(tmp_path: Path) -> None:
+    for name in ("train.csv", ".ipynb_checkpoints/train-checkpoint.csv", "._train.csv"):
+        write(tmp_path / name, f"text\n{name}\n")
+    assert [row["text"] for row in read_rows(str(tmp_path), {"text": "text"}).rows] == ["train.csv"]
+
+
+def test_hidden_shards_are_left_out(tmp_path: Path) -> None:
+    for name in ("train_0.npy", "val_0.npy"):
+        np.save(tmp_path / name, np.arange(100, dtype=np.uint16))
+        (tmp_path / f"._{name}").write_bytes(b"resource fork")
+    data = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8)
+    assert data.train.n_tokens == data.val.n_tokens == 100
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
+    a = write(tmp_path / "d" / "a.txt")
+    write(tmp_path / "elsewhere" / "b.txt")
+    os.link(a, tmp_path / "d" / "hard.txt")
+    os.symlink(a, tmp_path / "d" / "soft.txt")
+    for name, target in {"loop": ".", "up": "..", "linked": "../elsewhere", "again": "../elsewhere"}.items():
+        os.symlink(target, tmp_path / "d" / name)
+    for spec in (f"{tmp_path}/d", f"{tmp_path}/d/**", f"{tmp_path}/d,{tmp_path}/d/a.txt,{tmp_path}/elsewhere"):
+        assert found(spec) == ["a.txt", "b.txt"], spec
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt")
+    os.symlink("gone", tmp_path / "b.txt")
+    with pytest.raises(UserError, match=r"b.txt is a link to a file that is not there"):
+        corpus.find_files(str(tmp_path))
+
+
+def test_a_very_long_list_of_files(tmp_path: Path) -> None:
+    names = [str(write(tmp_path / f"{i}.txt")) for i in range(300)]
+    assert len(found(",".join(names))) == 300
+
+
+@given(st.lists(st.sampled_from(["**", "*", "?", "a*", "b", "[ab]", "*.txt"]), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_globs_match_as_in_python(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+    import glob
+
+    root = tmp_path_factory.getbasetemp() / "globbed"
+    for name in ("a.txt", "b.txt", "a/a.txt", "b/ab.txt", "a/b/a.txt", "a/b/c/b.txt", "b/.a/b.txt"):
+        write(root / name)
+    pattern = str(root.joinpath(*parts))
+    assume(not os.path.isdir(pattern))  # a folder is all that is below it
+    expected = sorted({Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)})
+    ((_, files),) = corpus.named_files(pattern, (".txt",))
+    assert files == expected
+
+
+# ---- names
+
+
+@given(st.sampled_from(["val", "validation", "VAL", "Validation"]), st.sampled_from("_-. 0"), st.booleans())
+def test_a_whole_word_marks_validation(word: str, between: str, first: bool) -> None:
+    words = [word, "fineweb", "000001"] if first else ["edu", word, "000000"]
+    assert is_validation(between.join(words) + ".bin") and is_validation(word + ".npy")
+
+
+@pytest.mark.parametrize(
+    "word", ["medieval", "modern", "evaluation", "valley", "interval", "trainval", "éval", "valid"]
+)
+def test_part_of_a_word_marks_nothing(word: str) -> None:
+    assert not is_validation(f"{word}_000.npy") and not is_validation(f"x-{word}.bin")
+
+
+def test_shards_without_a_word_are_all_trained_on(tmp_path: Path) -> None:
+    for name in ("medieval_000.npy", "modern_000.npy"):
+        np.save(tmp_path / name, np.arange(1000, dtype=np.uint16))
+    data = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8)
+    assert data.train.n_tokens + data.val.n_tokens == 2000 and data.val.n_tokens == 20
+
+
+def test_a_files_own_name_tells_its_split(tmp_path: Path) -> None:
+    for name in ("test-kit/train.csv", "test-kit/dev.csv", "latest/éval-train.csv"):
+        write(tmp_path / name, f"text\n{name}\n")
+    rows = {split: read_rows(str(tmp_path), {"text": "text"}, split=split).rows for split in ("train", "validation")}
+    assert [row["text"] for row in rows["train"]] == ["latest/éval-train.csv", "test-kit/train.csv"]
+    assert [row["text"] for row in rows["validation"]] == ["test-kit/dev.csv"]
+
+
+# ---- what is kept of a file
+
+
+@given(size=st.integers(1, 1 << 19), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_replaced_file_is_measured_again(
+    tmp_path_factory: pytest.TempPathFactory, size: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("stale")
+    file, cache = folder / "a", folder / "cache"
+    cache.mkdir()
+    file.write_bytes(bytes(size))
+    stat = file.stat()
+    first = Cache(cache).remember("sha256", [file], dataset.sha256)
+    other = bytearray(size)
+    other[data.draw(st.integers(0, size - 1))] = 1
+    (folder / "b").write_bytes(other)
+    (folder / "b").replace(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert Cache(cache).remember("sha256", [file], dataset.sha256) != first
+
+
+def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
+    """Of a small file all, of a large one the ends; of any a bounded number of bytes."""
+    for size in (1, 100_000, 10 << 20):
+        file = tmp_path / str(size)
+        file.write_bytes(bytes(size))
+        before = dataset.sample(file)
+        for value, place in enumerate((0, size - 1, *([50_000] if size == 100_000 else [])), 1):
+            with file.open("r+b") as raw:
+                raw.seek(place)
+                raw.write(bytes([value]))
+            assert dataset.sample(file) != before
+            before = dataset.sample(file)
+
+
+def test_an_unchanged_file_is_not_read_whole(tmp_path: Path) -> None:
+    file = write(tmp_path / "a")
+    (tmp_path / "cache").mkdir()
+    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1) == [1]
+    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1 / 0) == [1]
+
+
+def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
+    file = write(tmp_path / "a")
+    stat = file.stat()
+    old = {f"x {file}": [stat.st_size, stat.st_mtime_ns, "old"]}
+    for index in (json.dumps(old), "[]", "3", "{"):
+        write(tmp_path / "cache" / "index.json", index)
+        assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.txt"
+    shutil.copy(inputs / "text.txt", file)
+    tokenize = dataset.tokenize_to_folder
+
+    def tokenize_and_append(*words: object) -> None:
+        tokenize(*words)  # ty: ignore[invalid-argument-type]
+        with file.open("a") as text:
+            text.write("more")
+
+    monkeypatch.setattr(dataset, "tokenize_to_folder", tokenize_and_append)
+    with pytest.raises(UserError, match=r"a.txt changed while it was read"):
+        open_data(str(file), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+
+
+# ---- a cache that cannot be written
+
+
+def a_file(cache: Path) -> None:
+    write(cache)
+
+
+def below_a_file(cache: Path) -> None:
+    write(cache.parent)
+
+
+def a_lost_link(cache: Path) -> None:
+    cache.parent.mkdir()
+    os.symlink("gone", cache)
+
+
+def read_only(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o555)
+
+
+@pytest.fixture
+def as_user() -> Iterator[None]:
+    """Permissions bind: they do not bind root."""
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(me)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    np.save(folder / "tokens.npy", np.arange(2000, dtype=np.uint16) % 300)
+    for path in (folder, *folder.parents):  # another user reads them too
+        if path.owner() == "root" and str(path).startswith("/tmp/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    return folder
+
+
+@pytest.mark.parametrize("spoil", [a_file, below_a_file, a_lost_link, read_only])
+def test_a_cache_that_cannot_be_written(
+    spoil: Callable[[Path], None], tmp_path: Path, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    cache = tmp_path / "data" / "cache"
+    spoil(cache)
+    if spoil is read_only:
+        tmp_path.chmod(0o755)
+        request.getfixturevalue("as_user")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"cannot write to --cache .*: --cache FOLDER") as error:
+        open_data(str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8)
+    assert "\n" not in str(error.value)
+    tokens = open_data(str(inputs / "tokens.npy"), None, str(inputs / "tokenizer"), "text", cache, 8)
+    assert tokens.train.n_tokens + tokens.val.n_tokens == 2000
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shards_make_no_cache(tmp_path: Path, inputs: Path) -> None:
+    open_data(str(inputs / "tokens.npy"), None, None, "text", tmp_path / "cache", 8)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_while_tokenizing(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    open_text = (str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.ShardWriter, "_write", full)
+        with pytest.raises(UserError, match=r"cannot write to --cache .*No space left on device"):
+            open_data(*open_text)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    open_data(*open_text)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(dataset.fcntl, "flock", no_locks)
+    cache = tmp_path / "cache"
+    data = open_data(str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8)
+    assert data.train.n_tokens and not list(cache.glob("*.tmp"))
+
+
+def test_another_users_cache_is_used_as_it_stands(tmp_path: Path, inputs: Path, request: pytest.FixtureRequest) -> None:
+    said: list[str] = []
+    cache = tmp_path / "cache"
+    words = (str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8, said.append)
+    first = open_data(*words)
+    (cache / "index.json").unlink()
+    tmp_path.chmod(0o755)
+    cache.chmod(0o555)
+    request.getfixturevalue("as_user")
+    assert open_data(*words).train.sha256 == first.train.sha256
+    assert len(said) == 1
+
+
+# ---- shards whose tokenizer is elsewhere
+
+
+def missing(_: object) -> None:
+    raise UserError("GPT-2's tokenizer is not on this machine")
+
+
+def test_shards_without_gpt2_are_still_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tokenizer
+
+    monkeypatch.setattr(tokenizer, "_tiktoken_gpt2", missing)
+    np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16))
+    known = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8).vocabulary
+    # where GPT-2's files are, the same run goes on
+    assert (known.size, known.eot, known.sha256) == (50257, 50256, dataset.GPT2_SHA256)
+    assert known.tokenizer is None and known.missing == "GPT-2's tokenizer is not on this machine"
+
+
+def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    made = open_data(str(tmp_path / "text.txt"), None, str(tmp_path / "tokenizer"), "text", tmp_path / "made", 16)
+    (manifest,) = (tmp_path / "made").glob("*/manifest.json")
+    manifest.parent.rename(tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards" / "tokenizer")
+    shutil.rmtree(tmp_path / "tokenizer")
+    words = [word for word in small("--data", "shards", "--steps", 2) if word != "tokenizer"]
+    for word in ("--tokenizer", "--val-data", "val.txt"):
+        words.remove(word)
+    (end,) = launch(tmp_path, [*words, "--eval-every", "2", "--save-every", "1", "--sample-every", "1"])
+    assert end.code == 0, end.err
+    assert not (tmp_path / "cache").exists()
+    (warning,) = log_of(tmp_path / "run", "warning")
+    assert warning["text"].startswith("training without the tokenizer of the shards (there is no ")
+    assert not log_of(tmp_path / "run", "sample") and not list((tmp_path / "run").rglob("tokenizer*"))
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert (identity["tokenizer"], identity["vocabulary"]) == (made.vocabulary.sha256, 300)
+    (end,) = launch(tmp_path, ["run", "--data", "shards", "--device", "cpu"], program="evaluate")
+    assert end.code == 0 and "bits_per_byte" in end.out, end.err
+    (end,) = launch(tmp_path, ["run", "hello", "--device", "cpu"], program="generate")
+    assert end.code == 2 and "--tokenizer" in end.err and end.err.count("\n") == 1
+
+
+def test_a_manifest_tells_the_vocabulary(tmp_path: Path, inputs: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(inputs / "tokenizer", tokenizer)
+    first = open_data(str(inputs / "text.txt"), None, str(tokenizer), "text", tmp_path / "cache", 8)
+    (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
+    shutil.rmtree(manifest.parent / "tokenizer")
+    shutil.rmtree(tokenizer)
+    data = open_data(str(manifest.parent), None, None, "text", tmp_path / "none", 8)
+    known, before = data.vocabulary, first.vocabulary
+    assert known.tokenizer is None and data.val.n_bytes is None
+    whole = dataset.open_whole(str(manifest.parent), None, "text", tmp_path / "none")
+    assert whole.n_bytes == len((inputs / "text.txt").read_bytes())
+    assert (known.size, known.eot, known.sha256) == (before.size, before.eot, before.sha256)
+
+
+def test_ids_beyond_gpt2_tell_the_vocabulary(tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", np.array([60_000, *range(2000)], np.uint16))
+    np.save(tmp_path / "other.npy", np.array([60_010, *range(2000)], np.uint16))
+    for val, size in ((None, 60_001), (str(tmp_path / "other.npy"), 60_011)):
+        data = open_data(str(tmp_path / "train.npy"), val, None, "text", tmp_path / "cache", 8)
+        assert data.vocabulary.tokenizer is None and data.vocabulary.size == size
+
+
+# ---- a dry run of what is not there
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--data nowhere", "--data nowhere.txt", "--data no/where", "--data *.csv", "--val-data nowhere",
+     "--tokenizer nowhere", "--init nowhere", "--data empty"],
+)  # fmt: skip
+def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
+    (inputs / "empty").mkdir(exist_ok=True)
+    (end,) = launch(inputs, small("--dry-run", "--out", "new", *words.split()))
+    assert end.code == 2 and end.err.count("\n") == 1, end
+    assert words.split()[1] in end.err and not (inputs / "new").exists()
+
+
+def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: Path) -> None:
+    """Its tokenizer is that of the shards, here or not."""
+    np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16) % 300)
+    val = str(inputs / "val.txt")
+    assert dataset.check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
+    with pytest.raises(UserError, match=r"no such data: nowhere"):
+        dataset.check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
+
+
+@pytest.mark.parametrize("task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"])
+def test_a_dry_run_of_a_task_without_its_data(inputs: Path, task: str) -> None:
+    words = ["--dry-run", "--init", "scratch", "--preset", "micro", "--tokenizer", "tokenizer", "--data", "nowhere.csv"]
+    (end,) = launch(inputs, [*words, "--out", "new"], program=f"finetune.{task}")
+    assert end.code == 2 and end.err.count("\n") == 1 and "nowhere.csv" in end.err, end
