@@ -27,6 +27,7 @@ from model import GPT
 from optim import Group, default_groups
 from precision import casts_once
 from tokenizer import load_tokenizer
+from tokenizer_files import has_tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -183,7 +184,7 @@ class LanguageModelling(Task):
         assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
         self.shape = model_config(cfg, self.data.tokenizer.vocab_size)
-        if self.shape.vocab_size < self.data.tokenizer.vocab_size:
+        if self.shape.vocab_size < self.data.tokenizer.rows:
             raise UserError(
                 f"the tokenizer has {self.data.tokenizer.vocab_size} ids and the model of --init {cfg.init} only "
                 f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
@@ -373,7 +374,7 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
     if cfg.init == "scratch":
         return None
     where = locate(cfg.init)
-    return where if any((Path(where) / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
+    return where if has_tokenizer(where) else None
 
 
 def planned_vocab_size(cfg: RunConfig) -> int:
