@@ -77,16 +77,22 @@ class JsonObject:
             raise self.wrong(key, f"a whole number {between}")
         return int(number)
 
-    def number(self, key: str, default: float = REQUIRED, above: float = -math.inf, least: float = -math.inf) -> float:
-        """A finite number greater than `above` and at least `least`; "1e-05" is 1e-05."""
+    def number(
+        self,
+        key: str,
+        default: float = REQUIRED,
+        above: float = -math.inf,
+        least: float = -math.inf,
+        most: float = math.inf,
+    ) -> float:
+        """A finite number greater than `above`, in [least, most]; "1e-05" is 1e-05."""
         if key not in self.values and default is not REQUIRED:
             return default
         number = _number(self.values.get(key))
-        if number is None or number <= above or number < least:
-            bounds = (
-                f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
-            )
-            raise self.wrong(key, f"a number{bounds}")
+        if number is None or number <= above or not least <= number <= most:
+            limits = [(above, "above"), (least, "of at least"), (most, "of at most")]
+            bounds = [f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit)]
+            raise self.wrong(key, " ".join(["a number", " and ".join(bounds)]).strip())
         return float(number)
 
     def yes_no(self, key: str, default: bool = REQUIRED) -> bool:
@@ -103,6 +109,13 @@ class JsonObject:
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
             raise self.wrong(key, "a string")
+        return value
+
+    def one_of(self, key: str, options: tuple[str, ...]) -> Any:
+        """One of some strings."""
+        value = self.values.get(key)
+        if not isinstance(value, str) or value not in options:
+            raise self.wrong(key, f"one of {', '.join(options)}")
         return value
 
     def texts(self, key: str) -> list[str]:
@@ -134,5 +147,5 @@ def _short(value: Any) -> str:
     """A JSON value as it is written, cut where it is long."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "a JSON object"
-    text = json.dumps(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
