@@ -76,7 +76,7 @@ def locate_base(folder: str | Path) -> str:
     Raises UserError where the adapter names none, or there is none.
     """
     base = base_of(folder)[0]
-    if base is None:
+    if not base:
         raise UserError(f"{folder} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
     beside = Path(folder) / base
     try:

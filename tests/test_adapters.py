@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ import adapters
 from adapter_files import load_adapter, save_adapter, weights_sha256
 from adapters import ADAPTERS, LORA, added, can_merge, groups, merge, stored
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from decoding import open_model
 from heads import Head
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
+from tokenizer import train_bpe
 
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
