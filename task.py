@@ -4,7 +4,6 @@ loss is; the loop (trainer.py) says how an optimizer step is made of them, and k
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from checkpoint import locate
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import Data, open_data, window_order
 from decoding import generate
+from foreign import read_object
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from metrics import bits_per_byte, perplexity
@@ -383,5 +383,5 @@ def planned_vocab_size(cfg: RunConfig) -> int:
         return load_tokenizer(named).vocab_size
     manifest = Path(cfg.data or "") / "manifest.json"
     if manifest.is_file():
-        return json.loads(manifest.read_text())["vocab_size"]
+        return read_object(manifest).whole("vocab_size", least=1)
     return 4096 if cfg.data == "stdlib" else 50257
