@@ -119,7 +119,7 @@ def held(files: dict[str, Any]) -> set[str]:
 
 
 @given(data=st.data())
-@settings(max_examples=int(os.environ.get("FOLDERS", 60)), deadline=None)
+@settings(max_examples=int(os.environ.get("FOLDERS", 40)), deadline=None)
 def test_any_folder_is_as_transformers_opens_it(spec, data):
     files = data.draw(folders(spec))
     with tempfile.TemporaryDirectory() as temporary:
