@@ -27,10 +27,14 @@ from adapters import (
     loras,
     token_rows,
 )
+from checkpoint import locate
 from config import UserError
+from foreign import JsonObject, read_object
 from model import GPT, Linear
+from weights import plain_names, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
 BASE = "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
 NEW_TOKENS = "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
 ROOT = "base_model.model."  # begins PEFT's names
@@ -62,8 +66,24 @@ def is_adapter(folder: str | Path) -> bool:
 def base_of(folder: str | Path) -> tuple[str | None, str | None]:
     """Where an adapter's base is (as it was named in training) and its weights_sha256; None for what is not said."""
     folder = Path(folder)
-    sha256 = _read_json(folder / BASE).get("weights_sha256") if (folder / BASE).is_file() else None
-    return _read_json(folder / CONFIG).get("base_model_name_or_path"), sha256
+    sha256 = read_object(folder / BASE).text("weights_sha256") if (folder / BASE).is_file() else None
+    return _config(folder).text("base_model_name_or_path"), sha256
+
+
+def locate_base(folder: str | Path) -> str:
+    """The base of an adapter: a folder as it was named in training, or below the adapter's own; else a hub id.
+
+    Raises UserError where the adapter names none, or there is none.
+    """
+    base = base_of(folder)[0]
+    if not base:
+        raise UserError(f"{folder} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
+    beside = Path(folder) / base
+    try:
+        return locate(str(beside) if not Path(base).exists() and beside.exists() else base)
+    except UserError as error:
+        hint = f"correct base_model_name_or_path in {Path(folder) / CONFIG}"
+        raise UserError(f"{folder} is an adapter for {base}: {error}; {hint}") from None
 
 
 def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, score: Tensor | None = None) -> None:
@@ -137,48 +157,38 @@ def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
     that do not fit, and a kind of adapter that this project does not have.
     """
     folder = Path(folder)
-    config, tensors = _read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
-    kind = config.get("peft_type")
+    config, tensors = _config(folder), _weights(folder)
+    kind = config.text("peft_type")
     if kind not in SCORES:
         raise UserError(
             f"{folder} holds an adapter of the kind {kind}; LoRA, DoRA, prefix and prompt tuning can be read"
         )
     _check_base(model, folder)
-    score = _score_from_peft(model, folder, kind, tensors)
+    score = _score_from_peft(model, folder, tensors)
     if kind == "LORA":
         rows = _rows_from_peft(folder, config, tensors)
         _lora_from_peft(model, folder, config, tensors)
     else:
         beside = folder / NEW_TOKENS
-        rows = _rows_beside(_read_tensors(beside)) if beside.is_file() else {}
+        rows = _rows_beside(read_tensors(beside)) if beside.is_file() else {}
         model.prefix = _prefix_from_peft(model, folder, kind, tensors)
     _load_rows(model, folder, rows)
     freeze(model, always_trained(model))
     return score
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} is not a whole adapter: it has no {file.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is not of an adapter: it holds no JSON object")
-    return value
+def _config(folder: Path) -> JsonObject:
+    if not is_adapter(folder):
+        raise UserError(f"{folder} is not a whole adapter: it has no {CONFIG}")
+    return read_object(folder / CONFIG)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} is not a whole adapter: it has no {file.name}") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """By plain names, of PEFT's two forms; the older one is read as weights only."""
+    file = next((folder / name for name in (WEIGHTS, OLDER_WEIGHTS) if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder} is not a whole adapter: it has no {WEIGHTS}")
+    return plain_names(read_tensors(file), folder)
 
 
 def _check_base(model: GPT, folder: Path) -> None:
@@ -199,26 +209,27 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _lora_from_peft(model: GPT, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _lora_from_peft(model: GPT, folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> None:
     for key, values in PLAIN_LORA.items():
-        if config.get(key) not in (None, *values):
-            raise UserError(f"{folder} holds a LoRA with {key} {config[key]!r}, which cannot be read")
+        if (value := config.values.get(key)) not in (None, *values):
+            raise UserError(f"{folder} holds a LoRA with {key} {value!r}, which cannot be read")
     ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.endswith("." + end)), None)
         if end is None:
             raise UserError(f"{folder} holds {key}, which is no part of a LoRA or DoRA")
-        parts.setdefault(key.removeprefix(ROOT).removesuffix("." + end), {})[end] = tensor
-    try:
-        rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / CONFIG} does not say a LoRA's r and lora_alpha") from None
+        parts.setdefault(key.removesuffix("." + end), {})[end] = tensor
+    rank, alpha = config.whole("r", least=1), config.number("lora_alpha")
+    dropout = config.number("lora_dropout", 0.0, least=0, most=1)
     modules = dict(model.named_modules())
     for name in parts:
         if not isinstance(modules.get(name), Linear):
             raise UserError(f"{folder} adapts {name}, which is no product of a block of this model")
-    add_lora(model, list(parts), bool(config.get("use_dora")), rank, alpha, dropout)
+        down = parts[name].get(ends[0])
+        if down is not None and (down.dim() != 2 or len(down) != rank):  # before matrices of that rank are made
+            raise config.wrong("r", f"the rank of the weights, of which {name}.{ends[0]} is {tuple(down.shape)}")
+    add_lora(model, list(parts), config.yes_no("use_dora", False), rank, alpha, dropout)
     for name, layer in loras(model).items():
         own = {ends[0]: layer.lora_A, ends[1]: layer.lora_B}
         if isinstance(layer, DoRA):
@@ -232,7 +243,7 @@ def _lora_from_peft(model: GPT, folder: Path, config: dict[str, Any], tensors: d
 def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
     rows = tensors.get("prompt_embeddings")
     if rows is None:
-        raise UserError(f"{folder / WEIGHTS} holds no prompt_embeddings")
+        raise UserError(f"the weights of {folder} hold no prompt_embeddings")
     config = model.config
     width = config.n_embd * (2 * config.n_layer if kind == "PREFIX_TUNING" else 1)
     if rows.dim() != 2 or rows.shape[1] != width:
@@ -242,9 +253,10 @@ def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Te
     return Prefix(config, rows, width=0) if kind == "PREFIX_TUNING" else SoftPrompt(rows)
 
 
-def _score_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Tensor]) -> Tensor | None:
+def _score_from_peft(model: GPT, folder: Path, tensors: dict[str, Tensor]) -> Tensor | None:
     """Taken out of `tensors`."""
-    score = tensors.pop(SCORES[kind], None)
+    score = tensors.pop("score.weight", None)
+    tensors.pop("score.original_module.weight", None)  # what it was before training
     width = model.config.n_embd
     if score is not None and (score.dim() != 2 or score.shape[1] != width):
         raise UserError(f"{folder}: the scores' weights are {tuple(score.shape)}, and this model is {width} wide")
@@ -254,16 +266,18 @@ def _score_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Ten
 Rows = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
 
 
-def _rows_from_peft(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
+def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> Rows:
     """Taken out of `tensors`."""
     found = {key: tensors.pop(key) for key in list(tensors) if key.endswith(DELTA)}
-    indices = config.get("trainable_token_indices") or {}
+    indices = config.values.get("trainable_token_indices") or {}
     rows = {}
     for key, tensor in found.items():
-        name = key.removeprefix(ROOT).removesuffix(DELTA)
+        name = key.removesuffix(DELTA)
         ids = indices.get(name.rpartition(".")[2], indices.get(name)) if isinstance(indices, dict) else indices
         if name not in TABLES or ids is None:
             raise UserError(f"{folder} holds {key}, and its {CONFIG} does not say of which tokens")
+        if not isinstance(ids, list) or any(type(id) is not int or id < 0 for id in ids) or len(ids) != len(tensor):
+            raise config.wrong("trainable_token_indices", f"the {len(tensor)} ids of the rows for {name}")
         rows[name] = torch.tensor(ids), tensor
     return rows
 

@@ -75,10 +75,10 @@ def fault(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
     try:
         entries = json.loads((folder / "manifest.json").read_text())["files"]
-        facts = [(name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
+        facts = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()]
     except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest.json"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError):
         return "its manifest.json is not that of a checkpoint"
     for name, size, digest in facts:
         path = folder / name

@@ -22,6 +22,7 @@ import numpy as np
 import corpus
 from config import UserError
 from files import flush, sha256, write_json
+from foreign import JsonObject, read_value
 from tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
@@ -569,6 +570,11 @@ class Vocabulary:
     tokenizer: Tokenizer | None  # None where it is not on this machine
     missing: str = ""  # why it is not
 
+    @property
+    def rows(self) -> int:
+        """How many a model's table must have."""
+        return self.tokenizer.rows if self.tokenizer else self.size
+
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
         return Vocabulary(
@@ -870,13 +876,28 @@ def beyond_vocabulary(path: Path, max_id: int, size: int, name: str) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """What this project wrote beside the shards; None where they come from elsewhere."""
     file = folder / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.is_file():
         return None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}; make the shards again") from None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    values = read_value(file)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        return None
+    _check_manifest(JsonObject(file, values))
+    return values
+
+
+def _check_manifest(manifest: JsonObject) -> None:
+    """UserError where someone's editor left a value that a run would stumble over later."""
+    manifest.whole("vocab_size", default=1, least=1)
+    tokenizer, shards = manifest.nested("tokenizer"), manifest.values.get("shards")
+    if any(tokenizer.text(key) is None for key in ("source", "sha256")):
+        raise manifest.wrong("tokenizer", "an object with the source and the sha256 of a tokenizer")
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        raise manifest.wrong("shards", "a list of objects, one a shard")
+    for i, shard in enumerate(JsonObject(manifest.file, shard, f"shards[{i}].") for i, shard in enumerate(shards)):
+        if any(shard.text(key) is None for key in ("name", "sha256")):
+            raise manifest.wrong("shards", f"a list whose entry {i} has a name and a sha256")
+        for key in ("tokens", "max_id"):
+            shard.whole(key)
 
 
 def _manifest_vocabulary(folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool) -> Vocabulary:

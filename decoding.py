@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from adapter_files import CONFIG, base_of, is_adapter, load_adapter
+from adapter_files import is_adapter, load_adapter, locate_base
 from adapters import can_merge, merge
 from config import DecodeConfig, UserError, check_decode
 from model import GPT
 from search import Contrastive, beam_search
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer_files import has_tokenizer
 from window import RepetitionPenalty, Stop, Window, kept_tokens
 
 __all__ = ["generate", "kept_tokens", "open_model"]
@@ -35,7 +36,7 @@ OnToken = Callable[[int, int], None]
 def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """Model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device` in `dtype`.
 
-    An adapter's folder gives its base with the adapter in it. `tokenizer` names another one than the checkpoint's own.
+    An adapter's folder gives its base with the adapter in it, and the base's tokenizer if it has none. `tokenizer` names another one than the checkpoint's own.
     Raises UserError where either cannot be read, or the tokenizer has ids that the model lacks.
     """
     model = open_weights(where, device, dtype)
@@ -44,9 +45,7 @@ def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: t
 
 def open_weights(where: str, device: torch.device, dtype: torch.dtype) -> GPT:
     """The model of `where` alone, ready for inference."""
-    base = base_of(where)[0] if is_adapter(where) else where
-    if base is None:
-        raise UserError(f"{where} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
+    base = locate_base(where) if is_adapter(where) else where
     model = GPT.from_pretrained(base)
     if base != where:
         load_adapter(model, where)
@@ -55,10 +54,15 @@ def open_weights(where: str, device: torch.device, dtype: torch.dtype) -> GPT:
     return model.to(device, dtype).eval()
 
 
+def tokenizer_folder(where: str) -> str:
+    """Where the tokenizer of `where` lies: with an adapter that has none, its base."""
+    return locate_base(where) if is_adapter(where) and not has_tokenizer(where) else where
+
+
 def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
     """The tokenizer named, else that of `where`."""
-    loaded = load_tokenizer(tokenizer or where)
-    if loaded.vocab_size > model.config.vocab_size:
+    loaded = load_tokenizer(tokenizer or tokenizer_folder(where))
+    if loaded.rows > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} only "
             f"{model.config.vocab_size:,}; name the model's own with --tokenizer"

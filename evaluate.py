@@ -331,9 +331,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import distributed
     from checkpoint import locate
     from dataset import open_whole
-    from decoding import open_tokenizer, open_weights
+    from decoding import open_tokenizer, open_weights, tokenizer_folder
     from precision import set_products
-    from tokenizer import has_tokenizer
+    from tokenizer_files import has_tokenizer
 
     # Rows are read before the model: what is wrong with them is said at once.
     limit = config.limit
@@ -345,7 +345,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     where = locate(config.checkpoint)
     model = open_weights(where, device, dtype)
     # Token shards alone can be scored without one.
-    needed = bool(config.tokenizer or hellaswag or lambada or has_tokenizer(where))
+    needed = bool(config.tokenizer or hellaswag or lambada or has_tokenizer(tokenizer_folder(where)))
     tokenizer = open_tokenizer(where, config.tokenizer, model) if needed else None
     batch_size = config.batch_size or (32 if device.type == "cuda" else 4)
     seq_len = config.seq_len or model.config.block_size

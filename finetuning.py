@@ -136,10 +136,12 @@ class Finetuning(Task):
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
         self.base_sha256 = adapter_files.weights_sha256(self.base) if self.base else ""
-        self.new_tokens = range(base.vocab_size, self.tokenizer.vocab_size if self.base else base.vocab_size)
+        # Tokens that are only named, and that the model has no row for, are new to it.
+        known = min(base.vocab_size, self.base.config.vocab_size) if self.base else self.tokenizer.vocab_size
+        self.new_tokens = range(known, self.tokenizer.vocab_size)
         scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
         self.shape: GPTConfig = self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
-        if base.vocab_size > self.shape.vocab_size:
+        if base.rows > self.shape.vocab_size:
             raise UserError(
                 f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
                 f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -17,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Form, Pooling, UserError
+from foreign import read_object
 from model import GPT, pick
+from weights import read_tensors, read_weights
 
 LSTM_WIDTH = 512
 INFO, WEIGHTS = "classifier.json", "heads.safetensors"
+SCORE = "score.weight"  # the hub's name of a classifier's weights
 
 
 class Head(nn.Module):
@@ -87,11 +91,9 @@ def read_info(folder: str | Path) -> Info | None:
     file = Path(folder) / INFO
     if not file.is_file():
         return None
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        return Info(**said | {name: tuple(said[name]) for name in ("labels", "words")})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    said = read_object(file)
+    form, pooling = said.one_of("form", get_args(Form)), said.one_of("pooling", get_args(Pooling))
+    return Info(said.text("task") or "", tuple(said.texts("labels")), form, pooling, tuple(said.texts("words")))
 
 
 def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
@@ -102,31 +104,24 @@ def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
         return _of_hub(folder)
     if info.form == "word":
         return None
-    own = {key: t for key, t in _tensors(folder / WEIGHTS).items() if key.startswith(f"{info.task}.")}
+    own = {key: t for key, t in read_tensors(folder / WEIGHTS).items() if key.startswith(f"{info.task}.")}
     if not own:
         raise UserError(f"{folder / WEIGHTS} holds no head of the name {info.task}")
     return info, {key.removeprefix(f"{info.task}."): tensor for key, tensor in own.items()}
 
 
 def _of_hub(folder: Path) -> tuple[Info, dict[str, Tensor]] | None:
-    """Of a GPT2ForSequenceClassification."""
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if not config.is_file() or not weights.is_file():
+    """Of a GPT2ForSequenceClassification, its weights in any layout."""
+    if not (folder / "config.json").is_file():
         return None
-    said = json.loads(config.read_text(encoding="utf-8"))
-    if "GPT2ForSequenceClassification" not in (said.get("architectures") or ()):
+    config = read_object(folder / "config.json")
+    if "GPT2ForSequenceClassification" not in config.texts("architectures"):
         return None
-    score = _tensors(weights, "score.weight")["score.weight"]
-    names = said.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(score))}
-    labels = tuple(names[str(i)] for i in range(len(score)))
-    return Info("", labels, "plain", "last"), {"weight": score.float()}
-
-
-def _tensors(file: Path, only: str | None = None) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in ([only] if only else tensors.keys())}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    score = read_weights(folder, lambda name: name == SCORE).get(SCORE)
+    if score is None or score.dim() != 2:
+        raise UserError(f"{folder} says that it is a classifier, and its weights have no {SCORE}")
+    names = config.nested("id2label")
+    labels = [names.text(str(i)) if names.values else f"LABEL_{i}" for i in range(len(score))]
+    if None in labels:
+        raise config.wrong("id2label", f"the names of all {len(score)} labels")
+    return Info("", tuple(label for label in labels if label is not None), "plain", "last"), {"weight": score.float()}

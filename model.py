@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig, UserError
+from foreign import JsonObject, read_object
 from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
@@ -32,6 +33,7 @@ from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from weights import plain_names, read_weights, reason, state_dict, unpickle
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
@@ -438,6 +440,7 @@ class GPT(nn.Module):
             config, tensors = _read_nanogpt(path if path.is_file() else path / "ckpt.pt")
         else:
             config, tensors = _read_hub(path if path.is_dir() else download(str(where)))
+        _check_size(config, tensors, where)
         with torch.device("meta"):  # the weights come from the file: nothing to initialise
             model = cls(GPTConfig(**{**config, **overrides}))
         model.to_empty(device="cpu")
@@ -451,12 +454,14 @@ class GPT(nn.Module):
                 if name not in tensors:
                     raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
                 tensor = tensors[name]
+                if not tensor.is_floating_point():
+                    raise UserError(f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read")
                 rows = self.config.vocab_size if name in ("transformer.wte.weight", "lm_head.weight") else None
-                if tensor[:rows].shape != parameter[:rows].shape:
+                if tensor.shape != parameter[:rows].shape:
                     raise UserError(
                         f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(parameter.shape)}"
                     )
-                parameter[:rows].copy_(tensor[:rows])
+                parameter[:rows].copy_(tensor)
         self._zero_padding()
 
     def save_pretrained(
@@ -567,73 +572,94 @@ def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
     }
 
 
-def _from_hub_config(hub: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact GPT-2."""
-    if hub.get("model_type") != "gpt2":
-        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {hub.get('model_type')!r}")
-    exact = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * hub["n_embd"]),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
+def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
+    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact GPT-2.
+
+    Keys that are missing have transformers' defaults, and its other names of the sizes are read too.
+    """
+    kind = hub.text("model_type")
+    if kind is None and any(name.startswith("GPT2") for name in hub.texts("architectures")):
+        kind = "gpt2"
+    if kind != "gpt2":
+        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {kind!r}")
+    fields: dict[str, Any] = {
+        "vocab_size": _size(hub, 50257, "vocab_size"),
+        "block_size": _size(hub, 1024, "n_positions", "max_position_embeddings", "n_ctx"),
+        "n_layer": _size(hub, 12, "n_layer", "num_hidden_layers"),
+        "n_head": _size(hub, 12, "n_head", "num_attention_heads"),
+        "n_embd": _size(hub, 768, "n_embd", "hidden_size"),
+        "layer_norm_epsilon": hub.number("layer_norm_epsilon", 1e-5, above=0, most=1),
+        "tied_head": hub.yes_no("tie_word_embeddings", True),
     }
-    for key, allowed in exact.items():
-        if hub.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where} is not an exact GPT-2: {key} is {hub[key]!r}")
-    return {
-        "vocab_size": int(hub["vocab_size"]),
-        "block_size": int(hub.get("n_positions", hub.get("n_ctx", 1024))),
-        "n_layer": int(hub["n_layer"]),
-        "n_head": int(hub["n_head"]),
-        "n_embd": int(hub["n_embd"]),
-        "layer_norm_epsilon": hub.get("layer_norm_epsilon", 1e-5),
-        "tied_head": hub.get("tie_word_embeddings", True),
-    }
+    if fields["n_embd"] % fields["n_head"]:
+        raise UserError(f"{hub.file}: n_embd {fields['n_embd']} is not divisible by n_head {fields['n_head']}")
+    if "activation_function" in hub and hub.text("activation_function") not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise hub.wrong("activation_function", "gelu_new, as in an exact GPT-2")
+    if hub.given("n_inner") and hub.whole("n_inner") != 4 * fields["n_embd"]:
+        raise hub.wrong("n_inner", f"null or {4 * fields['n_embd']}, as in an exact GPT-2")
+    for key, exact in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if hub.yes_no(key, exact) != exact:
+            raise hub.wrong(key, f"{str(exact).lower()}, as in an exact GPT-2")
+    return fields
+
+
+def _size(hub: JsonObject, default: int, *names: str) -> int:
+    """A size by the first of its names that the config has."""
+    given = [key for key in names if key in hub]
+    return hub.whole(given[0], least=0 if "n_layer" in names else 1) if given else default
 
 
 def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config fields and tensors, named and laid out as this model's, of a folder in the hub's layout."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
-    try:
-        config = _from_hub_config(json.loads((folder / "config.json").read_text()), folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json is not a GPT-2 configuration: {_reason(error)}") from None
-    tensors = {}
-    for name, tensor in _read_tensors(folder).items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
-        tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
-    return config, tensors
+    hub = read_object(folder / "config.json")
+    config, tensors = _from_hub_config(hub, folder), read_weights(folder)
+    if unmerged := next((name for name in tensors if ".lora_" in name or ".base_layer." in name), None):
+        raise UserError(f"{folder} holds {unmerged}, of an adapter that is not merged; merge it, or save it by itself")
+    head, table = "lm_head.weight", "transformer.wte.weight"
+    if config["tied_head"] and head in tensors:
+        tensors.setdefault(table, tensors[head])  # either name may stand for both
+    if not config["tied_head"] and head not in tensors:
+        # A classifier's checkpoint has no such head, whatever its config says.
+        config["tied_head"] = "GPT2ForSequenceClassification" in hub.texts("architectures")
+    return config, {name: t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t for name, t in tensors.items()}
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        if (folder / "model.safetensors").is_file():
-            return load_file(folder / "model.safetensors")
-        if (folder / "model.safetensors.index.json").is_file():
-            index = json.loads((folder / "model.safetensors.index.json").read_text())
-            parts = sorted(set(index["weight_map"].values()))
-            return {k: v for part in parts for k, v in load_file(folder / part).items()}
-        if (folder / "pytorch_model.bin").is_file():
-            return _state_dict(_unpickle(folder / "pytorch_model.bin"))
-    except Exception as error:  # a damaged file raises half a dozen kinds
-        raise UserError(f"the weights in {folder} cannot be read: {_reason(error)}") from None
-    raise UserError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str | Path) -> None:
+    """UserError where a config is not of these weights, before a model of its size is made."""
+    blocks = {int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
+    missing = next((i for i in range(config["n_layer"]) if i not in blocks), None)
+    if missing is not None:
+        raise UserError(f"{where} is not a complete GPT-2: it has no transformer.h.{missing}")
+    for name, rows in (("wte", config["vocab_size"]), ("wpe", config["block_size"])):
+        tensor = tensors.get(f"transformer.{name}.weight")
+        if tensor is None:
+            raise UserError(f"{where} is not a complete GPT-2: it has no transformer.{name}.weight")
+        if tensor.shape != (rows, config["n_embd"]):
+            raise UserError(
+                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, its config says {(rows, config['n_embd'])}"
+            )
 
 
 def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """nanoGPT's ckpt.pt: this model's orientation, a prefix where it was compiled, biases left out at its option."""
+    """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out at its option."""
     try:
-        saved = _unpickle(file)
-        tensors = {name.removeprefix("_orig_mod."): t for name, t in _state_dict(saved["model"]).items()}
-        config = {key: saved["model_args"][key] for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
-    except Exception as error:  # as for the hub's files
-        raise UserError(f"{file} is not a nanoGPT checkpoint: {_reason(error)}") from None
+        saved: Any = unpickle(file)
+        tensors, given = plain_names(state_dict(saved["model"]), file), JsonObject(file, dict(saved["model_args"]))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises half a dozen kinds
+        raise UserError(f"{file} is not a nanoGPT checkpoint: {reason(error)}") from None
+    config = {key: given.whole(key, least=1) for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
     if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
         config["vocab_size"] = 50257
+        tables = {"transformer.wte.weight", "lm_head.weight"} & tensors.keys()
+        tensors |= {name: tensors[name][:50257] for name in tables}
     for name in [name for name in tensors if name.endswith("weight") and name not in _BIASLESS]:
         rows = tensors[name].shape[0]
         tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(rows))
@@ -643,43 +669,19 @@ def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
 
 
-def _unpickle(file: Path) -> Any:
-    """A pickle of tensors and plain values; one that would run anything else is refused with ValueError."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own text advises to load it regardless
-        raise ValueError(f"{file.name} is damaged or holds something other than weights, and was not run") from None
-
-
-def _state_dict(value: Any) -> dict[str, Tensor]:
-    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise ValueError("it is not a dictionary of tensors")
-    return value
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's text; its kind where that says little."""
-    text = str(error).strip() or type(error).__name__
-    return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
-
-
 def download(hub_id: str) -> Path:
     """The files of a hub model, from the network or the local cache."""
     from huggingface_hub import snapshot_download
 
     wanted = [
-        "config.json",
+        "*.json",  # of the model, its shards, its tokenizer in any layout, an adapter, a classifier
         "*.safetensors",
-        "*.safetensors.index.json",
-        "tokenizer*",
-        "vocab.json",
         "merges.txt",
     ]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
+            snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
     except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
-        reason = _reason(error)
-        raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason}") from None
+        raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}") from None
     return folder

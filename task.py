@@ -25,7 +25,7 @@ from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
 from precision import casts_once
-from tokenizer import has_tokenizer
+from tokenizer_files import has_tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -190,7 +190,7 @@ class LanguageModelling(Task):
             )
         if cfg.document_mask and vocabulary.eot is None:
             raise UserError("--document-mask needs the id that ends a document; name the shards' --tokenizer")
-        if self.shape.vocab_size < vocabulary.size:
+        if self.shape.vocab_size < vocabulary.rows:
             raise UserError(
                 f"the tokenizer has {vocabulary.size} ids and the model of --init {cfg.init} only "
                 f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"

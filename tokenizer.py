@@ -27,12 +27,12 @@ from typing import Any, Literal, NoReturn
 from cli import entry_point
 from config import UserError
 from readers import decode_input
+from tokenizer_files import Opened, open_tokenizer
 from tokenizer_training import (
     CHUNK,
     ENDOFTEXT,
     METASPACE,
     UNKNOWN,
-    byte_level,
     open_input,
     pieces_of,
     train_byte_level,
@@ -40,8 +40,6 @@ from tokenizer_training import (
 )
 from tokenizer_training import train_sentencepiece as train_pieces
 
-# The end token of a folder whose tokenizer_config.json names none: the first of these that it has.
-END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -57,7 +55,8 @@ class Tokenizer(ABC):
 
     name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again, but for
     `special`: what with_special() added. eot: id of the token that ends a document. special_ids: every special
-    token's id, the end token's too. num_threads: of encode_batch; None takes every core.
+    token's id, the end token's too. rows: how many a model's table must have; fewer than vocab_size where special
+    tokens are named that no model was trained on. num_threads: of encode_batch; None takes every core.
     """
 
     name: str
@@ -66,6 +65,7 @@ class Tokenizer(ABC):
     eot: int
     special: tuple[str, ...]
     special_ids: dict[str, int]
+    rows: int
     num_threads: int | None = None
 
     @abstractmethod
@@ -189,7 +189,7 @@ class _GPT2Tokenizer(Tokenizer):
 
     def __init__(self, special: tuple[str, ...] = ()) -> None:
         self._encoding = _tiktoken_gpt2(special)
-        self.vocab_size = self._encoding.n_vocab
+        self.vocab_size = self.rows = self._encoding.n_vocab
         self.eot = self._encoding.eot_token
         self.special = special
         self.special_ids = dict(self._encoding._special_tokens)
@@ -239,24 +239,23 @@ class _GPT2Tokenizer(Tokenizer):
 
 
 class _HubTokenizer(Tokenizer):
-    """Any tokenizer.json, run by `tokenizers`. `config` is what tokenizer_config.json says.
+    """Any tokenizer of `tokenizers`. `opened.config` is what tokenizer_config.json is to say.
 
     Batches go through tiktoken where it is sure to give the same ids: it is several times faster.
     """
 
-    def __init__(self, tokenizer: Any, source: Path, config: dict[str, Any], special: tuple[str, ...] = ()):
-        self._tokenizer = tokenizer
-        self._given_config = config
+    def __init__(self, opened: Opened, source: Path, special: tuple[str, ...] = ()):
+        self._opened = opened
+        self._tokenizer = tokenizer = opened.tokenizer
         folder = source.parent if source.name == "tokenizer.json" else source
         self.name, self.source = folder.name.removesuffix(".json"), str(source)
-        vocab = tokenizer.get_vocab(with_added_tokens=True)
-        end = _end_token(vocab, config, self.source)
-        tokenizer.add_special_tokens([end])
+        tokenizer.add_special_tokens([opened.end])
         tokenizer.encode_special_tokens = True  # which means: as ordinary text
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.vocab_size = max(vocab.values()) + 1
-        self.eot = vocab[end]
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size, self.rows = max(vocab.values()) + 1, opened.rows
+        self.eot = vocab[opened.end]
         self.special = special
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
@@ -266,7 +265,8 @@ class _HubTokenizer(Tokenizer):
         tokenizer.add_special_tokens(list(tokens))
         if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
             raise UserError(f"{self.source} leaves ids without a token: special tokens cannot be added to it")
-        return _HubTokenizer(tokenizer, Path(self.source), self._given_config, self.special + tokens)
+        opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
+        return _HubTokenizer(opened, Path(self.source), self.special + tokens)
 
     def _spells(self, token: str) -> bool:
         return self._tokenizer.token_to_id(token) is not None
@@ -345,34 +345,32 @@ class _HubTokenizer(Tokenizer):
         return json.loads(self._tokenizer.to_str())
 
     def _config(self) -> dict[str, Any]:
-        config = super()._config() | self._given_config
+        config = super()._config() | self._opened.config
         if not self.special:
             return config
         new_name = isinstance(config.get("extra_special_tokens"), list)  # since transformers 5
         name = "extra_special_tokens" if new_name else "additional_special_tokens"
-        return config | {name: [*self._given_config.get(name, []), *self.special]}
+        return config | {name: [*config.get(name, []), *self.special]}
 
 
-def load_tokenizer(where: str, num_threads: int | None = None) -> Tokenizer:
+def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:
     """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a tokenizer.json.
 
-    Raises UserError where there is none, or it cannot be read, or it has no end token.
+    `quiet`: leave BPE dropout out without a word. Raises UserError where there is none, or it cannot be read, or it
+    has no end token.
     """
     if where == "gpt2":
         tokenizer: Tokenizer = _GPT2Tokenizer()
     else:
-        tokenizer = _load_hub(Path(where).absolute())
+        path = Path(where).absolute()
+        tokenizer = _HubTokenizer(open_tokenizer(path, quiet), path)
     tokenizer.num_threads = num_threads
     return tokenizer
 
 
-def has_tokenizer(folder: str) -> bool:
-    """Whether load_tokenizer would find one there."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-
-
 def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> Tokenizer:
-    return load_tokenizer(source, num_threads).with_special(special)
+    # in another process: the first one has spoken of what is odd
+    return load_tokenizer(source, num_threads, quiet=True).with_special(special)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()) -> Tokenizer:
@@ -417,34 +415,9 @@ def _train(
     _check_free(out)
     tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
     tokenizer.add_special_tokens([ENDOFTEXT])
-    _save_whole(_HubTokenizer(tokenizer, out, config).with_special(special), out)
+    opened = Opened(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
+    _save_whole(_HubTokenizer(opened, out).with_special(special), out)
     return load_tokenizer(str(out))
-
-
-def _load_hub(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer as HubTokenizer
-    from tokenizers import models
-
-    folder = path if path.is_dir() else path.parent
-    file = path / "tokenizer.json" if path.is_dir() else path
-    vocab, merges = path / "vocab.json", path / "merges.txt"
-    config = _read_config(folder)
-    try:
-        if file.is_file():
-            tokenizer = HubTokenizer.from_file(str(file))
-        elif vocab.is_file() and merges.is_file():
-            model = models.BPE.from_file(str(vocab), str(merges))
-            tokenizer = byte_level(model, bool(config.get("add_prefix_space")))
-        else:
-            raise UserError(
-                f"no tokenizer at {path}: give --tokenizer gpt2, a folder with tokenizer.json "
-                "or vocab.json and merges.txt, or a tokenizer.json"
-            )
-    except UserError:
-        raise
-    except Exception as error:  # the library raises plain Exception for whatever it cannot read
-        raise UserError(f"{file if file.is_file() else vocab} is not a tokenizer: {error}") from None
-    return _HubTokenizer(tokenizer, path, config)
 
 
 def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
@@ -475,30 +448,6 @@ def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
 def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) -> list[list[int]]:
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         return list(pool.map(functools.partial(_tiktoken_encode, encoding), texts))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what the older special_tokens_map.json adds; {} where there is neither."""
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            config |= json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / name} cannot be read: {error}") from None
-    return config
-
-
-def _end_token(vocab: dict[str, int], config: dict[str, Any], source: str) -> str:
-    named = config.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    for token in (named, *END_TOKENS):
-        if token in vocab:
-            return token
-    raise UserError(
-        f"{source} has no end token: name one of its tokens as eos_token in tokenizer_config.json beside it"
-    )
 
 
 def _check_names(special: Sequence[str]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ import adapters
 from adapter_files import load_adapter, save_adapter, weights_sha256
 from adapters import ADAPTERS, LORA, added, can_merge, groups, merge, stored
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from decoding import open_model
 from heads import Head
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
+from tokenizer import train_bpe
 
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
@@ -740,8 +745,8 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, use_rslora=True), "use_rslora"),
         ("lora", lambda f: spoil(f, alpha_pattern={"c_attn": 3}), "alpha_pattern"),
         ("lora", lambda f: spoil(f, init_lora_weights="pissa"), "pissa"),
-        ("lora", lambda f: spoil(f, r=None), "r and lora_alpha"),
-        ("lora", lambda f: spoil(f, r=5), r"lora_A.weight is \(3, 64\), and this model's is \(5, 64\)"),
+        ("lora", lambda f: spoil(f, r=None), "has no r"),
+        ("lora", lambda f: spoil(f, r=5), r"r is 5; .*lora_A.weight is \(3, 64\)"),
         ("lora", lambda f: spoil(f, use_dora=True), "lora_magnitude_vector is missing"),
         ("dora", lambda f: spoil(f, use_dora=False), "says it is none"),
         ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no product"),
@@ -749,14 +754,24 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
         ("lora", lambda f: rows_of_the_head(f), "rows of its own for the head"),
         ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
-        ("lora", lambda f: cut(f, "trainable_tokens"), "the new tokens of transformer.wte"),
+        ("lora", lambda f: cut(f, "trainable_tokens"), "trainable_token_indices|the new tokens of transformer.wte"),
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
         ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
         ("lora", lambda f: (f / adapter_files.WEIGHTS).unlink(), "no adapter_model.safetensors"),
         ("lora", lambda f: (f / adapter_files.CONFIG).unlink(), "no adapter_config.json"),
         ("lora", lambda f: (f / adapter_files.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
-        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("{"), "cannot be read"),
+        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("{"), "not valid JSON"),
+        ("lora", lambda f: spoil(f, r="three"), "adapter_config.json: r is 'three'"),
+        ("lora", lambda f: spoil(f, r=10**12), "r is 1000000000000"),
+        ("lora", lambda f: spoil(f, r=0), "r is 0"),
+        ("lora", lambda f: spoil(f, lora_alpha=float("nan")), "lora_alpha is NaN"),
+        ("lora", lambda f: spoil(f, lora_alpha=[6]), "lora_alpha is a list"),
+        ("lora", lambda f: spoil(f, lora_dropout=-1), "lora_dropout is -1"),
+        ("lora", lambda f: spoil(f, use_dora="no"), "use_dora is 'no'"),
+        ("lora", lambda f: spoil(f, peft_type=["LORA"]), "peft_type is a list"),
+        ("lora", lambda f: spoil(f, base_model_name_or_path=7), "base_model_name_or_path is 7"),
+        ("lora", lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}), "trainable_token_indices"),
         ("lora", lambda f: (f / adapter_files.CONFIG).write_text("[]"), "no JSON object"),
     ],
 )
@@ -776,3 +791,92 @@ def test_an_adapter_for_another_base(base, tmp_path):
         load_adapter(other, tmp_path)
     message = str(error.value)
     assert "the-base" in message and sha[:12] in message and weights_sha256(other)[:12] in message
+
+
+# --- adapters as others save them
+
+
+def older(folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
+    """adapter_model.bin in place of adapter_model.safetensors."""
+    file = folder / adapter_files.WEIGHTS
+    torch.save({rename(name): tensor for name, tensor in load_file(file).items()}, folder / "adapter_model.bin")
+    file.unlink()
+
+
+NAMES = {
+    "plain": lambda name: name,
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "of a base without a head": lambda name: name.replace("base_model.model.transformer.", "base_model.model."),
+    "in memory": lambda name: re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name),
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("method", ["lora", "soft-prompt"])
+def test_an_older_adapter_is_read_under_every_wrapper(base, tmp_path, method, names):
+    model = adapted(base, method)
+    save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
+    older(tmp_path, NAMES[names])
+    again = GPT.from_pretrained(base).eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
+def test_numbers_in_quotes_are_read(base, tmp_path):
+    model = adapted(base, "dora")
+    save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
+    said = json.loads((tmp_path / adapter_files.CONFIG).read_text())
+    spoil(tmp_path, r=str(said["r"]), lora_alpha=str(said["lora_alpha"]), lora_dropout="0.0", use_dora=1)
+    again = GPT.from_pretrained(base).eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
+class Malicious:
+    """Unpickled, it makes a folder: a stand-in for any command."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_an_adapter_that_is_no_weights_is_refused_and_not_run(base, tmp_path):
+    save_adapter(adapted(base, "lora"), tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
+    (tmp_path / adapter_files.WEIGHTS).unlink()
+    file = tmp_path / "adapter_model.bin"
+    torch.save({"a": Malicious(tmp_path / "executed")}, file)
+    for content in (file.read_bytes(), b"", b"junk", b"PK\x03\x04broken"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"adapter_model\.bin cannot be read") as error:
+            load_adapter(GPT.from_pretrained(base), tmp_path)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("where", ["absolute", "beside"])
+def test_an_adapter_without_a_tokenizer_takes_its_bases(tmp_path, where):
+    words = train_bpe(["the fox and the dog "] * 20, 280, tmp_path / "words")
+    model = GPT(GPTConfig(vocab_size=words.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    model.save_pretrained(tmp_path / "base")
+    words.save(tmp_path / "base")
+    sha256 = weights_sha256(model)
+    adapters.add_lora(model, ["transformer.h.0.attn.c_attn"], False, 2, 4.0, 0.0)
+    named = str(tmp_path / "base") if where == "absolute" else "../base"
+    save_adapter(model, tmp_path / "adapter", named, sha256)
+    older(tmp_path / "adapter")
+    opened, tokenizer = open_model(str(tmp_path / "adapter"), None, torch.device("cpu"), torch.float32)
+    assert tokenizer.sha256 == words.sha256
+    idx = torch.tensor([words.encode("the fox")])
+    torch.testing.assert_close(opened(idx), model.eval()(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("named", [None, "", "no/such/base"])
+def test_an_adapter_whose_base_is_not_there_says_so(base, tmp_path, named):
+    save_adapter(adapted(base, "lora"), tmp_path, str(base), "0" * 64)
+    spoil(tmp_path, base_model_name_or_path=named)
+    with pytest.raises(UserError, match="base_model_name_or_path in") as error:
+        open_model(str(tmp_path), None, torch.device("cpu"), torch.float32)
+    assert "\n" not in str(error.value)

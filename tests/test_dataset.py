@@ -909,3 +909,19 @@ def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., datas
     (made / "progress.json").write_text("{}")
     with pytest.raises(UserError, match=r"is unfinished"):
         open_here(made)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", "many"), ("vocab_size", None), ("tokenizer", "gpt2"), ("tokenizer", {"source": 3}), ("shards", {}),
+        ("shards", ["train_000000.bin"]), ("shards", [{"name": 5}]),
+        ("shards", [{"name": "train_000000.bin", "sha256": "0", "tokens": "all", "max_id": 1}]),
+    ],
+)  # fmt: skip
+def test_a_manifest_value_of_the_wrong_kind(made: Path, open_here: Callable[..., dataset.Data], key, value) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    (made / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(UserError, match=f"manifest.json: {key}") as error:
+        open_here(str(made))
+    assert "\n" not in str(error.value)

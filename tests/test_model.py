@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"n_embd": 128}, "its config says"),
         ({"vocab_size": 500}, "wte.weight"),
         ({"n_layer": 3}, "not a complete GPT-2: it has no transformer.h.2"),
-        ({"n_layer": None}, "not a GPT-2 configuration"),
+        ({"n_layer": None}, "n_layer is null"),
     ],
 )
 def test_a_config_that_is_not_the_weights_or_not_gpt2(tmp_path, changes, match):
@@ -591,3 +592,185 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
                 torch.testing.assert_close(new[list(ids)], old[: ids.start].mean(0).expand(len(ids), -1))
                 assert len(new) == model.config.padded_vocab_size and not new[model.config.vocab_size :].any()
             assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)
+
+
+# --- how others save the same weights
+
+WRAPPED = {
+    "plain": lambda name: name,
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "DDP of a compiled model": lambda name: f"module._orig_mod.{name}",
+    "compiled DDP": lambda name: f"_orig_mod.module.{name}",
+    "compiled blocks": lambda name: re.sub(r"(\.h\.\d+)\.", r"\1._orig_mod.", name),
+    "a compiled trunk": lambda name: name.replace("transformer.", "transformer._orig_mod."),
+    "Lightning": lambda name: f"model.{name}",
+    "Lightning, compiled": lambda name: f"model._orig_mod.{name}",
+    "PEFT": lambda name: f"base_model.model.{name}",
+    "DDP of PEFT": lambda name: f"module.base_model.model.{name}",
+    "the trunk alone": lambda name: name.removeprefix("transformer."),
+    "the trunk alone, compiled": lambda name: f"_orig_mod.{name.removeprefix('transformer.')}",
+}
+LAYOUTS = ("safetensors", "safetensors shards", "bin", "bin shards", "nested bin")
+
+
+def save_as(folder: Path, tensors: dict[str, Tensor], layout: str) -> None:
+    names = sorted(tensors)
+    halves = [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
+    end = "safetensors" if layout.startswith("safetensors") else "bin"
+    stem = "model" if end == "safetensors" else "pytorch_model"
+    parts = (
+        dict(zip((f"{stem}-{i}-of-2.{end}" for i in (1, 2)), halves))
+        if "shards" in layout
+        else {f"{stem}.{end}": tensors}
+    )
+    for file, part in parts.items():
+        if end == "safetensors":
+            save_file({name: t.contiguous() for name, t in part.items()}, folder / file)
+        else:
+            torch.save({"state_dict": part, "epoch": 3} if layout == "nested bin" else part, folder / file)
+    if len(parts) > 1:
+        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper):
+    theirs = hf()
+    theirs.config.save_pretrained(tmp_path)
+    tensors = {name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"}
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # a buffer of old checkpoints
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["v_head.summary.weight"] = torch.zeros(1, 64)
+    save_as(tmp_path, {WRAPPED[wrapper](name): t for name, t in tensors.items()}, layout)
+    idx = tokens(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("names", ["both", "table", "head"])
+def test_a_tied_head_is_stored_once_or_twice(tmp_path, dtype, names):
+    theirs = hf().to(dtype)
+    theirs.config.save_pretrained(tmp_path)
+    left_out = {"both": (), "table": ("lm_head.weight",), "head": ("transformer.wte.weight",)}[names]
+    save_as(tmp_path, {name: t.clone() for name, t in theirs.state_dict().items() if name not in left_out}, "bin")
+    ours = GPT.from_pretrained(tmp_path)
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    assert torch.equal(ours.head_weight[:331], theirs.lm_head.weight.float())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_of_the_hub_is_found_in_every_layout(tmp_path, layout, tied):
+    import heads
+
+    theirs, score = hf(tied=True), torch.randn(3, 64)
+    theirs.config.update({"architectures": ["GPT2ForSequenceClassification"], "tie_word_embeddings": tied})
+    theirs.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    theirs.config.save_pretrained(tmp_path)
+    tensors = {name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"}
+    save_as(tmp_path, {f"module.{name}": t for name, t in (tensors | {"score.weight": score}).items()}, layout)
+    found = heads.find(tmp_path)
+    assert found and found[0].labels == ("no", "maybe", "yes") and torch.equal(found[1]["weight"], score)
+    assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wpe.weight, tensors["transformer.wpe.weight"])
+
+
+@pytest.mark.parametrize("labels", [{"0": "no"}, {"0": "no", "1": 1, "2": "yes"}, ["no", "maybe", "yes"], "no"])
+def test_labels_of_the_wrong_kind_are_refused(tmp_path, labels):
+    import heads
+
+    gpt().save_pretrained(tmp_path, score=torch.zeros(3, 64), labels=["a", "b", "c"])
+    edit_config(tmp_path, id2label=labels)
+    with pytest.raises(UserError, match="id2label"):
+        heads.find(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["safetensors shards", "bin shards"])
+def test_a_missing_shard_is_named(tmp_path, layout):
+    theirs = hf()
+    theirs.config.save_pretrained(tmp_path)
+    save_as(tmp_path, {name: t.clone() for name, t in theirs.state_dict().items()}, layout)
+    shard = next(iter(sorted(tmp_path.glob("*-2-of-2.*"))))
+    shard.unlink()
+    refused(tmp_path, f"{shard.name}, which .*index.json names, is missing")
+    index = next(iter(tmp_path.glob("*.index.json")))
+    for text in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", '{"weight_map": {"a": null}}'):
+        index.write_text(text)
+        refused(tmp_path, "index.json|a file")
+
+
+def test_two_models_in_one_file_are_refused(tmp_path):
+    theirs = hf()
+    theirs.config.save_pretrained(tmp_path)
+    tensors = {name: t.clone() for name, t in theirs.state_dict().items()}
+    save_as(tmp_path, tensors | {"module.transformer.wpe.weight": torch.zeros(32, 64)}, "bin")
+    refused(tmp_path, "holds two models")
+    save_as(tmp_path, tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)}, "bin")
+    refused(tmp_path, "an adapter that is not merged")
+    save_as(tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin")
+    refused(tmp_path, "quantized")
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module."])
+def test_loads_nanogpt_of_ddp(tmp_path, prefix):
+    expected, idx = nanogpt(tmp_path, True, 331, prefix), tokens(2, 32)
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx), expected(idx))
+
+
+# --- what people and programs write into config.json
+
+READ = [
+    {"layer_norm_epsilon": "1e-05"}, {"layer_norm_epsilon": "0.00001"}, {"n_layer": "2"}, {"n_layer": 2.0},
+    {"n_head": " 4 "}, {"n_embd": "64.0"}, {"vocab_size": 331.0}, {"n_inner": 256}, {"n_inner": "256"},
+    {"n_inner": None}, {"tie_word_embeddings": 1}, {"scale_attn_weights": 1}, {"add_cross_attention": 0},
+    {"activation_function": "gelu_pytorch_tanh"}, {"model_type": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", READ, ids=str)
+def test_a_value_that_can_mean_one_thing_is_read(tmp_path, changes):
+    model = gpt()
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert GPT.from_pretrained(tmp_path).config == model.config
+
+
+def test_other_names_and_missing_keys_are_as_in_transformers(tmp_path):
+    model = gpt()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    kept = ("architectures", "vocab_size", "n_positions", *names)
+    file.write_text(json.dumps({names.get(key, key): config[key] for key in kept}), encoding="utf-8-sig")
+    assert GPT.from_pretrained(tmp_path).config == model.config
+    assert GPT2Config(**json.loads(file.read_text(encoding="utf-8-sig"))).n_embd == 64
+
+
+SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+NO_SIZE = (None, "many", "", "1e999", -1, -2.0, 2.5, "2.5", True, float("nan"), float("inf"), [2], {}, 1 << 70, "0x10")
+WRONG = [(key, value) for key in SIZES for value in NO_SIZE] + [
+    *(("layer_norm_epsilon", value) for value in (None, "small", 0, -1e-5, float("nan"), 1e30, True, [])),
+    *((key, value) for key in ("scale_attn_weights", "tie_word_embeddings") for value in (None, "true", 2, [])),
+    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", 1), ("add_cross_attention", True),
+    ("activation_function", "gelu_fast"), ("activation_function", None), ("activation_function", 3),
+    ("n_inner", 255), ("n_inner", "wide"), ("model_type", 3), ("vocab_size", 332), ("n_positions", 31),
+    ("n_layer", 10**9), ("vocab_size", 10**12), ("architectures", "GPT2LMHeadModel"),
+]  # fmt: skip
+
+
+def test_a_value_of_the_wrong_kind_names_file_and_key(tmp_path):
+    gpt().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    right = file.read_text()
+    for key, value in WRONG:
+        file.write_text(right)
+        edit_config(tmp_path, **{key: value} | ({"model_type": None} if key == "architectures" else {}))
+        named = {
+            "vocab_size": "vocab_size|wte",
+            "n_positions": "n_positions|wpe",
+            "n_layer": r"n_layer|transformer\.h\.2",
+        }
+        refused(tmp_path, named.get(key, key))

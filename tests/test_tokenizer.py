@@ -443,7 +443,7 @@ class TestOtherTokenizers:
     @pytest.mark.parametrize("content", ["{", "{}", "[]", "\x00"])
     def test_unreadable_files(self, tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match="is not a tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer\.json (is not|holds no)"):
             load_tokenizer(str(tmp_path))
 
     def test_nothing_there(self, tmp_path):
