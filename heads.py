@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -70,6 +71,8 @@ class Info:
     form: Form
     pooling: Pooling
     words: tuple[str, ...] = ()  # of the labels, where the language head answers
+    seq_len: int | None = None  # tokens of a row, past which it is cut; None where older versions wrote
+    cut: Literal["end", "start", "middle"] = "end"  # where
 
 
 def save(model: GPT, folder: Path, info: Info) -> None:
