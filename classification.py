@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,23 +24,26 @@ import adapter_files
 import adapters
 import confusion
 import heads
-from checkpoint import locate
+from checkpoint import RESULTS, locate
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
 from decoding import open_model
 from distributed import choose_device
+from files import write_json
 from finetuning import Finetuning, Long, Parts, Split
 from heads import Head
-from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, label_name, word_ids
+from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids
 from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
 from precision import set_products
 from predictions import VALIDATION, probabilities, write_predictions, write_report
 from rows import Row, Rows
+from runlog import finite
 from task import Batch
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
+EXACT = "fp32"  # of everything that is scored: in bf16 near ties fall otherwise with every other batch
 PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
 
@@ -91,6 +95,20 @@ class Classification(Finetuning):
 
     # --- rows
 
+    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
+        """As everywhere; a label that says it is unknown is none. A row to learn from or to score by must have one."""
+        rows = super().read(spec, split, say)
+        known = [row for row in rows if not is_unknown(row["label"])]
+        if split == "test":
+            return [_without_unknown(row) for row in rows]
+        if len(known) < len(rows):
+            told = ", ".join(sorted({repr(row["label"].strip()) for row in rows if is_unknown(row["label"])}))
+            text = f"{len(rows) - len(known):,} of {len(rows):,} rows of {spec} have no known label ({told})"
+            if not known:
+                raise UserError(f"{text}; name rows with labels, and a class that is really called so by another name")
+            self.warnings += (f"{text} and are left out; if that is a class of yours, give it another name",)
+        return known
+
     def _open_vocabulary(self) -> None:
         super()._open_vocabulary()
         if self.cfg.model == "lstm":
@@ -117,6 +135,8 @@ class Classification(Finetuning):
         self.train, self.val = (_joined(parts) for parts in zip(*splits, strict=True))
         self._set_order(cfg.simcse_group if "simcse" in cfg.objective else 1)
         self._set_terms()
+        if cfg.predict:
+            self.check_rows_to_answer(say)
         for text in self._first_rows():
             say(text)
 
@@ -137,6 +157,14 @@ class Classification(Finetuning):
                 raise UserError(f"{text}; take them out, or go on with --allow-overlap")
             self.warnings += (text,)
         return train, val
+
+    def check_rows_to_answer(self, say: Callable[[str], None]) -> None:
+        """Raise UserError for what would end --predict after training: unknown labels, and under --strict long rows."""
+        rows = self.rows_to_answer(self.cfg, say)
+        self.true_labels(rows)
+        if self.cfg.strict:
+            for row in rows:
+                self.tokens_of(row)
 
     def label_of(self, row: Row) -> int:
         """The number of a row's label. Raises UserError for one that no training row has."""
@@ -444,12 +472,19 @@ class Classification(Finetuning):
     # --- what a finished model says
 
     def conclude(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
-        """Score the validation rows with final/, and write what that shows into the run's folder."""
+        """Score the validation rows with final/, and write what that shows into the run's folder.
+
+        metrics.json takes these figures: those of the loop are of the same step and in fp32 too, but of other batches,
+        and may differ in their last digits.
+        """
         assert cfg.out
         folder, own = Path(cfg.out), self.val.heads == 0
         rows, tokens = ([of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens))
         model, _ = self._open(locate(cfg.out), cfg)
-        self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say)
+        results = json.loads((folder / RESULTS).read_text())
+        about = {"eval_precision": EXACT, "step": results["final_is_step"]}
+        figures = self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about)
+        write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
 
     def predict(
         self, cfg: ClassificationConfig, where: str, path: Path, say: Callable[[str], None]
@@ -459,13 +494,12 @@ class Classification(Finetuning):
         assert cfg.predict
         self.cfg, self.warnings = cfg, ()
         model, self.tokenizer = self._open(where, cfg)
-        self.seq_len = min(cfg.seq_len or model.context, model.context)
-        rows = self.read(cfg.predict, "test", say)
+        rows = self.rows_to_answer(cfg, say)
         self.true_labels(rows)  # a label that is unknown ends the run before the work is done
         found = [self.tokens_of(row) for row in rows]
         if cut := sum(was_cut for _, was_cut in found):
             say(
-                f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the {cfg.cut} of their text"
+                f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the {self.cfg.cut} of their text"
             )
         return self.write_answers(path, rows, self._scores(model, [tokens for tokens, _ in found]), say)
 
@@ -478,7 +512,10 @@ class Classification(Finetuning):
         device = choose_device(cfg.device)
         set_products("fp32", device)
         model, tokenizer = open_model(where, None, device, torch.float32)
-        self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling)
+        # A row is cut as in the run, unless the user says otherwise: else its scores were others.
+        self.seq_len = min(cfg.seq_len or info.seq_len or model.context, model.context)
+        cut = cfg.cut if cfg.cut != ClassificationConfig.cut else info.cut
+        self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling, cut=cut)
         self.labels, self.words, self.keys = info.labels, info.words, [self.name]
         self.parts: list[Classification] = [self]
         self.word_ids = word_ids(tokenizer, info.words)
@@ -502,24 +539,42 @@ class Classification(Finetuning):
         return found
 
     def write_answers(
-        self, path: Path, rows: Sequence[Row], found: np.ndarray, say: Callable[[str], None]
+        self,
+        path: Path,
+        rows: Sequence[Row],
+        found: np.ndarray,
+        say: Callable[[str], None],
+        about: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known."""
+        """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known.
+
+        `about` goes into the report: what the probabilities were computed in, and of which step's model.
+        """
         true = self.true_labels(rows)
         write_predictions(path, rows, found, self.labels, self.course)
+        if unread := sum(bool(row.fault) for row in rows):
+            say(f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not scored")
         if not true:
             return {}
-        return write_report(path, list(true.values()), found[list(true)], self.labels, self.name, self.cfg.seed, say)
+        return write_report(
+            path, list(true.values()), found[list(true)], self.labels, self.name, self.cfg.seed, say,
+            about or {"eval_precision": EXACT},
+        )  # fmt: skip
 
     def true_labels(self, rows: Sequence[Row]) -> dict[int, int]:
-        """The label's number of those rows that have one. Raises UserError for one that the classifier does not know."""
-        return {i: self.label_of(row) for i, row in enumerate(rows) if row.fields.get("label", "").strip()}
+        """The label's number of those rows that have one and are answered. Raises UserError for one that the classifier does not know."""
+        return {
+            i: self.label_of(row)
+            for i, row in enumerate(rows)
+            if not row.fault and not is_unknown(row.fields.get("label", ""))
+        }
 
     # --- what is written
 
     @property
     def info(self) -> heads.Info:
-        return heads.Info(self.name, self.labels, self.cfg.form, self.cfg.pooling, self.words)
+        cfg = self.cfg
+        return heads.Info(self.name, self.labels, cfg.form, cfg.pooling, self.words, self.seq_len, cfg.cut)
 
     def _score(self, model: GPT) -> Tensor | None:
         """The weights of the task's own head where the hub's classifiers have such a one: by the last token."""
@@ -568,6 +623,14 @@ def check(cfg: ClassificationConfig) -> None:
         raise UserError("--words belongs to --form word; add it, or leave --words out")
     if cfg.augment_weight != 1 and not cfg.augment:
         raise UserError("--augment-weight belongs to --augment FILE; add it, or leave the weight out")
+
+
+# --- rows
+
+
+def _without_unknown(row: Row) -> Row:
+    """The row; its label is empty where it says that nobody knows it."""
+    return dataclasses.replace(row, fields=row.fields | {"label": ""}) if is_unknown(row["label"]) else row
 
 
 # --- sequences

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,6 +21,7 @@ from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
 from config import UserError
+from files import writable_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 HUB = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
+NO_LABEL = ("", "-1")  # of HellaSwag's test rows
 LOGIT_ROWS = 512  # logits held at once: 100 MB in fp32 at GPT-2's vocabulary
 
 Figures = dict[str, float]
@@ -128,7 +131,7 @@ def batches_of_windows(dataset: TokenDataset, seq_len: int, batch_size: int) -> 
 class Span:
     """Token ids of a context and its continuation, which begins at `start` and is what counts."""
 
-    ids: list[int]
+    ids: tuple[int, ...]
     start: int
 
 
@@ -140,8 +143,14 @@ def make_span(tokenizer: Tokenizer, context: str, continuation: str, block_size:
         raise UserError(
             f"{continuation[:40]!r} has {len(after)} tokens, where 1 to block_size {block_size} can be scored"
         )
-    ids = [*before, *after][-(block_size + 1) :]  # the last one is only a target
+    ids = (*before, *after)[-(block_size + 1) :]  # the last one is only a target
     return Span(ids, len(ids) - len(after))
+
+
+def spaces_to_word(context: str, continuation: str) -> tuple[str, str]:
+    """Both texts, white space at the end of the context moved to the word after it, as lm-evaluation-harness does."""
+    text = context.rstrip()
+    return (text, context[len(text) :] + continuation) if text else (context, continuation)
 
 
 @dataclass(frozen=True)
@@ -201,36 +210,95 @@ def score_batch(model: GPT, batch: Sequence[Span]) -> list[Score]:
 # ---- HellaSwag
 
 
-HellaSwagRow = tuple[str, list[str], int]  # context, endings with the space before them, number of the right one
+@dataclass(frozen=True)
+class Choices:
+    """A context and the endings to choose from, each without the space that goes before it."""
+
+    context: str
+    endings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HellaSwagRow:
+    """The two texts that are made of a row; of rows with nothing but ctx, endings and label both are the same."""
+
+    plain: Choices  # as the row has it, which is what llm.c reads
+    harness: Choices  # as lm-evaluation-harness writes it
+    label: int | None  # number of the right ending; None where it is not known
 
 
 def hellaswag_row(row: dict[str, Any]) -> HellaSwagRow:
     """From the official file or one of only ctx, endings and label. Raises KeyError, TypeError or ValueError."""
     context = row["ctx"] if "ctx" in row else f"{row['ctx_a']} {row['ctx_b']}"
-    endings, label = row["endings"], int(row["label"])
-    if not isinstance(endings, list) or not 0 <= label < len(endings):
+    endings = row["endings"]
+    if not isinstance(endings, list) or not endings or not all(isinstance(text, str) for text in [context, *endings]):
+        raise ValueError("ctx must be a text and endings a list of texts")
+    plain = harness = Choices(context, tuple(endings))
+    if all(isinstance(row.get(name), str) for name in ("activity_label", "ctx_a", "ctx_b")):
+        query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        harness = Choices(_without_markup(query), tuple(map(_without_markup, endings)))
+    if not all(plain.endings) or not all(harness.endings):
+        raise ValueError("an ending is empty")
+    label = str(row["label"]).strip()
+    if label in NO_LABEL or row["label"] is None:
+        return HellaSwagRow(plain, harness, None)
+    if not 0 <= int(label) < len(endings):
         raise ValueError("label names no ending")
-    return context, [" " + ending for ending in endings], label
+    return HellaSwagRow(plain, harness, int(label))
+
+
+def _without_markup(text: str) -> str:
+    """WikiHow's marks ([title], [step], ...) taken out, as lm-evaluation-harness does it for HellaSwag."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
 
 
 def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, rows: Sequence[HellaSwagRow], batch_tokens: int) -> Figures:
-    """HellaSwag (Zellers et al. 2019): which ending is likeliest, per token (accuracy_norm) and in all (accuracy)."""
+    """HellaSwag (Zellers et al. 2019): how often the right ending has the highest log-probability.
+
+    acc, acc_norm and acc_bytes are lm-evaluation-harness's: the ending's log-probability in all, by its characters and
+    by its bytes, both without the space before it, on the harness's text. acc_tokens is llm.c's: by the ending's tokens,
+    on the text as the row has it. Of equal endings the first is chosen. Rows without a label are not scored.
+    """
     began = time.perf_counter()
-    block_size = model.config.block_size
-    spans = [make_span(tokenizer, context, end, block_size) for context, endings, _ in rows for end in endings]
-    scores = iter(score(model, spans, batch_tokens, "hellaswag"))
-    norm = total = 0
-    for _, endings, label in rows:
-        of_row = [next(scores) for _ in endings]
-        choices = range(len(endings))
-        norm += label == min(choices, key=lambda i: of_row[i].nll / of_row[i].tokens)
-        total += label == min(choices, key=lambda i: of_row[i].nll)
+    known = [row for row in rows if row.label is not None]
+    if not known:
+        raise UserError("no row of --hellaswag has a label; there is nothing to score")
+    places: dict[Span, int] = {}  # the same text is scored once, so that equal endings are equal to the last bit
+
+    def place(context: str, ending: str) -> int:
+        return places.setdefault(make_span(tokenizer, context, ending, model.config.block_size), len(places))
+
+    of_rows = [
+        (
+            [place(row.plain.context, " " + end) for end in row.plain.endings],
+            [place(*spaces_to_word(row.harness.context, " " + end)) for end in row.harness.endings],
+        )
+        for row in known
+    ]
+    scores = score(model, list(places), batch_tokens, "hellaswag")
+    right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
+    for row, (plain, harness) in zip(known, of_rows, strict=True):
+        nlls = [scores[n].nll for n in harness]
+        lengths = {
+            "acc": [1] * len(nlls),
+            "acc_norm": [len(end) for end in row.harness.endings],
+            "acc_bytes": [len(end.encode()) for end in row.harness.endings],
+        }
+        for name, of in lengths.items():
+            right[name] += row.label == _least([nll / n for nll, n in zip(nlls, of, strict=True)])
+        right["acc_tokens"] += row.label == _least([scores[n].nll / scores[n].tokens for n in plain])
     return {
-        "accuracy_norm": norm / len(rows),
-        "accuracy": total / len(rows),
-        "rows": len(rows),
+        **{name: count / len(known) for name, count in right.items()},
+        "rows": len(known),
+        "rows_without_label": len(rows) - len(known),
         "seconds": time.perf_counter() - began,
     }
+
+
+def _least(values: Sequence[float]) -> int:
+    """The place of the least value, the first of equal ones."""
+    return min(range(len(values)), key=values.__getitem__)
 
 
 # ---- LAMBADA
@@ -255,7 +323,7 @@ def evaluate_lambada(model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow
     from metrics import perplexity
 
     began = time.perf_counter()
-    spans = [make_span(tokenizer, context, word, model.config.block_size) for context, word in rows]
+    spans = [make_span(tokenizer, *spaces_to_word(*row), model.config.block_size) for row in rows]
     scores = score(model, spans, batch_tokens, "lambada")
     nll = sum(s.nll for s in scores)
     return {
@@ -382,11 +450,13 @@ def main() -> None:
         raise UserError("no checkpoint is named; type python evaluate.py CHECKPOINT --data WHAT")
     if not (config.data or config.hellaswag or config.lambada):
         raise UserError("nothing to evaluate on; give --data WHAT, --hellaswag FILE or --lambada FILE")
-    if config.json and not Path(config.json).parent.is_dir():
-        raise UserError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
+    if config.json and config.json != "-":
+        read = [where for where in (config.data, config.hellaswag, config.lambada) if where]
+        writable_file("--json", config.json, read)
     figures = evaluate(config)
     finite = {name: {k: v if math.isfinite(v) else None for k, v in of.items()} for name, of in figures.items()}
-    record = json.dumps({"config": dataclasses.asdict(config)} | finite, indent=2)
+    about = {"config": dataclasses.asdict(config), "eval_precision": config.precision}
+    record = json.dumps(about | finite, indent=2)
     if config.json == "-":
         print(record)
         return

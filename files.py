@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from config import UserError
 
 TEMPORARY = ".tmp-"  # begins the name of what is still being written
 
@@ -33,3 +37,29 @@ def write_json(path: Path, value: Any) -> None:
     flush(beside)
     os.replace(beside, path)
     flush(path.parent)
+
+
+def writable_file(option: str, where: str, read: Sequence[str | Path] = (), make_folder: bool = False) -> Path:
+    """The file that `option` names, found out before the work whose result it is to hold; nothing is left there.
+
+    Raises UserError where it is a folder, is one of the files that are `read`, or cannot be written; and where it has
+    no folder, unless that is to be made.
+    """
+    path = Path(where)
+    if not path.name or path.is_dir():
+        raise UserError(f"{option} {where} is a folder; name a file in it")
+    if path.resolve() in [Path(file).resolve() for file in read]:
+        raise UserError(f"{option} {where} is also what is read; name another file")
+    folder = path.parent
+    if not make_folder and not folder.is_dir():
+        raise UserError(f"{option} {where}: there is no folder {folder}")
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option} {where} cannot be written: {error.strerror}; name another file") from None
+    return path

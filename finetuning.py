@@ -73,6 +73,8 @@ class Finetuning(Task):
     expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
     predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
+    exact_evaluation: ClassVar[bool] = True  # the loop's figures are those of --predict, which computes in fp32
+    to_answer: list[Row] | None = None  # the rows of --predict, once they are read
     pads: ClassVar[bool] = False  # whether the hub's class for such models must know what fills a batch
     toy: ClassVar[Sequence[dict[str, str]]]  # a few rows to try the task with
     choices: ClassVar[tuple[str, ...]] = ()  # options of the family that a resumed run must have in common
@@ -105,10 +107,18 @@ class Finetuning(Task):
         found = read_rows(
             spec, columns, optional=optional, strict=self.cfg.strict, split=split,
             lines=getattr(self.cfg, "lines", False), readers=self.readers, expand=self.expand, say=say,
+            every=split == "test",
         )  # fmt: skip
         if found.skipped:
-            self.warnings += (f"{spec}: {found.skipped:,} rows could not be read and are left out",)
+            what = "their answers are empty" if split == "test" else "are left out"
+            self.warnings += (f"{spec}: {found.skipped:,} rows could not be read and {what}",)
         return found.rows
+
+    def rows_to_answer(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
+        """Every row of --predict, in order. Read once: by `setup`, so that what is wrong with them costs no training."""
+        if self.to_answer is None:
+            self.to_answer = self.read(cfg.predict, "test", say)
+        return self.to_answer
 
     def _training_and_validation(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
         cfg = self.cfg

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import adapters
 from config import GenerationConfig, GPTConfig, UserError
-from decoding import generate, open_model
+from decoding import generate, kept_tokens, open_model
 from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Special, Split, plain
 from kernels.linear_cross_entropy import IGNORE
@@ -110,7 +110,7 @@ class Generation(Finetuning):
 
     def write_answers(self, path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
         """The answers to the rows of `--predict`."""
-        records = [row.fields | {"prediction": a.text} for row, a in zip(rows, answers, strict=True)]
+        records = [row.fields | _answered(row, a) for row, a in zip(rows, answers, strict=True)]
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -137,6 +137,9 @@ class Generation(Finetuning):
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == self.tokenizer.eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
         self._set_order()
+        if cfg.predict:
+            rows = self.rows_to_answer(cfg, say)
+            self._prompts_to_answer(rows, self.seq_len, lambda text: None)  # what --strict does not allow ends here
         for text in self._first_rows():
             say(text)
 
@@ -188,8 +191,7 @@ class Generation(Finetuning):
 
     def prompt(self, i: int) -> list[int]:
         """What validation row `i` gives the model to go on from."""
-        row = self.val.rows[i]
-        return self._question_ids(self.question(row).prompt, self.seq_len, row)
+        return self._question_ids(self.question(self.val.rows[i]).prompt, self.seq_len)
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch, what is learned between the marks."""
@@ -273,35 +275,56 @@ class Generation(Finetuning):
         return [(self.tokenizer.decode(p[1:]), text) for p, (_, text) in zip(prompts, answers, strict=True)]
 
     def predict(self, cfg: GenerationConfig, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers that the model of a checkpoint gives to the rows of `--predict`.
+        """Write the answers that the model of a checkpoint gives to the rows of `--predict`, every row in its place.
 
-        Returns their scores where the file has the true ones.
+        Returns the scores of those of which the file has the true answers. A row that cannot be read is not scored.
         """
         assert cfg.predict
         self.cfg = cfg
         device = choose_device(cfg.device)
         model, self.tokenizer = open_model(where, None, device, torch.float32)
-        rows = self.read(cfg.predict, "test", say)
-        prompts = [self._question_ids(self.asked(row), model.context, row) for row in rows]
-        answers: list[tuple[str, str]] = []
-        for begin in range(0, len(rows), cfg.batch_size):
-            some = prompts[begin : begin + cfg.batch_size]
-            answers += self.answers(model, some, range(begin, begin + len(some)))
-        references = [self.reference(row) for row in rows]
-        found = [Answer(*texts, reference) for texts, reference in zip(answers, references, strict=True)]
-        self.write_answers(path, rows, found)
-        return self.scores(found) if all(references) else {}
+        rows = self.rows_to_answer(cfg, say)
+        prompts = self._prompts_to_answer(rows, model.context, say)
+        answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
+        readable = list(prompts)
+        for begin in range(0, len(readable), cfg.batch_size):
+            some = readable[begin : begin + cfg.batch_size]
+            for i, texts in zip(some, self.answers(model, [prompts[i] for i in some], some), strict=True):
+                answers[i] = Answer(*texts, self.reference(rows[i]))
+        self.write_answers(path, rows, [answers[i] for i in range(len(rows))])
+        if unread := len(rows) - len(readable):
+            say(f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not scored")
+        known = [answers[i] for i in readable if answers[i].reference.strip()]
+        scores = self.scores(known) if known else {}
+        if scores and len(known) < len(rows):
+            say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
+        return scores
 
-    def _question_ids(self, parts: Parts, context: int, row: Row) -> list[int]:
-        """What a row gives the model to go on from: a long text is cut to leave the answer a quarter of the context.
+    def _prompts_to_answer(self, rows: Sequence[Row], context: int, say: Callable[[str], None]) -> dict[int, list[int]]:
+        """What each row that can be read gives the model to go on from, by its number.
 
-        Raises UserError for a prompt that is longer than the context all the same.
+        Of a prompt longer than the context the newest tokens are read, and that is told; UserError under --strict.
         """
+        prompts = {i: self._question_ids(self.asked(row), context) for i, row in enumerate(rows) if not row.fault}
+        long = [i for i, ids in prompts.items() if len(ids) > context]
+        if long and self.cfg.strict:
+            length, where = len(prompts[long[0]]), rows[long[0]].where
+            raise UserError(f"{where}: a prompt of {length} tokens is too long for a context of {context} (--strict)")
+        if long:
+            say(f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of {context}, the first in "
+                f"{rows[long[0]].where}: only their last {kept_tokens(context)} tokens are read")  # fmt: skip
+        return prompts
+
+    def _question_ids(self, parts: Parts, context: int) -> list[int]:
+        """What a row gives the model to go on from: a long text is cut to leave the answer a quarter of the context."""
         ids = [self.tokenizer.eot, *self._encode(parts)]
         over = len(ids) - (context - context // 4)
         long = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
         if over > 0 and long:
             ids = [self.tokenizer.eot, *self._encode(parts, keep=max(0, long - over))]
-        if len(ids) > context:
-            raise UserError(f"{row.where}: a prompt of {len(ids)} tokens is too long for a context of {context}")
         return ids
+
+
+def _answered(row: Row, answer: Answer) -> dict[str, Any]:
+    """What a file of answers adds to a row's fields; of a row that could not be read, why."""
+    return {"prediction": None, "unreadable": row.fault} if row.fault else {"prediction": answer.text}

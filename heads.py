@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from foreign import read_object
 from model import GPT, pick
 from weights import read_tensors, read_weights
 
+Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512
 INFO, WEIGHTS = "classifier.json", "heads.safetensors"
 SCORE = "score.weight"  # the hub's name of a classifier's weights
@@ -74,6 +75,8 @@ class Info:
     form: Form
     pooling: Pooling
     words: tuple[str, ...] = ()  # of the labels, where the language head answers
+    seq_len: int | None = None  # tokens of a row, past which it is cut; None where older versions wrote
+    cut: Cut = "end"  # where
 
 
 def save(model: GPT, folder: Path, info: Info) -> None:
@@ -93,7 +96,10 @@ def read_info(folder: str | Path) -> Info | None:
         return None
     said = read_object(file)
     form, pooling = said.one_of("form", get_args(Form)), said.one_of("pooling", get_args(Pooling))
-    return Info(said.text("task") or "", tuple(said.texts("labels")), form, pooling, tuple(said.texts("words")))
+    seq_len = said.whole("seq_len", least=1) if said.given("seq_len") else None
+    cut = said.one_of("cut", get_args(Cut)) if said.given("cut") else "end"
+    labels, words = tuple(said.texts("labels")), tuple(said.texts("words"))
+    return Info(said.text("task") or "", labels, form, pooling, words, seq_len, cut)
 
 
 def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:

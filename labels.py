@@ -12,6 +12,7 @@ from rows import Row
 from tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
+UNKNOWN = ("", "-1", "-", "?", "nan", "null")  # GLUE's test splits have -1, SNLI has - where annotators disagree
 
 
 def label_name(cell: str) -> str:
@@ -28,6 +29,11 @@ def label_name(cell: str) -> str:
 def composed(text: str) -> str:
     """The text in Unicode's form NFC."""
     return unicodedata.normalize("NFC", text)
+
+
+def is_unknown(cell: str) -> bool:
+    """Whether a cell of a label column says that nobody knows the label: -1, -, ?, nan, null or nothing."""
+    return label_name(cell).casefold() in UNKNOWN
 
 
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:

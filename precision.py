@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +86,18 @@ def set_products(precision: str, device: torch.device, without: Collection[str] 
             return True
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return False
+
+
+@contextlib.contextmanager
+def exact_products() -> Generator[None]:
+    """fp32 products on a GPU are exact in here, in a run of --precision tf32 too."""
+    before = torch.get_float32_matmul_precision()
+    if before == "high":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _products_are_exact(n: int = 256) -> bool:

@@ -24,17 +24,36 @@ def probabilities(log_p: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The file of the same name with another ending; `path` may be any of the files of a set of answers."""
+    known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
+    return path.with_name((path.stem if known else path.name) + ending)
+
+
 def write_predictions(path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str) -> None:
-    """Predictions of rows with probabilities (n, K): `path` as jsonl, and beside it the course's csv."""
-    predicted = [labels[i] for i in found.argmax(1)]
-    with path.open("w", encoding="utf-8") as file:
+    """A prediction for each of the rows, with probabilities (n, K): jsonl, and beside it the course's csv.
+
+    `path` names one of the two. A row with a fault has an empty prediction: null, and "unreadable" says why.
+    """
+    jsonl = beside(path, ".jsonl") if path.suffix == ".csv" else path
+    predicted = [None if row.fault else labels[i] for row, i in zip(rows, found.argmax(1), strict=True)]
+    with jsonl.open("w", encoding="utf-8") as file:
         for row, label, p in zip(rows, predicted, found.tolist(), strict=True):
             record = row.fields | {"prediction": label, "probabilities": dict(zip(labels, p, strict=True))}
+            if row.fault:
+                record |= {"probabilities": None, "unreadable": row.fault}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+    with beside(path, ".csv").open("w", encoding="utf-8", newline="") as file:
         file.write(f"id \t {course} \n")
-        for n, (row, label) in enumerate(zip(rows, predicted, strict=True)):
-            file.write(f"{row.fields.get('id') or n} , {label} \n")
+        for id, label in zip(ids_of(rows), predicted, strict=True):
+            file.write(f"{id} , {label or ''} \n")
+
+
+def ids_of(rows: Sequence[Row]) -> list[str]:
+    """What names each row in the course's csv: its id; without one its number from 0, unless another row's id is that."""
+    ids = [row.fields.get("id", "").strip() for row in rows]
+    taken = set(ids)
+    return [id or ("" if str(n) in taken else str(n)) for n, id in enumerate(ids)]
 
 
 def write_report(
@@ -45,15 +64,18 @@ def write_report(
     task: str,
     seed: int,
     say: Callable[[str], None],
+    about: dict[str, Any],
 ) -> dict[str, float]:
     """Beside the predictions of `path` all that can be said of rows whose labels (n,) are known; returns the figures.
 
+    `about`: how the probabilities came about, which the report names first.
     The pictures of the validation rows are confusion.png and reliability.png; those of others begin with their name.
     """
-    report = confusion.report(true, found, labels, seed)
-    write_json(path.with_suffix(".report.json"), finite(report))
-    before = "" if path.stem == VALIDATION else f"{path.stem}."
-    pictures = confusion_chart.draw(report, path.parent, f"{task}: {path.stem}", before)
+    report = about | confusion.report(true, found, labels, seed)
+    write_json(beside(path, ".report.json"), finite(report))
+    name = beside(path, "").name
+    before = "" if name == VALIDATION else f"{name}."
+    pictures = confusion_chart.draw(report, path.parent, f"{task}: {name}", before)
     say(summary(report, path, pictures))
     return {name: report[name] for name in ("accuracy", "macro_f1", "calibration_error")}
 

@@ -25,6 +25,7 @@ from readers import (
     NotUtf8,
     Reader,
     Record,
+    Torn,
     documents,
     opened,
     read_records,
@@ -46,6 +47,7 @@ class Row:
 
     fields: dict[str, str]
     where: str  # "songs.csv line 12"
+    fault: str = ""  # why it cannot be answered: only a row that is read with `every` has one
 
     def __getitem__(self, field: str) -> str:
         return self.fields[field]
@@ -56,7 +58,7 @@ class Rows:
     """The rows that could be read, in the order of the files."""
 
     rows: list[Row]
-    skipped: int = 0  # broken ones
+    skipped: int = 0  # broken ones: left out, or with `every` those that have a fault
 
     @cached_property
     def sha256(self) -> str:
@@ -78,6 +80,7 @@ def read_rows(
     readers: Mapping[str, Reader] | None = None,
     expand: Expand | None = None,
     say: Callable[[str], None] = print,
+    every: bool = False,
 ) -> Rows:
     """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub ids, comma-separated.
 
@@ -89,6 +92,9 @@ def read_rows(
 
     A row that is broken (cells missing, a field empty, not JSON, not UTF-8) is told to `say`, counted and left out;
     under `strict` it ends the run. Raises UserError naming file and line or column; also where no row is left.
+
+    every: all rows are wanted, in their order, since each is to be answered. An empty field is no fault then, and a
+    broken row is told and kept with what can be read of it: see `_kept`.
     """
     rows: list[Row] = []
     broken: list[str] = []
@@ -101,7 +107,7 @@ def read_rows(
         if found:
             chosen = {field: _choose(name, field, columns[field], list(found), optional) for field in columns}
         for place, cells in records:
-            fields = _fields(cells, chosen, optional) if isinstance(cells, dict) else cells
+            fields = _fields(cells, chosen, columns if every else optional) if isinstance(cells, dict) else cells
             where = f"{name} {place}"
             if isinstance(fields, str) and (strict or len(broken) < SHOWN):
                 fields = with_advice(fields, cells, name)
@@ -111,13 +117,51 @@ def read_rows(
                 raise UserError(f"--strict ends the run at a broken row: {where} {fields}")
             else:
                 broken.append(f"{where} {fields}")
-    if not rows:
+                if every:
+                    wanted = [field for field in columns if field not in optional]
+                    rows.append(_kept(cells, chosen or dict.fromkeys(columns), wanted, where, fields))
+    if all(row.fault for row in rows):
         raise UserError(f"{spec} holds no row that can be read" + (f": {broken[0]}" if broken else "; give other data"))
+    said = "damaged" if every else "left out"
     for line in broken[:SHOWN]:
-        say(f"left out: {line}")
+        say(f"{said}: {line}")
     if len(broken) > SHOWN:
-        say(f"left out: {len(broken) - SHOWN:,} more broken rows of {spec}")
-    return Rows(rows, len(broken))
+        say(f"{said}: {len(broken) - SHOWN:,} more broken rows of {spec}")
+    return Rows(rows, sum(bool(row.fault) for row in rows) if every else len(broken))
+
+
+def _kept(
+    cells: dict[str, Any] | str, chosen: dict[str, str | None], needed: Collection[str], where: str, wrong: str
+) -> Row:
+    """A broken row with what can be read of it; it has a fault where that is not all that is `needed`.
+
+    Cells that a table's row lacks at its end are empty. Where it has too many, the delimiter stands in a text: columns
+    before the first text count from the left, and those after the last one from the right. Bytes that are not UTF-8
+    become U+FFFD.
+    """
+    if isinstance(cells, Torn):
+        cells = _matched(cells, [column for field in needed if (column := chosen[field])])
+    known = cells if isinstance(cells, dict) else {}
+    fields, lost = {}, not isinstance(cells, dict)
+    for field, column in chosen.items():
+        value = known.get(column) if column is not None else None
+        if isinstance(value, str):
+            value = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        read = _fields({"": value}, {field: ""}, (field,))
+        lost |= field in needed and (isinstance(read, str) or column not in known)
+        fields[field] = read[field] if isinstance(read, dict) else ""
+    return Row(fields, where, wrong if lost else "")
+
+
+def _matched(torn: Torn, texts: Collection[str]) -> dict[str, str]:
+    """The cells of a torn row whose columns can be told."""
+    header, cells = torn.header, torn.cells
+    if len(cells) < len(header):
+        return dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
+    at = [header.index(column) for column in texts]
+    first, last = min(at, default=len(header)), max(at, default=-1)
+    sure = dict(zip(header[:first], cells))
+    return sure | ({} if last < 0 else dict(zip(header[:last:-1], cells[::-1])))
 
 
 def _choose(

@@ -23,7 +23,7 @@ import distributed
 from config import RunConfig
 from distributed import World
 from optim import LossScale, Optimizers, lr_multiplier
-from precision import DTYPES, Cast, autocast, casts_once
+from precision import DTYPES, Cast, autocast, casts_once, exact_products
 from task import Task
 
 # --- batches
@@ -277,10 +277,19 @@ class TrainStep:
             if live:
                 sums[k] += terms[k].detach()
 
+    @property
+    def eval_precision(self) -> str:
+        """What evaluations compute in."""
+        return "fp32" if self.task.exact_evaluation else self.cfg.precision
+
     def evaluate(self, batch: Any) -> tuple[dict[str, Tensor | float], dict[int, Any]]:
-        """The task's `sums` and `outputs` of a batch, computed as in training."""
-        sums, outputs = self._call(self.module, batch, "sums", "outputs")
-        return sums, outputs
+        """The task's `sums` and `outputs` of a batch, in `eval_precision`."""
+        if not self.task.exact_evaluation:
+            sums, outputs = self._call(self.module, batch, "sums", "outputs")
+            return sums, outputs
+        batch = to_device(batch, self.world.device)
+        with exact_products():
+            return self.task.sums(self.model, batch), self.task.outputs(self.model, batch)
 
     def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
         batch = to_device(batch, self.world.device)

@@ -45,6 +45,7 @@ class Task:
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     ragged: ClassVar[bool] = False  # whether batches differ in length
     compiles_whole: ClassVar[bool] = True  # whether `loss` is the model's own forward pass
+    exact_evaluation: ClassVar[bool] = False  # whether figures are computed in fp32, whatever the run's precision
     hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")  # what loads final/, and its pipeline
     warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 

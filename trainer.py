@@ -108,6 +108,7 @@ class Run:
         self.steps = cfg.steps
         self.held = contextlib.ExitStack()  # what this process holds while it trains: the run's folder
         self.at = Progress()
+        self.final_metrics: dict[str, float] = {}  # of the step that final/ is of
         self.saved: int | None = None  # step of the newest checkpoint
         self.signal = 0  # what all ranks agreed to stop for
         self.rates: dict[str, list[float]] = {}  # by amount, of each step, per second
@@ -553,7 +554,7 @@ class Run:
         figures = self._on_main(self._write_results)
         speeds = [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in self._speeds().items()]
         rows = {
-            "validation": ", ".join(f"{k} {v:.4f}" for k, v in self.at.metrics.items()) or "not evaluated",
+            "validation": ", ".join(f"{k} {figures[k]:.4f}" for k in self.final_metrics) or "not evaluated",
             "training loss": f"{figures['train_loss']:.4f} (mean of the last {len(self.at.losses)} steps)",
             "speed": f"{', '.join(speeds)} (median)" if speeds else "not measured",  # all steps were done before
             "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
@@ -568,7 +569,8 @@ class Run:
         try:
             if self.saver.error:
                 raise self.saver.error
-            figures = self._figures() | {"final_is_step": self._write_final()}
+            step = self._write_final()
+            figures = self._figures() | {"final_is_step": step}
             files.write_json(self.folder / checkpoint.RESULTS, finite(figures))
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -580,6 +582,7 @@ class Run:
     def _best_or_last(self) -> tuple[dict[str, Tensor], int]:
         """Weights of the best checkpoint, where it is better than the last step, else of the last; and their step."""
         last = dict(self.model.state_dict()), self.at.step
+        self.final_metrics = self.at.metrics
         best, now = next(iter(checkpoint.ranked(self.folder, self.task.best[1])), None), self.at.best_metric
         if best is None or (now is not None and not is_better(best[1], now, self.task.best[1])):
             return last
@@ -588,6 +591,7 @@ class Run:
             self.log.warn(f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last step")
             return last
         tensors, meta = checkpoint.read_state(best[0])
+        self.final_metrics = meta["metrics"]
         return checkpoint.part(tensors, "model"), meta["step"]
 
     def _write_final(self) -> int:
@@ -607,7 +611,8 @@ class Run:
             "steps": self.at.step,
             "tokens": int(self.at.tokens),
             "train_loss": statistics.fmean(self.at.losses),
-            **self.at.metrics,
+            **self.final_metrics,
+            "eval_precision": self.step.eval_precision,
             **(per_second(self._speeds()) or {"tokens_per_second": None}),
             "seconds": self.at.seconds,
             "skipped": self.at.skipped,
@@ -622,14 +627,15 @@ class Run:
 
     def _card(self, step: int) -> str:
         lines = "\n".join(f"- {name}: {value}" for name, value in self.task.describe().items())
-        metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in self.at.metrics.items())
+        metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in self.final_metrics.items())
         cfg, (hub_class, pipeline) = self.cfg, self.task.hub_class
         assert isinstance(cfg.micro_batch, int)
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [gpt2]\n---\n"
             f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} of {self.steps}.\n\n"
             f"{lines}\n- training: {self.task.describe_step(cfg.micro_batch, self.world.size)}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
-            f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\nLast evaluation:\n{metrics or '- none'}\n\n"
+            f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\n"
+            f"Evaluation of this step, in {self.step.eval_precision}:\n{metrics or '- none'}\n\n"
             f'```python\n{hub_class}.from_pretrained("{self.folder}/final")\n```\n'
         )
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import torch
 
 from baselines import Kind, fit_text_model
 from checkpoint import locate
-from classification import Classification, as_lstm
+from classification import EXACT, Classification, as_lstm
 from cli import parse
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from distributed import memory_bytes, recorded
-from files import write_json
+from files import writable_file, write_json
 from finetuning import Finetuning
-from predictions import probabilities
+from predictions import VALIDATION, beside, probabilities
 from rows import Row
 from runlog import finite
+
+OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of files that a run writes by itself
 
 
 def command(task: Finetuning) -> int:
@@ -42,6 +45,7 @@ def command(task: Finetuning) -> int:
         task.others = [other_task(*words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)]
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
+    check_answers(task, cfg)
     code = recorded(train, task, cfg) if trains else 0
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
@@ -55,15 +59,35 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
     """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed and written beside
     the answers, with the seconds that opening the model and answering took."""
     check(cfg)
-    path = Path(cfg.answers or f"{cfg.out}/{task.predictions}")
+    path = check_answers(task, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     scores = task.predict(cfg, locate(where), path, print)
     seconds = time.perf_counter() - began
     if scores:
-        write_json(path.with_suffix(".scores.json"), finite(scores) | {"seconds": seconds})
+        about = {"seconds": seconds, "eval_precision": EXACT}
+        write_json(beside(path, ".scores.json"), finite(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
+
+
+def check_answers(task: Finetuning, cfg: Any) -> Path:
+    """The file that the answers to --predict go to. Raises UserError where it cannot be written, or should not be."""
+    if cfg.answers and not cfg.predict:
+        raise UserError(f"--answers {cfg.answers} belongs to --predict FILE; add it, or leave --answers out")
+    path = Path(cfg.answers or f"{cfg.out}/{task.predictions}")
+    if not cfg.predict:
+        return path
+    kinds = (".jsonl", ".csv") if isinstance(task, Classification) else (Path(task.predictions).suffix,)
+    if path.suffix not in kinds and not (path.suffix in (".json", ".txt", "") and cfg.answers):
+        raise UserError(f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file")
+    if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in OWN:
+        raise UserError(f"--answers {path} is a file of the run itself; name another file")
+    specs = (cfg.predict, cfg.data, cfg.val_data, *getattr(cfg, "also_data", ()), getattr(cfg, "augment", None))
+    read = [file for spec in specs if spec for item in spec.split(",") for file in (glob(item) or [item])]
+    for file in {path, beside(path, ".jsonl"), beside(path, ".csv")} if ".csv" in kinds else {path}:
+        writable_file("--answers" if cfg.answers else "--out", str(file), read, make_folder=True)
+    return path
 
 
 def _data_of_others(cfg: ClassificationConfig) -> tuple[str, ...]:
@@ -99,9 +123,12 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
         return 0  # there is nothing to divide
     check(cfg)
     task.cfg, task.warnings = dataclasses.replace(cfg, data=cfg.data or "toy"), ()
+    answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
     folder.mkdir(parents=True, exist_ok=True)
     train, val = task.read_labelled(print)
+    if cfg.predict:  # a label that is unknown ends the run before the work is done
+        task.true_labels(task.rows_to_answer(cfg, print))
     labels = np.array([task.label_of(row) for row in train])
     began = time.perf_counter()
     model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed,
@@ -110,18 +137,18 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
 
     def answer(rows: list[Row], path: Path) -> dict[str, float]:
         found = model.log_probs([task.texts(row) for row in rows])
-        return task.write_answers(path, rows, probabilities(found), print)
+        return task.write_answers(path, rows, probabilities(found), print, about)
 
     for warning in task.warnings:
         print(f"warning: {warning}")
     figures = answer(val, folder / "validation.jsonl")
     write_json(folder / "config.json", dataclasses.asdict(cfg))
-    about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
+    costs = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
              "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
-    write_json(folder / "metrics.json", figures | about)
+    write_json(folder / "metrics.json", figures | {"eval_precision": about["eval_precision"]} | costs)
     (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
     if cfg.predict:
-        path = Path(cfg.answers or folder / task.predictions)
-        if scores := answer(task.read(cfg.predict, "test", print), path):
-            write_json(path.with_suffix(".scores.json"), scores)
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        if scores := answer(task.rows_to_answer(cfg, print), answers):
+            write_json(beside(answers, ".scores.json"), scores | {"eval_precision": about["eval_precision"]})
     return 0

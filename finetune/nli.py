@@ -17,7 +17,6 @@ from finetuning import Long, Parts, Special
 from rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
-NO_LABEL = ("-", "-1")  # of rows on which the annotators did not agree
 WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}  # of GLUE's numbers
 
 
@@ -57,16 +56,6 @@ class Nli(Classification):
         self.special = (SEPARATOR, INFER) if cfg.form == "word" else ()
         super().setup(cfg, say)
 
-    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
-        rows = super().read(spec, split, say)
-        if split == "test":  # answered all the same
-            unknown = {"label": ""}
-            return [Row(row.fields | unknown, row.where) if _is_unknown(row) else row for row in rows]
-        known = [row for row in rows if not _is_unknown(row)]
-        if len(known) < len(rows):
-            say(f"left out: {len(rows) - len(known):,} rows of {spec} without an agreed label")
-        return known
-
     def texts(self, row: Row) -> tuple[str, ...]:
         return row["premise"].strip(), row["hypothesis"].strip()
 
@@ -78,10 +67,6 @@ class Nli(Classification):
 
     def label_words(self, labels: Sequence[str]) -> Sequence[str]:
         return super().label_words(labels) or WORDS.get(len(labels), ())
-
-
-def _is_unknown(row: Row) -> bool:
-    return row["label"].strip() in NO_LABEL
 
 
 if __name__ == "__main__":

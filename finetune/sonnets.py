@@ -29,8 +29,8 @@ def read_poems(text: str, where: str) -> Iterator[Record]:
             lines.append(line)
             continue
         if number:
-            found, poem = True, "\n".join(lines).strip("\n")
-            yield f"line {begin}", {"number": number, "text": poem} if poem.strip() else f"has no poem under {number}"
+            found = True
+            yield f"line {begin}", {"number": number, "text": "\n".join(lines).strip("\n")}
         number, begin, lines = line.strip(), at, []
     if not found:
         raise UserError(f"{where} holds no poems; each stands under a line with its number")

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import evaluate as script
@@ -95,18 +97,22 @@ def of_continuation(reference, before: list[int], after: list[int], block: int) 
     return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
 
 
-def plain_hellaswag(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, list[float]]:
-    """Accuracy by mean and by sum, and the mean of each ending."""
-    by_mean = by_sum = 0
+def plain_hellaswag(reference, tokenizer, rows: list[dict], block: int) -> tuple[dict[str, float], list[float]]:
+    """The four accuracies of rows that both harnesses read alike, and the mean of each ending."""
+    right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
     means: list[float] = []
     for row in rows:
         before = tokenizer.encode(row["ctx"] if "ctx" in row else row["ctx_a"] + " " + row["ctx_b"])
         scored = [of_continuation(reference, before, tokenizer.encode(" " + e), block)[0] for e in row["endings"]]
-        mean, total = torch.stack([s.mean() for s in scored]), torch.stack([s.sum() for s in scored])
-        by_mean += int(mean.argmax()) == int(row["label"])
-        by_sum += int(total.argmax()) == int(row["label"])
-        means += mean.tolist()
-    return by_mean / len(rows), by_sum / len(rows), means
+        total = torch.stack([s.double().sum() for s in scored])
+        by = {
+            "acc": [1] * len(scored), "acc_norm": [len(e) for e in row["endings"]],
+            "acc_bytes": [len(e.encode()) for e in row["endings"]], "acc_tokens": [len(s) for s in scored],
+        }  # fmt: skip
+        for name, lengths in by.items():
+            right[name] += int((total / torch.tensor(lengths)).argmax()) == int(row["label"])
+        means += (total / torch.tensor(by["acc_tokens"])).tolist()
+    return {name: count / len(rows) for name, count in right.items()}, means
 
 
 def plain_lambada(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, float]:
@@ -135,15 +141,59 @@ LAMBADA = [{"text": text(i, 3 + 3 * i)} for i in range(12)]
 def test_hellaswag(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, rows, batch_size) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows)
     ours = figures(monkeypatch, capsys, checkpoint, "--hellaswag", file, "--batch-size", batch_size)["hellaswag"]
-    by_mean, by_sum, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
-    assert (ours["accuracy_norm"], ours["accuracy"], ours["rows"]) == (by_mean, by_sum, 12)
+    expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
+    assert {name: ours[name] for name in expected} == expected and ours["rows"] == 12
+
+
+ends = st.lists(st.sampled_from([*WORDS, "é", "ö à", "한국"]), min_size=1, max_size=5).map(" ".join)
+swag = st.fixed_dictionaries(
+    {"ctx": ends, "endings": st.lists(ends, min_size=4, max_size=4), "label": st.integers(0, 3)}
+)
+
+
+@given(rows=st.lists(swag, min_size=1, max_size=6), batch_tokens=st.sampled_from([1, 60, 1000]))
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_four_accuracies_are_those_of_a_plain_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
+    """Characters, bytes and tokens differ in these words; equal endings go to the first."""
+    ours = script.evaluate_hellaswag(model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens)
+    expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
+    assert {name: ours[name] for name in expected} == expected
+
+
+def test_official_rows_are_written_as_the_harness_writes_them() -> None:
+    official = {
+        "activity_label": "Health", "ctx_a": "How to nap [title] Find a bed [step] Lie down.", "ctx_b": "then CLOSE",
+        "ctx": "How to nap [title] Find a bed", "endings": ["[step] your eyes.  ", "a  door [title] Now"], "label": "1",
+    }  # fmt: skip
+    row = script.hellaswag_row(official)
+    assert row.harness.context == "Health: How to nap. Find a bed Lie down. Then close"
+    assert row.harness.endings == (" your eyes.", "a door. Now") and row.label == 1
+    assert (row.plain.context, row.plain.endings) == (official["ctx"], tuple(official["endings"]))
+
+
+def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer) -> None:
+    rows = [script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)]
+    ours = script.evaluate_hellaswag(model, tokenizer, rows, 256)
+    assert (ours["rows"], ours["rows_without_label"]) == (1, 4)
+    with pytest.raises(UserError, match="no row of --hellaswag has a label"):
+        script.evaluate_hellaswag(model, tokenizer, rows[:4], 256)
+
+
+@pytest.mark.parametrize("target", ["folder", "rows.jsonl", "/proc/none/figures.json"])
+def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "rows.jsonl", LAMBADA)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target])
+    with pytest.raises(UserError, match="--json"):  # the model, which is not there, is not even looked for
+        script.main()
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_tokens: int) -> None:
     spans = [script.make_span(tokenizer, r["ctx"], " " + e, BLOCK) for r in HELLASWAG for e in r["endings"]]
     scores = script.score(model, spans, batch_tokens, "")
-    expected = plain_hellaswag(reference, tokenizer, HELLASWAG, BLOCK)[2]
+    _, expected = plain_hellaswag(reference, tokenizer, HELLASWAG, BLOCK)
     assert [-s.nll / s.tokens for s in scores] == pytest.approx(expected, abs=1e-4)
 
 
@@ -265,7 +315,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, checkpoint, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("abc\n")
     (tmp_path / "empty").write_text("\n")
-    write_rows(tmp_path / "foreign", [HELLASWAG[0], {**HELLASWAG[0], "label": ""}])
+    write_rows(tmp_path / "foreign", [HELLASWAG[0], {**HELLASWAG[0], "label": "9"}])
     write_rows(tmp_path / "word", [{"text": "abc"}])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *(w.format(checkpoint=checkpoint) for w in words)])
     with pytest.raises(UserError, match=message) as raised:
@@ -289,8 +339,8 @@ def test_real_rows(tmp_path, monkeypatch) -> None:
         raw[name] = script.file_rows(file, name)[:20]
         parsed[name] = script.read_rows("lambada", str(file), parser, 20)
     ours = script.evaluate_hellaswag(model, tokenizer, parsed["hellaswag_val"], 1024)
-    expected = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
-    assert (ours["accuracy_norm"], ours["accuracy"]) == expected[:2]
+    expected, _ = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
+    assert {name: ours[name] for name in expected} == expected
     ours = script.evaluate_lambada(model, tokenizer, parsed["lambada_test"], 1024)
     expected = plain_lambada(reference, tokenizer, raw["lambada_test"], 256)
     assert (ours["accuracy"], ours["token_perplexity"]) == pytest.approx((expected[0], expected[2]), rel=1e-4)

@@ -599,14 +599,111 @@ def test_labelled_files_are_read_as_they_come(case: Any, tmp_path: Path) -> None
     assert task.texts(row) == texts and (row["label"], row["id"]) == (label, id)
 
 
-def test_rows_without_an_agreed_label_are_left_out_and_told(tmp_path: Path) -> None:
-    file, said = tmp_path / "snli.tsv", []
-    file.write_text("gold_label\tpremise\thypothesis\nneutral\ta\tb\n-\ta\tc\n")
-    task = reader("nli")
-    assert [row["hypothesis"] for row in task.read(str(file), "train", said.append)] == ["b"]
-    assert said == [f"left out: 1 rows of {file} without an agreed label"]
-    asked = task.read(str(file), "test", said.append)
-    assert [(row["hypothesis"], row["label"]) for row in asked] == [("b", "neutral"), ("c", "")] and len(said) == 1
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path) -> None:
+    fields = {field: names[0] for field, names in kind(name).columns.items() if field != "id"}
+    cells = ["0", "1", "-1", " -1.0 ", "?", "-", "NaN", "1"]
+    lines = ["\t".join(fields.values())]
+    lines += [
+        "\t".join(cell if field == "label" else f"{field} {n}" for field in fields) for n, cell in enumerate(cells)
+    ]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    for split in ("train", "validation"):
+        task, said = reader(name), []
+        assert [row["label"] for row in task.read(str(tmp_path / "rows.tsv"), split, said.append)] == ["0", "1", "1"]
+        (warning,) = task.warnings
+        assert warning.startswith(
+            f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', 'NaN')"
+        )
+    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test", print)
+    assert [row["label"] for row in asked] == ["0", "1", "", "", "", "", "", "1"]
+    (tmp_path / "none.tsv").write_text("\n".join([lines[0], lines[3]]) + "\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows of .* have no known label"):
+        reader(name).read(str(tmp_path / "none.tsv"), "validation", print)
+
+
+def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
+    """Training in bf16 with the best step not the last: the loop, the report and --predict agree to the last bit."""
+    rows = "".join(
+        f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n" for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)
+    )
+    (folder / "rows.csv").write_text("id,text,label\n" + rows)
+    (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
+    finished("sentiment", folder, "--data", "rows.csv", "--val-data", "val.csv", "--predict", "val.csv", "--epochs", 4,
+             "--precision", "bf16", "--lr", 3e-3, "--allow-overlap", "--seq-len", 5)  # fmt: skip
+    run = folder / "run"
+    metrics, report, scores = (
+        json.loads((run / name).read_text())
+        for name in ("metrics.json", "validation.report.json", "predictions.scores.json")
+    )
+    names = ("accuracy", "macro_f1", "calibration_error")
+    assert [metrics[n] for n in names] == [report[n] for n in names] == [scores[n] for n in names]
+    assert {file["eval_precision"] for file in (metrics, report, scores)} == {"fp32"}
+    assert json.loads((run / "config.json").read_text())["precision"] == "bf16"
+    assert report["step"] == metrics["final_is_step"]
+    (line,) = [line for line in log_of(run, "eval") if line["step"] == report["step"]]
+    assert [line[n] for n in names] == pytest.approx([report[n] for n in names], abs=1e-5)
+    assert metrics["val_loss"] == line["val_loss"]
+    # A later command, which says nothing of --seq-len, answers as the run itself did.
+    finished("sentiment", folder, "--init", "run", "--epochs", 0, "--predict", "val.csv", "--answers", "again.csv",
+             "--out", "other")  # fmt: skip
+    assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+
+
+TORN = {  # rows of which some cannot be read: the ids and whether each is answered
+    "rows.csv": ("id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n", ["7", "8", "9", "9", ""], [1, 1, 1, 0, 1]),
+    "rows.tsv": ("text\tid\ngood\tx\na\tb\ty\n\tz\n", ["x", "y", "z"], [1, 0, 1]),
+    "rows.jsonl": ('{"id": 1, "text": "a"}\n{"id": 2, "te\n{"id": 3, "text": ["a"]}\n{"id": 4, "text": null}\n{"id": 5}\n',
+                   ["1", "", "3", "4", "5"], [1, 0, 0, 1, 1]),
+    "rows.json": ('[{"text": "a"}, 3, {"text": ""}]', ["", "", ""], [1, 0, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", TORN)
+def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None:
+    text, ids, answered = TORN[file]
+    (tmp_path / file).write_text(text)
+    task, said = reader("sentiment"), []
+    rows = task.read(str(tmp_path / file), "test", said.append)
+    assert [row["id"] for row in rows] == ids
+    assert [int(not row.fault) for row in rows] == answered
+    assert all(f"{tmp_path / file} " in line for line in said) and len(said) >= answered.count(0)
+    assert task.warnings == (
+        f"{tmp_path / file}: {answered.count(0)} rows could not be read and their answers are empty",
+    )
+
+
+def test_bytes_that_are_no_text_cost_no_row_its_answer(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
+    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test", print)
+    assert first["text"] == "caf\ufffd good" and not first.fault and second["text"] == "fine"
+
+
+AHEAD = {  # found before the first step: options, and what the line must hold
+    "sentiment --predict gone.csv": ["no such data: gone.csv"],
+    "sentiment --predict typo.csv": ["typo.csv has no column"],
+    "sentiment --predict seven.csv": ["seven.csv line 3: the label '7' is none of"],
+    "sentiment --model naive-bayes --predict seven.csv": ["seven.csv line 3: the label '7' is none of"],
+    "sonnets --predict prose.txt": ["prose.txt holds no poems"],
+    "sonnets --predict long.txt --strict --seq-len 20": ["too long"],
+    "sentiment --predict toy --answers base": ["--answers base is a folder"],
+    "sentiment --predict toy --answers seven.csv/x.jsonl": ["--answers seven.csv/x.jsonl cannot be written"],
+    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also what is read"],
+    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also what is read"],
+    "sentiment --predict toy --answers x.parquet": ["--answers x.parquet: answers are written as .jsonl and .csv"],
+    "sentiment --predict toy --answers new/validation.csv": ["is a file of the run itself"],
+    "sentiment --answers x.jsonl": ["--answers x.jsonl belongs to --predict"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", AHEAD)
+def test_what_runs_after_training_is_checked_before_it(mistake: str, mistakes: Path) -> None:
+    name, *options = mistake.split()
+    (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
+    assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
+    assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}
+    for part in AHEAD[mistake]:
+        assert part in end.err, end.err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -827,7 +924,7 @@ MISTAKES = {  # a task and options: what the line must hold
     "qa --data no_answer.json": ["holds no row that can be read", "no_answer.json row 1 paragraph 1 has nothing in column 'answer'"],
     "text --data broken.jsonl --strict": ["broken.jsonl line 2 is not valid JSON", "--strict"],
     "text --data prose.txt --lines --seq-len 3 --strict --epochs 0": ["--epochs 0 trains nothing", "--predict FILE"],
-    "sonnets --init base --epochs 0 --predict long.txt": ["long.txt line 1: a prompt of", "context of 160"],
+    "sonnets --init base --epochs 0 --predict long.txt --strict": ["long.txt line 1: a prompt of", "context of 160"],
     "summarize --tokenizer odd": ["'<generate>'"],
     "sonnets --with-title": ["unknown option --with-title"],
     "lyrics --with-titel": ["unknown option --with-titel", "did you mean --with-title?"],

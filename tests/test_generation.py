@@ -346,7 +346,7 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
-def test_rows_to_predict_are_answered_in_their_order_and_a_prompt_beyond_the_context_is_refused(tokenizer, tmp_path):
+def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     rows = [row("stone", "the town slept"), row("rain", "a"), row("bridge", "of stone and")]
     task = echo(tokenizer, ROWS, rows, seq_len=32, decode="greedy", max_new_tokens=4, batch_size=2)
     model = task.build_model(task.cfg)
@@ -357,10 +357,22 @@ def test_rows_to_predict_are_answered_in_their_order_and_a_prompt_beyond_the_con
     alone = [text for i in range(3) for _, text in task.answers(model, [task.prompt(i)], [i])]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert lines == [r | {"prediction": text} for r, text in zip(rows, alone, strict=True)]
-    bad = Echo([*rows, row("a", " ".join(WORDS * 3))])
-    with pytest.raises(UserError, match=r"rows row 3: a prompt of \d+ tokens is too long for a context of 32"):
-        bad.predict(cfg, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
+    long, said = [row("a", " ".join(WORDS * 3)), *rows], []
+    assert Echo(long).predict(cfg, str(tmp_path / "model"), tmp_path / "long.jsonl", said.append) == {"answered": 4}
+    assert said == ["1 of 4 prompts are longer than the model's context of 32, the first in rows row 0: only their "
+                    "last 24 tokens are read"]  # fmt: skip
+    strict = dataclasses.replace(cfg, strict=True)
+    with pytest.raises(UserError, match=r"rows row 0: a prompt of \d+ tokens is too long for a context of 32"):
+        Echo(long).predict(strict, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
     assert not (tmp_path / "other.jsonl").exists()
+    some = Echo([*rows, row("", "the town")])  # the first three have a true answer
+    assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {"answered": 3}
+    assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
+    broken = Echo(rows)
+    broken.to_answer = [Row(dict(row("")), "a line 1", "is torn"), *broken.read("rows", "test", print)]
+    assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {"answered": 3}
+    first, *others = [json.loads(line) for line in (tmp_path / "broken.jsonl").read_text().splitlines()]
+    assert (first["prediction"], first["unreadable"]) == (None, "is torn") and len(others) == 3
     unknown = Echo([row("", "the town")])
     assert unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "unknown.jsonl", print) == {}
 

@@ -336,7 +336,8 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         end = expected_end(scores, mode, **options)
         happened = what_happened(run)
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
-        assert happened["figures"]["score"] == finite(scores[end - 1])
+        of_final = happened["figures"]["final_is_step"]  # what metrics.json says is of the model in final/
+        assert happened["figures"]["score"] == finite(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)

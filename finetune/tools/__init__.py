@@ -16,10 +16,11 @@ import numpy as np
 from config import UserError
 from confusion import accuracy, confusion_matrix, macro_f1
 from corpus import records_of
-from labels import composed, label_name
+from files import writable_file
+from labels import composed, is_unknown, label_name
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
-UNKNOWN = -1  # in place of a label
+UNKNOWN = -1  # in place of a label, and of the prediction for a row that the run could not read
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Predictions:
     labels: tuple[str, ...]
     fields: list[dict[str, Any]]  # of each row, as the data has them
     true: np.ndarray  # (n,) int64, UNKNOWN where the row does not say
-    predicted: np.ndarray  # (n,) int64
-    probabilities: np.ndarray  # (n, K) float64
+    predicted: np.ndarray  # (n,) int64, UNKNOWN where the run could not read the row
+    probabilities: np.ndarray  # (n, K) float64, nan in such a row
+
+    @property
+    def known(self) -> np.ndarray:
+        """Rows (n,) bool that can be scored: the true label is known, and there is a prediction."""
+        return (self.true != UNKNOWN) & (self.predicted != UNKNOWN)
 
     def scores(self, predicted: np.ndarray | None = None) -> tuple[float, float]:
         """Accuracy and macro-F1, 0 to 1, of these predictions (or of others) where the true label is known."""
-        known = self.true != UNKNOWN
+        known = self.known
         predicted = self.predicted if predicted is None else predicted
         matrix = confusion_matrix(self.true[known], predicted[known], len(self.labels))
         return accuracy(matrix), macro_f1(matrix)
@@ -54,8 +60,11 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
     records = [_record(f"{file} {place}", cells) for place, cells in list(records_of(Path(file), ".jsonl"))]
     if not records:
         raise UserError(f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run")
-    labels = first.labels if first else tuple(records[0]["probabilities"])
-    for record in records:
+    answered = [record for record in records if record["prediction"] is not None]
+    if not answered:
+        raise UserError(f"{file} has no row with a prediction; name a validation.jsonl or predictions.jsonl of a run")
+    labels = first.labels if first else tuple(answered[0]["probabilities"])
+    for record in answered:
         if set(record["probabilities"]) != set(labels):
             beside = f"{first.where} has" if first else "its first row has"
             raise UserError(
@@ -67,8 +76,8 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
         labels,
         [{name: value for name, value in record.items() if name not in SAID} for record in records],
         np.array([_true(file, record, number) for record in records]),
-        np.array([number[record["prediction"]] for record in records]),
-        np.array([[record["probabilities"][label] for label in labels] for record in records], dtype=np.float64),
+        np.array([number.get(record["prediction"], UNKNOWN) for record in records]),
+        np.array([_shares(record, labels) for record in records], dtype=np.float64),
     )
 
 
@@ -77,6 +86,8 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(cells, str):
         raise UserError(f"{where} {cells}; name the predictions of a run")
     given = cells.get("probabilities")
+    if cells.get("unreadable") and cells.get("prediction") is given is None:
+        return cells | {"prediction": None}
     if not isinstance(given, dict) or cells.get("prediction") not in given or not all(map(_is_share, given.values())):
         raise UserError(
             f'{where} has no "prediction" with the "probabilities" of all labels; name the predictions of a run'
@@ -85,13 +96,18 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
     return cells | {"prediction": composed(cells["prediction"]), "probabilities": shares}
 
 
+def _shares(record: dict[str, Any], labels: Sequence[str]) -> list[float]:
+    """The labels' probabilities; nan where there is no prediction."""
+    return [math.nan if record["prediction"] is None else record["probabilities"][label] for label in labels]
+
+
 def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _true(file: str, record: dict[str, Any], number: dict[str, int]) -> int:
     label = record.get("label")
-    name = "" if label is None else label_name(str(label))
+    name = "" if label is None or is_unknown(str(label)) else label_name(str(label))
     if name and name not in number:
         raise UserError(f"{file} has a row with the label {name[:60]!r}, and predictions for {', '.join(number)}")
     return number.get(name, UNKNOWN)
@@ -113,12 +129,7 @@ def check_out(out: str, read: Sequence[str], option: str = "--out") -> Path:
     """The file to write. Raises UserError where none is named, it has no folder, or is one that is read."""
     if not out:
         raise UserError(f"{option} FILE is missing: where to write")
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise UserError(f"{option} {out}: there is no folder {path.parent}")
-    if path.resolve() in [Path(file).resolve() for file in read]:
-        raise UserError(f"{option} {out} is also what is read; name another file")
-    return path
+    return writable_file(option, out, read)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ from cli import entry_point, parse
 from config import UserError
 from confusion import paired_test
 from files import write_json
-from finetune.tools import UNKNOWN, check_out, read_predictions, show_table
+from finetune.tools import check_out, read_predictions, show_table
 
 
 @dataclass
@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError(f"{len(cfg.files)} files are named; type python -m finetune.tools.compare A.jsonl B.jsonl")
     out = check_out(cfg.json, cfg.files, "--json") if cfg.json else None
     first, second = read_predictions(cfg.files)
-    known = first.true != UNKNOWN
+    known = first.known & second.known
     if not known.any():
         raise UserError(f"{first.where} has no row with its true label; there is nothing to compare by")
     found = paired_test(first.true[known], first.predicted[known], second.predicted[known], cfg.seed)

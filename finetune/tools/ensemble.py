@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -58,7 +58,9 @@ def write(path: Path, run: Predictions, probabilities: np.ndarray, predicted: np
     """The rows of `run` with what the ensemble says of them."""
     with path.open("w", encoding="utf-8") as file:
         for fields, p, label in zip(run.fields, probabilities.tolist(), predicted, strict=True):
-            said = {"prediction": run.labels[label], "probabilities": dict(zip(run.labels, p, strict=True))}
+            said: dict[str, Any] = {"prediction": None, "probabilities": None}
+            if label != UNKNOWN:
+                said = {"prediction": run.labels[label], "probabilities": dict(zip(run.labels, p, strict=True))}
             file.write(json.dumps(fields | said, ensure_ascii=False) + "\n")
 
 
@@ -74,8 +76,12 @@ def main() -> None:
     out = check_out(cfg.out, cfg.files)
     members = read_predictions(cfg.files)
     probabilities, predicted = combine(members, weights, cfg.how)
+    unread = (np.stack([member.predicted for member in members]) == UNKNOWN).any(0)
+    predicted = np.where(unread, UNKNOWN, predicted)
+    if unread.any():
+        print(f"{unread.sum():,} of {len(unread):,} rows could not be read by a run, and have no answer here either")
     write(out, members[0], probabilities, predicted)
-    if (members[0].true != UNKNOWN).any():
+    if members[0].known.any():
         scores = [(member.where, *member.scores()) for member in members]
         scores += [(f"{cfg.how} of {len(members)}: {out}", *members[0].scores(predicted))]
         show_table([["", "accuracy", "macro-F1"], *([name, f"{a:.4f}", f"{f1:.4f}"] for name, a, f1 in scores)])

@@ -14,7 +14,7 @@ from pathlib import Path
 from cli import entry_point, parse
 from config import UserError
 from finetune.tools import check_out, show_table
-from labels import label_name
+from labels import is_unknown, label_name
 from metrics import words
 from rows import Row, read_rows
 from runlog import printable
@@ -80,7 +80,10 @@ def main() -> None:
         raise UserError(f"--share is {cfg.share}; it must be above 0 and at most 1")
     out = check_out(cfg.out, [cfg.data])
     columns = {field: getattr(cfg, f"{field}_column") or usual for field, usual in COLUMNS.items()}
-    rows = read_rows(cfg.data, columns).rows
+    found = read_rows(cfg.data, columns).rows
+    rows = [row for row in found if not is_unknown(row["label"])]
+    if len(rows) < len(found):
+        print(f"{len(found) - len(rows):,} of {len(found):,} rows have no known label and are left out")
     kinds = split(rows, cfg)
     write(out, [rows[i] for i in sorted(i for kind in kinds for i in kind.hard)])
     show(kinds, rows)
