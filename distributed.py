@@ -206,7 +206,7 @@ def _address_space() -> int:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, turned into an agreement of all ranks to stop at the same point.
+    """SIGTERM, SIGINT and SIGHUP, turned into an agreement of all ranks to stop at the same point.
 
     Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on it only raises
     a flag, however often it comes. `agreed()` is called by every rank at the same points: each call starts a
@@ -221,8 +221,10 @@ class StopSignal:
         self.pending: tuple[Tensor, Any] | None = None
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._received)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last: the terminal has closed; Windows lacks it
+            number = getattr(signal, name, None)
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):  # nohup
+                signal.signal(number, self._received)
 
     def defer(self) -> None:
         self.deferred = True

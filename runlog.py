@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import console
+
 # Dense peak of the matrix units in FLOP/s, from the makers' data sheets: (name contains, bf16/fp16, tf32).
 PEAKS = (
     ("H200", 989e12, 494e12),
@@ -68,6 +70,7 @@ class RunLog:
         self.file: Any = None
         self.unwritten = b""  # lines that log.jsonl had no room for
         self.failed = False
+        self.told_lost = False  # that standard output cannot be written
         self.wandb: Any = None
         self.progress: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
@@ -82,6 +85,15 @@ class RunLog:
                 self.progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 print(text, flush=True)
+        self._note_lost()
+
+    def _note_lost(self) -> None:
+        """Log, once, that nobody sees what is said."""
+        reason = console.lost()
+        if reason and not self.told_lost and self.file is not None:
+            self.told_lost = True
+            text = f"standard output cannot be written ({reason}); training goes on without it"
+            self.record("warning", {"step": None, "text": text})
 
     def banner(self, rows: Mapping[str, str]) -> None:
         """Names and values, aligned."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import markdown
+from config import Positive, Where
 from files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
@@ -39,11 +40,11 @@ class Options:
 
     only: str | None = None
     """Parts or groups of parts, comma-separated. Default: all."""
-    minutes: float = 25.0
+    minutes: Positive = 25.0
     """Time for all of them."""
     again: bool = False
     """Run also what was done before."""
-    out: str = "benchmarks/results/gpu"
+    out: Where = "benchmarks/results/gpu"
     """Folder for gpu-check.json, gpu-check.md and a folder of each part."""
 
 
@@ -262,9 +263,11 @@ def main() -> int:
     from benchmarks.machine import elsewhere, facts
     from cli import parse
     from config import UserError
+    from console import outlive
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
+    outlive()
     parts = asked_for(options.only, all_parts())
     if not torch.cuda.is_available():
         raise UserError("torch sees no CUDA GPU on this machine; nothing was run")

@@ -40,7 +40,8 @@ import kernels.linear_cross_entropy
 from benchmarks import machine
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import GPTConfig, UserError, nearest
+from config import GPTConfig, UserError, Where, nearest
+from console import outlive
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
 from model import GPT, attention_backends
@@ -66,7 +67,7 @@ class Options:
     """Operations to measure. Default: all."""
     quick: bool = False
     """Tiny shapes, two turns, nothing compiled: does it work at all?"""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for kernels-DEVICE.json and kernels-DEVICE.md."""
 
 
@@ -662,6 +663,7 @@ def here(device: torch.device, quick: bool) -> Place:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     for name in options.only:
         if name not in OPERATIONS:
             raise UserError(f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cli import entry_point, parse
-from config import UserError
+from config import UserError, Where
+from console import outlive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +47,9 @@ STYLE = {
 class Options:
     """Options of the picture."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Where, ...], tyro.conf.Positional]
     """Folders of runs, each with a log.jsonl."""
-    out: str = "runs.png"
+    out: Where = "runs.png"
     """The PNG to write."""
     x: Literal["tokens", "steps"] = "tokens"
     """What is along the x axis."""
@@ -206,6 +207,7 @@ def short_number(value: float) -> str:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:], {"runs": ()})
+    outlive()
     if not options.runs:
         raise UserError("which runs? python -m benchmarks.plot runs/A [runs/B ...]")
     folders, out = [Path(run) for run in options.runs], Path(options.out)

@@ -33,7 +33,8 @@ from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_ro
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from cli import entry_point, parse
-from config import PRESETS, Preset, UserError, nearest
+from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
+from console import outlive
 from files import write_json
 from runlog import peak_flops, time_text
 
@@ -56,25 +57,25 @@ class Options:
     """Where to measure."""
     quick: bool = False
     """A small shape (mini, where the preset is larger) and short sequences."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Time for all of it; what it leaves out, the same command adds. Default: 10 on a GPU or with --quick, else none."""
-    rounds: int = 3
+    rounds: Count = 3
     """Repetitions of the ladder, as far as the time allows."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps of a run. Default: what the time allows."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere; with --quick 256 and 128."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows; elsewhere 4, quick 8."""
-    ranks: int | None = None
+    ranks: Few | None = None
     """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the stage ddp)."""
     only: str = ""
     """Stages to run, by name, comma-separated; scaling is one of them."""
-    data: str = "stdlib"
+    data: Wheres = "stdlib"
     """Tokens to train on, as in train_gpt2.py: folders of shards too."""
-    tokenizer: str | None = None
+    tokenizer: Where | None = None
     """As in train_gpt2.py. Default: the data's own; for stdlib one of GPT-2's size, trained on this machine's Python."""
-    out: str = "runs/stages"
+    out: Where = "runs/stages"
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
 
@@ -426,6 +427,7 @@ def ended(bench: Bench) -> int:
 def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
+    outlive()
     check(options)
     only = asked_stages(options.only)
     machine = elsewhere(look, options.device, options.ranks)

@@ -19,6 +19,7 @@ from checkpoint import locate
 from classification import Classification, as_lstm
 from cli import parse
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
+from console import outlive
 from distributed import memory_bytes, recorded
 from files import write_json
 from finetuning import Finetuning
@@ -33,6 +34,8 @@ def command(task: Finetuning) -> int:
 
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
     assert isinstance(cfg, FinetuneConfig)
+    if not cfg.dry_run:
+        outlive()
     trains = bool(cfg.epochs or cfg.steps)
     if isinstance(task, Classification):
         assert isinstance(cfg, ClassificationConfig)
