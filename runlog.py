@@ -11,9 +11,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import console
 
@@ -137,7 +137,11 @@ class RunLog:
             return
         path = folder / "log.jsonl"
         if path.exists():
-            lines = [] if keep_until is None else kept_lines(path.read_text(errors="replace"), keep_until, done)
+            lines = (
+                []
+                if keep_until is None
+                else kept_lines(path.read_text(encoding="utf-8", errors="replace"), keep_until, done)
+            )
             beside = path.with_name(".tmp-log.jsonl")
             beside.write_text("".join(lines))
             os.replace(beside, path)
@@ -242,14 +246,39 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
     return " | ".join(part for part in parts if part)
 
 
+def read_log(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of a log.jsonl and the records in them, without what is torn by a kill or not of this project."""
+    found = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_step(record.get("step")):
+            found.append((line, record))
+    return found
+
+
+def _is_step(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62)
+
+
+def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    """The finite values of a field, of the records that have one."""
+    values = (record.get(name) for record in records)
+    return [float(v) for v in values if _is_number(v)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # false for what is not a number too, and no integer too large to be a float passes
+
+
 def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
     """The whole lines of a log up to step `until`; of that step's evaluation and sample only what was `done`."""
     kept = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
+    for line, record in read_log(text):
         step = record.get("step") or 0
         act = {"stopped_early": "eval"}.get(record.get("kind"), record.get("kind"))
         redone = act in ("eval", "sample") and act not in done

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ladder import Plan, Settings
+from runlog import read_log
 
 ENGINE = Path(__file__).resolve().parent.parent
 SEED = 1337
@@ -106,7 +107,7 @@ def last_error(output: str, code: int) -> str:
 
 def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
     """What a finished run's log, and its trace where it has one, say; without the first steps."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [record for _, record in read_log((run / "log.jsonl").read_text(encoding="utf-8"))]
     steps = [line for line in log if line["kind"] == "train"]
     figures: dict[str, Any] = {
         "step_ms": [step["step_ms"] for step in steps[warm_up:]],

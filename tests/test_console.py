@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 from launch import log_of, receive, small, start, write_inputs
+
+from runlog import kept_lines, numbers, read_log
 
 PROGRAM = """
 import sys, time
@@ -106,3 +109,22 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path: Path) -> None:
     assert end.code == 128 + signal.SIGHUP
     assert "its checkpoint is saved" in end.out
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+# --- a log with lines that are not ours
+
+FOREIGN = ["[]", "3", '"x"', "null", '{"kind": 5, "step": 1}', '{"step": 1}', '{"kind": "train", "step": "x"}',
+           '{"kind": "train", "step": 1e999}', '{"kind": "train", "step": true}', "\0\xff", "[" * 100_000, "9" * 5000,
+           '{"kind": "train", "step": -1}', '{"kind": "tr']  # fmt: skip
+
+
+def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
+    ours = [json.dumps({"kind": "train", "step": n, "loss": 1.0}) for n in (1, 2, 3)]
+    text = "\n".join([FOREIGN[0], ours[0], *FOREIGN[1:7], ours[1], *FOREIGN[7:], ours[2]])
+    assert [line for line, _ in read_log(text)] == ours
+    assert kept_lines(text, 2, ()) == [line + "\n" for line in ours[:2]]
+
+
+def test_only_finite_numbers_of_a_log_count() -> None:
+    values = [None, True, "5", [1], math.nan, math.inf, 10**400, 2.5, 3]
+    assert numbers([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
