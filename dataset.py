@@ -308,7 +308,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[None]:
     """Hold the lock file `path`; `busy` is called before waiting for another holder. A killed holder frees it."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -353,7 +353,7 @@ class Cache:
         """Remove what killed processes left unfinished, under any key."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
             with (
-                (self.root / f"{leftover.stem}.lock").open("w") as file,
+                (self.root / f"{leftover.stem}.lock").open("w", encoding="utf-8") as file,
                 contextlib.suppress(BlockingIOError),
             ):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -378,7 +378,7 @@ class Cache:
 
     def _index(self) -> dict[str, list[Any]]:
         try:
-            return json.loads((self.root / "index.json").read_text())
+            return json.loads((self.root / "index.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
 
@@ -641,7 +641,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """What this project wrote beside the shards; None where they come from elsewhere."""
     file = folder / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -153,7 +153,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
             return next(names)
     except (OSError, StopIteration):
@@ -165,7 +165,9 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as file:  # getrusage's peak may be that of the process that started this one
+        with open(
+            "/proc/self/status", encoding="utf-8"
+        ) as file:  # getrusage's peak may be that of the process that started this one
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass
@@ -191,7 +193,7 @@ def available_memory(device: torch.device, local_size: int) -> int:
 
 def _meminfo_available() -> int:
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -199,7 +201,7 @@ def _meminfo_available() -> int:
 
 def _address_space() -> int:
     try:
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             return os.sysconf("SC_PAGE_SIZE") * int(file.read().split()[0])
     except OSError:
         return 0

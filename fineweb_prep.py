@@ -147,7 +147,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     for file in (out / "manifest.json", out / "progress.json"):
         if not file.exists():
             continue
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text(encoding="utf-8"))
         made_with = saved.get("settings", {})
         for name, value in settings.items() if saved.get("shards") else ():
             if made_with.get(name) != value:
@@ -165,7 +165,7 @@ class _Run:
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.settings = out, settings
         self.file = out / "progress.json"
-        saved = json.loads(self.file.read_text()) if self.file.exists() else {}
+        saved = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         saved = saved if self.shards else {}
         self.state: Any = saved.get("state")  # of the source, before the chunk in which the next shard begins

@@ -597,7 +597,7 @@ def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
     try:
-        config = _from_hub_config(json.loads((folder / "config.json").read_text()), folder)
+        config = _from_hub_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/config.json is not a GPT-2 configuration: {_reason(error)}") from None
     tensors = {}
@@ -614,7 +614,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if (folder / "model.safetensors").is_file():
             return load_file(folder / "model.safetensors")
         if (folder / "model.safetensors.index.json").is_file():
-            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
             parts = sorted(set(index["weight_map"].values()))
             return {k: v for part in parts for k, v in load_file(folder / part).items()}
         if (folder / "pytorch_model.bin").is_file():

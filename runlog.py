@@ -143,7 +143,7 @@ class RunLog:
                 else kept_lines(path.read_text(encoding="utf-8", errors="replace"), keep_until, done)
             )
             beside = path.with_name(".tmp-log.jsonl")
-            beside.write_text("".join(lines))
+            beside.write_text("".join(lines), encoding="utf-8")
             os.replace(beside, path)
         self.file = path.open("ab", buffering=0)
 
@@ -305,4 +305,4 @@ def _wandb_id(folder: Path) -> str:
 
 def _has_netrc_key() -> bool:
     path = Path.home() / ".netrc"
-    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace")
+    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace", encoding="utf-8")

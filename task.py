@@ -382,5 +382,5 @@ def planned_vocab_size(cfg: RunConfig) -> int:
         return load_tokenizer(named).vocab_size
     manifest = Path(cfg.data or "") / "manifest.json"
     if manifest.is_file():
-        return json.loads(manifest.read_text())["vocab_size"]
+        return json.loads(manifest.read_text(encoding="utf-8"))["vocab_size"]
     return 4096 if cfg.data == "stdlib" else 50257

@@ -138,7 +138,7 @@ def draw_rows(file: Path, lengths: np.ndarray, seed: int) -> None:
     draw = np.random.default_rng(seed)
     texts = ("".join(draw.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in lengths)
     rows = (json.dumps({"text": text, "label": LABELS[i % len(LABELS)]}) for i, text in enumerate(texts))
-    file.write_text("\n".join(rows) + "\n")
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def prepare(shape: Shape, folder: str) -> None:
@@ -312,7 +312,7 @@ def forget_peak(device: str) -> None:
         return
     trim()
     with contextlib.suppress(OSError):  # not everywhere allowed: then the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -524,8 +524,8 @@ def write(record: dict[str, Any], file: str | None) -> None:
     if file:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(report(record))
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(report(record), encoding="utf-8")
 
 
 # --- what is asked for

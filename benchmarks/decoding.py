@@ -266,8 +266,8 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, versions=versions, options=dataclasses.asdict(options), rows=rows)
-    (out / f"decoding-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / f"decoding-{device.type}.md").write_text(table(rows, title))
+    (out / f"decoding-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"decoding-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
     print(table(rows, title))
 
 

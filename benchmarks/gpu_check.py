@@ -159,7 +159,7 @@ class Check:
         began = time.monotonic()
         code = run_command(command, self._environment(), folder / "log.txt", seconds)
         seconds = round(time.monotonic() - began, 1)
-        output = (folder / "log.txt").read_text(errors="replace")[-TAIL:]
+        output = (folder / "log.txt").read_text(errors="replace", encoding="utf-8")[-TAIL:]
         result = "timed out" if code is None else "failed" if code else "done"
         print(f"  {result} after {seconds:.0f} s" + ("" if result == "done" else f"\n{output}"), flush=True)
         files = {file.name: read_json(file) for file in sorted(folder.glob("*.json"))}
@@ -173,7 +173,7 @@ class Check:
 
     def _keep_cache_out_of_git(self) -> None:
         (self.out / "cache").mkdir(parents=True, exist_ok=True)
-        (self.out / "cache" / ".gitignore").write_text("*\n")
+        (self.out / "cache" / ".gitignore").write_text("*\n", encoding="utf-8")
 
     def _environment(self) -> dict[str, str]:
         cache = self.out / "cache"
@@ -181,7 +181,7 @@ class Check:
 
     def write(self) -> None:
         write_json(self.out / "gpu-check.json", self.facts | {"parts": list(self.records.values())})
-        (self.out / "gpu-check.md").write_text(self.table())
+        (self.out / "gpu-check.md").write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
         """One row a part, with the last line of what it printed."""
@@ -205,14 +205,14 @@ def record_of(part: Part, result: str, output: str = "", files: dict[str, Any] |
 def read_json(path: Path) -> Any:
     """None where there is none that is whole: who writes it may have been killed."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
 def run_command(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> int | None:
     """Run a command with its output in `log`; its exit code, or None where its time was up and it was ended."""
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,

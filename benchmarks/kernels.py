@@ -479,7 +479,7 @@ def peak_memory(contender: Contender) -> int | None:
         return None
     trim(0)  # gives back what is free, so that it counts again when it is used
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     except OSError:
         return None
     before = resident_bytes()
@@ -637,8 +637,8 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
     )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"kernels-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
 

@@ -140,7 +140,7 @@ def base_facts(init: str) -> dict[str, Any]:
     if card.is_file():
         base["card"] = dict(re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE))
     if folder.name == "final" and results.is_file():
-        base["results"] = json.loads(results.read_text())
+        base["results"] = json.loads(results.read_text(encoding="utf-8"))
     return base
 
 
@@ -163,7 +163,7 @@ def execute(words: Sequence[str], output: Path, until: float) -> None:
     if code < 0:
         raise Failed(f"killed by {signal.Signals(-code).name}")
     if code:
-        raise Failed(last_error(output.read_text(errors="replace"), code))
+        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
 
 
 def attempt(bench: Bench, cell: Cell) -> str:
@@ -250,7 +250,7 @@ def board(bench: Bench, height: int) -> Table:
 def progress_of(run: Path) -> str:
     """Of a run that goes on: steps done and to do."""
     try:
-        steps = json.loads((run / "config.json").read_text())["steps"]
+        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
         done = max(line["step"] for line in records(run) if line["kind"] == "train")
     except (OSError, ValueError, UserError):
         return "running"
@@ -433,7 +433,7 @@ def main() -> int:
         compare(bench, lambda: write_report(bench, about))
     finally:  # an interrupted comparison leaves what it has
         text = write_report(bench, about)
-        draw(json.loads((bench.folder / "methods.json").read_text()), bench.folder / "methods.png")
+        draw(json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")), bench.folder / "methods.png")
     print(text)
     for cell, reason in bench.failed.items():
         say(f"{cell.label} failed: {reason}")
@@ -447,7 +447,7 @@ def make_folders(folder: Path) -> None:
     try:
         for part in ("runs", "decodings"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-            (folder / part / ".gitignore").write_text("*\n")
+            (folder / part / ".gitignore").write_text("*\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
 

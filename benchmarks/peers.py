@@ -297,15 +297,15 @@ def write(folder: Path, facts: dict[str, Any], cases: list[dict[str, Any]]) -> s
     text = report(facts, cases)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"peers-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
 
 def earlier(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """The cases that `folder` has of this machine with these versions."""
     try:
-        before = json.loads((folder / f"peers-{now['device']}.json").read_text())
+        before = json.loads((folder / f"peers-{now['device']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     same = all(before.get(key) == now[key] for key in ("hardware", "driver", "versions", "settings"))

@@ -104,7 +104,7 @@ class Bench:
     def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
         """What was measured of just this run before, or None."""
         try:
-            record = json.loads(self.path(name, number).with_suffix(".json").read_text())
+            record = json.loads(self.path(name, number).with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return record if record["settings"] == as_json(settings) else None
@@ -316,7 +316,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
 def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
     """Raises UserError where it is not of this identity."""
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8"))
         then, plan = stored["identity"], Plan(**stored["plan"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not of a ladder; choose another --out") from None
@@ -359,7 +359,9 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     }
     known = [name for name, found in records.items() if found or only is None or name in only]
     rungs = ladder(machine, known, bench.failed)  # what a stage is measured against is among these
-    measured = [json.loads(path.read_text()) for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))]
+    measured = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
+    ]
     ceilings = {name: statistics.median(of[name] for of in measured) for name in (measured[0] if measured else ())}
     sheet = {name: peak_flops(machine.name, name) if machine.device == "cuda" else None for name in ceilings}
     points: dict[tuple[int, int], tuple[list[dict[str, Any]], dict[str, Any] | None]] = {
@@ -374,7 +376,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     }  # fmt: skip
     text = text_of(result, plan, machine)
     write_json(bench.folder / "stages.json", result)
-    (bench.folder / "stages.md").write_text(text)
+    (bench.folder / "stages.md").write_text(text, encoding="utf-8")
     draw(result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png")
     return text
 
@@ -408,7 +410,7 @@ def make_folder(folder: Path) -> None:
     for name in ("cache", "runs"):
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / ".gitignore").write_text("*\n")
+            (folder / name / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {folder}: {error.strerror}") from None
     for name in ("TORCHINDUCTOR", "TRITON"):

@@ -59,7 +59,7 @@ class TimeUp(Exception):
 
 def start(words: Sequence[str], output: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
     """Start a command in a session of its own, on some of the cores or all, its output in a file."""
-    with output.open("w") as file, on_cores(cores):
+    with output.open("w", encoding="utf-8") as file, on_cores(cores):
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
 
 
@@ -94,7 +94,7 @@ def execute(words: Sequence[str], output: Path, until: float, cores: int | None 
     finally:
         end(process)
     if code:
-        raise Failed(last_error(output.read_text(errors="replace"), code))
+        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
 
 
 def last_error(output: str, code: int) -> str:
@@ -118,7 +118,7 @@ def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
     }
     trace = run / "profile" / "trace.json"
     if trace.exists():
-        figures["communication"] = communication_share(json.loads(trace.read_text())["traceEvents"])
+        figures["communication"] = communication_share(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
     return figures
 
 

@@ -96,7 +96,7 @@ def main() -> None:
         "seconds": seconds, "tokens_per_second": rates, "ratio": statistics.median(ratios),
     }  # fmt: skip
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    (Path(options.out) / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n")
+    (Path(options.out) / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, rate in rates.items():
         print(f"{name:<16}{rate:>12,.0f} tokens/s")
     print(f"ratio {record['ratio']:.2f} (slowest to fastest {ratios[0]:.2f} to {ratios[-1]:.2f}), {tokens:,} tokens")

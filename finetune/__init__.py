@@ -122,7 +122,7 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     about = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
              "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
     write_json(folder / "metrics.json", figures | about)
-    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
+    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8")
     if cfg.predict:
         path = Path(cfg.answers or folder / task.predictions)
         if scores := answer(task.read(cfg.predict, "test", print), path):
