@@ -112,8 +112,10 @@ def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, sc
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}  # as PEFT always writes it
         tensors[SCORES[config["peft_type"]]] = score
     save_file(_on_cpu(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / BASE).write_text(json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / BASE).write_text(
+        json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
             str(path.relative_to(temporary)): {"bytes": size, "sha256": sha256(path)}
             for path, size in zip(paths, sizes, strict=True)
         }
-        (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n")
+        (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
         for path in [*paths, temporary / "manifest.json", temporary]:
             flush(path)
         _remove(folder)  # of an earlier attempt at the same step, or an older final/
@@ -74,7 +74,7 @@ def _remove(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
     try:
-        entries = json.loads((folder / "manifest.json").read_text())["files"]
+        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         facts = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()]
     except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest.json"
@@ -146,7 +146,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if not (folder / STATE).is_file():
         raise UserError(f"{folder} holds a model but no training state; start from it with --init {folder}")
-    return load_file(folder / STATE), json.loads((folder / META).read_text())
+    return load_file(folder / STATE), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
 def clean(run: Path) -> None:
@@ -172,7 +172,7 @@ def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, f
     scored = []
     for folder in checkpoints(run, until):
         try:
-            value = json.loads((folder / META).read_text())["best_metric"]
+            value = json.loads((folder / META).read_text(encoding="utf-8"))["best_metric"]
         except (OSError, ValueError, KeyError):
             continue
         if value is not None:
@@ -236,7 +236,7 @@ def open_run(
         if start.folder is None and checkpoints(run):
             raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
     if start.folder is not None:
-        meta = json.loads((start.folder / META).read_text())
+        meta = json.loads((start.folder / META).read_text(encoding="utf-8"))
         _same_run(identity, meta["identity"], start.folder)
         start.micro_batch = meta["micro_batch"]
     try:
@@ -249,7 +249,7 @@ def open_run(
 def _identity_of(run: Path) -> dict[str, Any] | None:
     """What the run in a folder has in common with its continuation; None where there is no run."""
     try:
-        return json.loads((run / RECORD).read_text())["identity"]
+        return json.loads((run / RECORD).read_text(encoding="utf-8"))["identity"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{run / RECORD} is not of a run; choose another --out") from None
     except OSError:
@@ -262,7 +262,7 @@ def _identity_of(run: Path) -> dict[str, Any] | None:
 def _micro_batch_of(run: Path) -> int | None:
     """The micro-batch that a run without a checkpoint had already settled on."""
     try:
-        return json.loads((run / "config.json").read_text())["micro_batch"]
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["micro_batch"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -364,7 +364,7 @@ class Saver:
 
         self.export(part(tensors, "model"), folder)
         save_file(tensors, folder / STATE)
-        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

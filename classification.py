@@ -481,7 +481,7 @@ class Classification(Finetuning):
         folder, own = Path(cfg.out), self.val.heads == 0
         rows, tokens = ([of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens))
         model, _ = self._open(locate(cfg.out), cfg)
-        results = json.loads((folder / RESULTS).read_text())
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         about = {"eval_precision": EXACT, "step": results["final_is_step"]}
         figures = self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about)
         write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})

@@ -16,7 +16,9 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from config import UserError, nearest
+import console
+from config import UserError, check_ranges, expand, expand_paths, nearest
+from runlog import printable
 
 Config = TypeVar("Config")  # any dataclass of options
 
@@ -54,24 +56,56 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
         raise UserError(_one_line(errors.getvalue())) from None
     if unknown:
         raise UserError(_unknown_option(cls, unknown[0]))
+    expand_paths(config)
+    check_ranges(config)
     return config
 
 
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and turn what it returns or raises into the contract's exit codes."""
+    console.open_console()
+    console.quiet_libraries()
     try:
-        code = main() or 0
+        code = _code_of(main)
+        sys.stdout.flush()
     except UserError as error:
         if error.local or os.environ.get("RANK", "0") == "0":
             rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            _say_error(f"{rank}error: {error}")
         code = 2
+    except console.OutputLost as lost:
+        code = 0 if lost.reader_left else 2
+        if code:
+            _say_error(f"error: standard output cannot be written ({lost}); write it somewhere else: > FILE")
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        _say_error(f"error: out of memory ({error}); ask for less: smaller sizes, fewer at once")
+        code = 2
+    finally:
+        console.outlive()  # what Python flushes at its end raises no more
     sys.exit(code)
+
+
+def _code_of(main: Callable[[], int | None]) -> Any:
+    try:
+        return main() or 0
+    except SystemExit as stop:  # --help, or a signal before there is anything to save
+        return stop.code or 0
+
+
+def _say_error(text: str) -> None:
+    """One line on standard error, whatever the message quotes."""
+    print(printable(" ".join(text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Asked without torch, which a command may not have imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "overflow" in str(error))
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -87,13 +121,13 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _read_config(file: str) -> dict[str, Any]:
-    path = Path(file)
+    path = Path(expand(file))
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {file} holds no options; it should be an object of names and values")

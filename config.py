@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 # What --without leaves out again, one by one: the engine's optimizations that no other option names.
 OPTIMIZATIONS = {
@@ -40,6 +43,40 @@ class UserError(Exception):
     def __init__(self, message: str, local: bool = False):
         super().__init__(message)
         self.local = local
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least and the greatest value of an option, beside its type: `Annotated[int, Range(1)]`."""
+
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class PathName:
+    """Marks an option that names a path, whose `~` stands for a home; `many`: several, comma-separated."""
+
+    many: bool = False
+
+
+LARGEST = 2**31 - 1  # of a count: it fits every integer of the libraries
+BELOW_ONE = 0.9999999
+Count = Annotated[int, Range(1, LARGEST)]
+CountOrNone = Annotated[int, Range(0, LARGEST)]  # 0 turns the thing off
+Tokens = Annotated[int, Range(1, 2**62)]
+TokensOrAll = Annotated[int, Range(0, 2**62)]
+Width = Annotated[int, Range(1, 1 << 17)]  # of a matrix
+WidthOrNone = Annotated[int, Range(0, 1 << 17)]
+Few = Annotated[int, Range(1, 4096)]  # of what is held or started all at once
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Rate = Annotated[float, Range(0, 1000)]
+Weight = Annotated[float, Range(0, 1e6)]
+Share = Annotated[float, Range(0, 1)]
+Probability = Annotated[float, Range(0, BELOW_ONE)]  # of dropping, which keeps something
+Positive = Annotated[float, Range(1e-6, 1e6)]
+Where = Annotated[str, PathName()]
+Wheres = Annotated[str, PathName(many=True)]
 
 
 @dataclass
@@ -119,51 +156,51 @@ class RunConfig:
     # what is trained
     preset: Preset | None = None
     """Shape of a model from scratch. Default: gpt2 on a CUDA GPU, tiny elsewhere."""
-    n_layer: int | None = None
+    n_layer: Few | None = None
     """Number of blocks, in place of the preset's."""
-    n_head: int | None = None
+    n_head: Width | None = None
     """Attention heads, in place of the preset's."""
-    n_embd: int | None = None
+    n_embd: Width | None = None
     """Width, in place of the preset's."""
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     """Dropout on embeddings, attention and residual branches."""
-    init: str = "scratch"
+    init: Where = "scratch"
     """Start from: scratch, a hub id, or a folder in the hub's GPT-2 layout or written by a run."""
 
     # data
-    data: str | None = None
+    data: Wheres | None = None
     """Training data."""
-    val_data: str | None = None
+    val_data: Wheres | None = None
     """Validation data, in the same forms. Default: a fixed part of the training data."""
-    tokenizer: str | None = None
+    tokenizer: Where | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the data's or the checkpoint's own; gpt2 for text."""
 
     # how long and how large
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps of the whole run."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere."""
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch: Count | Literal["auto"] = "auto"
     """Sequences in one forward pass on one rank. auto: the largest that fits."""
 
     # optimization
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the hidden matrices with Muon and the rest with AdamW."""
-    lr: float | None = None
+    lr: Rate | None = None
     """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets, 5e-5 with --init."""
     schedule: Schedule = "cosine"
     """Shape of the learning rate over the run."""
-    warmup_steps: int | None = None
+    warmup_steps: CountOrNone | None = None
     """Steps of linear warm-up. Default: a fiftieth of the run, at most 700."""
-    min_lr: float = 0.1
+    min_lr: Share = 0.1
     """Where cosine, linear and wsd end, as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Rate = 0.1
     """Decay of matrices; gains, biases and other vectors have none."""
-    beta1: float = 0.9
+    beta1: Probability = 0.9
     """AdamW's first-moment decay."""
-    beta2: float = 0.95
+    beta2: Probability = 0.95
     """AdamW's second-moment decay."""
-    clip: float = 1.0
+    clip: Annotated[float, Range(0, 1e30)] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
 
     # how it runs
@@ -185,29 +222,29 @@ class RunConfig:
     """Bit-for-bit repeatable on CUDA too (a CPU run always is)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Names the run: weights, data order and every random draw follow from it."""
 
     # what is written and when (an interval of 0 turns that thing off)
-    out: str | None = None
+    out: Where | None = None
     """Folder of the run. Default: runs/PRESET, or runs/TASK."""
-    resume: str = "auto"
+    resume: Where = "auto"
     """auto: the newest sound checkpoint in --out; never; or a folder to resume from."""
-    eval_every: int | None = None
+    eval_every: CountOrNone | None = None
     """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every epoch."""
-    save_every: int | None = None
+    save_every: CountOrNone | None = None
     """Steps between checkpoints. Default: a fifth of the run, at most 1000; fine-tuning: every epoch."""
-    sample_every: int | None = None
+    sample_every: CountOrNone | None = None
     """Steps between samples. Default: that of the evaluations."""
-    log_every: int = 1
+    log_every: CountOrNone = 1
     """Steps between printed step lines; log.jsonl has every step."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
-    keep: int = 3
+    keep: Count = 3
     """Newest checkpoints to keep, beside the best."""
-    keep_best: int = 1
+    keep_best: Count = 1
     """Best checkpoints to keep, by the metric that also chooses the final model."""
-    patience: int = 0
+    patience: CountOrNone = 0
     """Evaluations without a better one after which the run ends; 0: it goes on to its last step."""
     wandb: bool = False
     """Log to Weights & Biases too (offline where there is no key or network)."""
@@ -221,19 +258,19 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """Options of a pretraining run. None means: what suits the machine (the banner says what was chosen)."""
 
-    data: str | None = None
+    data: Wheres | None = None
     """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if prepared, else stdlib."""
-    val_data: str | None = None
+    val_data: Wheres | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
-    cache: str = "data/cache"
+    cache: Where = "data/cache"
     """Folder of tokenized text."""
     document_mask: bool = False
     """Keep attention from crossing documents."""
-    batch_tokens: int | None = None
+    batch_tokens: Count | None = None
     """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
-    eval_tokens: int | None = None
+    eval_tokens: TokensOrAll | None = None
     """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all there are."""
 
 
@@ -243,21 +280,21 @@ class MethodConfig:
 
     method: Method = "full"
     """What is trained: everything, a part of the model, or parameters added to it."""
-    last_k: int = 2
+    last_k: Count = 2
     """Blocks that last-k trains, counted from the end."""
-    lora_rank: int = 8
+    lora_rank: Width = 8
     """Rank of LoRA's and DoRA's updates."""
-    lora_alpha: float = 16.0
+    lora_alpha: Weight = 16.0
     """Scale of LoRA's and DoRA's updates, times 1/rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     """Dropout before LoRA's and DoRA's updates."""
     lora_on: Literal["attention", "feed-forward", "both"] = "attention"
     """Which matrices of a block LoRA and DoRA update."""
-    prefix_tokens: int = 10
+    prefix_tokens: Count = 10
     """Positions of a prefix or a soft prompt."""
-    prefix_width: int = 512
+    prefix_width: WidthOrNone = 512
     """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are trained themselves."""
-    llrd: float = 1.0
+    llrd: Share = 1.0
     """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""
 
 
@@ -268,33 +305,33 @@ class DecodeConfig:
     decode: Decode = "sample"
     """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once; contrastive: likely, unlike what
     stands; mbr: of several samples the one most like the others; ensemble: mbr over several ways of decoding."""
-    max_new_tokens: int = 200
+    max_new_tokens: Count = 200
     """Tokens to add at most. Past the model's context the window slides: the newest three quarters are read afresh."""
-    stop_lines: int = 0
+    stop_lines: CountOrNone = 0
     """End after this many lines; 0: no such end."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Range(0, 1e30)] = 0.8
     """Divides the logits: below 1 the likely tokens gain."""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """Draw from this many likeliest tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Draw from the fewest tokens whose probability reaches this."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Above 1: tokens that the text already holds are less likely."""
-    beams: int = 5
+    beams: Few = 5
     """Texts that beam search keeps."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Range(0, 1e6)] = 1.0
     """Beam search divides a text's log-probability by its length to this power."""
-    no_repeat_ngram: int = 0
+    no_repeat_ngram: CountOrNone = 0
     """Beam search never repeats this many tokens in a row; 0: it may."""
-    contrastive_k: int = 4
+    contrastive_k: Count = 4
     """Contrastive search chooses among this many likeliest tokens."""
-    contrastive_alpha: float = 0.6
+    contrastive_alpha: Share = 0.6
     """Weight of contrastive search's penalty for being like what stands."""
     contrastive_growth: bool = False
     """Let that weight grow from 0 to its value over the text."""
     contrastive_similarity: Literal["max", "mean"] = "max"
     """Likeness to the most alike token that stands, or the mean over all."""
-    candidates: int = 16
+    candidates: Few = 16
     """Texts that mbr and ensemble choose from; an ensemble's are the beams, one by contrastive search, and samples."""
     candidates_by: Literal["sample", "beam"] = "sample"
     """How mbr makes its candidates."""
@@ -309,29 +346,29 @@ class DecodeConfig:
 class FinetuneConfig(MethodConfig, RunConfig):
     """Options of a fine-tuning run. None means: what suits the machine (the banner says what was chosen)."""
 
-    init: str = "gpt2"
+    init: Where = "gpt2"
     """Start from: a hub id, a folder in the hub's GPT-2 layout or written by a run, or scratch."""
-    data: str | None = None
+    data: Wheres | None = None
     """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows (the default)."""
-    val_data: str | None = None
+    val_data: Wheres | None = None
     """Validation rows, in the same forms. Default: a fixed tenth of the rows."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Longest row in tokens. Default: what the model has room for (from scratch 256)."""
-    epochs: int = 3
+    epochs: CountOrNone = 3
     """Passes over the rows; --steps sets the length of the run in place of it."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows in an optimizer step, over all ranks."""
-    keep: int = 1
+    keep: Count = 1
     """Newest checkpoints to keep, beside the best."""
-    keep_best: int = 3
+    keep_best: Count = 3
     """Best checkpoints to keep, by the metric that also chooses the final model."""
     strict: bool = False
     """End at a row that cannot be read or does not fit, in place of counting and leaving it out."""
-    show_rows: int = 2
+    show_rows: CountOrNone = 2
     """Rows of the first batch to print, what is learned marked."""
-    predict: str | None = None
+    predict: Wheres | None = None
     """When trained, answer the rows of this file; scores too, where it holds the true answers."""
-    answers: str | None = None
+    answers: Where | None = None
     """File to write those answers to. Default: predictions.* in the run's folder."""
 
 
@@ -341,9 +378,9 @@ class GenerationConfig(DecodeConfig, FinetuneConfig):
 
     objective: tuple[Objective, ...] = ()
     """Loss terms besides the likelihood: unlikelihood."""
-    unlikelihood: float = 1.0
+    unlikelihood: Weight = 1.0
     """Weight of the unlikelihood term."""
-    eval_rows: int = 64
+    eval_rows: CountOrNone = 64
     """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of all)."""
 
 
@@ -363,31 +400,31 @@ class ClassificationConfig(FinetuneConfig):
     """What a head reads: the state of the last token, the mean of all, a mean with learned weights, or an LSTM over them."""
     cut: Literal["end", "start", "middle"] = "end"
     """Where a text that is too long is cut."""
-    dropout: float = 0.1
+    dropout: Probability = 0.1
     """Dropout on embeddings, attention and residual branches."""
-    head_dropout: float = 0.1
+    head_dropout: Probability = 0.1
     """Dropout on what a head has pooled."""
     class_weights: tuple[str, ...] = ()
     """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is. Default: all alike."""
-    label_smoothing: float = 0.0
+    label_smoothing: Probability = 0.0
     """Share of a row's target that is spread over all labels."""
     objective: tuple[Auxiliary, ...] = ()
     """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under different dropout."""
-    rdrop: float = 1.0
+    rdrop: Weight = 1.0
     """Weight alpha of R-Drop's divergence."""
-    simcse: float = 0.1
+    simcse: Weight = 0.1
     """Weight of SimCSE's contrastive loss."""
-    simcse_temperature: float = 0.05
+    simcse_temperature: Positive = 0.05
     """Divides SimCSE's cosine similarities."""
-    simcse_group: int = 8
+    simcse_group: Annotated[int, Range(2, LARGEST)] = 8
     """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the micro-batch."""
     also: tuple[str, ...] = ()
     """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its loss."""
-    also_data: tuple[str, ...] = ()
+    also_data: tuple[Wheres, ...] = ()
     """Their training rows, in the same order. Default: their toy rows."""
-    augment: str | None = None
+    augment: Wheres | None = None
     """More training rows, in the form of --data: back-translations, paraphrases, hard examples."""
-    augment_weight: float = 1.0
+    augment_weight: Weight = 1.0
     """Weight of each of those rows' losses."""
     allow_overlap: bool = False
     """Go on where more than a hundredth of the training rows also stand among the validation rows."""
@@ -397,28 +434,6 @@ class ClassificationConfig(FinetuneConfig):
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a run without --data looks first
 MIN_INTERVAL = 5  # steps between evaluations, by default
-BELOW_ONE = 0.9999999
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("n_layer", "n_head", "n_embd", "steps", "seq_len", "batch_tokens", "micro_batch", "keep", "keep_best"),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(("warmup_steps", "eval_every", "save_every", "sample_every", "log_every", "seed"), (0, math.inf)),
-    **dict.fromkeys(("weight_decay", "clip", "eval_tokens", "lr"), (0, math.inf)),
-    **dict.fromkeys(("dropout", "beta1", "beta2"), (0, BELOW_ONE)),
-    "min_lr": (0, 1),
-    **dict.fromkeys(("batch_size", "last_k", "lora_rank", "prefix_tokens", "max_new_tokens", "beams"), (1, math.inf)),
-    **dict.fromkeys(("contrastive_k", "candidates"), (1, math.inf)),
-    **dict.fromkeys(("rdrop", "simcse", "augment_weight", "patience"), (0, math.inf)),
-    **dict.fromkeys(("head_dropout", "label_smoothing"), (0, BELOW_ONE)),
-    "simcse_group": (2, math.inf),
-    "simcse_temperature": (1e-6, math.inf),
-    **dict.fromkeys(("epochs", "show_rows", "eval_rows", "prefix_width", "lora_alpha", "unlikelihood"), (0, math.inf)),
-    **dict.fromkeys(("stop_lines", "top_k", "length_penalty", "no_repeat_ngram"), (0, math.inf)),
-    **dict.fromkeys(("temperature", "repetition_penalty"), (0, math.inf)),
-    "lora_dropout": (0, BELOW_ONE),
-    **dict.fromkeys(("llrd", "contrastive_alpha", "top_p"), (0, 1)),
-}
 Run = TypeVar("Run", bound=RunConfig)
 
 
@@ -483,14 +498,57 @@ def check(cfg: RunConfig) -> None:
         check_decode(cfg)
 
 
+@functools.cache
+def marks(cls: type) -> dict[str, tuple[Any, ...]]:
+    """What stands beside the types of a dataclass's options: their `Range` and `PathName`, by option."""
+
+    def inside(hint: Any) -> list[Any]:
+        own = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range | PathName)]
+        return own + [mark for part in get_args(hint) for mark in inside(part)]
+
+    return {name: tuple(inside(hint)) for name, hint in get_type_hints(cls, include_extras=True).items()}
+
+
 def check_ranges(cfg: Any) -> None:
     """Raise UserError for a number out of its range, in any dataclass of options."""
-    for name, (least, most) in RANGES.items():
-        value = getattr(cfg, name, None)
-        if value is None or value == "auto" or (least <= value <= most and math.isfinite(value)):
-            continue
-        limits = f"lie between {least} and {most:g}" if most < math.inf else f"be at least {least}, and finite"
-        raise UserError(f"--{name.replace('_', '-')} is {value}; it must {limits}")
+    for name, found in marks(type(cfg)).items():
+        value = getattr(cfg, name)
+        for limits in found:
+            if isinstance(limits, Range):
+                for number in value if isinstance(value, tuple | list) else (value,):
+                    _check_range(name, number, limits)
+
+
+def _check_range(name: str, value: Any, limits: Range) -> None:
+    if not isinstance(value, int | float) or limits.least <= value <= limits.most:
+        return
+    shown = str(value) if isinstance(value, float) or abs(value) < 10**40 else "a number of very many digits"
+    words = f"be at least {limits.least:g}" if value < limits.least else f"be at most {limits.most:g}"
+    if isinstance(value, float) and not math.isfinite(value):
+        words = f"be finite, between {limits.least:g} and {limits.most:g}"
+    raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")
+
+
+def expand_paths(cfg: Any) -> None:
+    """Put the home in the place of a leading `~` or `~user` in every option that names a path; `./~` stays."""
+    for name, found in marks(type(cfg)).items():
+        for mark in found:
+            if isinstance(mark, PathName):
+                value = getattr(cfg, name)
+                many = [expand(word, mark.many) for word in value] if isinstance(value, tuple | list) else None
+                setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
+
+
+def expand(value: Any, many: bool = False) -> Any:
+    """A path with its home in place of `~`; anything that is not text as it is."""
+    if not isinstance(value, str):
+        return value
+    if many:
+        return ",".join(
+            re.sub(r"(\s*)(.*)", lambda m: m[1] + os.path.expanduser(m[2]), part, count=1, flags=re.S)
+            for part in value.split(",")
+        )
+    return os.path.expanduser(value)
 
 
 def check_decode(cfg: DecodeConfig) -> None:

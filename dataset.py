@@ -463,7 +463,7 @@ class Cache:
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
             with (
                 contextlib.suppress(OSError),  # in use, or another user's
-                (self.root / f"{leftover.stem}.lock").open("a") as file,
+                (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
             ):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -491,7 +491,7 @@ class Cache:
 
     def _index(self) -> dict[str, Any]:
         try:
-            index = json.loads((self.root / "index.json").read_text())
+            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return index if isinstance(index, dict) else {}

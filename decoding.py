@@ -268,7 +268,7 @@ class Sampler:
         if self.draws is None:
             tokens = logits.argmax(-1)
         else:
-            logits = truncate(logits / self.options.temperature, self.options.top_k, self.options.top_p)
+            logits = truncate(soften(logits, self.options.temperature), self.options.top_k, self.options.top_p)
             tokens = draw(logits, self.draws[:, step])
         self.penalty.add(tokens)
         return tokens
@@ -285,6 +285,12 @@ def _uniform(seed: int, name: str, count: int) -> Tensor:
     return torch.rand(count, generator=generator)
 
 
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Logits (B, V) less their greatest, divided by the temperature: however low that is, the likeliest stays 0."""
+    info = torch.finfo(logits.dtype)
+    return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, info.tiny), info.max)
+
+
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (B, V) with -inf outside the top_k most likely tokens (Fan et al. 2018; 0: all) and, of those,
     outside the nucleus: the fewest whose probability reaches top_p (Holtzman et al. 2020; 1: all)."""
@@ -293,7 +299,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         return logits
     values, ids = logits.topk(min(top_k or vocab_size, vocab_size)) if top_k else logits.sort(descending=True)
     probs = values.softmax(-1)
-    keep = probs.cumsum(-1) - probs < top_p  # the probability before a token; the first is always kept
+    keep = probs.cumsum(-1) - probs < top_p  # the probability before a token
+    keep[..., 0] = True
     kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, ids, keep)
     return logits.masked_fill(~kept, -torch.inf)
 

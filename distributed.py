@@ -162,7 +162,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
             return next(names)
     except (OSError, StopIteration):
@@ -174,7 +174,9 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as file:  # getrusage's peak may be that of the process that started this one
+        with open(
+            "/proc/self/status", encoding="utf-8"
+        ) as file:  # getrusage's peak may be that of the process that started this one
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass
@@ -200,7 +202,7 @@ def available_memory(device: torch.device, local_size: int) -> int:
 
 def _meminfo_available() -> int:
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -208,14 +210,14 @@ def _meminfo_available() -> int:
 
 def _address_space() -> int:
     try:
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             return os.sysconf("SC_PAGE_SIZE") * int(file.read().split()[0])
     except OSError:
         return 0
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, turned into an agreement of all ranks to stop at the same point.
+    """SIGTERM, SIGINT and SIGHUP, turned into an agreement of all ranks to stop at the same point.
 
     Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on it only raises
     a flag, however often it comes. `agreed()` is called by every rank at the same points: each call starts a
@@ -230,8 +232,10 @@ class StopSignal:
         self.pending: tuple[Tensor, Any] | None = None
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._received)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last: the terminal has closed; Windows lacks it
+            number = getattr(signal, name, None)
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):  # nohup
+                signal.signal(number, self._received)
 
     def defer(self) -> None:
         self.deferred = True

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
-from config import UserError
+from config import Count, UserError, Where, Wheres
 from files import writable_file
 
 if TYPE_CHECKING:
@@ -42,39 +42,33 @@ Row = TypeVar("Row")
 class EvaluateConfig:
     """Score the model of CHECKPOINT on one or more of --data, --hellaswag and --lambada."""
 
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
+    checkpoint: Annotated[Positional[Where], arg(metavar="CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
 
-    data: str | None = None
+    data: Wheres | None = None
     """Loss, perplexity and bits per byte on token shards (those named val, if any are), text, a hub dataset or stdlib."""
-    hellaswag: str | None = None
+    hellaswag: Where | None = None
     """Accuracy on this JSONL file, or on the hub's validation rows: hub."""
-    lambada: str | None = None
+    lambada: Where | None = None
     """Last-word accuracy and perplexity on this JSONL file, or on the hub's test rows: hub."""
-    limit: int | None = None
+    limit: Count | None = None
     """Score only the first rows of --hellaswag and --lambada."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Tokens in a window of --data. Default: the model's block_size."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Windows in a forward pass; short rows share as many tokens. Default: 32 on CUDA, 4 elsewhere."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
-    cache: str = "data/cache"
+    cache: Where = "data/cache"
     """Folder of tokenized text."""
-    tokenizer: str | None = None
+    tokenizer: Where | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the weights."""
-    json: str | None = None
+    json: Where | None = None
     """Write the figures to this file too; - prints them in place of the table."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "seq_len", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 # ---- a corpus
@@ -460,9 +454,9 @@ def main() -> None:
     if config.json == "-":
         print(record)
         return
-    show(figures)
     if config.json:
-        Path(config.json).write_text(record + "\n")
+        Path(config.json).write_text(record + "\n", encoding="utf-8")
+    show(figures)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step; a crash leaves the old file or the new one."""
     beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     flush(beside)
     os.replace(beside, path)
     flush(path.parent)

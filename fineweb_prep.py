@@ -25,7 +25,8 @@ import numpy as np
 import corpus
 import dataset
 from cli import entry_point, parse
-from config import UserError
+from config import Count, Few, Tokens, UserError, Where, Wheres
+from console import outlive
 from files import sha256, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -37,7 +38,7 @@ PACKED = 2  # text bytes behind each byte of a parquet or gzip file, other colum
 class PrepConfig:
     """What to tokenize, and where the shards go."""
 
-    out: str | None = None
+    out: Where | None = None
     """Folder of the shards."""
     dataset: str | None = None
     """Hub id of a dataset to stream: HuggingFaceFW/fineweb-edu."""
@@ -45,27 +46,28 @@ class PrepConfig:
     """The dataset's configuration: sample-10BT."""
     split: str = "train"
     """The dataset's split."""
-    input: str | None = None
+    input: Wheres | None = None
     """Local text in place of a dataset: files, folders or globs, separated by commas."""
     text_column: str = "text"
     """Column that holds the text."""
-    tokenizer: str = "gpt2"
+    tokenizer: Where = "gpt2"
     """gpt2, a folder, or a tokenizer.json."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Tokens = 100_000_000
     """Tokens in a shard."""
-    max_tokens: int | None = None
+    max_tokens: Tokens | None = None
     """Stop after so many tokens. Default: all there are."""
-    workers: int | None = None
+    workers: Few | None = None
     """Tokenizing processes. Default: one for each core."""
     pretokenized: bool = False
     """The dataset is a repository of ready .bin shards: fetch them."""
-    max_shards: int | None = None
+    max_shards: Count | None = None
     """Of a pretokenized dataset, fetch so many training shards. Default: all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Raises UserError for bad options, bad input, a folder made with other settings, or too little disk."""
     cfg = parse(PrepConfig, sys.argv[1:] if argv is None else argv)
+    outlive()
     out = _check(cfg)
     begun = (out / "manifest.json").exists() or (out / "progress.json").exists()
     if not begun and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
@@ -88,11 +90,7 @@ def _check(cfg: PrepConfig) -> Path:
         raise UserError("give one of --dataset HUB_ID (HuggingFaceFW/fineweb-edu) and --input FILES")
     if cfg.pretokenized and cfg.dataset is None:
         raise UserError("--pretokenized needs --dataset HUB_ID (kjj0/fineweb10B-gpt2)")
-    for name in ("shard_tokens", "max_tokens", "workers", "max_shards"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    return Path(cfg.out).expanduser()
+    return Path(cfg.out)
 
 
 def _say(line: str) -> None:
@@ -152,7 +150,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     for file in (out / "manifest.json", out / "progress.json"):
         if not file.exists():
             continue
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text(encoding="utf-8"))
         made_with = saved.get("settings", {})
         for name, value in settings.items() if saved.get("shards") else ():
             if name in made_with and made_with[name] != value:  # older versions knew fewer
@@ -170,7 +168,7 @@ class _Run:
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.settings = out, settings
         self.file = out / "progress.json"
-        saved = json.loads(self.file.read_text()) if self.file.exists() else {}
+        saved = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         saved = saved if self.shards else {}
         self.state: Any = saved.get("state")  # of the source, before the chunk in which the next shard begins

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
-from config import DecodeConfig, UserError, check_decode
+from config import Count, DecodeConfig, Range, Seed, UserError, Where, check_decode
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -31,19 +31,19 @@ class GenerateConfig(DecodeConfig):
     A prompt that begins with a dash goes after a bare --.
     """
 
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
+    checkpoint: Annotated[Positional[Where], arg(metavar="CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
     """Texts to continue, together in a batch. An empty one begins a document."""
 
-    seed: int = 1337
+    seed: Seed = 1337
     """The draws of a text follow from this and its number."""
-    num_samples: int = 1
+    num_samples: Annotated[int, Range(1, 100_000)] = 1
     """Texts for each prompt."""
-    batch: int = 16
+    batch: Count = 16
     """Texts that are generated together."""
 
-    tokenizer: str | None = None
+    tokenizer: Where | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     stream: bool = True
     """Print a single text as it is made, where it is made token by token."""
@@ -54,9 +54,6 @@ class GenerateConfig(DecodeConfig):
 
     def __post_init__(self) -> None:
         check_decode(self)
-        for name in ("num_samples", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.num_samples > 1 and not self.draws:
             raise UserError(f"--num-samples {self.num_samples} would be one text over again; use --decode sample")
 
@@ -153,9 +150,8 @@ def main() -> int:
     config = parse(GenerateConfig, sys.argv[1:])
     if not config.checkpoint:
         raise UserError('no checkpoint is named; type python generate.py CHECKPOINT "prompt"')
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # bytes and characters that the terminal cannot show are no fault
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are no fault
+        sys.stdin.reconfigure(errors="replace")
     prompts = config.prompts
     if not prompts and not sys.stdin.isatty():
         prompts = [line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from kernels import choose, named
 from memory import keeps_freed, set_allocator
 from model import attention_backends
 from precision import DTYPES, choose_precision, set_products
-from runlog import RunLog, bytes_text, peak_flops, time_text
+from runlog import RunLog, bytes_text, numbers, peak_flops, read_log, time_text
 from step import TrainStep
 from task import Task
 
@@ -98,7 +97,8 @@ def largest_micro_batch(task: Task, model: nn.Module, cfg: RunConfig, world: Wor
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that fits does too."""
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    divisors = sorted({*small, *(rows // n for n in small)})
     low, high = 0, len(divisors)
     while low < high:
         middle = (low + high) // 2
@@ -190,12 +190,12 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
 def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float | None, str]:
     """Tokens per second of a run like this and how they are known."""
     try:
-        lines = [json.loads(line) for line in (Path(cfg.out or "") / "log.jsonl").read_text().splitlines()]
-        return statistics.median(
-            x["tokens_per_second"] for x in lines if x["kind"] == "train"
-        ), f"measured in {cfg.out}"
-    except (OSError, ValueError, KeyError):
-        pass
+        text = (Path(cfg.out or "") / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    speeds = numbers([record for _, record in read_log(text) if record["kind"] == "train"], "tokens_per_second")
+    if speeds and (speed := statistics.median(speeds)) > 0:
+        return speed, f"measured in {cfg.out}"
     peak = device_peak(world, cfg.precision)
     if peak and flops:
         return 0.4 * peak * world.size / flops, "assuming 40% of the data sheet's peak"

@@ -129,7 +129,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 def cpu_has_bf16() -> bool:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
     except OSError:
         return False

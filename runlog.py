@@ -12,9 +12,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+import console
 
 # Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets:
 # words of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all there counts.
@@ -88,6 +90,7 @@ class RunLog:
         self.file: Any = None
         self.unwritten = b""  # lines that log.jsonl had no room for
         self.failed = False
+        self.told_lost = False  # that standard output cannot be written
         self.wandb: Any = None
         self.progress: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
@@ -102,6 +105,15 @@ class RunLog:
                 self.progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 print(text, flush=True)
+        self._note_lost()
+
+    def _note_lost(self) -> None:
+        """Log, once, that nobody sees what is said."""
+        reason = console.lost()
+        if reason and not self.told_lost and self.file is not None:
+            self.told_lost = True
+            text = f"standard output cannot be written ({reason}); training goes on without it"
+            self.record("warning", {"step": None, "text": text})
 
     def banner(self, rows: Mapping[str, str]) -> None:
         """Names and values, aligned."""
@@ -145,9 +157,13 @@ class RunLog:
             return
         path = folder / "log.jsonl"
         if path.exists():
-            lines = [] if keep_until is None else kept_lines(path.read_text(errors="replace"), keep_until, done)
+            lines = (
+                []
+                if keep_until is None
+                else kept_lines(path.read_text(encoding="utf-8", errors="replace"), keep_until, done)
+            )
             beside = path.with_name(".tmp-log.jsonl")
-            beside.write_text("".join(lines))
+            beside.write_text("".join(lines), encoding="utf-8")
             os.replace(beside, path)
         self.file = path.open("ab", buffering=0)
 
@@ -250,14 +266,39 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
     return " | ".join(part for part in parts if part)
 
 
+def read_log(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of a log.jsonl and the records in them, without what is torn by a kill or not of this project."""
+    found = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_step(record.get("step")):
+            found.append((line, record))
+    return found
+
+
+def _is_step(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62)
+
+
+def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    """The finite values of a field, of the records that have one."""
+    values = (record.get(name) for record in records)
+    return [float(v) for v in values if _is_number(v)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # false for what is not a number too, and no integer too large to be a float passes
+
+
 def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
     """The whole lines of a log up to step `until`; of that step's evaluation and sample only what was `done`."""
     kept = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
+    for line, record in read_log(text):
         step = record.get("step") or 0
         act = {"stopped_early": "eval"}.get(record.get("kind"), record.get("kind"))
         redone = act in ("eval", "sample") and act not in done
@@ -284,4 +325,4 @@ def _wandb_id(folder: Path) -> str:
 
 def _has_netrc_key() -> bool:
     path = Path.home() / ".netrc"
-    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace")
+    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace", encoding="utf-8")

@@ -24,6 +24,18 @@ class Growth(NamedTuple):
     token: int
 
 
+def by_length(log_prob: float, length: int, penalty: float) -> tuple[float, float]:
+    """What orders texts as `log_prob / length ** penalty` does (greater is better), where that is too large or small.
+
+    The quotient itself comes second: it orders what the logarithms round to the same.
+    """
+    if log_prob >= 0:
+        return math.inf, log_prob
+    exponent = penalty * math.log(length)
+    quotient = log_prob / math.exp(exponent) if exponent < 700 else 0.0
+    return exponent - math.log(-log_prob), quotient
+
+
 class Beams:
     """Beam search of one prompt, the side of it that the host keeps: texts that grow, and texts that have ended."""
 
@@ -34,7 +46,7 @@ class Beams:
         self.stop = stop
         self.texts: list[list[int]] = [[] for _ in range(width)]
         self.scores = [0.0] + [NONE] * (width - 1)  # the prompt stands once
-        self.ended: list[tuple[float, list[int]]] = []  # the best so far, best first
+        self.ended: list[tuple[tuple[float, float], list[int]]] = []  # the best so far, best first
 
     def grow(self, candidates: Sequence[Growth]) -> list[int]:
         """Take the best continuations of all beams, best first; the beam that each now grows from, none when done.
@@ -52,22 +64,22 @@ class Beams:
             if ended is None and len(text) < self.options.max_new_tokens:
                 growing.append(candidate)
             elif rank < self.width:
-                score = candidate.score / len(text) ** self.options.length_penalty
+                score = by_length(candidate.score, len(text), self.options.length_penalty)
                 self._end(score, text[:-1] if ended == "before" else text)
         if not growing or self._is_over(growing[0]):
             return []
         return self._place(growing)
 
-    def _end(self, score: float, text: list[int]) -> None:
+    def _end(self, score: tuple[float, float], text: list[int]) -> None:
         self.ended.append((score, text))
-        self.ended.sort(key=lambda ended: -ended[0])
+        self.ended.sort(key=lambda ended: ended[0], reverse=True)
         del self.ended[self.width :]
 
     def _is_over(self, best: Growth) -> bool:
         if len(self.ended) < self.width:
             return False
         length = len(self.texts[best.parent]) + 1
-        return best.score / length**self.options.length_penalty <= self.ended[-1][0]
+        return by_length(best.score, length, self.options.length_penalty) <= self.ended[-1][0]
 
     def _place(self, growing: list[Growth]) -> list[int]:
         """The first to grow from a beam stays in its place, the others go where none has: few rows are copied."""

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from cli import entry_point
-from config import UserError
+from config import UserError, expand
+from console import outlive
 from readers import decode_input
 from tokenizer_files import Opened, open_tokenizer
 from tokenizer_training import (
@@ -575,6 +576,7 @@ TRAIN = {
 
 
 def _train_command(options: argparse.Namespace) -> None:
+    outlive()
     text = open_input(options.input, options.text_column, lambda line: print(line, flush=True))
     print(f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...", flush=True)
     start = time.perf_counter()
@@ -621,13 +623,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="train|encode|decode")
     train = commands.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
     train.add_argument("--model", choices=TRAIN, default="byte-bpe", help="default: byte-bpe, as GPT-2's")
-    train.add_argument("--input", nargs="+", required=True, metavar="WHAT", help=INPUT)
+    train.add_argument("--input", nargs="+", required=True, type=expand, metavar="WHAT", help=INPUT)
     train.add_argument("--text-column", default="text", metavar="NAME", help="column that holds the text")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, the special ones too")
     train.add_argument(
         "--special", nargs="+", default=(), metavar="TOKEN", help="a task's own tokens, after the others"
     )
-    train.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the tokenizer")
+    train.add_argument("--out", required=True, type=expand, metavar="FOLDER", help="new folder for the tokenizer")
     train.set_defaults(command=_train_command)
     encode = commands.add_parser("encode", help="text to ids", allow_abbrev=False)
     encode.add_argument("text", nargs="?", metavar="TEXT", help="default: all of standard input")
@@ -636,7 +638,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("ids", nargs="*", metavar="ID", help="default: all of standard input")
     decode.set_defaults(command=_decode_command)
     for command in (encode, decode):
-        command.add_argument("--tokenizer", default="gpt2", help="gpt2, a folder or a tokenizer.json")
+        command.add_argument("--tokenizer", default="gpt2", type=expand, help="gpt2, a folder or a tokenizer.json")
     return parser
 
 

@@ -6,10 +6,13 @@ import sys
 
 from cli import entry_point, parse
 from config import TrainConfig
+from console import outlive
 
 
 def main() -> int:
     cfg = parse(TrainConfig, sys.argv[1:])
+    if not cfg.dry_run:
+        outlive()
     # torch is imported only now: --help and a mistyped option answer at once.
     from distributed import recorded
     from task import LanguageModelling

@@ -172,7 +172,7 @@ class Run:
         self.held.enter_context(checkpoint.claimed(self.folder))
         start = checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
         if start.finished:
-            steps = json.loads((self.folder / checkpoint.RESULTS).read_text())["steps"]
+            steps = json.loads((self.folder / checkpoint.RESULTS).read_text(encoding="utf-8"))["steps"]
             self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
         return start
 
@@ -520,7 +520,7 @@ class Run:
                 torch.cuda.memory._record_memory_history(enabled=None)
             by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
             table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
-            (folder / "memory.txt").write_text(table + "\n")
+            (folder / "memory.txt").write_text(table + "\n", encoding="utf-8")
             snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "memory.txt"
             self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/{snapshot}")
             self.clock = time.perf_counter()  # the writing is no part of a step
@@ -601,7 +601,7 @@ class Run:
         def fill(folder: Path) -> None:
             load_weights(self.double, dict(self.model.state_dict()) | weights, assign=True)
             self.task.export(self.double, folder)
-            (folder / "README.md").write_text(self._card(step))
+            (folder / "README.md").write_text(self._card(step), encoding="utf-8", errors="backslashreplace")
 
         checkpoint.write_folder(self.folder / "final", fill)
         return step

@@ -49,7 +49,8 @@ from benchmarks.peers import (
 )  # fmt: skip
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import Method
+from config import Count, Method, Positive, Probability, Where, Wheres
+from console import outlive
 from runlog import bytes_text
 
 if TYPE_CHECKING:
@@ -90,21 +91,21 @@ class Options:
     """Methods, comma-separated: full, lora, last-layer. Empty: only the padding."""
     against: str = f"{THEIRS},{KEPT}"
     """Contenders, comma-separated: transformers (under LoRA with peft), transformers + our allocator."""
-    dropout: float = 0.1
+    dropout: Probability = 0.1
     """Dropout of both sides' timed steps."""
-    steps: int = 96
+    steps: Count = 96
     """Steps of a round of the padding; 0: leave it out."""
-    data: str | None = None
+    data: Wheres | None = None
     """Rows for the padding, in any form that finetune.sentiment reads. Default: drawn, with lengths like SST's."""
-    tokenizer: str = "gpt2"
+    tokenizer: Where = "gpt2"
     """Their tokenizer: gpt2, a folder, or a tokenizer.json."""
-    minutes: float = 40
+    minutes: Positive = 40
     """Time for all of it; each part goes on with its turns for its share, at least three."""
     quick: bool = False
     """A tiny shape and few turns: does it work at all?"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure."""
-    json: str | None = None
+    json: Where | None = None
     """Write the figures into this file, and the tables beside it as .md."""
 
 
@@ -137,7 +138,7 @@ def draw_rows(file: Path, lengths: np.ndarray, seed: int) -> None:
     draw = np.random.default_rng(seed)
     texts = ("".join(draw.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in lengths)
     rows = (json.dumps({"text": text, "label": LABELS[i % len(LABELS)]}) for i, text in enumerate(texts))
-    file.write_text("\n".join(rows) + "\n")
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def prepare(shape: Shape, folder: str) -> None:
@@ -311,7 +312,7 @@ def forget_peak(device: str) -> None:
         return
     trim()
     with contextlib.suppress(OSError):  # not everywhere allowed: then the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -523,8 +524,8 @@ def write(record: dict[str, Any], file: str | None) -> None:
     if file:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(report(record))
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(report(record), encoding="utf-8")
 
 
 # --- what is asked for
@@ -584,6 +585,7 @@ def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     if options.quick:
         options = dataclasses.replace(options, shape="micro", steps=min(options.steps, 8), minutes=0.1)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import DecodeConfig, GPTConfig, UserError, nearest
+from config import Count, DecodeConfig, GPTConfig, UserError, Where, nearest
+from console import outlive
 
 if TYPE_CHECKING:
     import torch
@@ -54,15 +55,15 @@ class Options:
     """Prompts generated together, comma-separated."""
     decode: str = ",".join(STRATEGIES)
     """Ways of decoding, comma-separated."""
-    new_tokens: int = 128
+    new_tokens: Count = 128
     """Tokens added to each prompt."""
-    repetitions: int = 5
+    repetitions: Count = 5
     """Turns of each; one for the search without a cache."""
     quick: bool = False
     """A tiny shape, few tokens, two turns: does it work at all?"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for decoding-DEVICE.json and decoding-DEVICE.md."""
 
 
@@ -237,6 +238,7 @@ def words(given: str, among: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     if options.quick:
         options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
     shapes = words(options.shape, SHAPES)
@@ -264,8 +266,8 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, versions=versions, options=dataclasses.asdict(options), rows=rows)
-    (out / f"decoding-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / f"decoding-{device.type}.md").write_text(table(rows, title))
+    (out / f"decoding-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"decoding-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
     print(table(rows, title))
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import markdown
+from config import Positive, Where
 from files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
@@ -47,15 +48,15 @@ class Options:
 
     only: str | None = None
     """Parts or groups of parts, comma-separated. Default: all."""
-    minutes: float = 9.0
+    minutes: Positive = 9.0
     """Time of this call; the next call goes on."""
     again: bool = False
     """Run also what was done before, from its beginning."""
     rehearse: bool = False
     """Run every part's command tiny on the CPU, to see that it works; measures nothing."""
-    out: str = "benchmarks/results/gpu"
+    out: Where = "benchmarks/results/gpu"
     """Folder for gpu-check.json, gpu-check.md and gpu-check.log."""
-    cache: str | None = None
+    cache: Where | None = None
     """Folder for what is compiled and what parts write, gigabytes. Default: cache in --out."""
 
 
@@ -230,7 +231,7 @@ class Check:
         self.lock = threading.Lock()
         for folder in (self.out, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
-        (self.cache / ".gitignore").write_text("*\n")
+        (self.cache / ".gitignore").write_text("*\n", encoding="utf-8")
         self.records = self._earlier()
 
     def _earlier(self) -> dict[str, Any]:
@@ -301,13 +302,13 @@ class Check:
         began = time.monotonic()
         code = self._execute(command, part, folder / "log.txt", limit)
         seconds = round(time.monotonic() - began, 1)
-        output = (folder / "log.txt").read_text(errors="replace")
+        output = (folder / "log.txt").read_text(errors="replace", encoding="utf-8")
         result = "timed out" if code is None else "failed" if code else "done"
         if result == "done" and part.unfinished and part.unfinished in output:
             result = "timed out"
         tail = output[-TAIL:]
         print(f"{part.name}: {result} after {seconds:.0f} s" + ("" if result == "done" else f"\n{tail}"), flush=True)
-        with self.lock, (self.out / f"{self.stem}.log").open("a") as log:
+        with self.lock, (self.out / f"{self.stem}.log").open("a", encoding="utf-8") as log:
             log.write(f"==== {part.name}: {result} after {seconds:.0f} s: {shlex.join(command)}\n{output}\n")
         return record_of(part, result, tail, json_files(folder)) | {
             "command": shlex.join(command),
@@ -319,7 +320,7 @@ class Check:
 
     def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
         """Run a command with its output in `log`; its exit code, or None where its time was up and it was ended."""
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 command, cwd=REPO, env=self._environment(part), stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
@@ -349,7 +350,7 @@ class Check:
         result = self.facts | {"parts": list(self.records.values())}
         for folder in (self.out, self.cache):
             write_json(folder / f"{self.stem}.json", result)
-        (self.out / f"{self.stem}.md").write_text(self.table())
+        (self.out / f"{self.stem}.md").write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
         """One row a part, with the last line of what it printed."""
@@ -407,7 +408,7 @@ def restore(folder: Path, files: dict[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """None where there is none that is whole: who writes it may have been killed."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -451,9 +452,11 @@ def main() -> int:
     from benchmarks.stages import engine_hash
     from cli import parse
     from config import UserError
+    from console import outlive
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
+    outlive()
     parts = asked_for(options.only, all_parts())
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError("torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU")

@@ -32,7 +32,7 @@ from unittest import mock
 from benchmarks import machine
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import TrainConfig, UserError, nearest
+from config import Few, TrainConfig, UserError, Where, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,13 @@ TENSOR_CORES = ("tcgen05.mma", "wgmma", "mma.sync")  # PTX's instructions
 class Options:
     """Options of the proof."""
 
-    archs: tuple[int, ...] = tuple(ARCHS)
+    archs: tuple[Few, ...] = tuple(ARCHS)
     """Architectures: 75 (T4), 80 (A100), 86 (RTX 3090), 89 (RTX 4090), 90 (H100, H200), 100 (B200), 120 (RTX 5090)."""
     kernels: tuple[str, ...] = ()
     """Kernels to compile. Default: all."""
     quick: bool = False
     """bf16 alone, heads of 64 and 128 with documents, one width."""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for gpu-proof.json and gpu-proof.md."""
 
 
@@ -456,8 +456,8 @@ def write(folder: Path, rows: list[Row], archs: list[int], facts: dict[str, Any]
     head = json.dumps(facts | {"columns": columns})[:-1]
     body = ",\n".join(json.dumps(list(dataclasses.astuple(row))) for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu-proof.json").write_text(f'{head}, "rows": [\n{body}\n]}}\n')
-    (folder / "gpu-proof.md").write_text(text)
+    (folder / "gpu-proof.json").write_text(f'{head}, "rows": [\n{body}\n]}}\n', encoding="utf-8")
+    (folder / "gpu-proof.md").write_text(text, encoding="utf-8")
     return text
 
 

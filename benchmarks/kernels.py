@@ -42,7 +42,8 @@ from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import GPTConfig, UserError, nearest
+from config import GPTConfig, UserError, Where, nearest
+from console import outlive
 from kernels import _card
 from kernels._triton import missing
 from memory import resident_bytes, set_allocator
@@ -69,7 +70,7 @@ class Options:
     """Operations to measure. Default: all."""
     quick: bool = False
     """Tiny shapes, two turns, nothing compiled: does it work at all?"""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for kernels-DEVICE.json and kernels-DEVICE.md."""
 
 
@@ -517,7 +518,7 @@ def peak_memory(contender: Contender) -> int | None:
         return None
     trim(0)  # gives back what is free, so that it counts again when it is used
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     except OSError:
         return None
     before = resident_bytes()
@@ -675,8 +676,8 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
     )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"kernels-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -708,6 +709,7 @@ def here(device: torch.device, quick: bool) -> Place:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     for name in options.only:
         if name not in OPERATIONS:
             raise UserError(f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}")

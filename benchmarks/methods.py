@@ -38,7 +38,8 @@ from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, end, last_error, say, start
 from cli import entry_point, parse
-from config import UserError, nearest
+from config import Count, CountOrNone, Few, Positive, Rate, Seed, UserError, Where, Wheres, nearest
+from console import outlive
 from files import write_json
 from runlog import time_text
 
@@ -60,39 +61,39 @@ class Options:
 
     task: str = "sonnets"
     """A module of finetune/."""
-    init: str = "gpt2"
+    init: Where = "gpt2"
     """The base: a hub id, or a folder as in the task's own --init."""
-    data: str | None = None
+    data: Wheres | None = None
     """Rows to train on, as in the task. Default: the task's toy rows."""
-    val_data: str | None = None
+    val_data: Wheres | None = None
     """Rows to choose and score by, as in the task; decodings answer these."""
-    out: str | None = None
+    out: Where | None = None
     """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
-    budget_minutes: float | None = None
+    budget_minutes: Positive | None = None
     """Time for all of it; what it leaves out, the same command adds. Default: no limit."""
-    seeds: tuple[int, ...] = (11711, 11712, 11713)
+    seeds: tuple[Seed, ...] = (11711, 11712, 11713)
     """The first for all methods, the others for the best."""
-    best: int = 5
+    best: Few = 5
     """Methods that are run with every seed."""
     only: str = ""
     """Methods and decodings to run, by name, comma-separated."""
-    epochs: int | None = None
+    epochs: CountOrNone | None = None
     """Passes over the rows. Default: the task's."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows in a step. Default: the task's."""
-    lr: float | None = None
+    lr: Rate | None = None
     """Peak rate of full fine-tuning, of which each method has its multiple. Default: the task's, thrice for small bases."""
     search: bool = False
     """Try each method with the first seed at several rates and lengths; the tables hold the best of each."""
-    search_rates: tuple[float, ...] = RATES
+    search_rates: tuple[Positive, ...] = RATES
     """Rates to try, in multiples of a method's own."""
-    search_epochs: tuple[int, ...] = ()
+    search_epochs: tuple[CountOrNone, ...] = ()
     """Lengths to try, in passes over the rows. Default: that of --epochs alone."""
-    augment: str | None = None
+    augment: Wheres | None = None
     """More training rows for the method full+augment, of tasks with labels."""
     also: tuple[str, ...] = ()
     """Other tasks, each TASK:WEIGHT, for the method full+also, of tasks with labels."""
-    also_data: tuple[str, ...] = ()
+    also_data: tuple[Wheres, ...] = ()
     """Their training rows. Default: their toy rows."""
     words: tuple[str, ...] = ()
     """The labels' words, for methods whose language model answers with them. Default: the task's."""
@@ -139,7 +140,7 @@ def base_facts(init: str) -> dict[str, Any]:
     if card.is_file():
         base["card"] = dict(re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE))
     if folder.name == "final" and results.is_file():
-        base["results"] = json.loads(results.read_text())
+        base["results"] = json.loads(results.read_text(encoding="utf-8"))
     return base
 
 
@@ -162,7 +163,7 @@ def execute(words: Sequence[str], output: Path, until: float) -> None:
     if code < 0:
         raise Failed(f"killed by {signal.Signals(-code).name}")
     if code:
-        raise Failed(last_error(output.read_text(errors="replace"), code))
+        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
 
 
 def attempt(bench: Bench, cell: Cell) -> str:
@@ -249,7 +250,7 @@ def board(bench: Bench, height: int) -> Table:
 def progress_of(run: Path) -> str:
     """Of a run that goes on: steps done and to do."""
     try:
-        steps = json.loads((run / "config.json").read_text())["steps"]
+        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
         done = max(line["step"] for line in records(run) if line["kind"] == "train")
     except (OSError, ValueError, UserError):
         return "running"
@@ -416,6 +417,7 @@ def check(options: Options) -> None:
 def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
+    outlive()
     check(options)
     seen = elsewhere(look, options.task, options.init, options.device)
     until = began + 60 * (options.budget_minutes or math.inf) - WRITING
@@ -431,7 +433,7 @@ def main() -> int:
         compare(bench, lambda: write_report(bench, about))
     finally:  # an interrupted comparison leaves what it has
         text = write_report(bench, about)
-        draw(json.loads((bench.folder / "methods.json").read_text()), bench.folder / "methods.png")
+        draw(json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")), bench.folder / "methods.png")
     print(text)
     for cell, reason in bench.failed.items():
         say(f"{cell.label} failed: {reason}")
@@ -445,7 +447,7 @@ def make_folders(folder: Path) -> None:
     try:
         for part in ("runs", "decodings"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-            (folder / part / ".gitignore").write_text("*\n")
+            (folder / part / ".gitignore").write_text("*\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
 

@@ -133,7 +133,7 @@ class Cell:
             return None
         if self.kind == "methods":
             return figures_of(self.path)
-        return {"metrics": json.loads(self.path.with_suffix(".scores.json").read_text())}
+        return {"metrics": json.loads(self.path.with_suffix(".scores.json").read_text(encoding="utf-8"))}
 
 
 # --- all of them
@@ -274,6 +274,6 @@ def setting(options: Mapping[str, Any]) -> str:
 def wall_of(cell: Cell) -> float | None:
     """Seconds that the process of a done cell took, where this command has noted them."""
     try:
-        return json.loads(cell.note.read_text())["wall_seconds"]
+        return json.loads(cell.note.read_text(encoding="utf-8"))["wall_seconds"]
     except (OSError, ValueError, KeyError):
         return None

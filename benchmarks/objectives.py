@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.table import markdown
 from cli import entry_point, parse
-from config import PRESETS, GPTConfig, Preset
+from config import PRESETS, Count, GPTConfig, Preset, Where
+from console import outlive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +37,15 @@ class Options:
     """Size of the model."""
     vocab: str = "8192,50257"
     """Vocabularies, comma-separated."""
-    seq_len: int = 256
+    seq_len: Count = 256
     """Tokens of a row."""
-    batch: int = 8
+    batch: Count = 8
     """Rows of a step."""
-    repetitions: int = 7
+    repetitions: Count = 7
     """Turns of each; the loop has two at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure, in fp32 on a CPU and under bf16 autocast on a GPU."""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for objectives-DEVICE.json and objectives-DEVICE.md."""
 
 
@@ -140,6 +141,7 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     import torch
 
     import distributed
@@ -160,8 +162,8 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, options=dataclasses.asdict(options), rows=rows)
-    (out / f"objectives-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / f"objectives-{device.type}.md").write_text(table(rows, title))
+    (out / f"objectives-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"objectives-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
     print(table(rows, title))
 
 

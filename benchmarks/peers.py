@@ -31,7 +31,8 @@ from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, S
 from benchmarks.machine import elsewhere, facts, product_ceiling
 from benchmarks.peers_report import assessed, rates, report
 from cli import entry_point, parse
-from config import UserError, nearest
+from config import Positive, UserError, Where, nearest
+from console import outlive
 from runlog import bytes_text, peak_flops
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
@@ -54,13 +55,13 @@ class Options:
     """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 where it is native, else fp32."""
     against: str | None = None
     """Contenders, comma-separated. Default: all that the device has."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Time for the turns of each contender. Default: 45 on a CPU, 15 on a GPU."""
     quick: bool = False
     """A tiny shape and two turns each: does it work at all?"""
     resume: bool = False
     """Keep what --out has of this machine, with these versions, and measure what it lacks."""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for peers-DEVICE.json and peers-DEVICE.md."""
 
 
@@ -345,15 +346,15 @@ def write(folder: Path, facts: dict[str, Any], cases: list[dict[str, Any]]) -> s
     text = report(facts, cases)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"peers-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
 
 def earlier(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """The cases that `folder` has of this machine with these versions."""
     try:
-        before = json.loads((folder / f"peers-{now['device']}.json").read_text())
+        before = json.loads((folder / f"peers-{now['device']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     same = all(before.get(key) == now[key] for key in ("hardware", "driver", "versions", "settings"))
@@ -397,6 +398,7 @@ def begun(
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     now = elsewhere(facts, options.device)
     now |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     device, out = now["device"], Path(options.out)

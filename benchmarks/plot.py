@@ -6,7 +6,6 @@ going on. Thin lines are the steps as logged, thick ones a running median over a
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cli import entry_point, parse
-from config import UserError
+from config import UserError, Where
+from console import outlive
+from runlog import numbers, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +47,9 @@ STYLE = {
 class Options:
     """Options of the picture."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Where, ...], tyro.conf.Positional] = ()
     """Folders of runs, each with a log.jsonl."""
-    out: str = "runs.png"
+    out: Where = "runs.png"
     """The PNG to write."""
     x: Literal["tokens", "steps"] = "tokens"
     """What is along the x axis."""
@@ -72,24 +73,16 @@ def records(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError without a log."""
     path = folder / "log.jsonl"
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         raise UserError(f"{folder} is not the folder of a run: it has no log.jsonl that can be read") from None
-    found = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return [record for _, record in read_log(text)]
 
 
 def curves(folder: Path, x: str, name: str) -> Curves:
     """UserError where no step has been logged yet."""
     log = records(folder)
-    steps = [r for r in log if r.get("kind") == "train"]
+    steps = [r for r in log if r["kind"] == "train" and r.get("step") and numbers([r], "tokens")]
     if not steps:
         raise UserError(f"{folder}/log.jsonl has no training step yet")
     at = {r["step"]: r["tokens" if x == "tokens" else "step"] for r in steps} | {0: 0}
@@ -97,7 +90,7 @@ def curves(folder: Path, x: str, name: str) -> Curves:
 
     def series(rows: list[dict[str, Any]], key: str) -> Series:
         # a number that was not finite is null in the log
-        return [(at[r["step"]], r[key]) for r in rows if r.get(key) is not None and r["step"] in at]
+        return [(at[r["step"]], r[key]) for r in rows if numbers([r], key) and r.get("step") in at]
 
     return Curves(
         name, series(steps, "loss"), series(evals, "val_loss"), series(steps, "tokens_per_second"),
@@ -205,7 +198,8 @@ def short_number(value: float) -> str:
 
 
 def main() -> None:
-    options = parse(Options, sys.argv[1:], {"runs": ()})
+    options = parse(Options, sys.argv[1:])
+    outlive()
     if not options.runs:
         raise UserError("which runs? python -m benchmarks.plot runs/A [runs/B ...]")
     folders, out = [Path(run) for run in options.runs], Path(options.out)

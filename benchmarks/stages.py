@@ -34,7 +34,8 @@ from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_ro
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from cli import entry_point, parse
-from config import PRESETS, Preset, UserError, nearest
+from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
+from console import outlive
 from files import write_json
 from runlog import peak_flops, time_text
 
@@ -57,25 +58,25 @@ class Options:
     """Where to measure."""
     quick: bool = False
     """A small shape (mini, where the preset is larger) and short sequences."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Time for all of it; what it leaves out, the same command adds. Default: 10 on a GPU or with --quick, else none."""
-    rounds: int = 3
+    rounds: Count = 3
     """Repetitions of the ladder, as far as the time allows."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps of a run. Default: what the time allows."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere; with --quick 256 and 128."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows; elsewhere 4, quick 8."""
-    ranks: int | None = None
+    ranks: Few | None = None
     """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the stage ddp)."""
     only: str = ""
     """Stages to run, by name, comma-separated; scaling is one of them."""
-    data: str = "stdlib"
+    data: Wheres = "stdlib"
     """Tokens to train on, as in train_gpt2.py: folders of shards too."""
-    tokenizer: str | None = None
+    tokenizer: Where | None = None
     """As in train_gpt2.py. Default: the data's own; for stdlib one of GPT-2's size, trained on this machine's Python."""
-    out: str = "runs/stages"
+    out: Where = "runs/stages"
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
 
@@ -104,7 +105,7 @@ class Bench:
     def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
         """What was measured of just this run before, or None."""
         try:
-            record = json.loads(self.path(name, number).with_suffix(".json").read_text())
+            record = json.loads(self.path(name, number).with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return record if record["settings"] == as_json(settings) else None
@@ -316,7 +317,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
 def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
     """Raises UserError where it is not of this identity."""
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8"))
         then, plan = stored["identity"], Plan(**stored["plan"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not of a ladder; choose another --out") from None
@@ -359,7 +360,9 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     }
     known = [name for name, found in records.items() if found or only is None or name in only]
     rungs = ladder(machine, known, bench.failed)  # what a stage is measured against is among these
-    measured = [json.loads(path.read_text()) for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))]
+    measured = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
+    ]
     ceilings = {name: statistics.median(of[name] for of in measured) for name in (measured[0] if measured else ())}
     sheet = {name: peak_flops(machine.name, name) if machine.device == "cuda" else None for name in ceilings}
     points: dict[tuple[int, int], tuple[list[dict[str, Any]], dict[str, Any] | None]] = {
@@ -374,7 +377,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     }  # fmt: skip
     text = text_of(result, plan, machine)
     write_json(bench.folder / "stages.json", result)
-    (bench.folder / "stages.md").write_text(text)
+    (bench.folder / "stages.md").write_text(text, encoding="utf-8")
     if importlib.util.find_spec("matplotlib"):
         draw(result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png")
     else:
@@ -411,7 +414,7 @@ def make_folder(folder: Path) -> None:
     for name in ("cache", "runs"):
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / ".gitignore").write_text("*\n")
+            (folder / name / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {folder}: {error.strerror}") from None
     for name in ("TORCHINDUCTOR", "TRITON"):
@@ -430,6 +433,7 @@ def ended(bench: Bench) -> int:
 def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
+    outlive()
     check(options)
     only = asked_stages(options.only)
     machine = elsewhere(look, options.device, options.ranks)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ladder import Plan, Settings
+from runlog import read_log
 
 ENGINE = Path(__file__).resolve().parent.parent
 SEED = 1337
@@ -58,7 +59,7 @@ class TimeUp(Exception):
 
 def start(words: Sequence[str], output: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
     """Start a command in a session of its own, on some of the cores or all, its output in a file."""
-    with output.open("w") as file, on_cores(cores):
+    with output.open("w", encoding="utf-8") as file, on_cores(cores):
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
 
 
@@ -93,7 +94,7 @@ def execute(words: Sequence[str], output: Path, until: float, cores: int | None 
     finally:
         end(process)
     if code:
-        raise Failed(last_error(output.read_text(errors="replace"), code))
+        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
 
 
 def last_error(output: str, code: int) -> str:
@@ -106,7 +107,7 @@ def last_error(output: str, code: int) -> str:
 
 def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
     """What a finished run's log, and its trace where it has one, say; without the first steps."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [record for _, record in read_log((run / "log.jsonl").read_text(encoding="utf-8"))]
     steps = [line for line in log if line["kind"] == "train"]
     figures: dict[str, Any] = {
         "step_ms": [step["step_ms"] for step in steps[warm_up:]],
@@ -117,7 +118,7 @@ def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
     }
     trace = run / "profile" / "trace.json"
     if trace.exists():
-        figures["communication"] = communication_share(json.loads(trace.read_text())["traceEvents"])
+        figures["communication"] = communication_share(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
     return figures
 
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import entry_point, parse
-from config import UserError
+from config import Count, Few, UserError, Where, Wheres
+from console import outlive
 
 DOCUMENT = 4000  # characters, about
 
@@ -27,13 +28,13 @@ DOCUMENT = 4000  # characters, about
 class Options:
     """Options of the comparison."""
 
-    input: str | None = None
+    input: Wheres | None = None
     """Text files, folders or globs, separated by commas."""
-    workers: int | None = None
+    workers: Few | None = None
     """Processes, and threads of tiktoken. Default: one for each core."""
-    repetitions: int = 3
+    repetitions: Count = 3
     """Turns of each."""
-    out: str = "benchmarks/results"
+    out: Where = "benchmarks/results"
     """Folder for tokenizing.json."""
 
 
@@ -64,6 +65,7 @@ def prepare(parquet: Path, workers: int) -> float:
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
+    outlive()
     if not options.input:
         raise UserError("no text is named; type --input FILES")
     import pyarrow
@@ -94,7 +96,7 @@ def main() -> None:
         "seconds": seconds, "tokens_per_second": rates, "ratio": statistics.median(ratios),
     }  # fmt: skip
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    (Path(options.out) / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n")
+    (Path(options.out) / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, rate in rates.items():
         print(f"{name:<16}{rate:>12,.0f} tokens/s")
     print(f"ratio {record['ratio']:.2f} (slowest to fastest {ratios[0]:.2f} to {ratios[-1]:.2f}), {tokens:,} tokens")

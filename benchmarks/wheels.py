@@ -99,7 +99,7 @@ def download(folder: Path, python: str) -> None:
         "implementation_name": "cpython",
         "os_name": "posix",
     }
-    lock = dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
+    lock = dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(encoding="utf-8"), re.MULTILINE))
     todo, seen = {canonicalize_name(need.name): need for need in map(Requirement, WANTED)}, set()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as new:

@@ -20,6 +20,7 @@ from checkpoint import locate
 from classification import EXACT, Classification, as_lstm
 from cli import parse
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
+from console import outlive
 from distributed import memory_bytes, recorded
 from files import writable_file, write_json
 from finetuning import Finetuning
@@ -36,6 +37,8 @@ def command(task: Finetuning) -> int:
 
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
     assert isinstance(cfg, FinetuneConfig)
+    if not cfg.dry_run:
+        outlive()
     trains = bool(cfg.epochs or cfg.steps)
     if isinstance(task, Classification):
         assert isinstance(cfg, ClassificationConfig)
@@ -146,7 +149,7 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     costs = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
              "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
     write_json(folder / "metrics.json", figures | {"eval_precision": about["eval_precision"]} | costs)
-    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n")
+    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8")
     if cfg.predict:
         answers.parent.mkdir(parents=True, exist_ok=True)
         if scores := answer(task.rows_to_answer(cfg, print), answers):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cli import entry_point
-from config import GenerationConfig
+from config import CountOrNone, GenerationConfig
 from finetune import command
 from generation import Example, Generation, Parts
 from rows import Row
@@ -26,7 +26,7 @@ class TextConfig(GenerationConfig):
     """Each line of a text file is a row, rather than each document."""
     text_column: str | None = None
     """Column of the text. Default: text, document, sentence or content."""
-    eval_rows: int = 0
+    eval_rows: CountOrNone = 0
     """Validation texts to decode in an evaluation: they have no score, so none."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -551,3 +552,37 @@ def test_an_ensemble_holds_texts_of_each_kind(model: GPT, monkeypatch) -> None:
         assert all(text in texts for text, texts in zip(alone, seen))
     samples = [tuple(text) for texts in seen for text in texts[:4]]
     assert len(set(samples)) == len(samples) and all(len(texts) == 7 for texts in seen)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-39, 1e-20, 1e30])
+@pytest.mark.parametrize("top_p", [5e-324, 1.0])
+def test_an_extreme_temperature_is_greedy_or_uniform(temperature: float, top_p: float) -> None:
+    from decoding import soften
+
+    logits = torch.tensor([[-50.0, 3.0, -torch.inf, 2.9999, 0.0]])
+    probs = truncate(soften(logits, temperature), 0, top_p).softmax(-1)[0]
+    assert probs.isfinite().all() and probs[2] == 0
+    greedy = [0.0, 1.0, 0.0, 0.0, 0.0]
+    if temperature < 1 or top_p < 1:
+        greedy = [0.0, 1.0, 0.0, 0.0, 0.0] if temperature < 1 else [1.0, 0.0, 0.0, 0.0, 0.0]
+        assert probs.tolist() == greedy or probs.amax() == 1
+    else:
+        assert probs.tolist() == pytest.approx([0.25, 0.25, 0, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.0])
+def test_length_penalty_orders_as_the_quotient_does(penalty: float) -> None:
+    from search import by_length
+
+    draw = random.Random(0)
+    texts = [(-draw.uniform(0.01, 300), draw.randint(1, 200)) for _ in range(300)]
+    by_quotient = sorted(texts, key=lambda text: text[0] / text[1] ** penalty)
+    assert sorted(texts, key=lambda text: by_length(*text, penalty)) == by_quotient
+
+
+@pytest.mark.parametrize("penalty", [1000.0, 1e6])
+def test_a_huge_length_penalty_prefers_the_longest(penalty: float) -> None:
+    from search import by_length
+
+    assert by_length(-500.0, 90, penalty) > by_length(-0.1, 89, penalty) > by_length(-0.2, 89, penalty)
+    assert by_length(0.0, 1, penalty) > by_length(-1e-9, 1000, penalty)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 
 from cli import entry_point, parse
-from config import UserError, nearest
+from config import Count, Few, UserError, Where, nearest
+from console import outlive
 from corpus import records_of
 from distributed import choose_device
 from files import TEMPORARY, flush
@@ -41,29 +42,24 @@ Translate = Callable[[Sequence[str]], list[str | None]]  # None of a text that i
 class BacktranslateConfig:
     """Translate the texts of --data with the model --to, and what comes of it with the model --back."""
 
-    data: str = ""
+    data: Where = ""
     """The file of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
-    to: str = "Helsinki-NLP/opus-mt-en-de"
+    to: Where = "Helsinki-NLP/opus-mt-en-de"
     """Translation model from the language of the texts, from one language to one other: a hub id or a folder."""
-    back: str = "Helsinki-NLP/opus-mt-de-en"
+    back: Where = "Helsinki-NLP/opus-mt-de-en"
     """The model for the way back."""
-    out: str = ""
+    out: Where = ""
     """File to write: .jsonl, the columns of --data."""
     columns: tuple[str, ...] = ()
     """Columns to translate. Default: those with a usual name of a text."""
-    beams: int = 1
+    beams: Few = 1
     """Translations that beam search keeps; 1: always the likeliest next token."""
-    max_tokens: int = 256
+    max_tokens: Count = 256
     """Longest text and longest translation. Rows with a longer one are left out: half a text may have another label."""
-    batch_tokens: int = 4096
+    batch_tokens: Count = 4096
     """Tokens in a batch: fewer need less memory."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-
-    def __post_init__(self) -> None:
-        for name in ("beams", "max_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
 
 
 # --- the rows
@@ -249,6 +245,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     cfg = parse(BacktranslateConfig, sys.argv[1:])
+    outlive()
     if not cfg.data:
         raise UserError("--data FILE is missing: the rows to translate")
     out = check_out(cfg.out, [cfg.data])

@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
-from config import UserError
+from config import Seed, UserError, Where
 from confusion import paired_test
 from files import write_json
 from finetune.tools import check_out, read_predictions, show_table
@@ -22,11 +22,11 @@ from finetune.tools import check_out, read_predictions, show_table
 class CompareConfig:
     """Compare the predictions of two runs, A and B, of the same rows with their true labels."""
 
-    files: Annotated[Positional[tuple[str, ...]], arg(metavar="A B")] = ()
+    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="A B")] = ()
     """Two files of predictions: a run's validation.jsonl, or its predictions.jsonl where the labels are known."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Of the resamples that the intervals come from."""
-    json: str | None = None
+    json: Where | None = None
     """Write the figures to this file too."""
 
 
@@ -40,10 +40,10 @@ def main() -> None:
     if not known.any():
         raise UserError(f"{first.where} has no row with its true label; there is nothing to compare by")
     found = paired_test(first.true[known], first.predicted[known], second.predicted[known], cfg.seed)
-    show(cfg.files, (first.scores(), second.scores()), found)
     if out:
         scores = [dict(zip(("accuracy", "macro_f1"), run.scores())) for run in (first, second)]
         write_json(out, {"files": cfg.files, "scores": scores, "seed": cfg.seed} | found)
+    show(cfg.files, (first.scores(), second.scores()), found)
 
 
 def show(files: tuple[str, ...], scores: tuple[tuple[float, float], ...], found: dict) -> None:

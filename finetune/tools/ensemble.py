@@ -17,7 +17,8 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
-from config import UserError
+from config import UserError, Weight, Where
+from console import outlive
 from finetune.tools import UNKNOWN, Predictions, check_out, read_predictions, show_table
 
 How = Literal["mean", "geometric", "vote"]
@@ -27,14 +28,14 @@ How = Literal["mean", "geometric", "vote"]
 class EnsembleConfig:
     """Combine the predictions of several runs of the same rows."""
 
-    files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE")] = ()
+    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="FILE")] = ()
     """Two or more files of predictions: the runs' validation.jsonl, or their predictions.jsonl."""
-    out: str = ""
+    out: Where = ""
     """File of the ensemble's predictions, in the same form."""
     how: How = "mean"
     """mean: of the probabilities; geometric: of their logarithms, where one that is sure counts for more; vote: the
     label that most runs predict, of as many the likelier one; a label's probability is then its share of the votes."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Weight, ...] = ()
     """Weight of each run, in the order of the files. Default: all alike."""
 
 
@@ -66,6 +67,7 @@ def write(path: Path, run: Predictions, probabilities: np.ndarray, predicted: np
 
 def main() -> None:
     cfg = parse(EnsembleConfig, sys.argv[1:])
+    outlive()
     if len(cfg.files) < 2:
         raise UserError(
             "an ensemble has two members or more; type python -m finetune.tools.ensemble A.jsonl B.jsonl --out FILE"

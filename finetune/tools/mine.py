@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import entry_point, parse
-from config import UserError
+from config import Share, UserError, Where, Wheres
+from console import outlive
 from finetune.tools import check_out, show_table
 from labels import is_unknown, label_name
 from metrics import words
@@ -31,11 +32,11 @@ SHOWN = 3  # of the hardest of a kind
 class MineConfig:
     """Write the hardest rows of a file of pairs: those alike with few words in common, and the others with many."""
 
-    data: str = ""
+    data: Wheres = ""
     """Files of pairs with labels, as for training."""
-    out: str = ""
+    out: Where = ""
     """File to write: csv with the columns sentence1, sentence2 and label."""
-    share: float = 0.2
+    share: Share = 0.2
     """Share of the rows of each of the two kinds to take."""
     alike: tuple[str, ...] = ("1", "entailment")
     """Labels that say the two texts mean the same, or the second follows. 1 is 1.0 too; for RTE's numbers type 0."""
@@ -74,6 +75,7 @@ def hardest(name: str, rows: Sequence[Row], numbers: Sequence[int], alike: bool,
 
 def main() -> None:
     cfg = parse(MineConfig, sys.argv[1:])
+    outlive()
     if not cfg.data:
         raise UserError("--data FILE is missing: the pairs to choose from")
     if not 0 < cfg.share <= 1:

@@ -1,0 +1,130 @@
+"""No print ends a run: standard streams that are full, closed, left by their reader, or lack characters."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from launch import log_of, receive, small, start, write_inputs
+
+from runlog import kept_lines, numbers, read_log
+
+PROGRAM = """
+import sys, time
+from cli import entry_point
+from console import outlive
+def main():
+    if sys.argv[1] == "run":
+        outlive()
+    for i in range(3000):
+        print("line", i, "한글 é \\udcff", flush=True)
+    print("end", file=sys.stderr)
+    open(sys.argv[2], "w").close()
+entry_point(main)
+"""
+
+
+def program(tmp_path: Path, kind: str, redirect: str, **env: str) -> tuple[int, str, bool]:
+    """Exit code, standard error, and whether PROGRAM came to its end; `redirect` is the shell's."""
+    (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
+    words = f"{sys.executable} p.py {kind} reached {redirect}; exit ${{PIPESTATUS[0]}}"
+    whole = os.environ | {"PYTHONPATH": str(REPO)} | env
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=whole, capture_output=True, timeout=60)
+    return done.returncode, done.stderr.decode(errors="replace"), (tmp_path / "reached").exists()
+
+
+BROKEN = ["| head -2", ">/dev/full", ">&-", ">/dev/full 2>&1", ">&- 2>&-", "2>/dev/full >&2", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("redirect", BROKEN)
+def test_a_run_goes_on_without_its_console(tmp_path: Path, redirect: str) -> None:
+    code, err, reached = program(tmp_path, "run", redirect)
+    assert code == 0 and reached
+    if "2" not in redirect.replace("-2", "") and "&2" not in redirect:
+        assert [line[:25] for line in err.splitlines()] == ["warning: standard output ", "end"]
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-", ">/dev/full 2>&-"])
+def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path, redirect: str) -> None:
+    code, err, reached = program(tmp_path, "result", redirect)
+    assert code == 2 and not reached
+    assert "2>" in redirect or (err.startswith("error: standard output cannot be written") and err.count("\n") == 1)
+
+
+def test_a_reader_that_has_enough_ends_a_result_quietly(tmp_path: Path) -> None:
+    code, err, reached = program(tmp_path, "result", "| head -2")
+    assert (code, err, reached) == (0, "", False)
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "latin-1", "ascii", "ascii:strict", "utf-8:strict", "utf-8:replace"])
+def test_characters_that_an_encoding_lacks_are_escaped(tmp_path: Path, encoding: str) -> None:
+    code, err, reached = program(tmp_path, "result", "> out", PYTHONIOENCODING=encoding)
+    assert (code, err, reached) == (0, "end\n", True)
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    assert len(lines) == 3000
+    assert all((b"\\udcff" in line) != encoding.endswith(":replace") for line in lines)
+
+
+def test_a_pipe_that_does_not_block_gets_every_line(tmp_path: Path) -> None:
+    slow = "| (sleep 0.5; cat > out)"
+    blocking = "import os,sys; os.set_blocking(1, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
+    words = f"{sys.executable} -c '{blocking}' p.py result reached {slow}; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out").read_bytes().splitlines()) == 3000
+
+
+def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    words = " ".join(small("--steps", "6", "--sample-every", "2", "--prompts", "한글"))
+    command = f"{sys.executable} {REPO}/train_gpt2.py {words} | head -3; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 3
+    assert "warning: standard output cannot be written (Broken pipe)" in done.stderr
+    assert len(log_of(tmp_path / "run", "train")) == 6
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 6
+    (warning,) = [w for w in log_of(tmp_path / "run", "warning") if "standard output" in w["text"]]
+    assert "Broken pipe" in warning["text"]
+
+
+def hang_up() -> None:
+    receive("micro-batch", 10, (signal.SIGHUP,))
+
+
+def test_a_terminal_that_closes_saves_the_run(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    (launched,) = start(tmp_path, small("--save-every", "100"), hang_up)
+    end = launched.end()
+    assert end.code == 128 + signal.SIGHUP
+    assert "its checkpoint is saved" in end.out
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+# --- a log with lines that are not ours
+
+FOREIGN = ["[]", "3", '"x"', "null", '{"kind": 5, "step": 1}', '{"step": 1}', '{"kind": "train", "step": "x"}',
+           '{"kind": "train", "step": 1e999}', '{"kind": "train", "step": true}', "\0\xff", "[" * 100_000, "9" * 5000,
+           '{"kind": "train", "step": -1}', '{"kind": "tr']  # fmt: skip
+
+
+def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
+    ours = [json.dumps({"kind": "train", "step": n, "loss": 1.0}) for n in (1, 2, 3)]
+    text = "\n".join([FOREIGN[0], ours[0], *FOREIGN[1:7], ours[1], *FOREIGN[7:], ours[2]])
+    assert [line for line, _ in read_log(text)] == ours
+    assert kept_lines(text, 2, ()) == [line + "\n" for line in ours[:2]]
+
+
+def test_only_finite_numbers_of_a_log_count() -> None:
+    values = [None, True, "5", [1], math.nan, math.inf, 10**400, 2.5, 3]
+    assert numbers([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]

@@ -1,0 +1,180 @@
+"""Every option of every command: its range and its path are beside its definition, and extremes are refused in a line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from conftest import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cli import parse
+from config import DecodeConfig, PathName, Range, UserError, check, check_decode, check_ranges, expand, marks
+
+TEXTS = {  # options of text that name no file or folder
+    "kernels", "without", "prompts", "words", "class_weights", "also", "dataset", "name", "split", "columns", "alike",
+    "only", "shape", "batch", "decode", "precision", "against", "vocab", "method", "task", "extra",
+}  # fmt: skip
+
+
+def kinds_of_options() -> list[Any]:
+    """The dataclass of each command: what its file gives to `parse`, and the `config` of each task."""
+    found: dict[str, type] = {}
+    folders = (REPO, REPO / "finetune", REPO / "finetune" / "tools", REPO / "benchmarks")
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "entry_point(" not in text or path.name == "cli.py":
+            continue
+        tree = ast.walk(ast.parse(text))
+        calls = [node for node in tree if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"]
+        names = {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
+        if not names and path.parent.name != "finetune":
+            continue
+        module = importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
+        kinds = [getattr(module, name) for name in names]
+        tasks = [value for value in vars(module).values() if isinstance(value, type) and "name" in vars(value)]
+        kinds += [task.config for task in tasks if hasattr(task, "config")]
+        found |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
+    return list(found.values())
+
+
+KINDS = kinds_of_options()
+
+
+def scalars(hint: Any) -> set[type]:
+    return {hint} if not get_args(hint) else {kind for part in get_args(hint) for kind in scalars(part)}
+
+
+def numeric(kind: Any) -> dict[str, tuple[type, Range]]:
+    hints = get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        types = {t for t in scalars(hints[field.name]) if isinstance(t, type)}
+        if types & {int, float}:
+            (limits,) = [mark for mark in marks(kind)[field.name] if isinstance(mark, Range)]
+            found[field.name] = (float if float in types else int, limits)
+    return found
+
+
+def test_there_are_options_of_every_command() -> None:
+    names = {kind.__module__ for kind in KINDS}
+    assert {"config", "generate", "evaluate", "fineweb_prep", "finetune.qa", "benchmarks.stages"} <= names
+    assert len(KINDS) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_number_has_a_range_and_every_path_is_marked(kind: Any) -> None:
+    numeric(kind)  # raises where a number has no range, or two
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if str in scalars(hints[field.name]):
+            is_path = any(isinstance(mark, PathName) for mark in marks(kind)[field.name])
+            is_text = field.name in TEXTS or field.name.endswith("_column")
+            assert is_path != is_text, f"{field.name}: mark it as Where or Wheres, or name it in TEXTS"
+
+
+EXTREMES = st.sampled_from(
+    [0, -1, 1, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 5e-324, 1e-45, 1e308, 0.0, math.inf, -math.inf, math.nan]
+) | st.integers() | st.floats()  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from([kind for kind in KINDS if numeric(kind)]))
+    name = data.draw(st.sampled_from(sorted(numeric(kind))))
+    of, limits = numeric(kind)[name]
+    number = data.draw(EXTREMES)
+    word = f"--{name.replace('_', '-')}"
+    try:
+        value = of(number)
+        words = [f"{word}={value}"]
+    except (ValueError, OverflowError):
+        words = [f"{word}={number}"]
+    try:
+        cfg: Any = parse(kind, words)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    got = getattr(cfg, name)
+    assert all(limits.least <= one <= limits.most for one in (got if isinstance(got, tuple) else (got,)))
+    try:
+        if hasattr(cfg, "without"):
+            check(cfg)
+        elif isinstance(cfg, DecodeConfig):
+            check_decode(cfg)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_number_of_5000_digits_is_refused() -> None:
+    from config import TrainConfig
+
+    with pytest.raises(UserError):
+        parse(TrainConfig, ["--seed", "9" * 5000])
+
+
+def test_a_seed_beyond_64_bits_names_its_limit() -> None:
+    from config import TrainConfig
+
+    with pytest.raises(UserError, match="--seed is 18446744073709551616; it must be at most"):
+        parse(TrainConfig, ["--seed", "18446744073709551616"])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_defaults_lie_in_their_ranges(kind: Any) -> None:
+    check_ranges(kind())
+
+
+# --- ~
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_path_option_knows_the_home(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name, found in marks(kind).items():
+        path = next((mark for mark in found if isinstance(mark, PathName)), None)
+        positional = name in ("checkpoint", "files", "runs")
+        if path is None or positional:
+            continue
+        typed = "~/a b,~/c*.txt,./~,org/name" if path.many else "~/a,~b"
+        meant = "/home/someone/a b,/home/someone/c*.txt,./~,org/name" if path.many else "/home/someone/a,~b"
+        cfg = parse(kind, [f"--{name.replace('_', '-')}={typed}"])
+        got = getattr(cfg, name)
+        assert got == ((meant,) if isinstance(got, tuple) else meant)
+
+
+def test_the_home_is_known_in_config_files_and_positionals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from config import TrainConfig
+    from generate import GenerateConfig
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.json").write_text(
+        '{"out": "~/run", "data": "x.txt,~/y.txt", "prompts": ["~/kept"]}', encoding="utf-8"
+    )
+    for words in (["--config", "~/c.json"], ["--config=~/c.json"]):
+        cfg = parse(TrainConfig, words)
+        assert (cfg.out, cfg.data) == (f"{tmp_path}/run", f"x.txt,{tmp_path}/y.txt")
+        assert cfg.prompts == ("~/kept",)
+    assert parse(GenerateConfig, ["~/m", "~ is a tilde"]).checkpoint == f"{tmp_path}/m"
+    assert parse(GenerateConfig, ["~/m", "~ is a tilde"]).prompts == ("~ is a tilde",)
+
+
+def test_another_user_s_home_and_no_such_user() -> None:
+    assert expand("~root/x").endswith("/x") and not expand("~root/x").startswith("~")
+    assert expand("~no-such-user-here/x") == "~no-such-user-here/x"
+    assert expand("./~") == "./~" and expand("org/model") == "org/model" and expand(None) is None
+
+
+def test_a_config_file_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    from config import TrainConfig
+
+    (tmp_path / "c.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UserError, match="is not valid json"):
+        parse(TrainConfig, ["--config", str(tmp_path / "c.json")])
