@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY = ".tmp-"  # begins the name of what is still being written
 
@@ -33,3 +37,13 @@ def write_json(path: Path, value: Any) -> None:
     flush(beside)
     os.replace(beside, path)
     flush(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its owner read it."""
+    from safetensors.torch import save_file
+
+    path.touch()  # the mode that an ordinary file gets here, or that the file had before
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)

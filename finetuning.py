@@ -212,6 +212,7 @@ class Finetuning(Task):
             "vocabulary": self.shape.vocab_size,
             "base": self.base_sha256,
             "data": hashlib.sha256(f"{self.train.sha256} {self.val.sha256}".encode()).hexdigest(),
+            "val_data": self.val.sha256,
             "tokenizer": self.tokenizer.sha256,
         }
 

@@ -229,7 +229,9 @@ class LanguageModelling(Task):
             "n_head": config.n_head,
             "n_embd": config.n_embd,
             "vocabulary": config.vocab_size,
+            "tied_head": config.tied_head,
             "data": self.data.train.sha256,
+            "val_data": self.data.val.sha256,
             "tokenizer": self.data.tokenizer.sha256,
         }
 

@@ -17,7 +17,7 @@ import torch
 from baselines import Kind, fit_text_model
 from checkpoint import locate
 from classification import Classification, as_lstm
-from cli import parse
+from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from distributed import memory_bytes, recorded
 from files import write_json
@@ -29,10 +29,13 @@ from runlog import finite
 
 def command(task: Finetuning) -> int:
     """Train `task` as the command line says, then answer the rows of --predict; returns the exit code."""
+    from resume import own_options
     from trainer import train
 
+    typed = typed_options(task.config, sys.argv[1:])
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
     assert isinstance(cfg, FinetuneConfig)
+    cfg = own_options(cfg, typed)
     trains = bool(cfg.epochs or cfg.steps)
     if isinstance(task, Classification):
         assert isinstance(cfg, ClassificationConfig)
@@ -42,7 +45,7 @@ def command(task: Finetuning) -> int:
         task.others = [other_task(*words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)]
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
-    code = recorded(train, task, cfg) if trains else 0
+    code = recorded(train, task, cfg, typed) if trains else 0
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
             task.conclude(cfg, print)
