@@ -115,8 +115,8 @@ def _for_this_machine(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
     same = choose_device(cfg.device).type == _device_of(earlier)
     for name in BY_MACHINE:
         if name not in typed and name in earlier.options:
-            candidates = [*([earlier.options[name]] if same else []), *([earlier.asked[name]] if earlier.asked else [])]
-            usable = (value for value in candidates if _works(cfg, name, value))
+            sources = ([earlier.options] if same else []) + [earlier.asked]
+            usable = (source[name] for source in sources if name in source and _works(cfg, name, source[name]))
             cfg = dataclasses.replace(cfg, **{name: next(usable, getattr(cfg, name))})
     return cfg
 

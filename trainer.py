@@ -115,6 +115,7 @@ class Run:
         """`asked`: options that are chosen for the machine, as they were before that."""
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
         self.asked = asked
+        self.changes: Callable[[], list[str]] = list  # since the run's last start; rank 0 knows
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
         self.steps = cfg.steps
@@ -139,6 +140,8 @@ class Run:
             self.log.warn(warning)
         for note in start.notes:
             self.log.warn(note, self.at.step)
+        if changed := self.changes():
+            self.log.warn(f"the run goes on with other options: {', '.join(changed)}", self.at.step)
         self._on_main(self._write_options)
         self.log.start_progress(self.steps, self.at.step)
         try:
@@ -192,8 +195,7 @@ class Run:
         earlier = earlier_start(cfg)
         resume = "auto" if self._is_restart(earlier) else cfg.resume
         start = checkpoint.open_run(self.folder, resume, self.identity(), facts, self.log.say, extension)
-        if earlier is not None and (changed := list(changes(cfg, facts, earlier, start))):
-            start.notes.append(f"the run goes on with other options: {', '.join(changed)}")
+        self.changes = lambda: list(changes(cfg, facts, earlier, start)) if earlier else []
         if start.finished:
             steps = json.loads((self.folder / checkpoint.RESULTS).read_text())["steps"]
             self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
