@@ -15,6 +15,7 @@ from checkpoint import RECORD, Start
 from config import FinetuneConfig, Run, RunConfig, UserError, default_out
 from distributed import choose_device
 from kernels import choose, named
+from lengths import lengths_of
 from precision import choose_precision
 
 # Options that say how one start goes about it, not what the run is.
@@ -64,8 +65,17 @@ def own_options(cfg: Run, typed: Collection[str] | None) -> Run:
     """
     earlier = None if typed is None or not _trains(cfg) else earlier_start(cfg)
     if earlier is not None and typed is not None:
+        if cfg.extend_to and "steps" in typed:
+            _check_steps(cfg, earlier)
         cfg = _with_own(cfg, frozenset(typed), earlier)
     return dataclasses.replace(cfg, steps=cfg.extend_to) if cfg.extend_to else cfg
+
+
+def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
+    """Beside --extend-to, --steps may say what the run had; any other number would be lost."""
+    known = {length.steps for length in lengths_of(earlier.record)} | {cfg.extend_to}
+    if cfg.steps not in known:
+        raise UserError(f"--steps {cfg.steps} and --extend-to {cfg.extend_to} contradict each other; leave --steps out")
 
 
 def _trains(cfg: RunConfig) -> bool:
