@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from baselines import Kind, fit_text_model
-from checkpoint import locate
+from checkpoint import RECORD, locate
 from classification import Classification, as_lstm
 from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
@@ -103,6 +103,8 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     check(cfg)
     task.cfg, task.warnings = dataclasses.replace(cfg, data=cfg.data or "toy"), ()
     folder = Path(str(cfg.out))
+    if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
+        raise UserError(f"{folder} already holds a run of another model; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     train, val = task.read_labelled(print)
     labels = np.array([task.label_of(row) for row in train])
