@@ -225,18 +225,22 @@ def test_a_removal_cut_off_anywhere_keeps_the_users_files(tmp_path: Path, monkey
 # --- modes
 
 
+def set_umask(umask: int) -> None:
+    os.umask(umask)
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path: Path, umask: int) -> None:
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(finished / name)
     words = small("--steps", 2, "--sample-every", 0)
-    (end,) = launch(tmp_path, words, functools.partial(os.umask, umask))
+    (end,) = launch(tmp_path, words, functools.partial(set_umask, umask))
     assert end.code == 0, end.err
     rows = [f"{label},the word {label} of row {n}" for n in range(4) for label in (0, 1)]
     (tmp_path / "rows.csv").write_text("\n".join(["label,text", *rows]))
     words = ["--init", "run", "--method", "lora", "--data", "rows.csv", "--predict", "rows.csv", "--device", "cpu"]
     words += ["--epochs", "1", "--out", "tuned"]
-    (end,) = launch(tmp_path, words, functools.partial(os.umask, umask), program="finetune.sentiment")
+    (end,) = launch(tmp_path, words, functools.partial(set_umask, umask), program="finetune.sentiment")
     assert end.code == 0, end.err
     written = [path for name in ("run", "tuned", "cache") for path in (tmp_path / name).rglob("*")]
     modes = {path: path.stat().st_mode & 0o777 for path in written}

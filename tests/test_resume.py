@@ -71,6 +71,8 @@ def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
     end = go(folder, *small(*QUIET, "--steps", 8, "--val-data", "other.txt"))
     assert end.code == 2 and "run is of another run: val_data (was " in end.err, end
     assert "data (was" not in end.err.replace("val_data (was", ""), "the training data is the same"
+    end = go(folder, *small(*QUIET, "--steps", 8, "--without", "padded-vocab"))
+    assert end.code == 2 and "padded_vocabulary (was 384, is 300)" in end.err, end
     (folder / "moved.txt").write_bytes((folder / "val.txt").read_bytes())
     end = go(folder, *small(*QUIET, "--steps", 8, "--val-data", "moved.txt"))
     assert end.code == 0 and "val-data val.txt -> moved.txt" in end.out, end
@@ -80,12 +82,12 @@ def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
     whole = go(folder, *small(*QUIET, "--steps", 8, "--out", "whole"))
     assert whole.code == 0 and "older version" not in whole.out
     go(folder, *small(*QUIET, "--steps", 8), kill=("retention", 1))
-    forget = {"val_data", "task", "tied_head"}
+    forget = {"val_data", "task", "tied_head", "padded_vocabulary"}
     record = json.loads((folder / "run" / "run.json").read_text())
     identity = {k: v for k, v in record["identity"].items() if k not in forget}
     (folder / "run" / "run.json").write_text(json.dumps({"identity": identity}))
     end = go(folder, *small(*QUIET, "--steps", 8), kill=("micro-batch", 3))
-    told = "begun by an older version, which did not record task, tied_head, val_data: not compared"
+    told = "begun by an older version, which did not record padded_vocabulary, task, tied_head, val_data: not compared"
     assert end.code == -signal.SIGKILL and end.out.count(told) == 1, end
     end = go(folder, *small(*QUIET, "--steps", 8))
     assert end.code == 0 and "older version" not in end.out, end
