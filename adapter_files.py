@@ -29,6 +29,7 @@ from adapters import (
 )
 from checkpoint import locate
 from config import UserError
+from files import save_tensors
 from foreign import JsonObject, read_object
 from model import GPT, Linear
 from weights import plain_names, read_tensors
@@ -93,8 +94,6 @@ def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, sc
     them beside LoRA and DoRA, else into a file beside, `ids` and `rows` by table. With `score` (n_labels, n_embd) it is
     an adapter for a classifier by the last token, of GPT2ForSequenceClassification.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = token_rows(model)
@@ -106,12 +105,12 @@ def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, sc
         config, tensors = _prefix_to_peft(model)
         if rows:
             beside = {f"{n}.{k}": t for n, r in rows.items() for k, t in (("ids", r.ids), ("rows", r.rows))}
-            save_file(_on_cpu(beside), folder / NEW_TOKENS)
+            save_tensors(_on_cpu(beside), folder / NEW_TOKENS)
     config |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if score is not None:
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}  # as PEFT always writes it
         tensors[SCORES[config["peft_type"]]] = score
-    save_file(_on_cpu(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(_on_cpu(tensors), folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / BASE).write_text(
         json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n", encoding="utf-8"

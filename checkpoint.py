@@ -2,20 +2,22 @@
 
 A checkpoint is written under a temporary name, every file flushed, its manifest (sizes and sha256) last, then
 renamed, then the parent flushed. A kill at any instant leaves either the finished folder or a temporary one
-that the next start removes. Nothing is ever pickled.
+that the next start removes. Nothing is ever pickled. What a manifest does not list is the user's: it is never deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 import files
 from config import UserError
 from files import TEMPORARY, flush, sha256
+from lengths import Extension, Length, as_json, extend, lengths_of
 from model import download
 
 STATE = "training_state.safetensors"
@@ -32,13 +35,24 @@ META = "training_state.json"
 RECORD = "run.json"  # of a run: written before anything else
 RESULTS = "metrics.json"  # of a run: written last of all, so a run that has it is finished
 WRITTEN = ("config.json", "log.jsonl", "checkpoints", "final", RESULTS)  # what else a run writes
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of a checkpoint's folder
+OLD = f"{TEMPORARY}old-"  # begins the name of a folder whose files are about to be deleted
+GONE = f"{TEMPORARY}gone-"  # the same, when nothing in it is the user's any more
 
 
 # --- whole folders
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
-    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError leaves nothing."""
+def _silent(text: str) -> None:
+    pass
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], say: Callable[[str], None] = _silent) -> int:
+    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError leaves nothing.
+
+    An older folder of that name is deleted. What in it is the user's is kept beside, and `say` tells where.
+    """
     temporary = folder.with_name(TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -50,10 +64,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
             str(path.relative_to(temporary)): {"bytes": size, "sha256": sha256(path)}
             for path, size in zip(paths, sizes, strict=True)
         }
-        (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
-        for path in [*paths, temporary / "manifest.json", temporary]:
+        (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
+        for path in [*paths, temporary / MANIFEST, temporary]:
             flush(path)
-        _remove(folder)  # of an earlier attempt at the same step, or an older final/
+        _remove(folder, say)  # of an earlier attempt at the same step, or an older final/
         temporary.rename(folder)
         flush(folder.parent)
     except BaseException:
@@ -62,25 +76,75 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> int:
     return sum(sizes)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder, if it is there; a kill half-way leaves no half of it under its name."""
-    if folder.exists():
-        gone = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+def _remove(folder: Path, say: Callable[[str], None] = _silent) -> None:
+    """Delete a folder that we wrote, if it is there; a kill half-way leaves no half of it under its name.
+
+    What its manifest does not list is moved aside: everything, where it has no manifest of ours.
+    """
+    _finish_removal(folder, say)
+    if os.path.lexists(folder):
+        folder.rename(folder.with_name(OLD + folder.name))
+        _finish_removal(folder, say)
+
+
+def _finish_removal(folder: Path, say: Callable[[str], None]) -> None:
+    """Go on with the removal of a folder that has lost its name already."""
+    old, gone = folder.with_name(OLD + folder.name), folder.with_name(GONE + folder.name)
+    if os.path.lexists(old):
+        _keep_what_is_not_ours(old, folder, say)
+    if os.path.lexists(old):
         shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        old.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _keep_what_is_not_ours(old: Path, folder: Path, say: Callable[[str], None]) -> None:
+    listed = None if old.is_symlink() else _listed(old)
+    kept = _free_name(folder.with_name(f"kept-{folder.name}"))
+    if listed is None:
+        old.rename(kept)
+    else:
+        names = [str(p.relative_to(old)) for p in old.rglob("*") if p.is_symlink() or not p.is_dir()]
+        others = sorted(set(names) - set(listed) - {MANIFEST})
+        if not others:
+            return
+        for name in others:
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            (old / name).rename(kept / name)
+    say(f"{folder} held files that this run did not write: they are in {kept}")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is not taken."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Bytes and sha256 of each file that a folder's manifest lists; None where it has no manifest of ours.
+
+    Raises OSError where the manifest cannot be read.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def fault(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
-    try:
-        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        facts = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()]
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / MANIFEST).is_file():
         return "it has no manifest.json"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError):
+    try:
+        listed = _listed(folder)
+    except OSError:
+        listed = None
+    if listed is None:
         return "its manifest.json is not that of a checkpoint"
-    for name, size, digest in facts:
+    for name, (size, digest) in listed.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -99,20 +163,55 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path, until: int | None = None) -> list[Path]:
-    """Finished checkpoint folders of a run up to step `until`, newest first; leftovers of a kill do not count."""
-    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else iter(())
-    last = step_folder(run, until).name if until is not None else "~"
-    return sorted((p for p in found if p.is_dir() and p.name <= last), key=lambda p: p.name, reverse=True)
+    """Folders named as checkpoints of a run up to step `until`, newest first, whatever is in them."""
+    steps = {path: step for path in _entries(run / "checkpoints") if (step := _step_named(path)) is not None}
+    found = [path for path, step in steps.items() if path.is_dir() and (until is None or step <= until)]
+    return sorted(found, key=lambda path: steps[path], reverse=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _step_named(folder: Path) -> int | None:
+    match = STEP_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def _ours(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """Those of `checkpoints` that a run wrote under their names, with their facts: not a copy or a link of the user's."""
+    facts = [(folder, _facts_of(folder)) for folder in checkpoints(run, until) if not folder.is_symlink()]
+    return [(folder, meta) for folder, meta in facts if meta and meta.get("step") == _step_named(folder)]
+
+
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    """The facts of a checkpoint whose manifest lists them, or None."""
+    try:
+        if META not in (_listed(folder) or {}):
+            return None
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) else None
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; says which ones it passed over and why."""
     for folder in checkpoints(run):
-        reason = fault(folder)
+        reason = fault(folder) or _other_step(folder)
         if reason is None:
             return folder
         say(f"passing over {folder}: {reason}")
     return None
+
+
+def _other_step(folder: Path) -> str | None:
+    """What is wrong with a sound folder that does not hold the step of its name."""
+    meta = _facts_of(folder)
+    if meta is None:
+        return f"its manifest.json lists no {META}"
+    step = meta.get("step")
+    return None if step == _step_named(folder) else f"it is a copy of the checkpoint of step {step}"
 
 
 def locate(where: str) -> str:
@@ -133,7 +232,7 @@ def locate(where: str) -> str:
             bad = [f"{p.name}: {fault(p)}" for p in checkpoints(folder)]
             raise UserError(f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else ""))
         folder = sound
-    written_here = folder.parent.name == "checkpoints" or (folder / "manifest.json").exists()
+    written_here = folder.parent.name == "checkpoints" or (folder / MANIFEST).exists()
     reason = fault(folder) if folder.is_dir() and written_here else None
     if reason is not None:
         raise UserError(f"{folder} is not a sound checkpoint: {reason}; take another one of that run")
@@ -149,32 +248,40 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / STATE), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
-def clean(run: Path) -> None:
+def clean(run: Path, say: Callable[[str], None] = _silent) -> None:
     """Remove what a kill in the middle of a save left behind."""
-    for parent in (run, run / "checkpoints"):
-        for leftover in parent.glob(TEMPORARY + "*"):
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover, ignore_errors=True)
+    for name in (RECORD, *WRITTEN):
+        _remove_leftovers(run / name, say)
+    checkpoints = run / "checkpoints"
+    for path in _entries(checkpoints):
+        name = re.sub(rf"^{re.escape(TEMPORARY)}(old-|gone-)?", "", path.name)
+        if path.name.startswith(TEMPORARY) and STEP_NAME.fullmatch(name):
+            _remove_leftovers(checkpoints / name, say)
 
 
-def prune(run: Path, step: int, keep: int, mode: str, keep_best: int = 1) -> None:
+def _remove_leftovers(path: Path, say: Callable[[str], None]) -> None:
+    """Remove what was being written under a name, and of what was being deleted there all that is ours."""
+    unfinished = path.with_name(TEMPORARY + path.name)
+    unfinished.unlink(missing_ok=True) if unfinished.is_file() else shutil.rmtree(unfinished, ignore_errors=True)
+    _finish_removal(path, say)
+
+
+def prune(run: Path, step: int, keep: int, mode: str, keep_best: int = 1, say: Callable[[str], None] = _silent) -> None:
     """Of the checkpoints up to `step`, delete all but the newest `keep` and the best `keep_best`.
 
     Later ones are those that a resumed run passed over: they may not push out a sound one.
     """
     best = [folder for folder, _ in ranked(run, mode, step)[: max(1, keep_best)]]
-    for folder in checkpoints(run, step)[max(1, keep) :]:
+    for folder, _ in _ours(run, step)[max(1, keep) :]:
         if folder not in best:
-            _remove(folder)
+            _remove(folder, say)
 
 
 def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
     """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min" or "max"."""
     scored = []
-    for folder in checkpoints(run, until):
-        try:
-            value = json.loads((folder / META).read_text(encoding="utf-8"))["best_metric"]
-        except (OSError, ValueError, KeyError):
-            continue
+    for folder, meta in _ours(run, until):
+        value = meta.get("best_metric")
         if value is not None:
             scored.append((value if mode == "min" else -value, folder, value))
     return [(folder, value) for _, folder, value in sorted(scored)]
@@ -187,6 +294,9 @@ class Start:
     folder: Path | None = None
     finished: bool = False
     micro_batch: int | None = None  # of the interrupted run: the same one gives the same bits
+    lengths: list[Length] = field(default_factory=list, compare=False)  # how long it is planned to be
+    extended: bool = field(default=False, compare=False)  # whether this start made it longer
+    notes: list[str] = field(default_factory=list, compare=False)  # what the log should hold of it
 
 
 @contextlib.contextmanager
@@ -211,46 +321,109 @@ def claimed(run: Path) -> Generator[None]:
 
 
 def open_run(
-    run: Path, resume: str, identity: dict[str, Any], facts: dict[str, Any], say: Callable[[str], None]
+    run: Path,
+    resume: str,
+    identity: dict[str, Any],
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+    extension: Extension | None = None,
 ) -> Start:
     """Find where a run begins and say whose its folder is. Raises UserError where that would lose or mix anything.
 
-    `identity` holds, by option name, what a resumed run must have in common with the checkpoint; `facts` (config,
-    versions) are stored beside it in run.json.
+    `identity` holds, by option name, what a resumed run must have in common with the checkpoint; `facts` (options,
+    versions) are stored beside it in run.json. Under an `extension` its steps may be more than they were.
     """
     start = Start()
-    before = _identity_of(run)
+    before = _record_of(run)
     if before is not None:
         if resume == "never":
             raise UserError(f"{run} already holds a run; choose another --out, or continue it with --resume auto")
-        _same_run(identity, before, run)
+        start.lengths = lengths_of(before)
+        start.notes += _same_run(identity, before["identity"], run, start.lengths, extension)
     if resume not in ("auto", "never"):
         start.folder = _resume_from(Path(resume), run, say)
     if before is not None:
-        if (run / RESULTS).exists() and (run / "final" / "manifest.json").exists():
+        if _is_finished(run, start.lengths) and not (extension and extension.to != start.lengths[-1].steps):
             return Start(finished=True)
-        clean(run)
+        clean(run, say)
         start.micro_batch = _micro_batch_of(run)
     if start.folder is None:
         start.folder = newest(run, say)
         if start.folder is None and checkpoints(run):
             raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
-    if start.folder is not None:
-        meta = json.loads((start.folder / META).read_text(encoding="utf-8"))
-        _same_run(identity, meta["identity"], start.folder)
+    meta = json.loads((start.folder / META).read_text(encoding="utf-8")) if start.folder is not None else None
+    if start.folder is not None and meta is not None:
+        start.lengths = start.lengths or lengths_of(meta)
+        lacking = _same_run(identity, meta["identity"], start.folder, start.lengths, extension)
+        start.notes += lacking if before is None else []
         start.micro_batch = meta["micro_batch"]
+    if extension:
+        _extend(start, run, meta, extension, say)
+    start.lengths = start.lengths or [Length(0, identity.get("steps", 0))]
+    record = {"identity": identity, "lengths": as_json(start.lengths)} | facts
     try:
-        files.write_json(run / RECORD, {"identity": identity} | facts)
+        files.write_json(run / RECORD, record)
     except OSError as error:
         raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
     return start
 
 
-def _identity_of(run: Path) -> dict[str, Any] | None:
-    """What the run in a folder has in common with its continuation; None where there is no run."""
+def _extend(
+    start: Start, run: Path, meta: dict[str, Any] | None, extension: Extension, say: Callable[[str], None]
+) -> None:
+    """Make a run longer from its checkpoint on. Raises UserError where it cannot go on from there."""
+    if not start.lengths:
+        raise UserError(f"--extend-to {extension.to}: {run} holds no run to continue; begin one with --steps")
+    planned, results = start.lengths[-1].steps, _results_of(run)
+    if extension.to == planned:
+        return
+    if meta is None and results is not None:
+        raise UserError(
+            f"--extend-to {extension.to}: {run} has no checkpoint to go on from (its --save-every was 0, or they were "
+            f"removed); begin a longer run with --out ANOTHER --steps {extension.to}"
+        )
+    step = meta["step"] if meta else 0
+    if meta and 0 < extension.patience <= meta.get("not_better", 0):
+        raise UserError(
+            f"--extend-to {extension.to}: the run stopped early, after {meta['not_better']} evaluations without a better "
+            f"one; add --patience {meta['not_better'] + extension.patience}, or 0 for none"
+        )
+    start.lengths, start.extended = extend(start.lengths, step, extension), True
+    if results and step < results.get("steps", 0):
+        say(f"the checkpoint of step {results['steps']} is gone: the run goes on from step {step}")
+    restarted = (
+        f"; the decay of the {extension.schedule} schedule restarts there" if start.lengths[-1].rescheduled else ""
+    )
+    start.notes.append(f"extended from {planned} to {extension.to} steps at step {step}{restarted}")
+
+
+def _results_of(run: Path) -> dict[str, Any] | None:
+    """metrics.json of a run that has ended, or None."""
+    if not (run / "final" / MANIFEST).exists():
+        return None
     try:
-        return json.loads((run / RECORD).read_text(encoding="utf-8"))["identity"]
-    except (ValueError, KeyError, TypeError):
+        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
+
+
+def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
+    """Whether a run has ended, and has not been made longer since; an older version wrote no planned_steps."""
+    results = _results_of(run)
+    return results is not None and results.get("planned_steps", lengths[0].steps) == lengths[-1].steps
+
+
+def _record_of(run: Path) -> dict[str, Any] | None:
+    """run.json of the run in a folder; None where there is no run."""
+    try:
+        record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        record["identity"].get("steps")
+        lengths_of(record)
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{run / RECORD} is not of a run; choose another --out") from None
     except OSError:
         foreign = [name for name in WRITTEN if (run / name).exists()]
@@ -263,7 +436,7 @@ def _micro_batch_of(run: Path) -> int | None:
     """The micro-batch that a run without a checkpoint had already settled on."""
     try:
         return json.loads((run / "config.json").read_text(encoding="utf-8"))["micro_batch"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -282,14 +455,36 @@ def _resume_from(where: Path, run: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _same_run(now: dict[str, Any], then: dict[str, Any], folder: Path) -> None:
-    differ = [
-        f"{name} (was {_short(then.get(name))}, is {_short(now.get(name))})"
-        for name in now | then
-        if now.get(name) != then.get(name)
-    ]
+def _same_run(
+    now: dict[str, Any], then: dict[str, Any], folder: Path, lengths: Sequence[Length], extension: Extension | None
+) -> list[str]:
+    """Raise UserError where two identities differ. Returns a note on what an older version did not write.
+
+    A checkpoint may have been written under any of the run's `lengths`.
+    """
+    lacking = sorted(set(now) - set(then))
+    differ = [name for name in now | then if name not in lacking and now.get(name) != then.get(name)]
+    planned = {length.steps for length in lengths}
+    if "steps" in differ and then["steps"] in planned and (extension or now["steps"] == lengths[-1].steps):
+        differ.remove("steps")
     if differ:
-        raise UserError(f"{folder} is of another run: {', '.join(differ)}; give the same options or another --out")
+        listed = ", ".join(f"{name} (was {_short(then.get(name))}, is {_short(now.get(name))})" for name in differ)
+        raise UserError(f"{folder} is of another run: {listed}; {_advice(differ, now, lengths)}")
+    if not lacking:
+        return []
+    return [f"the run was begun by an older version, which did not record {', '.join(lacking)}: not compared"]
+
+
+def _advice(differ: list[str], now: dict[str, Any], lengths: Sequence[Length]) -> str:
+    if differ != ["steps"] or not lengths:
+        return "give the same options or another --out"
+    planned = lengths[-1].steps
+    if now["steps"] < planned:
+        return f"leave --steps out, or give --steps {planned} or another --out"
+    return (
+        f"to continue it past its planned end give --extend-to {now['steps']} in place of the longer --steps or --epochs "
+        f"(with --reschedule, where the schedule has begun to decay), or another --out"
+    )
 
 
 def _short(value: Any) -> str:
@@ -305,9 +500,18 @@ class Saver:
     The copy goes into buffers that live as long as the run, so a save allocates nothing after the first one.
     """
 
-    def __init__(self, run: Path, export: Callable[[dict[str, Tensor], Path], None], done: Callable[..., None]):
-        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)` hears of the end."""
-        self.run, self.export, self.done = run, export, done
+    def __init__(
+        self,
+        run: Path,
+        export: Callable[[dict[str, Tensor], Path], None],
+        done: Callable[..., None],
+        say: Callable[[str], None] = _silent,
+    ):
+        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)` hears of the end.
+
+        `say` is told what of the user's was moved aside.
+        """
+        self.run, self.export, self.done, self.say = run, export, done, say
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -349,7 +553,7 @@ class Saver:
         began = time.perf_counter()
         folder = step_folder(self.run, meta["step"])
         try:
-            size = write_folder(folder, lambda temporary: self._fill(temporary, tensors, meta))
+            size = write_folder(folder, lambda temporary: self._fill(temporary, tensors, meta), self.say)
             after()
         except Exception as error:  # a full disk, most likely: training goes on, older checkpoints stand
             self.error = error
@@ -360,10 +564,8 @@ class Saver:
         self.done(step=meta["step"], folder=str(folder), bytes=size, blocked_ms=1e3 * blocked, write_ms=1e3 * write)
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        from safetensors.torch import save_file
-
         self.export(part(tensors, "model"), folder)
-        save_file(tensors, folder / STATE)
+        files.save_tensors(tensors, folder / STATE)
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 

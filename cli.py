@@ -61,6 +61,14 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     return config
 
 
+def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
+    """Options that a command line names, or the file of its --config: the others have their defaults."""
+    argv, file = _take_config(list(argv))
+    words = (_as_arguments(cls, _read_config(file)) if file else []) + argv
+    heads = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    return frozenset(name for name in option_names(cls) if heads & {name, f"no_{name}"})
+
+
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and turn what it returns or raises into the contract's exit codes."""
     console.open_console()

@@ -230,6 +230,10 @@ class RunConfig:
     """Folder of the run. Default: runs/PRESET, or runs/TASK."""
     resume: Where = "auto"
     """auto: the newest sound checkpoint in --out; never; or a folder to resume from."""
+    extend_to: Count | None = None
+    """Continue the run in --out past its planned end, to this many steps in all."""
+    reschedule: bool = False
+    """With --extend-to: restart the decay of the learning rate where the run goes on."""
     eval_every: CountOrNone | None = None
     """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every epoch."""
     save_every: CountOrNone | None = None
@@ -459,13 +463,19 @@ def resolve(cfg: Run, device_type: str) -> Run:
         # 19,073 steps are 10B tokens
         _fill(cfg, {"steps": 500 if cfg.data == "stdlib" else 19073 if gpu else 1000})
         _fill(cfg, {"batch_tokens": 524288 if gpu else 8192, "eval_tokens": 10 << 20 if gpu else 1 << 16})
-        _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": f"runs/{cfg.preset or Path(cfg.init).name}"})
+        _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": default_out(cfg, device_type)})
     else:
         _fill(cfg, {"data": "toy"})
     check(cfg)
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
+
+
+def default_out(cfg: RunConfig, device_type: str) -> str:
+    """The folder of a pretraining run that names none."""
+    preset = cfg.preset or ("gpt2" if device_type == "cuda" else "tiny")
+    return f"runs/{preset if cfg.init == 'scratch' else cfg.preset or Path(cfg.init).name}"
 
 
 def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
@@ -494,6 +504,10 @@ def check(cfg: RunConfig) -> None:
         raise UserError(
             f"--patience {cfg.patience} counts evaluations, and --eval-every 0 makes none; leave one of them out"
         )
+    if cfg.reschedule and not cfg.extend_to:
+        raise UserError("--reschedule restarts the decay of a run that goes on for longer; add --extend-to STEPS")
+    if cfg.extend_to and cfg.resume == "never":
+        raise UserError(f"--extend-to {cfg.extend_to} continues a run; leave --resume never out")
     if isinstance(cfg, DecodeConfig):
         check_decode(cfg)
 

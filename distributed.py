@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch import Tensor
 from config import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs ends the run after this
+POLL_SECONDS = 0.02  # between two looks into the launcher's store
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,110 @@ def start(device: str) -> World:
     control = None
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if backend == "nccl" else None)
+        dist.init_process_group(
+            backend,
+            timeout=TIMEOUT,
+            device_id=chosen if backend == "nccl" else None,
+            **_launcher_store(rank, size),
+        )
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(rank, local_rank, size, local_size, chosen, control)
+
+
+def _launcher_store(rank: int, size: int) -> dict[str, Any]:
+    """Arguments that make init_process_group use a part of torchrun's store that no earlier start has written to.
+
+    torchrun keeps one store over all its restarts (pytorch#135712). Ranks that were restarted would read in it the
+    addresses of the ranks that died, and wait for those. Empty where the ranks make a store of their own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=TIMEOUT)
+    fresh = dist.PrefixStore(meet(store, rank, size, TIMEOUT.total_seconds()), store)
+    return {"store": fresh, "rank": rank, "world_size": size}
+
+
+def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """Agree on a name with the `size` ranks that run now, in a store that may hold what dead ranks wrote.
+
+    Each rank writes a random name of its own. Rank 0 invites the names that it finds; a rank accepts an invitation
+    that lists its name, and rank 0 opens the one that all have accepted. The dead accept nothing, so no rank can
+    go on with what they left. Raises TimeoutError after `seconds`, naming the ranks that did not come.
+    """
+    store = dist.PrefixStore("meeting", store)
+    deadline = time.monotonic() + seconds
+    own = uuid.uuid4().hex
+    store.set(f"name of {rank}", own)
+    return _invite(store, size, deadline) if rank == 0 else _accept(store, rank, own, deadline)
+
+
+def _invite(store: dist.Store, size: int, deadline: float) -> str:
+    invited: list[str] = []
+    meeting = ""
+    while True:
+        names = [_read(store, f"name of {rank}") for rank in range(size)]
+        if "" not in names and names != invited:
+            invited, meeting = names, uuid.uuid4().hex
+            store.set(f"accepted {meeting} 0", "yes")
+            store.set("invitation", " ".join([meeting, *names]))
+        absent = [rank for rank in range(size) if not (meeting and _read(store, f"accepted {meeting} {rank}"))]
+        if not absent:
+            store.set(f"opened {meeting}", "yes")
+            return meeting
+        _wait(deadline, f"ranks {absent}")
+
+
+def _accept(store: dist.Store, rank: int, own: str, deadline: float) -> str:
+    while True:
+        meeting, *names = _read(store, "invitation").split() or [""]
+        if own in names:
+            store.set(f"accepted {meeting} {rank}", "yes")
+            if _read(store, f"opened {meeting}"):
+                return meeting
+        _wait(deadline, "rank 0")
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """The value of a key, "" where it has none: `Store.get` would wait for it."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _wait(deadline: float, whom: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"{whom} did not come to torchrun's store at MASTER_ADDR:MASTER_PORT in time")
+    time.sleep(POLL_SECONDS)
+
+
+def launcher() -> str | None:
+    """Names the torchrun that started this process, the same in all its restarts; None where there is none."""
+    return f"{platform.node()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def restart_advice() -> str | None:
+    """What a user of torchrun must set so that ranks can start again after a node has joined or left.
+
+    torchrun's agents then disagree about whose store it is, and no rank can mend that. None where no node can join.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if not _nodes_may_join() and not (several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"):
+        return None
+    return (
+        "note: if a node joins or leaves this run, its ranks can only start again where the environment of torchrun "
+        "has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts on the same nodes need nothing"
+    )
+
+
+def _nodes_may_join() -> bool:
+    """Whether this process's launcher was told --nnodes MIN:MAX."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        words = []
+    options = " ".join([f"--nnodes {os.environ.get('PET_NNODES', '')}", *words])
+    return any(low != high for low, high in re.findall(r"--nnodes[= ](\d+):(\d+)", options))
 
 
 def recorded(function: Callable[..., Any], *args: Any) -> Any:

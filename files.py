@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from config import UserError
 
@@ -63,3 +66,13 @@ def writable_file(option: str, where: str, read: Sequence[str | Path] = (), make
     except OSError as error:
         raise UserError(f"{option} {where} cannot be written: {error.strerror}; name another file") from None
     return path
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its owner read it."""
+    from safetensors.torch import save_file
+
+    path.touch()  # the mode that an ordinary file gets here, or that the file had before
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)

@@ -223,8 +223,11 @@ class Finetuning(Task):
             "n_head": self.shape.n_head,
             "n_embd": self.shape.n_embd,
             "vocabulary": self.shape.vocab_size,
+            "tied_head": self.shape.tied_head,
+            "padded_vocabulary": self.shape.padded_vocab_size,
             "base": self.base_sha256,
             "data": hashlib.sha256(f"{self.train.sha256} {self.val.sha256}".encode()).hexdigest(),
+            "val_data": self.val.sha256,
             "tokenizer": self.tokenizer.sha256,
         }
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Form, Pooling, UserError
+from files import save_tensors
 from foreign import read_object
 from model import GPT, pick
 from weights import read_tensors, read_weights
@@ -81,11 +82,9 @@ class Info:
 
 def save(model: GPT, folder: Path, info: Info) -> None:
     """Write the heads of a classifier, and what they mean, beside its other files."""
-    from safetensors.torch import save_file
-
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in model.heads.named_parameters()}
     if tensors:
-        save_file(tensors, folder / WEIGHTS)
+        save_tensors(tensors, folder / WEIGHTS)
     (folder / INFO).write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig, UserError
+from files import save_tensors
 from foreign import JsonObject, read_object
 from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
@@ -471,8 +472,6 @@ class GPT(nn.Module):
 
         With `score` (n_labels, n_embd) it is a classifier by the last token, GPT2ForSequenceClassification.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -492,7 +491,7 @@ class GPT(nn.Module):
                 "label2id": {label: i for i, label in enumerate(labels)},
                 "pad_token_id": eot,
             }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

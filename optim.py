@@ -16,20 +16,38 @@ from config import RunConfig
 from kernels.adamw import Table, adamw, global_norm
 
 
-def lr_multiplier(step: int, steps: int, warmup: int, schedule: str, end: float = 0.1) -> float:
+@dataclass(frozen=True)
+class Span:
+    """The steps over which a schedule runs, from `begin` to `end` (exclusive)."""
+
+    begin: int
+    end: int
+
+
+def span_at(step: int, spans: Sequence[Span]) -> Span:
+    """The span that a step belongs to: the last one that has begun."""
+    return next(span for span in reversed(spans) if span.begin <= step or span.begin == 0)
+
+
+def lr_multiplier(step: int, steps: int | Span, warmup: int, schedule: str, end: float = 0.1) -> float:
     """Share of the peak rate at `step` (0-based) of `steps`. Pure in its arguments.
+
+    A span that begins after step 0 is that of a restarted decay: no second warm-up, the peak, and down to `end`.
 
     After a linear warm-up: cosine and linear fall to `end`; wsd (warmup, stable, decay: Hu et al. 2024) stays at
     1 and falls linearly over the last fifth; slanted-triangular (Howard and Ruder 2018) rises over a tenth of the
     run, whatever `warmup` says, and falls to 1/32.
     """
+    begin, steps = (steps.begin, steps.end) if isinstance(steps, Span) else (0, steps)
     if schedule == "slanted-triangular":
+        step, steps = step - begin, steps - begin
         peak = max(1, steps // 10)
         rise = step / peak if step < peak else 1 - (step - peak) / max(1, steps - peak)
         return (1 + 31 * rise) / 32
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    begin = max(begin, warmup)
+    progress = (step - begin) / max(1, steps - begin)
     if schedule == "cosine":
         return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "linear":
@@ -205,5 +223,7 @@ class LossScale:
         return {"scale": self.scale, "good": self.good}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.scale.copy_(tensors["scale"])
-        self.good.copy_(tensors["good"])
+        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where it was."""
+        if self.on and (float(tensors["scale"]) != 1 or float(tensors["good"]) != 0):
+            self.scale.copy_(tensors["scale"])
+            self.good.copy_(tensors["good"])

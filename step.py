@@ -22,7 +22,7 @@ import checkpoint
 import distributed
 from config import RunConfig
 from distributed import World
-from optim import LossScale, Optimizers, lr_multiplier
+from optim import LossScale, Optimizers, Span, lr_multiplier, span_at
 from precision import DTYPES, Cast, autocast, casts_once, exact_products
 from task import Task
 
@@ -190,6 +190,7 @@ class TrainStep:
     def __init__(self, task: Task, model: nn.Module, cfg: RunConfig, world: World):
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
+        self.spans = [Span(0, cfg.steps or 0)]  # of the schedule; more than one where its decay was restarted
         self.signature: Any = None
         self.module: nn.Module  # computes the task's functions of a batch
         self.synced: nn.Module  # the same, but that its backward pass sums gradients over ranks
@@ -226,8 +227,9 @@ class TrainStep:
 
     def lr(self, step: int) -> float:
         cfg = self.cfg
-        assert cfg.lr is not None and cfg.steps and cfg.warmup_steps is not None
-        return cfg.lr * lr_multiplier(step, cfg.steps, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
+        assert cfg.lr is not None and cfg.warmup_steps is not None
+        span = span_at(step, self.spans)
+        return cfg.lr * lr_multiplier(step, span, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
 
     def __call__(self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0) -> StepResult | None:
         """Update the model with step `step` (0-based); None, and nothing changed, where `stop()` said so half-way."""

@@ -240,7 +240,10 @@ class LanguageModelling(Task):
             "n_head": config.n_head,
             "n_embd": config.n_embd,
             "vocabulary": config.vocab_size,
+            "tied_head": config.tied_head,
+            "padded_vocabulary": config.padded_vocab_size,
             "data": self.data.train.sha256,
+            "val_data": self.data.val.sha256,
             "tokenizer": self.data.vocabulary.sha256,
         }
 

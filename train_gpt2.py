@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cli import entry_point, parse
+from cli import entry_point, parse, typed_options
 from config import TrainConfig
 from console import outlive
 
@@ -18,7 +18,7 @@ def main() -> int:
     from task import LanguageModelling
     from trainer import train
 
-    return recorded(train, LanguageModelling(), cfg)
+    return recorded(train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import files
 from checkpoint import Saver
 from config import RunConfig, UserError
 from distributed import StopSignal, World
+from lengths import Extension, as_json, spans
 from memory import Heap, keeps_freed
 from plan import (
     Choices,
@@ -45,6 +46,7 @@ from plan import (
     largest_micro_batch,
     settle,
 )
+from resume import BY_MACHINE, Earlier, changes, earlier_start, own_options
 from runlog import RunLog, bytes_text, finite, printable, time_text
 from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, load_weights, partition
 from task import Task
@@ -54,12 +56,20 @@ HEAP_SLACK = 1.25  # of what a run is estimated to take: so much more may its pr
 CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
 
 
-def train(task: Task, cfg: RunConfig) -> int:
-    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError for bad input."""
+def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> int:
+    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError for bad input.
+
+    `typed`: the options that the user named. A run that goes on keeps its own value of the others; None: of none.
+    """
+    cfg = own_options(cfg, typed)
+    asked = {name: getattr(cfg, name) for name in (*BY_MACHINE, "device")}
     world = distributed.start(cfg.device)
+    cfg = distributed.gather(world, cfg)[0]  # only rank 0 may see the run's folder
     stop = StopSignal(world)
     stop.install()
     log = RunLog(speaks=world.main)
+    if advice := distributed.restart_advice():
+        log.say(advice)
     defaulted = cfg.data is None
     cfg, choices = settle(cfg, world)
     task.rows_per_rank(cfg, world.size)
@@ -73,7 +83,7 @@ def train(task: Task, cfg: RunConfig) -> int:
     with distributed.main_first(world):
         task.setup(cfg, log.say)
     cfg = task.set_length(cfg)
-    run = Run(task, cfg, world, stop, log)
+    run = Run(task, cfg, world, stop, log, asked)
     try:
         with sdpa_kernel(choices.backends, set_priority=True), run.held:
             code = run.train(choices)
@@ -101,8 +111,11 @@ class Progress:
 
 
 class Run:
-    def __init__(self, task: Task, cfg: RunConfig, world: World, stop: StopSignal, log: RunLog):
+    def __init__(self, task: Task, cfg: RunConfig, world: World, stop: StopSignal, log: RunLog, asked: dict[str, Any]):
+        """`asked`: options that are chosen for the machine, as they were before that."""
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
+        self.asked = asked
+        self.changes: Callable[[], list[str]] = list  # since the run's last start; rank 0 knows
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
         self.steps = cfg.steps
@@ -128,6 +141,11 @@ class Run:
         self._banner(choices, start.folder)
         for warning in (*((choices.lost,) if choices.lost else ()), *self.task.warnings):
             self.log.warn(warning)
+        for note in start.notes:
+            self.log.warn(note, self.at.step)
+        if changed := self.changes():
+            self.log.warn(f"the run goes on with other options: {', '.join(changed)}", self.at.step)
+        self._on_main(self._write_options)
         self.log.start_progress(self.steps, self.at.step)
         try:
             self.stop.defer()
@@ -162,19 +180,36 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         names = ("seed", "optimizer", "schedule", "steps")
-        return {name: getattr(self.cfg, name) for name in names} | self.task.identity()
+        return {"task": self.task.name} | {name: getattr(self.cfg, name) for name in names} | self.task.identity()
 
     def _open(self) -> checkpoint.Start:
+        cfg = self.cfg
         facts = {
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
-            "command": sys.argv, "world_size": self.world.size,
+            "command": sys.argv, "world_size": self.world.size, "device": self.world.device.type,
+            "launcher": distributed.launcher(), "asked": self.asked, "options": dataclasses.asdict(cfg),
         }  # fmt: skip
+        extension = None
+        if cfg.extend_to:
+            assert cfg.warmup_steps is not None
+            extension = Extension(
+                cfg.extend_to, cfg.reschedule, cfg.schedule, cfg.warmup_steps, cfg.min_lr, cfg.patience
+            )
         self.held.enter_context(checkpoint.claimed(self.folder))
-        start = checkpoint.open_run(self.folder, self.cfg.resume, self.identity(), facts, self.log.say)
+        earlier = earlier_start(cfg)
+        resume = "auto" if self._is_restart(earlier) else cfg.resume
+        start = checkpoint.open_run(self.folder, resume, self.identity(), facts, self.log.say, extension)
+        self.changes = lambda: list(changes(cfg, facts, earlier, start)) if earlier else []
         if start.finished:
             steps = json.loads((self.folder / checkpoint.RESULTS).read_text(encoding="utf-8"))["steps"]
             self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
         return start
+
+    def _is_restart(self, earlier: Earlier | None) -> bool:
+        """Whether torchrun starts this run again, which it began itself: then --resume has been obeyed."""
+        launcher = distributed.launcher()
+        begun_here = earlier is not None and launcher is not None and earlier.record.get("launcher") == launcher
+        return begun_here and (self.cfg.resume == "never" or bool(checkpoint.checkpoints(self.folder)))
 
     def _build(self, start: checkpoint.Start, micro_batch: int | None = None) -> None:
         """Build the model and what trains it, as of the checkpoint; `micro_batch` None: as it must be found."""
@@ -190,6 +225,8 @@ class Run:
         if cfg.compile:
             compile_model(self.model, cfg, world, self.task.compiles_whole)
         self.step = TrainStep(self.task, self.model, cfg, world)
+        self.lengths = start.lengths
+        self.step.spans = spans(start.lengths)
         if resume_from:
             # A checkpoint that an older version wrote lacks some.
             facts = {f.name: meta[f.name] for f in dataclasses.fields(Progress) if f.name in meta}
@@ -197,17 +234,22 @@ class Run:
             self.saved = self.at.step if resume_from.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(self.task, world, cfg.micro_batch, self.steps)
-        self.saver = Saver(self.folder, self._export_checkpoint, self._saved)
+        self.saver = Saver(self.folder, self._export_checkpoint, self._saved, self.log.say)
 
     def _open_log(self, resumed_at: int | None) -> None:
-        config = dataclasses.asdict(self.cfg)
         try:
-            files.write_json(self.folder / "config.json", config)
             self.log.open(self.folder, resumed_at, tuple(self.at.done))
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         if self.cfg.wandb:
-            self.log.start_wandb(self.folder, config)
+            self.log.start_wandb(self.folder, dataclasses.asdict(self.cfg))
+
+    def _write_options(self) -> None:
+        """config.json: only when the log holds how it differs from the one before."""
+        try:
+            files.write_json(self.folder / "config.json", dataclasses.asdict(self.cfg))
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
 
     def _micro_batch(self, before: int | None) -> int:
         """As asked, as it was before the run was interrupted, or the largest that fits."""
@@ -296,7 +338,7 @@ class Run:
             torch.cuda.empty_cache()
         self._build(start, smaller)
         self.at = at
-        files.write_json(self.folder / "config.json", dataclasses.asdict(self.cfg))
+        self._write_options()
         text = f"the first step ran out of memory with --micro-batch {too_large}; going on with {smaller}"
         self.log.warn(text, self.at.step)
 
@@ -474,6 +516,7 @@ class Run:
             return
         meta = dataclasses.asdict(self.at) | {
             "identity": self.identity(),
+            "lengths": as_json(self.lengths),
             "micro_batch": self.cfg.micro_batch,
             "world_size": self.world.size,
         }
@@ -483,7 +526,7 @@ class Run:
         step = self.at.step
 
         def prune() -> None:
-            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1], self.cfg.keep_best)
+            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1], self.cfg.keep_best, self.log.say)
 
         self.saver.save(self.step.state(), meta, prune)
 
@@ -603,12 +646,13 @@ class Run:
             self.task.export(self.double, folder)
             (folder / "README.md").write_text(self._card(step), encoding="utf-8", errors="backslashreplace")
 
-        checkpoint.write_folder(self.folder / "final", fill)
+        checkpoint.write_folder(self.folder / "final", fill, self.log.say)
         return step
 
     def _figures(self) -> dict[str, Any]:
         return {
             "steps": self.at.step,
+            "planned_steps": self.steps,
             "tokens": int(self.at.tokens),
             "train_loss": statistics.fmean(self.at.losses),
             **self.final_metrics,

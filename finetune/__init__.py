@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from baselines import Kind, fit_text_model
-from checkpoint import locate
+from checkpoint import RECORD, locate
 from classification import EXACT, Classification, as_lstm
-from cli import parse
+from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from console import outlive
 from distributed import memory_bytes, recorded
@@ -33,10 +33,13 @@ OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of file
 
 def command(task: Finetuning) -> int:
     """Train `task` as the command line says, then answer the rows of --predict; returns the exit code."""
+    from resume import own_options
     from trainer import train
 
+    typed = typed_options(task.config, sys.argv[1:])
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
     assert isinstance(cfg, FinetuneConfig)
+    cfg = own_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     trains = bool(cfg.epochs or cfg.steps)
@@ -49,7 +52,7 @@ def command(task: Finetuning) -> int:
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     check_answers(task, cfg)
-    code = recorded(train, task, cfg) if trains else 0
+    code = recorded(train, task, cfg, typed) if trains else 0
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
             task.conclude(cfg, print)
@@ -128,6 +131,8 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     task.cfg, task.warnings = dataclasses.replace(cfg, data=cfg.data or "toy"), ()
     answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
+    if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
+        raise UserError(f"{folder} already holds a run of another model; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     train, val = task.read_labelled(print)
     if cfg.predict:  # a label that is unknown ends the run before the work is done

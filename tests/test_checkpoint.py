@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 import checkpoint
+import files
 from config import UserError
 from runlog import RunLog
 
@@ -126,6 +131,129 @@ def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list
 def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
     assert checkpoint.ranked(tmp_path, "min") == []
+
+
+# --- the user's own files
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+NOT_OURS = ("step-00000002-backup", "step-2", "step-000000002", "step-0000000a", "old-step-00000002", "notes", "best")
+
+
+@given(st.sets(st.sampled_from(NOT_OURS)), st.integers(1, 3), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(names, keep, with_link) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary)
+        make_run(run, {1: 1.0, 2: 5.0, 3: 4.0, 4: 3.0})
+        folder = run / "checkpoints"
+        for name in names:
+            shutil.copytree(folder / "step-00000002", folder / name)
+        shutil.copytree(folder / "step-00000002", folder / "step-00000099")  # a copy: it holds another step
+        (folder / ".tmp-mine").mkdir()
+        (folder / ".tmp-mine" / "a.txt").write_text("mine")
+        (run / ".tmp-notes").write_text("mine")
+        if with_link:
+            (folder / "step-00000000").symlink_to(folder / "step-00000003", target_is_directory=True)
+        told: list[str] = []
+        assert checkpoint.newest(run, told.append) == checkpoint.step_folder(run, 4)
+        assert told == [f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"]
+        checkpoint.clean(run)
+        checkpoint.prune(run, 99, keep, "min")
+        assert checkpoint.ranked(run, "max")[-1][0] == checkpoint.step_folder(run, 1), "the best of those kept"
+        left = {path.name for path in folder.iterdir()}
+        ours = {f"step-{step:08d}" for step in {1, *range(5 - keep, 5)}}
+        assert left == ours | names | {"step-00000099", ".tmp-mine"} | ({"step-00000000"} if with_link else set())
+        assert all(contents(folder / name).keys() == {"training_state.json", "manifest.json"} for name in names)
+        assert (run / ".tmp-notes").exists()
+
+
+def test_files_that_a_user_put_into_a_checkpoint_are_kept(tmp_path: Path) -> None:
+    make_run(tmp_path, {1: None, 2: None})
+    old = checkpoint.step_folder(tmp_path, 1)
+    (old / "plots").mkdir()
+    (old / "plots" / "loss.txt").write_text("mine")
+    (old / "notes.txt").write_text("mine")
+    told: list[str] = []
+    checkpoint.prune(tmp_path, 2, 1, "min", say=told.append)
+    kept = tmp_path / "checkpoints" / "kept-step-00000001"
+    assert contents(kept) == {"plots/loss.txt": "mine", "notes.txt": "mine"}
+    assert told == [f"{old} held files that this run did not write: they are in {kept}"]
+    assert checkpoint_steps(tmp_path) == [2]
+
+
+def test_a_final_folder_of_the_user_is_moved_aside(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for text in ("first", "second"):
+        final.mkdir()
+        (final / "a.txt").write_text(text)
+        checkpoint.write_folder(final, write_texts(b_txt="ours"))
+        assert (final / "b.txt").read_text() == "ours" and not (final / "a.txt").exists()
+        shutil.rmtree(final)
+    assert contents(tmp_path / "kept-final") == {"a.txt": "first"}
+    assert contents(tmp_path / "kept-final-2") == {"a.txt": "second"}
+
+
+@pytest.mark.parametrize("killed_at", ["rename", "rmtree"])
+def test_a_removal_cut_off_anywhere_keeps_the_users_files(tmp_path: Path, monkeypatch, killed_at: str) -> None:
+    make_run(tmp_path, {1: None})
+    folder = checkpoint.step_folder(tmp_path, 1)
+    (folder / "notes.txt").write_text("mine")
+    owner = checkpoint.shutil if killed_at == "rmtree" else Path
+    real = getattr(owner, killed_at)
+
+    def killed(path: Path, *args: Any, **how: Any) -> None:
+        if killed_at == "rmtree" and not path.exists():
+            return
+        if killed_at == "rename":
+            real(path, *args, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, killed_at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint._remove(folder)
+    checkpoint.clean(tmp_path)
+    (kept,) = tmp_path.rglob("notes.txt")
+    assert kept.read_text() == "mine" and not list(tmp_path.rglob(".tmp-*"))
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+# --- modes
+
+
+def set_umask(umask: int) -> None:
+    os.umask(umask)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path: Path, umask: int) -> None:
+    for name in ("text.txt", "val.txt", "tokenizer"):
+        (tmp_path / name).symlink_to(finished / name)
+    words = small("--steps", 2, "--sample-every", 0)
+    (end,) = launch(tmp_path, words, functools.partial(set_umask, umask))
+    assert end.code == 0, end.err
+    rows = [f"{label},the word {label} of row {n}" for n in range(4) for label in (0, 1)]
+    (tmp_path / "rows.csv").write_text("\n".join(["label,text", *rows]))
+    words = ["--init", "run", "--method", "lora", "--data", "rows.csv", "--predict", "rows.csv", "--device", "cpu"]
+    words += ["--epochs", "1", "--out", "tuned"]
+    (end,) = launch(tmp_path, words, functools.partial(set_umask, umask), program="finetune.sentiment")
+    assert end.code == 0, end.err
+    written = [path for name in ("run", "tuned", "cache") for path in (tmp_path / name).rglob("*")]
+    modes = {path: path.stat().st_mode & 0o777 for path in written}
+    expected = {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in written}
+    assert len(modes) > 40 and modes == expected
+
+
+def test_saving_over_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0o640)
+    files.save_tensors({"w": torch.ones(2)}, path)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 # --- the writer

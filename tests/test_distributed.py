@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch import launch, log_of, small, write_inputs
 from torch import Tensor
 from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
@@ -219,6 +222,53 @@ def test_evaluation_over_two_ranks_is_that_of_one(pair):
 
 def test_micro_batch_auto_fits_on_every_rank(pair):
     assert [found["micro_batch"] for found in pair] == [6, 6]
+
+
+# --- ranks that meet in torchrun's store
+
+
+def ranks_meet(store: dist.Store, size: int) -> list[str]:
+    """What each rank, all alive, takes as the name of the meeting."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: distributed.meet(store, rank, size, 20), range(size)))
+
+
+LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
+
+
+@given(size=st.integers(2, 4), lives=LIVES)
+@settings(max_examples=10, deadline=None)
+def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
+    """Before them, starts in which only some ranks came before all were killed, or all came."""
+    store = dist.HashStore()
+    met = set()
+    for came in lives:
+        alive = [rank for rank in range(size) if rank in came]
+        if len(alive) == size:
+            met.add(ranks_meet(store, size)[0])
+            continue
+        for rank in alive:
+            with pytest.raises(TimeoutError, match="did not come"):
+                distributed.meet(store, rank, size, 0.05)
+    names = ranks_meet(store, size)
+    assert len(set(names)) == 1 and names[0] not in met
+
+
+@pytest.mark.parametrize(
+    "env, told",
+    [
+        ({}, False),
+        ({"PET_NNODES": "1:2"}, True),
+        ({"PET_NNODES": "2:2"}, False),
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}, True),
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "0"}, False),
+        ({"PET_NNODES": "1:2", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
+    ],
+)
+def test_a_run_that_nodes_may_join_is_told_what_to_set(monkeypatch, env, told):
+    for name, value in ({"TORCHELASTIC_USE_AGENT_STORE": "True"} | env).items():
+        monkeypatch.setenv(name, value)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (distributed.restart_advice() or "")) == told
 
 
 # --- threads

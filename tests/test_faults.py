@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,11 @@ def wait_for_steps(run: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-def torchrun(folder: Path, patch: str, words: list[str]) -> subprocess.Popen[str]:
+def torchrun(
+    folder: Path, patch: str, words: list[str], how: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
     """Two ranks of tests/launch.py, which calls `patch` of this file first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2"]
     command += [str(REPO / "tests" / "launch.py"), f"test_faults:{patch}", *words]
     env = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -311,3 +313,23 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
     (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0))
     assert end.code == 0 and "resumed from step-00000003" in end.out, end
     assert json.loads((folder / "run" / "metrics.json").read_text())["steps"] == 12
+
+
+# --- torchrun --max-restarts
+
+
+def die_twice() -> None:
+    """Under torchrun rank 1 is killed in its first life, rank 0 in its second; the third one goes through."""
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if life < 2:
+        die("micro-batch", (9, 5)[life], on=(1, 0)[life])
+
+
+def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None:
+    words = small("--sample-every", 0)
+    assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
+    how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
+    end = outcome(torchrun(folder, "die_twice", words, how), timeout=240)  # ranks that hang do so for ten minutes
+    assert end.code == 0, end
+    assert end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out, end.out
+    assert trace(folder / "run") == trace(folder / "whole")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import GPTConfig, TrainConfig
 from model import GPT
-from optim import Group, LossScale, Optimizers, default_groups, lr_multiplier
+from optim import Group, LossScale, Optimizers, Span, default_groups, lr_multiplier
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
@@ -59,6 +59,18 @@ def test_slanted_triangular_peaks_at_a_tenth_whatever_the_warm_up():
     assert rates[0] == rates[200] == 1 / 32
     assert max(rates) == rates[20] == 1
     assert rates[10] == pytest.approx((1 + 31 / 2) / 32)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_restarted_decay_begins_at_the_peak_and_ends_as_the_first(schedule):
+    rates = [lr_multiplier(s, Span(40, 240), 20, schedule, 0.05) for s in range(40, 241)]
+    first = [lr_multiplier(s, 200, 0, schedule, 0.05) for s in range(201)]
+    assert rates == pytest.approx(first)
+
+
+def test_a_decay_restarted_in_the_warm_up_lets_it_finish():
+    rates = [lr_multiplier(s, Span(5, 100), 20, "cosine") for s in range(5, 100)]
+    assert rates == [lr_multiplier(s, 100, 20, "cosine") for s in range(5, 100)]
 
 
 # --- groups
@@ -218,3 +230,16 @@ def test_the_loss_scale_halves_at_once_and_doubles_after_its_interval(monkeypatc
 
 def test_without_fp16_there_is_no_scale():
     assert factor(LossScale(False, torch.device("cpu")), NO, YES) == 1
+
+
+def test_a_checkpoint_of_another_precision_leaves_the_loss_scale_alone():
+    cpu = torch.device("cpu")
+    fp32, fp16 = LossScale(False, cpu), LossScale(True, cpu)
+    fp16.update(NO)
+    fp32.load_state(fp16.state())
+    assert fp32.scale.item() == 1, "fp32 gradients are not scaled"
+    resumed = LossScale(True, cpu)
+    resumed.load_state(fp32.state())
+    assert resumed.scale.item() == 2.0**16, "1 would let fp16 gradients vanish for thousands of steps"
+    resumed.load_state(fp16.state())
+    assert resumed.scale.item() == 2.0**15

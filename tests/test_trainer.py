@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import tempfile
@@ -395,6 +396,32 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_p
     checkpoint.write_folder(newest, fill)
     assert train(Scripted([1.0] * 6), dataclasses.replace(cfg, patience=2)) == 0
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 6  # step 4 is the best it knows of
+
+
+def test_a_run_stopped_early_is_extended_only_with_more_patience(untouched, tmp_path):
+    scores = [1.0, 2.0, 2.0, 2.0, 0.5, 3.0, 3.0, 3.0]
+    options = dict(eval_every=1, save_every=1, sample_every=0, schedule="constant")
+    cfg = whole_run(tmp_path / "run", 6, patience=2, **options)
+    assert train(Scripted(scores), cfg) == 0 and what_happened(tmp_path / "run")["figures"]["steps"] == 3
+    longer = dataclasses.replace(cfg, extend_to=8)
+    with pytest.raises(UserError, match="stopped early, after 2 evaluations without a better one; add --patience 4"):
+        train(Scripted(scores), longer)
+    assert train(Scripted(scores), cfg) == 0, "it is still finished, with its old length"
+    assert train(Scripted(scores), dataclasses.replace(longer, patience=4)) == 0
+    whole = whole_run(tmp_path / "whole", 8, patience=4, **options)
+    assert train(Scripted(scores), whole) == 0
+    assert what_happened(tmp_path / "run")["final"] == what_happened(tmp_path / "whole")["final"] == "5"
+    assert what_happened(tmp_path / "run")["figures"]["steps"] == 8
+
+
+def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, tmp_path, capsys):
+    options = dict(eval_every=0, save_every=2, sample_every=0, schedule="constant")
+    cfg = whole_run(tmp_path / "run", 4, **options)
+    assert train(Scripted([]), cfg) == 0
+    shutil.rmtree(checkpoint.step_folder(tmp_path / "run", 4))
+    assert train(Scripted([]), dataclasses.replace(cfg, extend_to=8)) == 0
+    assert "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+    assert [line["step"] for line in log_of(tmp_path / "run", "train")] == list(range(1, 9))
 
 
 def test_patience_without_evaluations_is_refused(untouched, tmp_path):

@@ -1,0 +1,87 @@
+"""How long a run is planned to be, and how --extend-to and --reschedule change that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config import UserError
+from optim import Span, lr_multiplier, span_at
+
+
+@dataclass(frozen=True)
+class Length:
+    """A plan of a run: from step `at` on it has `steps` steps in all."""
+
+    at: int
+    steps: int
+    rescheduled: bool = False  # whether the decay of the learning rate restarts at that step
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What --extend-to asks for, and the options that decide whether a run may go on like that."""
+
+    to: int
+    reschedule: bool
+    schedule: str
+    warmup: int
+    min_lr: float
+    patience: int = 0
+
+
+def lengths_of(record: dict[str, Any]) -> list[Length]:
+    """The plans of a run, the oldest first, as run.json or a checkpoint holds them."""
+    stored: list[dict[str, Any]] = record.get("lengths") or [{"at": 0, "steps": record["identity"].get("steps", 0)}]
+    return [Length(**length) for length in stored]
+
+
+def as_json(lengths: Sequence[Length]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(length) for length in lengths]
+
+
+def spans(lengths: Sequence[Length]) -> list[Span]:
+    """The steps over which a schedule runs: one span, and one more for each restart of the decay."""
+    found: list[Span] = []
+    for length in lengths:
+        if not found or length.rescheduled:
+            found.append(Span(length.at, length.steps))
+        else:
+            found[-1] = Span(found[-1].begin, length.steps)
+    return found
+
+
+def extend(lengths: Sequence[Length], step: int, wanted: Extension) -> list[Length]:
+    """The plans of a run that has made `step` steps and is to have `wanted.to`.
+
+    Raises UserError where that would shorten it, or change rates that the steps already had.
+    """
+    planned = lengths[-1].steps
+    if wanted.to < planned:
+        raise UserError(
+            f"--extend-to {wanted.to}: the run is planned for {planned} steps already; give a larger number"
+        )
+    if wanted.to == planned:
+        return list(lengths)
+    if wanted.reschedule and wanted.schedule != "constant":
+        return [*lengths, Length(step, wanted.to, rescheduled=True)]
+    longer = [*lengths, Length(step, wanted.to)]
+    if wanted.schedule == "constant" or (wanted.schedule == "wsd" and _same_rates(lengths, longer, step, wanted)):
+        return longer
+    other = ", or go on from a checkpoint before it: --resume FOLDER --out ANOTHER" if wanted.schedule == "wsd" else ""
+    raise UserError(
+        f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned} and has begun to at "
+        f"step {step}; add --reschedule, which restarts the decay there{other}"
+    )
+
+
+def _same_rates(before: Sequence[Length], after: Sequence[Length], step: int, wanted: Extension) -> bool:
+    """Whether the first `step` steps had the rates that they have under the longer plan."""
+
+    def rates(lengths: Sequence[Length]) -> list[float]:
+        over = spans(lengths)
+        return [lr_multiplier(s, span_at(s, over), wanted.warmup, wanted.schedule, wanted.min_lr) for s in range(step)]
+
+    return rates(before) == rates(after)
