@@ -159,7 +159,7 @@ def restart_advice() -> str | None:
 def _nodes_may_join() -> bool:
     """Whether this process's launcher was told --nnodes MIN:MAX."""
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         words = []
     options = " ".join([f"--nnodes {os.environ.get('PET_NNODES', '')}", *words])
