@@ -67,13 +67,13 @@ class Writer:
         import distributed
         from checkpoint import locate
         from decoding import open_model
+        from precision import choose_precision
 
         self.config = config
         device = distributed.start(config.device).device
-        half = config.precision == "bf16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        dtype = torch.bfloat16 if half else torch.float32
+        # Only where bf16 is native: older GPUs emulate it, slower than fp32.
+        native = config.precision == "auto" and device.type == "cuda" and choose_precision("auto", device)[0] == "bf16"
+        dtype = torch.bfloat16 if native or config.precision == "bf16" else torch.float32
         self.model, self.tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
         self.written = 0  # texts so far: the number of the next one
 

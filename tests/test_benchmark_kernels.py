@@ -53,7 +53,7 @@ def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None
 def test_only_names_the_nearest(run) -> None:
     done = run("-m", "benchmarks.kernels", "--only", "adamw", "layernorm")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --only layernorm is none of cross_entropy, ")
+    assert done.stderr.startswith(f"error: --only layernorm is none of {', '.join(bench.OPERATIONS)} ")
     assert done.stderr.endswith("(did you mean layer_norm?)\n") and done.stderr.count("\n") == 1
 
 
@@ -66,7 +66,7 @@ def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
         place = dataclasses.replace(place, no_fp8=None)  # slow, but it runs
     rows = {row["form"]: row for row in bench.compare(name, place, (1, 1))}
     ours = [form for form in rows if form.startswith(OURS)]
-    assert ours
+    assert ours or name.startswith("product_")  # products of a layer are PyTorch's own
     for form in (bench.PYTORCH, *ours):
         assert "note" not in rows[form], rows[form]["note"]
         assert len(rows[form]["seconds"]) == 1

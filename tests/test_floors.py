@@ -10,10 +10,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 FLOORS = {  # from the ground up; a package stands for all of its modules
-    "ground": ["config", "cli", "files", "readers", "distributed", "kernels"],
+    "ground": ["config", "console", "cli", "files", "foreign", "readers", "distributed", "kernels"],
     "parts": [
         "tokenizer",
+        "tokenizer_files",
         "tokenizer_training",
+        "weights",
         "corpus",
         "dataset",
         "rows",
@@ -28,7 +30,9 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "precision",
     ],
     "services": [
+        "lengths",
         "checkpoint",
+        "resume",
         "decoding",
         "search",
         "window",
@@ -50,11 +54,17 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name 
 
 SIDEWAYS = {  # the imports within a floor that are allowed
     ("cli", "config"),
+    ("cli", "console"),  # a command's output goes there
+    ("cli", "runlog"),  # an escape of control characters for what is printed
+    ("files", "config"),
+    ("foreign", "config"),
     ("readers", "config"),
     ("distributed", "config"),
     ("kernels", "config"),
     ("kernels", "kernels"),
     ("tokenizer", "tokenizer_training"),  # a tokenizer is read, or made
+    ("tokenizer", "tokenizer_files"),  # the layouts of the hub
+    ("tokenizer_files", "tokenizer_training"),
     ("tokenizer_training", "corpus"),  # a vocabulary is made of whatever --data may name
     ("dataset", "tokenizer"),  # shards know the vocabulary they were written with
     ("dataset", "corpus"),  # --data may be text, tokenized on the spot
@@ -70,6 +80,13 @@ SIDEWAYS = {  # the imports within a floor that are allowed
     ("search", "window"),
     ("decoding", "metrics"),  # minimum Bayes risk compares candidates by chrF
     ("heads", "model"),  # what they read
+    ("heads", "weights"),  # one reader of weights in every layout
+    ("model", "weights"),
+    ("adapter_files", "weights"),
+    ("adapter_files", "checkpoint"),  # an adapter's base may be a run
+    ("checkpoint", "lengths"),  # the planned lengths of a run
+    ("resume", "checkpoint"),
+    ("resume", "lengths"),
     ("adapters", "model"),  # what adapters are put into
     ("adapters", "optim"),  # which of its parameters train alike
     ("adapter_files", "adapters"),  # what is written and read

@@ -1,0 +1,128 @@
+"""What `auto` would run on real cards, each of them faked: README shows the same table."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import plan
+from benchmarks.table import markdown
+from config import TrainConfig
+from distributed import World
+from kernels import _card
+from kernels._card import CARDS
+from memory import Memory
+from plan import estimate_fits, largest_divisor, settle
+from step import compile_unit
+from task import LanguageModelling, model_config
+
+pytest.importorskip("triton", reason="auto's kernels are Triton's")
+
+GPT2_VOCABULARY = 50257
+HEADER = ["card", "precision", "attention", "with --document-mask", "kernels", "compiled by", "micro-batch"]
+# GiB that a process finds free on an idle card: what is sold as 16, 80, 24, 24, 80, 141, 180 and 32 GB.
+FREE = {
+    "T4": 14.6, "A100": 79.0, "RTX 3090": 23.4, "RTX 4090": 23.4,
+    "H100": 79.0, "H200": 139.5, "B200": 177.5, "RTX 5090": 31.2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Any:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let this process find one card, idle."""
+    card, free = CARDS[name], int(FREE[name] * 2**30)
+    monkeypatch.setattr(_card, "card", lambda *device: card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: card.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: card.name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (free, free))
+    for figure in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, figure, lambda *device: 0)
+    monkeypatch.setattr(plan, "set_gpu_allocator", lambda cfg: None)
+
+
+def world(ranks: int = 1) -> World:
+    return World(0, 0, ranks, ranks, torch.device("cuda", 0))
+
+
+class Planned(LanguageModelling):
+    """Pretraining of which only the memory is asked; cards of one precision share the estimates."""
+
+    known: ClassVar[dict[tuple[str, int], Memory]] = {}
+
+    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        key = cfg.precision, micro_batch
+        if key not in self.known:
+            self.known[key] = super().estimate(cfg, micro_batch, device_type, world_size)
+        return self.known[key]
+
+
+def micro_batch(cfg: TrainConfig) -> int:
+    """By estimate: on a card a trial of the real model decides."""
+    task = Planned()
+    task.shape, task.cfg = model_config(cfg, GPT2_VOCABULARY), cfg
+    assert cfg.batch_tokens and cfg.seq_len
+    return largest_divisor(cfg.batch_tokens // cfg.seq_len, estimate_fits(task, cfg, world()))
+
+
+def row(name: str) -> list[str]:
+    """A card's row of the table: `python train_gpt2.py` without options."""
+    cfg, choices = settle(TrainConfig(data="stdlib"), world())
+    _, masked = settle(TrainConfig(data="stdlib", document_mask=True), world())
+    units = [compile_unit(cfg, world(ranks)) for ranks in (1, 8)]
+    return [
+        name,
+        cfg.precision,
+        choices.attention.removesuffix("_attention"),
+        # A mask of documents is written out where the kernel is not: PyTorch's fused ones take it or the plain one.
+        masked.attention if masked.attention.endswith("kernel") else "mask",
+        cfg.kernels.replace(",", ", "),
+        f"{units[0]}; {units[1]} on 8 GPUs",
+        str(micro_batch(cfg)),
+    ]
+
+
+def test_what_auto_runs_on_each_card_is_what_readme_says(monkeypatch, repo):
+    rows = []
+    for name in CARDS:
+        with monkeypatch.context() as faked:
+            fake(faked, name)
+            rows.append(row(name))
+    table = markdown(HEADER, rows, words=(0, 1, 2, 3, 4, 5))
+    print(table)
+    readme = (repo / "README.md").read_text(encoding="utf-8")
+    assert table in readme
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_auto_runs_nothing_that_a_card_lacks(monkeypatch, name):
+    fake(monkeypatch, name)
+    cfg, choices = settle(TrainConfig(data="stdlib", document_mask=True), world())
+    major = CARDS[name].capability[0]
+    assert cfg.precision == ("bf16" if major >= 8 else "fp16")
+    assert ("attention" in cfg.kernels.split(",")) == (major >= 8)
+    assert (choices.lost is None) == (major >= 8)
+    assert ("CUDNN_ATTENTION" in [b.name for b in choices.backends]) == (major in (9, 10))
+    assert ("FLASH_ATTENTION" in [b.name for b in choices.backends]) == (major >= 8)
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_banner_says_whether_attention_repeats(monkeypatch, name, deterministic):
+    fake(monkeypatch, name)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    _, choices = settle(TrainConfig(data="stdlib", deterministic=deterministic), world())
+    assert choices.repeatability.startswith("repeatable" if deterministic else "not repeatable")
+    if deterministic:
+        assert "cudnn" not in choices.attention
+    _, ours = settle(TrainConfig(data="stdlib", kernels="torch", without=("flash-attention",)), world())
+    assert ours.repeatability == "repeatable bit for bit"
