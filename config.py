@@ -544,11 +544,18 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
 
 
 def expand_paths(cfg: Any) -> None:
-    """Put the home in the place of a leading `~` or `~user` in every option that names a path; `./~` stays."""
+    """Put the home in the place of a leading `~` or `~user` in every option that names a path; `./~` stays.
+
+    Raises UserError for an empty name, as a shell makes it of a variable that is not set.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     for name, found in marks(type(cfg)).items():
         for mark in found:
             if isinstance(mark, PathName):
                 value = getattr(cfg, name)
+                words = value if isinstance(value, tuple | list) else (value,)
+                if value != defaults[name] and any(isinstance(word, str) and not word.strip() for word in words):
+                    raise UserError(f"--{name.replace('_', '-')} is empty; give a name, or leave the option out")
                 many = [expand(word, mark.many) for word in value] if isinstance(value, tuple | list) else None
                 setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
 

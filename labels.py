@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from rows import Row
 from tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
+EXACT_WHOLE = 1 << 53  # from here on a float is not every whole number, and two labels could become one
+DIGITS = 1000  # Python converts no longer numbers by default
+_WHOLE = re.compile(r"[-+]?\d+")
 UNKNOWN = ("", "-1", "-", "?", "nan", "null")  # GLUE's test splits have -1, SNLI has - where annotators disagree
 
 
@@ -19,11 +23,12 @@ def label_name(cell: str) -> str:
     """A cell of a label column as the label's name: numbers without a fraction are whole numbers, and a letter with its
     marks is one character (NFC), since two files may spell one label either way."""
     text = composed(cell.strip())
-    try:
-        number = float(text)
-    except ValueError:
+    if not is_number(text):
         return text
-    return str(int(number)) if number.is_integer() else text
+    if _WHOLE.fullmatch(text):
+        return text.lstrip("+") if len(text) > DIGITS else str(int(text))
+    number = float(text)
+    return str(int(number)) if number.is_integer() and abs(number) < EXACT_WHOLE else text
 
 
 def composed(text: str) -> str:
@@ -69,8 +74,9 @@ def _order(name: str, spelled: str) -> str:
 
 
 def is_number(name: str) -> bool:
+    """Whether a label is a number; 1_1 is a name, though Python would read it as 11."""
     try:
-        return math.isfinite(float(name))
+        return "_" not in name and math.isfinite(float(name))
     except ValueError:
         return False
 

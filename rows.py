@@ -192,7 +192,8 @@ def _fields(cells: dict[str, Any], chosen: dict[str, str | None], optional: Coll
         value = cells.get(column) if column is not None else None
         if isinstance(value, list | dict | bytes):
             return f"has a {type(value).__name__} in column {column!r}, not text"
-        text = "" if value is None else str(value).replace("\r\n", "\n")
+        missing = value is None or value != value  # NaN, as pandas writes a missing value
+        text = "" if missing else str(value).replace("\r\n", "\n")
         if _NO_UTF8.search(text):
             return f"is not UTF-8 text in column {column!r}"
         if not text.strip() and field not in optional:
@@ -289,7 +290,7 @@ def read_documents(text: IO[str]) -> Iterator[Record]:
         document += piece
         line += piece.count("\n") + ends
         if ends:
-            yield from _document(document.removesuffix("\n"), begin)
+            yield from _document(document.removesuffix("\n").removesuffix("\r"), begin)
             document = ""
     yield from _document(document, begin)
 

@@ -57,11 +57,20 @@ def expand(record: Record) -> Iterator[Record]:
 
 def _questions(place: str, paragraph: Any) -> Iterator[Record]:
     try:
-        for qa in paragraph["qas"]:
-            row = {"id": str(qa.get("id", "")), "context": paragraph["context"], "question": qa["question"]}
+        context, questions = paragraph["context"], list(paragraph["qas"])
+    except (KeyError, TypeError) as error:
+        yield place, _not_squad(error)
+        return
+    for qa in questions:
+        try:
+            row = {"id": str(qa.get("id", "")), "context": context, "question": qa["question"]}
             yield place, row | _answers(qa.get("answers") or [])
-    except (KeyError, TypeError, AttributeError) as error:
-        yield place, f"is not as SQuAD has them ({type(error).__name__}: {error})"
+        except (KeyError, TypeError, AttributeError) as error:
+            yield place, _not_squad(error)
+
+
+def _not_squad(error: Exception) -> str:
+    return f"is not as SQuAD has them ({type(error).__name__}: {error})"
 
 
 def _answers(found: dict[str, Any] | list[Any]) -> dict[str, Any]:

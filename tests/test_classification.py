@@ -265,6 +265,10 @@ def test_a_label_s_name():
         "nan": "nan",
         "inf": "inf",
         "so so": "so so",
+        "1_1": "1_1",
+        "+3": "3",
+        "9007199254740993": "9007199254740993",
+        "1e300": "1e300",
     }
     assert {cell: label_name(cell) for cell in names} == names
 

@@ -15,7 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import parse
-from config import DecodeConfig, PathName, Range, UserError, check, check_decode, check_ranges, expand, marks
+from config import (
+    DecodeConfig,
+    PathName,
+    Range,
+    TrainConfig,
+    UserError,
+    check,
+    check_decode,
+    check_ranges,
+    expand,
+    marks,
+)
 
 TEXTS = {  # options of text that name no file or folder
     "kernels", "without", "prompts", "words", "class_weights", "also", "dataset", "name", "split", "columns", "alike",
@@ -178,3 +189,11 @@ def test_a_config_file_nested_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(UserError, match="is not valid json"):
         parse(TrainConfig, ["--config", str(tmp_path / "c.json")])
+
+
+def test_an_empty_name_is_refused() -> None:
+    for option in ("--data", "--val-data", "--tokenizer", "--out", "--init"):
+        for empty in ("", " "):
+            with pytest.raises(UserError, match=f"{option} is empty"):
+                parse(TrainConfig, [option, empty])
+    assert parse(TrainConfig, []).data is None

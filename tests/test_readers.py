@@ -509,3 +509,11 @@ def test_labels_keep_the_order_of_their_own_spelling() -> None:
     for form in (("caf\u0301e", "cafz"), ("\u00e9", "z")):
         rows = [Row({"label": label}, "") for label in form]
         assert find_labels(rows) == tuple(map(composed, sorted(form)))
+
+
+def test_a_broken_question_takes_no_other_with_it() -> None:
+    asked = [{"id": "1", "question": "a"}, {"id": "2"}, "none", {"id": "3", "question": "c"}]
+    found = list(expand(("row 1", {"paragraphs": [{"context": "x", "qas": asked}, {"qas": asked}]})))
+    kept = [cells if isinstance(cells, str) else cells["id"] for _, cells in found]
+    assert [kept[0], kept[3]] == ["1", "3"]
+    assert len(kept) == 5 and all("not as SQuAD" in kept[n] for n in (1, 2, 4))

@@ -110,10 +110,19 @@ def test_text_files(tmp_path: Path) -> None:
     text = "one\r\ntwo\r\n<|endoftext|>\r\nthree <|endoftext|>\r\n\r\nfour\r\n<|endoftext|>\r\n"
     spec = write(tmp_path / "a.txt", text)
     documents = read_rows(spec, {"text": ("text",)}).rows
-    assert [row["text"].strip() for row in documents] == ["one\ntwo", "three <|endoftext|>\n\nfour"]
+    assert [row["text"].rstrip("\n") for row in documents] == ["one\ntwo", "three <|endoftext|>\n\nfour"]
     assert [row.where.removeprefix(spec) for row in documents] == [" line 1", " line 4"]
     spec = write(tmp_path / "lines.txt", "one\n\n two \r\n")
     assert [row["text"] for row in read_rows(spec, {"text": ("text",)}, lines=True).rows] == ["one", " two "]
+
+
+def test_a_value_that_is_not_a_number_is_missing(tmp_path: Path) -> None:
+    nan = {"text": float("nan"), "title": "x"}
+    specs = write(tmp_path / "a.jsonl", json.dumps(nan) + "\n"), write(tmp_path / "a.parquet", parquet([nan]))
+    for spec in specs:
+        assert fields(read_rows(spec, COLUMNS, optional=("text",))) == [{"text": "", "title": "x"}]
+        with pytest.raises(UserError, match="nothing in column 'text'"):
+            read_rows(spec, COLUMNS)
 
 
 def test_a_task_brings_its_own_reader(tmp_path: Path) -> None:
