@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cli import entry_point
-from config import UserError, expand
+from cli import entry_point, warn_of_replaced
+from config import UserError, expand, without_surrogates
 from console import outlive
 from readers import decode_input
 from tokenizer_files import Opened, open_tokenizer
@@ -37,7 +37,6 @@ from tokenizer_training import (
     open_input,
     pieces_of,
     train_byte_level,
-    without_surrogates,
 )
 from tokenizer_training import train_sentencepiece as train_pieces
 
@@ -592,7 +591,10 @@ def _train_command(options: argparse.Namespace) -> None:
 
 def _encode_command(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
-    print(*tokenizer.encode(_read_stdin() if options.text is None else options.text))
+    text = _read_stdin() if options.text is None else without_surrogates(options.text)
+    if options.text not in (None, text):
+        warn_of_replaced("TEXT")
+    print(*tokenizer.encode(text))
 
 
 def _decode_command(options: argparse.Namespace) -> None:

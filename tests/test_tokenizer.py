@@ -477,6 +477,11 @@ class TestCommandLine:
         ids = command("encode", "--tokenizer", out, "the dog").stdout.split()
         assert command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
 
+    def test_encode_says_that_bytes_are_no_text(self, trained):
+        done = command("encode", "--tokenizer", trained.source, "caf\udce9")
+        assert [int(id) for id in done.stdout.split()] == trained.encode("caf\ufffd")
+        assert done.stderr.decode() == "warning: TEXT holds bytes that are not UTF-8; each is read as U+FFFD\n"
+
     @pytest.mark.parametrize(
         "words, says",
         [
