@@ -492,6 +492,8 @@ class TestCommandLine:
             ("train --input EMPTY --vocab-size 300 --out OUT", "no text"),
             ("train --input EMPTY --vocab-size 12 --out OUT", "257"),
             ("train --input EMPTY --vocab-size many --out OUT", "invalid int"),
+            ("train --input EMPTY --vocab-size 2147483647 --out OUT", "at most"),
+            ("train --input EMPTY --vocab-size 1%s --out OUT --model unigram" % ("0" * 400), "at most"),
             ("train --input EMPTY --vocab-size 300 --out OUT --fast", "--fast"),
             ("train --input EMPTY --vocab-size 300 --out OUT --special <a> <b> <a>", "given twice"),
             ("train --input EMPTY --vocab-size 258 --out OUT --special <a> <b>", "259"),
