@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 import console
-from config import UserError, check_ranges, expand, expand_paths, nearest
+from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
 from runlog import printable
 
 Config = TypeVar("Config")  # any dataclass of options
@@ -57,8 +57,16 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     if unknown:
         raise UserError(_unknown_option(cls, unknown[0]))
     expand_paths(config)
+    for name in replace_surrogates(config):
+        warn_of_replaced("--" + name.replace("_", "-"))
     check_ranges(config)
     return config
+
+
+def warn_of_replaced(what: str) -> None:
+    """Say, once for all ranks, that an option held bytes that are no text."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {what} holds bytes that are not UTF-8; each is read as U+FFFD", file=sys.stderr)
 
 
 def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:

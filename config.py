@@ -560,6 +560,28 @@ def expand_paths(cfg: Any) -> None:
                 setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
 
 
+def replace_surrogates(cfg: Any) -> list[str]:
+    """Make every option text that can be encoded, but for paths, which are bytes; the names of those that changed.
+
+    Python hands over the bytes of a command line that are not UTF-8 as lone surrogates; JSON may hold some too.
+    """
+    paths = {name for name, found in marks(type(cfg)).items() if any(isinstance(mark, PathName) for mark in found)}
+    changed = []
+    for name in [field.name for field in dataclasses.fields(cfg) if field.name not in paths]:
+        value = getattr(cfg, name)
+        words = value if isinstance(value, tuple) else (value,)
+        new = tuple(without_surrogates(word) if isinstance(word, str) else word for word in words)
+        if new != words:
+            setattr(cfg, name, new if isinstance(value, tuple) else new[0])
+            changed.append(name)
+    return changed
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def expand(value: Any, many: bool = False) -> Any:
     """A path with its home in place of `~`; anything that is not text as it is."""
     if not isinstance(value, str):

@@ -29,6 +29,7 @@ from window import RepetitionPenalty, Stop, Window, kept_tokens
 __all__ = ["generate", "kept_tokens", "open_model"]
 
 CANDIDATES_AT_ONCE = 64  # rows of a batch when several texts are made for each prompt: what bounds their cache
+DRAWS = 1024  # random numbers that are drawn for a row at a time
 
 OnToken = Callable[[int, int], None]
 
@@ -257,32 +258,33 @@ class Sampler:
         self.window = window
         self.options = options
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
-        self.draws: Tensor | None = None  # (B, max_new_tokens) uniform in [0, 1), all drawn before the first step
-        if options.decode != "greedy":
-            draws = [_uniform(seed, name, options.max_new_tokens) for name in names]
-            self.draws = torch.stack(draws).to(window.device)
+        self.draws = torch.empty(0)  # (B, DRAWS) uniform in [0, 1), for this step and those after it
+        self.streams = [] if options.decode == "greedy" else [_stream(seed, name) for name in names]
 
     def choose(self, step: int) -> Tensor:
         """The next token (B,) of each row."""
         logits = self.penalty(self.window.next_logits())
-        if self.draws is None:
+        if self.options.decode == "greedy":
             tokens = logits.argmax(-1)
         else:
+            if step % DRAWS == 0:
+                self.draws = torch.stack([torch.rand(DRAWS, generator=s) for s in self.streams]).to(self.window.device)
             logits = truncate(soften(logits, self.options.temperature), self.options.top_k, self.options.top_p)
-            tokens = draw(logits, self.draws[:, step])
+            tokens = draw(logits, self.draws[:, step % DRAWS])
         self.penalty.add(tokens)
         return tokens
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep (and repeat) these rows."""
         self.penalty.select(rows)
-        self.draws = None if self.draws is None else self.draws[list(rows)]
+        if self.options.decode != "greedy":
+            self.draws = self.draws[list(rows)]
+            self.streams = [self.streams[row].clone_state() for row in rows]  # a row may be repeated
 
 
-def _uniform(seed: int, name: str, count: int) -> Tensor:
-    """`count` numbers in [0, 1) that follow from (seed, name) alone; fp32 on the CPU, alike on every machine."""
-    generator = torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
-    return torch.rand(count, generator=generator)
+def _stream(seed: int, name: str) -> torch.Generator:
+    """Random numbers that follow from (seed, name) alone; drawn on the CPU, they are alike on every machine."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:

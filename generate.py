@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from cli import entry_point, parse
 from config import Count, DecodeConfig, Range, Seed, UserError, Where, check_decode
+from readers import HEAD, decode_input, wide_encoding
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -154,7 +155,7 @@ def main() -> int:
         sys.stdin.reconfigure(errors="replace")
     prompts = config.prompts
     if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin if line.strip()]
+        prompts = [line.rstrip("\r") for line in _read_stdin().split("\n") if line.strip()]
         if not prompts:
             raise UserError("no prompt: give one after the checkpoint, or one a line on standard input")
     writer = Writer(config)
@@ -162,6 +163,18 @@ def main() -> int:
         return interact(writer)
     writer.write(prompts)
     return 0
+
+
+def _read_stdin() -> str:
+    """Standard input as text; single bytes that are not UTF-8 become U+FFFD.
+
+    Raises UserError for UTF-16 or UTF-32: read as UTF-8 they would be other prompts.
+    """
+    if not isinstance(sys.stdin, io.TextIOWrapper):
+        return sys.stdin.read()
+    raw = sys.stdin.buffer.read()
+    whole = wide_encoding(raw[:HEAD]) or raw[:2] == b"\x1f\x8b"
+    return decode_input(raw, "standard input") if whole else raw.decode("utf-8-sig", "replace")
 
 
 if __name__ == "__main__":

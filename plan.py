@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,14 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
 import distributed
-from config import Run, RunConfig, resolve
+from config import Run, RunConfig, UserError, resolve
 from distributed import World
 from kernels import choose, named
 from memory import keeps_freed, set_allocator
 from model import attention_backends
 from precision import DTYPES, choose_precision, set_products
-from runlog import RunLog, bytes_text, numbers, peak_flops, read_log, time_text
-from step import TrainStep
+from runlog import RunLog, bytes_text, numbers, peak_flops, printable, read_log, time_text
+from step import TrainStep, compiler_lacks
 from task import Task
 
 
@@ -45,6 +45,8 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     cfg = resolve(cfg, world.device.type)
+    if cfg.compile:
+        check_compiler(world)
     precision, why = choose_precision(cfg.precision, world.device)
     cfg = dataclasses.replace(cfg, precision=precision)
     kernels, lost = choose(cfg, world.device.type)
@@ -61,6 +63,13 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     written_out = "explicit" if "flash-attention" in cfg.without else backends[0].name.lower()
     attention = next((f"{name} kernel" for name in named(kernels) if "attention" in name), written_out)
     return cfg, Choices(why, backends, attention, repeatability(attention, cfg, world.device), lost)
+
+
+def check_compiler(world: World) -> None:
+    """Raise UserError on every rank where one of them has no compiler for torch.compile."""
+    reasons = distributed.gather(world, compiler_lacks(world.device.type))
+    if reason := next(filter(None, reasons), None):
+        raise UserError(f"--compile {reason}; or type --no-compile")
 
 
 def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
@@ -148,13 +157,41 @@ OUT_OF_MEMORY = re.compile(r"out[ _]of[ _]memory|allocate memory|_ALLOC(ATION)?_
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory ran out, also where the compiler has wrapped the error that said so."""
+    return any(
+        isinstance(inner, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(inner))
+        for inner in causes(error)
+    )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from or in the handling of, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+
+
+# inductor's for C++; Triton's for the C that launches a kernel, which ends without the compiler's own words.
+COMPILER_FAILED = re.compile(
+    r"InvalidCxxCompiler|No working C\+\+ compiler|C\+\+ compile error|Failed to find C compiler"
+    r"|Command '\[.*\.c'.*-shared.* returned non-zero exit status"
+)
+
+
+def compiler_error(error: BaseException) -> UserError | None:
+    """The line to show where the machine's C or C++ compiler failed under torch.compile; None for any other error."""
+    text = next((str(inner) for inner in causes(error) if COMPILER_FAILED.search(str(inner))), None)
+    if text is None:
+        return None
+    lines = [line.strip() for line in text.splitlines()]
+    said = next((line for line in lines if "error: " in line), None)
+    said = said or next(line for line in lines if COMPILER_FAILED.search(line))
+    return UserError(
+        f"torch.compile's C or C++ compiler failed ({printable(said[:200])}); install it whole, with Python's "
+        "headers (apt install g++ python3-dev), or type --no-compile",
+        local=True,
+    )
 
 
 def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:

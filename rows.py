@@ -120,7 +120,9 @@ def read_rows(
                 if every:
                     wanted = [field for field in columns if field not in optional]
                     rows.append(_kept(cells, chosen or dict.fromkeys(columns), wanted, where, fields))
-    if all(row.fault for row in rows):
+    # Where no row is UTF-8, the file is in another encoding, and its answers would be those of other texts.
+    elsewhere = len(rows) > 1 and sum("is not UTF-8 text" in line for line in broken) == len(rows)
+    if elsewhere or all(row.fault for row in rows):
         raise UserError(f"{spec} holds no row that can be read" + (f": {broken[0]}" if broken else "; give other data"))
     said = "damaged" if every else "left out"
     for line in broken[:SHOWN]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import checkpoint
 import distributed
 from config import RunConfig
 from distributed import World
+from kernels._triton import missing
 from optim import LossScale, Optimizers, Span, lr_multiplier, span_at
 from precision import DTYPES, Cast, autocast, casts_once, exact_products
 from task import Task
@@ -160,6 +162,27 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
     return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
+
+
+def compiler_lacks(device_type: str) -> str | None:
+    """What stops torch.compile on this kind of device, as "needs ..."; None where nothing does.
+
+    It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first step.
+    """
+    if device_type == "cuda":
+        return missing(device_type)
+    if device_type != "cpu":
+        return None
+    import torch._inductor.config as inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (RuntimeError, OSError):  # OSError: $CXX is a folder, or may not be run
+        name = os.environ.get("CXX", "cl") if sys.platform == "win32" else inductor.cpp.cxx[-1]
+        way = {"linux": " (apt install g++)", "darwin": " (xcode-select --install)"}.get(sys.platform, "")
+        return f"needs a C++ compiler: install one{way} or name yours in CXX ({name} does not run)"
+    return None
 
 
 def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:

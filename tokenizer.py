@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cli import entry_point
-from config import UserError, expand
+from cli import entry_point, warn_of_replaced
+from config import UserError, expand, without_surrogates
 from console import outlive
 from readers import decode_input
 from tokenizer_files import Opened, open_tokenizer
@@ -37,7 +37,6 @@ from tokenizer_training import (
     open_input,
     pieces_of,
     train_byte_level,
-    without_surrogates,
 )
 from tokenizer_training import train_sentencepiece as train_pieces
 
@@ -48,6 +47,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 # the text is taken whole, any other takes each character that no visible one follows
 GPT2_SPLIT = r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
 GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
+LARGEST_VOCABULARY = 10_000_000  # the trainers make room for all of it beforehand
 PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
 
 
@@ -379,8 +379,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path, special: Sequenc
 
     Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no other token holds
     in part. A pair is merged only when it is seen twice, so little text gives fewer than `vocab_size` tokens. Two
-    runs on one text write the same bytes. Raises UserError for a vocabulary below 257 and the special tokens, an
-    empty text, special tokens as with_special does, or a folder that holds something.
+    runs on one text write the same bytes. Raises UserError for a vocabulary below 257 and the special tokens or above
+    LARGEST_VOCABULARY, an empty text, special tokens as with_special does, or a folder that holds something.
     """
     return _train(train_byte_level, texts, vocab_size, out, special, {})
 
@@ -411,6 +411,8 @@ def _train(
     special: Sequence[str],
     config: dict[str, Any],
 ) -> Tokenizer:
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"a vocabulary is too large above {LARGEST_VOCABULARY:,} tokens; give at most that")
     _check_names(special)
     out = Path(out).absolute()
     _check_free(out)
@@ -592,7 +594,10 @@ def _train_command(options: argparse.Namespace) -> None:
 
 def _encode_command(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
-    print(*tokenizer.encode(_read_stdin() if options.text is None else options.text))
+    text = _read_stdin() if options.text is None else without_surrogates(options.text)
+    if options.text not in (None, text):
+        warn_of_replaced("TEXT")
+    print(*tokenizer.encode(text))
 
 
 def _decode_command(options: argparse.Namespace) -> None:

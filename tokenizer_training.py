@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from config import UserError
+from config import UserError, without_surrogates
 
 ENDOFTEXT = "<|endoftext|>"
 METASPACE = "▁"  # how SentencePiece writes a space
@@ -153,11 +153,6 @@ def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return NO_TEXT
     raise error
-
-
-def without_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def pieces_of(text: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -39,6 +40,7 @@ from lengths import Extension, as_json, spans
 from memory import Heap, keeps_freed
 from plan import (
     Choices,
+    compiler_error,
     device_peak,
     dry_run,
     estimate_fits,
@@ -156,11 +158,13 @@ class Run:
                 return self._stopped()
             self._finish()
             return 0
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            release_frames(error)
-            raise self._out_of_memory() from None
+        except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
+            if is_out_of_memory(error):
+                release_frames(error)
+                raise self._out_of_memory() from None
+            if self.cfg.compile and (line := compiler_error(error)):
+                raise line from None
+            raise
         finally:
             self.loader.close()
             self.saver.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +71,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     from kernels._triton import missing
     from model import attention_backends
     from precision import choose_precision, set_products
+    from step import compiler_lacks
 
     def refused(precision: str) -> str | None:
         try:
@@ -82,13 +82,12 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 
     cuda = device.type == "cuda"
     native, why = choose_precision("auto", device)
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     best, plain = (attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False))
     reasons = {
         "products": None if set_products("fp32", device) else "is for CPUs where it is faster than MKL",
         "tf32": refused("tf32"),
         "bf16": None if native == "bf16" else why,
-        "compiler": missing("cuda") if cuda else None if compiler else "needs a C++ compiler",
+        "compiler": compiler_lacks(device.type),
         "ranks": None if room > 1 else f"there is one {'GPU' if cuda else 'core'}",
         "backend": None if best != plain else f"{best.name.lower()} is the best here already",
         "heap": "about a CPU's memory" if cuda else None if sys.platform == "linux" else "needs Linux",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +39,22 @@ def missing(device_type: str) -> str | None:
         return "needs Triton, which is not installed (pip install triton)"
     if device_type != "cuda" and not INTERPRETED:
         return f"needs a CUDA GPU and this run is on {device_type}"
-    return None
+    return None if INTERPRETED else _lacks_compiler()
+
+
+def _lacks_compiler() -> str | None:
+    """What stops Triton from building the code that launches its kernels; None where nothing does.
+
+    On Linux it runs $CC, else gcc, else clang. Triton for Windows brings its own compiler.
+    """
+    if sys.platform != "linux" or any(map(shutil.which, _compilers())):
+        return None
+    return f"needs a C compiler: install gcc (apt install gcc) or name yours in CC ({_compilers()[0]} was not found)"
+
+
+def _compilers() -> tuple[str, ...]:
+    named = os.environ.get("CC")
+    return ("gcc", "clang") if named is None else (named,)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available() and "GPU_TESTS_DEVICE" not in os.environ:
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
+
+
+WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?", re.MULTILINE)
+
+
+def own_lines(stderr: str) -> str:
+    """Standard error without Python's warnings, which depend on the libraries' versions, and their source lines."""
+    return WARNING.sub("", stderr)
 
 
 @pytest.fixture(scope="session")

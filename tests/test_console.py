@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, own_lines
 from launch import log_of, receive, small, start, write_inputs
 
 from runlog import kept_lines, numbers, read_log
@@ -128,3 +128,11 @@ def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
 def test_only_finite_numbers_of_a_log_count() -> None:
     values = [None, True, "5", [1], math.nan, math.inf, 10**400, 2.5, 3]
     assert numbers([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
+
+
+def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
+    foreign = "/a b/torch/x.py:75: UserWarning: Guards may run slower\n  warnings.warn(\n/y.py:3: FutureWarning: old\n"
+    assert own_lines(foreign) == ""
+    ours = 'warning: slow\nerror: no\nTraceback (most recent call last):\n  File "x.py", line 3\nValueError: x\n'
+    assert own_lines(ours) == ours
+    assert own_lines(f"error: a\n{foreign}error: b\n") == "error: a\nerror: b\n"

@@ -392,6 +392,24 @@ def test_penalty_and_truncation_are_transformers() -> None:
         assert torch.equal(truncate(logits, top_k, top_p), expected)
 
 
+def test_draws_are_made_a_block_at_a_time(model: GPT, monkeypatch) -> None:
+    options = DecodeConfig(max_new_tokens=20, temperature=1.5)
+    prompts = [[1, 2], [3]]
+    texts = generate(model, prompts, options, None, seed=5)
+    monkeypatch.setattr(decoding, "DRAWS", 3)
+    assert generate(model, prompts, options, None, seed=5) == texts
+
+    def stop(row: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    peak = []
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda n, **kw: peak.append(n) or rand(n, **kw))
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompts, DecodeConfig(max_new_tokens=2**31 - 1), None, stop)
+    assert peak == [3, 3], "as many numbers as the text may have tokens would fill the memory"
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
     n = 10_000

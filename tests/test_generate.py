@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import own_lines
 
 import generate as script
 from config import DecodeConfig, UserError
@@ -151,7 +152,7 @@ def test_damaged_weights_are_refused(checkpoint: Path, tmp_path: Path, monkeypat
 
 def test_the_command(checkpoint: Path, repo: Path, run) -> None:
     done = run(repo / "generate.py", checkpoint, "日本", "--max-new-tokens", "5", "--decode", "greedy")
-    assert done.returncode == 0 and done.stdout.startswith("日本") and not done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("日本") and not own_lines(done.stderr)
 
 
 BAD_WORDS = {
@@ -231,3 +232,11 @@ def test_dialogue(checkpoint: Path, repo: Path) -> None:
     finally:
         polite.close()
         hasty.close()
+
+
+def test_standard_input_in_utf_16_is_refused(monkeypatch, checkpoint) -> None:
+    raw = io.TextIOWrapper(io.BytesIO("the moon\n".encode("utf-16")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(checkpoint)])
+    with pytest.raises(UserError, match="standard input is not UTF-8 text; pipe it through iconv -f UTF-16"):
+        script.main()

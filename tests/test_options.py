@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -197,3 +199,18 @@ def test_an_empty_name_is_refused() -> None:
             with pytest.raises(UserError, match=f"{option} is empty"):
                 parse(TrainConfig, [option, empty])
     assert parse(TrainConfig, []).data is None
+
+
+@pytest.mark.parametrize("bad", ["caf\udce9", "\ud800", "\udced\udc95\udc9c x"])
+def test_bytes_that_are_no_text_are_replaced_and_said(bad: str, tmp_path: Path, capsys) -> None:
+    from config import TrainConfig
+    from generate import GenerateConfig
+
+    (tmp_path / "c.json").write_text(json.dumps({"prompts": [bad, "é"], "out": bad}), encoding="utf-8")
+    read = parse(TrainConfig, ["--config", str(tmp_path / "c.json")])
+    typed = parse(GenerateConfig, [bad, bad, "é"])
+    for cfg, path in ((read, read.out), (typed, typed.checkpoint)):
+        assert path == bad, "a path is bytes, and keeps them"
+        assert cfg.prompts == (re.sub(r"[\ud800-\udfff]", "\ufffd", bad), "é")
+    said = "warning: --prompts holds bytes that are not UTF-8; each is read as U+FFFD\n"
+    assert capsys.readouterr().err == said * 2

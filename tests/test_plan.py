@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.nn.attention import SDPBackend
 
+import kernels._triton
 import plan
-from config import TrainConfig
+from config import TrainConfig, UserError
 from distributed import World
 from model import attention_backends
 
@@ -57,3 +62,56 @@ def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
     told = plan.settle(cfg, ALONE)[1].precision
     assert asked == [("fp32", ALONE.device, without)]
     assert told == "asked for" + ("" if without else "; fp32 products by oneDNN")
+
+
+# --- the compiler behind --compile
+
+
+@pytest.mark.parametrize("name", ["g++-nowhere", "ccache g++", "", "."])
+def test_no_cpp_compiler_is_said_before_the_run(name):
+    given: dict[str, Any] = {"precision": "fp32", "kernels": "torch"}
+    with torch._inductor.config.patch({"cpp.cxx": (None, name)}):
+        with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler: .*--no-compile$") as raised:
+            plan.settle(TrainConfig(compile=True, **given), ALONE)
+        assert f"({name} does not run)" in str(raised.value)
+        plan.settle(TrainConfig(**given), ALONE)  # a run that does not compile needs none
+
+
+def test_cuda_needs_a_c_compiler_for_triton(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(kernels._triton, "triton", kernels)  # as if it were installed
+    monkeypatch.setattr(kernels._triton, "INTERPRETED", False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    gpu = World(0, 0, 1, 1, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"--compile needs a C compiler: .*gcc was not found.*--no-compile$"):
+        plan.check_compiler(gpu)
+    chosen, lost = kernels.choose(TrainConfig(compile=False, precision="bf16"), "cuda")
+    assert chosen == "torch" and lost is not None and "needs a C compiler" in lost
+    (tmp_path / "clang").touch(mode=0o755)
+    plan.check_compiler(gpu)
+    monkeypatch.setenv("CC", "no-such-cc")
+    with pytest.raises(UserError, match="no-such-cc was not found"):
+        plan.check_compiler(gpu)
+
+
+HEADERS = "In file included from x.cpp:2:\nx.cpp:2:10: fatal error: Python.h: No such file or directory\n    2 |"
+TRITON_BUILD = ["/usr/bin/gcc", "/tmp/a/main.c", "-O3", "-shared", "-fPIC", "-o", "/tmp/a/launcher.so"]
+COMPILER_ERRORS = {
+    "no headers": (InductorError(CppCompileError(["g++"], HEADERS), None), "Python.h: No such file"),
+    "no compiler": (InductorError(InvalidCxxCompiler(), None), "No working"),
+    "none for Triton": (RuntimeError("Failed to find C compiler. Please specify via CC"), "Failed to find"),
+    "Triton's build": (subprocess.CalledProcessError(1, TRITON_BUILD), "main.c"),
+}
+
+
+@pytest.mark.parametrize(("error", "part"), COMPILER_ERRORS.values(), ids=COMPILER_ERRORS)
+def test_what_the_compiler_says_becomes_one_line(error, part):
+    line = str(plan.compiler_error(error))
+    assert "compiler failed" in line and line.endswith("or type --no-compile")
+    assert part in line and "\n" not in line
+
+
+def test_an_error_of_torch_compile_itself_is_not_the_compilers():
+    assert plan.compiler_error(InductorError(AssertionError("an internal error: 3"), None)) is None
+    assert plan.compiler_error(subprocess.CalledProcessError(1, ["nvidia-smi"])) is None

@@ -477,6 +477,11 @@ class TestCommandLine:
         ids = command("encode", "--tokenizer", out, "the dog").stdout.split()
         assert command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
 
+    def test_encode_says_that_bytes_are_no_text(self, trained):
+        done = command("encode", "--tokenizer", trained.source, "caf\udce9")
+        assert [int(id) for id in done.stdout.split()] == trained.encode("caf\ufffd")
+        assert done.stderr.decode() == "warning: TEXT holds bytes that are not UTF-8; each is read as U+FFFD\n"
+
     @pytest.mark.parametrize(
         "words, says",
         [
@@ -487,6 +492,8 @@ class TestCommandLine:
             ("train --input EMPTY --vocab-size 300 --out OUT", "no text"),
             ("train --input EMPTY --vocab-size 12 --out OUT", "257"),
             ("train --input EMPTY --vocab-size many --out OUT", "invalid int"),
+            ("train --input EMPTY --vocab-size 2147483647 --out OUT", "at most"),
+            ("train --input EMPTY --vocab-size 1%s --out OUT --model unigram" % ("0" * 400), "at most"),
             ("train --input EMPTY --vocab-size 300 --out OUT --fast", "--fast"),
             ("train --input EMPTY --vocab-size 300 --out OUT --special <a> <b> <a>", "given twice"),
             ("train --input EMPTY --vocab-size 258 --out OUT --special <a> <b>", "259"),

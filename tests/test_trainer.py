@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,6 +267,19 @@ def untouched(one_thread: None) -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, handler)
     gc.unfreeze()
+
+
+def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp_path):
+    class Fails(Scripted):
+        def loss(self, model: Any, batch: Any) -> Any:
+            # as Triton's build of a launcher fails, outside torch.compile
+            raise subprocess.CalledProcessError(1, ["gcc", "/tmp/a/main.c", "-O3", "-shared"])
+
+    monkeypatch.setattr("plan.compiler_lacks", lambda device_type: None)
+    with pytest.raises(UserError, match="--no-compile"):
+        train(Fails([1.0]), whole_run(tmp_path / "run", 1, compile=True))
+    with pytest.raises(subprocess.CalledProcessError):
+        train(Fails([1.0]), whole_run(tmp_path / "other", 1, compile=False))
 
 
 STEPS = 8
