@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import python_path
 from launch import launch, log_of, small, trace, write_inputs
 
 import distributed
@@ -185,7 +186,11 @@ def screen(written: str) -> list[str]:
 
 def on_a_terminal(source: str, *words: str) -> list[str]:
     ours, theirs = pty.openpty()
-    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": str(Path(step.__file__).parent)}
+    env = os.environ | {
+        "TERM": "xterm-256color",
+        "COLUMNS": "100",
+        "PYTHONPATH": python_path(Path(step.__file__).parent),
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", source, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env
     )
