@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ STDLIB_VOCAB = 4096
 GPT2_VOCAB = 50257
 HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
+UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")  # folders of the cache, under their locks
 SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
 
 
@@ -459,8 +461,10 @@ class Cache:
         return writing("--cache", self.root)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left unfinished, under any key."""
+        """Remove what killed processes left unfinished, under any key; no folder of another name."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
+            if not UNFINISHED.fullmatch(leftover.name):
+                continue
             with (
                 contextlib.suppress(OSError),  # in use, or another user's
                 (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
