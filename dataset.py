@@ -60,6 +60,8 @@ def read_shard(path: Path) -> Shard:
     """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
     with _reading(path):
         size = path.stat().st_size
+        if path.is_fifo():  # which would wait for somebody to write
+            raise UserError(f"{path} is a pipe, where a shard is read at any place; write it to a file")
         path.open("rb").close()
     shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
     expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
@@ -754,7 +756,9 @@ def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
-        corpus.find_files(spec)
+        for file in corpus.find_files(spec):
+            with _reading(file):
+                file.open("rb").close()
     elif not _is_cached(spec, asked, column, store):
         _hub_dataset(spec, column)
 
