@@ -486,16 +486,20 @@ class Classification(Finetuning):
         figures = self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about)
         write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
 
+    def ready(self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
+        self.cfg, self.warnings = cfg, ()
+        rows = self.rows_to_answer(cfg, say)
+        model, self.tokenizer = self._open(where, cfg)
+        self.true_labels(rows)  # a label that is unknown ends the run before the work is done
+        return model, rows
+
     def predict(
         self, cfg: ClassificationConfig, where: str, path: Path, say: Callable[[str], None]
     ) -> dict[str, float]:
         """Write the labels that the classifier of a checkpoint gives to the rows of `--predict`, as jsonl with
         probabilities and as the course's csv. Returns their scores where the file has the true ones."""
         assert cfg.predict
-        self.cfg, self.warnings = cfg, ()
-        model, self.tokenizer = self._open(where, cfg)
-        rows = self.rows_to_answer(cfg, say)
-        self.true_labels(rows)  # a label that is unknown ends the run before the work is done
+        model, rows = self.ready(cfg, where, say)
         found = [self.tokens_of(row) for row in rows]
         if cut := sum(was_cut for _, was_cut in found):
             say(

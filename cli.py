@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -19,6 +20,9 @@ import tyro
 import console
 from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
 from runlog import printable
+
+# What a path can have against it, wherever it is used, that is no fault of this code.
+OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 
 Config = TypeVar("Config")  # any dataclass of options
 
@@ -96,9 +100,10 @@ def entry_point(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if not _is_out_of_memory(error):
+        line = _line_of(error)
+        if line is None:
             raise
-        _say_error(f"error: out of memory ({error}); ask for less: smaller sizes, fewer at once")
+        _say_error(f"error: {line}")
         code = 2
     finally:
         console.outlive()  # what Python flushes at its end raises no more
@@ -115,6 +120,15 @@ def _code_of(main: Callable[[], int | None]) -> Any:
 def _say_error(text: str) -> None:
     """One line on standard error, whatever the message quotes."""
     print(printable(" ".join(text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def _line_of(error: Exception) -> str | None:
+    """What to tell of an error that may come from anywhere and is no fault of the code; None for the others."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in OF_THE_MACHINE:
+        return f"{error.filename}: {error.strerror}; name one that you may read, or write to"
+    if _is_out_of_memory(error):
+        return f"out of memory ({error}); ask for less: smaller sizes, fewer at once"
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

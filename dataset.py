@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ STDLIB_VOCAB = 4096
 GPT2_VOCAB = 50257
 HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
+UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")  # folders of the cache, under their locks
 SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
 
 
@@ -58,6 +60,8 @@ def read_shard(path: Path) -> Shard:
     """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
     with _reading(path):
         size = path.stat().st_size
+        if path.is_fifo():  # which would wait for somebody to write
+            raise UserError(f"{path} is a pipe, where a shard is read at any place; write it to a file")
         path.open("rb").close()
     shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
     expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
@@ -459,8 +463,10 @@ class Cache:
         return writing("--cache", self.root)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left unfinished, under any key."""
+        """Remove what killed processes left unfinished, under any key; no folder of another name."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
+            if not UNFINISHED.fullmatch(leftover.name):
+                continue
             with (
                 contextlib.suppress(OSError),  # in use, or another user's
                 (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
@@ -750,7 +756,9 @@ def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
-        corpus.find_files(spec)
+        for file in corpus.find_files(spec):
+            with _reading(file):
+                file.open("rb").close()
     elif not _is_cached(spec, asked, column, store):
         _hub_dataset(spec, column)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,13 @@ TEMPORARY = ".tmp-"  # begins the name of what is still being written
 
 
 def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
+    """Force a file or a folder's entries to the disk. Some file systems flush no folders: that is no error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -66,6 +71,17 @@ def writable_file(option: str, where: str, read: Sequence[str | Path] = (), make
     except OSError as error:
         raise UserError(f"{option} {where} cannot be written: {error.strerror}; name another file") from None
     return path
+
+
+@contextlib.contextmanager
+def writing_to(option: str, folder: Path) -> Generator[None]:
+    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {option} {folder}: {error.strerror or error}; name a folder that you can write to"
+        ) from None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

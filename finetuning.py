@@ -303,6 +303,10 @@ class Finetuning(Task):
     def conclude(self, cfg: Any, say: Callable[[str], None]) -> None:
         """Write into the folder of a finished run what is to be known of its model; rank 0 alone."""
 
+    def ready(self, cfg: Any, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
+        """The model of a checkpoint and the rows of `--predict`. Raises UserError for what is wrong with either."""
+        raise NotImplementedError
+
     def predict(self, cfg: Any, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
         """Write the answers that the model of a checkpoint gives to the rows of `--predict`.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,9 +29,12 @@ from cli import entry_point, parse
 from config import Count, Few, Tokens, UserError, Where, Wheres
 from console import outlive
 from files import sha256, write_json
+from foreign import read_value
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
+STATES = ("manifest.json", "progress.json")  # of a finished folder, and of one begun
+OWN_SETTINGS = {"text_column", "tokenizer", "shard_tokens", "pretokenized"}  # some that both hold in every version
 PACKED = 2  # text bytes behind each byte of a parquet or gzip file, other columns counted in
 
 
@@ -69,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse(PrepConfig, sys.argv[1:] if argv is None else argv)
     outlive()
     out = _check(cfg)
-    begun = (out / "manifest.json").exists() or (out / "progress.json").exists()
-    if not begun and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
-        raise UserError(f"{out} holds shards that this program did not make; give another --out")
+    _check_out(cfg, out)
     with dataset.writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "prep.lock").touch()
@@ -91,6 +93,32 @@ def _check(cfg: PrepConfig) -> Path:
     if cfg.pretokenized and cfg.dataset is None:
         raise UserError("--pretokenized needs --dataset HUB_ID (kjj0/fineweb10B-gpt2)")
     return Path(cfg.out)
+
+
+def _check_out(cfg: PrepConfig, out: Path) -> None:
+    """UserError where the folder holds files of other programs under the names of ours: they would be lost."""
+    begun = [name for name in STATES if _state(out / name)]
+    if not begun and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
+        raise UserError(f"{out} holds shards that this program did not make; give another --out")
+    beside, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
+    if not begun and cfg.tokenizer != "gpt2" and beside.exists() and beside not in (given, given.parent):
+        raise UserError(f"{out / 'tokenizer'} would be replaced by --tokenizer {cfg.tokenizer}; give another --out")
+
+
+def _state(file: Path) -> dict[str, Any]:
+    """What this program wrote of its work, empty where there is no such file. Raises UserError for a foreign file."""
+    if not os.path.lexists(file):
+        return {}
+    value = read_value(file)
+    state = value if isinstance(value, dict) else {}
+    settings, shards = state.get("settings"), state.get("shards", [])
+    entries = isinstance(shards, list) and all(
+        isinstance(shard, dict) and isinstance(shard.get("name"), str) and isinstance(shard.get("tokens"), int)
+        for shard in shards
+    )
+    if not isinstance(settings, dict) or OWN_SETTINGS - settings.keys() or not entries:
+        raise UserError(f"{file} was not written by this program; give another --out")
+    return state
 
 
 def _say(line: str) -> None:
@@ -134,7 +162,9 @@ def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[
         "name": cfg.name,
         "split": cfg.split,
         "input": hashlib.sha256(json.dumps(names).encode()).hexdigest() if files else None,
-        "input_blocks": hashlib.sha256("".join(map(dataset.sample, files)).encode()).hexdigest() if files else None,
+        "input_blocks": hashlib.sha256("".join(dataset.stamp(path)[-1] for path in files).encode()).hexdigest()
+        if files
+        else None,
         "text_column": cfg.text_column,
         "tokenizer": tokenizer.sha256,
         "shard_tokens": cfg.shard_tokens,
@@ -147,10 +177,7 @@ def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` is complete. Raises UserError where it was made, or begun, with other settings."""
     finished = (out / "manifest.json").exists()
-    for file in (out / "manifest.json", out / "progress.json"):
-        if not file.exists():
-            continue
-        saved = json.loads(file.read_text(encoding="utf-8"))
+    for saved in (_state(out / name) for name in STATES):
         made_with = saved.get("settings", {})
         for name, value in settings.items() if saved.get("shards") else ():
             if name in made_with and made_with[name] != value:  # older versions knew fewer
@@ -168,7 +195,7 @@ class _Run:
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.settings = out, settings
         self.file = out / "progress.json"
-        saved = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        saved = _state(self.file)
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         saved = saved if self.shards else {}
         self.state: Any = saved.get("state")  # of the source, before the chunk in which the next shard begins

@@ -274,16 +274,19 @@ class Generation(Finetuning):
         # Special tokens spelled out, unlike in an answer that is scored.
         return [(self.tokenizer.decode(p[1:]), text) for p, (_, text) in zip(prompts, answers, strict=True)]
 
+    def ready(self, cfg: GenerationConfig, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
+        self.cfg = cfg
+        rows = self.rows_to_answer(cfg, say)
+        model, self.tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
+        return model, rows
+
     def predict(self, cfg: GenerationConfig, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
         """Write the answers that the model of a checkpoint gives to the rows of `--predict`, every row in its place.
 
         Returns the scores of those of which the file has the true answers. A row that cannot be read is not scored.
         """
         assert cfg.predict
-        self.cfg = cfg
-        device = choose_device(cfg.device)
-        model, self.tokenizer = open_model(where, None, device, torch.float32)
-        rows = self.rows_to_answer(cfg, say)
+        model, rows = self.ready(cfg, where, say)
         prompts = self._prompts_to_answer(rows, model.context, say)
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
         readable = list(prompts)

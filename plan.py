@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
 import distributed
+from checkpoint import checkpoints
 from config import Run, RunConfig, UserError, resolve
 from distributed import World
 from kernels import choose, named
@@ -194,6 +196,41 @@ def compiler_error(error: BaseException) -> UserError | None:
     )
 
 
+@dataclass(frozen=True)
+class Disk:
+    """What a run writes into --out."""
+
+    kept: int  # checkpoints that stay
+    size: int  # bytes of one
+    final: int  # bytes of final/
+
+    def needed(self, there: int = 0) -> int:
+        """Bytes at most, one more checkpoint being written, where `there` are some already."""
+        return (max(0, self.kept - there) + 1) * self.size * bool(self.kept) + self.final
+
+    def shortage(self, folder: Path) -> str | None:
+        """What to tell where `folder`, with the run's checkpoints so far, has too little room for the others."""
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
+        needed, free = self.needed(len(checkpoints(folder))), shutil.disk_usage(there).free
+        if needed <= free:
+            return None
+        return (
+            f"{folder} has {bytes_text(free)} free and the run may take {bytes_text(needed)} more ({self}); free some, "
+            f"lower --keep and --keep-best, or choose another --out"
+        )
+
+    def __str__(self) -> str:
+        checkpoints = f"{self.kept} checkpoints of {bytes_text(self.size)}, one more while it is written, and "
+        return f"{checkpoints if self.kept else ''}{bytes_text(self.final)} for final/"
+
+
+def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
+    """`final`: bytes of the whole model in fp32."""
+    assert cfg.steps
+    kept = min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    return Disk(kept, task.checkpoint_bytes(), final)
+
+
 def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
     assert cfg.steps
@@ -202,8 +239,7 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
         cfg.micro_batch = largest_divisor(rows, fits) or 1
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
-    size = task.checkpoint_bytes()
-    kept = min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    disk = disk_of(task, cfg, memory.weights)
     free = distributed.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(f"dry run: nothing is started or written ({task.describe_step(cfg.micro_batch, world.size)})\n")
@@ -213,15 +249,15 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
         | {"free now for a rank": bytes_text(free) + ("" if fits(cfg.micro_batch) else ": too little")}
         | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
         | {"compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)" if flops else "unknown"}
-        | {
-            "disk": f"{bytes_text(kept * size)} ({kept} checkpoints of {bytes_text(size)}), one more while it is written"
-        }
+        | {"disk": f"{bytes_text(disk.needed())} at most ({disk})"}
         | {
             "time": f"{time_text(tokens / speed)} at {speed:,.0f} tokens/s ({source})"
             if speed
             else f"unknown: {source}"
         }
     )
+    if shortage := disk.shortage(Path(cfg.out or "")):
+        log.warn(shortage)
 
 
 def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float | None, str]:

@@ -27,7 +27,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 OWN_VOCABULARY = "GPT2Tokenizer"  # the class that takes a file's vocabulary and merges and nothing else of it
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-_warned: set[str] = set()  # tokenizers whose dropout this process has spoken of
+told: dict[str, str] = {}  # what this process has said on standard error of a tokenizer, by its path
 
 
 class Opened(NamedTuple):
@@ -310,11 +310,9 @@ def _leave_out_dropout(path: Path, tokenizer: Any, quiet: bool) -> None:
     if not dropout:
         return
     tokenizer.model.dropout = None
-    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in _warned:
-        _warned.add(str(path))
-        print(
-            f"warning: {path} has BPE dropout {dropout:g}, which is left out: "
-            "a text has the same ids each time, and the tokenizers that are written have none",
-            file=sys.stderr,
-            flush=True,
+    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in told:
+        told[str(path)] = (
+            f"{path} has BPE dropout {dropout:g}, which is left out: "
+            "a text has the same ids each time, and the tokenizers that are written have none"
         )
+        print(f"warning: {told[str(path)]}", file=sys.stderr, flush=True)

@@ -33,6 +33,7 @@ from torch.nn.attention import sdpa_kernel
 import checkpoint
 import distributed
 import files
+import tokenizer_files
 from checkpoint import Saver
 from config import RunConfig, UserError
 from distributed import StopSignal, World
@@ -40,8 +41,10 @@ from lengths import Extension, as_json, spans
 from memory import Heap, keeps_freed
 from plan import (
     Choices,
+    Disk,
     compiler_error,
     device_peak,
+    disk_of,
     dry_run,
     estimate_fits,
     is_out_of_memory,
@@ -143,11 +146,15 @@ class Run:
         self._banner(choices, start.folder)
         for warning in (*((choices.lost,) if choices.lost else ()), *self.task.warnings):
             self.log.warn(warning)
+        for said in tokenizer_files.told.values():
+            self.log.record("warning", {"step": self.at.step, "text": said})
         for note in start.notes:
             self.log.warn(note, self.at.step)
         if changed := self.changes():
             self.log.warn(f"the run goes on with other options: {', '.join(changed)}", self.at.step)
         self._on_main(self._write_options)
+        if self.world.main and (shortage := self._disk().shortage(self.folder)):
+            self.log.warn(shortage, self.at.step)
         self.log.start_progress(self.steps, self.at.step)
         try:
             self.stop.defer()
@@ -168,6 +175,9 @@ class Run:
         finally:
             self.loader.close()
             self.saver.join()
+
+    def _disk(self) -> Disk:
+        return disk_of(self.task, self.cfg, sum(4 * p.numel() for p in self.model.parameters()))
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
         """What rank 0's `function` returns, on every rank; its UserError is every rank's."""

@@ -89,6 +89,7 @@ def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Te
     from safetensors import safe_open
 
     try:
+        file.open("rb").close()  # safetensors calls a file that may not be read one that is not there
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 names = [name for name in tensors.keys() if wanted(plain_name(name))]  # noqa: SIM118  it is no dict
@@ -122,5 +123,5 @@ def state_dict(value: object) -> dict[str, Tensor]:
 
 def reason(error: Exception) -> str:
     """The first line of an error's text; its kind where that says little."""
-    text = str(error).strip() or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from baselines import Kind, fit_text_model
-from checkpoint import RECORD, locate
+from checkpoint import RECORD, RESULTS, locate
 from classification import EXACT, Classification, as_lstm
 from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from console import outlive
 from distributed import memory_bytes, recorded
-from files import writable_file, write_json
+from files import writable_file, write_json, writing_to
 from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
 from rows import Row
@@ -52,6 +52,8 @@ def command(task: Finetuning) -> int:
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     check_answers(task, cfg)
+    if cfg.dry_run and not trains:
+        return rehearse(task, cfg)
     code = recorded(train, task, cfg, typed) if trains else 0
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
@@ -61,18 +63,28 @@ def command(task: Finetuning) -> int:
     return code
 
 
+def rehearse(task: Finetuning, cfg: Any) -> int:
+    """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is written."""
+    check(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        _, rows = task.ready(cfg, locate(cfg.init), print)
+        print(f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered by {cfg.init})")
+    return 0
+
+
 def predict(task: Finetuning, cfg: Any, where: str) -> None:
     """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed and written beside
     the answers, with the seconds that opening the model and answering took."""
     check(cfg)
     path = check_answers(task, cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    model = locate(where)
     began = time.perf_counter()
-    scores = task.predict(cfg, locate(where), path, print)
-    seconds = time.perf_counter() - began
-    if scores:
-        about = {"seconds": seconds, "eval_precision": EXACT}
-        write_json(beside(path, ".scores.json"), finite(scores) | about)
+    with writing_to("--answers" if cfg.answers else "--out", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = task.predict(cfg, model, path, print)
+        about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
+        if scores:
+            write_json(beside(path, ".scores.json"), finite(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 
@@ -133,14 +145,18 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     folder = Path(str(cfg.out))
     if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_file("--out", str(folder / RESULTS), make_folder=True)
     train, val = task.read_labelled(print)
     if cfg.predict:  # a label that is unknown ends the run before the work is done
         task.true_labels(task.rows_to_answer(cfg, print))
-    labels = np.array([task.label_of(row) for row in train])
+    labels, weights = np.array([task.label_of(row) for row in train]), task.row_weights(train)
+    if cfg.dry_run:
+        print(f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} to validate on)")
+        return 0
+    with writing_to("--out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed,
-                           task.row_weights(train))  # fmt: skip
+    model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
     seconds = time.perf_counter() - began
 
     def answer(rows: list[Row], path: Path) -> dict[str, float]:
@@ -149,14 +165,16 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
 
     for warning in task.warnings:
         print(f"warning: {warning}")
-    figures = answer(val, folder / "validation.jsonl")
-    write_json(folder / "config.json", dataclasses.asdict(cfg))
-    costs = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
-             "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
-    write_json(folder / "metrics.json", figures | {"eval_precision": about["eval_precision"]} | costs)
-    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8")
+    with writing_to("--out", folder):
+        figures = answer(val, folder / "validation.jsonl")
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        costs = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
+                 "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
+        write_json(folder / RESULTS, figures | {"eval_precision": about["eval_precision"]} | costs)
+        (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8")
     if cfg.predict:
-        answers.parent.mkdir(parents=True, exist_ok=True)
-        if scores := answer(task.rows_to_answer(cfg, print), answers):
-            write_json(beside(answers, ".scores.json"), scores | {"eval_precision": about["eval_precision"]})
+        with writing_to("--answers" if cfg.answers else "--out", answers.parent):
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            if scores := answer(task.rows_to_answer(cfg, print), answers):
+                write_json(beside(answers, ".scores.json"), scores | {"eval_precision": about["eval_precision"]})
     return 0

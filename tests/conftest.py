@@ -67,6 +67,11 @@ def products_are_as_they_were() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH for a child: `folders`, then what is on it already, such as the wheels of `make gpu-check`."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its own."""
@@ -83,10 +88,9 @@ def run(tmp_path: Path) -> Run:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            # what is on the path already may hold packages, as the wheels of `make gpu-check` do
             env={
                 **base,
-                "PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [base.get("PYTHONPATH")])]),
+                "PYTHONPATH": python_path(REPO),
                 **(env or {}),
             },
             stdin=subprocess.DEVNULL,

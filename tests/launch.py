@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from conftest import REPO
+from conftest import REPO, python_path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Patch = Callable[[], None]
@@ -122,9 +122,9 @@ def _server() -> Any:
     context.set_forkserver_preload(
         ["train_gpt2", "trainer", "finetune", "tokenizers", "safetensors.torch", "torch._dynamo"]
     )
-    path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
+    path = {"PYTHONPATH": python_path(REPO, REPO / "tests")}
     # One thread: a forked process must not inherit a pool whose threads were left behind.
-    with mock.patch.dict(os.environ, PYTHONPATH=path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
+    with mock.patch.dict(os.environ, path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
         forkserver.ensure_running()
     return context
 

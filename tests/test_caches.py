@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,6 +281,27 @@ def test_a_full_disk_while_tokenizing(tmp_path: Path, inputs: Path, monkeypatch:
             open_data(*open_text)
     assert not list((tmp_path / "cache").glob("*.tmp"))
     open_data(*open_text)
+
+
+@pytest.mark.parametrize("read", ["dry run", "run"])
+def test_a_text_that_cannot_be_read(read: str, tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, unguarded = inputs / "text.txt", Path.open
+
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
+        if path == text:
+            raise PermissionError(13, "Permission denied", str(path))
+        return unguarded(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    words = (str(text), None, str(inputs / "tokenizer"), "text", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"text.txt cannot be read: Permission denied"):
+        dataset.check_data(*words) if read == "dry run" else open_data(*words, 8)
+
+
+def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) -> None:
+    os.mkfifo(tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"a.bin is a pipe, where a shard is read at any place"):
+        open_data(str(tmp_path), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
 
 
 def test_a_file_system_without_locks(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
@@ -55,6 +57,24 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["final"], "nothing temporary stays"
     entry = json.loads((folder / "manifest.json").read_text())["files"]["a.txt"]
     assert entry == {"bytes": 3, "sha256": checkpoint.sha256(folder / "a.txt")}
+
+
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folders(reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or not flushes_files:
+            raise OSError(reason, os.strerror(reason))
+
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("b")
+
+    flushes_files = True
+    monkeypatch.setattr(os, "fsync", refuse)
+    checkpoint.write_folder(tmp_path / "whole", fill)
+    assert checkpoint.fault(tmp_path / "whole") is None
+    flushes_files = False
+    with pytest.raises(OSError, match=re.escape(os.strerror(reason))):
+        checkpoint.write_folder(tmp_path / "lost", fill)
 
 
 def test_every_file_is_flushed_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

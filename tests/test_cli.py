@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -17,9 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import own_lines
+from conftest import own_lines, python_path
 from launch import launch, log_of, small, trace, write_inputs
 
+import cli
 import distributed
 import step
 from cli import option_names
@@ -32,6 +34,7 @@ from precision import choose_precision
 from runlog import bytes_text, peak_flops, printable, step_line, time_text
 from task import LanguageModelling
 from trainer import Run
+from weights import read_tensors
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
@@ -186,7 +189,11 @@ def screen(written: str) -> list[str]:
 
 def on_a_terminal(source: str, *words: str) -> list[str]:
     ours, theirs = pty.openpty()
-    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": str(Path(step.__file__).parent)}
+    env = os.environ | {
+        "TERM": "xterm-256color",
+        "COLUMNS": "100",
+        "PYTHONPATH": python_path(Path(step.__file__).parent),
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", source, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env
     )
@@ -524,3 +531,40 @@ def test_wandb_without_a_key_logs_offline(inputs):
     (folder,) = (inputs / "offline" / "wandb").glob("offline-run-*")
     (recorded,) = folder.glob("*.wandb")
     assert recorded.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"), [("EACCES", True), ("EISDIR", True), ("ELOOP", True), ("EROFS", True), ("ENOENT", False)]
+)
+def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, capsys):
+    """Wherever it is met; what is not there is looked for by name before, so that this would be a fault of the code."""
+    number = getattr(errno, reason)
+
+    def main() -> int:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    for name in ("open_console", "quiet_libraries", "outlive"):  # what belongs to a process of its own
+        monkeypatch.setattr(cli.console, name, lambda: None)
+    with pytest.raises(SystemExit if told else OSError) as end:
+        cli.entry_point(main)
+    if isinstance(end.value, SystemExit):
+        assert end.value.code == 2
+        line = f"error: some/file: {os.strerror(number)}; name one that you may read, or write to\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_name_too_long_for_a_path_is_one_line(run, repo):
+    end = run(repo / "generate.py", "x" * 300, "hello")
+    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
+
+
+def test_weights_that_may_not_be_read_are_told_as_such(tmp_path, monkeypatch):
+    """safetensors itself says that there is no such file."""
+
+    def refuse(path: Path, *how: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read: Permission denied$"):
+        read_tensors(tmp_path / "model.safetensors")

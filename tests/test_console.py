@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, own_lines
+from conftest import REPO, own_lines, python_path
 from launch import log_of, receive, small, start, write_inputs
 
 from runlog import kept_lines, numbers, read_log
@@ -35,7 +35,7 @@ def program(tmp_path: Path, kind: str, redirect: str, **env: str) -> tuple[int, 
     """Exit code, standard error, and whether PROGRAM came to its end; `redirect` is the shell's."""
     (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
     words = f"{sys.executable} p.py {kind} reached {redirect}; exit ${{PIPESTATUS[0]}}"
-    whole = os.environ | {"PYTHONPATH": str(REPO)} | env
+    whole = os.environ | {"PYTHONPATH": python_path(REPO)} | env
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=whole, capture_output=True, timeout=60)
     return done.returncode, done.stderr.decode(errors="replace"), (tmp_path / "reached").exists()
 
@@ -77,7 +77,7 @@ def test_a_pipe_that_does_not_block_gets_every_line(tmp_path: Path) -> None:
     blocking = "import os,sys; os.set_blocking(1, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
     words = f"{sys.executable} -c '{blocking}' p.py result reached {slow}; exit ${{PIPESTATUS[0]}}"
-    env = os.environ | {"PYTHONPATH": str(REPO)}
+    env = os.environ | {"PYTHONPATH": python_path(REPO)}
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out").read_bytes().splitlines()) == 3000

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import python_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -658,7 +659,7 @@ print(data.train.sha256, data.val.sha256)
 
 def start(*words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "PYTHONPATH": python_path(REPO)}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
@@ -696,11 +697,24 @@ def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: 
 
 
 def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
-    left = tmp_path / "cache" / "0123.tmp"
-    left.mkdir(parents=True)
-    (left / "train_000000.bin.tmp").write_bytes(b"1")
+    left = [tmp_path / "cache" / f"{key}.tmp" for key in ("0123456789abcdef" * 2, "bpe-" + "01ab" * 6)]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "train_000000.bin.tmp").write_bytes(b"1")
     open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
-    assert not left.exists()
+    assert not any(folder.exists() for folder in left)
+
+
+@pytest.mark.parametrize("name", ["drafts.tmp", ".tmp", "0123.tmp", "0123456789ABCDEF" * 2 + ".tmp", "a" * 33 + ".tmp"])
+def test_the_users_own_tmp_folders_stay_in_the_cache(
+    name: str, tmp_path: Path, open_here: Callable[..., dataset.Data]
+) -> None:
+    own = tmp_path / "cache" / name / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("years of work")
+    open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
+    assert own.read_text() == "years of work"
+    assert not (tmp_path / "cache" / f"{own.parent.stem}.lock").exists(), "nor is a lock made beside it"
 
 
 def test_two_processes_tokenize_once(tmp_path: Path, bpe: str) -> None:

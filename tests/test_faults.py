@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO
+from conftest import REPO, python_path
 from launch import (
     Ended,
     Launch,
@@ -197,7 +197,7 @@ def torchrun(
     """Two ranks of tests/launch.py, which calls `patch` of this file first."""
     command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2"]
     command += [str(REPO / "tests" / "launch.py"), f"test_faults:{patch}", *words]
-    env = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": python_path(REPO, REPO / "tests"), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 

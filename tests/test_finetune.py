@@ -27,7 +27,7 @@ from classification import Classification, as_lstm
 from config import ClassificationConfig, Decode, Form, GPTConfig, Method, Pooling, UserError, resolve
 from decoding import open_model
 from distributed import World
-from finetune import other_task
+from finetune import fit_words, other_task, rehearse
 from finetuning import Finetuning
 from generation import Answer, Generation, plain
 from labels import find_labels
@@ -706,6 +706,61 @@ def test_what_runs_after_training_is_checked_before_it(mistake: str, mistakes: P
         assert part in end.err, end.err
 
 
+@pytest.mark.parametrize("model", ["naive-bayes", "tf-idf"])
+def test_a_dry_run_of_a_model_of_words_writes_nothing(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(**options: Any) -> int:
+        return fit_words(kind("sentiment")(), ClassificationConfig(out=str(out), dry_run=True, **options), model)
+
+    out, answers = tmp_path / "new" / "run", tmp_path / "deep" / "answers.csv"
+    assert dry(predict="toy", answers=str(answers)) == 0
+    assert "dry run: nothing is started or written" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(predict=f"{tmp_path}/nowhere.csv")
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(data=f"{tmp_path}/nowhere.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_words_needs_an_out_that_it_can_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(**options: Any) -> int:
+        return fit_words(kind("sentiment")(), ClassificationConfig(**options), "naive-bayes")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")
+    for out in ("file", "file/run", "link"):
+        with pytest.raises(UserError, match=r"--out .* (cannot be written|File exists|No such file)"):
+            fit(out=str(tmp_path / out))
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finetune.write_json", full)
+    with pytest.raises(UserError, match=r"cannot write to --out .*/run: No space left on device; name a folder"):
+        fit(out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"cannot write to --out"):
+        fit(out=str(tmp_path / "run"), predict="toy", answers=str(tmp_path / "answers" / "a.csv"))
+
+
+def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished("sentiment", folder, "--epochs", 1, "--out", "made")
+    before = {path for path in folder.rglob("*") if not path.name.startswith("rank0.")}
+    words = ("--epochs", 0, "--init", "made", "--out", "new", "--dry-run")
+    (end,) = run_task("sentiment", folder, *words, "--predict", "nowhere")
+    assert end.code == 2 and end.err.startswith("error: no such data: nowhere") and end.err.count("\n") == 1, end
+
+    def dry(init: str) -> int:
+        cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
+        return rehearse(kind("sentiment")(), cfg)
+
+    assert dry("made") == 0
+    assert "dry run: nothing is written (8 rows of toy would be answered by" in capsys.readouterr().out
+    with pytest.raises(UserError, match="base is no classifier"):
+        dry("base")
+    assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_the_real_labelled_files_are_read_whole() -> None:
     three = ("contradiction", "entailment", "neutral")
@@ -818,7 +873,7 @@ WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
     "rdrop": dict(objective=("rdrop",), dropout=0.1), "simcse": dict(objective=("simcse",), dropout=0.1),
     "both": dict(objective=("rdrop", "simcse"), simcse_group=4, dropout=0.1, head_dropout=0.1),
     "rdrop of a head": dict(objective=("rdrop",), head_dropout=0.1),
-    "simcse of an adapter": dict(objective=("simcse",), method="lora", lora_dropout=0.1, lr=2e-2),
+    "simcse of an adapter": dict(objective=("simcse",), method="lora", lora_dropout=0.1, lr=1e-2, steps=60),
     "two tasks": dict(also=("topics:0.5",), steps=60), "three": dict(also=("nli", "sentiment:2"), steps=90),
     "more rows": dict(augment="toy", augment_weight=0.5), "weights": dict(class_weights=("1", "3")),
     "balanced": dict(class_weights=("balanced",)), "smoothing": dict(label_smoothing=0.1),

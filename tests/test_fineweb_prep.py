@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import python_path
 
 import corpus
 import fineweb_prep
@@ -202,7 +203,9 @@ def test_killed_and_started_again(
         "2",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words], env={**os.environ, "PYTHONPATH": str(REPO)}, start_new_session=True
+        [sys.executable, "-c", SCRIPT, *words],
+        env={**os.environ, "PYTHONPATH": python_path(REPO)},
+        start_new_session=True,
     )
     end = time.monotonic() + 30
     while not (out / "fineweb_train_000002.bin").exists():
@@ -361,6 +364,59 @@ def test_shards_of_someone_else_are_not_touched(prepare: Callable[..., int], tmp
     with pytest.raises(UserError, match=r"holds shards that this program did not make"):
         prepare(tmp_path)
     assert (tmp_path / "train.bin").read_bytes() == b"1234"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
+@pytest.mark.parametrize(
+    "content",
+    ['{"name": "my web app", "icons": []}', '{"shards": []}', '{"settings": {"theme": "dark"}, "shards": []}', "[1]",
+     "null", "{}", "", '{"settings": 1}', "not json", b"\xff\xfe\x00"],
+)  # fmt: skip
+def test_state_files_of_other_programs_stay(
+    name: str, content: str | bytes, prepare: Callable[..., int], tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = file.read_bytes()
+    with pytest.raises(UserError) as refused:
+        prepare(tmp_path)
+    assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_bytes() == before
+
+
+def test_a_foreign_progress_beside_a_finished_folder_stays(
+    whole: Path, prepare: Callable[..., int], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (out / "progress.json").write_text('{"chapter": 3}')
+    with pytest.raises(UserError, match=r"progress.json was not written by this program; give another --out"):
+        prepare(out)
+    assert (out / "progress.json").read_text() == '{"chapter": 3}'
+
+
+def test_a_tokenizer_of_someone_else_is_not_replaced(prepare: Callable[..., int], bpe: str, tmp_path: Path) -> None:
+    shutil.copytree(bpe, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=r"tokenizer would be replaced by --tokenizer .*; give another --out"):
+        prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine"
+    shutil.copy(Path(bpe) / "tokenizer.json", tmp_path / "tokenizer")
+    assert prepare(tmp_path, "--tokenizer", tmp_path / "tokenizer") == 0
+
+
+def test_an_input_that_cannot_be_read(
+    prepare: Callable[..., int], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *rest: object, **more: object) -> object:
+        if path.parent == texts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return unguarded(path, *rest, **more)
+
+    unguarded: Any = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"0.parquet cannot be read: Permission denied"):
+        prepare(tmp_path / "out")
 
 
 def test_exit_codes(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPO, python_path
 
 from benchmarks.gpu_check import Check, Part, all_parts, asked_for, begun_in, forecast
 from config import UserError
@@ -266,3 +267,13 @@ def test_wheels_that_fit_are_installed_and_others_named(run, tmp_path) -> None:
 def test_a_folder_without_wheels_is_one_line(run, tmp_path) -> None:
     done = run("-m", "benchmarks.wheels", "install", tmp_path, tmp_path / "site")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make wheels" in done.stderr
+
+
+def test_the_programs_of_tests_keep_the_path_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"wheels{os.pathsep}more")
+    assert python_path(REPO, Path("other")).split(os.pathsep) == [str(REPO), "other", "wheels", "more"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path(REPO) == str(REPO)
+    files = [file for file in REPO.glob("tests/*.py") if file != Path(__file__)]
+    values = [value for file in files for value in file.read_text().split('"PYTHONPATH": ')[1:]]
+    assert len(values) > 5 and all(value.startswith("python_path(") for value in values), values

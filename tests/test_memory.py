@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from conftest import python_path
 
 from config import PRESETS, GPTConfig, UserError
 from memory import Memory, checkpoint_bytes, estimate, optimizer_bytes
@@ -58,7 +59,7 @@ print(estimate(config, rows, config.block_size, precision, accumulate=micro_batc
 
 def in_a_process(repo, source: str, *case) -> int:
     words = [sys.executable, "-c", source, json.dumps(case)]
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True, text=True)
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": python_path(repo)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
+from launch import launch, log_of, small, write_inputs
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.nn.attention import SDPBackend
 
@@ -115,3 +120,33 @@ def test_what_the_compiler_says_becomes_one_line(error, part):
 def test_an_error_of_torch_compile_itself_is_not_the_compilers():
     assert plan.compiler_error(InductorError(AssertionError("an internal error: 3"), None)) is None
     assert plan.compiler_error(subprocess.CalledProcessError(1, ["nvidia-smi"])) is None
+
+
+@pytest.mark.parametrize(("there", "files"), [(0, 4), (1, 3), (3, 1), (7, 1)])
+def test_the_disk_needed_counts_what_is_there(there, files):
+    assert plan.Disk(kept=3, size=100, final=7).needed(there) == 100 * files + 7
+    assert plan.Disk(kept=0, size=100, final=7).needed(there) == 7
+
+
+def set_free(size: int) -> None:
+    shutil.disk_usage = lambda folder: SimpleNamespace(free=size) if Path(folder).is_dir() else None  # ty: ignore
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
+    """The dry run tells of it too; what suffices is not mentioned."""
+    write_inputs(tmp_path)
+    words = small("--steps", 2, "--save-every", 1, "--sample-every", 0, *["--dry-run"] * dry)
+
+    def run(free: int, out: str) -> str:
+        (end,) = launch(tmp_path, [*words, "--out", out], functools.partial(set_free, free))
+        assert end.code == 0, end
+        return end.out
+
+    assert "free some" not in run(1 << 40, "enough")
+    said = run(1000, "little")
+    line = next(line for line in said.splitlines() if "free some" in line)
+    assert "little has 1000 B free and the run may take" in line and "(2 checkpoints of" in line
+    if not dry:
+        assert said.index(line) < said.index("step 1/2")
+        assert line.removeprefix("warning: ") in [record["text"] for record in log_of(tmp_path / "little", "warning")]

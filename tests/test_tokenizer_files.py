@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import launch, log_of, small, write_inputs
 
 from config import UserError
 from tokenizer import load_tokenizer, train_bpe
@@ -315,6 +316,15 @@ def test_bpe_dropout_is_spoken_of_once(dropping, repo):
             [sys.executable, "-c", script, dropping], cwd=repo, env=env, capture_output=True, text=True
         )
         assert result.returncode == 0 and result.stderr.count("BPE dropout 0.5") == times, result.stderr
+
+
+def test_a_run_logs_that_bpe_dropout_is_left_out(dropping, tmp_path):
+    write_inputs(tmp_path)
+    words = small("--steps", 1, "--eval-every", 0, "--sample-every", 0, "--save-every", 0, "--tokenizer", dropping)
+    (end,) = launch(tmp_path, words)
+    assert end.code == 0 and end.err.count("BPE dropout 0.5") == 1 and "BPE dropout" not in end.out, end
+    (record,) = [line for line in log_of(tmp_path / "run", "warning") if "BPE dropout" in line["text"]]
+    assert f"warning: {record['text']}\n" in end.err
 
 
 def test_a_worker_does_not_speak_of_bpe_dropout(dropping, repo):
