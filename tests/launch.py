@@ -122,7 +122,7 @@ def _server() -> Any:
     context.set_forkserver_preload(
         ["train_gpt2", "trainer", "finetune", "tokenizers", "safetensors.torch", "torch._dynamo"]
     )
-    path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
+    path = os.pathsep.join([str(REPO), str(REPO / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     # One thread: a forked process must not inherit a pool whose threads were left behind.
     with mock.patch.dict(os.environ, PYTHONPATH=path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
         forkserver.ensure_running()
