@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,15 +267,21 @@ class Check:
         first = todo[:1]
         try:
             for batch in batches(todo):
-                with ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool:
+                with ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool, self._ended_with_this():
                     list(pool.map(lambda part: self._take(part, ends, part in first), batch))
+        finally:
+            self.write()
+        return all(map(self.done, parts))
+
+    @contextlib.contextmanager
+    def _ended_with_this(self) -> Generator[None]:
+        """End the commands when this process is interrupted: a pool waits for them before it lets an error through."""
+        try:
+            yield
         except BaseException:
             for process in list(self.running):
                 end(process)
             raise
-        finally:
-            self.write()
-        return all(map(self.done, parts))
 
     def done(self, part: Part) -> bool:
         return self.records.get(part.name, record_of(part, "not run"))["result"] == "done"

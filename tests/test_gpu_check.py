@@ -7,8 +7,11 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +183,24 @@ def test_a_part_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch) -> N
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('{out}/x', 'w')\ntime.sleep(60)"
     assert not check(tmp_path).run([part("deaf", deaf, seconds=1)], minutes=1)
     assert (tmp_path / "cache/parts/deaf/x").exists() and written(tmp_path)["parts"]["deaf"]["seconds"] < 30
+
+
+def test_an_interrupt_ends_the_part_and_begins_no_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
+
+    this = threading.get_ident()
+
+    def interrupt() -> None:
+        while not (tmp_path / "cache/parts/long/begun").exists():
+            time.sleep(0.05)
+        signal.pthread_kill(this, signal.SIGINT)
+
+    sleep = "import time\nopen('{out}/begun', 'w')\ntime.sleep(20)\nopen('{out}/slept', 'w')"
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path).run([part("long", sleep, seconds=60), part("next", COUNT)], minutes=2)
+    assert not (tmp_path / "cache/parts/long/slept").exists() and not (tmp_path / "cache/parts/next").exists()
+    assert written(tmp_path)["parts"]["next"]["result"] == "not run"
 
 
 def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
