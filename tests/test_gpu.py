@@ -29,7 +29,7 @@ SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens
 OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
 
 
-def losses(device: str = DEVICE, steps: int = 6, **options: Any) -> list[float]:
+def losses(device: str = DEVICE, steps: int = 6 if DEVICE == "cuda" else 2, **options: Any) -> list[float]:
     step, loader = make_step(device, **options)
     results = [step(s, loader(s)) for s in range(steps)]
     loader.close()
@@ -143,6 +143,7 @@ def test_the_steady_state_never_waits_for_the_gpu(kernels, compiled):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@on_cuda_only  # a CPU takes minutes for it, and test_compile.py shows it there
 def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
