@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import statistics
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +178,39 @@ def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
     assert len({len(row) for row in rows}) == 1
     assert "| transformers compiled: needs a C++ compiler " in rows[3] and " 2 x 32 x 2 " in rows[3]
     assert "12.8%" in next(row for row in rows if "| plain " in row)
+
+
+def test_on_a_gpu_each_contender_trains_alone(case, monkeypatch) -> None:
+    process, beside = peers.contender, []
+
+    @contextlib.contextmanager
+    def counted(name: str, case: Case) -> Generator[peers.TakeTurn]:
+        with process(name, case) as turn:
+            beside.append((name, len(multiprocessing.active_children())))
+            yield turn
+
+    monkeypatch.setattr(peers, "contender", counted)
+    found: dict[str, Any] = {}
+    for name in peers.one_by_one(case, ["liger", "plain"], peers.Pace(0, 2, 2), found):
+        assert name in found and not multiprocessing.active_children()  # its memory is free again
+    assert beside == [(OURS, 1), ("plain", 1)]
+    assert found["liger"] == {"error": "needs a CUDA GPU"}
+    ours, plain = found[OURS], found["plain"]
+    assert len(ours["seconds"]) == len(plain["seconds"]) == 2 and plain["beside"]["seconds"] == ours["seconds"]
+    assert plain["speed_ratio"] == statistics.median(plain["seconds"]) / statistics.median(ours["seconds"])
+    assert plain["memory_ratio"] == ours["memory_bytes"] / plain["memory_bytes"]
+    assert plain["opening"]["loss"] == pytest.approx(ours["opening"]["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", contenders.SHAPES["cuda"])
+def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
+    shape = contenders.SHAPES["cuda"][name]
+    assert contenders.fitting(shape, None) == contenders.fitting(shape, 144_000_000_000) == shape
+    small = contenders.fitting(shape, 80 * 2**30)
+    assert small.rows * small.seq_len <= 32 * 1024
+    assert small.rows * small.accumulation == shape.rows * shape.accumulation  # the same tokens in a step
+    assert dataclasses.replace(small, rows=shape.rows, accumulation=shape.accumulation) == shape
+    assert (small.rows, small.accumulation) == (32, 16) if name == "124M" else small == shape
 
 
 def test_peers_goes_on_only_on_the_same_machine(tmp_path) -> None:

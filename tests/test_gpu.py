@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # cpu: a rehearsal, which shows that the tests themselves work
 on_cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU, also in a rehearsal")
+COMPILE = "--compile" if DEVICE == "cuda" else "--no-compile"  # a fine-tune takes a CPU minutes to compile
 PROCESSES = max(1, torch.cuda.device_count())
 
 DEEP = GPTConfig(vocab_size=1000, block_size=256, n_layer=12, n_head=4, n_embd=256)
@@ -28,7 +29,7 @@ SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens
 OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
 
 
-def losses(device: str = DEVICE, steps: int = 6, **options: Any) -> list[float]:
+def losses(device: str = DEVICE, steps: int = 6 if DEVICE == "cuda" else 2, **options: Any) -> list[float]:
     step, loader = make_step(device, **options)
     results = [step(s, loader(s)) for s in range(steps)]
     loader.close()
@@ -142,6 +143,7 @@ def test_the_steady_state_never_waits_for_the_gpu(kernels, compiled):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@on_cuda_only  # a CPU takes minutes for it, and test_compile.py shows it there
 def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -236,7 +238,7 @@ def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, me
     train_bpe(["The moon is up, the night is long. " * 20], 300, tmp_path / "base" / "tokenizer")
     base = ["--init", "base", "--tokenizer", "base/tokenizer", "--method", method, "--lr", "1e-3", "--epochs", "4"]
     how = {"reference": ["--device", "cpu", "--precision", "fp32", "--no-compile"],
-           "here": ["--device", DEVICE, "--precision", "bf16", "--compile"]}  # fmt: skip
+           "here": ["--device", DEVICE, "--precision", "bf16", COMPILE]}  # fmt: skip
     found = {}
     for place, options in how.items():
         words = [*options, "--eval-rows", "0", "--sample-every", "0", "--out", f"runs/{place}"]
@@ -275,7 +277,7 @@ def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
         "0",
     ]
     how = {"reference": ["--device", "cpu", "--precision", "fp32", "--no-compile"],
-           "here": ["--device", DEVICE, "--precision", "bf16", "--compile"]}  # fmt: skip
+           "here": ["--device", DEVICE, "--precision", "bf16", COMPILE]}  # fmt: skip
     found = {}
     for place, options in how.items():
         words = [*options, "--out", f"runs/{place}"]

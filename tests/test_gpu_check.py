@@ -7,12 +7,17 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from conftest import REPO, python_path
@@ -146,11 +151,57 @@ def test_a_rehearsal_says_so_and_runs_on_the_cpu(tmp_path) -> None:
     assert not (tmp_path / "gpu-check.json").exists()
 
 
+def test_a_rehearsal_runs_one_case_of_each_test(monkeypatch) -> None:
+    def item(nodeid: str) -> Any:
+        return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: None)
+
+    left_out: list[Any] = []
+    config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
+    found = [item(name) for name in ("a::x[1]", "a::x[2]", "a::y", "b::x[1]")]
+    for device, first_cases in ((None, found), ("cpu", [found[0], found[2], found[3]])):
+        monkeypatch.delenv("GPU_TESTS_DEVICE", raising=False)
+        if device:
+            monkeypatch.setenv("GPU_TESTS_DEVICE", device)
+        items = list(found)
+        conftest.pytest_collection_modifyitems(config, items)
+        assert items == first_cases
+    assert left_out == [found[1]]
+
+
+def test_a_rehearsal_of_a_real_part_leaves_its_record(tmp_path) -> None:
+    (real,) = (p for p in all_parts() if p.name == "kernels-first")
+    tiny = dataclasses.replace(real, rehearsal=(*real.rehearsal, "--only", "bias_gelu"))
+    rehearsed = Check(tmp_path, FACTS, rehearse=True)
+    assert rehearsed.run([tiny], minutes=2), rehearsed.table()
+    (record,) = json.loads((tmp_path / "gpu-check-rehearsal.json").read_text())["parts"]
+    assert (record["part"], record["result"], record["exit_code"], record["tries"]) == ("kernels-first", "done", 0, 1)
+    (figures,) = record["files"].values()
+    assert figures["hardware"]["gpu"] is None and "bias_gelu" in json.dumps(figures)
+
+
 def test_a_part_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('{out}/x', 'w')\ntime.sleep(60)"
     assert not check(tmp_path).run([part("deaf", deaf, seconds=1)], minutes=1)
     assert (tmp_path / "cache/parts/deaf/x").exists() and written(tmp_path)["parts"]["deaf"]["seconds"] < 30
+
+
+def test_an_interrupt_ends_the_part_and_begins_no_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
+
+    this = threading.get_ident()
+
+    def interrupt() -> None:
+        while not (tmp_path / "cache/parts/long/begun").exists():
+            time.sleep(0.05)
+        signal.pthread_kill(this, signal.SIGINT)
+
+    sleep = "import time\nopen('{out}/begun', 'w')\ntime.sleep(20)\nopen('{out}/slept', 'w')"
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path).run([part("long", sleep, seconds=60), part("next", COUNT)], minutes=2)
+    assert not (tmp_path / "cache/parts/long/slept").exists() and not (tmp_path / "cache/parts/next").exists()
+    assert written(tmp_path)["parts"]["next"]["result"] == "not run"
 
 
 def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
@@ -197,6 +248,16 @@ def test_the_parts_come_in_order_of_worth() -> None:
     assert len({p.name for p in parts}) == len(parts)
     groups = list(dict.fromkeys(p.group for p in parts))
     assert groups == ["correctness", "kernels", "peers", "ladder", "sizes", "decoding"]
+
+
+def test_three_calls_take_all_but_larger_models_and_decoding() -> None:
+    first, second, third, later = forecast(all_parts(), 540, 5)  # 16 cores
+    correctness = {p.name for p in all_parts() if p.group == "correctness"}
+    assert {
+        named.rpartition(" ")[0].rpartition(" ")[0] for named in first[len("call 1: ") :].split(", ")
+    } == correctness
+    assert "kernels-first" in second and "kernels-rest" in second and "peers-124M " in second and "ladder " in third
+    assert not any(word in first + second + third for word in ("350M", "decoding")) and "350M" in later
 
 
 def test_every_kernel_and_every_gpu_test_is_in_a_part(repo) -> None:
