@@ -537,7 +537,8 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
     if not isinstance(value, int | float) or limits.least <= value <= limits.most:
         return
     shown = str(value) if isinstance(value, float) or abs(value) < 10**40 else "a number of very many digits"
-    words = f"be at least {limits.least:g}" if value < limits.least else f"be at most {limits.most:g}"
+    most = "below 1" if limits.most == BELOW_ONE else f"at most {limits.most:g}"
+    words = f"be at least {limits.least:g}" if value < limits.least else f"be {most}"
     if isinstance(value, float) and not math.isfinite(value):
         words = f"be finite, between {limits.least:g} and {limits.most:g}"
     raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import RECORD, Start
-from config import FinetuneConfig, Run, RunConfig, UserError, default_out
+from config import FinetuneConfig, MethodConfig, Run, RunConfig, UserError, default_out
 from distributed import choose_device
 from kernels import choose, named
 from lengths import lengths_of
@@ -34,7 +34,10 @@ class Earlier:
 
 
 def earlier_start(cfg: RunConfig) -> Earlier | None:
-    """The last start of the run that `cfg` continues; None where it begins a run."""
+    """The last start of the run that `cfg` continues; None where it begins a run.
+
+    A start that failed before config.json has trained nothing: its options are not the run's.
+    """
     run = Path(cfg.out or default_out(cfg, choose_device(cfg.device).type))
     if not (run / RECORD).is_file():
         if cfg.resume in ("auto", "never"):
@@ -43,10 +46,10 @@ def earlier_start(cfg: RunConfig) -> Earlier | None:
         run = where if (where / "checkpoints").is_dir() else where.parent.parent
     try:
         record = _read(run / RECORD)
-        options = _read(run / "config.json") or record.get("options")
+        options = _read(run / "config.json")
     except ValueError as error:
         raise UserError(f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; mend it") from None
-    if not isinstance(record, dict) or not isinstance(options, dict):
+    if not isinstance(record, dict) or not isinstance(options, dict) or not options:
         return None
     return Earlier(options, record, record.get("asked") or {})
 
@@ -89,6 +92,8 @@ def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
         kept |= {"steps"}
     if "init" in typed and cfg.init != own.get("init"):  # the weights fix the shape
         kept |= {"preset", "n_layer", "n_head", "n_embd"}
+    if "method" in typed and getattr(cfg, "method", None) != own.get("method"):
+        kept |= {f.name for f in dataclasses.fields(MethodConfig)}  # another run, and refused as one
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg) if f.name in own and f.name not in kept]
     cfg = dataclasses.replace(cfg, **{name: _as_option(name, own[name], hints[name]) for name in names})

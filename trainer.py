@@ -201,7 +201,7 @@ class Run:
         facts = {
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
             "command": sys.argv, "world_size": self.world.size, "device": self.world.device.type,
-            "launcher": distributed.launcher(), "asked": self.asked, "options": dataclasses.asdict(cfg),
+            "launcher": distributed.launcher(), "asked": self.asked,
         }  # fmt: skip
         extension = None
         if cfg.extend_to:

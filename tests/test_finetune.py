@@ -279,8 +279,12 @@ def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Pa
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [answer["prediction"] for answer in answers] == [answer["label"] for answer in answers]
     assert [{k: answer[k] for k in row} for answer, row in zip(answers, task.toy, strict=True)] == list(task.toy)
-    for suffix in (".jsonl", ".csv", ".report.json"):  # the toy rows are those to validate on, too
+    for suffix in (".jsonl", ".csv"):  # the toy rows are those to validate on, too
         assert (folder / f"answers{suffix}").read_bytes() == (run / f"validation{suffix}").read_bytes()
+    answered, validated = (
+        json.loads((at / f"{what}.report.json").read_text()) for at, what in ((folder, "answers"), (run, "validation"))
+    )
+    assert validated == answered | {"step": 40}
     scores = json.loads((folder / "answers.scores.json").read_text())
     assert scores["accuracy"] == 1 and scores["calibration_error"] == pytest.approx(
         evaluation["calibration_error"], rel=1e-4
@@ -1027,7 +1031,7 @@ MISTAKES = {  # a task and options: what the line must hold
     "sentiment --objective rdrop --form word --dropout 0": ["--objective rdrop compares two passes"],
     "sentiment --objective simcse --batch-size 12": ["--batch-size 12 is no multiple of groups of 8 rows; use 16"],
     "sentiment --augment-weight 2": ["--augment-weight belongs to --augment FILE"],
-    "sentiment --label-smoothing 1": ["--label-smoothing is 1.0; it must lie between 0 and 1"],
+    "sentiment --label-smoothing 1": ["--label-smoothing is 1.0; it must be below 1"],
     "sentiment --model lstm --method lora": ["--model lstm", "leave out", "--method"],
     "sentiment --model lstm --form word": ["--model lstm", "leave out", "--form word"],
 }  # fmt: skip
