@@ -103,7 +103,8 @@ def check_answers(task: Finetuning, cfg: Any) -> Path:
         raise UserError(f"--answers {path} is a file of the run itself; name another file")
     specs = (cfg.predict, cfg.data, cfg.val_data, *getattr(cfg, "also_data", ()), getattr(cfg, "augment", None))
     read = [file for spec in specs if spec for item in spec.split(",") for file in (glob(item) or [item])]
-    for file in {path, beside(path, ".jsonl"), beside(path, ".csv")} if ".csv" in kinds else {path}:
+    files = [path, beside(path, ".jsonl"), beside(path, ".csv")] if ".csv" in kinds else [path]
+    for file in dict.fromkeys(files):
         writable_file("--answers" if cfg.answers else "--out", str(file), read, make_folder=True)
     return path
 

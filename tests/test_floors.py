@@ -21,6 +21,7 @@ FLOORS = {  # from the ground up; a package stands for all of its modules
         "corpus",
         "dataset",
         "rows",
+        "squad",
         "labels",
         "order",
         "model",

@@ -21,9 +21,9 @@ import corpus
 import readers
 from config import UserError
 from corpus import TextFiles, records_of
-from finetune.qa import expand
 from labels import composed, find_labels, label_name
 from rows import Row, read_rows
+from squad import expand
 from tokenizer_training import open_input
 
 TEXT = {"text": ("text",)}
