@@ -185,6 +185,9 @@ class Scripted(Task):
     def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
         return Memory(0, 0, 0, 0, 0, 0)
 
+    def checkpoint_bytes(self) -> int:
+        return 0
+
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         return Counter()
 
