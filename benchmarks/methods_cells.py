@@ -133,7 +133,8 @@ class Cell:
             return None
         if self.kind == "methods":
             return figures_of(self.path)
-        return {"metrics": json.loads(self.path.with_suffix(".scores.json").read_text(encoding="utf-8"))}
+        scores = json.loads(self.path.with_suffix(".scores.json").read_text(encoding="utf-8"))
+        return {"metrics": {name: value for name, value in scores.items() if name != "eval_precision"}}
 
 
 # --- all of them

@@ -449,7 +449,7 @@ def test_extra_options() -> None:
         (["--budget-minutes", "0"], "--budget-minutes is 0"),
         (["--seeds", "1", "1"], "--seeds takes"),
         (["--search-rates", "0.5"], "belong to --search"),
-        (["--search", "--search-rates", "0"], "--search-rates takes"),
+        (["--search", "--search-rates", "0"], "--search-rates is 0.0; it must be at least"),
         (["--init", "no/such/folder", "--device", "cpu"], "no/such/folder"),
     ],
 )

@@ -241,7 +241,7 @@ def test_mistyped_predictions_are_refused(tool, runs, tmp_path) -> None:
     refused(tool("ensemble", a, b, "--out", b), "also what is read")
     refused(tool("ensemble", a, b, "--out", tmp_path / "no" / "out.jsonl"), "no folder")
     refused(tool("ensemble", a, b, *out, "--weights", 1, 2, 3), "2 numbers")
-    refused(tool("ensemble", a, b, *out, "--weights", 1, -1), "below 0")
+    refused(tool("ensemble", a, b, *out, "--weights", 1, -1), "at least 0")
     refused(tool("ensemble", a, b, *out, "--weights", 0, 0), "not all 0")
     refused(tool("ensemble", a, b, *out, "--how", "median"), "median")
     assert len(read_jsonl(b)) == 60
