@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,7 @@ from config import TrainConfig, UserError
 from plan import is_out_of_memory
 from trainer import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def untouched(one_thread: None) -> Iterator[None]:
-    """Whole runs in this process take its signals and freeze what it has built."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 WORDINGS = [

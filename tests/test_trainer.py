@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import signal
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +255,6 @@ def test_one_rank_has_nobody_to_differ_from():
 
 
 # --- where a run ends
-
-
-@pytest.fixture(scope="module")
-def untouched(one_thread: None) -> Iterator[None]:
-    """Whole runs in this process: they take its signals, and freeze what it has built."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    gc.unfreeze()
 
 
 def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp_path):
