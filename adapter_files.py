@@ -27,9 +27,9 @@ from adapters import (
     loras,
     token_rows,
 )
+from base.files import save_tensors
 from checkpoint import locate
 from config import UserError
-from files import save_tensors
 from foreign import JsonObject, read_object
 from model import GPT, Linear
 from weights import plain_names, read_tensors

@@ -8,7 +8,6 @@ that the next start removes. Nothing is ever pickled. What a manifest does not l
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import files
+from base import files
+from base.files import TEMPORARY, flush, sha256
+from base.locks import locked_folder
 from config import UserError
-from files import TEMPORARY, flush, sha256
 from lengths import Extension, Length, as_json, extend, lengths_of
 from model import download
 
@@ -302,22 +302,15 @@ class Start:
 @contextlib.contextmanager
 def claimed(run: Path) -> Generator[None]:
     """Make a run's folder and keep other processes out of it, the ranks that a killed torchrun left behind too."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        folder = os.open(run, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise UserError(f"{run} is in use by a run that still goes on; end it, or choose another --out") from None
-    except OSError:  # a network file system without locks
-        pass
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked_folder(run))
+        except BlockingIOError:
+            raise UserError(f"{run} is in use by a run that still goes on; end it, or choose another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
         yield
-    finally:
-        os.close(folder)
 
 
 def open_run(

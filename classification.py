@@ -24,11 +24,11 @@ import adapter_files
 import adapters
 import confusion
 import heads
+from base.files import write_json
 from checkpoint import RESULTS, locate
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
 from decoding import open_model
 from distributed import choose_device
-from files import write_json
 from finetuning import Finetuning, Long, Parts, Split
 from heads import Head
 from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids

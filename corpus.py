@@ -600,11 +600,6 @@ def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> N
             connection.send(result)
 
 
-def worker_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Progress:
     """A bar with MB/s and the time left on a terminal; a plain line every few seconds elsewhere."""
 

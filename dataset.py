@@ -6,7 +6,6 @@ Shards are memory-mapped, so a corpus may exceed memory; a window is a copy of a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +20,10 @@ from typing import Any
 import numpy as np
 
 import corpus
+from base.files import flush, sha256, write_json
+from base.locks import lock, locked
+from base.machine import cores
 from config import UserError
-from files import flush, sha256, write_json
 from foreign import JsonObject, read_value
 from tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer, train_bpe
 
@@ -317,34 +318,6 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int 
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[bool]:
-    """Hold the lock file `path`; `busy` is called before waiting for another holder. A killed holder frees it.
-
-    Gives False where the file system has no locks. Raises OSError where the file cannot be made.
-    """
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        file = os.open(path, os.O_RDONLY)  # another user's
-    try:
-        yield _lock(file, busy)
-    finally:
-        os.close(file)
-
-
-def _lock(file: int, busy: Callable[[], None]) -> bool:
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy()
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a network file system without locks
-        return False
-    return True
-
-
-@contextlib.contextmanager
 def writing(option: str, folder: Path) -> Generator[None]:
     """Turn an OSError of what is written under the folder that `option` names into a UserError."""
     try:
@@ -471,8 +444,8 @@ class Cache:
                 contextlib.suppress(OSError),  # in use, or another user's
                 (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
             ):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(leftover, ignore_errors=True)
+                if lock(file.fileno()):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
         """`measure` of each file, kept for as long as its stamp stays the same.
@@ -526,7 +499,7 @@ def tokenize_to_folder(
         )
         for split in ("train", "val")
     ]
-    workers = corpus.worker_count() if source.total is None or source.total > SMALL else 1
+    workers = cores() if source.total is None or source.total > SMALL else 1
     documents = tokens = empty = 0
     results = corpus.tokenize(corpus.chunks(source), tokenizer, workers)
     with contextlib.closing(results), corpus.Progress(f"tokenizing {label}", source.total, say) as progress:

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from base import machine
 from config import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs ends the run after this
@@ -196,12 +196,7 @@ def threads_per_rank(local_size: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (asked != "1" or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
-    return max(1, cores() // local_size)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, machine.cores() // local_size)
 
 
 def use_device(device: torch.device) -> None:
@@ -279,17 +274,7 @@ def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident in a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open(
-            "/proc/self/status", encoding="utf-8"
-        ) as file:  # getrusage's peak may be that of the process that started this one
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return machine.peak_resident_bytes()
 
 
 def available_memory(device: torch.device, local_size: int) -> int:
@@ -297,29 +282,8 @@ def available_memory(device: torch.device, local_size: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = [_meminfo_available() // local_size]
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(max(0, soft - _address_space()))
-    return min(limits)
-
-
-def _meminfo_available() -> int:
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _address_space() -> int:
-    try:
-        with open("/proc/self/statm", encoding="utf-8") as file:
-            return os.sysconf("SC_PAGE_SIZE") * int(file.read().split()[0])
-    except OSError:
-        return 0
+    share, left = machine.available_bytes() // local_size, machine.address_space_left()
+    return share if left is None else min(share, left)
 
 
 class StopSignal:

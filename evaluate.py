@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.files import writable_file
 from config import Count, UserError, Where, Wheres
-from files import writable_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,10 +25,11 @@ import numpy as np
 
 import corpus
 import dataset
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive
+from base.files import sha256, write_json
+from base.machine import cores
 from config import Count, Few, Tokens, UserError, Where, Wheres
-from console import outlive
-from files import sha256, write_json
 from foreign import read_value
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -139,7 +140,7 @@ def _prepare(cfg: PrepConfig, out: Path) -> None:
     _check_disk(cfg, out, tokenizer, files, run)
     if run.shards:
         _say(f"going on after {run.shards[-1]['name']}: {run.tokens:,} tokens are done")
-    workers = cfg.workers or corpus.worker_count()
+    workers = cfg.workers or cores()
     _say(f"tokenizing {cfg.input or cfg.dataset} with {tokenizer.name}, {workers} workers, to {out}")
     run.save(run.skip)  # from here on the folder is known as ours, and as unfinished
     _tokenize(cfg, out, source, tokenizer, run, workers)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
 from config import Count, DecodeConfig, Range, Seed, UserError, Where, check_decode
 from readers import HEAD, decode_input, wide_encoding
 

@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.files import save_tensors
 from config import Form, Pooling, UserError
-from files import save_tensors
 from foreign import read_object
 from model import GPT, pick
 from weights import read_tensors, read_weights

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import resource
 import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from base.machine import resident_bytes
 from config import GPTConfig, RunConfig
 from model import GPT
 from precision import DTYPES, Cast
@@ -112,14 +111,6 @@ def checkpoint_bytes(config: GPTConfig, optimizer: str, dress: Dress | None = No
     model = _meta(config, dress)
     weights = model.n_params() if whole else sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 2 * 4 * weights + optimizer_bytes(config, optimizer, dress=dress)
-
-
-def resident_bytes() -> int:
-    """Memory that this process occupies now (where the system does not say, the most it has occupied)."""
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        return int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def keeps_freed(cfg: RunConfig) -> bool:

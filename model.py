@@ -23,8 +23,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from base.files import save_tensors
 from config import GPTConfig, UserError
-from files import save_tensors
 from foreign import JsonObject, read_object
 from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu

@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
 import distributed
+from base.console import bytes_text, printable, time_text
 from checkpoint import checkpoints
 from config import Run, RunConfig, UserError, resolve
 from distributed import World
@@ -25,7 +26,7 @@ from kernels import choose, named
 from memory import keeps_freed, set_allocator
 from model import attention_backends
 from precision import DTYPES, choose_precision, set_products
-from runlog import RunLog, bytes_text, numbers, peak_flops, printable, read_log, time_text
+from runlog import RunLog, numbers, peak_flops, read_log
 from step import TrainStep, compiler_lacks
 from task import Task
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import confusion
 import confusion_chart
-from files import write_json
+from base.files import write_json
 from rows import Row
 from runlog import finite
 

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import console
+from base import console
+from base.console import bytes_text, time_text
 
 # Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets:
 # words of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all there counts.
@@ -60,26 +61,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         if all(part in words for part in name.split()):
             return tf32 if precision == "tf32" else half
     return None
-
-
-def bytes_text(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
-def time_text(seconds: float) -> str:
-    seconds = int(max(0, seconds))
-    days, rest = divmod(seconds, 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}" if rest >= 3600 else f"{rest // 60}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock
-
-
-def printable(text: str) -> str:
-    """`text` with control characters spelled out: an untrained model writes them, and a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class RunLog:

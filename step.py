@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 import checkpoint
 import distributed
+from base.machine import cores
 from config import RunConfig
 from distributed import World
 from kernels._triton import missing
@@ -191,7 +192,7 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
 
     # Each rank starts these processes, by default one for each of the machine's cores.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = min(32, max(1, distributed.cores() // world.local_size))
+        inductor.compile_threads = min(32, max(1, cores() // world.local_size))
     # The run has chosen its products, and its banner names them.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")
     units = [model]

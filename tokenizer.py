@@ -24,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cli import entry_point, warn_of_replaced
+from base.cli import entry_point, warn_of_replaced
+from base.console import outlive
+from base.machine import cores
 from config import UserError, expand, without_surrogates
-from console import outlive
 from readers import decode_input
 from tokenizer_files import Opened, open_tokenizer
 from tokenizer_training import (
@@ -449,7 +450,7 @@ def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
 
 
 def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) -> list[list[int]]:
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_threads or cores()) as pool:
         return list(pool.map(functools.partial(_tiktoken_encode, encoding), texts))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from cli import entry_point, parse, typed_options
+from base.cli import entry_point, parse, typed_options
+from base.console import outlive
 from config import TrainConfig
-from console import outlive
 
 
 def main() -> int:

@@ -32,8 +32,9 @@ from torch.nn.attention import sdpa_kernel
 
 import checkpoint
 import distributed
-import files
 import tokenizer_files
+from base import files
+from base.console import bytes_text, printable, time_text
 from checkpoint import Saver
 from config import RunConfig, UserError
 from distributed import StopSignal, World
@@ -52,7 +53,7 @@ from plan import (
     settle,
 )
 from resume import BY_MACHINE, Earlier, changes, earlier_start, own_options
-from runlog import RunLog, bytes_text, finite, printable, time_text
+from runlog import RunLog, finite
 from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, load_weights, partition
 from task import Task
 

@@ -32,6 +32,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from base.cli import entry_point, parse
+from base.console import bytes_text, outlive
+from base.machine import resident_bytes
 from benchmarks.contenders import OURS, RECIPE, SEED, Case, Shape, Step, device_of, trained
 from benchmarks.machine import facts
 from benchmarks.peers import (
@@ -48,10 +51,7 @@ from benchmarks.peers import (
     take_turn,
 )  # fmt: skip
 from benchmarks.table import markdown
-from cli import entry_point, parse
 from config import Count, Method, Positive, Probability, Where, Wheres
-from console import outlive
-from runlog import bytes_text
 
 if TYPE_CHECKING:
     import torch
@@ -284,7 +284,7 @@ def begin(name: str, case: Fit) -> Opening:
         importlib.import_module(module)
     if name == KEPT:
         memory.set_allocator(keep_freed=True)
-    _held["code"] = memory.resident_bytes() if case.device == "cpu" else 0
+    _held["code"] = resident_bytes() if case.device == "cpu" else 0
     build = ours if name == OURS else theirs
     _held["step"] = build(dataclasses.replace(case, dropout=0.0))
     start = opening(lambda untimed, steps: turn(case.device, untimed, steps))

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.files import write_json
 from benchmarks.table import markdown
 from config import Positive, Where
-from files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
 SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
@@ -459,11 +459,12 @@ def asked_for(only: str | None, parts: Sequence[Part]) -> list[Part]:
 def main() -> int:
     import torch
 
+    from base.cli import parse
+    from base.console import outlive
+    from base.machine import cores
     from benchmarks.machine import elsewhere, facts
     from benchmarks.stages import engine_hash
-    from cli import parse
     from config import UserError
-    from console import outlive
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
@@ -476,7 +477,7 @@ def main() -> int:
     known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
     known |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "engine": engine_hash()}
     cache = Path(options.cache) if options.cache else None
-    at_once = max(1, min(AT_ONCE, (os.cpu_count() or 1) // CORES_EACH))
+    at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(Path(options.out), known, cache, options.rehearse, at_once)
     for part in parts:
         if reason := lack(part):
@@ -499,6 +500,6 @@ if __name__ == "__main__":
             file=sys.stderr,
         )
         sys.exit(2)
-    from cli import entry_point
+    from base.cli import entry_point
 
     entry_point(main)

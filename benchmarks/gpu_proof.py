@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from base.cli import entry_point, parse
+from base.machine import cores
 from benchmarks import machine
 from benchmarks.table import markdown
-from cli import entry_point, parse
 from config import Few, TrainConfig, UserError, Where, nearest
 
 if TYPE_CHECKING:
@@ -395,7 +396,7 @@ def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
     work = [(arch, case) for arch in archs for name in names for case in cases(name, quick)]
     rows: dict[int, list[Row]] = {}
     began = time.perf_counter()
-    workers = min(2, len(os.sched_getaffinity(0)))
+    workers = min(2, cores())
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(proof, *job): i for i, job in enumerate(work)}
         for done in as_completed(futures):

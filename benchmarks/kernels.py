@@ -38,15 +38,16 @@ import kernels.cross_entropy
 import kernels.fp8_linear
 import kernels.layer_norm
 import kernels.linear_cross_entropy
+from base.cli import entry_point, parse
+from base.console import outlive
+from base.machine import resident_bytes
 from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.table import markdown
-from cli import entry_point, parse
 from config import GPTConfig, UserError, Where, nearest
-from console import outlive
 from kernels import _card
 from kernels._triton import missing
-from memory import resident_bytes, set_allocator
+from memory import set_allocator
 from model import GPT, attention_backends
 from precision import choose_precision
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from base.machine import total_bytes
+
 PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
 SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that move figures
 
@@ -39,7 +41,7 @@ def facts(device: str) -> dict[str, Any]:
             "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None,
             "cpu": distributed.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": total_bytes(),
         },
         "driver": driver(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | versions(),

@@ -30,6 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from base.cli import entry_point, parse
+from base.console import outlive, time_text
+from base.files import write_json
 from benchmarks.machine import elsewhere, facts
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method, wall_of
 from benchmarks.methods_chart import draw
@@ -37,11 +40,7 @@ from benchmarks.methods_figures import compared
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, end, last_error, say, start
-from cli import entry_point, parse
 from config import Count, CountOrNone, Few, Positive, Rate, Seed, UserError, Where, Wheres, nearest
-from console import outlive
-from files import write_json
-from runlog import time_text
 
 if TYPE_CHECKING:
     from rich.table import Table

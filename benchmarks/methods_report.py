@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from base.console import bytes_text
 from benchmarks.table import markdown
-from runlog import bytes_text
 
 Row = Mapping[str, Any]
 Column = tuple[str, list[str]]  # its head and its cells

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from base.cli import entry_point, parse
+from base.console import outlive
 from benchmarks.table import markdown
-from cli import entry_point, parse
 from config import PRESETS, Count, GPTConfig, Preset, Where
-from console import outlive
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,13 +27,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from base.cli import entry_point, parse
+from base.console import bytes_text, outlive
 from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step, fitting
 from benchmarks.machine import elsewhere, facts, product_ceiling
 from benchmarks.peers_report import assessed, rates, report
-from cli import entry_point, parse
 from config import Positive, UserError, Where, nearest
-from console import outlive
-from runlog import bytes_text, peak_flops
+from runlog import peak_flops
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
 FREE = 0.85  # share of a GPU's memory that is free where no other process uses it
@@ -118,7 +118,7 @@ def check_free(device: str) -> None:
 
 
 def _code_bytes(device: str) -> int:
-    from memory import resident_bytes
+    from base.machine import resident_bytes
 
     return 0 if device == "cuda" else resident_bytes()
 

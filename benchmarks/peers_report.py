@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from base.console import bytes_text
 from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.table import markdown
-from runlog import bytes_text
 
 NOTES = (
     "plain: a module as nanoGPT writes it. litgpt: its blocks, head and loss, GPT-2's position table added and its own "

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive
 from config import UserError, Where
-from console import outlive
 from runlog import numbers, read_log
 
 if TYPE_CHECKING:

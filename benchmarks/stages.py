@@ -28,16 +28,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from base.cli import entry_point, parse
+from base.console import outlive, time_text
+from base.files import write_json
 from benchmarks.ladder import LADDER, Machine, Plan, Rung, Settings, default_settings, ladder, scaling_points
 from benchmarks.machine import elsewhere
 from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_rows, stage_rows, text_of
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
-from cli import entry_point, parse
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
-from console import outlive
-from files import write_json
-from runlog import peak_flops, time_text
+from runlog import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
 ACCUMULATION = 4  # on a CPU

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
 from benchmarks.plot import COLOURS, STYLE, short_number
 from benchmarks.table import markdown
-from runlog import bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.machine import cores
 from benchmarks.ladder import Machine
 from benchmarks.machine import facts, product_ceiling
 from benchmarks.stages_run import say
@@ -31,9 +31,9 @@ def look(device: str, ranks: int | None) -> Machine:
     if device not in ("cpu", "cuda"):
         raise UserError(f"there is no ladder for {device}; use --device cpu")
     cuda = device == "cuda"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_cores = cores()
     devices = torch.cuda.device_count() if cuda else 1
-    room = devices if cuda else cores
+    room = devices if cuda else n_cores
     if ranks is not None and not 1 < ranks <= room:
         raise UserError(f"--ranks is {ranks}; it must be from 2 to the {room} {'GPUs' if cuda else 'cores'} there are")
     chosen, without = kernels_of(device, known["native"])
@@ -41,7 +41,7 @@ def look(device: str, ranks: int | None) -> Machine:
         device=device,
         name=hardware["gpu"] or hardware["cpu"],
         threads=hardware["threads"],
-        cores=cores,
+        cores=n_cores,
         devices=devices,
         memory=torch.cuda.get_device_properties(0).total_memory if cuda else hardware["memory_bytes"],
         lacks=lacks(torch.device(device), room) | without,

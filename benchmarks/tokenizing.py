@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive
 from config import Count, Few, UserError, Where, Wheres
-from console import outlive
 
 DOCUMENT = 4000  # characters, about
 
@@ -72,12 +72,12 @@ def main() -> None:
     import tiktoken
     from pyarrow import parquet
 
-    from corpus import worker_count
+    from base.machine import cores
     from tokenizer import load_tokenizer
 
     load_tokenizer("gpt2")  # says what to do where it is not to be had
     encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input)
-    workers = options.workers or worker_count()
+    workers = options.workers or cores()
     seconds: dict[str, list[float]] = {"fineweb_prep.py": [], "tiktoken": []}
     tokens = 0
     with tempfile.TemporaryDirectory() as folder:

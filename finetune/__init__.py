@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from base.cli import parse, typed_options
+from base.console import outlive
+from base.files import writable_file, write_json, writing_to
 from baselines import Kind, fit_text_model
 from checkpoint import RECORD, RESULTS, locate
 from classification import EXACT, Classification, as_lstm
-from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
-from console import outlive
 from distributed import memory_bytes, recorded
-from files import writable_file, write_json, writing_to
 from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
 from rows import Row

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from base.cli import entry_point
 from classification import Classification
-from cli import entry_point
 from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts, Special

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import metrics
-from cli import entry_point
+from base.cli import entry_point
 from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special

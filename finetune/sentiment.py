@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from base.cli import entry_point
 from classification import Classification
-from cli import entry_point
 from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts

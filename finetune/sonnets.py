@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import metrics
-from cli import entry_point
+from base.cli import entry_point
 from config import UserError
 from finetune import command
 from generation import Answer, Example, Generation

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import metrics
-from cli import entry_point
+from base.cli import entry_point
 from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special

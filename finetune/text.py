@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cli import entry_point
+from base.cli import entry_point
 from config import CountOrNone, GenerationConfig
 from finetune import command
 from generation import Example, Generation, Parts

@@ -171,7 +171,7 @@ def point(where: str) -> tuple[Any, str]:
     import safetensors.torch
 
     import checkpoint
-    import files
+    from base import files
     from runlog import RunLog
     from step import TrainStep
     from task import LanguageModelling

@@ -17,6 +17,7 @@ from launch import launch, log_of, small, write_inputs
 
 import corpus
 import dataset
+from base import locks
 from config import UserError
 from dataset import Cache, is_validation, open_data
 from rows import read_rows
@@ -308,7 +309,7 @@ def test_a_file_system_without_locks(tmp_path: Path, inputs: Path, monkeypatch: 
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(dataset.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     cache = tmp_path / "cache"
     data = open_data(str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8)
     assert data.train.n_tokens and not list(cache.glob("*.tmp"))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 import checkpoint
-import files
+from base import files
 from config import UserError
 from runlog import RunLog
 

@@ -21,17 +21,18 @@ import torch
 from conftest import own_lines, python_path
 from launch import launch, log_of, small, trace, write_inputs
 
-import cli
 import distributed
 import step
-from cli import option_names
+from base import cli
+from base.cli import option_names
+from base.console import bytes_text, printable, time_text
 from config import TrainConfig, UserError
 from distributed import World
 from memory import Memory
 from optim import lr_multiplier
 from plan import largest_micro_batch
 from precision import choose_precision
-from runlog import bytes_text, peak_flops, printable, step_line, time_text
+from runlog import peak_flops, step_line
 from task import LanguageModelling
 from trainer import Run
 from weights import read_tensors

@@ -18,8 +18,8 @@ from runlog import kept_lines, numbers, read_log
 
 PROGRAM = """
 import sys, time
-from cli import entry_point
-from console import outlive
+from base.cli import entry_point
+from base.console import outlive
 def main():
     if sys.argv[1] == "run":
         outlive()

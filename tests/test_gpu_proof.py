@@ -155,7 +155,7 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
 
 def test_the_proof_without_triton_is_one_line(run):
     code = "import sys; sys.modules['triton'] = None; from benchmarks import gpu_proof as p, gpu_proof; "
-    done = run("-c", code + "from cli import entry_point; sys.argv[1:] = []; entry_point(p.main)")
+    done = run("-c", code + "from base.cli import entry_point; sys.argv[1:] = []; entry_point(p.main)")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install triton" in done.stderr
 
 

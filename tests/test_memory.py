@@ -24,7 +24,8 @@ TRAIN = """
 import json, re, sys
 import torch
 from config import GPTConfig
-from memory import resident_bytes, set_allocator
+from base.machine import resident_bytes
+from memory import set_allocator
 from model import GPT
 
 config, rows, micro_batches, autocast = json.loads(sys.argv[1])
@@ -146,7 +147,8 @@ def test_gpt2_is_answered_without_its_memory():
 
 HOLES = """
 import torch
-from memory import Heap, resident_bytes, set_allocator
+from base.machine import resident_bytes
+from memory import Heap, set_allocator
 
 set_allocator(keep_freed=True)
 blocks = [torch.ones(1 << 18) for _ in range(200)]  # 200 MiB

@@ -24,13 +24,13 @@ import adapters
 import benchmarks.methods as bench_module
 import benchmarks.methods_cells as cells_module
 import classification
+from base.cli import parse
 from benchmarks import methods_figures
 from benchmarks.methods import Options, compare, execute, extra_options, make_bench, result_of, usual_rate
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import PUBLISHED, rows_of, text_of
 from benchmarks.stages_run import Failed, TimeUp
-from cli import parse
 from config import ClassificationConfig, GenerationConfig, UserError
 from config import check as check_config
 from model import GPT, GPTConfig

@@ -16,7 +16,7 @@ from conftest import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import parse
+from base.cli import parse
 from config import (
     DecodeConfig,
     PathName,
@@ -42,7 +42,7 @@ def kinds_of_options() -> list[Any]:
     folders = (REPO, REPO / "finetune", REPO / "finetune" / "tools", REPO / "benchmarks")
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "entry_point(" not in text or path.name == "cli.py":
+        if "entry_point(" not in text or path.name == "base.cli.py":
             continue
         tree = ast.walk(ast.parse(text))
         calls = [node for node in tree if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"]

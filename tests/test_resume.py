@@ -19,7 +19,7 @@ from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, w
 
 import checkpoint
 import resume
-from cli import typed_options
+from base.cli import typed_options
 from config import TrainConfig, UserError
 from lengths import Extension, Length, extend, spans
 from optim import lr_multiplier, span_at
@@ -134,7 +134,7 @@ def write_run(run: Path, options: dict[str, Any], **record: Any) -> None:
 
 def resumed(run: Path, *words: Any) -> TrainConfig:
     argv = ["--out", str(run), *map(str, words)]
-    from cli import parse
+    from base.cli import parse
 
     return own_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
 

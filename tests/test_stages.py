@@ -17,12 +17,12 @@ import pytest
 from launch import write_inputs
 
 import kernels
+from base.cli import parse
 from benchmarks import stages, stages_report, stages_run
 from benchmarks.ladder import LADDER, Machine, Plan, Settings, default_settings, ladder, scaling_points
 from benchmarks.stages import Bench
 from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
-from cli import parse
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 
 AUTO = ("cross_entropy", "adamw")  # of a GPU and a compiled model

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cli import entry_point
+from base.cli import entry_point
 from finetune.paraphrase import Paraphrase
 from finetune.tools.mine import overlap
 from rows import read_rows

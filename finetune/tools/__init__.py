@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from base.files import writable_file
 from config import UserError
 from confusion import accuracy, confusion_matrix, macro_f1
 from corpus import records_of
-from files import writable_file
 from labels import composed, is_unknown, label_name
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields

@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive
+from base.files import TEMPORARY, flush
 from config import Count, Few, UserError, Where, nearest
-from console import outlive
 from corpus import records_of
 from distributed import choose_device
-from files import TEMPORARY, flush
 from finetune.tools import check_out
 from readers import SHOWN, LeftOut, NotUtf8, with_advice
 

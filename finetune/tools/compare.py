@@ -11,10 +11,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.files import write_json
 from config import Seed, UserError, Where
 from confusion import paired_test
-from files import write_json
 from finetune.tools import check_out, read_predictions, show_table
 
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import Positional, arg
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive
 from config import UserError, Weight, Where
-from console import outlive
 from finetune.tools import UNKNOWN, Predictions, check_out, read_predictions, show_table
 
 How = Literal["mean", "geometric", "vote"]

@@ -11,14 +11,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import entry_point, parse
+from base.cli import entry_point, parse
+from base.console import outlive, printable
 from config import Share, UserError, Where, Wheres
-from console import outlive
 from finetune.tools import check_out, show_table
 from labels import is_unknown, label_name
 from metrics import words
 from rows import Row, read_rows
-from runlog import printable
 
 COLUMNS = {
     "first": ("sentence1", "question1", "premise", "text1", "#1 String", "sentence_A"),

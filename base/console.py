@@ -148,3 +148,23 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message)
     # inductor looks for CUDA's compiler, also in a run on the CPU
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: "No CUDA runtime is found" not in r.getMessage())
+
+
+def bytes_text(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def time_text(seconds: float) -> str:
+    seconds = int(max(0, seconds))
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}" if rest >= 3600 else f"{rest // 60}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out: an untrained model writes them, and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-import console
+from base import console
+from base.console import printable
 from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
-from runlog import printable
 
 # What a path can have against it, wherever it is used, that is no fault of this code.
 OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
