@@ -27,12 +27,11 @@ from adapters import (
     loras,
     token_rows,
 )
-from base.files import save_tensors
-from checkpoint import locate
 from config import UserError
-from foreign import JsonObject, read_object
 from model import GPT, Linear
-from weights import plain_names, read_tensors
+from storage.checkpoint import locate
+from storage.foreign import JsonObject, read_object
+from storage.weights import plain_names, read_tensors, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9

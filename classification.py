@@ -25,7 +25,6 @@ import adapters
 import confusion
 import heads
 from base.files import write_json
-from checkpoint import RESULTS, locate
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
 from decoding import open_model
 from distributed import choose_device
@@ -39,6 +38,7 @@ from precision import set_products
 from predictions import VALIDATION, probabilities, write_predictions, write_report
 from rows import Row, Rows
 from runlog import finite
+from storage.checkpoint import RESULTS, locate
 from task import Batch
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows

@@ -33,6 +33,7 @@ import numpy as np
 import readers
 from config import UserError
 from readers import SHOWN, LeftOut
+from storage.shards import token_dtype
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 IN_FLIGHT = 4  # chunks between reading and writing, for each process
@@ -479,11 +480,6 @@ def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
             texts, starts, empty, size, at = [], [], 0, 0, source.state()
     if texts or empty:
         yield Chunk(texts, starts, empty, at, source.position)
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16, or uint32 where the vocabulary exceeds 65,536."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def encode(tokenizer: Encoder, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
-import re
-import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,180 +17,23 @@ from typing import Any
 import numpy as np
 
 import corpus
-from base.files import flush, sha256, write_json
-from base.locks import lock, locked
+from base.files import sha256
 from base.machine import cores
 from config import UserError
-from foreign import JsonObject, read_value
+from storage.cache import Cache, changed_while_read, writing
+from storage.foreign import JsonObject, read_value
+from storage.shards import FORMAT, Shard, ShardWriter, byte_lengths, read_shard, reading, write_manifest
 from tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer, train_bpe
 
-FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
 READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 2"}  # in the cache's keys
-HEADER_INTS = 256
-LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}  # (magic, version)
-BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
 CACHE_SHARD_TOKENS = 100_000_000
 STDLIB_VOCAB = 4096
 GPT2_VOCAB = 50257
 HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
-SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
-UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")  # folders of the cache, under their locks
 SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
 
 
 # ---- one shard
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Where the tokens of one file are."""
-
-    path: Path
-    n_tokens: int
-    dtype: np.dtype
-    offset: int  # bytes before the first token
-
-    def map(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r", self.offset, (self.n_tokens,))
-
-
-def read_shard(path: Path) -> Shard:
-    """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
-    with _reading(path):
-        size = path.stat().st_size
-        if path.is_fifo():  # which would wait for somebody to write
-            raise UserError(f"{path} is a pipe, where a shard is read at any place; write it to a file")
-        path.open("rb").close()
-    shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
-    expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
-    if size != expected:
-        what = "truncated" if size < expected else "damaged"
-        raise UserError(f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it again")
-    if not shard.n_tokens:
-        raise UserError(f"{path} holds no tokens; remove it or make it again")
-    return shard
-
-
-def _read_bin(path: Path, size: int) -> Shard:
-    header = np.fromfile(path, "<i4", HEADER_INTS)
-    if len(header) == HEADER_INTS and (layout := (int(header[0]), int(header[1]))) in LAYOUTS:
-        return Shard(path, int(header[2]), LAYOUTS[layout], HEADER_INTS * 4)
-    if path.name in BARE_NAMES and (not len(header) or header[0] not in dict(LAYOUTS)):
-        if size % 2:
-            raise UserError(
-                f"{path} is truncated: {size} bytes are no whole number of uint16 tokens; make or copy it again"
-            )
-        return Shard(path, size // 2, np.dtype(np.uint16), 0)
-    if len(header) and header[0] in [magic for magic, _ in LAYOUTS]:
-        raise UserError(f"{path} is truncated or of another version: its header is not whole; make or copy it again")
-    raise UserError(
-        f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or val.bin; "
-        f"tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
-    )
-
-
-def _read_npy(path: Path) -> Shard:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is truncated or no .npy file: {error}; make or copy it again") from None
-    if array.dtype not in LAYOUTS.values() or array.ndim != 1:
-        raise UserError(f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 is read")
-    assert isinstance(array, np.memmap)
-    return Shard(path, len(array), array.dtype, array.offset)
-
-
-class ShardWriter:
-    """Cuts a stream of tokens into .bin shards, each flushed and renamed before the next begins.
-
-    name: of the shard with a given number. finished(record, n): called after each shard with its entry for the
-    manifest, and how many tokens of the array in `add` are on disk by then.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: Callable[[int], str],
-        tokenizer: Tokenizer,
-        shard_tokens: int,
-        finished: Callable[[dict[str, Any], int], None],
-        first: int = 0,
-    ):
-        self.folder, self.name, self.shard_tokens, self.finished = folder, name, shard_tokens, finished
-        self.dtype, self.eot = corpus.token_dtype(tokenizer.vocab_size), tokenizer.eot
-        self._byte_lengths = byte_lengths(tokenizer)
-        self._number = first
-        self._begin()
-
-    def _begin(self) -> None:
-        self._tokens = self._documents = self._bytes = self._max_id = 0
-        self._file = None
-
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / (self.name(self._number) + ".tmp")
-
-    def add(self, tokens: np.ndarray) -> None:
-        """tokens: (n,) of any unsigned dtype."""
-        begin, self._given = 0, len(tokens)
-        while begin < len(tokens):
-            part = tokens[begin : begin + self.shard_tokens - self._tokens]
-            self._write(part)
-            begin += len(part)
-            if self._tokens == self.shard_tokens:
-                self._finish(begin)
-
-    def close(self) -> None:
-        """Finish the last, shorter shard."""
-        if self._tokens:
-            self._finish(self._given)
-
-    def _write(self, part: np.ndarray) -> None:
-        if self._file is None:
-            self._file = self._temporary.open("wb")
-            self._file.write(bytes(HEADER_INTS * 4))
-        self._file.write(part.astype(self.dtype, copy=False).tobytes())
-        self._tokens += len(part)
-        self._documents += int((part == self.eot).sum())
-        self._bytes += int(self._byte_lengths[part].sum())
-        self._max_id = max(self._max_id, int(part.max()))
-
-    def _finish(self, consumed: int) -> None:
-        assert self._file is not None
-        header = np.zeros(HEADER_INTS, "<i4")
-        magic, version = next(layout for layout, dtype in LAYOUTS.items() if dtype == self.dtype)
-        header[:3] = magic, version, self._tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        path = self.folder / self.name(self._number)
-        self._temporary.replace(path)
-        record = dict(name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes)
-        record |= dict(max_id=self._max_id, sha256=sha256(path))
-        self._number += 1
-        self._begin()
-        self.finished(record, consumed)
-
-
-def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab_size,) int64: bytes of text behind each token; none behind end-of-text."""
-    lengths = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64)
-    lengths[tokenizer.eot] = 0
-    return lengths
-
-
-def write_manifest(folder: Path, tokenizer: Tokenizer, shards: list[dict[str, Any]], **more: Any) -> None:
-    """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside them."""
-    if tokenizer.source != "gpt2" or tokenizer.special:
-        tokenizer.save(folder / "tokenizer")
-    manifest = dict(
-        format=FORMAT, tokenizer=dict(source=tokenizer.source, name=tokenizer.name, sha256=tokenizer.sha256)
-    )
-    manifest |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
-    manifest |= {total: sum(shard[total] for shard in shards) for total in ("documents", "tokens", "bytes")}
-    write_json(folder / "manifest.json", manifest | more | {"shards": shards})
 
 
 def _sha256(*parts: Any) -> str:
@@ -315,165 +155,6 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int 
 
 
 # ---- the cache
-
-
-@contextlib.contextmanager
-def writing(option: str, folder: Path) -> Generator[None]:
-    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if folder.is_symlink() and not os.path.exists(folder):
-            reason = "it is a link to a folder that is not there"
-        elif os.path.exists(folder) and not os.path.isdir(folder):
-            reason = "it is a file"
-        else:
-            reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, with room for the "
-            f"tokens (two bytes each): {option} FOLDER"
-        ) from None
-
-
-Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sampled blocks]
-
-
-def stamp(path: Path) -> Stamp:
-    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises UserError."""
-    with _reading(path):
-        stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample(path)]
-
-
-def sample(path: Path) -> str:
-    """sha256 of a file's first and last block and some between; of all of a small one. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
-        n = min(SAMPLES, -(-last // SAMPLE_BYTES) + 1)
-        for block in range(n):
-            file.seek(last * block // max(1, n - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def changed_while_read(path: Path | str) -> UserError:
-    return UserError(f"{path} changed while it was read; type the same command again when nothing writes to it")
-
-
-def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
-    """The stamp of a file and `measure` of it. Raises UserError where it changes over and over."""
-    for _ in range(2):
-        before = stamp(path)
-        with _reading(path):
-            value = measure(path)
-        if stamp(path) == before:
-            return before, value
-    raise changed_while_read(path)
-
-
-class Cache:
-    """Folders named by the content they were made from, and what was once measured of a file."""
-
-    def __init__(self, root: Path):
-        self.root = Path(os.path.abspath(root.expanduser()))
-        self._measured: dict[str, Any] = {}  # by this process, whether or not it could be written
-
-    def prepare(self) -> None:
-        """Make the cache's folder, so that what is measured is kept. Another user's may hold all that is needed."""
-        with contextlib.suppress(OSError):
-            self.root.mkdir(parents=True, exist_ok=True)
-
-    def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
-        """The folder of `key`, which `make` fills if no process has done so before.
-
-        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several processes one
-        makes it and the others wait. A killed maker's lock falls with it. Raises UserError where it cannot be written.
-        """
-        folder = self.root / key
-        if os.path.isdir(folder):
-            return folder
-        with contextlib.ExitStack() as held:
-            with self.writing():
-                self.root.mkdir(parents=True, exist_ok=True)
-                busy = lambda: say(f"waiting for another process that is preparing {folder}")  # noqa: E731
-                alone = held.enter_context(locked(self.root / f"{key}.lock", busy))
-            if not os.path.isdir(folder):
-                self._make(folder, make, alone)
-        return folder
-
-    def _make(self, folder: Path, make: Callable[[Path], None], alone: bool) -> None:
-        """alone: nobody else makes this folder now. Elsewise the first to finish wins."""
-        name = folder.name if alone else f"{folder.name}.{platform.node()}-{os.getpid()}"
-        unfinished = self.root / f"{name}.tmp"
-        with self.writing():
-            if alone:
-                self._sweep()
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-        try:
-            make(unfinished)
-            with self.writing():
-                flush(unfinished)
-                try:
-                    unfinished.replace(folder)
-                except OSError:
-                    if alone or not os.path.isdir(folder):
-                        raise
-                flush(self.root)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    def writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing("--cache", self.root)
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left unfinished, under any key; no folder of another name."""
-        for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
-            if not UNFINISHED.fullmatch(leftover.name):
-                continue
-            with (
-                contextlib.suppress(OSError),  # in use, or another user's
-                (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
-            ):
-                if lock(file.fileno()):
-                    shutil.rmtree(leftover, ignore_errors=True)
-
-    def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
-        """`measure` of each file, kept for as long as its stamp stays the same.
-
-        Where the folder is not there or cannot be written, each start measures again.
-        """
-        index = self._index() | self._measured
-        known, fresh = [], {}
-        for path in paths:
-            key = f"{what} {path.absolute()}"
-            entry = index.get(key)
-            # An entry of before there were stamps, [size, time of change, value], is no proof.
-            if not isinstance(entry, dict) or entry.get("stamp") != stamp(path):
-                now, value = measured(path, measure)
-                entry = fresh[key] = {"stamp": now, "value": value}
-            known.append(entry["value"])
-        self._measured |= fresh
-        if fresh and os.path.isdir(self.root):
-            with contextlib.suppress(OSError), locked(self.root / "index.lock"):
-                write_json(self.root / "index.json", self._index() | fresh)
-        return known
-
-    def _index(self) -> dict[str, Any]:
-        try:
-            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return index if isinstance(index, dict) else {}
 
 
 # ---- text to cached shards
@@ -730,7 +411,7 @@ def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache)
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
         for file in corpus.find_files(spec):
-            with _reading(file):
+            with reading(file):
                 file.open("rb").close()
     elif not _is_cached(spec, asked, column, store):
         _hub_dataset(spec, column)
@@ -805,7 +486,7 @@ def _shard_files(path: Path) -> list[Path]:
         return []
     if (path / "progress.json").exists() and not (path / "manifest.json").exists():
         raise UserError(f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on")
-    with _reading(path):
+    with reading(path):
         files = sorted(path.iterdir())
     return [file for file in files if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)]
 

@@ -391,10 +391,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import torch
 
     import distributed
-    from checkpoint import locate
     from dataset import open_whole
     from decoding import open_tokenizer, open_weights, tokenizer_folder
     from precision import set_products
+    from storage.checkpoint import locate
     from tokenizer_files import has_tokenizer
 
     # Rows are read before the model: what is wrong with them is said at once.

@@ -22,7 +22,6 @@ from torch import Tensor
 
 import adapter_files
 import adapters
-from checkpoint import locate
 from config import FinetuneConfig, GPTConfig, UserError, resolve_steps
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from model import GPT
@@ -30,6 +29,7 @@ from optim import Group
 from order import Order, padded_lengths, padding_share
 from precision import casts_once
 from rows import Expand, Reader, Row, hold_out, overlap, read_rows
+from storage.checkpoint import locate
 from task import Batch, Task, model_config, open_pretrained
 from tokenizer import Tokenizer, load_tokenizer
 

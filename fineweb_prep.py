@@ -28,9 +28,12 @@ import dataset
 from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import sha256, write_json
+from base.locks import locked
 from base.machine import cores
 from config import Count, Few, Tokens, UserError, Where, Wheres
-from foreign import read_value
+from storage import cache, shards
+from storage.foreign import read_value
+from storage.shards import token_dtype
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
@@ -75,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     outlive()
     out = _check(cfg)
     _check_out(cfg, out)
-    with dataset.writing("--out", out):
+    with cache.writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "prep.lock").touch()
-    with dataset.locked(out / "prep.lock", lambda: _say(f"waiting for another process that writes {out}")):
+    with locked(out / "prep.lock", lambda: _say(f"waiting for another process that writes {out}")):
         if cfg.pretokenized:
             _fetch(cfg, out)
         else:
@@ -150,7 +153,7 @@ def _prepare(cfg: PrepConfig, out: Path) -> None:
             f"{cfg.input or cfg.dataset} holds {run.tokens:,} tokens, which leaves nothing beside the validation shard; "
             f"type --shard-tokens {max(1, run.tokens // 10)}, or give more text"
         )
-    dataset.write_manifest(out, tokenizer, run.shards, settings=settings)
+    shards.write_manifest(out, tokenizer, run.shards, settings=settings)
     (out / "progress.json").unlink(missing_ok=True)
     _say(f"done: {len(run.shards)} shards, {run.tokens:,} tokens in {out}")
 
@@ -163,7 +166,7 @@ def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[
         "name": cfg.name,
         "split": cfg.split,
         "input": hashlib.sha256(json.dumps(names).encode()).hexdigest() if files else None,
-        "input_blocks": hashlib.sha256("".join(dataset.stamp(path)[-1] for path in files).encode()).hexdigest()
+        "input_blocks": hashlib.sha256("".join(cache.stamp(path)[-1] for path in files).encode()).hexdigest()
         if files
         else None,
         "text_column": cfg.text_column,
@@ -238,20 +241,20 @@ def _shard_name(number: int) -> str:
 
 
 def _tokenize(cfg: PrepConfig, out: Path, source: corpus.Source, tokenizer: Tokenizer, run: _Run, workers: int) -> None:
-    writer = dataset.ShardWriter(out, _shard_name, tokenizer, cfg.shard_tokens, run.finished, first=len(run.shards))
+    writer = shards.ShardWriter(out, _shard_name, tokenizer, cfg.shard_tokens, run.finished, first=len(run.shards))
     skip, written, limit = run.skip, run.tokens, cfg.max_tokens or sys.maxsize
     results = corpus.tokenize(corpus.chunks(source, run.state), tokenizer, workers)
     with contextlib.closing(results), corpus.Progress("tokenizing", source.total, _say) as progress:
         for chunk, tokens, _ in results:
             part = tokens[skip : skip + limit - written]
             run.begin(chunk.state, skip)
-            with dataset.writing("--out", out):
+            with cache.writing("--out", out):
                 writer.add(part)
             skip, written = 0, written + len(part)
             progress.update(chunk.position, written)
             if written == limit:
                 break
-    with dataset.writing("--out", out):
+    with cache.writing("--out", out):
         writer.close()
 
 
@@ -263,7 +266,7 @@ def _check_disk(cfg: PrepConfig, out: Path, tokenizer: Tokenizer, files: list[Pa
         text = sum(path.stat().st_size * (PACKED if p else 1) for path, p in zip(files, packed, strict=True))
         tokens = min(tokens, int(text / TEXT_PER_TOKEN))
     if tokens < sys.maxsize:
-        itemsize = corpus.token_dtype(tokenizer.vocab_size).itemsize
+        itemsize = token_dtype(tokenizer.vocab_size).itemsize
         _require(out, max(0, tokens - run.tokens) * itemsize)
 
 
@@ -295,8 +298,8 @@ def _fetch(cfg: PrepConfig, out: Path) -> None:
     for i, name in enumerate(sizes, 1):
         _say(f"fetching {name} ({i} of {len(sizes)})")
         huggingface_hub.hf_hub_download(cfg.dataset, name, repo_type="dataset", revision=revision, local_dir=out)
-        records.append(_record(dataset.read_shard(out / name), tokenizer))
-    dataset.write_manifest(out, tokenizer, records, settings=settings, revision=revision)
+        records.append(_record(shards.read_shard(out / name), tokenizer))
+    shards.write_manifest(out, tokenizer, records, settings=settings, revision=revision)
     (out / "progress.json").unlink()
     _say(f"done: {len(records)} shards, {sum(r['tokens'] for r in records):,} tokens in {out}")
 
@@ -318,9 +321,9 @@ def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
     return info.sha, {name: sizes[name] for name in shards if dataset.is_validation(name) or name in train}
 
 
-def _record(shard: dataset.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
+def _record(shard: shards.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
     """The manifest's entry of a finished shard. Raises UserError for ids beyond the vocabulary."""
-    lengths, counts = dataset.byte_lengths(tokenizer), np.zeros(0, np.int64)
+    lengths, counts = shards.byte_lengths(tokenizer), np.zeros(0, np.int64)
     tokens = shard.map()
     for begin in range(0, len(tokens), 1 << 24):
         part = np.bincount(tokens[begin : begin + (1 << 24)], minlength=max(len(lengths), len(counts)))

@@ -66,9 +66,9 @@ class Writer:
         import torch
 
         import distributed
-        from checkpoint import locate
         from decoding import open_model
         from precision import choose_precision
+        from storage.checkpoint import locate
 
         self.config = config
         device = distributed.start(config.device).device

@@ -17,11 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.files import save_tensors
 from config import Form, Pooling, UserError
-from foreign import read_object
 from model import GPT, pick
-from weights import read_tensors, read_weights
+from storage.foreign import read_object
+from storage.weights import read_tensors, read_weights, save_tensors
 
 Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512

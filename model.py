@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from base.files import save_tensors
 from config import GPTConfig, UserError
-from foreign import JsonObject, read_object
 from kernels.attention import attention as packed_attention
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
@@ -34,13 +30,11 @@ from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
-from weights import plain_names, read_weights, reason, state_dict, unpickle
+from storage.hub import read_model, write_model
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values in, all of them out
-
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 class KVCache:
@@ -436,12 +430,7 @@ class GPT(nn.Module):
         `overrides` replace fields of GPTConfig that the weights do not fix (dropout, recompute, attention).
         Raises UserError where there is no such model or it is not a GPT-2.
         """
-        path = Path(where)
-        if path.is_file() or (path / "ckpt.pt").is_file():
-            config, tensors = _read_nanogpt(path if path.is_file() else path / "ckpt.pt")
-        else:
-            config, tensors = _read_hub(path if path.is_dir() else download(str(where)))
-        _check_size(config, tensors, where)
+        config, tensors = read_model(where)
         with torch.device("meta"):  # the weights come from the file: nothing to initialise
             model = cls(GPTConfig(**{**config, **overrides}))
         model.to_empty(device="cpu")
@@ -472,27 +461,14 @@ class GPT(nn.Module):
 
         With `score` (n_labels, n_embd) it is a classifier by the last token, GPT2ForSequenceClassification.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, parameter in self.named_parameters():
-            if name.startswith("heads."):
-                continue
-            tensor = parameter.detach().to("cpu", torch.float32)
-            if name in ("transformer.wte.weight", "lm_head.weight"):
-                tensor = tensor[: self.config.vocab_size]
-            tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-        config = hub_config(self.config, eot)
-        if score is not None:
-            tensors["score.weight"] = score.detach().to("cpu", torch.float32).contiguous()
-            config |= {
-                "architectures": ["GPT2ForSequenceClassification"],
-                "id2label": {str(i): label for i, label in enumerate(labels)},
-                "label2id": {label: i for i, label in enumerate(labels)},
-                "pad_token_id": eot,
-            }
-        save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if not name.startswith("heads."):
+                table = name in ("transformer.wte.weight", "lm_head.weight")
+                rows = parameter[: self.config.vocab_size] if table else parameter
+                tensors[name] = rows.detach().to("cpu", torch.float32)
+        score = None if score is None else score.detach().to("cpu", torch.float32).contiguous()
+        write_model(Path(folder), self.config, tensors, eot, score, labels)
 
 
 def attention_mask(
@@ -545,143 +521,3 @@ def attention_backends(
     if half and major in (9, 10) and by_hardware and not deterministic:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return backends
-
-
-def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
-    """GPTConfig as the hub's config.json."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": "float32",
-    }
-
-
-def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
-    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact GPT-2.
-
-    Keys that are missing have transformers' defaults, and its other names of the sizes are read too.
-    """
-    kind = hub.text("model_type")
-    if kind is None and any(name.startswith("GPT2") for name in hub.texts("architectures")):
-        kind = "gpt2"
-    if kind != "gpt2":
-        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {kind!r}")
-    fields: dict[str, Any] = {
-        "vocab_size": _size(hub, 50257, "vocab_size"),
-        "block_size": _size(hub, 1024, "n_positions", "max_position_embeddings", "n_ctx"),
-        "n_layer": _size(hub, 12, "n_layer", "num_hidden_layers"),
-        "n_head": _size(hub, 12, "n_head", "num_attention_heads"),
-        "n_embd": _size(hub, 768, "n_embd", "hidden_size"),
-        "layer_norm_epsilon": hub.number("layer_norm_epsilon", 1e-5, above=0, most=1),
-        "tied_head": hub.yes_no("tie_word_embeddings", True),
-    }
-    if fields["n_embd"] % fields["n_head"]:
-        raise UserError(f"{hub.file}: n_embd {fields['n_embd']} is not divisible by n_head {fields['n_head']}")
-    if "activation_function" in hub and hub.text("activation_function") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise hub.wrong("activation_function", "gelu_new, as in an exact GPT-2")
-    if hub.given("n_inner") and hub.whole("n_inner") != 4 * fields["n_embd"]:
-        raise hub.wrong("n_inner", f"null or {4 * fields['n_embd']}, as in an exact GPT-2")
-    for key, exact in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if hub.yes_no(key, exact) != exact:
-            raise hub.wrong(key, f"{str(exact).lower()}, as in an exact GPT-2")
-    return fields
-
-
-def _size(hub: JsonObject, default: int, *names: str) -> int:
-    """A size by the first of its names that the config has."""
-    given = [key for key in names if key in hub]
-    return hub.whole(given[0], least=0 if "n_layer" in names else 1) if given else default
-
-
-def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors, named and laid out as this model's, of a folder in the hub's layout."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: it has no config.json")
-    hub = read_object(folder / "config.json")
-    config, tensors = _from_hub_config(hub, folder), read_weights(folder)
-    if unmerged := next((name for name in tensors if ".lora_" in name or ".base_layer." in name), None):
-        raise UserError(f"{folder} holds {unmerged}, of an adapter that is not merged; merge it, or save it by itself")
-    head, table = "lm_head.weight", "transformer.wte.weight"
-    if config["tied_head"] and head in tensors:
-        tensors.setdefault(table, tensors[head])  # either name may stand for both
-    if not config["tied_head"] and head not in tensors:
-        # A classifier's checkpoint has no such head, whatever its config says.
-        config["tied_head"] = "GPT2ForSequenceClassification" in hub.texts("architectures")
-    return config, {name: t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t for name, t in tensors.items()}
-
-
-def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str | Path) -> None:
-    """UserError where a config is not of these weights, before a model of its size is made."""
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
-    missing = next((i for i in range(config["n_layer"]) if i not in blocks), None)
-    if missing is not None:
-        raise UserError(f"{where} is not a complete GPT-2: it has no transformer.h.{missing}")
-    for name, rows in (("wte", config["vocab_size"]), ("wpe", config["block_size"])):
-        tensor = tensors.get(f"transformer.{name}.weight")
-        if tensor is None:
-            raise UserError(f"{where} is not a complete GPT-2: it has no transformer.{name}.weight")
-        if tensor.shape != (rows, config["n_embd"]):
-            raise UserError(
-                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, its config says {(rows, config['n_embd'])}"
-            )
-
-
-def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out at its option."""
-    try:
-        saved: Any = unpickle(file)
-        tensors, given = plain_names(state_dict(saved["model"]), file), JsonObject(file, dict(saved["model_args"]))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises half a dozen kinds
-        raise UserError(f"{file} is not a nanoGPT checkpoint: {reason(error)}") from None
-    config = {key: given.whole(key, least=1) for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
-    if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
-        config["vocab_size"] = 50257
-        tables = {"transformer.wte.weight", "lm_head.weight"} & tensors.keys()
-        tensors |= {name: tensors[name][:50257] for name in tables}
-    for name in [name for name in tensors if name.endswith("weight") and name not in _BIASLESS]:
-        rows = tensors[name].shape[0]
-        tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(rows))
-    return config, tensors
-
-
-_BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
-
-
-def download(hub_id: str) -> Path:
-    """The files of a hub model, from the network or the local cache."""
-    from huggingface_hub import snapshot_download
-
-    wanted = [
-        "*.json",  # of the model, its shards, its tokenizer in any layout, an adapter, a classifier
-        "*.safetensors",
-        "merges.txt",
-    ]
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
-    except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
-        raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}") from None
-    return folder

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend
 
 import distributed
 from base.console import bytes_text, printable, time_text
-from checkpoint import checkpoints
 from config import Run, RunConfig, UserError, resolve
 from distributed import World
 from kernels import choose, named
@@ -28,6 +27,7 @@ from model import attention_backends
 from precision import DTYPES, choose_precision, set_products
 from runlog import RunLog, numbers, peak_flops, read_log
 from step import TrainStep, compiler_lacks
+from storage.checkpoint import checkpoints
 from task import Task
 
 

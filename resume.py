@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint import RECORD, Start
 from config import FinetuneConfig, MethodConfig, Run, RunConfig, UserError, default_out
 from distributed import choose_device
 from kernels import choose, named
 from lengths import lengths_of
 from precision import choose_precision
+from storage.checkpoint import RECORD, Start
 
 # Options that say how one start goes about it, not what the run is.
 OF_A_START = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-import checkpoint
 import distributed
 from base.machine import cores
 from config import RunConfig
@@ -27,6 +26,7 @@ from distributed import World
 from kernels._triton import missing
 from optim import LossScale, Optimizers, Span, lr_multiplier, span_at
 from precision import DTYPES, Cast, autocast, casts_once, exact_products
+from storage import checkpoint
 from task import Task
 
 # --- batches

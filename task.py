@@ -15,7 +15,6 @@ from torch import Tensor
 
 import kernels
 from adapter_files import base_of, is_adapter
-from checkpoint import locate
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import Data, check_data, open_data, window_order
 from decoding import generate
@@ -25,6 +24,7 @@ from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
 from precision import casts_once
+from storage.checkpoint import locate
 from tokenizer_files import has_tokenizer
 
 Batch = dict[str, Tensor]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
-from foreign import JsonObject, read_object
+from storage.foreign import JsonObject, read_object
 from tokenizer_training import ENDOFTEXT, byte_level
 
 # The end token of a folder that names none: the first of these that it has.

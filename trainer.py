@@ -30,12 +30,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-import checkpoint
 import distributed
 import tokenizer_files
 from base import files
 from base.console import bytes_text, printable, time_text
-from checkpoint import Saver
 from config import RunConfig, UserError
 from distributed import StopSignal, World
 from lengths import Extension, as_json, spans
@@ -55,6 +53,8 @@ from plan import (
 from resume import BY_MACHINE, Earlier, changes, earlier_start, own_options
 from runlog import RunLog, finite
 from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, load_weights, partition
+from storage import checkpoint
+from storage.checkpoint import Saver
 from task import Task
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run

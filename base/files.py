@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 from config import UserError
 
@@ -82,13 +82,3 @@ def writing_to(option: str, folder: Path) -> Generator[None]:
         raise UserError(
             f"cannot write to {option} {folder}: {error.strerror or error}; name a folder that you can write to"
         ) from None
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its owner read it."""
-    from safetensors.torch import save_file
-
-    path.touch()  # the mode that an ordinary file gets here, or that the file had before
-    mode = path.stat().st_mode & 0o777
-    save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)

@@ -128,8 +128,8 @@ def task_facts(name: str) -> dict[str, Any]:
 
 def base_facts(init: str) -> dict[str, Any]:
     """Where a base's weights lie, its shape, and what the run that made it says of it."""
-    from checkpoint import locate
     from model import GPT
+    from storage.checkpoint import locate
 
     folder = Path(locate(init))
     model = GPT.from_pretrained(folder)

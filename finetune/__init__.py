@@ -19,7 +19,6 @@ from base.cli import parse, typed_options
 from base.console import outlive
 from base.files import writable_file, write_json, writing_to
 from baselines import Kind, fit_text_model
-from checkpoint import RECORD, RESULTS, locate
 from classification import EXACT, Classification, as_lstm
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
 from distributed import memory_bytes, recorded
@@ -27,6 +26,7 @@ from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
 from rows import Row
 from runlog import finite
+from storage.checkpoint import RECORD, RESULTS, locate
 
 OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of files that a run writes by itself
 

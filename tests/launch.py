@@ -170,10 +170,10 @@ def point(where: str) -> tuple[Any, str]:
     """(owner, function) that runs at a place of a training run."""
     import safetensors.torch
 
-    import checkpoint
     from base import files
     from runlog import RunLog
     from step import TrainStep
+    from storage import checkpoint
     from task import LanguageModelling
 
     return {

@@ -19,8 +19,10 @@ import corpus
 import dataset
 from base import locks
 from config import UserError
-from dataset import Cache, is_validation, open_data
+from dataset import is_validation, open_data
 from rows import read_rows
+from storage import cache, shards
+from storage.cache import Cache
 
 HIDDEN = [".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt", "__MACOSX/a.txt", "._a.txt", "sub/.tmp-a.txt",
           ".cache/deep/er.txt", "sub/.hidden.txt", "#a.txt#", "a.txt~", "~$a.txt", "lost+found/a.txt"]  # fmt: skip
@@ -165,13 +167,13 @@ def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
     for size in (1, 100_000, 10 << 20):
         file = tmp_path / str(size)
         file.write_bytes(bytes(size))
-        before = dataset.sample(file)
+        before = cache.sample(file)
         for value, place in enumerate((0, size - 1, *([50_000] if size == 100_000 else [])), 1):
             with file.open("r+b") as raw:
                 raw.seek(place)
                 raw.write(bytes([value]))
-            assert dataset.sample(file) != before
-            before = dataset.sample(file)
+            assert cache.sample(file) != before
+            before = cache.sample(file)
 
 
 def test_an_unchanged_file_is_not_read_whole(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_a_full_disk_while_tokenizing(tmp_path: Path, inputs: Path, monkeypatch:
 
     open_text = (str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.ShardWriter, "_write", full)
+        patch.setattr(shards.ShardWriter, "_write", full)
         with pytest.raises(UserError, match=r"cannot write to --cache .*No space left on device"):
             open_data(*open_text)
     assert not list((tmp_path / "cache").glob("*.tmp"))

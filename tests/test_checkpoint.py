@@ -22,10 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
-import checkpoint
-from base import files
 from config import UserError
 from runlog import RunLog
+from storage import checkpoint, weights
 
 
 def write_texts(**texts: str) -> Callable[[Path], None]:
@@ -272,7 +271,7 @@ def test_saving_over_a_file_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"")
     path.chmod(0o640)
-    files.save_tensors({"w": torch.ones(2)}, path)
+    weights.save_tensors({"w": torch.ones(2)}, path)
     assert path.stat().st_mode & 0o777 == 0o640
 
 

@@ -33,9 +33,9 @@ from optim import lr_multiplier
 from plan import largest_micro_batch
 from precision import choose_precision
 from runlog import peak_flops, step_line
+from storage.weights import read_tensors
 from task import LanguageModelling
 from trainer import Run
-from weights import read_tensors
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")

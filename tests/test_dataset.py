@@ -31,6 +31,7 @@ import dataset
 import readers
 from config import UserError
 from dataset import open_data, window_order
+from storage import shards
 from tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -482,7 +483,7 @@ def test_windows_are_slices_of_the_stream(
     tokens = np.arange(sum(sizes))
     parts = np.split(tokens, np.cumsum(sizes)[:-1])
     files = [write_bin(folder / f"{i:02}.bin", part) for i, part in enumerate(parts)]
-    shards = dataset.TokenDataset([dataset.read_shard(file) for file in files], "")
+    shards = dataset.TokenDataset([shards.read_shard(file) for file in files], "")
     n = shards.n_windows(seq_len)
     assert n == (len(tokens) - 1) // seq_len
     if n:
@@ -521,11 +522,11 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
     wide: Any = Wide([])
     records: list[dict[str, Any]] = []
-    writer = dataset.ShardWriter(tmp_path, "{}.bin".format, wide, 4, lambda r, at: records.append(r | {"at": at}))
+    writer = shards.ShardWriter(tmp_path, "{}.bin".format, wide, 4, lambda r, at: records.append(r | {"at": at}))
     writer.add(np.array([69_999, 1, 65_536, 2, 3, 69_999]))
     writer.close()
-    shards = [dataset.read_shard(tmp_path / f"{i}.bin") for i in range(2)]
-    assert [shard.map().tolist() for shard in shards] == [[69_999, 1, 65_536, 2], [3, 69_999]]
+    written = [shards.read_shard(tmp_path / f"{i}.bin") for i in range(2)]
+    assert [shard.map().tolist() for shard in written] == [[69_999, 1, 65_536, 2], [3, 69_999]]
     assert [(r["tokens"], r["documents"], r["bytes"], r["max_id"], r["at"]) for r in records] == [
         (4, 1, 6, 69_999, 4),
         (2, 1, 2, 69_999, 6),

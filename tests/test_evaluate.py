@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import evaluate as script
 from config import UserError
-from dataset import byte_lengths, tokenize_to_folder
+from dataset import tokenize_to_folder
 from metrics import bits_per_byte, perplexity
 from model import GPT, GPTConfig
+from storage.shards import byte_lengths
 from tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 BLOCK = 48

@@ -21,7 +21,8 @@ from conftest import python_path
 import corpus
 import fineweb_prep
 from config import UserError
-from dataset import open_data, read_shard
+from dataset import open_data
+from storage.shards import read_shard
 from tokenizer import load_tokenizer, train_bpe
 
 REPO = Path(__file__).resolve().parent.parent

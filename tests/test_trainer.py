@@ -27,12 +27,12 @@ from launch import launch, log_of
 from torch import Tensor
 from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
 
-import checkpoint
 from config import UserError
 from distributed import World
 from optim import LossScale
 from runlog import finite
 from step import check_replicas, partition, seed_draws
+from storage import checkpoint
 from trainer import Progress, evaluate, train
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

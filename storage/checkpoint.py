@@ -28,7 +28,8 @@ from base.files import TEMPORARY, flush, sha256
 from base.locks import locked_folder
 from config import UserError
 from lengths import Extension, Length, as_json, extend, lengths_of
-from model import download
+from storage import weights
+from storage.hub import download
 
 STATE = "training_state.safetensors"
 META = "training_state.json"
@@ -558,7 +559,7 @@ class Saver:
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.export(part(tensors, "model"), folder)
-        files.save_tensors(tensors, folder / STATE)
+        weights.save_tensors(tensors, folder / STATE)
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from config import UserError
-from foreign import read_object
+from storage.foreign import read_object
 
 # Parts of a name that a wrapper puts anywhere, and those that may stand before a GPT-2's own name.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -125,3 +125,13 @@ def reason(error: Exception) -> str:
     """The first line of an error's text; its kind where that says little."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its owner read it."""
+    from safetensors.torch import save_file
+
+    path.touch()  # the mode that an ordinary file gets here, or that the file had before
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)

@@ -1,0 +1,173 @@
+"""The token cache: folders named by the content they were made from, and what was once measured of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from base.files import flush, write_json
+from base.locks import lock, locked
+from config import UserError
+from storage.shards import reading
+
+SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
+UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")  # folders of the cache, under their locks
+
+
+@contextlib.contextmanager
+def writing(option: str, folder: Path) -> Generator[None]:
+    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if folder.is_symlink() and not os.path.exists(folder):
+            reason = "it is a link to a folder that is not there"
+        elif os.path.exists(folder) and not os.path.isdir(folder):
+            reason = "it is a file"
+        else:
+            reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, with room for the "
+            f"tokens (two bytes each): {option} FOLDER"
+        ) from None
+
+
+Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sampled blocks]
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises UserError."""
+    with reading(path):
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample(path)]
+
+
+def sample(path: Path) -> str:
+    """sha256 of a file's first and last block and some between; of all of a small one. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
+        n = min(SAMPLES, -(-last // SAMPLE_BYTES) + 1)
+        for block in range(n):
+            file.seek(last * block // max(1, n - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def changed_while_read(path: Path | str) -> UserError:
+    return UserError(f"{path} changed while it was read; type the same command again when nothing writes to it")
+
+
+def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
+    """The stamp of a file and `measure` of it. Raises UserError where it changes over and over."""
+    for _ in range(2):
+        before = stamp(path)
+        with reading(path):
+            value = measure(path)
+        if stamp(path) == before:
+            return before, value
+    raise changed_while_read(path)
+
+
+class Cache:
+    """Folders named by the content they were made from, and what was once measured of a file."""
+
+    def __init__(self, root: Path):
+        self.root = Path(os.path.abspath(root.expanduser()))
+        self._measured: dict[str, Any] = {}  # by this process, whether or not it could be written
+
+    def prepare(self) -> None:
+        """Make the cache's folder, so that what is measured is kept. Another user's may hold all that is needed."""
+        with contextlib.suppress(OSError):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+        """The folder of `key`, which `make` fills if no process has done so before.
+
+        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several processes one
+        makes it and the others wait. A killed maker's lock falls with it. Raises UserError where it cannot be written.
+        """
+        folder = self.root / key
+        if os.path.isdir(folder):
+            return folder
+        with contextlib.ExitStack() as held:
+            with self.writing():
+                self.root.mkdir(parents=True, exist_ok=True)
+                busy = lambda: say(f"waiting for another process that is preparing {folder}")  # noqa: E731
+                alone = held.enter_context(locked(self.root / f"{key}.lock", busy))
+            if not os.path.isdir(folder):
+                self._make(folder, make, alone)
+        return folder
+
+    def _make(self, folder: Path, make: Callable[[Path], None], alone: bool) -> None:
+        """alone: nobody else makes this folder now. Elsewise the first to finish wins."""
+        name = folder.name if alone else f"{folder.name}.{platform.node()}-{os.getpid()}"
+        unfinished = self.root / f"{name}.tmp"
+        with self.writing():
+            if alone:
+                self._sweep()
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        try:
+            make(unfinished)
+            with self.writing():
+                flush(unfinished)
+                try:
+                    unfinished.replace(folder)
+                except OSError:
+                    if alone or not os.path.isdir(folder):
+                        raise
+                flush(self.root)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing("--cache", self.root)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left unfinished, under any key; no folder of another name."""
+        for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
+            if not UNFINISHED.fullmatch(leftover.name):
+                continue
+            with (
+                contextlib.suppress(OSError),  # in use, or another user's
+                (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
+            ):
+                if lock(file.fileno()):
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+    def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
+        """`measure` of each file, kept for as long as its stamp stays the same.
+
+        Where the folder is not there or cannot be written, each start measures again.
+        """
+        index = self._index() | self._measured
+        known, fresh = [], {}
+        for path in paths:
+            key = f"{what} {path.absolute()}"
+            entry = index.get(key)
+            # An entry of before there were stamps, [size, time of change, value], is no proof.
+            if not isinstance(entry, dict) or entry.get("stamp") != stamp(path):
+                now, value = measured(path, measure)
+                entry = fresh[key] = {"stamp": now, "value": value}
+            known.append(entry["value"])
+        self._measured |= fresh
+        if fresh and os.path.isdir(self.root):
+            with contextlib.suppress(OSError), locked(self.root / "index.lock"):
+                write_json(self.root / "index.json", self._index() | fresh)
+        return known
+
+    def _index(self) -> dict[str, Any]:
+        try:
+            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return index if isinstance(index, dict) else {}
