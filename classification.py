@@ -36,10 +36,10 @@ from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
 from precision import set_products
 from predictions import VALIDATION, probabilities, write_predictions, write_report
-from rows import Row, Rows
 from runlog import finite
 from storage.checkpoint import RESULTS, locate
 from task import Batch
+from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns

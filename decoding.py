@@ -22,8 +22,8 @@ from adapters import can_merge, merge
 from config import DecodeConfig, UserError, check_decode
 from model import GPT
 from search import Contrastive, beam_search
-from tokenizer import Tokenizer, load_tokenizer
-from tokenizer_files import has_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_files import has_tokenizer
 from window import RepetitionPenalty, Stop, Window, kept_tokens
 
 __all__ = ["generate", "kept_tokens", "open_model"]

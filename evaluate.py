@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from dataset import TokenDataset
     from model import GPT
-    from tokenizer import Tokenizer
+    from text.tokenizer import Tokenizer
 
 HUB = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
 NO_LABEL = ("", "-1")  # of HellaSwag's test rows
@@ -348,8 +348,8 @@ def read_rows(option: str, where: str, parse_row: Callable[[dict[str, Any]], Row
 
 def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the score were another's."""
-    from corpus import records_of
-    from readers import with_advice
+    from text.corpus import records_of
+    from text.readers import with_advice
 
     if not path.is_file():
         raise UserError(f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub")
@@ -361,7 +361,7 @@ def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
 
 
 def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
-    from corpus import HubDataset
+    from text.corpus import HubDataset
 
     return [row for _, row in HubDataset(name, split=split).records() if isinstance(row, dict)]
 
@@ -391,11 +391,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import torch
 
     import distributed
-    from dataset import open_whole
     from decoding import open_tokenizer, open_weights, tokenizer_folder
+    from engine.data import open_whole
     from precision import set_products
     from storage.checkpoint import locate
-    from tokenizer_files import has_tokenizer
+    from text.tokenizer_files import has_tokenizer
 
     # Rows are read before the model: what is wrong with them is said at once.
     limit = config.limit

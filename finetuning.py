@@ -28,10 +28,10 @@ from model import GPT
 from optim import Group
 from order import Order, padded_lengths, padding_share
 from precision import casts_once
-from rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from storage.checkpoint import locate
 from task import Batch, Task, model_config, open_pretrained
-from tokenizer import Tokenizer, load_tokenizer
+from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 class Special(str):

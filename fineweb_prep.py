@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-import corpus
-import dataset
 from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import sha256, write_json
 from base.locks import locked
 from base.machine import cores
 from config import Count, Few, Tokens, UserError, Where, Wheres
+from engine import data
 from storage import cache, shards
 from storage.foreign import read_value
 from storage.shards import token_dtype
-from tokenizer import Tokenizer, load_tokenizer
+from text import corpus
+from text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
 STATES = ("manifest.json", "progress.json")  # of a finished folder, and of one begun
@@ -315,10 +315,10 @@ def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
         raise corpus.no_hub_data(cfg.dataset, error) from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     shards = sorted(name for name in sizes if name.endswith(".bin") and "/" not in name)
-    train = [name for name in shards if not dataset.is_validation(name)][: cfg.max_shards]
+    train = [name for name in shards if not data.is_validation(name)][: cfg.max_shards]
     if not train:
         raise UserError(f"{cfg.dataset} has no .bin shards; leave --pretokenized out to tokenize its text")
-    return info.sha, {name: sizes[name] for name in shards if dataset.is_validation(name) or name in train}
+    return info.sha, {name: sizes[name] for name in shards if data.is_validation(name) or name in train}
 
 
 def _record(shard: shards.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def _record(shard: shards.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
         counts = part + np.pad(counts, (0, len(part) - len(counts)))
     max_id = int(np.flatnonzero(counts)[-1])
     if max_id >= tokenizer.vocab_size:
-        raise UserError(dataset.beyond_vocabulary(shard.path, max_id, tokenizer.vocab_size, tokenizer.name))
+        raise UserError(data.beyond_vocabulary(shard.path, max_id, tokenizer.vocab_size, tokenizer.name))
     record = dict(name=shard.path.name, tokens=len(tokens), documents=int(counts[tokenizer.eot]))
     return record | dict(bytes=int(counts @ lengths), max_id=max_id, sha256=sha256(shard.path))
 

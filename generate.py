@@ -17,10 +17,10 @@ from tyro.conf import Positional, arg
 
 from base.cli import entry_point, parse
 from config import Count, DecodeConfig, Range, Seed, UserError, Where, check_decode
-from readers import HEAD, decode_input, wide_encoding
+from text.readers import HEAD, decode_input, wide_encoding
 
 if TYPE_CHECKING:
-    from tokenizer import Tokenizer
+    from text.tokenizer import Tokenizer
 
 RULE = "-" * 72  # between two texts
 

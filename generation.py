@@ -29,8 +29,8 @@ from metrics import longest_copied, perplexity
 from model import GPT
 from objectives import nll_and_unlikelihood
 from order import pad_to
-from rows import Row, Rows
 from task import Batch, Task
+from text.rows import Row, Rows
 
 __all__ = ["Answer", "Example", "Generation", "Long", "Parts", "Special", "plain"]
 

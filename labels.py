@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from config import UserError
-from rows import Row
-from tokenizer import Tokenizer
+from text.rows import Row
+from text.tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
 EXACT_WHOLE = 1 << 53  # from here on a float is not every whole number, and two labels could become one

@@ -12,8 +12,8 @@ import numpy as np
 import confusion
 import confusion_chart
 from base.files import write_json
-from rows import Row
 from runlog import finite
+from text.rows import Row
 
 VALIDATION = "validation"  # begins the names of the files about those rows
 

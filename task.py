@@ -16,8 +16,9 @@ from torch import Tensor
 import kernels
 from adapter_files import base_of, is_adapter
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
-from dataset import Data, check_data, open_data, window_order
+from dataset import window_order
 from decoding import generate
+from engine.data import Data, check_data, open_data
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from metrics import bits_per_byte, perplexity
@@ -25,7 +26,7 @@ from model import GPT
 from optim import Group, default_groups
 from precision import casts_once
 from storage.checkpoint import locate
-from tokenizer_files import has_tokenizer
+from text.tokenizer_files import has_tokenizer
 
 Batch = dict[str, Tensor]
 

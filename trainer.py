@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 import distributed
-import tokenizer_files
 from base import files
 from base.console import bytes_text, printable, time_text
 from config import RunConfig, UserError
@@ -56,6 +55,7 @@ from step import Loader, StepResult, TrainStep, check_replicas, compile_model, c
 from storage import checkpoint
 from storage.checkpoint import Saver
 from task import Task
+from text import tokenizer_files
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
 HEAP_SLACK = 1.25  # of what a run is estimated to take: so much more may its process hold

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import UserError
 from model import GPT, KVCache
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 # On a CPU the head's product with one to three rows, most of a small model's step, runs 1.2 to 2 times faster on a copy
 # that is contiguous the other way round. The copy costs as much as it saves in about so many tokens.

@@ -148,7 +148,7 @@ def prepare(shape: Shape, folder: str) -> None:
 
     import adapter_files
     from model import GPT
-    from tokenizer import train_bpe
+    from text.tokenizer_training import train_bpe
 
     path = Path(folder)
     torch.manual_seed(SEED)

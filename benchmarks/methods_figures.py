@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plot import records
-from corpus import records_of
+from text.corpus import records_of
 
 NO_METRICS = ("kind", "time", "step", "seconds")  # of an evaluation's record
 COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memory_bytes")

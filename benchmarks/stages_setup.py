@@ -101,7 +101,7 @@ def prepare(preset: str, seq_len: int, data: str, tokenizer: str | None, cache: 
     """Make the tokenizer and the tokens, once; returns the tokenizer, its vocabulary and the FLOPs of a token."""
     import torch
 
-    from dataset import open_data
+    from engine.data import open_data
     from model import GPT
 
     if data == "stdlib" and tokenizer is None:
@@ -119,8 +119,8 @@ def train_tokenizer(folder: Path) -> None:
     """A byte-level BPE with as many tokens as GPT-2's, from the Python source on this machine."""
     import torch
 
-    import corpus
-    from tokenizer import train_bpe
+    from text import corpus
+    from text.tokenizer_training import train_bpe
 
     sources = sorted(Path(torch.__file__).parent.rglob("*.py"))
     sizes = itertools.accumulate(path.stat().st_size for path in sources)

@@ -40,7 +40,7 @@ class Options:
 
 def documents(spec: str) -> list[str]:
     """The files' text, cut at the ends of lines into pieces of DOCUMENT characters and a little more."""
-    from corpus import TextFiles, find_files
+    from text.corpus import TextFiles, find_files
 
     texts: list[str] = []
     for text, _ in TextFiles(find_files(spec)).segments():
@@ -73,7 +73,7 @@ def main() -> None:
     from pyarrow import parquet
 
     from base.machine import cores
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     load_tokenizer("gpt2")  # says what to do where it is not to be had
     encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input)

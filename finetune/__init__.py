@@ -24,9 +24,9 @@ from config import ClassificationConfig, FinetuneConfig, UserError, check, neare
 from distributed import memory_bytes, recorded
 from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
-from rows import Row
 from runlog import finite
 from storage.checkpoint import RECORD, RESULTS, locate
+from text.rows import Row
 
 OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of files that a run writes by itself
 

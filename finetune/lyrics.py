@@ -14,7 +14,7 @@ from base.cli import entry_point
 from config import GenerationConfig, UserError
 from finetune import command
 from generation import Answer, Example, Generation
-from rows import Row
+from text.rows import Row
 
 
 @dataclass

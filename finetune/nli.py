@@ -14,7 +14,7 @@ from classification import Classification
 from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts, Special
-from rows import Row
+from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
 WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}  # of GLUE's numbers

@@ -18,8 +18,8 @@ from base.cli import entry_point
 from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special
-from rows import Row
 from squad import expand
+from text.rows import Row
 
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")
 

@@ -15,7 +15,7 @@ from classification import Classification
 from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts
-from rows import Row
+from text.rows import Row
 
 WORDS = {2: ("negative", "positive"), 3: ("negative", "neutral", "positive"), 5: ("terrible", "bad", "okay", "good", "great")}  # fmt: skip
 

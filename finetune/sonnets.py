@@ -14,7 +14,7 @@ from base.cli import entry_point
 from config import UserError
 from finetune import command
 from generation import Answer, Example, Generation
-from rows import Record, Row
+from text.rows import Record, Row
 
 LINES = 14
 GIVEN = 3  # lines of a prompt

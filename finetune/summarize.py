@@ -14,7 +14,7 @@ from base.cli import entry_point
 from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special
-from rows import Row
+from text.rows import Row
 
 GENERATE = Special("<generate>")
 

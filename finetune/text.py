@@ -13,7 +13,7 @@ from base.cli import entry_point
 from config import CountOrNone, GenerationConfig
 from finetune import command
 from generation import Example, Generation, Parts
-from rows import Row
+from text.rows import Row
 
 PARTS = 10  # of a document that is alone
 

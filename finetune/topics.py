@@ -14,7 +14,7 @@ from classification import Classification
 from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts
-from rows import Row
+from text.rows import Row
 
 
 @dataclass

@@ -171,3 +171,7 @@ class Cache:
         except (OSError, ValueError):
             return {}
         return index if isinstance(index, dict) else {}
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -49,7 +49,7 @@ def small(*words: Any) -> list[str]:
 
 def write_inputs(folder: Path) -> None:
     """text.txt, val.txt and tokenizer/: what `small` reads."""
-    from tokenizer import train_bpe
+    from text.tokenizer_training import train_bpe
 
     draw = random.Random(1)
     text, val = ("\n".join(" ".join(draw.choices(WORDS, k=30)) for _ in range(n)) for n in (60, 8))

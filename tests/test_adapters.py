@@ -30,7 +30,7 @@ from heads import Head
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
-from tokenizer import train_bpe
+from text.tokenizer_training import train_bpe
 
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)

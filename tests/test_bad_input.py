@@ -23,9 +23,10 @@ Change = Callable[[Path], object]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, tokenizers, shards and a finished run: what the mistakes are made with."""
-    from corpus import TextFiles
-    from dataset import tokenize_to_folder
-    from tokenizer import load_tokenizer, train_bpe
+    from text.corpus import TextFiles
+    from text.prepare import tokenize_to_folder
+    from text.tokenizer import load_tokenizer
+    from text.tokenizer_training import train_bpe
 
     folder = tmp_path_factory.mktemp("world")
     write_inputs(folder)

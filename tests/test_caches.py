@@ -15,14 +15,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from launch import launch, log_of, small, write_inputs
 
-import corpus
-import dataset
 from base import locks
+from base.files import sha256
 from config import UserError
-from dataset import is_validation, open_data
-from rows import read_rows
+from engine.data import is_validation, open_data, open_whole
 from storage import cache, shards
 from storage.cache import Cache
+from text import corpus, prepare
+from text.rows import read_rows
+from text.tokenizer import GPT2_SHA256
 
 HIDDEN = [".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt", "__MACOSX/a.txt", "._a.txt", "sub/.tmp-a.txt",
           ".cache/deep/er.txt", "sub/.hidden.txt", "#a.txt#", "a.txt~", "~$a.txt", "lost+found/a.txt"]  # fmt: skip
@@ -152,14 +153,14 @@ def test_a_replaced_file_is_measured_again(
     cache.mkdir()
     file.write_bytes(bytes(size))
     stat = file.stat()
-    first = Cache(cache).remember("sha256", [file], dataset.sha256)
+    first = Cache(cache).remember("sha256", [file], sha256)
     other = bytearray(size)
     other[data.draw(st.integers(0, size - 1))] = 1
     (folder / "b").write_bytes(other)
     (folder / "b").replace(file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert Cache(cache).remember("sha256", [file], dataset.sha256) != first
+    assert Cache(cache).remember("sha256", [file], sha256) != first
 
 
 def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
@@ -195,14 +196,14 @@ def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.txt"
     shutil.copy(inputs / "text.txt", file)
-    tokenize = dataset.tokenize_to_folder
+    tokenize = prepare.tokenize_to_folder
 
     def tokenize_and_append(*words: object) -> None:
         tokenize(*words)  # ty: ignore[invalid-argument-type]
         with file.open("a") as text:
             text.write("more")
 
-    monkeypatch.setattr(dataset, "tokenize_to_folder", tokenize_and_append)
+    monkeypatch.setattr(prepare, "tokenize_to_folder", tokenize_and_append)
     with pytest.raises(UserError, match=r"a.txt changed while it was read"):
         open_data(str(file), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
@@ -298,7 +299,7 @@ def test_a_text_that_cannot_be_read(read: str, tmp_path: Path, inputs: Path, mon
     monkeypatch.setattr(Path, "open", refuse)
     words = (str(text), None, str(inputs / "tokenizer"), "text", tmp_path / "cache")
     with pytest.raises(UserError, match=r"text.txt cannot be read: Permission denied"):
-        dataset.check_data(*words) if read == "dry run" else open_data(*words, 8)
+        data.check_data(*words) if read == "dry run" else open_data(*words, 8)
 
 
 def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) -> None:
@@ -338,13 +339,13 @@ def missing(_: object) -> None:
 
 
 def test_shards_without_gpt2_are_still_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tokenizer
+    from text import tokenizer
 
     monkeypatch.setattr(tokenizer, "_tiktoken_gpt2", missing)
     np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16))
     known = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8).vocabulary
     # where GPT-2's files are, the same run goes on
-    assert (known.size, known.eot, known.sha256) == (50257, 50256, dataset.GPT2_SHA256)
+    assert (known.size, known.eot, known.sha256) == (50257, 50256, GPT2_SHA256)
     assert known.tokenizer is None and known.missing == "GPT-2's tokenizer is not on this machine"
 
 
@@ -382,7 +383,7 @@ def test_a_manifest_tells_the_vocabulary(tmp_path: Path, inputs: Path) -> None:
     data = open_data(str(manifest.parent), None, None, "text", tmp_path / "none", 8)
     known, before = data.vocabulary, first.vocabulary
     assert known.tokenizer is None and data.val.n_bytes is None
-    whole = dataset.open_whole(str(manifest.parent), None, "text", tmp_path / "none")
+    whole = open_whole(str(manifest.parent), None, "text", tmp_path / "none")
     assert whole.n_bytes == len((inputs / "text.txt").read_bytes())
     assert (known.size, known.eot, known.sha256) == (before.size, before.eot, before.sha256)
 
@@ -414,9 +415,9 @@ def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: P
     """Its tokenizer is that of the shards, here or not."""
     np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16) % 300)
     val = str(inputs / "val.txt")
-    assert dataset.check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
+    assert data.check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
     with pytest.raises(UserError, match=r"no such data: nowhere"):
-        dataset.check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
+        data.check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
 
 
 @pytest.mark.parametrize("task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"])

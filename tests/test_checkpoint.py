@@ -256,8 +256,19 @@ def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path:
     (end,) = launch(tmp_path, words, functools.partial(set_umask, umask))
     assert end.code == 0, end.err
     rows = [f"{label},the word {label} of row {n}" for n in range(4) for label in (0, 1)]
-    (tmp_path / "rows.csv").write_text("\n".join(["label,text", *rows]))
-    words = ["--init", "run", "--method", "lora", "--data", "rows.csv", "--predict", "rows.csv", "--device", "cpu"]
+    (tmp_path / "text.rows.csv").write_text("\n".join(["label,text", *rows]))
+    words = [
+        "--init",
+        "run",
+        "--method",
+        "lora",
+        "--data",
+        "text.rows.csv",
+        "--predict",
+        "text.rows.csv",
+        "--device",
+        "cpu",
+    ]
     words += ["--epochs", "1", "--out", "tuned"]
     (end,) = launch(tmp_path, words, functools.partial(set_umask, umask), program="finetune.sentiment")
     assert end.code == 0, end.err
@@ -424,7 +435,7 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> N
     run = finished / "run"
     assert checkpoint_steps(run) == [6, 9, 12]
     files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
-    assert {"model.safetensors", "config.json", "manifest.json", "tokenizer.json", checkpoint.META} <= files
+    assert {"model.safetensors", "config.json", "manifest.json", "text.tokenizer.json", checkpoint.META} <= files
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
     saves = log_of(run, "checkpoint")
     assert [x["step"] for x in saves] == [3, 6, 9, 12]

@@ -33,9 +33,10 @@ from labels import find_labels, label_name, word_ids
 from model import GPT
 from precision import set_products
 from predictions import probabilities, write_predictions
-from rows import Row
 from step import Loader, TrainStep, compile_model, partition
-from tokenizer import Tokenizer, train_bpe
+from text.rows import Row
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from trainer import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

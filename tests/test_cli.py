@@ -278,7 +278,7 @@ def test_its_own_config_repeats_a_run_bit_for_bit(inputs, finished):
 def test_transformers_reads_final_and_agrees(finished):
     transformers = pytest.importorskip("transformers")
     from model import GPT
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     folder = finished[0] / "final"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

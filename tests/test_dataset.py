@@ -26,13 +26,15 @@ from conftest import python_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 import dataset
-import readers
 from config import UserError
-from dataset import open_data, window_order
+from dataset import window_order
+from engine import data
+from engine.data import open_data
 from storage import shards
-from tokenizer import Tokenizer, load_tokenizer, train_bpe
+from text import corpus, prepare, readers
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_training import train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -99,8 +101,8 @@ def other_bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def open_here(tmp_path: Path, bpe: str) -> Callable[..., dataset.Data]:
-    def open_here(data: object, **options: object) -> dataset.Data:
+def open_here(tmp_path: Path, bpe: str) -> Callable[..., data.Data]:
+    def open_here(data: object, **options: object) -> data.Data:
         chosen = dict(val_data=None, tokenizer=bpe, text_column="text", cache=tmp_path / "cache", seq_len=16)
         return open_data(str(data), **(chosen | options))  # ty: ignore[invalid-argument-type]
 
@@ -239,7 +241,7 @@ def test_order_is_quick_at_any_size() -> None:
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_format_gives_the_same_tokens(
-    suffix: str, compressed: bool, tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data]
+    suffix: str, compressed: bool, tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     path = WRITERS[suffix](tmp_path / f"texts{suffix}", ["", *DOCUMENTS[:120], " \n", *DOCUMENTS[120:]])
     if compressed:
@@ -259,7 +261,7 @@ def test_every_format_gives_the_same_tokens(
     assert data.train.vocab_size == tokenizer.vocab_size
 
 
-def test_folders_globs_and_lists(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_folders_globs_and_lists(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     write_txt(texts / "a.txt", DOCUMENTS[:60])
@@ -351,7 +353,7 @@ def test_a_long_document_is_cut_where_the_tokenizer_cuts(gpt2: Tokenizer, bpe: s
 
 
 def test_a_long_document_is_one_document(
-    tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bpe: str, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 300)
     text = "\n\n".join(DOCUMENTS[:100])
@@ -362,7 +364,7 @@ def test_a_long_document_is_one_document(
 
 
 def test_few_documents_leave_the_end_of_the_stream(
-    tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data]
+    tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     data = open_here(write_txt(tmp_path / "a.txt", DOCUMENTS[:20]), seq_len=8)
     ids = expected(DOCUMENTS[:20], load_tokenizer(bpe))
@@ -373,7 +375,7 @@ def test_few_documents_leave_the_end_of_the_stream(
     assert data.val.n_bytes == len(load_tokenizer(bpe).decode([i for i in ids[-size:] if i != ids[0]]).encode())
 
 
-def test_validation_data_of_its_own(tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data]) -> None:
+def test_validation_data_of_its_own(tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]) -> None:
     texts, val = write_txt(tmp_path / "a.txt", DOCUMENTS), write_jsonl(tmp_path / "val.jsonl", DOCUMENTS[:9])
     data = open_here(texts, val_data=str(val))
     assert stream(data.train).tolist() == expected(DOCUMENTS, load_tokenizer(bpe))
@@ -416,7 +418,7 @@ class Streamed:
 
 
 def test_a_dataset_on_the_hub(
-    bpe: str, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bpe: str, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import datasets
     import huggingface_hub
@@ -467,7 +469,7 @@ def write_layout(folder: Path, layout: str) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["llm.c", "uint32", "build-nanogpt", "nanoGPT"])
-def test_shards_of_other_projects(layout: str, tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_shards_of_other_projects(layout: str, tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     data = open_here(write_layout(tmp_path / "shards", layout))
     assert np.array_equal(stream(data.train), TOKENS[:2500])
     assert np.array_equal(stream(data.val), TOKENS[2500:])
@@ -497,7 +499,7 @@ def test_windows_are_slices_of_the_stream(
 
 
 def test_shards_written_here_carry_their_tokenizer(
-    tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data]
+    tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     first = open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
     (made,) = (tmp_path / "cache").glob("*/manifest.json")
@@ -537,7 +539,7 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # ---- the cache and its processes
 
 
-def test_a_second_start_does_nothing_again(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_a_second_start_does_nothing_again(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
     first = open_here(path, say=said.append)
     assert len(said) == 1 and said[0].startswith("tokenized")
@@ -554,7 +556,7 @@ def test_a_second_start_does_nothing_again(tmp_path: Path, open_here: Callable[.
 
 
 def test_what_changes_the_tokens_is_tokenized_anew(
-    tmp_path: Path, other_bpe: str, open_here: Callable[..., dataset.Data]
+    tmp_path: Path, other_bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
     open_here(path, say=said.append)
@@ -564,10 +566,10 @@ def test_what_changes_the_tokens_is_tokenized_anew(
 
 
 def test_bytes_do_not_depend_on_workers(
-    tmp_path: Path, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 2000)
-    monkeypatch.setattr(dataset, "SMALL", 0)
+    monkeypatch.setattr(prepare, "SMALL", 0)
     path = write_txt(tmp_path / "a.txt", DOCUMENTS)
     hashes = set()
     for workers in (1, 2, 3):
@@ -681,7 +683,7 @@ def group_is_gone(process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: Callable[..., dataset.Data]) -> None:
+def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]) -> None:
     path, cache = write_txt(tmp_path / "a.txt", DOCUMENTS), tmp_path / "killed"
     process = start(path, bpe, cache, 0.3)
     wait_for(lambda: any(file.stat().st_size for file in cache.glob("*.tmp/*")))
@@ -697,7 +699,7 @@ def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: 
     assert again.train.sha256 == open_here(path).train.sha256
 
 
-def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     left = [tmp_path / "cache" / f"{key}.tmp" for key in ("0123456789abcdef" * 2, "bpe-" + "01ab" * 6)]
     for folder in left:
         folder.mkdir(parents=True)
@@ -708,7 +710,7 @@ def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable
 
 @pytest.mark.parametrize("name", ["drafts.tmp", ".tmp", "0123.tmp", "0123456789ABCDEF" * 2 + ".tmp", "a" * 33 + ".tmp"])
 def test_the_users_own_tmp_folders_stay_in_the_cache(
-    name: str, tmp_path: Path, open_here: Callable[..., dataset.Data]
+    name: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     own = tmp_path / "cache" / name / "thesis.txt"
     own.parent.mkdir(parents=True)
@@ -759,14 +761,14 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("name", "content", "line"), BAD_FILES)
 def test_bad_files(
-    name: str, content: str | bytes, line: str, tmp_path: Path, open_here: Callable[..., dataset.Data]
+    name: str, content: str | bytes, line: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     with pytest.raises(UserError, match=line) as error:
         open_here(bad_text(tmp_path, name, content))
     assert "\n" not in str(error.value)
 
 
-def test_a_parquet_column_that_is_not_text(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_a_parquet_column_that_is_not_text(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     path = write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     with pytest.raises(UserError, match=r"row 1 holds int in column 'id', not text"):
         open_here(path, text_column="id")
@@ -775,7 +777,7 @@ def test_a_parquet_column_that_is_not_text(tmp_path: Path, open_here: Callable[.
 
 
 def test_data_that_is_not_there(
-    tmp_path: Path, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
@@ -795,7 +797,7 @@ def test_data_that_is_not_there(
 
 
 def test_a_path_wins_over_a_name(
-    tmp_path: Path, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("stdlib", "org/name"):
@@ -805,7 +807,7 @@ def test_a_path_wins_over_a_name(
         assert open_here(name).train.n_tokens < 50_000
 
 
-def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     few, many = write_txt(tmp_path / "a.txt", DOCUMENTS[:20]), write_txt(tmp_path / "b.txt", DOCUMENTS)
     for path, line in (
         (few, "the tenth of .* kept for validation is too short"),
@@ -859,7 +861,7 @@ BAD_SHARDS = [
 
 @pytest.mark.parametrize(("spoil", "line"), BAD_SHARDS)
 def test_bad_shards(
-    spoil: Callable[[Path], object], line: str, tmp_path: Path, open_here: Callable[..., dataset.Data]
+    spoil: Callable[[Path], object], line: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     folder = shard_folder(tmp_path)
     open_here(folder)
@@ -869,7 +871,7 @@ def test_bad_shards(
     assert "\n" not in str(error.value)
 
 
-def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
     folder = shard_folder(tmp_path)
     for file in folder.glob("*train*"):
         file.unlink()
@@ -878,17 +880,17 @@ def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., dataset
 
 
 def test_the_largest_id_is_looked_for_once(
-    tmp_path: Path, open_here: Callable[..., dataset.Data], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shard_folder(tmp_path)
     (tmp_path / "cache").mkdir()
     open_here(folder)
-    monkeypatch.setattr(dataset, "_max_id", lambda _: 1 / 0)
+    monkeypatch.setattr(data, "_max_id", lambda _: 1 / 0)
     open_here(folder)
 
 
 @pytest.fixture
-def made(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> Path:
+def made(tmp_path: Path, open_here: Callable[..., data.Data]) -> Path:
     """A folder of shards with a manifest."""
     open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
@@ -896,7 +898,7 @@ def made(tmp_path: Path, open_here: Callable[..., dataset.Data]) -> Path:
 
 
 def test_another_tokenizer_than_the_shards(
-    made: Path, other_bpe: str, tmp_path: Path, open_here: Callable[..., dataset.Data]
+    made: Path, other_bpe: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     with pytest.raises(
         UserError, match=r"were made with tokenizer .*small \(\w{8}\), not with .*other \(\w{8}\); leave"
@@ -907,7 +909,7 @@ def test_another_tokenizer_than_the_shards(
         open_here(texts, tokenizer=other_bpe, val_data=str(made))
 
 
-def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., dataset.Data]) -> None:
+def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.Data]) -> None:
     write_bin(made / "train_000001.bin", [1, 2])
     with pytest.raises(UserError, match=r"train_000001.bin is not in .*manifest.json"):
         open_here(made)
@@ -934,7 +936,7 @@ def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., datas
         ("shards", [{"name": "train_000000.bin", "sha256": "0", "tokens": "all", "max_id": 1}]),
     ],
 )  # fmt: skip
-def test_a_manifest_value_of_the_wrong_kind(made: Path, open_here: Callable[..., dataset.Data], key, value) -> None:
+def test_a_manifest_value_of_the_wrong_kind(made: Path, open_here: Callable[..., data.Data], key, value) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     (made / "manifest.json").write_text(json.dumps(manifest | {key: value}))
     with pytest.raises(UserError, match=f"manifest.json: {key}") as error:

@@ -33,7 +33,8 @@ from generation import Answer, Generation, plain
 from labels import find_labels
 from model import GPT
 from step import Loader, TrainStep
-from tokenizer import load_tokenizer, train_bpe
+from text.tokenizer import load_tokenizer
+from text.tokenizer_training import train_bpe
 from trainer import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -299,7 +300,7 @@ def left_by_a_run(run: Path, steps: list[int]) -> None:
     assert checkpoint_steps(run) == steps
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["steps"] == steps[-1] and figures["final_is_step"] in steps and "val_loss" in figures
-    assert (run / "final" / "README.md").exists() and (run / "final" / "tokenizer.json").exists()
+    assert (run / "final" / "README.md").exists() and (run / "final" / "text.tokenizer.json").exists()
 
 
 def agrees_with_transformers(final: Path, ids: list[int]) -> None:
@@ -341,8 +342,19 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
     """On rows that are broken, cut and left out: two ranks as one, and killed as not; all is told in the log."""
     rows = [{"context": f"{n} " * 5 * n, "question": "?", "answer": f"{n}"} for n in range(1, 9)]
     rows += [{"context": "", "question": "?", "answer": "."}, {"context": "a", "question": "?", "answer": "so " * 60}]
-    (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
-    more = ("--data", "rows.jsonl", "--val-data", "rows.jsonl", "--seq-len", 48, "--steps", 6, "--save-every", 2)
+    (folder / "text.rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
+    more = (
+        "--data",
+        "text.rows.jsonl",
+        "--val-data",
+        "text.rows.jsonl",
+        "--seq-len",
+        48,
+        "--steps",
+        6,
+        "--save-every",
+        2,
+    )
     more += ("--eval-every", 3, "--eval-rows", 3, "--max-new-tokens", 4, "--batch-size", 5, "--micro-batch", 1)
     finished("qa", folder, *more)
     finished("qa", folder, *more, "--out", "on2", ranks=2)
@@ -611,15 +623,19 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
     lines += [
         "\t".join(cell if field == "label" else f"{field} {n}" for field in fields) for n, cell in enumerate(cells)
     ]
-    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "text.rows.tsv").write_text("\n".join(lines) + "\n")
     for split in ("train", "validation"):
         task, said = reader(name), []
-        assert [row["label"] for row in task.read(str(tmp_path / "rows.tsv"), split, said.append)] == ["0", "1", "1"]
+        assert [row["label"] for row in task.read(str(tmp_path / "text.rows.tsv"), split, said.append)] == [
+            "0",
+            "1",
+            "1",
+        ]
         (warning,) = task.warnings
         assert warning.startswith(
             f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', 'NaN')"
         )
-    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test", print)
+    asked = reader(name).read(str(tmp_path / "text.rows.tsv"), "test", print)
     assert [row["label"] for row in asked] == ["0", "1", "", "", "", "", "", "1"]
     (tmp_path / "none.tsv").write_text("\n".join([lines[0], lines[3]]) + "\n")
     with pytest.raises(UserError, match=r"1 of 1 rows of .* have no known label"):
@@ -631,9 +647,9 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     rows = "".join(
         f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n" for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)
     )
-    (folder / "rows.csv").write_text("id,text,label\n" + rows)
+    (folder / "text.rows.csv").write_text("id,text,label\n" + rows)
     (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
-    finished("sentiment", folder, "--data", "rows.csv", "--val-data", "val.csv", "--predict", "val.csv", "--epochs", 4,
+    finished("sentiment", folder, "--data", "text.rows.csv", "--val-data", "val.csv", "--predict", "val.csv", "--epochs", 4,
              "--precision", "bf16", "--lr", 3e-3, "--allow-overlap", "--seq-len", 5)  # fmt: skip
     run = folder / "run"
     metrics, report, scores = (
@@ -655,11 +671,11 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
 
 
 TORN = {  # rows of which some cannot be read: the ids and whether each is answered
-    "rows.csv": ("id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n", ["7", "8", "9", "9", ""], [1, 1, 1, 0, 1]),
-    "rows.tsv": ("text\tid\ngood\tx\na\tb\ty\n\tz\n", ["x", "y", "z"], [1, 0, 1]),
-    "rows.jsonl": ('{"id": 1, "text": "a"}\n{"id": 2, "te\n{"id": 3, "text": ["a"]}\n{"id": 4, "text": null}\n{"id": 5}\n',
+    "text.rows.csv": ("id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n", ["7", "8", "9", "9", ""], [1, 1, 1, 0, 1]),
+    "text.rows.tsv": ("text\tid\ngood\tx\na\tb\ty\n\tz\n", ["x", "y", "z"], [1, 0, 1]),
+    "text.rows.jsonl": ('{"id": 1, "text": "a"}\n{"id": 2, "te\n{"id": 3, "text": ["a"]}\n{"id": 4, "text": null}\n{"id": 5}\n',
                    ["1", "", "3", "4", "5"], [1, 0, 0, 1, 1]),
-    "rows.json": ('[{"text": "a"}, 3, {"text": ""}]', ["", "", ""], [1, 0, 1]),
+    "text.rows.json": ('[{"text": "a"}, 3, {"text": ""}]', ["", "", ""], [1, 0, 1]),
 }  # fmt: skip
 
 
@@ -678,8 +694,8 @@ def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None
 
 
 def test_bytes_that_are_no_text_cost_no_row_its_answer(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
-    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test", print)
+    (tmp_path / "text.rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
+    first, second = reader("sentiment").read(str(tmp_path / "text.rows.csv"), "test", print)
     assert first["text"] == "caf\ufffd good" and not first.fault and second["text"] == "fine"
 
 
@@ -955,10 +971,10 @@ def mistakes(inputs: Path) -> Path:
     for name, text in write.items():
         (inputs / name).write_text(text)
     finished("sonnets", inputs, "--init", "base", "--method", "lora", "--steps", 1, "--eval-every", 0, "--out", "lora")
-    odd = json.loads((inputs / "tokenizer" / "tokenizer.json").read_text())
+    odd = json.loads((inputs / "tokenizer" / "text.tokenizer.json").read_text())
     odd["model"]["vocab"]["<generate>"] = load_tokenizer(str(inputs / "tokenizer")).vocab_size
     (inputs / "odd").mkdir()
-    (inputs / "odd" / "tokenizer.json").write_text(json.dumps(odd))
+    (inputs / "odd" / "text.tokenizer.json").write_text(json.dumps(odd))
     other = GPT(
         GPTConfig(
             vocab_size=load_tokenizer(str(inputs / "base")).vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from conftest import python_path
 
-import corpus
 import fineweb_prep
 from config import UserError
-from dataset import open_data
+from engine.data import open_data
 from storage.shards import read_shard
-from tokenizer import load_tokenizer, train_bpe
+from text import corpus
+from text.tokenizer import load_tokenizer
+from text.tokenizer_training import train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -397,12 +398,12 @@ def test_a_foreign_progress_beside_a_finished_folder_stays(
 
 def test_a_tokenizer_of_someone_else_is_not_replaced(prepare: Callable[..., int], bpe: str, tmp_path: Path) -> None:
     shutil.copytree(bpe, tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("mine")
+    (tmp_path / "tokenizer" / "text.tokenizer.json").write_text("mine")
     with pytest.raises(UserError, match=r"tokenizer would be replaced by --tokenizer .*; give another --out"):
         prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
-    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine"
-    shutil.copy(Path(bpe) / "tokenizer.json", tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "text.tokenizer.json").read_text() == "mine"
+    shutil.copy(Path(bpe) / "text.tokenizer.json", tmp_path / "tokenizer")
     assert prepare(tmp_path, "--tokenizer", tmp_path / "tokenizer") == 0
 
 

@@ -21,7 +21,8 @@ import generate as script
 from config import DecodeConfig, UserError
 from decoding import generate, kept_tokens, open_model
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer, train_bpe
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_training import train_bpe
 
 BLOCK = 64
 

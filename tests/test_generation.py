@@ -20,8 +20,9 @@ from torch import Tensor
 from config import GenerationConfig, UserError, resolve
 from generation import IGNORE, Answer, Example, Generation, Long, Special, plain
 from model import GPT
-from rows import Row
-from tokenizer import Tokenizer, train_bpe
+from text.rows import Row
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GO = Special("<go>")

@@ -231,7 +231,7 @@ def test_a_deterministic_run_repeats_at_a_full_batch(repo, run, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"])
 def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, method):
-    from tokenizer import train_bpe
+    from text.tokenizer_training import train_bpe
 
     torch.manual_seed(0)
     GPT(GPTConfig(300, 128, n_layer=2, n_head=2, n_embd=64)).save_pretrained(tmp_path / "base")
@@ -256,7 +256,7 @@ def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, me
     ],
 )  # fmt: skip
 def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
-    from tokenizer import train_bpe
+    from text.tokenizer_training import train_bpe
 
     torch.manual_seed(0)
     GPT(GPTConfig(300, 128, n_layer=2, n_head=2, n_embd=64)).save_pretrained(tmp_path / "base")
@@ -289,7 +289,7 @@ def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
 
 def test_two_passes_under_dropout_run_compiled(run, tmp_path):
     """R-Drop and SimCSE: draws differ between devices, so that it learns is all that can be told."""
-    from tokenizer import train_bpe
+    from text.tokenizer_training import train_bpe
 
     train_bpe(["A warm film, a dull film, a loud one. " * 20], 300, tmp_path / "tokenizer")
     words = ["--init", "scratch", "--preset", "micro", "--tokenizer", "tokenizer", "--objective", "rdrop", "simcse",

@@ -34,7 +34,7 @@ from benchmarks.stages_run import Failed, TimeUp
 from config import ClassificationConfig, GenerationConfig, UserError
 from config import check as check_config
 from model import GPT, GPTConfig
-from tokenizer import train_bpe
+from text.tokenizer_training import train_bpe
 
 FEW = tuple(Method(name, {"method": name}, rate=1 + number) for number, name in enumerate("abcdefg"))
 TWO = (Decoding("draw", {"decode": "sample"}, of="a"), Decoding("first", {"decode": "greedy"}, of="b"))

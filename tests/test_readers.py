@@ -17,14 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
-import readers
 from config import UserError
-from corpus import TextFiles, records_of
 from labels import composed, find_labels, label_name
-from rows import Row, read_rows
 from squad import expand
-from tokenizer_training import open_input
+from text import corpus, readers
+from text.corpus import TextFiles, records_of
+from text.rows import Row, read_rows
+from text.tokenizer_training import open_input
 
 TEXT = {"text": ("text",)}
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from rows import Rows, hold_out, overlap, read_rows
+from text.rows import Rows, hold_out, overlap, read_rows
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SONGS = [{"artist": "A", "song": "One", "text": 'la, "la"\nlo'}, {"artist": "B", "song": "Two", "text": "한국 -\ttab"}]

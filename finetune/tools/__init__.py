@@ -16,8 +16,8 @@ import numpy as np
 from base.files import writable_file
 from config import UserError
 from confusion import accuracy, confusion_matrix, macro_f1
-from corpus import records_of
 from labels import composed, is_unknown, label_name
+from text.corpus import records_of
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
 UNKNOWN = -1  # in place of a label, and of the prediction for a row that the run could not read

@@ -22,10 +22,10 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import TEMPORARY, flush
 from config import Count, Few, UserError, Where, nearest
-from corpus import records_of
 from distributed import choose_device
 from finetune.tools import check_out
-from readers import SHOWN, LeftOut, NotUtf8, with_advice
+from text.corpus import records_of
+from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
 
 TEXTS = (
     "sentence", "text", "document", "review", "content", "article", "title", "headline", "description",

@@ -17,7 +17,7 @@ from config import Share, UserError, Where, Wheres
 from finetune.tools import check_out, show_table
 from labels import is_unknown, label_name
 from metrics import words
-from rows import Row, read_rows
+from text.rows import Row, read_rows
 
 COLUMNS = {
     "first": ("sentence1", "question1", "premise", "text1", "#1 String", "sentence_A"),

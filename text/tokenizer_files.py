@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from storage.foreign import JsonObject, read_object
-from tokenizer_training import ENDOFTEXT, byte_level
+
+ENDOFTEXT = "<|endoftext|>"
 
 # The end token of a folder that names none: the first of these that it has.
 END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -45,7 +46,7 @@ class Opened(NamedTuple):
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds a tokenizer in one of the layouts."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return any((Path(folder) / name).is_file() for name in ("text.tokenizer.json", "vocab.json"))
 
 
 def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
@@ -54,7 +55,7 @@ def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
     `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is no tokenizer, a
     file cannot be read, or no end token can be told.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / "text.tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
     if not file.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise UserError(
@@ -316,3 +317,14 @@ def _leave_out_dropout(path: Path, tokenizer: Any, quiet: bool) -> None:
             "a text has the same ids each time, and the tokenizers that are written have none"
         )
         print(f"warning: {told[str(path)]}", file=sys.stderr, flush=True)
+
+
+def byte_level(model: Any, add_prefix_space: bool) -> Any:
+    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,6 +1,6 @@
 """Labelled and text files to rows: what a fine-tuning task trains on, validates on and predicts.
 
-The rows are held in memory: those of fine-tuning fit into it. How a file is read stands in readers.py.
+The rows are held in memory: those of fine-tuning fit into it. How a file is read stands in text/readers.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import IO, Any
 import numpy as np
 
 from config import UserError, nearest
-from corpus import HubDataset, file_id, is_hub_id, named_files, suffix_of, words_of
-from readers import (
+from text.corpus import HubDataset, file_id, is_hub_id, named_files, suffix_of, words_of
+from text.readers import (
     HEAD,
     SHOWN,
     NotUtf8,

@@ -1,30 +1,28 @@
 """Vocabularies made from text: byte-level BPE by `tokenizers`, unigram and BPE by SentencePiece.
 
-Each is a pipeline of `tokenizers` still without special tokens: tokenizer.py adds those and writes the folder.
 The libraries are imported where they are used.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from config import UserError, without_surrogates
+from text import corpus
+from text.tokenizer import METASPACE, HubTokenizer, Tokenizer, check_special, load_tokenizer, pieces_of
+from text.tokenizer_files import ENDOFTEXT, Opened, byte_level
 
-ENDOFTEXT = "<|endoftext|>"
-METASPACE = "▁"  # how SentencePiece writes a space
 UNKNOWN = "<unk>"  # SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
 BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
-# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
-# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
-# the split does not.
-SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
-CHUNK = 1 << 16  # characters
 LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
 LONGEST_LINE = 1000  # characters: SentencePiece leaves out lines above 4,192 bytes
 
@@ -33,24 +31,14 @@ LONGEST_LINE = 1000  # characters: SentencePiece leaves out lines above 4,192 by
 NEVER = -1e4
 NAME_CHARACTERS = "<>0123456789ABCDEFxunk"
 
+LARGEST_VOCABULARY = 10_000_000  # the trainers make room for all of it beforehand
 NO_TEXT = "there is no text to train a tokenizer on"
-
-
-def byte_level(model: Any, add_prefix_space: bool) -> Any:
-    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
     """Byte-level BPE with GPT-2's split; ids: the 256 bytes, the merges in order.
 
-    `vocab_size` counts the `special` tokens, which come later. See tokenizer.train_bpe.
+    `vocab_size` counts the `special` tokens, which come later. See train_bpe.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -71,12 +59,10 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
     return tokenizer
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
-) -> Any:
+def train_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]) -> Any:
     """SentencePiece's unigram model or BPE; ids: <unk>, the 256 bytes, the pieces.
 
-    `vocab_size` counts the `special` tokens, which come later. See tokenizer.train_sentencepiece.
+    `vocab_size` counts the `special` tokens, which come later. See train_sentencepiece.
     """
     return sentencepiece_pipeline(sentencepiece_model(texts, vocab_size, special, kind), kind)
 
@@ -155,15 +141,6 @@ def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
     raise error
 
 
-def pieces_of(text: str) -> Iterator[str]:
-    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
-    start = 0
-    while cut := SAFE_CUT.search(text, start + CHUNK):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
-
-
 def training_pieces(texts: Iterable[str], special: Sequence[str]) -> Iterator[str]:
     """The texts in pieces, so that all cores count words, without the special tokens that they hold.
 
@@ -209,8 +186,6 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
 
     Raises UserError for what is not there or is no text.
     """
-    import corpus  # not above: it takes numpy, which no other command here needs
-
     files: dict[Path, None] = {}
     sources: list[Any] = []
     for item in items:
@@ -228,3 +203,73 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
     if files:
         sources.insert(0, corpus.TextFiles(list(files), column, say, errors="surrogateescape"))
     return TrainingText(sources)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not at all.
+
+    Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no other token holds
+    in part. A pair is merged only when it is seen twice, so little text gives fewer than `vocab_size` tokens. Two
+    runs on one text write the same bytes. Raises UserError for a vocabulary below 257 and the special tokens or above
+    LARGEST_VOCABULARY, an empty text, special tokens as with_special does, or a folder that holds something.
+    """
+    return _train(train_byte_level, texts, vocab_size, out, special, {})
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    out: Path,
+    kind: Literal["unigram", "bpe"] = "unigram",
+    special: Sequence[str] = (),
+) -> Tokenizer:
+    """Train SentencePiece's unigram model (Kudo 2018) or its BPE and write it to the new folder `out`.
+
+    Every text comes out as it went in (but for U+2581, which comes out as a space): no normalisation, no space
+    before the text, bytes for the characters that have no piece. Ids: <unk>, the 256 bytes, the pieces,
+    <|endoftext|>, the `special` tokens: `vocab_size` in all. Two runs on one text write the same bytes. Raises
+    UserError for a vocabulary too small or too large for the text, and as train_bpe does.
+    """
+    train = functools.partial(train_pieces, kind=kind)
+    return _train(train, texts, vocab_size, out, special, {"unk_token": UNKNOWN})
+
+
+def _train(
+    train: Callable[..., Any],
+    texts: Iterable[str],
+    vocab_size: int,
+    out: Path,
+    special: Sequence[str],
+    config: dict[str, Any],
+) -> Tokenizer:
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"a vocabulary is too large above {LARGEST_VOCABULARY:,} tokens; give at most that")
+    check_special(special)
+    out = Path(out).absolute()
+    _check_free(out)
+    tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
+    tokenizer.add_special_tokens([ENDOFTEXT])
+    opened = Opened(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
+    _save_whole(HubTokenizer(opened, out).with_special(special), out)
+    return load_tokenizer(str(out))
+
+
+def _check_free(out: Path) -> None:
+    """UserError unless `out` can be made or is an empty folder: nothing of the user's is replaced."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} already holds something; remove it or give another folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save(beside)
+        beside.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

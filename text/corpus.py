@@ -30,10 +30,10 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-import readers
 from config import UserError
-from readers import SHOWN, LeftOut
 from storage.shards import token_dtype
+from text import readers
+from text.readers import SHOWN, LeftOut
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 IN_FLIGHT = 4  # chunks between reading and writing, for each process

@@ -1,0 +1,437 @@
+"""What --data may be: token shards, text, `stdlib` or a dataset on the hub. Text is tokenized once, into the cache.
+
+Shards are known by their manifest, or by their size and ends; a vocabulary by its tokenizer, where that is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from base.files import sha256
+from config import UserError
+from dataset import TokenDataset
+from storage.cache import Cache, changed_while_read, digest
+from storage.foreign import JsonObject, read_value
+from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
+from text import corpus
+from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
+from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
+
+READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 2"}  # in the cache's keys
+GPT2_VOCAB = 50257
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What training has to know of its token ids. Token shards need no more: their tokenizer may be elsewhere."""
+
+    size: int
+    name: str  # of the tokenizer
+    source: str  # what load_tokenizer takes
+    eot: int | None  # id that begins a document, where known
+    sha256: str | None  # of the tokenizer, where known
+    tokenizer: Tokenizer | None  # None where it is not on this machine
+    missing: str = ""  # why it is not
+
+    @property
+    def rows(self) -> int:
+        """How many a model's table must have."""
+        return self.tokenizer.rows if self.tokenizer else self.size
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> Vocabulary:
+        return Vocabulary(
+            tokenizer.vocab_size, tokenizer.name, tokenizer.source, tokenizer.eot, tokenizer.sha256, tokenizer
+        )
+
+
+@dataclass
+class Data:
+    """What a run trains and validates on."""
+
+    train: TokenDataset
+    val: TokenDataset
+    vocabulary: Vocabulary
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where it is not on this machine."""
+        return _needed(self.vocabulary)
+
+
+@dataclass
+class _Opened:
+    """Shards by the split that their names tell."""
+
+    train: TokenDataset | None
+    val: TokenDataset | None
+    vocabulary: Vocabulary
+
+
+def _needed(vocabulary: Vocabulary) -> Tokenizer:
+    if vocabulary.tokenizer is None:
+        raise UserError(
+            f"the tokenizer of the token shards is not known here ({vocabulary.missing}); name it: --tokenizer"
+        )
+    return vocabulary.tokenizer
+
+
+def open_data(
+    data: str,
+    val_data: str | None,
+    tokenizer: str | None,
+    text_column: str,
+    cache: Path,
+    seq_len: int,
+    say: Callable[[str], None] = print,
+) -> Data:
+    """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset on the hub.
+
+    Without `val_data`, validation is the shards whose names have the word val or validation; of text, each hundredth document; and
+    where there is neither (fewer than 100 documents), the last hundredth of the stream, at least one window and
+    at most a tenth. Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
+    """
+    store = Cache(cache)
+    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    opened = _open(data, asked, text_column, store, val_data is None, say)
+    train, val, vocabulary = opened.train, opened.val, opened.vocabulary
+    if train is None:
+        raise UserError(
+            f"{data} holds only validation shards (val or validation in their names); give a folder with others too"
+        )
+    if val_data is not None:
+        unknown = vocabulary.sha256 is None
+        other = _open(val_data, None if unknown else vocabulary, text_column, store, False, say, named=False)
+        val = other.val or other.train
+        if unknown:  # then its size is one more than the largest id
+            vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
+    elif val is None:
+        train, val = _split_tail(train, vocabulary, seq_len, data)
+    assert val is not None
+    for dataset, what in (
+        (train, data),
+        (val, f"validation data of {data}" if val_data is None else val_data),
+    ):
+        if not dataset.n_windows(seq_len):
+            raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+    return Data(train, val, vocabulary)
+
+
+def open_whole(
+    data: str,
+    tokenizer: Tokenizer | None,
+    text_column: str,
+    cache: Path,
+    say: Callable[[str], None] = print,
+) -> TokenDataset:
+    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if there are any.
+
+    Without a tokenizer only shards can be opened, and the bytes are those of their manifest, if any.
+    """
+    if tokenizer is None and not _shard_files(Path(data).expanduser()):
+        raise UserError(f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer")
+    asked = Vocabulary.of(tokenizer) if tokenizer else None
+    opened = _open(data, asked, text_column, Cache(cache), False, say)
+    whole = opened.val or opened.train
+    assert whole is not None
+    whole.vocab_size = opened.vocabulary.size
+    if whole.n_bytes is None and tokenizer:
+        whole.n_bytes = whole.count_bytes(byte_lengths(tokenizer))
+    return whole
+
+
+def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
+    advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
+    return (
+        f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} takes {seq_len + 1}; {advice}"
+    )
+
+
+def _split_tail(
+    whole: TokenDataset, vocabulary: Vocabulary, seq_len: int, data: str
+) -> tuple[TokenDataset, TokenDataset]:
+    """The last hundredth of the stream is validation: at least one window, at most a tenth."""
+    most = whole.n_tokens // 10
+    size = max(seq_len + 1, whole.n_tokens // HOLDOUT)
+    if size > most:
+        raise UserError(_too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1))
+    border = whole.n_tokens - size
+    val = whole.part(border, whole.n_tokens, None)
+    if whole.n_bytes is None or vocabulary.tokenizer is None:
+        return whole.part(0, border, None), val
+    val.n_bytes = val.count_bytes(byte_lengths(vocabulary.tokenizer))
+    return whole.part(0, border, whole.n_bytes - val.n_bytes), val
+
+
+def _open(
+    spec: str,
+    asked: Vocabulary | None,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+    named: bool = True,
+) -> _Opened:
+    """named: whether the user named the vocabulary that is asked for."""
+    path = Path(spec).expanduser()
+    if files := _shard_files(path):
+        return _open_shards(path, files, asked, store, named)
+    if spec == "stdlib" and not path.exists():
+        texts = corpus.stdlib_files()
+        tokenizer = _needed(asked) if asked else stdlib_tokenizer(texts, store, say)
+        return _open_text(texts, spec, tokenizer, column, store, holdout, say)
+    hub = not os.path.exists(path) and corpus.is_hub_id(spec)
+    texts = [] if hub else corpus.find_files(spec)  # looked for first: what is not there needs no tokenizer
+    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    if hub:
+        return _open_hub(spec, tokenizer, column, store, holdout, say)
+    return _open_text(texts, spec, tokenizer, column, store, holdout, say)
+
+
+def check_data(data: str, val_data: str | None, tokenizer: str | None, text_column: str, cache: Path) -> int:
+    """The size of the vocabulary that `open_data` would find, with nothing tokenized or written.
+
+    Raises UserError where it would find no data or no tokenizer; and for damaged shards.
+    """
+    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    store = Cache(cache)
+    _check_there(data, asked, text_column, store)
+    if val_data is not None:
+        _check_there(val_data, asked, text_column, store)
+    path = Path(data).expanduser()
+    if files := _shard_files(path):
+        return _open_shards(path, files, asked, store).vocabulary.size
+    if asked:
+        return asked.size
+    return STDLIB_VOCAB if data == "stdlib" and not path.exists() else load_tokenizer("gpt2").vocab_size
+
+
+def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
+    path = Path(spec).expanduser()
+    if files := _shard_files(path):
+        _open_shards(path, files, asked, store)
+    elif spec == "stdlib" and not path.exists():
+        corpus.stdlib_files()
+    elif os.path.exists(path) or not corpus.is_hub_id(spec):
+        for file in corpus.find_files(spec):
+            with reading(file):
+                file.open("rb").close()
+    elif not _is_cached(spec, asked, column, store):
+        _hub_dataset(spec, column)
+
+
+def _is_cached(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> bool:
+    """Whether a hub dataset has been tokenized: then it need not be in reach."""
+    if not store.root.is_dir():
+        return False
+    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    keys = (_hub_key(spec, column, tokenizer, holdout) for holdout in (True, False))
+    return any((store.root / key).is_dir() for key in keys)
+
+
+def _hub_key(spec: str, column: str, tokenizer: Tokenizer, holdout: bool) -> str:
+    return digest("hub", spec, column, tokenizer.sha256, holdout, FORMAT)[:32]
+
+
+def _hub_dataset(spec: str, column: str, say: Callable[[str], None] = print) -> corpus.HubDataset:
+    name, _, config = spec.partition(":")
+    return corpus.HubDataset(name, config or None, column=column, say=say)
+
+
+def _open_text(
+    files: list[Path],
+    label: str,
+    tokenizer: Tokenizer,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+) -> _Opened:
+    """Text files, tokenized once for one content, column and tokenizer."""
+    store.prepare()
+    content = store.remember("sha256", files, sha256)
+    # Tables were once read by other rules, so what the cache holds of them from then is not used.
+    kinds = [READ_ANEW.get(kind, kind) for kind in map(corpus.suffix_of, files)]
+    key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
+
+    def make(folder: Path) -> None:
+        tokenize_to_folder(corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say)
+        for path, before, now in zip(files, content, store.remember("sha256", files, sha256), strict=True):
+            if now != before:
+                raise changed_while_read(path)
+
+    folder = store.once(key, make, say)
+    return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
+
+
+def _open_hub(
+    spec: str, tokenizer: Tokenizer, column: str, store: Cache, holdout: bool, say: Callable[[str], None]
+) -> _Opened:
+    """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to fetch it anew."""
+
+    def make(folder: Path) -> None:
+        tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
+
+    folder = store.once(_hub_key(spec, column, tokenizer, holdout), make, say)
+    return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
+
+
+def is_validation(name: str) -> bool:
+    """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not medieval_000000.npy."""
+    return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """The token shards that `path` is or holds, in order; none where it holds none."""
+    if os.path.isfile(path):
+        return [path] if path.suffix in (".bin", ".npy") else []
+    if not os.path.isdir(path):
+        return []
+    if (path / "progress.json").exists() and not (path / "manifest.json").exists():
+        raise UserError(f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on")
+    with reading(path):
+        files = sorted(path.iterdir())
+    return [file for file in files if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)]
+
+
+def _open_shards(path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True) -> _Opened:
+    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked for."""
+    folder = path if path.is_dir() else path.parent
+    manifest = _read_manifest(folder)
+    shards = [read_shard(file) for file in files]
+    if manifest:
+        vocabulary = _manifest_vocabulary(folder, manifest, asked, named)
+        records = _check_records(folder, manifest, shards, whole=path.is_dir())
+        max_ids, marks = [r["max_id"] for r in records], [[r["tokens"], r["sha256"]] for r in records]
+    else:
+        max_ids = store.remember("max_id", files, _max_id)
+        marks = [_fingerprint(file) for file in files]
+        vocabulary = asked or _assumed_vocabulary(max(max_ids) + 1)
+    for file, max_id in zip(files, max_ids, strict=True):
+        if max_id >= vocabulary.size:
+            raise UserError(beyond_vocabulary(file, max_id, vocabulary.size, vocabulary.name))
+
+    def split(val: bool) -> TokenDataset | None:
+        chosen = [i for i, file in enumerate(files) if is_validation(file.name) == val]
+        identity = digest([marks[i] for i in chosen])
+        return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
+
+    return _Opened(split(False), split(True), vocabulary)
+
+
+def _assumed_vocabulary(n_ids: int) -> Vocabulary:
+    """Of shards that do not say what made them: GPT-2's, where their ids are all in it."""
+    if n_ids > GPT2_VOCAB:
+        reason = f"they hold ids up to {n_ids - 1:,}, beyond GPT-2's, and no manifest.json"
+        return Vocabulary(n_ids, "unknown", "unknown", None, None, None, reason)
+    try:
+        return Vocabulary.of(load_tokenizer("gpt2"))
+    except UserError as error:
+        return Vocabulary(GPT2_VOCAB, "gpt2", "gpt2", GPT2_VOCAB - 1, GPT2_SHA256, None, str(error))
+
+
+def beyond_vocabulary(path: Path, max_id: int, size: int, name: str) -> str:
+    """What is wrong with a shard that holds `max_id`, and what to type."""
+    return (
+        f"{path} holds token id {max_id}, beyond the {size:,} of tokenizer {name}; "
+        f"name the tokenizer that made it with --tokenizer"
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What this project wrote beside the shards; None where they come from elsewhere."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    values = read_value(file)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        return None
+    _check_manifest(JsonObject(file, values))
+    return values
+
+
+def _check_manifest(manifest: JsonObject) -> None:
+    """UserError where someone's editor left a value that a run would stumble over later."""
+    manifest.whole("vocab_size", default=1, least=1)
+    tokenizer, shards = manifest.nested("tokenizer"), manifest.values.get("shards")
+    if any(tokenizer.text(key) is None for key in ("source", "sha256")):
+        raise manifest.wrong("tokenizer", "an object with the source and the sha256 of a tokenizer")
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        raise manifest.wrong("shards", "a list of objects, one a shard")
+    for i, shard in enumerate(JsonObject(manifest.file, shard, f"shards[{i}].") for i, shard in enumerate(shards)):
+        if any(shard.text(key) is None for key in ("name", "sha256")):
+            raise manifest.wrong("shards", f"a list whose entry {i} has a name and a sha256")
+        for key in ("tokens", "max_id"):
+            shard.whole(key)
+
+
+def _manifest_vocabulary(folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool) -> Vocabulary:
+    made_with = manifest["tokenizer"]
+    vocabulary = asked or _own_vocabulary(folder, manifest)
+    if vocabulary.sha256 != made_with["sha256"]:
+        advice = "leave --tokenizer out" if named else "tokenize the text again"
+        raise UserError(
+            f"the shards in {folder} were made with tokenizer {made_with['source']} ({made_with['sha256'][:8]}), "
+            f"not with {vocabulary.source} ({str(vocabulary.sha256)[:8]}); {advice}"
+        )
+    return vocabulary
+
+
+def _own_vocabulary(folder: Path, manifest: dict[str, Any]) -> Vocabulary:
+    """With the tokenizer, where it is on this machine."""
+    beside, made_with = folder / "tokenizer", manifest["tokenizer"]
+    where = str(beside) if beside.is_dir() else made_with["source"]
+    reason = f"there is no {where}"
+    if where == "gpt2" or os.path.exists(where):
+        try:
+            return Vocabulary.of(load_tokenizer(where))
+        except UserError as error:
+            if where != "gpt2":
+                raise
+            reason = str(error)
+    return Vocabulary(
+        manifest["vocab_size"],
+        made_with["name"],
+        made_with["source"],
+        manifest["eot"],
+        made_with["sha256"],
+        None,
+        reason,
+    )
+
+
+def _check_records(folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool) -> list[dict[str, Any]]:
+    """The manifest's entry of each shard. Raises UserError where the two disagree."""
+    records = {record["name"]: record for record in manifest["shards"]}
+    if whole and (missing := sorted(set(records) - {shard.path.name for shard in shards})):
+        raise UserError(f"{folder} lacks {missing[0]}, which its manifest.json names; copy or make it again")
+    for shard in shards:
+        name = shard.path.name
+        if name not in records:
+            raise UserError(f"{shard.path} is not in {folder / 'manifest.json'}; remove the one or the other")
+        if shard.n_tokens != records[name]["tokens"]:
+            raise UserError(
+                f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says {records[name]['tokens']:,}; "
+                f"copy or make it again"
+            )
+    return [records[shard.path.name] for shard in shards]
+
+
+def _max_id(path: Path) -> int:
+    tokens = read_shard(path).map()
+    return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Name, size, head and tail of a shard without a manifest: quick, and enough to tell corpora apart."""
+    size, ends = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        ends.update(file.read(1 << 16))
+        file.seek(max(0, size - (1 << 16)))
+        ends.update(file.read())
+    return [path.name, size, ends.hexdigest()]

@@ -1,0 +1,79 @@
+"""Documents to token shards in the cache; and a tokenizer for Python's own standard library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from base.files import sha256
+from base.machine import cores
+from config import UserError
+from storage.cache import Cache, digest, writing
+from storage.shards import FORMAT, ShardWriter, write_manifest
+from text import corpus
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_training import train_bpe
+
+CACHE_SHARD_TOKENS = 100_000_000
+STDLIB_VOCAB = 4096
+HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
+SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
+
+
+def tokenize_to_folder(
+    source: corpus.Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    label: str,
+    holdout: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write the documents of `source` as shards and a manifest; with `holdout`, each hundredth goes to val."""
+    records: list[dict[str, Any]] = []
+    writers = [
+        ShardWriter(
+            folder,
+            lambda number, split=split: f"{split}_{number:06d}.bin",
+            tokenizer,
+            CACHE_SHARD_TOKENS,
+            lambda record, _: records.append(record),
+        )
+        for split in ("train", "val")
+    ]
+    workers = cores() if source.total is None or source.total > SMALL else 1
+    documents = tokens = empty = 0
+    results = corpus.tokenize(corpus.chunks(source), tokenizer, workers)
+    with contextlib.closing(results), corpus.Progress(f"tokenizing {label}", source.total, say) as progress:
+        for chunk, ids, lengths in results:
+            document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
+            held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
+            with writing("--cache", folder.parent):
+                for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
+                    writer.add(part)
+            documents, tokens, empty = documents + sum(chunk.starts), tokens + len(ids), empty + chunk.empty
+            progress.update(chunk.position, tokens)
+    if not documents:
+        raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
+    with writing("--cache", folder.parent):
+        for writer in writers:
+            writer.close()
+        write_manifest(folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty)
+    without = f" ({empty} empty ones left out)" if empty else ""
+    say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
+
+
+def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]) -> Tokenizer:
+    """A byte-pair tokenizer trained on the files, once."""
+
+    def make(folder: Path) -> None:
+        say(f"training a tokenizer of {STDLIB_VOCAB} tokens on Python's standard library")
+        texts = (text for text, _ in corpus.TextFiles(files).segments())
+        train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
+
+    store.prepare()
+    key = digest(store.remember("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
+    return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))

@@ -1,0 +1,499 @@
+"""Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training one.
+
+tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers` everything
+else. Both are seen through one class and written in the hub's layout, so a checkpoint carries its tokenizer.
+The libraries are imported where they are used: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from base.machine import cores
+from config import UserError, without_surrogates
+from text.tokenizer_files import ENDOFTEXT, Opened, open_tokenizer
+
+METASPACE = "▁"  # how SentencePiece writes a space
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# GPT-2's split into words, written so that it hardly ever steps back: a run of white space at the end of
+# the text is taken whole, any other takes each character that no visible one follows
+GPT2_SPLIT = r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
+GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
+PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
+
+# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
+# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
+# the split does not.
+SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+
+CHUNK = 1 << 16  # characters
+
+
+class Tokenizer(ABC):
+    """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a worker.
+
+    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again, but for
+    `special`: what with_special() added. eot: id of the token that ends a document. special_ids: every special
+    token's id, the end token's too. rows: how many a model's table must have; fewer than vocab_size where special
+    tokens are named that no model was trained on. num_threads: of encode_batch; None takes every core.
+    """
+
+    name: str
+    source: str
+    vocab_size: int
+    eot: int
+    special: tuple[str, ...]
+    special_ids: dict[str, int]
+    rows: int
+    num_threads: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. What spells a special token is ordinary text; a lone surrogate becomes U+FFFD."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        """This tokenizer with `tokens` as special ones at the ids from vocab_size on."""
+
+    @abstractmethod
+    def _spells(self, token: str) -> bool:
+        """Whether the vocabulary writes one of its tokens so."""
+
+    @functools.cached_property
+    @abstractmethod
+    def _spec(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+
+    @functools.cached_property
+    @abstractmethod
+    def _token_bytes(self) -> list[bytes]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of the ids, special tokens spelled out or left out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises UserError for an id outside [0, vocab_size).
+        """
+        left_out = set(self.special_ids.values()) if skip_special else ()
+        return self._decode([self._check(i) for i in ids if i not in left_out])
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like `decode`."""
+        return self._token_bytes[self._check(id)]
+
+    def special_id(self, token: str) -> int:
+        """Id of a special token. Raises UserError where this tokenizer has none that is written so."""
+        if token not in self.special_ids:
+            raise UserError(f"{self.name} has no special token {token!r}; it has {' '.join(self.special_ids)}")
+        return self.special_ids[token]
+
+    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
+        """This tokenizer with each of `tokens` as one special token; new ones take the ids from vocab_size on.
+
+        The ids of a text stay as they are: a text that spells a special token is still text. Raises UserError for
+        a string that is given twice, has no visible character, or is an ordinary token of the vocabulary.
+        """
+        check_special(tokens)
+        new = tuple(token for token in tokens if token not in self.special_ids)
+        for token in new:
+            self._check_meaning(token)
+        if not new:
+            return self
+        extended = self._extended(new)
+        extended.num_threads = self.num_threads
+        return extended
+
+    def _check_meaning(self, token: str) -> None:
+        ids = self.encode(token)
+        if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
+            raise UserError(
+                f"{token!r} cannot be a special token of {self.name}: it already is an ordinary one; "
+                "take one that no text holds, such as <answer>"
+            )
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of what this tokenizer does to a text: vocabulary, merges, normalizer, split, end token.
+
+        The same for GPT-2 through tiktoken, from its tokenizer.json and from vocab.json with merges.txt.
+        """
+        return hashlib.sha256(json.dumps(_canonical(self._spec, self.eot), sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path, pads: bool = False) -> None:
+        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes alike.
+
+        `pads`: it fills batches with the end token, as a classifier that is told so by its config expects.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spec, config = self._spec, self._config()
+        _write_json(folder / "text.tokenizer.json", spec)
+        _write_json(folder / "tokenizer_config.json", config | ({"pad_token": self._end} if pads else {}), indent=2)
+        if _is_byte_level_bpe(spec):
+            merges = "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
+            _write_json(folder / "vocab.json", _vocab(spec))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+    def _config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        # the class that takes tokenizer.json as it is, in every version of transformers
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= dict.fromkeys(("bos_token", "eos_token"), self._end)
+        return config | ({"additional_special_tokens": list(self.special)} if self.special else {})
+
+    @property
+    def _end(self) -> str:
+        return next(token for token, id in self.special_ids.items() if id == self.eot)
+
+    def _check(self, id: int) -> int:
+        id = operator.index(id)
+        if not 0 <= id < self.vocab_size:
+            raise UserError(f"token id {id} is outside the vocabulary of {self.name}: 0 to {self.vocab_size - 1}")
+        return id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.source, self.num_threads, self.special)
+
+
+class _GPT2Tokenizer(Tokenizer):
+    """GPT-2's vocabulary, run by tiktoken."""
+
+    name = source = "gpt2"
+
+    def __init__(self, special: tuple[str, ...] = ()) -> None:
+        self._encoding = _tiktoken_gpt2(special)
+        self.vocab_size = self.rows = self._encoding.n_vocab
+        self.eot = self._encoding.eot_token
+        self.special = special
+        self.special_ids = dict(self._encoding._special_tokens)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        # Working it out rebuilds 50,000 merges: not in every process.
+        return super().sha256 if self.special else GPT2_SHA256
+
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        return _GPT2Tokenizer(self.special + tokens)
+
+    def _spells(self, token: str) -> bool:
+        return _unspell(token) in self._encoding._mergeable_ranks
+
+    def encode(self, text: str) -> list[int]:
+        return _tiktoken_encode(self._encoding, text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return _tiktoken_batch(self._encoding, texts, self.num_threads)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids, errors="replace")
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        for token in self._encoding.token_byte_values():
+            table[self._encoding.encode_single_token(token)] = token
+        return table
+
+    @functools.cached_property
+    def _spec(self) -> dict[str, Any]:
+        ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
+        merges = [[_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1]
+        vocab = {_spell(token): id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
+        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return {
+            "version": "1.0",
+            "added_tokens": [{"id": id, "content": token, **form} for token, id in self.special_ids.items()],
+            "normalizer": None,
+            "pre_tokenizer": BYTE_LEVEL,
+            "post_processor": BYTE_LEVEL,
+            "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+
+
+class HubTokenizer(Tokenizer):
+    """Any tokenizer of `tokenizers`. `opened.config` is what tokenizer_config.json is to say.
+
+    Batches go through tiktoken where it is sure to give the same ids: it is several times faster.
+    """
+
+    def __init__(self, opened: Opened, source: Path, special: tuple[str, ...] = ()):
+        self._opened = opened
+        self._tokenizer = tokenizer = opened.tokenizer
+        folder = source.parent if source.name == "text.tokenizer.json" else source
+        self.name, self.source = folder.name.removesuffix(".json"), str(source)
+        tokenizer.add_special_tokens([opened.end])
+        tokenizer.encode_special_tokens = True  # which means: as ordinary text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size, self.rows = max(vocab.values()) + 1, opened.rows
+        self.eot = vocab[opened.end]
+        self.special = special
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+
+    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens(list(tokens))
+        if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
+            raise UserError(f"{self.source} leaves ids without a token: special tokens cannot be added to it")
+        opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
+        return HubTokenizer(opened, Path(self.source), self.special + tokens)
+
+    def _spells(self, token: str) -> bool:
+        return self._tokenizer.token_to_id(token) is not None
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) > PROMPT:
+            return self.encode_batch([text])[0]
+        return self._encode([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self._encoding:
+            return _tiktoken_batch(self._encoding, texts, self.num_threads)
+        if self.num_threads == 1:
+            return [ids for text in texts for ids in self._encode([text])]
+        return self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # a str with a lone surrogate has no UTF-8
+            texts = [without_surrogates(text) for text in texts]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._without_specials(encoding.ids) for encoding in encodings]
+
+    def _without_specials(self, ids: list[int]) -> list[int]:
+        """Spell out the special tokens that the model itself read in the text, as a unigram model does."""
+        if self._special.isdisjoint(ids):
+            return ids
+        return [part for id in ids for part in (self._characters(id) if id in self._special else [id])]
+
+    def _characters(self, id: int) -> list[int]:
+        model, token = self._tokenizer.model, self._tokenizer.id_to_token(id)
+        return [part.id for character in token for part in model.tokenize(character)]
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        """Ids of the special tokens but the unknown one, which stands for text."""
+        settings = self._spec["model"]
+        unknown = settings.get("unk_id", self._tokenizer.token_to_id(settings.get("unk_token") or ""))
+        return {id for id in self.special_ids.values() if id != unknown}
+
+    @functools.cached_property
+    def _encoding(self) -> Any:
+        """This tokenizer as a tiktoken encoding, or None where tiktoken could give other ids."""
+        ranks = _ranks(self._spec)
+        if ranks is None:
+            return None
+        import tiktoken
+
+        return tiktoken.Encoding(self.name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        spell = _unspell if _is_byte_level_bpe(self._spec) else self._bytes_after_another
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id not in added:
+                table[id] = spell(token)
+            elif not added[id].special:
+                table[id] = added[id].content.encode()
+        return table
+
+    def _bytes_after_another(self, token: str) -> bytes:
+        """What a token adds to the text when it does not come first: decoders drop a leading space."""
+        if byte := BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        id = self._tokenizer.token_to_id(token)
+        return self._decode([id, id])[len(self._decode([id])) :].encode()
+
+    @functools.cached_property
+    def _spec(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
+    def _config(self) -> dict[str, Any]:
+        config = super()._config() | self._opened.config
+        if not self.special:
+            return config
+        new_name = isinstance(config.get("extra_special_tokens"), list)  # since transformers 5
+        name = "extra_special_tokens" if new_name else "additional_special_tokens"
+        return config | {name: [*config.get(name, []), *self.special]}
+
+
+def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:
+    """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a tokenizer.json.
+
+    `quiet`: leave BPE dropout out without a word. Raises UserError where there is none, or it cannot be read, or it
+    has no end token.
+    """
+    if where == "gpt2":
+        tokenizer: Tokenizer = _GPT2Tokenizer()
+    else:
+        path = Path(where).absolute()
+        tokenizer = HubTokenizer(open_tokenizer(path, quiet), path)
+    tokenizer.num_threads = num_threads
+    return tokenizer
+
+
+def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> Tokenizer:
+    # in another process: the first one has spoken of what is odd
+    return load_tokenizer(source, num_threads, quiet=True).with_special(special)
+
+
+def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
+    """tiktoken's gpt2, with `special` as the special tokens after its own."""
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError):  # no network (requests' errors are OSErrors), or a spoiled download
+        raise UserError(
+            "GPT-2's tokenizer is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a "
+            "folder with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python tokenizer.py train makes one)"
+        ) from None
+    if not special:
+        return encoding
+    ids = encoding._special_tokens | {token: encoding.n_vocab + i for i, token in enumerate(special)}
+    ranks = encoding._mergeable_ranks
+    return tiktoken.Encoding("gpt2", pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=ids)
+
+
+def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
+    if len(text) <= CHUNK:
+        return encoding.encode_ordinary(text)
+    # tiktoken's regular expression overflows its stack on a word after a very long run of white space
+    return [id for piece in pieces_of(text) for id in encoding.encode_ordinary(piece)]
+
+
+def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) -> list[list[int]]:
+    with ThreadPoolExecutor(num_threads or cores()) as pool:
+        return list(pool.map(functools.partial(_tiktoken_encode, encoding), texts))
+
+
+def check_special(special: Sequence[str]) -> None:
+    """UserError for a special token that is there twice, is not to be seen, or that a decoder would rewrite."""
+    for i, token in enumerate(special):
+        if token in special[:i]:
+            raise UserError(f"special token {token!r} is given twice; name it once")
+        readable = token.strip() and token == without_surrogates(token)
+        if not readable or METASPACE in token or _unspell(token) != token.encode():
+            raise UserError(f"{token!r} cannot be a special token; take one of plain characters, such as <answer>")
+
+
+@functools.cache
+def _byte_alphabet() -> list[str]:
+    """The character that spells each byte in a byte-level vocabulary: itself where it is visible."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(b if b in visible else next(others)) for b in range(256)]
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(_byte_alphabet())}
+
+
+def _spell(token: bytes) -> str:
+    alphabet = _byte_alphabet()
+    return "".join([alphabet[byte] for byte in token])
+
+
+def _unspell(token: str) -> bytes:
+    try:
+        return bytes([_byte_of()[character] for character in token])
+    except KeyError:  # no byte-level token: a decoder takes it as it stands
+        return token.encode()
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge made this one: what the earlier merges leave of it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
+    """Ids by token bytes, if GPT-2's algorithm on them gives the ids that this tokenizer.json gives.
+
+    It does where every word is split as in GPT-2 and each merge makes the next id from the two halves that
+    the earlier ids alone would lead to: then joining the pair of lowest id is joining by the first merge.
+    """
+    form = _canonical(spec, eot=0)
+    model = form.pop("model")
+    special = all(token["special"] for token in spec["added_tokens"])
+    if not special or form["normalizer"] or form["split"] != _split(BYTE_LEVEL):
+        return None
+    if not _is_byte_level_bpe(spec) or model.keys() - {"type", "vocab", "merges"}:
+        return None
+    ranks = {_unspell(token): id for token, id in sorted(model["vocab"].items(), key=operator.itemgetter(1))}
+    merged = [token for token in ranks if len(token) > 1]
+    if len(ranks) - len(merged) != 256 or len(merged) != len(model["merges"]):
+        return None
+    halves = [[_spell(half) for half in _halves(token, ranks)] for token in merged]
+    return ranks if halves == [list(pair) for pair in model["merges"]] else None
+
+
+def _is_byte_level_bpe(spec: dict[str, Any]) -> bool:
+    return spec["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(spec["decoder"])
+
+
+def _vocab(spec: dict[str, Any]) -> dict[str, int]:
+    vocab = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    return dict(sorted(vocab.items(), key=operator.itemgetter(1)))
+
+
+def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
+    """What of a tokenizer.json decides the ids of a text, in one form however the file spells it."""
+    unset = (None, False, "")
+    model = {key: value for key, value in spec["model"].items() if not any(value is no for no in unset)}
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in added}
+    if _is_byte_level_bpe(spec):
+        model.pop("unk_token", None)  # no text has a byte that is not in the vocabulary
+    split = _split(spec["pre_tokenizer"] or {})
+    return {"model": model, "added": added, "normalizer": spec["normalizer"], "split": split, "eot": eot}
+
+
+def _split(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in pre_tokenizer.items() if key != "trim_offsets"}
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
+    start = 0
+    while cut := SAFE_CUT.search(text, start + CHUNK):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
