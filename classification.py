@@ -20,16 +20,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import adapter_files
-import adapters
 import confusion
-import heads
+from adapters import heads, layers, peft
+from adapters.heads import Head
 from base.files import write_json
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
 from decoding import open_model
 from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Split
-from heads import Head
 from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids
 from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
@@ -117,7 +115,7 @@ class Classification(Finetuning):
     def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
         check(cfg)
-        adapters.check(cfg)
+        layers.check(cfg)
         self.warnings = ()
         train, val = self.read_labelled(say)
         self._open_vocabulary()
@@ -586,7 +584,7 @@ class Classification(Finetuning):
         return model.heads[self.keys[0]].weight if with_head else None
 
     def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
-        adapter_files.save_adapter(model, folder, base, self.base_sha256, self._score(model))
+        peft.save_adapter(model, folder, base, self.base_sha256, self._score(model))
         heads.save(model, folder, self.info)
 
     def write_model(self, model: GPT, folder: Path) -> None:
@@ -606,7 +604,7 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
 
 def check(cfg: ClassificationConfig) -> None:
     """Raise UserError for options that do not go together."""
-    draws = cfg.dropout or (cfg.method in adapters.LORA and cfg.lora_dropout)  # of the states, which SimCSE compares
+    draws = cfg.dropout or (cfg.method in layers.LORA and cfg.lora_dropout)  # of the states, which SimCSE compares
     of_head = cfg.head_dropout and cfg.form != "word"
     for objective in cfg.objective:
         if not draws and not (objective == "rdrop" and of_head):

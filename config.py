@@ -280,7 +280,7 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class MethodConfig:
-    """Which parameters train, and what is added to the model for it (adapters.py)."""
+    """Which parameters train, and what is added to the model for it (adapters/layers.py)."""
 
     method: Method = "full"
     """What is trained: everything, a part of the model, or parameters added to it."""

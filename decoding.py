@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from adapter_files import is_adapter, load_adapter, locate_base
-from adapters import can_merge, merge
+from adapters.layers import can_merge, merge
+from adapters.peft import is_adapter, load_adapter, locate_base
 from config import DecodeConfig, UserError, check_decode
 from model import GPT
 from search import Contrastive, beam_search

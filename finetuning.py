@@ -20,8 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import adapter_files
-import adapters
+from adapters import layers, peft
 from config import FinetuneConfig, GPTConfig, UserError, resolve_steps
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from model import GPT
@@ -145,7 +144,7 @@ class Finetuning(Task):
         base = load_tokenizer(given if given == "gpt2" else locate(given))
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
-        self.base_sha256 = adapter_files.weights_sha256(self.base) if self.base else ""
+        self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
         # Tokens that are only named, and that the model has no row for, are new to it.
         known = min(base.vocab_size, self.base.config.vocab_size) if self.base else self.tokenizer.vocab_size
         self.new_tokens = range(known, self.tokenizer.vocab_size)
@@ -214,7 +213,7 @@ class Finetuning(Task):
 
     def identity(self) -> dict[str, Any]:
         names = ["batch_size", "method", "llrd", *self.choices]
-        names += [name for name, methods in adapters.OPTIONS.items() if self.cfg.method in methods]
+        names += [name for name, methods in layers.OPTIONS.items() if self.cfg.method in methods]
         config = {name: getattr(self.cfg, name) for name in names}
         config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
         return config | {
@@ -235,7 +234,7 @@ class Finetuning(Task):
         shape, train = self.shape, self.train
         with torch.device("meta"):
             model = self._dressed(GPT(shape))
-        trained, total = adapters.counts(model, self.groups(model, 0))
+        trained, total = layers.counts(model, self.groups(model, 0))
         padding = padding_share(self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size)
         return {
             "task": f"{self.name}, {self.cfg.method}: {trained:,} of {total:,} parameters train "
@@ -269,7 +268,7 @@ class Finetuning(Task):
         return model(idx, idx, reduction="sum")
 
     def checkpoint_bytes(self) -> int:
-        whole = self.cfg.method not in adapters.ADAPTERS
+        whole = self.cfg.method not in layers.ADAPTERS
         return checkpoint_bytes(self.shape, self.cfg.optimizer, self._dressed, whole)
 
     # --- the model
@@ -279,17 +278,17 @@ class Finetuning(Task):
         if self.new_tokens:
             model.add_tokens(self.new_tokens)
         self._dressed(model)
-        self.stored = adapters.stored(model, cfg)
+        self.stored = layers.stored(model, cfg)
         return model
 
     def _dressed(self, model: GPT) -> GPT:
         """The model with what its method adds to it."""
-        adapters.add_adapter(model, self.cfg, self.new_tokens)
+        layers.add_adapter(model, self.cfg, self.new_tokens)
         return model
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
         assert isinstance(model, GPT)
-        return adapters.groups(model, self.cfg, step, self.steps_per_epoch)
+        return layers.groups(model, self.cfg, step, self.steps_per_epoch)
 
     def is_stored(self, parameter: str) -> bool:
         return parameter in self.stored
@@ -318,14 +317,14 @@ class Finetuning(Task):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, GPT)
-        if adapters.can_merge(model):
+        if layers.can_merge(model):
             self._export_whole(model, folder)
         else:
             self._export_adapter(model, folder)
 
     def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, GPT)
-        if self.cfg.method in adapters.ADAPTERS:
+        if self.cfg.method in layers.ADAPTERS:
             self._export_adapter(model, folder)
         else:
             self._export_whole(model, folder)
@@ -337,15 +336,15 @@ class Finetuning(Task):
         self.tokenizer.save(folder, self.pads)
 
     def _export_whole(self, model: GPT, folder: Path) -> None:
-        if adapters.added(model):
+        if layers.added(model):
             model = copy.deepcopy(model)  # the loop goes on with this one
-            adapters.merge(model)
+            layers.merge(model)
         self.write_model(model, folder)
         self.tokenizer.save(folder, self.pads)
 
     def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
         """What was added to a base that is elsewhere, in PEFT's layout."""
-        adapter_files.save_adapter(model, folder, base, self.base_sha256)
+        peft.save_adapter(model, folder, base, self.base_sha256)
 
     def write_model(self, model: GPT, folder: Path) -> None:
         """A whole model, in the hub's layout."""

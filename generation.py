@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import adapters
+from adapters import layers
 from config import GenerationConfig, GPTConfig, UserError
 from decoding import generate, kept_tokens, open_model
 from distributed import choose_device
@@ -118,7 +118,7 @@ class Generation(Finetuning):
 
     def setup(self, cfg: GenerationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        adapters.check(cfg)
+        layers.check(cfg)
         assert cfg.data
         self.warnings = ()
         if not cfg.eval_rows:

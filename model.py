@@ -245,9 +245,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # Trained keys and values before the text: a module whose `layers(model)` gives them, one (1, n_head, P,
-        # head_dim) pair a layer, and whose `length` is P (adapters.py).
+        # head_dim) pair a layer, and whose `length` is P (adapters/layers.py).
         self.prefix: nn.Module | None = None
-        self.heads = nn.ModuleDict()  # of a classifier, by task (heads.py)
+        self.heads = nn.ModuleDict()  # of a classifier, by task (adapters/heads.py)
         # An empty table, since its first values are drawn below, one for each row that is not padding.
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from adapter_files import base_of, is_adapter
+from adapters.peft import base_of, is_adapter
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import window_order
 from decoding import generate

@@ -20,13 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import adapter_files
-import adapters
-from adapter_files import load_adapter, save_adapter, weights_sha256
-from adapters import ADAPTERS, LORA, added, can_merge, groups, merge, stored
+from adapters import layers, peft
+from adapters.heads import Head
+from adapters.layers import ADAPTERS, LORA, added, can_merge, groups, merge, stored
+from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
 from decoding import open_model
-from heads import Head
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
@@ -35,7 +34,7 @@ from text.tokenizer_training import train_bpe
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
 METHODS = ("full", "last-layer", "last-k", "ulmfit", *ADAPTERS)
-LORA_CASES = [(method, on) for method in LORA for on in adapters.LORA_ON]
+LORA_CASES = [(method, on) for method in LORA for on in layers.LORA_ON]
 CASES = [*LORA_CASES, ("prefix", "attention"), ("soft-prompt", "attention")]
 
 
@@ -73,7 +72,7 @@ def adapted(
     if new:
         model.add_tokens(range(VOCAB, VOCAB + new))
     torch.manual_seed(1)
-    adapters.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
+    layers.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if train and name in added(model):
@@ -121,7 +120,7 @@ def test_peft_reads_what_is_written_here(base, tmp_path, method, lora_on, new):
     save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
     theirs = of_peft(base, tmp_path, new)
     if new and method not in LORA:  # PEFT has no place for them
-        rows = load_file(tmp_path / adapter_files.NEW_TOKENS)
+        rows = load_file(tmp_path / peft.NEW_TOKENS)
         table = theirs.get_input_embeddings().weight
         table.data[rows["transformer.wte.ids"]] = rows["transformer.wte.rows"]
     idx = tokens(new)
@@ -385,7 +384,7 @@ def test_doras_scale_is_exact_in_bf16(base):
 
 def test_dropout_is_on_the_update_alone(base):
     model = GPT.from_pretrained(base)
-    adapters.add_adapter(model, config("lora", lora_dropout=0.5))
+    layers.add_adapter(model, config("lora", lora_dropout=0.5))
     layer = model.transformer.h[0].attn.c_attn.train()
     with torch.no_grad():
         layer.lora_B += 1.0
@@ -411,7 +410,7 @@ def test_a_prefix_without_mlp_begins_as_a_soft_prompt_of_tokens(base):
     for method in ("prefix", "soft-prompt"):
         torch.manual_seed(7)
         model = GPT.from_pretrained(base).eval()
-        adapters.add_adapter(model, config(method, prefix_width=0 if method == "prefix" else 16))
+        layers.add_adapter(model, config(method, prefix_width=0 if method == "prefix" else 16))
         models.append(model)
     torch.testing.assert_close(models[0](tokens()), models[1](tokens()), atol=1e-5, rtol=1e-5)
 
@@ -465,7 +464,7 @@ def classifier(method: str, tied: bool, new: int = 0) -> GPT:
     model = GPT(replace(SHAPE, tied_head=tied, vocab_size=VOCAB + new)).eval()
     for pooling in ("last", "attention", "lstm"):
         model.heads[pooling] = Head(64, LABELS, pooling)
-    adapters.add_adapter(model, config(method), range(VOCAB, VOCAB + new))
+    layers.add_adapter(model, config(method), range(VOCAB, VOCAB + new))
     return model
 
 
@@ -527,7 +526,7 @@ def test_heads_are_stored_and_counted(method):
         numbers[table] = VOCAB * 64
     trained = rates(model, config(method))
     want = sum(numbers[name] for name in trained), sum(numbers.values())
-    assert adapters.counts(model, groups(model, config(method), 0, 10)) == want
+    assert layers.counts(model, groups(model, config(method), 0, 10)) == want
 
 
 def test_ulmfit_begins_with_the_heads_alone():
@@ -566,9 +565,9 @@ def test_llrd_lowers_the_rate_block_by_block(llrd, last_k, method, head, new):
         model = GPT(replace(SHAPE, vocab_size=VOCAB + new))
         if head:
             model.heads["main"] = Head(64, LABELS, "last")
-        adapters.add_adapter(model, cfg, range(VOCAB, VOCAB + new))
+        layers.add_adapter(model, cfg, range(VOCAB, VOCAB + new))
     found = rates(model, cfg)
-    assert ("heads.main.weight" in found) == head and {"h.1"} <= parts(found)
+    assert ("adapters.heads.main.weight" in found) == head and {"h.1"} <= parts(found)
     for name, rate in found.items():
         depth = {"heads": 0, "ln_f": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}[parts([name]).pop()]
         assert rate == pytest.approx(1.0 if name.endswith(".rows") else llrd**depth)
@@ -591,11 +590,11 @@ def test_vectors_have_no_decay(base):
 def test_counts_leave_the_padding_out(base):
     model = GPT.from_pretrained(base)
     total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
-    assert adapters.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
-    assert adapters.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
+    assert layers.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
+    assert layers.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
     model = adapted(base, "lora")
     extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
-    assert adapters.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
+    assert layers.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
 
 
 # --- merged and written
@@ -664,10 +663,10 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
 
 def test_base_of(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
-    assert adapter_files.base_of(tmp_path) == ("somewhere", "5" * 64)
-    assert adapter_files.is_adapter(tmp_path) and not adapter_files.is_adapter(base)
-    (tmp_path / adapter_files.BASE).unlink()
-    assert adapter_files.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+    assert peft.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert peft.is_adapter(tmp_path) and not peft.is_adapter(base)
+    (tmp_path / peft.BASE).unlink()
+    assert peft.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
 
 
 # --- refusals
@@ -692,15 +691,15 @@ def test_base_of(base, tmp_path):
 )
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(UserError) as error:
-        adapters.check(FinetuneConfig(**options))
+        layers.check(FinetuneConfig(**options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_alone_is_fine(method):
-    adapters.check(FinetuneConfig(method=method))
+    layers.check(FinetuneConfig(method=method))
     if method in ("full", "last-k", *LORA):
-        adapters.check(FinetuneConfig(method=method, llrd=0.9))
+        layers.check(FinetuneConfig(method=method, llrd=0.9))
 
 
 @pytest.mark.parametrize(
@@ -713,17 +712,17 @@ def test_each_method_alone_is_fine(method):
 )
 def test_what_the_model_has_no_room_for(base, options, words):
     with pytest.raises(UserError, match=words):
-        adapters.add_adapter(GPT.from_pretrained(base), MethodConfig(**options))
+        layers.add_adapter(GPT.from_pretrained(base), MethodConfig(**options))
 
 
 def spoil(folder: Path, **changes) -> None:
-    file = folder / adapter_files.CONFIG
+    file = folder / peft.CONFIG
     value = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    file = folder / adapter_files.WEIGHTS
+    file = folder / peft.WEIGHTS
     save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
 
 
@@ -733,7 +732,7 @@ def rows_of_the_head(folder: Path) -> None:
 
 
 def cut(folder: Path, key: str) -> None:
-    file = folder / adapter_files.WEIGHTS
+    file = folder / peft.WEIGHTS
     tensors = load_file(file)
     save_file({k: t[..., :-1].contiguous() if key in k else t for k, t in tensors.items()}, file)
 
@@ -758,10 +757,10 @@ def cut(folder: Path, key: str) -> None:
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
         ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
-        ("lora", lambda f: (f / adapter_files.WEIGHTS).unlink(), "no adapter_model.safetensors"),
-        ("lora", lambda f: (f / adapter_files.CONFIG).unlink(), "no adapter_config.json"),
-        ("lora", lambda f: (f / adapter_files.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
-        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("{"), "not valid JSON"),
+        ("lora", lambda f: (f / peft.WEIGHTS).unlink(), "no adapter_model.safetensors"),
+        ("lora", lambda f: (f / peft.CONFIG).unlink(), "no adapter_config.json"),
+        ("lora", lambda f: (f / peft.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
+        ("lora", lambda f: (f / peft.CONFIG).write_text("{"), "not valid JSON"),
         ("lora", lambda f: spoil(f, r="three"), "adapter_config.json: r is 'three'"),
         ("lora", lambda f: spoil(f, r=10**12), "r is 1000000000000"),
         ("lora", lambda f: spoil(f, r=0), "r is 0"),
@@ -772,7 +771,7 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, peft_type=["LORA"]), "peft_type is a list"),
         ("lora", lambda f: spoil(f, base_model_name_or_path=7), "base_model_name_or_path is 7"),
         ("lora", lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}), "trainable_token_indices"),
-        ("lora", lambda f: (f / adapter_files.CONFIG).write_text("[]"), "no JSON object"),
+        ("lora", lambda f: (f / peft.CONFIG).write_text("[]"), "no JSON object"),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):
@@ -798,7 +797,7 @@ def test_an_adapter_for_another_base(base, tmp_path):
 
 def older(folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
     """adapter_model.bin in place of adapter_model.safetensors."""
-    file = folder / adapter_files.WEIGHTS
+    file = folder / peft.WEIGHTS
     torch.save({rename(name): tensor for name, tensor in load_file(file).items()}, folder / "adapter_model.bin")
     file.unlink()
 
@@ -826,7 +825,7 @@ def test_an_older_adapter_is_read_under_every_wrapper(base, tmp_path, method, na
 def test_numbers_in_quotes_are_read(base, tmp_path):
     model = adapted(base, "dora")
     save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
-    said = json.loads((tmp_path / adapter_files.CONFIG).read_text())
+    said = json.loads((tmp_path / peft.CONFIG).read_text())
     spoil(tmp_path, r=str(said["r"]), lora_alpha=str(said["lora_alpha"]), lora_dropout="0.0", use_dora=1)
     again = GPT.from_pretrained(base).eval()
     load_adapter(again, tmp_path)
@@ -845,7 +844,7 @@ class Malicious:
 
 def test_an_adapter_that_is_no_weights_is_refused_and_not_run(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
-    (tmp_path / adapter_files.WEIGHTS).unlink()
+    (tmp_path / peft.WEIGHTS).unlink()
     file = tmp_path / "adapter_model.bin"
     torch.save({"a": Malicious(tmp_path / "executed")}, file)
     for content in (file.read_bytes(), b"", b"junk", b"PK\x03\x04broken"):
@@ -863,7 +862,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(tmp_path, where):
     model.save_pretrained(tmp_path / "base")
     words.save(tmp_path / "base")
     sha256 = weights_sha256(model)
-    adapters.add_lora(model, ["transformer.h.0.attn.c_attn"], False, 2, 4.0, 0.0)
+    layers.add_lora(model, ["transformer.h.0.attn.c_attn"], False, 2, 4.0, 0.0)
     named = str(tmp_path / "base") if where == "absolute" else "../base"
     save_adapter(model, tmp_path / "adapter", named, sha256)
     older(tmp_path / "adapter")

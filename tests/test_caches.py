@@ -18,7 +18,7 @@ from launch import launch, log_of, small, write_inputs
 from base import locks
 from base.files import sha256
 from config import UserError
-from engine.data import is_validation, open_data, open_whole
+from engine.data import check_data, is_validation, open_data, open_whole
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare
@@ -299,7 +299,7 @@ def test_a_text_that_cannot_be_read(read: str, tmp_path: Path, inputs: Path, mon
     monkeypatch.setattr(Path, "open", refuse)
     words = (str(text), None, str(inputs / "tokenizer"), "text", tmp_path / "cache")
     with pytest.raises(UserError, match=r"text.txt cannot be read: Permission denied"):
-        data.check_data(*words) if read == "dry run" else open_data(*words, 8)
+        check_data(*words) if read == "dry run" else open_data(*words, 8)
 
 
 def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) -> None:
@@ -415,9 +415,9 @@ def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: P
     """Its tokenizer is that of the shards, here or not."""
     np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16) % 300)
     val = str(inputs / "val.txt")
-    assert data.check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
+    assert check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
     with pytest.raises(UserError, match=r"no such data: nowhere"):
-        data.check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
+        check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
 
 
 @pytest.mark.parametrize("task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"])

@@ -21,8 +21,7 @@ from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from safetensors.torch import load_file
 from toy import capture_gradients, expected_gradients
 
-import adapter_files
-import adapters
+from adapters import layers, peft
 from classification import Classification, as_lstm
 from config import ClassificationConfig, Decode, Form, GPTConfig, Method, Pooling, UserError, resolve
 from decoding import open_model
@@ -536,7 +535,7 @@ def test_an_adapter_and_its_head_resume_and_predict_from_a_checkpoint(method: st
     run, newest = folder / "run", folder / "run" / "checkpoints" / "step-00000004"
     finished("topics", folder, *more, "--resume", run / "checkpoints" / "step-00000002", "--out", "branch")
     same_second_half(run, folder / "branch", 2)
-    assert adapter_files.is_adapter(newest) and not (newest / "model.safetensors").exists()
+    assert peft.is_adapter(newest) and not (newest / "model.safetensors").exists()
     state = load_file(newest / "training_state.safetensors")
     stored = {key for key in state if key.startswith("model.")}
     assert {"model.heads.topics.weight", "model.heads.topics.query"} < stored
@@ -841,7 +840,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
         "--dropout",
         "0.1",
     ]
-    more += ["--lr", "2e-2" if method in adapters.ADAPTERS else "3e-3", "--schedule", "constant"]
+    more += ["--lr", "2e-2" if method in layers.ADAPTERS else "3e-3", "--schedule", "constant"]
     more += [] if method in ONE_TERM else ["--objective", "unlikelihood"]
     more += {"prefix": ["--prefix-width", 32], "last-k": ["--last-k", 1]}.get(method, [])
     finished("sonnets", folder, *more)
@@ -854,17 +853,17 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
     same_second_half(run, folder / "branch", 4)
     newest = run / "checkpoints" / "step-00000008"
     stored = {key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")}
-    if method in adapters.ADAPTERS:
-        assert adapter_files.is_adapter(newest) and not (newest / "model.safetensors").exists()
+    if method in layers.ADAPTERS:
+        assert peft.is_adapter(newest) and not (newest / "model.safetensors").exists()
         assert stored and not any(key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored)
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert adapter_files.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
+        assert peft.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
     else:
         assert "model.transformer.wte.weight" in stored
     unchanged = weights_of(folder / "base")
     ids = load_tokenizer(str(folder / "base")).encode("The winter wood is white")
     if method in ("prefix", "soft-prompt"):
-        assert adapter_files.is_adapter(run / "final")
+        assert peft.is_adapter(run / "final")
         typed = ["run", "The winter", "--decode", "greedy", "--max-new-tokens", "4"]
         (end,) = launch(folder, typed, program="generate")
         assert end.code == 0 and end.out.startswith("The winter") and not own_lines(end.err), end
@@ -935,7 +934,7 @@ def train_all(step: TrainStep, task: Finetuning) -> list[float]:
 
 
 def weights_of(folder: Path) -> str:
-    return adapter_files.weights_sha256(GPT.from_pretrained(folder))
+    return peft.weights_sha256(GPT.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])

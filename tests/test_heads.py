@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import heads
+from adapters import heads
+from adapters.heads import Head, Info
 from config import GPTConfig, Pooling, UserError
-from heads import Head, Info
 from model import GPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,7 +204,7 @@ def test_broken_files_of_a_head_are_named(tmp_path):
     with pytest.raises(UserError, match=r"heads.safetensors cannot be read: [^\n]+$"):
         heads.find(tmp_path)
     (tmp_path / heads.WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"heads.safetensors"):
+    with pytest.raises(UserError, match=r"adapters.heads.safetensors"):
         heads.find(tmp_path)
 
 

@@ -20,10 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import adapters
 import benchmarks.methods as bench_module
 import benchmarks.methods_cells as cells_module
 import classification
+from adapters import layers
 from base.cli import parse
 from benchmarks import methods_figures
 from benchmarks.methods import Options, compare, execute, extra_options, make_bench, result_of, usual_rate
@@ -380,7 +380,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
     cells += [bench.decoding_of(decoding, 5) for decoding in bench.decodings if decoding.name == name]
     (cell,) = cells
     cfg = parse(KINDS[family], cell.words)
-    adapters.check(cfg)
+    layers.check(cfg)
     check_config(cfg)
     if family == "classification":
         classification.check(cfg)

@@ -664,7 +664,7 @@ def test_a_tied_head_is_stored_once_or_twice(tmp_path, dtype, names):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_classifier_of_the_hub_is_found_in_every_layout(tmp_path, layout, tied):
-    import heads
+    from adapters import heads
 
     theirs, score = hf(tied=True), torch.randn(3, 64)
     theirs.config.update({"architectures": ["GPT2ForSequenceClassification"], "tie_word_embeddings": tied})
@@ -679,7 +679,7 @@ def test_a_classifier_of_the_hub_is_found_in_every_layout(tmp_path, layout, tied
 
 @pytest.mark.parametrize("labels", [{"0": "no"}, {"0": "no", "1": 1, "2": "yes"}, ["no", "maybe", "yes"], "no"])
 def test_labels_of_the_wrong_kind_are_refused(tmp_path, labels):
-    import heads
+    from adapters import heads
 
     gpt().save_pretrained(tmp_path, score=torch.zeros(3, 64), labels=["a", "b", "c"])
     edit_config(tmp_path, id2label=labels)

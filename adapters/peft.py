@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import (
+from adapters.layers import (
     TABLES,
     DoRA,
     Prefix,

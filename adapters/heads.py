@@ -24,7 +24,7 @@ from storage.weights import read_tensors, read_weights, save_tensors
 
 Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512
-INFO, WEIGHTS = "classifier.json", "heads.safetensors"
+INFO, WEIGHTS = "classifier.json", "adapters.heads.safetensors"
 SCORE = "score.weight"  # the hub's name of a classifier's weights
 
 

@@ -2,7 +2,7 @@
 
 An adapter is a module that stands in the model where the model has room for it: in place of a product of a block
 (LoRA, DoRA), before the text (prefix tuning, soft prompt), over the rows of new tokens in the table. So the model,
-the loop and the decoder know nothing of adapters. Their files are adapter_files.py's.
+the loop and the decoder know nothing of adapters. Their files are adapters/peft.py's.
 """
 
 from __future__ import annotations
