@@ -25,7 +25,7 @@ from adapters import heads, layers, peft
 from adapters.heads import Head
 from base.files import write_json
 from config import ClassificationConfig, FinetuneConfig, UserError, nearest
-from decoding import open_model
+from decoding.loading import open_model
 from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Split
 from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids

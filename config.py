@@ -304,7 +304,7 @@ class MethodConfig:
 
 @dataclass
 class DecodeConfig:
-    """How a continuation is chosen, and for how long (decoding.py)."""
+    """How a continuation is chosen, and for how long (decoding/batched.py)."""
 
     decode: Decode = "sample"
     """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once; contrastive: likely, unlike what

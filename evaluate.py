@@ -82,7 +82,7 @@ def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_le
     """
     import torch
 
-    from metrics import bits_per_byte, perplexity
+    from engine.perplexity_tmp import bits_per_byte, perplexity
 
     tokens = dataset.n_tokens - 1
     if tokens < 1:
@@ -314,7 +314,7 @@ def evaluate_lambada(model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow
 
     `perplexity` is a word's, as GPT-2's paper reports it: exp of the mean over rows of the whole word's nats.
     """
-    from metrics import perplexity
+    from engine.perplexity_tmp import perplexity
 
     began = time.perf_counter()
     spans = [make_span(tokenizer, *spaces_to_word(*row), model.config.block_size) for row in rows]
@@ -391,7 +391,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import torch
 
     import distributed
-    from decoding import open_tokenizer, open_weights, tokenizer_folder
+    from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
     from engine.data import open_whole
     from precision import set_products
     from storage.checkpoint import locate

@@ -66,7 +66,7 @@ class Writer:
         import torch
 
         import distributed
-        from decoding import open_model
+        from decoding.loading import open_model
         from precision import choose_precision
         from storage.checkpoint import locate
 
@@ -93,7 +93,7 @@ class Writer:
                 print(*[RULE] * (i > 0), prompt + added, sep="\n", flush=True)
 
     def _continue(self, prompts: Sequence[str], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
-        from decoding import generate
+        from decoding.batched import generate
 
         tokenizer = self.tokenizer
         ids = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
@@ -105,7 +105,7 @@ class Writer:
         )
 
     def _warn_of_long(self, prompts: list[list[int]]) -> None:
-        from decoding import kept_tokens
+        from decoding.window import kept_tokens
 
         block, longest = self.model.context, max(map(len, prompts))
         if longest > block:

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from adapters import layers
 from config import GenerationConfig, GPTConfig, UserError
-from decoding import generate, kept_tokens, open_model
+from decoding.batched import generate
+from decoding.loading import open_model
+from decoding.window import kept_tokens
 from distributed import choose_device
+from engine.perplexity_tmp import perplexity
 from finetuning import Finetuning, Long, Parts, Special, Split, plain
 from kernels.linear_cross_entropy import IGNORE
-from metrics import longest_copied, perplexity
+from metrics import longest_copied
 from model import GPT
 from objectives import nll_and_unlikelihood
 from order import pad_to

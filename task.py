@@ -17,11 +17,11 @@ import kernels
 from adapters.peft import base_of, is_adapter
 from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import window_order
-from decoding import generate
+from decoding.batched import generate
 from engine.data import Data, check_data, open_data
+from engine.perplexity_tmp import bits_per_byte, perplexity
 from kernels.linear_cross_entropy import IGNORE
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
-from metrics import bits_per_byte, perplexity
 from model import GPT
 from optim import Group, default_groups
 from precision import casts_once

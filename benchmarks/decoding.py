@@ -124,7 +124,7 @@ class Pair:
         return found
 
     def _ours(self, options: DecodeConfig) -> list[list[int]]:
-        from decoding import generate
+        from decoding.batched import generate
 
         tokenizer: Any = Words(self.ours.config.vocab_size)
         return generate(self.ours, self.prompts.tolist(), options, eot=None, tokenizer=tokenizer)

@@ -25,7 +25,7 @@ from adapters.heads import Head
 from adapters.layers import ADAPTERS, LORA, added, can_merge, groups, merge, stored
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
-from decoding import open_model
+from decoding.loading import open_model
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast

@@ -20,12 +20,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-import decoding
 from benchmarks.decoding import contrastive_reference
 from config import DecodeConfig, UserError
-from decoding import draw, generate, kept_tokens, least_risk, truncate
+from decoding import batched, sampling
+from decoding.batched import generate, least_risk
+from decoding.sampling import draw, truncate
+from decoding.window import Stop, Window, kept_tokens, penalize
 from model import GPT, GPTConfig
-from window import Stop, Window, penalize
 
 BLOCK = 64
 VOCAB = 331  # so the embedding is padded
@@ -396,7 +397,7 @@ def test_draws_are_made_a_block_at_a_time(model: GPT, monkeypatch) -> None:
     options = DecodeConfig(max_new_tokens=20, temperature=1.5)
     prompts = [[1, 2], [3]]
     texts = generate(model, prompts, options, None, seed=5)
-    monkeypatch.setattr(decoding, "DRAWS", 3)
+    monkeypatch.setattr(sampling, "DRAWS", 3)
     assert generate(model, prompts, options, None, seed=5) == texts
 
     def stop(row: int, token: int) -> None:
@@ -561,7 +562,7 @@ def test_minimum_bayes_risk_over_beams(model: GPT, reference) -> None:
 
 def test_an_ensemble_holds_texts_of_each_kind(model: GPT, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(decoding, "least_risk", lambda texts, tokenizer: seen.append(texts) or texts[0])
+    monkeypatch.setattr(batched, "least_risk", lambda texts, tokenizer: seen.append(texts) or texts[0])
     options = DecodeConfig(decode="ensemble", candidates=7, beams=2, max_new_tokens=20, temperature=1.0)
     generate(model, PROMPTS * 5, options, None, tokenizer=LETTERS)
     assert len(seen) == 15
@@ -575,7 +576,7 @@ def test_an_ensemble_holds_texts_of_each_kind(model: GPT, monkeypatch) -> None:
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-39, 1e-20, 1e30])
 @pytest.mark.parametrize("top_p", [5e-324, 1.0])
 def test_an_extreme_temperature_is_greedy_or_uniform(temperature: float, top_p: float) -> None:
-    from decoding import soften
+    from decoding.sampling import soften
 
     logits = torch.tensor([[-50.0, 3.0, -torch.inf, 2.9999, 0.0]])
     probs = truncate(soften(logits, temperature), 0, top_p).softmax(-1)[0]
@@ -590,7 +591,7 @@ def test_an_extreme_temperature_is_greedy_or_uniform(temperature: float, top_p: 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.0])
 def test_length_penalty_orders_as_the_quotient_does(penalty: float) -> None:
-    from search import by_length
+    from decoding.search import by_length
 
     draw = random.Random(0)
     texts = [(-draw.uniform(0.01, 300), draw.randint(1, 200)) for _ in range(300)]
@@ -600,7 +601,7 @@ def test_length_penalty_orders_as_the_quotient_does(penalty: float) -> None:
 
 @pytest.mark.parametrize("penalty", [1000.0, 1e6])
 def test_a_huge_length_penalty_prefers_the_longest(penalty: float) -> None:
-    from search import by_length
+    from decoding.search import by_length
 
     assert by_length(-500.0, 90, penalty) > by_length(-0.1, 89, penalty) > by_length(-0.2, 89, penalty)
     assert by_length(0.0, 1, penalty) > by_length(-1e-9, 1000, penalty)

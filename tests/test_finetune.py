@@ -24,7 +24,7 @@ from toy import capture_gradients, expected_gradients
 from adapters import layers, peft
 from classification import Classification, as_lstm
 from config import ClassificationConfig, Decode, Form, GPTConfig, Method, Pooling, UserError, resolve
-from decoding import open_model
+from decoding.loading import open_model
 from distributed import World
 from finetune import fit_words, other_task, rehearse
 from finetuning import Finetuning

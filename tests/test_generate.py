@@ -19,7 +19,9 @@ from conftest import own_lines
 
 import generate as script
 from config import DecodeConfig, UserError
-from decoding import generate, kept_tokens, open_model
+from decoding.batched import generate
+from decoding.loading import open_model
+from decoding.window import kept_tokens
 from model import GPT, GPTConfig
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe

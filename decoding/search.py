@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import DecodeConfig
-from window import RepetitionPenalty, Stop, Window
+from decoding.window import RepetitionPenalty, Stop, Window
 
 NONE = -math.inf  # log-probability of a beam that holds no text
 
