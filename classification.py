@@ -24,7 +24,7 @@ import confusion
 from adapters import heads, layers, peft
 from adapters.heads import Head
 from base.files import write_json
-from config import ClassificationConfig, FinetuneConfig, UserError, nearest
+from config import UserError, nearest
 from decoding.loading import open_model
 from distributed import choose_device
 from finetuning import Finetuning, Long, Parts, Split
@@ -37,6 +37,8 @@ from predictions import VALIDATION, probabilities, write_predictions, write_repo
 from runlog import finite
 from storage.checkpoint import RESULTS, locate
 from task import Batch
+from tasks.classification.options import ClassificationConfig
+from tasks.options import FinetuneConfig
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
@@ -114,7 +116,7 @@ class Classification(Finetuning):
 
     def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        check(cfg)
+        cfg.check()
         layers.check(cfg)
         self.warnings = ()
         train, val = self.read_labelled(say)

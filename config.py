@@ -140,13 +140,6 @@ PRESETS: dict[str, dict[str, int]] = {
 Preset = Literal["micro", "tiny", "mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"]
 Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
-Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
-Decode = Literal["sample", "greedy", "beam", "contrastive", "mbr", "ensemble"]
-Objective = Literal["unlikelihood"]
-Form = Literal["plain", "prompt", "word"]
-Pooling = Literal["last", "mean", "attention", "lstm"]
-Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
-Auxiliary = Literal["rdrop", "simcse"]
 
 
 @dataclass
@@ -257,6 +250,26 @@ class RunConfig:
     dry_run: bool = False
     """Print the memory, time and disk the run would take, and start nothing."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run makes any step."""
+        return True
+
+    def check(self) -> None:
+        """Raise UserError for a number out of its range, a name that is none, or options that contradict each other."""
+        for name in self.without:
+            if name not in OPTIMIZATIONS:
+                raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
+        check_ranges(self)
+        if self.patience and self.eval_every == 0:
+            raise UserError(
+                f"--patience {self.patience} counts evaluations, and --eval-every 0 makes none; leave one of them out"
+            )
+        if self.reschedule and not self.extend_to:
+            raise UserError("--reschedule restarts the decay of a run that goes on for longer; add --extend-to STEPS")
+        if self.extend_to and self.resume == "never":
+            raise UserError(f"--extend-to {self.extend_to} continues a run; leave --resume never out")
+
 
 @dataclass
 class TrainConfig(RunConfig):
@@ -276,162 +289,6 @@ class TrainConfig(RunConfig):
     """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
     eval_tokens: TokensOrAll | None = None
     """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all there are."""
-
-
-@dataclass
-class MethodConfig:
-    """Which parameters train, and what is added to the model for it (adapters/layers.py)."""
-
-    method: Method = "full"
-    """What is trained: everything, a part of the model, or parameters added to it."""
-    last_k: Count = 2
-    """Blocks that last-k trains, counted from the end."""
-    lora_rank: Width = 8
-    """Rank of LoRA's and DoRA's updates."""
-    lora_alpha: Weight = 16.0
-    """Scale of LoRA's and DoRA's updates, times 1/rank."""
-    lora_dropout: Probability = 0.0
-    """Dropout before LoRA's and DoRA's updates."""
-    lora_on: Literal["attention", "feed-forward", "both"] = "attention"
-    """Which matrices of a block LoRA and DoRA update."""
-    prefix_tokens: Count = 10
-    """Positions of a prefix or a soft prompt."""
-    prefix_width: WidthOrNone = 512
-    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are trained themselves."""
-    llrd: Share = 1.0
-    """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""
-
-
-@dataclass
-class DecodeConfig:
-    """How a continuation is chosen, and for how long (decoding/batched.py)."""
-
-    decode: Decode = "sample"
-    """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once; contrastive: likely, unlike what
-    stands; mbr: of several samples the one most like the others; ensemble: mbr over several ways of decoding."""
-    max_new_tokens: Count = 200
-    """Tokens to add at most. Past the model's context the window slides: the newest three quarters are read afresh."""
-    stop_lines: CountOrNone = 0
-    """End after this many lines; 0: no such end."""
-    temperature: Annotated[float, Range(0, 1e30)] = 0.8
-    """Divides the logits: below 1 the likely tokens gain."""
-    top_k: CountOrNone = 0
-    """Draw from this many likeliest tokens; 0: from all."""
-    top_p: Share = 1.0
-    """Draw from the fewest tokens whose probability reaches this."""
-    repetition_penalty: Positive = 1.0
-    """Above 1: tokens that the text already holds are less likely."""
-    beams: Few = 5
-    """Texts that beam search keeps."""
-    length_penalty: Annotated[float, Range(0, 1e6)] = 1.0
-    """Beam search divides a text's log-probability by its length to this power."""
-    no_repeat_ngram: CountOrNone = 0
-    """Beam search never repeats this many tokens in a row; 0: it may."""
-    contrastive_k: Count = 4
-    """Contrastive search chooses among this many likeliest tokens."""
-    contrastive_alpha: Share = 0.6
-    """Weight of contrastive search's penalty for being like what stands."""
-    contrastive_growth: bool = False
-    """Let that weight grow from 0 to its value over the text."""
-    contrastive_similarity: Literal["max", "mean"] = "max"
-    """Likeness to the most alike token that stands, or the mean over all."""
-    candidates: Few = 16
-    """Texts that mbr and ensemble choose from; an ensemble's are the beams, one by contrastive search, and samples."""
-    candidates_by: Literal["sample", "beam"] = "sample"
-    """How mbr makes its candidates."""
-
-    @property
-    def draws(self) -> bool:
-        """Whether a text depends on random draws."""
-        return self.decode in ("sample", "ensemble") or (self.decode == "mbr" and self.candidates_by == "sample")
-
-
-@dataclass
-class FinetuneConfig(MethodConfig, RunConfig):
-    """Options of a fine-tuning run. None means: what suits the machine (the banner says what was chosen)."""
-
-    init: Where = "gpt2"
-    """Start from: a hub id, a folder in the hub's GPT-2 layout or written by a run, or scratch."""
-    data: Wheres | None = None
-    """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows (the default)."""
-    val_data: Wheres | None = None
-    """Validation rows, in the same forms. Default: a fixed tenth of the rows."""
-    seq_len: Count | None = None
-    """Longest row in tokens. Default: what the model has room for (from scratch 256)."""
-    epochs: CountOrNone = 3
-    """Passes over the rows; --steps sets the length of the run in place of it."""
-    batch_size: Count = 16
-    """Rows in an optimizer step, over all ranks."""
-    keep: Count = 1
-    """Newest checkpoints to keep, beside the best."""
-    keep_best: Count = 3
-    """Best checkpoints to keep, by the metric that also chooses the final model."""
-    strict: bool = False
-    """End at a row that cannot be read or does not fit, in place of counting and leaving it out."""
-    show_rows: CountOrNone = 2
-    """Rows of the first batch to print, what is learned marked."""
-    predict: Wheres | None = None
-    """When trained, answer the rows of this file; scores too, where it holds the true answers."""
-    answers: Where | None = None
-    """File to write those answers to. Default: predictions.* in the run's folder."""
-
-
-@dataclass
-class GenerationConfig(DecodeConfig, FinetuneConfig):
-    """Options of a task whose answers are texts."""
-
-    objective: tuple[Objective, ...] = ()
-    """Loss terms besides the likelihood: unlikelihood."""
-    unlikelihood: Weight = 1.0
-    """Weight of the unlikelihood term."""
-    eval_rows: CountOrNone = 64
-    """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of all)."""
-
-
-@dataclass
-class ClassificationConfig(FinetuneConfig):
-    """Options of a task whose answers are labels."""
-
-    model: Classifier = "gpt2"
-    """What classifies: gpt2; or, beside it on the same rows, naive-bayes, tf-idf (a linear model on it), lstm (on
-    embeddings of its own)."""
-    form: Form = "plain"
-    """plain: a head over the text; prompt: a head over a prompt with the text in it; word: the language model's own head
-    answers the prompt with a label's word."""
-    words: tuple[str, ...] = ()
-    """Under --form word, the labels' words in the labels' order. Default: the task's, else the labels themselves."""
-    pooling: Pooling = "last"
-    """What a head reads: the state of the last token, the mean of all, a mean with learned weights, or an LSTM over them."""
-    cut: Literal["end", "start", "middle"] = "end"
-    """Where a text that is too long is cut."""
-    dropout: Probability = 0.1
-    """Dropout on embeddings, attention and residual branches."""
-    head_dropout: Probability = 0.1
-    """Dropout on what a head has pooled."""
-    class_weights: tuple[str, ...] = ()
-    """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is. Default: all alike."""
-    label_smoothing: Probability = 0.0
-    """Share of a row's target that is spread over all labels."""
-    objective: tuple[Auxiliary, ...] = ()
-    """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under different dropout."""
-    rdrop: Weight = 1.0
-    """Weight alpha of R-Drop's divergence."""
-    simcse: Weight = 0.1
-    """Weight of SimCSE's contrastive loss."""
-    simcse_temperature: Positive = 0.05
-    """Divides SimCSE's cosine similarities."""
-    simcse_group: Annotated[int, Range(2, LARGEST)] = 8
-    """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the micro-batch."""
-    also: tuple[str, ...] = ()
-    """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its loss."""
-    also_data: tuple[Wheres, ...] = ()
-    """Their training rows, in the same order. Default: their toy rows."""
-    augment: Wheres | None = None
-    """More training rows, in the form of --data: back-translations, paraphrases, hard examples."""
-    augment_weight: Weight = 1.0
-    """Weight of each of those rows' losses."""
-    allow_overlap: bool = False
-    """Go on where more than a hundredth of the training rows also stand among the validation rows."""
 
 
 # Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for smaller ones.
@@ -466,7 +323,7 @@ def resolve(cfg: Run, device_type: str) -> Run:
         _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": default_out(cfg, device_type)})
     else:
         _fill(cfg, {"data": "toy"})
-    check(cfg)
+    cfg.check()
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
@@ -492,24 +349,6 @@ def _fill(cfg: RunConfig, defaults: dict[str, Any]) -> None:
     for name, value in defaults.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
-
-
-def check(cfg: RunConfig) -> None:
-    """Raise UserError for a number out of its range, or a name that is none."""
-    for name in cfg.without:
-        if name not in OPTIMIZATIONS:
-            raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
-    check_ranges(cfg)
-    if cfg.patience and cfg.eval_every == 0:
-        raise UserError(
-            f"--patience {cfg.patience} counts evaluations, and --eval-every 0 makes none; leave one of them out"
-        )
-    if cfg.reschedule and not cfg.extend_to:
-        raise UserError("--reschedule restarts the decay of a run that goes on for longer; add --extend-to STEPS")
-    if cfg.extend_to and cfg.resume == "never":
-        raise UserError(f"--extend-to {cfg.extend_to} continues a run; leave --resume never out")
-    if isinstance(cfg, DecodeConfig):
-        check_decode(cfg)
 
 
 @functools.cache
@@ -593,21 +432,6 @@ def expand(value: Any, many: bool = False) -> Any:
             for part in value.split(",")
         )
     return os.path.expanduser(value)
-
-
-def check_decode(cfg: DecodeConfig) -> None:
-    """Raise UserError for a way of decoding that cannot be."""
-    check_ranges(cfg)
-    if cfg.draws and cfg.temperature == 0:
-        raise UserError(f"--temperature is {cfg.temperature}; it must be above 0 (or use --decode greedy)")
-    for name, none in (("top_p", "all tokens"), ("repetition_penalty", "none")):
-        if getattr(cfg, name) == 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0 (1: {none})")
-    if cfg.decode == "ensemble" and cfg.candidates < cfg.beams + 2:
-        raise UserError(
-            f"--candidates {cfg.candidates} of an ensemble are {cfg.beams} beams, a contrastive search and samples; "
-            f"give {cfg.beams + 2} or more, or fewer --beams"
-        )
 
 
 def nearest(word: str, among: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import layers, peft
-from config import FinetuneConfig, GPTConfig, UserError, resolve_steps
+from config import GPTConfig, UserError, resolve_steps
 from memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from model import GPT
 from optim import Group
@@ -29,6 +29,7 @@ from order import Order, padded_lengths, padding_share
 from precision import casts_once
 from storage.checkpoint import locate
 from task import Batch, Task, model_config, open_pretrained
+from tasks.options import FinetuneConfig
 from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from text.tokenizer import Tokenizer, load_tokenizer
 

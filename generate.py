@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from base.cli import entry_point, parse
-from config import Count, DecodeConfig, Range, Seed, UserError, Where, check_decode
+from config import Count, Range, Seed, UserError, Where
+from decoding.options import DecodeConfig, check_decode
 from text.readers import HEAD, decode_input, wide_encoding
 
 if TYPE_CHECKING:

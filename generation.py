@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import layers
-from config import GenerationConfig, GPTConfig, UserError
+from config import GPTConfig, UserError
 from decoding.batched import generate
 from decoding.loading import open_model
 from decoding.window import kept_tokens
@@ -33,6 +33,7 @@ from model import GPT
 from objectives import nll_and_unlikelihood
 from order import pad_to
 from task import Batch, Task
+from tasks.generation.options import GenerationConfig
 from text.rows import Row, Rows
 
 __all__ = ["Answer", "Example", "Generation", "Long", "Parts", "Special", "plain"]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import FinetuneConfig, MethodConfig, Run, RunConfig, UserError, default_out
+from adapters.options import MethodConfig
+from config import Run, RunConfig, UserError, default_out
 from distributed import choose_device
 from kernels import choose, named
 from lengths import lengths_of
@@ -66,7 +67,7 @@ def own_options(cfg: Run, typed: Collection[str] | None) -> Run:
 
     Raises UserError for a stored value that its option cannot have.
     """
-    earlier = None if typed is None or not _trains(cfg) else earlier_start(cfg)
+    earlier = None if typed is None or not cfg.trains else earlier_start(cfg)
     if earlier is not None and typed is not None:
         if cfg.extend_to and "steps" in typed:
             _check_steps(cfg, earlier)
@@ -79,10 +80,6 @@ def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
     known = {length.steps for length in lengths_of(earlier.record)} | {cfg.extend_to}
     if cfg.steps not in known:
         raise UserError(f"--steps {cfg.steps} and --extend-to {cfg.extend_to} contradict each other; leave --steps out")
-
-
-def _trains(cfg: RunConfig) -> bool:
-    return not isinstance(cfg, FinetuneConfig) or bool(cfg.epochs or cfg.steps)
 
 
 def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:

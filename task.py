@@ -15,9 +15,10 @@ from torch import Tensor
 
 import kernels
 from adapters.peft import base_of, is_adapter
-from config import PRESETS, DecodeConfig, GPTConfig, RunConfig, TrainConfig, UserError
+from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import window_order
 from decoding.batched import generate
+from decoding.options import DecodeConfig
 from engine.data import Data, check_data, open_data
 from engine.perplexity_tmp import bits_per_byte, perplexity
 from kernels.linear_cross_entropy import IGNORE

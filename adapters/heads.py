@@ -17,10 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Form, Pooling, UserError
+from config import UserError
 from model import GPT, pick
 from storage.foreign import read_object
 from storage.weights import read_tensors, read_weights, save_tensors
+from tasks.classification.options import Form, Pooling
 
 Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512

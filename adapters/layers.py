@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from adapters.options import MethodConfig
+from config import GPTConfig, UserError
 from kernels.dropout import Dropout
 from model import GPT, Linear
 from optim import Group, default_groups
+from tasks.options import FinetuneConfig
 
 LORA = ("lora", "dora")
 ADAPTERS = (*LORA, "prefix", "soft-prompt")

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from adapters.options import Method
 from base.cli import entry_point, parse
 from base.console import bytes_text, outlive
 from base.machine import resident_bytes
@@ -51,7 +52,7 @@ from benchmarks.peers import (
     take_turn,
 )  # fmt: skip
 from benchmarks.table import markdown
-from config import Count, Method, Positive, Probability, Where, Wheres
+from config import Count, Positive, Probability, Where, Wheres
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.table import markdown
-from config import Count, DecodeConfig, GPTConfig, UserError, Where, nearest
+from config import Count, GPTConfig, UserError, Where, nearest
+from decoding.options import DecodeConfig
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from config import DecodeConfig, check_decode
+from decoding.options import DecodeConfig, check_decode
 from decoding.sampling import OnToken, Row, Sampled, inference
 from decoding.search import Contrastive, beam_search
 from decoding.similarity import pairwise_chrf

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from config import DecodeConfig
+from decoding.options import DecodeConfig
 from decoding.window import RepetitionPenalty, Stop, Window
 from model import GPT
 from text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import DecodeConfig
+from decoding.options import DecodeConfig
 from decoding.window import RepetitionPenalty, Stop, Window
 
 NONE = -math.inf  # log-probability of a beam that holds no text

@@ -20,12 +20,14 @@ from base.console import outlive
 from base.files import writable_file, write_json, writing_to
 from baselines import Kind, fit_text_model
 from classification import EXACT, Classification, as_lstm
-from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
+from config import UserError, nearest
 from distributed import memory_bytes, recorded
 from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
 from runlog import finite
 from storage.checkpoint import RECORD, RESULTS, locate
+from tasks.classification.options import ClassificationConfig
+from tasks.options import FinetuneConfig
 from text.rows import Row
 
 OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of files that a run writes by itself
@@ -65,7 +67,7 @@ def command(task: Finetuning) -> int:
 
 def rehearse(task: Finetuning, cfg: Any) -> int:
     """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is written."""
-    check(cfg)
+    cfg.check()
     if os.environ.get("RANK", "0") == "0":
         _, rows = task.ready(cfg, locate(cfg.init), print)
         print(f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered by {cfg.init})")
@@ -75,7 +77,7 @@ def rehearse(task: Finetuning, cfg: Any) -> int:
 def predict(task: Finetuning, cfg: Any, where: str) -> None:
     """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed and written beside
     the answers, with the seconds that opening the model and answering took."""
-    check(cfg)
+    cfg.check()
     path = check_answers(task, cfg)
     model = locate(where)
     began = time.perf_counter()
@@ -140,7 +142,7 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the same files about them."""
     if os.environ.get("RANK", "0") != "0":
         return 0  # there is nothing to divide
-    check(cfg)
+    cfg.check()
     task.cfg, task.warnings = dataclasses.replace(cfg, data=cfg.data or "toy"), ()
     answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))

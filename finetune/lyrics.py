@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import metrics
 from base.cli import entry_point
-from config import GenerationConfig, UserError
+from config import UserError
 from finetune import command
 from generation import Answer, Example, Generation
+from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
 

@@ -15,10 +15,10 @@ import numpy as np
 
 import metrics
 from base.cli import entry_point
-from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special
 from squad import expand
+from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")

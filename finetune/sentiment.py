@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from base.cli import entry_point
 from classification import Classification
-from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts
+from tasks.classification.options import ClassificationConfig
 from text.rows import Row
 
 WORDS = {2: ("negative", "positive"), 3: ("negative", "neutral", "positive"), 5: ("terrible", "bad", "okay", "good", "great")}  # fmt: skip

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import metrics
 from base.cli import entry_point
-from config import GenerationConfig
 from finetune import command
 from generation import Answer, Example, Generation, Long, Special
+from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
 GENERATE = Special("<generate>")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from base.cli import entry_point
-from config import CountOrNone, GenerationConfig
+from config import CountOrNone
 from finetune import command
 from generation import Example, Generation, Parts
+from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
 PARTS = 10  # of a document that is alone

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from base.cli import entry_point
 from classification import Classification
-from config import ClassificationConfig
 from finetune import command
 from finetuning import Long, Parts
+from tasks.classification.options import ClassificationConfig
 from text.rows import Row
 
 

@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 from adapters import layers, peft
 from adapters.heads import Head
 from adapters.layers import ADAPTERS, LORA, added, can_merge, groups, merge, stored
+from adapters.options import MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
-from config import FinetuneConfig, GPTConfig, MethodConfig, UserError
+from config import GPTConfig, UserError
 from decoding.loading import open_model
 from model import GPT
 from optim import Optimizers, default_groups
 from precision import Cast
+from tasks.options import FinetuneConfig
 from text.tokenizer_training import train_bpe
 
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5

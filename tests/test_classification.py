@@ -26,7 +26,7 @@ from toy import capture_gradients, expected_gradients
 from adapters import heads
 from adapters.layers import ADAPTERS
 from classification import Classification, padded
-from config import ClassificationConfig, Pooling, UserError, resolve
+from config import UserError, resolve
 from distributed import World
 from finetuning import Long, Parts, Special
 from labels import find_labels, label_name, word_ids
@@ -34,6 +34,7 @@ from model import GPT
 from precision import set_products
 from predictions import probabilities, write_predictions
 from step import Loader, TrainStep, compile_model, partition
+from tasks.classification.options import ClassificationConfig, Pooling
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe

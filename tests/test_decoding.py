@@ -21,9 +21,10 @@ from transformers.generation.logits_process import (
 )
 
 from benchmarks.decoding import contrastive_reference
-from config import DecodeConfig, UserError
+from config import UserError
 from decoding import batched, sampling
 from decoding.batched import generate, least_risk
+from decoding.options import DecodeConfig
 from decoding.sampling import draw, truncate
 from decoding.window import Stop, Window, kept_tokens, penalize
 from model import GPT, GPTConfig

@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from toy import capture_gradients, expected_gradients
 
 from adapters import layers, peft
+from adapters.options import Method
 from classification import Classification, as_lstm
-from config import ClassificationConfig, Decode, Form, GPTConfig, Method, Pooling, UserError, resolve
+from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
+from decoding.options import Decode
 from distributed import World
 from finetune import fit_words, other_task, rehearse
 from finetuning import Finetuning
@@ -32,6 +34,7 @@ from generation import Answer, Generation, plain
 from labels import find_labels
 from model import GPT
 from step import Loader, TrainStep
+from tasks.classification.options import ClassificationConfig, Form, Pooling
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
 from trainer import evaluate

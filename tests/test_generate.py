@@ -18,9 +18,10 @@ import torch
 from conftest import own_lines
 
 import generate as script
-from config import DecodeConfig, UserError
+from config import UserError
 from decoding.batched import generate
 from decoding.loading import open_model
+from decoding.options import DecodeConfig
 from decoding.window import kept_tokens
 from model import GPT, GPTConfig
 from text.tokenizer import Tokenizer, load_tokenizer

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from config import GenerationConfig, UserError, resolve
+from config import UserError, resolve
 from generation import IGNORE, Answer, Example, Generation, Long, Special, plain
 from model import GPT
+from tasks.generation.options import GenerationConfig
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe

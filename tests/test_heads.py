@@ -17,8 +17,9 @@ from torch import Tensor
 
 from adapters import heads
 from adapters.heads import Head, Info
-from config import GPTConfig, Pooling, UserError
+from config import GPTConfig, UserError
 from model import GPT
+from tasks.classification.options import Pooling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 POOLINGS = get_args(Pooling)

@@ -31,9 +31,10 @@ from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, 
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import PUBLISHED, rows_of, text_of
 from benchmarks.stages_run import Failed, TimeUp
-from config import ClassificationConfig, GenerationConfig, UserError
-from config import check as check_config
+from config import UserError
 from model import GPT, GPTConfig
+from tasks.classification.options import ClassificationConfig
+from tasks.generation.options import GenerationConfig
 from text.tokenizer_training import train_bpe
 
 FEW = tuple(Method(name, {"method": name}, rate=1 + number) for number, name in enumerate("abcdefg"))
@@ -381,7 +382,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
     (cell,) = cells
     cfg = parse(KINDS[family], cell.words)
     layers.check(cfg)
-    check_config(cfg)
+    cfg.check()
     if family == "classification":
         classification.check(cfg)
     assert cfg.seed == 5 and cfg.epochs == 3 and cfg.precision == "fp32"

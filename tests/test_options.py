@@ -17,18 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.cli import parse
-from config import (
-    DecodeConfig,
-    PathName,
-    Range,
-    TrainConfig,
-    UserError,
-    check,
-    check_decode,
-    check_ranges,
-    expand,
-    marks,
-)
+from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
+from decoding.options import DecodeConfig, check_decode
 
 TEXTS = {  # options of text that name no file or folder
     "kernels", "without", "prompts", "words", "class_weights", "also", "dataset", "name", "split", "columns", "alike",
@@ -119,7 +109,7 @@ def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject)
     assert all(limits.least <= one <= limits.most for one in (got if isinstance(got, tuple) else (got,)))
     try:
         if hasattr(cfg, "without"):
-            check(cfg)
+            cfg.check()
         elif isinstance(cfg, DecodeConfig):
             check_decode(cfg)
     except UserError as error:
