@@ -26,17 +26,17 @@ from adapters.heads import Head
 from base.files import write_json
 from config import UserError, nearest
 from decoding.loading import open_model
-from distributed import choose_device
+from engine.log import finite
+from engine.precision import set_products
+from engine.processes import choose_device
+from engine.task import Batch
 from finetuning import Finetuning, Long, Parts, Split
 from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids
 from model import GPT, pick
 from objectives import label_nll, rdrop, simcse
 from order import Order, pad_to
-from precision import set_products
 from predictions import VALIDATION, probabilities, write_predictions, write_report
-from runlog import finite
 from storage.checkpoint import RESULTS, locate
-from task import Batch
 from tasks.classification.options import ClassificationConfig
 from tasks.options import FinetuneConfig
 from text.rows import Row, Rows

@@ -82,7 +82,7 @@ def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_le
     """
     import torch
 
-    from engine.perplexity_tmp import bits_per_byte, perplexity
+    from engine.pretraining import bits_per_byte, perplexity
 
     tokens = dataset.n_tokens - 1
     if tokens < 1:
@@ -314,7 +314,7 @@ def evaluate_lambada(model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow
 
     `perplexity` is a word's, as GPT-2's paper reports it: exp of the mean over rows of the whole word's nats.
     """
-    from engine.perplexity_tmp import perplexity
+    from engine.pretraining import perplexity
 
     began = time.perf_counter()
     spans = [make_span(tokenizer, *spaces_to_word(*row), model.config.block_size) for row in rows]
@@ -390,10 +390,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     """Figures by benchmark: data, hellaswag, lambada."""
     import torch
 
-    import distributed
     from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
+    from engine import processes
     from engine.data import open_whole
-    from precision import set_products
+    from engine.precision import set_products
     from storage.checkpoint import locate
     from text.tokenizer_files import has_tokenizer
 
@@ -401,7 +401,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     limit = config.limit
     hellaswag = read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []
     lambada = read_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
-    device = distributed.start(config.device).device
+    device = processes.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_products("fp32", device)
     where = locate(config.checkpoint)

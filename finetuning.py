@@ -22,13 +22,14 @@ from torch import Tensor
 
 from adapters import layers, peft
 from config import GPTConfig, UserError, resolve_steps
-from memory import Memory, checkpoint_bytes, estimate, keeps_freed
+from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
+from engine.optim import Group
+from engine.precision import casts_once
+from engine.pretraining import model_config, open_pretrained
+from engine.task import Batch, Task
 from model import GPT
-from optim import Group
 from order import Order, padded_lengths, padding_share
-from precision import casts_once
 from storage.checkpoint import locate
-from task import Batch, Task, model_config, open_pretrained
 from tasks.options import FinetuneConfig
 from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from text.tokenizer import Tokenizer, load_tokenizer

@@ -66,13 +66,13 @@ class Writer:
     def __init__(self, config: GenerateConfig):
         import torch
 
-        import distributed
         from decoding.loading import open_model
-        from precision import choose_precision
+        from engine import processes
+        from engine.precision import choose_precision
         from storage.checkpoint import locate
 
         self.config = config
-        device = distributed.start(config.device).device
+        device = processes.start(config.device).device
         # Only where bf16 is native: older GPUs emulate it, slower than fp32.
         native = config.precision == "auto" and device.type == "cuda" and choose_precision("auto", device)[0] == "bf16"
         dtype = torch.bfloat16 if native or config.precision == "bf16" else torch.float32

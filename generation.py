@@ -24,15 +24,15 @@ from config import GPTConfig, UserError
 from decoding.batched import generate
 from decoding.loading import open_model
 from decoding.window import kept_tokens
-from distributed import choose_device
-from engine.perplexity_tmp import perplexity
+from engine.pretraining import perplexity
+from engine.processes import choose_device
+from engine.task import Batch, Task
 from finetuning import Finetuning, Long, Parts, Special, Split, plain
 from kernels.linear_cross_entropy import IGNORE
 from metrics import longest_copied
 from model import GPT
 from objectives import nll_and_unlikelihood
 from order import pad_to
-from task import Batch, Task
 from tasks.generation.options import GenerationConfig
 from text.rows import Row, Rows
 

@@ -312,7 +312,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the blocks' weights, and so of the residual stream (precision.py may have cast them)."""
+        """Of the blocks' weights, and so of the residual stream (engine/precision.py may have cast them)."""
         return (self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte).weight.dtype
 
     def forward(
@@ -376,7 +376,7 @@ class GPT(nn.Module):
             if at is not None and layer == len(blocks) - 1:
                 inputs = (x, branch, mask_at(at, T, segments, cache), None, extend, at)
             if self.config.recompute and self.training:
-                # With the weights that it has now, in the backward pass too: they may be stand-ins (precision.py).
+                # With the weights that it has now, in the backward pass too: they may be stand-ins (engine/precision.py).
                 again = functools.partial(functional_call, block, dict(block.named_parameters()))
                 x, branch = checkpoint(again, inputs, use_reentrant=False)
             else:

@@ -12,7 +12,7 @@ import numpy as np
 import confusion
 import confusion_chart
 from base.files import write_json
-from runlog import finite
+from engine.log import finite
 from text.rows import Row
 
 VALIDATION = "validation"  # begins the names of the files about those rows

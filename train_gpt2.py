@@ -14,9 +14,9 @@ def main() -> int:
     if not cfg.dry_run:
         outlive()
     # torch is imported only now: --help and a mistyped option answer at once.
-    from distributed import recorded
-    from task import LanguageModelling
-    from trainer import train
+    from engine.pretraining import LanguageModelling
+    from engine.processes import recorded
+    from engine.trainer import train
 
     return recorded(train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:]))
 

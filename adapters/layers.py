@@ -20,9 +20,9 @@ from torch.nn.utils import parametrize
 
 from adapters.options import MethodConfig
 from config import GPTConfig, UserError
+from engine.optim import Group, default_groups
 from kernels.dropout import Dropout
 from model import GPT, Linear
-from optim import Group, default_groups
 from tasks.options import FinetuneConfig
 
 LORA = ("lora", "dora")
@@ -96,7 +96,7 @@ class DoRA(LoRA):
 
 
 class Magnitude(nn.Module):
-    """DoRA's m (out,): a module of its own, for a linear layer's own parameters are cast (precision.py)."""
+    """DoRA's m (out,): a module of its own, for a linear layer's own parameters are cast (engine/precision.py)."""
 
     def __init__(self, norms: Tensor):
         super().__init__()

@@ -30,12 +30,11 @@ from adapters.layers import (
 from config import UserError
 from model import GPT, Linear
 from storage.checkpoint import locate
-from storage.foreign import JsonObject, read_object
+from storage.foreign import JsonObject
+from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, base_of
 from storage.weights import plain_names, read_tensors, save_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
-BASE = "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
 NEW_TOKENS = "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
 ROOT = "base_model.model."  # begins PEFT's names
 # By kind of adapter, PEFT's name of the weights of a classifier's scores.
@@ -59,17 +58,6 @@ def weights_sha256(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / CONFIG).is_file()
-
-
-def base_of(folder: str | Path) -> tuple[str | None, str | None]:
-    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for what is not said."""
-    folder = Path(folder)
-    sha256 = read_object(folder / BASE).text("weights_sha256") if (folder / BASE).is_file() else None
-    return _config(folder).text("base_model_name_or_path"), sha256
-
-
 def locate_base(folder: str | Path) -> str:
     """The base of an adapter: a folder as it was named in training, or below the adapter's own; else a hub id.
 
@@ -77,12 +65,14 @@ def locate_base(folder: str | Path) -> str:
     """
     base = base_of(folder)[0]
     if not base:
-        raise UserError(f"{folder} is an adapter that does not name its base: set base_model_name_or_path in {CONFIG}")
+        raise UserError(
+            f"{folder} is an adapter that does not name its base: set base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
     beside = Path(folder) / base
     try:
         return locate(str(beside) if not Path(base).exists() and beside.exists() else base)
     except UserError as error:
-        hint = f"correct base_model_name_or_path in {Path(folder) / CONFIG}"
+        hint = f"correct base_model_name_or_path in {Path(folder) / ADAPTER_CONFIG}"
         raise UserError(f"{folder} is an adapter for {base}: {error}; {hint}") from None
 
 
@@ -109,9 +99,9 @@ def save_adapter(model: GPT, folder: str | Path, base: str, base_sha256: str, sc
     if score is not None:
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}  # as PEFT always writes it
         tensors[SCORES[config["peft_type"]]] = score
-    save_tensors(_on_cpu(tensors), folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / BASE).write_text(
+    save_tensors(_on_cpu(tensors), folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_BASE).write_text(
         json.dumps({"base": base, "weights_sha256": base_sha256}, indent=2) + "\n", encoding="utf-8"
     )
 
@@ -157,7 +147,7 @@ def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
     that do not fit, and a kind of adapter that this project does not have.
     """
     folder = Path(folder)
-    config, tensors = _config(folder), _weights(folder)
+    config, tensors = adapter_config(folder), _weights(folder)
     kind = config.text("peft_type")
     if kind not in SCORES:
         raise UserError(
@@ -177,17 +167,11 @@ def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
     return score
 
 
-def _config(folder: Path) -> JsonObject:
-    if not is_adapter(folder):
-        raise UserError(f"{folder} is not a whole adapter: it has no {CONFIG}")
-    return read_object(folder / CONFIG)
-
-
 def _weights(folder: Path) -> dict[str, Tensor]:
     """By plain names, of PEFT's two forms; the older one is read as weights only."""
-    file = next((folder / name for name in (WEIGHTS, OLDER_WEIGHTS) if (folder / name).is_file()), None)
+    file = next((folder / name for name in (ADAPTER_WEIGHTS, OLDER_WEIGHTS) if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder} is not a whole adapter: it has no {WEIGHTS}")
+        raise UserError(f"{folder} is not a whole adapter: it has no {ADAPTER_WEIGHTS}")
     return plain_names(read_tensors(file), folder)
 
 
@@ -235,7 +219,7 @@ def _lora_from_peft(model: GPT, folder: Path, config: JsonObject, tensors: dict[
         if isinstance(layer, DoRA):
             own[ends[2]] = layer.lora_magnitude_vector.weight
         if not own.keys() >= parts[name].keys():
-            raise UserError(f"{folder} has magnitudes of a DoRA and a {CONFIG} that says it is none")
+            raise UserError(f"{folder} has magnitudes of a DoRA and a {ADAPTER_CONFIG} that says it is none")
         for end, parameter in own.items():
             _copy(parameter, parts[name].get(end), f"{folder}: {name}.{end}")
 
@@ -275,7 +259,7 @@ def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]
         name = key.removesuffix(DELTA)
         ids = indices.get(name.rpartition(".")[2], indices.get(name)) if isinstance(indices, dict) else indices
         if name not in TABLES or ids is None:
-            raise UserError(f"{folder} holds {key}, and its {CONFIG} does not say of which tokens")
+            raise UserError(f"{folder} holds {key}, and its {ADAPTER_CONFIG} does not say of which tokens")
         if not isinstance(ids, list) or any(type(id) is not int or id < 0 for id in ids) or len(ids) != len(tensor):
             raise config.wrong("trainable_token_indices", f"the {len(tensor)} ids of the rows for {name}")
         rows[name] = torch.tensor(ids), tensor

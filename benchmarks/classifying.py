@@ -57,8 +57,8 @@ from config import Count, Positive, Probability, Where, Wheres
 if TYPE_CHECKING:
     import torch
 
+    from engine.step import StepBatches, StepResult
     from finetune.sentiment import Sentiment, SentimentConfig
-    from step import StepBatches, StepResult
 
 SHAPES = {
     "micro": Shape(2, 2, 64, 300, 8, 16),
@@ -192,12 +192,12 @@ class Engine:
         import torch
         from torch.nn.attention import sdpa_kernel
 
-        import distributed
+        from engine import processes
+        from engine.plan import settle
+        from engine.step import TrainStep, compile_model
         from finetune.sentiment import Sentiment
-        from plan import settle
-        from step import TrainStep, compile_model
 
-        world = distributed.start(cfg.device)
+        world = processes.start(cfg.device)
         cfg, choices = settle(cfg, world)
         self.task = Sentiment()
         self.task.setup(cfg, lambda text: None)
@@ -219,7 +219,7 @@ class Engine:
 
 
 def ours(case: Fit) -> Step:
-    from step import Loader
+    from engine.step import Loader
 
     engine = Engine(options_of(case))
     loader = Loader(engine.task, engine.step.world, case.shape.rows, steps=1)
@@ -277,7 +277,7 @@ def begin(name: str, case: Fit) -> Opening:
     """Make two steps without dropout, and get ready those that will be timed."""
     import torch
 
-    import memory
+    from engine import memory
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     needs = NEEDS[OURS] if name == OURS else (*NEEDS[THEIRS], *(("peft",) if case.method == "lora" else ()))
@@ -306,7 +306,7 @@ def forget_peak(device: str) -> None:
     """Let the peak of memory begin anew: what a step takes is asked for, and not what loading the weights took."""
     import torch
 
-    from memory import trim
+    from engine.memory import trim
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -395,7 +395,7 @@ def batchings(task: Sentiment, steps: int) -> dict[str, list[StepBatches]]:
 
 def padded_to(task: Sentiment, batches: Sequence[np.ndarray], sizes: np.ndarray) -> list[StepBatches]:
     """Batches of row ids, each padded to the least of `sizes` that holds it."""
-    from step import StepBatches
+    from engine.step import StepBatches
 
     task.padded = sizes
     collated = [task.collate("train", ids) for ids in batches]

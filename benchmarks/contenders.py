@@ -125,10 +125,11 @@ def ours(case: Case, **options: Any) -> Step:
     import numpy as np
     from torch.nn.attention import sdpa_kernel
 
-    import distributed
-    from plan import settle
-    from step import Loader, TrainStep, compile_model
-    from task import Batch, LanguageModelling
+    from engine import processes
+    from engine.plan import settle
+    from engine.pretraining import LanguageModelling
+    from engine.step import Loader, TrainStep, compile_model
+    from engine.task import Batch
 
     class RandomTokens(LanguageModelling):
         def rows(self, split: str, step: int) -> np.ndarray:
@@ -138,7 +139,7 @@ def ours(case: Case, **options: Any) -> Step:
             idx = case.tokens_drawn()[ids]
             return {"idx": idx, "targets": targets_of(idx)}
 
-    world = distributed.start(case.device)
+    world = processes.start(case.device)
     cfg, choices = settle(dataclasses.replace(train_config(case), **options), world)
     assert isinstance(cfg.micro_batch, int)
     task = RandomTokens()
@@ -185,7 +186,7 @@ def trained(case: Case, model: Any, loss_of: Loss) -> Step:
     """Torch's fused AdamW, no decay on vectors, the norm clipped: as the peers' own examples train them."""
     import torch
 
-    from precision import autocast
+    from engine.precision import autocast
 
     device = next(model.parameters()).device
     params = list(model.parameters())
@@ -306,9 +307,9 @@ def liger(case: Case, compiled: bool) -> Step:
 
 
 def device_of(case: Case) -> torch.device:
-    import distributed
+    from engine import processes
 
-    return distributed.start(case.device).device
+    return processes.start(case.device).device
 
 
 # --- the list of them
@@ -339,7 +340,7 @@ class Contender:
         return None
 
     def build(self, case: Case) -> Step:
-        from memory import set_allocator
+        from engine.memory import set_allocator
 
         if self.kept:
             set_allocator(keep_freed=True)

@@ -248,14 +248,14 @@ def main() -> None:
     import transformers
     from transformers.utils import logging
 
-    import distributed
+    from engine import processes
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = distributed.start(options.device).device
+    device = processes.start(options.device).device
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     title = (
-        f"Generation of {options.new_tokens} tokens after {PROMPT}, {distributed.device_name(device)}, "
+        f"Generation of {options.new_tokens} tokens after {PROMPT}, {processes.device_name(device)}, "
         f"{torch.get_num_threads()} threads, {datetime.date.today()}: "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + ". Tokens of the chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8."

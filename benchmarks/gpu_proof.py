@@ -223,7 +223,7 @@ def meta(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 def dtype_of(case: Case) -> torch.dtype:
     import torch
 
-    from precision import DTYPES
+    from engine.precision import DTYPES
 
     return DTYPES.get(case.precision, torch.float32)
 
@@ -315,8 +315,8 @@ def refusal(case: Case, card: Card) -> str | None:
     """Why a run on this card does not take the kernel, in the engine's own words."""
     import torch
 
+    from engine.precision import choose_precision
     from kernels import choose
-    from precision import choose_precision
 
     n_embd = 12 * case.size if case.kernel == "attention" else None
     cfg: Any = TrainConfig(kernels=case.kernel, n_head=12, n_embd=n_embd)

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-import distributed
 import kernels.adamw
 import kernels.attention
 import kernels.bias_gelu
@@ -45,11 +44,12 @@ from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.table import markdown
 from config import GPTConfig, UserError, Where, nearest
+from engine import processes
+from engine.memory import set_allocator
+from engine.precision import choose_precision
 from kernels import _card
 from kernels._triton import missing
-from memory import set_allocator
 from model import GPT, attention_backends
-from precision import choose_precision
 
 OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
@@ -524,7 +524,7 @@ def peak_memory(contender: Contender) -> int | None:
         return None
     before = resident_bytes()
     contender.run()
-    return distributed.memory_bytes(device) - before
+    return processes.memory_bytes(device) - before
 
 
 # --- the comparison
@@ -714,7 +714,7 @@ def main() -> None:
     for name in options.only:
         if name not in OPERATIONS:
             raise UserError(f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}")
-    device = distributed.start(options.device).device
+    device = processes.start(options.device).device
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms
     place = here(device, options.quick)

@@ -29,17 +29,17 @@ def facts(device: str) -> dict[str, Any]:
     """The device that is meant, the precision native to it, hardware and versions. UserError if there is none."""
     import torch
 
-    import distributed
-    from precision import choose_precision
+    from engine import processes
+    from engine.precision import choose_precision
 
-    found = distributed.start(device).device
+    found = processes.start(device).device
     return {
         "device": found.type,
         "native": choose_precision("auto", found)[0],
         "hardware": {
-            "gpu": distributed.device_name(found) if found.type == "cuda" else None,
+            "gpu": processes.device_name(found) if found.type == "cuda" else None,
             "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None,
-            "cpu": distributed.device_name(torch.device("cpu")),
+            "cpu": processes.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "memory_bytes": total_bytes(),
         },
@@ -73,10 +73,10 @@ def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
     """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would be faster."""
     import torch
 
-    import distributed
-    from precision import DTYPES, set_products
+    from engine import processes
+    from engine.precision import DTYPES, set_products
 
-    found = distributed.start(device).device
+    found = processes.start(device).device
     n, products = (8192, 20) if found.type == "cuda" else (2048, 1)
     set_products(precision, found)
     a, b = (torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32)) for _ in range(2))

@@ -144,12 +144,12 @@ def main() -> None:
     outlive()
     import torch
 
-    import distributed
+    from engine import processes
 
-    device = distributed.start(options.device).device
+    device = processes.start(options.device).device
     title = (
         f"Optimizer steps of {options.preset} ({options.batch} rows x {options.seq_len} tokens), "
-        f"{distributed.device_name(device)}, {torch.get_num_threads()} threads, "
+        f"{processes.device_name(device)}, {torch.get_num_threads()} threads, "
         f"{datetime.date.today()}: torch {torch.__version__}."
     )
     rows = []

@@ -33,7 +33,7 @@ from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, S
 from benchmarks.machine import elsewhere, facts, product_ceiling
 from benchmarks.peers_report import assessed, rates, report
 from config import Positive, UserError, Where, nearest
-from runlog import peak_flops
+from engine.log import peak_flops
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
 FREE = 0.85  # share of a GPU's memory that is free where no other process uses it
@@ -84,7 +84,7 @@ TakeTurn = Callable[[int, int], Turn]  # untimed steps and timed ones
 
 def serve(pipe: Connection, name: str, case: Case) -> None:
     """Build a contender, then answer each (untimed, timed) steps with a Turn; an error is the last answer."""
-    from plan import is_out_of_memory
+    from engine.plan import is_out_of_memory
 
     try:
         import torch
@@ -126,7 +126,7 @@ def _code_bytes(device: str) -> int:
 def take_turn(step: Step, untimed: int, steps: int, device: str, code: int) -> Turn:
     import torch
 
-    import distributed
+    from engine import processes
 
     for _ in range(untimed):
         step()[0].item()
@@ -137,7 +137,7 @@ def take_turn(step: Step, untimed: int, steps: int, device: str, code: int) -> T
     if device == "cuda":
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    memory = distributed.memory_bytes(torch.device(device)) - code
+    memory = processes.memory_bytes(torch.device(device)) - code
     return Turn(seconds / steps, cpu / steps, *figures, memory)
 
 

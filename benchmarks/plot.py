@@ -18,7 +18,7 @@ import tyro
 from base.cli import entry_point, parse
 from base.console import outlive
 from config import UserError, Where
-from runlog import numbers, read_log
+from engine.log import numbers, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

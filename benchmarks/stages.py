@@ -37,7 +37,7 @@ from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_ro
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
-from runlog import peak_flops
+from engine.log import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
 ACCUMULATION = 4  # on a CPU
@@ -299,7 +299,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
     """The plan that the folder holds, or a new one. Raises UserError where the folder's is another."""
     shape = shape_of(options, machine)
     identity = identity_of(options, machine, shape)
-    file = folder / "plan.json"
+    file = folder / "engine.plan.json"
     if file.exists():
         return stored_plan(file, identity)
     say("preparing the tokens ...")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ladder import Plan, Settings
-from runlog import read_log
+from engine.log import read_log
 
 ENGINE = Path(__file__).resolve().parent.parent
 SEED = 1337

@@ -68,10 +68,10 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     """What stages need and this machine has not, in the engine's own words; `room`: for how many ranks."""
     import torch
 
+    from engine.precision import choose_precision, set_products
+    from engine.step import compiler_lacks
     from kernels._triton import missing
     from model import attention_backends
-    from precision import choose_precision, set_products
-    from step import compiler_lacks
 
     def refused(precision: str) -> str | None:
         try:
@@ -132,7 +132,7 @@ def train_tokenizer(folder: Path) -> None:
 
 def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
     """The largest power of two up to 32 with which the baseline, which holds the most, fits into a GPU."""
-    from memory import estimate
+    from engine.memory import estimate
 
     baseline: dict[str, Any] = dict(tied_head=False, padded_vocab=False, attention="explicit", chunked_head=False)
     config = config_of(preset, seq_len, **baseline)

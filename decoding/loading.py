@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from adapters.layers import can_merge, merge
-from adapters.peft import is_adapter, load_adapter, locate_base
+from adapters.peft import load_adapter, locate_base
 from config import UserError
 from model import GPT
+from storage.hub import is_adapter
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_files import has_tokenizer
 

@@ -21,10 +21,10 @@ from base.files import writable_file, write_json, writing_to
 from baselines import Kind, fit_text_model
 from classification import EXACT, Classification, as_lstm
 from config import UserError, nearest
-from distributed import memory_bytes, recorded
+from engine.log import finite
+from engine.processes import memory_bytes, recorded
 from finetuning import Finetuning
 from predictions import VALIDATION, beside, probabilities
-from runlog import finite
 from storage.checkpoint import RECORD, RESULTS, locate
 from tasks.classification.options import ClassificationConfig
 from tasks.options import FinetuneConfig
@@ -35,8 +35,8 @@ OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of file
 
 def command(task: Finetuning) -> int:
     """Train `task` as the command line says, then answer the rows of --predict; returns the exit code."""
-    from resume import own_options
-    from trainer import train
+    from engine.resume import own_options
+    from engine.trainer import train
 
     typed = typed_options(task.config, sys.argv[1:])
     cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)

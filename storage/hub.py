@@ -18,6 +18,11 @@ from config import GPTConfig, UserError
 from storage.foreign import JsonObject, read_object
 from storage.weights import plain_names, read_weights, reason, save_tensors, state_dict, unpickle
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_BASE = (
+    "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
+)
+
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
 
@@ -200,3 +205,20 @@ def download(hub_id: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
         raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}") from None
     return folder
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: str | Path) -> tuple[str | None, str | None]:
+    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for what is not said."""
+    folder = Path(folder)
+    sha256 = read_object(folder / ADAPTER_BASE).text("weights_sha256") if (folder / ADAPTER_BASE).is_file() else None
+    return adapter_config(folder).text("base_model_name_or_path"), sha256
+
+
+def adapter_config(folder: Path) -> JsonObject:
+    if not is_adapter(folder):
+        raise UserError(f"{folder} is not a whole adapter: it has no {ADAPTER_CONFIG}")
+    return read_object(folder / ADAPTER_CONFIG)

@@ -171,10 +171,10 @@ def point(where: str) -> tuple[Any, str]:
     import safetensors.torch
 
     from base import files
-    from runlog import RunLog
-    from step import TrainStep
+    from engine.log import RunLog
+    from engine.pretraining import LanguageModelling
+    from engine.step import TrainStep
     from storage import checkpoint
-    from task import LanguageModelling
 
     return {
         "micro-batch": (TrainStep, "_backward"),

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from config import GPTConfig, TrainConfig, resolve
-from distributed import World
+from engine.pretraining import LanguageModelling, how_it_runs
+from engine.processes import World
+from engine.step import Loader, TrainStep, compile_model
+from engine.task import Batch
 from model import GPT
-from step import Loader, TrainStep, compile_model
-from task import Batch, LanguageModelling, how_it_runs
 
 SHAPE = GPTConfig(vocab_size=1000, block_size=128, n_layer=3, n_head=4, n_embd=256)
 STEPS = 20

@@ -27,9 +27,10 @@ from adapters.options import MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
 from decoding.loading import open_model
+from engine.optim import Optimizers, default_groups
+from engine.precision import Cast
 from model import GPT
-from optim import Optimizers, default_groups
-from precision import Cast
+from storage import hub as hub_files
 from tasks.options import FinetuneConfig
 from text.tokenizer_training import train_bpe
 
@@ -665,10 +666,10 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
 
 def test_base_of(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
-    assert peft.base_of(tmp_path) == ("somewhere", "5" * 64)
-    assert peft.is_adapter(tmp_path) and not peft.is_adapter(base)
-    (tmp_path / peft.BASE).unlink()
-    assert peft.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+    assert hub_files.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert hub_files.is_adapter(tmp_path) and not hub_files.is_adapter(base)
+    (tmp_path / hub_files.ADAPTER_BASE).unlink()
+    assert hub_files.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
 
 
 # --- refusals
@@ -718,13 +719,13 @@ def test_what_the_model_has_no_room_for(base, options, words):
 
 
 def spoil(folder: Path, **changes) -> None:
-    file = folder / peft.CONFIG
+    file = folder / hub_files.ADAPTER_CONFIG
     value = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    file = folder / peft.WEIGHTS
+    file = folder / hub_files.ADAPTER_WEIGHTS
     save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
 
 
@@ -734,7 +735,7 @@ def rows_of_the_head(folder: Path) -> None:
 
 
 def cut(folder: Path, key: str) -> None:
-    file = folder / peft.WEIGHTS
+    file = folder / hub_files.ADAPTER_WEIGHTS
     tensors = load_file(file)
     save_file({k: t[..., :-1].contiguous() if key in k else t for k, t in tensors.items()}, file)
 
@@ -759,10 +760,10 @@ def cut(folder: Path, key: str) -> None:
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
         ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
-        ("lora", lambda f: (f / peft.WEIGHTS).unlink(), "no adapter_model.safetensors"),
-        ("lora", lambda f: (f / peft.CONFIG).unlink(), "no adapter_config.json"),
-        ("lora", lambda f: (f / peft.WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
-        ("lora", lambda f: (f / peft.CONFIG).write_text("{"), "not valid JSON"),
+        ("lora", lambda f: (f / hub_files.ADAPTER_WEIGHTS).unlink(), "no adapter_model.safetensors"),
+        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).unlink(), "no adapter_config.json"),
+        ("lora", lambda f: (f / hub_files.ADAPTER_WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
+        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("{"), "not valid JSON"),
         ("lora", lambda f: spoil(f, r="three"), "adapter_config.json: r is 'three'"),
         ("lora", lambda f: spoil(f, r=10**12), "r is 1000000000000"),
         ("lora", lambda f: spoil(f, r=0), "r is 0"),
@@ -773,7 +774,7 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, peft_type=["LORA"]), "peft_type is a list"),
         ("lora", lambda f: spoil(f, base_model_name_or_path=7), "base_model_name_or_path is 7"),
         ("lora", lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}), "trainable_token_indices"),
-        ("lora", lambda f: (f / peft.CONFIG).write_text("[]"), "no JSON object"),
+        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"), "no JSON object"),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):
@@ -799,7 +800,7 @@ def test_an_adapter_for_another_base(base, tmp_path):
 
 def older(folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
     """adapter_model.bin in place of adapter_model.safetensors."""
-    file = folder / peft.WEIGHTS
+    file = folder / hub_files.ADAPTER_WEIGHTS
     torch.save({rename(name): tensor for name, tensor in load_file(file).items()}, folder / "adapter_model.bin")
     file.unlink()
 
@@ -827,7 +828,7 @@ def test_an_older_adapter_is_read_under_every_wrapper(base, tmp_path, method, na
 def test_numbers_in_quotes_are_read(base, tmp_path):
     model = adapted(base, "dora")
     save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
-    said = json.loads((tmp_path / peft.CONFIG).read_text())
+    said = json.loads((tmp_path / hub_files.ADAPTER_CONFIG).read_text())
     spoil(tmp_path, r=str(said["r"]), lora_alpha=str(said["lora_alpha"]), lora_dropout="0.0", use_dora=1)
     again = GPT.from_pretrained(base).eval()
     load_adapter(again, tmp_path)
@@ -846,7 +847,7 @@ class Malicious:
 
 def test_an_adapter_that_is_no_weights_is_refused_and_not_run(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
-    (tmp_path / peft.WEIGHTS).unlink()
+    (tmp_path / hub_files.ADAPTER_WEIGHTS).unlink()
     file = tmp_path / "adapter_model.bin"
     torch.save({"a": Malicious(tmp_path / "executed")}, file)
     for content in (file.read_bytes(), b"", b"junk", b"PK\x03\x04broken"):

@@ -223,7 +223,7 @@ def little_memory() -> None:
 
 
 def allocation_fails() -> None:
-    import step
+    from engine import step
 
     def fail(*_: object) -> None:
         raise MemoryError("not to be had")

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import plan
 from benchmarks.table import markdown
 from config import TrainConfig
-from distributed import World
+from engine import plan
+from engine.memory import Memory
+from engine.plan import estimate_fits, largest_divisor, settle
+from engine.pretraining import LanguageModelling, model_config
+from engine.processes import World
+from engine.step import compile_unit
 from kernels import _card
 from kernels._card import CARDS
-from memory import Memory
-from plan import estimate_fits, largest_divisor, settle
-from step import compile_unit
-from task import LanguageModelling, model_config
 
 pytest.importorskip("triton", reason="auto's kernels are Triton's")
 

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 from config import UserError
-from runlog import RunLog
+from engine import start
+from engine.log import RunLog
 from storage import checkpoint, weights
 
 
@@ -333,21 +334,21 @@ def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_pa
 IDENTITY = {"seed": 1, "steps": 9, "data": "a" * 64}
 
 
-def open_run(run: Path, resume: str = "auto", **changes: object) -> checkpoint.Start:
-    return checkpoint.open_run(run, resume, IDENTITY | changes, {}, lambda text: None)
+def open_run(run: Path, resume: str = "auto", **changes: object) -> start.Start:
+    return start.open_run(run, resume, IDENTITY | changes, {}, lambda text: None)
 
 
 def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert open_run(run) == checkpoint.Start()
+    assert open_run(run) == start.Start()
     with pytest.raises(
         UserError, match=r"run is of another run: seed \(was 1, is 2\), data \(was aaaaaaaaaaaa, is bbb\)"
     ):
         open_run(run, seed=2, data="bbb")
     with pytest.raises(UserError, match="already holds a run"):
         open_run(run, resume="never")
-    assert open_run(run) == checkpoint.Start()
+    assert open_run(run) == start.Start()
 
 
 @pytest.mark.parametrize("name", checkpoint.WRITTEN)
@@ -370,10 +371,10 @@ def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
 def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with checkpoint.claimed(run), pytest.raises(UserError, match="in use"), checkpoint.claimed(run):
+        with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
             pass
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to --out"), checkpoint.claimed(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot write to --out"), start.claimed(tmp_path / "file"):
         pass
 
 

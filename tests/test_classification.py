@@ -27,18 +27,18 @@ from adapters import heads
 from adapters.layers import ADAPTERS
 from classification import Classification, padded
 from config import UserError, resolve
-from distributed import World
+from engine.precision import set_products
+from engine.processes import World
+from engine.step import Loader, TrainStep, compile_model, partition
+from engine.trainer import evaluate
 from finetuning import Long, Parts, Special
 from labels import find_labels, label_name, word_ids
 from model import GPT
-from precision import set_products
 from predictions import probabilities, write_predictions
-from step import Loader, TrainStep, compile_model, partition
 from tasks.classification.options import ClassificationConfig, Pooling
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
-from trainer import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

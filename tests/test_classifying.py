@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def allocator() -> object:
     """The tests' process keeps its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("plan.set_allocator", lambda keep_freed: None)
+        patch.setattr("engine.plan.set_allocator", lambda keep_freed: None)
         yield
 
 

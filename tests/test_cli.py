@@ -21,21 +21,20 @@ import torch
 from conftest import own_lines, python_path
 from launch import launch, log_of, small, trace, write_inputs
 
-import distributed
-import step
 from base import cli
 from base.cli import option_names
 from base.console import bytes_text, printable, time_text
 from config import TrainConfig, UserError
-from distributed import World
-from memory import Memory
-from optim import lr_multiplier
-from plan import largest_micro_batch
-from precision import choose_precision
-from runlog import peak_flops, step_line
+from engine import processes, step
+from engine.log import peak_flops, step_line
+from engine.memory import Memory
+from engine.optim import lr_multiplier
+from engine.plan import largest_micro_batch
+from engine.precision import choose_precision
+from engine.pretraining import LanguageModelling
+from engine.processes import World
+from engine.trainer import Run
 from storage.weights import read_tensors
-from task import LanguageModelling
-from trainer import Run
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
@@ -153,7 +152,7 @@ def test_step_lines_are_printed_every_so_often(inputs):
 
 BAR = """
 import sys
-from runlog import RunLog
+from engine.log import RunLog
 log = RunLog(speaks=True)
 log.start_progress(3, 0)
 for step in (1, 2, 3):
@@ -410,8 +409,8 @@ class Linear(LanguageModelling):
 
 @pytest.mark.parametrize("room, found", [(100, 12), (11.9, 6), (6, 6), (5.9, 4), (1, 1), (0.5, 0)])
 def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, found):
-    monkeypatch.setattr(distributed, "available_memory", lambda device, ranks: room / 0.8)
-    monkeypatch.setattr(distributed, "memory_bytes", lambda device: 0)
+    monkeypatch.setattr(processes, "available_memory", lambda device, ranks: room / 0.8)
+    monkeypatch.setattr(processes, "memory_bytes", lambda device: 0)
     alone = World(0, 0, 1, 1, CPU)
     assert largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), alone, 12) == found
 
@@ -423,9 +422,9 @@ def test_micro_batch_auto_is_stored(inputs):
 
 
 def test_precision_says_why(monkeypatch):
-    monkeypatch.setattr("precision.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: True)
     assert choose_precision("auto", CPU) == ("bf16", "native on this CPU")
-    monkeypatch.setattr("precision.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: False)
     assert choose_precision("auto", CPU) == ("fp32", "no fast bf16 on this cpu")
     assert choose_precision("bf16", CPU) == ("bf16", "asked for")
     for lacking in ("fp16", "tf32", "fp8"):
@@ -457,7 +456,7 @@ def test_dry_run_starts_nothing_and_its_memory_is_what_is_then_measured(inputs, 
 
 
 def no_memory() -> None:
-    mock.patch.object(distributed, "available_memory", lambda device, ranks: 1 << 20).start()
+    mock.patch.object(processes, "available_memory", lambda device, ranks: 1 << 20).start()
 
 
 def test_dry_run_says_what_does_not_fit(inputs):
@@ -478,7 +477,7 @@ def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
     events = json.loads((inputs / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
-    assert "aten::addmm" in (inputs / "profiled" / "profile" / "memory.txt").read_text()
+    assert "aten::addmm" in (inputs / "profiled" / "profile" / "engine.memory.txt").read_text()
 
 
 def train_with_noise(folder: Path, *words: Any) -> str:

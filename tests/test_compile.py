@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig
-from trainer import evaluate
+from engine.trainer import evaluate
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=3, n_head=2, n_embd=64)
 MINUTE = GPTConfig(vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16)  # Triton's interpreter is slow

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO, own_lines, python_path
 from launch import log_of, receive, small, start, write_inputs
 
-from runlog import kept_lines, numbers, read_log
+from engine.log import kept_lines, numbers, read_log
 
 PROGRAM = """
 import sys, time

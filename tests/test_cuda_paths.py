@@ -11,12 +11,11 @@ import torch
 from random_tokens import make_step
 from toy import TwoHeads
 
-import distributed
-import plan
 from config import GPTConfig, TrainConfig
-from distributed import World
+from engine import plan, processes
+from engine.processes import World
+from engine.step import Loader, compile_model
 from model import GPT
-from step import Loader, compile_model
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=2, n_embd=64)
 CPU, GPU_1 = torch.device("cpu"), torch.device("cuda", 1)
@@ -89,7 +88,7 @@ def test_segments_grow_unless_graphs_or_the_user_forbid_it(monkeypatch, options,
 def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, workers):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    monkeypatch.setattr(processes, "cores", lambda: cores)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     with inductor.patch(compile_threads=32):
         compile_model(GPT(SMALL), TrainConfig(), World(0, 0, ranks, ranks, CPU))

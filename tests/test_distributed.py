@@ -19,14 +19,12 @@ from launch import launch, log_of, small, write_inputs
 from torch import Tensor
 from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
-import distributed
-import step
-import trainer
 from config import TrainConfig
-from distributed import StopSignal, World
-from memory import Memory
-from plan import largest_micro_batch
-from task import LanguageModelling
+from engine import processes, step, trainer
+from engine.memory import Memory
+from engine.plan import largest_micro_batch
+from engine.pretraining import LanguageModelling
+from engine.processes import StopSignal, World
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -113,7 +111,7 @@ def agreements(world: World) -> list[int]:
 
 
 def host_sums(world: World) -> dict[str, float]:
-    return distributed.sum_over_ranks(world, {"both": world.rank + 0.5, f"only {world.rank}": 2.0})
+    return processes.sum_over_ranks(world, {"both": world.rank + 0.5, f"only {world.rank}": 2.0})
 
 
 def evaluation(world: World) -> list[dict[str, float] | None]:
@@ -134,8 +132,8 @@ def micro_batch(world: World) -> int:
 
     room = (12, 7)[world.rank] / 0.8
     with (
-        mock.patch.object(distributed, "available_memory", lambda device, ranks: room),
-        mock.patch.object(distributed, "memory_bytes", lambda device: 0),
+        mock.patch.object(processes, "available_memory", lambda device, ranks: room),
+        mock.patch.object(processes, "memory_bytes", lambda device: 0),
     ):
         return largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), world, 12)
 
@@ -144,9 +142,9 @@ SCENARIOS = (gradients, all_reduces, trained, skipped, replicas, agreements, hos
 
 
 def play(folder: Path) -> None:
-    world = distributed.start("cpu")
+    world = processes.start("cpu")
     torch.save({scenario.__name__: scenario(world) for scenario in SCENARIOS}, folder / f"{world.rank}.pt")
-    distributed.finish(world)
+    processes.finish(world)
     raise SystemExit(0)
 
 
@@ -230,7 +228,7 @@ def test_micro_batch_auto_fits_on_every_rank(pair):
 def ranks_meet(store: dist.Store, size: int) -> list[str]:
     """What each rank, all alive, takes as the name of the meeting."""
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: distributed.meet(store, rank, size, 20), range(size)))
+        return list(pool.map(lambda rank: processes.meet(store, rank, size, 20), range(size)))
 
 
 LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
@@ -249,7 +247,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
             continue
         for rank in alive:
             with pytest.raises(TimeoutError, match="did not come"):
-                distributed.meet(store, rank, size, 0.05)
+                processes.meet(store, rank, size, 0.05)
     names = ranks_meet(store, size)
     assert len(set(names)) == 1 and names[0] not in met
 
@@ -268,7 +266,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
 def test_a_run_that_nodes_may_join_is_told_what_to_set(monkeypatch, env, told):
     for name, value in ({"TORCHELASTIC_USE_AGENT_STORE": "True"} | env).items():
         monkeypatch.setenv(name, value)
-    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (distributed.restart_advice() or "")) == told
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (processes.restart_advice() or "")) == told
 
 
 # --- threads
@@ -291,7 +289,7 @@ def test_ranks_on_one_cpu_share_its_cores(monkeypatch, env, ranks, threads):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert distributed.threads_per_rank(ranks) == threads
+    assert processes.threads_per_rank(ranks) == threads
 
 
 # --- whole runs

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate as script
 from config import UserError
-from engine.perplexity_tmp import bits_per_byte, perplexity
+from engine.pretraining import bits_per_byte, perplexity
 from model import GPT, GPTConfig
 from storage.shards import byte_lengths
 from text.prepare import tokenize_to_folder

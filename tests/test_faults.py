@@ -286,7 +286,7 @@ def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(reference: Path,
 
 
 def no_room_for_the_log() -> None:
-    from runlog import RunLog
+    from engine.log import RunLog
 
     def fail() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -27,17 +27,18 @@ from classification import Classification, as_lstm
 from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
 from decoding.options import Decode
-from distributed import World
+from engine.processes import World
+from engine.step import Loader, TrainStep
+from engine.trainer import evaluate
 from finetune import fit_words, other_task, rehearse
 from finetuning import Finetuning
 from generation import Answer, Generation, plain
 from labels import find_labels
 from model import GPT
-from step import Loader, TrainStep
+from storage import hub
 from tasks.classification.options import ClassificationConfig, Form, Pooling
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
-from trainer import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -538,7 +539,7 @@ def test_an_adapter_and_its_head_resume_and_predict_from_a_checkpoint(method: st
     run, newest = folder / "run", folder / "run" / "checkpoints" / "step-00000004"
     finished("topics", folder, *more, "--resume", run / "checkpoints" / "step-00000002", "--out", "branch")
     same_second_half(run, folder / "branch", 2)
-    assert peft.is_adapter(newest) and not (newest / "model.safetensors").exists()
+    assert hub.is_adapter(newest) and not (newest / "model.safetensors").exists()
     state = load_file(newest / "training_state.safetensors")
     stored = {key for key in state if key.startswith("model.")}
     assert {"model.heads.topics.weight", "model.heads.topics.query"} < stored
@@ -857,16 +858,16 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
     newest = run / "checkpoints" / "step-00000008"
     stored = {key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")}
     if method in layers.ADAPTERS:
-        assert peft.is_adapter(newest) and not (newest / "model.safetensors").exists()
+        assert hub.is_adapter(newest) and not (newest / "model.safetensors").exists()
         assert stored and not any(key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored)
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert peft.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
+        assert hub.base_of(newest) == (str((folder / "base").resolve()), weights_of(folder / "base"))
     else:
         assert "model.transformer.wte.weight" in stored
     unchanged = weights_of(folder / "base")
     ids = load_tokenizer(str(folder / "base")).encode("The winter wood is white")
     if method in ("prefix", "soft-prompt"):
-        assert peft.is_adapter(run / "final")
+        assert hub.is_adapter(run / "final")
         typed = ["run", "The winter", "--decode", "greedy", "--max-new-tokens", "4"]
         (end,) = launch(folder, typed, program="generate")
         assert end.code == 0 and end.out.startswith("The winter") and not own_lines(end.err), end

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import GPTConfig, UserError
+from engine.precision import choose_precision
 from kernels.fp8_linear import dequantized, fp8_linear, fp8_linear_reference, quantize
-from precision import choose_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -12,10 +12,10 @@ import torch
 from random_tokens import make_step
 
 from config import GPTConfig
-from distributed import World
+from engine.precision import autocast
+from engine.processes import World
+from engine.step import Loader
 from model import GPT, KVCache, attention_backends
-from precision import autocast
-from step import Loader
 
 pytestmark = pytest.mark.gpu
 

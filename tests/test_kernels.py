@@ -14,6 +14,7 @@ from torch import Tensor
 import kernels
 import kernels._triton
 from config import GPTConfig, TrainConfig, UserError
+from engine.precision import Cast
 from kernels.attention import attention, attention_reference
 from kernels.bias_gelu import bias_gelu
 from kernels.cpu_attention import cpu_attention
@@ -22,7 +23,6 @@ from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from objectives import nll_and_unlikelihood
-from precision import Cast
 
 TRITON = ",".join(kernels.TRITON)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import python_path
 
 from config import PRESETS, GPTConfig, UserError
-from memory import Memory, checkpoint_bytes, estimate, optimizer_bytes
+from engine.memory import Memory, checkpoint_bytes, estimate, optimizer_bytes
 from model import GPT
 
 TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
@@ -25,7 +25,7 @@ import json, re, sys
 import torch
 from config import GPTConfig
 from base.machine import resident_bytes
-from memory import set_allocator
+from engine.memory import set_allocator
 from model import GPT
 
 config, rows, micro_batches, autocast = json.loads(sys.argv[1])
@@ -50,7 +50,7 @@ with open("/proc/self/status") as status:
 ESTIMATE = """
 import json, sys
 from config import GPTConfig
-from memory import estimate
+from engine.memory import estimate
 config, rows, micro_batches, autocast = json.loads(sys.argv[1])
 config = GPTConfig(**config)
 precision = "bf16" if autocast else "fp32"
@@ -148,7 +148,7 @@ def test_gpt2_is_answered_without_its_memory():
 HOLES = """
 import torch
 from base.machine import resident_bytes
-from memory import Heap, set_allocator
+from engine.memory import Heap, set_allocator
 
 set_allocator(keep_freed=True)
 blocks = [torch.ones(1 << 18) for _ in range(200)]  # 200 MiB

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import metrics
 from decoding import similarity
-from engine import perplexity_tmp
+from engine import pretraining
 
 # Few characters, so that n-grams repeat within a text and between texts; white space of several kinds; no Latin too.
 TEXTS = st.lists(st.text(alphabet="ab \n\u3000한é", max_size=14), min_size=1, max_size=5)
@@ -205,9 +205,9 @@ def test_line_count():
 
 
 def test_perplexity_and_bits():
-    assert perplexity_tmp.perplexity(4 * np.log(8), 4) == pytest.approx(8)
-    assert perplexity_tmp.perplexity(1e6, 1) == float("inf")
-    assert perplexity_tmp.bits_per_byte(16 * np.log(2), 4) == pytest.approx(4)
+    assert pretraining.perplexity(4 * np.log(8), 4) == pytest.approx(8)
+    assert pretraining.perplexity(1e6, 1) == float("inf")
+    assert pretraining.bits_per_byte(16 * np.log(2), 4) == pytest.approx(4)
 
 
 QUIET = """

@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
+from engine.optim import Group, LossScale, Optimizers, Span, default_groups, lr_multiplier
 from model import GPT
-from optim import Group, LossScale, Optimizers, Span, default_groups, lr_multiplier
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")

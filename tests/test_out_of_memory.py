@@ -15,8 +15,8 @@ from torch import Tensor
 from toy import Counter, Scripted, whole_run
 
 from config import TrainConfig, UserError
-from plan import is_out_of_memory
-from trainer import train
+from engine.plan import is_out_of_memory
+from engine.trainer import train
 
 pytestmark = pytest.mark.usefixtures("untouched")
 

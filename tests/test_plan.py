@@ -18,9 +18,9 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from torch.nn.attention import SDPBackend
 
 import kernels._triton
-import plan
 from config import TrainConfig, UserError
-from distributed import World
+from engine import plan
+from engine.processes import World
 from model import attention_backends
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ from random_tokens import make_step
 from toy import run_step
 
 from config import GPTConfig
-from precision import Cast, set_products
+from engine.precision import Cast, set_products
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=2, n_embd=64)
 
@@ -61,7 +61,7 @@ def test_products_that_round_are_not_taken(monkeypatch):
     """As on a CPU with AMX that did not say so."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr("precision._products_are_exact", lambda: False)
+    monkeypatch.setattr("engine.precision._products_are_exact", lambda: False)
     assert not set_products("fp32", torch.device("cpu")) and torch.get_float32_matmul_precision() == "highest"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)

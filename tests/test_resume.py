@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
-import resume
 from base.cli import typed_options
 from config import TrainConfig, UserError
-from lengths import Extension, Length, extend, spans
-from optim import lr_multiplier, span_at
-from resume import own_options
+from engine import resume
+from engine.lengths import Extension, Length, extend, spans
+from engine.optim import lr_multiplier, span_at
+from engine.resume import own_options
 from storage import checkpoint
 
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
 
 from config import UserError
-from distributed import World
-from optim import LossScale
-from runlog import finite
-from step import check_replicas, partition, seed_draws
+from engine.log import finite
+from engine.optim import LossScale
+from engine.processes import World
+from engine.step import check_replicas, partition, seed_draws
+from engine.trainer import Progress, evaluate, train
 from storage import checkpoint
-from trainer import Progress, evaluate, train
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -263,7 +263,7 @@ def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp
             # as Triton's build of a launcher fails, outside torch.compile
             raise subprocess.CalledProcessError(1, ["gcc", "/tmp/a/main.c", "-O3", "-shared"])
 
-    monkeypatch.setattr("plan.compiler_lacks", lambda device_type: None)
+    monkeypatch.setattr("engine.plan.compiler_lacks", lambda device_type: None)
     with pytest.raises(UserError, match="--no-compile"):
         train(Fails([1.0]), whole_run(tmp_path / "run", 1, compile=True))
     with pytest.raises(subprocess.CalledProcessError):

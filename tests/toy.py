@@ -18,11 +18,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import TrainConfig
-from distributed import World
-from memory import Memory
-from optim import Group
-from step import Loader, StepResult, TrainStep
-from task import Task
+from engine.memory import Memory
+from engine.optim import Group
+from engine.processes import World
+from engine.step import Loader, StepResult, TrainStep
+from engine.task import Task
 
 ROWS = 64
 STEPS = 12

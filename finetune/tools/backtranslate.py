@@ -22,7 +22,7 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import TEMPORARY, flush
 from config import Count, Few, UserError, Where, nearest
-from distributed import choose_device
+from engine.processes import choose_device
 from finetune.tools import check_out
 from text.corpus import records_of
 from text.readers import SHOWN, LeftOut, NotUtf8, with_advice

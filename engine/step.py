@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-import distributed
 from base.machine import cores
 from config import RunConfig
-from distributed import World
+from engine import processes
+from engine.optim import LossScale, Optimizers, Span, lr_multiplier, span_at
+from engine.precision import DTYPES, Cast, autocast, casts_once, exact_products
+from engine.processes import World
+from engine.task import Task
 from kernels._triton import missing
-from optim import LossScale, Optimizers, Span, lr_multiplier, span_at
-from precision import DTYPES, Cast, autocast, casts_once, exact_products
 from storage import checkpoint
-from task import Task
 
 # --- batches
 
@@ -63,7 +63,7 @@ class Loader:
     def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
         self.task, self.world, self.micro_batch, self.steps, self.ahead = task, world, micro_batch, steps, ahead
         # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte on that GPU.
-        self.pool = ThreadPoolExecutor(1, "loader", distributed.use_device, (world.device,))
+        self.pool = ThreadPoolExecutor(1, "loader", processes.use_device, (world.device,))
         self.futures: dict[int, Future[StepBatches]] = {}
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
@@ -281,7 +281,7 @@ class TrainStep:
 
     def _over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
         """The step's weights and amounts over all ranks, in one exchange."""
-        both = distributed.sum_over_ranks(self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights)
+        both = processes.sum_over_ranks(self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights)
         amounts = {k.removeprefix(AMOUNT): both.pop(k) for k in list(both) if k.startswith(AMOUNT)}
         return both, amounts
 
@@ -335,7 +335,7 @@ class TrainStep:
         if not sums:
             return torch.full((), math.nan, device=self.world.device), {}
         means = torch.stack([sums[k] / total[k] for k in sums])
-        distributed.all_reduce_sum(self.world, means)
+        processes.all_reduce_sum(self.world, means)
         terms = dict(zip(sums, means.unbind(), strict=True))
         return torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum(), terms
 
@@ -389,7 +389,7 @@ def check_replicas(model: nn.Module, world: World) -> None:
     if world.size == 1:
         return
     bits = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
-    sums = distributed.gather(world, int(torch.stack(bits).sum()))
+    sums = processes.gather(world, int(torch.stack(bits).sum()))
     different = [rank for rank, value in enumerate(sums) if value != sums[0]]
     if different:
         raise RuntimeError(f"the parameters of ranks {different} differ from rank 0's; resume from a checkpoint")

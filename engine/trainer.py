@@ -1,6 +1,6 @@
 """The one training loop. It never looks inside a batch, a model or a loss: the Task does.
 
-A run begins (afresh or from a checkpoint), makes optimizer steps (step.py), does what is due between them
+A run begins (afresh or from a checkpoint), makes optimizer steps (engine/step.py), does what is due between them
 (evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its last step saved.
 """
 
@@ -30,14 +30,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-import distributed
 from base import files
 from base.console import bytes_text, printable, time_text
 from config import RunConfig, UserError
-from distributed import StopSignal, World
-from lengths import Extension, as_json, spans
-from memory import Heap, keeps_freed
-from plan import (
+from engine import processes
+from engine.lengths import Extension, as_json, spans
+from engine.log import RunLog, finite
+from engine.memory import Heap, keeps_freed
+from engine.plan import (
     Choices,
     Disk,
     compiler_error,
@@ -49,12 +49,22 @@ from plan import (
     largest_micro_batch,
     settle,
 )
-from resume import BY_MACHINE, Earlier, changes, earlier_start, own_options
-from runlog import RunLog, finite
-from step import Loader, StepResult, TrainStep, check_replicas, compile_model, compile_unit, load_weights, partition
+from engine.processes import StopSignal, World
+from engine.resume import BY_MACHINE, Earlier, changes, earlier_start, own_options
+from engine.start import Start, claimed, open_run
+from engine.step import (
+    Loader,
+    StepResult,
+    TrainStep,
+    check_replicas,
+    compile_model,
+    compile_unit,
+    load_weights,
+    partition,
+)
+from engine.task import Task
 from storage import checkpoint
 from storage.checkpoint import Saver
-from task import Task
 from text import tokenizer_files
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
@@ -69,12 +79,12 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     """
     cfg = own_options(cfg, typed)
     asked = {name: getattr(cfg, name) for name in (*BY_MACHINE, "device")}
-    world = distributed.start(cfg.device)
-    cfg = distributed.gather(world, cfg)[0]  # only rank 0 may see the run's folder
+    world = processes.start(cfg.device)
+    cfg = processes.gather(world, cfg)[0]  # only rank 0 may see the run's folder
     stop = StopSignal(world)
     stop.install()
     log = RunLog(speaks=world.main)
-    if advice := distributed.restart_advice():
+    if advice := processes.restart_advice():
         log.say(advice)
     defaulted = cfg.data is None
     cfg, choices = settle(cfg, world)
@@ -84,9 +94,9 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     if cfg.dry_run:
         task.plan(cfg)
         dry_run(task, task.set_length(cfg), world, log)
-        distributed.finish(world)
+        processes.finish(world)
         return 0
-    with distributed.main_first(world):
+    with processes.main_first(world):
         task.setup(cfg, log.say)
     cfg = task.set_length(cfg)
     run = Run(task, cfg, world, stop, log, asked)
@@ -95,7 +105,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
             code = run.train(choices)
     finally:
         log.close()
-    distributed.finish(world)
+    processes.finish(world)
     return code
 
 
@@ -188,7 +198,7 @@ class Run:
                 result = function()
             except UserError as error:
                 result = error
-        result = distributed.gather(self.world, result)[0]
+        result = processes.gather(self.world, result)[0]
         if isinstance(result, UserError):
             raise result
         return result
@@ -197,12 +207,12 @@ class Run:
         names = ("seed", "optimizer", "schedule", "steps")
         return {"task": self.task.name} | {name: getattr(self.cfg, name) for name in names} | self.task.identity()
 
-    def _open(self) -> checkpoint.Start:
+    def _open(self) -> Start:
         cfg = self.cfg
         facts = {
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
             "command": sys.argv, "world_size": self.world.size, "device": self.world.device.type,
-            "launcher": distributed.launcher(), "asked": self.asked,
+            "launcher": processes.launcher(), "asked": self.asked,
         }  # fmt: skip
         extension = None
         if cfg.extend_to:
@@ -210,10 +220,10 @@ class Run:
             extension = Extension(
                 cfg.extend_to, cfg.reschedule, cfg.schedule, cfg.warmup_steps, cfg.min_lr, cfg.patience
             )
-        self.held.enter_context(checkpoint.claimed(self.folder))
+        self.held.enter_context(claimed(self.folder))
         earlier = earlier_start(cfg)
         resume = "auto" if self._is_restart(earlier) else cfg.resume
-        start = checkpoint.open_run(self.folder, resume, self.identity(), facts, self.log.say, extension)
+        start = open_run(self.folder, resume, self.identity(), facts, self.log.say, extension)
         self.changes = lambda: list(changes(cfg, facts, earlier, start)) if earlier else []
         if start.finished:
             steps = json.loads((self.folder / checkpoint.RESULTS).read_text(encoding="utf-8"))["steps"]
@@ -222,11 +232,11 @@ class Run:
 
     def _is_restart(self, earlier: Earlier | None) -> bool:
         """Whether torchrun starts this run again, which it began itself: then --resume has been obeyed."""
-        launcher = distributed.launcher()
+        launcher = processes.launcher()
         begun_here = earlier is not None and launcher is not None and earlier.record.get("launcher") == launcher
         return begun_here and (self.cfg.resume == "never" or bool(checkpoint.checkpoints(self.folder)))
 
-    def _build(self, start: checkpoint.Start, micro_batch: int | None = None) -> None:
+    def _build(self, start: Start, micro_batch: int | None = None) -> None:
         """Build the model and what trains it, as of the checkpoint; `micro_batch` None: as it must be found."""
         cfg, world, resume_from = self.cfg, self.world, start.folder
         tensors, meta = checkpoint.read_state(resume_from) if resume_from else ({}, {})
@@ -301,7 +311,7 @@ class Run:
     def _banner(self, choices: Choices, resume_from: Path | None) -> None:
         cfg, world = self.cfg, self.world
         assert isinstance(cfg.micro_batch, int)
-        device = distributed.device_name(world.device)
+        device = processes.device_name(world.device)
         threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
         compiled = (
             f"compiled by the {compile_unit(cfg, world, self.task.compiles_whole)}" if cfg.compile else "not compiled"
@@ -337,7 +347,7 @@ class Run:
             return False
         return True
 
-    def _shrink_micro_batch(self, start: checkpoint.Start) -> None:
+    def _shrink_micro_batch(self, start: Start) -> None:
         """Begin again with the next smaller micro-batch: a compiled step may take more than the trial did."""
         too_large, at = self.cfg.micro_batch, self.at
         assert isinstance(too_large, int)
@@ -431,7 +441,7 @@ class Run:
             "mfu": self._mfu(rates["tokens"]),
             "step_ms": 1e3 * seconds,
             "data_ms": 1e3 * waited,
-            "memory_bytes": distributed.memory_bytes(self.world.device),
+            "memory_bytes": processes.memory_bytes(self.world.device),
         }
         if len(terms) > 1:
             record |= dict(zip(result.terms, terms, strict=True))
@@ -574,12 +584,12 @@ class Run:
         def write(profile: torch.profiler.profile) -> None:
             profile.export_chrome_trace(str(folder / "trace.json"))
             if cuda:
-                torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+                torch.cuda.memory._dump_snapshot(str(folder / "engine.memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
             table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
-            (folder / "memory.txt").write_text(table + "\n", encoding="utf-8")
-            snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "memory.txt"
+            (folder / "engine.memory.txt").write_text(table + "\n", encoding="utf-8")
+            snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "engine.memory.txt"
             self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/{snapshot}")
             self.clock = time.perf_counter()  # the writing is no part of a step
 
@@ -600,7 +610,7 @@ class Run:
         if self.world.main and self.at.step and self.saved != self.at.step:
             self._save()
             self.saver.join()
-        distributed.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
+        processes.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
         self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {self.signal}"})
         saved = "its checkpoint is saved" if self.saved == self.at.step else "nothing new was saved"
         self.log.say(f"stopped by signal {self.signal} after step {self.at.step}; {saved}; the same command resumes")
@@ -675,7 +685,7 @@ class Run:
             **(per_second(self._speeds()) or {"tokens_per_second": None}),
             "seconds": self.at.seconds,
             "skipped": self.at.skipped,
-            "memory_bytes": distributed.memory_bytes(self.world.device),
+            "memory_bytes": processes.memory_bytes(self.world.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
@@ -737,6 +747,6 @@ def evaluate(step: TrainStep, stop: Callable[[], int] = lambda: 0) -> dict[str, 
                 sums[key] = sums.get(key, 0) + count.double()
     finally:
         model.train(was_training)
-    total = distributed.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
-    gathered = {row: record for part in distributed.gather(world, outputs) for row, record in part.items()}
+    total = processes.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
+    gathered = {row: record for part in processes.gather(world, outputs) for row, record in part.items()}
     return task.metrics(total, gathered)

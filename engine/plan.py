@@ -17,18 +17,18 @@ import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
-import distributed
 from base.console import bytes_text, printable, time_text
 from config import Run, RunConfig, UserError, resolve
-from distributed import World
+from engine import processes
+from engine.log import RunLog, numbers, peak_flops, read_log
+from engine.memory import keeps_freed, set_allocator
+from engine.precision import DTYPES, choose_precision, set_products
+from engine.processes import World
+from engine.step import TrainStep, compiler_lacks
+from engine.task import Task
 from kernels import choose, named
-from memory import keeps_freed, set_allocator
 from model import attention_backends
-from precision import DTYPES, choose_precision, set_products
-from runlog import RunLog, numbers, peak_flops, read_log
-from step import TrainStep, compiler_lacks
 from storage.checkpoint import checkpoints
-from task import Task
 
 
 @dataclass
@@ -70,7 +70,7 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
 
 def check_compiler(world: World) -> None:
     """Raise UserError on every rank where one of them has no compiler for torch.compile."""
-    reasons = distributed.gather(world, compiler_lacks(world.device.type))
+    reasons = processes.gather(world, compiler_lacks(world.device.type))
     if reason := next(filter(None, reasons), None):
         raise UserError(f"--compile {reason}; or type --no-compile")
 
@@ -104,7 +104,7 @@ def set_gpu_allocator(cfg: RunConfig) -> None:
 def largest_micro_batch(task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU, estimated elsewhere."""
     fits = _gpu_fits(task, model, cfg, world) if world.device.type == "cuda" else estimate_fits(task, cfg, world)
-    return min(distributed.gather(world, largest_divisor(rows, fits)))
+    return min(processes.gather(world, largest_divisor(rows, fits)))
 
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
@@ -119,8 +119,8 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], bool]:
-    room = 0.8 * distributed.available_memory(world.device, world.local_size)
-    held = distributed.memory_bytes(world.device)  # already taken, and counted in the estimate
+    room = 0.8 * processes.available_memory(world.device, world.local_size)
+    held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
     return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
 
 
@@ -130,7 +130,7 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Cal
     step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
     kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
     kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
-    room = distributed.available_memory(device, 1) + torch.cuda.memory_allocated(device)
+    room = processes.available_memory(device, 1) + torch.cuda.memory_allocated(device)
 
     def fits(n: int) -> bool:
         batch = task.collate("train", task.longest_rows(n))
@@ -241,7 +241,7 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
     disk = disk_of(task, cfg, memory.weights)
-    free = distributed.available_memory(world.device, world.local_size)
+    free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(f"dry run: nothing is started or written ({task.describe_step(cfg.micro_batch, world.size)})\n")
     log.banner(
@@ -277,4 +277,4 @@ def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float 
 
 
 def device_peak(world: World, precision: str) -> float | None:
-    return peak_flops(distributed.device_name(world.device), precision) if world.device.type == "cuda" else None
+    return peak_flops(processes.device_name(world.device), precision) if world.device.type == "cuda" else None

@@ -13,11 +13,12 @@ from typing import Any
 
 from adapters.options import MethodConfig
 from config import Run, RunConfig, UserError, default_out
-from distributed import choose_device
+from engine.lengths import lengths_of
+from engine.precision import choose_precision
+from engine.processes import choose_device
+from engine.start import Start
 from kernels import choose, named
-from lengths import lengths_of
-from precision import choose_precision
-from storage.checkpoint import RECORD, Start
+from storage.checkpoint import RECORD
 
 # Options that say how one start goes about it, not what the run is.
 OF_A_START = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import UserError
-from optim import Span, lr_multiplier, span_at
+from engine.optim import Span, lr_multiplier, span_at
 
 
 @dataclass(frozen=True)

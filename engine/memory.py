@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from base.machine import resident_bytes
 from config import GPTConfig, RunConfig
+from engine.precision import DTYPES, Cast
 from model import GPT
-from precision import DTYPES, Cast
 
 Dress = Callable[[GPT], object]
 Loss = Callable[[GPT, Tensor], Tensor]
