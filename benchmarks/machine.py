@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -67,30 +66,3 @@ def driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout.partition("\n")[0].strip() or None
-
-
-def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
-    """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would be faster."""
-    import torch
-
-    from engine import processes
-    from engine.precision import DTYPES, set_products
-
-    found = processes.start(device).device
-    n, products = (8192, 20) if found.type == "cuda" else (2048, 1)
-    set_products(precision, found)
-    a, b = (torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32)) for _ in range(2))
-
-    def timed() -> float:
-        began = time.perf_counter()
-        for _ in range(products):
-            product = a @ b
-        product[0, 0].item()  # waits for the device
-        return (time.perf_counter() - began) / products
-
-    timed()
-    until = time.perf_counter() + seconds
-    best = timed()
-    while time.perf_counter() < until:
-        best = min(best, timed())
-    return 2 * n**3 / best

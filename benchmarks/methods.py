@@ -113,8 +113,8 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 def task_facts(name: str) -> dict[str, Any]:
     """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file of answers if these
     are texts that have scores."""
-    from finetuning import Finetuning
-    from generation import Generation
+    from tasks.finetuning import Finetuning
+    from tasks.generation.task import Generation
 
     module = importlib.import_module(f"finetune.{name}")
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Finetuning)]
@@ -135,7 +135,7 @@ def base_facts(init: str) -> dict[str, Any]:
     model = GPT.from_pretrained(folder)
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     base = {"init": init, "folder": str(folder.resolve())} | shape | {"parameters": model.n_params()}
-    card, results = folder / "README.md", folder.resolve().parent / "metrics.json"
+    card, results = folder / "README.md", folder.resolve().parent / "tasks.metrics.json"
     if card.is_file():
         base["card"] = dict(re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE))
     if folder.name == "final" and results.is_file():

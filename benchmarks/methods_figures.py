@@ -19,7 +19,9 @@ COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memo
 @functools.cache
 def figures_of(run: Path) -> dict[str, Any]:
     """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the cost."""
-    results, config = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("metrics.json", "config.json"))
+    results, config = (
+        json.loads((run / name).read_text(encoding="utf-8")) for name in ("tasks.metrics.json", "config.json")
+    )
     log = records(run)
     evals = [line for line in log if line["kind"] == "eval"]
     chosen = next((line for line in evals if line["step"] == results["final_is_step"]), {})
@@ -75,7 +77,7 @@ def report_of(run: Path) -> dict[str, Any]:
 @functools.cache
 def compared(run: Path, other: Path) -> dict[str, Any] | None:
     """`confusion.paired_test` of two runs' predictions of the same validation rows; None where there are none."""
-    from confusion import paired_test
+    from tasks.classification.confusion import paired_test
 
     one, two = labels_of(run), labels_of(other)
     if one is None or two is None or one[0] != two[0]:

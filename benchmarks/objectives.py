@@ -1,7 +1,7 @@
 """What token unlikelihood costs:  python -m benchmarks.objectives [--preset mini] [--vocab 8192,50257]
 
 Whole optimizer steps of one model (forward, backward, AdamW), in turns: the likelihood alone with its logits in memory
-whole; with the unlikelihood of objectives.py; with it as Welleck et al. published it, a (T, V) mask of candidates and
+whole; with the unlikelihood of tasks/objectives.py; with it as Welleck et al. published it, a (T, V) mask of candidates and
 their probabilities clamped; and position by position. The two written out here are what the tests compare with too.
 """
 
@@ -26,7 +26,7 @@ from config import PRESETS, Count, GPTConfig, Preset, Where
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAIN, OURS, MASKED, LOOP = "likelihood alone", "objectives.py", "mask of candidates", "loop over positions"
+PLAIN, OURS, MASKED, LOOP = "likelihood alone", "tasks.objectives.py", "mask of candidates", "loop over positions"
 
 
 @dataclass
@@ -84,7 +84,7 @@ def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Ca
     import torch
 
     from model import GPT
-    from objectives import nll_and_unlikelihood
+    from tasks.objectives import nll_and_unlikelihood
 
     torch.manual_seed(0)
     model = GPT(config).to(device)

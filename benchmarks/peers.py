@@ -30,10 +30,10 @@ from typing import Any, Literal
 from base.cli import entry_point, parse
 from base.console import bytes_text, outlive
 from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step, fitting
-from benchmarks.machine import elsewhere, facts, product_ceiling
+from benchmarks.machine import elsewhere, facts
 from benchmarks.peers_report import assessed, rates, report
 from config import Positive, UserError, Where, nearest
-from engine.log import peak_flops
+from engine.roofline import peak_flops, product_ceiling
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
 FREE = 0.85  # share of a GPU's memory that is free where no other process uses it

@@ -37,7 +37,7 @@ from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_ro
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
-from engine.log import peak_flops
+from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
 ACCUMULATION = 4  # on a CPU

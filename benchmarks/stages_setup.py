@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from base.machine import cores
 from benchmarks.ladder import Machine
-from benchmarks.machine import facts, product_ceiling
+from benchmarks.machine import facts
 from benchmarks.stages_run import say
 from config import PRESETS, GPTConfig, TrainConfig, UserError, resolve
+from engine.roofline import product_ceiling
 
 if TYPE_CHECKING:
     import torch

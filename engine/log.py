@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -18,49 +17,6 @@ from typing import Any, TypeGuard
 
 from base import console
 from base.console import bytes_text, time_text
-
-# Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets:
-# words of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all there counts.
-PEAKS = (
-    ("H200", 989e12, 494e12),
-    ("GH200", 989e12, 494e12),
-    ("H100 PCIe", 756e12, 378e12),
-    ("H100 NVL", 835e12, 417e12),
-    ("H100", 989e12, 494e12),
-    ("H20", 148e12, 74e12),
-    ("B300", 2250e12, 1125e12),
-    ("B200", 2250e12, 1125e12),
-    ("GB300", 2500e12, 1250e12),
-    ("GB200", 2500e12, 1250e12),
-    ("A100", 312e12, 156e12),
-    ("A40", 150e12, 75e12),
-    ("A30", 165e12, 82e12),
-    ("A10G", 70e12, 35e12),
-    ("A10", 125e12, 62e12),
-    ("L40S", 362e12, 183e12),
-    ("L40", 181e12, 90e12),
-    ("L4", 121e12, 60e12),
-    ("RTX 6000 Ada", 364e12, 182e12),
-    ("RTX A6000", 155e12, 77e12),
-    ("RTX 5090", 209e12, 105e12),
-    ("RTX 4090", 165e12, 83e12),
-    ("RTX 3090 Ti", 80e12, 40e12),
-    ("RTX 3090", 71e12, 36e12),
-    ("V100", 125e12, None),
-    ("T4", 65e12, None),
-)
-SLOWER = ("Laptop", "Max-Q", "D", "MIG")  # words of a name that sell less than the data sheet of the rest
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device in a precision, or None where it is unknown (then MFU is null)."""
-    words = re.split(r"[\s-]+", device_name)
-    if precision not in ("bf16", "fp16", "tf32") or any(word in words for word in SLOWER):
-        return None
-    for name, half, tf32 in PEAKS:
-        if all(part in words for part in name.split()):
-            return tf32 if precision == "tf32" else half
-    return None
 
 
 class RunLog:

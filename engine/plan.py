@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, printable, time_text
 from config import Run, RunConfig, UserError, resolve
 from engine import processes
-from engine.log import RunLog, numbers, peak_flops, read_log
+from engine.log import RunLog, numbers, read_log
 from engine.memory import keeps_freed, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
+from engine.roofline import peak_flops
 from engine.step import TrainStep, compiler_lacks
 from engine.task import Task
 from kernels import choose, named

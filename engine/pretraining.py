@@ -15,8 +15,8 @@ from torch import Tensor
 import kernels
 from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import window_order
-from decoding.batched import generate
 from decoding.options import DecodeConfig
+from decoding.sampling import sample
 from engine.data import Data, check_data, open_data
 from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from engine.precision import casts_once
@@ -201,7 +201,7 @@ class LanguageModelling(Task):
         prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
         options = DecodeConfig(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50)
-        outs = generate(model, ids, options, tokenizer.eot, seed=self.cfg.seed, tokenizer=tokenizer)
+        outs = sample(model, ids, options, tokenizer.eot, seed=self.cfg.seed, tokenizer=tokenizer)
         texts = [tokenizer.decode(out) for out in outs]
         return list(zip(prompts, texts, strict=True))
 

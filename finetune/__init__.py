@@ -18,15 +18,15 @@ import torch
 from base.cli import parse, typed_options
 from base.console import outlive
 from base.files import writable_file, write_json, writing_to
-from baselines import Kind, fit_text_model
-from classification import EXACT, Classification, as_lstm
 from config import UserError, nearest
 from engine.log import finite
 from engine.processes import memory_bytes, recorded
-from finetuning import Finetuning
-from predictions import VALIDATION, beside, probabilities
 from storage.checkpoint import RECORD, RESULTS, locate
+from tasks.classification.baselines import Kind, fit_text_model
 from tasks.classification.options import ClassificationConfig
+from tasks.classification.predictions import VALIDATION, beside, probabilities
+from tasks.classification.task import EXACT, Classification, as_lstm
+from tasks.finetuning import Finetuning
 from tasks.options import FinetuneConfig
 from text.rows import Row
 

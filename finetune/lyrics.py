@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import metrics
 from base.cli import entry_point
 from config import UserError
 from finetune import command
-from generation import Answer, Example, Generation
+from tasks import metrics
 from tasks.generation.options import GenerationConfig
+from tasks.generation.task import Answer, Example, Generation
 from text.rows import Row
 
 

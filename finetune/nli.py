@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from base.cli import entry_point
-from classification import Classification
 from finetune import command
-from finetuning import Long, Parts, Special
 from tasks.classification.options import ClassificationConfig
+from tasks.classification.task import Classification
+from tasks.finetuning import Long, Parts, Special
 from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")

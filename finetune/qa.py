@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import metrics
 from base.cli import entry_point
 from finetune import command
-from generation import Answer, Example, Generation, Long, Special
-from squad import expand
+from tasks import metrics
 from tasks.generation.options import GenerationConfig
+from tasks.generation.squad import expand
+from tasks.generation.task import Answer, Example, Generation, Long, Special
 from text.rows import Row
 
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from base.cli import entry_point
-from classification import Classification
 from finetune import command
-from finetuning import Long, Parts
 from tasks.classification.options import ClassificationConfig
+from tasks.classification.task import Classification
+from tasks.finetuning import Long, Parts
 from text.rows import Row
 
 WORDS = {2: ("negative", "positive"), 3: ("negative", "neutral", "positive"), 5: ("terrible", "bad", "okay", "good", "great")}  # fmt: skip

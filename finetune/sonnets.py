@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import metrics
 from base.cli import entry_point
 from config import UserError
 from finetune import command
-from generation import Answer, Example, Generation
+from tasks import metrics
+from tasks.generation.task import Answer, Example, Generation
 from text.rows import Record, Row
 
 LINES = 14
@@ -43,7 +43,7 @@ class Sonnets(Generation):
     columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
     optional = ("number",)
     readers = {".txt": read_poems}
-    predictions = "predictions.txt"
+    predictions = "tasks.classification.predictions.txt"
     toy = (
         {"number": "1", "text": "The winter wood is white and still,\nNo bird will sing, no water run,\n"
                                 "The snow lies deep upon the hill\nAnd waits all morning for the sun.\n"},

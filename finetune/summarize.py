@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import metrics
 from base.cli import entry_point
 from finetune import command
-from generation import Answer, Example, Generation, Long, Special
+from tasks import metrics
 from tasks.generation.options import GenerationConfig
+from tasks.generation.task import Answer, Example, Generation, Long, Special
 from text.rows import Row
 
 GENERATE = Special("<generate>")

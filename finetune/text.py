@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from config import CountOrNone
 from finetune import command
-from generation import Example, Generation, Parts
 from tasks.generation.options import GenerationConfig
+from tasks.generation.task import Example, Generation, Parts
 from text.rows import Row
 
 PARTS = 10  # of a document that is alone

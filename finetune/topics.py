@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from base.cli import entry_point
-from classification import Classification
 from finetune import command
-from finetuning import Long, Parts
 from tasks.classification.options import ClassificationConfig
+from tasks.classification.task import Classification
+from tasks.finetuning import Long, Parts
 from text.rows import Row
 
 

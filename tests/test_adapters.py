@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import layers, peft
 from adapters.heads import Head
-from adapters.layers import ADAPTERS, LORA, added, can_merge, groups, merge, stored
+from adapters.layers import ADAPTERS, LORA, added, can_merge, merge
 from adapters.options import MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
@@ -31,6 +31,8 @@ from engine.optim import Optimizers, default_groups
 from engine.precision import Cast
 from model import GPT
 from storage import hub as hub_files
+from tasks import methods
+from tasks.methods import groups, stored
 from tasks.options import FinetuneConfig
 from text.tokenizer_training import train_bpe
 
@@ -529,7 +531,7 @@ def test_heads_are_stored_and_counted(method):
         numbers[table] = VOCAB * 64
     trained = rates(model, config(method))
     want = sum(numbers[name] for name in trained), sum(numbers.values())
-    assert layers.counts(model, groups(model, config(method), 0, 10)) == want
+    assert methods.counts(model, groups(model, config(method), 0, 10)) == want
 
 
 def test_ulmfit_begins_with_the_heads_alone():
@@ -593,11 +595,11 @@ def test_vectors_have_no_decay(base):
 def test_counts_leave_the_padding_out(base):
     model = GPT.from_pretrained(base)
     total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
-    assert layers.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
-    assert layers.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
+    assert methods.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
+    assert methods.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
     model = adapted(base, "lora")
     extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
-    assert layers.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
+    assert methods.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
 
 
 # --- merged and written
@@ -694,15 +696,15 @@ def test_base_of(base, tmp_path):
 )
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(UserError) as error:
-        layers.check(FinetuneConfig(**options))
+        methods.check(FinetuneConfig(**options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_alone_is_fine(method):
-    layers.check(FinetuneConfig(method=method))
+    methods.check(FinetuneConfig(method=method))
     if method in ("full", "last-k", *LORA):
-        layers.check(FinetuneConfig(method=method, llrd=0.9))
+        methods.check(FinetuneConfig(method=method, llrd=0.9))
 
 
 @pytest.mark.parametrize(

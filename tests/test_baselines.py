@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from baselines import TextModel, fit_text_model
+from tasks.classification.baselines import TextModel, fit_text_model
 
 KINDS = ("naive-bayes", "tf-idf")
 GOOD, BAD = ("warm", "funny", "splendid", "bright"), ("dull", "tired", "stale", "grim")

@@ -428,7 +428,7 @@ def cut_off(finished: Path, tmp_path: Path) -> Path:
     """The same run, as a kill just before its end leaves it."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    (folder / "run" / "metrics.json").unlink()
+    (folder / "run" / "tasks.metrics.json").unlink()
     return folder
 
 
@@ -487,13 +487,13 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
 
     checkpoint.write_folder(best, fill)
     (end,) = launch(cut_off, small("--keep", 3))
-    assert end.code == 0 and json.loads((run / "metrics.json").read_text())["final_is_step"] == 6
+    assert end.code == 0 and json.loads((run / "tasks.metrics.json").read_text())["final_is_step"] == 6
     assert (run / "final" / "model.safetensors").read_bytes() == weights["model.safetensors"]
-    (run / "metrics.json").unlink()
+    (run / "tasks.metrics.json").unlink()
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out, end
-    assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
+    assert json.loads((run / "tasks.metrics.json").read_text())["final_is_step"] == 12
 
 
 def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:

@@ -25,17 +25,17 @@ from toy import capture_gradients, expected_gradients
 
 from adapters import heads
 from adapters.layers import ADAPTERS
-from classification import Classification, padded
 from config import UserError, resolve
 from engine.precision import set_products
 from engine.processes import World
 from engine.step import Loader, TrainStep, compile_model, partition
 from engine.trainer import evaluate
-from finetuning import Long, Parts, Special
-from labels import find_labels, label_name, word_ids
 from model import GPT
-from predictions import probabilities, write_predictions
+from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig, Pooling
+from tasks.classification.predictions import probabilities, write_predictions
+from tasks.classification.task import Classification, padded
+from tasks.finetuning import Long, Parts, Special
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe

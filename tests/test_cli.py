@@ -26,13 +26,14 @@ from base.cli import option_names
 from base.console import bytes_text, printable, time_text
 from config import TrainConfig, UserError
 from engine import processes, step
-from engine.log import peak_flops, step_line
+from engine.log import step_line
 from engine.memory import Memory
 from engine.optim import lr_multiplier
 from engine.plan import largest_micro_batch
 from engine.precision import choose_precision
 from engine.pretraining import LanguageModelling
 from engine.processes import World
+from engine.roofline import peak_flops
 from engine.trainer import Run
 from storage.weights import read_tensors
 
@@ -129,7 +130,7 @@ def test_the_log_has_the_contract_s_fields(finished):
     assert all("val_loss" in line and "val_perplexity" in line for line in log_of(run, "eval"))
     assert {(line["step"], bool(line["text"])) for line in log_of(run, "sample")} == {(6, True), (12, True)}
     assert [line["step"] for line in log_of(run, "checkpoint")] == [3, 6, 9, 12]
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "tasks.metrics.json").read_text())
     assert metrics["val_loss"] == log_of(run, "eval")[-1]["val_loss"]
     assert metrics["steps"] == 12 and metrics["tokens"] == 12 * 128 and metrics["skipped"] == 0
 
@@ -295,7 +296,7 @@ def test_transformers_reads_final_and_agrees(finished):
 def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     run, _ = finished
-    step_of_final = json.loads((run / "metrics.json").read_text())["final_is_step"]
+    step_of_final = json.loads((run / "tasks.metrics.json").read_text())["final_is_step"]
     (expected,) = [line["val_loss"] for line in log_of(run, "eval") if line["step"] == step_of_final]
     transformers.AutoModelForCausalLM.from_pretrained(run / "final").save_pretrained(inputs / "theirs")
     for number, init in enumerate(("run", "run/final", "theirs")):

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import confusion
-import confusion_chart
+from tasks.classification import chart, confusion
 
 
 @st.composite
@@ -318,8 +317,8 @@ def test_pictures_are_drawn_in_silence(n_labels, tmp_path, caplog, capfd):
     report = confusion.report(true, probabilities, LABELS[n_labels], seed=0)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        paths = confusion_chart.draw(report, tmp_path, "a_title $ of 한글 $")
-    assert paths == [tmp_path / "confusion.png", tmp_path / "reliability.png"]
+        paths = chart.draw(report, tmp_path, "a_title $ of 한글 $")
+    assert paths == [tmp_path / "tasks.classification.confusion.png", tmp_path / "reliability.png"]
     # A font list that matplotlib writes anew is its own affair.
     assert [record.message for record in caplog.records if "font cache" not in record.message] == []
     assert capfd.readouterr().out == ""
@@ -338,37 +337,37 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
         Axes, "text", lambda self, x, y, s, **more: written.append((x, y, s)) or text(self, x, y, s, **more)
     )
     report = confusion.report([0, 0, 0, 1, 2], np.eye(3)[[0, 0, 1, 1, 0]], ["a", "b", "c"], seed=0)
-    confusion_chart.draw_confusion(report, tmp_path / "a.png", "")
+    chart.draw_confusion(report, tmp_path / "a.png", "")
     matrix = report["confusion"]
     assert written == [(x, y, str(matrix[y][x])) for y in range(3) for x in range(3)]
     written.clear()
     many = confusion.report([0] * 30, np.eye(14)[np.arange(30) % 2], list(map(str, range(14))), seed=0)
-    confusion_chart.draw_confusion(many, tmp_path / "b.png", "")
+    chart.draw_confusion(many, tmp_path / "b.png", "")
     assert written == [(0, 0, "15"), (1, 0, "15")]  # of many labels no zeros
     written.clear()
     many["confusion"] = (np.array(many["confusion"]) * 10**9).tolist()
-    confusion_chart.draw_confusion(many, tmp_path / "c.png", "")
+    chart.draw_confusion(many, tmp_path / "c.png", "")
     assert not written
 
 
 def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
     from matplotlib.font_manager import fontManager
 
-    own = confusion_chart.glyphs_of(confusion_chart.FONT)
+    own = chart.glyphs_of(chart.FONT)
     other = next(font for font in fontManager.ttflist if font.name == "STIXGeneral" and font.style == "normal")
     hyphened = dataclasses.replace(other, name="A-Name: hyphened", weight=400)
     monkeypatch.setattr(fontManager, "ttflist", [hyphened, *fontManager.ttflist])
-    lacking = chr(min(confusion_chart.glyphs_of("STIXGeneral") - own))
-    fonts, glyphs = confusion_chart.fonts_for(["plain", f"not plain {lacking}"])
-    assert fonts == [confusion_chart.FONT, "A-Name: hyphened"]
+    lacking = chr(min(chart.glyphs_of("STIXGeneral") - own))
+    fonts, glyphs = chart.fonts_for(["plain", f"not plain {lacking}"])
+    assert fonts == [chart.FONT, "A-Name: hyphened"]
     assert ord(lacking) in glyphs and own < glyphs
     for none_needed_or_none_has in ("plain", "\U0010ffff"):
-        assert confusion_chart.fonts_for([none_needed_or_none_has]) == ([confusion_chart.FONT], own)
+        assert chart.fonts_for([none_needed_or_none_has]) == ([chart.FONT], own)
 
 
 def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):
     true, probabilities = scored(20, 2)
     report = confusion.report(true, probabilities, ["no", "yes"], seed=0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert confusion_chart.draw(report, tmp_path, "title") == []
+    assert chart.draw(report, tmp_path, "title") == []
     assert list(tmp_path.iterdir()) == []

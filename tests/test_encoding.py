@@ -53,6 +53,6 @@ def test_a_run_under_an_ascii_locale_writes_utf_8(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     run = tmp_path / "läuft"
     assert len(log_of(run, "train")) == 2
-    for file in (run / "config.json", run / "metrics.json"):
+    for file in (run / "config.json", run / "tasks.metrics.json"):
         assert json.loads(file.read_text(encoding="utf-8"))
     assert b"gpt2" in (run / "final" / "README.md").read_bytes()

@@ -23,7 +23,6 @@ from toy import capture_gradients, expected_gradients
 
 from adapters import layers, peft
 from adapters.options import Method
-from classification import Classification, as_lstm
 from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
 from decoding.options import Decode
@@ -31,12 +30,13 @@ from engine.processes import World
 from engine.step import Loader, TrainStep
 from engine.trainer import evaluate
 from finetune import fit_words, other_task, rehearse
-from finetuning import Finetuning
-from generation import Answer, Generation, plain
-from labels import find_labels
 from model import GPT
 from storage import hub
+from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig, Form, Pooling
+from tasks.classification.task import Classification, as_lstm
+from tasks.finetuning import Finetuning
+from tasks.generation.task import Answer, Generation, plain
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -301,7 +301,7 @@ def left_by_a_run(run: Path, steps: list[int]) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["batch_size"] == 4 and config["steps"] == steps[-1] and config["micro_batch"] == 4
     assert checkpoint_steps(run) == steps
-    figures = json.loads((run / "metrics.json").read_text())
+    figures = json.loads((run / "tasks.metrics.json").read_text())
     assert figures["steps"] == steps[-1] and figures["final_is_step"] in steps and "val_loss" in figures
     assert (run / "final" / "README.md").exists() and (run / "final" / "text.tokenizer.json").exists()
 
@@ -438,8 +438,8 @@ def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None
         {"id": "c", "question": "what", "answers": [], "is_impossible": True},
     ]
     data = {"data": [{"paragraphs": [{"context": f"{n} two men", "qas": asked} for n in range(5)]}]}
-    task, rows = rows_of("qa", inputs, tmp_path / "squad.json", json.dumps(data))
-    told = f"{tmp_path / 'squad.json'}: 5 rows could not be read and are left out"
+    task, rows = rows_of("qa", inputs, tmp_path / "tasks.generation.squad.json", json.dumps(data))
+    told = f"{tmp_path / 'tasks.generation.squad.json'}: 5 rows could not be read and are left out"
     first = {"context": "0 two men", "question": "who", "answer": "two men", "answers": "two men\nmen", "id": "a"}
     assert rows[0] == first and len(rows) == 10 and rows[1]["answers"] == "men"
     assert task.warnings[0] == told
@@ -657,7 +657,7 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     run = folder / "run"
     metrics, report, scores = (
         json.loads((run / name).read_text())
-        for name in ("metrics.json", "validation.report.json", "predictions.scores.json")
+        for name in ("tasks.metrics.json", "validation.report.json", "tasks.classification.predictions.scores.json")
     )
     names = ("accuracy", "macro_f1", "calibration_error")
     assert [metrics[n] for n in names] == [report[n] for n in names] == [scores[n] for n in names]
@@ -670,7 +670,7 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     # A later command, which says nothing of --seq-len, answers as the run itself did.
     finished("sentiment", folder, "--init", "run", "--epochs", 0, "--predict", "val.csv", "--answers", "again.csv",
              "--out", "other")  # fmt: skip
-    assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+    assert (folder / "again.jsonl").read_bytes() == (run / "tasks.classification.predictions.jsonl").read_bytes()
 
 
 TORN = {  # rows of which some cannot be read: the ids and whether each is answered
@@ -953,7 +953,12 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     assert torch.equal(model.head_weight[:vocab_size], base[:vocab_size])
     rows = model.head_weight[vocab_size : vocab_size + 2].detach()
     assert (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()  # they started at the mean, and moved
-    assert json.loads((folder / "run" / "predictions.jsonl").read_text().splitlines()[0])["prediction"] is not None
+    assert (
+        json.loads((folder / "run" / "tasks.classification.predictions.jsonl").read_text().splitlines()[0])[
+            "prediction"
+        ]
+        is not None
+    )
 
 
 # --- what a user gets wrong

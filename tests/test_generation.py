@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from config import UserError, resolve
-from generation import IGNORE, Answer, Example, Generation, Long, Special, plain
 from model import GPT
 from tasks.generation.options import GenerationConfig
+from tasks.generation.task import IGNORE, Answer, Example, Generation, Long, Special, plain
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe

@@ -22,7 +22,7 @@ from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
-from objectives import nll_and_unlikelihood
+from tasks.objectives import nll_and_unlikelihood
 
 TRITON = ",".join(kernels.TRITON)
 

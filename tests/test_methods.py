@@ -22,8 +22,6 @@ from hypothesis import strategies as st
 
 import benchmarks.methods as bench_module
 import benchmarks.methods_cells as cells_module
-import classification
-from adapters import layers
 from base.cli import parse
 from benchmarks import methods_figures
 from benchmarks.methods import Options, compare, execute, extra_options, make_bench, result_of, usual_rate
@@ -33,6 +31,8 @@ from benchmarks.methods_report import PUBLISHED, rows_of, text_of
 from benchmarks.stages_run import Failed, TimeUp
 from config import UserError
 from model import GPT, GPTConfig
+from tasks import methods
+from tasks.classification import task as classification
 from tasks.classification.options import ClassificationConfig
 from tasks.generation.options import GenerationConfig
 from text.tokenizer_training import train_bpe
@@ -99,7 +99,7 @@ def write_run(folder: Path, score: float, steps: int = 6, best_step: int = 4, lr
         lines.append({"kind": "eval", "step": best_step, "chrf": score})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = {"steps": steps, "seconds": 30.0, "final_is_step": best_step, "memory_bytes": 2**30, "parameters": 4000}
-    (folder / "metrics.json").write_text(json.dumps(results | {"trained_parameters": 1000, "chrf": -99.0}))
+    (folder / "tasks.metrics.json").write_text(json.dumps(results | {"trained_parameters": 1000, "chrf": -99.0}))
 
 
 def write_labels(folder: Path, predicted: Sequence[int]) -> None:
@@ -355,7 +355,7 @@ GIVEN: dict[str, Any] = {"augment": "more.csv", "also": ("nli:0.5", "topics:1"),
 
 def facts_of(family: str) -> dict[str, Any]:
     defaults = dataclasses.asdict(KINDS[family]()) | {"epochs": 3, "lr": 1e-4}
-    answers = "predictions.txt" if family == "generation" else None
+    answers = "tasks.classification.predictions.txt" if family == "generation" else None
     return {"family": family, "best": BEST[family], "defaults": defaults, "answers": answers}
 
 
@@ -381,7 +381,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
     cells += [bench.decoding_of(decoding, 5) for decoding in bench.decodings if decoding.name == name]
     (cell,) = cells
     cfg = parse(KINDS[family], cell.words)
-    layers.check(cfg)
+    methods.check(cfg)
     cfg.check()
     if family == "classification":
         classification.check(cfg)
@@ -679,7 +679,7 @@ def test_the_chart(result: dict[str, Any], of_labels: dict[str, Any], tmp_path: 
         draw(of, tmp_path / f"{name}.png")
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "none.png").exists()
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "methods.png").stat().st_size > 10_000
-    assert (tmp_path / "labels.png").stat().st_size > (
+    assert (tmp_path / "tasks.classification.labels.png").stat().st_size > (
         tmp_path / "methods.png"
     ).stat().st_size  # a row for each of many
 

@@ -11,9 +11,9 @@ from conftest import own_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
 from decoding import similarity
 from engine import pretraining
+from tasks import metrics
 
 # Few characters, so that n-grams repeat within a text and between texts; white space of several kinds; no Latin too.
 TEXTS = st.lists(st.text(alphabet="ab \n\u3000한é", max_size=14), min_size=1, max_size=5)
@@ -211,7 +211,7 @@ def test_perplexity_and_bits():
 
 
 QUIET = """
-import metrics
+from tasks import metrics
 text = "From fairest creatures we desire increase"
 metrics.chrf([text], [text]), metrics.rouge([text], [text]), metrics.rhyming_accuracy([text])
 """

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import objectives
 from benchmarks import objectives as written_out
 from kernels.linear_cross_entropy import IGNORE
-from objectives import first_occurrences, label_nll, nll_and_unlikelihood, rdrop, simcse
+from tasks import objectives
+from tasks.objectives import first_occurrences, label_nll, nll_and_unlikelihood, rdrop, simcse
 
 # --- labels
 

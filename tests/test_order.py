@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from order import POOL, Order, pad_to, padded_lengths, padding_share
+from tasks.order import POOL, Order, pad_to, padded_lengths, padding_share
 
 SST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "cs224n" / "ids-sst-train.csv"
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from labels import composed, find_labels, label_name
-from squad import expand
+from tasks.classification.labels import composed, find_labels, label_name
+from tasks.generation.squad import expand
 from text import corpus, readers
 from text.corpus import TextFiles, records_of
 from text.rows import Row, read_rows

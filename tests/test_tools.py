@@ -153,7 +153,7 @@ def test_labels_in_another_order_are_the_same_labels(tool, runs, tmp_path) -> No
 
 
 def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> None:
-    from confusion import paired_test
+    from tasks.classification.confusion import paired_test
 
     (a, b, _), drawn, true = runs
     numbers = np.array([LABELS.index(label) for label in true])

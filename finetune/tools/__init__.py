@@ -15,8 +15,8 @@ import numpy as np
 
 from base.files import writable_file
 from config import UserError
-from confusion import accuracy, confusion_matrix, macro_f1
-from labels import composed, is_unknown, label_name
+from tasks.classification.confusion import accuracy, confusion_matrix, macro_f1
+from tasks.classification.labels import composed, is_unknown, label_name
 from text.corpus import records_of
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields

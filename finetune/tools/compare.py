@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 from base.cli import entry_point, parse
 from base.files import write_json
 from config import Seed, UserError, Where
-from confusion import paired_test
 from finetune.tools import check_out, read_predictions, show_table
+from tasks.classification.confusion import paired_test
 
 
 @dataclass

@@ -15,8 +15,8 @@ from base.cli import entry_point, parse
 from base.console import outlive, printable
 from config import Share, UserError, Where, Wheres
 from finetune.tools import check_out, show_table
-from labels import is_unknown, label_name
-from metrics import words
+from tasks.classification.labels import is_unknown, label_name
+from tasks.metrics import words
 from text.rows import Row, read_rows
 
 COLUMNS = {

@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import layers
 from config import GPTConfig, UserError
 from decoding.batched import generate
 from decoding.loading import open_model
@@ -27,13 +26,14 @@ from decoding.window import kept_tokens
 from engine.pretraining import perplexity
 from engine.processes import choose_device
 from engine.task import Batch, Task
-from finetuning import Finetuning, Long, Parts, Special, Split, plain
 from kernels.linear_cross_entropy import IGNORE
-from metrics import longest_copied
 from model import GPT
-from objectives import nll_and_unlikelihood
-from order import pad_to
+from tasks import methods
+from tasks.finetuning import Finetuning, Long, Parts, Special, Split, plain
 from tasks.generation.options import GenerationConfig
+from tasks.metrics import longest_copied
+from tasks.objectives import nll_and_unlikelihood
+from tasks.order import pad_to
 from text.rows import Row, Rows
 
 __all__ = ["Answer", "Example", "Generation", "Long", "Parts", "Special", "plain"]
@@ -122,7 +122,7 @@ class Generation(Finetuning):
 
     def setup(self, cfg: GenerationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        layers.check(cfg)
+        methods.check(cfg)
         assert cfg.data
         self.warnings = ()
         if not cfg.eval_rows:

@@ -1,5 +1,5 @@
-"""Fine-tuning: what all tasks on rows of a file share, whether their answers are texts (generation.py) or labels
-(classification.py): reading rows, the base and its vocabulary, the method, the order, what a checkpoint holds.
+"""Fine-tuning: what all tasks on rows of a file share, whether their answers are texts (tasks/generation/task.py) or labels
+(tasks/classification/task.py): reading rows, the base and its vocabulary, the method, the order, what a checkpoint holds.
 
 A row becomes a sequence of tokens, padded at the right, where causal attention sees nothing of it.
 """
@@ -28,9 +28,10 @@ from engine.precision import casts_once
 from engine.pretraining import model_config, open_pretrained
 from engine.task import Batch, Task
 from model import GPT
-from order import Order, padded_lengths, padding_share
 from storage.checkpoint import locate
+from tasks import methods
 from tasks.options import FinetuneConfig
+from tasks.order import Order, padded_lengths, padding_share
 from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from text.tokenizer import Tokenizer, load_tokenizer
 
@@ -72,7 +73,7 @@ class Finetuning(Task):
     truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
     expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
-    predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
+    predictions: ClassVar[str] = "tasks.classification.predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
     exact_evaluation: ClassVar[bool] = True  # the loop's figures are those of --predict, which computes in fp32
     to_answer: list[Row] | None = None  # the rows of --predict, once they are read
@@ -215,7 +216,7 @@ class Finetuning(Task):
 
     def identity(self) -> dict[str, Any]:
         names = ["batch_size", "method", "llrd", *self.choices]
-        names += [name for name, methods in layers.OPTIONS.items() if self.cfg.method in methods]
+        names += [name for name, owners in methods.OPTIONS.items() if self.cfg.method in owners]
         config = {name: getattr(self.cfg, name) for name in names}
         config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
         return config | {
@@ -236,7 +237,7 @@ class Finetuning(Task):
         shape, train = self.shape, self.train
         with torch.device("meta"):
             model = self._dressed(GPT(shape))
-        trained, total = layers.counts(model, self.groups(model, 0))
+        trained, total = methods.counts(model, self.groups(model, 0))
         padding = padding_share(self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size)
         return {
             "task": f"{self.name}, {self.cfg.method}: {trained:,} of {total:,} parameters train "
@@ -280,7 +281,7 @@ class Finetuning(Task):
         if self.new_tokens:
             model.add_tokens(self.new_tokens)
         self._dressed(model)
-        self.stored = layers.stored(model, cfg)
+        self.stored = methods.stored(model, cfg)
         return model
 
     def _dressed(self, model: GPT) -> GPT:
@@ -290,7 +291,7 @@ class Finetuning(Task):
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
         assert isinstance(model, GPT)
-        return layers.groups(model, self.cfg, step, self.steps_per_epoch)
+        return methods.groups(model, self.cfg, step, self.steps_per_epoch)
 
     def is_stored(self, parameter: str) -> bool:
         return parameter in self.stored

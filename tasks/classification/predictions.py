@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-import confusion
-import confusion_chart
 from base.files import write_json
 from engine.log import finite
+from tasks.classification import chart, confusion
 from text.rows import Row
 
 VALIDATION = "validation"  # begins the names of the files about those rows
@@ -75,7 +74,7 @@ def write_report(
     write_json(beside(path, ".report.json"), finite(report))
     name = beside(path, "").name
     before = "" if name == VALIDATION else f"{name}."
-    pictures = confusion_chart.draw(report, path.parent, f"{task}: {name}", before)
+    pictures = chart.draw(report, path.parent, f"{task}: {name}", before)
     say(summary(report, path, pictures))
     return {name: report[name] for name in ("accuracy", "macro_f1", "calibration_error")}
 

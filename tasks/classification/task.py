@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import confusion
 from adapters import heads, layers, peft
 from adapters.heads import Head
 from base.files import write_json
@@ -30,15 +29,26 @@ from engine.log import finite
 from engine.precision import set_products
 from engine.processes import choose_device
 from engine.task import Batch
-from finetuning import Finetuning, Long, Parts, Split
-from labels import MANY_LABELS, class_weights, composed, find_labels, is_number, is_unknown, label_name, word_ids
 from model import GPT, pick
-from objectives import label_nll, rdrop, simcse
-from order import Order, pad_to
-from predictions import VALIDATION, probabilities, write_predictions, write_report
 from storage.checkpoint import RESULTS, locate
+from tasks import methods
+from tasks.classification import confusion
+from tasks.classification.labels import (
+    MANY_LABELS,
+    class_weights,
+    composed,
+    find_labels,
+    is_number,
+    is_unknown,
+    label_name,
+    word_ids,
+)
 from tasks.classification.options import ClassificationConfig
+from tasks.classification.predictions import VALIDATION, probabilities, write_predictions, write_report
+from tasks.finetuning import Finetuning, Long, Parts, Split
+from tasks.objectives import label_nll, rdrop, simcse
 from tasks.options import FinetuneConfig
+from tasks.order import Order, pad_to
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
@@ -117,7 +127,7 @@ class Classification(Finetuning):
     def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
         cfg.check()
-        layers.check(cfg)
+        methods.check(cfg)
         self.warnings = ()
         train, val = self.read_labelled(say)
         self._open_vocabulary()

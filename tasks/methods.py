@@ -1,0 +1,108 @@
+"""Which parameters a method of fine-tuning trains, and at what share of the rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import torch.nn as nn
+
+from adapters.layers import ADAPTERS, LORA, TABLES, always_trained
+from adapters.options import MethodConfig
+from config import UserError
+from engine.optim import Group, default_groups
+from model import GPT
+from tasks.options import FinetuneConfig
+
+ULMFIT_DECAY = 1 / 2.6  # of the rate, from each group of layers to the one below
+OPTIONS = {  # of a method, and the methods that they belong to
+    "last_k": ("last-k",),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_on"), LORA),
+    "prefix_tokens": ("prefix", "soft-prompt"),
+    "prefix_width": ("prefix",),
+}
+
+
+def check(cfg: FinetuneConfig) -> None:
+    """Raise UserError for options that do not go with cfg.method."""
+    defaults = {field.name: field.default for field in dataclasses.fields(MethodConfig)}
+    for name, methods in OPTIONS.items():
+        if getattr(cfg, name) != defaults[name] and cfg.method not in methods:
+            option, owners = name.replace("_", "-"), " or ".join(methods)
+            raise UserError(f"--{option} belongs to --method {owners}, not to {cfg.method}; leave it out")
+    if cfg.llrd != 1 and cfg.method not in ("full", "last-k", *LORA):
+        why = "sets them itself" if cfg.method == "ulmfit" else "does not train these"
+        raise UserError(f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave it out")
+    if cfg.optimizer == "muon" and cfg.method not in ("full", "last-k", "ulmfit"):
+        raise UserError(
+            f"--optimizer muon is for the matrices of the model's blocks, which --method {cfg.method} does not train; "
+            f"use --optimizer adamw"
+        )
+    if cfg.init == "scratch" and cfg.method in ADAPTERS:
+        raise UserError(f"--method {cfg.method} adds to trained weights; name some with --init, or use --method full")
+
+
+def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> list[Group]:
+    """The parameters that train in `step`, as optim.default_groups but with the rate of each layer. Pure in step.
+
+    ulmfit (Howard and Ruder 2018) begins with the head, and each epoch thaws the layer below; a layer's rate is
+    1/2.6 of that of the layer above. Where there are heads of a classifier, they train under every method, and a
+    language model's head of its own, which has no loss then, under none.
+    """
+    rates = _rates(model, cfg, step // steps_per_epoch)
+    found = []
+    for group in default_groups(model, cfg):
+        by_rate: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in group.params.items():
+            if name in rates:
+                by_rate.setdefault(rates[name], {})[name] = parameter
+        found += [dataclasses.replace(group, params=params, lr_scale=rate) for rate, params in by_rate.items()]
+    return found
+
+
+def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
+    """Names of the parameters that train in an epoch, with their share of the learning rate."""
+    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}.get(cfg.method, -1)
+    decay = ULMFIT_DECAY if cfg.method == "ulmfit" else cfg.llrd
+    depths = _depths(model, from_head=cfg.method in ("last-layer", "ulmfit"))
+    always = always_trained(model)
+    return {name: decay**depth for name, depth in depths.items() if depth <= deepest or name in always}
+
+
+def _depths(model: GPT, from_head: bool) -> dict[str, int]:
+    """Layers from the top to each parameter that can train: 0 the head and the last norm, then block by block, last the
+    embeddings. What is added has the depth of its block, outside of blocks 0.
+
+    Where `from_head`, a table that is both embedding and head is the head; a classifier's heads are above the last norm,
+    which goes with the last block.
+    """
+    n_layer, new, classifier = model.config.n_layer, always_trained(model), len(model.heads) > 0
+    top_table = "transformer.wte.weight" if from_head and model.config.tied_head and not classifier else None
+    depths = {}
+    for name, _ in model.named_parameters():
+        if block := re.match(r"transformer\.h\.(\d+)\.", name):
+            depths[name] = n_layer - int(block[1])
+        elif name in new or name == top_table:
+            depths[name] = 0
+        elif name.startswith(("transformer.wte.", "transformer.wpe.")):
+            depths[name] = n_layer + 1
+        elif name.startswith("transformer.ln_f."):
+            depths[name] = int(from_head and classifier)
+        elif not classifier:  # the language model's head
+            depths[name] = 0
+    return depths
+
+
+def stored(model: GPT, cfg: MethodConfig) -> set[str]:
+    """Names of the parameters that a checkpoint must hold: what is new to the model, where the base is elsewhere."""
+    return always_trained(model) if cfg.method in ADAPTERS else {name for name, _ in model.named_parameters()}
+
+
+def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
+    """Parameters that train, and all; the vocabulary's padding is not counted."""
+    named = {name: p for group in trained for name, p in group.params.items()}
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
+    padded = sum(f"{name}.weight" in named for name in TABLES)
+    return sum(p.numel() for p in named.values()) - padded * padding, model.n_params()
