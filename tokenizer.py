@@ -71,7 +71,7 @@ INPUT = "text files (.txt .jsonl .csv .tsv .parquet .json, gzipped or not), fold
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="text.tokenizer.py", description="Train a tokenizer, and try one.")
+    parser = _Parser(prog="tokenizer.py", description="Train a tokenizer, and try one.")
     commands = parser.add_subparsers(required=True, metavar="train|encode|decode")
     train = commands.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
     train.add_argument("--model", choices=MODELS, default="byte-bpe", help="default: byte-bpe, as GPT-2's")

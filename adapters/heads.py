@@ -17,15 +17,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.options import Form, Pooling
 from config import UserError
 from model import GPT, pick
 from storage.foreign import read_object
 from storage.weights import read_tensors, read_weights, save_tensors
-from tasks.classification.options import Form, Pooling
 
 Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512
-INFO, WEIGHTS = "classifier.json", "adapters.heads.safetensors"
+INFO, WEIGHTS = "classifier.json", "heads.safetensors"
 SCORE = "score.weight"  # the hub's name of a classifier's weights
 
 

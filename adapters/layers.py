@@ -21,7 +21,6 @@ from adapters.options import MethodConfig
 from config import GPTConfig, UserError
 from kernels.dropout import Dropout
 from model import GPT, Linear
-from tasks.methods import _rates
 
 LORA = ("lora", "dora")
 ADAPTERS = (*LORA, "prefix", "soft-prompt")
@@ -166,28 +165,6 @@ class TokenRows(nn.Module):
 # --- putting them into a model
 
 
-def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> None:
-    """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze the rest.
-
-    `new_tokens` are ids that are new to a pretrained model: their rows train under every method, those that freeze
-    the table too. Raises UserError where method and model do not fit.
-    """
-    if cfg.method == "last-k" and cfg.last_k > model.config.n_layer:
-        raise UserError(f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full")
-    if cfg.method in LORA:
-        names = [f"transformer.h.{i}.{name}" for i in range(model.config.n_layer) for name in LORA_ON[cfg.lora_on]]
-        add_lora(model, names, cfg.method == "dora", cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
-    elif cfg.method in ADAPTERS:
-        check_room(model, cfg.prefix_tokens)
-        model.prefix = _new_prefix(model, cfg)
-    trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
-    if new_tokens:
-        for table in _tables(model):
-            if f"{table}.weight" not in trained:
-                add_rows(model, table, torch.tensor(new_tokens))
-    freeze(model, trained.keys() | always_trained(model))
-
-
 def add_lora(model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: float, dropout: float) -> None:
     """LoRA or DoRA in place of the products of these names."""
     kind = DoRA if dora else LoRA
@@ -195,7 +172,7 @@ def add_lora(model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: flo
         model.set_submodule(name, kind(model.config, model.get_submodule(name), rank, alpha, dropout))
 
 
-def _new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
+def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
     """Starts from common tokens, as both papers advise; but the MLP's rows are free."""
     config, P = model.config, cfg.prefix_tokens
     if cfg.method == "prefix" and cfg.prefix_width:
@@ -218,7 +195,7 @@ def check_room(model: GPT, length: int) -> None:
         )
 
 
-def _tables(model: GPT) -> Sequence[str]:
+def tables(model: GPT) -> Sequence[str]:
     """Those that a loss depends on: a language model's own head is in none of a classifier's."""
     return TABLES[:1] if model.config.tied_head or model.heads else TABLES
 

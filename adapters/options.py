@@ -7,6 +7,9 @@ from typing import Literal
 
 from config import Count, Probability, Share, Weight, Width, WidthOrNone
 
+Form = Literal["plain", "prompt", "word"]
+Pooling = Literal["last", "mean", "attention", "lstm"]
+
 Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
 
 

@@ -135,7 +135,7 @@ def base_facts(init: str) -> dict[str, Any]:
     model = GPT.from_pretrained(folder)
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     base = {"init": init, "folder": str(folder.resolve())} | shape | {"parameters": model.n_params()}
-    card, results = folder / "README.md", folder.resolve().parent / "tasks.metrics.json"
+    card, results = folder / "README.md", folder.resolve().parent / "metrics.json"
     if card.is_file():
         base["card"] = dict(re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE))
     if folder.name == "final" and results.is_file():

@@ -19,9 +19,7 @@ COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memo
 @functools.cache
 def figures_of(run: Path) -> dict[str, Any]:
     """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the cost."""
-    results, config = (
-        json.loads((run / name).read_text(encoding="utf-8")) for name in ("tasks.metrics.json", "config.json")
-    )
+    results, config = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("metrics.json", "config.json"))
     log = records(run)
     evals = [line for line in log if line["kind"] == "eval"]
     chosen = next((line for line in evals if line["step"] == results["final_is_step"]), {})

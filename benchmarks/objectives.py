@@ -26,7 +26,7 @@ from config import PRESETS, Count, GPTConfig, Preset, Where
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAIN, OURS, MASKED, LOOP = "likelihood alone", "tasks.objectives.py", "mask of candidates", "loop over positions"
+PLAIN, OURS, MASKED, LOOP = "likelihood alone", "objectives.py", "mask of candidates", "loop over positions"
 
 
 @dataclass

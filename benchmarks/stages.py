@@ -299,7 +299,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
     """The plan that the folder holds, or a new one. Raises UserError where the folder's is another."""
     shape = shape_of(options, machine)
     identity = identity_of(options, machine, shape)
-    file = folder / "engine.plan.json"
+    file = folder / "plan.json"
     if file.exists():
         return stored_plan(file, identity)
     say("preparing the tokens ...")

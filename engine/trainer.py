@@ -584,12 +584,12 @@ class Run:
         def write(profile: torch.profiler.profile) -> None:
             profile.export_chrome_trace(str(folder / "trace.json"))
             if cuda:
-                torch.cuda.memory._dump_snapshot(str(folder / "engine.memory.pickle"))
+                torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
             table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
-            (folder / "engine.memory.txt").write_text(table + "\n", encoding="utf-8")
-            snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "engine.memory.txt"
+            (folder / "memory.txt").write_text(table + "\n", encoding="utf-8")
+            snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "memory.txt"
             self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/{snapshot}")
             self.clock = time.perf_counter()  # the writing is no part of a step
 

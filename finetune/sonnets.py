@@ -43,7 +43,7 @@ class Sonnets(Generation):
     columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
     optional = ("number",)
     readers = {".txt": read_poems}
-    predictions = "tasks.classification.predictions.txt"
+    predictions = "predictions.txt"
     toy = (
         {"number": "1", "text": "The winter wood is white and still,\nNo bird will sing, no water run,\n"
                                 "The snow lies deep upon the hill\nAnd waits all morning for the sun.\n"},

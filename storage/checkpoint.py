@@ -28,7 +28,7 @@ from storage.hub import download
 
 STATE = "training_state.safetensors"
 META = "training_state.json"
-RESULTS = "tasks.metrics.json"  # of a run: written last of all, so a run that has it is finished
+RESULTS = "metrics.json"  # of a run: written last of all, so a run that has it is finished
 WRITTEN = ("config.json", "log.jsonl", "checkpoints", "final", RESULTS)  # what else a run writes
 RECORD = "run.json"  # of a run: written before anything else
 MANIFEST = "manifest.json"

@@ -73,7 +73,7 @@ class Finetuning(Task):
     truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
     expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
-    predictions: ClassVar[str] = "tasks.classification.predictions.jsonl"  # the file of answers
+    predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
     exact_evaluation: ClassVar[bool] = True  # the loop's figures are those of --predict, which computes in fp32
     to_answer: list[Row] | None = None  # the rows of --predict, once they are read
@@ -286,7 +286,7 @@ class Finetuning(Task):
 
     def _dressed(self, model: GPT) -> GPT:
         """The model with what its method adds to it."""
-        layers.add_adapter(model, self.cfg, self.new_tokens)
+        methods.add_adapter(model, self.cfg, self.new_tokens)
         return model
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:

@@ -7,9 +7,22 @@ import math
 import re
 from collections.abc import Sequence
 
+import torch
 import torch.nn as nn
 
-from adapters.layers import ADAPTERS, LORA, TABLES, always_trained
+from adapters.layers import (
+    ADAPTERS,
+    LORA,
+    LORA_ON,
+    TABLES,
+    add_lora,
+    add_rows,
+    always_trained,
+    check_room,
+    freeze,
+    new_prefix,
+    tables,
+)
 from adapters.options import MethodConfig
 from config import UserError
 from engine.optim import Group, default_groups
@@ -106,3 +119,25 @@ def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
     padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
     padded = sum(f"{name}.weight" in named for name in TABLES)
     return sum(p.numel() for p in named.values()) - padded * padding, model.n_params()
+
+
+def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> None:
+    """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze the rest.
+
+    `new_tokens` are ids that are new to a pretrained model: their rows train under every method, those that freeze
+    the table too. Raises UserError where method and model do not fit.
+    """
+    if cfg.method == "last-k" and cfg.last_k > model.config.n_layer:
+        raise UserError(f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full")
+    if cfg.method in LORA:
+        names = [f"transformer.h.{i}.{name}" for i in range(model.config.n_layer) for name in LORA_ON[cfg.lora_on]]
+        add_lora(model, names, cfg.method == "dora", cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    elif cfg.method in ADAPTERS:
+        check_room(model, cfg.prefix_tokens)
+        model.prefix = new_prefix(model, cfg)
+    trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
+    if new_tokens:
+        for table in tables(model):
+            if f"{table}.weight" not in trained:
+                add_rows(model, table, torch.tensor(new_tokens))
+    freeze(model, trained.keys() | always_trained(model))

@@ -232,7 +232,7 @@ def trace(run: Path) -> dict[str, Any]:
     samples = [[x["step"], x["text"]] for x in log_of(run, "sample")]
     last = max((run / "checkpoints").glob("step-*"))
     files = [run / "final" / "model.safetensors", last / "training_state.safetensors"]
-    metrics = json.loads((run / "tasks.metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
     return {
         "train": train, "eval": evals, "sample": samples, "train_loss": metrics["train_loss"], "last": last.name,
         "final_is_step": metrics["final_is_step"],

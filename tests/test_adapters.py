@@ -77,7 +77,7 @@ def adapted(
     if new:
         model.add_tokens(range(VOCAB, VOCAB + new))
     torch.manual_seed(1)
-    layers.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
+    methods.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if train and name in added(model):
@@ -389,7 +389,7 @@ def test_doras_scale_is_exact_in_bf16(base):
 
 def test_dropout_is_on_the_update_alone(base):
     model = GPT.from_pretrained(base)
-    layers.add_adapter(model, config("lora", lora_dropout=0.5))
+    methods.add_adapter(model, config("lora", lora_dropout=0.5))
     layer = model.transformer.h[0].attn.c_attn.train()
     with torch.no_grad():
         layer.lora_B += 1.0
@@ -415,7 +415,7 @@ def test_a_prefix_without_mlp_begins_as_a_soft_prompt_of_tokens(base):
     for method in ("prefix", "soft-prompt"):
         torch.manual_seed(7)
         model = GPT.from_pretrained(base).eval()
-        layers.add_adapter(model, config(method, prefix_width=0 if method == "prefix" else 16))
+        methods.add_adapter(model, config(method, prefix_width=0 if method == "prefix" else 16))
         models.append(model)
     torch.testing.assert_close(models[0](tokens()), models[1](tokens()), atol=1e-5, rtol=1e-5)
 
@@ -469,7 +469,7 @@ def classifier(method: str, tied: bool, new: int = 0) -> GPT:
     model = GPT(replace(SHAPE, tied_head=tied, vocab_size=VOCAB + new)).eval()
     for pooling in ("last", "attention", "lstm"):
         model.heads[pooling] = Head(64, LABELS, pooling)
-    layers.add_adapter(model, config(method), range(VOCAB, VOCAB + new))
+    methods.add_adapter(model, config(method), range(VOCAB, VOCAB + new))
     return model
 
 
@@ -570,9 +570,9 @@ def test_llrd_lowers_the_rate_block_by_block(llrd, last_k, method, head, new):
         model = GPT(replace(SHAPE, vocab_size=VOCAB + new))
         if head:
             model.heads["main"] = Head(64, LABELS, "last")
-        layers.add_adapter(model, cfg, range(VOCAB, VOCAB + new))
+        methods.add_adapter(model, cfg, range(VOCAB, VOCAB + new))
     found = rates(model, cfg)
-    assert ("adapters.heads.main.weight" in found) == head and {"h.1"} <= parts(found)
+    assert ("heads.main.weight" in found) == head and {"h.1"} <= parts(found)
     for name, rate in found.items():
         depth = {"heads": 0, "ln_f": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}[parts([name]).pop()]
         assert rate == pytest.approx(1.0 if name.endswith(".rows") else llrd**depth)
@@ -717,7 +717,7 @@ def test_each_method_alone_is_fine(method):
 )
 def test_what_the_model_has_no_room_for(base, options, words):
     with pytest.raises(UserError, match=words):
-        layers.add_adapter(GPT.from_pretrained(base), MethodConfig(**options))
+        methods.add_adapter(GPT.from_pretrained(base), MethodConfig(**options))
 
 
 def spoil(folder: Path, **changes) -> None:

@@ -257,16 +257,16 @@ def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path:
     (end,) = launch(tmp_path, words, functools.partial(set_umask, umask))
     assert end.code == 0, end.err
     rows = [f"{label},the word {label} of row {n}" for n in range(4) for label in (0, 1)]
-    (tmp_path / "text.rows.csv").write_text("\n".join(["label,text", *rows]))
+    (tmp_path / "rows.csv").write_text("\n".join(["label,text", *rows]))
     words = [
         "--init",
         "run",
         "--method",
         "lora",
         "--data",
-        "text.rows.csv",
+        "rows.csv",
         "--predict",
-        "text.rows.csv",
+        "rows.csv",
         "--device",
         "cpu",
     ]
@@ -428,7 +428,7 @@ def cut_off(finished: Path, tmp_path: Path) -> Path:
     """The same run, as a kill just before its end leaves it."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    (folder / "run" / "tasks.metrics.json").unlink()
+    (folder / "run" / "metrics.json").unlink()
     return folder
 
 
@@ -436,7 +436,7 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> N
     run = finished / "run"
     assert checkpoint_steps(run) == [6, 9, 12]
     files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
-    assert {"model.safetensors", "config.json", "manifest.json", "text.tokenizer.json", checkpoint.META} <= files
+    assert {"model.safetensors", "config.json", "manifest.json", "tokenizer.json", checkpoint.META} <= files
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
     saves = log_of(run, "checkpoint")
     assert [x["step"] for x in saves] == [3, 6, 9, 12]
@@ -487,13 +487,13 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
 
     checkpoint.write_folder(best, fill)
     (end,) = launch(cut_off, small("--keep", 3))
-    assert end.code == 0 and json.loads((run / "tasks.metrics.json").read_text())["final_is_step"] == 6
+    assert end.code == 0 and json.loads((run / "metrics.json").read_text())["final_is_step"] == 6
     assert (run / "final" / "model.safetensors").read_bytes() == weights["model.safetensors"]
-    (run / "tasks.metrics.json").unlink()
+    (run / "metrics.json").unlink()
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out, end
-    assert json.loads((run / "tasks.metrics.json").read_text())["final_is_step"] == 12
+    assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
 
 def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:

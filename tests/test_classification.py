@@ -25,6 +25,7 @@ from toy import capture_gradients, expected_gradients
 
 from adapters import heads
 from adapters.layers import ADAPTERS
+from adapters.options import Pooling
 from config import UserError, resolve
 from engine.precision import set_products
 from engine.processes import World
@@ -32,7 +33,7 @@ from engine.step import Loader, TrainStep, compile_model, partition
 from engine.trainer import evaluate
 from model import GPT
 from tasks.classification.labels import find_labels, label_name, word_ids
-from tasks.classification.options import ClassificationConfig, Pooling
+from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
 from tasks.classification.task import Classification, padded
 from tasks.finetuning import Long, Parts, Special
@@ -652,7 +653,7 @@ def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
         names = [name for group in task.groups(model, step) for name in group.params]
         return {re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names}
 
-    assert trained(0) == trained(n - 1) == {"adapters.heads.mood", "heads.mood-2"}
+    assert trained(0) == trained(n - 1) == {"heads.mood", "heads.mood-2"}
     assert trained(n) == trained(2 * n - 1) == trained(0) | {"h.1", "ln_f"}
     assert trained(2 * n) == trained(n) | {"h.0"} and trained(3 * n) == trained(2 * n) | {"wte", "wpe"}
 
@@ -664,7 +665,7 @@ def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_ch
     assert (task.train.weights[task.train.heads == 1] == 1).all()
     assert sum("1 of 13 training rows are longer" in text for text in task.warnings) == 1
     shapes = {name: tuple(p.shape) for name, p in task.build_model(task.cfg).named_parameters() if "heads" in name}
-    assert shapes == {"adapters.heads.mood.weight": (3, 64), "heads.mood-2.weight": (2, 64)}
+    assert shapes == {"heads.mood.weight": (3, 64), "heads.mood-2.weight": (2, 64)}
     alone = mood(tokenizer, seq_len=12)
     assert alone.identity()["data"] != task.identity()["data"]
 
@@ -886,7 +887,7 @@ def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(method, rea
     task.export_checkpoint(model, tmp_path / "checkpoint")
     files = {file.name: file.stat().st_size for file in (tmp_path / "checkpoint").iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files and "classifier.json" in files
-    assert ("adapters.heads.safetensors" in files) == (reads != "word")
+    assert ("heads.safetensors" in files) == (reads != "word")
     base = (tmp_path / "base" / "model.safetensors").stat().st_size
     assert sum(size for name, size in files.items() if name.endswith("safetensors")) < base / 2
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu")

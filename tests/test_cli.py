@@ -130,7 +130,7 @@ def test_the_log_has_the_contract_s_fields(finished):
     assert all("val_loss" in line and "val_perplexity" in line for line in log_of(run, "eval"))
     assert {(line["step"], bool(line["text"])) for line in log_of(run, "sample")} == {(6, True), (12, True)}
     assert [line["step"] for line in log_of(run, "checkpoint")] == [3, 6, 9, 12]
-    metrics = json.loads((run / "tasks.metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["val_loss"] == log_of(run, "eval")[-1]["val_loss"]
     assert metrics["steps"] == 12 and metrics["tokens"] == 12 * 128 and metrics["skipped"] == 0
 
@@ -296,7 +296,7 @@ def test_transformers_reads_final_and_agrees(finished):
 def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     run, _ = finished
-    step_of_final = json.loads((run / "tasks.metrics.json").read_text())["final_is_step"]
+    step_of_final = json.loads((run / "metrics.json").read_text())["final_is_step"]
     (expected,) = [line["val_loss"] for line in log_of(run, "eval") if line["step"] == step_of_final]
     transformers.AutoModelForCausalLM.from_pretrained(run / "final").save_pretrained(inputs / "theirs")
     for number, init in enumerate(("run", "run/final", "theirs")):
@@ -478,7 +478,7 @@ def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
     events = json.loads((inputs / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
-    assert "aten::addmm" in (inputs / "profiled" / "profile" / "engine.memory.txt").read_text()
+    assert "aten::addmm" in (inputs / "profiled" / "profile" / "memory.txt").read_text()
 
 
 def train_with_noise(folder: Path, *words: Any) -> str:

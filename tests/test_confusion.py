@@ -318,7 +318,7 @@ def test_pictures_are_drawn_in_silence(n_labels, tmp_path, caplog, capfd):
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         paths = chart.draw(report, tmp_path, "a_title $ of 한글 $")
-    assert paths == [tmp_path / "tasks.classification.confusion.png", tmp_path / "reliability.png"]
+    assert paths == [tmp_path / "confusion.png", tmp_path / "reliability.png"]
     # A font list that matplotlib writes anew is its own affair.
     assert [record.message for record in caplog.records if "font cache" not in record.message] == []
     assert capfd.readouterr().out == ""

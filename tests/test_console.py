@@ -93,7 +93,7 @@ def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 3
     assert "warning: standard output cannot be written (Broken pipe)" in done.stderr
     assert len(log_of(tmp_path / "run", "train")) == 6
-    assert json.loads((tmp_path / "run" / "tasks.metrics.json").read_text(encoding="utf-8"))["steps"] == 6
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 6
     (warning,) = [w for w in log_of(tmp_path / "run", "warning") if "standard output" in w["text"]]
     assert "Broken pipe" in warning["text"]
 

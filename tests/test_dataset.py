@@ -647,16 +647,17 @@ def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> 
 SCRIPT = """
 import sys, time
 from pathlib import Path
-import corpus, dataset
+from engine import data
+from text import corpus, prepare
 path, tokenizer, cache, pause = sys.argv[1:]
-dataset.SMALL, corpus.CHUNK_CHARS, corpus.worker_count = 0, 2000, lambda: 2
+prepare.SMALL, corpus.CHUNK_CHARS, prepare.cores = 0, 2000, lambda: 2
 plain = corpus.encode
 def encode(*words):
     time.sleep(float(pause))
     return plain(*words)
 corpus.encode = encode
-data = dataset.open_data(path, None, tokenizer, "text", Path(cache), 16, lambda line: print(line, flush=True))
-print(data.train.sha256, data.val.sha256)
+found = data.open_data(path, None, tokenizer, "text", Path(cache), 16, lambda line: print(line, flush=True))
+print(found.train.sha256, found.val.sha256)
 """
 
 

@@ -37,7 +37,7 @@ def without_encoding(source: str) -> list[int]:
 def test_every_text_file_is_opened_with_an_encoding() -> None:
     for bad in ("open(f)", "path.open('w')", "path.read_text()", "path.write_text(x)", "open(f, mode='r')"):
         assert without_encoding(bad) == [1]
-    folders = [REPO, *(REPO / name for name in ("finetune", "finetune/tools", "benchmarks", "kernels"))]
+    folders = [REPO, *(REPO / name for name in ("finetune", "tools", "benchmarks", "kernels"))]
     files = [file for folder in folders for file in folder.glob("*.py")]
     found = {file.name: lines for file in files if (lines := without_encoding(file.read_text(encoding="utf-8")))}
     assert not found
@@ -53,6 +53,6 @@ def test_a_run_under_an_ascii_locale_writes_utf_8(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     run = tmp_path / "läuft"
     assert len(log_of(run, "train")) == 2
-    for file in (run / "config.json", run / "tasks.metrics.json"):
+    for file in (run / "config.json", run / "metrics.json"):
         assert json.loads(file.read_text(encoding="utf-8"))
     assert b"gpt2" in (run / "final" / "README.md").read_bytes()

@@ -141,7 +141,7 @@ LAMBADA = [{"text": text(i, 3 + 3 * i)} for i in range(12)]
 @pytest.mark.parametrize("rows", [HELLASWAG, OFFICIAL], ids=["ctx", "official"])
 @pytest.mark.parametrize("batch_size", ["1", "8"])
 def test_hellaswag(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, rows, batch_size) -> None:
-    file = write_rows(tmp_path / "text.rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     ours = figures(monkeypatch, capsys, checkpoint, "--hellaswag", file, "--batch-size", batch_size)["hellaswag"]
     expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
     assert {name: ours[name] for name in expected} == expected and ours["rows"] == 12
@@ -181,12 +181,12 @@ def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer
         script.evaluate_hellaswag(model, tokenizer, rows[:4], 256)
 
 
-@pytest.mark.parametrize("target", ["folder", "text.rows.jsonl", "/proc/none/figures.json"])
+@pytest.mark.parametrize("target", ["folder", "rows.jsonl", "/proc/none/figures.json"])
 def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    write_rows(tmp_path / "text.rows.jsonl", LAMBADA)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere", "--lambada", "text.rows.jsonl", "--json", target])
+    write_rows(tmp_path / "rows.jsonl", LAMBADA)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target])
     with pytest.raises(UserError, match="--json"):  # the model, which is not there, is not even looked for
         script.main()
 
@@ -201,7 +201,7 @@ def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_t
 
 @pytest.mark.parametrize("batch_size", ["1", "8"])
 def test_lambada(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, batch_size) -> None:
-    file = write_rows(tmp_path / "text.rows.jsonl", LAMBADA)
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
     ours = figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--batch-size", batch_size)["lambada"]
     expected = plain_lambada(reference, tokenizer, LAMBADA, BLOCK)
     assert (ours["accuracy"], ours["perplexity"], ours["token_perplexity"]) == pytest.approx(expected, rel=1e-4)
@@ -222,7 +222,7 @@ def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -
 
 
 def test_limit(checkpoint, tmp_path, monkeypatch, capsys) -> None:
-    file = write_rows(tmp_path / "text.rows.jsonl", LAMBADA)
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
     assert figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--limit", "5")["lambada"]["rows"] == 5
 
 
@@ -288,7 +288,7 @@ def test_metrics() -> None:
 
 
 def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) -> None:
-    file = write_rows(tmp_path / "text.rows.jsonl", LAMBADA)
+    file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
     done = run(repo / "evaluate.py", checkpoint, "--lambada", file, "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "figures.json").read_text())

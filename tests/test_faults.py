@@ -313,7 +313,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
     assert checkpoint_steps(folder / "run") == [3]
     (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0))
     assert end.code == 0 and "resumed from step-00000003" in end.out, end
-    assert json.loads((folder / "run" / "tasks.metrics.json").read_text())["steps"] == 12
+    assert json.loads((folder / "run" / "metrics.json").read_text())["steps"] == 12
 
 
 # --- torchrun --max-restarts

@@ -22,19 +22,20 @@ from safetensors.torch import load_file
 from toy import capture_gradients, expected_gradients
 
 from adapters import layers, peft
-from adapters.options import Method
+from adapters.options import Form, Method, Pooling
 from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
 from decoding.options import Decode
 from engine.processes import World
 from engine.step import Loader, TrainStep
 from engine.trainer import evaluate
-from finetune import fit_words, other_task, rehearse
+from finetune import label_task
 from model import GPT
 from storage import hub
 from tasks.classification.labels import find_labels
-from tasks.classification.options import ClassificationConfig, Form, Pooling
+from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification, as_lstm
+from tasks.command import fit_words, other_task, rehearse
 from tasks.finetuning import Finetuning
 from tasks.generation.task import Answer, Generation, plain
 from text.tokenizer import load_tokenizer
@@ -113,7 +114,7 @@ def set_up(name: str, inputs: Path, say: Callable[[str], None] = lambda text: No
     cfg = task.config(**fixed | options)
     if isinstance(cfg, ClassificationConfig):
         cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
-        task.others = [other_task(asked, "toy") for asked in cfg.also]
+        task.others = [other_task(label_task, asked, "toy") for asked in cfg.also]
     cfg = resolve(cfg, "cpu")
     task.setup(cfg, say)
     task.set_length(cfg)
@@ -301,9 +302,9 @@ def left_by_a_run(run: Path, steps: list[int]) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["batch_size"] == 4 and config["steps"] == steps[-1] and config["micro_batch"] == 4
     assert checkpoint_steps(run) == steps
-    figures = json.loads((run / "tasks.metrics.json").read_text())
+    figures = json.loads((run / "metrics.json").read_text())
     assert figures["steps"] == steps[-1] and figures["final_is_step"] in steps and "val_loss" in figures
-    assert (run / "final" / "README.md").exists() and (run / "final" / "text.tokenizer.json").exists()
+    assert (run / "final" / "README.md").exists() and (run / "final" / "tokenizer.json").exists()
 
 
 def agrees_with_transformers(final: Path, ids: list[int]) -> None:
@@ -345,12 +346,12 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
     """On rows that are broken, cut and left out: two ranks as one, and killed as not; all is told in the log."""
     rows = [{"context": f"{n} " * 5 * n, "question": "?", "answer": f"{n}"} for n in range(1, 9)]
     rows += [{"context": "", "question": "?", "answer": "."}, {"context": "a", "question": "?", "answer": "so " * 60}]
-    (folder / "text.rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
+    (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
     more = (
         "--data",
-        "text.rows.jsonl",
+        "rows.jsonl",
         "--val-data",
-        "text.rows.jsonl",
+        "rows.jsonl",
         "--seq-len",
         48,
         "--steps",
@@ -438,8 +439,8 @@ def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None
         {"id": "c", "question": "what", "answers": [], "is_impossible": True},
     ]
     data = {"data": [{"paragraphs": [{"context": f"{n} two men", "qas": asked} for n in range(5)]}]}
-    task, rows = rows_of("qa", inputs, tmp_path / "tasks.generation.squad.json", json.dumps(data))
-    told = f"{tmp_path / 'tasks.generation.squad.json'}: 5 rows could not be read and are left out"
+    task, rows = rows_of("qa", inputs, tmp_path / "squad.json", json.dumps(data))
+    told = f"{tmp_path / 'squad.json'}: 5 rows could not be read and are left out"
     first = {"context": "0 two men", "question": "who", "answer": "two men", "answers": "two men\nmen", "id": "a"}
     assert rows[0] == first and len(rows) == 10 and rows[1]["answers"] == "men"
     assert task.warnings[0] == told
@@ -626,10 +627,10 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
     lines += [
         "\t".join(cell if field == "label" else f"{field} {n}" for field in fields) for n, cell in enumerate(cells)
     ]
-    (tmp_path / "text.rows.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
     for split in ("train", "validation"):
         task, said = reader(name), []
-        assert [row["label"] for row in task.read(str(tmp_path / "text.rows.tsv"), split, said.append)] == [
+        assert [row["label"] for row in task.read(str(tmp_path / "rows.tsv"), split, said.append)] == [
             "0",
             "1",
             "1",
@@ -638,7 +639,7 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
         assert warning.startswith(
             f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', 'NaN')"
         )
-    asked = reader(name).read(str(tmp_path / "text.rows.tsv"), "test", print)
+    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test", print)
     assert [row["label"] for row in asked] == ["0", "1", "", "", "", "", "", "1"]
     (tmp_path / "none.tsv").write_text("\n".join([lines[0], lines[3]]) + "\n")
     with pytest.raises(UserError, match=r"1 of 1 rows of .* have no known label"):
@@ -650,14 +651,14 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     rows = "".join(
         f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n" for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)
     )
-    (folder / "text.rows.csv").write_text("id,text,label\n" + rows)
+    (folder / "rows.csv").write_text("id,text,label\n" + rows)
     (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
-    finished("sentiment", folder, "--data", "text.rows.csv", "--val-data", "val.csv", "--predict", "val.csv", "--epochs", 4,
+    finished("sentiment", folder, "--data", "rows.csv", "--val-data", "val.csv", "--predict", "val.csv", "--epochs", 4,
              "--precision", "bf16", "--lr", 3e-3, "--allow-overlap", "--seq-len", 5)  # fmt: skip
     run = folder / "run"
     metrics, report, scores = (
         json.loads((run / name).read_text())
-        for name in ("tasks.metrics.json", "validation.report.json", "tasks.classification.predictions.scores.json")
+        for name in ("metrics.json", "validation.report.json", "predictions.scores.json")
     )
     names = ("accuracy", "macro_f1", "calibration_error")
     assert [metrics[n] for n in names] == [report[n] for n in names] == [scores[n] for n in names]
@@ -670,15 +671,15 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     # A later command, which says nothing of --seq-len, answers as the run itself did.
     finished("sentiment", folder, "--init", "run", "--epochs", 0, "--predict", "val.csv", "--answers", "again.csv",
              "--out", "other")  # fmt: skip
-    assert (folder / "again.jsonl").read_bytes() == (run / "tasks.classification.predictions.jsonl").read_bytes()
+    assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
 
 
 TORN = {  # rows of which some cannot be read: the ids and whether each is answered
-    "text.rows.csv": ("id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n", ["7", "8", "9", "9", ""], [1, 1, 1, 0, 1]),
-    "text.rows.tsv": ("text\tid\ngood\tx\na\tb\ty\n\tz\n", ["x", "y", "z"], [1, 0, 1]),
-    "text.rows.jsonl": ('{"id": 1, "text": "a"}\n{"id": 2, "te\n{"id": 3, "text": ["a"]}\n{"id": 4, "text": null}\n{"id": 5}\n',
+    "rows.csv": ("id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n", ["7", "8", "9", "9", ""], [1, 1, 1, 0, 1]),
+    "rows.tsv": ("text\tid\ngood\tx\na\tb\ty\n\tz\n", ["x", "y", "z"], [1, 0, 1]),
+    "rows.jsonl": ('{"id": 1, "text": "a"}\n{"id": 2, "te\n{"id": 3, "text": ["a"]}\n{"id": 4, "text": null}\n{"id": 5}\n',
                    ["1", "", "3", "4", "5"], [1, 0, 0, 1, 1]),
-    "text.rows.json": ('[{"text": "a"}, 3, {"text": ""}]', ["", "", ""], [1, 0, 1]),
+    "rows.json": ('[{"text": "a"}, 3, {"text": ""}]', ["", "", ""], [1, 0, 1]),
 }  # fmt: skip
 
 
@@ -697,8 +698,8 @@ def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None
 
 
 def test_bytes_that_are_no_text_cost_no_row_its_answer(tmp_path: Path) -> None:
-    (tmp_path / "text.rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
-    first, second = reader("sentiment").read(str(tmp_path / "text.rows.csv"), "test", print)
+    (tmp_path / "rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
+    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test", print)
     assert first["text"] == "caf\ufffd good" and not first.fault and second["text"] == "fine"
 
 
@@ -953,12 +954,7 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     assert torch.equal(model.head_weight[:vocab_size], base[:vocab_size])
     rows = model.head_weight[vocab_size : vocab_size + 2].detach()
     assert (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()  # they started at the mean, and moved
-    assert (
-        json.loads((folder / "run" / "tasks.classification.predictions.jsonl").read_text().splitlines()[0])[
-            "prediction"
-        ]
-        is not None
-    )
+    assert json.loads((folder / "run" / "predictions.jsonl").read_text().splitlines()[0])["prediction"] is not None
 
 
 # --- what a user gets wrong
@@ -979,10 +975,10 @@ def mistakes(inputs: Path) -> Path:
     for name, text in write.items():
         (inputs / name).write_text(text)
     finished("sonnets", inputs, "--init", "base", "--method", "lora", "--steps", 1, "--eval-every", 0, "--out", "lora")
-    odd = json.loads((inputs / "tokenizer" / "text.tokenizer.json").read_text())
+    odd = json.loads((inputs / "tokenizer" / "tokenizer.json").read_text())
     odd["model"]["vocab"]["<generate>"] = load_tokenizer(str(inputs / "tokenizer")).vocab_size
     (inputs / "odd").mkdir()
-    (inputs / "odd" / "text.tokenizer.json").write_text(json.dumps(odd))
+    (inputs / "odd" / "tokenizer.json").write_text(json.dumps(odd))
     other = GPT(
         GPTConfig(
             vocab_size=load_tokenizer(str(inputs / "base")).vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64

@@ -176,7 +176,8 @@ def test_interrupted_after_any_shard(
 
 SCRIPT = """
 import sys, time
-import corpus, fineweb_prep
+import fineweb_prep
+from text import corpus
 corpus.CHUNK_CHARS = 3000
 plain = corpus.encode
 def encode(*words):
@@ -398,12 +399,12 @@ def test_a_foreign_progress_beside_a_finished_folder_stays(
 
 def test_a_tokenizer_of_someone_else_is_not_replaced(prepare: Callable[..., int], bpe: str, tmp_path: Path) -> None:
     shutil.copytree(bpe, tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "text.tokenizer.json").write_text("mine")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("mine")
     with pytest.raises(UserError, match=r"tokenizer would be replaced by --tokenizer .*; give another --out"):
         prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
-    assert (tmp_path / "tokenizer" / "text.tokenizer.json").read_text() == "mine"
-    shutil.copy(Path(bpe) / "text.tokenizer.json", tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine"
+    shutil.copy(Path(bpe) / "tokenizer.json", tmp_path / "tokenizer")
     assert prepare(tmp_path, "--tokenizer", tmp_path / "tokenizer") == 0
 
 

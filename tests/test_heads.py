@@ -17,9 +17,9 @@ from torch import Tensor
 
 from adapters import heads
 from adapters.heads import Head, Info
+from adapters.options import Pooling
 from config import GPTConfig, UserError
 from model import GPT
-from tasks.classification.options import Pooling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 POOLINGS = get_args(Pooling)
@@ -205,7 +205,7 @@ def test_broken_files_of_a_head_are_named(tmp_path):
     with pytest.raises(UserError, match=r"heads.safetensors cannot be read: [^\n]+$"):
         heads.find(tmp_path)
     (tmp_path / heads.WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"adapters.heads.safetensors"):
+    with pytest.raises(UserError, match=r"heads.safetensors"):
         heads.find(tmp_path)
 
 

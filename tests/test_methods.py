@@ -99,7 +99,7 @@ def write_run(folder: Path, score: float, steps: int = 6, best_step: int = 4, lr
         lines.append({"kind": "eval", "step": best_step, "chrf": score})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = {"steps": steps, "seconds": 30.0, "final_is_step": best_step, "memory_bytes": 2**30, "parameters": 4000}
-    (folder / "tasks.metrics.json").write_text(json.dumps(results | {"trained_parameters": 1000, "chrf": -99.0}))
+    (folder / "metrics.json").write_text(json.dumps(results | {"trained_parameters": 1000, "chrf": -99.0}))
 
 
 def write_labels(folder: Path, predicted: Sequence[int]) -> None:
@@ -355,7 +355,7 @@ GIVEN: dict[str, Any] = {"augment": "more.csv", "also": ("nli:0.5", "topics:1"),
 
 def facts_of(family: str) -> dict[str, Any]:
     defaults = dataclasses.asdict(KINDS[family]()) | {"epochs": 3, "lr": 1e-4}
-    answers = "tasks.classification.predictions.txt" if family == "generation" else None
+    answers = "predictions.txt" if family == "generation" else None
     return {"family": family, "best": BEST[family], "defaults": defaults, "answers": answers}
 
 
@@ -679,7 +679,7 @@ def test_the_chart(result: dict[str, Any], of_labels: dict[str, Any], tmp_path: 
         draw(of, tmp_path / f"{name}.png")
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "none.png").exists()
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "methods.png").stat().st_size > 10_000
-    assert (tmp_path / "tasks.classification.labels.png").stat().st_size > (
+    assert (tmp_path / "labels.png").stat().st_size > (
         tmp_path / "methods.png"
     ).stat().st_size  # a row for each of many
 

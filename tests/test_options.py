@@ -32,7 +32,7 @@ def kinds_of_options() -> list[Any]:
     folders = (REPO, REPO / "finetune", REPO / "finetune" / "tools", REPO / "benchmarks")
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "entry_point(" not in text or path.name == "base.cli.py":
+        if "entry_point(" not in text or path.name == "cli.py":
             continue
         tree = ast.walk(ast.parse(text))
         calls = [node for node in tree if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"]

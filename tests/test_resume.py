@@ -54,7 +54,7 @@ def cut_to(run: Path, step: int) -> None:
     """Leave a run as a kill after the checkpoint of `step` leaves it."""
     for later in [path for path in checkpoint.checkpoints(run) if int(path.name[5:]) > step]:
         shutil.rmtree(later)
-    (run / "tasks.metrics.json").unlink(missing_ok=True)
+    (run / "metrics.json").unlink(missing_ok=True)
 
 
 QUIET = ("--sample-every", 0, "--eval-every", 4, "--save-every", 4, "--keep", 9)
@@ -215,7 +215,7 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert "--reschedule" in end.err
     end = go(folder, "--out", "run", "--extend-to", 16)
     assert end.code == 2 and "the cosine schedule decays" in end.err and "add --reschedule" in end.err, end
-    assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "tasks.metrics.json").exists()
+    assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "metrics.json").exists()
     end = go(folder, "--out", "run", "--extend-to", 16, "--reschedule", kill=("retention", 1))
     assert end.code == -signal.SIGKILL, end
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")  # the restart is in run.json, wherever it resumes

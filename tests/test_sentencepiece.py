@@ -101,7 +101,7 @@ class TestSentencePiece:
     def test_is_deterministic_and_saved_whole(self, made, lines, kind, tmp_path):
         again = train_sentencepiece(iter(lines), SIZE, tmp_path / "a", kind, ["<answer>", "<질문>"])
         assert (again.sha256, again.special_ids) == (made.sha256, made.special_ids)
-        for name in ("text.tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (tmp_path / "a" / name).read_bytes() == (Path(made.source) / name).read_bytes()
 
     def test_special_tokens_are_no_text_to_learn(self, lines, kind, tmp_path):
@@ -159,7 +159,7 @@ class TestKoGPT2:
         for part in ("pre_tokenizer", "decoder"):
             spec[part] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
         spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
-        (folder / "text.tokenizer.json").write_text(json.dumps(spec))
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
         torch.manual_seed(0)
         shape = GPTConfig(vocab_size=len(spec["model"]["vocab"]), block_size=64, n_layer=2, n_head=2, n_embd=64)
         GPT(shape).save_pretrained(folder)

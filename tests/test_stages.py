@@ -398,7 +398,7 @@ def test_a_wrong_name_is_one_line(run, tmp_path) -> None:
 
 
 def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
-    file = tmp_path / "engine.plan.json"
+    file = tmp_path / "plan.json"
     file.write_text(json.dumps({"identity": {"preset": "micro", "steps": 5}, "plan": dataclasses.asdict(PLAN)}))
     assert stages.stored_plan(file, {"preset": "micro", "steps": 5}) == PLAN
     with pytest.raises(UserError, match=r"holds another ladder \(preset was micro, is mini\)"):

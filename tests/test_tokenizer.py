@@ -19,7 +19,7 @@ from text.tokenizer_training import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-FILES = ("text.tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 SENTENCES = [
     "The quick brown fox doesn't jump over the lazy dog; it's the dog's 1,024th day.\n",
@@ -287,9 +287,9 @@ class TestSpecialTokens:
             extended.special_id("<anser>")
 
     def test_ids_without_a_token_leave_no_room(self, trained, tmp_path):
-        spec = json.loads((Path(trained.source) / "text.tokenizer.json").read_text())
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         spec["model"]["vocab"]["fox"] = 500
-        (tmp_path / "text.tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         with pytest.raises(UserError, match="without a token"):
             load_tokenizer(str(tmp_path)).with_special(["<answer>"])
 
@@ -332,7 +332,7 @@ class TestGPT2:
     def test_one_identity_however_it_is_stored(self, gpt2, gpt2_folder, tmp_path):
         for name in ("vocab.json", "merges.txt"):
             (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
-        stored = [tmp_path, gpt2_folder, gpt2_folder / "text.tokenizer.json"]
+        stored = [tmp_path, gpt2_folder, gpt2_folder / "tokenizer.json"]
         assert {load_tokenizer(str(where)).sha256 for where in stored} == {gpt2.sha256}
 
     def test_rebuilds_the_released_files(self, gpt2_folder):
@@ -400,7 +400,7 @@ class TestOtherTokenizers:
         hub.pre_tokenizer = pre_tokenizers.Metaspace()
         hub.decoder = decoders.Metaspace()
         hub.add_special_tokens(["<unk>", "</s>"])
-        hub.save(str(tmp_path / "text.tokenizer.json"))
+        hub.save(str(tmp_path / "tokenizer.json"))
 
         unigram = load_tokenizer(str(tmp_path))
         assert unigram.eot == 1
@@ -409,8 +409,8 @@ class TestOtherTokenizers:
         assert [unigram.token_bytes(i) for i in (1, 2, 3, 9)] == [b"", b" ", b"a", b"\xf0"]
 
     def test_a_folders_own_end_token_and_settings(self, trained, tmp_path):
-        file = tmp_path / "text.tokenizer.json"
-        file.write_text((Path(trained.source) / "text.tokenizer.json").read_text().replace("<|endoftext|>", "<stop>"))
+        file = tmp_path / "tokenizer.json"
+        file.write_text((Path(trained.source) / "tokenizer.json").read_text().replace("<|endoftext|>", "<stop>"))
         with pytest.raises(UserError, match="no end token"):
             load_tokenizer(str(file))
         config = tmp_path / "tokenizer_config.json"
@@ -421,28 +421,28 @@ class TestOtherTokenizers:
         assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["model_max_length"] == 77
 
     def test_an_end_token_marked_ordinary_is_still_not_read_in_text(self, trained, tmp_path):
-        spec = json.loads((Path(trained.source) / "text.tokenizer.json").read_text())
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         spec["added_tokens"][0]["special"] = False
-        (tmp_path / "text.tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         assert 399 not in load_tokenizer(str(tmp_path)).encode("a<|endoftext|>b")
 
     @pytest.mark.parametrize("change", ["split", "merge order", "added token"])
     def test_tiktoken_is_left_out_where_it_could_differ(self, trained, tmp_path, change):
-        spec = json.loads((Path(trained.source) / "text.tokenizer.json").read_text())
+        spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         if change == "split":
             spec["pre_tokenizer"]["add_prefix_space"] = True
         elif change == "merge order":
             spec["model"]["merges"].reverse()
         else:
             spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 400, "content": "fox", "special": False})
-        (tmp_path / "text.tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         other: Any = load_tokenizer(str(tmp_path))
         assert other._encoding is None and other.sha256 != trained.sha256
         assert other.encode_batch(SENTENCES) == hub_ids(tmp_path, SENTENCES)
 
     @pytest.mark.parametrize("content", ["{", "{}", "[]", "\x00"])
     def test_unreadable_files(self, tmp_path, content):
-        (tmp_path / "text.tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match=r"tokenizer\.json (is not|holds no)"):
             load_tokenizer(str(tmp_path))
 

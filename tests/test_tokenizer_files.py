@@ -32,7 +32,7 @@ def spec(tmp_path_factory) -> dict[str, Any]:
     """tokenizer.json of a small tokenizer without any special token."""
     folder = tmp_path_factory.mktemp("tokenizers") / "base"
     train_bpe([TEXT] * 20, 300, folder)
-    spec = json.loads((folder / "text.tokenizer.json").read_text())
+    spec = json.loads((folder / "tokenizer.json").read_text())
     spec["added_tokens"] = []
     spec["model"]["vocab"].pop("<|endoftext|>", None)
     return spec
@@ -89,7 +89,7 @@ def folders(draw: st.DrawFn, spec: dict[str, Any]) -> dict[str, Any]:
         listed = [t for t in TOKENS if t in added or (t in inside and draw(st.booleans()))]
         ids = files["vocab.json"] | {t: start + i for i, t in enumerate(t for t in listed if t in added)}
         entries = [draw(flags) | {"id": ids[t], "content": t} for t in sorted(listed, key=ids.__getitem__)]
-        files = {"text.tokenizer.json": whole | {"added_tokens": entries}}
+        files = {"tokenizer.json": whole | {"added_tokens": entries}}
         added = []
     if layout == "older" and draw(st.booleans()):
         files["config.json"] = {"model_type": "gpt2"}
@@ -112,7 +112,7 @@ def opened_by_transformers(folder: Path) -> Any:
 
 def held(files: dict[str, Any]) -> set[str]:
     """Tokens that a folder's files hold, beside those that are only named."""
-    whole, config = files.get("text.tokenizer.json"), files["tokenizer_config.json"]
+    whole, config = files.get("tokenizer.json"), files["tokenizer_config.json"]
     tokens = set(files["vocab.json"] if whole is None else whole["model"]["vocab"])
     tokens |= {entry["content"] for entry in config.get("added_tokens_decoder", {}).values()}
     if "added_tokens_decoder" not in config:
@@ -199,13 +199,13 @@ def test_one_id_for_two_tokens_is_refused(spec, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("layout", ["older", "text.tokenizer.json"])
+@pytest.mark.parametrize("layout", ["older", "tokenizer.json"])
 def test_json_in_any_unicode_encoding_is_read(spec, tmp_path, encoding, layout):
     files = older(spec, ("<|endoftext|>",)) | {"tokenizer_config.json": {"eos_token": "<새>"}}
     files |= {"added_tokens.json": {"<새>": 297}}
-    if layout == "text.tokenizer.json":
+    if layout == "tokenizer.json":
         files = {
-            "text.tokenizer.json": spec,
+            "tokenizer.json": spec,
             "tokenizer_config.json": {"eos_token": "<새>"},
             "added_tokens.json": {"<새>": 297},
         }
@@ -226,7 +226,7 @@ JSON_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
-    "text.tokenizer.json",
+    "tokenizer.json",
 )
 
 
@@ -268,13 +268,13 @@ WRONG = [
     ("vocab.json", {}, "vocabulary"),
     ("merges.txt", "a b c\n", "merges.txt, line 1"),
     ("merges.txt", "#version: 0.2\nnothere toobad\n", "not a tokenizer"),
-    ("text.tokenizer.json", {"added_tokens": 5}, "added_tokens"),
-    ("text.tokenizer.json", {"added_tokens": [5]}, "added_tokens"),
-    ("text.tokenizer.json", {"added_tokens": [{"content": "<x>"}]}, "id"),
-    ("text.tokenizer.json", {"model": 5}, "not a tokenizer"),
-    ("text.tokenizer.json", {"model": {"vocab": [1]}}, "not a tokenizer"),
-    ("text.tokenizer.json", {"model": {"vocab": {"a": 1}, "merges": [5]}}, "not a tokenizer"),
-    ("text.tokenizer.json", {"decoder": {"type": "ByteLevel"}, "model": {"vocab": [1]}}, "model.vocab"),
+    ("tokenizer.json", {"added_tokens": 5}, "added_tokens"),
+    ("tokenizer.json", {"added_tokens": [5]}, "added_tokens"),
+    ("tokenizer.json", {"added_tokens": [{"content": "<x>"}]}, "id"),
+    ("tokenizer.json", {"model": 5}, "not a tokenizer"),
+    ("tokenizer.json", {"model": {"vocab": [1]}}, "not a tokenizer"),
+    ("tokenizer.json", {"model": {"vocab": {"a": 1}, "merges": [5]}}, "not a tokenizer"),
+    ("tokenizer.json", {"decoder": {"type": "ByteLevel"}, "model": {"vocab": [1]}}, "model.vocab"),
 ]
 
 
@@ -291,7 +291,7 @@ def test_a_value_of_the_wrong_kind_is_named(spec, tmp_path, name, content, says)
 def dropping(spec, tmp_path) -> Path:
     files = older(spec, ("<|endoftext|>",))
     whole = spec | {"model": spec["model"] | {"vocab": files["vocab.json"], "dropout": 0.5}}
-    return write(tmp_path / "dropping", {"text.tokenizer.json": whole})
+    return write(tmp_path / "dropping", {"tokenizer.json": whole})
 
 
 def test_bpe_dropout_is_left_out(spec, dropping, tmp_path):
@@ -308,7 +308,7 @@ def test_what_is_written_has_no_bpe_dropout(dropping, tmp_path):
     """A model that was trained without it must read texts without it everywhere."""
     ours = load_tokenizer(str(dropping))
     ours.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "text.tokenizer.json").read_text())["model"]["dropout"] is None
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]["dropout"] is None
     assert opened_by_transformers(tmp_path / "saved")(TEXT)["input_ids"] == ours.encode(TEXT)
 
 

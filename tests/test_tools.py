@@ -17,8 +17,8 @@ import pytest
 
 from base.cli import entry_point
 from finetune.paraphrase import Paraphrase
-from finetune.tools.mine import overlap
 from text.rows import read_rows
+from tools.mine import overlap
 
 LABELS = ("bad", "fair", "good")
 
@@ -40,7 +40,7 @@ def tool(monkeypatch, capsys) -> Tool:
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            entry_point(importlib.import_module(f"finetune.tools.{name}").main)
+            entry_point(importlib.import_module(f"tools.{name}").main)
         return Done(stop.value.code, *capsys.readouterr())
 
     return tool
@@ -408,21 +408,19 @@ def write_table(path: Path, rows: Sequence[dict[str, str]] = ROWS) -> Path:
 def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> None:
     """Row 2 comes back as it was, and row 3 has a translation with no end within 8 tokens."""
     out = tmp_path / "back.jsonl"
-    done = tool(
-        "backtranslate", "--data", write_table(tmp_path / "text.rows.csv"), "--out", out, "--max-tokens", 8, *models
-    )
+    done = tool("backtranslate", "--data", write_table(tmp_path / "rows.csv"), "--out", out, "--max-tokens", 8, *models)
     assert done.code == 0, done.err
     assert read_jsonl(out) == BACK
     assert "2 rows" in done.out and "1 that came back as they were, 1 with more than 8 tokens" in done.out
     assert "6 of 6 texts" in done.err and "0.0 min left" in done.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "text.rows.csv"]
-    again = tool("backtranslate", "--data", tmp_path / "text.rows.csv", "--out", out, "--max-tokens", 8, *models)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "rows.csv"]
+    again = tool("backtranslate", "--data", tmp_path / "rows.csv", "--out", out, "--max-tokens", 8, *models)
     assert again.code == 0 and "already" in again.out and read_jsonl(out) == BACK
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
-    data, words = write_table(tmp_path / "text.rows.csv"), ["--max-tokens", 8, "--beams", beams, *models]
+    data, words = write_table(tmp_path / "rows.csv"), ["--max-tokens", 8, "--beams", beams, *models]
     for name, size in (("one", 1), ("all", 4096)):
         done = tool(
             "backtranslate", "--data", data, "--out", tmp_path / f"{name}.jsonl", "--batch-tokens", size, *words
@@ -434,12 +432,12 @@ def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
 def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> None:
     """3 words and the end are 4 tokens; a song has 4 words."""
     out = tmp_path / "back.jsonl"
-    done = tool("backtranslate", "--data", write_table(tmp_path / "text.rows.csv"), "--out", out, "--max-tokens", 6,
+    done = tool("backtranslate", "--data", write_table(tmp_path / "rows.csv"), "--out", out, "--max-tokens", 6,
                 "--columns", "sentence1", *models)  # fmt: skip
     assert done.code == 0, done.err
     assert [row["id"] for row in read_jsonl(out)] == ["1", "3", "4"]
     long = tmp_path / "long.jsonl"
-    done = tool("backtranslate", "--data", tmp_path / "text.rows.csv", "--out", long, "--max-tokens", 4,
+    done = tool("backtranslate", "--data", tmp_path / "rows.csv", "--out", long, "--max-tokens", 4,
                 "--columns", "sentence1", *models)  # fmt: skip
     assert [row["id"] for row in read_jsonl(long)] == ["3"] and "2 with more than 4 tokens" in done.out
 
@@ -447,7 +445,7 @@ def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> 
 def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
     """JSON's numbers and lists; an empty text is none to translate."""
     rows = [{"text": "it rains", "title": "", "label": 1, "tags": ["a", 2], "note": None, "score": 0.5}]
-    data = write_jsonl(tmp_path / "text.rows.jsonl", rows)
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
     assert tool("backtranslate", "--data", data, "--out", tmp_path / "back.jsonl", *models).code == 0
     assert read_jsonl(tmp_path / "back.jsonl") == [rows[0] | {"text": "rain falls"}]
 
@@ -455,7 +453,7 @@ def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
 @pytest.mark.parametrize("cut", [0, 5])
 def test_stopped_and_started_again_it_goes_on_where_it_was(tool, tmp_path, models, monkeypatch, cut) -> None:
     """Stopped after three texts; `cut`: bytes of the last line that did not get to the disk."""
-    data, out = write_table(tmp_path / "text.rows.csv"), tmp_path / "back.jsonl"
+    data, out = write_table(tmp_path / "rows.csv"), tmp_path / "back.jsonl"
     words = ["--data", data, "--out", out, "--max-tokens", 8, "--batch-tokens", 1, *models]
     batches, sync = 0, os.fsync
 
@@ -480,12 +478,12 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(tool, tmp_path, model
 
 
 def test_mistyped_translations_are_refused(tool, tmp_path, models, monkeypatch) -> None:
-    data = write_table(tmp_path / "text.rows.csv")
+    data = write_table(tmp_path / "rows.csv")
     out = ["--out", tmp_path / "back.jsonl"]
     refused(tool("backtranslate", *out), "--data")
     refused(tool("backtranslate", "--data", data), "--out")
     refused(tool("backtranslate", "--data", data, "--out", tmp_path / "back.csv"), ".jsonl")
-    refused(tool("backtranslate", "--data", tmp_path / "text.rows.pdf", *out), ".csv")
+    refused(tool("backtranslate", "--data", tmp_path / "rows.pdf", *out), ".csv")
     refused(tool("backtranslate", "--data", tmp_path / "none.csv", *out), "No such file")
     refused(tool("backtranslate", "--data", data, *out, "--columns", "sentence_1"), "did you mean sentence1")
     refused(tool("backtranslate", "--data", data, *out, "--beams", 0), "--beams")
@@ -494,7 +492,7 @@ def test_mistyped_translations_are_refused(tool, tmp_path, models, monkeypatch) 
     refused(tool("backtranslate", "--data", plain, *out), "--columns", "a, b")
     monkeypatch.setitem(sys.modules, "transformers", None)  # not installed
     refused(tool("backtranslate", "--data", data, *out, *models), "pip install transformers")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.csv", "text.rows.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.csv", "rows.csv"]
 
 
 # ---- as a user starts them
@@ -505,7 +503,7 @@ import json, runpy, sys
 for name, words in json.loads(sys.argv[1]).items():
     sys.argv = [name, *words]
     try:
-        runpy.run_module(f"finetune.tools.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"tools.{name}", run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         assert stop.code == 0, name
 """
@@ -514,7 +512,7 @@ for name, words in json.loads(sys.argv[1]).items():
 def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
     """As `python -m` runs them, but in one process: importing torch is most of what each takes."""
     (a, b, _), _, _ = runs
-    pairs, table = write_pairs(tmp_path / "pairs.csv"), write_table(tmp_path / "text.rows.csv")
+    pairs, table = write_pairs(tmp_path / "pairs.csv"), write_table(tmp_path / "rows.csv")
     commands = {
         "mine": ["--data", pairs, "--out", "hard.csv"],
         "ensemble": [a, b, "--out", "both.jsonl"],
@@ -527,5 +525,5 @@ def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
-    done = run("-m", "finetune.tools.compare", runs[0][0], write_pairs(tmp_path / "pairs.csv"))
+    done = run("-m", "tools.compare", runs[0][0], write_pairs(tmp_path / "pairs.csv"))
     refused(Done(done.returncode, done.stdout, done.stderr), "pairs.csv")

@@ -295,7 +295,7 @@ def what_happened(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     kinds = ("train", "eval", "stopped_early", "sample")
     kept = ("kind", "step", "loss", "tokens", "score", "metric", "best", "text")
-    figures = json.loads((run / "tasks.metrics.json").read_text())
+    figures = json.loads((run / "metrics.json").read_text())
     return {
         "log": [{k: x[k] for k in kept if k in x} for x in lines if x["kind"] in kinds],
         "figures": {k: figures[k] for k in ("steps", "tokens", "train_loss", "score", "final_is_step")},
@@ -344,9 +344,9 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)
-        before = (run / "log.jsonl").read_bytes(), (run / "tasks.metrics.json").read_bytes()
+        before = (run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes()
         assert train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0  # it is finished
-        assert before == ((run / "log.jsonl").read_bytes(), (run / "tasks.metrics.json").read_bytes())
+        assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
 
 
 @given(
@@ -454,7 +454,7 @@ def test_rates_of_all_that_batches_hold(untouched, tmp_path, capsys):
     assert train(Scripted([1.0] * 5), whole_run(tmp_path / "run", 5, sample_every=0)) == 0
     lines, figures = (
         log_of(tmp_path / "run", "train"),
-        json.loads((tmp_path / "run" / "tasks.metrics.json").read_text()),
+        json.loads((tmp_path / "run" / "metrics.json").read_text()),
     )
     for name, amount in (("tokens", 12), ("padded_tokens", 20), ("rows", 4)):
         rates = [line[f"{name}_per_second"] for line in lines]

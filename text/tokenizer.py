@@ -145,7 +145,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec, config = self._spec, self._config()
-        _write_json(folder / "text.tokenizer.json", spec)
+        _write_json(folder / "tokenizer.json", spec)
         _write_json(folder / "tokenizer_config.json", config | ({"pad_token": self._end} if pads else {}), indent=2)
         if _is_byte_level_bpe(spec):
             merges = "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
@@ -238,7 +238,7 @@ class HubTokenizer(Tokenizer):
     def __init__(self, opened: Opened, source: Path, special: tuple[str, ...] = ()):
         self._opened = opened
         self._tokenizer = tokenizer = opened.tokenizer
-        folder = source.parent if source.name == "text.tokenizer.json" else source
+        folder = source.parent if source.name == "tokenizer.json" else source
         self.name, self.source = folder.name.removesuffix(".json"), str(source)
         tokenizer.add_special_tokens([opened.end])
         tokenizer.encode_special_tokens = True  # which means: as ordinary text

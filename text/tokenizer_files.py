@@ -46,7 +46,7 @@ class Opened(NamedTuple):
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds a tokenizer in one of the layouts."""
-    return any((Path(folder) / name).is_file() for name in ("text.tokenizer.json", "vocab.json"))
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
@@ -55,7 +55,7 @@ def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
     `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is no tokenizer, a
     file cannot be read, or no end token can be told.
     """
-    file = path / "text.tokenizer.json" if path.is_dir() else path
+    file = path / "tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
     if not file.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise UserError(

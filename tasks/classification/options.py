@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from adapters.options import Form, Pooling
 from config import LARGEST, Positive, Probability, Range, Weight, Wheres
 from tasks.options import FinetuneConfig
 
-Form = Literal["plain", "prompt", "word"]
-Pooling = Literal["last", "mean", "attention", "lstm"]
 Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
 Auxiliary = Literal["rdrop", "simcse"]
 

@@ -1,0 +1,132 @@
+"""A module imports only from its own package and those to the left; no circles; importing has no side effect."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+from pathlib import Path
+
+from conftest import own_lines
+
+REPO = Path(__file__).resolve().parent.parent
+
+# The import order: a module imports from its own package and from those before it. Commands do not import each other.
+ORDER = (
+    "config", "base", "storage", "kernels", "text", "model", "adapters", "decoding", "dataset", "engine", "tasks",
+    "train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer", "finetune", "tools", "benchmarks",
+)  # fmt: skip
+COMMANDS = {"train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer"}
+
+
+def project_modules() -> dict[str, Path]:
+    """Every module of the project but its tests: dotted name to file."""
+    files = [
+        *REPO.glob("*.py"),
+        *(f for f in REPO.glob("[!.]*/**/*.py") if f.relative_to(REPO).parts[0] in ORDER),
+    ]
+    parts = {file: file.relative_to(REPO).with_suffix("").parts for file in files}
+    return {".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())}
+
+
+MODULES = project_modules()
+
+
+def imports(name: str) -> set[str]:
+    """The project's modules that a module names in an import, at its top or inside a function."""
+    found: set[str] = set()
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # `from package import name`: name may be a module or something inside the package
+            found.update(f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names)
+    return {module for module in found if module in MODULES} - {name}
+
+
+def unit(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_file_has_a_place_in_the_order() -> None:
+    folders = {file.parent.name for file in REPO.glob("[!.]*/*.py")} - {"tests"}
+    homeless = ({unit(name) for name in MODULES} | folders) - set(ORDER)
+    assert not homeless, f"place these in ORDER (and in the design): {sorted(homeless)}"
+
+
+def test_imports_go_left() -> None:
+    at = {name: place for place, name in enumerate(ORDER)}
+    wrong = [
+        f"{name} -> {other}"
+        for name in MODULES
+        for other in sorted(imports(name))
+        if at[unit(other)] > at[unit(name)] or (unit(name) != unit(other) and unit(other) in COMMANDS)
+    ]
+    assert not wrong, f"imports from packages to the right, or of a command: {wrong}"
+
+
+def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> None:
+    seen, waiting = set[str](), ["train_gpt2"]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        waiting += imports(name) - seen
+    other = {"tasks", "finetune", "tools", "benchmarks", "evaluate", "generate"}
+    assert not {name for name in seen if unit(name) in other}
+    assert not seen & {"decoding.batched", "decoding.search", "decoding.similarity", "adapters.layers", "adapters.peft"}
+
+
+def test_no_circles() -> None:
+    graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
+
+
+# Floor by floor in one process, so that what each import does is its own doing. torch comes after config,
+# which must do without it, and before the others, whose effects are then told from torch's.
+IMPORT_EACH = """
+import importlib, json, os, random, sys, threading
+
+def state():
+    torch = sys.modules.get("torch")
+    return {
+        "files": sorted(os.listdir()),
+        "threads": threading.active_count(),
+        "environment": dict(os.environ),
+        "random": hash(random.getstate()),
+        "torch": torch and [hash(bytes(torch.get_rng_state().tolist())), torch.get_num_threads(),
+                            str(torch.get_default_dtype()), torch.is_grad_enabled(),
+                            torch.get_float32_matmul_precision(), torch.cuda.is_initialized()],
+    }
+
+effects = {}
+for name in sys.argv[1:]:
+    before = state()
+    importlib.import_module(name)
+    sys.stdout.flush(), sys.stderr.flush()
+    if name == "config":
+        effects["config imports torch"] = "torch" in sys.modules
+    after = state()
+    if name != "torch":
+        effects[name] = [key for key in before if before[key] != after[key]]
+print(json.dumps({name: what for name, what in effects.items() if what}))
+"""
+
+
+def test_importing_has_no_side_effect(run) -> None:
+    order = sorted(MODULES, key=lambda name: ORDER.index(unit(name)))
+    order.remove("config")
+    done = run("-c", IMPORT_EACH, "config", "torch", *order)
+    assert done.returncode == 0, done.stderr
+    assert own_lines(done.stderr) == ""
+    assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
+
+
+def test_help_answers_without_torch(run) -> None:
+    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help")
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "config" in imported and "torch" not in imported

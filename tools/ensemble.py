@@ -1,0 +1,93 @@
+"""Several runs as one: their predictions of the same rows, averaged or put to the vote.
+
+python -m tools.ensemble runs/*/validation.jsonl --out ensemble.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from base.cli import entry_point, parse
+from base.console import outlive
+from config import UserError, Weight, Where
+from tools.predictions import UNKNOWN, Predictions, check_out, read_predictions, show_table
+
+How = Literal["mean", "geometric", "vote"]
+
+
+@dataclass
+class EnsembleConfig:
+    """Combine the predictions of several runs of the same rows."""
+
+    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="FILE")] = ()
+    """Two or more files of predictions: the runs' validation.jsonl, or their predictions.jsonl."""
+    out: Where = ""
+    """File of the ensemble's predictions, in the same form."""
+    how: How = "mean"
+    """mean: of the probabilities; geometric: of their logarithms, where one that is sure counts for more; vote: the
+    label that most runs predict, of as many the likelier one; a label's probability is then its share of the votes."""
+    weights: tuple[Weight, ...] = ()
+    """Weight of each run, in the order of the files. Default: all alike."""
+
+
+def combine(members: Sequence[Predictions], weights: Sequence[float], how: How) -> tuple[np.ndarray, np.ndarray]:
+    """What the ensemble says of the n rows: probabilities (n, K) float64, and the label it predicts (n,) int64."""
+    share, given = np.array(weights) / sum(weights), np.stack([member.probabilities for member in members])
+    mean = np.einsum("m,mnk->nk", share, given)
+    if how == "mean":
+        return mean, mean.argmax(1)
+    if how == "geometric":
+        log_p = np.einsum("m,mnk->nk", share, np.log(np.maximum(given, np.finfo(float).tiny)))
+        p = np.exp(log_p - log_p.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True), log_p.argmax(1)
+    labels = np.eye(given.shape[2])  # 1 at the label
+    votes = np.einsum("m,mnk->nk", share, labels[[member.predicted for member in members]])
+    most = np.isclose(votes, votes.max(1, keepdims=True))
+    return votes, np.where(most, mean, -1).argmax(1)
+
+
+def write(path: Path, run: Predictions, probabilities: np.ndarray, predicted: np.ndarray) -> None:
+    """The rows of `run` with what the ensemble says of them."""
+    with path.open("w", encoding="utf-8") as file:
+        for fields, p, label in zip(run.fields, probabilities.tolist(), predicted, strict=True):
+            said: dict[str, Any] = {"prediction": None, "probabilities": None}
+            if label != UNKNOWN:
+                said = {"prediction": run.labels[label], "probabilities": dict(zip(run.labels, p, strict=True))}
+            file.write(json.dumps(fields | said, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    cfg = parse(EnsembleConfig, sys.argv[1:])
+    outlive()
+    if len(cfg.files) < 2:
+        raise UserError("an ensemble has two members or more; type python -m tools.ensemble A.jsonl B.jsonl --out FILE")
+    weights = cfg.weights or (1.0,) * len(cfg.files)
+    if len(weights) != len(cfg.files) or not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+        raise UserError(f"--weights: give {len(cfg.files)} numbers, one a file; none below 0, and not all 0")
+    out = check_out(cfg.out, cfg.files)
+    members = read_predictions(cfg.files)
+    probabilities, predicted = combine(members, weights, cfg.how)
+    unread = (np.stack([member.predicted for member in members]) == UNKNOWN).any(0)
+    predicted = np.where(unread, UNKNOWN, predicted)
+    if unread.any():
+        print(f"{unread.sum():,} of {len(unread):,} rows could not be read by a run, and have no answer here either")
+    write(out, members[0], probabilities, predicted)
+    if members[0].known.any():
+        scores = [(member.where, *member.scores()) for member in members]
+        scores += [(f"{cfg.how} of {len(members)}: {out}", *members[0].scores(predicted))]
+        show_table([["", "accuracy", "macro-F1"], *([name, f"{a:.4f}", f"{f1:.4f}"] for name, a, f1 in scores)])
+    else:
+        print(f"{out}: {len(predicted):,} rows, their true labels not known")
+
+
+if __name__ == "__main__":
+    entry_point(main)
