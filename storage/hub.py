@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.errors import reason
 from config import GPTConfig, UserError
 from storage.foreign import JsonObject, read_object
-from storage.weights import plain_names, read_weights, reason, save_tensors, state_dict, unpickle
+from storage.weights import plain_names, read_weights, save_tensors, state_dict, unpickle
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = (

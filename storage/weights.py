@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.errors import reason
 from config import UserError
 from storage.foreign import read_object
 
@@ -119,12 +120,6 @@ def state_dict(value: object) -> dict[str, Tensor]:
     ):
         raise ValueError("it is not a dictionary of tensors")
     return value
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's text; its kind where that says little."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

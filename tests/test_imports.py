@@ -90,6 +90,8 @@ def test_no_circles() -> None:
 IMPORT_EACH = """
 import importlib, json, os, random, sys, threading
 
+sys.modules.update(fcntl=None, resource=None)  # Windows has neither: nothing may need them to be imported
+
 def state():
     torch = sys.modules.get("torch")
     return {

@@ -30,6 +30,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from base.errors import reason
 from config import UserError
 from storage.shards import token_dtype
 from text import readers
@@ -227,9 +228,8 @@ def no_such_data(item: str) -> str:
 
 def no_hub_data(what: str, error: Exception) -> UserError:
     """What was asked of the hub, what it said, and what to type."""
-    said = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     return UserError(
-        f"cannot get {what} from the hub: {said}; check the name and the network, or use text files of your own"
+        f"cannot get {what} from the hub: {reason(error, whole=True)}; check the name and the network, or use text files of your own"
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from base.errors import reason
 from config import UserError, nearest
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
@@ -782,8 +783,7 @@ def read_parquet(
                     yield f"row {number}", dict(zip(names, cells, strict=True))
                 skip = max(0, skip - batch.num_rows)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a sound parquet file: {said}; copy or make it again") from None
+        raise UserError(f"{path} is not a sound parquet file: {reason(error)}; copy or make it again") from None
 
 
 def _values(column: Any) -> list[Any]:

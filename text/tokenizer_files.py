@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base.errors import reason
 from config import UserError
 from storage.foreign import JsonObject, read_object
 
@@ -169,7 +170,7 @@ class _Settings:
         except UserError:
             raise
         except Exception as error:  # the library raises plain Exception for whatever it cannot read
-            raise UserError(f"{source} is not a tokenizer: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{source} is not a tokenizer: {reason(error)}") from None
 
     def _vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
         if self.spec is None:

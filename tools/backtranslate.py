@@ -20,6 +20,7 @@ import torch
 
 from base.cli import entry_point, parse
 from base.console import outlive
+from base.errors import reason
 from base.files import TEMPORARY, flush
 from config import Count, Few, UserError, Where, nearest
 from engine.processes import choose_device
@@ -122,7 +123,7 @@ class Translator:
             self.tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModelForSeq2SeqLM.from_pretrained(where, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{option} {where} is no translation model here: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{option} {where} is no translation model here: {reason(error)}") from None
         self.model, self.beams = model.eval().to(choose_device(cfg.device)), cfg.beams
         room = getattr(model.config, "max_position_embeddings", None) or cfg.max_tokens
         self.max_tokens = min(cfg.max_tokens, room, self.tokenizer.model_max_length)
