@@ -27,6 +27,9 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Programs of several tests share the cores: threads that wait for each other there cost more than these models' work.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -97,8 +100,8 @@ def run(tmp_path: Path) -> Run:
         env: dict[str, str] | None = None,
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        # As for a user: a script chooses its own threads, and Triton is not interpreted unless a test says so.
-        base = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
+        # As for a user Triton is not interpreted, unless a test says so.
+        base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ONE_THREAD
         command = [sys.executable, *map(str, words)]
         process = subprocess.Popen(
             command,
