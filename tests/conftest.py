@@ -23,9 +23,16 @@ os.environ.update(OFFLINE)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Two processes of tests share two cores: threads that wait for each other there cost more than these models' work.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Programs of several tests share the cores: threads that wait for each other there cost more than these models' work.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -97,8 +104,8 @@ def run(tmp_path: Path) -> Run:
         env: dict[str, str] | None = None,
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        # As for a user: a script chooses its own threads, and Triton is not interpreted unless a test says so.
-        base = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
+        # As for a user Triton is not interpreted, unless a test says so.
+        base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ONE_THREAD
         command = [sys.executable, *map(str, words)]
         process = subprocess.Popen(
             command,
