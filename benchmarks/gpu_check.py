@@ -147,7 +147,7 @@ def correctness() -> list[Part]:
     kernels = sorted(file.stem for file in (REPO / "kernels").glob("[!_]*.py"))
     parts = [
         Part("correctness", "steps", steps, packages, 300, beside=True),
-        *(Part("correctness", f"test_{stem}", (*pytest, f"tests/test_{stem}.py"), packages, 70, True)
+        *(Part("correctness", f"test_{stem}", (*pytest, f"tests/kernels/test_{stem}.py"), packages, 70, True)
           for stem in kernels),
         *(Part("correctness", name, (*pytest, f"tests/test_gpu.py::{name}"), of_programs, seconds, "memory" not in name)
           for name, seconds in programs.items()),

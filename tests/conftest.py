@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,10 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
+from support import OFFLINE, ONE_THREAD, REPO, python_path
 
-# No test reaches a network: a library that tries fails at once and does not hang.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)
 # Triton's kernels run in its interpreter where there is no GPU; it has to be said before Triton is imported.
 if not torch.cuda.is_available():
@@ -31,8 +28,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Programs of several tests share the cores: threads that wait for each other there cost more than these models' work.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -48,14 +43,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available() and "GPU_TESTS_DEVICE" not in os.environ:
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
-
-
-WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?", re.MULTILINE)
-
-
-def own_lines(stderr: str) -> str:
-    """Standard error without Python's warnings, which depend on the libraries' versions, and their source lines."""
-    return WARNING.sub("", stderr)
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +74,6 @@ def products_are_as_they_were() -> Iterator[None]:
     """Who multiplies fp32 matrices is a setting of the process, which a run in a test's own process changes."""
     yield
     torch.set_float32_matmul_precision("highest")
-
-
-def python_path(*folders: Path) -> str:
-    """PYTHONPATH for a child: `folders`, then what is on it already, such as the wheels of `make gpu-check`."""
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture

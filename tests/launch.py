@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from conftest import REPO, python_path
+from support import REPO, python_path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Patch = Callable[[], None]

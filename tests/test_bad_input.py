@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO
+
 from launch import Ended, launch, small, write_inputs
+from support import REPO
 
 Change = Callable[[Path], object]
 

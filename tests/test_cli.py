@@ -18,8 +18,6 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import own_lines, python_path
-from launch import launch, log_of, small, trace, write_inputs
 
 from base import cli
 from base.cli import option_names
@@ -35,7 +33,9 @@ from engine.pretraining import LanguageModelling
 from engine.processes import World
 from engine.roofline import peak_flops
 from engine.trainer import Run
+from launch import launch, log_of, small, trace, write_inputs
 from storage.weights import read_tensors
+from support import own_lines, python_path
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")

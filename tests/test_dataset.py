@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import python_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from dataset import window_order
 from engine import data
 from engine.data import open_data
 from storage import shards
+from support import python_path
 from text import corpus, prepare, readers
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe

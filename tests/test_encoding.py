@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPO
 from launch import log_of, small, write_inputs
+from support import REPO
 
 TEXT = {"read_text": 0, "write_text": 1}  # arguments before the encoding
 BINARY = {"os", "gzip", "tarfile", "zipfile", "log"}  # whose `open` takes no encoding, or reads bytes unless told

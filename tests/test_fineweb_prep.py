@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import python_path
 
 import fineweb_prep
 from config import UserError
 from engine.data import open_data
 from storage.shards import read_shard
+from support import python_path
 from text import corpus
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe

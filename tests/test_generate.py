@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import own_lines
 
 import generate as script
 from config import UserError
@@ -24,6 +23,7 @@ from decoding.loading import open_model
 from decoding.options import DecodeConfig
 from decoding.window import kept_tokens
 from model import GPT, GPTConfig
+from support import own_lines
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from random_tokens import make_step
 
 from config import GPTConfig
 from engine.precision import autocast
 from engine.processes import World
 from engine.step import Loader
 from model import GPT, KVCache, attention_backends
+from random_tokens import make_step
 
 pytestmark = pytest.mark.gpu
 

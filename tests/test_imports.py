@@ -7,7 +7,7 @@ import graphlib
 import json
 from pathlib import Path
 
-from conftest import own_lines
+from support import own_lines
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from conftest import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.cli import parse
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
+from support import REPO
 
 TEXTS = {  # options of text that name no file or folder
     "kernels", "without", "prompts", "words", "class_weights", "also", "dataset", "name", "split", "columns", "alike",

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from launch import small, write_inputs
 from torch import Tensor
 
 import kernels
@@ -22,6 +21,7 @@ from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
+from launch import small, write_inputs
 from tasks.objectives import nll_and_unlikelihood
 
 TRITON = ",".join(kernels.TRITON)

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn as nn
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from random_tokens import make_step
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig
 from engine.trainer import evaluate
+from random_tokens import make_step
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=3, n_head=2, n_embd=64)
 MINUTE = GPTConfig(vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16)  # Triton's interpreter is slow

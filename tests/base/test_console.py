@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, own_lines, python_path
-from launch import log_of, receive, small, start, write_inputs
 
 from engine.log import kept_lines, numbers, read_log
+from launch import log_of, receive, small, start, write_inputs
+from support import REPO, own_lines, python_path
 
 PROGRAM = """
 import sys, time

@@ -20,11 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 from config import UserError
 from engine import start
 from engine.log import RunLog
+from launch import checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 from storage import checkpoint, weights
 
 

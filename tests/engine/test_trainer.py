@@ -23,9 +23,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from launch import launch, log_of
 from torch import Tensor
-from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
 
 from config import UserError
 from engine.log import finite
@@ -33,7 +31,9 @@ from engine.optim import LossScale
 from engine.processes import World
 from engine.step import check_replicas, partition, seed_draws
 from engine.trainer import Progress, evaluate, train
+from launch import launch, log_of
 from storage import checkpoint
+from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 

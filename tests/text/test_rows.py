@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from config import UserError
 from text.rows import Rows, hold_out, overlap, read_rows
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SONGS = [{"artist": "A", "song": "One", "text": 'la, "la"\nlo'}, {"artist": "B", "song": "Two", "text": "한국 -\ttab"}]
 COLUMNS = {"text": ("text", "lyrics"), "title": ("title", "song")}
 FIELDS = [{"text": song["text"], "title": song["song"]} for song in SONGS]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
-from random_tokens import make_step
-from toy import run_step
 
 from config import GPTConfig
 from engine.precision import Cast, set_products
+from random_tokens import make_step
+from toy import run_step
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=2, n_embd=64)
 

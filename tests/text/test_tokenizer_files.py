@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import launch, log_of, small, write_inputs
 
 from config import UserError
+from launch import launch, log_of, small, write_inputs
 from text.tokenizer import load_tokenizer
 from text.tokenizer_files import END_TOKENS, NAMED
 from text.tokenizer_training import train_bpe

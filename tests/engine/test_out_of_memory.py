@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from launch import log_of
 from torch import Tensor
-from toy import Counter, Scripted, whole_run
 
 from config import TrainConfig, UserError
 from engine.plan import is_out_of_memory
 from engine.trainer import train
+from launch import log_of
+from toy import Counter, Scripted, whole_run
 
 pytestmark = pytest.mark.usefixtures("untouched")
 

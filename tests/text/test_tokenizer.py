@@ -13,31 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
+from hub_tokenizers import AWKWARD, SENTENCES, hub_ids, hub_tokenizer
 from text import tokenizer, tokenizer_training
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-
-SENTENCES = [
-    "The quick brown fox doesn't jump over the lazy dog; it's the dog's 1,024th day.\n",
-    "def add(a, b):\r\n    return a + b  # sums\r\n\r\n",
-    "학교에 가는 길에 고양이를 만났다. 고양이는 학교를 좋아한다.\n",
-    "Ünïcödé, naïve café, 東京 🙂🙃 👩‍👩‍👧\t\tend   \n",
-]
-AWKWARD = [
-    "",
-    " ",
-    "<|endoftext|>",
-    "a<|endoftext|>b <|endoftext|>",
-    "line\r\nline\r\n\r\n  x",
-    "고양이 🙂 e\u0301 \u200d \u00a0\u3000 \x00\x1c\x85",
-    "it's I'LL we've 12ab34 ___ \n \n  \t x   ",
-    "a" * 5000,
-    " " * 5000 + "x",
-]
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +43,6 @@ def gpt2_folder(gpt2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizers") / "gpt2-saved"
     gpt2.save(folder)
     return folder
-
-
-def hub_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def hub_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """The ids by transformers, special tokens in the text read as text."""
-    hub = hub_tokenizer(folder)
-    return [hub(text, split_special_tokens=True)["input_ids"] for text in texts]
 
 
 class TestTrained:

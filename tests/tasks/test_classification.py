@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from toy import capture_gradients, expected_gradients
 
 from adapters import heads
 from adapters.layers import ADAPTERS
@@ -40,6 +39,7 @@ from tasks.finetuning import Long, Parts, Special
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
+from toy import capture_gradients, expected_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

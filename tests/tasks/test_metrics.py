@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import sacrebleu
-from conftest import own_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import similarity
 from engine import pretraining
+from support import own_lines
 from tasks import metrics
 
 # Few characters, so that n-grams repeat within a text and between texts; white space of several kinds; no Latin too.

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from launch import launch, log_of, small, write_inputs
 
 from base import locks
 from base.files import sha256
 from config import UserError
 from engine.data import check_data, is_validation, open_data, open_whole
+from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare

@@ -16,10 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import REPO, own_lines
-from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from safetensors.torch import load_file
-from toy import capture_gradients, expected_gradients
 
 from adapters import layers, peft
 from adapters.options import Form, Method, Pooling
@@ -30,8 +27,10 @@ from engine.processes import World
 from engine.step import Loader, TrainStep
 from engine.trainer import evaluate
 from finetune import label_task
+from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from model import GPT
 from storage import hub
+from support import REPO, own_lines
 from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification, as_lstm
@@ -40,6 +39,7 @@ from tasks.finetuning import Finetuning
 from tasks.generation.task import Answer, Generation, plain
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
+from toy import capture_gradients, expected_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from config import UserError
 from tasks.order import POOL, Order, pad_to, padded_lengths, padding_share
 
-SST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "cs224n" / "ids-sst-train.csv"
+SST = Path(__file__).resolve().parents[3] / "shared" / "data" / "cs224n" / "ids-sst-train.csv"
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
 
 

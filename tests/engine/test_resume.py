@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 
 from base.cli import typed_options
 from config import TrainConfig, UserError
@@ -23,6 +22,7 @@ from engine import resume
 from engine.lengths import Extension, Length, extend, spans
 from engine.optim import lr_multiplier, span_at
 from engine.resume import own_options
+from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 from storage import checkpoint
 
 

@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import launch, log_of, small, write_inputs
 from torch import Tensor
-from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
 from config import TrainConfig
 from engine import processes, step, trainer
@@ -25,6 +23,8 @@ from engine.memory import Memory
 from engine.plan import largest_micro_batch
 from engine.pretraining import LanguageModelling
 from engine.processes import StopSignal, World
+from launch import launch, log_of, small, write_inputs
+from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from random_tokens import make_step
-from toy import TwoHeads
 
 from config import GPTConfig, TrainConfig
 from engine import plan, processes
 from engine.processes import World
 from engine.step import Loader, compile_model
 from model import GPT
+from random_tokens import make_step
+from toy import TwoHeads
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=2, n_embd=64)
 CPU, GPU_1 = torch.device("cpu"), torch.device("cuda", 1)

@@ -17,13 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import conftest
 import pytest
 import torch
-from conftest import REPO, python_path
 
+import conftest
 from benchmarks.gpu_check import Check, Part, all_parts, asked_for, begun_in, forecast
 from config import UserError
+from support import REPO, python_path
 
 FACTS = {"hardware": {"gpu": "none such"}, "driver": "1", "versions": {"torch": "2"}, "date": "today"}
 
@@ -335,6 +335,6 @@ def test_the_programs_of_tests_keep_the_path_of_their_caller(monkeypatch: pytest
     assert python_path(REPO, Path("other")).split(os.pathsep) == [str(REPO), "other", "wheels", "more"]
     monkeypatch.delenv("PYTHONPATH")
     assert python_path(REPO) == str(REPO)
-    files = [file for file in REPO.glob("tests/*.py") if file != Path(__file__)]
+    files = [file for file in (REPO / "tests").rglob("*.py") if file.name not in (Path(__file__).name, "support.py")]
     values = [value for file in files for value in file.read_text().split('"PYTHONPATH": ')[1:]]
     assert len(values) > 5 and all(value.startswith("python_path(") for value in values), values

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from launch import write_inputs
 
 import kernels
 from base.cli import parse
@@ -24,6 +23,7 @@ from benchmarks.stages import Bench
 from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
+from launch import write_inputs
 
 AUTO = ("cross_entropy", "adamw")  # of a GPU and a compiled model
 H200 = Machine(

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from launch import launch, log_of, small, write_inputs
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.nn.attention import SDPBackend
 
@@ -21,6 +20,7 @@ import kernels._triton
 from config import TrainConfig, UserError
 from engine import plan
 from engine.processes import World
+from launch import launch, log_of, small, write_inputs
 from model import attention_backends
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, python_path
+
 from launch import (
     Ended,
     Launch,
@@ -35,6 +35,7 @@ from launch import (
     trace,
     write_inputs,
 )
+from support import REPO, python_path
 
 # --- SIGKILL
 
@@ -196,7 +197,7 @@ def torchrun(
 ) -> subprocess.Popen[str]:
     """Two ranks of tests/launch.py, which calls `patch` of this file first."""
     command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2"]
-    command += [str(REPO / "tests" / "launch.py"), f"test_faults:{patch}", *words]
+    command += [str(REPO / "tests" / "launch.py"), f"{__name__}:{patch}", *words]
     env = os.environ | {"PYTHONPATH": python_path(REPO, REPO / "tests"), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)

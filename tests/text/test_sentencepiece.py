@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import AWKWARD, SENTENCES, hub_ids, hub_tokenizer
 
 from config import UserError
 from decoding.loading import open_model
+from hub_tokenizers import AWKWARD, SENTENCES, hub_ids, hub_tokenizer
 from model import GPT, GPTConfig
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import sentencepiece_model, sentencepiece_pipeline, train_sentencepiece
