@@ -88,26 +88,14 @@ def entry_point(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and turn what it returns or raises into the contract's exit codes."""
     console.open_console()
     console.quiet_libraries()
+    console.watch_signals()
     try:
         code = _code_of(main)
         sys.stdout.flush()
-    except UserError as error:
-        if error.local or os.environ.get("RANK", "0") == "0":
-            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
-            _say_error(f"{rank}error: {error}")
-        code = 2
-    except console.OutputLost as lost:
-        code = 0 if lost.reader_left else 2
-        if code:
-            _say_error(f"error: standard output cannot be written ({lost}); write it somewhere else: > FILE")
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        line = _line_of(error)
-        if line is None:
-            raise
-        _say_error(f"error: {line}")
-        code = 2
+        code = _code_of_error(error)
     finally:
         console.outlive()  # what Python flushes at its end raises no more
     sys.exit(code)
@@ -117,7 +105,27 @@ def _code_of(main: Callable[[], int | None]) -> Any:
     try:
         return main() or 0
     except SystemExit as stop:  # --help, or a signal before there is anything to save
-        return stop.code or 0
+        return 128 + console.stopped_by() if console.stopped_by() else stop.code or 0
+
+
+def _code_of_error(error: Exception) -> int:
+    """The exit code for an error, which is told in one line; a fault of the code is raised again."""
+    if number := console.stopped_by():
+        return 128 + number
+    if isinstance(error, UserError):
+        if error.local or os.environ.get("RANK", "0") == "0":
+            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
+            _say_error(f"{rank}error: {error}")
+        return 2
+    if isinstance(error, console.OutputLost):
+        if not error.reader_left:
+            _say_error(f"error: standard output cannot be written ({error}); write it somewhere else: > FILE")
+        return 0 if error.reader_left else 2
+    line = _line_of(error)
+    if line is None:
+        raise error
+    _say_error(f"error: {line}")
+    return 2
 
 
 def _say_error(text: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 
 from cli import entry_point, warn_of_replaced
 from config import UserError, expand, without_surrogates
-from console import outlive
+from console import ends_promptly, outlive
 from readers import decode_input
 from tokenizer_files import Opened, open_tokenizer
 from tokenizer_training import (
@@ -583,7 +583,8 @@ def _train_command(options: argparse.Namespace) -> None:
     print(f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...", flush=True)
     start = time.perf_counter()
     train = TRAIN[options.model]
-    tokenizer = train(text, options.vocab_size, Path(options.out), special=options.special)
+    with ends_promptly():
+        tokenizer = train(text, options.vocab_size, Path(options.out), special=options.special)
     seconds = time.perf_counter() - start
     print(f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8")
     if tokenizer.vocab_size < options.vocab_size:

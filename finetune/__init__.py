@@ -20,7 +20,7 @@ from checkpoint import RECORD, RESULTS, locate
 from classification import EXACT, Classification, as_lstm
 from cli import parse, typed_options
 from config import ClassificationConfig, FinetuneConfig, UserError, check, nearest
-from console import outlive
+from console import ends_promptly, outlive, stopped_by
 from distributed import memory_bytes, recorded
 from files import writable_file, write_json, writing_to
 from finetuning import Finetuning
@@ -58,6 +58,8 @@ def command(task: Finetuning) -> int:
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
             task.conclude(cfg, print)
+        if cfg.predict and trains and (number := stopped_by()):
+            return 128 + number  # it came too late for the run, which is finished, but not for this
         if cfg.predict:
             predict(task, cfg, str(cfg.out) if trains else cfg.init)
     return code
@@ -157,7 +159,8 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     with writing_to("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
+    with ends_promptly():
+        model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
     seconds = time.perf_counter() - began
 
     def answer(rows: list[Row], path: Path) -> dict[str, float]:
