@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -383,9 +383,10 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
     raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")
 
 
-def expand_paths(cfg: Any) -> None:
+def expand_paths(cfg: Any, positionals: Mapping[str, str] | None = None) -> None:
     """Put the home in the place of a leading `~` or `~user` in every option that names a path; `./~` stays.
 
+    positionals: by option, how one is called that is typed without its name.
     Raises UserError for an empty name, as a shell makes it of a variable that is not set.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
@@ -395,7 +396,8 @@ def expand_paths(cfg: Any) -> None:
                 value = getattr(cfg, name)
                 words = value if isinstance(value, tuple | list) else (value,)
                 if value != defaults[name] and any(isinstance(word, str) and not word.strip() for word in words):
-                    raise UserError(f"--{name.replace('_', '-')} is empty; give a name, or leave the option out")
+                    shown = (positionals or {}).get(name, "--" + name.replace("_", "-"))
+                    raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
                 many = [expand(word, mark.many) for word in value] if isinstance(value, tuple | list) else None
                 setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from base.cli import entry_point, warn_of_replaced
 from base.console import outlive
+from base.signals import ends_promptly
 from config import UserError, expand, without_surrogates
 from text.readers import decode_input
 from text.tokenizer import load_tokenizer
@@ -26,11 +27,12 @@ def _train_command(options: argparse.Namespace) -> None:
     print(f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...", flush=True)
     start = time.perf_counter()
     how = (text, options.vocab_size, Path(options.out))
-    if options.model == "byte-bpe":
-        tokenizer = training.train_bpe(*how, special=options.special)
-    else:
-        kind = "unigram" if options.model == "unigram" else "bpe"
-        tokenizer = training.train_sentencepiece(*how, kind=kind, special=options.special)
+    with ends_promptly():
+        if options.model == "byte-bpe":
+            tokenizer = training.train_bpe(*how, special=options.special)
+        else:
+            kind = "unigram" if options.model == "unigram" else "bpe"
+            tokenizer = training.train_sentencepiece(*how, kind=kind, special=options.special)
     seconds = time.perf_counter() - start
     print(f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8")
     if tokenizer.vocab_size < options.vocab_size:

@@ -13,16 +13,18 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from base import console
+from base import console, signals
 from base.console import printable
 from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
 
 # What a path can have against it, wherever it is used, that is no fault of this code.
 OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+
+TEXTS = (str, str | None)  # types of an option that takes any text
 
 Config = TypeVar("Config")  # any dataclass of options
 
@@ -38,8 +40,8 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
     """
     argv, file = _take_config(list(argv))
-    from_file = _as_arguments(cls, _read_config(file)) if file else []
-    base = cls(**(defaults or {}))
+    texts, from_file = _from_file(cls, file)
+    base = cls(**((defaults or {}) | texts))
     if "-h" in argv or "--help" in argv:
         print(
             "--config FILE: read options from a JSON or TOML file (a run's own config.json too); others override it.\n"
@@ -60,9 +62,10 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
         raise UserError(_one_line(errors.getvalue())) from None
     if unknown:
         raise UserError(_unknown_option(cls, unknown[0]))
-    expand_paths(config)
+    positionals = _positionals(cls)
+    expand_paths(config, positionals)
     for name in replace_surrogates(config):
-        warn_of_replaced("--" + name.replace("_", "-"))
+        warn_of_replaced(positionals.get(name, "--" + name.replace("_", "-")))
     check_ranges(config)
     return config
 
@@ -76,35 +79,23 @@ def warn_of_replaced(what: str) -> None:
 def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
     """Options that a command line names, or the file of its --config: the others have their defaults."""
     argv, file = _take_config(list(argv))
-    words = (_as_arguments(cls, _read_config(file)) if file else []) + argv
-    heads = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
-    return frozenset(name for name in option_names(cls) if heads & {name, f"no_{name}"})
+    texts, from_file = _from_file(cls, file)
+    heads = {word.partition("=")[0][2:].replace("-", "_") for word in from_file + argv if word.startswith("--")}
+    return frozenset(name for name in option_names(cls) if name in texts or heads & {name, f"no_{name}"})
 
 
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and turn what it returns or raises into the contract's exit codes."""
     console.open_console()
     console.quiet_libraries()
+    signals.watch_signals()
     try:
         code = _code_of(main)
         sys.stdout.flush()
-    except UserError as error:
-        if error.local or os.environ.get("RANK", "0") == "0":
-            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
-            _say_error(f"{rank}error: {error}")
-        code = 2
-    except console.OutputLost as lost:
-        code = 0 if lost.reader_left else 2
-        if code:
-            _say_error(f"error: standard output cannot be written ({lost}); write it somewhere else: > FILE")
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        line = _line_of(error)
-        if line is None:
-            raise
-        _say_error(f"error: {line}")
-        code = 2
+        code = _code_of_error(error)
     finally:
         console.outlive()  # what Python flushes at its end raises no more
     sys.exit(code)
@@ -114,7 +105,27 @@ def _code_of(main: Callable[[], int | None]) -> Any:
     try:
         return main() or 0
     except SystemExit as stop:  # --help, or a signal before there is anything to save
-        return stop.code or 0
+        return 128 + signals.stopped_by() if signals.stopped_by() else stop.code or 0
+
+
+def _code_of_error(error: Exception) -> int:
+    """The exit code for an error, which is told in one line; a fault of the code is raised again."""
+    if number := signals.stopped_by():
+        return 128 + number
+    if isinstance(error, UserError):
+        if error.local or os.environ.get("RANK", "0") == "0":
+            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and error.local else ""
+            _say_error(f"{rank}error: {error}")
+        return 2
+    if isinstance(error, console.OutputLost):
+        if not error.reader_left:
+            _say_error(f"error: standard output cannot be written ({error}); write it somewhere else: > FILE")
+        return 0 if error.reader_left else 2
+    line = _line_of(error)
+    if line is None:
+        raise error
+    _say_error(f"error: {line}")
+    return 2
 
 
 def _say_error(text: str) -> None:
@@ -164,20 +175,40 @@ def _read_config(file: str) -> dict[str, Any]:
     return values
 
 
-def _as_arguments(cls: type, values: dict[str, Any]) -> list[str]:
-    """A config file as command-line words, so that one parser checks both."""
+def _from_file(cls: Any, file: str | None) -> tuple[dict[str, Any], list[str]]:
+    """What a config file says: its texts by name, and the rest as words of a command line.
+
+    The parser of the command line checks the words. A text needs no check, and as a word it could be taken for another
+    thing: it may begin with a dash, and a positional has no name to give it by.
+    """
+    texts: dict[str, Any] = {}
     words: list[str] = []
-    for key, value in values.items():
-        option = "--" + key.replace("_", "-")
-        if key.replace("-", "_") not in option_names(cls):
-            raise UserError(_unknown_option(cls, option))
-        if isinstance(value, bool):
+    hints = get_type_hints(cls)
+    for key, value in _read_config(file).items() if file else ():
+        name, option = key.replace("-", "_"), "--" + key.replace("_", "-")
+        if name not in option_names(cls):
+            close = nearest(name, option_names(cls))
+            raise UserError(f"--config {file} has the key {key[:60]!r}, which is no option here{close}")
+        if value is None:
+            continue
+        if hints[name] in TEXTS:
+            texts[name] = _text(f"--config {file}: {key}", value)
+        elif hints[name] == tuple[str, ...]:
+            items = value if isinstance(value, list) else [value]
+            texts[name] = tuple(_text(f"--config {file}: {key}", item) for item in items)
+        elif isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list):
             words += [option, *map(str, value)] if value else []
-        elif value is not None:
+        else:
             words += [option, str(value)]
-    return words
+    return texts, words
+
+
+def _text(where: str, value: Any) -> str:
+    if isinstance(value, bool | list | dict):
+        raise UserError(f"{where} is {json.dumps(value)[:60]}; it must be text")
+    return str(value)
 
 
 def _one_line(box: str) -> str:
@@ -193,8 +224,22 @@ def _one_line(box: str) -> str:
     return " ".join(body) or box.strip()
 
 
-def _unknown_option(cls: type, word: str) -> str:
-    options = ["--config"] + ["--" + name.replace("_", "-") for name in option_names(cls)]
+def _unknown_option(cls: Any, word: str) -> str:
     if not word.startswith("-"):
         return f"unexpected word {word!r}; options are written --name value (see --help)"
-    return f"unknown option {word.partition('=')[0]}{nearest(word.partition('=')[0], options)}"
+    word = word.partition("=")[0]
+    positionals = _positionals(cls)
+    if shown := positionals.get(word[2:].replace("-", "_")):
+        return f"{word} is no option: {shown} is typed without a name (see --help)"
+    names = [name for name in option_names(cls) if name not in positionals]
+    return f"unknown option {word}{nearest(word, ['--config', *('--' + n.replace('_', '-') for n in names)])}"
+
+
+def _positionals(cls: Any) -> dict[str, str]:
+    """The options that are typed without their names, and how the help shows them."""
+    found = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        notes = getattr(hint, "__metadata__", ())
+        if tyro.conf.Positional in notes:
+            found[name] = next((shown for note in notes if (shown := getattr(note, "metavar", None))), name.upper())
+    return found

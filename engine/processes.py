@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from base import machine
+from base.signals import note_signal
 from config import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs ends the run after this
@@ -300,17 +301,24 @@ class StopSignal:
         self.flag = 0
         self.deferred = False
         self.pending: tuple[Tensor, Any] | None = None
+        self.before: dict[int, Any] = {}  # handlers, by signal
 
     def install(self) -> None:
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last: the terminal has closed; Windows lacks it
             number = getattr(signal, name, None)
             if number is not None and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):  # nohup
-                signal.signal(number, self._received)
+                self.before[number] = signal.signal(number, self._received)
+
+    def remove(self) -> None:
+        """Give the signals back: what follows the run is ended by them at once."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def defer(self) -> None:
         self.deferred = True
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        note_signal(number)
         if not self.deferred:
             raise SystemExit(128 + number)
         self.flag = self.flag or number

@@ -216,6 +216,7 @@ class TrainStep:
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         self.spans = [Span(0, cfg.steps or 0)]  # of the schedule; more than one where its decay was restarted
         self.signature: Any = None
+        self.stands_at: int | None = 0  # steps that the parameters have had; None while they are being updated
         self.module: nn.Module  # computes the task's functions of a batch
         self.synced: nn.Module  # the same, but that its backward pass sums gradients over ranks
         self.optimizers: Optimizers
@@ -274,8 +275,10 @@ class TrainStep:
         loss, terms = self._means(sums, total)
         norm, factor, ok = self._clip(loss)
         lr = self.lr(step)
+        self.stands_at = None
         self.optimizers.step(lr, factor, ok)
         self.scale.update(ok)
+        self.stands_at = step + 1
         self.zero_grad()
         return StepResult(loss, norm, ok, terms, lr, amounts)
 
@@ -367,6 +370,7 @@ class TrainStep:
         load_weights(self.model, checkpoint.part(tensors, "model"), self.task.is_stored)
         self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
         self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
+        self.stands_at = step
         if isinstance(self.module, Cast):
             self.module.refresh()
 

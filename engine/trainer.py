@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -105,6 +104,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
             code = run.train(choices)
     finally:
         log.close()
+        stop.remove()
     processes.finish(world)
     return code
 
@@ -176,7 +176,10 @@ class Run:
                 return self._stopped()
             self._finish()
             return 0
-        except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
+        except Exception as error:
+            if self.stop.flag:  # it reached the whole group: a compiler, say, that this process then missed
+                release_frames(error)
+                raise SystemExit(self._stopped_in_error(error)) from None
             if is_out_of_memory(error):
                 release_frames(error)
                 raise self._out_of_memory() from None
@@ -606,15 +609,29 @@ class Run:
 
     def _stopped(self) -> int:
         """Save the last completed step and return the exit code of the signal."""
+        self._save_last()
+        processes.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
+        return self._say_stopped(self.signal)
+
+    def _stopped_in_error(self, error: Exception) -> int:
+        """The same, on this rank alone, where a signal came and then an error that is likely to be its effect."""
+        self.log.stop_progress()
+        if self.step.stands_at == self.at.step:
+            self._save_last()
+        said = next(iter(str(error).splitlines()), "")[:200]
+        return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(said)})")
+
+    def _save_last(self) -> None:
         self.saver.join()
         if self.world.main and self.at.step and self.saved != self.at.step:
             self._save()
             self.saver.join()
-        processes.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
-        self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {self.signal}"})
+
+    def _say_stopped(self, number: int, why: str = "") -> int:
+        self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {number}{why}"})
         saved = "its checkpoint is saved" if self.saved == self.at.step else "nothing new was saved"
-        self.log.say(f"stopped by signal {self.signal} after step {self.at.step}; {saved}; the same command resumes")
-        return 128 + self.signal
+        self.log.say(f"stopped by signal {number} after step {self.at.step}{why}; {saved}; the same command resumes")
+        return 128 + number
 
     def _finish(self) -> None:
         """Write final/ and metrics.json, and say how it went; nobody leaves before rank 0 has written."""

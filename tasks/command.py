@@ -18,6 +18,7 @@ import torch
 from base.cli import parse, typed_options
 from base.console import outlive
 from base.files import writable_file, write_json, writing_to
+from base.signals import ends_promptly, stopped_by
 from config import UserError
 from engine.log import finite
 from engine.processes import memory_bytes, recorded
@@ -62,6 +63,8 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
             task.conclude(cfg, print)
+        if cfg.predict and trains and (number := stopped_by()):
+            return 128 + number  # it came too late for the run, which is finished, but not for this
         if cfg.predict:
             predict(task, cfg, str(cfg.out) if trains else cfg.init)
     return code
@@ -157,7 +160,8 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     with writing_to("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
+    with ends_promptly():
+        model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
     seconds = time.perf_counter() - began
 
     def answer(rows: list[Row], path: Path) -> dict[str, float]:

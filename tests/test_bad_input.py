@@ -193,7 +193,7 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
         "", ["no checkpoint of run is sound"],
     ),
     "run.json": (write("run/run.json", b"[]"), "", ["run.json is not of a run"]),
-    "unknown key": (write("c.json", b'{"stepz": 4}'), "--config c.json", ["unknown option --stepz", "--steps?"]),
+    "unknown key": (write("c.json", b'{"stepz": 4}'), "--config c.json", ["'stepz'", "no option", "did you mean steps?"]),
     "bad JSON": (write("c.json", b'{"steps": 4'), "--config c.json", ["c.json is not valid json"]),
     "bad TOML": (write("c.toml", b"steps = = 4"), "--config c.toml", ["c.toml is not valid toml"]),
     "no object": (write("c.json", b"[1, 2]"), "--config c.json", ["c.json holds no options"]),

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from base.cli import parse
+from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
 from support import REPO
@@ -202,5 +202,57 @@ def test_bytes_that_are_no_text_are_replaced_and_said(bad: str, tmp_path: Path, 
     for cfg, path in ((read, read.out), (typed, typed.checkpoint)):
         assert path == bad, "a path is bytes, and keeps them"
         assert cfg.prompts == (re.sub(r"[\ud800-\udfff]", "\ufffd", bad), "é")
-    said = "warning: --prompts holds bytes that are not UTF-8; each is read as U+FFFD\n"
-    assert capsys.readouterr().err == said * 2
+    said = "holds bytes that are not UTF-8; each is read as U+FFFD\n"
+    assert capsys.readouterr().err == f"warning: --prompts {said}warning: PROMPT ... {said}"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_a_config_file_gives_every_text(kind: Any, tmp_path: Path) -> None:
+    """Also one that begins with a dash, and one that is typed without a name."""
+    hints, texts = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if hints[field.name] in (str, str | None):
+            texts[field.name] = "-a b"
+        elif hints[field.name] == tuple[str, ...]:
+            texts[field.name] = ("-a b", "--seed", "")
+            if any(isinstance(mark, PathName) for mark in marks(kind)[field.name]):
+                texts[field.name] = ("-a b", "c")
+    file = tmp_path / "-c.json"
+    file.write_text(json.dumps(texts), encoding="utf-8")
+    cfg = parse(kind, [f"--config={file}"])
+    assert {name: getattr(cfg, name) for name in texts} == texts
+    assert set(texts) <= typed_options(kind, [f"--config={file}"])
+
+
+def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) -> None:
+    from generate import GenerateConfig
+    from tools.compare import CompareConfig
+
+    file = tmp_path / "c.json"
+    file.write_text('{"checkpoint": "a", "prompts": ["b", "c"]}', encoding="utf-8")
+    given = ["--config", str(file)]
+    assert parse(GenerateConfig, [*given, "d"]).checkpoint == "d"
+    assert parse(GenerateConfig, [*given, "d"]).prompts == ("b", "c")
+    assert parse(GenerateConfig, ["d", "e", *given]).prompts == ("e",)
+    for words, called in ((["--prompts", "a"], "PROMPT"), (["--checkpoint=a"], "CHECKPOINT")):
+        with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]} is no option: {called}"):
+            parse(GenerateConfig, words)
+    with pytest.raises(UserError, match=r"^A B is empty"):
+        parse(CompareConfig, [""])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"promts": ["a"]}', "the key 'promts', .*did you mean prompts"),
+        ('{"checkpoint": ["a", "b"]}', 'checkpoint is .* it must be text'),
+        ('{"prompts": [["a"]]}', 'prompts is .* it must be text'),
+        ('{"tokenizer": true}', 'tokenizer is true; it must be text'),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_cannot_be_meant_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+    from generate import GenerateConfig
+
+    (tmp_path / "c.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        parse(GenerateConfig, ["--config", str(tmp_path / "c.json")])

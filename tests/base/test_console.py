@@ -111,6 +111,49 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+# --- signals
+
+STOPPED = """
+import os, signal, sys, time
+from base.cli import entry_point
+from base.signals import ends_promptly
+from config import UserError
+def main():
+    number, how = getattr(signal, sys.argv[1]), sys.argv[2]
+    if how == "library":
+        import hashlib, threading
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        with ends_promptly():
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)  # minutes, without a look at signals
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    except BaseException as stop:
+        if how == "wrapped":
+            raise RuntimeError("the backend raised") from stop
+        if how == "lost":
+            raise UserError("the compiler failed") from None
+        if how == "exit":
+            sys.exit(1)
+        raise
+entry_point(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "wrapped", "lost", "exit", "library"])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_decides_the_exit_code_of_any_command(tmp_path: Path, name: str, code: int, how: str) -> None:
+    (tmp_path / "p.py").write_text(STOPPED, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "p.py", name, how],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": python_path(REPO)},
+        capture_output=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
 # --- a log with lines that are not ours
 
 FOREIGN = ["[]", "3", '"x"', "null", '{"kind": 5, "step": 1}', '{"step": 1}', '{"kind": "train", "step": "x"}',

@@ -123,6 +123,41 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Pat
     assert trace(folder / "run") == trace(reference / "run")
 
 
+def fail_of(where: str, nth: int, number: signal.Signals) -> None:
+    """A signal to the whole group also ends a compiler, of which this process sees no more than an error."""
+    from engine.optim import Optimizers
+
+    def act() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+        except BaseException as stop:
+            raise OSError("wrapped") from stop
+        raise subprocess.CalledProcessError(-number, "C++ compile error")
+
+    owner, name = (Optimizers, "step") if where == "update" else point(where)
+    at_call(owner, name, nth, act, before=where != "update")
+
+
+FAILURES = [  # where, the exit code, the step whose checkpoint must stand
+    ("start", 1, TERM, 143, None),  # nothing is done yet, and the signal is an exception
+    ("micro-batch", 1, INT, 130, None),
+    ("micro-batch", 6, INT, 130, 1),
+    ("evaluation", 2, TERM, 143, 3),
+    ("update", 1, TERM, 143, 3),  # some parameters may have been updated, so nothing is saved
+]
+
+
+def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> None:
+    for where, nth, number, code, step in FAILURES:
+        (end,) = launch(folder, small(), functools.partial(fail_of, where, nth, number))
+        assert (end.code, end.err) == (code, ""), (where, end)
+        assert max(checkpoint_steps(folder / "run"), default=None) == step, (where, end.out)
+    (end,) = launch(folder, small())
+    assert end.code == 0, end.err
+    assert trace(folder / "run") == trace(reference / "run")
+
+
 @pytest.mark.parametrize(("where", "save_every"), [("micro-batch", 4), ("evaluation", 1)])
 def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
     folder: Path, where: str, save_every: int
