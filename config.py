@@ -1,4 +1,5 @@
-"""Every choice a user can make, as dataclasses: no torch in here, so that `--help` and a mistyped option answer at once."""
+"""Every choice a user can make, as dataclasses: no torch in here, so that `--help` and a mistyped
+option answer at once."""
 
 from __future__ import annotations
 
@@ -13,31 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-# What --without leaves out again, one by one: the engine's optimizations that no other option names.
+# What --without leaves out again, one by one: the engine's optimizations that no other option
+# names.
 OPTIMIZATIONS = {
     "tied-head": "the output head is the token embedding: a third fewer parameters",
     "scaled-init": "weights start at 0.02, residual projections smaller with depth",
     "flash-attention": "attention that never writes its (T, T) matrix",
-    "padded-vocab": "the embedding padded to a multiple of 128, so that its products run at full rate",
+    "padded-vocab": "the embedding padded to a multiple of 128, so that its products run at full "
+    "rate",
     "decay-groups": "no weight decay on gains and biases",
     "fused-adamw": "the optimizer in one kernel, not a dozen operations a parameter",
     "attention-backend": "the fastest attention for the hardware, not PyTorch's flash attention",
-    "chunked-head": "head and cross-entropy a chunk of rows at a time: the logits are never held whole",
-    "cpu-products": "on a CPU, fp32 products by oneDNN where MKL, which Intel made, leaves half of the vectors unused",
-    "kept-memory": "on a CPU, freed memory is kept for the next step, not given back and faulted in anew",
-    "cast-once": "weights cast to the products' format once a step, activations in it throughout; else autocast",
+    "chunked-head": "head and cross-entropy a chunk of rows at a time: the logits are never held "
+    "whole",
+    "cpu-products": "on a CPU, fp32 products by oneDNN where MKL, which Intel made, leaves half of "
+    "the vectors unused",
+    "kept-memory": "on a CPU, freed memory is kept for the next step, not given back and faulted "
+    "in anew",
+    "cast-once": "weights cast to the products' format once a step, activations in it throughout; "
+    "else autocast",
 }
 
 ATTENTION_WIDTH = 128  # of a head that the Triton kernel can hold
 FP8_MULTIPLE = 16  # of every width that the tensor cores see in FP8
-VOCAB_MULTIPLE = 128  # the embedding is padded inside to this, so that its matrix products run at full rate
+VOCAB_MULTIPLE = (
+    128  # the embedding is padded inside to this, so that its matrix products run at full rate
+)
 
 
 class UserError(Exception):
     """The user's mistake: one line that says what is wrong and what to type. Exit code 2.
 
-    `local` marks an error that only this rank may have seen (out of memory, a missing file on one node);
-    the others happen alike on every rank, and only rank 0 prints them.
+    `local` marks an error that only this rank may have seen (out of memory, a missing file on one
+    node); the others happen alike on every rank, and only rank 0 prints them.
     """
 
     def __init__(self, message: str, local: bool = False):
@@ -47,7 +56,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest value of an option, beside its type: `Annotated[int, Range(1)]`."""
+    """The least and the greatest value of an option, beside its type: `Annotated[int,
+    Range(1)]`."""
 
     least: float
     most: float
@@ -55,7 +65,8 @@ class Range:
 
 @dataclass(frozen=True)
 class PathName:
-    """Marks an option that names a path, whose `~` stands for a home; `many`: several, comma-separated."""
+    """Marks an option that names a path, whose `~` stands for a home; `many`: several,
+    comma-separated."""
 
     many: bool = False
 
@@ -107,16 +118,21 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = min(fits, key=lambda h: abs(h - self.n_head))
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head {nearest}")
+            raise UserError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; try --n-head "
+                f"{nearest}"
+            )
         if "attention" in self.kernels and self.n_embd // self.n_head > ATTENTION_WIDTH:
             wide = self.n_embd // self.n_head
             raise UserError(
-                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are {wide} wide; "
+                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are "
+                f"{wide} wide; "
                 f"use --kernels torch or raise --n-head"
             )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
-                f"--precision fp8 needs a width that is a multiple of {FP8_MULTIPLE}, and n_embd is {self.n_embd}; "
+                f"--precision fp8 needs a width that is a multiple of {FP8_MULTIPLE}, and n_embd "
+                f"is {self.n_embd}; "
                 f"use --precision bf16"
             )
 
@@ -144,7 +160,8 @@ Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
 
 @dataclass
 class RunConfig:
-    """Options of every run, whatever it trains. None means: what suits the machine (the banner says what was chosen)."""
+    """Options of every run, whatever it trains. None means: what suits the machine (the banner says
+    what was chosen)."""
 
     # what is trained
     preset: Preset | None = None
@@ -166,7 +183,8 @@ class RunConfig:
     val_data: Wheres | None = None
     """Validation data, in the same forms. Default: a fixed part of the training data."""
     tokenizer: Where | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the data's or the checkpoint's own; gpt2 for text."""
+    """gpt2, a folder, or a tokenizer.json. Default: the data's or the checkpoint's own; gpt2 for
+    text."""
 
     # how long and how large
     steps: Count | None = None
@@ -180,7 +198,8 @@ class RunConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the hidden matrices with Muon and the rest with AdamW."""
     lr: Rate | None = None
-    """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets, 5e-5 with --init."""
+    """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets, 5e-5 with
+    --init."""
     schedule: Schedule = "cosine"
     """Shape of the learning rate over the run."""
     warmup_steps: CountOrNone | None = None
@@ -202,11 +221,13 @@ class RunConfig:
     compile: bool | None = None
     """torch.compile the model. Default: on CUDA yes, elsewhere no."""
     kernels: str = "auto"
-    """auto, torch, triton, or names of kernels, comma-separated. auto: what is faster on this hardware."""
+    """auto, torch, triton, or names of kernels, comma-separated. auto: what is faster on this
+    hardware."""
     without: tuple[str, ...] = ()
     """Optimizations to leave out, to see what each is worth: names in README."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
-    """What torch.compile takes at once. auto: the model; its blocks on a CPU, and with several ranks."""
+    """What torch.compile takes at once. auto: the model; its blocks on a CPU, and with several
+    ranks."""
     cuda_graphs: bool = False
     """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False
@@ -228,9 +249,11 @@ class RunConfig:
     reschedule: bool = False
     """With --extend-to: restart the decay of the learning rate where the run goes on."""
     eval_every: CountOrNone | None = None
-    """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every epoch."""
+    """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every
+    epoch."""
     save_every: CountOrNone | None = None
-    """Steps between checkpoints. Default: a fifth of the run, at most 1000; fine-tuning: every epoch."""
+    """Steps between checkpoints. Default: a fifth of the run, at most 1000; fine-tuning: every
+    epoch."""
     sample_every: CountOrNone | None = None
     """Steps between samples. Default: that of the evaluations."""
     log_every: CountOrNone = 1
@@ -256,27 +279,38 @@ class RunConfig:
         return True
 
     def check(self) -> None:
-        """Raise UserError for a number out of its range, a name that is none, or options that contradict each other."""
+        """Raise UserError for a number out of its range, a name that is none, or options that
+        contradict each other."""
         for name in self.without:
             if name not in OPTIMIZATIONS:
-                raise UserError(f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}")
+                raise UserError(
+                    f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}"
+                )
         check_ranges(self)
         if self.patience and self.eval_every == 0:
             raise UserError(
-                f"--patience {self.patience} counts evaluations, and --eval-every 0 makes none; leave one of them out"
+                f"--patience {self.patience} counts evaluations, and --eval-every 0 makes none; "
+                "leave one of them out"
             )
         if self.reschedule and not self.extend_to:
-            raise UserError("--reschedule restarts the decay of a run that goes on for longer; add --extend-to STEPS")
+            raise UserError(
+                "--reschedule restarts the decay of a run that goes on for longer; add --extend-to "
+                "STEPS"
+            )
         if self.extend_to and self.resume == "never":
-            raise UserError(f"--extend-to {self.extend_to} continues a run; leave --resume never out")
+            raise UserError(
+                f"--extend-to {self.extend_to} continues a run; leave --resume never out"
+            )
 
 
 @dataclass
 class TrainConfig(RunConfig):
-    """Options of a pretraining run. None means: what suits the machine (the banner says what was chosen)."""
+    """Options of a pretraining run. None means: what suits the machine (the banner says what was
+    chosen)."""
 
     data: Wheres | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if prepared, else stdlib."""
+    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if
+    prepared, else stdlib."""
     val_data: Wheres | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
     text_column: str = "text"
@@ -288,24 +322,29 @@ class TrainConfig(RunConfig):
     batch_tokens: Count | None = None
     """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
     eval_tokens: TokensOrAll | None = None
-    """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all there are."""
+    """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all
+    there are."""
 
 
-# Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for smaller ones.
+# Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for
+# smaller ones.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
-FINEWEB = "data/fineweb"  # where fineweb_prep.py is told to write, and where a run without --data looks first
+# where fineweb_prep.py is told to write, and where a run without --data looks first
+FINEWEB = "data/fineweb"
 MIN_INTERVAL = 5  # steps between evaluations, by default
 Run = TypeVar("Run", bound=RunConfig)
 
 
 def head_dim(cfg: RunConfig) -> int:
-    """Width of an attention head of the preset and its overrides; of GPT-2's, 64, where weights fix the shape."""
+    """Width of an attention head of the preset and its overrides; of GPT-2's, 64, where weights fix
+    the shape."""
     shape = PRESETS[cfg.preset or "gpt2"]
     return (cfg.n_embd or shape["n_embd"]) // (cfg.n_head or shape["n_head"])
 
 
 def resolve(cfg: Run, device_type: str) -> Run:
-    """A copy with every None that depends on the machine or on other options filled in, and checked.
+    """A copy with every None that depends on the machine or on other options filled in, and
+    checked.
 
     The steps of a fine-tuning run, and what depends on them, wait for its rows: `resolve_steps`.
     """
@@ -319,7 +358,10 @@ def resolve(cfg: Run, device_type: str) -> Run:
         _fill(cfg, {"data": FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib"})
         # 19,073 steps are 10B tokens
         _fill(cfg, {"steps": 500 if cfg.data == "stdlib" else 19073 if gpu else 1000})
-        _fill(cfg, {"batch_tokens": 524288 if gpu else 8192, "eval_tokens": 10 << 20 if gpu else 1 << 16})
+        _fill(
+            cfg,
+            {"batch_tokens": 524288 if gpu else 8192, "eval_tokens": 10 << 20 if gpu else 1 << 16},
+        )
         _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": default_out(cfg, device_type)})
     else:
         _fill(cfg, {"data": "toy"})
@@ -336,12 +378,21 @@ def default_out(cfg: RunConfig, device_type: str) -> str:
 
 
 def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
-    """A copy with the steps of the run and what follows from them; `epoch`: steps of one pass over the rows."""
+    """A copy with the steps of the run and what follows from them; `epoch`: steps of one pass over
+    the rows."""
     cfg = dataclasses.replace(cfg, steps=steps)
     # An epoch of a few steps is no time to evaluate and save in.
     often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
-    _fill(cfg, {"warmup_steps": min(700, steps // 50), "eval_every": often or min(250, max(1, steps // 10))})
-    _fill(cfg, {"save_every": often or min(1000, max(1, steps // 5)), "sample_every": cfg.eval_every})
+    _fill(
+        cfg,
+        {
+            "warmup_steps": min(700, steps // 50),
+            "eval_every": often or min(250, max(1, steps // 10)),
+        },
+    )
+    _fill(
+        cfg, {"save_every": often or min(1000, max(1, steps // 5)), "sample_every": cfg.eval_every}
+    )
     return cfg
 
 
@@ -353,13 +404,18 @@ def _fill(cfg: RunConfig, defaults: dict[str, Any]) -> None:
 
 @functools.cache
 def marks(cls: type) -> dict[str, tuple[Any, ...]]:
-    """What stands beside the types of a dataclass's options: their `Range` and `PathName`, by option."""
+    """What stands beside the types of a dataclass's options: their `Range` and `PathName`, by
+    option."""
 
     def inside(hint: Any) -> list[Any]:
-        own = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range | PathName)]
+        own = [
+            mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range | PathName)
+        ]
         return own + [mark for part in get_args(hint) for mark in inside(part)]
 
-    return {name: tuple(inside(hint)) for name, hint in get_type_hints(cls, include_extras=True).items()}
+    return {
+        name: tuple(inside(hint)) for name, hint in get_type_hints(cls, include_extras=True).items()
+    }
 
 
 def check_ranges(cfg: Any) -> None:
@@ -375,7 +431,11 @@ def check_ranges(cfg: Any) -> None:
 def _check_range(name: str, value: Any, limits: Range) -> None:
     if not isinstance(value, int | float) or limits.least <= value <= limits.most:
         return
-    shown = str(value) if isinstance(value, float) or abs(value) < 10**40 else "a number of very many digits"
+    shown = (
+        str(value)
+        if isinstance(value, float) or abs(value) < 10**40
+        else "a number of very many digits"
+    )
     most = "below 1" if limits.most == BELOW_ONE else f"at most {limits.most:g}"
     words = f"be at least {limits.least:g}" if value < limits.least else f"be {most}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -384,7 +444,8 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
 
 
 def expand_paths(cfg: Any, positionals: Mapping[str, str] | None = None) -> None:
-    """Put the home in the place of a leading `~` or `~user` in every option that names a path; `./~` stays.
+    """Put the home in the place of a leading `~` or `~user` in every option that names a path;
+    `./~` stays.
 
     positionals: by option, how one is called that is typed without its name.
     Raises UserError for an empty name, as a shell makes it of a variable that is not set.
@@ -395,19 +456,31 @@ def expand_paths(cfg: Any, positionals: Mapping[str, str] | None = None) -> None
             if isinstance(mark, PathName):
                 value = getattr(cfg, name)
                 words = value if isinstance(value, tuple | list) else (value,)
-                if value != defaults[name] and any(isinstance(word, str) and not word.strip() for word in words):
+                if value != defaults[name] and any(
+                    isinstance(word, str) and not word.strip() for word in words
+                ):
                     shown = (positionals or {}).get(name, "--" + name.replace("_", "-"))
                     raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
-                many = [expand(word, mark.many) for word in value] if isinstance(value, tuple | list) else None
+                many = (
+                    [expand(word, mark.many) for word in value]
+                    if isinstance(value, tuple | list)
+                    else None
+                )
                 setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
 
 
 def replace_surrogates(cfg: Any) -> list[str]:
-    """Make every option text that can be encoded, but for paths, which are bytes; the names of those that changed.
+    """Make every option text that can be encoded, but for paths, which are bytes; the names of
+    those that changed.
 
-    Python hands over the bytes of a command line that are not UTF-8 as lone surrogates; JSON may hold some too.
+    Python hands over the bytes of a command line that are not UTF-8 as lone surrogates; JSON may
+    hold some too.
     """
-    paths = {name for name, found in marks(type(cfg)).items() if any(isinstance(mark, PathName) for mark in found)}
+    paths = {
+        name
+        for name, found in marks(type(cfg)).items()
+        if any(isinstance(mark, PathName) for mark in found)
+    }
     changed = []
     for name in [field.name for field in dataclasses.fields(cfg) if field.name not in paths]:
         value = getattr(cfg, name)
@@ -430,7 +503,9 @@ def expand(value: Any, many: bool = False) -> Any:
         return value
     if many:
         return ",".join(
-            re.sub(r"(\s*)(.*)", lambda m: m[1] + os.path.expanduser(m[2]), part, count=1, flags=re.S)
+            re.sub(
+                r"(\s*)(.*)", lambda m: m[1] + os.path.expanduser(m[2]), part, count=1, flags=re.S
+            )
             for part in value.split(",")
         )
     return os.path.expanduser(value)

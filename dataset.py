@@ -1,6 +1,7 @@
 """Token shards to training windows, in an order that is a pure function of (seed, position).
 
-Shards are memory-mapped, so a corpus may exceed memory; a window is a copy of a slice, at any place of the stream.
+Shards are memory-mapped, so a corpus may exceed memory; a window is a copy of a slice, at any place
+of the stream.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from storage.shards import Shard
 
 
 class TokenDataset:
-    """A stream of tokens over shards, from token `start` to `stop`. Pickles as file names; maps are opened on use."""
+    """A stream of tokens over shards, from token `start` to `stop`. Pickles as file names; maps are
+    opened on use."""
 
-    def __init__(self, shards: Sequence[Shard], identity: str, manifest: dict[str, Any] | None = None):
+    def __init__(
+        self, shards: Sequence[Shard], identity: str, manifest: dict[str, Any] | None = None
+    ):
         """identity: names the content of `shards`. manifest: what made them, where known."""
         manifest = manifest or {}
         tokenizer = manifest.get("tokenizer", {})
@@ -46,7 +50,8 @@ class TokenDataset:
         return part
 
     def n_windows(self, seq_len: int) -> int:
-        """Windows of seq_len tokens and the one after; they do not overlap, and run over the borders of shards."""
+        """Windows of seq_len tokens and the one after; they do not overlap, and run over the
+        borders of shards."""
         return max(0, (self.n_tokens - 1) // seq_len)
 
     def windows(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
@@ -92,18 +97,21 @@ class TokenDataset:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: uint64 to uint64, every bit of the input moving every bit of the output."""
+    """splitmix64's finalizer: uint64 to uint64, every bit of the input moving every bit of the
+    output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def window_order(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Window id at each position of the endless stream: positions e*n .. e*n+n-1 hold a permutation of range(n).
+    """Window id at each position of the endless stream: positions e*n .. e*n+n-1 hold a permutation
+    of range(n).
 
-    positions: (P,) non-negative integers. Returns (P,) int64, pure in (position, n, seed), in O(P) time and memory.
-    A Feistel network keyed by (seed, epoch) permutes the smallest 4**k >= n; values outside range(n) are fed back
-    until they fall inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    positions: (P,) non-negative integers. Returns (P,) int64, pure in (position, n, seed), in O(P)
+    time and memory. A Feistel network keyed by (seed, epoch) permutes the smallest 4**k >= n;
+    values outside range(n) are fed back until they fall inside (Black and Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains").
     """
     positions = np.asarray(positions, np.uint64)
     half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))

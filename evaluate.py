@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from model import GPT
     from text.tokenizer import Tokenizer
 
-HUB = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
+HUB = {
+    "hellaswag": ("Rowan/hellaswag", "validation"),
+    "lambada": ("EleutherAI/lambada_openai", "test"),
+}
 NO_LABEL = ("", "-1")  # of HellaSwag's test rows
 LOGIT_ROWS = 512  # logits held at once: 100 MB in fp32 at GPT-2's vocabulary
 
@@ -46,7 +49,8 @@ class EvaluateConfig:
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
 
     data: Wheres | None = None
-    """Loss, perplexity and bits per byte on token shards (those named val, if any are), text, a hub dataset or stdlib."""
+    """Loss, perplexity and bits per byte on token shards (those named val, if any are), text, a hub
+    dataset or stdlib."""
     hellaswag: Where | None = None
     """Accuracy on this JSONL file, or on the hub's validation rows: hub."""
     lambada: Where | None = None
@@ -56,7 +60,8 @@ class EvaluateConfig:
     seq_len: Count | None = None
     """Tokens in a window of --data. Default: the model's block_size."""
     batch_size: Count | None = None
-    """Windows in a forward pass; short rows share as many tokens. Default: 32 on CUDA, 4 elsewhere."""
+    """Windows in a forward pass; short rows share as many tokens. Default: 32 on CUDA, 4
+    elsewhere."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
     cache: Where = "data/cache"
@@ -74,11 +79,15 @@ class EvaluateConfig:
 # ---- a corpus
 
 
-def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_len: int, batch_size: int) -> Figures:
-    """Loss (nats a token), perplexity and bits per byte of all tokens but the first, each predicted once.
+def evaluate_data(
+    model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_len: int, batch_size: int
+) -> Figures:
+    """Loss (nats a token), perplexity and bits per byte of all tokens but the first, each predicted
+    once.
 
-    Windows of seq_len tokens do not overlap, so a token sees at most seq_len - 1 others before it; the last one is
-    as long as what is left. `n_bytes`: of the text; None where unknown. Raises UserError for a corpus of fewer than two tokens.
+    Windows of seq_len tokens do not overlap, so a token sees at most seq_len - 1 others before it;
+    the last one is as long as what is left. `n_bytes`: of the text; None where unknown. Raises
+    UserError for a corpus of fewer than two tokens.
     """
     import torch
 
@@ -94,7 +103,9 @@ def evaluate_data(model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_le
             idx, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
             nll += float(model(idx, targets, reduction="sum"))
             advance(targets.numel())
-    of_bytes = {} if n_bytes is None else {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes}
+    of_bytes = (
+        {} if n_bytes is None else {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes}
+    )
     return {
         "loss": nll / tokens,
         "perplexity": perplexity(nll, tokens),
@@ -130,26 +141,30 @@ class Span:
 
 
 def make_span(tokenizer: Tokenizer, context: str, continuation: str, block_size: int) -> Span:
-    """Encoded apart, as the continuation begins a word; the context loses its head where both exceed block_size."""
+    """Encoded apart, as the continuation begins a word; the context loses its head where both
+    exceed block_size."""
     before = tokenizer.encode(context) or [tokenizer.eot]
     after = tokenizer.encode(continuation)
     if not 0 < len(after) <= block_size:
         raise UserError(
-            f"{continuation[:40]!r} has {len(after)} tokens, where 1 to block_size {block_size} can be scored"
+            f"{continuation[:40]!r} has {len(after)} tokens, where 1 to block_size {block_size} "
+            "can be scored"
         )
     ids = (*before, *after)[-(block_size + 1) :]  # the last one is only a target
     return Span(ids, len(ids) - len(after))
 
 
 def spaces_to_word(context: str, continuation: str) -> tuple[str, str]:
-    """Both texts, white space at the end of the context moved to the word after it, as lm-evaluation-harness does."""
+    """Both texts, white space at the end of the context moved to the word after it, as
+    lm-evaluation-harness does."""
     text = context.rstrip()
     return (text, context[len(text) :] + continuation) if text else (context, continuation)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation: nats in all, its number of tokens, and whether each of them was the likeliest."""
+    """Of a continuation: nats in all, its number of tokens, and whether each of them was the
+    likeliest."""
 
     nll: float
     tokens: int
@@ -157,7 +172,8 @@ class Score:
 
 
 def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> list[Score]:
-    """The continuation of each span, in order. Spans of like length go together, padded at the right."""
+    """The continuation of each span, in order. Spans of like length go together, padded at the
+    right."""
     import torch
 
     scores: dict[int, Score] = {}
@@ -170,7 +186,8 @@ def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> l
 
 
 def group_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first (what does not fit in memory fails at once), padded to at most batch_tokens."""
+    """Indices, longest first (what does not fit in memory fails at once), padded to at most
+    batch_tokens."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, batch_tokens // lengths[order[0]])
@@ -197,7 +214,9 @@ def score_batch(model: GPT, batch: Sequence[Span]) -> list[Score]:
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         hits.append(logits.argmax(-1) == target)
     counts = [len(span.ids) - span.start for span in batch]
-    each = zip(torch.cat(losses).cpu().split(counts), torch.cat(hits).cpu().split(counts), strict=True)
+    each = zip(
+        torch.cat(losses).cpu().split(counts), torch.cat(hits).cpu().split(counts), strict=True
+    )
     return [Score(float(loss.sum()), len(loss), bool(hit.all())) for loss, hit in each]
 
 
@@ -214,7 +233,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class HellaSwagRow:
-    """The two texts that are made of a row; of rows with nothing but ctx, endings and label both are the same."""
+    """The two texts that are made of a row; of rows with nothing but ctx, endings and label both
+    are the same."""
 
     plain: Choices  # as the row has it, which is what llm.c reads
     harness: Choices  # as lm-evaluation-harness writes it
@@ -222,10 +242,15 @@ class HellaSwagRow:
 
 
 def hellaswag_row(row: dict[str, Any]) -> HellaSwagRow:
-    """From the official file or one of only ctx, endings and label. Raises KeyError, TypeError or ValueError."""
+    """From the official file or one of only ctx, endings and label. Raises KeyError, TypeError or
+    ValueError."""
     context = row["ctx"] if "ctx" in row else f"{row['ctx_a']} {row['ctx_b']}"
     endings = row["endings"]
-    if not isinstance(endings, list) or not endings or not all(isinstance(text, str) for text in [context, *endings]):
+    if (
+        not isinstance(endings, list)
+        or not endings
+        or not all(isinstance(text, str) for text in [context, *endings])
+    ):
         raise ValueError("ctx must be a text and endings a list of texts")
     plain = harness = Choices(context, tuple(endings))
     if all(isinstance(row.get(name), str) for name in ("activity_label", "ctx_a", "ctx_b")):
@@ -242,26 +267,34 @@ def hellaswag_row(row: dict[str, Any]) -> HellaSwagRow:
 
 
 def _without_markup(text: str) -> str:
-    """WikiHow's marks ([title], [step], ...) taken out, as lm-evaluation-harness does it for HellaSwag."""
+    """WikiHow's marks ([title], [step], ...) taken out, as lm-evaluation-harness does it for
+    HellaSwag."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
-def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, rows: Sequence[HellaSwagRow], batch_tokens: int) -> Figures:
+def evaluate_hellaswag(
+    model: GPT, tokenizer: Tokenizer, rows: Sequence[HellaSwagRow], batch_tokens: int
+) -> Figures:
     """HellaSwag (Zellers et al. 2019): how often the right ending has the highest log-probability.
 
-    acc, acc_norm and acc_bytes are lm-evaluation-harness's: the ending's log-probability in all, by its characters and
-    by its bytes, both without the space before it, on the harness's text. acc_tokens is llm.c's: by the ending's tokens,
-    on the text as the row has it. Of equal endings the first is chosen. Rows without a label are not scored.
+    acc, acc_norm and acc_bytes are lm-evaluation-harness's: the ending's log-probability in all, by
+    its characters and by its bytes, both without the space before it, on the harness's text.
+    acc_tokens is llm.c's: by the ending's tokens, on the text as the row has it. Of equal endings
+    the first is chosen. Rows without a label are not scored.
     """
     began = time.perf_counter()
     known = [row for row in rows if row.label is not None]
     if not known:
         raise UserError("no row of --hellaswag has a label; there is nothing to score")
-    places: dict[Span, int] = {}  # the same text is scored once, so that equal endings are equal to the last bit
+    places: dict[
+        Span, int
+    ] = {}  # the same text is scored once, so that equal endings are equal to the last bit
 
     def place(context: str, ending: str) -> int:
-        return places.setdefault(make_span(tokenizer, context, ending, model.config.block_size), len(places))
+        return places.setdefault(
+            make_span(tokenizer, context, ending, model.config.block_size), len(places)
+        )
 
     of_rows = [
         (
@@ -281,7 +314,9 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, rows: Sequence[HellaSwa
         }
         for name, of in lengths.items():
             right[name] += row.label == _least([nll / n for nll, n in zip(nlls, of, strict=True)])
-        right["acc_tokens"] += row.label == _least([scores[n].nll / scores[n].tokens for n in plain])
+        right["acc_tokens"] += row.label == _least(
+            [scores[n].nll / scores[n].tokens for n in plain]
+        )
     return {
         **{name: count / len(known) for name, count in right.items()},
         "rows": len(known),
@@ -309,10 +344,14 @@ def lambada_row(row: dict[str, Any]) -> LambadaRow:
     return context, space + word
 
 
-def evaluate_lambada(model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow], batch_tokens: int) -> Figures:
-    """LAMBADA (Paperno et al. 2016): the last word is right where each of its tokens is the likeliest.
+def evaluate_lambada(
+    model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow], batch_tokens: int
+) -> Figures:
+    """LAMBADA (Paperno et al. 2016): the last word is right where each of its tokens is the
+    likeliest.
 
-    `perplexity` is a word's, as GPT-2's paper reports it: exp of the mean over rows of the whole word's nats.
+    `perplexity` is a word's, as GPT-2's paper reports it: exp of the mean over rows of the whole
+    word's nats.
     """
     from engine.pretraining import perplexity
 
@@ -332,9 +371,14 @@ def evaluate_lambada(model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow
 # ---- rows from a file or the hub
 
 
-def read_rows(option: str, where: str, parse_row: Callable[[dict[str, Any]], Row], limit: int | None) -> list[Row]:
-    """Rows of a JSONL file, or the hub's of the benchmark that `option` names. Raises UserError for foreign ones."""
-    rows = hub_rows(*HUB[option]) if where == "hub" else file_rows(Path(where), f"--{option} {where}")
+def read_rows(
+    option: str, where: str, parse_row: Callable[[dict[str, Any]], Row], limit: int | None
+) -> list[Row]:
+    """Rows of a JSONL file, or the hub's of the benchmark that `option` names. Raises UserError for
+    foreign ones."""
+    rows = (
+        hub_rows(*HUB[option]) if where == "hub" else file_rows(Path(where), f"--{option} {where}")
+    )
     if not rows:
         raise UserError(f"--{option} {where} holds no rows")
     parsed = []
@@ -342,21 +386,30 @@ def read_rows(option: str, where: str, parse_row: Callable[[dict[str, Any]], Row
         try:
             parsed.append(parse_row(row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"--{option} {where}: row {number} is not one of this benchmark: {error!r}") from None
+            raise UserError(
+                f"--{option} {where}: row {number} is not one of this benchmark: {error!r}"
+            ) from None
     return parsed
 
 
 def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
-    """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the score were another's."""
+    """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the
+    score were another's."""
     from text.corpus import records_of
     from text.readers import with_advice
 
     if not path.is_file():
-        raise UserError(f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub")
-    records = list(records_of(path, ".jsonl"))  # all, so that damage of the file comes before what it made of a row
+        raise UserError(
+            f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub"
+        )
+    records = list(
+        records_of(path, ".jsonl")
+    )  # all, so that damage of the file comes before what it made of a row
     for place, cells in records:
         if isinstance(cells, str):
-            raise UserError(f"a score needs every row: {what} {place} {with_advice(cells, cells, path)}")
+            raise UserError(
+                f"a score needs every row: {what} {place} {with_advice(cells, cells, path)}"
+            )
     return [cells for _, cells in records if isinstance(cells, dict)]
 
 
@@ -377,11 +430,24 @@ def say(text: str) -> None:
 def progress(label: str, total: int) -> Generator[Callable[[int], None]]:
     """A bar with the time left, on a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
 
@@ -399,7 +465,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
 
     # Rows are read before the model: what is wrong with them is said at once.
     limit = config.limit
-    hellaswag = read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []
+    hellaswag = (
+        read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []
+    )
     lambada = read_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
     device = processes.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -407,18 +475,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     where = locate(config.checkpoint)
     model = open_weights(where, device, dtype)
     # Token shards alone can be scored without one.
-    needed = bool(config.tokenizer or hellaswag or lambada or has_tokenizer(tokenizer_folder(where)))
+    needed = bool(
+        config.tokenizer or hellaswag or lambada or has_tokenizer(tokenizer_folder(where))
+    )
     tokenizer = open_tokenizer(where, config.tokenizer, model) if needed else None
     batch_size = config.batch_size or (32 if device.type == "cuda" else 4)
     seq_len = config.seq_len or model.config.block_size
     if seq_len > model.config.block_size:
-        raise UserError(f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}")
+        raise UserError(
+            f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}"
+        )
     figures: dict[str, Figures] = {}
     if config.data:
         dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
         if tokenizer is None and (dataset.vocab_size or 0) > model.config.vocab_size:
             raise UserError(
-                f"--data {config.data} has {dataset.vocab_size:,} token ids and the model of {config.checkpoint} only "
+                f"--data {config.data} has {dataset.vocab_size:,} token ids and the model of "
+                f"{config.checkpoint} only "
                 f"{model.config.vocab_size:,}; give shards that its tokenizer made"
             )
         figures["data"] = evaluate_data(model, dataset, dataset.n_bytes, seq_len, batch_size)
@@ -443,12 +516,17 @@ def main() -> None:
     if not config.checkpoint:
         raise UserError("no checkpoint is named; type python evaluate.py CHECKPOINT --data WHAT")
     if not (config.data or config.hellaswag or config.lambada):
-        raise UserError("nothing to evaluate on; give --data WHAT, --hellaswag FILE or --lambada FILE")
+        raise UserError(
+            "nothing to evaluate on; give --data WHAT, --hellaswag FILE or --lambada FILE"
+        )
     if config.json and config.json != "-":
         read = [where for where in (config.data, config.hellaswag, config.lambada) if where]
         writable_file("--json", config.json, read)
     figures = evaluate(config)
-    finite = {name: {k: v if math.isfinite(v) else None for k, v in of.items()} for name, of in figures.items()}
+    finite = {
+        name: {k: v if math.isfinite(v) else None for k, v in of.items()}
+        for name, of in figures.items()
+    }
     about = {"config": dataclasses.asdict(config), "eval_precision": config.precision}
     record = json.dumps(about | finite, indent=2)
     if config.json == "-":

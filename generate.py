@@ -1,4 +1,5 @@
-"""Text from a checkpoint: prompts on the command line, on standard input, or typed one after another.
+"""Text from a checkpoint: prompts on the command line, on standard input, or typed one after
+another.
 
 python generate.py CHECKPOINT "prompt" ["another prompt" ...]
 """
@@ -28,7 +29,8 @@ RULE = "-" * 72  # between two texts
 
 @dataclass
 class GenerateConfig(DecodeConfig):
-    """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or a dialogue.
+    """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or
+    a dialogue.
 
     A prompt that begins with a dash goes after a bare --.
     """
@@ -57,7 +59,10 @@ class GenerateConfig(DecodeConfig):
     def __post_init__(self) -> None:
         check_decode(self)
         if self.num_samples > 1 and not self.draws:
-            raise UserError(f"--num-samples {self.num_samples} would be one text over again; use --decode sample")
+            raise UserError(
+                f"--num-samples {self.num_samples} would be one text over again; use --decode "
+                "sample"
+            )
 
 
 class Writer:
@@ -74,9 +79,15 @@ class Writer:
         self.config = config
         device = processes.start(config.device).device
         # Only where bf16 is native: older GPUs emulate it, slower than fp32.
-        native = config.precision == "auto" and device.type == "cuda" and choose_precision("auto", device)[0] == "bf16"
+        native = (
+            config.precision == "auto"
+            and device.type == "cuda"
+            and choose_precision("auto", device)[0] == "bf16"
+        )
         dtype = torch.bfloat16 if native or config.precision == "bf16" else torch.float32
-        self.model, self.tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
+        self.model, self.tokenizer = open_model(
+            locate(config.checkpoint), config.tokenizer, device, dtype
+        )
         self.written = 0  # texts so far: the number of the next one
 
     def write(self, prompts: Sequence[str]) -> None:
@@ -89,11 +100,15 @@ class Writer:
             return
         for begin in range(0, len(texts), self.config.batch):
             batch = texts[begin : begin + self.config.batch]
-            for i, (prompt, ids) in enumerate(zip(batch, self._continue(batch), strict=True), begin):
+            for i, (prompt, ids) in enumerate(
+                zip(batch, self._continue(batch), strict=True), begin
+            ):
                 added = b"".join(map(self.tokenizer.token_bytes, ids)).decode(errors="replace")
                 print(*[RULE] * (i > 0), prompt + added, sep="\n", flush=True)
 
-    def _continue(self, prompts: Sequence[str], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    def _continue(
+        self, prompts: Sequence[str], on_token: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
         from decoding.batched import generate
 
         tokenizer = self.tokenizer
@@ -102,7 +117,14 @@ class Writer:
         rows = range(self.written, self.written + len(ids))
         self.written += len(ids)
         return generate(
-            self.model, ids, self.config, tokenizer.eot, on_token, seed=self.config.seed, rows=rows, tokenizer=tokenizer
+            self.model,
+            ids,
+            self.config,
+            tokenizer.eot,
+            on_token,
+            seed=self.config.seed,
+            rows=rows,
+            tokenizer=tokenizer,
         )
 
     def _warn_of_long(self, prompts: list[list[int]]) -> None:
@@ -111,14 +133,16 @@ class Writer:
         block, longest = self.model.context, max(map(len, prompts))
         if longest > block:
             print(
-                f"warning: a prompt of {longest} tokens is longer than the model's context of {block}: "
+                f"warning: a prompt of {longest} tokens is longer than the model's context of "
+                f"{block}: "
                 f"only its last {kept_tokens(block)} are read",
                 file=sys.stderr,
             )
 
 
 class Stream:
-    """Prints a text as its tokens come; a character whose bytes are not all there yet waits for the rest."""
+    """Prints a text as its tokens come; a character whose bytes are not all there yet waits for the
+    rest."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str):
         self.tokenizer = tokenizer
@@ -133,7 +157,8 @@ class Stream:
 
 
 def interact(writer: Writer) -> int:
-    """Continue what is typed, line by line, until an empty line, the end of input (0) or Ctrl-C (130)."""
+    """Continue what is typed, line by line, until an empty line, the end of input (0) or Ctrl-C
+    (130)."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  importing it gives input() editing and history
     print("Type a prompt; an empty line ends.", file=sys.stderr)
@@ -158,7 +183,9 @@ def main() -> int:
     if not prompts and not sys.stdin.isatty():
         prompts = [line.rstrip("\r") for line in _read_stdin().split("\n") if line.strip()]
         if not prompts:
-            raise UserError("no prompt: give one after the checkpoint, or one a line on standard input")
+            raise UserError(
+                "no prompt: give one after the checkpoint, or one a line on standard input"
+            )
     writer = Writer(config)
     if not prompts:
         return interact(writer)

@@ -1,7 +1,8 @@
 """GPT-2, whole: embeddings, blocks, attention, KV cache, loading and saving in the hub's layout.
 
-Parameter names are the hub's (`transformer.h.0.attn.c_attn.weight`), so a checkpoint maps onto the model
-name by name; the hub stores the four matrices of a block transposed, and that is the only difference.
+Parameter names are the hub's (`transformer.h.0.attn.c_attn.weight`), so a checkpoint maps onto the
+model name by name; the hub stores the four matrices of a block transposed, and that is the only
+difference.
 """
 
 from __future__ import annotations
@@ -29,22 +30,37 @@ from kernels.cross_entropy import cross_entropy
 from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
-from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from kernels.linear_cross_entropy import (
+    IGNORE,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from storage.hub import read_model, write_model
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values in, all of them out
+Extend = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor]
+]  # new keys and values in, all of them out
 
 
 class KVCache:
-    """Keys and values of every layer for up to `capacity` positions, filled as the model reads tokens.
+    """Keys and values of every layer for up to `capacity` positions, filled as the model reads
+    tokens.
 
-    `pad` (B,) counts the padding tokens at the left of each row: they are never attended to and positions
-    begin after them. What a row's text follows, a prefix, stands before the padding. GPT.new_cache makes one.
+    `pad` (B,) counts the padding tokens at the left of each row: they are never attended to and
+    positions begin after them. What a row's text follows, a prefix, stands before the padding.
+    GPT.new_cache makes one.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, pad: Tensor | None = None, prefix: int = 0):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        capacity: int,
+        pad: Tensor | None = None,
+        prefix: int = 0,
+    ):
         self.shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
         self.capacity = capacity
         self.length = 0  # positions filled
@@ -57,7 +73,8 @@ class KVCache:
         return functools.partial(self.extend, layer)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so far."""
+        """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so
+        far."""
         if layer == len(self.layers):
             self.layers.append((k.new_empty(self.shape), v.new_empty(self.shape)))
         end = self.length + k.shape[2]
@@ -67,14 +84,16 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, chosen: Tensor) -> None:
-        """Of the alternatives that were read, keep one of each row, `chosen` (B,): one position more is filled."""
+        """Of the alternatives that were read, keep one of each row, `chosen` (B,): one position
+        more is filled."""
         rows = torch.arange(len(chosen), device=chosen.device)
         for t in (t for pair in self.layers for t in pair):
             t[:, :, self.length] = t[rows, :, self.length + chosen]
         self.length += 1
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows of the batch; where their number stays, only those that change are copied."""
+        """Keep (and repeat) these rows of the batch; where their number stays, only those that
+        change are copied."""
         to = [i for i, row in enumerate(rows) if len(rows) != self.shape[0] or row != i]
         if not to:
             return
@@ -92,7 +111,8 @@ class KVCache:
 
 
 class Prefixed:
-    """Stands for a KVCache where nothing is kept: keys and values (1, n_head, P, head_dim) before those of each layer."""
+    """Stands for a KVCache where nothing is kept: keys and values (1, n_head, P, head_dim) before
+    those of each layer."""
 
     pad = None
 
@@ -106,7 +126,9 @@ class Prefixed:
 
 def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape = (k.shape[0], -1, -1, -1)
-    return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat((values.expand(shape).to(v.dtype), v), 2)
+    return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat(
+        (values.expand(shape).to(v.dtype), v), 2
+    )
 
 
 class Linear(nn.Linear):
@@ -137,7 +159,12 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, segments: Tensor | None, extend: Extend | None, at: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        extend: Extend | None,
+        at: Tensor | None,
     ) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -150,22 +177,29 @@ class Attention(nn.Module):
             y = self._attend(qkv, mask, extend, at).transpose(1, 2)
         return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
 
-    def _attend(self, qkv: Tensor, mask: Tensor | None, extend: Extend | None, at: Tensor | None) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, mask: Tensor | None, extend: Extend | None, at: Tensor | None
+    ) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
         if at is not None:
             q = pick(q.transpose(1, 2), at).transpose(1, 2)
         if extend is not None:
             k, v = extend(k, v)
-        # One new token sees everything before it; several without a mask are a plain causal sequence. In this order:
-        # where lengths vary, a compiler makes a symbol of the comparison, and the operation takes a bool alone.
+        # One new token sees everything before it; several without a mask are a plain causal
+        # sequence. In this order: where lengths vary, a compiler makes a symbol of the comparison,
+        # and the operation takes a bool alone.
         causal = q.shape[2] > 1 and mask is None
         dropout = self.dropout if self.training else 0.0
         if self.explicit:
             return explicit_attention(q, k, v, mask, causal, dropout)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
     """Attention with its (T, T) matrix written out: what the fused kernels are measured against."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if causal:
@@ -192,7 +226,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two branches on the residual stream, each added to it as the next norm reads it: one pass for both."""
+    """Two branches on the residual stream, each added to it as the next norm reads it: one pass for
+    both."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -211,9 +246,11 @@ class Block(nn.Module):
         extend: Extend | None = None,
         at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of this block.
+        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of
+        this block.
 
-        `at` (B,): of the positions `at` alone, (B, 1, n_embd); `mask` is then that of those queries.
+        `at` (B,): of the positions `at` alone, (B, 1, n_embd); `mask` is then that of those
+        queries.
         """
         x, h = add_norm(x, branch, self.ln_1, self.triton)
         branch = self.attn(h, mask, segments, extend, at)
@@ -228,7 +265,9 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
 
 
-def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, triton: bool) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, triton: bool
+) -> tuple[Tensor, Tensor]:
     """x + branch, and the norm of it."""
     return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, triton)
 
@@ -244,11 +283,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # Trained keys and values before the text: a module whose `layers(model)` gives them, one (1, n_head, P,
-        # head_dim) pair a layer, and whose `length` is P (adapters/layers.py).
+        # Trained keys and values before the text: a module whose `layers(model)` gives them, one
+        # (1, n_head, P, head_dim) pair a layer, and whose `length` is P (adapters/layers.py).
         self.prefix: nn.Module | None = None
         self.heads = nn.ModuleDict()  # of a classifier, by task (adapters/heads.py)
-        # An empty table, since its first values are drawn below, one for each row that is not padding.
+        # An empty table, since its first values are drawn below, one for each row that is not
+        # padding.
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             dict(
@@ -264,7 +304,9 @@ class GPT(nn.Module):
         if config.scaled_init:
             self._init_weights()
         else:
-            nn.init.normal_(self.transformer.wte.weight[: config.vocab_size])  # as nn.Embedding does
+            nn.init.normal_(
+                self.transformer.wte.weight[: config.vocab_size]
+            )  # as nn.Embedding does
         self._zero_padding()
 
     def _init_weights(self) -> None:
@@ -272,14 +314,20 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                # Each block adds twice to the residual stream: its variance must not grow with depth.
+                # Each block adds twice to the residual stream: its variance must not grow with
+                # depth.
                 residual = name.endswith("c_proj.weight")
                 table = name in ("transformer.wte.weight", "lm_head.weight")
-                drawn = parameter[: self.config.vocab_size] if table else parameter  # whatever the padding
-                nn.init.normal_(drawn, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                drawn = (
+                    parameter[: self.config.vocab_size] if table else parameter
+                )  # whatever the padding
+                nn.init.normal_(
+                    drawn, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                )
 
     def _zero_padding(self) -> None:
-        """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing of them."""
+        """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing
+        of them."""
         with torch.no_grad():
             self.transformer.wte.weight[self.config.vocab_size :] = 0
             if not self.config.tied_head:
@@ -295,8 +343,11 @@ class GPT(nn.Module):
         """Tokens of text that the positions have room for: all but a prefix's."""
         return self.config.block_size - (self.prefix.length if self.prefix is not None else 0)
 
-    def new_cache(self, batch: int, tokens: int, pad: Tensor | None = None, alternatives: int = 1) -> KVCache:
-        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the prefix if any.
+    def new_cache(
+        self, batch: int, tokens: int, pad: Tensor | None = None, alternatives: int = 1
+    ) -> KVCache:
+        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the
+        prefix if any.
 
         `alternatives`: how many tokens may be read for one position.
         """
@@ -312,8 +363,11 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the blocks' weights, and so of the residual stream (engine/precision.py may have cast them)."""
-        return (self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte).weight.dtype
+        """Of the blocks' weights, and so of the residual stream (engine/precision.py may have cast
+        them)."""
+        return (
+            self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte
+        ).weight.dtype
 
     def forward(
         self,
@@ -324,20 +378,25 @@ class GPT(nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """idx (B, T) int64; targets (B, T) int64; segments (B, T) int: attention stays within equal numbers."""
+        """idx (B, T) int64; targets (B, T) int64; segments (B, T) int: attention stays within equal
+        numbers."""
         x = self.hidden(idx, segments=segments, cache=cache)
         if targets is None:
             return self.logits(x)
         if reduction == "sum":
             return self._summed_loss(x.flatten(0, 1), targets.flatten())
         logits = self.logits(x).float()
-        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction)
+        return F.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction
+        )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, n_embd), targets (N,); one fp32 scalar."""
         triton = "cross_entropy" in self.config.kernels
         if self.config.chunked_head:
-            return linear_cross_entropy(x, self.head_weight, targets, self.config.vocab_size, triton)
+            return linear_cross_entropy(
+                x, self.head_weight, targets, self.config.vocab_size, triton
+            )
         if triton:
             return cross_entropy(self._padded_logits(x), targets, self.config.vocab_size).sum()
         return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
@@ -353,21 +412,28 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size.
 
-        `alternatives`: the tokens all stand at the one next position, each seeing what the cache holds and itself;
-        the cache then waits for `keep` to say which it was. `at` (B,): the states of these positions alone, (B, 1,
-        n_embd), for which the last block computes little more than keys and values of the others.
+        `alternatives`: the tokens all stand at the one next position, each seeing what the cache
+        holds and itself; the cache then waits for `keep` to say which it was. `at` (B,): the states
+        of these positions alone, (B, 1, n_embd), for which the last block computes little more than
+        keys and values of the others.
         """
         if cache is None and self.prefix is not None:
             cache = Prefixed(self.prefix.layers(self))
         T, start = idx.shape[1], cache.length if cache else 0
         end = start + (1 if alternatives else T)
         if end > self.config.block_size:
-            raise UserError(f"a sequence of {end} tokens is longer than block_size {self.config.block_size}")
+            raise UserError(
+                f"a sequence of {end} tokens is longer than block_size {self.config.block_size}"
+            )
         positions = torch.arange(start, end, device=idx.device)
         if cache is not None and cache.pad is not None:
             positions = (positions - cache.pad[:, None]).clamp(min=cache.prefix)  # (B, T)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(self.dtype)
-        in_kernel = "attention" in self.config.kernels and cache is None  # documents need no mask there
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(
+            self.dtype
+        )
+        in_kernel = (
+            "attention" in self.config.kernels and cache is None
+        )  # documents need no mask there
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device, alternatives)
         branch, blocks = None, self.transformer.h
         for layer, block in enumerate(blocks):
@@ -376,7 +442,8 @@ class GPT(nn.Module):
             if at is not None and layer == len(blocks) - 1:
                 inputs = (x, branch, mask_at(at, T, segments, cache), None, extend, at)
             if self.config.recompute and self.training:
-                # With the weights that it has now, in the backward pass too: they may be stand-ins (engine/precision.py).
+                # With the weights that it has now, in the backward pass too: they may be stand-ins
+                # (engine/precision.py).
                 again = functools.partial(functional_call, block, dict(block.named_parameters()))
                 x, branch = checkpoint(again, inputs, use_reentrant=False)
             else:
@@ -388,20 +455,24 @@ class GPT(nn.Module):
         return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.kernels)[1]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut off."""
+        """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut
+        off."""
         return self._padded_logits(x)[..., : self.config.vocab_size]
 
     def _padded_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head_weight.to(x.dtype))
 
     def add_tokens(self, ids: range) -> None:
-        """Make room for new token ids; their embeddings start at the mean of those below, which stay as they are.
+        """Make room for new token ids; their embeddings start at the mean of those below, which
+        stay as they are.
 
         Some may lie within the vocabulary, where it has more rows than the tokenizer had ids.
         """
         old = self.config
         self.config = dataclasses.replace(old, vocab_size=max(old.vocab_size, ids.stop))
-        for layer in [self.transformer.wte] if old.tied_head else [self.transformer.wte, self.lm_head]:
+        for layer in (
+            [self.transformer.wte] if old.tied_head else [self.transformer.wte, self.lm_head]
+        ):
             rows = layer.weight.detach()[: old.vocab_size]
             table = rows.new_zeros(self.config.padded_vocab_size, old.n_embd)
             table[: old.vocab_size] = rows
@@ -418,7 +489,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - tables * padding
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward, 6N + 12 L d T, N without the position table (Chowdhery et al. 2022, app. B)."""
+        """Forward and backward, 6N + 12 L d T, N without the position table (Chowdhery et al. 2022,
+        app. B)."""
         tables = self.config.block_size + (0 if self.config.tied_head else self.config.vocab_size)
         n = self.n_params() - tables * self.config.n_embd
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * seq_len
@@ -427,8 +499,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, where: str | Path, **overrides: Any) -> GPT:
         """A model from a hub id, a folder in the hub's GPT-2 layout, or nanoGPT's ckpt.pt.
 
-        `overrides` replace fields of GPTConfig that the weights do not fix (dropout, recompute, attention).
-        Raises UserError where there is no such model or it is not a GPT-2.
+        `overrides` replace fields of GPTConfig that the weights do not fix (dropout, recompute,
+        attention). Raises UserError where there is no such model or it is not a GPT-2.
         """
         config, tensors = read_model(where)
         with torch.device("meta"):  # the weights come from the file: nothing to initialise
@@ -438,28 +510,42 @@ class GPT(nn.Module):
         return model
 
     def _load(self, tensors: dict[str, Tensor], where: str | Path) -> None:
-        """Copy tensors named and laid out as this model's into it, the vocabulary's padding left at zero."""
+        """Copy tensors named and laid out as this model's into it, the vocabulary's padding left at
+        zero."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name not in tensors:
                     raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
                 tensor = tensors[name]
                 if not tensor.is_floating_point():
-                    raise UserError(f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read")
-                rows = self.config.vocab_size if name in ("transformer.wte.weight", "lm_head.weight") else None
+                    raise UserError(
+                        f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read"
+                    )
+                rows = (
+                    self.config.vocab_size
+                    if name in ("transformer.wte.weight", "lm_head.weight")
+                    else None
+                )
                 if tensor.shape != parameter[:rows].shape:
                     raise UserError(
-                        f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(parameter.shape)}"
+                        f"{where}: {name} is {tuple(tensor.shape)}, its config says "
+                        f"{tuple(parameter.shape)}"
                     )
                 parameter[:rows].copy_(tensor)
         self._zero_padding()
 
     def save_pretrained(
-        self, folder: str | Path, eot: int | None = None, score: Tensor | None = None, labels: Sequence[str] = ()
+        self,
+        folder: str | Path,
+        eot: int | None = None,
+        score: Tensor | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
-        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the end-of-text id.
+        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the
+        end-of-text id.
 
-        With `score` (n_labels, n_embd) it is a classifier by the last token, GPT2ForSequenceClassification.
+        With `score` (n_labels, n_embd) it is a classifier by the last token,
+        GPT2ForSequenceClassification.
         """
         tensors = {}
         for name, parameter in self.named_parameters():
@@ -472,9 +558,14 @@ class GPT(nn.Module):
 
 
 def attention_mask(
-    T: int, segments: Tensor | None, cache: KVCache | Prefixed | None, device: torch.device, alternatives: bool = False
+    T: int,
+    segments: Tensor | None,
+    cache: KVCache | Prefixed | None,
+    device: torch.device,
+    alternatives: bool = False,
 ) -> Tensor | None:
-    """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal attention does."""
+    """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal
+    attention does."""
     start = cache.length if cache else 0
     pad = cache.pad if cache else None
     if segments is None and pad is None and (start == 0 or T == 1):
@@ -492,7 +583,9 @@ def attention_mask(
     return mask[:, None]
 
 
-def mask_at(at: Tensor, T: int, segments: Tensor | None, cache: KVCache | Prefixed | None) -> Tensor:
+def mask_at(
+    at: Tensor, T: int, segments: Tensor | None, cache: KVCache | Prefixed | None
+) -> Tensor:
     """The mask (B, 1, 1, keys) of one query of each row, at `at` (B,)."""
     mask = attention_mask(T, segments, cache, at.device)
     if mask is not None:
@@ -517,7 +610,8 @@ def attention_backends(
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if half and major >= 8:
         backends.insert(0, SDPBackend.FLASH_ATTENTION)
-    # Hopper and Blackwell of data centres (9.0, 10.x); on others cuDNN's has not been shown to be faster.
+    # Hopper and Blackwell of data centres (9.0, 10.x); on others cuDNN's has not been shown to be
+    # faster.
     if half and major in (9, 10) and by_hardware and not deterministic:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return backends

@@ -20,11 +20,18 @@ MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe")
 
 
 def _train_command(options: argparse.Namespace) -> None:
-    from text import tokenizer_training as training  # not above: no other command here needs it, and numpy with it
+    from text import (
+        tokenizer_training as training,
+    )  # not above: no other command here needs it, and numpy with it
 
     outlive()
-    text = training.open_input(options.input, options.text_column, lambda line: print(line, flush=True))
-    print(f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...", flush=True)
+    text = training.open_input(
+        options.input, options.text_column, lambda line: print(line, flush=True)
+    )
+    print(
+        f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...",
+        flush=True,
+    )
     start = time.perf_counter()
     how = (text, options.vocab_size, Path(options.out))
     with ends_promptly():
@@ -34,11 +41,16 @@ def _train_command(options: argparse.Namespace) -> None:
             kind = "unigram" if options.model == "unigram" else "bpe"
             tokenizer = training.train_sentencepiece(*how, kind=kind, special=options.special)
     seconds = time.perf_counter() - start
-    print(f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8")
+    print(
+        f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8"
+    )
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the text gives only {tokenizer.vocab_size:,} tokens: no other pair is in it twice")
     ratio = len(text.first) / len(tokenizer.encode(text.first))
-    print(f"{options.out}: vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s, {ratio:.2f} characters per token")
+    print(
+        f"{options.out}: vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s, {ratio:.2f} "
+        "characters per token"
+    )
 
 
 def _encode_command(options: argparse.Namespace) -> None:
@@ -69,21 +81,40 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-INPUT = "text files (.txt .jsonl .csv .tsv .parquet .json, gzipped or not), folders, globs, a hub id, or stdlib"
+INPUT = (
+    "text files (.txt .jsonl .csv .tsv .parquet .json, gzipped or not), folders, globs, a hub "
+    "id, or stdlib"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tokenizer.py", description="Train a tokenizer, and try one.")
     commands = parser.add_subparsers(required=True, metavar="train|encode|decode")
     train = commands.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
-    train.add_argument("--model", choices=MODELS, default="byte-bpe", help="default: byte-bpe, as GPT-2's")
-    train.add_argument("--input", nargs="+", required=True, type=expand, metavar="WHAT", help=INPUT)
-    train.add_argument("--text-column", default="text", metavar="NAME", help="column that holds the text")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, the special ones too")
     train.add_argument(
-        "--special", nargs="+", default=(), metavar="TOKEN", help="a task's own tokens, after the others"
+        "--model", choices=MODELS, default="byte-bpe", help="default: byte-bpe, as GPT-2's"
     )
-    train.add_argument("--out", required=True, type=expand, metavar="FOLDER", help="new folder for the tokenizer")
+    train.add_argument("--input", nargs="+", required=True, type=expand, metavar="WHAT", help=INPUT)
+    train.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column that holds the text"
+    )
+    train.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="tokens in all, the special ones too",
+    )
+    train.add_argument(
+        "--special",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="a task's own tokens, after the others",
+    )
+    train.add_argument(
+        "--out", required=True, type=expand, metavar="FOLDER", help="new folder for the tokenizer"
+    )
     train.set_defaults(command=_train_command)
     encode = commands.add_parser("encode", help="text to ids", allow_abbrev=False)
     encode.add_argument("text", nargs="?", metavar="TEXT", help="default: all of standard input")
@@ -92,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("ids", nargs="*", metavar="ID", help="default: all of standard input")
     decode.set_defaults(command=_decode_command)
     for command in (encode, decode):
-        command.add_argument("--tokenizer", default="gpt2", type=expand, help="gpt2, a folder or a tokenizer.json")
+        command.add_argument(
+            "--tokenizer", default="gpt2", type=expand, help="gpt2, a folder or a tokenizer.json"
+        )
     return parser
 
 

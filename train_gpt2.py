@@ -1,4 +1,6 @@
-"""Pretrain GPT-2:  torchrun --standalone --nproc_per_node=N train_gpt2.py [options]   (or plain python)"""
+"""Pretrain GPT-2:
+
+torchrun --standalone --nproc_per_node=N train_gpt2.py [options]   (or plain python)"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What turns a GPT into a classifier: heads that read its hidden states, one score a label, and the files they are in.
+"""What turns a GPT into a classifier: heads that read its hidden states, one score a label, and the
+files they are in.
 
-A head pools the states of a row's own tokens, so padding at the right never changes a row's scores. It computes in
-fp32 whatever the trunk computes in: it is small, and its scores are compared with each other.
+A head pools the states of a row's own tokens, so padding at the right never changes a row's scores.
+It computes in fp32 whatever the trunk computes in: it is small, and its scores are compared with
+each other.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ SCORE = "score.weight"  # the hub's name of a classifier's weights
 class Head(nn.Module):
     """Hidden states (B, T, width) of rows of `lengths` (B,) tokens to scores (B, n_labels), fp32.
 
-    Pooling: the state of the last token; the mean; a mean weighted by a learned query's softmax, which begins as the
-    mean; or the last state of an LSTM over the sequence. Its own parameters and not a linear layer's: those are cast.
+    Pooling: the state of the last token; the mean; a mean weighted by a learned query's softmax,
+    which begins as the mean; or the last state of an LSTM over the sequence. Its own parameters and
+    not a linear layer's: those are cast.
     """
 
     def __init__(self, width: int, n_labels: int, pooling: Pooling, dropout: float = 0.0):
@@ -76,16 +79,22 @@ class Info:
     form: Form
     pooling: Pooling
     words: tuple[str, ...] = ()  # of the labels, where the language head answers
-    seq_len: int | None = None  # tokens of a row, past which it is cut; None where older versions wrote
+    seq_len: int | None = (
+        None  # tokens of a row, past which it is cut; None where older versions wrote
+    )
     cut: Cut = "end"  # where
 
 
 def save(model: GPT, folder: Path, info: Info) -> None:
     """Write the heads of a classifier, and what they mean, beside its other files."""
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in model.heads.named_parameters()}
+    tensors = {
+        name: p.detach().float().cpu().contiguous() for name, p in model.heads.named_parameters()
+    }
     if tensors:
         save_tensors(tensors, folder / WEIGHTS)
-    (folder / INFO).write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / INFO).write_text(
+        json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_info(folder: str | Path) -> Info | None:
@@ -102,14 +111,19 @@ def read_info(folder: str | Path) -> Info | None:
 
 
 def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
-    """The head of a classifier's folder, written here or by transformers, and what it is for; None where there is none."""
+    """The head of a classifier's folder, written here or by transformers, and what it is for; None
+    where there is none."""
     folder = Path(folder)
     info = read_info(folder)
     if info is None:
         return _of_hub(folder)
     if info.form == "word":
         return None
-    own = {key: t for key, t in read_tensors(folder / WEIGHTS).items() if key.startswith(f"{info.task}.")}
+    own = {
+        key: t
+        for key, t in read_tensors(folder / WEIGHTS).items()
+        if key.startswith(f"{info.task}.")
+    }
     if not own:
         raise UserError(f"{folder / WEIGHTS} holds no head of the name {info.task}")
     return info, {key.removeprefix(f"{info.task}."): tensor for key, tensor in own.items()}
@@ -129,4 +143,6 @@ def _of_hub(folder: Path) -> tuple[Info, dict[str, Tensor]] | None:
     labels = [names.text(str(i)) if names.values else f"LABEL_{i}" for i in range(len(score))]
     if None in labels:
         raise config.wrong("id2label", f"the names of all {len(score)} labels")
-    return Info("", tuple(label for label in labels if label is not None), "plain", "last"), {"weight": score.float()}
+    return Info("", tuple(label for label in labels if label is not None), "plain", "last"), {
+        "weight": score.float()
+    }

@@ -1,8 +1,10 @@
-"""What is trained: all of a GPT, a part of it, or parameters added to it while its own stay as they are.
+"""What is trained: all of a GPT, a part of it, or parameters added to it while its own stay as they
+are.
 
-An adapter is a module that stands in the model where the model has room for it: in place of a product of a block
-(LoRA, DoRA), before the text (prefix tuning, soft prompt), over the rows of new tokens in the table. So the model,
-the loop and the decoder know nothing of adapters. Their files are adapters/peft.py's.
+An adapter is a module that stands in the model where the model has room for it: in place of a
+product of a block (LoRA, DoRA), before the text (prefix tuning, soft prompt), over the rows of new
+tokens in the table. So the model, the loop and the decoder know nothing of adapters. Their files
+are adapters/peft.py's.
 """
 
 from __future__ import annotations
@@ -24,17 +26,25 @@ from model import GPT, Linear
 
 LORA = ("lora", "dora")
 ADAPTERS = (*LORA, "prefix", "soft-prompt")
-ATTENTION, FEED_FORWARD = ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")  # the products of a block
+ATTENTION, FEED_FORWARD = (
+    ("attn.c_attn", "attn.c_proj"),
+    ("mlp.c_fc", "mlp.c_proj"),
+)  # the products of a block
 LORA_ON = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "both": ATTENTION + FEED_FORWARD}
-TABLES = ("transformer.wte", "lm_head")  # that have a row a token; the second where the head is not tied
-FREQUENT = 5000  # ids whose embeddings a soft prompt may start from: the first of a BPE vocabulary are the commonest
+TABLES = (
+    "transformer.wte",
+    "lm_head",
+)  # that have a row a token; the second where the head is not tied
+# ids whose embeddings a soft prompt may start from: the first of a BPE vocabulary are the commonest
+FREQUENT = 5000
 
 
 # --- adapters
 
 
 class LoRA(Linear):
-    """W x + alpha/r B A dropout(x) with a frozen W (Hu et al. 2021): B starts at 0, and with it the update."""
+    """W x + alpha/r B A dropout(x) with a frozen W (Hu et al. 2021): B starts at 0, and with it the
+    update."""
 
     def __init__(self, config: GPTConfig, base: Linear, rank: int, alpha: float, dropout: float):
         with torch.device("meta"):  # W is the base's
@@ -58,13 +68,17 @@ class LoRA(Linear):
     def merged(self) -> Tensor:
         """The one matrix (out, in) that gives the same products, fp32; dropout left aside."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.addmm(self.weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scale)
+            return torch.addmm(
+                self.weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scale
+            )
 
 
 class DoRA(LoRA):
-    """m (W + alpha/r B A) x with each row of the bracket divided by its norm, and m trained (Liu et al. 2024).
+    """m (W + alpha/r B A) x with each row of the bracket divided by its norm, and m trained (Liu et
+    al. 2024).
 
-    The norm follows the update but passes no gradient on (section 4.3 of the paper). Dropout is on the update alone.
+    The norm follows the update but passes no gradient on (section 4.3 of the paper). Dropout is on
+    the update alone.
     """
 
     def __init__(self, config: GPTConfig, base: Linear, rank: int, alpha: float, dropout: float):
@@ -85,7 +99,8 @@ class DoRA(LoRA):
 
 
 class Magnitude(nn.Module):
-    """DoRA's m (out,): a module of its own, for a linear layer's own parameters are cast (engine/precision.py)."""
+    """DoRA's m (out,): a module of its own, for a linear layer's own parameters are cast
+    (engine/precision.py)."""
 
     def __init__(self, norms: Tensor):
         super().__init__()
@@ -93,9 +108,11 @@ class Magnitude(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Keys and values of P positions for every layer, trained themselves or made by an MLP (Li and Liang 2021).
+    """Keys and values of P positions for every layer, trained themselves or made by an MLP (Li and
+    Liang 2021).
 
-    `rows` (P, n_embd) are what the MLP reads; without one (P, n_layer * 2 * n_embd), the keys and values.
+    `rows` (P, n_embd) are what the MLP reads; without one (P, n_layer * 2 * n_embd), the keys and
+    values.
     """
 
     def __init__(self, config: GPTConfig, rows: Tensor, width: int):
@@ -109,19 +126,23 @@ class Prefix(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(config.n_embd, width), nn.Tanh(), out)
 
     def table(self) -> Tensor:
-        """(P, n_layer * 2 * n_embd): of each layer its keys, then its values. All that is needed once trained."""
+        """(P, n_layer * 2 * n_embd): of each layer its keys, then its values. All that is needed
+        once trained."""
         return self.rows if self.mlp is None else self.mlp(self.rows.to(self.mlp[0].weight.dtype))
 
     def layers(self, model: GPT) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, (1, n_head, P, head_dim) each."""
-        layers = self.table().view(self.shape).permute(1, 2, 3, 0, 4)  # (n_layer, 2, n_head, P, head_dim)
+        layers = (
+            self.table().view(self.shape).permute(1, 2, 3, 0, 4)
+        )  # (n_layer, 2, n_head, P, head_dim)
         return [(k[None], v[None]) for k, v in layers]
 
 
 class SoftPrompt(nn.Module):
     """P vectors (P, n_embd) that the model reads before the text (Lester et al. 2021).
 
-    What it makes of them is the same for every row, so it reads them once, alone: text sees their keys and values.
+    What it makes of them is the same for every row, so it reads them once, alone: text sees their
+    keys and values.
     """
 
     def __init__(self, vectors: Tensor):
@@ -135,7 +156,8 @@ class SoftPrompt(nn.Module):
 
 
 def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each layer attends to when the model reads `vectors` (P, n_embd) in place of tokens' embeddings."""
+    """What each layer attends to when the model reads `vectors` (P, n_embd) in place of tokens'
+    embeddings."""
     layers: list[tuple[Tensor, Tensor]] = []
 
     def keep(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,13 +167,15 @@ def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
     parts = model.transformer
     x, branch = parts.drop(vectors + parts.wpe.weight[: len(vectors)])[None].to(model.dtype), None
     for block in parts.h:
-        # Its forward itself: where blocks are compiled, not for the sake of one row of a few positions.
+        # Its forward itself: where blocks are compiled, not for the sake of one row of a few
+        # positions.
         x, branch = block.forward(x, branch, extend=keep)
     return layers
 
 
 class TokenRows(nn.Module):
-    """Trained rows (n, n_embd) in place of those of the tokens `ids` (n,) in a frozen table: its parametrization."""
+    """Trained rows (n, n_embd) in place of those of the tokens `ids` (n,) in a frozen table: its
+    parametrization."""
 
     def __init__(self, ids: Tensor, rows: Tensor):
         super().__init__()
@@ -165,11 +189,15 @@ class TokenRows(nn.Module):
 # --- putting them into a model
 
 
-def add_lora(model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: float, dropout: float) -> None:
+def add_lora(
+    model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: float, dropout: float
+) -> None:
     """LoRA or DoRA in place of the products of these names."""
     kind = DoRA if dora else LoRA
     for name in names:
-        model.set_submodule(name, kind(model.config, model.get_submodule(name), rank, alpha, dropout))
+        model.set_submodule(
+            name, kind(model.config, model.get_submodule(name), rank, alpha, dropout)
+        )
 
 
 def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
@@ -190,7 +218,8 @@ def check_room(model: GPT, length: int) -> None:
     """Raise UserError where `length` positions before the text leave it none."""
     if length >= model.config.block_size:
         raise UserError(
-            f"{length} positions before the text leave it none of the model's {model.config.block_size}; "
+            f"{length} positions before the text leave it none of the model's "
+            f"{model.config.block_size}; "
             f"use a smaller --prefix-tokens"
         )
 
@@ -231,14 +260,18 @@ def freeze(model: GPT, trained: Collection[str]) -> None:
 
 
 def added(model: GPT) -> set[str]:
-    """Names of the parameters that are not the model's own but an adapter's; empty where there is none."""
+    """Names of the parameters that are not the model's own but an adapter's; empty where there is
+    none."""
     pattern = re.compile(r"^prefix\.|\.lora_|\.parametrizations\.weight\.0\.")
     return {name for name, _ in model.named_parameters() if pattern.search(name)}
 
 
 def always_trained(model: GPT) -> set[str]:
-    """Names of the parameters that train under every method: an adapter's, and those of a classifier's heads."""
-    return added(model) | {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+    """Names of the parameters that train under every method: an adapter's, and those of a
+    classifier's heads."""
+    return added(model) | {
+        name for name, _ in model.named_parameters() if name.startswith("heads.")
+    }
 
 
 # --- merging
@@ -251,17 +284,22 @@ def can_merge(model: GPT) -> bool:
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
-    """Fold LoRA, DoRA and the rows of new tokens into the weights, in place: the logits stay, the model is plain.
+    """Fold LoRA, DoRA and the rows of new tokens into the weights, in place: the logits stay, the
+    model is plain.
 
     Raises UserError for a prefix or a soft prompt.
     """
     if not can_merge(model):
-        raise UserError("a prefix or soft prompt cannot be merged into the weights; keep it as an adapter")
+        raise UserError(
+            "a prefix or soft prompt cannot be merged into the weights; keep it as an adapter"
+        )
     for name, layer in loras(model).items():
         with torch.device("meta"):
             plain = Linear(model.config, layer.in_features, layer.out_features)
         plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.bias
         model.set_submodule(name, plain.train(layer.training))
     for name in token_rows(model):
-        parametrize.remove_parametrizations(model.get_submodule(name), "weight", leave_parametrized=True)
+        parametrize.remove_parametrizations(
+            model.get_submodule(name), "weight", leave_parametrized=True
+        )
     model.requires_grad_(True)

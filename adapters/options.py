@@ -32,6 +32,7 @@ class MethodConfig:
     prefix_tokens: Count = 10
     """Positions of a prefix or a soft prompt."""
     prefix_width: WidthOrNone = 512
-    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are trained themselves."""
+    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are
+    trained themselves."""
     llrd: Share = 1.0
     """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""

@@ -22,7 +22,15 @@ from base.console import printable
 from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
 
 # What a path can have against it, wherever it is used, that is no fault of this code.
-OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+OF_THE_MACHINE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+}
 
 TEXTS = (str, str | None)  # types of an option that takes any text
 
@@ -37,14 +45,16 @@ def option_names(cls: Any) -> list[str]:
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
     """Command line to config: `defaults` below the file of `--config`, the command line on top.
 
-    Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
+    Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad
+    file.
     """
     argv, file = _take_config(list(argv))
     texts, from_file = _from_file(cls, file)
     base = cls(**((defaults or {}) | texts))
     if "-h" in argv or "--help" in argv:
         print(
-            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); others override it.\n"
+            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); "
+            "others override it.\n"
         )
     errors = io.StringIO()
     try:
@@ -54,7 +64,9 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
                 args=from_file + argv,
                 default=base,
                 return_unknown_args=True,
-                config=(tyro.conf.DisallowNone,),  # `bool | None` becomes a pair of flags whose default is None
+                config=(
+                    tyro.conf.DisallowNone,
+                ),  # `bool | None` becomes a pair of flags whose default is None
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -73,15 +85,25 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
 def warn_of_replaced(what: str) -> None:
     """Say, once for all ranks, that an option held bytes that are no text."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {what} holds bytes that are not UTF-8; each is read as U+FFFD", file=sys.stderr)
+        print(
+            f"warning: {what} holds bytes that are not UTF-8; each is read as U+FFFD",
+            file=sys.stderr,
+        )
 
 
 def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
-    """Options that a command line names, or the file of its --config: the others have their defaults."""
+    """Options that a command line names, or the file of its --config: the others have their
+    defaults."""
     argv, file = _take_config(list(argv))
     texts, from_file = _from_file(cls, file)
-    heads = {word.partition("=")[0][2:].replace("-", "_") for word in from_file + argv if word.startswith("--")}
-    return frozenset(name for name in option_names(cls) if name in texts or heads & {name, f"no_{name}"})
+    heads = {
+        word.partition("=")[0][2:].replace("-", "_")
+        for word in from_file + argv
+        if word.startswith("--")
+    }
+    return frozenset(
+        name for name in option_names(cls) if name in texts or heads & {name, f"no_{name}"}
+    )
 
 
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
@@ -109,7 +131,8 @@ def _code_of(main: Callable[[], int | None]) -> Any:
 
 
 def _code_of_error(error: Exception) -> int:
-    """The exit code for an error, which is told in one line; a fault of the code is raised again."""
+    """The exit code for an error, which is told in one line; a fault of the code is raised
+    again."""
     if number := signals.stopped_by():
         return 128 + number
     if isinstance(error, UserError):
@@ -119,7 +142,10 @@ def _code_of_error(error: Exception) -> int:
         return 2
     if isinstance(error, console.OutputLost):
         if not error.reader_left:
-            _say_error(f"error: standard output cannot be written ({error}); write it somewhere else: > FILE")
+            _say_error(
+                f"error: standard output cannot be written ({error}); write it somewhere else: > "
+                "FILE"
+            )
         return 0 if error.reader_left else 2
     line = _line_of(error)
     if line is None:
@@ -134,7 +160,8 @@ def _say_error(text: str) -> None:
 
 
 def _line_of(error: Exception) -> str | None:
-    """What to tell of an error that may come from anywhere and is no fault of the code; None for the others."""
+    """What to tell of an error that may come from anywhere and is no fault of the code; None for
+    the others."""
     if isinstance(error, OSError) and error.filename is not None and error.errno in OF_THE_MACHINE:
         return f"{error.filename}: {error.strerror}; name one that you may read, or write to"
     if _is_out_of_memory(error):
@@ -146,7 +173,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Asked without torch, which a command may not have imported."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "overflow" in str(error))
+    return isinstance(error, RuntimeError) and (
+        "allocate memory" in str(error) or "overflow" in str(error)
+    )
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -169,17 +198,22 @@ def _read_config(file: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
+        raise UserError(
+            f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {file} holds no options; it should be an object of names and values")
+        raise UserError(
+            f"--config {file} holds no options; it should be an object of names and values"
+        )
     return values
 
 
 def _from_file(cls: Any, file: str | None) -> tuple[dict[str, Any], list[str]]:
     """What a config file says: its texts by name, and the rest as words of a command line.
 
-    The parser of the command line checks the words. A text needs no check, and as a word it could be taken for another
-    thing: it may begin with a dash, and a positional has no name to give it by.
+    The parser of the command line checks the words. A text needs no check, and as a word it could
+    be taken for another thing: it may begin with a dash, and a positional has no name to give it
+    by.
     """
     texts: dict[str, Any] = {}
     words: list[str] = []
@@ -188,7 +222,9 @@ def _from_file(cls: Any, file: str | None) -> tuple[dict[str, Any], list[str]]:
         name, option = key.replace("-", "_"), "--" + key.replace("_", "-")
         if name not in option_names(cls):
             close = nearest(name, option_names(cls))
-            raise UserError(f"--config {file} has the key {key[:60]!r}, which is no option here{close}")
+            raise UserError(
+                f"--config {file} has the key {key[:60]!r}, which is no option here{close}"
+            )
         if value is None:
             continue
         if hints[name] in TEXTS:
@@ -232,7 +268,10 @@ def _unknown_option(cls: Any, word: str) -> str:
     if shown := positionals.get(word[2:].replace("-", "_")):
         return f"{word} is no option: {shown} is typed without a name (see --help)"
     names = [name for name in option_names(cls) if name not in positionals]
-    return f"unknown option {word}{nearest(word, ['--config', *('--' + n.replace('_', '-') for n in names)])}"
+    return (
+        "unknown option "
+        f"{word}{nearest(word, ['--config', *('--' + n.replace('_', '-') for n in names)])}"
+    )
 
 
 def _positionals(cls: Any) -> dict[str, str]:
@@ -241,5 +280,7 @@ def _positionals(cls: Any) -> dict[str, str]:
     for name, hint in get_type_hints(cls, include_extras=True).items():
         notes = getattr(hint, "__metadata__", ())
         if tyro.conf.Positional in notes:
-            found[name] = next((shown for note in notes if (shown := getattr(note, "metavar", None))), name.upper())
+            found[name] = next(
+                (shown for note in notes if (shown := getattr(note, "metavar", None))), name.upper()
+            )
     return found

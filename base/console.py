@@ -1,9 +1,10 @@
 """The console of a process: standard streams that no print can end a run by.
 
-A terminal closes, the reader of a pipe leaves, a disk fills, an encoding lacks a character. `open_console` puts
-streams of ours in the place of Python's, so that every `print`, progress bar and library of the process is safe.
-What the encoding lacks is escaped. What cannot be written is dropped, and then there are two kinds of command:
-one whose output is its result ends with `OutputLost`; one that has called `outlive` goes on, and says so once.
+A terminal closes, the reader of a pipe leaves, a disk fills, an encoding lacks a character.
+`open_console` puts streams of ours in the place of Python's, so that every `print`, progress bar
+and library of the process is safe. What the encoding lacks is escaped. What cannot be written is
+dropped, and then there are two kinds of command: one whose output is its result ends with
+`OutputLost`; one that has called `outlive` goes on, and says so once.
 """
 
 from __future__ import annotations
@@ -16,15 +17,24 @@ import sys
 import warnings
 from typing import Any
 
-FORGIVING = ("replace", "ignore", "backslashreplace", "namereplace", "xmlcharrefreplace")  # they encode anything
+FORGIVING = (
+    "replace",
+    "ignore",
+    "backslashreplace",
+    "namereplace",
+    "xmlcharrefreplace",
+)  # they encode anything
 
 
 class OutputLost(Exception):
-    """Standard output could not be written, in a command whose output is its result. Its text says why."""
+    """Standard output could not be written, in a command whose output is its result. Its text says
+    why."""
 
     def __init__(self, error: OSError):
         super().__init__(error.strerror)
-        self.reader_left = isinstance(error, BrokenPipeError)  # head has read what it wanted: no fault
+        self.reader_left = isinstance(
+            error, BrokenPipeError
+        )  # head has read what it wanted: no fault
 
 
 class _Outlet(io.RawIOBase):
@@ -59,7 +69,9 @@ class _Outlet(io.RawIOBase):
         if self.raw is None:
             return os.write(-1, data)  # raises what a closed descriptor raises
         count = self.raw.write(data)
-        if count is None:  # another process has made the terminal or pipe non-blocking, and it is full
+        if (
+            count is None
+        ):  # another process has made the terminal or pipe non-blocking, and it is full
             select.select([], [self.number], [])
         return count or 0
 
@@ -83,7 +95,8 @@ def open_console() -> None:
         if stream is None:
             _occupy(number)
         if number == 0:
-            sys.stdin = stream or open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the life of the process
+            # for the life of the process
+            sys.stdin = stream or open(os.devnull, encoding="utf-8")  # noqa: SIM115
         elif stream is None or _is_standard(stream, number):
             setattr(sys, name, _safe(stream, number))
 
@@ -103,7 +116,9 @@ def lost() -> str | None:
 def _safe(stream: Any, number: int) -> io.TextIOWrapper:
     """`stream` again, on an outlet."""
     if stream is None:
-        return io.TextIOWrapper(io.BufferedWriter(_Outlet(None, number)), "utf-8", "backslashreplace")
+        return io.TextIOWrapper(
+            io.BufferedWriter(_Outlet(None, number)), "utf-8", "backslashreplace"
+        )
     outlet = _Outlet(getattr(stream.buffer, "raw", stream.buffer), number)
     try:
         stream.flush()
@@ -115,9 +130,14 @@ def _safe(stream: Any, number: int) -> io.TextIOWrapper:
 
 
 def _is_standard(stream: Any, number: int) -> bool:
-    """Whether `stream` is Python's own on this descriptor, not one that a test or a notebook has put there."""
+    """Whether `stream` is Python's own on this descriptor, not one that a test or a notebook has
+    put there."""
     try:
-        return isinstance(stream, io.TextIOWrapper) and stream.fileno() == number and _outlet(stream) is None
+        return (
+            isinstance(stream, io.TextIOWrapper)
+            and stream.fileno() == number
+            and _outlet(stream) is None
+        )
     except (OSError, ValueError):
         return False
 
@@ -128,7 +148,8 @@ def _outlet(stream: Any) -> _Outlet | None:
 
 
 def _occupy(number: int) -> None:
-    """Open a closed descriptor, so that no file opened later gets its number and another library's prints."""
+    """Open a closed descriptor, so that no file opened later gets its number and another library's
+    prints."""
     try:
         os.fstat(number)
     except OSError:
@@ -139,15 +160,21 @@ def _occupy(number: int) -> None:
 
 
 def _say_lost(error: OSError) -> None:
-    print(f"warning: standard output cannot be written ({error.strerror}); this goes on without it", file=sys.stderr)
+    print(
+        f"warning: standard output cannot be written ({error.strerror}); this goes on without it",
+        file=sys.stderr,
+    )
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what other libraries say there and no user can act on, message by message."""
+    """Keep off the screen what other libraries say there and no user can act on, message by
+    message."""
     for message in ("Guards may run slower on Python 3.13.0",):
         warnings.filterwarnings("ignore", message)
     # inductor looks for CUDA's compiler, also in a run on the CPU
-    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: "No CUDA runtime is found" not in r.getMessage())
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda r: "No CUDA runtime is found" not in r.getMessage()
+    )
 
 
 def bytes_text(n: float) -> str:
@@ -161,10 +188,15 @@ def bytes_text(n: float) -> str:
 def time_text(seconds: float) -> str:
     seconds = int(max(0, seconds))
     days, rest = divmod(seconds, 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}" if rest >= 3600 else f"{rest // 60}:{rest % 60:02d}"
+    clock = (
+        f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+        if rest >= 3600
+        else f"{rest // 60}:{rest % 60:02d}"
+    )
     return f"{days}d {clock}" if days else clock
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out: an untrained model writes them, and a terminal would obey."""
+    """`text` with control characters spelled out: an untrained model writes them, and a terminal
+    would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

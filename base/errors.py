@@ -6,7 +6,8 @@ MOST = 200  # characters
 
 
 def reason(error: BaseException, whole: bool = False) -> str:
-    """The first line of what `error` says, or its kind where it says nothing. `whole`: all of it, in MOST characters."""
+    """The first line of what `error` says, or its kind where it says nothing. `whole`: all of it,
+    in MOST characters."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     if isinstance(error, KeyError):
         return f"no {text}"

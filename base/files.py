@@ -21,7 +21,8 @@ TEMPORARY = ".tmp-"  # begins the name of what is still being written
 
 
 def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk. Some file systems flush no folders: that is no error."""
+    """Force a file or a folder's entries to the disk. Some file systems flush no folders: that is
+    no error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,11 +48,14 @@ def write_json(path: Path, value: Any) -> None:
     flush(path.parent)
 
 
-def writable_file(option: str, where: str, read: Sequence[str | Path] = (), make_folder: bool = False) -> Path:
-    """The file that `option` names, found out before the work whose result it is to hold; nothing is left there.
+def writable_file(
+    option: str, where: str, read: Sequence[str | Path] = (), make_folder: bool = False
+) -> Path:
+    """The file that `option` names, found out before the work whose result it is to hold; nothing
+    is left there.
 
-    Raises UserError where it is a folder, is one of the files that are `read`, or cannot be written; and where it has
-    no folder, unless that is to be made.
+    Raises UserError where it is a folder, is one of the files that are `read`, or cannot be
+    written; and where it has no folder, unless that is to be made.
     """
     path = Path(where)
     if not path.name or path.is_dir():
@@ -69,7 +73,9 @@ def writable_file(option: str, where: str, read: Sequence[str | Path] = (), make
         else:
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{option} {where} cannot be written: {error.strerror}; name another file") from None
+        raise UserError(
+            f"{option} {where} cannot be written: {error.strerror}; name another file"
+        ) from None
     return path
 
 
@@ -80,5 +86,6 @@ def writing_to(option: str, folder: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to {option} {folder}: {error.strerror or error}; name a folder that you can write to"
+            f"cannot write to {option} {folder}: {error.strerror or error}; name a folder that you "
+            "can write to"
         ) from None

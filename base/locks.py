@@ -1,4 +1,5 @@
-"""Locks between processes, on Unix and on Windows. The system frees the lock of a process that was killed."""
+"""Locks between processes, on Unix and on Windows. The system frees the lock of a process that was
+killed."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def locked_folder(folder: Path) -> Generator[None]:
 
     On Unix the folder itself is locked. Windows cannot open one, so a file in it stands for it.
     """
-    file = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    file = (
+        os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    )
     try:
         lock(file)
         yield

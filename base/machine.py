@@ -20,13 +20,15 @@ def cores() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory that this process occupies now (where the system does not say, the most it has occupied)."""
+    """Memory that this process occupies now (where the system does not say, the most it has
+    occupied)."""
     return _statm(1) or _max_rss()
 
 
 def peak_resident_bytes() -> int:
     """The most memory that this process has occupied."""
-    # Linux's getrusage may give the peak of the process that started this one, so its status file is asked first.
+    # Linux's getrusage may give the peak of the process that started this one, so its status file
+    # is asked first.
     return _kilobytes("/proc/self/status", "VmHWM") or _max_rss()
 
 
@@ -43,7 +45,8 @@ def total_bytes() -> int:
 
 
 def address_space_left() -> int | None:
-    """Bytes that this process may still map under its limit (ulimit -v); None where it has no limit."""
+    """Bytes that this process may still map under its limit (ulimit -v); None where it has no
+    limit."""
     if resource is None:
         return None
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -51,9 +54,12 @@ def address_space_left() -> int | None:
 
 
 def _statm(field: int) -> int:
-    """Bytes of a field of /proc/self/statm: 0, the address space; 1, what is resident. 0 where there is none."""
+    """Bytes of a field of /proc/self/statm: 0, the address space; 1, what is resident. 0 where
+    there is none."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[field]) * os.sysconf("SC_PAGE_SIZE")
+        return int(
+            Path("/proc/self/statm").read_text(encoding="utf-8").split()[field]
+        ) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
@@ -70,4 +76,6 @@ def _kilobytes(file: str, key: str) -> int:
 def _max_rss() -> int:
     if resource is None:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -14,7 +14,8 @@ _stopped_by = 0
 
 
 def watch_signals() -> None:
-    """From now on SIGINT and SIGTERM end this process by an exception, and `stopped_by` tells that one came."""
+    """From now on SIGINT and SIGTERM end this process by an exception, and `stopped_by` tells that
+    one came."""
     global _stopped_by
     _stopped_by = 0
     if threading.current_thread() is threading.main_thread():
@@ -39,15 +40,16 @@ def note_signal(number: int) -> None:
 def stopped_by() -> int:
     """The first signal that told this process to stop, 0 for none.
 
-    Whatever error comes after one may only be its effect: a library wraps the exception, or a process of the same
-    group, as a compiler is, has received it too.
+    Whatever error comes after one may only be its effect: a library wraps the exception, or a
+    process of the same group, as a compiler is, has received it too.
     """
     return _stopped_by
 
 
 @contextlib.contextmanager
 def ends_promptly() -> Generator[None]:
-    """Let a signal end the process soon, though a library keeps the main thread from Python code for minutes."""
+    """Let a signal end the process soon, though a library keeps the main thread from Python code
+    for minutes."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     left = threading.Event()

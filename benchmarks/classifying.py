@@ -1,11 +1,15 @@
-"""A classifier's step beside transformers and peft, and what padding costs:  python -m benchmarks.classifying [--quick]
+"""A classifier's step beside transformers and peft, and what padding costs:
 
-Steps: the sentiment task under step.TrainStep, and GPT2ForSequenceClassification (under LoRA wrapped by peft), from the
-same weights on the same padded rows. Each side has a process and so a peak of memory of its own; they take turns,
-A B A B. Nothing is timed before losses and gradient norms of two steps without dropout agree.
+python -m benchmarks.classifying [--quick]
 
-Padding: this engine's step alone, on the same rows put into batches in other ways. The rows of both are drawn: letters,
-each a token, since which tokens they are changes no time. --data reads real ones for the second.
+Steps: the sentiment task under step.TrainStep, and GPT2ForSequenceClassification (under LoRA
+wrapped by peft), from the same weights on the same padded rows. Each side has a process and so a
+peak of memory of its own; they take turns, A B A B. Nothing is timed before losses and gradient
+norms of two steps without dropout agree.
+
+Padding: this engine's step alone, on the same rows put into batches in other ways. The rows of both
+are drawn: letters, each a token, since which tokens they are changes no time. --data reads real
+ones for the second.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from benchmarks.peers import (
     chosen,
     opening,
     take_turn,
-)  # fmt: skip
+)
 from benchmarks.table import markdown
 from config import Count, Positive, Probability, Where, Wheres
 
@@ -67,17 +71,30 @@ SHAPES = {
 }
 CONTEXT = 256  # positions of each
 LABELS = tuple("01234")
-METHODS: tuple[Method, ...] = ("full", "lora", "last-layer")  # LoRA of rank 8 on both products of attention
+METHODS: tuple[Method, ...] = (
+    "full",
+    "lora",
+    "last-layer",
+)  # LoRA of rank 8 on both products of attention
 THEIRS, KEPT = "transformers", "transformers + our allocator"
-NEEDS = {OURS: ("finetune.sentiment", "plan", "step"), THEIRS: ("transformers.models.gpt2.modeling_gpt2", "precision")}
+NEEDS = {
+    OURS: ("finetune.sentiment", "plan", "step"),
+    THEIRS: ("transformers.models.gpt2.modeling_gpt2", "precision"),
+}
 TURNS = 3, 30  # at least and at most
 PADDING_PARTS = 3  # of the time: as much as that of so many pairs of contenders
-# Lengths of drawn rows as those of SST-5 in a BPE of 8,192 tokens: the mean and the spread of their logarithm, the ends.
+# Lengths of drawn rows as those of SST-5 in a BPE of 8,192 tokens: the mean and the spread of their
+# logarithm, the ends.
 LOG_LENGTH, SHORTEST, LONGEST = (3.2, 0.57), 2, 97
 DRAWN_ROWS = 2048
 TOGETHER = 8  # steps of a turn
-# Ways to make batches, beside this engine's: transformers' Trainer does the second, and the third if it is told to.
-SET, RANDOM, OWN = "to the longest of all rows", "any rows, to their longest", "rows of like length, to their longest"
+# Ways to make batches, beside this engine's: transformers' Trainer does the second, and the third
+# if it is told to.
+SET, RANDOM, OWN = (
+    "to the longest of all rows",
+    "any rows, to their longest",
+    "rows of like length, to their longest",
+)
 
 
 @dataclass
@@ -91,13 +108,15 @@ class Options:
     method: str = ",".join(METHODS)
     """Methods, comma-separated: full, lora, last-layer. Empty: only the padding."""
     against: str = f"{THEIRS},{KEPT}"
-    """Contenders, comma-separated: transformers (under LoRA with peft), transformers + our allocator."""
+    """Contenders, comma-separated: transformers (under LoRA with peft), transformers + our
+    allocator."""
     dropout: Probability = 0.1
     """Dropout of both sides' timed steps."""
     steps: Count = 96
     """Steps of a round of the padding; 0: leave it out."""
     data: Wheres | None = None
-    """Rows for the padding, in any form that finetune.sentiment reads. Default: drawn, with lengths like SST's."""
+    """Rows for the padding, in any form that finetune.sentiment reads. Default: drawn, with lengths
+    like SST's."""
     tokenizer: Where = "gpt2"
     """Their tokenizer: gpt2, a folder, or a tokenizer.json."""
     minutes: Positive = 40
@@ -138,12 +157,15 @@ def draw_rows(file: Path, lengths: np.ndarray, seed: int) -> None:
     """Rows of so many letters each, whose labels take turns."""
     draw = np.random.default_rng(seed)
     texts = ("".join(draw.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in lengths)
-    rows = (json.dumps({"text": text, "label": LABELS[i % len(LABELS)]}) for i, text in enumerate(texts))
+    rows = (
+        json.dumps({"text": text, "label": LABELS[i % len(LABELS)]}) for i, text in enumerate(texts)
+    )
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def prepare(shape: Shape, folder: str) -> None:
-    """Write a classifier of random weights in the hub's layout, LoRA for it in PEFT's, drawn rows and their batch."""
+    """Write a classifier of random weights in the hub's layout, LoRA for it in PEFT's, drawn rows
+    and their batch."""
     import torch
     from safetensors.torch import save_file
 
@@ -158,15 +180,22 @@ def prepare(shape: Shape, folder: str) -> None:
     score = 0.02 * torch.randn(len(LABELS), shape.n_embd)
     model.save_pretrained(path, tokenizer.eot, score, LABELS)
     tokenizer.save(path)
-    # Rows as an order by length puts them together: the shortest has three quarters of what all are padded to.
-    draw_rows(path / "train.jsonl", np.linspace(3 * shape.seq_len // 4, shape.seq_len, shape.rows, dtype=int), SEED)
+    # Rows as an order by length puts them together: the shortest has three quarters of what all are
+    # padded to.
+    draw_rows(
+        path / "train.jsonl",
+        np.linspace(3 * shape.seq_len // 4, shape.seq_len, shape.rows, dtype=int),
+        SEED,
+    )
     draw_rows(path / "val.jsonl", np.full(len(LABELS), shape.seq_len), SEED + 1)
     tail = np.random.default_rng(SEED).lognormal(*LOG_LENGTH, DRAWN_ROWS)
     draw_rows(path / "tail.jsonl", tail.clip(SHORTEST, LONGEST).astype(int), SEED + 2)
     engine = Engine(options_of(Fit("", shape, "fp32", "cpu", folder, "lora")))
     peft.save_adapter(engine.model, path / "adapter", folder, engine.task.base_sha256, score)
     batch = engine.task.collate("train", engine.task.rows("train", 0).reshape(-1))
-    save_file({name: batch[name] for name in ("idx", "labels", "lengths")}, path / "batch.safetensors")
+    save_file(
+        {name: batch[name] for name in ("idx", "labels", "lengths")}, path / "batch.safetensors"
+    )
 
 
 def options_of(case: Fit) -> SentimentConfig:
@@ -176,17 +205,31 @@ def options_of(case: Fit) -> SentimentConfig:
     device: Any = case.device
     rows, folder = case.shape.rows, case.weights
     return SentimentConfig(
-        init=folder, data=f"{folder}/train.jsonl", val_data=f"{folder}/val.jsonl", batch_size=rows, micro_batch=rows,
-        steps=10**6, schedule="constant", warmup_steps=0, precision=precision, device=device, seed=SEED,
-        method=case.method, dropout=case.dropout, head_dropout=0.0, show_rows=0, **RECIPE,
-    )  # fmt: skip
+        init=folder,
+        data=f"{folder}/train.jsonl",
+        val_data=f"{folder}/val.jsonl",
+        batch_size=rows,
+        micro_batch=rows,
+        steps=10**6,
+        schedule="constant",
+        warmup_steps=0,
+        precision=precision,
+        device=device,
+        seed=SEED,
+        method=case.method,
+        dropout=case.dropout,
+        head_dropout=0.0,
+        show_rows=0,
+        **RECIPE,
+    )
 
 
 # --- the two sides
 
 
 class Engine:
-    """step.TrainStep on finetune.sentiment, as trainer.train sets it up; the model is the same whenever it is built."""
+    """step.TrainStep on finetune.sentiment, as trainer.train sets it up; the model is the same
+    whenever it is built."""
 
     def __init__(self, cfg: SentimentConfig):
         import torch
@@ -234,7 +277,8 @@ def ours(case: Fit) -> Step:
 
 
 def theirs(case: Fit) -> Step:
-    """GPT2ForSequenceClassification as users train it: a mask of the padding, fused AdamW, autocast for bf16."""
+    """GPT2ForSequenceClassification as users train it: a mask of the padding, fused AdamW, autocast
+    for bf16."""
     import torch
     from transformers import GPT2ForSequenceClassification
     from transformers.utils import logging
@@ -280,7 +324,11 @@ def begin(name: str, case: Fit) -> Opening:
     from engine import memory
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    needs = NEEDS[OURS] if name == OURS else (*NEEDS[THEIRS], *(("peft",) if case.method == "lora" else ()))
+    needs = (
+        NEEDS[OURS]
+        if name == OURS
+        else (*NEEDS[THEIRS], *(("peft",) if case.method == "lora" else ()))
+    )
     for module in ("torch._dynamo", *needs):  # torch's optimizers load that late
         importlib.import_module(module)
     if name == KEPT:
@@ -303,7 +351,8 @@ def turn(device: str, untimed: int, steps: int) -> Turn:
 
 
 def forget_peak(device: str) -> None:
-    """Let the peak of memory begin anew: what a step takes is asked for, and not what loading the weights took."""
+    """Let the peak of memory begin anew: what a step takes is asked for, and not what loading the
+    weights took."""
     import torch
 
     from engine.memory import trim
@@ -312,13 +361,16 @@ def forget_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     trim()
-    with contextlib.suppress(OSError):  # not everywhere allowed: then the peak is that of the whole process
+    with contextlib.suppress(
+        OSError
+    ):  # not everywhere allowed: then the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def side(name: str, case: Fit) -> Generator[tuple[Opening, TakeTurn]]:
-    """How a contender begins, and a function that has it make steps in its own process. Raises Failed."""
+    """How a contender begins, and a function that has it make steps in its own process. Raises
+    Failed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
 
         def ask(function: Any, *args: Any) -> Any:
@@ -335,7 +387,9 @@ def side(name: str, case: Fit) -> Generator[tuple[Opening, TakeTurn]]:
 # --- steps side by side
 
 
-def compare(case: Fit, names: Sequence[str], pace: Callable[[], Pace]) -> Iterator[tuple[str, dict[str, Any]]]:
+def compare(
+    case: Fit, names: Sequence[str], pace: Callable[[], Pace]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each of `names` with the figures of both sides, or with the error that it met."""
     with side(OURS, case) as (start, own):
         for name in names:
@@ -381,7 +435,9 @@ def spread(values: Sequence[float]) -> list[float]:
 
 def batchings(task: Sentiment, steps: int) -> dict[str, list[StepBatches]]:
     """The rows of the first `steps` batches of an epoch, put into batches in each of the ways."""
-    ordered = [task.rows("train", step).reshape(-1) for step in range(min(steps, task.steps_per_epoch))]
+    ordered = [
+        task.rows("train", step).reshape(-1) for step in range(min(steps, task.steps_per_epoch))
+    ]
     rows = np.random.default_rng(SEED).permutation(np.concatenate(ordered))
     drawn = [rows[i : i + task.cfg.batch_size] for i in range(0, len(rows), task.cfg.batch_size)]
     any_length = np.arange(1, longest_of(task) + 1)
@@ -393,17 +449,22 @@ def batchings(task: Sentiment, steps: int) -> dict[str, list[StepBatches]]:
     }
 
 
-def padded_to(task: Sentiment, batches: Sequence[np.ndarray], sizes: np.ndarray) -> list[StepBatches]:
+def padded_to(
+    task: Sentiment, batches: Sequence[np.ndarray], sizes: np.ndarray
+) -> list[StepBatches]:
     """Batches of row ids, each padded to the least of `sizes` that holds it."""
     from engine.step import StepBatches
 
     task.padded = sizes
     collated = [task.collate("train", ids) for ids in batches]
-    return [StepBatches([batch], task.weights(batch), task.amounts(batch), batch) for batch in collated]
+    return [
+        StepBatches([batch], task.weights(batch), task.amounts(batch), batch) for batch in collated
+    ]
 
 
 def measure_padding(options: Options, precision: Any, folder: str, pace: Pace) -> dict[str, Any]:
-    """Of each way its rows and tokens, and the seconds of each round: within it the ways take turns of a few steps."""
+    """Of each way its rows and tokens, and the seconds of each round: within it the ways take turns
+    of a few steps."""
     engine = Engine(options_of_padding(options, precision, folder))
     found = batchings(engine.task, options.steps)
     for batches in found.values():
@@ -423,7 +484,10 @@ def measure_padding(options: Options, precision: Any, folder: str, pace: Pace) -
         "precision": engine.cfg.precision,
         "data": Path(options.data).name if options.data else "drawn, with lengths like SST's",
         "longest": longest_of(engine.task),
-        "batchings": {name: amounts_of(batches) | {"seconds": seconds[name]} for name, batches in found.items()},
+        "batchings": {
+            name: amounts_of(batches) | {"seconds": seconds[name]}
+            for name, batches in found.items()
+        },
     }
 
 
@@ -432,8 +496,16 @@ def options_of_padding(options: Options, precision: Any, folder: str) -> Sentime
     cfg = options_of(Fit("", shape, precision, options.device, folder, dropout=options.dropout))
     if not options.data:
         return dataclasses.replace(cfg, val_data=None, data=f"{folder}/tail.jsonl")
-    made = dict(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, init="scratch", seq_len=CONTEXT)
-    return dataclasses.replace(cfg, val_data=None, data=options.data, tokenizer=options.tokenizer, **made)
+    made = dict(
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        init="scratch",
+        seq_len=CONTEXT,
+    )
+    return dataclasses.replace(
+        cfg, val_data=None, data=options.data, tokenizer=options.tokenizer, **made
+    )
 
 
 def longest_of(task: Sentiment) -> int:
@@ -442,7 +514,10 @@ def longest_of(task: Sentiment) -> int:
 
 def amounts_of(batches: Sequence[StepBatches]) -> dict[str, Any]:
     """Rows, tokens and padded tokens of all, and what they are padded to."""
-    total = {name: sum(data.amounts[name] for data in batches) for name in ("rows", "tokens", "padded_tokens")}
+    total = {
+        name: sum(data.amounts[name] for data in batches)
+        for name in ("rows", "tokens", "padded_tokens")
+    }
     return total | {"lengths": sorted({data.batches[0]["idx"].shape[1] for data in batches})}
 
 
@@ -458,12 +533,28 @@ def run_all(engine: Engine, batches: Sequence[StepBatches]) -> float:
 
 
 def step_table(cases: Sequence[dict[str, Any]]) -> str:
-    head = ["shape", "precision", "method", "trainer", "rows/s", "least-most", "peak memory", "ours x", "least-most"]
-    return markdown([*head, "memory x"], (row for case in cases for row in step_rows(case)), words=range(4))
+    head = [
+        "shape",
+        "precision",
+        "method",
+        "trainer",
+        "rows/s",
+        "least-most",
+        "peak memory",
+        "ours x",
+        "least-most",
+    ]
+    return markdown(
+        [*head, "memory x"], (row for case in cases for row in step_rows(case)), words=range(4)
+    )
 
 
 def step_rows(case: dict[str, Any]) -> Generator[list[str]]:
-    words = [f"{case['shape']}, {case['rows']} x {case['seq_len']}", case["precision"], case["method"]]
+    words = [
+        f"{case['shape']}, {case['rows']} x {case['seq_len']}",
+        case["precision"],
+        case["method"],
+    ]
     for name, of in case["against"].items():
         label = name.replace(THEIRS, f"{THEIRS} + peft") if case["method"] == "lora" else name
         if "error" in of:
@@ -482,13 +573,28 @@ def ratio_cells(of: dict[str, Any]) -> list[str]:
 
 
 def padding_table(found: dict[str, Any]) -> str:
-    head = ("batches", "rows/s", "least-most", "tokens/s", "padded tokens/s", "padding", "ours x", "least-most")
+    head = (
+        "batches",
+        "rows/s",
+        "least-most",
+        "tokens/s",
+        "padded tokens/s",
+        "padding",
+        "ours x",
+        "least-most",
+    )
     first, rows = found["batchings"][OURS]["seconds"], []
     for name, of in found["batchings"].items():
         rate, least, most = spread([of["rows"] / s for s in of["seconds"]])
-        tokens, padded = (f"{rate * of[key] / of['rows']:,.0f}" for key in ("tokens", "padded_tokens"))
+        tokens, padded = (
+            f"{rate * of[key] / of['rows']:,.0f}" for key in ("tokens", "padded_tokens")
+        )
         ratio, low, high = spread([b / a for a, b in zip(first, of["seconds"], strict=True)])
-        cells = [f"{1 - of['tokens'] / of['padded_tokens']:.0%}", f"{ratio:.2f}", f"{low:.2f}-{high:.2f}"]
+        cells = [
+            f"{1 - of['tokens'] / of['padded_tokens']:.0%}",
+            f"{ratio:.2f}",
+            f"{low:.2f}-{high:.2f}",
+        ]
         rows.append([name, f"{rate:,.1f}", f"{least:,.1f}-{most:,.1f}", tokens, padded, *cells])
     return markdown(head, rows, words=(0,))
 
@@ -496,15 +602,21 @@ def padding_table(found: dict[str, Any]) -> str:
 def report(record: dict[str, Any]) -> str:
     hardware = record["hardware"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in record["versions"].items() if version
+    )
     dropout = record["dropout"]
     texts = [f"Classifiers on {where}, {record['date'][:10]}: {versions}."]
     if record["steps"]:
         texts += [
-            "One optimizer step on the same padded rows, the shortest of three quarters of their length; dropout "
-            f"{dropout:g}. ours x: rows\nper second of this engine over the other's, median, least and most of turns side by side. "
-            "Peak memory is that of a process without\nits code (on a GPU: of its allocations) in these steps. transformers: "
-            "GPT2ForSequenceClassification, eager, with a mask of the\npadding, fused AdamW, bf16 by autocast. "
+            "One optimizer step on the same padded rows, the shortest of three quarters of their "
+            "length; dropout "
+            f"{dropout:g}. ours x: rows\nper second of this engine over the other's, median, least "
+            "and most of turns side by side. "
+            "Peak memory is that of a process without\nits code (on a GPU: of its allocations) in "
+            "these steps. transformers: "
+            "GPT2ForSequenceClassification, eager, with a mask of the\npadding, fused AdamW, bf16 "
+            "by autocast. "
             f"LoRA of rank 8 on both products of attention.",
             step_table(record["steps"]),
         ]
@@ -512,8 +624,10 @@ def report(record: dict[str, Any]) -> str:
         of = found["batchings"][OURS]
         lengths = ", ".join(map(str, of["lengths"]))
         texts += [
-            f"The same {of['rows']:,.0f} rows ({found['data']}; {of['tokens'] / of['rows']:.1f} tokens in the mean, the longest of "
-            f"all {found['longest']}) in batches made in other ways:\nthis engine's step on {found['shape']}, {found['precision']}, "
+            f"The same {of['rows']:,.0f} rows ({found['data']}; {of['tokens'] / of['rows']:.1f} "
+            "tokens in the mean, the longest of "
+            f"all {found['longest']}) in batches made in other ways:\nthis engine's step on "
+            f"{found['shape']}, {found['precision']}, "
             f"dropout {dropout:g}. Its own batches: rows of like length, padded to {lengths}.\n"
             "ours x: rows per second of the first over these.",
             padding_table(found),
@@ -559,7 +673,11 @@ class Budget:
 
 def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
     device = options.device = now["device"]
-    names = [name for name in chosen("against", options.against, [THEIRS, KEPT]) if name != KEPT or device == "cpu"]
+    names = [
+        name
+        for name in chosen("against", options.against, [THEIRS, KEPT])
+        if name != KEPT or device == "cpu"
+    ]
     steps: list[dict[str, Any]] = []
     record = now | {"dropout": options.dropout, "steps": steps, "padding": None}
     with tempfile.TemporaryDirectory() as folder:
@@ -572,7 +690,13 @@ def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
             against: dict[str, Any] = {}
             shape = {"rows": case.shape.rows, "seq_len": case.shape.seq_len}
             steps.append(
-                {"shape": case.name, **shape, "precision": case.precision, "method": case.method, "against": against}
+                {
+                    "shape": case.name,
+                    **shape,
+                    "precision": case.precision,
+                    "method": case.method,
+                    "against": against,
+                }
             )
             for name, of in compare(case, names, budget.pace):
                 against[name] = of
@@ -580,7 +704,9 @@ def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
                 write(record, options.json)  # after each: an interrupted run leaves what it has
         if options.steps:
             base = f"{folder}/{options.shape.split(',')[0]}"
-            record["padding"] = measure_padding(options, now["native"], base, budget.pace(PADDING_PARTS))
+            record["padding"] = measure_padding(
+                options, now["native"], base, budget.pace(PADDING_PARTS)
+            )
     return record
 
 
@@ -588,7 +714,9 @@ def main() -> None:
     options = parse(Options, sys.argv[1:])
     outlive()
     if options.quick:
-        options = dataclasses.replace(options, shape="micro", steps=min(options.steps, 8), minutes=0.1)
+        options = dataclasses.replace(
+            options, shape="micro", steps=min(options.steps, 8), minutes=0.1
+        )
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     record = measure(options, facts(options.device) | {"date": date})
     write(record, options.json)

@@ -1,7 +1,9 @@
-"""Who is compared by benchmarks.peers, and at what: the shapes, and one function a trainer that builds its step.
+"""Who is compared by benchmarks.peers, and at what: the shapes, and one function a trainer that
+builds its step.
 
-Every trainer starts from the same weights, sees the same tokens and cuts its step into the same micro-batches. The
-trade-off of that: a trainer that would be faster in larger micro-batches than the others can hold does not show it.
+Every trainer starts from the same weights, sees the same tokens and cuts its step into the same
+micro-batches. The trade-off of that: a trainer that would be faster in larger micro-batches than
+the others can hold does not show it.
 """
 
 from __future__ import annotations
@@ -64,12 +66,15 @@ SMALL_ROWS = 32 * 1024  # tokens of a micro-batch on such a card
 
 
 def fitting(shape: Shape, memory: int | None) -> Shape:
-    """The shape on a card of `memory` bytes (None: on a CPU): on a smaller one the same step in smaller micro-batches."""
+    """The shape on a card of `memory` bytes (None: on a CPU): on a smaller one the same step in
+    smaller micro-batches."""
     tokens = shape.rows * shape.seq_len
     if memory is None or memory >= LARGE_CARD or tokens <= SMALL_ROWS:
         return shape
     parts = tokens // SMALL_ROWS
-    return dataclasses.replace(shape, rows=shape.rows // parts, accumulation=shape.accumulation * parts)
+    return dataclasses.replace(
+        shape, rows=shape.rows // parts, accumulation=shape.accumulation * parts
+    )
 
 
 @dataclass(frozen=True)
@@ -96,22 +101,29 @@ class Case:
         import torch
 
         size = (self.shape.rows * self.shape.accumulation, self.shape.seq_len)
-        return torch.randint(self.shape.vocab_size, size, generator=torch.Generator().manual_seed(SEED))
+        return torch.randint(
+            self.shape.vocab_size, size, generator=torch.Generator().manual_seed(SEED)
+        )
 
     def micro_batches(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The step's tokens and targets in micro-batches, each (rows, seq_len) int64."""
         idx = self.tokens_drawn().to(device)
-        return list(zip(idx.split(self.shape.rows), targets_of(idx).split(self.shape.rows), strict=True))
+        return list(
+            zip(idx.split(self.shape.rows), targets_of(idx).split(self.shape.rows), strict=True)
+        )
 
 
 def targets_of(idx: torch.Tensor) -> torch.Tensor:
-    """Each token's successor; the last one's is unknown, as in transformers, which shifts its labels itself."""
+    """Each token's successor; the last one's is unknown, as in transformers, which shifts its
+    labels itself."""
     import torch.nn.functional as F
 
     return F.pad(idx[:, 1:], (0, 1), value=-100)
 
 
-Step = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]  # one optimizer step: its loss and gradient norm
+Step = Callable[
+    [], "tuple[torch.Tensor, torch.Tensor]"
+]  # one optimizer step: its loss and gradient norm
 Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss of tokens and targets
 
 
@@ -119,7 +131,8 @@ Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss o
 
 
 def ours(case: Case, **options: Any) -> Step:
-    """step.TrainStep as trainer.train sets it up; only the tokens are made up. `options` are TrainConfig's."""
+    """step.TrainStep as trainer.train sets it up; only the tokens are made up. `options` are
+    TrainConfig's."""
     import gc
 
     import numpy as np
@@ -165,9 +178,18 @@ def train_config(case: Case) -> TrainConfig:
     shape = case.shape
     precision: Any = case.precision
     return TrainConfig(
-        init=case.weights, data="stdlib", seq_len=shape.seq_len, batch_tokens=case.tokens, micro_batch=shape.rows,
-        steps=10**6, schedule="constant", warmup_steps=0, precision=precision, seed=SEED, **RECIPE,
-    )  # fmt: skip
+        init=case.weights,
+        data="stdlib",
+        seq_len=shape.seq_len,
+        batch_tokens=case.tokens,
+        micro_batch=shape.rows,
+        steps=10**6,
+        schedule="constant",
+        warmup_steps=0,
+        precision=precision,
+        seed=SEED,
+        **RECIPE,
+    )
 
 
 def ours_in_fp8(case: Case) -> Step:
@@ -183,7 +205,8 @@ def ours_compiled(case: Case) -> Step:
 
 
 def trained(case: Case, model: Any, loss_of: Loss) -> Step:
-    """Torch's fused AdamW, no decay on vectors, the norm clipped: as the peers' own examples train them."""
+    """Torch's fused AdamW, no decay on vectors, the norm clipped: as the peers' own examples train
+    them."""
     import torch
 
     from engine.precision import autocast
@@ -231,7 +254,9 @@ def plain(case: Case, compiled: bool) -> Step:
 def transformers(case: Case, compiled: bool) -> Step:
     model = transformers_model(case)
     forward = compiled_if(compiled, model)
-    return trained(case, model, lambda idx, targets: forward(input_ids=idx, labels=idx, use_cache=False).loss)
+    return trained(
+        case, model, lambda idx, targets: forward(input_ids=idx, labels=idx, use_cache=False).loss
+    )
 
 
 def transformers_model(case: Case) -> Any:
@@ -241,13 +266,16 @@ def transformers_model(case: Case) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any = GPT2LMHeadModel.from_pretrained(case.weights, attn_implementation="sdpa", dtype=torch.float32)
+    model: Any = GPT2LMHeadModel.from_pretrained(
+        case.weights, attn_implementation="sdpa", dtype=torch.float32
+    )
     return model.to(device_of(case)).train()
 
 
 def litgpt(case: Case, compiled: bool) -> Step:
-    """litgpt's blocks, head and chunked loss. It has no learned positions: they are added to its embedding, and its
-    rotary ones are set to none, so that it trains exact GPT-2 and its losses can be checked."""
+    """litgpt's blocks, head and chunked loss. It has no learned positions: they are added to its
+    embedding, and its rotary ones are set to none, so that it trains exact GPT-2 and its losses can
+    be checked."""
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -265,14 +293,27 @@ def litgpt(case: Case, compiled: bool) -> Step:
 
     shape = case.shape
     config = Config(
-        name="gpt2", n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.seq_len,
-        vocab_size=shape.vocab_size, padded_vocab_size=shape.padded_vocab, parallel_residual=False,
-        gelu_approximate="tanh", rotary_percentage=0.0,
-    )  # fmt: skip
+        name="gpt2",
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        block_size=shape.seq_len,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.padded_vocab,
+        parallel_residual=False,
+        gelu_approximate="tanh",
+        rotary_percentage=0.0,
+    )
     model = GPT(config)
     model.transformer.wte = Embedding(shape.padded_vocab, shape.seq_len, shape.n_embd)
     model.lm_head.weight = model.transformer.wte.weight  # its option tie_embeddings
-    theirs = {"norm_": "ln_", "attn.qkv": "attn.c_attn", "proj": "c_proj", "mlp.fc": "mlp.c_fc", "wte.wpe": "wpe"}
+    theirs = {
+        "norm_": "ln_",
+        "attn.qkv": "attn.c_attn",
+        "proj": "c_proj",
+        "mlp.fc": "mlp.c_fc",
+        "wte.wpe": "wpe",
+    }
     theirs["lm_head"] = "transformer.wte"
 
     def hub_name(name: str) -> str:
@@ -286,7 +327,8 @@ def litgpt(case: Case, compiled: bool) -> Step:
 
 
 def liger(case: Case, compiled: bool) -> Step:
-    """transformers' GPT-2 with Liger's layer norm and its fused head and loss; Liger has no patch for GPT-2 itself."""
+    """transformers' GPT-2 with Liger's layer norm and its fused head and loss; Liger has no patch
+    for GPT-2 itself."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
     from torch import nn
 
@@ -317,7 +359,8 @@ def device_of(case: Case) -> torch.device:
 
 @dataclass(frozen=True)
 class Contender:
-    """`kept`: with this engine's allocator setting, so that what is left of the difference is the code's."""
+    """`kept`: with this engine's allocator setting, so that what is left of the difference is the
+    code's."""
 
     builder: Callable[..., Step]
     imports: tuple[str, ...]  # what it needs of code; its memory is counted from there on
@@ -367,7 +410,10 @@ def _all() -> Iterator[tuple[str, Contender]]:
             needs = (*imports, "precision", *(("torch._inductor.compile_fx",) if compiled else ()))
             devices = ("cpu",) if kept else ("cpu", "cuda")
             yield words, Contender(builder, needs, devices, compiled, kept, padded)
-    yield f"{OURS} compiled", Contender(ours_compiled, ("step", "torch._inductor.compile_fx"), ("cpu",))
+    yield (
+        f"{OURS} compiled",
+        Contender(ours_compiled, ("step", "torch._inductor.compile_fx"), ("cpu",)),
+    )
     yield f"{OURS} fp8", Contender(ours_in_fp8, ("step",), ("cuda",))
 
 

@@ -1,8 +1,11 @@
-"""Every way of decoding, beside transformers' where it has it:  python -m benchmarks.decoding [--quick] [--batch 1,8]
+"""Every way of decoding, beside transformers' where it has it:
 
-All continue the same random prompts with the same random weights in one process and in turns: greedily, drawn, and by
-beam search beside transformers' generate, by contrastive search beside its definition written out with no cache.
-Where a method leaves no choice, the tokens must be equal in fp32 before a time counts.
+python -m benchmarks.decoding [--quick] [--batch 1,8]
+
+All continue the same random prompts with the same random weights in one process and in turns:
+greedily, drawn, and by beam search beside transformers' generate, by contrastive search beside its
+definition written out with no cache. Where a method leaves no choice, the tokens must be equal in
+fp32 before a time counts.
 """
 
 from __future__ import annotations
@@ -69,11 +72,14 @@ class Options:
 
 
 Generate = Callable[[], list[list[int]]]
-Read = Callable[["Tensor"], tuple["Tensor", "Tensor"]]  # ids (B, T): last hidden states (B, T, C), logits (B, T, V)
+Read = Callable[
+    ["Tensor"], tuple["Tensor", "Tensor"]
+]  # ids (B, T): last hidden states (B, T, C), logits (B, T, V)
 
 
 def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConfig) -> list[int]:
-    """Contrastive search as defined (Su et al. 2022), each text read from its beginning: what no cache comes to."""
+    """Contrastive search as defined (Su et al. 2022), each text read from its beginning: what no
+    cache comes to."""
     import torch
     import torch.nn.functional as F
 
@@ -89,8 +95,12 @@ def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConf
         probs, ids = last.softmax(-1).topk(options.contrastive_k)
         longer, _ = read(torch.cat((text.expand(len(ids), -1), ids.cpu()[:, None]), 1))
         similarity = F.cosine_similarity(longer[:, -1:].float(), hidden.float(), dim=-1)  # (k, T)
-        unlike = similarity.mean(1) if options.contrastive_similarity == "mean" else similarity.amax(1)
-        weight = alpha * step / (options.max_new_tokens - 1) if options.contrastive_growth else alpha
+        unlike = (
+            similarity.mean(1) if options.contrastive_similarity == "mean" else similarity.amax(1)
+        )
+        weight = (
+            alpha * step / (options.max_new_tokens - 1) if options.contrastive_growth else alpha
+        )
         best = ((1 - weight) * probs - weight * unlike).argmax()
         text = torch.cat((text, ids[best].cpu().view(1, 1)), 1)
     return text[0, len(prompt) :].tolist()
@@ -109,7 +119,9 @@ class Pair:
         with tempfile.TemporaryDirectory() as folder:
             GPT(config).save_pretrained(folder)
             self.ours: Any = GPT.from_pretrained(folder).to(device).eval()
-            self.theirs: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+            self.theirs: Any = (
+                GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+            )
         self.prompts = torch.randint(config.vocab_size, (batch, PROMPT))
         self.new_tokens = new_tokens
         self.device = device
@@ -121,7 +133,9 @@ class Pair:
         if decode in ("greedy", "sample", "beam"):
             found["transformers"] = lambda: self._theirs(options)
         elif decode == "contrastive" and len(self.prompts) == 1:
-            found["no cache"] = lambda: [contrastive_reference(self._read, p, options) for p in self.prompts.tolist()]
+            found["no cache"] = lambda: [
+                contrastive_reference(self._read, p, options) for p in self.prompts.tolist()
+            ]
         return found
 
     def _ours(self, options: DecodeConfig) -> list[list[int]]:
@@ -135,13 +149,22 @@ class Pair:
 
         how: dict[str, Any] = {"do_sample": False}
         if options.decode == "sample":
-            how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+            how = dict(
+                do_sample=True,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+            )
         if options.decode == "beam":
-            how |= dict(num_beams=options.beams, length_penalty=options.length_penalty, early_stopping=False)
+            how |= dict(
+                num_beams=options.beams, length_penalty=options.length_penalty, early_stopping=False
+            )
             how |= dict(no_repeat_ngram_size=options.no_repeat_ngram)
         ids = self.prompts.to(self.device)
         mask = torch.ones_like(ids)
-        out = self.theirs.generate(ids, attention_mask=mask, max_new_tokens=self.new_tokens, pad_token_id=0, **how)
+        out = self.theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=self.new_tokens, pad_token_id=0, **how
+        )
         return out[:, PROMPT:].tolist()
 
     def _read(self, idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +224,15 @@ def compare(shape: str, batch: int, options: Options, device: torch.device) -> l
             for generate in generators.values():
                 generate()
         seconds = measure(generators, options.repetitions)
-        rows.append(dict(shape=shape, batch=batch, decode=decode, tokens=batch * options.new_tokens, seconds=seconds))
+        rows.append(
+            dict(
+                shape=shape,
+                batch=batch,
+                decode=decode,
+                tokens=batch * options.new_tokens,
+                seconds=seconds,
+            )
+        )
     return rows
 
 
@@ -220,11 +251,18 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     for row in rows:
         ours, *others = row["seconds"].values()
         rate = row["tokens"] / statistics.median(ours)
-        cells.append([row["shape"], str(row["batch"]), row["decode"], f"{rate:,.0f}", "", "", "", ""])
+        cells.append(
+            [row["shape"], str(row["batch"]), row["decode"], f"{rate:,.0f}", "", "", "", ""]
+        )
         for name, theirs in zip(list(row["seconds"])[1:], others, strict=True):
             beside = row["tokens"] / statistics.median(theirs)
             pairs = sorted(t / o for o, t in zip(ours, theirs))
-            cells[-1][4:] = [name, f"{beside:,.0f}", f"{rate / beside:.2f}", f"{pairs[0]:.2f}-{pairs[-1]:.2f}"]
+            cells[-1][4:] = [
+                name,
+                f"{beside:,.0f}",
+                f"{rate / beside:.2f}",
+                f"{pairs[0]:.2f}-{pairs[-1]:.2f}",
+            ]
     return f"{title}\n\n{markdown(head, cells, words=(0, 2, 4))}\n"
 
 
@@ -255,7 +293,8 @@ def main() -> None:
     device = processes.start(options.device).device
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     title = (
-        f"Generation of {options.new_tokens} tokens after {PROMPT}, {processes.device_name(device)}, "
+        f"Generation of {options.new_tokens} tokens after {PROMPT}, "
+        f"{processes.device_name(device)}, "
         f"{torch.get_num_threads()} threads, {datetime.date.today()}: "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + ". Tokens of the chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8."
@@ -267,7 +306,9 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, versions=versions, options=dataclasses.asdict(options), rows=rows)
-    (out / f"decoding-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"decoding-{device.type}.json").write_text(
+        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+    )
     (out / f"decoding-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
     print(table(rows, title))
 

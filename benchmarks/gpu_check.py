@@ -1,9 +1,12 @@
-"""Everything that needs a CUDA GPU, in order of worth:  make gpu-check  [WHEELS=FOLDER] [ARGS="--only correctness"]
+"""Everything that needs a CUDA GPU, in order of worth:
 
-Each part is a command of its own with a time limit, so that one that hangs or fails costs the others nothing. A call
-lasts --minutes; the next one goes on where it ended, also on another machine of the same kind if --out is carried
-there. Tests run several at a time, measurements alone. `--rehearse` runs every part tiny on a CPU: it shows that the
-commands work, and measures nothing. The trade-off: every part starts Python anew, some ten seconds each.
+make gpu-check  [WHEELS=FOLDER] [ARGS="--only correctness"]
+
+Each part is a command of its own with a time limit, so that one that hangs or fails costs the
+others nothing. A call lasts --minutes; the next one goes on where it ended, also on another machine
+of the same kind if --out is carried there. Tests run several at a time, measurements alone.
+`--rehearse` runs every part tiny on a CPU: it shows that the commands work, and measures nothing.
+The trade-off: every part starts Python anew, some ten seconds each.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ GRACE = 10.0  # seconds for a command to end when it is interrupted
 TAIL = 4000  # characters of a part's output that are kept in the JSON file
 CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
 AT_ONCE = 5  # tests at most: the GPU's memory is shared
-REHEARSAL = "a rehearsal on a CPU with tiny sizes: it shows that the commands work, and measures nothing"
+REHEARSAL = (
+    "a rehearsal on a CPU with tiny sizes: it shows that the commands work, and measures nothing"
+)
 
 
 @dataclass
@@ -64,7 +69,8 @@ class Options:
 class Part:
     """A command: words after `python`. Its JSON files are its result.
 
-    In the words {out} is a folder of its own, {minutes} the time it has and {engine} a hash of the engine's source.
+    In the words {out} is a folder of its own, {minutes} the time it has and {engine} a hash of the
+    engine's source.
     """
 
     group: str
@@ -72,8 +78,12 @@ class Part:
     words: tuple[str, ...]
     packages: tuple[str, ...] = ("numpy", "tyro", "safetensors")  # beside torch and triton
     seconds: float = 60.0  # expected of an H100 and 16 cores
-    beside: bool = False  # it may run beside others: it measures nothing, and needs little of the GPU's memory
-    unfinished: str | None = None  # it goes on where it was cut off; its output has this where it cut itself off
+    beside: bool = (
+        False  # it may run beside others: it measures nothing, and needs little of the GPU's memory
+    )
+    unfinished: str | None = (
+        None  # it goes on where it was cut off; its output has this where it cut itself off
+    )
     rehearsal: tuple[str, ...] = ()  # words that make it run tiny, on a CPU
 
     @property
@@ -86,7 +96,8 @@ class Part:
 
 
 def all_parts() -> list[Part]:
-    """Correctness, then what replaces assumptions, then comparisons. The seconds are estimates until they were measured."""
+    """Correctness, then what replaces assumptions, then comparisons. The seconds are estimates
+    until they were measured."""
     first = (
         "product_qkv",
         "product_projection",
@@ -97,47 +108,95 @@ def all_parts() -> list[Part]:
         "bias_gelu",
     )
     rest = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
-    ladder = ("--preset", "gpt2", "--rounds", "1", "--minutes", "{minutes}", "--out", "{out}/{engine}")
+    ladder = (
+        "--preset",
+        "gpt2",
+        "--rounds",
+        "1",
+        "--minutes",
+        "{minutes}",
+        "--out",
+        "{out}/{engine}",
+    )
     of_training = ("tokenizers", "tiktoken", "rich")
     return [
         *correctness(),
         measured("kernels", "kernels-first", "kernels", "--only", *first, seconds=110),
         measured("kernels", "kernels-rest", "kernels", "--only", *rest, seconds=100),
         peers("peers", "peers-124M", "124M", compiled=True, seconds=430),
-        measured("ladder", "ladder", "stages", *ladder, packages=of_training, seconds=520, unfinished="the time was up",
-                 rehearsal=("--quick", "--preset", "micro", "--only", "baseline,compile", "--steps", "4")),
+        measured(
+            "ladder",
+            "ladder",
+            "stages",
+            *ladder,
+            packages=of_training,
+            seconds=520,
+            unfinished="the time was up",
+            rehearsal=(
+                "--quick",
+                "--preset",
+                "micro",
+                "--only",
+                "baseline,compile",
+                "--steps",
+                "4",
+            ),
+        ),
         peers("sizes", "peers-124M-eager", "124M", compiled=False, seconds=200),
-        *(peers("sizes", f"peers-{name}", name, compiled=True, seconds=s)
-          for name, s in (("350M", 480), ("774M", 600), ("1.5B", 700))),
+        *(
+            peers("sizes", f"peers-{name}", name, compiled=True, seconds=s)
+            for name, s in (("350M", 480), ("774M", 600), ("1.5B", 700))
+        ),
         measured("decoding", "decoding", "decoding", packages=("transformers",), seconds=240),
-    ]  # fmt: skip
+    ]
 
 
-def measured(group: str, name: str, module: str, *words: str, packages: tuple[str, ...] = (), **more: Any) -> Part:
+def measured(
+    group: str, name: str, module: str, *words: str, packages: tuple[str, ...] = (), **more: Any
+) -> Part:
     """A benchmark that writes its figures."""
     out = () if "--out" in words else ("--out", "{out}")
     command = ("-m", f"benchmarks.{module}", "--device", "cuda", *words, *out)
     tiny = ("--device", "cpu", *more.pop("rehearsal", ("--quick",)))
-    return Part(group, name, command, (*Part("", "", ()).packages, *packages), rehearsal=tiny, **more)
+    return Part(
+        group, name, command, (*Part("", "", ()).packages, *packages), rehearsal=tiny, **more
+    )
 
 
 def peers(group: str, name: str, shape: str, compiled: bool, seconds: float) -> Part:
-    """The comparison with other trainers at one shape: theirs compiled, and ours in FP8; or theirs as they come."""
+    """The comparison with other trainers at one shape: theirs compiled, and ours in FP8; or theirs
+    as they come."""
     from benchmarks.contenders import CONTENDERS, OURS
 
-    theirs = [name for name, of in CONTENDERS.items() if "cuda" in of.devices and of.peer and of.compiled == compiled]
+    theirs = [
+        name
+        for name, of in CONTENDERS.items()
+        if "cuda" in of.devices and of.peer and of.compiled == compiled
+    ]
     against = ",".join([*theirs, *([f"{OURS} fp8"] if compiled else [])])
     words = ("--shape", shape, "--against", against, "--seconds", "8", "--resume")
-    # Compilation takes a minute on a CPU: a rehearsal compiles, once, what has no form that is not compiled.
-    here = [name for name in theirs if name.removesuffix(" compiled") not in CONTENDERS] if compiled else theirs
-    tiny = ("--quick", "--shape", "micro", "--against", "plain" if group != "peers" and compiled else ",".join(here))
+    # Compilation takes a minute on a CPU: a rehearsal compiles, once, what has no form that is not
+    # compiled.
+    here = (
+        [name for name in theirs if name.removesuffix(" compiled") not in CONTENDERS]
+        if compiled
+        else theirs
+    )
+    tiny = (
+        "--quick",
+        "--shape",
+        "micro",
+        "--against",
+        "plain" if group != "peers" and compiled else ",".join(here),
+    )
     return measured(group, name, "peers", *words, seconds=seconds, unfinished="", rehearsal=tiny)
 
 
 def correctness() -> list[Part]:
     """The tests for a GPU, and the kernels' own tests, which are not interpreted there.
 
-    The longest come first, so that none ends long after the others, and those that need the GPU alone come last.
+    The longest come first, so that none ends long after the others, and those that need the GPU
+    alone come last.
     """
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     packages = (*Part("", "", ()).packages, "pytest")
@@ -147,22 +206,48 @@ def correctness() -> list[Part]:
     kernels = sorted(file.stem for file in (REPO / "kernels").glob("[!_]*.py"))
     parts = [
         Part("correctness", "steps", steps, packages, 300, beside=True),
-        *(Part("correctness", f"test_{stem}", (*pytest, f"tests/kernels/test_{stem}.py"), packages, 70, True)
-          for stem in kernels),
-        *(Part("correctness", name, (*pytest, f"tests/test_gpu.py::{name}"), of_programs, seconds, "memory" not in name)
-          for name, seconds in programs.items()),
-    ]  # fmt: skip
+        *(
+            Part(
+                "correctness",
+                f"test_{stem}",
+                (*pytest, f"tests/kernels/test_{stem}.py"),
+                packages,
+                70,
+                True,
+            )
+            for stem in kernels
+        ),
+        *(
+            Part(
+                "correctness",
+                name,
+                (*pytest, f"tests/test_gpu.py::{name}"),
+                of_programs,
+                seconds,
+                "memory" not in name,
+            )
+            for name, seconds in programs.items()
+        ),
+    ]
     return sorted(parts, key=lambda part: (not part.beside, -part.seconds))
 
 
 def program_tests() -> dict[str, float]:
-    """Those of tests/test_gpu.py that run whole programs, each a part of its own, with the seconds they may take.
+    """Those of tests/test_gpu.py that run whole programs, each a part of its own, with the seconds
+    they may take.
 
-    A test's cases are those of its decorator. Those that fill the GPU's memory have "memory" in their name.
+    A test's cases are those of its decorator. Those that fill the GPU's memory have "memory" in
+    their name.
     """
     tree = ast.parse((REPO / "tests" / "test_gpu.py").read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    found = [function for function in functions if any(arg.arg == "run" for arg in function.args.args)]
+    functions = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    found = [
+        function for function in functions if any(arg.arg == "run" for arg in function.args.args)
+    ]
     return {function.name: 30.0 + 40.0 * cases(function) for function in found}
 
 
@@ -185,9 +270,11 @@ def cases(function: ast.FunctionDef) -> int:
 
 
 def begun_in(parts: Sequence[Part], seconds: float, at_once: int) -> Iterator[tuple[Part, float]]:
-    """The parts that a call of so many seconds begins, and how long each has: what the others leave it.
+    """The parts that a call of so many seconds begins, and how long each has: what the others leave
+    it.
 
-    Parts come in turn; one that no longer fits leaves its place to the next. The first is begun in any case.
+    Parts come in turn; one that no longer fits leaves its place to the next. The first is begun in
+    any case.
     """
     free = [0.0] * at_once  # when each place is free again
     for part in parts:
@@ -210,8 +297,13 @@ def forecast(parts: Sequence[Part], seconds: float, at_once: int, calls: int = C
     for call in range(1, calls + 1):
         took = dict(begun_in(todo, seconds, at_once))
         if took:
-            lines.append(f"call {call}: " + ", ".join(f"{part.name} {length:.0f} s" for part, length in took.items()))
-        rest = [dataclasses.replace(part, seconds=part.seconds - took.get(part, 0.0)) for part in todo]
+            lines.append(
+                f"call {call}: "
+                + ", ".join(f"{part.name} {length:.0f} s" for part, length in took.items())
+            )
+        rest = [
+            dataclasses.replace(part, seconds=part.seconds - took.get(part, 0.0)) for part in todo
+        ]
         todo = [part for part in rest if part.seconds > 1]
     if todo:
         lines.append("later: " + ", ".join(part.name for part in todo))
@@ -225,9 +317,18 @@ class Check:
     """Runs parts and keeps gpu-check.json, .md and .log, which a later call goes on from."""
 
     def __init__(
-        self, out: Path, facts: dict[str, Any], cache: Path | None = None, rehearse: bool = False, at_once: int = 1
+        self,
+        out: Path,
+        facts: dict[str, Any],
+        cache: Path | None = None,
+        rehearse: bool = False,
+        at_once: int = 1,
     ):
-        self.out, self.facts, self.rehearse = out.resolve(), facts | {"rehearsal": rehearse}, rehearse
+        self.out, self.facts, self.rehearse = (
+            out.resolve(),
+            facts | {"rehearsal": rehearse},
+            rehearse,
+        )
         self.cache = cache.resolve() if cache else self.out / "cache"
         self.stem = "gpu-check-rehearsal" if rehearse else "gpu-check"
         self.at_once = at_once
@@ -242,7 +343,8 @@ class Check:
     def _earlier(self) -> dict[str, Any]:
         """What earlier calls did on such a machine with these versions, by part.
 
-        The cache has a copy: --out may be emptied between two calls. What another machine did is kept beside.
+        The cache has a copy: --out may be emptied between two calls. What another machine did is
+        kept beside.
         """
         name = f"{self.stem}.json"
         before = read_json(self.cache / name) or read_json(self.out / name)
@@ -251,7 +353,9 @@ class Check:
         known = {key: value for key, value in self.facts.items() if key not in ("date", "engine")}
         if all(before.get(key) == value for key, value in known.items()):
             return {record["part"]: record for record in before["parts"]}
-        write_json(self.out / f"{self.stem}-{before.get('date', 'before')[:10]}-before.json", before)
+        write_json(
+            self.out / f"{self.stem}-{before.get('date', 'before')[:10]}-before.json", before
+        )
         return {}
 
     def run(self, parts: Sequence[Part], minutes: float, again: bool = False) -> bool:
@@ -267,7 +371,10 @@ class Check:
         first = todo[:1]
         try:
             for batch in batches(todo):
-                with ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool, self._ended_with_this():
+                with (
+                    ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool,
+                    self._ended_with_this(),
+                ):
                     list(pool.map(lambda part: self._take(part, ends, part in first), batch))
         finally:
             self.write()
@@ -275,7 +382,8 @@ class Check:
 
     @contextlib.contextmanager
     def _ended_with_this(self) -> Generator[None]:
-        """End the commands when this process is interrupted: a pool waits for them before it lets an error through."""
+        """End the commands when this process is interrupted: a pool waits for them before it lets
+        an error through."""
         try:
             yield
         except BaseException:
@@ -318,9 +426,16 @@ class Check:
         if result == "done" and part.unfinished and part.unfinished in output:
             result = "timed out"
         tail = output[-TAIL:]
-        print(f"{part.name}: {result} after {seconds:.0f} s" + ("" if result == "done" else f"\n{tail}"), flush=True)
+        print(
+            f"{part.name}: {result} after {seconds:.0f} s"
+            + ("" if result == "done" else f"\n{tail}"),
+            flush=True,
+        )
         with self.lock, (self.out / f"{self.stem}.log").open("a", encoding="utf-8") as log:
-            log.write(f"==== {part.name}: {result} after {seconds:.0f} s: {shlex.join(command)}\n{output}\n")
+            log.write(
+                f"==== {part.name}: {result} after {seconds:.0f} s: "
+                f"{shlex.join(command)}\n{output}\n"
+            )
         return record_of(part, result, tail, json_files(folder)) | {
             "command": shlex.join(command),
             "exit_code": code,
@@ -330,12 +445,18 @@ class Check:
         }
 
     def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
-        """Run a command with its output in `log`; its exit code, or None where its time was up and it was ended."""
+        """Run a command with its output in `log`; its exit code, or None where its time was up and
+        it was ended."""
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
-                command, cwd=REPO, env=self._environment(part), stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=REPO,
+                env=self._environment(part),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.running.add(process)
         try:
             return process.wait(seconds)
@@ -346,11 +467,13 @@ class Check:
             self.running.discard(process)
 
     def _environment(self, part: Part) -> dict[str, str]:
-        """Compilers keep what they make from one part to the next, and leave cores to the tests beside."""
+        """Compilers keep what they make from one part to the next, and leave cores to the tests
+        beside."""
         more = {
-            "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor",
+            "TRITON_CACHE_DIR": f"{self.cache}/triton",
             "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
+        }
         if part.beside and self.at_once > 1:
             more["TORCHINDUCTOR_COMPILE_THREADS"] = str(CORES_EACH)
         if self.rehearse:
@@ -369,7 +492,12 @@ class Check:
         for of in self.records.values():
             lines = [line.strip(" =|") for line in of["output"].splitlines() if line.strip(" =|")]
             rows.append(
-                [of["part"], of["result"], f"{of['seconds']:.0f}", lines[-1].replace("|", ",") if lines else ""]
+                [
+                    of["part"],
+                    of["result"],
+                    f"{of['seconds']:.0f}",
+                    lines[-1].replace("|", ",") if lines else "",
+                ]
             )
         title = f"This was {REHEARSAL}.\n\n" if self.rehearse else ""
         return f"{title}{markdown(rows[0], rows[1:], words=(0, 1, 3))}\n"
@@ -393,18 +521,32 @@ def filled(word: str, values: dict[str, str]) -> str:
     return word
 
 
-def record_of(part: Part, result: str, output: str = "", files: dict[str, Any] | None = None) -> dict[str, Any]:
+def record_of(
+    part: Part, result: str, output: str = "", files: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A part's entry in gpu-check.json; `result`: done, failed, timed out, not run."""
     return {
-        "part": part.name, "group": part.group, "result": result, "command": "", "exit_code": None, "seconds": 0.0,
-        "tries": 0, "output": output, "files": files or {},
-    }  # fmt: skip
+        "part": part.name,
+        "group": part.group,
+        "result": result,
+        "command": "",
+        "exit_code": None,
+        "seconds": 0.0,
+        "tries": 0,
+        "output": output,
+        "files": files or {},
+    }
 
 
 def json_files(folder: Path) -> dict[str, Any]:
-    """The figures in a part's folder by path, those of a ladder's runs too; not its caches and models."""
+    """The figures in a part's folder by path, those of a ladder's runs too; not its caches and
+    models."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.json"))]
-    return {str(path): read_json(folder / path) for path in paths if len(path.parts) <= 3 and "cache" not in path.parts}
+    return {
+        str(path): read_json(folder / path)
+        for path in paths
+        if len(path.parts) <= 3 and "cache" not in path.parts
+    }
 
 
 def restore(folder: Path, files: dict[str, Any]) -> None:
@@ -425,7 +567,8 @@ def read_json(path: Path) -> Any:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a command's session. Interrupted first, pytest ends the programs that it started itself."""
+    """End what is left of a command's session. Interrupted first, pytest ends the programs that it
+    started itself."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -466,16 +609,23 @@ def main() -> int:
     from benchmarks.stages import engine_hash
     from config import UserError
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its children
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job ignores it, and so would its children
     options = parse(Options, sys.argv[1:])
     outlive()
     parts = asked_for(options.only, all_parts())
     if not options.rehearse and not torch.cuda.is_available():
-        raise UserError("torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU")
+        raise UserError(
+            "torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU"
+        )
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
     known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
-    known |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "engine": engine_hash()}
+    known |= {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "engine": engine_hash(),
+    }
     cache = Path(options.cache) if options.cache else None
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(Path(options.out), known, cache, options.rehearse, at_once)
@@ -483,8 +633,13 @@ def main() -> int:
         if reason := lack(part):
             print(f"{part.name} will not run; {reason}", flush=True)
     todo = [part for part in parts if not lack(part) and (options.again or not check.done(part))]
-    print(f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected of an H100, 16 cores:")
-    print("\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True)
+    print(
+        f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected of "
+        "an H100, 16 cores:"
+    )
+    print(
+        "\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True
+    )
     done = check.run(parts, options.minutes, options.again)
     print(check.table())
     if not done:
@@ -495,7 +650,8 @@ def main() -> int:
 if __name__ == "__main__":
     if importlib.util.find_spec("tyro") is None or importlib.util.find_spec("numpy") is None:
         print(
-            "error: tyro and numpy are not installed and every part needs them; run `make wheels` on a machine with a "
+            "error: tyro and numpy are not installed and every part needs them; run `make wheels` "
+            "on a machine with a "
             "network and `make gpu-check WHEELS=FOLDER` here",
             file=sys.stderr,
         )

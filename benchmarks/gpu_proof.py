@@ -1,4 +1,6 @@
-"""Every Triton kernel compiled for real cards on a machine that has none:  python -m benchmarks.gpu_proof [--quick]
+"""Every Triton kernel compiled for real cards on a machine that has none:
+
+python -m benchmarks.gpu_proof [--quick]
 
 The launch code of kernels/ runs on meta tensors, which have shapes but no bytes, under a driver
 that only names a GPU. Signatures, constants, warps and stages are therefore those of a real launch,
@@ -43,8 +45,14 @@ if TYPE_CHECKING:
 
 # One card for each architecture, by its name in kernels._card.CARDS.
 ARCHS = {
-    75: "T4", 80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090",
-}  # fmt: skip
+    75: "T4",
+    80: "A100",
+    86: "RTX 3090",
+    89: "RTX 4090",
+    90: "H100",
+    100: "B200",
+    120: "RTX 5090",
+}
 SPILLS = 64  # bytes a thread, stored and loaded
 HEADS, QUICK_HEADS = (32, 64, 80, 96, 128), (64, 128)
 WIDTHS, QUICK_WIDTHS = (128, 768, 1600), (768,)  # of the residual stream
@@ -58,7 +66,8 @@ class Options:
     """Options of the proof."""
 
     archs: tuple[Few, ...] = tuple(ARCHS)
-    """Architectures: 75 (T4), 80 (A100), 86 (RTX 3090), 89 (RTX 4090), 90 (H100, H200), 100 (B200), 120 (RTX 5090)."""
+    """Architectures: 75 (T4), 80 (A100), 86 (RTX 3090), 89 (RTX 4090), 90 (H100, H200), 100 (B200),
+    120 (RTX 5090)."""
     kernels: tuple[str, ...] = ()
     """Kernels to compile. Default: all."""
     quick: bool = False
@@ -119,14 +128,19 @@ def cases(kernel: str, quick: bool) -> Iterator[Case]:
         if kernel == "attention":
             for head in QUICK_HEADS if quick else HEADS:
                 yield from (
-                    Case(kernel, precision, head, documents) for documents in ((True,) if quick else (False, True))
+                    Case(kernel, precision, head, documents)
+                    for documents in ((True,) if quick else (False, True))
                 )
         elif precision == "tf32":
             continue  # the others multiply nothing: as fp32
         elif kernel == "cross_entropy":
-            yield from (Case(kernel, precision, columns) for columns, _ in LOGITS[: 1 if quick else None])
+            yield from (
+                Case(kernel, precision, columns) for columns, _ in LOGITS[: 1 if quick else None]
+            )
         elif kernel == "layer_norm":
-            yield from (Case(kernel, precision, width, autocast=precision == "fp16") for width in widths)
+            yield from (
+                Case(kernel, precision, width, autocast=precision == "fp16") for width in widths
+            )
         elif kernel == "bias_gelu":
             yield from (Case(kernel, precision, 4 * width) for width in widths)
         elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 where weights are cast once
@@ -199,7 +213,9 @@ def launch_adamw(case: Case) -> None:
 
     copies = tensors(torch.bfloat16) if case.precision == "bf16" else [None] * n
     moments = tensors(), tensors()
-    table = module.Table(tensors(), *moments, [meta() for _ in shapes], copies, [1.0] * n, [0.1] * n)
+    table = module.Table(
+        tensors(), *moments, [meta() for _ in shapes], copies, [1.0] * n, [0.1] * n
+    )
     grads = tensors(dtype_of(case))
     module.adamw(table, grads, meta(), meta(), meta(dtype=torch.bool), (0.9, 0.95), 1e-8)
     module.global_norm(grads)
@@ -229,7 +245,8 @@ def dtype_of(case: Case) -> torch.dtype:
 
 
 def within(operator: Any) -> Callable[..., Any]:
-    """The function behind a torch.library.custom_op, which for meta tensors would only tell shapes."""
+    """The function behind a torch.library.custom_op, which for meta tensors would only tell
+    shapes."""
     return operator._init_fn
 
 
@@ -293,7 +310,8 @@ def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
 
 
 def proof(arch: int, case: Case) -> list[Row]:
-    """The kernels of a case for a card of `arch`, as compiled; or a row that says why there are none."""
+    """The kernels of a case for a card of `arch`, as compiled; or a row that says why there are
+    none."""
     from kernels import _card
 
     card = _card.CARDS[ARCHS[arch]]
@@ -356,7 +374,9 @@ def examined(row: Row, kernel: Any, words: str) -> Row:
         registers=count(r"Used (\d+) registers"),
         spilled=count(r"(\d+) bytes spill"),
         shared=meta.shared,
-        tensor_cores=", ".join(name for name in TENSOR_CORES if re.search(rf"\b{re.escape(name)}", ptx)),
+        tensor_cores=", ".join(
+            name for name in TENSOR_CORES if re.search(rf"\b{re.escape(name)}", ptx)
+        ),
         notes=", ".join(sorted(set(re.findall(r"C75\d\d", words)))),
     )
 
@@ -369,9 +389,13 @@ def judged(row: Row, card: Card, limit: int) -> Row:
     if row.spilled > SPILLS:
         faults.append(f"spills {row.spilled} bytes")
     if row.shared > card.shared_memory:
-        faults.append(f"takes {row.shared} bytes of shared memory where {card.name} has {card.shared_memory}")
+        faults.append(
+            f"takes {row.shared} bytes of shared memory where {card.name} has {card.shared_memory}"
+        )
     elif row.shared > limit:
-        faults.append(f"takes {row.shared} bytes of shared memory where kernels/attention.py says {limit}")
+        faults.append(
+            f"takes {row.shared} bytes of shared memory where kernels/attention.py says {limit}"
+        )
     return dataclasses.replace(row, result="failed", reason="; ".join(faults)) if faults else row
 
 
@@ -380,12 +404,16 @@ def versions_of_tools() -> dict[str, str]:
     try:
         from triton import knobs
     except ImportError:
-        raise UserError("the proof needs Triton, which is not installed; pip install triton") from None
+        raise UserError(
+            "the proof needs Triton, which is not installed; pip install triton"
+        ) from None
     try:
         tools = {"ptxas": knobs.nvidia.ptxas, "ptxas-blackwell": knobs.nvidia.ptxas_blackwell}
         return {name: tool.version for name, tool in tools.items()}
     except RuntimeError as error:
-        raise UserError(f"the proof needs Triton's assembler: {error}; pip install --force-reinstall triton") from None
+        raise UserError(
+            f"the proof needs Triton's assembler: {error}; pip install --force-reinstall triton"
+        ) from None
 
 
 # --- all of it
@@ -408,7 +436,10 @@ def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
             rows[futures[done]] = found
             seconds = time.perf_counter() - began
             result = "; ".join(sorted({f"{row.result} {row.reason}".strip() for row in found}))
-            print(f"{len(rows)}/{len(work)}, {seconds:.0f} s: sm_{arch} {case.name}: {result}", file=sys.stderr)
+            print(
+                f"{len(rows)}/{len(work)}, {seconds:.0f} s: sm_{arch} {case.name}: {result}",
+                file=sys.stderr,
+            )
     return [row for i in sorted(rows) for row in rows[i]]
 
 
@@ -431,21 +462,41 @@ def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
     """The table of cards by kernels, what is refused and what failed."""
     groups = dict.fromkeys(row.group for row in rows)
     lines = [
-        [group, *(cell([row for row in rows if row.group == group and row.arch == arch]) for arch in archs)]
+        [
+            group,
+            *(
+                cell([row for row in rows if row.group == group and row.arch == arch])
+                for arch in archs
+            ),
+        ]
         for group in groups
     ]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     compiled = sum(bool(row.kernel) for row in rows)
     refused = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.reason}" for r in rows if r.result == "refused")
-    failed = [f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.reason}" for r in rows if r.result == "failed"]
-    waits = dict.fromkeys(f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.notes}" for r in rows if r.notes)
+    failed = [
+        f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.reason}" for r in rows if r.result == "failed"
+    ]
+    waits = dict.fromkeys(
+        f"- {ARCHS[r.arch]}: {r.case} {r.kernel}: {r.notes}" for r in rows if r.notes
+    )
     parts = [
-        f"{compiled} kernels compiled without a GPU{' (--quick)' * facts['quick']}, {facts['date'][:10]}: {versions}.",
-        markdown(["kernel", *(f"{ARCHS[arch]} (sm_{arch})" for arch in archs)], lines, range(len(archs) + 1)),
-        "Each cell: registers a thread / bytes spilled a thread / KiB of shared memory a program / the tensor cores'\n"
+        f"{compiled} kernels compiled without a GPU{' (--quick)' * facts['quick']}, "
+        f"{facts['date'][:10]}: {versions}.",
+        markdown(
+            ["kernel", *(f"{ARCHS[arch]} (sm_{arch})" for arch in archs)],
+            lines,
+            range(len(archs) + 1),
+        ),
+        "Each cell: registers a thread / bytes spilled a thread / KiB of shared memory a program / "
+        "the tensor cores'\n"
         "instruction; the most over forward and backward passes, widths, and documents or none.",
     ]
-    lists = (("Refused, as a run refuses it:", refused), ("Failed:", failed), ("ptxas lets products wait:", waits))
+    lists = (
+        ("Refused, as a run refuses it:", refused),
+        ("Failed:", failed),
+        ("ptxas lets products wait:", waits),
+    )
     parts += [heading + "\n" + "\n".join(items) for heading, items in lists if items]
     return "\n\n".join(parts) + "\n"
 
@@ -469,8 +520,12 @@ def checked(options: Options) -> tuple[list[int], list[str]]:
             raise UserError(f"--archs {arch}: there are {', '.join(map(str, ARCHS))}")
     for name in options.kernels:
         if name not in LAUNCH:
-            raise UserError(f"--kernels {name}{nearest(name, list(LAUNCH))}; there are {', '.join(LAUNCH)}")
-    return sorted(set(options.archs)), [name for name in LAUNCH if name in (options.kernels or LAUNCH)]
+            raise UserError(
+                f"--kernels {name}{nearest(name, list(LAUNCH))}; there are {', '.join(LAUNCH)}"
+            )
+    return sorted(set(options.archs)), [
+        name for name in LAUNCH if name in (options.kernels or LAUNCH)
+    ]
 
 
 def main() -> int:
@@ -484,7 +539,8 @@ def main() -> int:
     facts = {
         "quick": options.quick,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {k: v for k, v in machine.versions().items() if k in ("torch", "triton")} | tools,
+        "versions": {k: v for k, v in machine.versions().items() if k in ("torch", "triton")}
+        | tools,
     }
     print(write(Path(options.out), rows, archs, facts))
     return int(any(row.result == "failed" for row in rows))

@@ -1,10 +1,13 @@
-"""Each operation of kernels/ beside PyTorch, torch.compile and Liger:  python -m benchmarks.kernels [--only NAME ...]
+"""Each operation of kernels/ beside PyTorch, torch.compile and Liger:
 
-An operation that waits for memory is counted in the fewest bytes that its forward and backward pass must move, one
-that computes in its floating-point operations, both beside what the same run gets from a large copy and a large
-matrix product. The forms of an operation take turns, A B A B, so that what else the machine does falls on all alike;
-nothing is timed before outputs and gradients agree. The trade-off: an operation alone is fed from memory and not from
-the one before it, so what a compiler gains by joining neighbours shows in benchmarks/peers.py and not here.
+python -m benchmarks.kernels [--only NAME ...]
+
+An operation that waits for memory is counted in the fewest bytes that its forward and backward pass
+must move, one that computes in its floating-point operations, both beside what the same run gets
+from a large copy and a large matrix product. The forms of an operation take turns, A B A B, so that
+what else the machine does falls on all alike; nothing is timed before outputs and gradients agree.
+The trade-off: an operation alone is fed from memory and not from the one before it, so what a
+compiler gains by joining neighbours shows in benchmarks/peers.py and not here.
 """
 
 from __future__ import annotations
@@ -55,8 +58,9 @@ OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
 REPETITIONS = 3, 30  # turns of a form: at least and at most
 SECONDS = 6.0  # for the turns of one operation
-# Of outputs and gradients, relative, as norms of the difference: fp32 sums in another order; bf16 rounds each element
-# by 2^-9 on average, at a few places; FP8's formats move every factor by some 3%, a gradient's by 5%.
+# Of outputs and gradients, relative, as norms of the difference: fp32 sums in another order; bf16
+# rounds each element by 2^-9 on average, at a few places; FP8's formats move every factor by some
+# 3%, a gradient's by 5%.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FP8_TOLERANCE = 0.1
 
@@ -81,14 +85,23 @@ class Size:
     logit_rows: int  # tokens whose logits are held at once
     model: GPTConfig  # block_size is the length of a sequence
     document: int  # tokens in a document, where attention keeps to them
-    copy: int  # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    copy: (
+        int  # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    )
     product: int  # rows and columns of the ceiling's product
 
 
 SIZES = {
     "cuda": Size(65536, 65536, GPTConfig(), 256, 1 << 30, 8192),
     "cpu": Size(8192, 1024, GPTConfig(n_layer=2), 256, 256 << 20, 2048),
-    "quick": Size(64, 32, GPTConfig(vocab_size=250, block_size=32, n_layer=1, n_head=2, n_embd=64), 16, 1 << 16, 128),
+    "quick": Size(
+        64,
+        32,
+        GPTConfig(vocab_size=250, block_size=32, n_layer=1, n_head=2, n_embd=64),
+        16,
+        1 << 16,
+        128,
+    ),
 }
 
 
@@ -152,8 +165,12 @@ def product(place: Place) -> tuple[Function, float]:
 def fp8_product(place: Place) -> tuple[Function, float]:
     """The same in FP8, the conversions left out."""
     n = place.size.product
-    (a, a_scale), (b, b_scale) = (kernels.fp8_linear.quantize(place.randn(n, n), torch.float8_e4m3fn) for _ in range(2))
-    return lambda: [torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)], 2.0 * n**3
+    (a, a_scale), (b, b_scale) = (
+        kernels.fp8_linear.quantize(place.randn(n, n), torch.float8_e4m3fn) for _ in range(2)
+    )
+    return lambda: [
+        torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)
+    ], 2.0 * n**3
 
 
 CEILINGS = {"copy": copy, "product": product, "FP8 product": fp8_product}
@@ -162,10 +179,16 @@ CEILINGS = {"copy": copy, "product": product, "FP8 product": fp8_product}
 # --- the operations, each a function that makes its inputs and its forms
 
 
-def usual(place: Place, eager: Function, triton: Function, liger: Form | None = None) -> dict[str, Form]:
+def usual(
+    place: Place, eager: Function, triton: Function, liger: Form | None = None
+) -> dict[str, Form]:
     """PyTorch's operations, the same compiled, Liger's kernel where it has one, and ours."""
     forms = {PYTORCH: Form(lambda: eager), "torch.compile": compiled(place, eager)}
-    return forms | ({"Liger": liger} if liger else {}) | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
+    return (
+        forms
+        | ({"Liger": liger} if liger else {})
+        | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
+    )
 
 
 def compiled(place: Place, function: Function, lacks: str | None = None) -> Form:
@@ -177,9 +200,17 @@ def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def cross_entropy(place: Place) -> Operation:
-    """Logits are read once and their gradient is written, if the loss's own gradient is known: 1, as of a sum."""
-    rows, vocab_size, padded = place.size.logit_rows, place.size.model.vocab_size, place.size.model.padded_vocab_size
-    logits, targets = place.randn(rows, padded), torch.randint(vocab_size, (rows,), device=place.device)
+    """Logits are read once and their gradient is written, if the loss's own gradient is known: 1,
+    as of a sum."""
+    rows, vocab_size, padded = (
+        place.size.logit_rows,
+        place.size.model.vocab_size,
+        place.size.model.padded_vocab_size,
+    )
+    logits, targets = (
+        place.randn(rows, padded),
+        torch.randint(vocab_size, (rows,), device=place.device),
+    )
     logits[:, vocab_size:] = -torch.inf  # Liger knows of no padding
 
     def eager(logits: Tensor) -> Sequence[Tensor]:
@@ -189,27 +220,47 @@ def cross_entropy(place: Place) -> Operation:
         return [kernels.cross_entropy.cross_entropy(logits, targets, vocab_size).sum()]
 
     def in_place(logits: Tensor) -> Sequence[Tensor]:
-        return [kernels.cross_entropy.cross_entropy_in_place(logits, targets, vocab_size).sum(), logits]
+        return [
+            kernels.cross_entropy.cross_entropy_in_place(logits, targets, vocab_size).sum(),
+            logits,
+        ]
 
     def make_liger() -> Function:
         from liger_kernel.ops import LigerCrossEntropyFunction
 
-        settings = None, -100, 0.0, 0.0, "sum"  # class weights, ignored target, z-loss, smoothing, reduction
+        settings = (
+            None,
+            -100,
+            0.0,
+            0.0,
+            "sum",
+        )  # class weights, ignored target, z-loss, smoothing, reduction
         return lambda logits: [LigerCrossEntropyFunction.apply(logits, targets, *settings)[0]]
 
     liger = Form(make_liger, place.no_liger, overwrites=True)
     forms = usual(place, eager, triton, liger)
-    forms[f"{OURS}, Triton in place"] = Form(lambda: in_place, place.no_triton, direct=True, overwrites=True)
+    forms[f"{OURS}, Triton in place"] = Form(
+        lambda: in_place, place.no_triton, direct=True, overwrites=True
+    )
     return Operation(
-        f"{rows:,} x {padded:,}", 2.0 * logits.nbytes, "copy", leaves(logits), (torch.ones((), device=place.device),),
-        forms, TOLERANCE[place.dtype],
-    )  # fmt: skip
+        f"{rows:,} x {padded:,}",
+        2.0 * logits.nbytes,
+        "copy",
+        leaves(logits),
+        (torch.ones((), device=place.device),),
+        forms,
+        TOLERANCE[place.dtype],
+    )
 
 
 def linear_cross_entropy(place: Place) -> Operation:
-    """Three products with the head's matrix: logits, gradient of the hidden states, gradient of the head."""
+    """Three products with the head's matrix: logits, gradient of the hidden states, gradient of the
+    head."""
     rows, model = place.size.logit_rows, place.size.model
-    x, weight = place.randn(rows, model.n_embd), place.randn(model.padded_vocab_size, model.n_embd, scale=0.02)
+    x, weight = (
+        place.randn(rows, model.n_embd),
+        place.randn(model.padded_vocab_size, model.n_embd, scale=0.02),
+    )
     targets = torch.randint(model.vocab_size, (rows,), device=place.device)
 
     def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
@@ -223,31 +274,47 @@ def linear_cross_entropy(place: Place) -> Operation:
     def make_liger() -> Function:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
-        # Its sums in fp32, as ours are. It knows of no padding, so its head ends with the vocabulary.
+        # Its sums in fp32, as ours are. It knows of no padding, so its head ends with the
+        # vocabulary.
         settings: dict[str, Any] = dict(reduction="sum", accum_dtype=torch.float32)
         return lambda x, weight: [fused(x, weight[: model.vocab_size], targets, **settings)]
 
-    forms = usual(place, eager, functools.partial(chunks, triton=True), Form(make_liger, place.no_liger))
+    forms = usual(
+        place, eager, functools.partial(chunks, triton=True), Form(make_liger, place.no_liger)
+    )
     forms[f"{OURS}, PyTorch"] = Form(lambda: chunks)
     return Operation(
-        f"{rows:,} x {model.n_embd:,}, {model.padded_vocab_size:,}", 6.0 * rows * model.n_embd * model.vocab_size,
-        "product", leaves(x, weight), (torch.ones((), device=place.device),), forms, TOLERANCE[place.dtype],
-    )  # fmt: skip
+        f"{rows:,} x {model.n_embd:,}, {model.padded_vocab_size:,}",
+        6.0 * rows * model.n_embd * model.vocab_size,
+        "product",
+        leaves(x, weight),
+        (torch.ones((), device=place.device),),
+        forms,
+        TOLERANCE[place.dtype],
+    )
 
 
 def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
-    """A product of a layer and the two of its gradients, as PyTorch makes them; widths in multiples of n_embd."""
+    """A product of a layer and the two of its gradients, as PyTorch makes them; widths in multiples
+    of n_embd."""
     rows, width = place.size.rows, place.size.model.n_embd
-    x, weight = place.randn(rows, inputs * width), place.randn(outputs * width, inputs * width, scale=0.02)
+    x, weight = (
+        place.randn(rows, inputs * width),
+        place.randn(outputs * width, inputs * width, scale=0.02),
+    )
 
     def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
         return [F.linear(x, weight)]
 
     return Operation(
-        f"{rows:,} x {inputs * width:,} x {outputs * width:,}", 6.0 * rows * inputs * outputs * width**2, "product",
-        leaves(x, weight), (place.randn(rows, outputs * width),), {PYTORCH: Form(lambda: eager)},
+        f"{rows:,} x {inputs * width:,} x {outputs * width:,}",
+        6.0 * rows * inputs * outputs * width**2,
+        "product",
+        leaves(x, weight),
+        (place.randn(rows, outputs * width),),
+        {PYTORCH: Form(lambda: eager)},
         TOLERANCE[place.dtype],
-    )  # fmt: skip
+    )
 
 
 def product_qkv(place: Place) -> Operation:
@@ -267,9 +334,12 @@ def product_down(place: Place) -> Operation:
 
 
 def layer_norm(place: Place) -> Operation:
-    """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input is one of them."""
+    """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input
+    is one of them."""
     rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
-    x, branch, weight, bias = (place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,)))
+    x, branch, weight, bias = (
+        place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,))
+    )
 
     def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
         return kernels.layer_norm.add_layer_norm(x, branch, weight, bias, eps)
@@ -305,13 +375,19 @@ def bias_gelu(place: Place) -> Operation:
         return [kernels.bias_gelu.bias_gelu(x, bias, triton=True)]
 
     return Operation(
-        f"{rows:,} x {width:,}", 5.0 * x.nbytes, "copy", leaves(x, bias), (place.randn(rows, width),),
-        usual(place, eager, triton), TOLERANCE[place.dtype],
-    )  # fmt: skip
+        f"{rows:,} x {width:,}",
+        5.0 * x.nbytes,
+        "copy",
+        leaves(x, bias),
+        (place.randn(rows, width),),
+        usual(place, eager, triton),
+        TOLERANCE[place.dtype],
+    )
 
 
 def attention(place: Place, document: int | None = None) -> Operation:
-    """Two products over the pairs of query and key that are seen, and five more for the gradients."""
+    """Two products over the pairs of query and key that are seen, and five more for the
+    gradients."""
     size = place.size
     T, H, D = size.model.block_size, size.model.n_head, size.model.n_embd // size.model.n_head
     B, length = size.rows // T, document or T
@@ -338,12 +414,19 @@ def attention(place: Place, document: int | None = None) -> Operation:
         place = dataclasses.replace(place, no_triton=place.no_triton or fitting)
     forms = usual(place, eager, triton)
     if not document:
-        forms[f"{OURS}, on a CPU"] = Form(lambda: blocks, None if place.device.type == "cpu" else "needs a CPU")
+        forms[f"{OURS}, on a CPU"] = Form(
+            lambda: blocks, None if place.device.type == "cpu" else "needs a CPU"
+        )
     pairs = B * H * (T // length) * length * (length + 1) / 2
     return Operation(
-        f"{B} x {T:,} x {H} x {D}", pairs * (2 + 5) * 2 * D, "product", leaves(place.randn(B, T, 3, H, D)),
-        (place.randn(B, T, H, D),), forms, TOLERANCE[place.dtype],
-    )  # fmt: skip
+        f"{B} x {T:,} x {H} x {D}",
+        pairs * (2 + 5) * 2 * D,
+        "product",
+        leaves(place.randn(B, T, 3, H, D)),
+        (place.randn(B, T, H, D),),
+        forms,
+        TOLERANCE[place.dtype],
+    )
 
 
 def attention_documents(place: Place) -> Operation:
@@ -351,7 +434,8 @@ def attention_documents(place: Place) -> Operation:
 
 
 def adamw(place: Place) -> Operation:
-    """Clip all gradients, update, round to bf16: 4 bytes for the norm, 16 in and 14 out for the update."""
+    """Clip all gradients, update, round to bf16: 4 bytes for the norm, 16 in and 14 out for the
+    update."""
     with torch.device("meta"):
         shapes = [parameter.shape for parameter in GPT(place.size.model).parameters()]
     betas, eps, decay, clip = (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -367,7 +451,9 @@ def adamw(place: Place) -> Operation:
         params, grads, copies = tensors()
         for param, grad in zip(params, grads):
             param.grad = grad
-        optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True
+        )
 
         def step() -> Sequence[Tensor]:
             torch.nn.utils.clip_grad_norm_(params, clip)
@@ -407,7 +493,11 @@ def adamw(place: Place) -> Operation:
 def fp8_linear(place: Place) -> Operation:
     """The MLP's first layer: three products."""
     rows, width = place.size.rows, place.size.model.n_embd
-    x, weight, bias = place.randn(rows, width), place.randn(4 * width, width, scale=0.02), place.randn(4 * width)
+    x, weight, bias = (
+        place.randn(rows, width),
+        place.randn(4 * width, width, scale=0.02),
+        place.randn(4 * width),
+    )
 
     def eager(*tensors: Tensor) -> Sequence[Tensor]:
         return [F.linear(*tensors)]
@@ -421,18 +511,33 @@ def fp8_linear(place: Place) -> Operation:
         f"{OURS}, FP8 compiled": compiled(place, ours, place.no_fp8),
     }
     return Operation(
-        f"{rows:,} x {width:,} x {4 * width:,}", 6.0 * rows * width * 4 * width, "product" if place.no_fp8 else "FP8 product",
-        leaves(x, weight, bias), (place.randn(rows, 4 * width),), forms, FP8_TOLERANCE,
-    )  # fmt: skip
+        f"{rows:,} x {width:,} x {4 * width:,}",
+        6.0 * rows * width * 4 * width,
+        "product" if place.no_fp8 else "FP8 product",
+        leaves(x, weight, bias),
+        (place.randn(rows, 4 * width),),
+        forms,
+        FP8_TOLERANCE,
+    )
 
 
 OPERATIONS: dict[str, Callable[[Place], Operation]] = {
     function.__name__: function
     for function in (
-        product_qkv, product_projection, product_up, product_down, cross_entropy, linear_cross_entropy, layer_norm,
-        bias_gelu, attention, attention_documents, adamw, fp8_linear,
+        product_qkv,
+        product_projection,
+        product_up,
+        product_down,
+        cross_entropy,
+        linear_cross_entropy,
+        layer_norm,
+        bias_gelu,
+        attention,
+        attention_documents,
+        adamw,
+        fp8_linear,
     )
-}  # fmt: skip
+}
 
 
 # --- one run of a form
@@ -464,7 +569,8 @@ class Contender:
     direct: bool
 
     def run(self) -> tuple[list[Tensor], list[Moment]]:
-        """Outputs and gradients; when it began, when the outputs and when the gradients were there."""
+        """Outputs and gradients; when it began, when the outputs and when the gradients were
+        there."""
         moments = [moment(self.device)]
         with torch.set_grad_enabled(not self.direct):
             outputs = list(self.function(*self.leaves))
@@ -491,7 +597,8 @@ def buffer(device: torch.device, size: int) -> Tensor:
 def evict(place: Place) -> None:
     """Fill the caches with something else, by reading: nothing is left to be written back.
 
-    On a GPU this also takes some milliseconds, in which the host queues what is timed next: launches do not count.
+    On a GPU this also takes some milliseconds, in which the host queues what is timed next:
+    launches do not count.
     """
     for _ in range(16 if place.device.type == "cuda" else 1):
         buffer(place.device, place.size.copy).sum()
@@ -507,7 +614,8 @@ def turn(contender: Contender, place: Place) -> list[float]:
 
 
 def peak_memory(contender: Contender) -> int | None:
-    """Bytes at the peak of one run beyond what was held before; None where the system does not tell."""
+    """Bytes at the peak of one run beyond what was held before; None where the system does not
+    tell."""
     device = contender.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -531,7 +639,8 @@ def peak_memory(contender: Contender) -> int | None:
 
 
 def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Of norms, relative; NaN where anything is. Piece by piece: an fp32 copy of all logits may not fit."""
+    """Of norms, relative; NaN where anything is. Piece by piece: an fp32 copy of all logits may not
+    fit."""
     worst = 0.0
     for a, b in zip(ours, reference, strict=True):
         pieces = zip(a.flatten().split(1 << 26), b.flatten().split(1 << 26), strict=True)
@@ -571,19 +680,28 @@ def compare(name: str, place: Place, repetitions: tuple[int, int]) -> list[dict[
     times = take_turns(ready, place, repetitions)
     top = rates(work, times.pop(CEILING))
     for label in ready.keys() - {CEILING}:
-        more = figures(operation, times[label], times.get(PYTORCH), top) if label in times else {"note": OUT_OF_MEMORY}
+        more = (
+            figures(operation, times[label], times.get(PYTORCH), top)
+            if label in times
+            else {"note": OUT_OF_MEMORY}
+        )
         facts[label] |= more
     return list(facts.values())
 
 
 def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> dict[str, Any]:
-    """What is known before timing. The first to run fills `reference`; the others must agree with it, else Differs."""
+    """What is known before timing. The first to run fills `reference`; the others must agree with
+    it, else Differs."""
     results, _ = contender.run()
     if not reference:
-        reference += [result.clone() for result in results]  # a form may work on its results in place
+        reference += [
+            result.clone() for result in results
+        ]  # a form may work on its results in place
     difference = largest_difference(results, reference)
     if not difference <= tolerance:
-        raise Differs(f"{difference:.2g} away from {PYTORCH}, relative; {tolerance:.2g} is rounding")
+        raise Differs(
+            f"{difference:.2g} away from {PYTORCH}, relative; {tolerance:.2g} is rounding"
+        )
     del results
     return {"difference": difference, "memory_bytes": peak_memory(contender)}
 
@@ -592,8 +710,11 @@ class Differs(Exception):
     """A form computes something else."""
 
 
-def take_turns(ready: dict[str, Contender], place: Place, repetitions: tuple[int, int]) -> dict[str, list[list[float]]]:
-    """Seconds by form, for each turn those of its passes. A form that runs out of memory is left out."""
+def take_turns(
+    ready: dict[str, Contender], place: Place, repetitions: tuple[int, int]
+) -> dict[str, list[list[float]]]:
+    """Seconds by form, for each turn those of its passes. A form that runs out of memory is left
+    out."""
     times: dict[str, list[list[float]]] = {label: [] for label in ready}
     until = time.monotonic() + SECONDS
     for repetition in range(repetitions[1]):
@@ -626,7 +747,8 @@ def figures(
         "forward_seconds": per_turn[0],
         "backward_seconds": per_turn[1] if len(per_turn) > 1 else None,
         # of turns side by side, so that a slow minute of the machine counts against neither
-        "speed": first and statistics.median(sum(other) / sum(seconds) for other, seconds in zip(first, mine)),
+        "speed": first
+        and statistics.median(sum(other) / sum(seconds) for other, seconds in zip(first, mine)),
         "seconds": mine,
     }
 
@@ -636,7 +758,18 @@ def figures(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Results as a Markdown table, aligned so that it reads as plain text too."""
-    head = ["operation", "form", "forward ms", "backward ms", "rate", "slowest-fastest", "of ceiling", "speed x", "memory", "note"]  # fmt: skip
+    head = [
+        "operation",
+        "form",
+        "forward ms",
+        "backward ms",
+        "rate",
+        "slowest-fastest",
+        "of ceiling",
+        "speed x",
+        "memory",
+        "note",
+    ]
     return markdown(head, map(list, map(table_row, rows)), words=(0, 1, len(head) - 1))
 
 
@@ -664,20 +797,25 @@ def number(x: float) -> str:
 
 
 def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """kernels-DEVICE.json with everything and kernels-DEVICE.md with the table; returns the latter's text."""
+    """kernels-DEVICE.json with everything and kernels-DEVICE.md with the table; returns the
+    latter's text."""
     hardware = facts["hardware"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     text = (
         f"Operations in {facts['dtype']} on {where}, {facts['date'][:10]}: "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
         + f".\n\n{table(rows)}\n\n"
-        "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both passes; the ceiling is a\n"
-        "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this one, both passes. Memory:\n"
+        "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both "
+        "passes; the ceiling is a\n"
+        "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this "
+        "one, both passes. Memory:\n"
         "at the peak, beyond the inputs; outputs and gradients are in it.\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"kernels-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.json").write_text(
+        json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
@@ -685,8 +823,12 @@ def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> st
 def size_of(device: torch.device, quick: bool) -> Size:
     """Half the logits on a GPU with less than 100 GB: PyTorch holds them seven times over."""
     size = SIZES["quick" if quick else device.type]
-    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD
-    return dataclasses.replace(size, logit_rows=size.logit_rows // 2) if small and not quick else size
+    small = (
+        device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD
+    )
+    return (
+        dataclasses.replace(size, logit_rows=size.logit_rows // 2) if small and not quick else size
+    )
 
 
 def here(device: torch.device, quick: bool) -> Place:
@@ -702,8 +844,16 @@ def here(device: torch.device, quick: bool) -> Place:
         torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32,
         size_of(device, quick),
         no_triton=missing("cuda") if gpu else "needs a GPU",
-        no_compiler="--quick compiles nothing" if quick else None if compiler else "needs a C++ compiler",
-        no_liger="not installed" if "liger-kernel" not in machine.versions() else None if gpu else "needs a GPU",
+        no_compiler="--quick compiles nothing"
+        if quick
+        else None
+        if compiler
+        else "needs a C++ compiler",
+        no_liger="not installed"
+        if "liger-kernel" not in machine.versions()
+        else None
+        if gpu
+        else "needs a GPU",
         no_fp8=no_fp8,
     )
 
@@ -713,7 +863,9 @@ def main() -> None:
     outlive()
     for name in options.only:
         if name not in OPERATIONS:
-            raise UserError(f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}")
+            raise UserError(
+                f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}"
+            )
     device = processes.start(options.device).device
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms
@@ -728,14 +880,22 @@ def main() -> None:
         for name in options.only or OPERATIONS:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += compare(name, place, (2, 2) if options.quick else REPETITIONS)
-            text = write(Path(options.out), facts, rows)  # after each: an interrupted run leaves what it has
+            text = write(
+                Path(options.out), facts, rows
+            )  # after each: an interrupted run leaves what it has
             torch._dynamo.reset()  # lets go of compiled functions and what they hold
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print(text)
-    broken = [row for row in rows if row["form"].startswith(OURS) and row.get("note", "").startswith("failed")]
+    broken = [
+        row
+        for row in rows
+        if row["form"].startswith(OURS) and row.get("note", "").startswith("failed")
+    ]
     if broken:
-        raise RuntimeError("; ".join(f"{row['operation']}, {row['form']} {row['note']}" for row in broken))
+        raise RuntimeError(
+            "; ".join(f"{row['operation']}, {row['form']} {row['note']}" for row in broken)
+        )
 
 
 if __name__ == "__main__":

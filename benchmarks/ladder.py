@@ -21,7 +21,9 @@ class Settings:
     without: tuple[str, ...] = tuple(OPTIMIZATIONS)
     kernels: tuple[str, ...] = ()
     cuda_graphs: bool = False
-    accumulation: int | None = 1  # micro-batches in a step, over all ranks; None: those that make the plan's batch
+    accumulation: int | None = (
+        1  # micro-batches in a step, over all ranks; None: those that make the plan's batch
+    )
     ranks: int | None = 1  # None, here and below: the plan's
     micro_batch: int | None = None
     steps: int | None = None
@@ -32,38 +34,78 @@ class Settings:
 class Stage:
     name: str
     adds: str
-    change: dict[str, Any]  # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
+    change: dict[
+        str, Any
+    ]  # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
     needs: str = ""  # what some machines lack: a key of Machine.lacks, as a kernel's name is
     by_design: bool = False  # it changes the loss
     branch: bool = False  # never the engine's default: the next stage does not build on it
 
 
 LADDER = (
-    Stage("cpu", "the baseline on the CPU", dict(device="cpu", micro_batch=1, steps=4), "", True, True),
+    Stage(
+        "cpu", "the baseline on the CPU", dict(device="cpu", micro_batch=1, steps=4), "", True, True
+    ),
     Stage("baseline", "fp32, operation by operation, without all that follows", {}, "", True),
     Stage("tied-head", "the output head is the token embedding", {"with": ["tied-head"]}, "", True),
-    Stage("scaled-init", "weights of 0.02, residual projections less", {"with": ["scaled-init"]}, "", True),
-    Stage("cpu-products", "fp32 products by oneDNN on a CPU", {"with": ["cpu-products"]}, "products"),
+    Stage(
+        "scaled-init",
+        "weights of 0.02, residual projections less",
+        {"with": ["scaled-init"]},
+        "",
+        True,
+    ),
+    Stage(
+        "cpu-products", "fp32 products by oneDNN on a CPU", {"with": ["cpu-products"]}, "products"
+    ),
     Stage("tf32", "matrix products in TF32", dict(precision="tf32"), "tf32"),
     Stage("bf16", "autocast to bf16", dict(precision="bf16"), "bf16"),
     Stage("compile", "torch.compile", dict(compile=True), "compiler"),
     Stage("flash-attention", "no (T, T) matrix in memory", {"with": ["flash-attention"]}),
     Stage("padded-vocab", "rows of the embedding: a multiple of 128", {"with": ["padded-vocab"]}),
     Stage("clip", "gradients clipped at norm 1.0", dict(clip=1.0), "", True),
-    Stage("adamw", "no decay of vectors, fused AdamW", {"with": ["decay-groups", "fused-adamw"]}, "", True),
+    Stage(
+        "adamw",
+        "no decay of vectors, fused AdamW",
+        {"with": ["decay-groups", "fused-adamw"]},
+        "",
+        True,
+    ),
     Stage("accumulation", "several micro-batches a step", dict(accumulation=None), "", True),
-    Stage("ddp", "DistributedDataParallel through torchrun", dict(ranks=None), "ranks", branch=True),
-    Stage("attention-backend", "attention by hardware: cuDNN's", {"with": ["attention-backend"]}, "backend"),
+    Stage(
+        "ddp", "DistributedDataParallel through torchrun", dict(ranks=None), "ranks", branch=True
+    ),
+    Stage(
+        "attention-backend",
+        "attention by hardware: cuDNN's",
+        {"with": ["attention-backend"]},
+        "backend",
+    ),
     Stage("cpu-attention", "attention by batched products on a CPU", dict(kernel="cpu_attention")),
-    Stage("cast-once", "weights cast once a step, a bf16 residual stream", {"with": ["cast-once"]}, "bf16"),
+    Stage(
+        "cast-once",
+        "weights cast once a step, a bf16 residual stream",
+        {"with": ["cast-once"]},
+        "bf16",
+    ),
     Stage("chunked-head", "head and loss a chunk of rows at a time", {"with": ["chunked-head"]}),
-    Stage("kept-memory", "freed memory is kept for the next step", {"with": ["kept-memory"]}, "heap"),
-    Stage("triton-cross-entropy", "loss and its gradient in one pass", dict(kernel="cross_entropy")),
+    Stage(
+        "kept-memory", "freed memory is kept for the next step", {"with": ["kept-memory"]}, "heap"
+    ),
+    Stage(
+        "triton-cross-entropy", "loss and its gradient in one pass", dict(kernel="cross_entropy")
+    ),
     Stage("triton-layer-norm", "residual addition and norm in one pass", dict(kernel="layer_norm")),
     Stage("triton-bias-gelu", "bias and GELU in one pass", dict(kernel="bias_gelu")),
     Stage("triton-attention", "attention on packed q, k and v", dict(kernel="attention")),
     Stage("triton-adamw", "all of AdamW in one launch", dict(kernel="adamw")),
-    Stage("cuda-graphs", "the compiled step replayed from graphs", dict(cuda_graphs=True), "graphs", branch=True),
+    Stage(
+        "cuda-graphs",
+        "the compiled step replayed from graphs",
+        dict(cuda_graphs=True),
+        "graphs",
+        branch=True,
+    ),
     Stage("fp8", "the blocks' products in FP8", dict(precision="fp8"), "fp8", branch=True),
 )
 
@@ -129,13 +171,20 @@ def stays(stage: Stage, machine: Machine) -> bool:
     return not stage.branch
 
 
-def ladder(machine: Machine, only: Sequence[str] | None = None, failed: Iterable[str] = ()) -> list[Rung]:
-    """The stages in `only` (None: all) as this machine runs them, each on what is kept of all before it.
+def ladder(
+    machine: Machine, only: Sequence[str] | None = None, failed: Iterable[str] = ()
+) -> list[Rung]:
+    """The stages in `only` (None: all) as this machine runs them, each on what is kept of all
+    before it.
 
     None builds on one that failed, and none is measured against one that is not in `only`.
     """
     rungs: list[Rung] = []
-    settings, before, design = Settings(device=machine.device), None, False  # design: of what was kept since `before`
+    settings, before, design = (
+        Settings(device=machine.device),
+        None,
+        False,
+    )  # design: of what was kept since `before`
     for stage in LADDER:
         if stage.name == "cpu" and machine.device == "cpu":
             continue  # the baseline is just that
@@ -151,14 +200,20 @@ def ladder(machine: Machine, only: Sequence[str] | None = None, failed: Iterable
             continue
         if kept:
             settings, design = mine, design or stage.by_design
-        if wanted and (kept or stage.name == "cpu"):  # the baseline is measured against the CPU; it has nothing of it
+        if wanted and (
+            kept or stage.name == "cpu"
+        ):  # the baseline is measured against the CPU; it has nothing of it
             before, design = stage.name, False
     return rungs
 
 
 def default_settings(machine: Machine, failed: Iterable[str] = ()) -> Settings:
     """What the engine does here by itself: the settings of the last kept stage."""
-    return [rung for rung in ladder(machine, None, failed) if rung.kept and rung.stage.name not in failed][-1].settings
+    return [
+        rung
+        for rung in ladder(machine, None, failed)
+        if rung.kept and rung.stage.name not in failed
+    ][-1].settings
 
 
 # --- scaling over ranks
@@ -173,4 +228,7 @@ def scaling_points(most: int) -> dict[str, list[tuple[int, int]]]:
 
     Weak scaling gives each rank one micro-batch, strong scaling divides `most` of them.
     """
-    return {"weak": [(n, 1) for n in divisors(most)], "strong": [(n, most // n) for n in divisors(most)]}
+    return {
+        "weak": [(n, 1) for n in divisors(most)],
+        "strong": [(n, most // n) for n in divisors(most)],
+    }

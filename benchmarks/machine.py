@@ -19,13 +19,15 @@ SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that m
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns in a process of its own: torch stays out of this one, whose memory children inherit."""
+    """What `function` returns in a process of its own: torch stays out of this one, whose memory
+    children inherit."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The device that is meant, the precision native to it, hardware and versions. UserError if there is none."""
+    """The device that is meant, the precision native to it, hardware and versions. UserError if
+    there is none."""
     import torch
 
     from engine import processes
@@ -37,7 +39,9 @@ def facts(device: str) -> dict[str, Any]:
         "native": choose_precision("auto", found)[0],
         "hardware": {
             "gpu": processes.device_name(found) if found.type == "cuda" else None,
-            "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None,
+            "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory
+            if found.type == "cuda"
+            else None,
             "cpu": processes.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "memory_bytes": total_bytes(),

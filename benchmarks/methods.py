@@ -3,10 +3,10 @@
 python -m benchmarks.methods --task sonnets --init FOLDER --data FILE --val-data FILE --out FOLDER --budget-minutes N
 python -m benchmarks.methods --task paraphrase --init FOLDER --data FILE --val-data FILE --search
 
-A cell of the tables is a run of `python -m finetune.TASK` in a process of its own, so that a failure loses one cell.
-One seed for all methods comes first, then all decodings of what that seed trained, then more seeds for the methods
-that did best. The trade-off: rates are set by rule (--lr times a factor a method); --search tries others too, as many
-for each method.
+A cell of the tables is a run of `python -m finetune.TASK` in a process of its own, so that a
+failure loses one cell. One seed for all methods comes first, then all decodings of what that seed
+trained, then more seeds for the methods that did best. The trade-off: rates are set by rule (--lr
+times a factor a method); --search tries others too, as many for each method.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 GIVEN = ("augment", "also", "also-data", "words")  # options that go to some methods alone
 SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
-SMALL, SMALL_RATE = 50_000_000, 3  # parameters below which a base takes so many times the rate of GPT-2
+SMALL, SMALL_RATE = (
+    50_000_000,
+    3,
+)  # parameters below which a base takes so many times the rate of GPT-2
 RATES = (1.0, 0.3, 3.0)  # of a search
 BORDER = 6  # lines of the live table that are no cell
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
@@ -81,9 +84,11 @@ class Options:
     batch_size: Count | None = None
     """Rows in a step. Default: the task's."""
     lr: Rate | None = None
-    """Peak rate of full fine-tuning, of which each method has its multiple. Default: the task's, thrice for small bases."""
+    """Peak rate of full fine-tuning, of which each method has its multiple. Default: the task's,
+    thrice for small bases."""
     search: bool = False
-    """Try each method with the first seed at several rates and lengths; the tables hold the best of each."""
+    """Try each method with the first seed at several rates and lengths; the tables hold the best of
+    each."""
     search_rates: tuple[Positive, ...] = RATES
     """Rates to try, in multiples of a method's own."""
     search_epochs: tuple[CountOrNone, ...] = ()
@@ -95,7 +100,8 @@ class Options:
     also_data: tuple[Wheres, ...] = ()
     """Their training rows. Default: their toy rows."""
     words: tuple[str, ...] = ()
-    """The labels' words, for methods whose language model answers with them. Default: the task's."""
+    """The labels' words, for methods whose language model answers with them. Default: the
+    task's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     extra: str = ""
@@ -111,19 +117,32 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 
 
 def task_facts(name: str) -> dict[str, Any]:
-    """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file of answers if these
-    are texts that have scores."""
+    """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file
+    of answers if these are texts that have scores."""
     from tasks.finetuning import Finetuning
     from tasks.generation.task import Generation
 
     module = importlib.import_module(f"finetune.{name}")
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Finetuning)]
+    kinds = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Finetuning)
+    ]
     kind: Any = next(kind for kind in kinds if kind.__module__ == module.__name__)
     family = kind.__mro__[kind.__mro__.index(Finetuning) - 1].__name__.lower()
-    defaults = {f.name: f.default for f in dataclasses.fields(kind.config) if f.default is not dataclasses.MISSING}
+    defaults = {
+        f.name: f.default
+        for f in dataclasses.fields(kind.config)
+        if f.default is not dataclasses.MISSING
+    }
     scored = issubclass(kind, Generation) and kind.scores is not Generation.scores
     answers = kind.predictions if scored else None
-    return {"family": family, "best": list(kind.best), "defaults": defaults | kind.defaults, "answers": answers}
+    return {
+        "family": family,
+        "best": list(kind.best),
+        "defaults": defaults | kind.defaults,
+        "answers": answers,
+    }
 
 
 def base_facts(init: str) -> dict[str, Any]:
@@ -133,11 +152,18 @@ def base_facts(init: str) -> dict[str, Any]:
 
     folder = Path(locate(init))
     model = GPT.from_pretrained(folder)
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    base = {"init": init, "folder": str(folder.resolve())} | shape | {"parameters": model.n_params()}
+    shape = {
+        name: getattr(model.config, name)
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    }
+    base = (
+        {"init": init, "folder": str(folder.resolve())} | shape | {"parameters": model.n_params()}
+    )
     card, results = folder / "README.md", folder.resolve().parent / "metrics.json"
     if card.is_file():
-        base["card"] = dict(re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE))
+        base["card"] = dict(
+            re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+        )
     if folder.name == "final" and results.is_file():
         base["results"] = json.loads(results.read_text(encoding="utf-8"))
     return base
@@ -147,7 +173,8 @@ def base_facts(init: str) -> dict[str, Any]:
 
 
 def execute(words: Sequence[str], output: Path, until: float) -> None:
-    """Run a command to its end. Raises Failed, or TimeUp at `until`; a run that trains has saved its last step then."""
+    """Run a command to its end. Raises Failed, or TimeUp at `until`; a run that trains has saved
+    its last step then."""
     process = start(words, output)
     try:
         code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
@@ -189,7 +216,9 @@ def attempt(bench: Bench, cell: Cell) -> str:
     seconds = time.monotonic() - began
     write_json(cell.note, {"command": shlex.join(words), "wall_seconds": seconds})
     if cell.kind == "methods":
-        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)  # final/ is all that is needed from here on
+        shutil.rmtree(
+            cell.path / "checkpoints", ignore_errors=True
+        )  # final/ is all that is needed from here on
     bench.done[cell] = seconds
     return f"{seconds:.0f} s"
 
@@ -224,8 +253,11 @@ def watched(bench: Bench) -> Generator[None]:
 
     console = Console(stderr=True)
     with Live(
-        console=console, get_renderable=lambda: board(bench, console.height), refresh_per_second=2, transient=True
-    ):  # fmt: skip
+        console=console,
+        get_renderable=lambda: board(bench, console.height),
+        refresh_per_second=2,
+        transient=True,
+    ):
         yield
 
 
@@ -234,7 +266,10 @@ def board(bench: Bench, height: int) -> Table:
     from rich.table import Table
 
     cells, rows = list(bench.cells()), max(1, height - BORDER)
-    title = f"{sum(map(bench.settled, cells))} of {len(cells)} runs, about {time_text(bench.rest())} left"
+    title = (
+        f"{sum(map(bench.settled, cells))} of {len(cells)} runs, about "
+        f"{time_text(bench.rest())} left"
+    )
     table = Table("cell", bench.best[0], "state", title=title)
     of_state = {"done": bench.done, "failed": bench.failed, "left out": bench.left_out}
     states = {cell: state for state, of in of_state.items() for cell in list(of)}
@@ -265,57 +300,94 @@ def fits(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
 
 
 def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
-    """Those that fit the task and what the user gives. Raises UserError for what no method takes."""
+    """Those that fit the task and what the user gives. Raises UserError for what no method
+    takes."""
     given = {name: getattr(options, name.replace("-", "_")) for name in GIVEN}
-    given = {name: "\0".join((value,) if isinstance(value, str) else value) for name, value in given.items() if value}
+    given = {
+        name: "\0".join((value,) if isinstance(value, str) else value)
+        for name, value in given.items()
+        if value
+    }
     for name in given:
         if name.replace("-", "_") not in task["defaults"]:
-            raise UserError(f"--{name} is for tasks with labels, and {options.task} is none; leave it out")
+            raise UserError(
+                f"--{name} is for tasks with labels, and {options.task} is none; leave it out"
+            )
     found = []
     for method in METHODS:
         if method.family in ("", task["family"]) and fits(method.options, task["defaults"]):
             named = {name: given[name] for name in method.needs if name in given}
-            named |= {"words": given["words"]} if method.options.get("form") == "word" and "words" in given else {}
+            named |= (
+                {"words": given["words"]}
+                if method.options.get("form") == "word" and "words" in given
+                else {}
+            )
             if set(method.needs[:1]) <= named.keys():
                 found.append(dataclasses.replace(method, options={**method.options, **named}))
     return found
 
 
-def names_to_run(options: Options, methods: Sequence[Method], decodings: Sequence[Decoding]) -> list[str]:
-    """Of --only, else of all that the task is run with. Raises UserError for a name that is none."""
+def names_to_run(
+    options: Options, methods: Sequence[Method], decodings: Sequence[Decoding]
+) -> list[str]:
+    """Of --only, else of all that the task is run with. Raises UserError for a name that is
+    none."""
     names = [name.strip() for name in options.only.split(",") if name.strip()]
     known = [*(method.name for method in methods), *(decoding.name for decoding in decodings)]
     for name in names:
         if name not in known:
-            raise UserError(f"--only {name}: no such method{nearest(name, known)}; there are {', '.join(known)}")
+            raise UserError(
+                f"--only {name}: no such method{nearest(name, known)}; there are {', '.join(known)}"
+            )
     other = {method.name for method in methods if method.tasks and options.task not in method.tasks}
     return names or [name for name in known if name not in other]
 
 
-def make_bench(options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float) -> Bench:
-    """What is to be run of a task from a base. Raises UserError for a name in --only that is none."""
+def make_bench(
+    options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float
+) -> Bench:
+    """What is to be run of a task from a base. Raises UserError for a name in --only that is
+    none."""
     defaults, more = task["defaults"], extra_options(options.extra)
     given = {"data": options.data, "val-data": options.val_data, "batch-size": options.batch_size}
-    common = {"init": options.init} | {name: value for name, value in given.items() if value is not None}
+    common = {"init": options.init} | {
+        name: value for name, value in given.items() if value is not None
+    }
     epochs = options.epochs or defaults["epochs"]
     common |= {"epochs": epochs, "device": options.device}
     common |= {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-best": 1} | more
-    shape = {name: base[key] for name, key in (("n-layer", "n_layer"), ("n-head", "n_head"), ("n-embd", "n_embd"))}
+    shape = {
+        name: base[key]
+        for name, key in (("n-layer", "n_layer"), ("n-head", "n_head"), ("n-embd", "n_embd"))
+    }
     methods = methods_of(options, task)
     decodings = [decoding for decoding in DECODINGS if fits(decoding.options, defaults)]
     predict = options.val_data or (None if options.data else "toy")
-    search = [(rate, n) for n in options.search_epochs or (epochs,) for rate in options.search_rates]
+    search = [
+        (rate, n) for n in options.search_epochs or (epochs,) for rate in options.search_rates
+    ]
     return Bench(
-        Path(options.out or f"runs/methods-{options.task}"), (sys.executable, "-m", f"finetune.{options.task}"),
-        tuple(task["best"]), options.lr or usual_rate(defaults["lr"], base["parameters"]), common,
+        Path(options.out or f"runs/methods-{options.task}"),
+        (sys.executable, "-m", f"finetune.{options.task}"),
+        tuple(task["best"]),
+        options.lr or usual_rate(defaults["lr"], base["parameters"]),
+        common,
         {"tokenizer": options.init, "seq-len": base["block_size"]} | shape,
-        predict if task["answers"] else None, Path(task["answers"] or "").suffix, methods, decodings,
-        names_to_run(options, methods, decodings), options.seeds, search if options.search else (), options.best, until,
-    )  # fmt: skip
+        predict if task["answers"] else None,
+        Path(task["answers"] or "").suffix,
+        methods,
+        decodings,
+        names_to_run(options, methods, decodings),
+        options.seeds,
+        search if options.search else (),
+        options.best,
+        until,
+    )
 
 
 def usual_rate(lr: float | None, parameters: int) -> float:
-    """A task's rate, which is meant for GPT-2's sizes; a small base takes more, as in pretraining."""
+    """A task's rate, which is meant for GPT-2's sizes; a small base takes more, as in
+    pretraining."""
     return (lr or 5e-5) * (SMALL_RATE if parameters < SMALL else 1)
 
 
@@ -328,9 +400,14 @@ def extra_options(text: str) -> dict[str, Any]:
         elif found:
             found[list(found)[-1]].append(word)
         else:
-            raise UserError(f"--extra {text!r} begins with no option; write --extra='--name value ...'")
+            raise UserError(
+                f"--extra {text!r} begins with no option; write --extra='--name value ...'"
+            )
     if own := found.keys() & {*SET_HERE, *GIVEN}:
-        raise UserError(f"--extra names --{min(own)}, which this command sets; give it outside of --extra, if at all")
+        raise UserError(
+            f"--extra names --{min(own)}, which this command sets; give it outside of --extra, if "
+            "at all"
+        )
     return {name: "\0".join(values) if values else True for name, values in found.items()}
 
 
@@ -340,7 +417,11 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     commands: dict[str, str] = {}
     for seed in bench.seeds:
         cells = [bench.run_of(bench.chosen(method), seed) for method in bench.methods]
-        cells += [bench.decoding_of(decoding, seed) for decoding in bench.decodings] if bench.predict else []
+        cells += (
+            [bench.decoding_of(decoding, seed) for decoding in bench.decodings]
+            if bench.predict
+            else []
+        )
         for cell in cells:
             if figures := cell.figures():
                 grouped[cell.kind].setdefault(cell.name, []).append(figures | {"seed": seed})
@@ -359,7 +440,8 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def against_full(bench: Bench, name: str) -> dict[str, Any] | None:
-    """A method's labels beside those of `full`, of the first seed; None where one of the two has none."""
+    """A method's labels beside those of `full`, of the first seed; None where one of the two has
+    none."""
     cells = [
         bench.run_of(bench.chosen(method), bench.seeds[0])
         for wanted in (name, "full")
@@ -380,12 +462,20 @@ def trials_of(bench: Bench) -> list[dict[str, Any]]:
         for (rate, _), trial in zip(bench.search, bench.trials(method)):
             cell = bench.run_of(trial, bench.seeds[0])
             setting = {"rate": rate, "lr": cell.options["lr"], "epochs": cell.options["epochs"]}
-            found.append({"name": method.name, **setting, "score": bench.score(cell), "chosen": trial == chosen})
+            found.append(
+                {
+                    "name": method.name,
+                    **setting,
+                    "score": bench.score(cell),
+                    "chosen": trial == chosen,
+                }
+            )
     return found
 
 
 def write_report(bench: Bench, about: Mapping[str, Any]) -> str:
-    """Write methods.json and methods.md from the cells that are done; returns the text of the second."""
+    """Write methods.json and methods.md from the cells that are done; returns the text of the
+    second."""
     result = result_of(bench, about)
     text = text_of(result)
     write_json(bench.folder / "methods.json", result)
@@ -398,7 +488,8 @@ def check(options: Options) -> None:
     tasks = sorted(path.stem for path in (ENGINE / "finetune").glob("[!_]*.py"))
     if options.task not in tasks:
         raise UserError(
-            f"--task {options.task}: no such task{nearest(options.task, tasks)}; there are {', '.join(tasks)}"
+            f"--task {options.task}: no such task{nearest(options.task, tasks)}; there are "
+            f"{', '.join(tasks)}"
         )
     at_least: dict[str, float] = dict(budget_minutes=0.1, best=0, epochs=1, batch_size=1, lr=0)
     for name, least in at_least.items():
@@ -406,9 +497,18 @@ def check(options: Options) -> None:
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
     if not options.search and (options.search_rates != RATES or options.search_epochs):
-        raise UserError("--search-rates and --search-epochs belong to --search; add it, or leave them out")
-    if not options.search_rates or min(options.search_rates) <= 0 or min(options.search_epochs, default=1) < 1:
-        raise UserError("--search-rates takes one or more numbers above 0, --search-epochs whole numbers from 1 on")
+        raise UserError(
+            "--search-rates and --search-epochs belong to --search; add it, or leave them out"
+        )
+    if (
+        not options.search_rates
+        or min(options.search_rates) <= 0
+        or min(options.search_epochs, default=1) < 1
+    ):
+        raise UserError(
+            "--search-rates takes one or more numbers above 0, --search-epochs whole numbers from "
+            "1 on"
+        )
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes one or more numbers, each once")
 
@@ -422,22 +522,33 @@ def main() -> int:
     until = began + 60 * (options.budget_minutes or math.inf) - WRITING
     bench = make_bench(options, seen["of_task"], seen["base"], until)
     about = {
-        "task": options.task, "family": seen["of_task"]["family"], "base": seen["base"], "machine": seen["machine"],
+        "task": options.task,
+        "family": seen["of_task"]["family"],
+        "base": seen["base"],
+        "machine": seen["machine"],
         "data": [options.data or "its toy rows", options.val_data or "a part held out"],
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
-    }  # fmt: skip
+    }
     make_folders(bench.folder)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the run under way ends with this one
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # the run under way ends with this one
     try:
         compare(bench, lambda: write_report(bench, about))
     finally:  # an interrupted comparison leaves what it has
         text = write_report(bench, about)
-        draw(json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")), bench.folder / "methods.png")
+        draw(
+            json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")),
+            bench.folder / "methods.png",
+        )
     print(text)
     for cell, reason in bench.failed.items():
         say(f"{cell.label} failed: {reason}")
     if bench.left_out:
-        say(f"left out: {', '.join(cell.label for cell in bench.left_out)}; the same command makes them")
+        say(
+            f"left out: {', '.join(cell.label for cell in bench.left_out)}; the same command makes "
+            "them"
+        )
     return 1 if bench.failed else 0
 
 

@@ -1,4 +1,5 @@
-"""The cells of benchmarks.methods: the methods, the decodings, where each run lies, and in which order they come."""
+"""The cells of benchmarks.methods: the methods, the decodings, where each run lies, and in which
+order they come."""
 
 from __future__ import annotations
 
@@ -24,10 +25,14 @@ class Method:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    rate: float | None = 1.0  # its peak learning rate, over that of full fine-tuning; None: no steps and no draws
+    rate: float | None = (
+        1.0  # its peak learning rate, over that of full fine-tuning; None: no steps and no draws
+    )
     family: str = ""  # of tasks that it is for; else all that have its options
     tasks: tuple[str, ...] = ()  # that it is run for unless asked by name; else all of those
-    needs: tuple[str, ...] = ()  # options that the user gives; without the first there is no such method
+    needs: tuple[
+        str, ...
+    ] = ()  # options that the user gives; without the first there is no such method
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ class Cell:
 
     @property
     def note(self) -> Path:
-        """The file for its command and time, whose presence says that it is done: written when its process has ended."""
+        """The file for its command and time, whose presence says that it is done: written when its
+        process has ended."""
         return self.path.with_name(self.path.stem + ".cell.json")
 
     @property
@@ -134,7 +140,9 @@ class Cell:
         if self.kind == "methods":
             return figures_of(self.path)
         scores = json.loads(self.path.with_suffix(".scores.json").read_text(encoding="utf-8"))
-        return {"metrics": {name: value for name, value in scores.items() if name != "eval_precision"}}
+        return {
+            "metrics": {name: value for name, value in scores.items() if name != "eval_precision"}
+        }
 
 
 # --- all of them
@@ -156,12 +164,16 @@ class Bench:
     decodings: Sequence[Decoding] = DECODINGS
     only: Sequence[str] | None = None
     seeds: Sequence[int] = (11711,)
-    search: Sequence[tuple[float, int]] = ()  # settings to try with the first seed: times a method's rate, and epochs
+    search: Sequence[
+        tuple[float, int]
+    ] = ()  # settings to try with the first seed: times a method's rate, and epochs
     keep: int = 5  # methods that are run with every seed
     until: float = math.inf  # of time.monotonic
     failed: dict[Cell, str] = field(default_factory=dict)  # the last line of each that did
     left_out: dict[Cell, None] = field(default_factory=dict)
-    done: dict[Cell, float | None] = field(default_factory=dict)  # seconds that each took, where they are known
+    done: dict[Cell, float | None] = field(
+        default_factory=dict
+    )  # seconds that each took, where they are known
     running: Cell | None = None
 
     def run_of(self, method: Method, seed: int) -> Cell:
@@ -170,7 +182,14 @@ class Bench:
         options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
         options |= self.scratch if options["init"] == "scratch" else {}
         path = self._path("runs", method.name, seed, options)
-        return Cell("methods", method.name, seed, options, path, f", {setting(options)}" if self.search and lr else "")
+        return Cell(
+            "methods",
+            method.name,
+            seed,
+            options,
+            path,
+            f", {setting(options)}" if self.search and lr else "",
+        )
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell of a decoding of the run of its method with that seed."""
@@ -180,7 +199,9 @@ class Bench:
         return Cell("decodings", decoding.name, seed, options | {"out": run.path}, path)
 
     def _path(self, kind: str, name: str, seed: int, options: Mapping[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[
+            :8
+        ]
         return self.folder / kind / f"{name}-{seed}-{key}"
 
     def wanted(self, name: str) -> bool:
@@ -190,17 +211,22 @@ class Bench:
         return next(method for method in self.methods if method.name == decoding.of)
 
     def trials(self, method: Method) -> list[Method]:
-        """What is tried of a method with the first seed: itself alone, or with each setting of the search."""
+        """What is tried of a method with the first seed: itself alone, or with each setting of the
+        search."""
         if method.rate is None or not self.search:
             return [method]
         return [
-            dataclasses.replace(method, rate=method.rate * rate, options={**method.options, "epochs": epochs})
+            dataclasses.replace(
+                method, rate=method.rate * rate, options={**method.options, "epochs": epochs}
+            )
             for rate, epochs in self.search
         ]
 
     def chosen(self, method: Method) -> Method:
         """The best of a method's trials so far, the first of equal ones."""
-        return max(self.trials(method), key=lambda trial: self.merit(self.run_of(trial, self.seeds[0])))
+        return max(
+            self.trials(method), key=lambda trial: self.merit(self.run_of(trial, self.seeds[0]))
+        )
 
     def score(self, cell: Cell) -> float | None:
         """The metric that ranks, of a cell that is done."""
@@ -213,7 +239,8 @@ class Bench:
         return -math.inf if score is None else score if self.best[1] == "max" else -score
 
     def ranking(self) -> list[Method]:
-        """Methods by the first seed, best first, then those whose turn is yet to come; none that draws nothing."""
+        """Methods by the first seed, best first, then those whose turn is yet to come; none that
+        draws nothing."""
         ranked, waiting = [], []
         for method in self.methods:
             if not self.wanted(method.name) or method.rate is None:
@@ -241,7 +268,8 @@ class Bench:
                     yield self.decoding_of(decoding, seed)
 
     def _in_turn(self, trials: Sequence[Sequence[Method]]) -> Iterator[Cell]:
-        """The first trial of each method, then the second of each: when time runs out, all have had about as many."""
+        """The first trial of each method, then the second of each: when time runs out, all have had
+        about as many."""
         for of_all in itertools.zip_longest(*trials):
             yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
 
@@ -252,7 +280,8 @@ class Bench:
     # --- time
 
     def usual(self, cell: Cell) -> float:
-        """Seconds that a cell may take: as long an epoch as it took with other seeds, or as its like did."""
+        """Seconds that a cell may take: as long an epoch as it took with other seeds, or as its
+        like did."""
         walls = [
             (other.name, wall / other.options["epochs"] * cell.options["epochs"])
             for other, wall in list(self.done.items())  # the live table asks from another thread

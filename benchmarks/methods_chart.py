@@ -1,4 +1,5 @@
-"""The chart of benchmarks.methods: a row a method, the costly ones on top, quality and cost side by side; then decodings."""
+"""The chart of benchmarks.methods: a row a method, the costly ones on top, quality and cost side by
+side; then decodings."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def draw(result: Row, out: Path) -> None:
     heights = [0.9 + 0.34 * len(methods)] + [0.9 + 0.34 * len(decodings)] * bool(decodings)
     second = any(quality(row, SECOND[result["family"]][0]).mean is not None for row in methods)
     columns = ["best", *["second"] * second, "parameters", "seconds"]
-    mosaic: list[Any] = [columns, ["decoding", "decoding", *["took"] * (len(columns) - 2)]][: len(heights)]
+    mosaic: list[Any] = [columns, ["decoding", "decoding", *["took"] * (len(columns) - 2)]][
+        : len(heights)
+    ]
     style: Any = LOOK
     with matplotlib.rc_context(style):
         size = 3.5 * len(columns), sum(heights) + HEAD
@@ -102,7 +105,9 @@ def draw_methods(
     axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str], second: tuple[str, str, str]
 ) -> None:
     metric, way = best
-    draw_points(axes["best"], f"{label(metric)} {better(way)}", [quality(row, metric) for row in rows])
+    draw_points(
+        axes["best"], f"{label(metric)} {better(way)}", [quality(row, metric) for row in rows]
+    )
     if "second" in axes:
         metric, name, way = second
         draw_points(axes["second"], f"{name} {better(way)}", [quality(row, metric) for row in rows])
@@ -115,7 +120,11 @@ def draw_decodings(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence
     metric, way = best
     points = [coloured(quality(row, metric)) for row in rows]
     draw_points(axes["decoding"], f"{label(metric)} {better(way)} by decoding", points)
-    draw_bars(axes["took"], "all answers, s", [coloured(line(row, row["metrics"]["seconds"])) for row in rows])
+    draw_bars(
+        axes["took"],
+        "all answers, s",
+        [coloured(line(row, row["metrics"]["seconds"])) for row in rows],
+    )
 
 
 def better(way: str) -> str:
@@ -128,20 +137,36 @@ def coloured(found: Line) -> Line:
 
 
 def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
-    """A point a row and its spread; no zero, so that small differences show. A dashed line goes through that of `full`."""
+    """A point a row and its spread; no zero, so that small differences show. A dashed line goes
+    through that of `full`."""
     for found in lines:
         if found.name == "full" and found.mean is not None:
-            axes.axvline(found.mean, color=found.colour, alpha=0.5, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+            axes.axvline(
+                found.mean,
+                color=found.colour,
+                alpha=0.5,
+                linewidth=1,
+                linestyle=(0, (4, 4)),
+                zorder=1,
+            )
     for y, (name, colour, mean, spread) in enumerate(lines):
         if mean is None:
             continue
         axes.plot([mean - spread, mean + spread], [y, y], color=colour, linewidth=2.2, zorder=2)
         hollow = name == "scratch"
         axes.plot(
-            mean, y, "o", color="white" if hollow else colour, markeredgecolor=colour, markeredgewidth=1.8, markersize=9,
+            mean,
+            y,
+            "o",
+            color="white" if hollow else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.8,
+            markersize=9,
             zorder=3,
-        )  # fmt: skip
-        write(axes, mean + spread, y, f"{mean:#.3g}".rstrip(".") if abs(mean) < 1000 else number(mean))
+        )
+        write(
+            axes, mean + spread, y, f"{mean:#.3g}".rstrip(".") if abs(mean) < 1000 else number(mean)
+        )
     finish(axes, title, lines, log=False)
 
 
@@ -155,9 +180,16 @@ def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) 
 
 def write(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(
-        text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, color=DARK, zorder=4,
+        text,
+        (x, y),
+        (8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        color=DARK,
+        zorder=4,
         bbox=dict(facecolor="white", edgecolor="none", pad=0.6),
-    )  # fmt: skip
+    )
 
 
 def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:
@@ -185,19 +217,36 @@ def draw_head(figure: Figure, result: Row) -> None:
     families = dict.fromkeys(family(row["name"]) for row in result["methods"])
     dot: dict[str, Any] = dict(marker="o", linestyle="", markersize=8)
     handles = [
-        Line2D([], [], markeredgecolor=colour, color="white" if name == "from scratch" else colour, **dot)
+        Line2D(
+            [],
+            [],
+            markeredgecolor=colour,
+            color="white" if name == "from scratch" else colour,
+            **dot,
+        )
         for colour, name in families
     ]
     figure.legend(
-        handles, [name for _, name in families], loc="upper left", bbox_to_anchor=(0.0, 1 - 0.76 * inch), ncols=6,
-        fontsize=10.5, handletextpad=0.1, columnspacing=1.2,
-    )  # fmt: skip
+        handles,
+        [name for _, name in families],
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.76 * inch),
+        ncols=6,
+        fontsize=10.5,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
 
 
 def below_title(result: Row) -> str:
     base, machine = result["base"], result["machine"]
     name = Path(base["folder"]).parent.name if "results" in base else base["init"]
-    seen = f" trained on {short_number(base['results']['tokens'])} tokens" if "results" in base else ""
+    seen = (
+        f" trained on {short_number(base['results']['tokens'])} tokens" if "results" in base else ""
+    )
     where = machine["hardware"]["gpu" if machine["device"] == "cuda" else "cpu"]
     size = short_number(base["parameters"])
-    return f"base: {name}, {size} parameters{seen}; {where}; {result['date'][:10]}; lines: spread over seeds"
+    return (
+        f"base: {name}, {size} parameters{seen}; {where}; {result['date'][:10]}; lines: spread "
+        "over seeds"
+    )

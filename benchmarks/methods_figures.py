@@ -1,4 +1,5 @@
-"""What a finished run of benchmarks.methods measured, out of its folder, and how two runs' labels compare."""
+"""What a finished run of benchmarks.methods measured, out of its folder, and how two runs' labels
+compare."""
 
 from __future__ import annotations
 
@@ -18,8 +19,12 @@ COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memo
 
 @functools.cache
 def figures_of(run: Path) -> dict[str, Any]:
-    """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the cost."""
-    results, config = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("metrics.json", "config.json"))
+    """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the
+    cost."""
+    results, config = (
+        json.loads((run / name).read_text(encoding="utf-8"))
+        for name in ("metrics.json", "config.json")
+    )
     log = records(run)
     evals = [line for line in log if line["kind"] == "eval"]
     chosen = next((line for line in evals if line["step"] == results["final_is_step"]), {})
@@ -28,7 +33,11 @@ def figures_of(run: Path) -> dict[str, Any]:
         "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
         "between_epochs": unrest([line for line in evals if 2 * line["step"] > results["steps"]]),
         "intervals": report_of(run).get("intervals", {}),
-        **(course(results, config, log, evals) if config["steps"] else {"seconds_to_best": results["seconds"]}),
+        **(
+            course(results, config, log, evals)
+            if config["steps"]
+            else {"seconds_to_best": results["seconds"]}
+        ),
         **{name: results.get(name) for name in COSTS},
         "warnings": [*warnings, *results.get("warnings", ())],
     }
@@ -45,13 +54,22 @@ def unrest(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def course(
-    results: Mapping[str, Any], config: Mapping[str, Any], log: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:  # fmt: skip
+    results: Mapping[str, Any],
+    config: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    evals: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Of a run of steps: where it was best, and how long it took to be there."""
     epoch = config["steps"] / config["epochs"]  # steps that are planned: a run may end sooner
-    losses = [(line["val_loss"], line["step"]) for line in evals if line.get("val_loss") is not None]
+    losses = [
+        (line["val_loss"], line["step"]) for line in evals if line.get("val_loss") is not None
+    ]
     lowest = min(losses, default=None)
-    best = [line["step_ms"] for line in log if line["kind"] == "train" and line["step"] <= results["final_is_step"]]
+    best = [
+        line["step_ms"]
+        for line in log
+        if line["kind"] == "train" and line["step"] <= results["final_is_step"]
+    ]
     return {
         "lowest_val_loss": lowest and lowest[0],
         "lowest_epoch": lowest and lowest[1] / epoch,
@@ -74,7 +92,8 @@ def report_of(run: Path) -> dict[str, Any]:
 
 @functools.cache
 def compared(run: Path, other: Path) -> dict[str, Any] | None:
-    """`confusion.paired_test` of two runs' predictions of the same validation rows; None where there are none."""
+    """`confusion.paired_test` of two runs' predictions of the same validation rows; None where
+    there are none."""
     from tasks.classification.confusion import paired_test
 
     one, two = labels_of(run), labels_of(other)
@@ -91,7 +110,9 @@ def labels_of(run: Path) -> tuple[list[int], list[int]] | None:
         return None
     rows = [cells for _, cells in records_of(file) if isinstance(cells, dict)]
     labels = list(rows[0]["probabilities"])
-    true = [next(n for n, label in enumerate(labels) if is_name(label, row["label"])) for row in rows]
+    true = [
+        next(n for n, label in enumerate(labels) if is_name(label, row["label"])) for row in rows
+    ]
     return true, [labels.index(row["prediction"]) for row in rows]
 
 

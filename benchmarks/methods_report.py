@@ -1,4 +1,5 @@
-"""What benchmarks.methods found, as figures over seeds and as tables. Needs neither torch nor the runs."""
+"""What benchmarks.methods found, as figures over seeds and as tables. Needs neither torch nor the
+runs."""
 
 from __future__ import annotations
 
@@ -15,10 +16,16 @@ Row = Mapping[str, Any]
 Column = tuple[str, list[str]]  # its head and its cells
 
 LABELS = {
-    "val_loss": "val loss", "val_perplexity": "perplexity", "chrf": "chrF", "chrf_poem": "chrF poem",
-    "distinct_1": "distinct-1", "distinct_2": "distinct-2", "lines_right": "line accuracy",
-    "longest_copied": "longest copy", "macro_f1": "macro-F1",
-}  # fmt: skip
+    "val_loss": "val loss",
+    "val_perplexity": "perplexity",
+    "chrf": "chrF",
+    "chrf_poem": "chrF poem",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "lines_right": "line accuracy",
+    "longest_copied": "longest copy",
+    "macro_f1": "macro-F1",
+}
 OF_LABELS = (
     "accuracy",
     "macro_f1",
@@ -26,41 +33,71 @@ OF_LABELS = (
     "calibration_error",
 )  # metrics of a task with labels: the table's order
 PUBLISHED_AS = "published, GPT-2 124M"
-# What the systems that this project replaces published, of another base: by task, and by what the name of the rows holds.
+# What the systems that this project replaces published, of another base: by task, and by what the
+# name of the rows holds.
 PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("sonnets", ""): {
-        "full": {"val_perplexity": 55.73, "distinct_1": 0.621, "distinct_2": 0.927, "rhyming_accuracy": 0.141},
+        "full": {
+            "val_perplexity": 55.73,
+            "distinct_1": 0.621,
+            "distinct_2": 0.927,
+            "rhyming_accuracy": 0.141,
+        },
         "full+unlikelihood": {
-            "val_perplexity": 51.68, "distinct_1": 0.613, "distinct_2": 0.919, "rhyming_accuracy": 0.215,
+            "val_perplexity": 51.68,
+            "distinct_1": 0.613,
+            "distinct_2": 0.919,
+            "rhyming_accuracy": 0.215,
         },
-        "prefix": {"val_perplexity": 50.11, "distinct_1": 0.572, "distinct_2": 0.878, "rhyming_accuracy": 0.166},
+        "prefix": {
+            "val_perplexity": 50.11,
+            "distinct_1": 0.572,
+            "distinct_2": 0.878,
+            "rhyming_accuracy": 0.166,
+        },
         "prefix+unlikelihood": {
-            "val_perplexity": 55.70, "distinct_1": 0.641, "distinct_2": 0.944, "rhyming_accuracy": 0.132,
+            "val_perplexity": 55.70,
+            "distinct_1": 0.641,
+            "distinct_2": 0.944,
+            "rhyming_accuracy": 0.132,
         },
-        "sample-hot": {"chrf": 39.74}, "sample-of-prefix": {"chrf": 35.08}, "contrastive": {"chrf": 35.69},
-        "contrastive-growing": {"chrf": 36.35}, "contrastive-mean": {"chrf": 35.69},
-        "contrastive-growing-mean": {"chrf": 37.75}, "contrastive-penalty": {"chrf": 24.87}, "beam": {"chrf": 33.44},
-        "mbr-beams": {"chrf": 37.75}, "ensemble": {"chrf": 37.65},
+        "sample-hot": {"chrf": 39.74},
+        "sample-of-prefix": {"chrf": 35.08},
+        "contrastive": {"chrf": 35.69},
+        "contrastive-growing": {"chrf": 36.35},
+        "contrastive-mean": {"chrf": 35.69},
+        "contrastive-growing-mean": {"chrf": 37.75},
+        "contrastive-penalty": {"chrf": 24.87},
+        "beam": {"chrf": 33.44},
+        "mbr-beams": {"chrf": 37.75},
+        "ensemble": {"chrf": 37.65},
     },
     ("sentiment", "sst"): {
-        "full": {"accuracy": 0.518, "macro_f1": 0.490}, "ulmfit": {"accuracy": 0.509, "macro_f1": 0.480},
+        "full": {"accuracy": 0.518, "macro_f1": 0.490},
+        "ulmfit": {"accuracy": 0.509, "macro_f1": 0.480},
     },
     ("sentiment", "cfimdb"): {"full": {"accuracy": 0.988, "macro_f1": 0.988}},
     ("paraphrase", "quora"): {
-        "full+word": {"accuracy": 0.9081, "macro_f1": 0.9019}, "full": {"accuracy": 0.8919, "macro_f1": 0.8849},
-        "full+mean": {"accuracy": 0.8872, "macro_f1": 0.88}, "full+simcse": {"accuracy": 0.8946, "macro_f1": 0.8879},
-        "full+augment": {"accuracy": 0.8854, "macro_f1": 0.8781}, "full+also": {"accuracy": 0.8891, "macro_f1": 0.8505},
+        "full+word": {"accuracy": 0.9081, "macro_f1": 0.9019},
+        "full": {"accuracy": 0.8919, "macro_f1": 0.8849},
+        "full+mean": {"accuracy": 0.8872, "macro_f1": 0.88},
+        "full+simcse": {"accuracy": 0.8946, "macro_f1": 0.8879},
+        "full+augment": {"accuracy": 0.8854, "macro_f1": 0.8781},
+        "full+also": {"accuracy": 0.8891, "macro_f1": 0.8505},
         "lora-attention-16": {"accuracy": 0.8707, "macro_f1": 0.8623},
         "lora-attention-8": {"accuracy": 0.8599, "macro_f1": 0.8498},
         "dora-attention-8": {"accuracy": 0.8601, "macro_f1": 0.8501},
     },
-}  # fmt: skip
+}
 
 
 def published(result: Row) -> dict[str, dict[str, float]]:
     """What was published of these rows, by method or decoding."""
     name = Path(result["data"][0]).name.lower()
-    return next((of for (task, part), of in PUBLISHED.items() if task == result["task"] and part in name), {})
+    return next(
+        (of for (task, part), of in PUBLISHED.items() if task == result["task"] and part in name),
+        {},
+    )
 
 
 # --- figures
@@ -68,13 +105,20 @@ def published(result: Row) -> dict[str, dict[str, float]]:
 
 def stat(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and standard deviation (n - 1) over seeds; none of one seed."""
-    return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+    return {
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def rows_of(
-    names: Sequence[str], found: Mapping[str, Sequence[Row]], commands: Mapping[str, str], best: Sequence[str]
+    names: Sequence[str],
+    found: Mapping[str, Sequence[Row]],
+    commands: Mapping[str, str],
+    best: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a seed has none.
+    """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a
+    seed has none.
 
     "intervals" are those of the seed that is best by the metric that ranks.
     """
@@ -85,7 +129,12 @@ def rows_of(
         row: dict[str, Any] = {"name": name, "seeds": [cell["seed"] for cell in cells]}
         for group in ("metrics", "between_epochs"):
             row[group] = stats([cell.get(group, {}) for cell in cells])
-        row |= stats([{k: v for k, v in cell.items() if isinstance(v, int | float) and k != "seed"} for cell in cells])
+        row |= stats(
+            [
+                {k: v for k, v in cell.items() if isinstance(v, int | float) and k != "seed"}
+                for cell in cells
+            ]
+        )
         best_cell = best_of(cells, best, lambda cell, metric: cell["metrics"].get(metric))
         row["intervals"] = best_cell.get("intervals", {}) if best_cell else {}
         row["warnings"] = sorted({text for cell in cells for text in cell.get("warnings", ())})
@@ -124,7 +173,9 @@ def label(metric: str) -> str:
     return LABELS.get(metric, metric.replace("_", " "))
 
 
-def best_of(rows: Sequence[Row], best: Sequence[str], value: Callable[[Row, str], float | None]) -> Row | None:
+def best_of(
+    rows: Sequence[Row], best: Sequence[str], value: Callable[[Row, str], float | None]
+) -> Row | None:
     """The row with the best value of the metric that ranks."""
     having = [(found, row) for row in rows if (found := value(row, best[0])) is not None]
     pick = max if best[1] == "max" else min
@@ -135,8 +186,11 @@ def mean_of(row: Row, metric: str) -> float | None:
     return row["metrics"].get(metric, {}).get("mean")
 
 
-def quality_columns(rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]) -> list[Column]:
-    """The metrics of rows, the best of the one that ranks in bold; where it is of labels, how sure it is beside it."""
+def quality_columns(
+    rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]
+) -> list[Column]:
+    """The metrics of rows, the best of the one that ranks in bold; where it is of labels, how sure
+    it is beside it."""
     top = best_of(rows, best, mean_of)
     columns = []
     for metric in metrics:
@@ -144,9 +198,16 @@ def quality_columns(rows: Sequence[Row], metrics: Sequence[str], best: Sequence[
         if metric != best[0]:
             columns.append((label(metric), cells))
             continue
-        columns.append((label(metric), [f"**{text}**" if row is top else text for row, text in zip(rows, cells)]))
+        columns.append(
+            (
+                label(metric),
+                [f"**{text}**" if row is top else text for row, text in zip(rows, cells)],
+            )
+        )
         if any(row.get("intervals") for row in rows):
-            columns.append(("95% of rows", [interval_text(row["intervals"].get(metric)) for row in rows]))
+            columns.append(
+                ("95% of rows", [interval_text(row["intervals"].get(metric)) for row in rows])
+            )
         if any(row.get("against_full") for row in rows):
             columns.append(("p against full", [p_text(row["against_full"]) for row in rows]))
     return columns
@@ -164,14 +225,20 @@ def p_text(test: Row | None) -> str:
 
 
 def table(columns: Sequence[Column]) -> str:
-    return markdown([head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True), (0,))
+    return markdown(
+        [head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True), (0,)
+    )
 
 
 def quality_table(result: Row) -> str:
-    """Of the methods: the task's metrics at the step that was chosen; of texts the lowest perplexity of all epochs too."""
+    """Of the methods: the task's metrics at the step that was chosen; of texts the lowest
+    perplexity of all epochs too."""
     rows = result["methods"]
     metrics = OF_LABELS if of_labels(result) else metric_names(rows)
-    columns = [("method", [row["name"] for row in rows]), *quality_columns(rows, metrics, result["best"])]
+    columns = [
+        ("method", [row["name"] for row in rows]),
+        *quality_columns(rows, metrics, result["best"]),
+    ]
     if not of_labels(result):
         columns.append(("lowest perplexity", [lowest_perplexity(row) for row in rows]))
     return table([*columns, ("seeds", [str(len(row["seeds"])) for row in rows])])
@@ -184,7 +251,8 @@ def of_labels(result: Row) -> bool:
 def other_tasks(result: Row) -> str:
     """What `full+also` comes to on the tasks that it learns as well."""
     lines = [
-        f"{row['name']}: {', '.join(f'{label(m)} {cell(figure)}' for m, figure in more.items())}.\n\n"
+        f"{row['name']}: "
+        f"{', '.join(f'{label(m)} {cell(figure)}' for m, figure in more.items())}.\n\n"
         for row in result["methods"]
         if (more := {m: figure for m, figure in row["metrics"].items() if m.endswith("_accuracy")})
     ]
@@ -194,7 +262,10 @@ def other_tasks(result: Row) -> str:
 def lowest_perplexity(row: Row) -> str:
     if "lowest_val_loss" not in row:
         return ""
-    return f"{number(math.exp(row['lowest_val_loss']['mean']))} (epoch {row['lowest_epoch']['mean']:.3g})"
+    return (
+        f"{number(math.exp(row['lowest_val_loss']['mean']))} (epoch "
+        f"{row['lowest_epoch']['mean']:.3g})"
+    )
 
 
 def cost_table(result: Row) -> str:
@@ -202,17 +273,33 @@ def cost_table(result: Row) -> str:
     steady = result["best"][0]
     lines = [
         [
-            row["name"], mean(row, "lr", "{:.3g}"), mean(row, "trained_parameters", "{:,.0f}"), f"{share(row):.2%}",
-            cell(row["seconds"], duration), cell(row.get("seconds_to_best"), duration), mean(row, "rows_per_second", "{:,.3g}"),
-            bytes_text(row["memory_bytes"]["mean"]), cell(row.get("best_epoch")), mean(row, "epochs", "{:.3g}"),
+            row["name"],
+            mean(row, "lr", "{:.3g}"),
+            mean(row, "trained_parameters", "{:,.0f}"),
+            f"{share(row):.2%}",
+            cell(row["seconds"], duration),
+            cell(row.get("seconds_to_best"), duration),
+            mean(row, "rows_per_second", "{:,.3g}"),
+            bytes_text(row["memory_bytes"]["mean"]),
+            cell(row.get("best_epoch")),
+            mean(row, "epochs", "{:.3g}"),
             mean(row["between_epochs"], steady, "{:.2g}"),
         ]
         for row in result["methods"]
-    ]  # fmt: skip
+    ]
     head = (
-        "method", "peak rate", "parameters trained", "share", "training s", "s to best", "rows/s", "peak memory",
-        "best epoch", "of epochs", f"{label(steady)} between epochs",
-    )  # fmt: skip
+        "method",
+        "peak rate",
+        "parameters trained",
+        "share",
+        "training s",
+        "s to best",
+        "rows/s",
+        "peak memory",
+        "best epoch",
+        "of epochs",
+        f"{label(steady)} between epochs",
+    )
     return markdown(head, lines, (0,))
 
 
@@ -234,7 +321,9 @@ def trial_table(result: Row) -> str:
     columns = [("method", list(dict.fromkeys(trial["name"] for trial in trials)))]
     for rate, epochs in dict.fromkeys((trial["rate"], trial["epochs"]) for trial in trials):
         of_all = [trial for trial in trials if (trial["rate"], trial["epochs"]) == (rate, epochs)]
-        columns.append((f"rate x {rate:g}, {epochs_text(epochs)}", [trial_text(trial) for trial in of_all]))
+        columns.append(
+            (f"rate x {rate:g}, {epochs_text(epochs)}", [trial_text(trial) for trial in of_all])
+        )
     return table(columns)
 
 
@@ -252,20 +341,30 @@ def trial_text(trial: Row) -> str:
 def decoding_table(result: Row) -> str:
     """Of the decodings: the task's metrics and the seconds that all answers took."""
     rows, best, beside = result["decodings"], result["best"], published(result)
-    columns = [("decoding", [row["name"] for row in rows]), *quality_columns(rows, metric_names(rows), best)]
+    columns = [
+        ("decoding", [row["name"] for row in rows]),
+        *quality_columns(rows, metric_names(rows), best),
+    ]
     columns.append(("seconds", [cell(row["metrics"]["seconds"]) for row in rows]))
     columns.append(("seeds", [str(len(row["seeds"])) for row in rows]))
     if beside:
         theirs = [beside.get(row["name"], {}).get(best[0]) for row in rows]
-        columns.append((f"{label(best[0])} ({PUBLISHED_AS})", [number(value) if value else "" for value in theirs]))
+        columns.append(
+            (
+                f"{label(best[0])} ({PUBLISHED_AS})",
+                [number(value) if value else "" for value in theirs],
+            )
+        )
     return table(columns)
 
 
 PUBLISHED_NOTE = {
-    "sonnets": "And not that of all: the published perplexity is that of a poem under the frequencies of its own words, "
+    "sonnets": "And not that of all: the published perplexity is that of a poem under the "
+    "frequencies of its own words, "
     "the published rhymes are alike in spelling. The published chrF has the size of whole poems.",
     "sentiment": "Published: batches of 64 rows, rate 2e-5, dropout 0.3, the best of 6 epochs.",
-    "paraphrase": "Published: batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method at settings of its own (10 epochs "
+    "paraphrase": "Published: batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method "
+    "at settings of its own (10 epochs "
     "of full+word and of full+augment with back-translations, 3 of full+simcse, 20 of the others).",
 }
 
@@ -281,7 +380,8 @@ def published_table(result: Row) -> str:
         columns.append((label(metric), [cell(row["metrics"].get(metric)) for row in rows]))
         columns.append((PUBLISHED_AS, [number(beside[row["name"]][metric]) for row in rows]))
     note = (
-        f"Other weights to begin with, so other levels: what can be compared is order. {PUBLISHED_NOTE[result['task']]}"
+        "Other weights to begin with, so other levels: what can be compared is order. "
+        f"{PUBLISHED_NOTE[result['task']]}"
     )
     return f"{table(columns)}\n\n{note}\n\n"
 
@@ -289,7 +389,8 @@ def published_table(result: Row) -> str:
 def base_line(base: Row) -> str:
     """Which weights all methods but `scratch` begin with."""
     text = (
-        f"Base: {base['init']}, {base['parameters']:,} parameters ({base['n_layer']} layers x {base['n_embd']} wide, "
+        f"Base: {base['init']}, {base['parameters']:,} parameters ({base['n_layer']} layers x "
+        f"{base['n_embd']} wide, "
         f"{base['n_head']} heads, context {base['block_size']}, {base['vocab_size']:,} ids)"
     )
     card, results = base.get("card", {}), base.get("results", {})
@@ -302,7 +403,11 @@ def base_line(base: Row) -> str:
 
 def machine_line(machine: Row) -> str:
     hardware = machine["hardware"]
-    where = hardware["gpu"] if machine["device"] == "cuda" else f"{hardware['cpu']}, {hardware['threads']} threads"
+    where = (
+        hardware["gpu"]
+        if machine["device"] == "cuda"
+        else f"{hardware['cpu']}, {hardware['threads']} threads"
+    )
     return f"{where}; " + ", ".join(
         f"{k} {v}" for k, v in machine["versions"].items() if v and k in ("python", "torch")
     )
@@ -312,14 +417,22 @@ def text_of(result: Row) -> str:
     """methods.md"""
     train, val = result["data"]
     parts = [
-        f"# {result['task']}: methods compared\n\n{base_line(result['base'])}\n\nTrained on {train}, chosen and scored on "
-        f"{val}. {machine_line(result['machine'])}; {result['date'][:10]}.\n\n```\n{result['command']}\n```\n",
-        f"## What is trained\n\n{quality_table(result)}\n\n{other_tasks(result)}{cost_table(result)}\n\n{method_note(result)}\n"
+        f"# {result['task']}: methods compared\n\n{base_line(result['base'])}\n\nTrained on "
+        f"{train}, chosen and scored on "
+        f"{val}. {machine_line(result['machine'])}; "
+        f"{result['date'][:10]}.\n\n```\n{result['command']}\n```\n",
+        "## What is "
+        f"trained\n\n{quality_table(result)}\n\n{other_tasks(result)}"
+        f"{cost_table(result)}\n\n{method_note(result)}\n"
         if result["methods"]
         else "",
         published_table(result),
-        f"## What the search tried\n\n{trial_table(result)}\n\n{trial_note(result)}\n" if result["trials"] else "",
-        f"## How it is decoded\n\n{decoding_table(result)}\n\n{decoding_note(result)}\n" if result["decodings"] else "",
+        f"## What the search tried\n\n{trial_table(result)}\n\n{trial_note(result)}\n"
+        if result["trials"]
+        else "",
+        f"## How it is decoded\n\n{decoding_table(result)}\n\n{decoding_note(result)}\n"
+        if result["decodings"]
+        else "",
         lost(result),
     ]
     return "\n".join(part for part in parts if part)
@@ -329,27 +442,40 @@ def method_note(result: Row) -> str:
     metric, way = result["best"]
     name, most = label(metric), "highest" if way == "max" else "lowest"
     text = (
-        f"{'Metrics' if of_labels(result) else 'All metrics but the lowest perplexity'} are of the epoch with the {most} {name}, "
-        f"whose weights final/ holds. The validation rows chose that epoch and are scored here as well: each\nfigure is "
-        f"a little better than on rows never seen, the more so the noisier it is. Mean ± standard deviation over seeds; "
-        f"the methods that did best with the first seed have\nmore of them. Training s: optimizer steps alone; s to best: "
-        f"until that epoch's end. Rows/s: the median step's. Best epoch: of those trained. {name[:1].upper() + name[1:]} between "
-        f"epochs: its\nstandard deviation over the evaluations of a run's second half. Scratch has the base's shape and tokenizer.\n"
+        f"{'Metrics' if of_labels(result) else 'All metrics but the lowest perplexity'} are of the "
+        f"epoch with the {most} {name}, "
+        "whose weights final/ holds. The validation rows chose that epoch and are scored here as "
+        "well: each\nfigure is "
+        "a little better than on rows never seen, the more so the noisier it is. Mean ± standard "
+        "deviation over seeds; "
+        "the methods that did best with the first seed have\nmore of them. Training s: optimizer "
+        "steps alone; s to best: "
+        "until that epoch's end. Rows/s: the median step's. Best epoch: of those trained. "
+        f"{name[:1].upper() + name[1:]} between "
+        "epochs: its\nstandard deviation over the evaluations of a run's second half. Scratch has "
+        "the base's shape and tokenizer.\n"
     )
-    return text + (LABEL_NOTE if of_labels(result) else "Perplexity is that of the answers' tokens.\n")
+    return text + (
+        LABEL_NOTE if of_labels(result) else "Perplexity is that of the answers' tokens.\n"
+    )
 
 
 LABEL_NOTE = (
-    "95% of rows: the bootstrap's interval of the best seed's accuracy, rows drawn anew. P against full: McNemar's exact "
-    "test of the first seed's labels beside those of full; of\ntwenty methods that are no different one is below 0.05 by chance. Val loss "
-    "of full+word is that of the word among all words, of the others that of the label among the labels.\n"
+    "95% of rows: the bootstrap's interval of the best seed's accuracy, rows drawn anew. P against "
+    "full: McNemar's exact "
+    "test of the first seed's labels beside those of full; of\ntwenty methods that are no "
+    "different one is below 0.05 by chance. Val loss "
+    "of full+word is that of the word among all words, of the others that of the label among the "
+    "labels.\n"
 )
 
 
 def trial_note(result: Row) -> str:
     return (
-        f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. The setting in bold is what the "
-        "tables above hold. A best setting at the edge of what was tried may have a\nbetter one beyond it. The best of several "
+        f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. "
+        "The setting in bold is what the "
+        "tables above hold. A best setting at the edge of what was tried may have a\nbetter one "
+        "beyond it. The best of several "
         "trials is a little better than it would be on rows never seen.\n"
     )
 
@@ -359,8 +485,10 @@ def decoding_note(result: Row) -> str:
     return (
         "All decode the validation rows with the final weights of `full`"
         + (", sample-of-prefix with those of `prefix`" if prefix else "")
-        + ". That epoch of `full` was chosen by answers decoded as in `sample`, with the same draws: this row is the best of "
-        "several, which the\nothers are not. Seconds: opening the model and answering all rows. Seeds: of training and of "
+        + ". That epoch of `full` was chosen by answers decoded as in `sample`, with the same "
+        "draws: this row is the best of "
+        "several, which the\nothers are not. Seconds: opening the model and answering all rows. "
+        "Seeds: of training and of "
         "the draws.\n"
     )
 
@@ -368,5 +496,9 @@ def decoding_note(result: Row) -> str:
 def lost(result: Row) -> str:
     """Cells without figures, and why."""
     lines = [f"- {name} failed: {reason}" for name, reason in result["failed"].items()]
-    lines += [f"- left out for want of time: {', '.join(result['left_out'])}"] if result["left_out"] else []
+    lines += (
+        [f"- left out for want of time: {', '.join(result['left_out'])}"]
+        if result["left_out"]
+        else []
+    )
     return "## Not there\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,8 +1,11 @@
-"""What token unlikelihood costs:  python -m benchmarks.objectives [--preset mini] [--vocab 8192,50257]
+"""What token unlikelihood costs:
 
-Whole optimizer steps of one model (forward, backward, AdamW), in turns: the likelihood alone with its logits in memory
-whole; with the unlikelihood of tasks/objectives.py; with it as Welleck et al. published it, a (T, V) mask of candidates and
-their probabilities clamped; and position by position. The two written out here are what the tests compare with too.
+python -m benchmarks.objectives [--preset mini] [--vocab 8192,50257]
+
+Whole optimizer steps of one model (forward, backward, AdamW), in turns: the likelihood alone with
+its logits in memory whole; with the unlikelihood of tasks/objectives.py; with it as Welleck et al.
+published it, a (T, V) mask of candidates and their probabilities clamped; and position by position.
+The two written out here are what the tests compare with too.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ from config import PRESETS, Count, GPTConfig, Preset, Where
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAIN, OURS, MASKED, LOOP = "likelihood alone", "objectives.py", "mask of candidates", "loop over positions"
+PLAIN, OURS, MASKED, LOOP = (
+    "likelihood alone",
+    "objectives.py",
+    "mask of candidates",
+    "loop over positions",
+)
 
 
 @dataclass
@@ -49,8 +57,11 @@ class Options:
     """Folder for objectives-DEVICE.json and objectives-DEVICE.md."""
 
 
-def with_mask(logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Both sums from dense tensors: a mask (B, T, V) of the candidates, and 1 - p clamped from below."""
+def with_mask(
+    logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Both sums from dense tensors: a mask (B, T, V) of the candidates, and 1 - p clamped from
+    below."""
     import torch
     import torch.nn.functional as F
 
@@ -58,29 +69,43 @@ def with_mask(logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5)
     B, T, _ = log_p.shape
     target = targets.clamp(min=0)[..., None]
     ahead = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
-    read = torch.where(ahead, target, idx[:, None, :].expand(B, T, T))  # in place of tokens to come, the target
-    mask = torch.zeros_like(log_p).scatter_(2, read, 1).scatter_(2, target, 0) * (targets != -100)[..., None]
+    read = torch.where(
+        ahead, target, idx[:, None, :].expand(B, T, T)
+    )  # in place of tokens to come, the target
+    mask = (
+        torch.zeros_like(log_p).scatter_(2, read, 1).scatter_(2, target, 0)
+        * (targets != -100)[..., None]
+    )
     nll = F.nll_loss(log_p.transpose(1, 2), targets, reduction="sum")
     return nll, -(torch.log((1 - log_p.exp()).clamp(min=least)) * mask).sum()
 
 
-def with_loop(logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5) -> tuple[Tensor, Tensor]:
+def with_loop(
+    logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     """Both sums position by position."""
     import torch
 
     nll, unlikelihood = [], []
-    for row, tokens, wanted in zip(logits.float().unbind(), idx.tolist(), targets.tolist(), strict=True):
+    for row, tokens, wanted in zip(
+        logits.float().unbind(), idx.tolist(), targets.tolist(), strict=True
+    ):
         for t, (z, target) in enumerate(zip(row.unbind(), wanted, strict=True)):
             if target != -100:
                 log_p = z.log_softmax(0)
                 nll.append(-log_p[target])
-                candidates = torch.tensor(sorted(set(tokens[: t + 1]) - {target}), dtype=torch.int64, device=z.device)
-                unlikelihood.append(-torch.log((1 - log_p[candidates].exp()).clamp(min=least)).sum())
+                candidates = torch.tensor(
+                    sorted(set(tokens[: t + 1]) - {target}), dtype=torch.int64, device=z.device
+                )
+                unlikelihood.append(
+                    -torch.log((1 - log_p[candidates].exp()).clamp(min=least)).sum()
+                )
     return torch.stack(nll).sum(), torch.stack(unlikelihood).sum()
 
 
 def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Callable[[], float]]:
-    """A function for each that makes one optimizer step of the same model on the same rows, and returns its loss."""
+    """A function for each that makes one optimizer step of the same model on the same rows, and
+    returns its loss."""
     import torch
 
     from model import GPT
@@ -92,7 +117,9 @@ def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Ca
     tokens = torch.randint(config.vocab_size, (options.batch, options.seq_len + 1), device=device)
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step_with(objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None) -> Callable[[], float]:
+    def step_with(
+        objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    ) -> Callable[[], float]:
         def step() -> float:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 if objective is None:
@@ -134,7 +161,9 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
             ratios = sorted(s / p for s, p in zip(seconds, plain))  # of the same turn
             spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
             ms = f"{1000 * statistics.median(seconds):,.0f}"
-            cells.append([f"{row['vocab']:,}", name, ms, f"{statistics.median(ratios):.2f}", spread])
+            cells.append(
+                [f"{row['vocab']:,}", name, ms, f"{statistics.median(ratios):.2f}", spread]
+            )
     head = ("vocabulary", "step", "median ms", "median of a plain step", "least-most")
     return f"{title}\n\n{markdown(head, cells, words=(1,))}\n"
 
@@ -162,7 +191,9 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = dict(title=title, options=dataclasses.asdict(options), rows=rows)
-    (out / f"objectives-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"objectives-{device.type}.json").write_text(
+        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+    )
     (out / f"objectives-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
     print(table(rows, title))
 

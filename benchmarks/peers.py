@@ -1,9 +1,12 @@
-"""One optimizer step of this engine beside other trainers':  python -m benchmarks.peers [--quick] [--device cuda]
+"""One optimizer step of this engine beside other trainers':
 
-Every contender trains in a process of its own, so that its peak memory is its own. On a CPU this engine stays, and the
-others come one after another and take turns with it, A B A B: what else the machine does falls on both alike. On a GPU
-each is alone, this engine first: two do not fit, and nothing else runs there. Nothing is timed before losses and
-gradient norms agree. The trade-off: two others are compared only through this engine.
+python -m benchmarks.peers [--quick] [--device cuda]
+
+Every contender trains in a process of its own, so that its peak memory is its own. On a CPU this
+engine stays, and the others come one after another and take turns with it, A B A B: what else the
+machine does falls on both alike. On a GPU each is alone, this engine first: two do not fit, and
+nothing else runs there. Nothing is timed before losses and gradient norms agree. The trade-off: two
+others are compared only through this engine.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ from engine.roofline import peak_flops, product_ceiling
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
 FREE = 0.85  # share of a GPU's memory that is free where no other process uses it
 REPETITIONS = 3, 30  # turns of a contender: at least and at most
-# Relative, of the first loss and gradient norm. fp32: sums in another order. bf16 has 8 bits, and the two round
-# at other places (the residual stream, the logits); FP8 has 4 of them.
+# Relative, of the first loss and gradient norm. fp32: sums in another order. bf16 has 8 bits, and
+# the two round at other places (the residual stream, the logits); FP8 has 4 of them.
 TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 1e-2), "bf16": (1e-3, 3e-2), "fp8": (1e-2, 1e-1)}
 
 
@@ -52,7 +55,8 @@ class Options:
     shape: str | None = None
     """Shapes, comma-separated. Default: 10M,124M on a CPU; 124M,350M,774M,1.5B on a GPU."""
     precision: str | None = None
-    """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 where it is native, else fp32."""
+    """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 where it is native, else
+    fp32."""
     against: str | None = None
     """Contenders, comma-separated. Default: all that the device has."""
     seconds: Positive | None = None
@@ -83,14 +87,18 @@ TakeTurn = Callable[[int, int], Turn]  # untimed steps and timed ones
 
 
 def serve(pipe: Connection, name: str, case: Case) -> None:
-    """Build a contender, then answer each (untimed, timed) steps with a Turn; an error is the last answer."""
+    """Build a contender, then answer each (untimed, timed) steps with a Turn; an error is the last
+    answer."""
     from engine.plan import is_out_of_memory
 
     try:
         import torch
 
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-        for module in ("torch._dynamo", *CONTENDERS[name].imports):  # torch's optimizers load the former late
+        for module in (
+            "torch._dynamo",
+            *CONTENDERS[name].imports,
+        ):  # torch's optimizers load the former late
             importlib.import_module(module)
         check_free(case.device)
         code = _code_bytes(case.device)
@@ -108,13 +116,16 @@ def serve(pipe: Connection, name: str, case: Case) -> None:
 
 
 def check_free(device: str) -> None:
-    """Raise UserError where other processes hold a GPU's memory: nothing is measured beside them."""
+    """Raise UserError where other processes hold a GPU's memory: nothing is measured beside
+    them."""
     import torch
 
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         if free < FREE * total:
-            raise UserError(f"other processes hold {bytes_text(total - free)} of the GPU; end them first")
+            raise UserError(
+                f"other processes hold {bytes_text(total - free)} of the GPU; end them first"
+            )
 
 
 def _code_bytes(device: str) -> int:
@@ -184,7 +195,8 @@ def contender(name: str, case: Case) -> Generator[TakeTurn]:
 
 @dataclass
 class Opening:
-    """The first two steps, which show that all do the same: the second has the first update behind it."""
+    """The first two steps, which show that all do the same: the second has the first update behind
+    it."""
 
     loss: float
     grad_norm: float
@@ -198,14 +210,21 @@ def opening(turn: TakeTurn) -> Opening:
 
 
 def check_agreement(case: Case, name: str, own: Opening, other: Opening) -> None:
-    """Raise Failed where a contender's first steps are not ours: it would be timed at other work."""
+    """Raise Failed where a contender's first steps are not ours: it would be timed at other
+    work."""
     precision = "fp8" if "fp8" in name else case.precision
     loss_tolerance, norm_tolerance = TOLERANCE[precision]
-    # The vocabulary's padding in a softmax raises the loss by the logarithm of its share, where all are as likely.
-    padding = math.log(case.shape.padded_vocab / case.shape.vocab_size) if CONTENDERS[name].padded else 0.0
+    # The vocabulary's padding in a softmax raises the loss by the logarithm of its share, where all
+    # are as likely.
+    padding = (
+        math.log(case.shape.padded_vocab / case.shape.vocab_size)
+        if CONTENDERS[name].padded
+        else 0.0
+    )
     limits = {
         "loss": loss_tolerance * own.loss + padding,
-        "next_loss": 10 * loss_tolerance * own.loss + padding,  # Adam's first update is the gradient's mere sign
+        "next_loss": 10 * loss_tolerance * own.loss
+        + padding,  # Adam's first update is the gradient's mere sign
         "grad_norm": (norm_tolerance + padding) * own.grad_norm,
     }
     for figure, limit in limits.items():
@@ -235,8 +254,11 @@ def alternate(own: TakeTurn, other: TakeTurn, steps: int, pace: Pace) -> list[tu
     return [(own(0, steps), other(0, steps)) for _ in pace.goes_on()]
 
 
-def alone(case: Case, name: str, pace: Pace, start: Opening | None = None) -> tuple[Opening, list[Turn]]:
-    """A contender's opening, checked against ours in `start`, and its turns, in a process that ends. Raises Failed."""
+def alone(
+    case: Case, name: str, pace: Pace, start: Opening | None = None
+) -> tuple[Opening, list[Turn]]:
+    """A contender's opening, checked against ours in `start`, and its turns, in a process that
+    ends. Raises Failed."""
     with contender(name, case) as turn:
         its = opening(turn)
         if start:
@@ -245,8 +267,11 @@ def alone(case: Case, name: str, pace: Pace, start: Opening | None = None) -> tu
         return its, [turn(int(number == 0), steps) for number in pace.goes_on()]
 
 
-def one_by_one(case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]) -> Iterator[str]:
-    """As `compare`, on a GPU: ours, then each of the others, with nothing else in the GPU's memory."""
+def one_by_one(
+    case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]
+) -> Iterator[str]:
+    """As `compare`, on a GPU: ours, then each of the others, with nothing else in the GPU's
+    memory."""
     start, mine = alone(case, OURS, pace)
     contenders[OURS] = of_turns(case, mine) | {"opening": dataclasses.asdict(start)}
     yield OURS
@@ -300,8 +325,11 @@ def of_turns(case: Case, turns: Sequence[Turn]) -> dict[str, Any]:
     } | rates(case.tokens, [t.seconds for t in turns])
 
 
-def compare(case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]) -> Iterator[str]:
-    """Fill `contenders` with the figures of ours and of each of `names`; yields each name when it is there."""
+def compare(
+    case: Case, names: Sequence[str], pace: Pace, contenders: dict[str, Any]
+) -> Iterator[str]:
+    """Fill `contenders` with the figures of ours and of each of `names`; yields each name when it
+    is there."""
     if case.device == "cuda":
         yield from one_by_one(case, names, pace, contenders)
         return
@@ -323,12 +351,15 @@ def chosen(option: str, asked: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in asked.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise UserError(f"--{option} {name} is none of {', '.join(known)}{nearest(name, known)}")
+            raise UserError(
+                f"--{option} {name} is none of {', '.join(known)}{nearest(name, known)}"
+            )
     return names
 
 
 def prepare(shape: Shape, device: str, folder: str) -> int:
-    """Write the weights that all contenders start from, drawn on the device; returns FLOPs a token."""
+    """Write the weights that all contenders start from, drawn on the device; returns FLOPs a
+    token."""
     import torch
 
     from model import GPT
@@ -341,12 +372,15 @@ def prepare(shape: Shape, device: str, folder: str) -> int:
 
 
 def write(folder: Path, facts: dict[str, Any], cases: list[dict[str, Any]]) -> str:
-    """peers-DEVICE.json with everything and peers-DEVICE.md with the table; returns the latter's text."""
+    """peers-DEVICE.json with everything and peers-DEVICE.md with the table; returns the latter's
+    text."""
     cases = list(map(assessed, cases))
     text = report(facts, cases)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"peers-{facts['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.json").write_text(
+        json.dumps(facts | {"cases": cases}, indent=1) + "\n", encoding="utf-8"
+    )
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
@@ -357,7 +391,9 @@ def earlier(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
         before = json.loads((folder / f"peers-{now['device']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    same = all(before.get(key) == now[key] for key in ("hardware", "driver", "versions", "settings"))
+    same = all(
+        before.get(key) == now[key] for key in ("hardware", "driver", "versions", "settings")
+    )
     return before["cases"] if same else []
 
 
@@ -375,7 +411,11 @@ def asked_for(options: Options, device: str) -> tuple[list[str], list[str], Pace
 
 
 def begun(
-    case: Case, flops_per_token: int, facts: dict[str, Any], cases: list[dict[str, Any]], seconds: float
+    case: Case,
+    flops_per_token: int,
+    facts: dict[str, Any],
+    cases: list[dict[str, Any]],
+    seconds: float,
 ) -> dict[str, Any]:
     """The JSON of a case without its figures, added to `cases`; or the one that is there.
 
@@ -388,7 +428,8 @@ def begun(
     known = (of["ceiling_flops"] for of in cases if of["precision"] == case.precision)
     new = key | {
         "flops_per_token": flops_per_token,
-        "ceiling_flops": next(known, None) or elsewhere(product_ceiling, case.device, case.precision, seconds),
+        "ceiling_flops": next(known, None)
+        or elsewhere(product_ceiling, case.device, case.precision, seconds),
         "sheet_flops": peak_flops(facts["hardware"]["gpu"] or "", case.precision),
         "contenders": {},
     }

@@ -1,7 +1,8 @@
-"""GPT-2 as nanoGPT writes it, for comparison: plain modules under autocast, the logits of a batch whole.
+"""GPT-2 as nanoGPT writes it, for comparison: plain modules under autocast, the logits of a batch
+whole.
 
-Its trade-off is the one that its many readers make with it: nothing is special, so torch.compile is left to find
-what can be fused.
+Its trade-off is the one that its many readers make with it: nothing is special, so torch.compile is
+left to find what can be fused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            part.view(B, T, self.heads, -1).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C / heads)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -54,7 +58,8 @@ class Block(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """Without dropout. Parameters are named as in the hub's layout. Every column of `vocab_size` is in the softmax."""
+    """Without dropout. Parameters are named as in the hub's layout. Every column of `vocab_size` is
+    in the softmax."""
 
     def __init__(self, n_layer: int, n_head: int, n_embd: int, vocab_size: int, block_size: int):
         super().__init__()
@@ -79,7 +84,8 @@ class PlainGPT2(nn.Module):
 
 
 def load_hub(model: nn.Module, folder: str, name_of: Callable[[str], str] = str) -> None:
-    """Copy weights in the hub's layout, which has the blocks' matrices transposed; `name_of` gives the hub's names."""
+    """Copy weights in the hub's layout, which has the blocks' matrices transposed; `name_of` gives
+    the hub's names."""
     tensors = load_file(Path(folder) / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Runs as one picture:  python -m benchmarks.plot runs/A [runs/B ...] [--out FILE.png]
 
-Loss, tokens per second and gradient norm out of each run's log.jsonl, which may belong to a run that is still
-going on. Thin lines are the steps as logged, thick ones a running median over a fortieth of the run.
+Loss, tokens per second and gradient norm out of each run's log.jsonl, which may belong to a run
+that is still going on. Thin lines are the steps as logged, thick ones a running median over a
+fortieth of the run.
 """
 
 from __future__ import annotations
@@ -70,12 +71,15 @@ class Curves:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError without a log."""
+    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError
+    without a log."""
     path = folder / "log.jsonl"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        raise UserError(f"{folder} is not the folder of a run: it has no log.jsonl that can be read") from None
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no log.jsonl that can be read"
+        ) from None
     return [record for _, record in read_log(text)]
 
 
@@ -117,7 +121,8 @@ def smooth(series: Series) -> Series:
 
 
 def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:
-    """Of a y axis: what the settled runs span, without the first twentieth of each and its rare spikes."""
+    """Of a y axis: what the settled runs span, without the first twentieth of each and its rare
+    spikes."""
     import numpy as np
 
     settled = [y for series in all_series for _, y in series[len(series) // 20 :]]
@@ -136,9 +141,13 @@ def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
     style: Any = STYLE  # its parameter is typed as every key there is
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12, 6.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
-        panels = figure.subplot_mosaic([["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1])
+        panels = figure.subplot_mosaic(
+            [["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1]
+        )
         draw_loss(panels["loss"], runs)
-        draw_panel(panels["speed"], "Tokens per second", [run.speed for run in runs], from_zero=True)
+        draw_panel(
+            panels["speed"], "Tokens per second", [run.speed for run in runs], from_zero=True
+        )
         draw_panel(panels["norm"], "Gradient norm", [run.grad_norm for run in runs])
         for axes in panels.values():
             finish(axes, x)
@@ -151,18 +160,26 @@ def draw_loss(axes: Axes, runs: Sequence[Curves]) -> None:
         draw_line(axes, run.loss, COLOURS[i % len(COLOURS)], run.name)
         if run.val_loss:
             axes.plot(
-                *zip(*run.val_loss), "o", color=COLOURS[i % len(COLOURS)], markeredgecolor="white", markersize=8,
+                *zip(*run.val_loss),
+                "o",
+                color=COLOURS[i % len(COLOURS)],
+                markeredgecolor="white",
+                markersize=8,
                 zorder=4,
-            )  # fmt: skip
+            )
     if any(run.val_loss for run in runs):
-        axes.plot([], [], "o", color="#666666", markeredgecolor="white", markersize=8, label="validation")
+        axes.plot(
+            [], [], "o", color="#666666", markeredgecolor="white", markersize=8, label="validation"
+        )
     between = limits([run.loss for run in runs] + [run.val_loss[1:] for run in runs])
     if between:
         axes.set_ylim(*between)
     axes.legend(loc="upper right", fontsize=12)
 
 
-def draw_panel(axes: Axes, title: str, all_series: Sequence[Series], from_zero: bool = False) -> None:
+def draw_panel(
+    axes: Axes, title: str, all_series: Sequence[Series], from_zero: bool = False
+) -> None:
     axes.set_title(title)
     for i, series in enumerate(all_series):
         draw_line(axes, series, COLOURS[i % len(COLOURS)])
@@ -203,7 +220,10 @@ def main() -> None:
     if not options.runs:
         raise UserError("which runs? python -m benchmarks.plot runs/A [runs/B ...]")
     folders, out = [Path(run) for run in options.runs], Path(options.out)
-    runs = [curves(folder, options.x, name) for folder, name in zip(folders, names(folders), strict=True)]
+    runs = [
+        curves(folder, options.x, name)
+        for folder, name in zip(folders, names(folders), strict=True)
+    ]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         draw(runs, options.x, out)

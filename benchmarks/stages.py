@@ -1,9 +1,11 @@
-"""What each optimization buys on this machine:  python -m benchmarks.stages --preset gpt2 --out FOLDER [--quick]
+"""What each optimization buys on this machine:
 
-Every stage is the stage before plus one thing, and every figure is read from the log of a real run: train_gpt2.py in
-a process of its own, told by its own options what to leave out. Repetitions go round the whole ladder, so that what
-else the machine does falls on all stages alike. The trade-off: a process for each run costs some ten seconds of
-start-up, so a run is only a few steps long.
+python -m benchmarks.stages --preset gpt2 --out FOLDER [--quick]
+
+Every stage is the stage before plus one thing, and every figure is read from the log of a real run:
+train_gpt2.py in a process of its own, told by its own options what to leave out. Repetitions go
+round the whole ladder, so that what else the machine does falls on all stages alike. The trade-off:
+a process for each run costs some ten seconds of start-up, so a run is only a few steps long.
 """
 
 from __future__ import annotations
@@ -31,19 +33,51 @@ from typing import Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive, time_text
 from base.files import write_json
-from benchmarks.ladder import LADDER, Machine, Plan, Rung, Settings, default_settings, ladder, scaling_points
+from benchmarks.ladder import (
+    LADDER,
+    Machine,
+    Plan,
+    Rung,
+    Settings,
+    default_settings,
+    ladder,
+    scaling_points,
+)
 from benchmarks.machine import elsewhere
-from benchmarks.stages_report import TOLERANCE, describe, draw, rate, scaling_rows, stage_rows, text_of
-from benchmarks.stages_run import ENGINE, Failed, TimeUp, command, end, execute, figures_of, say, start
+from benchmarks.stages_report import (
+    TOLERANCE,
+    describe,
+    draw,
+    rate,
+    scaling_rows,
+    stage_rows,
+    text_of,
+)
+from benchmarks.stages_run import (
+    ENGINE,
+    Failed,
+    TimeUp,
+    command,
+    end,
+    execute,
+    figures_of,
+    say,
+    start,
+)
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
 ACCUMULATION = 4  # on a CPU
-WARM_UP = {"cuda": 3, "cpu": 2}  # steps that are not counted: compilation, recording of graphs, a heap that grows
+WARM_UP = {
+    "cuda": 3,
+    "cpu": 2,
+}  # steps that are not counted: compilation, recording of graphs, a heap that grows
 TIMED = 4, 12  # steps that are: at least and at most
-LIKELY_STEP = 1.5  # a stage's mean step over the baseline's: later ones are faster and hold more tokens
+LIKELY_STEP = (
+    1.5  # a stage's mean step over the baseline's: later ones are faster and hold more tokens
+)
 WRITING = 6.0  # seconds kept for table and chart
 SCALING, TRACE = "scaling", 0  # the former's name in --only; the number of a traced run
 
@@ -59,7 +93,8 @@ class Options:
     quick: bool = False
     """A small shape (mini, where the preset is larger) and short sequences."""
     minutes: Positive | None = None
-    """Time for all of it; what it leaves out, the same command adds. Default: 10 on a GPU or with --quick, else none."""
+    """Time for all of it; what it leaves out, the same command adds. Default: 10 on a GPU or with
+    --quick, else none."""
     rounds: Count = 3
     """Repetitions of the ladder, as far as the time allows."""
     steps: Count | None = None
@@ -67,15 +102,18 @@ class Options:
     seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere; with --quick 256 and 128."""
     micro_batch: Count | None = None
-    """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows; elsewhere 4, quick 8."""
+    """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows;
+    elsewhere 4, quick 8."""
     ranks: Few | None = None
-    """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the stage ddp)."""
+    """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the
+    stage ddp)."""
     only: str = ""
     """Stages to run, by name, comma-separated; scaling is one of them."""
     data: Wheres = "stdlib"
     """Tokens to train on, as in train_gpt2.py: folders of shards too."""
     tokenizer: Where | None = None
-    """As in train_gpt2.py. Default: the data's own; for stdlib one of GPT-2's size, trained on this machine's Python."""
+    """As in train_gpt2.py. Default: the data's own; for stdlib one of GPT-2's size, trained on this
+    machine's Python."""
     out: Where = "runs/stages"
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
@@ -105,7 +143,9 @@ class Bench:
     def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
         """What was measured of just this run before, or None."""
         try:
-            record = json.loads(self.path(name, number).with_suffix(".json").read_text(encoding="utf-8"))
+            record = json.loads(
+                self.path(name, number).with_suffix(".json").read_text(encoding="utf-8")
+            )
         except (OSError, ValueError):
             return None
         return record if record["settings"] == as_json(settings) else None
@@ -115,7 +155,9 @@ class Bench:
         found = map(lambda number: self.record(name, number, settings), itertools.count(1))
         return [record for record in itertools.takewhile(bool, found) if record]
 
-    def run(self, name: str, number: int, settings: Settings, cores: int | None = None) -> dict[str, Any]:
+    def run(
+        self, name: str, number: int, settings: Settings, cores: int | None = None
+    ) -> dict[str, Any]:
         """Make a run and store its figures. Raises Failed and TimeUp."""
         path, words = self.path(name, number), self.command(name, number, settings)
         shutil.rmtree(path, ignore_errors=True)
@@ -123,15 +165,23 @@ class Bench:
         execute(words, path.with_suffix(".txt"), self.until, cores)
         seconds = time.monotonic() - began
         warm_up = WARM_UP[self.machine.device] if settings.steps is None else 1
-        record = {"settings": as_json(settings), "command": shlex.join(words), "wall_seconds": seconds}
+        record = {
+            "settings": as_json(settings),
+            "command": shlex.join(words),
+            "wall_seconds": seconds,
+        }
         record |= figures_of(path, warm_up)
-        for large in ("final", "profile"):  # a model of a few steps, and the trace, which has been read
+        for large in (
+            "final",
+            "profile",
+        ):  # a model of a few steps, and the trace, which has been read
             shutil.rmtree(path / large, ignore_errors=True)
         write_json(path.with_suffix(".json"), record)
         return record
 
     def attempt(self, name: str, number: int, settings: Settings, cores: int | None = None) -> None:
-        """Make a run that the folder lacks and say how it went; one that fails is noted. Raises TimeUp."""
+        """Make a run that the folder lacks and say how it went; one that fails is noted. Raises
+        TimeUp."""
         if name in self.failed:
             self.total -= 1
             return
@@ -146,7 +196,9 @@ class Bench:
         self.done += 1
         if record:
             self.spent[name] = record["wall_seconds"]
-        text = f"{rate(record):>10,.0f} tokens/s, {took}" if record else f"failed: {self.failed[name]}"
+        text = (
+            f"{rate(record):>10,.0f} tokens/s, {took}" if record else f"failed: {self.failed[name]}"
+        )
         say(f"[{self.done}/{self.total}] {name:<22} {text}; about {time_text(self.rest())} left")
 
     def make_room(self, name: str) -> None:
@@ -167,7 +219,8 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 
 def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) -> None:
-    """Make the runs that the folder lacks, round by round, until the time is up; scaling up to `most` ranks."""
+    """Make the runs that the folder lacks, round by round, until the time is up; scaling up to
+    `most` ranks."""
     wanted = [rung for rung in ladder(bench.machine, only) if rung.skipped is None]
     points = distinct_points(most)
     bench.total = rounds * (len(wanted) + len(points)) + sum(ranks > 1 for ranks, _ in points)
@@ -177,7 +230,11 @@ def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) ->
             measure_ceilings(bench, number)
             for name in [rung.stage.name for rung in wanted]:
                 # asked anew each time: what has failed since is built on no more
-                rung = next(rung for rung in ladder(bench.machine, only, bench.failed) if rung.stage.name == name)
+                rung = next(
+                    rung
+                    for rung in ladder(bench.machine, only, bench.failed)
+                    if rung.stage.name == name
+                )
                 bench.attempt(name, number, rung.settings)
             for point in points:
                 attempt_point(bench, most, point, number)
@@ -196,7 +253,8 @@ def measure_ceilings(bench: Bench, number: int) -> None:
 
 
 def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
-    """Fill the compiler's caches with several stages at a time, so that the timed runs need not wait for it in turn.
+    """Fill the compiler's caches with several stages at a time, so that the timed runs need not
+    wait for it in turn.
 
     What fails here fails again, and is reported, in its own run.
     """
@@ -218,7 +276,9 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
         while True:
             for name, settings in itertools.islice(todo, at_once - len(running)):
                 shutil.rmtree(bench.path(name, 0), ignore_errors=True)
-                running[name] = start(bench.command(name, 0, settings), bench.path(name, 0).with_suffix(".txt"))
+                running[name] = start(
+                    bench.command(name, 0, settings), bench.path(name, 0).with_suffix(".txt")
+                )
             if not running:
                 return
             time.sleep(0.2)
@@ -227,24 +287,35 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 del running[name]
                 shutil.rmtree(bench.path(name, 0), ignore_errors=True)
-                write_json(bench.path(name, 0).with_suffix(".json"), {"settings": as_json(waiting[name])})
+                write_json(
+                    bench.path(name, 0).with_suffix(".json"), {"settings": as_json(waiting[name])}
+                )
     finally:
         for process in running.values():
             end(process)
 
 
 def compiled_part(settings: Settings) -> Settings:
-    """What of the settings the compiler sees, for one step: stages alike in it share their compiled code."""
+    """What of the settings the compiler sees, for one step: stages alike in it share their compiled
+    code."""
     unseen = ("decay-groups", "fused-adamw", "kept-memory")
     return dataclasses.replace(
-        settings, steps=1, accumulation=1, clip=0.0, without=tuple(n for n in settings.without if n not in unseen),
+        settings,
+        steps=1,
+        accumulation=1,
+        clip=0.0,
+        without=tuple(n for n in settings.without if n not in unseen),
         kernels=tuple(n for n in settings.kernels if n != "adamw"),
-    )  # fmt: skip
+    )
 
 
 def distinct_points(most: int) -> list[tuple[int, int]]:
     """Weak and strong scaling share some; none for one rank."""
-    return list(dict.fromkeys(point for points in scaling_points(most).values() for point in points if most > 1))
+    return list(
+        dict.fromkeys(
+            point for points in scaling_points(most).values() for point in points if most > 1
+        )
+    )
 
 
 def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Settings]:
@@ -252,11 +323,14 @@ def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Se
     ranks, each = point
     best = default_settings(bench.machine, bench.failed)
     trace = dict(steps=5, profile=True) if number == TRACE else {}
-    return f"ranks-{ranks}-each-{each}", dataclasses.replace(best, ranks=ranks, accumulation=ranks * each, **trace)
+    return f"ranks-{ranks}-each-{each}", dataclasses.replace(
+        best, ranks=ranks, accumulation=ranks * each, **trace
+    )
 
 
 def attempt_point(bench: Bench, most: int, point: tuple[int, int], number: int) -> None:
-    """A run of a point. On a CPU each rank has the same number of cores, however many ranks there are."""
+    """A run of a point. On a CPU each rank has the same number of cores, however many ranks there
+    are."""
     name, settings = point_of(bench, point, number)
     cores = bench.machine.cores // most * point[0] if bench.machine.device == "cpu" else None
     bench.attempt(name, number, settings, cores)
@@ -268,18 +342,34 @@ def attempt_point(bench: Bench, most: int, point: tuple[int, int], number: int) 
 def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     """The part of the plan that options and machine decide."""
     cuda, names = machine.device == "cuda", list(PRESETS)
-    preset = names[min(names.index(options.preset), names.index("mini"))] if options.quick else options.preset
-    seq_len = options.seq_len or ((256 if options.quick else 1024) if cuda else 128 if options.quick else 256)
+    preset = (
+        names[min(names.index(options.preset), names.index("mini"))]
+        if options.quick
+        else options.preset
+    )
+    seq_len = options.seq_len or (
+        (256 if options.quick else 1024) if cuda else 128 if options.quick else 256
+    )
     micro_batch = options.micro_batch or (8 if options.quick else 4)
     if cuda and not options.micro_batch:
         micro_batch = elsewhere(fitting_micro_batch, preset, seq_len, machine.memory)
-    accumulation = max(1, BATCH_TOKENS // (micro_batch * seq_len)) if cuda and not options.quick else ACCUMULATION
+    accumulation = (
+        max(1, BATCH_TOKENS // (micro_batch * seq_len))
+        if cuda and not options.quick
+        else ACCUMULATION
+    )
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    ranks = max(n for n in range(1, most + 1) if accumulation % n == 0)  # its batch is that of the stage before
+    ranks = max(
+        n for n in range(1, most + 1) if accumulation % n == 0
+    )  # its batch is that of the stage before
     return dict(
-        preset=preset, seq_len=seq_len, micro_batch=micro_batch, accumulation=accumulation, ranks=ranks,
+        preset=preset,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        ranks=ranks,
         data=options.data,
-    )  # fmt: skip
+    )
 
 
 def engine_hash() -> str:
@@ -290,13 +380,19 @@ def engine_hash() -> str:
 
 def identity_of(options: Options, machine: Machine, shape: Mapping[str, Any]) -> dict[str, Any]:
     """What the figures of one table have in common, by name."""
-    known = {"device": machine.device, "hardware": machine.name, "threads": machine.threads, "engine": engine_hash()}
+    known = {
+        "device": machine.device,
+        "hardware": machine.name,
+        "threads": machine.threads,
+        "engine": engine_hash(),
+    }
     asked = {"tokenizer": options.tokenizer, "steps": options.steps}
     return dict(shape) | asked | known | machine.facts["versions"]
 
 
 def make_plan(options: Options, machine: Machine, folder: Path, until: float) -> Plan:
-    """The plan that the folder holds, or a new one. Raises UserError where the folder's is another."""
+    """The plan that the folder holds, or a new one. Raises UserError where the folder's is
+    another."""
     shape = shape_of(options, machine)
     identity = identity_of(options, machine, shape)
     file = folder / "plan.json"
@@ -304,12 +400,21 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
         return stored_plan(file, identity)
     say("preparing the tokens ...")
     tokenizer, vocabulary, flops = elsewhere(
-        prepare, shape["preset"], shape["seq_len"], options.data, options.tokenizer, folder / "cache"
+        prepare,
+        shape["preset"],
+        shape["seq_len"],
+        options.data,
+        options.tokenizer,
+        folder / "cache",
     )
     steps = options.steps or WARM_UP[machine.device] + TIMED[0]
-    plan = Plan(**shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops)
+    plan = Plan(
+        **shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops
+    )
     if options.steps is None and until < math.inf:
-        plan = dataclasses.replace(plan, steps=affordable_steps(Bench(folder, machine, plan, until)))
+        plan = dataclasses.replace(
+            plan, steps=affordable_steps(Bench(folder, machine, plan, until))
+        )
     write_json(file, {"identity": identity, "plan": dataclasses.asdict(plan)})
     return plan
 
@@ -321,10 +426,15 @@ def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
         then, plan = stored["identity"], Plan(**stored["plan"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not of a ladder; choose another --out") from None
-    differ = [f"{k} was {then.get(k)}, is {identity.get(k)}" for k in then | identity if then.get(k) != identity.get(k)]
+    differ = [
+        f"{k} was {then.get(k)}, is {identity.get(k)}"
+        for k in then | identity
+        if then.get(k) != identity.get(k)
+    ]
     if differ:
         raise UserError(
-            f"{file.parent} holds another ladder ({'; '.join(differ)}); give the same options or another --out"
+            f"{file.parent} holds another ladder ({'; '.join(differ)}); give the same options or "
+            "another --out"
         )
     return plan
 
@@ -344,7 +454,8 @@ def affordable_steps(bench: Bench) -> int:
 
 
 def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int:
-    """Steps that fit into a run of `seconds` with its start-up; those that count are within TIMED."""
+    """Steps that fit into a run of `seconds` with its start-up; those that count are within
+    TIMED."""
     fit = int((seconds - start_up) / step) - warm_up
     return warm_up + min(max(fit, TIMED[0]), TIMED[1])
 
@@ -353,35 +464,54 @@ def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int
 
 
 def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
-    """Write stages.json, stages.md and stages.png from the folder's runs; returns the text of the second."""
+    """Write stages.json, stages.md and stages.png from the folder's runs; returns the text of the
+    second."""
     machine, plan = bench.machine, bench.plan
     records = {
-        rung.stage.name: bench.records(rung.stage.name, rung.settings) for rung in ladder(machine, None, bench.failed)
+        rung.stage.name: bench.records(rung.stage.name, rung.settings)
+        for rung in ladder(machine, None, bench.failed)
     }
     known = [name for name, found in records.items() if found or only is None or name in only]
     rungs = ladder(machine, known, bench.failed)  # what a stage is measured against is among these
     measured = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
     ]
-    ceilings = {name: statistics.median(of[name] for of in measured) for name in (measured[0] if measured else ())}
-    sheet = {name: peak_flops(machine.name, name) if machine.device == "cuda" else None for name in ceilings}
+    ceilings = {
+        name: statistics.median(of[name] for of in measured)
+        for name in (measured[0] if measured else ())
+    }
+    sheet = {
+        name: peak_flops(machine.name, name) if machine.device == "cuda" else None
+        for name in ceilings
+    }
     points: dict[tuple[int, int], tuple[list[dict[str, Any]], dict[str, Any] | None]] = {
-        point: (bench.records(*point_of(bench, point, 1)), trace_of(bench, point)) for point in distinct_points(most)
+        point: (bench.records(*point_of(bench, point, 1)), trace_of(bench, point))
+        for point in distinct_points(most)
     }
     result = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": dataclasses.asdict(machine), "plan": dataclasses.asdict(plan), "engine": engine_hash(),
-        "warm_up": WARM_UP[machine.device], "tolerance": TOLERANCE, "ceilings": ceilings, "data_sheet": sheet,
+        "machine": dataclasses.asdict(machine),
+        "plan": dataclasses.asdict(plan),
+        "engine": engine_hash(),
+        "warm_up": WARM_UP[machine.device],
+        "tolerance": TOLERANCE,
+        "ceilings": ceilings,
+        "data_sheet": sheet,
         "stages": stage_rows(rungs, records, bench.failed, plan, machine, ceilings, sheet),
         "scaling": scaling_rows(points, most) if points else [],
-    }  # fmt: skip
+    }
     text = text_of(result, plan, machine)
     write_json(bench.folder / "stages.json", result)
     (bench.folder / "stages.md").write_text(text, encoding="utf-8")
     if importlib.util.find_spec("matplotlib"):
-        draw(result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png")
+        draw(
+            result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png"
+        )
     else:
-        say("matplotlib is not installed: no chart was drawn; the same command draws it where it is")
+        say(
+            "matplotlib is not installed: no chart was drawn; the same command draws it where it is"
+        )
     return text
 
 
@@ -396,13 +526,17 @@ def asked_stages(only: str) -> list[str] | None:
     known = [*(stage.name for stage in LADDER), SCALING]
     for name in names:
         if name not in known:
-            raise UserError(f"--only {name}: no such stage{nearest(name, known)}; there are {', '.join(known)}")
+            raise UserError(
+                f"--only {name}: no such stage{nearest(name, known)}; there are {', '.join(known)}"
+            )
     return names or None
 
 
 def check(options: Options) -> None:
     """Raise UserError for a number out of its range."""
-    at_least: dict[str, float] = dict(rounds=1, seq_len=1, micro_batch=1, steps=max(WARM_UP.values()) + 1, minutes=1)
+    at_least: dict[str, float] = dict(
+        rounds=1, seq_len=1, micro_batch=1, steps=max(WARM_UP.values()) + 1, minutes=1
+    )
     for name, least in at_least.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -410,7 +544,8 @@ def check(options: Options) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` with places for runs and caches, which git passes over. What is compiled stays there too."""
+    """`folder` with places for runs and caches, which git passes over. What is compiled stays there
+    too."""
     for name in ("cache", "runs"):
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -426,7 +561,10 @@ def ended(bench: Bench) -> int:
     for name, line in bench.failed.items():
         say(f"{name} failed: {line}")
     if bench.done < bench.total:
-        say(f"the time was up after {bench.done} of {bench.total} runs; the same command makes the others")
+        say(
+            f"the time was up after {bench.done} of {bench.total} runs; the same command makes the "
+            "others"
+        )
     return 1 if bench.failed else 0
 
 
@@ -445,8 +583,15 @@ def main() -> int:
     make_folder(folder)
     until = began + 60 * minutes - WRITING
     plan = make_plan(options, machine, folder, until)
-    limit = f"{minutes:g} minutes" if minutes < math.inf else "no limit of time: see what is left after the first run"
-    say(f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; {limit}")
+    limit = (
+        f"{minutes:g} minutes"
+        if minutes < math.inf
+        else "no limit of time: see what is left after the first run"
+    )
+    say(
+        f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; "
+        f"{limit}"
+    )
     bench = Bench(folder, machine, plan, until)
     most = most if only is None or SCALING in only else 1
     try:

@@ -1,4 +1,5 @@
-"""What benchmarks.stages found, as figures, a table and a chart. Needs neither torch nor the machine."""
+"""What benchmarks.stages found, as figures, a table and a chart. Needs neither torch nor the
+machine."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from benchmarks.table import markdown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Relative, of the last loss: how far rounding alone takes two runs of a few steps apart. The coarser precision counts.
+# Relative, of the last loss: how far rounding alone takes two runs of a few steps apart. The
+# coarser precision counts.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-3, "fp8": 1e-2}
 
 Record = Mapping[str, Any]  # the figures of one run
@@ -32,7 +34,8 @@ def rate(record: Record) -> float:
 
 
 def ratio(mine: Sequence[Record], other: Sequence[Record]) -> float | None:
-    """Speed over the other's, the median over runs of the same round: a slow minute falls on both."""
+    """Speed over the other's, the median over runs of the same round: a slow minute falls on
+    both."""
     pairs = list(zip(mine, other))
     return statistics.median(rate(a) / rate(b) for a, b in pairs) if pairs else None
 
@@ -43,7 +46,9 @@ def last_loss(records: Sequence[Record]) -> float | None:
     return statistics.median(losses) if losses and None not in losses else None
 
 
-def compare_loss(loss: float | None, before: float | None, precisions: Iterable[str], by_design: bool) -> str:
+def compare_loss(
+    loss: float | None, before: float | None, precisions: Iterable[str], by_design: bool
+) -> str:
     """same, by design, differs or not finite; nothing where there is nothing to compare with."""
     if loss is None:
         return "not finite"
@@ -63,7 +68,8 @@ def stage_rows(
     ceilings: Mapping[str, float],
     sheet: Mapping[str, float | None],
 ) -> list[dict[str, Any]]:
-    """One row a stage. status: kept, branch, skipped, failed, or not reached; the last three have no figures.
+    """One row a stage. status: kept, branch, skipped, failed, or not reached; the last three have
+    no figures.
 
     `ceilings` and `sheet` are FLOP/s of one device by precision, measured and as its maker says.
     """
@@ -71,21 +77,38 @@ def stage_rows(
     precision_of = {rung.stage.name: rung.settings.precision for rung in rungs}
     for rung in rungs:
         name, precision, mine = rung.stage.name, rung.settings.precision, records[rung.stage.name]
-        row: dict[str, Any] = {"stage": name, "adds": rung.stage.adds, "precision": precision, "reason": rung.skipped}
+        row: dict[str, Any] = {
+            "stage": name,
+            "adds": rung.stage.adds,
+            "precision": precision,
+            "reason": rung.skipped,
+        }
         if rung.skipped or name in failed or not mine:
             status = "skipped" if rung.skipped else "failed" if name in failed else "not reached"
             rows.append(row | {"status": status, "reason": rung.skipped or failed.get(name)})
             continue
         row |= {"status": "kept" if rung.kept else "branch", "before": rung.before} | speed(mine)
         before = records[rung.before] if rung.before else ()
-        row |= {"x_before": ratio(mine, before), "x_first": ratio(mine, records.get("baseline", ()))}
+        row |= {
+            "x_before": ratio(mine, before),
+            "x_first": ratio(mine, records.get("baseline", ())),
+        }
         row["devices"] = (rung.settings.ranks or plan.ranks) if machine.device == "cuda" else 1
-        on_it = rung.settings.device == machine.device  # what is not (the CPU beside a GPU) has no share of its ceiling
-        for share, flops in (("mfu_measured", ceilings.get(precision)), ("mfu_sheet", sheet.get(precision))):
+        on_it = (
+            rung.settings.device == machine.device
+        )  # what is not (the CPU beside a GPU) has no share of its ceiling
+        for share, flops in (
+            ("mfu_measured", ceilings.get(precision)),
+            ("mfu_sheet", sheet.get(precision)),
+        ):
             peak = row["devices"] * flops if flops and on_it else None
             row[share] = row["tokens_per_second"] * plan.flops_per_token / peak if peak else None
         precisions = {precision, precision_of.get(rung.before or "", precision)}
-        row["loss_is"] = compare_loss(row["loss"], last_loss(before), precisions, rung.by_design) if on_it else ""
+        row["loss_is"] = (
+            compare_loss(row["loss"], last_loss(before), precisions, rung.by_design)
+            if on_it
+            else ""
+        )
         rows.append(row)
     return rows
 
@@ -122,20 +145,37 @@ def scaling_rows(
             if not timed:
                 continue
             gain = ratio(timed, first)
-            rows.append({
-                "kind": kind, "ranks": ranks, "micro_batches_per_rank": each, "rounds": len(timed),
-                "tokens_per_second": statistics.median(map(rate, timed)), "speedup": gain,
-                "efficiency": gain and gain / ranks, "communication": trace and trace["communication"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "kind": kind,
+                    "ranks": ranks,
+                    "micro_batches_per_rank": each,
+                    "rounds": len(timed),
+                    "tokens_per_second": statistics.median(map(rate, timed)),
+                    "speedup": gain,
+                    "efficiency": gain and gain / ranks,
+                    "communication": trace and trace["communication"],
+                }
+            )
     return rows
 
 
 # --- the table
 
 HEAD = (
-    "stage", "adds", "ms a step", "tokens/s", "slowest-fastest", "x before", "x first", "MFU measured", "MFU sheet",
-    "peak memory", "loss", "note",
-)  # fmt: skip
+    "stage",
+    "adds",
+    "ms a step",
+    "tokens/s",
+    "slowest-fastest",
+    "x before",
+    "x first",
+    "MFU measured",
+    "MFU sheet",
+    "peak memory",
+    "loss",
+    "note",
+)
 LONGEST = 90  # letters of a reason
 WORDS = (0, 1, len(HEAD) - 1)  # columns of words
 
@@ -151,10 +191,20 @@ def times(value: float | None) -> str:
 def note(row: Record) -> str:
     """The last column: what is to be known beside the figures."""
     if "step_ms" not in row:
-        text = f"{row['status']}: {row['reason']}".replace("|", "/") if row["reason"] else row["status"]
+        text = (
+            f"{row['status']}: {row['reason']}".replace("|", "/")
+            if row["reason"]
+            else row["status"]
+        )
         return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    loss = {"differs": ["LOSS DIFFERS"], "by design": ["loss by design"], "not finite": ["loss not finite"]}
-    return ", ".join([*["branch"] * (row["status"] == "branch"), *loss.get(row["loss_is"], []), *row["warnings"]])
+    loss = {
+        "differs": ["LOSS DIFFERS"],
+        "by design": ["loss by design"],
+        "not finite": ["loss not finite"],
+    }
+    return ", ".join(
+        [*["branch"] * (row["status"] == "branch"), *loss.get(row["loss_is"], []), *row["warnings"]]
+    )
 
 
 def cells(row: Record) -> list[str]:
@@ -162,64 +212,111 @@ def cells(row: Record) -> list[str]:
     figures = [""] * (len(HEAD) - len(WORDS))
     if "step_ms" in row:
         figures = [
-            f"{row['step_ms']:,.1f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row['step_ms']:,.1f}",
+            f"{row['tokens_per_second']:,.0f}",
             f"{row['slowest']:,.0f}-{row['fastest']:,.0f}" if row["rounds"] > 1 else "",
-            times(row["x_before"]), times(row["x_first"]), percent(row["mfu_measured"]), percent(row["mfu_sheet"]),
-            bytes_text(row["memory_bytes"]), "" if row["loss"] is None else f"{row['loss']:.4f}",
-        ]  # fmt: skip
+            times(row["x_before"]),
+            times(row["x_first"]),
+            percent(row["mfu_measured"]),
+            percent(row["mfu_sheet"]),
+            bytes_text(row["memory_bytes"]),
+            "" if row["loss"] is None else f"{row['loss']:.4f}",
+        ]
     return [row["stage"], row["adds"], *figures, note(row)]
 
 
 def describe(plan: Plan, machine: Machine) -> str:
     """What was measured and where."""
-    hardware = f"{machine.name}, {machine.threads} threads" if machine.device == "cpu" else machine.name
-    return f"{plan.preset}, {plan.micro_batch} x {plan.seq_len} tokens, vocabulary {plan.vocabulary:,}, on {hardware}"
+    hardware = (
+        f"{machine.name}, {machine.threads} threads" if machine.device == "cpu" else machine.name
+    )
+    return (
+        f"{plan.preset}, {plan.micro_batch} x {plan.seq_len} tokens, vocabulary "
+        f"{plan.vocabulary:,}, on {hardware}"
+    )
 
 
 def text_of(result: Record, plan: Plan, machine: Machine) -> str:
     """stages.md"""
-    versions = ", ".join(f"{name} {version}" for name, version in machine.facts["versions"].items() if version)
-    ceilings = ", ".join(f"{name} {value / 1e12:,.2f}" for name, value in result["ceilings"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in machine.facts["versions"].items() if version
+    )
+    ceilings = ", ".join(
+        f"{name} {value / 1e12:,.2f}" for name, value in result["ceilings"].items()
+    )
     tolerance = ", ".join(f"{name} {value:g}" for name, value in result["tolerance"].items())
     text = (
         f"{describe(plan, machine)}, {result['date'][:10]}: {versions}.\n\n"
         f"{markdown(HEAD, map(cells, result['stages']), WORDS)}\n\n"
-        "Each stage is the last one above it that is no branch, plus one thing; x before is over that one. Medians over "
-        f"runs of {plan.steps} steps, the first {result['warm_up']} not\ncounted; the runs go round the ladder. From "
-        f"accumulation on a step has {plan.accumulation * plan.micro_batch * plan.seq_len:,} tokens. MFU counts "
-        f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token (6N + 12 L d T),\nagainst large matrix products in the stage's "
-        f"precision, measured in this run (TFLOP/s: {ceilings or 'none'}), and against the maker's data sheet.\nLoss is "
-        f"the last step's; it counts as that of the stage before within a relative {tolerance}, the coarser of the "
+        "Each stage is the last one above it that is no branch, plus one thing; x before is over "
+        "that one. Medians over "
+        f"runs of {plan.steps} steps, the first {result['warm_up']} not\ncounted; the runs go "
+        "round the ladder. From "
+        f"accumulation on a step has {plan.accumulation * plan.micro_batch * plan.seq_len:,} "
+        "tokens. MFU counts "
+        f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token (6N + 12 L d T),\nagainst large matrix "
+        "products in the stage's "
+        f"precision, measured in this run (TFLOP/s: {ceilings or 'none'}), and against the maker's "
+        "data sheet.\nLoss is "
+        f"the last step's; it counts as that of the stage before within a relative {tolerance}, "
+        "the coarser of the "
         "two.\n"
     )
     return text + (scaling_text(result["scaling"], machine) if result["scaling"] else "")
 
 
 def scaling_text(rows: Sequence[Record], machine: Machine) -> str:
-    head = ("scaling", "ranks", "micro-batches a rank", "tokens/s", "speed-up", "of linear", "communication")
+    head = (
+        "scaling",
+        "ranks",
+        "micro-batches a rank",
+        "tokens/s",
+        "speed-up",
+        "of linear",
+        "communication",
+    )
     lines = [
-        [row["kind"], str(row["ranks"]), str(row["micro_batches_per_rank"]), f"{row['tokens_per_second']:,.0f}",
-         times(row["speedup"]), percent(row["efficiency"]), percent(row["communication"])]
+        [
+            row["kind"],
+            str(row["ranks"]),
+            str(row["micro_batches_per_rank"]),
+            f"{row['tokens_per_second']:,.0f}",
+            times(row["speedup"]),
+            percent(row["efficiency"]),
+            percent(row["communication"]),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     cuda = machine.device == "cuda"
-    how = "NCCL's kernels beside no other kernel" if cuda else "gloo's collectives beside no operation of PyTorch's"
+    how = (
+        "NCCL's kernels beside no other kernel"
+        if cuda
+        else "gloo's collectives beside no operation of PyTorch's"
+    )
     cores = "" if cuda else " Every rank has the same number of cores."
     return (
-        f"\n{markdown(head, lines, (0,))}\n\nWeak scaling: a micro-batch a rank; strong: the same batch on all ranks. "
-        f"Communication: the share of three traced steps of rank 0 in which\nit waits for other ranks ({how}).{cores}\n"
+        f"\n{markdown(head, lines, (0,))}\n\nWeak scaling: a micro-batch a rank; strong: the same "
+        "batch on all ranks. "
+        "Communication: the share of three traced steps of rank 0 in which\nit waits for other "
+        f"ranks ({how}).{cores}\n"
     )
 
 
 # --- the chart
 
 KEPT, BRANCH, FAILURE, DARK, PALE = COLOURS[0], COLOURS[5], COLOURS[1], "#222222", "#8a8a8a"
-LOOK = STYLE | {"font.size": 11.5, "axes.spines.left": False, "axes.grid.axis": "x", "axes.axisbelow": True}
+LOOK = STYLE | {
+    "font.size": 11.5,
+    "axes.spines.left": False,
+    "axes.grid.axis": "x",
+    "axes.axisbelow": True,
+}
 WHITE = dict(facecolor="white", edgecolor="none", alpha=0.95, pad=1.0)  # behind text
 
 
 def draw(result: Record, title: str, out: Path) -> None:
-    """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone would set."""
+    """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone
+    would set."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window system is looked for
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -227,7 +324,10 @@ def draw(result: Record, title: str, out: Path) -> None:
     rows, style = joined(result["stages"]), dict[str, Any](LOOK)
     most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
     with matplotlib.rc_context(style):  # ty: ignore[invalid-argument-type]
-        figure = Figure(figsize=(13, 2.2 + 0.42 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
+        figure = Figure(
+            figsize=(13, 2.2 + 0.42 * len(rows)),
+            layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1),
+        )
         axes = figure.subplots()
         axes.set_xlim(0, 1.35 * most)
         axes.set_ylim(len(rows) - 0.4, -1.0)
@@ -241,7 +341,9 @@ def draw(result: Record, title: str, out: Path) -> None:
 def joined(rows: Sequence[Record]) -> list[Record]:
     """The rows to draw: stages that are skipped one after another for the same reason share one."""
     drawn: list[Record] = []
-    for (status, _), group in itertools.groupby(rows, key=lambda row: (row["status"], row["reason"])):
+    for (status, _), group in itertools.groupby(
+        rows, key=lambda row: (row["status"], row["reason"])
+    ):
         several = list(group)
         if status == "skipped" and len(several) > 1:
             names = f"{several[0]['stage']} to {several[-1]['stage']}"
@@ -265,35 +367,70 @@ def draw_row(axes: Axes, y: int, row: Record) -> None:
     right: dict[str, Any] = dict(textcoords="offset points", va="center", zorder=5)
     if "step_ms" not in row:
         axes.annotate(
-            note(row), (0, y), (6, 0), color=FAILURE if row["status"] == "failed" else PALE, style="italic", **right
+            note(row),
+            (0, y),
+            (6, 0),
+            color=FAILURE if row["status"] == "failed" else PALE,
+            style="italic",
+            **right,
         )
         return
     value, kept = row["tokens_per_second"], row["status"] == "kept"
-    look: dict[str, Any] = dict(color=KEPT) if kept else dict(facecolor="white", edgecolor=BRANCH, hatch="////")
+    look: dict[str, Any] = (
+        dict(color=KEPT) if kept else dict(facecolor="white", edgecolor=BRANCH, hatch="////")
+    )
     axes.barh(y, value, height=0.66, zorder=2, **look)
     axes.plot([row["slowest"], row["fastest"]], [y, y], color=DARK, linewidth=1.3, zorder=3)
     text = f"{value:,.0f}" + (f"   × {row['x_before']:.2f}" if row["x_before"] else "")
-    text += {"differs": "   loss differs", "not finite": "   loss not finite"}.get(row["loss_is"], "")
+    text += {"differs": "   loss differs", "not finite": "   loss not finite"}.get(
+        row["loss_is"], ""
+    )
     weight = "bold" if kept and (row["x_before"] or 1) >= 1.05 else "normal"
-    axes.annotate(text, (row["fastest"], y), (7, 0), color=DARK if kept else PALE, weight=weight, bbox=WHITE, **right)
+    axes.annotate(
+        text,
+        (row["fastest"], y),
+        (7, 0),
+        color=DARK if kept else PALE,
+        weight=weight,
+        bbox=WHITE,
+        **right,
+    )
 
 
 def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
-    """Where a stage would be if large matrix products in its precision were all there is: a line beside its rows."""
+    """Where a stage would be if large matrix products in its precision were all there is: a line
+    beside its rows."""
     edge = axes.get_xlim()[1]
-    groups = itertools.groupby(enumerate(rows), key=lambda item: (item[1]["precision"], item[1].get("devices", 1)))
+    groups = itertools.groupby(
+        enumerate(rows), key=lambda item: (item[1]["precision"], item[1].get("devices", 1))
+    )
     for (precision, devices), group in groups:
         ys = [y for y, row in group if row["stage"] != "cpu" and "step_ms" in row]
         ceiling = result["ceilings"].get(precision)
         if not ys or not ceiling:
             continue
         x = devices * ceiling / result["plan"]["flops_per_token"]
-        axes.plot([x, x], [ys[0] - 0.5, ys[-1] + 0.5], color=DARK, linestyle=(0, (4, 2)), linewidth=1.4, zorder=4)
+        axes.plot(
+            [x, x],
+            [ys[0] - 0.5, ys[-1] + 0.5],
+            color=DARK,
+            linestyle=(0, (4, 2)),
+            linewidth=1.4,
+            zorder=4,
+        )
         text, left = f"{precision} products alone: {short_number(x)}", x > 0.75 * edge
         axes.annotate(
-            text + (" →" if x > edge else ""), (min(x, edge), ys[0] - 0.5), (-4 if left else 4, 1), fontsize=9,
-            textcoords="offset points", ha="right" if left else "left", va="bottom", color=DARK, bbox=WHITE, zorder=6,
-        )  # fmt: skip
+            text + (" →" if x > edge else ""),
+            (min(x, edge), ys[0] - 0.5),
+            (-4 if left else 4, 1),
+            fontsize=9,
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="bottom",
+            color=DARK,
+            bbox=WHITE,
+            zorder=6,
+        )
 
 
 def finish(axes: Axes, title: str, below: str) -> None:
@@ -306,7 +443,12 @@ def finish(axes: Axes, title: str, below: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.tick_params(length=0)
     axes.set_title(title, fontsize=17, pad=30)
-    axes.annotate(below, (0, 1), (0, 12), "axes fraction", "offset points", fontsize=10.5, color="#555555")
+    axes.annotate(
+        below, (0, 1), (0, 12), "axes fraction", "offset points", fontsize=10.5, color="#555555"
+    )
     branch = "a branch: not what the engine does here by itself"
-    handles = [Patch(color=KEPT, label="kept"), Patch(facecolor="white", edgecolor=BRANCH, hatch="////", label=branch)]
+    handles = [
+        Patch(color=KEPT, label="kept"),
+        Patch(facecolor="white", edgecolor=BRANCH, hatch="////", label=branch),
+    ]
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=10)

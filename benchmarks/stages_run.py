@@ -1,4 +1,5 @@
-"""One run of benchmarks.stages: its command, its process, and the figures in its log and its trace."""
+"""One run of benchmarks.stages: its command, its process, and the figures in its log and its
+trace."""
 
 from __future__ import annotations
 
@@ -32,18 +33,39 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]
     ranks = settings.ranks or plan.ranks
     micro_batch = settings.micro_batch or plan.micro_batch
     options: dict[str, Any] = {
-        "preset": plan.preset, "data": plan.data, "tokenizer": plan.tokenizer, "cache": cache, "seed": SEED,
-        "device": settings.device, "seq-len": plan.seq_len, "micro-batch": micro_batch,
+        "preset": plan.preset,
+        "data": plan.data,
+        "tokenizer": plan.tokenizer,
+        "cache": cache,
+        "seed": SEED,
+        "device": settings.device,
+        "seq-len": plan.seq_len,
+        "micro-batch": micro_batch,
         "batch-tokens": micro_batch * plan.seq_len * (settings.accumulation or plan.accumulation),
-        "steps": settings.steps or plan.steps, "lr": LEARNING_RATE, "schedule": "constant", "warmup-steps": 0,
-        "clip": settings.clip, "precision": settings.precision, "kernels": ",".join(settings.kernels) or "torch",
-        "eval-every": 0, "save-every": 0, "sample-every": 0, "log-every": 0, "resume": "never", "out": out,
-    }  # fmt: skip
+        "steps": settings.steps or plan.steps,
+        "lr": LEARNING_RATE,
+        "schedule": "constant",
+        "warmup-steps": 0,
+        "clip": settings.clip,
+        "precision": settings.precision,
+        "kernels": ",".join(settings.kernels) or "torch",
+        "eval-every": 0,
+        "save-every": 0,
+        "sample-every": 0,
+        "log-every": 0,
+        "resume": "never",
+        "out": out,
+    }
     words = [sys.executable]
     if ranks > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     words.append(str(ENGINE / "train_gpt2.py"))
-    words += [str(word) for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    words += [
+        str(word)
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name}", value)
+    ]
     words.append("--compile" if settings.compile else "--no-compile")
     words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
     return words + (["--without", *settings.without] if settings.without else [])
@@ -58,9 +80,12 @@ class TimeUp(Exception):
 
 
 def start(words: Sequence[str], output: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, on some of the cores or all, its output in a file."""
+    """Start a command in a session of its own, on some of the cores or all, its output in a
+    file."""
     with output.open("w", encoding="utf-8") as file, on_cores(cores):
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 @contextlib.contextmanager
@@ -100,7 +125,11 @@ def execute(words: Sequence[str], output: Path, until: float, cores: int | None 
 def last_error(output: str, code: int) -> str:
     """The line that names the error: torchrun adds many after it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(\[\w+\]:?\s*)?(error|[\w.]*(Error|Exception)): ", line)]
+    named = [
+        line
+        for line in lines
+        if re.match(r"(\[\w+\]:?\s*)?(error|[\w.]*(Error|Exception)): ", line)
+    ]
     named = [line for line in named if "ChildFailedError" not in line] or lines[-1:]
     return named[-1] if named else f"it ended with code {code}"
 
@@ -118,15 +147,17 @@ def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
     }
     trace = run / "profile" / "trace.json"
     if trace.exists():
-        figures["communication"] = communication_share(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
+        figures["communication"] = communication_share(
+            json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        )
     return figures
 
 
 def communication_share(events: Sequence[Mapping[str, Any]]) -> float:
     """Share of the traced steps in which ranks talk and this one computes nothing.
 
-    On a GPU: NCCL's kernels without the time of other kernels beside them. On a CPU: gloo's collectives without the
-    time of PyTorch's operations.
+    On a GPU: NCCL's kernels without the time of other kernels beside them. On a CPU: gloo's
+    collectives without the time of PyTorch's operations.
     """
     talk, work, steps = [], [], []
     on_gpu = any(event.get("cat") == "kernel" for event in events)

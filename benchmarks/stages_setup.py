@@ -1,4 +1,5 @@
-"""What benchmarks.stages asks of torch before it starts: the machine and the tokens. Each in a process of its own."""
+"""What benchmarks.stages asks of torch before it starts: the machine and the tokens. Each in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 GPT2_VOCABULARY = 50257  # no multiple of anything, as padding it needs
-TORCH_SOURCE = 8 << 20  # bytes of it beside the standard library: together they have pairs enough for that vocabulary
+TORCH_SOURCE = (
+    8 << 20
+)  # bytes of it beside the standard library: together they have pairs enough for that vocabulary
 
 
 def look(device: str, ranks: int | None) -> Machine:
-    """The machine that is meant. Raises UserError where there is none, or not so many ranks fit on it."""
+    """The machine that is meant. Raises UserError where there is none, or not so many ranks fit on
+    it."""
     import torch
 
     known = facts(device)
@@ -36,7 +40,10 @@ def look(device: str, ranks: int | None) -> Machine:
     devices = torch.cuda.device_count() if cuda else 1
     room = devices if cuda else n_cores
     if ranks is not None and not 1 < ranks <= room:
-        raise UserError(f"--ranks is {ranks}; it must be from 2 to the {room} {'GPUs' if cuda else 'cores'} there are")
+        raise UserError(
+            f"--ranks is {ranks}; it must be from 2 to the {room} {'GPUs' if cuda else 'cores'} "
+            "there are"
+        )
     chosen, without = kernels_of(device, known["native"])
     return Machine(
         device=device,
@@ -44,7 +51,9 @@ def look(device: str, ranks: int | None) -> Machine:
         threads=hardware["threads"],
         cores=n_cores,
         devices=devices,
-        memory=torch.cuda.get_device_properties(0).total_memory if cuda else hardware["memory_bytes"],
+        memory=torch.cuda.get_device_properties(0).total_memory
+        if cuda
+        else hardware["memory_bytes"],
         lacks=lacks(torch.device(device), room) | without,
         kernels=chosen,
         facts=known,
@@ -66,7 +75,8 @@ def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, 
 
 
 def lacks(device: torch.device, room: int) -> dict[str, str]:
-    """What stages need and this machine has not, in the engine's own words; `room`: for how many ranks."""
+    """What stages need and this machine has not, in the engine's own words; `room`: for how many
+    ranks."""
     import torch
 
     from engine.precision import choose_precision, set_products
@@ -83,23 +93,34 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 
     cuda = device.type == "cuda"
     native, why = choose_precision("auto", device)
-    best, plain = (attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False))
+    best, plain = (
+        attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False)
+    )
     reasons = {
-        "products": None if set_products("fp32", device) else "is for CPUs where it is faster than MKL",
+        "products": None
+        if set_products("fp32", device)
+        else "is for CPUs where it is faster than MKL",
         "tf32": refused("tf32"),
         "bf16": None if native == "bf16" else why,
         "compiler": compiler_lacks(device.type),
         "ranks": None if room > 1 else f"there is one {'GPU' if cuda else 'core'}",
         "backend": None if best != plain else f"{best.name.lower()} is the best here already",
-        "heap": "about a CPU's memory" if cuda else None if sys.platform == "linux" else "needs Linux",
+        "heap": "about a CPU's memory"
+        if cuda
+        else None
+        if sys.platform == "linux"
+        else "needs Linux",
         "graphs": missing("cuda") if cuda else "needs a CUDA GPU",
         "fp8": refused("fp8"),
     }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def prepare(preset: str, seq_len: int, data: str, tokenizer: str | None, cache: Path) -> tuple[str | None, int, int]:
-    """Make the tokenizer and the tokens, once; returns the tokenizer, its vocabulary and the FLOPs of a token."""
+def prepare(
+    preset: str, seq_len: int, data: str, tokenizer: str | None, cache: Path
+) -> tuple[str | None, int, int]:
+    """Make the tokenizer and the tokens, once; returns the tokenizer, its vocabulary and the FLOPs
+    of a token."""
     import torch
 
     from engine.data import open_data
@@ -132,12 +153,19 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
-    """The largest power of two up to 32 with which the baseline, which holds the most, fits into a GPU."""
+    """The largest power of two up to 32 with which the baseline, which holds the most, fits into a
+    GPU."""
     from engine.memory import estimate
 
-    baseline: dict[str, Any] = dict(tied_head=False, padded_vocab=False, attention="explicit", chunked_head=False)
+    baseline: dict[str, Any] = dict(
+        tied_head=False, padded_vocab=False, attention="explicit", chunked_head=False
+    )
     config = config_of(preset, seq_len, **baseline)
-    fitting = (n for n in (32, 16, 8, 4, 2) if estimate(config, n, seq_len, device_type="cuda").total < 0.75 * memory)
+    fitting = (
+        n
+        for n in (32, 16, 8, 4, 2)
+        if estimate(config, n, seq_len, device_type="cuda").total < 0.75 * memory
+    )
     return next(fitting, 1)
 
 

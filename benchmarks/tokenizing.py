@@ -1,8 +1,9 @@
 """fineweb_prep.py beside tiktoken alone:  python -m benchmarks.tokenizing --input 'corpus/*.txt'
 
-The text is cut into documents of a few kilobytes and written to a parquet file, which fineweb_prep.py turns into
-shards, timed as a whole process (start, reading, tokenizing, hashing, flushing). tiktoken gets the same documents as
-strings in memory and only makes ids. Same number of threads as processes, in turns.
+The text is cut into documents of a few kilobytes and written to a parquet file, which
+fineweb_prep.py turns into shards, timed as a whole process (start, reading, tokenizing, hashing,
+flushing). tiktoken gets the same documents as strings in memory and only makes ids. Same number of
+threads as processes, in turns.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Options:
 
 
 def documents(spec: str) -> list[str]:
-    """The files' text, cut at the ends of lines into pieces of DOCUMENT characters and a little more."""
+    """The files' text, cut at the ends of lines into pieces of DOCUMENT characters and a little
+    more."""
     from text.corpus import TextFiles, find_files
 
     texts: list[str] = []
@@ -56,7 +58,16 @@ def prepare(parquet: Path, workers: int) -> float:
     """Seconds of a whole fineweb_prep.py."""
     script = Path(__file__).resolve().parent.parent / "fineweb_prep.py"
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, script, "--input", parquet, "--out", f"{folder}/shards", "--workers", workers]
+        words = [
+            sys.executable,
+            script,
+            "--input",
+            parquet,
+            "--out",
+            f"{folder}/shards",
+            "--workers",
+            workers,
+        ]
         words += ["--shard-tokens", 2_000_000]
         began = time.perf_counter()
         subprocess.run(list(map(str, words)), check=True, capture_output=True)
@@ -92,14 +103,24 @@ def main() -> None:
     rates = {name: tokens / statistics.median(of) for name, of in seconds.items()}
     ratios = sorted(t / p for p, t in zip(*seconds.values(), strict=True))
     record = {
-        "date": str(datetime.date.today()), "workers": workers, "documents": len(texts), "tokens": tokens,
-        "seconds": seconds, "tokens_per_second": rates, "ratio": statistics.median(ratios),
-    }  # fmt: skip
+        "date": str(datetime.date.today()),
+        "workers": workers,
+        "documents": len(texts),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": rates,
+        "ratio": statistics.median(ratios),
+    }
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    (Path(options.out) / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (Path(options.out) / "tokenizing.json").write_text(
+        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+    )
     for name, rate in rates.items():
         print(f"{name:<16}{rate:>12,.0f} tokens/s")
-    print(f"ratio {record['ratio']:.2f} (slowest to fastest {ratios[0]:.2f} to {ratios[-1]:.2f}), {tokens:,} tokens")
+    print(
+        f"ratio {record['ratio']:.2f} (slowest to fastest {ratios[0]:.2f} to {ratios[-1]:.2f}), "
+        f"{tokens:,} tokens"
+    )
 
 
 if __name__ == "__main__":

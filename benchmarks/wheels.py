@@ -1,9 +1,12 @@
-"""Packages for a GPU machine without a network:  make wheels, carry the folder there,  make gpu-check WHEELS=FOLDER
+"""Packages for a GPU machine without a network:
 
-`download` fetches the wheels that a Python with torch alone lacks; `install` puts those that are missing into a folder
-for PYTHONPATH and changes nothing else. Both run before anything is installed, so they need only Python and its pip.
-The trade-off: the packages of one machine are mixed with the wheels of another, and a mix may not work; so a package
-that is there stays, unless a wheel needs another version of it.
+make wheels, carry the folder there,  make gpu-check WHEELS=FOLDER
+
+`download` fetches the wheels that a Python with torch alone lacks; `install` puts those that are
+missing into a folder for PYTHONPATH and changes nothing else. Both run before anything is
+installed, so they need only Python and its pip. The trade-off: the packages of one machine are
+mixed with the wheels of another, and a mix may not work; so a package that is there stays, unless a
+wheel needs another version of it.
 """
 
 from __future__ import annotations
@@ -31,18 +34,32 @@ try:
     from pip._vendor.packaging.tags import sys_tags
     from pip._vendor.packaging.utils import canonicalize_name, parse_wheel_filename
 except ImportError:
-    print(f"error: {sys.executable} has no pip, which installs the wheels; use another PYTHON", file=sys.stderr)
+    print(
+        f"error: {sys.executable} has no pip, which installs the wheels; use another PYTHON",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 LOCK = Path(__file__).resolve().parent.parent / "constraints.txt"
-# What the engine, the GPU's tests and the benchmarks import. Charts and hub data are left out: matplotlib and
-# datasets are larger than all of this together, and nothing that needs a GPU needs them.
+# What the engine, the GPU's tests and the benchmarks import. Charts and hub data are left out:
+# matplotlib and datasets are larger than all of this together, and nothing that needs a GPU needs
+# them.
 WANTED = (
-    "numpy", "safetensors", "tokenizers", "tyro", "rich", "tiktoken", "pytest", "pytest-timeout", "hypothesis",
-    "transformers", "liger-kernel==0.8.5", "litgpt==0.5.13",
-)  # fmt: skip
-# Not fetched: what belongs to torch (another version beside it breaks it, and it is far too large to carry), and what
-# is loaded only to download from a hub.
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "tyro",
+    "rich",
+    "tiktoken",
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+    "transformers",
+    "liger-kernel==0.8.5",
+    "litgpt==0.5.13",
+)
+# Not fetched: what belongs to torch (another version beside it breaks it, and it is far too large
+# to carry), and what is loaded only to download from a hub.
 NOT_WANTED = re.compile(r"torch|triton|nvidia-.*|cuda-.*|setuptools|hf-xet|pytorch-lightning")
 GLIBC = range(5, 40)  # minor versions of glibc 2 whose manylinux wheels are taken
 MEBIBYTE = 1 << 20
@@ -60,14 +77,23 @@ class Wheel:
     def needs(self, environment: dict[str, str] | None = None) -> list[Requirement]:
         """What it requires by itself, with no extras of its own or of what it requires."""
         with zipfile.ZipFile(self.path) as file:
-            (metadata,) = (name for name in file.namelist() if re.fullmatch(r"[^/]*\.dist-info/METADATA", name))
-            lines = HeaderParser().parsestr(file.read(metadata).decode()).get_all("Requires-Dist") or []
+            (metadata,) = (
+                name for name in file.namelist() if re.fullmatch(r"[^/]*\.dist-info/METADATA", name)
+            )
+            lines = (
+                HeaderParser().parsestr(file.read(metadata).decode()).get_all("Requires-Dist") or []
+            )
         here = {**default_environment(), **(environment or {}), "extra": ""}
-        return [need for need in map(Requirement, lines) if need.marker is None or need.marker.evaluate(here)]
+        return [
+            need
+            for need in map(Requirement, lines)
+            if need.marker is None or need.marker.evaluate(here)
+        ]
 
 
 def wheels_of(folder: Path) -> list[Wheel]:
-    """Every wheel of a folder, the newest version of a package last. Raises UserError where there is none."""
+    """Every wheel of a folder, the newest version of a package last. Raises UserError where there
+    is none."""
     tags, found = set(sys_tags()), []
     for path in folder.glob("*.whl"):
         try:
@@ -83,7 +109,14 @@ def wheels_of(folder: Path) -> list[Wheel]:
 
 def pip(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run this Python's pip; its output is printed where it fails."""
-    command = [sys.executable, "-m", "pip", *map(str, words), "--disable-pip-version-check", "--no-input"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *map(str, words),
+        "--disable-pip-version-check",
+        "--no-input",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -91,8 +124,13 @@ def pip(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def download(folder: Path, python: str) -> None:
-    """Fill `folder` with WANTED and all that it needs, for Python `python` on x86-64 Linux. Raises UserError."""
-    target = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": "x86_64"}
+    """Fill `folder` with WANTED and all that it needs, for Python `python` on x86-64 Linux. Raises
+    UserError."""
+    target = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": "x86_64",
+    }
     target |= {
         "sys_platform": "linux",
         "platform_system": "Linux",
@@ -107,20 +145,30 @@ def download(folder: Path, python: str) -> None:
             fetch([pinned(need, lock) for need in todo.values()], Path(new), python)
             seen |= todo.keys()
             needs = [need for wheel in wheels_of(Path(new)) for need in wheel.needs(target)]
-            todo = {name: need for need in needs if (name := canonicalize_name(need.name)) not in seen}
+            todo = {
+                name: need for need in needs if (name := canonicalize_name(need.name)) not in seen
+            }
             todo = {name: need for name, need in todo.items() if not NOT_WANTED.fullmatch(name)}
-        for old in folder.glob("*.whl"):  # of a package that was fetched anew; the install takes one version of each
-            if old.name.partition("-")[0] in {path.name.partition("-")[0] for path in Path(new).iterdir()}:
+        for old in folder.glob(
+            "*.whl"
+        ):  # of a package that was fetched anew; the install takes one version of each
+            if old.name.partition("-")[0] in {
+                path.name.partition("-")[0] for path in Path(new).iterdir()
+            }:
                 old.unlink()
         for path in Path(new).iterdir():
             shutil.move(path, folder)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.whl")}
     largest = ", ".join(sorted(sizes, key=sizes.__getitem__, reverse=True)[:3])
-    print(f"{folder}: {len(sizes)} wheels, {sum(sizes.values()) / MEBIBYTE:.1f} MiB; the largest are {largest}")
+    print(
+        f"{folder}: {len(sizes)} wheels, {sum(sizes.values()) / MEBIBYTE:.1f} MiB; the largest are "
+        f"{largest}"
+    )
 
 
 def pinned(need: Requirement, lock: dict[str, str]) -> str:
-    """The lock's version where it has one, whatever the package that needs it says: that is what was tested."""
+    """The lock's version where it has one, whatever the package that needs it says: that is what
+    was tested."""
     version = lock.get(canonicalize_name(need.name))
     return f"{need.name}=={version}" if version else f"{need.name}{need.specifier}"
 
@@ -131,7 +179,9 @@ def fetch(requirements: Sequence[str], folder: Path, python: str) -> None:
     names += [f"manylinux_2_{minor}_x86_64" for minor in GLIBC]
     platforms = [word for name in names for word in ("--platform", name)]
     target = ("--python-version", python, "--implementation", "cp", *platforms)
-    done = pip("download", "-q", "--no-deps", "--only-binary=:all:", *target, "-d", folder, *requirements)
+    done = pip(
+        "download", "-q", "--no-deps", "--only-binary=:all:", *target, "-d", folder, *requirements
+    )
     if done.returncode:
         raise UserError(f"pip download failed: {last_line(done.stderr)}")
 
@@ -146,7 +196,8 @@ def last_line(text: str) -> str:
 
 
 def install(folder: Path, site: Path) -> None:
-    """Put what this Python lacks into `site`; a wheel that cannot be installed is named and costs the others nothing."""
+    """Put what this Python lacks into `site`; a wheel that cannot be installed is named and costs
+    the others nothing."""
     wheels = wheels_of(folder)
     fitting = {wheel.name: wheel for wheel in wheels if wheel.fits}  # of two versions the newer
     for name in sorted({wheel.name for wheel in wheels} - fitting.keys()):
@@ -157,11 +208,15 @@ def install(folder: Path, site: Path) -> None:
         for wheel in chosen:
             if reason := into(site, [wheel]):
                 print(f"{wheel.name} is left out: {reason}")
-    print(f"{len(chosen)} of {len(fitting)} packages come from {folder}, the others are installed already")
+    print(
+        f"{len(chosen)} of {len(fitting)} packages come from {folder}, the others are installed "
+        "already"
+    )
 
 
 def missing(wheels: dict[str, Wheel]) -> list[Wheel]:
-    """Wheels of packages that this Python lacks, or has in a version that another of the chosen wheels refuses."""
+    """Wheels of packages that this Python lacks, or has in a version that another of the chosen
+    wheels refuses."""
     chosen = [wheel for wheel in wheels.values() if installed(wheel.name) is None]
     for wheel in chosen:  # grows on the way
         for need in needs_of(wheel):
@@ -194,7 +249,16 @@ def installed(name: str) -> str | None:
 
 def into(site: Path, wheels: Sequence[Wheel]) -> str | None:
     """Install wheels as they are; None, or why not."""
-    options = ("--isolated", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", site)
+    options = (
+        "--isolated",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+        "--upgrade",
+        "--target",
+        site,
+    )
     done = pip("install", "-q", *options, *(wheel.path for wheel in wheels))
     return last_line(done.stderr) if done.returncode else None
 
@@ -202,10 +266,16 @@ def into(site: Path, wheels: Sequence[Wheel]) -> str | None:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wheels", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    of_download = commands.add_parser("download", help="fetch the wheels that a Python with torch alone lacks")
+    of_download = commands.add_parser(
+        "download", help="fetch the wheels that a Python with torch alone lacks"
+    )
     of_download.add_argument("folder", type=Path)
-    of_download.add_argument("--python", default="3.12", help="version of Python that will install them")
-    of_install = commands.add_parser("install", help="put what this Python lacks into a folder for PYTHONPATH")
+    of_download.add_argument(
+        "--python", default="3.12", help="version of Python that will install them"
+    )
+    of_install = commands.add_parser(
+        "install", help="put what this Python lacks into a folder for PYTHONPATH"
+    )
     of_install.add_argument("folder", type=Path)
     of_install.add_argument("site", type=Path)
     options = parser.parse_args(argv)
@@ -216,7 +286,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["PIP_CONFIG_FILE"] = os.environ.get("PIP_CONFIG_FILE", "") if "download" in sys.argv else os.devnull
+    os.environ["PIP_CONFIG_FILE"] = (
+        os.environ.get("PIP_CONFIG_FILE", "") if "download" in sys.argv else os.devnull
+    )
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -1,4 +1,5 @@
-"""Text from a model, in every way of decoding: sampled, greedy, beam, contrastive, minimum Bayes risk, ensemble."""
+"""Text from a model, in every way of decoding: sampled, greedy, beam, contrastive, minimum Bayes
+risk, ensemble."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from decoding.similarity import pairwise_chrf
 from model import GPT
 from text.tokenizer import Tokenizer
 
-CANDIDATES_AT_ONCE = 64  # rows of a batch when several texts are made for each prompt: what bounds their cache
+CANDIDATES_AT_ONCE = (
+    64  # rows of a batch when several texts are made for each prompt: what bounds their cache
+)
 
 
 @torch.inference_mode()
@@ -30,13 +33,15 @@ def generate(
     tokenizer: Tokenizer | None = None,
     stop_lines: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continuation of each prompt (token ids), ended before `eot`, with its last line or after `max_new_tokens`.
+    """Continuation of each prompt (token ids), ended before `eot`, with its last line or after
+    `max_new_tokens`.
 
-    `on_token(row, token)` sees each token as it is chosen; where whole texts compete (beam, mbr, ensemble), when all
-    are done. `rows` number the prompts (default 0, 1, ...): the draws of a row follow from (seed, its number) alone,
-    so row i of a batch equals `generate(model, [prompts[i]], ..., rows=[i])`. Ids at and past `vocab_size` (default:
-    the tokenizer's, else the model's) are never chosen. `stop_lines` gives each row its own number of lines in place
-    of the options'; lines, mbr and ensemble take the `tokenizer`. Past the model's context the window slides: see
+    `on_token(row, token)` sees each token as it is chosen; where whole texts compete (beam, mbr,
+    ensemble), when all are done. `rows` number the prompts (default 0, 1, ...): the draws of a row
+    follow from (seed, its number) alone, so row i of a batch equals `generate(model, [prompts[i]],
+    ..., rows=[i])`. Ids at and past `vocab_size` (default: the tokenizer's, else the model's) are
+    never chosen. `stop_lines` gives each row its own number of lines in place of the options';
+    lines, mbr and ensemble take the `tokenizer`. Past the model's context the window slides: see
     Window. Raises UserError for an empty prompt and for options that cannot be.
     """
     check_decode(options)
@@ -47,7 +52,9 @@ def generate(
     names = map(str, rows if rows is not None else range(len(prompts)))
     lines = stop_lines if stop_lines is not None else [options.stop_lines] * len(prompts)
     with inference(model):
-        return decoder.texts([Row(*row) for row in zip(prompts, names, lines, strict=True)], on_token)
+        return decoder.texts(
+            [Row(*row) for row in zip(prompts, names, lines, strict=True)], on_token
+        )
 
 
 class Decoder(Sampled):
@@ -86,7 +93,11 @@ class Decoder(Sampled):
             raise ValueError("to compare texts takes the tokenizer")
         at_once = max(1, CANDIDATES_AT_ONCE // self.options.candidates)
         batches = [rows[begin : begin + at_once] for begin in range(0, len(rows), at_once)]
-        return [least_risk(texts, self.tokenizer) for batch in batches for texts in self._candidates(batch)]
+        return [
+            least_risk(texts, self.tokenizer)
+            for batch in batches
+            for texts in self._candidates(batch)
+        ]
 
     def _candidates(self, rows: Sequence[Row]) -> list[list[list[int]]]:
         options = self.options
@@ -99,14 +110,17 @@ class Decoder(Sampled):
 
     def _samples(self, rows: Sequence[Row], count: int) -> list[list[list[int]]]:
         """`count` samples for each row; their draws follow from its name."""
-        texts = self.sampled([row._replace(name=f"{row.name} {i}") for row in rows for i in range(count)])
+        texts = self.sampled(
+            [row._replace(name=f"{row.name} {i}") for row in rows for i in range(count)]
+        )
         return [texts[begin : begin + count] for begin in range(0, len(texts), count)]
 
 
 def least_risk(texts: Sequence[list[int]], tokenizer: Tokenizer) -> list[int]:
     """The text whose chrF against the others, taken for the truth in turns, is highest on average.
 
-    Minimum Bayes risk decoding (Kumar and Byrne 2004), the risk estimated from the candidates themselves.
+    Minimum Bayes risk decoding (Kumar and Byrne 2004), the risk estimated from the candidates
+    themselves.
     """
     utility = pairwise_chrf([tokenizer.decode(text, skip_special=True) for text in texts])
     return texts[int((utility.sum(1) - utility.diagonal()).argmax())]

@@ -1,4 +1,5 @@
-"""A model and its tokenizer, ready for inference, from any folder that a run wrote, the hub's, or an adapter's."""
+"""A model and its tokenizer, ready for inference, from any folder that a run wrote, the hub's, or
+an adapter's."""
 
 from __future__ import annotations
 
@@ -13,11 +14,15 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_files import has_tokenizer
 
 
-def open_model(where: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device` in `dtype`.
+def open_model(
+    where: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device` in
+    `dtype`.
 
-    An adapter's folder gives its base with the adapter in it, and the base's tokenizer if it has none. `tokenizer` names another one than the checkpoint's own.
-    Raises UserError where either cannot be read, or the tokenizer has ids that the model lacks.
+    An adapter's folder gives its base with the adapter in it, and the base's tokenizer if it has
+    none. `tokenizer` names another one than the checkpoint's own. Raises UserError where either
+    cannot be read, or the tokenizer has ids that the model lacks.
     """
     model = open_weights(where, device, dtype)
     return model, open_tokenizer(where, tokenizer, model)
@@ -44,7 +49,8 @@ def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
     loaded = load_tokenizer(tokenizer or tokenizer_folder(where))
     if loaded.rows > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} only "
+            f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} "
+            "only "
             f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
         )
     return loaded

@@ -15,10 +15,12 @@ class DecodeConfig:
     """How a continuation is chosen, and for how long (decoding/batched.py)."""
 
     decode: Decode = "sample"
-    """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once; contrastive: likely, unlike what
-    stands; mbr: of several samples the one most like the others; ensemble: mbr over several ways of decoding."""
+    """sample: each token drawn; greedy: the likeliest; beam: several texts kept at once;
+    contrastive: likely, unlike what stands; mbr: of several samples the one most like the others;
+    ensemble: mbr over several ways of decoding."""
     max_new_tokens: Count = 200
-    """Tokens to add at most. Past the model's context the window slides: the newest three quarters are read afresh."""
+    """Tokens to add at most. Past the model's context the window slides: the newest three quarters
+    are read afresh."""
     stop_lines: CountOrNone = 0
     """End after this many lines; 0: no such end."""
     temperature: Annotated[float, Range(0, 1e30)] = 0.8
@@ -44,26 +46,35 @@ class DecodeConfig:
     contrastive_similarity: Literal["max", "mean"] = "max"
     """Likeness to the most alike token that stands, or the mean over all."""
     candidates: Few = 16
-    """Texts that mbr and ensemble choose from; an ensemble's are the beams, one by contrastive search, and samples."""
+    """Texts that mbr and ensemble choose from; an ensemble's are the beams, one by contrastive
+    search, and samples."""
     candidates_by: Literal["sample", "beam"] = "sample"
     """How mbr makes its candidates."""
 
     @property
     def draws(self) -> bool:
         """Whether a text depends on random draws."""
-        return self.decode in ("sample", "ensemble") or (self.decode == "mbr" and self.candidates_by == "sample")
+        return self.decode in ("sample", "ensemble") or (
+            self.decode == "mbr" and self.candidates_by == "sample"
+        )
 
 
 def check_decode(cfg: DecodeConfig) -> None:
     """Raise UserError for a way of decoding that cannot be."""
     check_ranges(cfg)
     if cfg.draws and cfg.temperature == 0:
-        raise UserError(f"--temperature is {cfg.temperature}; it must be above 0 (or use --decode greedy)")
+        raise UserError(
+            f"--temperature is {cfg.temperature}; it must be above 0 (or use --decode greedy)"
+        )
     for name, none in (("top_p", "all tokens"), ("repetition_penalty", "none")):
         if getattr(cfg, name) == 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0 (1: {none})")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0 (1: "
+                f"{none})"
+            )
     if cfg.decode == "ensemble" and cfg.candidates < cfg.beams + 2:
         raise UserError(
-            f"--candidates {cfg.candidates} of an ensemble are {cfg.beams} beams, a contrastive search and samples; "
+            f"--candidates {cfg.candidates} of an ensemble are {cfg.beams} beams, a contrastive "
+            "search and samples; "
             f"give {cfg.beams + 2} or more, or fewer --beams"
         )

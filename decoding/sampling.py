@@ -1,7 +1,7 @@
 """Sampling: a batch of prompts read once into the KV cache, then one token a row and step.
 
-A row's text never depends on its neighbours in the batch: each has its own random numbers, its own place in the
-sliding window, and leaves the batch when it ends.
+A row's text never depends on its neighbours in the batch: each has its own random numbers, its own
+place in the sliding window, and leaves the batch when it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ OnToken = Callable[[int, int], None]
 
 
 class Row(NamedTuple):
-    """A prompt to continue: its draws follow from the seed and the name; it ends after `lines`, 0: wherever."""
+    """A prompt to continue: its draws follow from the seed and the name; it ends after `lines`, 0:
+    wherever."""
 
     prompt: Sequence[int]
     name: str
@@ -83,7 +84,9 @@ class Sampler:
         self.window = window
         self.options = options
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
-        self.draws = torch.empty(0)  # (B, DRAWS) uniform in [0, 1), for this step and those after it
+        self.draws = torch.empty(
+            0
+        )  # (B, DRAWS) uniform in [0, 1), for this step and those after it
         self.streams = [] if options.decode == "greedy" else [_stream(seed, name) for name in names]
 
     def choose(self, step: int) -> Tensor:
@@ -93,8 +96,12 @@ class Sampler:
             tokens = logits.argmax(-1)
         else:
             if step % DRAWS == 0:
-                self.draws = torch.stack([torch.rand(DRAWS, generator=s) for s in self.streams]).to(self.window.device)
-            logits = truncate(soften(logits, self.options.temperature), self.options.top_k, self.options.top_p)
+                self.draws = torch.stack([torch.rand(DRAWS, generator=s) for s in self.streams]).to(
+                    self.window.device
+                )
+            logits = truncate(
+                soften(logits, self.options.temperature), self.options.top_k, self.options.top_p
+            )
             tokens = draw(logits, self.draws[:, step % DRAWS])
         self.penalty.add(tokens)
         return tokens
@@ -104,27 +111,34 @@ class Sampler:
         self.penalty.select(rows)
         if self.options.decode != "greedy":
             self.draws = self.draws[list(rows)]
-            self.streams = [self.streams[row].clone_state() for row in rows]  # a row may be repeated
+            self.streams = [
+                self.streams[row].clone_state() for row in rows
+            ]  # a row may be repeated
 
 
 def _stream(seed: int, name: str) -> torch.Generator:
-    """Random numbers that follow from (seed, name) alone; drawn on the CPU, they are alike on every machine."""
+    """Random numbers that follow from (seed, name) alone; drawn on the CPU, they are alike on every
+    machine."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Logits (B, V) less their greatest, divided by the temperature: however low that is, the likeliest stays 0."""
+    """Logits (B, V) less their greatest, divided by the temperature: however low that is, the
+    likeliest stays 0."""
     info = torch.finfo(logits.dtype)
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, info.tiny), info.max)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (B, V) with -inf outside the top_k most likely tokens (Fan et al. 2018; 0: all) and, of those,
-    outside the nucleus: the fewest whose probability reaches top_p (Holtzman et al. 2020; 1: all)."""
+    """Logits (B, V) with -inf outside the top_k most likely tokens (Fan et al. 2018; 0: all) and,
+    of those, outside the nucleus: the fewest whose probability reaches top_p (Holtzman et al. 2020;
+    1: all)."""
     vocab_size = logits.shape[-1]
     if top_p == 1 and (top_k == 0 or top_k >= vocab_size):
         return logits
-    values, ids = logits.topk(min(top_k or vocab_size, vocab_size)) if top_k else logits.sort(descending=True)
+    values, ids = (
+        logits.topk(min(top_k or vocab_size, vocab_size)) if top_k else logits.sort(descending=True)
+    )
     probs = values.softmax(-1)
     keep = probs.cumsum(-1) - probs < top_p  # the probability before a token
     keep[..., 0] = True
@@ -133,12 +147,15 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids (B,) of softmax(logits) (B, V), by inverting the distribution function at `uniform` (B,) in [0, 1).
+    """Token ids (B,) of softmax(logits) (B, V), by inverting the distribution function at `uniform`
+    (B,) in [0, 1).
 
-    In the vocabulary's order, not sorted: two nearly equal logits that rounding swaps leave the draw alone.
+    In the vocabulary's order, not sorted: two nearly equal logits that rounding swaps leave the
+    draw alone.
     """
     probs = logits.softmax(-1)
-    # A parallel cumsum may rise by rounding where nothing is added: only tokens with probability count.
+    # A parallel cumsum may rise by rounding where nothing is added: only tokens with probability
+    # count.
     cdf = probs.cumsum(-1).masked_fill(probs == 0, 0)
     return (cdf > uniform[:, None] * cdf.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
 
@@ -162,7 +179,9 @@ class Sampled:
 
     def _window(self, rows: Sequence[Row], alternatives: int = 0) -> Window:
         prompts = [row.prompt for row in rows]
-        return Window(self.model, prompts, self.options.max_new_tokens, self.vocab_size, alternatives)
+        return Window(
+            self.model, prompts, self.options.max_new_tokens, self.vocab_size, alternatives
+        )
 
     def _stop(self, rows: Sequence[Row]) -> Stop:
         return Stop(self.eot, [row.lines for row in rows], self.tokenizer)
@@ -183,7 +202,8 @@ def sample(
     seed: int,
     tokenizer: Tokenizer,
 ) -> list[list[int]]:
-    """A continuation of each prompt (token ids), sampled: what training prints. See batched.generate."""
+    """A continuation of each prompt (token ids), sampled: what training prints. See
+    batched.generate."""
     rows = [Row(prompt, str(i), options.stop_lines) for i, prompt in enumerate(prompts)]
     with inference(model):
         return Sampled(model, options, eot, seed, tokenizer.vocab_size, tokenizer).sampled(rows)
@@ -194,9 +214,13 @@ def inference(model: GPT) -> Generator[None]:
     """Without dropout and without compilation, as long as texts are made."""
     training = model.training
     model.eval()
-    # A compiled block would be compiled anew for every length. What says so is slow to import, and needless where
-    # nothing has imported it yet.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    # A compiled block would be compiled anew for every length. What says so is slow to import, and
+    # needless where nothing has imported it yet.
+    eager = (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else contextlib.nullcontext()
+    )
     try:
         with eager, parametrize.cached():  # a table with rows of new tokens is put together once
             yield

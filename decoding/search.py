@@ -17,7 +17,8 @@ NONE = -math.inf  # log-probability of a beam that holds no text
 
 
 class Growth(NamedTuple):
-    """What a beam becomes: its log-probability, the beam that it grows from, and the token added."""
+    """What a beam becomes: its log-probability, the beam that it grows from, and the token
+    added."""
 
     score: float
     parent: int
@@ -25,7 +26,8 @@ class Growth(NamedTuple):
 
 
 def by_length(log_prob: float, length: int, penalty: float) -> tuple[float, float]:
-    """What orders texts as `log_prob / length ** penalty` does (greater is better), where that is too large or small.
+    """What orders texts as `log_prob / length ** penalty` does (greater is better), where that is
+    too large or small.
 
     The quotient itself comes second: it orders what the logarithms round to the same.
     """
@@ -37,7 +39,8 @@ def by_length(log_prob: float, length: int, penalty: float) -> tuple[float, floa
 
 
 class Beams:
-    """Beam search of one prompt, the side of it that the host keeps: texts that grow, and texts that have ended."""
+    """Beam search of one prompt, the side of it that the host keeps: texts that grow, and texts
+    that have ended."""
 
     def __init__(self, row: int, options: DecodeConfig, width: int, stop: Stop):
         self.row = row
@@ -49,11 +52,12 @@ class Beams:
         self.ended: list[tuple[tuple[float, float], list[int]]] = []  # the best so far, best first
 
     def grow(self, candidates: Sequence[Growth]) -> list[int]:
-        """Take the best continuations of all beams, best first; the beam that each now grows from, none when done.
+        """Take the best continuations of all beams, best first; the beam that each now grows from,
+        none when done.
 
-        As in transformers with early_stopping=False: a text that ends counts only among as many candidates as
-        there are beams, and the search is over once none of its running texts, at their length now, beats the worst
-        of a full set of ended ones.
+        As in transformers with early_stopping=False: a text that ends counts only among as many
+        candidates as there are beams, and the search is over once none of its running texts, at
+        their length now, beats the worst of a full set of ended ones.
         """
         growing: list[Growth] = []
         for rank, candidate in enumerate(candidates):
@@ -82,7 +86,8 @@ class Beams:
         return by_length(best.score, length, self.options.length_penalty) <= self.ended[-1][0]
 
     def _place(self, growing: list[Growth]) -> list[int]:
-        """The first to grow from a beam stays in its place, the others go where none has: few rows are copied."""
+        """The first to grow from a beam stays in its place, the others go where none has: few rows
+        are copied."""
         places: list[Growth | None] = [None] * self.width
         others = []
         for growth in growing:
@@ -90,22 +95,28 @@ class Beams:
                 places[growth.parent] = growth
             else:
                 others.append(growth)
-        placed = [place or (others.pop() if others else Growth(NONE, i, 0)) for i, place in enumerate(places)]
+        placed = [
+            place or (others.pop() if others else Growth(NONE, i, 0))
+            for i, place in enumerate(places)
+        ]
         self.texts = [[*self.texts[growth.parent], growth.token] for growth in placed]
         self.scores = [growth.score for growth in placed]
         return [growth.parent for growth in placed]
 
     def best(self) -> list[list[int]]:
-        """Texts, best first. Where n-gram blocking left no token to go on with, those that stand."""
+        """Texts, best first. Where n-gram blocking left no token to go on with, those that
+        stand."""
         return [text for _, text in self.ended] or [
             text for score, text in zip(self.scores, self.texts, strict=True) if score > NONE
         ]
 
 
 def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> list[list[list[int]]]:
-    """For each prompt up to n continuations, best first, by log-probability over length ** length_penalty.
+    """For each prompt up to n continuations, best first, by log-probability over length **
+    length_penalty.
 
-    The window holds each prompt n times, one after another. Token for token what transformers' generate does.
+    The window holds each prompt n times, one after another. Token for token what transformers'
+    generate does.
     """
     searches = [Beams(row, options, n, stop) for row in range(len(window.shown) // n)]
     live = searches
@@ -121,7 +132,9 @@ def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> li
         parents = at // ids.shape[1]
         chosen = ids.view(len(live), -1).gather(1, at)
         rows, going = [], []
-        for i, growths in enumerate(zip(top.tolist(), parents.tolist(), chosen.tolist(), strict=True)):
+        for i, growths in enumerate(
+            zip(top.tolist(), parents.tolist(), chosen.tolist(), strict=True)
+        ):
             if grown := live[i].grow([Growth(*growth) for growth in zip(*growths, strict=True)]):
                 rows += [i * n + parent for parent in grown]
                 going.append(live[i])
@@ -138,7 +151,8 @@ def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> li
 
 
 class NGramBlock:
-    """Rules out tokens that would repeat `size` tokens of a row's prompt and continuation; a size of 0 does nothing."""
+    """Rules out tokens that would repeat `size` tokens of a row's prompt and continuation; a size
+    of 0 does nothing."""
 
     def __init__(self, size: int, window: Window):
         self.size = size
@@ -152,7 +166,9 @@ class NGramBlock:
             return log_probs
         grams = self.tokens.unfold(1, self.size, 1)  # (B, T - size + 1, size)
         newest = self.tokens[:, None, self.tokens.shape[1] + 1 - self.size :]
-        repeats = (grams[..., :-1] == newest).all(-1) & (grams[..., 0] >= 0)  # no row repeats its padding
+        repeats = (grams[..., :-1] == newest).all(-1) & (
+            grams[..., 0] >= 0
+        )  # no row repeats its padding
         spare = log_probs.shape[1]
         mask = log_probs.new_zeros(len(log_probs), spare + 1, dtype=torch.bool)
         mask.scatter_(1, torch.where(repeats, grams[..., -1].clamp(max=spare), spare), True)
@@ -172,9 +188,9 @@ class NGramBlock:
 class Contrastive:
     """Chooses tokens by contrastive search (Su et al. 2022): likely, and unlike what stands.
 
-    Of the k likeliest tokens v the one with the greatest (1 - alpha) p(v) - alpha s(v), where s is the greatest (or
-    mean) cosine between the last hidden state of v and those of prompt and continuation. The candidates of a row are
-    read in one pass, as alternatives for one position.
+    Of the k likeliest tokens v the one with the greatest (1 - alpha) p(v) - alpha s(v), where s is
+    the greatest (or mean) cosine between the last hidden state of v and those of prompt and
+    continuation. The candidates of a row are read in one pass, as alternatives for one position.
     """
 
     def __init__(self, window: Window, options: DecodeConfig):
@@ -183,7 +199,9 @@ class Contrastive:
         self.k = window.alternatives
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
         self.logits = torch.empty(0)  # (B, vocab_size) of the next token
-        self.past = torch.empty(0)  # (B, capacity, n_embd) unit hidden states of what the cache holds
+        self.past = torch.empty(
+            0
+        )  # (B, capacity, n_embd) unit hidden states of what the cache holds
         self.filled = 0
 
     def choose(self, step: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""How alike texts are: sentence chrF of each against each, which minimum Bayes risk decoding compares by."""
+"""How alike texts are: sentence chrF of each against each, which minimum Bayes risk decoding
+compares by."""
 
 from __future__ import annotations
 
@@ -11,27 +12,38 @@ CHRF_BETA = 2  # recall weighs this many times as much as precision
 
 
 def pairwise_chrf(texts: Sequence[str]) -> np.ndarray:
-    """Sentence chrF of every text against every other, (n, n) float64, 0 to 100: [i, j] is text i against reference j.
+    """Sentence chrF of every text against every other, (n, n) float64, 0 to 100: [i, j] is text i
+    against reference j.
 
-    sacrebleu's sentence_chrf with its defaults, but the n-grams of a text are counted once and not n times: for
-    choosing among a few dozen candidates. Memory: n times the different n-grams of one length, all texts together.
+    sacrebleu's sentence_chrf with its defaults, but the n-grams of a text are counted once and not
+    n times: for choosing among a few dozen candidates. Memory: n times the different n-grams of one
+    length, all texts together.
     """
     n = len(texts)
     precision, recall, orders = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
     for row, gram in _character_ngrams(texts):
         total = np.bincount(row, minlength=n)
         matches = _matches(row, gram, total)
-        both = (total[:, None] > 0) & (total > 0)  # a text shorter than the order takes no part in it
+        both = (total[:, None] > 0) & (
+            total > 0
+        )  # a text shorter than the order takes no part in it
         precision += np.where(both, matches / np.maximum(total, 1)[:, None], 0)
         recall += np.where(both, matches / np.maximum(total, 1), 0)
         orders += both
     precision, recall = precision / np.maximum(orders, 1), recall / np.maximum(orders, 1)
     weight = CHRF_BETA**2
-    return 100 * (1 + weight) * precision * recall / np.maximum(weight * precision + recall, np.finfo(float).tiny)
+    return (
+        100
+        * (1 + weight)
+        * precision
+        * recall
+        / np.maximum(weight * precision + recall, np.finfo(float).tiny)
+    )
 
 
 def _character_ngrams(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each order, every n-gram of every text, white space left out: the text's number and the n-gram's."""
+    """For each order, every n-gram of every text, white space left out: the text's number and the
+    n-gram's."""
     bare = ["".join(text.split()) for text in texts]
     code_points = np.frombuffer("".join(bare).encode("utf-32-le", "surrogatepass"), dtype="<u4")
     characters, character = np.unique(code_points, return_inverse=True)
@@ -39,7 +51,8 @@ def _character_ngrams(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.nda
     gram = character
     yield row, gram
     for order in range(2, CHRF_ORDER + 1):
-        # The n-gram that begins at a place is the shorter one there and the character after that one.
+        # The n-gram that begins at a place is the shorter one there and the character after that
+        # one.
         key = gram[: max(0, len(gram) - 1)] * len(characters) + character[order - 1 :]
         gram = np.unique(key, return_inverse=True)[1]
         inside = row[: len(gram)] == row[order - 1 :]  # not over the end of a text
@@ -47,10 +60,13 @@ def _character_ngrams(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def _matches(row: np.ndarray, gram: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """How many n-grams two texts have in common, (n, n): of each the smaller of its two counts, summed."""
+    """How many n-grams two texts have in common, (n, n): of each the smaller of its two counts,
+    summed."""
     n, grams = len(total), int(gram.max(initial=-1)) + 1
     counts = np.bincount(row * grams + gram, minlength=n * grams).reshape(n, grams)
-    counts = counts[:, (counts > 0).sum(0) > 1].astype(np.int32)  # what one text alone has matches nothing
+    counts = counts[:, (counts > 0).sum(0) > 1].astype(
+        np.int32
+    )  # what one text alone has matches nothing
     matches = np.array([np.minimum(counts, one).sum(1) for one in counts]).reshape(n, n)
     np.fill_diagonal(matches, total)
     return matches

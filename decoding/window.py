@@ -1,7 +1,8 @@
-"""What every way of decoding shares: the window on a batch of texts, when a text ends, and the repetition penalty.
+"""What every way of decoding shares: the window on a batch of texts, when a text ends, and the
+repetition penalty.
 
-Rows of unequal length share a batch by left padding, and a row's tokens never depend on its neighbours: each
-row has its own place in the sliding window, and leaves the batch when it ends.
+Rows of unequal length share a batch by left padding, and a row's tokens never depend on its
+neighbours: each row has its own place in the sliding window, and leaves the batch when it ends.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from config import UserError
 from model import GPT, KVCache
 from text.tokenizer import Tokenizer
 
-# On a CPU the head's product with one to three rows, most of a small model's step, runs 1.2 to 2 times faster on a copy
-# that is contiguous the other way round. The copy costs as much as it saves in about so many tokens.
+# On a CPU the head's product with one to three rows, most of a small model's step, runs 1.2 to 2
+# times faster on a copy that is contiguous the other way round. The copy costs as much as it saves
+# in about so many tokens.
 HEAD_COPY_ROWS = 3
 HEAD_COPY_TOKENS = 32
 
@@ -28,11 +30,13 @@ def kept_tokens(context: int) -> int:
 
 
 class Window:
-    """What a batch of rows shows the model: left padding, the KV cache, and the slide past the model's context.
+    """What a batch of rows shows the model: left padding, the KV cache, and the slide past the
+    model's context.
 
-    GPT-2's positions are absolute and end. A row that outgrows them keeps its newest three quarters, read afresh
-    from position 0; the quarter freed is how long the cache serves before the next slide. Each row slides by its
-    own length, so a batch slides as its rows would alone. Rows that show the same are read once.
+    GPT-2's positions are absolute and end. A row that outgrows them keeps its newest three
+    quarters, read afresh from position 0; the quarter freed is how long the cache serves before the
+    next slide. Each row slides by its own length, so a batch slides as its rows would alone. Rows
+    that show the same are read once.
     """
 
     def __init__(
@@ -43,7 +47,8 @@ class Window:
         vocab_size: int | None = None,
         alternatives: int = 0,
     ):
-        """`room` is how many tokens each row may grow by. Of the `vocab_size` first ids are the logits (default: all).
+        """`room` is how many tokens each row may grow by. Of the `vocab_size` first ids are the
+        logits (default: all).
 
         `alternatives`: how many candidates for its next token each row reads before one is chosen.
         """
@@ -54,25 +59,36 @@ class Window:
         self.room = room
         self.vocab_size = vocab_size or model.config.vocab_size
         self.alternatives = alternatives
-        self.longest = model.context - (1 if alternatives else 0)  # a candidate stands one position further
+        self.longest = model.context - (
+            1 if alternatives else 0
+        )  # a candidate stands one position further
         self.shown = [list(prompt) for prompt in prompts]  # the tokens of each row's window
         self.cache: KVCache | None = None
         self.last = torch.empty(0)  # (B, 1) the tokens that the cache has not seen
         self.head: Tensor | None = None  # (n_embd, vocab_size)
-        if self.device.type == "cpu" and room >= HEAD_COPY_TOKENS and len(prompts) <= HEAD_COPY_ROWS:
+        if (
+            self.device.type == "cpu"
+            and room >= HEAD_COPY_TOKENS
+            and len(prompts) <= HEAD_COPY_ROWS
+        ):
             self.head = model.head_weight[: self.vocab_size].t().to(model.dtype).contiguous()
 
     @property
     def full(self) -> bool:
         """Whether the windows must be read from their beginning, having slid where they have to."""
-        return self.cache is None or self.cache.length + max(1, self.alternatives) > self.cache.capacity
+        return (
+            self.cache is None
+            or self.cache.length + max(1, self.alternatives) > self.cache.capacity
+        )
 
     def read(self) -> Tensor:
-        """Hidden states of what the cache has not seen (B, T, n_embd): the newest tokens, or where full the windows."""
+        """Hidden states of what the cache has not seen (B, T, n_embd): the newest tokens, or where
+        full the windows."""
         return self._refill() if self.full else self.model.hidden(self.last, cache=self.cache)
 
     def read_alternatives(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, k, n_embd) of candidates (B, k) for the next token. `keep` one before reading on."""
+        """Hidden states (B, k, n_embd) of candidates (B, k) for the next token. `keep` one before
+        reading on."""
         return self.model.hidden(ids, cache=self.cache, alternatives=True)
 
     def keep(self, chosen: Tensor) -> None:
@@ -104,14 +120,24 @@ class Window:
             self.cache.select(rows)
 
     def _refill(self) -> Tensor:
-        """Slide, and read all that the windows show into a new cache, padded at the left with token 0."""
-        self.shown = [row if len(row) <= self.longest else row[-kept_tokens(self.longest) :] for row in self.shown]
-        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.shown)))}  # of rows that differ
+        """Slide, and read all that the windows show into a new cache, padded at the left with token
+        0."""
+        self.shown = [
+            row if len(row) <= self.longest else row[-kept_tokens(self.longest) :]
+            for row in self.shown
+        ]
+        place = {
+            row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.shown)))
+        }  # of rows that differ
         T = max(map(len, place))
         pad = [T - len(row) for row in place]
-        idx = torch.tensor([[0] * n + list(row) for n, row in zip(pad, place, strict=True)], device=self.device)
+        idx = torch.tensor(
+            [[0] * n + list(row) for n, row in zip(pad, place, strict=True)], device=self.device
+        )
         padding = torch.tensor(pad, device=self.device) if any(pad) else None
-        self.cache = self.model.new_cache(len(pad), T + self.room, padding, max(1, self.alternatives))
+        self.cache = self.model.new_cache(
+            len(pad), T + self.room, padding, max(1, self.alternatives)
+        )
         x = self.model.hidden(idx, cache=self.cache)
         if len(place) == len(self.shown):
             return x
@@ -121,10 +147,12 @@ class Window:
 
 
 class Stop:
-    """When a row's text ends: before the end token, or with its last line, whose newline is not kept.
+    """When a row's text ends: before the end token, or with its last line, whose newline is not
+    kept.
 
-    Lines are counted in the continuation, those of nothing but blanks left out: a prompt's last line that is still
-    open is none of them, unless the text goes on with it. A token of text and the newline after it stays whole.
+    Lines are counted in the continuation, those of nothing but blanks left out: a prompt's last
+    line that is still open is none of them, unless the text goes on with it. A token of text and
+    the newline after it stays whole.
     """
 
     def __init__(self, eot: int | None, lines: Sequence[int], tokenizer: Tokenizer | None):
@@ -151,7 +179,8 @@ class Stop:
 
 
 class RepetitionPenalty:
-    """Makes the tokens of each row's prompt and continuation less likely; a penalty of 1 does nothing."""
+    """Makes the tokens of each row's prompt and continuation less likely; a penalty of 1 does
+    nothing."""
 
     def __init__(self, penalty: float, window: Window):
         self.penalty = penalty
@@ -178,6 +207,7 @@ class RepetitionPenalty:
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of `seen` (B, V) bool made less likely where penalty > 1 (CTRL, Keskar et al. 2019)."""
+    """Logits (B, V) with those of `seen` (B, V) bool made less likely where penalty > 1 (CTRL,
+    Keskar et al. 2019)."""
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)

@@ -1,6 +1,8 @@
-"""What --data may be: token shards, text, `stdlib` or a dataset on the hub. Text is tokenized once, into the cache.
+"""What --data may be: token shards, text, `stdlib` or a dataset on the hub. Text is tokenized once,
+into the cache.
 
-Shards are known by their manifest, or by their size and ends; a vocabulary by its tokenizer, where that is here.
+Shards are known by their manifest, or by their size and ends; a vocabulary by its tokenizer, where
+that is here.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ GPT2_VOCAB = 50257
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What training has to know of its token ids. Token shards need no more: their tokenizer may be elsewhere."""
+    """What training has to know of its token ids. Token shards need no more: their tokenizer may be
+    elsewhere."""
 
     size: int
     name: str  # of the tokenizer
@@ -46,7 +49,12 @@ class Vocabulary:
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
         return Vocabulary(
-            tokenizer.vocab_size, tokenizer.name, tokenizer.source, tokenizer.eot, tokenizer.sha256, tokenizer
+            tokenizer.vocab_size,
+            tokenizer.name,
+            tokenizer.source,
+            tokenizer.eot,
+            tokenizer.sha256,
+            tokenizer,
         )
 
 
@@ -76,7 +84,8 @@ class _Opened:
 def _needed(vocabulary: Vocabulary) -> Tokenizer:
     if vocabulary.tokenizer is None:
         raise UserError(
-            f"the tokenizer of the token shards is not known here ({vocabulary.missing}); name it: --tokenizer"
+            f"the tokenizer of the token shards is not known here ({vocabulary.missing}); name it: "
+            "--tokenizer"
         )
     return vocabulary.tokenizer
 
@@ -90,11 +99,13 @@ def open_data(
     seq_len: int,
     say: Callable[[str], None] = print,
 ) -> Data:
-    """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset on the hub.
+    """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset
+    on the hub.
 
-    Without `val_data`, validation is the shards whose names have the word val or validation; of text, each hundredth document; and
-    where there is neither (fewer than 100 documents), the last hundredth of the stream, at least one window and
-    at most a tenth. Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
+    Without `val_data`, validation is the shards whose names have the word val or validation; of
+    text, each hundredth document; and where there is neither (fewer than 100 documents), the last
+    hundredth of the stream, at least one window and at most a tenth. Raises UserError for data that
+    is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
     asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
@@ -102,11 +113,14 @@ def open_data(
     train, val, vocabulary = opened.train, opened.val, opened.vocabulary
     if train is None:
         raise UserError(
-            f"{data} holds only validation shards (val or validation in their names); give a folder with others too"
+            f"{data} holds only validation shards (val or validation in their names); give a "
+            "folder with others too"
         )
     if val_data is not None:
         unknown = vocabulary.sha256 is None
-        other = _open(val_data, None if unknown else vocabulary, text_column, store, False, say, named=False)
+        other = _open(
+            val_data, None if unknown else vocabulary, text_column, store, False, say, named=False
+        )
         val = other.val or other.train
         if unknown:  # then its size is one more than the largest id
             vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
@@ -129,12 +143,16 @@ def open_whole(
     cache: Path,
     say: Callable[[str], None] = print,
 ) -> TokenDataset:
-    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if there are any.
+    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if
+    there are any.
 
-    Without a tokenizer only shards can be opened, and the bytes are those of their manifest, if any.
+    Without a tokenizer only shards can be opened, and the bytes are those of their manifest, if
+    any.
     """
     if tokenizer is None and not _shard_files(Path(data).expanduser()):
-        raise UserError(f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer")
+        raise UserError(
+            f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer"
+        )
     asked = Vocabulary.of(tokenizer) if tokenizer else None
     opened = _open(data, asked, text_column, Cache(cache), False, say)
     whole = opened.val or opened.train
@@ -148,7 +166,8 @@ def open_whole(
 def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
     advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
     return (
-        f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} takes {seq_len + 1}; {advice}"
+        f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} "
+        f"takes {seq_len + 1}; {advice}"
     )
 
 
@@ -159,7 +178,9 @@ def _split_tail(
     most = whole.n_tokens // 10
     size = max(seq_len + 1, whole.n_tokens // HOLDOUT)
     if size > most:
-        raise UserError(_too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1))
+        raise UserError(
+            _too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1)
+        )
     border = whole.n_tokens - size
     val = whole.part(border, whole.n_tokens, None)
     if whole.n_bytes is None or vocabulary.tokenizer is None:
@@ -186,14 +207,18 @@ def _open(
         tokenizer = _needed(asked) if asked else stdlib_tokenizer(texts, store, say)
         return _open_text(texts, spec, tokenizer, column, store, holdout, say)
     hub = not os.path.exists(path) and corpus.is_hub_id(spec)
-    texts = [] if hub else corpus.find_files(spec)  # looked for first: what is not there needs no tokenizer
+    texts = (
+        [] if hub else corpus.find_files(spec)
+    )  # looked for first: what is not there needs no tokenizer
     tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
     if hub:
         return _open_hub(spec, tokenizer, column, store, holdout, say)
     return _open_text(texts, spec, tokenizer, column, store, holdout, say)
 
 
-def check_data(data: str, val_data: str | None, tokenizer: str | None, text_column: str, cache: Path) -> int:
+def check_data(
+    data: str, val_data: str | None, tokenizer: str | None, text_column: str, cache: Path
+) -> int:
     """The size of the vocabulary that `open_data` would find, with nothing tokenized or written.
 
     Raises UserError where it would find no data or no tokenizer; and for damaged shards.
@@ -208,7 +233,11 @@ def check_data(data: str, val_data: str | None, tokenizer: str | None, text_colu
         return _open_shards(path, files, asked, store).vocabulary.size
     if asked:
         return asked.size
-    return STDLIB_VOCAB if data == "stdlib" and not path.exists() else load_tokenizer("gpt2").vocab_size
+    return (
+        STDLIB_VOCAB
+        if data == "stdlib" and not path.exists()
+        else load_tokenizer("gpt2").vocab_size
+    )
 
 
 def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
@@ -260,8 +289,12 @@ def _open_text(
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
 
     def make(folder: Path) -> None:
-        tokenize_to_folder(corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say)
-        for path, before, now in zip(files, content, store.remember("sha256", files, sha256), strict=True):
+        tokenize_to_folder(
+            corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say
+        )
+        for path, before, now in zip(
+            files, content, store.remember("sha256", files, sha256), strict=True
+        ):
             if now != before:
                 raise changed_while_read(path)
 
@@ -270,9 +303,15 @@ def _open_text(
 
 
 def _open_hub(
-    spec: str, tokenizer: Tokenizer, column: str, store: Cache, holdout: bool, say: Callable[[str], None]
+    spec: str,
+    tokenizer: Tokenizer,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
 ) -> _Opened:
-    """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to fetch it anew."""
+    """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to
+    fetch it anew."""
 
     def make(folder: Path) -> None:
         tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
@@ -282,7 +321,8 @@ def _open_hub(
 
 
 def is_validation(name: str) -> bool:
-    """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not medieval_000000.npy."""
+    """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not
+    medieval_000000.npy."""
     return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
 
 
@@ -293,21 +333,34 @@ def _shard_files(path: Path) -> list[Path]:
     if not os.path.isdir(path):
         return []
     if (path / "progress.json").exists() and not (path / "manifest.json").exists():
-        raise UserError(f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it goes on")
+        raise UserError(
+            f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it "
+            "goes on"
+        )
     with reading(path):
         files = sorted(path.iterdir())
-    return [file for file in files if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)]
+    return [
+        file
+        for file in files
+        if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)
+    ]
 
 
-def _open_shards(path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True) -> _Opened:
-    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked for."""
+def _open_shards(
+    path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True
+) -> _Opened:
+    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked
+    for."""
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(folder)
     shards = [read_shard(file) for file in files]
     if manifest:
         vocabulary = _manifest_vocabulary(folder, manifest, asked, named)
         records = _check_records(folder, manifest, shards, whole=path.is_dir())
-        max_ids, marks = [r["max_id"] for r in records], [[r["tokens"], r["sha256"]] for r in records]
+        max_ids, marks = (
+            [r["max_id"] for r in records],
+            [[r["tokens"], r["sha256"]] for r in records],
+        )
     else:
         max_ids = store.remember("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
@@ -363,20 +416,25 @@ def _check_manifest(manifest: JsonObject) -> None:
         raise manifest.wrong("tokenizer", "an object with the source and the sha256 of a tokenizer")
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         raise manifest.wrong("shards", "a list of objects, one a shard")
-    for i, shard in enumerate(JsonObject(manifest.file, shard, f"shards[{i}].") for i, shard in enumerate(shards)):
+    for i, shard in enumerate(
+        JsonObject(manifest.file, shard, f"shards[{i}].") for i, shard in enumerate(shards)
+    ):
         if any(shard.text(key) is None for key in ("name", "sha256")):
             raise manifest.wrong("shards", f"a list whose entry {i} has a name and a sha256")
         for key in ("tokens", "max_id"):
             shard.whole(key)
 
 
-def _manifest_vocabulary(folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool) -> Vocabulary:
+def _manifest_vocabulary(
+    folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool
+) -> Vocabulary:
     made_with = manifest["tokenizer"]
     vocabulary = asked or _own_vocabulary(folder, manifest)
     if vocabulary.sha256 != made_with["sha256"]:
         advice = "leave --tokenizer out" if named else "tokenize the text again"
         raise UserError(
-            f"the shards in {folder} were made with tokenizer {made_with['source']} ({made_with['sha256'][:8]}), "
+            f"the shards in {folder} were made with tokenizer {made_with['source']} "
+            f"({made_with['sha256'][:8]}), "
             f"not with {vocabulary.source} ({str(vocabulary.sha256)[:8]}); {advice}"
         )
     return vocabulary
@@ -405,18 +463,25 @@ def _own_vocabulary(folder: Path, manifest: dict[str, Any]) -> Vocabulary:
     )
 
 
-def _check_records(folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool) -> list[dict[str, Any]]:
+def _check_records(
+    folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool
+) -> list[dict[str, Any]]:
     """The manifest's entry of each shard. Raises UserError where the two disagree."""
     records = {record["name"]: record for record in manifest["shards"]}
     if whole and (missing := sorted(set(records) - {shard.path.name for shard in shards})):
-        raise UserError(f"{folder} lacks {missing[0]}, which its manifest.json names; copy or make it again")
+        raise UserError(
+            f"{folder} lacks {missing[0]}, which its manifest.json names; copy or make it again"
+        )
     for shard in shards:
         name = shard.path.name
         if name not in records:
-            raise UserError(f"{shard.path} is not in {folder / 'manifest.json'}; remove the one or the other")
+            raise UserError(
+                f"{shard.path} is not in {folder / 'manifest.json'}; remove the one or the other"
+            )
         if shard.n_tokens != records[name]["tokens"]:
             raise UserError(
-                f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says {records[name]['tokens']:,}; "
+                f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says "
+                f"{records[name]['tokens']:,}; "
                 f"copy or make it again"
             )
     return [records[shard.path.name] for shard in shards]
@@ -428,7 +493,8 @@ def _max_id(path: Path) -> int:
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    """Name, size, head and tail of a shard without a manifest: quick, and enough to tell corpora apart."""
+    """Name, size, head and tail of a shard without a manifest: quick, and enough to tell corpora
+    apart."""
     size, ends = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
         ends.update(file.read(1 << 16))

@@ -34,7 +34,9 @@ class Extension:
 
 def lengths_of(record: dict[str, Any]) -> list[Length]:
     """The plans of a run, the oldest first, as run.json or a checkpoint holds them."""
-    stored: list[dict[str, Any]] = record.get("lengths") or [{"at": 0, "steps": record["identity"].get("steps", 0)}]
+    stored: list[dict[str, Any]] = record.get("lengths") or [
+        {"at": 0, "steps": record["identity"].get("steps", 0)}
+    ]
     return [Length(**length) for length in stored]
 
 
@@ -43,7 +45,8 @@ def as_json(lengths: Sequence[Length]) -> list[dict[str, Any]]:
 
 
 def spans(lengths: Sequence[Length]) -> list[Span]:
-    """The steps over which a schedule runs: one span, and one more for each restart of the decay."""
+    """The steps over which a schedule runs: one span, and one more for each restart of the
+    decay."""
     found: list[Span] = []
     for length in lengths:
         if not found or length.rescheduled:
@@ -61,27 +64,40 @@ def extend(lengths: Sequence[Length], step: int, wanted: Extension) -> list[Leng
     planned = lengths[-1].steps
     if wanted.to < planned:
         raise UserError(
-            f"--extend-to {wanted.to}: the run is planned for {planned} steps already; give a larger number"
+            f"--extend-to {wanted.to}: the run is planned for {planned} steps already; give a "
+            "larger number"
         )
     if wanted.to == planned:
         return list(lengths)
     if wanted.reschedule and wanted.schedule != "constant":
         return [*lengths, Length(step, wanted.to, rescheduled=True)]
     longer = [*lengths, Length(step, wanted.to)]
-    if wanted.schedule == "constant" or (wanted.schedule == "wsd" and _same_rates(lengths, longer, step, wanted)):
+    if wanted.schedule == "constant" or (
+        wanted.schedule == "wsd" and _same_rates(lengths, longer, step, wanted)
+    ):
         return longer
-    other = ", or go on from a checkpoint before it: --resume FOLDER --out ANOTHER" if wanted.schedule == "wsd" else ""
+    other = (
+        ", or go on from a checkpoint before it: --resume FOLDER --out ANOTHER"
+        if wanted.schedule == "wsd"
+        else ""
+    )
     raise UserError(
-        f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned} and has begun to at "
+        f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned} "
+        "and has begun to at "
         f"step {step}; add --reschedule, which restarts the decay there{other}"
     )
 
 
-def _same_rates(before: Sequence[Length], after: Sequence[Length], step: int, wanted: Extension) -> bool:
+def _same_rates(
+    before: Sequence[Length], after: Sequence[Length], step: int, wanted: Extension
+) -> bool:
     """Whether the first `step` steps had the rates that they have under the longer plan."""
 
     def rates(lengths: Sequence[Length]) -> list[float]:
         over = spans(lengths)
-        return [lr_multiplier(s, span_at(s, over), wanted.warmup, wanted.schedule, wanted.min_lr) for s in range(step)]
+        return [
+            lr_multiplier(s, span_at(s, over), wanted.warmup, wanted.schedule, wanted.min_lr)
+            for s in range(step)
+        ]
 
     return rates(before) == rates(after)

@@ -20,7 +20,8 @@ from base.console import bytes_text, time_text
 
 
 class RunLog:
-    """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run has one)."""
+    """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run
+    has one)."""
 
     def __init__(self, speaks: bool):
         self.speaks = speaks
@@ -39,7 +40,9 @@ class RunLog:
             return
         with self.lock:
             if self.progress is not None:
-                self.progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+                self.progress.console.print(
+                    text, markup=False, emoji=False, highlight=False, soft_wrap=True
+                )
             else:
                 print(text, flush=True)
         self._note_lost()
@@ -63,7 +66,13 @@ class RunLog:
         """A live bar where someone watches; elsewhere the step lines alone."""
         if not self.speaks or not sys.stdout.isatty():
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         self.progress = Progress(
             TextColumn("training"),
@@ -82,14 +91,17 @@ class RunLog:
         if not self.speaks:
             return
         if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], completed=record["step"], eta=time_text(eta))
+            self.progress.update(
+                self.progress.task_ids[0], completed=record["step"], eta=time_text(eta)
+            )
         if show:
             self.say(step_line(record, steps, eta))
 
     # --- the files
 
     def open(self, folder: Path, keep_until: int | None, done: tuple[str, ...] = ()) -> None:
-        """Start or continue folder/log.jsonl, cutting what lies past the checkpoint of step `keep_until`."""
+        """Start or continue folder/log.jsonl, cutting what lies past the checkpoint of step
+        `keep_until`."""
         if not self.speaks:
             return
         path = folder / "log.jsonl"
@@ -97,7 +109,9 @@ class RunLog:
             lines = (
                 []
                 if keep_until is None
-                else kept_lines(path.read_text(encoding="utf-8", errors="replace"), keep_until, done)
+                else kept_lines(
+                    path.read_text(encoding="utf-8", errors="replace"), keep_until, done
+                )
             )
             beside = path.with_name(".tmp-log.jsonl")
             beside.write_text("".join(lines), encoding="utf-8")
@@ -114,10 +128,13 @@ class RunLog:
             full = self._write()
             self._to_wandb(line)
         if full:
-            self.say(f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can")
+            self.say(
+                f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can"
+            )
 
     def _write(self) -> OSError | None:
-        """Write what log.jsonl lacks; the error where that begins to fail (a full disk may not end a run)."""
+        """Write what log.jsonl lacks; the error where that begins to fail (a full disk may not end
+        a run)."""
         failed, self.failed = self.failed, False
         try:
             while self.unwritten:
@@ -163,9 +180,15 @@ class RunLog:
                 self.warn(f"wandb logs offline under {folder}/wandb; upload later with: wandb sync")
             settings = wandb.Settings(init_timeout=30, silent=True, console="off")
             self.wandb = wandb.init(
-                project="gpt2", name=folder.name, id=_wandb_id(folder), resume="allow", dir=str(folder), mode=mode,
-                config=config, settings=settings,
-            )  # fmt: skip
+                project="gpt2",
+                name=folder.name,
+                id=_wandb_id(folder),
+                resume="allow",
+                dir=str(folder),
+                mode=mode,
+                config=config,
+                settings=settings,
+            )
 
         self._guard(start)
 
@@ -183,7 +206,9 @@ class RunLog:
             call()
         except Exception as error:  # whatever wandb does, training goes on without it
             self.wandb = None
-            self.warn(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
+            self.warn(
+                f"wandb stopped ({type(error).__name__}: {error}); training goes on without it"
+            )
 
 
 def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
@@ -204,20 +229,27 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
 
 
 def read_log(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Lines of a log.jsonl and the records in them, without what is torn by a kill or not of this project."""
+    """Lines of a log.jsonl and the records in them, without what is torn by a kill or not of this
+    project."""
     found = []
     for line in text.split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_step(record.get("step")):
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("kind"), str)
+            and _is_step(record.get("step"))
+        ):
             found.append((line, record))
     return found
 
 
 def _is_step(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62)
+    return value is None or (
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    )
 
 
 def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
@@ -229,11 +261,14 @@ def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 def _is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) < 1e300  # false for what is not a number too, and no integer too large to be a float passes
+    return (
+        abs(value) < 1e300
+    )  # false for what is not a number too, and no integer too large to be a float passes
 
 
 def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
-    """The whole lines of a log up to step `until`; of that step's evaluation and sample only what was `done`."""
+    """The whole lines of a log up to step `until`; of that step's evaluation and sample only what
+    was `done`."""
     kept = []
     for line, record in read_log(text):
         step = record.get("step") or 0

@@ -1,8 +1,9 @@
 """What a run will hold in memory and write to disk, counted before anything is spent.
 
-One micro-batch goes forward and backward on fake tensors, which have shapes but no bytes, while a ledger adds
-up the storages that are alive: the count follows the model's code by itself. The trade-off: what an operation
-takes and gives back inside itself (a matrix product's scratch) is not seen, and neither is what torch.compile saves.
+One micro-batch goes forward and backward on fake tensors, which have shapes but no bytes, while a
+ledger adds up the storages that are alive: the count follows the model's code by itself. The
+trade-off: what an operation takes and gives back inside itself (a matrix product's scratch) is not
+seen, and neither is what torch.compile saves.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ from model import GPT
 
 Dress = Callable[[GPT], object]
 Loss = Callable[[GPT, Tensor], Tensor]
-BUCKET_BYTES = 25 << 20  # DDP's default; the gradients are views of the buckets, one more is in flight
-HOLES = 0.2  # of activations and logits: what a heap that keeps freed tensors holds beyond those alive (measured)
-SCRATCH_BYTES = 32 << 20  # of a CPU process: its matrix products' buffers, and code first touched by a step
+BUCKET_BYTES = (
+    25 << 20
+)  # DDP's default; the gradients are views of the buckets, one more is in flight
+# of activations and logits: what a heap that keeps freed tensors holds beyond those alive
+# (measured)
+HOLES = 0.2
+SCRATCH_BYTES = (
+    32 << 20
+)  # of a CPU process: its matrix products' buffers, and code first touched by a step
 MMAP_BYTES = 1 << 20  # allocations from here on are mapped one by one, and unmapped when freed
 
 
@@ -40,12 +47,14 @@ class Memory:
     """Bytes of one rank at the moment of a training step when it holds the most."""
 
     weights: int
-    gradients: int  # those there are at that moment: few, where a step is one micro-batch and the peak its forward pass
+    # those there are at that moment: few, where a step is one micro-batch and the peak its forward
+    # pass
+    gradients: int
     optimizer: int
     activations: int
-    logits: (
-        int  # the head and its loss: a chunk of logits, and the gradients that the loss leaves for the backward pass
-    )
+    # the head and its loss: a chunk of logits, and the gradients that the loss leaves for the
+    # backward pass
+    logits: int
     other: int  # the process itself, communication, the checkpoint being written
 
     @property
@@ -72,14 +81,23 @@ def estimate(
 ) -> Memory:
     """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
 
-    `accumulate`: a step has several micro-batches, so all gradients are there during a forward pass.
-    `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as in `set_allocator`.
-    `cast_once`: the products read copies of the weights (precision.Cast). `dress`: what is done to the model before it
-    trains, such as freezing most of it. `loss`: what a step computes of token ids (micro_batch, seq_len); by default
-    that of their language. `base`: bytes of the process before it builds a model; by default those of this process on the CPU, none elsewhere (they are not the device's).
+    `accumulate`: a step has several micro-batches, so all gradients are there during a forward
+    pass. `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as
+    in `set_allocator`. `cast_once`: the products read copies of the weights (precision.Cast).
+    `dress`: what is done to the model before it trains, such as freezing most of it. `loss`: what a
+    step computes of token ids (micro_batch, seq_len); by default that of their language. `base`:
+    bytes of the process before it builds a model; by default those of this process on the CPU, none
+    elsewhere (they are not the device's).
     """
     live = _step(
-        config, micro_batch, seq_len, DTYPES.get(precision), accumulate, cast_once, dress, loss or _of_language
+        config,
+        micro_batch,
+        seq_len,
+        DTYPES.get(precision),
+        accumulate,
+        cast_once,
+        dress,
+        loss or _of_language,
     )
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(config, optimizer, padded=True, dress=dress)
@@ -88,28 +106,38 @@ def estimate(
         other += SCRATCH_BYTES
     if on_cpu and keep_freed:
         other += int(HOLES * (live["activations"] + live["logits"]))
-    if saves and on_cpu:  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
+    if (
+        saves and on_cpu
+    ):  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
         other += live["weights"] + state + _matrix_bytes(_meta(config))
     if world_size > 1:
         other += min(BUCKET_BYTES, live["weights"])
     return Memory(optimizer=state, other=other, **live)
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str, padded: bool = False, dress: Dress | None = None) -> int:
-    """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held, not as saved."""
+def optimizer_bytes(
+    config: GPTConfig, optimizer: str, padded: bool = False, dress: Dress | None = None
+) -> int:
+    """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held,
+    not as saved."""
     config = dataclasses.replace(config, padded_vocab=padded and config.padded_vocab)
     model = _meta(config, dress)
     one = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 2 * one - (_matrix_bytes(model) if optimizer == "muon" else 0)
 
 
-def checkpoint_bytes(config: GPTConfig, optimizer: str, dress: Dress | None = None, whole: bool = True) -> int:
-    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and the moments.
+def checkpoint_bytes(
+    config: GPTConfig, optimizer: str, dress: Dress | None = None, whole: bool = True
+) -> int:
+    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and
+    the moments.
 
     Not `whole`: of the weights those alone that train.
     """
     model = _meta(config, dress)
-    weights = model.n_params() if whole else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = (
+        model.n_params() if whole else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    )
     return 2 * 4 * weights + optimizer_bytes(config, optimizer, dress=dress)
 
 
@@ -119,11 +147,13 @@ def keeps_freed(cfg: RunConfig) -> bool:
 
 
 def set_allocator(keep_freed: bool) -> None:
-    """Tell glibc what becomes of freed tensors on the CPU: kept for the next step, or given back at once.
+    """Tell glibc what becomes of freed tensors on the CPU: kept for the next step, or given back at
+    once.
 
-    Left to itself it does both by halves: what is above 32 MiB is given back and faulted in again every step (a sixth
-    of a step of GPT-2's size), and the rest stays in a heap full of holes (a run with --recompute held 1.4 GB where
-    0.8 GB were alive). Nothing is done where there is no glibc.
+    Left to itself it does both by halves: what is above 32 MiB is given back and faulted in again
+    every step (a sixth of a step of GPT-2's size), and the rest stays in a heap full of holes (a
+    run with --recompute held 1.4 GB where 0.8 GB were alive). Nothing is done where there is no
+    glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -137,11 +167,12 @@ def set_allocator(keep_freed: bool) -> None:
 
 
 class Heap:
-    """Gives back to the system what a CPU process keeps and does not need: holes that no tensor fits into.
+    """Gives back to the system what a CPU process keeps and does not need: holes that no tensor
+    fits into.
 
-    A heap that keeps what is freed suits steps that are all alike. Where their batches differ in length it goes on
-    growing (5.0 GB after 700 steps of a model that needs 0.6), so above `limit` bytes its free pages are returned,
-    to be faulted in again where they are used.
+    A heap that keeps what is freed suits steps that are all alike. Where their batches differ in
+    length it goes on growing (5.0 GB after 700 steps of a model that needs 0.6), so above `limit`
+    bytes its free pages are returned, to be faulted in again where they are used.
     """
 
     every = 10  # steps between looks, and so between returns
@@ -157,15 +188,20 @@ class Heap:
 
 
 def trim() -> None:
-    """Return the free pages of the heap to the system, those in its middle too. Nothing is done where there is no glibc."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Return the free pages of the heap to the system, those in its middle too. Nothing is done
+    where there is no glibc."""
+    malloc_trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def _matrix_bytes(model: GPT) -> int:
     """fp32 bytes of those of the blocks' matrices that train."""
-    return 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad)
+    return 4 * sum(
+        p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad
+    )
 
 
 def _meta(config: GPTConfig, dress: Dress | None = None) -> GPT:

@@ -1,4 +1,5 @@
-"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon, loss scaling."""
+"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon, loss
+scaling."""
 
 from __future__ import annotations
 
@@ -29,14 +30,17 @@ def span_at(step: int, spans: Sequence[Span]) -> Span:
     return next(span for span in reversed(spans) if span.begin <= step or span.begin == 0)
 
 
-def lr_multiplier(step: int, steps: int | Span, warmup: int, schedule: str, end: float = 0.1) -> float:
+def lr_multiplier(
+    step: int, steps: int | Span, warmup: int, schedule: str, end: float = 0.1
+) -> float:
     """Share of the peak rate at `step` (0-based) of `steps`. Pure in its arguments.
 
-    A span that begins after step 0 is that of a restarted decay: no second warm-up, the peak, and down to `end`.
+    A span that begins after step 0 is that of a restarted decay: no second warm-up, the peak, and
+    down to `end`.
 
-    After a linear warm-up: cosine and linear fall to `end`; wsd (warmup, stable, decay: Hu et al. 2024) stays at
-    1 and falls linearly over the last fifth; slanted-triangular (Howard and Ruder 2018) rises over a tenth of the
-    run, whatever `warmup` says, and falls to 1/32.
+    After a linear warm-up: cosine and linear fall to `end`; wsd (warmup, stable, decay: Hu et al.
+    2024) stays at 1 and falls linearly over the last fifth; slanted-triangular (Howard and Ruder
+    2018) rises over a tenth of the run, whatever `warmup` says, and falls to 1/32.
     """
     begin, steps = (steps.begin, steps.end) if isinstance(steps, Span) else (0, steps)
     if schedule == "slanted-triangular":
@@ -71,11 +75,16 @@ class Group:
 
 
 def default_groups(model: nn.Module, cfg: RunConfig) -> list[Group]:
-    """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices apart."""
+    """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices
+    apart."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if p.dim() >= 2}
     vectors = {name: p for name, p in named.items() if p.dim() < 2}
-    hidden = {name: p for name, p in matrices.items() if ".h." in name} if cfg.optimizer == "muon" else {}
+    hidden = (
+        {name: p for name, p in matrices.items() if ".h." in name}
+        if cfg.optimizer == "muon"
+        else {}
+    )
     tables = {name: p for name, p in matrices.items() if name not in hidden}
     groups = [
         Group(tables, cfg.weight_decay),
@@ -88,23 +97,38 @@ def default_groups(model: nn.Module, cfg: RunConfig) -> list[Group]:
 class TritonAdamW(torch.optim.AdamW):
     """torch's AdamW, its groups and its state, with kernels/adamw.py for the update."""
 
-    table: Table | None = None  # of addresses: to be dropped where a tensor of the state is replaced
+    table: Table | None = (
+        None  # of addresses: to be dropped where a tensor of the state is replaced
+    )
 
-    def update(self, lr: float, factor: Tensor | None, ok: Tensor, copies: dict[int, Tensor]) -> None:
-        """One step with rate `lr` times each group's scale, gradients times `factor`; the copies are written too."""
+    def update(
+        self, lr: float, factor: Tensor | None, ok: Tensor, copies: dict[int, Tensor]
+    ) -> None:
+        """One step with rate `lr` times each group's scale, gradients times `factor`; the copies
+        are written too."""
         params = [p for group in self.param_groups for p in group["params"]]
         self.table = self.table or self._make_table(params, copies)
         device = params[0].device
         rate = torch.full((), lr, device=device)
         one = torch.ones((), device=device) if factor is None else factor
-        adamw(self.table, [p.grad for p in params], rate, one, ok, self.defaults["betas"], self.defaults["eps"])
+        adamw(
+            self.table,
+            [p.grad for p in params],
+            rate,
+            one,
+            ok,
+            self.defaults["betas"],
+            self.defaults["eps"],
+        )
 
     def _make_table(self, params: list[nn.Parameter], copies: dict[int, Tensor]) -> Table:
         for p in params:
             if not self.state[p]:
                 moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-        state = {key: [self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq")}
+        state = {
+            key: [self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq")
+        }
         groups = [group for group in self.param_groups for _ in group["params"]]
         return Table(
             [p.detach() for p in params], state["exp_avg"], state["exp_avg_sq"], state["step"],
@@ -119,11 +143,15 @@ class Optimizers:
     `copies`: by name, what the products read in place of a parameter; each follows its parameter.
     """
 
-    def __init__(self, groups: Sequence[Group], cfg: RunConfig, copies: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, groups: Sequence[Group], cfg: RunConfig, copies: Mapping[str, Tensor] | None = None
+    ):
         named = {name: p for group in groups for name, p in group.params.items()}
         self.names = {id(p): name for name, p in named.items()}
         self.params = list(named.values())
-        self.copies = {id(named[name]): copy for name, copy in (copies or {}).items() if name in named}
+        self.copies = {
+            id(named[name]): copy for name, copy in (copies or {}).items() if name in named
+        }
         self.optimizers: list[torch.optim.Optimizer] = []
         self.triton = "adamw" in kernels.named(cfg.kernels)
         adam = [_torch_group(group) for group in groups if group.optimizer == "adamw"]
@@ -132,7 +160,9 @@ class Optimizers:
             kind = TritonAdamW if self.triton else torch.optim.AdamW
             fused = "fused-adamw" not in cfg.without
             betas = (cfg.beta1, cfg.beta2)
-            self.optimizers.append(kind(adam, lr=0.0, betas=betas, eps=1e-8, fused=fused, foreach=False))
+            self.optimizers.append(
+                kind(adam, lr=0.0, betas=betas, eps=1e-8, fused=fused, foreach=False)
+            )
         if muon:
             # The update is scaled to AdamW's size, so that one learning rate serves both.
             self.optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
@@ -143,8 +173,8 @@ class Optimizers:
         return global_norm(grads) if self.triton else torch.nn.utils.get_total_norm(grads)
 
     def step(self, lr: float, factor: Tensor | None, ok: Tensor) -> None:
-        """Update with rate `lr` (times each group's scale) and gradients times `factor`, or do nothing at all where
-        `ok` is false.
+        """Update with rate `lr` (times each group's scale) and gradients times `factor`, or do
+        nothing at all where `ok` is false.
 
         Fused AdamW looks at `ok` on the device; the others cannot, so they cost a wait for the GPU.
         """
@@ -154,14 +184,18 @@ class Optimizers:
             else:
                 self._step(optimizer, lr, factor, ok)
 
-    def _step(self, optimizer: torch.optim.Optimizer, lr: float, factor: Tensor | None, ok: Tensor) -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, lr: float, factor: Tensor | None, ok: Tensor
+    ) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if factor is not None:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         if optimizer.defaults.get("fused"):
-            vars(optimizer)["found_inf"] = (~ok).float()  # the fused kernel skips the update where it is 1
+            vars(optimizer)["found_inf"] = (
+                ~ok
+            ).float()  # the fused kernel skips the update where it is 1
             optimizer.step()
         elif bool(ok):
             optimizer.step()
@@ -201,8 +235,8 @@ def _torch_group(group: Group) -> dict[str, Any]:
 class LossScale:
     """The factor that keeps fp16 gradients from vanishing; constant 1 in the other precisions.
 
-    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et al. 2018).
-    It lives on the device, so nothing waits for it.
+    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et
+    al. 2018). It lives on the device, so nothing waits for it.
     """
 
     interval = 2000
@@ -223,7 +257,8 @@ class LossScale:
         return {"scale": self.scale, "good": self.good}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where it was."""
+        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where
+        it was."""
         if self.on and (float(tensors["scale"]) != 1 or float(tensors["good"]) != 0):
             self.scale.copy_(tensors["scale"])
             self.good.copy_(tensors["good"])

@@ -1,4 +1,5 @@
-"""What is decided before a run: what suits the machine, the micro-batch, and with --dry-run what it would cost."""
+"""What is decided before a run: what suits the machine, the micro-batch, and with --dry-run what it
+would cost."""
 
 from __future__ import annotations
 
@@ -59,13 +60,17 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
         why += "; fp32 products by oneDNN"
     if world.device.type == "cuda":
         set_gpu_allocator(cfg)
-    if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):  # else glibc is left alone
+    if world.device.type == "cpu" and (
+        keeps_freed(cfg) or cfg.recompute
+    ):  # else glibc is left alone
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)
     backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)
     written_out = "explicit" if "flash-attention" in cfg.without else backends[0].name.lower()
-    attention = next((f"{name} kernel" for name in named(kernels) if "attention" in name), written_out)
+    attention = next(
+        (f"{name} kernel" for name in named(kernels) if "attention" in name), written_out
+    )
     return cfg, Choices(why, backends, attention, repeatability(attention, cfg, world.device), lost)
 
 
@@ -77,10 +82,11 @@ def check_compiler(world: World) -> None:
 
 
 def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
-    """Whether attention's gradients are the same bits in every run, in words; `attention` as the banner names it.
+    """Whether attention's gradients are the same bits in every run, in words; `attention` as the
+    banner names it.
 
-    On CUDA, cuDNN's and PyTorch's fused kernels add up dq in whatever order their blocks end. PyTorch's keep an
-    order under --deterministic, which leaves cuDNN's out.
+    On CUDA, cuDNN's and PyTorch's fused kernels add up dq in whatever order their blocks end.
+    PyTorch's keep an order under --deterministic, which leaves cuDNN's out.
     """
     ordered = attention in ("attention kernel", "explicit", "math")
     if device.type != "cuda" or ordered or cfg.deterministic:
@@ -92,24 +98,34 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the u
 
 
 def set_gpu_allocator(cfg: RunConfig) -> None:
-    """Let the GPU's allocator grow its segments, so that memory freed in pieces serves a larger tensor later.
+    """Let the GPU's allocator grow its segments, so that memory freed in pieces serves a larger
+    tensor later.
 
-    A micro-batch that fitted in a trial then also fits in the run, whose allocations come in another order. CUDA graphs
-    keep addresses, which such segments may not. Settings in the environment are the user's and stand.
+    A micro-batch that fitted in a trial then also fits in the run, whose allocations come in
+    another order. CUDA graphs keep addresses, which such segments may not. Settings in the
+    environment are the user's and stand.
     """
     chosen_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     if sys.platform == "linux" and not (cfg.cuda_graphs or chosen_by_user):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def largest_micro_batch(task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int) -> int:
-    """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU, estimated elsewhere."""
-    fits = _gpu_fits(task, model, cfg, world) if world.device.type == "cuda" else estimate_fits(task, cfg, world)
+def largest_micro_batch(
+    task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int
+) -> int:
+    """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
+    estimated elsewhere."""
+    fits = (
+        _gpu_fits(task, model, cfg, world)
+        if world.device.type == "cuda"
+        else estimate_fits(task, cfg, world)
+    )
     return min(processes.gather(world, largest_divisor(rows, fits)))
 
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that fits does too."""
+    """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that
+    fits does too."""
     small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
     divisors = sorted({*small, *(rows // n for n in small)})
     low, high = 0, len(divisors)
@@ -126,7 +142,8 @@ def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], b
 
 
 def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Callable[[int], bool]:
-    """One real forward and backward pass and one evaluation batch, with room kept for the optimizer's moments."""
+    """One real forward and backward pass and one evaluation batch, with room kept for the
+    optimizer's moments."""
     device = world.device
     step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
     kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
@@ -138,7 +155,10 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Cal
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step._backward(
-                batch, True, dict.fromkeys(task.terms, 1.0), {k: torch.zeros((), device=device) for k in task.terms}
+                batch,
+                True,
+                dict.fromkeys(task.terms, 1.0),
+                {k: torch.zeros((), device=device) for k in task.terms},
             )
             with torch.no_grad():
                 step.evaluate(batch)
@@ -156,7 +176,9 @@ def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Cal
 
 
 # PyTorch's allocators and CUDA's; and cuBLAS and cuDNN, which allocate past PyTorch's.
-OUT_OF_MEMORY = re.compile(r"out[ _]of[ _]memory|allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out[ _]of[ _]memory|allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE
+)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -176,7 +198,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-# inductor's for C++; Triton's for the C that launches a kernel, which ends without the compiler's own words.
+# inductor's for C++; Triton's for the C that launches a kernel, which ends without the compiler's
+# own words.
 COMPILER_FAILED = re.compile(
     r"InvalidCxxCompiler|No working C\+\+ compiler|C\+\+ compile error|Failed to find C compiler"
     r"|Command '\[.*\.c'.*-shared.* returned non-zero exit status"
@@ -184,7 +207,8 @@ COMPILER_FAILED = re.compile(
 
 
 def compiler_error(error: BaseException) -> UserError | None:
-    """The line to show where the machine's C or C++ compiler failed under torch.compile; None for any other error."""
+    """The line to show where the machine's C or C++ compiler failed under torch.compile; None for
+    any other error."""
     text = next((str(inner) for inner in causes(error) if COMPILER_FAILED.search(str(inner))), None)
     if text is None:
         return None
@@ -192,7 +216,8 @@ def compiler_error(error: BaseException) -> UserError | None:
     said = next((line for line in lines if "error: " in line), None)
     said = said or next(line for line in lines if COMPILER_FAILED.search(line))
     return UserError(
-        f"torch.compile's C or C++ compiler failed ({printable(said[:200])}); install it whole, with Python's "
+        f"torch.compile's C or C++ compiler failed ({printable(said[:200])}); install it whole, "
+        "with Python's "
         "headers (apt install g++ python3-dev), or type --no-compile",
         local=True,
     )
@@ -211,25 +236,36 @@ class Disk:
         return (max(0, self.kept - there) + 1) * self.size * bool(self.kept) + self.final
 
     def shortage(self, folder: Path) -> str | None:
-        """What to tell where `folder`, with the run's checkpoints so far, has too little room for the others."""
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
+        """What to tell where `folder`, with the run's checkpoints so far, has too little room for
+        the others."""
+        there = next(
+            path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path)
+        )
         needed, free = self.needed(len(checkpoints(folder))), shutil.disk_usage(there).free
         if needed <= free:
             return None
         return (
-            f"{folder} has {bytes_text(free)} free and the run may take {bytes_text(needed)} more ({self}); free some, "
+            f"{folder} has {bytes_text(free)} free and the run may take {bytes_text(needed)} more "
+            f"({self}); free some, "
             f"lower --keep and --keep-best, or choose another --out"
         )
 
     def __str__(self) -> str:
-        checkpoints = f"{self.kept} checkpoints of {bytes_text(self.size)}, one more while it is written, and "
+        checkpoints = (
+            f"{self.kept} checkpoints of {bytes_text(self.size)}, one more while it is "
+            "written, and "
+        )
         return f"{checkpoints if self.kept else ''}{bytes_text(self.final)} for final/"
 
 
 def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
     """`final`: bytes of the whole model in fp32."""
     assert cfg.steps
-    kept = min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every)) if cfg.save_every else 0
+    kept = (
+        min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every))
+        if cfg.save_every
+        else 0
+    )
     return Disk(kept, task.checkpoint_bytes(), final)
 
 
@@ -244,13 +280,26 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     disk = disk_of(task, cfg, memory.weights)
     free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
-    log.say(f"dry run: nothing is started or written ({task.describe_step(cfg.micro_batch, world.size)})\n")
+    log.say(
+        "dry run: nothing is started or written "
+        f"({task.describe_step(cfg.micro_batch, world.size)})\n"
+    )
     log.banner(
-        {f"memory, {f.name}": bytes_text(getattr(memory, f.name)) for f in dataclasses.fields(memory)}
+        {
+            f"memory, {f.name}": bytes_text(getattr(memory, f.name))
+            for f in dataclasses.fields(memory)
+        }
         | {"memory, peak of a rank": bytes_text(memory.total)}
-        | {"free now for a rank": bytes_text(free) + ("" if fits(cfg.micro_batch) else ": too little")}
+        | {
+            "free now for a rank": bytes_text(free)
+            + ("" if fits(cfg.micro_batch) else ": too little")
+        }
         | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
-        | {"compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)" if flops else "unknown"}
+        | {
+            "compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)"
+            if flops
+            else "unknown"
+        }
         | {"disk": f"{bytes_text(disk.needed())} at most ({disk})"}
         | {
             "time": f"{time_text(tokens / speed)} at {speed:,.0f} tokens/s ({source})"
@@ -268,7 +317,9 @@ def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float 
         text = (Path(cfg.out or "") / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    speeds = numbers([record for _, record in read_log(text) if record["kind"] == "train"], "tokens_per_second")
+    speeds = numbers(
+        [record for _, record in read_log(text) if record["kind"] == "train"], "tokens_per_second"
+    )
     if speeds and (speed := statistics.median(speeds)) > 0:
         return speed, f"measured in {cfg.out}"
     peak = device_peak(world, cfg.precision)
@@ -278,4 +329,8 @@ def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float 
 
 
 def device_peak(world: World, precision: str) -> float | None:
-    return peak_flops(processes.device_name(world.device), precision) if world.device.type == "cuda" else None
+    return (
+        peak_flops(processes.device_name(world.device), precision)
+        if world.device.type == "cuda"
+        else None
+    )

@@ -1,4 +1,5 @@
-"""In which number format a model is computed; its parameters, their gradients and the optimizer stay fp32."""
+"""In which number format a model is computed; its parameters, their gradients and the optimizer
+stay fp32."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 class Cast(nn.Module):
-    """`module` with the weights of its products cast to their format once, when `refresh` is called, not in every use.
+    """`module` with the weights of its products cast to their format once, when `refresh` is
+    called, not in every use.
 
-    The module sees the copies in place of its linear layers' parameters, and computes in their format; a parameter gets
-    its gradient in fp32. Embeddings and norms stay as they are: their gradients are sums of many, and a table is
-    too large for what little of it is read. The trade-off against autocast: half the bytes in every operation that
-    is not a product, for one more copy of the weights in half their size.
+    The module sees the copies in place of its linear layers' parameters, and computes in their
+    format; a parameter gets its gradient in fp32. Embeddings and norms stay as they are: their
+    gradients are sums of many, and a table is too large for what little of it is read. The
+    trade-off against autocast: half the bytes in every operation that is not a product, for one
+    more copy of the weights in half their size.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -73,14 +76,21 @@ class _Copy(torch.autograd.Function):
 
 
 def set_products(precision: str, device: torch.device, without: Collection[str] = ()) -> bool:
-    """Set how this process multiplies fp32 matrices: exactly, but in TF32 where `precision` says so.
+    """Set how this process multiplies fp32 matrices: exactly, but in TF32 where `precision` says
+    so.
 
-    Returns whether a CPU's are oneDNN's. PyTorch gives them to MKL, which on AMD's processors uses vectors of 256 bits
-    of the 512 that there are, and to oneDNN only where it may round its inputs to bf16 ("medium"): leave that a
-    processor without AMX has no use for. So it is taken where its products are seen to be exact.
+    Returns whether a CPU's are oneDNN's. PyTorch gives them to MKL, which on AMD's processors uses
+    vectors of 256 bits of the 512 that there are, and to oneDNN only where it may round its inputs
+    to bf16 ("medium"): leave that a processor without AMX has no use for. So it is taken where its
+    products are seen to be exact.
     """
     candidate = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and "cpu-products" not in without and candidate and torch.backends.mkldnn.is_available():
+    if (
+        device.type == "cpu"
+        and "cpu-products" not in without
+        and candidate
+        and torch.backends.mkldnn.is_available()
+    ):
         torch.set_float32_matmul_precision("medium")
         if _products_are_exact():
             return True
@@ -103,7 +113,10 @@ def exact_products() -> Generator[None]:
 def _products_are_exact(n: int = 256) -> bool:
     """Of numbers that bf16 lacks, but whose sums fp32 has."""
     ones, near = torch.ones(n, n), torch.full((n, n), 1 + 2.0**-12)
-    return all(bool((product == n * (1 + 2.0**-12)).all()) for product in (near @ ones, ones @ near, near.t() @ ones))
+    return all(
+        bool((product == n * (1 + 2.0**-12)).all())
+        for product in (near @ ones, ones @ near, near.t() @ ones)
+    )
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
@@ -111,9 +124,13 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     cuda = device.type == "cuda"
     major = torch.cuda.get_device_capability(device)[0] if cuda else 0
     lacks = {
-        "fp8": None if major >= 9 else "needs a CUDA GPU of the Hopper generation or newer; use --precision bf16",
+        "fp8": None
+        if major >= 9
+        else "needs a CUDA GPU of the Hopper generation or newer; use --precision bf16",
         "fp16": None if cuda else "needs a CUDA GPU; use --precision bf16 or fp32",
-        "tf32": None if major >= 8 else "needs a CUDA GPU of the Ampere generation or newer; use --precision fp32",
+        "tf32": None
+        if major >= 8
+        else "needs a CUDA GPU of the Ampere generation or newer; use --precision fp32",
         "bf16": "is not in this GPU; use --precision fp16" if cuda and major < 8 else None,
     }
     if lacks.get(asked):
@@ -121,7 +138,11 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
     if cuda:
-        return ("bf16", "native on this GPU") if major >= 8 else ("fp16", "no bf16 on this GPU; losses are scaled")
+        return (
+            ("bf16", "native on this GPU")
+            if major >= 8
+            else ("fp16", "no bf16 on this GPU; losses are scaled")
+        )
     if device.type == "cpu" and cpu_has_bf16():
         return "bf16", "native on this CPU"
     return "fp32", f"no fast bf16 on this {device.type}"
@@ -130,7 +151,9 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
 def cpu_has_bf16() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+            words = set(
+                next((line for line in file if line.startswith(("flags", "Features"))), "").split()
+            )
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

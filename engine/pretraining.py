@@ -29,7 +29,8 @@ from text.tokenizer_files import has_tokenizer
 
 
 class LanguageModelling(Task):
-    """Predict each next token of packed text: pretraining, and continued pretraining from a checkpoint."""
+    """Predict each next token of packed text: pretraining, and continued pretraining from a
+    checkpoint."""
 
     name = "pretrain"
     config = TrainConfig
@@ -40,24 +41,31 @@ class LanguageModelling(Task):
         if cfg.data != "stdlib":
             return ""
         return (
-            "no prepared data: training on Python's own standard library (--data stdlib). For FineWeb first run:\n"
-            "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb\n"
+            "no prepared data: training on Python's own standard library (--data stdlib). For "
+            "FineWeb first run:\n"
+            "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out "
+            "data/fineweb\n"
         )
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
         tokenizer = _tokenizer_named(cfg)
         assert cfg.data and cfg.seq_len  # resolved
-        self.data = open_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say)
+        self.data = open_data(
+            cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say
+        )
         vocabulary = self.data.vocabulary
         self.shape = model_config(cfg, vocabulary.size)
         if vocabulary.tokenizer is None:
             self.warnings = (
-                f"training without the tokenizer of the shards ({vocabulary.missing}): no samples are printed, and "
+                f"training without the tokenizer of the shards ({vocabulary.missing}): no samples "
+                "are printed, and "
                 f"the model is written without a tokenizer",
             )
         if cfg.document_mask and vocabulary.eot is None:
-            raise UserError("--document-mask needs the id that ends a document; name the shards' --tokenizer")
+            raise UserError(
+                "--document-mask needs the id that ends a document; name the shards' --tokenizer"
+            )
         if self.shape.vocab_size < vocabulary.rows:
             raise UserError(
                 f"the tokenizer has {vocabulary.size} ids and the model of --init {cfg.init} only "
@@ -77,13 +85,17 @@ class LanguageModelling(Task):
         if cfg.batch_tokens % unit:
             nearest = max(1, round(cfg.batch_tokens / unit)) * unit
             raise UserError(
-                f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x {cfg.seq_len} tokens; "
+                f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x "
+                f"{cfg.seq_len} tokens; "
                 f"use --batch-tokens {nearest}"
             )
         rows = cfg.batch_tokens // unit
         if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
             divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
-            raise UserError(f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use {divisor}")
+            raise UserError(
+                f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use "
+                f"{divisor}"
+            )
         return rows
 
     def tokens_per_step(self) -> float:
@@ -118,14 +130,22 @@ class LanguageModelling(Task):
         config, data = self.shape, self.data
         with torch.device("meta"):
             model = GPT(config)
-        shape = f"{config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads, context {config.block_size}"
-        padded = f" (padded to {config.padded_vocab_size})" if config.padded_vocab_size > config.vocab_size else ""
+        shape = (
+            f"{config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads, context "
+            f"{config.block_size}"
+        )
+        padded = (
+            f" (padded to {config.padded_vocab_size})"
+            if config.padded_vocab_size > config.vocab_size
+            else ""
+        )
         epochs = (self.cfg.steps or 0) * (self.cfg.batch_tokens or 0) / data.train.n_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
             + ("" if data.vocabulary.tokenizer else ", not on this machine"),
-            "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} epochs), "
+            "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} "
+            "epochs), "
             f"{data.val.n_tokens:,} held out",
         }
 
@@ -133,14 +153,24 @@ class LanguageModelling(Task):
         with torch.device("meta"):
             return GPT(self.shape).flops_per_token(self.cfg.seq_len or 0)
 
-    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         assert cfg.seq_len and cfg.batch_tokens
         rows = cfg.batch_tokens // cfg.seq_len // world_size
         return estimate(
-            self.shape, micro_batch, cfg.seq_len, cfg.precision, cfg.optimizer, device_type, world_size,
-            accumulate=micro_batch < rows, saves=bool(cfg.save_every), keep_freed=keeps_freed(cfg),
+            self.shape,
+            micro_batch,
+            cfg.seq_len,
+            cfg.precision,
+            cfg.optimizer,
+            device_type,
+            world_size,
+            accumulate=micro_batch < rows,
+            saves=bool(cfg.save_every),
+            keep_freed=keeps_freed(cfg),
             cast_once=casts_once(cfg.precision, cfg.without),
-        )  # fmt: skip
+        )
 
     def checkpoint_bytes(self) -> int:
         return checkpoint_bytes(self.shape, self.cfg.optimizer)
@@ -155,7 +185,9 @@ class LanguageModelling(Task):
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
-            return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[:, None]
+            return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[
+                :, None
+            ]
         windows = self.data.val.n_windows(seq_len)
         if self.cfg.eval_tokens:
             windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
@@ -167,7 +199,8 @@ class LanguageModelling(Task):
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
-            # A document begins with the end-of-text token, so the count of them so far names the document.
+            # A document begins with the end-of-text token, so the count of them so far names the
+            # document.
             eot = self.data.vocabulary.eot
             assert eot is not None  # `setup` saw to it
             batch["segments"] = (batch["idx"] == eot).cumsum(1)
@@ -183,7 +216,10 @@ class LanguageModelling(Task):
         return {"nll": model(**batch, reduction="sum")}
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
-        return {"nll": model(**batch, reduction="sum"), "tokens": (batch["targets"] != IGNORE).sum()}
+        return {
+            "nll": model(**batch, reduction="sum"),
+            "tokens": (batch["targets"] != IGNORE).sum(),
+        }
 
     def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
         nll, tokens = sums["nll"], sums["tokens"]
@@ -198,7 +234,9 @@ class LanguageModelling(Task):
         tokenizer = self.data.vocabulary.tokenizer
         if tokenizer is None:
             return []
-        prompts = self.cfg.prompts or (("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time"))
+        prompts = self.cfg.prompts or (
+            ("def", "class") if self.cfg.data == "stdlib" else ("The", "Once upon a time")
+        )
         ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
         options = DecodeConfig(max_new_tokens=min(100, self.shape.block_size // 2), top_k=50)
         outs = sample(model, ids, options, tokenizer.eot, seed=self.cfg.seed, tokenizer=tokenizer)
@@ -214,13 +252,18 @@ class LanguageModelling(Task):
 
 
 def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
-    """The shape to train: of the preset and its overrides, or of the checkpoint that --init names."""
+    """The shape to train: of the preset and its overrides, or of the checkpoint that --init
+    names."""
     if cfg.init != "scratch":
         return open_pretrained(cfg).config
     assert cfg.preset and cfg.seq_len
     overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
-    shape: dict[str, Any] = PRESETS[cfg.preset] | {name: n for name, n in overrides.items() if n is not None}
-    shape |= dict(tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without)
+    shape: dict[str, Any] = PRESETS[cfg.preset] | {
+        name: n for name, n in overrides.items() if n is not None
+    }
+    shape |= dict(
+        tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without
+    )
     return GPTConfig(vocab_size=vocab_size, block_size=cfg.seq_len, **shape, **how_it_runs(cfg))
 
 
@@ -239,23 +282,34 @@ def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
 
 def open_pretrained(cfg: RunConfig) -> GPT:
     """The model of --init. Raises UserError where other options contradict its shape."""
-    given = [f"--{name.replace('_', '-')}" for name in ("n_layer", "n_head", "n_embd", "preset") if getattr(cfg, name)]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("n_layer", "n_head", "n_embd", "preset")
+        if getattr(cfg, name)
+    ]
     if given:
-        raise UserError(f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape")
+        raise UserError(
+            f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape"
+        )
     where = locate(cfg.init)
     if is_adapter(where):
-        raise UserError(f"--init {cfg.init} is an adapter; name the model that it was made for: {base_of(where)[0]}")
+        raise UserError(
+            f"--init {cfg.init} is an adapter; name the model that it was made for: "
+            f"{base_of(where)[0]}"
+        )
     model = GPT.from_pretrained(where, **how_it_runs(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
-            f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of --init {cfg.init}; "
+            f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of "
+            f"--init {cfg.init}; "
             f"use --seq-len {model.config.block_size} or less"
         )
     return model
 
 
 def _tokenizer_named(cfg: RunConfig) -> str | None:
-    """What load_tokenizer takes for --tokenizer, else for the checkpoint of --init; None leaves it to the data."""
+    """What load_tokenizer takes for --tokenizer, else for the checkpoint of --init; None leaves it
+    to the data."""
     if cfg.tokenizer:
         return cfg.tokenizer if cfg.tokenizer == "gpt2" else locate(cfg.tokenizer)
     if cfg.init == "scratch":
@@ -265,7 +319,8 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
 
 
 def perplexity(nll: float, count: float) -> float:
-    """exp(nll / count) of a sum of nats over `count` tokens (or words); inf where that overflows."""
+    """exp(nll / count) of a sum of nats over `count` tokens (or words); inf where that
+    overflows."""
     try:
         return math.exp(nll / count)
     except OverflowError:

@@ -1,7 +1,8 @@
-"""The processes of a run: who am I, on which device, and the few things that ranks say to one another.
+"""The processes of a run: who am I, on which device, and the few things that ranks say to one
+another.
 
-Host-side messages travel over a gloo group of their own, so that agreeing on something (a batch's target
-count, whether to stop) never waits for the GPU.
+Host-side messages travel over a gloo group of their own, so that agreeing on something (a batch's
+target count, whether to stop) never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ POLL_SECONDS = 0.02  # between two looks into the launcher's store
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `control` is the gloo group for host-side messages (None when alone)."""
+    """This process among the others. `control` is the gloo group for host-side messages (None when
+    alone)."""
 
     rank: int
     local_rank: int
@@ -52,7 +54,12 @@ def start(device: str) -> World:
     """Join torchrun's processes (or be the only one) on `device`: auto, cpu, cuda or mps."""
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
+        for name, default in (
+            ("RANK", "0"),
+            ("LOCAL_RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_WORLD_SIZE", "1"),
+        )
     )
     chosen = choose_device(device, local_rank)
     use_device(chosen)
@@ -72,10 +79,12 @@ def start(device: str) -> World:
 
 
 def _launcher_store(rank: int, size: int) -> dict[str, Any]:
-    """Arguments that make init_process_group use a part of torchrun's store that no earlier start has written to.
+    """Arguments that make init_process_group use a part of torchrun's store that no earlier start
+    has written to.
 
     torchrun keeps one store over all its restarts (pytorch#135712). Ranks that were restarted would read in it the
-    addresses of the ranks that died, and wait for those. Empty where the ranks make a store of their own.
+    addresses of the ranks that died, and wait for those. Empty where the ranks make a store of
+    their own.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -86,11 +95,13 @@ def _launcher_store(rank: int, size: int) -> dict[str, Any]:
 
 
 def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """Agree on a name with the `size` ranks that run now, in a store that may hold what dead ranks wrote.
+    """Agree on a name with the `size` ranks that run now, in a store that may hold what dead ranks
+    wrote.
 
-    Each rank writes a random name of its own. Rank 0 invites the names that it finds; a rank accepts an invitation
-    that lists its name, and rank 0 opens the one that all have accepted. The dead accept nothing, so no rank can
-    go on with what they left. Raises TimeoutError after `seconds`, naming the ranks that did not come.
+    Each rank writes a random name of its own. Rank 0 invites the names that it finds; a rank
+    accepts an invitation that lists its name, and rank 0 opens the one that all have accepted. The
+    dead accept nothing, so no rank can go on with what they left. Raises TimeoutError after
+    `seconds`, naming the ranks that did not come.
     """
     store = dist.PrefixStore("meeting", store)
     deadline = time.monotonic() + seconds
@@ -108,7 +119,11 @@ def _invite(store: dist.Store, size: int, deadline: float) -> str:
             invited, meeting = names, uuid.uuid4().hex
             store.set(f"accepted {meeting} 0", "yes")
             store.set("invitation", " ".join([meeting, *names]))
-        absent = [rank for rank in range(size) if not (meeting and _read(store, f"accepted {meeting} {rank}"))]
+        absent = [
+            rank
+            for rank in range(size)
+            if not (meeting and _read(store, f"accepted {meeting} {rank}"))
+        ]
         if not absent:
             store.set(f"opened {meeting}", "yes")
             return meeting
@@ -132,35 +147,48 @@ def _read(store: dist.Store, key: str) -> str:
 
 def _wait(deadline: float, whom: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"{whom} did not come to torchrun's store at MASTER_ADDR:MASTER_PORT in time")
+        raise TimeoutError(
+            f"{whom} did not come to torchrun's store at MASTER_ADDR:MASTER_PORT in time"
+        )
     time.sleep(POLL_SECONDS)
 
 
 def launcher() -> str | None:
-    """Names the torchrun that started this process, the same in all its restarts; None where there is none."""
+    """Names the torchrun that started this process, the same in all its restarts; None where there
+    is none."""
     return f"{platform.node()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def restart_advice() -> str | None:
-    """What a user of torchrun must set so that ranks can start again after a node has joined or left.
+    """What a user of torchrun must set so that ranks can start again after a node has joined or
+    left.
 
-    torchrun's agents then disagree about whose store it is, and no rank can mend that. None where no node can join.
+    torchrun's agents then disagree about whose store it is, and no rank can mend that. None where
+    no node can join.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    if not _nodes_may_join() and not (several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"):
+    if not _nodes_may_join() and not (
+        several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
         return None
     return (
-        "note: if a node joins or leaves this run, its ranks can only start again where the environment of torchrun "
-        "has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts on the same nodes need nothing"
+        "note: if a node joins or leaves this run, its ranks can only start again where the "
+        "environment of torchrun "
+        "has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts on the same nodes need "
+        "nothing"
     )
 
 
 def _nodes_may_join() -> bool:
     """Whether this process's launcher was told --nnodes MIN:MAX."""
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+        words = (
+            Path(f"/proc/{os.getppid()}/cmdline")
+            .read_text(encoding="utf-8", errors="replace")
+            .split("\0")
+        )
     except OSError:
         words = []
     options = " ".join([f"--nnodes {os.environ.get('PET_NNODES', '')}", *words])
@@ -168,7 +196,8 @@ def _nodes_may_join() -> bool:
 
 
 def recorded(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, where torchrun shows the traceback of a rank that fails, but none for the user's mistake."""
+    """`function(*args)`, where torchrun shows the traceback of a rank that fails, but none for the
+    user's mistake."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     def attempt() -> Any:
@@ -212,7 +241,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "auto":
         device = "cuda" if cuda else "mps" if mps else "cpu"
     if (device == "cuda" and not cuda) or (device == "mps" and not mps):
-        raise UserError(f"--device {device}: this machine (or this build of PyTorch) has none; use --device cpu")
+        raise UserError(
+            f"--device {device}: this machine (or this build of PyTorch) has none; use --device cpu"
+        )
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"more processes than GPUs: use torchrun --nproc_per_node={count}")
@@ -230,7 +261,8 @@ def gather(world: World, value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def main_first(world: World) -> Generator[None]:
-    """Rank 0 runs the block before the others do, however long it takes: they find its work done, and it speaks."""
+    """Rank 0 runs the block before the others do, however long it takes: they find its work done,
+    and it speaks."""
     if world.size == 1:
         yield
         return
@@ -245,7 +277,8 @@ def main_first(world: World) -> Generator[None]:
 
 
 def sum_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:
-    """Sums of host numbers, in fp64. Ranks may lack keys that others have; sums run in rank order."""
+    """Sums of host numbers, in fp64. Ranks may lack keys that others have; sums run in rank
+    order."""
     total: dict[str, float] = {}
     for of_rank in gather(world, values):
         for key, value in of_rank.items():
@@ -265,7 +298,9 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            names = (
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
             return next(names)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -279,7 +314,8 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device, local_size: int) -> int:
-    """Bytes that one rank may still take: free on its GPU, or its share of what the machine has free."""
+    """Bytes that one rank may still take: free on its GPU, or its share of what the machine has
+    free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -290,10 +326,11 @@ def available_memory(device: torch.device, local_size: int) -> int:
 class StopSignal:
     """SIGTERM, SIGINT and SIGHUP, turned into an agreement of all ranks to stop at the same point.
 
-    Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on it only raises
-    a flag, however often it comes. `agreed()` is called by every rank at the same points: each call starts a
-    tiny asynchronous all-reduce of the flags and returns the result of the one that the call before started,
-    so all ranks see the same answer at the same point, and none waits.
+    Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on
+    it only raises a flag, however often it comes. `agreed()` is called by every rank at the same
+    points: each call starts a tiny asynchronous all-reduce of the flags and returns the result of
+    the one that the call before started, so all ranks see the same answer at the same point, and
+    none waits.
     """
 
     def __init__(self, world: World):
@@ -304,9 +341,15 @@ class StopSignal:
         self.before: dict[int, Any] = {}  # handlers, by signal
 
     def install(self) -> None:
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last: the terminal has closed; Windows lacks it
+        for name in (
+            "SIGTERM",
+            "SIGINT",
+            "SIGHUP",
+        ):  # the last: the terminal has closed; Windows lacks it
             number = getattr(signal, name, None)
-            if number is not None and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):  # nohup
+            if number is not None and (
+                name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # nohup
                 self.before[number] = signal.signal(number, self._received)
 
     def remove(self) -> None:
@@ -324,7 +367,8 @@ class StopSignal:
         self.flag = self.flag or number
 
     def agreed(self) -> int:
-        """The signal that some rank had received by the last call, on every rank alike; 0 for none."""
+        """The signal that some rank had received by the last call, on every rank alike; 0 for
+        none."""
         if self.world.size == 1:
             return self.flag
         result = 0
@@ -333,5 +377,8 @@ class StopSignal:
             work.wait()
             result = int(flags.item())
         flags = torch.tensor([self.flag])
-        self.pending = (flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.control, async_op=True))
+        self.pending = (
+            flags,
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.control, async_op=True),
+        )
         return result

@@ -22,8 +22,17 @@ from storage.checkpoint import RECORD
 
 # Options that say how one start goes about it, not what the run is.
 OF_A_START = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")
-BY_MACHINE = ("compile", "precision", "kernels", "cuda_graphs")  # may have to be chosen anew on another machine
-FACTS = {"world_size": "ranks", "torch": "torch", "device": "device"}  # of run.json, and their names for a user
+BY_MACHINE = (
+    "compile",
+    "precision",
+    "kernels",
+    "cuda_graphs",
+)  # may have to be chosen anew on another machine
+FACTS = {
+    "world_size": "ranks",
+    "torch": "torch",
+    "device": "device",
+}  # of run.json, and their names for a user
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,9 @@ class Earlier:
 
     options: dict[str, Any]  # resolved
     record: dict[str, Any]  # run.json
-    asked: dict[str, Any] = field(default_factory=dict)  # of BY_MACHINE and device, before they were resolved
+    asked: dict[str, Any] = field(
+        default_factory=dict
+    )  # of BY_MACHINE and device, before they were resolved
 
 
 def earlier_start(cfg: RunConfig) -> Earlier | None:
@@ -50,7 +61,9 @@ def earlier_start(cfg: RunConfig) -> Earlier | None:
         record = _read(run / RECORD)
         options = _read(run / "config.json")
     except ValueError as error:
-        raise UserError(f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; mend it") from None
+        raise UserError(
+            f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; mend it"
+        ) from None
     if not isinstance(record, dict) or not isinstance(options, dict) or not options:
         return None
     return Earlier(options, record, record.get("asked") or {})
@@ -80,21 +93,33 @@ def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
     """Beside --extend-to, --steps may say what the run had; any other number would be lost."""
     known = {length.steps for length in lengths_of(earlier.record)} | {cfg.extend_to}
     if cfg.steps not in known:
-        raise UserError(f"--steps {cfg.steps} and --extend-to {cfg.extend_to} contradict each other; leave --steps out")
+        raise UserError(
+            f"--steps {cfg.steps} and --extend-to {cfg.extend_to} contradict each other; leave "
+            "--steps out"
+        )
 
 
 def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
     own = earlier.options | {"steps": earlier.record["identity"].get("steps")}
-    kept = typed | {*OF_A_START, *BY_MACHINE, "device", "micro_batch"}  # a micro-batch is resumed with the checkpoint
+    kept = typed | {
+        *OF_A_START,
+        *BY_MACHINE,
+        "device",
+        "micro_batch",
+    }  # a micro-batch is resumed with the checkpoint
     if "epochs" in typed:
         kept |= {"steps"}
     if "init" in typed and cfg.init != own.get("init"):  # the weights fix the shape
         kept |= {"preset", "n_layer", "n_head", "n_embd"}
     if "method" in typed and getattr(cfg, "method", None) != own.get("method"):
-        kept |= {f.name for f in dataclasses.fields(MethodConfig)}  # another run, and refused as one
+        kept |= {
+            f.name for f in dataclasses.fields(MethodConfig)
+        }  # another run, and refused as one
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg) if f.name in own and f.name not in kept]
-    cfg = dataclasses.replace(cfg, **{name: _as_option(name, own[name], hints[name]) for name in names})
+    cfg = dataclasses.replace(
+        cfg, **{name: _as_option(name, own[name], hints[name]) for name in names}
+    )
     return _for_this_machine(cfg, typed, earlier)
 
 
@@ -102,7 +127,8 @@ def _as_option(name: str, value: Any, hint: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if not _fits(value, hint):
         raise UserError(
-            f"config.json of the run has {name} {value!r}, which --{name.replace('_', '-')} cannot be; mend it"
+            f"config.json of the run has {name} {value!r}, which --{name.replace('_', '-')} cannot "
+            "be; mend it"
         )
     return value
 
@@ -129,7 +155,11 @@ def _for_this_machine(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
     for name in BY_MACHINE:
         if name not in typed and name in earlier.options:
             sources = ([earlier.options] if same else []) + [earlier.asked]
-            usable = (source[name] for source in sources if name in source and _works(cfg, name, source[name]))
+            usable = (
+                source[name]
+                for source in sources
+                if name in source and _works(cfg, name, source[name])
+            )
             cfg = dataclasses.replace(cfg, **{name: next(usable, getattr(cfg, name))})
     return cfg
 
@@ -143,7 +173,8 @@ def _is_there(device: str) -> bool:
 
 
 def _device_of(earlier: Earlier) -> str:
-    """The type of device of a run; told by what it computed with, where an older version wrote no more."""
+    """The type of device of a run; told by what it computed with, where an older version wrote no
+    more."""
     known = earlier.record.get("device") or earlier.options.get("device")
     if known and known != "auto":
         return known
@@ -162,7 +193,10 @@ def _works(cfg: RunConfig, name: str, value: Any) -> bool:
             choose_precision(value, device)
         if name == "kernels":
             precision, _ = choose_precision(cfg.precision, device)
-            choose(dataclasses.replace(cfg, kernels=value, precision=precision, compile=compiled), device.type)
+            choose(
+                dataclasses.replace(cfg, kernels=value, precision=precision, compile=compiled),
+                device.type,
+            )
     except UserError:
         return False
     return True

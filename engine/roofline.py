@@ -1,12 +1,14 @@
-"""What a device can do at best: its data sheet, and the rate of a large product as it is measured here."""
+"""What a device can do at best: its data sheet, and the rate of a large product as it is measured
+here."""
 
 from __future__ import annotations
 
 import re
 import time
 
-# Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets:
-# words of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all there counts.
+# Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets: words
+# of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all
+# there counts.
 PEAKS = (
     ("H200", 989e12, 494e12),
     ("GH200", 989e12, 494e12),
@@ -35,7 +37,12 @@ PEAKS = (
     ("V100", 125e12, None),
     ("T4", 65e12, None),
 )
-SLOWER = ("Laptop", "Max-Q", "D", "MIG")  # words of a name that sell less than the data sheet of the rest
+SLOWER = (
+    "Laptop",
+    "Max-Q",
+    "D",
+    "MIG",
+)  # words of a name that sell less than the data sheet of the rest
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -50,7 +57,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
-    """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would be faster."""
+    """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would
+    be faster."""
     import torch
 
     from engine import processes
@@ -59,7 +67,10 @@ def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
     found = processes.start(device).device
     n, products = (8192, 20) if found.type == "cuda" else (2048, 1)
     set_products(precision, found)
-    a, b = (torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32)) for _ in range(2))
+    a, b = (
+        torch.randn(n, n, device=found, dtype=DTYPES.get(precision, torch.float32))
+        for _ in range(2)
+    )
 
     def timed() -> float:
         began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""One optimizer step, and the batches that go into it. It never looks inside a batch, a model or a loss."""
+"""One optimizer step, and the batches that go into it. It never looks inside a batch, a model or a
+loss."""
 
 from __future__ import annotations
 
@@ -32,8 +33,11 @@ from storage import checkpoint
 # --- batches
 
 
-def partition(groups: np.ndarray, rank: int, size: int, micro_batch: int) -> list[np.ndarray | None]:
-    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch rows at a time.
+def partition(
+    groups: np.ndarray, rank: int, size: int, micro_batch: int
+) -> list[np.ndarray | None]:
+    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch
+    rows at a time.
 
     Every rank gets the same number of micro-batches; None stands where it has no rows left.
     """
@@ -55,14 +59,22 @@ class StepBatches:
 
 
 class Loader:
-    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on this one.
+    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on
+    this one.
 
     Its whole state is the step it is asked for.
     """
 
     def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
-        self.task, self.world, self.micro_batch, self.steps, self.ahead = task, world, micro_batch, steps, ahead
-        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte on that GPU.
+        self.task, self.world, self.micro_batch, self.steps, self.ahead = (
+            task,
+            world,
+            micro_batch,
+            steps,
+            ahead,
+        )
+        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte
+        # on that GPU.
         self.pool = ThreadPoolExecutor(1, "loader", processes.use_device, (world.device,))
         self.futures: dict[int, Future[StepBatches]] = {}
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
@@ -93,7 +105,9 @@ class Loader:
             if not isinstance(value, Tensor):
                 return value
             value = value.pin_memory().to(self.world.device, non_blocking=True)
-            value.record_stream(computing)  # its memory is not used again before the computation is through with it
+            value.record_stream(
+                computing
+            )  # its memory is not used again before the computation is through with it
             return value
 
         with torch.cuda.stream(self.stream):
@@ -116,12 +130,17 @@ def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, batch)
+    return tree_map(
+        lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, batch
+    )
 
 
 def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
-    """Every random draw of a micro-batch follows from these four numbers, whatever was drawn before."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0]))
+    """Every random draw of a micro-batch follows from these four numbers, whatever was drawn
+    before."""
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
+    )
 
 
 # --- one optimizer step
@@ -130,7 +149,8 @@ AMOUNT = "amount "  # before an amount's name, where it travels with the weights
 
 
 class TaskModule(nn.Module):
-    """The model with the task's functions of it as its forward pass: what DDP wraps, so that it sees every use."""
+    """The model with the task's functions of it as its forward pass: what DDP wraps, so that it
+    sees every use."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
@@ -157,9 +177,9 @@ BLOCK_GRAPHS = 32
 
 
 def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
-    """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a model has all its
-    gradients at once, and no all-reduce overlaps with them; and on a CPU the head's loss, which works on pieces that
-    stay in the caches, is taken apart into whole passes."""
+    """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a
+    model has all its gradients at once, and no all-reduce overlaps with them; and on a CPU the
+    head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
     return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
@@ -168,7 +188,8 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
 def compiler_lacks(device_type: str) -> str | None:
     """What stops torch.compile on this kind of device, as "needs ..."; None where nothing does.
 
-    It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first step.
+    It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first
+    step.
     """
     if device_type == "cuda":
         return missing(device_type)
@@ -181,26 +202,34 @@ def compiler_lacks(device_type: str) -> str | None:
         get_cpp_compiler()
     except (RuntimeError, OSError):  # OSError: $CXX is a folder, or may not be run
         name = os.environ.get("CXX", "cl") if sys.platform == "win32" else inductor.cpp.cxx[-1]
-        way = {"linux": " (apt install g++)", "darwin": " (xcode-select --install)"}.get(sys.platform, "")
+        way = {"linux": " (apt install g++)", "darwin": " (xcode-select --install)"}.get(
+            sys.platform, ""
+        )
         return f"needs a C++ compiler: install one{way} or name yours in CXX ({name} does not run)"
     return None
 
 
 def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
     """torch.compile the model in place; its blocks are the members of its module lists."""
-    import torch._inductor.config as inductor  # here: a run that does not compile does without its second of imports
+    # here: a run that does not compile does without its second of imports
+    import torch._inductor.config as inductor
 
     # Each rank starts these processes, by default one for each of the machine's cores.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         inductor.compile_threads = min(32, max(1, cores() // world.local_size))
     # The run has chosen its products, and its banner names them.
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")
+    warnings.filterwarnings(
+        "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
+    )
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
-        # All blocks share one function's graphs: of the first, a middle and the last one, for one length and for any,
-        # in training and in evaluation. Past the limit, 8 by default, they would run uncompiled.
+        # All blocks share one function's graphs: of the first, a middle and the last one, for one
+        # length and for any, in training and in evaluation. Past the limit, 8 by default, they
+        # would run uncompiled.
         torch._dynamo.config.recompile_limit = BLOCK_GRAPHS  # ty: ignore[invalid-assignment]
-        units = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
+        units = [
+            block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part
+        ]
     for unit in units:
         unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)
 
@@ -208,15 +237,20 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
 class TrainStep:
     """One optimizer step: forward and backward over micro-batches, all-reduce, clip, update.
 
-    Divides every loss term by its global weight, so the update does not depend on how the batch was cut.
+    Divides every loss term by its global weight, so the update does not depend on how the batch was
+    cut.
     """
 
     def __init__(self, task: Task, model: nn.Module, cfg: RunConfig, world: World):
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
-        self.spans = [Span(0, cfg.steps or 0)]  # of the schedule; more than one where its decay was restarted
+        self.spans = [
+            Span(0, cfg.steps or 0)
+        ]  # of the schedule; more than one where its decay was restarted
         self.signature: Any = None
-        self.stands_at: int | None = 0  # steps that the parameters have had; None while they are being updated
+        self.stands_at: int | None = (
+            0  # steps that the parameters have had; None while they are being updated
+        )
         self.module: nn.Module  # computes the task's functions of a batch
         self.synced: nn.Module  # the same, but that its backward pass sums gradients over ranks
         self.optimizers: Optimizers
@@ -232,21 +266,27 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None  # under DDP a view of the old buckets
-        self.module = self.synced = TaskModule(self.task, self.model)  # lets go of an old DDP before there is a new one
+        self.module = self.synced = TaskModule(
+            self.task, self.model
+        )  # lets go of an old DDP before there is a new one
         copies = None
         if casts_once(self.cfg.precision, self.cfg.without):
             self.module = self.synced = Cast(self.module, DTYPES[self.cfg.precision])
-            copies = {name.removeprefix("model."): copy for name, copy in self.module.copies.items()}
+            copies = {
+                name.removeprefix("model."): copy for name, copy in self.module.copies.items()
+            }
         before = self.optimizers.state() if self.signature is not None else {}
         self.optimizers = Optimizers(groups, self.cfg, copies)
         self.optimizers.load_state(before)
         self.signature = signature
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.synced = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
+            self.synced = DistributedDataParallel(
+                self.module, device_ids=ids, gradient_as_bucket_view=True
+            )
         elif self.cfg.cuda_graphs:
-            # A gradient that the graph's backward pass returns lies in the graph's memory, which the next replay
-            # overwrites. In buffers of their own the gradients are added up.
+            # A gradient that the graph's backward pass returns lies in the graph's memory, which
+            # the next replay overwrites. In buffers of their own the gradients are added up.
             for parameter in self.optimizers.params:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -256,8 +296,11 @@ class TrainStep:
         span = span_at(step, self.spans)
         return cfg.lr * lr_multiplier(step, span, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
 
-    def __call__(self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0) -> StepResult | None:
-        """Update the model with step `step` (0-based); None, and nothing changed, where `stop()` said so half-way."""
+    def __call__(
+        self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0
+    ) -> StepResult | None:
+        """Update the model with step `step` (0-based); None, and nothing changed, where `stop()`
+        said so half-way."""
         self.assemble(step)
         self.model.train()
         total, amounts = self._over_ranks(data)
@@ -269,7 +312,8 @@ class TrainStep:
                 return None
             seed_draws(self.cfg.seed, step, micro, self.world.rank)
             with self._sync_gradients(last=micro == len(data.batches) - 1):
-                # A rank without rows left runs another batch for nothing, since DDP waits for its gradients.
+                # A rank without rows left runs another batch for nothing, since DDP waits for its
+                # gradients.
                 live = batch is not None
                 self._backward(batch if live else data.spare, live, factors, sums)
         loss, terms = self._means(sums, total)
@@ -284,7 +328,9 @@ class TrainStep:
 
     def _over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
         """The step's weights and amounts over all ranks, in one exchange."""
-        both = processes.sum_over_ranks(self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights)
+        both = processes.sum_over_ranks(
+            self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights
+        )
         amounts = {k.removeprefix(AMOUNT): both.pop(k) for k in list(both) if k.startswith(AMOUNT)}
         return both, amounts
 
@@ -294,7 +340,9 @@ class TrainStep:
             return self.synced.no_sync()
         return contextlib.nullcontext()
 
-    def _backward(self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]) -> None:
+    def _backward(
+        self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]
+    ) -> None:
         (terms,) = self._call(self.synced, batch, "loss")
         used = [k for k in factors if k in terms]
         # DDP averages over ranks; the objective is a sum.
@@ -322,7 +370,9 @@ class TrainStep:
 
     def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
         batch = to_device(batch, self.world.device)
-        if self.cfg.cuda_graphs:  # what the last batch left in the graphs' memory may be overwritten
+        if (
+            self.cfg.cuda_graphs
+        ):  # what the last batch left in the graphs' memory may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         if isinstance(self.module, Cast):
             return module(batch, *functions)
@@ -330,11 +380,15 @@ class TrainStep:
             return module(batch, *functions)
 
     def _touch(self) -> Tensor:
-        """0, with a zero gradient for every parameter: the head of an absent term takes part as it does elsewhere."""
+        """0, with a zero gradient for every parameter: the head of an absent term takes part as it
+        does elsewhere."""
         return 0.0 * torch.stack([p.sum() for p in self.optimizers.params]).sum()
 
-    def _means(self, sums: dict[str, Tensor], total: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective and the mean of each term, over ranks; NaN where the whole batch had no target."""
+    def _means(
+        self, sums: dict[str, Tensor], total: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective and the mean of each term, over ranks; NaN where the whole batch had no
+        target."""
         if not sums:
             return torch.full((), math.nan, device=self.world.device), {}
         means = torch.stack([sums[k] / total[k] for k in sums])
@@ -343,16 +397,22 @@ class TrainStep:
         return torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum(), terms
 
     def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The gradients' norm without the loss scale, what to multiply them with, and whether all is finite."""
+        """The gradients' norm without the loss scale, what to multiply them with, and whether all
+        is finite."""
         norm = self.optimizers.norm() / self.scale.scale
         ok = torch.isfinite(norm) & torch.isfinite(loss)
         if not self.cfg.clip and not self.scale.on:
             return norm, None, ok
-        factor = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip else torch.ones_like(norm)
+        factor = (
+            (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0)
+            if self.cfg.clip
+            else torch.ones_like(norm)
+        )
         return norm, factor / self.scale.scale, ok
 
     def zero_grad(self) -> None:
-        """Forget the gradients: in place where they are views of DDP's buckets or stay beside a CUDA graph."""
+        """Forget the gradients: in place where they are views of DDP's buckets or stay beside a
+        CUDA graph."""
         if self.world.size == 1 and not self.cfg.cuda_graphs:
             for p in self.optimizers.params:
                 p.grad = None
@@ -362,8 +422,14 @@ class TrainStep:
     def state(self) -> dict[str, Tensor]:
         """Everything that an uninterrupted run would have here at this step."""
         named = checkpoint.with_prefix
-        state = named("model", {k: v for k, v in self.model.state_dict().items() if self.task.is_stored(k)})
-        return state | named("optimizer", self.optimizers.state()) | named("loss_scale", self.scale.state())
+        state = named(
+            "model", {k: v for k, v in self.model.state_dict().items() if self.task.is_stored(k)}
+        )
+        return (
+            state
+            | named("optimizer", self.optimizers.state())
+            | named("loss_scale", self.scale.state())
+        )
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         self.assemble(step)
@@ -381,11 +447,14 @@ def load_weights(
     stored: Callable[[str], bool] = lambda name: True,
     assign: bool = False,
 ) -> None:
-    """Load what is `stored` of a model's state, all of it and nothing else; `assign`: the tensors themselves."""
+    """Load what is `stored` of a model's state, all of it and nothing else; `assign`: the tensors
+    themselves."""
     wrong = model.load_state_dict(weights, strict=False, assign=assign)
     missing = [name for name in wrong.missing_keys if stored(name)]
     if missing or wrong.unexpected_keys:
-        raise RuntimeError(f"a checkpoint's weights lack {missing} and have {wrong.unexpected_keys} too many")
+        raise RuntimeError(
+            f"a checkpoint's weights lack {missing} and have {wrong.unexpected_keys} too many"
+        )
 
 
 def check_replicas(model: nn.Module, world: World) -> None:
@@ -396,4 +465,6 @@ def check_replicas(model: nn.Module, world: World) -> None:
     sums = processes.gather(world, int(torch.stack(bits).sum()))
     different = [rank for rank, value in enumerate(sums) if value != sums[0]]
     if different:
-        raise RuntimeError(f"the parameters of ranks {different} differ from rank 0's; resume from a checkpoint")
+        raise RuntimeError(
+            f"the parameters of ranks {different} differ from rank 0's; resume from a checkpoint"
+        )

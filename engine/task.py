@@ -1,5 +1,6 @@
-"""The seam between the loop and what it trains: a Task says where rows come from, what a batch is and what its
-loss is; the loop (engine/trainer.py) says how an optimizer step is made of them, and knows nothing else of a task.
+"""The seam between the loop and what it trains: a Task says where rows come from, what a batch is
+and what its loss is; the loop (engine/trainer.py) says how an optimizer step is made of them, and
+knows nothing else of a task.
 """
 
 from __future__ import annotations
@@ -22,20 +23,27 @@ Batch = dict[str, Tensor]
 class Task:
     """What a training run is about. Subclasses are stateless but for what `setup` reads.
 
-    One optimizer step, whatever the task: W[k] is the sum of `weights` over all micro-batches and ranks, and the
-    objective is the sum over terms k of terms[k] x (sum of loss[k]) / W[k]; so it is exact at any accumulation and
-    on any number of ranks. A term with W[k] = 0 is skipped.
+    One optimizer step, whatever the task: W[k] is the sum of `weights` over all micro-batches and
+    ranks, and the objective is the sum over terms k of terms[k] x (sum of loss[k]) / W[k]; so it is
+    exact at any accumulation and on any number of ranks. A term with W[k] = 0 is skipped.
     """
 
     name: ClassVar[str]
     config: ClassVar[type[RunConfig]]  # its options
-    defaults: ClassVar[dict[str, Any]] = {}  # of those, where they differ; the command line overrides
+    defaults: ClassVar[
+        dict[str, Any]
+    ] = {}  # of those, where they differ; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     ragged: ClassVar[bool] = False  # whether batches differ in length
     compiles_whole: ClassVar[bool] = True  # whether `loss` is the model's own forward pass
-    exact_evaluation: ClassVar[bool] = False  # whether figures are computed in fp32, whatever the run's precision
-    hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")  # what loads final/, and its pipeline
+    exact_evaluation: ClassVar[bool] = (
+        False  # whether figures are computed in fp32, whatever the run's precision
+    )
+    hub_class: tuple[str, str] = (
+        "AutoModelForCausalLM",
+        "text-generation",
+    )  # what loads final/, and its pipeline
     warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 
     cfg: Any  # of its kind of options
@@ -57,7 +65,8 @@ class Task:
         return cfg
 
     def rows_per_rank(self, cfg: RunConfig, world_size: int) -> int:
-        """Rows of a step on one rank, the most that a micro-batch may have. Raises UserError where they do not divide."""
+        """Rows of a step on one rank, the most that a micro-batch may have. Raises UserError where
+        they do not divide."""
         raise NotImplementedError
 
     def tokens_per_step(self) -> float:
@@ -73,14 +82,17 @@ class Task:
         return np.resize(self.rows("train", 0).reshape(-1), n)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's run must have in common with this one to be resumed, by option name."""
+        """What a checkpoint's run must have in common with this one to be resumed, by option
+        name."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, str]:
         """Lines of the banner: model, data, tokenizer."""
         raise NotImplementedError
 
-    def estimate(self, cfg: RunConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: RunConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         """Peak memory of a rank, in bytes by part."""
         raise NotImplementedError
 
@@ -96,15 +108,18 @@ class Task:
         raise NotImplementedError
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
-        """Which parameters train, their scale of the rate and decay. Pure in step; the others are frozen."""
+        """Which parameters train, their scale of the rate and decay. Pure in step; the others are
+        frozen."""
         return default_groups(model, self.cfg)
 
     def is_stored(self, parameter: str) -> bool:
-        """Whether a checkpoint holds this parameter; the others are what `build_model` makes them."""
+        """Whether a checkpoint holds this parameter; the others are what `build_model` makes
+        them."""
         return True
 
     def rows(self, split: str, step: int) -> np.ndarray:
-        """Ids of a global batch ("train") or of the whole evaluation ("val"), (groups, rows of a group) int64.
+        """Ids of a global batch ("train") or of the whole evaluation ("val"), (groups, rows of a
+        group) int64.
 
         A group is never split across ranks or micro-batches. Pure in (seed, step).
         """
@@ -115,11 +130,13 @@ class Task:
         raise NotImplementedError
 
     def weights(self, batch: Batch) -> dict[str, float]:
-        """Per term, how many targets (or rows) `loss` will sum over: known before the forward pass."""
+        """Per term, how many targets (or rows) `loss` will sum over: known before the forward
+        pass."""
         raise NotImplementedError
 
     def amounts(self, batch: Batch) -> dict[str, float]:
-        """What a batch holds, for the log's rates: tokens without padding, and whatever else adds up: padded_tokens, rows."""
+        """What a batch holds, for the log's rates: tokens without padding, and whatever else adds
+        up: padded_tokens, rows."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The one training loop. It never looks inside a batch, a model or a loss: the Task does.
 
-A run begins (afresh or from a checkpoint), makes optimizer steps (engine/step.py), does what is due between them
-(evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its last step saved.
+A run begins (afresh or from a checkpoint), makes optimizer steps (engine/step.py), does what is due
+between them (evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its
+last step saved.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
 
 
 def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> int:
-    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError for bad input.
+    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError
+    for bad input.
 
-    `typed`: the options that the user named. A run that goes on keeps its own value of the others; None: of none.
+    `typed`: the options that the user named. A run that goes on keeps its own value of the others;
+    None: of none.
     """
     cfg = own_options(cfg, typed)
     asked = {name: getattr(cfg, name) for name in (*BY_MACHINE, "device")}
@@ -122,12 +125,22 @@ class Progress:
     best_metric: float | None = None  # of this very step, where it was evaluated
     best_so_far: float | None = None  # of the metrics of all evaluations
     not_better: int = 0  # evaluations since that one, none of them better
-    losses: list[float] = field(default_factory=list)  # of the last steps, whose mean is the run's result
+    losses: list[float] = field(
+        default_factory=list
+    )  # of the last steps, whose mean is the run's result
     seconds: float = 0.0  # spent in optimizer steps
 
 
 class Run:
-    def __init__(self, task: Task, cfg: RunConfig, world: World, stop: StopSignal, log: RunLog, asked: dict[str, Any]):
+    def __init__(
+        self,
+        task: Task,
+        cfg: RunConfig,
+        world: World,
+        stop: StopSignal,
+        log: RunLog,
+        asked: dict[str, Any],
+    ):
         """`asked`: options that are chosen for the machine, as they were before that."""
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
         self.asked = asked
@@ -135,7 +148,9 @@ class Run:
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
         self.steps = cfg.steps
-        self.held = contextlib.ExitStack()  # what this process holds while it trains: the run's folder
+        self.held = (
+            contextlib.ExitStack()
+        )  # what this process holds while it trains: the run's folder
         self.at = Progress()
         self.final_metrics: dict[str, float] = {}  # of the step that final/ is of
         self.saved: int | None = None  # step of the newest checkpoint
@@ -177,7 +192,9 @@ class Run:
             self._finish()
             return 0
         except Exception as error:
-            if self.stop.flag:  # it reached the whole group: a compiler, say, that this process then missed
+            if (
+                self.stop.flag
+            ):  # it reached the whole group: a compiler, say, that this process then missed
                 release_frames(error)
                 raise SystemExit(self._stopped_in_error(error)) from None
             if is_out_of_memory(error):
@@ -208,20 +225,34 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         names = ("seed", "optimizer", "schedule", "steps")
-        return {"task": self.task.name} | {name: getattr(self.cfg, name) for name in names} | self.task.identity()
+        return (
+            {"task": self.task.name}
+            | {name: getattr(self.cfg, name) for name in names}
+            | self.task.identity()
+        )
 
     def _open(self) -> Start:
         cfg = self.cfg
         facts = {
-            "python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform(),
-            "command": sys.argv, "world_size": self.world.size, "device": self.world.device.type,
-            "launcher": processes.launcher(), "asked": self.asked,
-        }  # fmt: skip
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.platform(),
+            "command": sys.argv,
+            "world_size": self.world.size,
+            "device": self.world.device.type,
+            "launcher": processes.launcher(),
+            "asked": self.asked,
+        }
         extension = None
         if cfg.extend_to:
             assert cfg.warmup_steps is not None
             extension = Extension(
-                cfg.extend_to, cfg.reschedule, cfg.schedule, cfg.warmup_steps, cfg.min_lr, cfg.patience
+                cfg.extend_to,
+                cfg.reschedule,
+                cfg.schedule,
+                cfg.warmup_steps,
+                cfg.min_lr,
+                cfg.patience,
             )
         self.held.enter_context(claimed(self.folder))
         earlier = earlier_start(cfg)
@@ -229,24 +260,39 @@ class Run:
         start = open_run(self.folder, resume, self.identity(), facts, self.log.say, extension)
         self.changes = lambda: list(changes(cfg, facts, earlier, start)) if earlier else []
         if start.finished:
-            steps = json.loads((self.folder / checkpoint.RESULTS).read_text(encoding="utf-8"))["steps"]
-            self.log.say(f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final")
+            steps = json.loads((self.folder / checkpoint.RESULTS).read_text(encoding="utf-8"))[
+                "steps"
+            ]
+            self.log.say(
+                f"{self.folder} is finished ({steps} steps): its model is {self.folder}/final"
+            )
         return start
 
     def _is_restart(self, earlier: Earlier | None) -> bool:
-        """Whether torchrun starts this run again, which it began itself: then --resume has been obeyed."""
+        """Whether torchrun starts this run again, which it began itself: then --resume has been
+        obeyed."""
         launcher = processes.launcher()
-        begun_here = earlier is not None and launcher is not None and earlier.record.get("launcher") == launcher
-        return begun_here and (self.cfg.resume == "never" or bool(checkpoint.checkpoints(self.folder)))
+        begun_here = (
+            earlier is not None
+            and launcher is not None
+            and earlier.record.get("launcher") == launcher
+        )
+        return begun_here and (
+            self.cfg.resume == "never" or bool(checkpoint.checkpoints(self.folder))
+        )
 
     def _build(self, start: Start, micro_batch: int | None = None) -> None:
-        """Build the model and what trains it, as of the checkpoint; `micro_batch` None: as it must be found."""
+        """Build the model and what trains it, as of the checkpoint; `micro_batch` None: as it must
+        be found."""
         cfg, world, resume_from = self.cfg, self.world, start.folder
         tensors, meta = checkpoint.read_state(resume_from) if resume_from else ({}, {})
         torch.manual_seed(cfg.seed)
         self.model = self.task.build_model(cfg)
-        # The checkpoint writer exports from a double of the model whose weights are the copied ones.
-        self.double = copy.deepcopy(self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()})
+        # The checkpoint writer exports from a double of the model whose weights are the copied
+        # ones.
+        self.double = copy.deepcopy(
+            self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()}
+        )
         self.model.to(world.device)
         cfg.micro_batch = micro_batch or self._micro_batch(start.micro_batch)
         self.heap = Heap(self._heap_limit(cfg.micro_batch))
@@ -283,16 +329,19 @@ class Run:
         """As asked, as it was before the run was interrupted, or the largest that fits."""
         rows = self.task.rows_per_rank(self.cfg, self.world.size)
         if self.cfg.micro_batch != "auto":
-            if self.world.device.type != "cuda" and not estimate_fits(self.task, self.cfg, self.world)(
-                self.cfg.micro_batch
-            ):
+            if self.world.device.type != "cuda" and not estimate_fits(
+                self.task, self.cfg, self.world
+            )(self.cfg.micro_batch):
                 raise self._out_of_memory()
             return self.cfg.micro_batch
         if before and rows % before == 0:
             return before
         found = largest_micro_batch(self.task, self.model, self.cfg, self.world, rows)
         if not found:
-            raise UserError("not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or --preset")
+            raise UserError(
+                "not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or "
+                "--preset"
+            )
         return found
 
     def _heap_limit(self, micro_batch: int) -> float:
@@ -302,22 +351,32 @@ class Run:
         return HEAP_SLACK * self.task.estimate(self.cfg, micro_batch, "cpu", self.world.size).total
 
     def _out_of_memory(self) -> UserError:
-        rows = self.task.rows_per_rank(dataclasses.replace(self.cfg, micro_batch="auto"), self.world.size)
+        rows = self.task.rows_per_rank(
+            dataclasses.replace(self.cfg, micro_batch="auto"), self.world.size
+        )
         asked = self.cfg.micro_batch if isinstance(self.cfg.micro_batch, int) else rows
         alone = dataclasses.replace(self.world, size=1)  # the other ranks may be anywhere
         with torch.compiler.set_stance("force_eager"):
             fits = largest_micro_batch(self.task, self.model, self.cfg, alone, rows)
         fits = max((n for n in range(1, min(fits, asked - 1) + 1) if rows % n == 0), default=0)
-        way = f"lower --micro-batch to {fits}" if 0 < fits < asked else "add --recompute or lower --seq-len or --preset"
+        way = (
+            f"lower --micro-batch to {fits}"
+            if 0 < fits < asked
+            else "add --recompute or lower --seq-len or --preset"
+        )
         return UserError(f"out of memory with --micro-batch {asked}; {way}", local=True)
 
     def _banner(self, choices: Choices, resume_from: Path | None) -> None:
         cfg, world = self.cfg, self.world
         assert isinstance(cfg.micro_batch, int)
         device = processes.device_name(world.device)
-        threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
+        threads = (
+            f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
+        )
         compiled = (
-            f"compiled by the {compile_unit(cfg, world, self.task.compiles_whole)}" if cfg.compile else "not compiled"
+            f"compiled by the {compile_unit(cfg, world, self.task.compiles_whole)}"
+            if cfg.compile
+            else "not compiled"
         )
         first = {
             "run": f"{self.folder}" + (f", resumed from {resume_from.name}" if resume_from else ""),
@@ -329,8 +388,13 @@ class Run:
         }
         last = {
             "step": self.task.describe_step(cfg.micro_batch, world.size),
-            "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} schedule, peak lr {cfg.lr:g}"
-            + (f", ends after {cfg.patience} evaluations without a better {self.task.best[0]}" if cfg.patience else "")
+            "plan": f"steps {self.at.step} to {self.steps}, {cfg.optimizer}, {cfg.schedule} "
+            f"schedule, peak lr {cfg.lr:g}"
+            + (
+                f", ends after {cfg.patience} evaluations without a better {self.task.best[0]}"
+                if cfg.patience
+                else ""
+            )
             + (f", {self.flops / 1e6:,.1f} MFLOP a token" if self.flops else ""),
         }
         self.log.banner(first | self.task.describe() | last)
@@ -338,7 +402,8 @@ class Run:
     # --- the loop
 
     def _loop_fits(self, may_shrink: bool) -> bool:
-        """Run the loop; False where memory ran out in its first step and a smaller micro-batch may be tried."""
+        """Run the loop; False where memory ran out in its first step and a smaller micro-batch may
+        be tried."""
         first = self.at.step
         try:
             self._loop()
@@ -351,7 +416,8 @@ class Run:
         return True
 
     def _shrink_micro_batch(self, start: Start) -> None:
-        """Begin again with the next smaller micro-batch: a compiled step may take more than the trial did."""
+        """Begin again with the next smaller micro-batch: a compiled step may take more than the
+        trial did."""
         too_large, at = self.cfg.micro_batch, self.at
         assert isinstance(too_large, int)
         whole = dataclasses.replace(self.cfg, micro_batch="auto")
@@ -367,7 +433,10 @@ class Run:
         self._build(start, smaller)
         self.at = at
         self._write_options()
-        text = f"the first step ran out of memory with --micro-batch {too_large}; going on with {smaller}"
+        text = (
+            f"the first step ran out of memory with --micro-batch {too_large}; going on with "
+            f"{smaller}"
+        )
         self.log.warn(text, self.at.step)
 
     def _loop(self) -> None:
@@ -400,7 +469,8 @@ class Run:
                 profile_step()
 
     def _stopping(self) -> int:
-        """The signal that all ranks agree to stop for, 0 for none; asked before each (evaluation) micro-batch."""
+        """The signal that all ranks agree to stop for, 0 for none; asked before each (evaluation)
+        micro-batch."""
         self.signal = self.signal or self.stop.agreed()
         return self.signal
 
@@ -409,8 +479,11 @@ class Run:
         self.at.done, self.at.best_metric = [], None
 
     def _reader(self, step: int, result: StepResult, waited: float) -> Callable[[], None]:
-        """Start copying a step's figures to the host; the function returned waits for them and logs them."""
-        figures = torch.stack([result.loss, result.grad_norm, result.ok, *result.terms.values()]).float()
+        """Start copying a step's figures to the host; the function returned waits for them and logs
+        them."""
+        figures = torch.stack(
+            [result.loss, result.grad_norm, result.ok, *result.terms.values()]
+        ).float()
         if not figures.is_cuda:
             return lambda: self._log_step(step, result, figures.tolist(), waited)
         host = torch.empty(figures.shape, pin_memory=True)
@@ -459,20 +532,29 @@ class Run:
         if ok:
             return
         self.at.skipped += 1
-        self.log.warn(f"step {step}: loss or gradient is not finite; update skipped ({self.at.skipped} so far)", step)
+        self.log.warn(
+            f"step {step}: loss or gradient is not finite; update skipped ({self.at.skipped} so "
+            "far)",
+            step,
+        )
         if self.at.skipped_in_a_row == MAX_SKIPPED:
             raise RuntimeError(
-                f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower --lr or raise "
-                f"--warmup-steps, and start again from an earlier checkpoint with --resume FOLDER --out ANOTHER"
+                f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower "
+                "--lr or raise "
+                "--warmup-steps, and start again from an earlier checkpoint with --resume FOLDER "
+                "--out ANOTHER"
             )
 
     def _mfu(self, rate: float) -> float | None:
-        return rate * self.flops / (self.peak * self.world.size) if self.flops and self.peak else None
+        return (
+            rate * self.flops / (self.peak * self.world.size) if self.flops and self.peak else None
+        )
 
     # --- between steps
 
     def _ends(self) -> bool:
-        """Whether the step just done is the run's last: as planned, or because nothing got better for too long."""
+        """Whether the step just done is the run's last: as planned, or because nothing got better
+        for too long."""
         return self.at.step == self.steps or 0 < self.cfg.patience <= self.at.not_better
 
     def _due(self, every: int | None) -> bool:
@@ -497,7 +579,9 @@ class Run:
                 if self.signal:
                     return
                 self.at.done.append(kind)
-                self.saved = None  # a checkpoint of this step, saved when a signal cut this off, lacks it
+                self.saved = (
+                    None  # a checkpoint of this step, saved when a signal cut this off, lacks it
+                )
         if self._due(self.cfg.save_every) and self.saved != self.at.step:
             self._save()
         self.clock = time.perf_counter()
@@ -517,17 +601,23 @@ class Run:
         self._count_evaluation()
 
     def _count_evaluation(self) -> None:
-        """Whether the evaluation just made is the best so far, and so whether the run goes on; alike on every rank."""
+        """Whether the evaluation just made is the best so far, and so whether the run goes on;
+        alike on every rank."""
         now, (name, mode) = self.at.best_metric, self.task.best
-        if now is not None and (self.at.best_so_far is None or is_better(now, self.at.best_so_far, mode)):
+        if now is not None and (
+            self.at.best_so_far is None or is_better(now, self.at.best_so_far, mode)
+        ):
             self.at.best_so_far, self.at.not_better = now, 0
             return
         self.at.not_better += 1
         if self._ends() and self.at.step < self.steps:
-            self.log.record("stopped_early", {"step": self.at.step, "metric": name, "best": self.at.best_so_far})
+            self.log.record(
+                "stopped_early", {"step": self.at.step, "metric": name, "best": self.at.best_so_far}
+            )
             best = "" if self.at.best_so_far is None else f" than {self.at.best_so_far:.4f}"
             self.log.say(
-                f"stopped early at step {self.at.step}: {self.at.not_better} evaluations without a better {name}{best}"
+                f"stopped early at step {self.at.step}: {self.at.not_better} evaluations without a "
+                f"better {name}{best}"
             )
 
     def _sample(self) -> None:
@@ -549,24 +639,38 @@ class Run:
             "world_size": self.world.size,
         }
         if not self._due(self.cfg.save_every):
-            meta["best_metric"] = None  # saved for a signal's sake: which model is the best may not depend on it
+            meta["best_metric"] = (
+                None  # saved for a signal's sake: which model is the best may not depend on it
+            )
 
         step = self.at.step
 
         def prune() -> None:
-            checkpoint.prune(self.folder, step, self.cfg.keep, self.task.best[1], self.cfg.keep_best, self.log.say)
+            checkpoint.prune(
+                self.folder,
+                step,
+                self.cfg.keep,
+                self.task.best[1],
+                self.cfg.keep_best,
+                self.log.say,
+            )
 
         self.saver.save(self.step.state(), meta, prune)
 
     def _saved(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
         """Called by the writer's thread when a checkpoint stands or has failed."""
         if error:
-            self.log.warn(f"the checkpoint of step {step} could not be written ({error}); older ones stand", step)
+            self.log.warn(
+                f"the checkpoint of step {step} could not be written ({error}); older ones stand",
+                step,
+            )
             return
         self.saved = step
         self.log.record("checkpoint", {"step": step, "folder": folder, **facts})
         size, blocked, write = bytes_text(facts["bytes"]), facts["blocked_ms"], facts["write_ms"]
-        self.log.say(f"saved {folder}: {size}, training blocked {blocked:.0f} ms, written in {write:.0f} ms")
+        self.log.say(
+            f"saved {folder}: {size}, training blocked {blocked:.0f} ms, written in {write:.0f} ms"
+        )
 
     def _export_checkpoint(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Of the copied weights, in the writer's thread."""
@@ -579,7 +683,9 @@ class Run:
         if not self.cfg.profile or not self.world.main:
             yield lambda: None
             return
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler announces itself on stderr
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "9"
+        )  # else the profiler announces itself on stderr
         cuda = self.world.device.type == "cuda"
         folder = self.folder / "profile"
         folder.mkdir(exist_ok=True)
@@ -590,10 +696,15 @@ class Run:
                 torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             by_memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
-            table = profile.key_averages(group_by_input_shape=True).table(sort_by=by_memory, row_limit=50)
+            table = profile.key_averages(group_by_input_shape=True).table(
+                sort_by=by_memory, row_limit=50
+            )
             (folder / "memory.txt").write_text(table + "\n", encoding="utf-8")
             snapshot = "memory.pickle (pytorch.org/memory_viz)" if cuda else "memory.txt"
-            self.log.say(f"profile of three steps: {folder}/trace.json (chrome://tracing), {folder}/{snapshot}")
+            self.log.say(
+                f"profile of three steps: {folder}/trace.json (chrome://tracing), "
+                f"{folder}/{snapshot}"
+            )
             self.clock = time.perf_counter()  # the writing is no part of a step
 
         if cuda:
@@ -610,11 +721,14 @@ class Run:
     def _stopped(self) -> int:
         """Save the last completed step and return the exit code of the signal."""
         self._save_last()
-        processes.gather(self.world, None)  # torchrun kills the others soon after the first of them has left
+        processes.gather(
+            self.world, None
+        )  # torchrun kills the others soon after the first of them has left
         return self._say_stopped(self.signal)
 
     def _stopped_in_error(self, error: Exception) -> int:
-        """The same, on this rank alone, where a signal came and then an error that is likely to be its effect."""
+        """The same, on this rank alone, where a signal came and then an error that is likely to be
+        its effect."""
         self.log.stop_progress()
         if self.step.stands_at == self.at.step:
             self._save_last()
@@ -628,20 +742,32 @@ class Run:
             self.saver.join()
 
     def _say_stopped(self, number: int, why: str = "") -> int:
-        self.log.record("warning", {"step": self.at.step, "text": f"stopped by signal {number}{why}"})
+        self.log.record(
+            "warning", {"step": self.at.step, "text": f"stopped by signal {number}{why}"}
+        )
         saved = "its checkpoint is saved" if self.saved == self.at.step else "nothing new was saved"
-        self.log.say(f"stopped by signal {number} after step {self.at.step}{why}; {saved}; the same command resumes")
+        self.log.say(
+            f"stopped by signal {number} after step {self.at.step}{why}; {saved}; the same command "
+            "resumes"
+        )
         return 128 + number
 
     def _finish(self) -> None:
-        """Write final/ and metrics.json, and say how it went; nobody leaves before rank 0 has written."""
+        """Write final/ and metrics.json, and say how it went; nobody leaves before rank 0 has
+        written."""
         self.saver.join()
         figures = self._on_main(self._write_results)
-        speeds = [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in self._speeds().items()]
+        speeds = [
+            f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in self._speeds().items()
+        ]
         rows = {
-            "validation": ", ".join(f"{k} {figures[k]:.4f}" for k in self.final_metrics) or "not evaluated",
-            "training loss": f"{figures['train_loss']:.4f} (mean of the last {len(self.at.losses)} steps)",
-            "speed": f"{', '.join(speeds)} (median)" if speeds else "not measured",  # all steps were done before
+            "validation": ", ".join(f"{k} {figures[k]:.4f}" for k in self.final_metrics)
+            or "not evaluated",
+            "training loss": f"{figures['train_loss']:.4f} (mean of the last {len(self.at.losses)} "
+            "steps)",
+            "speed": f"{', '.join(speeds)} (median)"
+            if speeds
+            else "not measured",  # all steps were done before
             "time": f"{time_text(self.at.seconds)} of training, {figures['tokens']:,} tokens",
             "skipped": f"{self.at.skipped} updates",
             "model": f"{self.folder}/final (step {figures['final_is_step']})",
@@ -650,7 +776,8 @@ class Run:
         self.log.banner(rows)
 
     def _write_results(self) -> dict[str, Any]:
-        """Write final/, then metrics.json, which says that the run is finished; returns what is in it."""
+        """Write final/, then metrics.json, which says that the run is finished; returns what is in
+        it."""
         try:
             if self.saver.error:
                 raise self.saver.error
@@ -659,21 +786,29 @@ class Run:
             files.write_json(self.folder / checkpoint.RESULTS, finite(figures))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the end of the run could not be written ({error}); free space under {self.folder} and type the "
+                f"the end of the run could not be written ({error}); free space under "
+                f"{self.folder} and type the "
                 f"same command again"
             ) from None
         return figures
 
     def _best_or_last(self) -> tuple[dict[str, Tensor], int]:
-        """Weights of the best checkpoint, where it is better than the last step, else of the last; and their step."""
+        """Weights of the best checkpoint, where it is better than the last step, else of the last;
+        and their step."""
         last = dict(self.model.state_dict()), self.at.step
         self.final_metrics = self.at.metrics
-        best, now = next(iter(checkpoint.ranked(self.folder, self.task.best[1])), None), self.at.best_metric
+        best, now = (
+            next(iter(checkpoint.ranked(self.folder, self.task.best[1])), None),
+            self.at.best_metric,
+        )
         if best is None or (now is not None and not is_better(best[1], now, self.task.best[1])):
             return last
         reason = checkpoint.fault(best[0])
         if reason is not None:
-            self.log.warn(f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last step")
+            self.log.warn(
+                f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last "
+                "step"
+            )
             return last
         tensors, meta = checkpoint.read_state(best[0])
         self.final_metrics = meta["metrics"]
@@ -686,7 +821,9 @@ class Run:
         def fill(folder: Path) -> None:
             load_weights(self.double, dict(self.model.state_dict()) | weights, assign=True)
             self.task.export(self.double, folder)
-            (folder / "README.md").write_text(self._card(step), encoding="utf-8", errors="backslashreplace")
+            (folder / "README.md").write_text(
+                self._card(step), encoding="utf-8", errors="backslashreplace"
+            )
 
         checkpoint.write_folder(self.folder / "final", fill, self.log.say)
         return step
@@ -704,7 +841,9 @@ class Run:
             "skipped": self.at.skipped,
             "memory_bytes": processes.memory_bytes(self.world.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "trained_parameters": sum(
+                p.numel() for p in self.model.parameters() if p.requires_grad
+            ),
         }
 
     def _speeds(self) -> dict[str, float]:
@@ -718,8 +857,10 @@ class Run:
         assert isinstance(cfg.micro_batch, int)
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [gpt2]\n---\n"
-            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} of {self.steps}.\n\n"
-            f"{lines}\n- training: {self.task.describe_step(cfg.micro_batch, self.world.size)}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
+            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {step} "
+            f"of {self.steps}.\n\n"
+            f"{lines}\n- training: {self.task.describe_step(cfg.micro_batch, self.world.size)}, "
+            f"{cfg.optimizer}, {cfg.schedule} schedule, peak "
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\n"
             f"Evaluation of this step, in {self.step.eval_precision}:\n{metrics or '- none'}\n\n"
             f'```python\n{hub_class}.from_pretrained("{self.folder}/final")\n```\n'
@@ -744,7 +885,8 @@ def per_second(rates: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(step: TrainStep, stop: Callable[[], int] = lambda: 0) -> dict[str, float] | None:
-    """The task's metrics over its whole validation split, exact over ranks; None where `stop()` said so."""
+    """The task's metrics over its whole validation split, exact over ranks; None where `stop()`
+    said so."""
     task, model, world = step.task, step.model, step.world
     assert isinstance(step.cfg.micro_batch, int)
     was_training = model.training
@@ -759,11 +901,18 @@ def evaluate(step: TrainStep, stop: Callable[[], int] = lambda: 0) -> dict[str, 
                 continue
             counts, records = step.evaluate(task.collate("val", ids))
             outputs |= records
-            for key, value in counts.items():  # fp64 on the host's side of MPS; on the device elsewhere
-                count = torch.as_tensor(value, device="cpu" if world.device.type == "mps" else world.device)
+            for (
+                key,
+                value,
+            ) in counts.items():  # fp64 on the host's side of MPS; on the device elsewhere
+                count = torch.as_tensor(
+                    value, device="cpu" if world.device.type == "mps" else world.device
+                )
                 sums[key] = sums.get(key, 0) + count.double()
     finally:
         model.train(was_training)
     total = processes.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
-    gathered = {row: record for part in processes.gather(world, outputs) for row, record in part.items()}
+    gathered = {
+        row: record for part in processes.gather(world, outputs) for row, record in part.items()
+    }
     return task.metrics(total, gathered)

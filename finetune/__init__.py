@@ -17,11 +17,16 @@ def command(task: Finetuning) -> int:
 
 
 def label_task(asked: str) -> Classification:
-    """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that answers with labels."""
+    """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that
+    answers with labels."""
     name = asked.partition(":")[0]
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     module = importlib.import_module(f"finetune.{name}") if name in names else None
     for kind in vars(module).values() if module else ():
-        if isinstance(kind, type) and issubclass(kind, Classification) and kind.__module__ == f"finetune.{name}":
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, Classification)
+            and kind.__module__ == f"finetune.{name}"
+        ):
             return kind()
     raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, names)}")

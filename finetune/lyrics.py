@@ -40,19 +40,36 @@ class Lyrics(Generation):
     optional = ("song", "artist")
     truth = ("text",)
     toy = (
-        {"song": "Ferry", "artist": "The Low Tides",
-         "text": "The ferry leaves at half past nine,\nI have no ticket and no time.\n\nWave to me, wave to me."},
-        {"song": "Kitchen Light", "artist": "Ada Reed",
-         "text": "You left the kitchen light on low,\nA kettle and a radio.\n\nPlay it slow, play it slow."},
-        {"song": "Seven Bridges", "artist": "The Low Tides",
-         "text": "Seven bridges, seven tolls,\nA pocket full of paper holes.\n\nHome again, home again."},
-    )  # fmt: skip
+        {
+            "song": "Ferry",
+            "artist": "The Low Tides",
+            "text": "The ferry leaves at half past nine,\nI have no ticket and no time.\n\nWave to "
+            "me, wave to me.",
+        },
+        {
+            "song": "Kitchen Light",
+            "artist": "Ada Reed",
+            "text": "You left the kitchen light on low,\nA kettle and a radio.\n\nPlay it slow, "
+            "play "
+            "it slow.",
+        },
+        {
+            "song": "Seven Bridges",
+            "artist": "The Low Tides",
+            "text": "Seven bridges, seven tolls,\nA pocket full of paper holes.\n\nHome again, "
+            "home "
+            "again.",
+        },
+    )
 
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
         assert isinstance(self.cfg, LyricsConfig)
         rows = super().read(spec, split, say)
         if self.cfg.with_title and not any(row["song"] for row in rows):
-            raise UserError(f"--with-title: {spec} has no title in a column song or title; use --song-column NAME")
+            raise UserError(
+                f"--with-title: {spec} has no title in a column song or title; use --song-column "
+                "NAME"
+            )
         return rows
 
     def title(self, row: Row) -> str:

@@ -1,7 +1,9 @@
-"""Inference: does a premise entail a hypothesis, contradict it, or neither? RTE, SICK, MultiNLI, XNLI in any language.
+"""Inference: does a premise entail a hypothesis, contradict it, or neither? RTE, SICK, MultiNLI,
+XNLI in any language.
 
 python -m finetune.nli --init gpt2 --data sick_train.tsv --val-data sick_dev.tsv
---form word: premise, <separator>, hypothesis, <infer>, and the language model answers with the label's word.
+--form word: premise, <separator>, hypothesis, <infer>, and the language model answers with the
+label's word.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from tasks.finetuning import Long, Parts, Special
 from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
-WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}  # of GLUE's numbers
+WORDS = {
+    2: ("entailment", "not entailment"),
+    3: ("entailment", "neutral", "contradiction"),
+}  # of GLUE's numbers
 
 
 @dataclass
@@ -39,15 +44,42 @@ class Nli(Classification):
         "premise": ("premise", "sentence1", "sentence_A"),
         "hypothesis": ("hypothesis", "sentence2", "sentence_B"),
     }
-    columns |= {"label": ("label", "gold_label", "entailment_judgment"), "id": ("id", "idx", "pair_ID", "pairID")}
+    columns |= {
+        "label": ("label", "gold_label", "entailment_judgment"),
+        "id": ("id", "idx", "pair_ID", "pairID"),
+    }
     optional = ("id",)
     toy = (
-        {"premise": "Two dogs run over a field.", "hypothesis": "Animals are outdoors.", "label": "entailment"},
-        {"premise": "Two dogs run over a field.", "hypothesis": "The dogs chase a hare.", "label": "neutral"},
-        {"premise": "Two dogs run over a field.", "hypothesis": "The dogs are asleep.", "label": "contradiction"},
-        {"premise": "A woman plays the cello.", "hypothesis": "Someone makes music.", "label": "entailment"},
-        {"premise": "A woman plays the cello.", "hypothesis": "She plays in a hall.", "label": "neutral"},
-        {"premise": "A woman plays the cello.", "hypothesis": "Nobody plays an instrument.", "label": "contradiction"},
+        {
+            "premise": "Two dogs run over a field.",
+            "hypothesis": "Animals are outdoors.",
+            "label": "entailment",
+        },
+        {
+            "premise": "Two dogs run over a field.",
+            "hypothesis": "The dogs chase a hare.",
+            "label": "neutral",
+        },
+        {
+            "premise": "Two dogs run over a field.",
+            "hypothesis": "The dogs are asleep.",
+            "label": "contradiction",
+        },
+        {
+            "premise": "A woman plays the cello.",
+            "hypothesis": "Someone makes music.",
+            "label": "entailment",
+        },
+        {
+            "premise": "A woman plays the cello.",
+            "hypothesis": "She plays in a hall.",
+            "label": "neutral",
+        },
+        {
+            "premise": "A woman plays the cello.",
+            "hypothesis": "Nobody plays an instrument.",
+            "label": "contradiction",
+        },
         {"premise": "눈이 많이 왔다.", "hypothesis": "날씨가 추웠다.", "label": "neutral"},
         {"premise": "눈이 많이 왔다.", "hypothesis": "눈이 오지 않았다.", "label": "contradiction"},
     )

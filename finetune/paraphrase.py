@@ -1,7 +1,9 @@
-"""Whether two sentences say the same: Quora's question pairs, MRPC, any file with two columns of texts and a label.
+"""Whether two sentences say the same: Quora's question pairs, MRPC, any file with two columns of
+texts and a label.
 
 python -m finetune.paraphrase --init gpt2 --data quora-train.csv --val-data quora-dev.csv
---form plain: a head over the pair; prompt: a head over the pair in a question; word: the language model answers yes or no.
+--form plain: a head over the pair; prompt: a head over the pair in a question; word: the language
+model answers yes or no.
 """
 
 from __future__ import annotations
@@ -41,11 +43,27 @@ class Paraphrase(Classification):
     toy = (
         {"first": "How do I boil an egg?", "second": "What is the way to boil eggs?", "label": "1"},
         {"first": "How do I boil an egg?", "second": "How do I fry an egg?", "label": "0"},
-        {"first": "Where can I learn to swim?", "second": "What is a good place to learn swimming?", "label": "1"},
-        {"first": "Where can I learn to swim?", "second": "Where can I learn to sing?", "label": "0"},
-        {"first": "Is the moon moving away?", "second": "Does the moon drift away from us?", "label": "1"},
+        {
+            "first": "Where can I learn to swim?",
+            "second": "What is a good place to learn swimming?",
+            "label": "1",
+        },
+        {
+            "first": "Where can I learn to swim?",
+            "second": "Where can I learn to sing?",
+            "label": "0",
+        },
+        {
+            "first": "Is the moon moving away?",
+            "second": "Does the moon drift away from us?",
+            "label": "1",
+        },
         {"first": "Is the moon moving away?", "second": "Is the moon made of rock?", "label": "0"},
-        {"first": "Who wrote this song?", "second": "Who is the author of this song?", "label": "1"},
+        {
+            "first": "Who wrote this song?",
+            "second": "Who is the author of this song?",
+            "label": "1",
+        },
         {"first": "Who wrote this song?", "second": "Who sang this song first?", "label": "0"},
     )
 

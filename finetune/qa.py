@@ -1,9 +1,10 @@
-"""Questions on a passage: the passage, <question>, a question, <answer>, its answer; the answer alone is learned.
+"""Questions on a passage: the passage, <question>, a question, <answer>, its answer; the answer
+alone is learned.
 
 python -m finetune.qa --init gpt2 --data squad_train.json --val-data squad_dev.json --predict questions.csv
-SQuAD is read as its own files have it and as the hub has it; a question without an answer (SQuAD 2) is not learned from,
-but is answered. A passage that is too long for the model is cut at its end; where that takes the answer away, the row is
-counted.
+SQuAD is read as its own files have it and as the hub has it; a question without an answer (SQuAD 2)
+is not learned from, but is answered. A passage that is too long for the model is cut at its end;
+where that takes the answer away, the row is counted.
 """
 
 from __future__ import annotations
@@ -50,24 +51,42 @@ class Qa(Generation):
     expand = staticmethod(expand)
     special = (QUESTION, ANSWER)
     toy = (
-        {"context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
-         "question": "When was the mill built?", "answer": "1871", "answers": "1871\nin 1871"},
-        {"context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
-         "question": "Who built the mill?", "answer": "Ruth and Clara Voss", "answers": "Ruth and Clara Voss\ntwo sisters"},
-        {"context": "Grey herons nest in tall trees and hunt frogs at dusk.",
-         "question": "What do herons hunt?", "answer": "frogs"},
-    )  # fmt: skip
+        {
+            "context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
+            "question": "When was the mill built?",
+            "answer": "1871",
+            "answers": "1871\nin 1871",
+        },
+        {
+            "context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
+            "question": "Who built the mill?",
+            "answer": "Ruth and Clara Voss",
+            "answers": "Ruth and Clara Voss\ntwo sisters",
+        },
+        {
+            "context": "Grey herons nest in tall trees and hunt frogs at dusk.",
+            "question": "What do herons hunt?",
+            "answer": "frogs",
+        },
+    )
 
     def setup(self, cfg: QaConfig, say: Callable[[str], None]) -> None:
         super().setup(cfg, say)
-        lost = sum(self._is_lost(*one) for one in zip(self.train.rows, self.train.tokens, strict=True))
+        lost = sum(
+            self._is_lost(*one) for one in zip(self.train.rows, self.train.tokens, strict=True)
+        )
         if lost:
-            self.warnings += (f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut off",)
+            self.warnings += (
+                f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut "
+                "off",
+            )
 
     def _is_lost(self, row: Row, tokens: np.ndarray) -> bool:
         """Whether the answer stood in the passage and does not in what is read of it."""
         end = int((tokens == self.tokenizer.special_id(QUESTION)).argmax())
-        return row["answer"] in row["context"] and row["answer"] not in self.tokenizer.decode(tokens[1:end].tolist())
+        return row["answer"] in row["context"] and row["answer"] not in self.tokenizer.decode(
+            tokens[1:end].tolist()
+        )
 
     def kin(self, row: Row) -> str:
         """All questions on a passage, that no passage is known from training."""

@@ -1,7 +1,9 @@
-"""Sentiment of a text: SST-5 and CFIMDB in the course's format, NSMC, any file with columns of texts and labels.
+"""Sentiment of a text: SST-5 and CFIMDB in the course's format, NSMC, any file with columns of
+texts and labels.
 
 python -m finetune.sentiment --init gpt2 --data ids-sst-train.csv --val-data ids-sst-dev.csv --predict ids-sst-test-student.csv
-With --form prompt the head reads "Review: ... Sentiment:", with --form word the language model answers that.
+With --form prompt the head reads "Review: ... Sentiment:", with --form word the language model
+answers that.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from tasks.classification.task import Classification
 from tasks.finetuning import Long, Parts
 from text.rows import Row
 
-WORDS = {2: ("negative", "positive"), 3: ("negative", "neutral", "positive"), 5: ("terrible", "bad", "okay", "good", "great")}  # fmt: skip
+WORDS = {
+    2: ("negative", "positive"),
+    3: ("negative", "neutral", "positive"),
+    5: ("terrible", "bad", "okay", "good", "great"),
+}
 
 
 @dataclass
@@ -33,7 +39,10 @@ class SentimentConfig(ClassificationConfig):
 class Sentiment(Classification):
     name = "sentiment"
     config = SentimentConfig
-    columns = {"text": ("sentence", "text", "document", "review", "content"), "label": ("sentiment", "label", "stars")}
+    columns = {
+        "text": ("sentence", "text", "document", "review", "content"),
+        "label": ("sentiment", "label", "stars"),
+    }
     columns |= {"id": ("id", "idx")}
     optional = ("id",)
     course: ClassVar[str] = "Predicted_Sentiment"

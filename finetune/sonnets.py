@@ -22,7 +22,8 @@ NUMBER = re.compile(r"\s*(\d+)\s*")
 
 
 def read_poems(text: str, where: str) -> Iterator[Record]:
-    """The course's files: a header, then each poem under its number. Poems are as long as they are."""
+    """The course's files: a header, then each poem under its number. Poems are as long as they
+    are."""
     number, begin, lines, found = "", 0, [""], False
     for at, line in enumerate([*text.replace("\r\n", "\n").split("\n"), "0"], 1):
         if not NUMBER.fullmatch(line):
@@ -39,19 +40,40 @@ def read_poems(text: str, where: str) -> Iterator[Record]:
 class Sonnets(Generation):
     name = "sonnets"
     best = ("chrf", "max")
-    defaults = {"epochs": 10, "batch_size": 8, "lr": 1e-4, "temperature": 0.9, "top_p": 0.9, "max_new_tokens": 300}
+    defaults = {
+        "epochs": 10,
+        "batch_size": 8,
+        "lr": 1e-4,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "max_new_tokens": 300,
+    }
     columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
     optional = ("number",)
     readers = {".txt": read_poems}
     predictions = "predictions.txt"
     toy = (
-        {"number": "1", "text": "The winter wood is white and still,\nNo bird will sing, no water run,\n"
-                                "The snow lies deep upon the hill\nAnd waits all morning for the sun.\n"},
-        {"number": "2", "text": "I sold my boat, I sold my net,\nI walked the road that leaves the sea,\n"
-                                "But where the stones at night are wet\nI hear it turn and call to me.\n"},
-        {"number": "3", "text": "A candle in a window set,\nA chair, a table and a key:\n"
-                                "The house remembers, we forget;\nIt keeps a place for you and me.\n"},
-    )  # fmt: skip
+        {
+            "number": "1",
+            "text": "The winter wood is white and still,\nNo bird will sing, no water "
+            "run,\n"
+            "The snow lies deep upon the hill\nAnd waits all morning for the "
+            "sun.\n",
+        },
+        {
+            "number": "2",
+            "text": "I sold my boat, I sold my net,\nI walked the road that leaves the "
+            "sea,\n"
+            "But where the stones at night are wet\nI hear it turn and call to "
+            "me.\n",
+        },
+        {
+            "number": "3",
+            "text": "A candle in a window set,\nA chair, a table and a key:\n"
+            "The house remembers, we forget;\nIt keeps a place for you and "
+            "me.\n",
+        },
+    )
 
     def example(self, row: Row) -> Example:
         return Example(prompt=(), answer=(row["text"],))
@@ -68,7 +90,9 @@ class Sonnets(Generation):
         poems = [a.prompt + a.text for a in answers]
         return {
             "chrf": metrics.chrf(texts, references),
-            "chrf_poem": metrics.chrf(poems, [a.prompt + a.reference for a in answers]),  # as the course scores it
+            "chrf_poem": metrics.chrf(
+                poems, [a.prompt + a.reference for a in answers]
+            ),  # as the course scores it
             "distinct_1": metrics.distinct(texts, 1),
             "distinct_2": metrics.distinct(texts, 2),
             **metrics.rhyming_accuracy(poems, given=GIVEN),
@@ -79,7 +103,10 @@ class Sonnets(Generation):
 
     def write_answers(self, path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
         """The course's file of predictions: the whole poems under their numbers."""
-        poems = [f"\n{row['number']}\n{a.prompt}{a.text}\n\n" for row, a in zip(rows, answers, strict=True)]
+        poems = [
+            f"\n{row['number']}\n{a.prompt}{a.text}\n\n"
+            for row, a in zip(rows, answers, strict=True)
+        ]
         path.write_text("--Generated Sonnets-- \n\n" + "".join(poems), encoding="utf-8")
 
 

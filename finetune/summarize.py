@@ -41,18 +41,30 @@ class Summarize(Generation):
     truth = ("summary",)
     special = (GENERATE,)
     toy = (
-        {"article": "The town council met on Monday. After three hours of talk it voted to mend the old bridge "
-                    "before winter, and to close it to lorries until then.",
-         "summary": "Council will mend the bridge."},
-        {"article": "A ship with forty tons of oranges ran aground off the cape in thick fog. The crew was taken off "
-                    "by helicopter; nobody was hurt.",
-         "summary": "Orange ship aground, crew safe."},
-        {"article": "Anna: Did you feed the cat?\nBen: Twice. It pretends to be hungry.\nAnna: Then no more today.",
-         "summary": "Ben has fed the cat twice."},
-    )  # fmt: skip
+        {
+            "article": "The town council met on Monday. After three hours of talk it voted to mend "
+            "the old bridge "
+            "before winter, and to close it to lorries until then.",
+            "summary": "Council will mend the bridge.",
+        },
+        {
+            "article": "A ship with forty tons of oranges ran aground off the cape in thick fog. "
+            "The "
+            "crew was taken off "
+            "by helicopter; nobody was hurt.",
+            "summary": "Orange ship aground, crew safe.",
+        },
+        {
+            "article": "Anna: Did you feed the cat?\nBen: Twice. It pretends to be hungry.\nAnna: "
+            "Then no more today.",
+            "summary": "Ben has fed the cat twice.",
+        },
+    )
 
     def example(self, row: Row) -> Example:
-        return Example(prompt=(Long(row["article"].strip()), GENERATE), answer=(row["summary"].strip(),))
+        return Example(
+            prompt=(Long(row["article"].strip()), GENERATE), answer=(row["summary"].strip(),)
+        )
 
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
         rouge = metrics.rouge([a.text for a in answers], [a.reference for a in answers])

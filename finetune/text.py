@@ -1,4 +1,5 @@
-"""Any text: documents, or with --lines each line of a file, between two end-of-text tokens; any language.
+"""Any text: documents, or with --lines each line of a file, between two end-of-text tokens; any
+language.
 
 python -m finetune.text --init gpt2 --data notes.txt
 python -m finetune.text --init FOLDER --data nsmc_train.txt --text-column document
@@ -49,7 +50,10 @@ class Text(Generation):
         bounds = [len(lines) * i // PARTS for i in range(PARTS + 1)]
         parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
         parts = [part for part in parts if part.strip()]
-        say(f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held out")
+        say(
+            f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held "
+            "out"
+        )
         return [Row({"text": part}, rows[0].where) for part in parts]
 
     def example(self, row: Row) -> Example:

@@ -1,8 +1,9 @@
-"""The topic of a document: AG News, BBC News, the News Category Dataset, any file with a column of texts and a label.
+"""The topic of a document: AG News, BBC News, the News Category Dataset, any file with a column of
+texts and a label.
 
 python -m finetune.topics --init gpt2 --data ag_news_train.csv --val-data ag_news_dev.csv
-Beside GPT-2 on the same rows: --model naive-bayes, tf-idf or lstm; --method last-layer --pooling lstm is an LSTM over
-the sequence of GPT-2's frozen states.
+Beside GPT-2 on the same rows: --model naive-bayes, tf-idf or lstm; --method last-layer --pooling
+lstm is an LSTM over the sequence of GPT-2's frozen states.
 """
 
 from __future__ import annotations
@@ -33,16 +34,43 @@ class Topics(Classification):
     name = "topics"
     config = TopicsConfig
     columns = {"title": ("title", "headline"), "label": ("label", "category", "topic", "class")}
-    columns |= {"text": ("text", "description", "short_description", "article", "content"), "id": ("id", "idx")}
+    columns |= {
+        "text": ("text", "description", "short_description", "article", "content"),
+        "id": ("id", "idx"),
+    }
     optional = ("title", "text", "id")  # some headlines of the News Category Dataset stand alone
     toy = (
-        {"title": "Rovers win late", "text": "A goal in the last minute gave Rovers the cup.", "label": "sport"},
-        {"title": "Marathon record falls", "text": "She ran the race in two hours and nine minutes.", "label": "sport"},
-        {"title": "Bank raises rates", "text": "The central bank lifted its rate by a quarter point.", "label": "business"},
-        {"title": "Shares slip", "text": "Markets closed lower after a weak report on jobs.", "label": "business"},
-        {"title": "New telescope", "text": "Astronomers saw water in the air of a far planet.", "label": "science"},
-        {"title": "Old bones", "text": "The fossil is of a bird that could not fly.", "label": "science"},
-    )  # fmt: skip
+        {
+            "title": "Rovers win late",
+            "text": "A goal in the last minute gave Rovers the cup.",
+            "label": "sport",
+        },
+        {
+            "title": "Marathon record falls",
+            "text": "She ran the race in two hours and nine minutes.",
+            "label": "sport",
+        },
+        {
+            "title": "Bank raises rates",
+            "text": "The central bank lifted its rate by a quarter point.",
+            "label": "business",
+        },
+        {
+            "title": "Shares slip",
+            "text": "Markets closed lower after a weak report on jobs.",
+            "label": "business",
+        },
+        {
+            "title": "New telescope",
+            "text": "Astronomers saw water in the air of a far planet.",
+            "label": "science",
+        },
+        {
+            "title": "Old bones",
+            "text": "The fossil is of a bird that could not fly.",
+            "label": "science",
+        },
+    )
 
     def texts(self, row: Row) -> tuple[str, ...]:
         return ("\n".join(part for part in (row["title"].strip(), row["text"].strip()) if part),)

@@ -1,7 +1,8 @@
-"""One file an operation: the plain PyTorch reference, the kernel, its autograd function, one public function.
+"""One file an operation: the plain PyTorch reference, the kernel, its autograd function, one public
+function.
 
-Which operations run on the kernels here is chosen once, at start-up, and handed to the model and the optimizer as a
-tuple of names (GPTConfig.kernels). Nothing falls back in silence.
+Which operations run on the kernels here is chosen once, at start-up, and handed to the model and
+the optimizer as a tuple of names (GPTConfig.kernels). Nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from kernels._triton import missing
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
 OPERATIONS = (*TRITON, "cpu_attention")
-PART_OF = {"attention": "flash-attention", "cpu_attention": "flash-attention", "adamw": "fused-adamw"}  # of --without
-FUSED_BY_COMPILER = ("layer_norm", "bias_gelu")  # torch.compile makes the like of these kernels by itself
+PART_OF = {
+    "attention": "flash-attention",
+    "cpu_attention": "flash-attention",
+    "adamw": "fused-adamw",
+}  # of --without
+FUSED_BY_COMPILER = (
+    "layer_norm",
+    "bias_gelu",
+)  # torch.compile makes the like of these kernels by itself
 
 
 def named(kernels: str) -> tuple[str, ...]:
@@ -25,33 +33,51 @@ def named(kernels: str) -> tuple[str, ...]:
 
 
 def choose(cfg: RunConfig, device_type: str, card: Card | None = None) -> tuple[str, str | None]:
-    """Resolve `--kernels` where all else is resolved, and say what `auto` has to do without. Raises UserError.
+    """Resolve `--kernels` where all else is resolved, and say what `auto` has to do without. Raises
+    UserError.
 
-    auto: on a CUDA GPU what torch.compile cannot make of PyTorch's operations, and attention where documents would
-    need a mask; on a CPU what is faster there. triton: every operation in Triton. Else the names of operations.
-    What does not fit `card`, by default this process's own GPU, is never chosen.
+    auto: on a CUDA GPU what torch.compile cannot make of PyTorch's operations, and attention where
+    documents would need a mask; on a CPU what is faster there. triton: every operation in Triton.
+    Else the names of operations. What does not fit `card`, by default this process's own GPU, is
+    never chosen.
     """
     if cfg.kernels == "torch":
         return "torch", None
     auto = cfg.kernels == "auto"
-    names = _asked(cfg.kernels) if not auto else [n for n in _automatic(cfg, device_type) if not _left_out(n, cfg)]
+    names = (
+        _asked(cfg.kernels)
+        if not auto
+        else [n for n in _automatic(cfg, device_type) if not _left_out(n, cfg)]
+    )
     lacking: dict[str, list[str]] = {}
     for name in names:
         if reason := _lacking(name, cfg, device_type, card):
             lacking.setdefault(reason, []).append(name)
-    chosen = ",".join(name for name in names if not any(name in lost for lost in lacking.values())) or "torch"
+    chosen = (
+        ",".join(name for name in names if not any(name in lost for lost in lacking.values()))
+        or "torch"
+    )
     reasons = "; ".join(f"{', '.join(lost)} {reason}" for reason, lost in lacking.items())
     if lacking and cfg.kernels != "auto":
         raise UserError(f"--kernels {cfg.kernels}: {reasons}; use --kernels {chosen}")
-    return chosen, f"PyTorch's operations run in place of some kernels: {reasons}" if lacking else None
+    return (
+        chosen,
+        f"PyTorch's operations run in place of some kernels: {reasons}" if lacking else None,
+    )
 
 
 def _automatic(cfg: RunConfig, device_type: str) -> list[str]:
     if device_type == "cuda":
         left = FUSED_BY_COMPILER if cfg.compile else ()
-        return [name for name in TRITON if name not in left and (name != "attention" or _documents(cfg))]
+        return [
+            name for name in TRITON if name not in left and (name != "attention" or _documents(cfg))
+        ]
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    pays = device_type == "cpu" and "attention-backend" not in cfg.without and cpu_attention.pays(dtype)
+    pays = (
+        device_type == "cpu"
+        and "attention-backend" not in cfg.without
+        and cpu_attention.pays(dtype)
+    )
     return ["cpu_attention"] if pays and not _lacking("cpu_attention", cfg, "cpu") else []
 
 
@@ -66,7 +92,9 @@ def _lacking(name: str, cfg: RunConfig, device_type: str, card: Card | None = No
     if _left_out(name, cfg):
         return f"is not --without {PART_OF[name]}"
     if name != "cpu_attention":
-        return missing(device_type) or (_attention_lacks(cfg, card) if name == "attention" else None)
+        return missing(device_type) or (
+            _attention_lacks(cfg, card) if name == "attention" else None
+        )
     if device_type != "cpu":
         return "needs a CPU"
     return "has no documents" if _documents(cfg) else None
@@ -87,5 +115,8 @@ def _asked(kernels: str) -> list[str]:
     for name in names:
         if name not in OPERATIONS:
             known = ["auto", "torch", "triton", *OPERATIONS]
-            raise UserError(f"--kernels {name}: no such kernel{nearest(name, known)}; there are {', '.join(known)}")
+            raise UserError(
+                f"--kernels {name}: no such kernel{nearest(name, known)}; there are "
+                f"{', '.join(known)}"
+            )
     return names

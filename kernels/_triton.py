@@ -1,6 +1,7 @@
 """Triton, where it is installed: what every kernel's file needs of it.
 
-With TRITON_INTERPRET=1 in the environment the same kernels run on a CPU, slowly: that is how tests reach them.
+With TRITON_INTERPRET=1 in the environment the same kernels run on a CPU, slowly: that is how tests
+reach them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def _lacks_compiler() -> str | None:
     """
     if sys.platform != "linux" or any(map(shutil.which, _compilers())):
         return None
-    return f"needs a C compiler: install gcc (apt install gcc) or name yours in CC ({_compilers()[0]} was not found)"
+    return (
+        "needs a C compiler: install gcc (apt install gcc) or name yours in CC "
+        f"({_compilers()[0]} was not found)"
+    )
 
 
 def _compilers() -> tuple[str, ...]:
@@ -60,7 +64,11 @@ def _compilers() -> tuple[str, ...]:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; a few for the interpreter, so that loops over programs are walked there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 3
+    )
 
 
 def on(tensor: Tensor) -> Any:

@@ -1,17 +1,20 @@
 """AdamW over all parameters in one pass, and the norm that clips their gradients in another.
 
-As separate operations a step's end moves 46 bytes a parameter: the norm reads the gradients (4), clipping reads and
-writes them (8), the update reads weight, gradient and two moments and writes three of them (28), and a bf16 copy of
-the weights costs 6 more. Here the update takes the clip factor along and writes the copy: 4 + 30 bytes, and 2 + 28
-where gradients are bf16. One launch covers all tensors, since a launch apiece would cost more than most of GPT-2's
-vectors: every program looks up in tables on the device which 2048 elements of which tensor are its own. A launch of
-one program per 128 tensors goes before it: it alone may count a tensor's steps, which all of its blocks depend on.
+As separate operations a step's end moves 46 bytes a parameter: the norm reads the gradients (4),
+clipping reads and writes them (8), the update reads weight, gradient and two moments and writes
+three of them (28), and a bf16 copy of the weights costs 6 more. Here the update takes the clip
+factor along and writes the copy: 4 + 30 bytes, and 2 + 28 where gradients are bf16. One launch
+covers all tensors, since a launch apiece would cost more than most of GPT-2's vectors: every
+program looks up in tables on the device which 2048 elements of which tensor are its own. A launch
+of one program per 128 tensors goes before it: it alone may count a tensor's steps, which all of its
+blocks depend on.
 
-The trade-off: tensors are reached through bare addresses, so a `Table` is good for as long as its tensors are the
-ones that train. No operator is registered with torch.library: this runs between graphs, never inside a compiled one,
-and a plain launch is simpler. Gradients are freed and made anew every step, so their addresses travel every time:
-16 bytes a tensor (2.4 kB for GPT-2 124M) for the update and 24 for the norm, in pinned memory that torch's allocator
-does not hand out again before the copy is done. The rest is uploaded once: 64 bytes a tensor, 8 a program (0.5 MB).
+The trade-off: tensors are reached through bare addresses, so a `Table` is good for as long as its
+tensors are the ones that train. No operator is registered with torch.library: this runs between
+graphs, never inside a compiled one, and a plain launch is simpler. Gradients are freed and made
+anew every step, so their addresses travel every time: 16 bytes a tensor (2.4 kB for GPT-2 124M) for
+the update and 24 for the norm, in pinned memory that torch's allocator does not hand out again
+before the copy is done. The rest is uploaded once: 64 bytes a tensor, 8 a program (0.5 MB).
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from kernels._triton import jit, on, tl, triton
 
-# Elements of one program, 16 a thread: four 16-byte loads of each of four tensors in flight, 32 kB. At 123 registers
-# (compiled for sm_90) four programs share a multiprocessor: some stream while others look up where their tensors lie.
+# Elements of one program, 16 a thread: four 16-byte loads of each of four tensors in flight, 32 kB.
+# At 123 registers (compiled for sm_90) four programs share a multiprocessor: some stream while
+# others look up where their tensors lie.
 UPDATE_BLOCK, UPDATE_WARPS = 2048, 4
 NORM_BLOCK, NORM_WARPS = 8192, 8  # of one tensor alone: for as many bytes in flight, larger blocks
 LANES = 128  # tensors of one program that prepares their scalars
@@ -39,10 +43,10 @@ GRADIENTS = (torch.float32, torch.bfloat16)
 class Table:
     """Tensors that AdamW updates together: entry i of every list belongs to parameter i.
 
-    params, exp_avgs and exp_avg_sqs are fp32, copies bf16 (what the forward pass reads) or None, all four of one shape
-    and the same order of elements in memory, without gaps. steps are fp32 scalars: with the moments they are the state
-    of torch.optim.AdamW(fused=True), to be read from there and left there. Make a new table where a tensor is replaced.
-    Raises ValueError.
+    params, exp_avgs and exp_avg_sqs are fp32, copies bf16 (what the forward pass reads) or None,
+    all four of one shape and the same order of elements in memory, without gaps. steps are fp32
+    scalars: with the moments they are the state of torch.optim.AdamW(fused=True), to be read from
+    there and left there. Make a new table where a tensor is replaced. Raises ValueError.
     """
 
     params: Sequence[Tensor]
@@ -56,12 +60,17 @@ class Table:
     def __post_init__(self) -> None:
         lists = vars(self).values()
         if not self.params or {len(entries) for entries in lists} != {len(self.params)}:
-            raise ValueError(f"one entry a parameter is needed in every list, not {[len(e) for e in lists]}")
+            raise ValueError(
+                f"one entry a parameter is needed in every list, not {[len(e) for e in lists]}"
+            )
         for param, exp_avg, exp_avg_sq, step, copy in zip(
             self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies
         ):
             if not _is_dense(param):
-                raise ValueError(f"a parameter of shape {tuple(param.shape)} is not dense: strides {param.stride()}")
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} is not dense: strides "
+                    f"{param.stride()}"
+                )
             for tensor in (param, exp_avg, exp_avg_sq):
                 _check(tensor, param, torch.float32)
             _check(step, self.params[0].new_empty(()), torch.float32)
@@ -72,8 +81,12 @@ class Table:
         rows = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
         self.addresses = rows[0]  # of the parameters
         self.sizes = tuple(p.numel() for p in self.params)
-        self.columns = _upload([*rows, self.sizes], torch.int64, self.device)  # (6, n): addresses, then sizes
-        self.scales = _upload([self.lr_scales, self.weight_decays], torch.float64, self.device)  # (2, n)
+        self.columns = _upload(
+            [*rows, self.sizes], torch.int64, self.device
+        )  # (6, n): addresses, then sizes
+        self.scales = _upload(
+            [self.lr_scales, self.weight_decays], torch.float64, self.device
+        )  # (2, n)
         self.scalars = torch.empty(3, len(self.params), device=self.device)  # of the step under way
         self.written = [*self.params, *(copy for copy in self.copies if copy is not None)]
 
@@ -87,7 +100,8 @@ def adamw_reference(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019), exactly torch's, with gradients multiplied by `factor`.
+    """One step of AdamW (Loshchilov and Hutter 2019), exactly torch's, with gradients multiplied by
+    `factor`.
 
     Arguments as for `adamw`.
     """
@@ -103,7 +117,9 @@ def adamw_reference(
             m_new = beta1 * m + (1 - beta1) * g
             v_new = beta2 * v + (1 - beta2) * g * g
             denominator = v_new.sqrt() / (1 - beta2**t).sqrt() + eps
-            p_new = p - rate * table.weight_decays[i] * p - rate / (1 - beta1**t) * m_new / denominator
+            p_new = (
+                p - rate * table.weight_decays[i] * p - rate / (1 - beta1**t) * m_new / denominator
+            )
             for old, new in ((p, p_new), (m, m_new), (v, v_new), (step, step + 1)):
                 old.copy_(torch.where(ok, new, old))
             copy = table.copies[i]
@@ -116,7 +132,8 @@ def _prepare_kernel(
     columns, gradients, scales, scalars, lr, ok, n,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Count the step of every tensor that has a gradient, and work out what its blocks share, in fp64."""
+    """Count the step of every tensor that has a gradient, and work out what its blocks share, in
+    fp64."""
     i = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = i < n
     live = real & (tl.load(gradients + n + i, real, other=0) > 0)
@@ -133,10 +150,11 @@ def _prepare_kernel(
 
 @jit
 def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """`ALIGNED` promises an address that is a multiple of 16, and Triton moves four elements at once.
+    """`ALIGNED` promises an address that is a multiple of 16, and Triton moves four elements at
+    once.
 
-    Four of bf16 too, though eight would fit: all tensors are then spread over the threads alike, and none has to be
-    passed from thread to thread through shared memory.
+    Four of bf16 too, though eight would fit: all tensors are then spread over the threads alike,
+    and none has to be passed from thread to thread through shared memory.
     """
     first = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -167,17 +185,34 @@ def _load_gradient(address, itemsize, mask, offsets, ALIGNED: tl.constexpr):
 
 @jit
 def _bf16_bits(x):
-    """x rounded to the nearest bf16, ties to even, as torch does; Triton's interpreter would cut the bits off."""
+    """x rounded to the nearest bf16, ties to even, as torch does; Triton's interpreter would cut
+    the bits off."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)  # a NaN's bits could be carried over into -0
+    return tl.where(x == x, rounded, 0x7FC0).to(
+        tl.int16
+    )  # a NaN's bits could be carried over into -0
 
 
 @jit
 def _update_block(
-    param, grad, exp_avg, exp_avg_sq, copy, itemsize, count, decay, step_size, root, factor,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    copy,
+    itemsize,
+    count,
+    decay,
+    step_size,
+    root,
+    factor,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """The first `count` elements at these addresses, no more than BLOCK."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
@@ -211,19 +246,56 @@ def _update_kernel(
         copy += tl.where(copy != 0, 2 * start, 0)
         grad = tl.load(gradients + i) + itemsize * start
         left = tl.load(columns + 5 * n + i) - start
-        decay, step_size, root = tl.load(scalars + i), tl.load(scalars + n + i), tl.load(scalars + 2 * n + i)
+        decay, step_size, root = (
+            tl.load(scalars + i),
+            tl.load(scalars + n + i),
+            tl.load(scalars + 2 * n + i),
+        )
         f = tl.load(factor)
         if (left >= BLOCK) & ((param | grad | exp_avg | exp_avg_sq | copy) % 16 == 0):
-            _update_block(param, grad, exp_avg, exp_avg_sq, copy, itemsize, BLOCK, decay, step_size, root, f,
-                          BETA1, BETA2, EPS, BLOCK, ALIGNED=True)  # fmt: skip
+            _update_block(
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                copy,
+                itemsize,
+                BLOCK,
+                decay,
+                step_size,
+                root,
+                f,
+                BETA1,
+                BETA2,
+                EPS,
+                BLOCK,
+                ALIGNED=True,
+            )
         else:
-            _update_block(param, grad, exp_avg, exp_avg_sq, copy, itemsize, left, decay, step_size, root, f,
-                          BETA1, BETA2, EPS, BLOCK, ALIGNED=False)  # fmt: skip
+            _update_block(
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                copy,
+                itemsize,
+                left,
+                decay,
+                step_size,
+                root,
+                f,
+                BETA1,
+                BETA2,
+                EPS,
+                BLOCK,
+                ALIGNED=False,
+            )
 
 
 @jit
 def _squares_kernel(tensors, blocks, partial, n, BLOCK: tl.constexpr):
-    """partial[program] = the sum of squares of one block; tensors (3, n): addresses, bytes an element, sizes."""
+    """partial[program] = the sum of squares of one block; tensors (3, n): addresses, bytes an
+    element, sizes."""
     program = tl.program_id(0)
     i = tl.load(blocks + 2 * program)
     start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
@@ -240,20 +312,29 @@ def _squares_kernel(tensors, blocks, partial, n, BLOCK: tl.constexpr):
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill one piece of memory, in whatever order."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return (
+        tensor.is_contiguous()
+        or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    )
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors of one shape keep their elements in one order (strides of a single row say nothing)."""
+    """Whether two dense tensors of one shape keep their elements in one order (strides of a single
+    row say nothing)."""
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _check(tensor: Tensor, like: Tensor, *dtypes: torch.dtype) -> None:
-    """Raises ValueError where a kernel that visits both in memory's order would read or write astray."""
+    """Raises ValueError where a kernel that visits both in memory's order would read or write
+    astray."""
     if tensor.shape != like.shape or not _same_order(tensor, like):
-        raise ValueError(f"shapes {list(tensor.shape)} and {list(like.shape)} or their strides differ")
+        raise ValueError(
+            f"shapes {list(tensor.shape)} and {list(like.shape)} or their strides differ"
+        )
     if tensor.device != like.device or tensor.dtype not in dtypes:
-        raise ValueError(f"a tensor is {tensor.dtype} on {tensor.device}; needed is {dtypes[0]} on {like.device}")
+        raise ValueError(
+            f"a tensor is {tensor.dtype} on {tensor.device}; needed is {dtypes[0]} on {like.device}"
+        )
 
 
 def _laid_out_like(grad: Tensor, param: Tensor) -> Tensor:
@@ -265,12 +346,15 @@ def _laid_out_like(grad: Tensor, param: Tensor) -> Tensor:
 
 def _upload(values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, without waiting for it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """For each program the tensor that it works on, and which block of it: (programs, 2), int32; (0,) for none."""
+    """For each program the tensor that it works on, and which block of it: (programs, 2), int32;
+    (0,) for none."""
     pairs = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, block))]
     return _upload(pairs, torch.int32, device)
 
@@ -284,48 +368,73 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of torch.optim.AdamW on every tensor of `table` whose gradient is there, and of its bf16 copy.
+    """One step of torch.optim.AdamW on every tensor of `table` whose gradient is there, and of its
+    bf16 copy.
 
-    grads: fp32 or bf16, each of its parameter's shape; one in another order of elements is copied first. On the device:
-    lr (), fp32; factor (), fp32, multiplies the gradients; ok (), bool: where it is False nothing changes, the
-    steps included. Nothing waits for the device. Raises ValueError.
+    grads: fp32 or bf16, each of its parameter's shape; one in another order of elements is copied
+    first. On the device: lr (), fp32; factor (), fp32, multiplies the gradients; ok (), bool: where
+    it is False nothing changes, the steps included. Nothing waits for the device. Raises
+    ValueError.
     """
     if [p.data_ptr() for p in table.params] != table.addresses:
         raise ValueError("a parameter has moved since its table was made")
-    laid = [None if g is None else _laid_out_like(g, p) for g, p in zip(grads, table.params, strict=True)]
+    laid = [
+        None if g is None else _laid_out_like(g, p)
+        for g, p in zip(grads, table.params, strict=True)
+    ]
     blocks = _blocks(table.sizes, UPDATE_BLOCK, table.device)
     n = len(laid)
     logs = [math.log2(beta or sys.float_info.min) for beta in betas]
-    rows = [[0 if g is None else g.data_ptr() for g in laid], [0 if g is None else g.itemsize for g in laid]]
+    rows = [
+        [0 if g is None else g.data_ptr() for g in laid],
+        [0 if g is None else g.itemsize for g in laid],
+    ]
     gradients = _upload(rows, torch.int64, table.device)
     with on(lr):
         _prepare_kernel[(triton.cdiv(n, LANES),)](
-            table.columns, gradients, table.scales, table.scalars, lr, ok, n, *logs, LANES, num_warps=LANES // 32
-        )  # fmt: skip
+            table.columns,
+            gradients,
+            table.scales,
+            table.scalars,
+            lr,
+            ok,
+            n,
+            *logs,
+            LANES,
+            num_warps=LANES // 32,
+        )
         _update_kernel[(len(blocks),)](
             table.columns, gradients, table.scalars, blocks, factor, ok, n,
             *betas, eps, UPDATE_BLOCK, num_warps=UPDATE_WARPS
         )  # fmt: skip
-    torch.autograd.graph.increment_version(table.written)  # a graph that saved them must not be walked again
+    torch.autograd.graph.increment_version(
+        table.written
+    )  # a graph that saved them must not be walked again
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The l2 norm of all elements of fp32 and bf16 tensors together, (), fp32; 0 where there are none.
+    """The l2 norm of all elements of fp32 and bf16 tensors together, (), fp32; 0 where there are
+    none.
 
-    Squares are added in fp32: as torch.nn.utils.get_total_norm's, the result is inf from about 1.8e19 on. It repeats
-    bit for bit. Raises ValueError.
+    Squares are added in fp32: as torch.nn.utils.get_total_norm's, the result is inf from about
+    1.8e19 on. It repeats bit for bit. Raises ValueError.
     """
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device or tensor.dtype not in GRADIENTS:
-            raise ValueError(f"a tensor is {tensor.dtype} on {tensor.device}; needed are fp32 or bf16, all on {device}")
+            raise ValueError(
+                f"a tensor is {tensor.dtype} on {tensor.device}; needed are fp32 or bf16, all on "
+                f"{device}"
+            )
     dense = [t if _is_dense(t) else t.contiguous() for t in tensors]
     rows = [[t.data_ptr() for t in dense], [t.itemsize for t in dense], [t.numel() for t in dense]]
     table = _upload(rows, torch.int64, device)
     blocks = _blocks(tuple(rows[2]), NORM_BLOCK, device)
     partial = torch.empty(len(blocks), device=device)
     with on(table):
-        _squares_kernel[(len(blocks),)](table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS)
+        _squares_kernel[(len(blocks),)](
+            table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS
+        )
     return partial.sum().sqrt()

@@ -1,14 +1,17 @@
-"""Causal attention on packed q, k, v: the gradient comes back packed too, and documents need no mask.
+"""Causal attention on packed q, k, v: the gradient comes back packed too, and documents need no
+mask.
 
-Autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them: at 65,536 tokens of
-GPT-2's 2304 columns in bf16 that is 0.6 GB more to read and write in every layer. Here the backward pass writes where
-the product after it reads. Documents are two indices a token; blocks of keys that no query of a block may see are
-skipped, forward and backward, so the smaller the documents, the less the work.
+Autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them:
+at 65,536 tokens of GPT-2's 2304 columns in bf16 that is 0.6 GB more to read and write in every
+layer. Here the backward pass writes where the product after it reads. Documents are two indices a
+token; blocks of keys that no query of a block may see are skipped, forward and backward, so the
+smaller the documents, the less the work.
 
-Flash attention 2 (Dao 2023): the (T, T) scores are made a block at a time and never stored. Memory traffic is q, k, v
-and the output, once each way; the time goes into the products and their exponentials. The trade-off: the backward pass
-makes the scores twice, once for dq and once for dk and dv, because adding up dq across blocks of keys takes atomics,
-whose order, and so whose last bits, change from run to run. That is 7 products where atomics need 5.
+Flash attention 2 (Dao 2023): the (T, T) scores are made a block at a time and never stored. Memory
+traffic is q, k, v and the output, once each way; the time goes into the products and their
+exponentials. The trade-off: the backward pass makes the scores twice, once for dq and once for dk
+and dv, because adding up dq across blocks of keys takes atomics, whose order, and so whose last
+bits, change from run to run. That is 7 products where atomics need 5.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from kernels._triton import INTERPRETED, jit, on, tl, triton
 
 
 def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v with its (T, T) mask written out; shapes as in `attention`."""
+    """softmax(q k' / sqrt(head_dim)) v with its (T, T) mask written out; shapes as in
+    `attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
     T = qkv.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
@@ -36,10 +40,11 @@ def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
 
 
-# Kernels. In all of them D is head_dim and WIDTH the power of two that holds it; M queries and N keys make a block.
-# Scores are in units of log 2, so that the exponential is the hardware's exp2. Masks are made only in the blocks where
-# some query may not see some key: by a branch in the one loop, since a loop for each kind of block takes 153 registers
-# a thread for dq where this takes 115, and so one program on a multiprocessor where this has two.
+# Kernels. In all of them D is head_dim and WIDTH the power of two that holds it; M queries and N
+# keys make a block. Scores are in units of log 2, so that the exponential is the hardware's exp2.
+# Masks are made only in the blocks where some query may not see some key: by a branch in the one
+# loop, since a loop for each kind of block takes 153 registers a thread for dq where this takes
+# 115, and so one program on a multiprocessor where this has two.
 
 
 @jit
@@ -47,7 +52,9 @@ def _load(base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
     """Rows first to first + ROWS of a (T, D) matrix, as (ROWS, WIDTH): zeros past its edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    block = base + tl.cast(first, tl.int64) * stride  # 500,000 tokens of 4,800 columns are more than an int32 counts
+    block = (
+        base + tl.cast(first, tl.int64) * stride
+    )  # 500,000 tokens of 4,800 columns are more than an int32 counts
     return tl.load(block + row * stride + column, mask=(first + row < T) & (column < D), other=0.0)
 
 
@@ -63,7 +70,8 @@ def _store(value, base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, 
 
 @jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b, fp32. WIDEN is for the interpreter, whose product of bf16 reads the bits as integers."""
+    """acc + a @ b, fp32. WIDEN is for the interpreter, whose product of bf16 reads the bits as
+    integers."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -72,12 +80,26 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    qkv, out, lse, starts, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    out,
+    lse,
+    starts,
+    stride_b,
+    stride_t,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """One block of M queries of one head: its output, and log2(sum(exp2(score))) of each query."""
     blocks = tl.cdiv(T, M)
-    first = (blocks - 1 - tl.program_id(0) % blocks) * M  # the longest rows begin first, so that none ends late
+    first = (
+        blocks - 1 - tl.program_id(0) % blocks
+    ) * M  # the longest rows begin first, so that none ends late
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
     h = tl.program_id(0) // blocks % H
     head = qkv + b * stride_b + h * D
@@ -123,10 +145,26 @@ def _forward_kernel(
 
 @jit
 def _dq_kernel(
-    qkv, out, grad, lse, delta, dqkv, starts, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """One block of M queries of one head: its dq, and delta = rowsum(grad * out), which dk and dv need too."""
+    qkv,
+    out,
+    grad,
+    lse,
+    delta,
+    dqkv,
+    starts,
+    stride_b,
+    stride_t,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One block of M queries of one head: its dq, and delta = rowsum(grad * out), which dk and dv
+    need too."""
     blocks = tl.cdiv(T, M)
     first = (blocks - 1 - tl.program_id(0) % blocks) * M
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
@@ -152,7 +190,9 @@ def _dq_kernel(
     for key in tl.range(begin, end, N):
         k = _load(head + H * D, key, stride_t, T, D, WIDTH, N)
         v = _load(head + 2 * H * D, key, stride_t, T, D, WIDTH, N)
-        p = tl.exp2(_dot(q, tl.trans(k), None, PRECISION, WIDEN) * scale - row_lse[:, None])  # (M, N)
+        p = tl.exp2(
+            _dot(q, tl.trans(k), None, PRECISION, WIDEN) * scale - row_lse[:, None]
+        )  # (M, N)
         masked = key + N - 1 > first
         if starts is not None:
             masked = masked | (key < last_start)
@@ -169,10 +209,25 @@ def _dq_kernel(
 
 @jit
 def _dk_dv_kernel(
-    qkv, grad, lse, delta, dqkv, stops, stride_b, stride_t, T, H: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """One block of N keys of one head: its dk and dv. Scores are transposed, (N, M), as both products take them."""
+    qkv,
+    grad,
+    lse,
+    delta,
+    dqkv,
+    stops,
+    stride_b,
+    stride_t,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One block of N keys of one head: its dk and dv. Scores are transposed, (N, M), as both
+    products take them."""
     blocks = tl.cdiv(T, N)
     first = tl.program_id(0) % blocks * N
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
@@ -198,7 +253,9 @@ def _dk_dv_kernel(
         rows = query + tl.arange(0, M)
         q = _load(head, query, stride_t, T, D, WIDTH, M)
         row_lse = tl.load(lse + rows, mask=rows < T, other=0.0)
-        p = tl.exp2(_dot(k, tl.trans(q), None, PRECISION, WIDEN) * scale - row_lse[None, :])  # (N, M)
+        p = tl.exp2(
+            _dot(k, tl.trans(q), None, PRECISION, WIDEN) * scale - row_lse[None, :]
+        )  # (N, M)
         masked = query < first + N - 1
         if stops is not None:
             masked = masked | (query + M > first_stop)
@@ -238,7 +295,12 @@ class Blocks(NamedTuple):
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-TENSOR_CORES = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}  # Triton's instruction, by major capability
+TENSOR_CORES = {
+    8: "mma.sync",
+    9: "wgmma",
+    10: "tcgen05",
+    12: "mma.sync",
+}  # Triton's instruction, by major capability
 
 # By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The
 # proof (benchmarks/gpu_proof.py) compiles them: none spills more than 64 bytes a thread, and none
@@ -259,15 +321,21 @@ _EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
 _EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
 BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
     ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
-    ("wgmma", "half", 128): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),),
+    ("wgmma", "half", 128): (
+        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),
+    ),
     ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
     ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
     ("tcgen05", "half", 64): (Blocks(*_LARGE, 99_392),),
     ("tcgen05", "half", 128): (Blocks(*_LARGE, 197_696),),
     ("tcgen05", "tf32", 64): (Blocks(*_TF32, 131_624),),
     ("tcgen05", "tf32", 128): (Blocks(*_TF32_SHORT, 164_384),),
-    ("mma.sync", "half", 64): (Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),),
-    ("mma.sync", "half", 128): (Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),),
+    ("mma.sync", "half", 64): (
+        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),
+    ),
+    ("mma.sync", "half", 128): (
+        Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),
+    ),
     ("mma.sync", "tf32", 64): (Blocks(*_TF32_SHORT, 66_560),),
     ("mma.sync", "tf32", 128): (
         Blocks(*_TF32_SHORT, 123_136),
@@ -289,7 +357,10 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
         return f"holds heads of up to {ATTENTION_WIDTH}, and these are {head_dim} wide"
     card = card or CARDS["H100"]
     if card.capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0 (Ampere) or newer, and {card.name} has {card.version}"
+        return (
+            f"needs a GPU of compute capability 8.0 (Ampere) or newer, and {card.name} has "
+            f"{card.version}"
+        )
     if card.capability[0] not in TENSOR_CORES:
         return f"has no blocks for the compute capability of {card.name}, {card.version}"
     kind = precision if precision in ("fp32", "tf32") else "half"
@@ -299,7 +370,8 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
             return candidate
     least = min(candidate.shared for candidate in candidates)
     return (
-        f"takes {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in {precision}, "
+        f"takes {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in "
+        f"{precision}, "
         f"and {card.name} has {card.shared_memory // 1024}"
     )
 
@@ -313,19 +385,29 @@ def _chosen(qkv: Tensor, precision: str) -> Blocks:
 
 
 def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
-    """Run the kernel whose tile is the field `of` of Blocks, and which keeps a block of M queries, or of N keys."""
+    """Run the kernel whose tile is the field `of` of Blocks, and which keeps a block of M queries,
+    or of N keys."""
     B, T, _, H, D = qkv.shape
     exact = torch.get_float32_matmul_precision() == "highest"
     precision = NAMES.get(qkv.dtype, "fp32" if exact else "tf32")
     kept, walked, warps, stages = getattr(_chosen(qkv, precision), of)
     with on(qkv):
         kernel[(B * H * triton.cdiv(T, kept),)](
-            qkv, *tensors, qkv.stride(0), qkv.stride(1), T,
-            H=H, D=D, WIDTH=max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
-            M=kept if keeps == "M" else walked, N=kept if keeps == "N" else walked,
-            PRECISION="ieee" if exact else "tf32", WIDEN=INTERPRETED and qkv.dtype == torch.bfloat16,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            qkv,
+            *tensors,
+            qkv.stride(0),
+            qkv.stride(1),
+            T,
+            H=H,
+            D=D,
+            WIDTH=max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
+            M=kept if keeps == "M" else walked,
+            N=kept if keeps == "N" else walked,
+            PRECISION="ieee" if exact else "tf32",
+            WIDEN=INTERPRETED and qkv.dtype == torch.bfloat16,
+            num_warps=warps,
+            num_stages=stages,
+        )
 
 
 def _packed(qkv: Tensor) -> Tensor:
@@ -352,7 +434,9 @@ def _(qkv: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("gpt2::attention_backward", mutates_args=())
-def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bounds: Tensor | None) -> Tensor:
+def _attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bounds: Tensor | None
+) -> Tensor:
     """The gradient of qkv, packed like it: (B, T, 3, n_head, head_dim), contiguous."""
     qkv, grad = _packed(qkv), grad.contiguous()
     dqkv = qkv.new_empty(qkv.shape)
@@ -368,7 +452,9 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bounds: Tensor | None
     return qkv.new_empty(qkv.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]
+) -> None:
     qkv, bounds = inputs
     ctx.save_for_backward(qkv, *output, bounds)
     ctx.mark_non_differentiable(output[1])
@@ -384,21 +470,31 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _bounds(segments: Tensor) -> Tensor:
-    """Of each token's segment, the first token and one past the last: (2, B, T) int32. The host waits for nothing."""
+    """Of each token's segment, the first token and one past the last: (2, B, T) int32. The host
+    waits for nothing."""
     segments = segments.contiguous()
-    return torch.stack([torch.searchsorted(segments, segments, right=right, out_int32=True) for right in (False, True)])
+    return torch.stack(
+        [
+            torch.searchsorted(segments, segments, right=right, out_int32=True)
+            for right in (False, True)
+        ]
+    )
 
 
 def attention(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v, causal: qkv (B, T, 3, n_head, head_dim), bf16, fp16 or fp32, with head_dim up
-    to 128, to (B, T, n_head, head_dim), contiguous.
+    """softmax(q k' / sqrt(head_dim)) v, causal: qkv (B, T, 3, n_head, head_dim), bf16, fp16 or
+    fp32, with head_dim up to 128, to (B, T, n_head, head_dim), contiguous.
 
-    With `segments` (B, T), integers that never fall along T, a query sees only keys of its own number. Under autocast
-    the work is done in autocast's dtype, as by scaled_dot_product_attention. Sums and statistics are fp32; products
-    of fp32 are exact unless torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths.
+    With `segments` (B, T), integers that never fall along T, a query sees only keys of its own
+    number. Under autocast the work is done in autocast's dtype, as by scaled_dot_product_attention.
+    Sums and statistics are fp32; products of fp32 are exact unless
+    torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths.
     """
     if not 1 <= qkv.shape[4] <= ATTENTION_WIDTH:
-        raise ValueError(f"head_dim is {qkv.shape[4]}; this kernel's blocks hold {ATTENTION_WIDTH} columns at most")
+        raise ValueError(
+            f"head_dim is {qkv.shape[4]}; this kernel's blocks hold {ATTENTION_WIDTH} columns at "
+            "most"
+        )
     device = qkv.device.type
     if torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))

@@ -1,12 +1,14 @@
-"""A product's bias and the GELU after it in one pass each way, the bias's gradient with it (Hendrycks & Gimpel 2016).
+"""A product's bias and the GELU after it in one pass each way, the bias's gradient with it
+(Hendrycks & Gimpel 2016).
 
-The product leaves x without its bias. GELU's gradient needs x whatever is done, so x is all that is kept. Bytes an
-element in bf16: 4 forward, as PyTorch's GELU after a product that added the bias; 6 backward, in place of 8, for the
-bias's gradient is summed while the gradient passes through and not read again. The trade-off: the activation is a
-pass of its own over the product's output, not an epilogue inside the product, which stays the library's.
+The product leaves x without its bias. GELU's gradient needs x whatever is done, so x is all that is
+kept. Bytes an element in bf16: 4 forward, as PyTorch's GELU after a product that added the bias; 6
+backward, in place of 8, for the bias's gradient is summed while the gradient passes through and not
+read again. The trade-off: the activation is a pass of its own over the product's output, not an
+epilogue inside the product, which stays the library's.
 
-Nothing is added atomically: each program sums the gradient of its columns over its rows in fp32 and a second sum,
-over the programs, completes it, so the same inputs give the same bits.
+Nothing is added atomically: each program sums the gradient of its columns over its rows in fp32 and
+a second sum, over the programs, completes it, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from kernels._triton import jit, multiprocessors, on, tl, triton
 
-# One warp a program: its threads hold whole columns, so it sums them without a word to another. 16 programs with a
-# tile of bf16 each have 32 KB under way on a multiprocessor (forward; 64 KB backward) where an H200's memory, 4.8 TB/s
-# with a latency of 0.8 us, needs 29 KB; a thread may then use 128 registers.
+# One warp a program: its threads hold whole columns, so it sums them without a word to another. 16
+# programs with a tile of bf16 each have 32 KB under way on a multiprocessor (forward; 64 KB
+# backward) where an H200's memory, 4.8 TB/s with a latency of 0.8 us, needs 29 KB; a thread may
+# then use 128 registers.
 PROGRAMS = 16  # on a multiprocessor
 COLUMNS = 256  # 16 bytes of bf16 a thread; divides 4 x n_embd of every GPT-2
 TILE = 1024  # elements
@@ -34,11 +37,13 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 
 @jit
 def _gelu(x):
-    """GELU of x and its derivative, by 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """GELU of x and its derivative, by 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi)
+    (x + 0.044715 x^3).
 
-    So written it keeps its relative precision where tanh u is nearly -1. No exponent is positive: none overflows.
-    An H200 computes hardly faster than it reads here, hence exp2 and rsqrt, which are one instruction each where exp
-    and a division are five: 17 instructions an element forward and 25 backward, in place of 23 and 32.
+    So written it keeps its relative precision where tanh u is nearly -1. No exponent is positive:
+    none overflows. An H200 computes hardly faster than it reads here, hence exp2 and rsqrt, which
+    are one instruction each where exp and a division are five: 17 instructions an element forward
+    and 25 backward, in place of 23 and 32.
     """
     square = x * x
     twice_u = x * (2.302208198144325 + 0.1029432395800235 * square)  # in powers of 2
@@ -66,8 +71,11 @@ def _forward_kernel(x, bias, y, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @jit
-def _backward_kernel(dy, x, bias, dx, sums, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """dx (rows, WIDTH) and the sums (programs over rows, WIDTH) of its columns; each None where unwanted."""
+def _backward_kernel(
+    dy, x, bias, dx, sums, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """dx (rows, WIDTH) and the sums (programs over rows, WIDTH) of its columns; each None where
+    unwanted."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -89,7 +97,8 @@ def _backward_kernel(dy, x, bias, dx, sums, rows, WIDTH: tl.constexpr, BLOCK: tl
 
 
 def _launch(x: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
-    """Rows of x, the grid (blocks of columns, programs over rows: all at work at once), settings of the kernels."""
+    """Rows of x, the grid (blocks of columns, programs over rows: all at work at once), settings of
+    the kernels."""
     width = x.shape[-1]
     rows = x.numel() // width
     block = min(triton.next_power_of_2(width), COLUMNS)
@@ -114,7 +123,9 @@ def _forward_like(x: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gpt2::bias_gelu_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
+) -> tuple[Tensor, Tensor]:
     """(dx, empty if not `for_x`; the fp32 gradient (C,) of the bias, zeros if not `for_bias`)."""
     dx, _ = _backward_like(dy, x, bias, for_x, for_bias)
     rows, grid, settings = _launch(x)
@@ -128,7 +139,9 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool) 
 
 
 @_backward.register_fake
-def _backward_like(dy: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool) -> tuple[Tensor, Tensor]:
+def _backward_like(
+    dy: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if for_x else 0), x.new_empty(bias.shape, dtype=torch.float32)
 
 
@@ -140,7 +153,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     for_x, for_bias = ctx.needs_input_grad
     dx, dbias = _backward(dy, x, bias, for_x, for_bias)
-    return dx if for_x else None, dbias if for_bias else None  # autograd takes it to the bias's dtype
+    return (
+        dx if for_x else None,
+        dbias if for_bias else None,
+    )  # autograd takes it to the bias's dtype
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
@@ -149,7 +165,8 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 def bias_gelu(x: Tensor, bias: Tensor, triton: bool = False) -> Tensor:
     """gelu(x + bias) by its tanh form: x (..., C) is a product's output without its bias (C,).
 
-    The result has x's dtype whatever the bias's, autocast or not. Raises ValueError where the widths differ.
+    The result has x's dtype whatever the bias's, autocast or not. Raises ValueError where the
+    widths differ.
     """
     if not triton:
         return bias_gelu_reference(x, bias)

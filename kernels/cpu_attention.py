@@ -1,21 +1,26 @@
-"""Causal attention on a CPU, made of batched matrix products: a group of heads, a block of queries at a time.
+"""Causal attention on a CPU, made of batched matrix products: a group of heads, a block of queries
+at a time.
 
-PyTorch's flash attention walks small tiles and, on a CPU without AMX, multiplies them at a fifth of the rate that its
-batched product of bf16 matrices reaches (on Zen 4: 35 of 200 GFLOP/s a thread). Here one call multiplies a block of
-queries of a whole group of heads with all the keys that they may see. The scores of one block are held, never all of
-them, and only q, k and v are kept for the backward pass, which makes the scores and their softmax again. The gradient
-comes back packed: autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them.
+PyTorch's flash attention walks small tiles and, on a CPU without AMX, multiplies them at a fifth of
+the rate that its batched product of bf16 matrices reaches (on Zen 4: 35 of 200 GFLOP/s a thread).
+Here one call multiplies a block of queries of a whole group of heads with all the keys that they
+may see. The scores of one block are held, never all of them, and only q, k and v are kept for the
+backward pass, which makes the scores and their softmax again. The gradient comes back packed:
+autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them.
 The reference is `kernels.attention.attention_reference`.
 
-Scores, softmax and the gradient of the probabilities are fp32: bf16 has 8 bits, which would put a score of 10 off by
-2% of its probability. Probabilities and the gradient of the scores are rounded to the inputs' dtype for the other
-products, as flash attention rounds them; sums over blocks of queries are fp32 again.
+Scores, softmax and the gradient of the probabilities are fp32: bf16 has 8 bits, which would put a
+score of 10 off by 2% of its probability. Probabilities and the gradient of the scores are rounded
+to the inputs' dtype for the other products, as flash attention rounds them; sums over blocks of
+queries are fp32 again.
 
-The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a block of queries
-meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in place of half of it.
+The trade-off: products at fp32's half rate are one of two forward and two of five backward; and a
+block of queries meets the last of its keys above the diagonal too, (T + rows) / 2T of the square in
+place of half of it.
 
-Dropout falls on the probabilities. For each block of queries some heads draw together, from a generator that begins
-with a number of theirs, and in the backward pass draw the same again: nothing is kept of it.
+Dropout falls on the probabilities. For each block of queries some heads draw together, from a
+generator that begins with a number of theirs, and in the backward pass draw the same again: nothing
+is kept of it.
 
 Threads take whole groups and each product runs within one, so the number of threads changes no bit.
 """
@@ -35,32 +40,39 @@ from torch import Tensor
 
 from kernels import dropout
 
-# Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token of a head at
-# head_dim 64, no longer stays in the caches: here 18 MB a thread.
+# Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token
+# of a head at head_dim 64, no longer stays in the caches: here 18 MB a thread.
 TOKENS = 6144  # times heads, in a group
-# Probabilities that are drawn together, whatever the groups. With fewer, the calls are what takes the time.
+# Probabilities that are drawn together, whatever the groups. With fewer, the calls are what takes
+# the time.
 DRAWN = 1 << 16
 
 
 def _rows(T: int) -> int:
-    """Queries in a block: with more, products are larger and so is the waste above the diagonal. Measured."""
+    """Queries in a block: with more, products are larger and so is the waste above the diagonal.
+    Measured."""
     return min(T, 64 if T <= 512 else 128)
 
 
 def pays(dtype: torch.dtype) -> bool:
-    """Whether this is faster here than scaled_dot_product_attention: asked of the CPU and torch's build alone, never
-    of a measurement, so that a run that is resumed on a like machine computes the same bits.
+    """Whether this is faster here than scaled_dot_product_attention: asked of the CPU and torch's
+    build alone, never of a measurement, so that a run that is resumed on a like machine computes
+    the same bits.
 
-    Measured on Zen 4, so true for bf16 and fp32 where the CPU has avx512_bf16. With AMX PyTorch's flash attention runs
-    its bf16 products in tiles; there, and on other CPUs, nobody has compared the two.
+    Measured on Zen 4, so true for bf16 and fp32 where the CPU has avx512_bf16. With AMX PyTorch's
+    flash attention runs its bf16 products in tiles; there, and on other CPUs, nobody has compared
+    the two.
     """
-    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # fp32's products, bf16's
+    libraries = (
+        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    )  # fp32's products, bf16's
     cpu = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return libraries and cpu and dtype in (torch.bfloat16, torch.float32)
 
 
 class Draws(NamedTuple):
-    """Of a group's dropout. A group's heads follow one another: some of a sequence's, or all of several's."""
+    """Of a group's dropout. A group's heads follow one another: some of a sequence's, or all of
+    several's."""
 
     seed: int
     head: int  # the group's first, counted over all sequences
@@ -70,7 +82,8 @@ Draw = Draws | None  # none where nothing is dropped
 
 
 class _Block:
-    """Some queries of a group of heads and the keys that any of them may see, as views into the group's memory."""
+    """Some queries of a group of heads and the keys that any of them may see, as views into the
+    group's memory."""
 
     def __init__(self, group: _Group, first: int, end: int):
         g, self.length, D = group.out.shape
@@ -84,7 +97,10 @@ class _Block:
 
         self.scale, self.p = D**-0.5, group.p
         self.kept_scale = dropout.scale(self.p)
-        self.narrow, self.wide = cut(group.inputs), cut(group.wide_inputs)  # q, k, v and the output's gradient
+        self.narrow, self.wide = (
+            cut(group.inputs),
+            cut(group.wide_inputs),
+        )  # q, k, v and the output's gradient
         self.out = group.out[:, rows]
         self.dk, self.dv = group.dkv[:, :, keys]
         self.scores, self.dscores = (shaped(memory, g, end - first, end) for memory in group.scores)
@@ -92,7 +108,10 @@ class _Block:
         self.above = group.above[: end - first, : end - first]
         self.rounded, self.part = None, None
         if group.rounded is not None and group.part is not None:
-            self.rounded, self.part = shaped(group.rounded, g, end - first, end), shaped(group.part, g, end, D)
+            self.rounded, self.part = (
+                shaped(group.rounded, g, end - first, end),
+                shaped(group.part, g, end, D),
+            )
         if self.p:
             self.first, self.draws, self.generator = first, group.draws, group.generator
             self.words = dropout.words((end - first) * end)  # of 64 bits, for one head
@@ -101,7 +120,9 @@ class _Block:
     def forward(self, draw: Draw) -> None:
         p = self._round(self._probabilities())
         self._draw(draw)
-        torch.baddbmm(self.out, self._drop(p), self.narrow[2], beta=0, alpha=self.kept_scale, out=self.out)
+        torch.baddbmm(
+            self.out, self._drop(p), self.narrow[2], beta=0, alpha=self.kept_scale, out=self.out
+        )
 
     def backward(self, draw: Draw) -> None:
         """Write dq where the output was; add to dk and dv."""
@@ -113,8 +134,13 @@ class _Block:
         copy = self.dscores.copy_(p) if self.rounded is None and self.p else self._round(p)
         self._add_product(self.dv, self._drop(copy), grad, self.kept_scale)
         v = wide_v.transpose(1, 2)
-        dp = self._drop(torch.baddbmm(self.dscores, wide_grad, v, beta=0, alpha=self.kept_scale, out=self.dscores))
-        # p (dp - rowsum(p dp)): the softmax's own gradient in one pass, and nothing of the forward pass is needed.
+        dp = self._drop(
+            torch.baddbmm(
+                self.dscores, wide_grad, v, beta=0, alpha=self.kept_scale, out=self.dscores
+            )
+        )
+        # p (dp - rowsum(p dp)): the softmax's own gradient in one pass, and nothing of the forward
+        # pass is needed.
         torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         ds = self._round(dp)
         torch.baddbmm(self.out, ds, k, beta=0, alpha=self.scale, out=self.out)
@@ -127,7 +153,8 @@ class _Block:
         return torch.softmax(self.scores, -1, out=self.scores)
 
     def _draw(self, draw: Draw) -> None:
-        """Set what is kept in this block: some of what the heads that draw together with the group's first and last do."""
+        """Set what is kept in this block: some of what the heads that draw together with the
+        group's first and last do."""
         if draw is None:
             return
         g, rows, keys = self.scores.shape
@@ -135,7 +162,9 @@ class _Block:
         parts = -(-(before + g) // self.together)
         draws = self.draws[: parts * self.together * self.words].view(parts, -1)
         for i, part in enumerate(draws, draw.head // self.together):
-            dropout.draw_(part, self.generator.manual_seed(draw.seed + self.length * i + self.first))
+            dropout.draw_(
+                part, self.generator.manual_seed(draw.seed + self.length * i + self.first)
+            )
         own = draws.view(-1, self.words)[before : before + g]
         self.keep = dropout.masks_(own, self.p)[:, : rows * keys].view(g, rows, keys)
 
@@ -155,7 +184,8 @@ class _Block:
 
 
 class _Group:
-    """The memory that g heads are computed in, used again by one group after the other: fresh pages cost time."""
+    """The memory that g heads are computed in, used again by one group after the other: fresh pages
+    cost time."""
 
     def __init__(self, g: int, T: int, D: int, dtype: torch.dtype, p: float):
         self.p = p
@@ -169,7 +199,9 @@ class _Group:
         self.rounded = None if dtype == wide else torch.empty(g * rows * T, dtype=dtype)
         self.part = None if dtype == wide else torch.empty(g * T * D, dtype=dtype)
         self.above = torch.full((rows, rows), -torch.inf, dtype=wide).triu_(1)  # the diagonal
-        self.draws = torch.empty(g * dropout.words(rows * T) + DRAWN // 2 if p else 0, dtype=torch.int64)
+        self.draws = torch.empty(
+            g * dropout.words(rows * T) + DRAWN // 2 if p else 0, dtype=torch.int64
+        )
         self.generator = torch.Generator()
         self.blocks = [_Block(self, i, min(i + rows, T)) for i in range(0, T, rows)]
 
@@ -216,7 +248,8 @@ def _parts(n: int, most: int) -> list[slice]:
 
 
 def _groups(B: int, T: int, H: int, threads: int) -> list[tuple[slice, slice]]:
-    """Sequences and heads that are computed together: some heads of one sequence, or all of several."""
+    """Sequences and heads that are computed together: some heads of one sequence, or all of
+    several."""
     most = max(1, min(TOKENS // T, B * H // threads))
     return list(itertools.product(_parts(B, max(1, most // H)), _parts(H, most)))
 
@@ -227,7 +260,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     all_here = threading.Barrier(threads)
 
     def start() -> None:
-        torch.get_num_threads()  # makes this thread's own setting, which would else be made later and undo the next line
+        # makes this thread's own setting, which would else be made later and undo the next line
+        torch.get_num_threads()
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(threads, "cpu_attention", start)
@@ -240,7 +274,8 @@ _kept = threading.local()
 
 
 def _group(*shape: Any) -> _Group:
-    """A thread's memory for groups of a shape: one call has at most two, and the next is likely to have the same."""
+    """A thread's memory for groups of a shape: one call has at most two, and the next is likely to
+    have the same."""
     if not hasattr(_kept, "groups"):
         _kept.groups = functools.lru_cache(maxsize=2)(_Group)
     return _kept.groups(*shape)
@@ -249,7 +284,8 @@ def _group(*shape: Any) -> _Group:
 def _for_each_group(
     qkv: Tensor, seed: Tensor | None, p: float, task: Callable[[_Group, slice, slice, Draw], None]
 ) -> None:
-    """task(group, batch, heads, draw) for all sequences and heads of qkv, on as many threads as torch has been given."""
+    """task(group, batch, heads, draw) for all sequences and heads of qkv, on as many threads as
+    torch has been given."""
     B, T, _, H, D = qkv.shape
     threads = torch.get_num_threads()
     parts = iter(_groups(B, T, H, threads))
@@ -273,7 +309,9 @@ def _forward(qkv: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """out (B, T, n_head, head_dim); seed () int64, None where p is 0."""
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
-    _for_each_group(qkv, seed, p, lambda group, b, h, draw: group.forward(qkv[b, :, :, h], draw, out[b, :, h]))
+    _for_each_group(
+        qkv, seed, p, lambda group, b, h, draw: group.forward(qkv[b, :, :, h], draw, out[b, :, h])
+    )
     return out
 
 
@@ -288,7 +326,12 @@ def _backward(qkv: Tensor, seed: Tensor | None, p: float, grad: Tensor) -> Tenso
     """The gradient of qkv, packed like it (B, T, 3, n_head, head_dim)."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _for_each_group(
-        qkv, seed, p, lambda group, b, h, draw: group.backward(qkv[b, :, :, h], draw, grad[b, :, h], dqkv[b, :, :, h])
+        qkv,
+        seed,
+        p,
+        lambda group, b, h, draw: group.backward(
+            qkv[b, :, :, h], draw, grad[b, :, h], dqkv[b, :, :, h]
+        ),
     )
     return dqkv
 
@@ -312,12 +355,13 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def cpu_attention(qkv: Tensor, p: float = 0.0) -> Tensor:
-    """Causal softmax attention, scores times 1 / sqrt(head_dim): qkv (B, T, 3, n_head, head_dim) packed q, k and v to
-    (B, T, n_head, head_dim), contiguous; any strides, any floating-point dtype.
+    """Causal softmax attention, scores times 1 / sqrt(head_dim): qkv (B, T, 3, n_head, head_dim)
+    packed q, k and v to (B, T, n_head, head_dim), contiguous; any strides, any floating-point
+    dtype.
 
-    A probability is dropped with probability `p`, rounded to a multiple of 2^-15, as the global generator says; the
-    others are divided by what is kept. Under autocast the work is done in autocast's dtype, as by
-    scaled_dot_product_attention.
+    A probability is dropped with probability `p`, rounded to a multiple of 2^-15, as the global
+    generator says; the others are divided by what is kept. Under autocast the work is done in
+    autocast's dtype, as by scaled_dot_product_attention.
     """
     if torch.is_autocast_enabled("cpu"):
         qkv = qkv.to(torch.get_autocast_dtype("cpu"))

@@ -1,9 +1,10 @@
 """Dropout on a CPU (Srivastava et al. 2014) from 16 random bits an element.
 
-There PyTorch draws a number of double precision for each element, which makes dropout a fifth of a bf16 step of a small
-model, and more of one that trains little besides its head. Here four elements share a draw of 64 bits, and a mask of
-ones or zeros in all bits is laid over the numbers: exact, and nothing is converted. The trade-off: the probability is
-rounded to a multiple of 2^-15. Values are divided by what is then kept, so their mean stays.
+There PyTorch draws a number of double precision for each element, which makes dropout a fifth of a
+bf16 step of a small model, and more of one that trains little besides its head. Here four elements
+share a draw of 64 bits, and a mask of ones or zeros in all bits is laid over the numbers: exact,
+and nothing is converted. The trade-off: the probability is rounded to a multiple of 2^-15. Values
+are divided by what is then kept, so their mean stays.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def dropout_reference(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """x (...) with each number dropped with probability p in training, the others divided by the share that is kept.
+    """x (...) with each number dropped with probability p in training, the others divided by the
+    share that is kept.
 
-    On a CPU the draws are those of this file, from the global generator; elsewhere and compiled, PyTorch's.
+    On a CPU the draws are those of this file, from the global generator; elsewhere and compiled,
+    PyTorch's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ def draw_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def masks_(draws: Tensor, p: float) -> Tensor:
-    """Random int64 (..., n), in place, to int16 (..., 4 n): all bits set where an element is kept, none where dropped."""
+    """Random int64 (..., n), in place, to int16 (..., 4 n): all bits set where an element is kept,
+    none where dropped."""
     level = draws.view(torch.int16).bitwise_right_shift_(1)  # -LEVELS / 2 to LEVELS / 2 - 1
     # The sign, in all bits: negative below the level from which on elements are kept.
     return level.sub_(_dropped(p) - LEVELS // 2).bitwise_right_shift_(15).bitwise_not_()

@@ -1,18 +1,22 @@
-"""A linear layer whose three matrix products run in FP8, with scales computed from the tensors of the same step.
+"""A linear layer whose three matrix products run in FP8, with scales computed from the tensors of
+the same step.
 
-x and the weight become e4m3 (3 bits of mantissa), the incoming gradient e5m2 (2 bits, and the range that gradients
-need); each tensor has one scale, its largest magnitude over the format's largest number (Micikevicius et al. 2022).
-The products accumulate in fp32. The trade-off: a scale is known only after a pass over the whole tensor, where a
-scale kept from earlier steps would need none, but a state that a checkpoint must carry and that a spike overruns.
-torch.compile joins that pass to whatever made the tensor, and the operation is meant for it.
+x and the weight become e4m3 (3 bits of mantissa), the incoming gradient e5m2 (2 bits, and the range
+that gradients need); each tensor has one scale, its largest magnitude over the format's largest
+number (Micikevicius et al. 2022). The products accumulate in fp32. The trade-off: a scale is known
+only after a pass over the whole tensor, where a scale kept from earlier steps would need none, but
+a state that a checkpoint must carry and that a spike overruns. torch.compile joins that pass to
+whatever made the tensor, and the operation is meant for it.
 
-The weight's gradient is a product in FP8 too, as in Transformer Engine and torchao's per-tensor recipe. It sums over
-rows, tens of thousands of them, whose rounding errors are independent and average out, while its result leaves the
-fp32 accumulator in the weight's own dtype; the optimizer then averages over steps. What a short accumulator would
-lose over so long a sum (DeepSeek-AI 2024, section 3.3.2) is why the tensor cores' fast accumulation stays off.
+The weight's gradient is a product in FP8 too, as in Transformer Engine and torchao's per-tensor
+recipe. It sums over rows, tens of thousands of them, whose rounding errors are independent and
+average out, while its result leaves the fp32 accumulator in the weight's own dtype; the optimizer
+then averages over steps. What a short accumulator would lose over so long a sum (DeepSeek-AI 2024,
+section 3.3.2) is why the tensor cores' fast accumulation stays off.
 
-Bytes moved by the conversions of a (M, K) tensor in bf16: 2MK for its scale, 3MK for its copy, and in the backward
-pass 2MK for the transpose, since tensor cores read FP8 along the summed dimension only.
+Bytes moved by the conversions of a (M, K) tensor in bf16: 2MK for its scale, 3MK for its copy, and
+in the backward pass 2MK for the transpose, since tensor cores read FP8 along the summed dimension
+only.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from torch import Tensor
 
 from config import FP8_MULTIPLE
 
-SMALLEST = 2.0**-100  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
+SMALLEST = (
+    2.0**-100
+)  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,11 +41,14 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     largest = torch.finfo(dtype).max
     amax = x.abs().amax().float().clamp(min=SMALLEST)
-    return (x.float() * (largest / amax)).to(dtype, memory_format=torch.contiguous_format), amax / largest
+    return (x.float() * (largest / amax)).to(
+        dtype, memory_format=torch.contiguous_format
+    ), amax / largest
 
 
 def fp8_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What the forward pass computes, in float64: the product of what x and weight become in FP8. Shapes as below."""
+    """What the forward pass computes, in float64: the product of what x and weight become in FP8.
+    Shapes as below."""
     x, weight = (dequantized(t, torch.float8_e4m3fn) for t in (x, weight))
     return x @ weight.t() if bias is None else x @ weight.t() + bias.bfloat16().double()
 
@@ -51,11 +60,20 @@ def dequantized(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """a (M, K) times the transpose of b (N, K), both contiguous: (M, N) in `dtype`."""
-    with torch.autocast(a.device.type, enabled=False):  # a CPU's product is made of operations that it would round
-        return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=False)
+    with torch.autocast(
+        a.device.type, enabled=False
+    ):  # a CPU's product is made of operations that it would round
+        return torch._scaled_mm(
+            a, b.t(), a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=False
+        )
 
 
 class _FP8Linear(torch.autograd.Function):
@@ -83,16 +101,20 @@ class _FP8Linear(torch.autograd.Function):
             if grad_x:
                 dx = _product(dy8, weight8.t().contiguous(), dy_scale, weight_scale, x_dtype)
             if grad_weight:
-                dweight = _product(dy8.t().contiguous(), x8.t().contiguous(), dy_scale, x_scale, weight_dtype)
+                dweight = _product(
+                    dy8.t().contiguous(), x8.t().contiguous(), dy_scale, x_scale, weight_dtype
+                )
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if grad_bias else None
         return dx, dweight, dbias
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K), plus bias (N,): (..., N) in bf16, whatever the inputs' dtypes.
+    """x (..., K) times the transpose of weight (N, K), plus bias (N,): (..., N) in bf16, whatever
+    the inputs' dtypes.
 
-    K and N must be multiples of 16 (GPTConfig sees to it); any number of rows will do. The gradients have
-    the dtypes of x, weight and bias. The bias is added to the fp32 sum and is itself rounded to bf16 first.
+    K and N must be multiples of 16 (GPTConfig sees to it); any number of rows will do. The
+    gradients have the dtypes of x, weight and bias. The bias is added to the fp32 sum and is itself
+    rounded to bf16 first.
     """
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     missing = -rows.shape[0] % FP8_MULTIPLE

@@ -1,14 +1,18 @@
-"""The residual stream's addition and the layer norm that reads it, in one pass each way (Ba et al. 2016).
+"""The residual stream's addition and the layer norm that reads it, in one pass each way (Ba et al.
+2016).
 
-A block adds what a branch made to the stream and at once normalises the sum. By PyTorch's operations the sum is
-written, then read again by the norm; in the backward pass the norm reads its inputs once for its own gradient and
-once for the gain's and the bias's, and what it wrote is read to be added to the stream's gradient. Here a row is read
-once and stays in registers until all that depends on it is written. Bytes an element, in bf16: 8 forward and 8
-backward, in place of 10 and 16; with a fp32 stream and a bf16 branch: 14 and 18, in place of 18 and 38. The trade-off:
-two outputs of one operation that no compiler looks into, so what stands before or after is never fused with it.
+A block adds what a branch made to the stream and at once normalises the sum. By PyTorch's
+operations the sum is written, then read again by the norm; in the backward pass the norm reads its
+inputs once for its own gradient and once for the gain's and the bias's, and what it wrote is read
+to be added to the stream's gradient. Here a row is read once and stays in registers until all that
+depends on it is written. Bytes an element, in bf16: 8 forward and 8 backward, in place of 10 and
+16; with a fp32 stream and a bf16 branch: 14 and 18, in place of 18 and 38. The trade-off: two
+outputs of one operation that no compiler looks into, so what stands before or after is never fused
+with it.
 
-Nothing is added atomically: each program sums its rows' share of the gain's and the bias's gradients in fp32 and a
-second sum, over the programs, completes them, so the same inputs give the same bits.
+Nothing is added atomically: each program sums its rows' share of the gain's and the bias's
+gradients in fp32 and a second sum, over the programs, completes them, so the same inputs give the
+same bits.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from torch import Tensor
 
 from kernels._triton import jit, multiprocessors, on, tl, triton
 
-# Enough bytes must be under way to cover the memory's latency: at 4.8 TB/s and 0.8 us they are 29 KB on each of an
-# H200's 132 multiprocessors. 16 warps with two rows each, of 768 in bf16, ask for 25 KB (two tensors, forward) to
-# 37 KB (three, backward) at once, and leave a thread 128 registers; compiled for sm_90 the kernels need 114 at most.
+# Enough bytes must be under way to cover the memory's latency: at 4.8 TB/s and 0.8 us they are 29
+# KB on each of an H200's 132 multiprocessors. 16 warps with two rows each, of 768 in bf16, ask for
+# 25 KB (two tensors, forward) to 37 KB (three, backward) at once, and leave a thread 128 registers;
+# compiled for sm_90 the kernels need 114 at most.
 WARPS = 16  # on a multiprocessor, over all of its programs
 COLUMNS = 256  # of a row for each warp: 16 bytes of bf16 for each of its threads
 ROWS = 2  # of a program at once, more where they are short
@@ -32,16 +37,19 @@ ROWS = 2  # of a program at once, more where they are short
 def add_layer_norm_reference(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(total, normed): x + branch (..., C) and its layer norm times weight (C,) plus bias (C,), both of x's dtype."""
+    """(total, normed): x + branch (..., C) and its layer norm times weight (C,) plus bias (C,),
+    both of x's dtype."""
     total = x if branch is None else (x + branch).to(x.dtype)
-    # On CUDA layer_norm takes one dtype only, and under autocast gives fp32. Where dtypes agree no conversion costs.
+    # On CUDA layer_norm takes one dtype only, and under autocast gives fp32. Where dtypes agree no
+    # conversion costs.
     normed = F.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
     return total, normed.to(x.dtype)
 
 
 class _NormOnCPU(torch.autograd.Function):
-    """Layer norm of bf16 by PyTorch's fp32 kernels: its bf16 ones add up the gain's gradient in bf16, and lose 8% of it
-    over 8,192 rows. Saved is x as it came, half the bytes of what they would save."""
+    """Layer norm of bf16 by PyTorch's fp32 kernels: its bf16 ones add up the gain's gradient in
+    bf16, and lose 8% of it over 8,192 rows. Saved is x as it came, half the bytes of what they
+    would save."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -57,7 +65,9 @@ class _NormOnCPU(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         grads = torch.ops.aten.native_layer_norm_backward(*wide, wanted)
         like = (x, weight, bias)
-        return *(grad.to(t.dtype) if want else None for grad, t, want in zip(grads, like, wanted)), None
+        return *(
+            grad.to(t.dtype) if want else None for grad, t, want in zip(grads, like, wanted)
+        ), None
 
 
 @jit
@@ -78,12 +88,14 @@ def _forward_kernel(
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if branch is not None:
             value += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-            # Rounded before the statistics: they are those of the stream as the next block and the backward read it.
+            # Rounded before the statistics: they are those of the stream as the next block and the
+            # backward read it.
             rounded = value.to(total.dtype.element_ty)
             tl.store(total + at, rounded, mask=mask)
             value = rounded.to(tl.float32)
         center = tl.sum(value, 1) / WIDTH
-        # The variance of what is left without the mean: E[x^2] - E[x]^2 cancels where the mean is large.
+        # The variance of what is left without the mean: E[x^2] - E[x]^2 cancels where the mean is
+        # large.
         value = tl.where(mask, value - center[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
         value = value * scale[:, None] * gain[None, :] + shift[None, :]
@@ -97,7 +109,8 @@ def _backward_kernel(
     dnormed, dtotal, total, weight, mean, rstd, dx, dbranch, sums, rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx (rows, WIDTH), dbranch: the same in another dtype, sums (2, programs, WIDTH); each None where unwanted."""
+    """dx (rows, WIDTH), dbranch: the same in another dtype, sums (2, programs, WIDTH); each None
+    where unwanted."""
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -134,7 +147,8 @@ def _backward_kernel(
 
 
 def _launch(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Rows of x, programs (all at work at once, each on every so-many-th tile of rows), settings of the kernels."""
+    """Rows of x, programs (all at work at once, each on every so-many-th tile of rows), settings of
+    the kernels."""
     width = x.shape[-1]
     rows = x.numel() // width
     block = triton.next_power_of_2(width)
@@ -148,13 +162,21 @@ def _launch(x: Tensor) -> tuple[int, int, dict[str, int]]:
 def _forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, normed, mean, rstd); an empty total without a branch: it would be x, which no output may be."""
+    """(total, normed, mean, rstd); an empty total without a branch: it would be x, which no output
+    may be."""
     outputs = _forward_like(x, branch, weight, bias, eps)
     rows, programs, settings = _launch(x)
     branch = None if branch is None else branch.contiguous()
     with on(x):
         _forward_kernel[(programs,)](
-            x.contiguous(), branch, weight.contiguous(), bias.contiguous(), *outputs, rows, eps, **settings
+            x.contiguous(),
+            branch,
+            weight.contiguous(),
+            bias.contiguous(),
+            *outputs,
+            rows,
+            eps,
+            **settings,
         )
     return outputs
 
@@ -180,16 +202,26 @@ def _backward(
     branch: torch.dtype | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx if `stream`, the same in dtype `branch` if any, (2, C) fp32 of weight and bias if `affine`), else empty."""
+    """(dx if `stream`, the same in dtype `branch` if any, (2, C) fp32 of weight and bias if
+    `affine`), else empty."""
     dx, dbranch = _streams_like(total, stream, branch)
     rows, programs, settings = _launch(total)
     sums = mean.new_empty(2, programs if affine else 0, weight.numel())
     dtotal = None if dtotal is None else dtotal.contiguous()
     with on(total):
         _backward_kernel[(programs,)](
-            dnormed.contiguous(), dtotal, total.contiguous(), weight.contiguous(), mean, rstd,
-            dx if stream else None, dbranch if branch else None, sums if affine else None, rows, **settings,
-        )  # fmt: skip
+            dnormed.contiguous(),
+            dtotal,
+            total.contiguous(),
+            weight.contiguous(),
+            mean,
+            rstd,
+            dx if stream else None,
+            dbranch if branch else None,
+            sums if affine else None,
+            rows,
+            **settings,
+        )
     return dx, dbranch, sums.sum(1)
 
 
@@ -238,11 +270,12 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 def add_layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, triton: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(total, normed): the stream x (..., C) plus what a branch adds to it, and the layer norm of that sum.
+    """(total, normed): the stream x (..., C) plus what a branch adds to it, and the layer norm of
+    that sum.
 
-    branch (..., C) has x's shape, or is None: then total is x itself. weight and bias are (C,). All may be of
-    different floating dtypes; both results have x's, autocast or not, and statistics are fp32. Raises ValueError
-    where shapes differ.
+    branch (..., C) has x's shape, or is None: then total is x itself. weight and bias are (C,). All
+    may be of different floating dtypes; both results have x's, autocast or not, and statistics are
+    fp32. Raises ValueError where shapes differ.
     """
     if not triton and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         total = x if branch is None else (x + branch).to(x.dtype)
@@ -250,7 +283,9 @@ def add_layer_norm(
             return total, _NormOnCPU.apply(total, weight, bias, eps)
     if not triton:
         return add_layer_norm_reference(x, branch, weight, bias, eps)
-    if (branch is not None and branch.shape != x.shape) or not weight.shape == bias.shape == x.shape[-1:]:
+    if (
+        branch is not None and branch.shape != x.shape
+    ) or not weight.shape == bias.shape == x.shape[-1:]:
         shapes = [None if t is None else tuple(t.shape) for t in (x, branch, weight, bias)]
         raise ValueError(f"x, branch, weight and bias do not fit together: {shapes}")
     total, normed, *_ = _forward(x, branch, weight, bias, eps)

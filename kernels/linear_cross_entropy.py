@@ -1,14 +1,16 @@
-"""The output head joined to its cross-entropy: the logits of a chunk of rows at a time, never all of them.
+"""The output head joined to its cross-entropy: the logits of a chunk of rows at a time, never all
+of them.
 
-At GPT-2's vocabulary the logits are the largest tensor of a training step (4 x 512 tokens: 412 MB in fp32,
-and as much again for their gradient). Here each chunk's logits become their own gradient in place, so the
-forward pass already leaves the gradients of the hidden states and of the head; the backward pass only scales
-them by the incoming gradient. The trade-off: a forward pass that will not be followed by a backward pass must
-say so (no_grad), else it pays for gradients that nobody uses.
+At GPT-2's vocabulary the logits are the largest tensor of a training step (4 x 512 tokens: 412 MB
+in fp32, and as much again for their gradient). Here each chunk's logits become their own gradient
+in place, so the forward pass already leaves the gradients of the hidden states and of the head; the
+backward pass only scales them by the incoming gradient. The trade-off: a forward pass that will not
+be followed by a backward pass must say so (no_grad), else it pays for gradients that nobody uses.
 
-In Triton a chunk costs five crossings of its logits: written by the head's product, read and overwritten by
-`cross_entropy_in_place`, read by the two products of the gradients. At width 768 those products are 4,608 operations
-an element against 10 bytes in bf16, so they, and not memory, set the time.
+In Triton a chunk costs five crossings of its logits: written by the head's product, read and
+overwritten by `cross_entropy_in_place`, read by the two products of the gradients. At width 768
+those products are 4,608 operations an element against 10 bytes in bf16, so they, and not memory,
+set the time.
 """
 
 from __future__ import annotations
@@ -22,26 +24,32 @@ from torch import Tensor
 
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_in_place
 
-CHUNK_BYTES = 256 << 20  # of logits held at once; every chunk reads and writes the whole gradient of the head
+CHUNK_BYTES = (
+    256 << 20
+)  # of logits held at once; every chunk reads and writes the whole gradient of the head
 GPU_CHUNK_BYTES = 1 << 30  # fewer launches, and large enough to fill the device
-PIECE_BYTES = 16 << 20  # of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
+PIECE_BYTES = (
+    16 << 20
+)  # of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
 TILE = 128  # rows that a GPU's products compute at once
 
 
 def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = "sum"
 ) -> Tensor:
-    """-log p(target) from hidden states x (N, C), head weight (V', C) with V' >= vocab_size, targets (N,) int64.
+    """-log p(target) from hidden states x (N, C), head weight (V', C) with V' >= vocab_size,
+    targets (N,) int64.
 
-    Columns at and past vocab_size are padding and take no part; targets of -100 give 0. Returns fp32:
-    (N,) for reduction "none", a scalar for "sum".
+    Columns at and past vocab_size are padding and take no part; targets of -100 give 0. Returns
+    fp32: (N,) for reduction "none", a scalar for "sum".
     """
     logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: bool) -> Tensor:
-    """Sum of -log p(target), fp32; with `grad` the logits (rows, V') are overwritten by their gradient."""
+    """Sum of -log p(target), fp32; with `grad` the logits (rows, V') are overwritten by their
+    gradient."""
     logits[:, vocab_size:] = -torch.inf
     live = (targets != IGNORE).unsqueeze(1)
     column = targets.clamp(min=0).unsqueeze(1)
@@ -49,7 +57,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: b
     if not grad:
         log_z = logits.float().logsumexp(1, keepdim=True)
         return torch.where(live, log_z - at_target, 0.0).sum()
-    # The largest logit's probability is at least 1/V, so its logarithm gives log Z without a second pass of exp.
+    # The largest logit's probability is at least 1/V, so its logarithm gives log Z without a second
+    # pass of exp.
     p = logits.softmax(1, dtype=torch.float32)
     log_z = logits.amax(1, keepdim=True).float() - p.amax(1, keepdim=True).log()
     # d loss / d logits = softmax - one_hot(target), on live rows
@@ -59,20 +68,40 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: b
 
 
 def _with_torch(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    grad_x: bool,
+    grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum, and its gradients: of x in x's dtype, of weight in fp32; None where not asked for."""
-    # The number of rows is known at once on a CPU alone, and there not to a compiler or a fake tensor.
+    """The sum, and its gradients: of x in x's dtype, of weight in fp32; None where not asked
+    for."""
+    # The number of rows is known at once on a CPU alone, and there not to a compiler or a fake
+    # tensor.
     if x.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling():
         live = (targets != IGNORE).nonzero()[:, 0]
         if len(live) < len(targets):
-            total, dlive, dweight = _in_chunks(x[live], weight, targets[live], vocab_size, dtype, grad_x, grad_weight)
-            return total, None if dlive is None else torch.zeros_like(x).index_copy_(0, live, dlive), dweight
+            total, dlive, dweight = _in_chunks(
+                x[live], weight, targets[live], vocab_size, dtype, grad_x, grad_weight
+            )
+            return (
+                total,
+                None if dlive is None else torch.zeros_like(x).index_copy_(0, live, dlive),
+                dweight,
+            )
     return _in_chunks(x, weight, targets, vocab_size, dtype, grad_x, grad_weight)
 
 
 def _in_chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    grad_x: bool,
+    grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`_with_torch`, with rows that have no target among the others."""
     head = weight.to(dtype)
@@ -81,13 +110,18 @@ def _in_chunks(
     dweight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
     grad = grad_x or grad_weight
     on_cpu = x.device.type == "cpu"
-    rows = max(1, (CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES) // (dtype.itemsize * weight.shape[0]))
+    rows = max(
+        1, (CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES) // (dtype.itemsize * weight.shape[0])
+    )
     piece = max(1, PIECE_BYTES // (4 * weight.shape[0])) if on_cpu else rows
     for start in range(0, x.shape[0], rows):
         chunk = x[start : start + rows].to(dtype)
         logits = chunk @ head.t()  # (rows, V')
-        for part, target in zip(logits.split(piece), targets[start : start + rows].split(piece), strict=True):
-            # not +=: torch 2.11 compiles a Function that returns what it changed in place to gradients of zero
+        for part, target in zip(
+            logits.split(piece), targets[start : start + rows].split(piece), strict=True
+        ):
+            # not +=: torch 2.11 compiles a Function that returns what it changed in place to
+            # gradients of zero
             total = total + _loss_and_gradient(part, target, vocab_size, grad)
         if dx is not None:
             dx[start : start + rows] = logits @ head
@@ -98,7 +132,13 @@ def _in_chunks(
 
 @torch.library.custom_op("gpt2::linear_cross_entropy", mutates_args=())
 def _with_triton(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    grad_x: bool,
+    grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_with_torch`, one node of a compiled graph; a gradient that is not asked for is empty."""
     head = weight.to(dtype)
@@ -107,7 +147,8 @@ def _with_triton(
     dweight = x.new_zeros(weight.shape if grad_weight else 0, dtype=torch.float32)
     loss = cross_entropy_in_place if grad_x or grad_weight else cross_entropy
     rows = _chunk_rows(x.shape[0], dtype.itemsize * weight.shape[0])
-    # One buffer for all chunks: with a product that allocates, the last chunk would be alive beside the next.
+    # One buffer for all chunks: with a product that allocates, the last chunk would be alive beside
+    # the next.
     space = head.new_empty(min(rows, x.shape[0]), weight.shape[0])
     for start in range(0, x.shape[0], rows):
         chunk = x[start : start + rows].to(dtype)
@@ -122,7 +163,13 @@ def _with_triton(
 
 @_with_triton.register_fake
 def _(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, grad_x: bool, grad_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    grad_x: bool,
+    grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty((), dtype=torch.float32)
     dx = x.new_empty(x.shape if grad_x else 0)
@@ -130,7 +177,8 @@ def _(
 
 
 def _chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows of a chunk of at most GPU_CHUNK_BYTES: whole tiles, and a last chunk not much smaller than the others."""
+    """Rows of a chunk of at most GPU_CHUNK_BYTES: whole tiles, and a last chunk not much smaller
+    than the others."""
     limit = max(1, GPU_CHUNK_BYTES // row_bytes)
     tile = min(limit, TILE)
     chunks = max(1, math.ceil(rows / (limit // tile * tile)))
@@ -138,7 +186,8 @@ def _chunk_rows(rows: int, row_bytes: int) -> int:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
-    """out = beta x out + a @ b; where `out` is fp32 and the others are not, a GPU never rounds the product."""
+    """out = beta x out + a @ b; where `out` is fp32 and the others are not, a GPU never rounds the
+    product."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.is_cuda and out.dtype == torch.float32:
@@ -176,19 +225,26 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient x scale, rounded once. Not in place: the graph may be kept and walked twice."""
-    # As a vector the scale takes part in type promotion; a scalar would be rounded to the gradient's dtype first.
+    # As a vector the scale takes part in type promotion; a scalar would be rounded to the
+    # gradient's dtype first.
     return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, triton: bool = False) -> Tensor:
-    """Sum over rows of -log p(target), one fp32 scalar; shapes as in `linear_cross_entropy_reference`.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, triton: bool = False
+) -> Tensor:
+    """Sum over rows of -log p(target), one fp32 scalar; shapes as in
+    `linear_cross_entropy_reference`.
 
-    The products run in autocast's dtype where it is on, else in x's; statistics and the head's gradient are fp32,
-    which is rounded to the head's dtype at the end. With `triton`, loss and gradient of a chunk's logits are one kernel.
+    The products run in autocast's dtype where it is on, else in x's; statistics and the head's
+    gradient are fp32, which is rounded to the head's dtype at the end. With `triton`, loss and
+    gradient of a chunk's logits are one kernel.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     grad = torch.is_grad_enabled()
     grad_x, grad_weight = grad and x.requires_grad, grad and weight.requires_grad
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropySum.apply(x, weight, targets, vocab_size, dtype, grad_x, grad_weight, triton)
+        return _LinearCrossEntropySum.apply(
+            x, weight, targets, vocab_size, dtype, grad_x, grad_weight, triton
+        )

@@ -1,4 +1,5 @@
-"""The token cache: folders named by the content they were made from, and what was once measured of a file."""
+"""The token cache: folders named by the content they were made from, and what was once measured of
+a file."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from config import UserError
 from storage.shards import reading
 
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
-UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")  # folders of the cache, under their locks
+UNFINISHED = re.compile(
+    r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp"
+)  # folders of the cache, under their locks
 
 
 @contextlib.contextmanager
@@ -35,7 +38,8 @@ def writing(option: str, folder: Path) -> Generator[None]:
         else:
             reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, with room for the "
+            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, "
+            "with room for the "
             f"tokens (two bytes each): {option} FOLDER"
         ) from None
 
@@ -44,14 +48,16 @@ Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sample
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises UserError."""
+    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises
+    UserError."""
     with reading(path):
         stat = path.stat()
         return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample(path)]
 
 
 def sample(path: Path) -> str:
-    """sha256 of a file's first and last block and some between; of all of a small one. Raises OSError."""
+    """sha256 of a file's first and last block and some between; of all of a small one. Raises
+    OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
@@ -63,7 +69,9 @@ def sample(path: Path) -> str:
 
 
 def changed_while_read(path: Path | str) -> UserError:
-    return UserError(f"{path} changed while it was read; type the same command again when nothing writes to it")
+    return UserError(
+        f"{path} changed while it was read; type the same command again when nothing writes to it"
+    )
 
 
 def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
@@ -85,15 +93,17 @@ class Cache:
         self._measured: dict[str, Any] = {}  # by this process, whether or not it could be written
 
     def prepare(self) -> None:
-        """Make the cache's folder, so that what is measured is kept. Another user's may hold all that is needed."""
+        """Make the cache's folder, so that what is measured is kept. Another user's may hold all
+        that is needed."""
         with contextlib.suppress(OSError):
             self.root.mkdir(parents=True, exist_ok=True)
 
     def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
         """The folder of `key`, which `make` fills if no process has done so before.
 
-        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several processes one
-        makes it and the others wait. A killed maker's lock falls with it. Raises UserError where it cannot be written.
+        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several
+        processes one makes it and the others wait. A killed maker's lock falls with it. Raises
+        UserError where it cannot be written.
         """
         folder = self.root / key
         if os.path.isdir(folder):
@@ -101,8 +111,8 @@ class Cache:
         with contextlib.ExitStack() as held:
             with self.writing():
                 self.root.mkdir(parents=True, exist_ok=True)
-                busy = lambda: say(f"waiting for another process that is preparing {folder}")  # noqa: E731
-                alone = held.enter_context(locked(self.root / f"{key}.lock", busy))
+                waiting = f"waiting for another process that is preparing {folder}"
+                alone = held.enter_context(locked(self.root / f"{key}.lock", lambda: say(waiting)))
             if not os.path.isdir(folder):
                 self._make(folder, make, alone)
         return folder
@@ -133,7 +143,8 @@ class Cache:
         return writing("--cache", self.root)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left unfinished, under any key; no folder of another name."""
+        """Remove what killed processes left unfinished, under any key; no folder of another
+        name."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
             if not UNFINISHED.fullmatch(leftover.name):
                 continue
@@ -144,7 +155,9 @@ class Cache:
                 if lock(file.fileno()):
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def remember(self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]) -> list[Any]:
+    def remember(
+        self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]
+    ) -> list[Any]:
         """`measure` of each file, kept for as long as its stamp stays the same.
 
         Where the folder is not there or cannot be written, each start measures again.

@@ -1,8 +1,9 @@
 """Folders that are whole or are not there: writing, verifying, finding and pruning checkpoints.
 
-A checkpoint is written under a temporary name, every file flushed, its manifest (sizes and sha256) last, then
-renamed, then the parent flushed. A kill at any instant leaves either the finished folder or a temporary one
-that the next start removes. Nothing is ever pickled. What a manifest does not list is the user's: it is never deleted.
+A checkpoint is written under a temporary name, every file flushed, its manifest (sizes and sha256)
+last, then renamed, then the parent flushed. A kill at any instant leaves either the finished folder
+or a temporary one that the next start removes. Nothing is ever pickled. What a manifest does not
+list is the user's: it is never deleted.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ def _silent(text: str) -> None:
     pass
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], say: Callable[[str], None] = _silent) -> int:
-    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError leaves nothing.
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], say: Callable[[str], None] = _silent
+) -> int:
+    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError
+    leaves nothing.
 
-    An older folder of that name is deleted. What in it is the user's is kept beside, and `say` tells where.
+    An older folder of that name is deleted. What in it is the user's is kept beside, and `say`
+    tells where.
     """
     temporary = folder.with_name(TEMPORARY + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,7 +65,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None], say: Callable[[str]
             str(path.relative_to(temporary)): {"bytes": size, "sha256": sha256(path)}
             for path, size in zip(paths, sizes, strict=True)
         }
-        (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(
+            json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8"
+        )
         for path in [*paths, temporary / MANIFEST, temporary]:
             flush(path)
         _remove(folder, say)  # of an earlier attempt at the same step, or an older final/
@@ -73,7 +80,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], say: Callable[[str]
 
 
 def _remove(folder: Path, say: Callable[[str], None] = _silent) -> None:
-    """Delete a folder that we wrote, if it is there; a kill half-way leaves no half of it under its name.
+    """Delete a folder that we wrote, if it is there; a kill half-way leaves no half of it under its
+    name.
 
     What its manifest does not list is moved aside: everything, where it has no manifest of ours.
     """
@@ -100,7 +108,9 @@ def _keep_what_is_not_ours(old: Path, folder: Path, say: Callable[[str], None]) 
     if listed is None:
         old.rename(kept)
     else:
-        names = [str(p.relative_to(old)) for p in old.rglob("*") if p.is_symlink() or not p.is_dir()]
+        names = [
+            str(p.relative_to(old)) for p in old.rglob("*") if p.is_symlink() or not p.is_dir()
+        ]
         others = sorted(set(names) - set(listed) - {MANIFEST})
         if not others:
             return
@@ -112,18 +122,24 @@ def _keep_what_is_not_ours(old: Path, folder: Path, say: Callable[[str], None]) 
 
 def _free_name(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, ... that is not taken."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    )
     return next(name for name in names if not os.path.lexists(name))
 
 
 def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Bytes and sha256 of each file that a folder's manifest lists; None where it has no manifest of ours.
+    """Bytes and sha256 of each file that a folder's manifest lists; None where it has no manifest
+    of ours.
 
     Raises OSError where the manifest cannot be read.
     """
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        return {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in entries.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     except (FileNotFoundError, NotADirectoryError):
@@ -159,9 +175,16 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path, until: int | None = None) -> list[Path]:
-    """Folders named as checkpoints of a run up to step `until`, newest first, whatever is in them."""
-    steps = {path: step for path in _entries(run / "checkpoints") if (step := _step_named(path)) is not None}
-    found = [path for path, step in steps.items() if path.is_dir() and (until is None or step <= until)]
+    """Folders named as checkpoints of a run up to step `until`, newest first, whatever is in
+    them."""
+    steps = {
+        path: step
+        for path in _entries(run / "checkpoints")
+        if (step := _step_named(path)) is not None
+    }
+    found = [
+        path for path, step in steps.items() if path.is_dir() and (until is None or step <= until)
+    ]
     return sorted(found, key=lambda path: steps[path], reverse=True)
 
 
@@ -175,9 +198,14 @@ def _step_named(folder: Path) -> int | None:
 
 
 def _ours(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """Those of `checkpoints` that a run wrote under their names, with their facts: not a copy or a link of the user's."""
-    facts = [(folder, _facts_of(folder)) for folder in checkpoints(run, until) if not folder.is_symlink()]
-    return [(folder, meta) for folder, meta in facts if meta and meta.get("step") == _step_named(folder)]
+    """Those of `checkpoints` that a run wrote under their names, with their facts: not a copy or a
+    link of the user's."""
+    facts = [
+        (folder, _facts_of(folder)) for folder in checkpoints(run, until) if not folder.is_symlink()
+    ]
+    return [
+        (folder, meta) for folder, meta in facts if meta and meta.get("step") == _step_named(folder)
+    ]
 
 
 def _facts_of(folder: Path) -> dict[str, Any] | None:
@@ -213,9 +241,9 @@ def _other_step(folder: Path) -> str | None:
 def locate(where: str) -> str:
     """CHECKPOINT of the command line to a path that GPT.from_pretrained and load_tokenizer take.
 
-    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, any other path is returned
-    as it is, and what is no path is fetched from the hub. Raises UserError for a run without checkpoints, for a
-    damaged one, and for a name that the hub does not know.
+    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, any other
+    path is returned as it is, and what is no path is fetched from the hub. Raises UserError for a
+    run without checkpoints, for a damaged one, and for a name that the hub does not know.
     """
     folder = Path(where)
     if not folder.exists():
@@ -226,21 +254,28 @@ def locate(where: str) -> str:
         sound = newest(folder, say=lambda text: None)
         if sound is None:
             bad = [f"{p.name}: {fault(p)}" for p in checkpoints(folder)]
-            raise UserError(f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else ""))
+            raise UserError(
+                f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else "")
+            )
         folder = sound
     written_here = folder.parent.name == "checkpoints" or (folder / MANIFEST).exists()
     reason = fault(folder) if folder.is_dir() and written_here else None
     if reason is not None:
-        raise UserError(f"{folder} is not a sound checkpoint: {reason}; take another one of that run")
+        raise UserError(
+            f"{folder} is not a sound checkpoint: {reason}; take another one of that run"
+        )
     return str(folder)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Training state of a verified checkpoint: its tensors, by name, and its facts (step, identity, ...)."""
+    """Training state of a verified checkpoint: its tensors, by name, and its facts (step, identity,
+    ...)."""
     from safetensors.torch import load_file
 
     if not (folder / STATE).is_file():
-        raise UserError(f"{folder} holds a model but no training state; start from it with --init {folder}")
+        raise UserError(
+            f"{folder} holds a model but no training state; start from it with --init {folder}"
+        )
     return load_file(folder / STATE), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
@@ -256,13 +291,23 @@ def clean(run: Path, say: Callable[[str], None] = _silent) -> None:
 
 
 def _remove_leftovers(path: Path, say: Callable[[str], None]) -> None:
-    """Remove what was being written under a name, and of what was being deleted there all that is ours."""
+    """Remove what was being written under a name, and of what was being deleted there all that is
+    ours."""
     unfinished = path.with_name(TEMPORARY + path.name)
-    unfinished.unlink(missing_ok=True) if unfinished.is_file() else shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.unlink(missing_ok=True) if unfinished.is_file() else shutil.rmtree(
+        unfinished, ignore_errors=True
+    )
     _finish_removal(path, say)
 
 
-def prune(run: Path, step: int, keep: int, mode: str, keep_best: int = 1, say: Callable[[str], None] = _silent) -> None:
+def prune(
+    run: Path,
+    step: int,
+    keep: int,
+    mode: str,
+    keep_best: int = 1,
+    say: Callable[[str], None] = _silent,
+) -> None:
     """Of the checkpoints up to `step`, delete all but the newest `keep` and the best `keep_best`.
 
     Later ones are those that a resumed run passed over: they may not push out a sound one.
@@ -274,7 +319,8 @@ def prune(run: Path, step: int, keep: int, mode: str, keep_best: int = 1, say: C
 
 
 def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
-    """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min" or "max"."""
+    """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min"
+    or "max"."""
     scored = []
     for folder, meta in _ours(run, until):
         value = meta.get("best_metric")
@@ -289,7 +335,8 @@ def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, f
 class Saver:
     """Writes checkpoints in a thread. The training thread waits only while the state is copied.
 
-    The copy goes into buffers that live as long as the run, so a save allocates nothing after the first one.
+    The copy goes into buffers that live as long as the run, so a save allocates nothing after the
+    first one.
     """
 
     def __init__(
@@ -299,7 +346,8 @@ class Saver:
         done: Callable[..., None],
         say: Callable[[str], None] = _silent,
     ):
-        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)` hears of the end.
+        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)`
+        hears of the end.
 
         `say` is told what of the user's was moved aside.
         """
@@ -308,16 +356,22 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any], after: Callable[[], None]) -> None:
-        """Copy `tensors` and write them, `meta` and the exported model as the checkpoint of meta["step"].
+    def save(
+        self, tensors: dict[str, Tensor], meta: dict[str, Any], after: Callable[[], None]
+    ) -> None:
+        """Copy `tensors` and write them, `meta` and the exported model as the checkpoint of
+        meta["step"].
 
-        `tensors` are named `model.*`, `optimizer.*`, `loss_scale.*`; `after()` runs in the thread once it stands.
+        `tensors` are named `model.*`, `optimizer.*`, `loss_scale.*`; `after()` runs in the thread
+        once it stands.
         """
         began = time.perf_counter()
         self.join()
         self._copy(tensors)
         blocked = time.perf_counter() - began
-        self.thread = threading.Thread(target=self._write, args=(dict(self.buffers), meta, blocked, after))
+        self.thread = threading.Thread(
+            target=self._write, args=(dict(self.buffers), meta, blocked, after)
+        )
         self.thread.start()
 
     def join(self) -> None:
@@ -337,23 +391,41 @@ class Saver:
         old = self.buffers.get(name)
         if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
             return old
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
+        )
 
     def _write(
-        self, tensors: dict[str, Tensor], meta: dict[str, Any], blocked: float, after: Callable[[], None]
+        self,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        blocked: float,
+        after: Callable[[], None],
     ) -> None:
         began = time.perf_counter()
         folder = step_folder(self.run, meta["step"])
         try:
-            size = write_folder(folder, lambda temporary: self._fill(temporary, tensors, meta), self.say)
+            size = write_folder(
+                folder, lambda temporary: self._fill(temporary, tensors, meta), self.say
+            )
             after()
-        except Exception as error:  # a full disk, most likely: training goes on, older checkpoints stand
+        except (
+            Exception
+        ) as error:  # a full disk, most likely: training goes on, older checkpoints stand
             self.error = error
-            self.done(step=meta["step"], folder=str(folder), error=f"{type(error).__name__}: {error}")
+            self.done(
+                step=meta["step"], folder=str(folder), error=f"{type(error).__name__}: {error}"
+            )
             return
         self.error = None
         write = time.perf_counter() - began
-        self.done(step=meta["step"], folder=str(folder), bytes=size, blocked_ms=1e3 * blocked, write_ms=1e3 * write)
+        self.done(
+            step=meta["step"],
+            folder=str(folder),
+            bytes=size,
+            blocked_ms=1e3 * blocked,
+            write_ms=1e3 * write,
+        )
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.export(part(tensors, "model"), folder)
@@ -368,4 +440,6 @@ def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors named `prefix.*`, without the prefix."""
-    return {n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")}
+    return {
+        n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")
+    }

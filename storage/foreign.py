@@ -1,7 +1,9 @@
-"""JSON that other programs and people write, read with its types checked: a wrong value is one line, at once.
+"""JSON that other programs and people write, read with its types checked: a wrong value is one
+line, at once.
 
-One reader for every such file (config.json, adapter_config.json, tokenizer_config.json, manifests ...). Many writers
-put a number into quotes, 12.0 for 12, or 0 for false: what can only mean one thing is read so.
+One reader for every such file (config.json, adapter_config.json, tokenizer_config.json, manifests
+...). Many writers put a number into quotes, 12.0 for 12, or 0 for false: what can only mean one
+thing is read so.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def read_value(file: Path) -> Any:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not text in UTF-8, as JSON must be; save it again in UTF-8") from None
+        raise UserError(
+            f"{file} is not text in UTF-8, as JSON must be; save it again in UTF-8"
+        ) from None
     except RecursionError:
         raise UserError(f"{file} is not usable JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -37,7 +41,8 @@ def read_value(file: Path) -> Any:
 
 
 def read_object(file: Path) -> JsonObject:
-    """The JSON object in a file. Raises UserError like `read_value`, and where it holds something else."""
+    """The JSON object in a file. Raises UserError like `read_value`, and where it holds something
+    else."""
     value = read_value(file)
     if not isinstance(value, dict):
         raise UserError(f"{file} holds no JSON object: it is {_short(value)}")
@@ -47,8 +52,9 @@ def read_object(file: Path) -> JsonObject:
 class JsonObject:
     """A JSON object whose values are checked as they are read.
 
-    Every method raises UserError, naming file and key, for a value that cannot be what it asks for, and for a key
-    that is not there unless a default is given. `inside` is the path of keys that leads to this object.
+    Every method raises UserError, naming file and key, for a value that cannot be what it asks for,
+    and for a key that is not there unless a default is given. `inside` is the path of keys that
+    leads to this object.
     """
 
     def __init__(self, file: Path, values: dict[str, Any], inside: str = ""):
@@ -65,7 +71,9 @@ class JsonObject:
         """The error for the value of `key`: what it must be."""
         if key not in self.values:
             return UserError(f"{self.file} has no {self.inside}{key}; it must be {must}")
-        return UserError(f"{self.file}: {self.inside}{key} is {_short(self.values[key])}; it must be {must}")
+        return UserError(
+            f"{self.file}: {self.inside}{key} is {_short(self.values[key])}; it must be {must}"
+        )
 
     def whole(self, key: str, default: int = REQUIRED, least: int = 0, most: int = LARGEST) -> int:
         """A whole number in [least, most]; 12.0 and "12" are 12."""
@@ -121,7 +129,9 @@ class JsonObject:
     def texts(self, key: str) -> list[str]:
         """A list of strings; empty for null and where the key is not there."""
         value = self.values.get(key)
-        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        ):
             raise self.wrong(key, "a list of strings")
         return value or []
 

@@ -1,6 +1,8 @@
-"""The hub's GPT-2 layout: its config.json as fields of GPTConfig and back, its weights as named tensors, downloads.
+"""The hub's GPT-2 layout: its config.json as fields of GPTConfig and back, its weights as named
+tensors, downloads.
 
-Nothing here knows the model: what is read is a dict of config fields and {name: tensor}. nanoGPT's ckpt.pt is read too.
+Nothing here knows the model: what is read is a dict of config fields and {name: tensor}. nanoGPT's
+ckpt.pt is read too.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ from storage.foreign import JsonObject, read_object
 from storage.weights import plain_names, read_weights, save_tensors, state_dict, unpickle
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_BASE = (
-    "base.json"  # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
-)
+# beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
+ADAPTER_BASE = "base.json"
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
@@ -31,8 +32,9 @@ _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight
 def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields of GPTConfig and {name: tensor}, named and laid out as model.py's, of a GPT-2.
 
-    `where`: a hub id, a folder in the hub's layout, or nanoGPT's ckpt.pt or its folder. Raises UserError where there
-    is no such model, it is not a GPT-2, or its weights are not those of its config.
+    `where`: a hub id, a folder in the hub's layout, or nanoGPT's ckpt.pt or its folder. Raises
+    UserError where there is no such model, it is not a GPT-2, or its weights are not those of its
+    config.
     """
     path = Path(where)
     if path.is_file() or (path / "ckpt.pt").is_file():
@@ -53,11 +55,14 @@ def write_model(
 ) -> None:
     """Write config.json and model.safetensors in the hub's layout; the inverse of `read_model`.
 
-    eot: id of the end-of-text token. With `score` (n_labels, n_embd) the model is a classifier by the last token,
-    GPT2ForSequenceClassification.
+    eot: id of the end-of-text token. With `score` (n_labels, n_embd) the model is a classifier by
+    the last token, GPT2ForSequenceClassification.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: (t.t() if name.endswith(TRANSPOSED) else t).contiguous() for name, t in tensors.items()}
+    stored = {
+        name: (t.t() if name.endswith(TRANSPOSED) else t).contiguous()
+        for name, t in tensors.items()
+    }
     values = hub_config(config, eot)
     if score is not None:
         stored["score.weight"] = score
@@ -68,7 +73,9 @@ def write_model(
             "pad_token_id": eot,
         }
     save_tensors(stored, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
@@ -97,9 +104,11 @@ def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
 
 
 def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
-    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact GPT-2.
+    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact
+    GPT-2.
 
-    Keys that are missing have transformers' defaults, and its other names of the sizes are read too.
+    Keys that are missing have transformers' defaults, and its other names of the sizes are read
+    too.
     """
     kind = hub.text("model_type")
     if kind is None and any(name.startswith("GPT2") for name in hub.texts("architectures")):
@@ -116,8 +125,13 @@ def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
         "tied_head": hub.yes_no("tie_word_embeddings", True),
     }
     if fields["n_embd"] % fields["n_head"]:
-        raise UserError(f"{hub.file}: n_embd {fields['n_embd']} is not divisible by n_head {fields['n_head']}")
-    if "activation_function" in hub and hub.text("activation_function") not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(
+            f"{hub.file}: n_embd {fields['n_embd']} is not divisible by n_head {fields['n_head']}"
+        )
+    if "activation_function" in hub and hub.text("activation_function") not in (
+        "gelu_new",
+        "gelu_pytorch_tanh",
+    ):
         raise hub.wrong("activation_function", "gelu_new, as in an exact GPT-2")
     if hub.given("n_inner") and hub.whole("n_inner") != 4 * fields["n_embd"]:
         raise hub.wrong("n_inner", f"null or {4 * fields['n_embd']}, as in an exact GPT-2")
@@ -138,25 +152,36 @@ def _size(hub: JsonObject, default: int, *names: str) -> int:
 
 
 def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors, named and laid out as this model's, of a folder in the hub's layout."""
+    """Config fields and tensors, named and laid out as this model's, of a folder in the hub's
+    layout."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
     hub = read_object(folder / "config.json")
     config, tensors = _from_hub_config(hub, folder), read_weights(folder)
-    if unmerged := next((name for name in tensors if ".lora_" in name or ".base_layer." in name), None):
-        raise UserError(f"{folder} holds {unmerged}, of an adapter that is not merged; merge it, or save it by itself")
+    if unmerged := next(
+        (name for name in tensors if ".lora_" in name or ".base_layer." in name), None
+    ):
+        raise UserError(
+            f"{folder} holds {unmerged}, of an adapter that is not merged; merge it, or save it by "
+            "itself"
+        )
     head, table = "lm_head.weight", "transformer.wte.weight"
     if config["tied_head"] and head in tensors:
         tensors.setdefault(table, tensors[head])  # either name may stand for both
     if not config["tied_head"] and head not in tensors:
         # A classifier's checkpoint has no such head, whatever its config says.
         config["tied_head"] = "GPT2ForSequenceClassification" in hub.texts("architectures")
-    return config, {name: t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t for name, t in tensors.items()}
+    return config, {
+        name: t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
+        for name, t in tensors.items()
+    }
 
 
 def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str | Path) -> None:
     """UserError where a config is not of these weights, before a model of its size is made."""
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
+    blocks = {
+        int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))
+    }
     missing = next((i for i in range(config["n_layer"]) if i not in blocks), None)
     if missing is not None:
         raise UserError(f"{where} is not a complete GPT-2: it has no transformer.h.{missing}")
@@ -166,20 +191,28 @@ def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str |
             raise UserError(f"{where} is not a complete GPT-2: it has no transformer.{name}.weight")
         if tensor.shape != (rows, config["n_embd"]):
             raise UserError(
-                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, its config says {(rows, config['n_embd'])}"
+                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, its config says "
+                f"{(rows, config['n_embd'])}"
             )
 
 
 def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out at its option."""
+    """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out
+    at its option."""
     try:
         saved: Any = unpickle(file)
-        tensors, given = plain_names(state_dict(saved["model"]), file), JsonObject(file, dict(saved["model_args"]))
+        tensors, given = (
+            plain_names(state_dict(saved["model"]), file),
+            JsonObject(file, dict(saved["model_args"])),
+        )
     except UserError:
         raise
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise UserError(f"{file} is not a nanoGPT checkpoint: {reason(error)}") from None
-    config = {key: given.whole(key, least=1) for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")}
+    config = {
+        key: given.whole(key, least=1)
+        for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")
+    }
     if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
         config["vocab_size"] = 50257
         tables = {"transformer.wte.weight", "lm_head.weight"} & tensors.keys()
@@ -203,8 +236,12 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
-    except Exception as error:  # the hub's client raises many kinds: no network, no such id, no access
-        raise UserError(f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}") from None
+    except (
+        Exception
+    ) as error:  # the hub's client raises many kinds: no network, no such id, no access
+        raise UserError(
+            f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}"
+        ) from None
     return folder
 
 
@@ -213,9 +250,14 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> tuple[str | None, str | None]:
-    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for what is not said."""
+    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for
+    what is not said."""
     folder = Path(folder)
-    sha256 = read_object(folder / ADAPTER_BASE).text("weights_sha256") if (folder / ADAPTER_BASE).is_file() else None
+    sha256 = (
+        read_object(folder / ADAPTER_BASE).text("weights_sha256")
+        if (folder / ADAPTER_BASE).is_file()
+        else None
+    )
     return adapter_config(folder).text("base_model_name_or_path"), sha256
 
 

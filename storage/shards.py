@@ -20,7 +20,10 @@ from config import UserError
 
 FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
 HEADER_INTS = 256
-LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}  # (magic, version)
+LAYOUTS = {
+    (20240520, 1): np.dtype(np.uint16),
+    (20240801, 7): np.dtype(np.uint32),
+}  # (magic, version)
 BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
 
 
@@ -71,17 +74,23 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """What the header of `path` says, checked against the file's size. Raises UserError: foreign, truncated or empty."""
+    """What the header of `path` says, checked against the file's size. Raises UserError: foreign,
+    truncated or empty."""
     with reading(path):
         size = path.stat().st_size
         if path.is_fifo():  # which would wait for somebody to write
-            raise UserError(f"{path} is a pipe, where a shard is read at any place; write it to a file")
+            raise UserError(
+                f"{path} is a pipe, where a shard is read at any place; write it to a file"
+            )
         path.open("rb").close()
     shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
     expected = shard.offset + shard.n_tokens * shard.dtype.itemsize
     if size != expected:
         what = "truncated" if size < expected else "damaged"
-        raise UserError(f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it again")
+        raise UserError(
+            f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it "
+            "again"
+        )
     if not shard.n_tokens:
         raise UserError(f"{path} holds no tokens; remove it or make it again")
     return shard
@@ -94,13 +103,18 @@ def _read_bin(path: Path, size: int) -> Shard:
     if path.name in BARE_NAMES and (not len(header) or header[0] not in dict(LAYOUTS)):
         if size % 2:
             raise UserError(
-                f"{path} is truncated: {size} bytes are no whole number of uint16 tokens; make or copy it again"
+                f"{path} is truncated: {size} bytes are no whole number of uint16 tokens; make or "
+                "copy it again"
             )
         return Shard(path, size // 2, np.dtype(np.uint16), 0)
     if len(header) and header[0] in [magic for magic, _ in LAYOUTS]:
-        raise UserError(f"{path} is truncated or of another version: its header is not whole; make or copy it again")
+        raise UserError(
+            f"{path} is truncated or of another version: its header is not whole; make or copy it "
+            "again"
+        )
     raise UserError(
-        f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or val.bin; "
+        f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or "
+        "val.bin; "
         f"tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
     )
 
@@ -109,9 +123,14 @@ def _read_npy(path: Path) -> Shard:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is truncated or no .npy file: {error}; make or copy it again") from None
+        raise UserError(
+            f"{path} is truncated or no .npy file: {error}; make or copy it again"
+        ) from None
     if array.dtype not in LAYOUTS.values() or array.ndim != 1:
-        raise UserError(f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 is read")
+        raise UserError(
+            f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 "
+            "is read"
+        )
     assert isinstance(array, np.memmap)
     return Shard(path, len(array), array.dtype, array.offset)
 
@@ -119,8 +138,8 @@ def _read_npy(path: Path) -> Shard:
 class ShardWriter:
     """Cuts a stream of tokens into .bin shards, each flushed and renamed before the next begins.
 
-    name: of the shard with a given number. finished(record, n): called after each shard with its entry for the
-    manifest, and how many tokens of the array in `add` are on disk by then.
+    name: of the shard with a given number. finished(record, n): called after each shard with its
+    entry for the manifest, and how many tokens of the array in `add` are on disk by then.
     """
 
     def __init__(
@@ -132,7 +151,12 @@ class ShardWriter:
         finished: Callable[[dict[str, Any], int], None],
         first: int = 0,
     ):
-        self.folder, self.name, self.shard_tokens, self.finished = folder, name, shard_tokens, finished
+        self.folder, self.name, self.shard_tokens, self.finished = (
+            folder,
+            name,
+            shard_tokens,
+            finished,
+        )
         self.dtype, self.eot = token_dtype(tokenizer.vocab_size), tokenizer.eot
         self._byte_lengths = byte_lengths(tokenizer)
         self._number = first
@@ -183,7 +207,9 @@ class ShardWriter:
         self._file.close()
         path = self.folder / self.name(self._number)
         self._temporary.replace(path)
-        record = dict(name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes)
+        record = dict(
+            name=path.name, tokens=self._tokens, documents=self._documents, bytes=self._bytes
+        )
         record |= dict(max_id=self._max_id, sha256=sha256(path))
         self._number += 1
         self._begin()
@@ -192,18 +218,26 @@ class ShardWriter:
 
 def byte_lengths(tokenizer: Tokens) -> np.ndarray:
     """(vocab_size,) int64: bytes of text behind each token; none behind end-of-text."""
-    lengths = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64)
+    lengths = np.array(
+        [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64
+    )
     lengths[tokenizer.eot] = 0
     return lengths
 
 
-def write_manifest(folder: Path, tokenizer: Tokens, shards: list[dict[str, Any]], **more: Any) -> None:
-    """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside them."""
+def write_manifest(
+    folder: Path, tokenizer: Tokens, shards: list[dict[str, Any]], **more: Any
+) -> None:
+    """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside
+    them."""
     if tokenizer.source != "gpt2" or tokenizer.special:
         tokenizer.save(folder / "tokenizer")
     manifest = dict(
-        format=FORMAT, tokenizer=dict(source=tokenizer.source, name=tokenizer.name, sha256=tokenizer.sha256)
+        format=FORMAT,
+        tokenizer=dict(source=tokenizer.source, name=tokenizer.name, sha256=tokenizer.sha256),
     )
     manifest |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
-    manifest |= {total: sum(shard[total] for shard in shards) for total in ("documents", "tokens", "bytes")}
+    manifest |= {
+        total: sum(shard[total] for shard in shards) for total in ("documents", "tokens", "bytes")
+    }
     write_json(folder / "manifest.json", manifest | more | {"shards": shards})

@@ -1,7 +1,9 @@
-"""A GPT-2's weights in every layout that people hand on, as {name: tensor} with the hub's plain names.
+"""A GPT-2's weights in every layout that people hand on, as {name: tensor} with the hub's plain
+names.
 
-Layouts: safetensors or pickles, whole or in shards with an index. What saved them wraps names: torch.compile, DDP and
-FSDP, PEFT, Lightning. Pickles are read as weights only: nothing in them is run.
+Layouts: safetensors or pickles, whole or in shards with an index. What saved them wraps names:
+torch.compile, DDP and FSDP, PEFT, Lightning. Pickles are read as weights only: nothing in them is
+run.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ from storage.foreign import read_object
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HOLDERS = {"model", "base_model", "pretrained_model", "net"}
 TRUNK = {"h", "wte", "wpe", "ln_f"}
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers keep the weights
+NESTED = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+)  # keys under which trainers keep the weights
 
-# What PEFT puts into names while an adapter is in memory: the adapter's own name, and copies of trained modules.
+# What PEFT puts into names while an adapter is in memory: the adapter's own name, and copies of
+# trained modules.
 ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?=\.weight$)")
 SAVED_MODULE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)")
 
@@ -32,7 +40,8 @@ Wanted = Callable[[str], bool]
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers added: `transformer.h.0...`, `lm_head.weight`, `score.weight`."""
+    """A parameter's name without what wrappers added: `transformer.h.0...`, `lm_head.weight`,
+    `score.weight`."""
     name = ADAPTER_NAME.sub(r".\1", SAVED_MODULE.sub("", name))
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] in HOLDERS:
@@ -47,7 +56,9 @@ def plain_names(tensors: dict[str, Tensor], where: str | Path) -> dict[str, Tens
         plain = plain_name(name)
         before, other = found.setdefault(plain, (name, tensor))
         if other is not tensor and not (other.shape == tensor.shape and torch.equal(other, tensor)):
-            raise UserError(f"{where} holds two models: {before} and {name} differ; keep one of them")
+            raise UserError(
+                f"{where} holds two models: {before} and {name} differ; keep one of them"
+            )
     return {name: tensor for name, (_, tensor) in found.items()}
 
 
@@ -68,32 +79,42 @@ def read_weights(folder: Path, wanted: Wanted = lambda name: True) -> dict[str, 
             for file in files:
                 tensors |= read_tensors(file, wanted)
             return plain_names(tensors, folder)
-    raise UserError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+    raise UserError(
+        f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
     named = read_object(index).nested("weight_map")
     files = sorted({named.text(key) or "" for key in named.values})
     if not files:
-        raise UserError(f"the weights in {index.parent} cannot be read: {index.name} names no file in its weight_map")
+        raise UserError(
+            f"the weights in {index.parent} cannot be read: {index.name} names no file in its "
+            "weight_map"
+        )
     for file in files:
         if not (index.parent / file).is_file():
             raise UserError(
-                f"the weights in {index.parent} cannot be read: {file or 'a file'}, which {index.name} names, is missing; "
+                f"the weights in {index.parent} cannot be read: {file or 'a file'}, which "
+                f"{index.name} names, is missing; "
                 "copy it beside the others"
             )
     return [index.parent / file for file in files]
 
 
 def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of one file, safetensors or a pickle, by the names that it has. Raises UserError like `read_weights`."""
+    """The tensors of one file, safetensors or a pickle, by the names that it has. Raises UserError
+    like `read_weights`."""
     from safetensors import safe_open
 
     try:
-        file.open("rb").close()  # safetensors calls a file that may not be read one that is not there
+        file.open(
+            "rb"
+        ).close()  # safetensors calls a file that may not be read one that is not there
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                names = [name for name in tensors.keys() if wanted(plain_name(name))]  # noqa: SIM118  it is no dict
+                stored = tensors.keys()  # it is no dict
+                names = [name for name in stored if wanted(plain_name(name))]
                 return {name: tensors.get_tensor(name) for name in names}
         return {key: t for key, t in state_dict(unpickle(file)).items() if wanted(plain_name(key))}
     except Exception as error:  # a damaged file raises half a dozen kinds
@@ -101,16 +122,22 @@ def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Te
 
 
 def unpickle(file: Path) -> object:
-    """A pickle of tensors and plain values; one that would run anything else is refused with ValueError."""
+    """A pickle of tensors and plain values; one that would run anything else is refused with
+    ValueError."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose own text advises to load it regardless
-        raise ValueError(f"{file.name} is damaged or holds something other than weights, and was not run") from None
+        raise ValueError(
+            f"{file.name} is damaged or holds something other than weights, and was not run"
+        ) from None
 
 
 def state_dict(value: object) -> dict[str, Tensor]:
-    """The weights in what a trainer saved: itself, or what it keeps under a usual key. Raises ValueError for neither."""
-    while isinstance(value, dict) and not all(isinstance(tensor, Tensor) for tensor in value.values()):
+    """The weights in what a trainer saved: itself, or what it keeps under a usual key. Raises
+    ValueError for neither."""
+    while isinstance(value, dict) and not all(
+        isinstance(tensor, Tensor) for tensor in value.values()
+    ):
         inner = next((value[key] for key in NESTED if isinstance(value.get(key), dict)), None)
         if inner is None:
             break
@@ -122,8 +149,11 @@ def state_dict(value: object) -> dict[str, Tensor]:
     return value
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its owner read it."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its
+    owner read it."""
     from safetensors.torch import save_file
 
     path.touch()  # the mode that an ordinary file gets here, or that the file had before

@@ -33,11 +33,18 @@ from tasks.finetuning import Finetuning
 from tasks.options import FinetuneConfig
 from text.rows import Row
 
-OWN = (VALIDATION, "config", "log", "metrics", "run")  # begin the names of files that a run writes by itself
+OWN = (
+    VALIDATION,
+    "config",
+    "log",
+    "metrics",
+    "run",
+)  # begin the names of files that a run writes by itself
 
 
 def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
-    """Train `task` as the command line says, then answer the rows of --predict; returns the exit code.
+    """Train `task` as the command line says, then answer the rows of --predict; returns the exit
+    code.
 
     `find` gives the task that an item of --also names.
     """
@@ -53,7 +60,9 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
         if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
             return fit_words(task, cfg, cfg.model)
         cfg = as_lstm(cfg) if cfg.model == "lstm" and trains else cfg
-        task.others = [other_task(find, *words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)]
+        task.others = [
+            other_task(find, *words) for words in zip(cfg.also, _data_of_others(cfg), strict=True)
+        ]
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     check_answers(task, cfg)
@@ -71,17 +80,21 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
 
 
 def rehearse(task: Finetuning, cfg: Any) -> int:
-    """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is written."""
+    """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is
+    written."""
     cfg.check()
     if os.environ.get("RANK", "0") == "0":
         _, rows = task.ready(cfg, locate(cfg.init), print)
-        print(f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered by {cfg.init})")
+        print(
+            f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered "
+            f"by {cfg.init})"
+        )
     return 0
 
 
 def predict(task: Finetuning, cfg: Any, where: str) -> None:
-    """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed and written beside
-    the answers, with the seconds that opening the model and answering took."""
+    """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed
+    and written beside the answers, with the seconds that opening the model and answering took."""
     cfg.check()
     path = check_answers(task, cfg)
     model = locate(where)
@@ -97,19 +110,38 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
 
 
 def check_answers(task: Finetuning, cfg: Any) -> Path:
-    """The file that the answers to --predict go to. Raises UserError where it cannot be written, or should not be."""
+    """The file that the answers to --predict go to. Raises UserError where it cannot be written, or
+    should not be."""
     if cfg.answers and not cfg.predict:
-        raise UserError(f"--answers {cfg.answers} belongs to --predict FILE; add it, or leave --answers out")
+        raise UserError(
+            f"--answers {cfg.answers} belongs to --predict FILE; add it, or leave --answers out"
+        )
     path = Path(cfg.answers or f"{cfg.out}/{task.predictions}")
     if not cfg.predict:
         return path
-    kinds = (".jsonl", ".csv") if isinstance(task, Classification) else (Path(task.predictions).suffix,)
+    kinds = (
+        (".jsonl", ".csv") if isinstance(task, Classification) else (Path(task.predictions).suffix,)
+    )
     if path.suffix not in kinds and not (path.suffix in (".json", ".txt", "") and cfg.answers):
-        raise UserError(f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file")
+        raise UserError(
+            f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file"
+        )
     if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in OWN:
         raise UserError(f"--answers {path} is a file of the run itself; name another file")
-    specs = (cfg.predict, cfg.data, cfg.val_data, *getattr(cfg, "also_data", ()), getattr(cfg, "augment", None))
-    read = [file for spec in specs if spec for item in spec.split(",") for file in (glob(item) or [item])]
+    specs = (
+        cfg.predict,
+        cfg.data,
+        cfg.val_data,
+        *getattr(cfg, "also_data", ()),
+        getattr(cfg, "augment", None),
+    )
+    read = [
+        file
+        for spec in specs
+        if spec
+        for item in spec.split(",")
+        for file in (glob(item) or [item])
+    ]
     files = [path, beside(path, ".jsonl"), beside(path, ".csv")] if ".csv" in kinds else [path]
     for file in dict.fromkeys(files):
         writable_file("--answers" if cfg.answers else "--out", str(file), read, make_folder=True)
@@ -119,12 +151,15 @@ def check_answers(task: Finetuning, cfg: Any) -> Path:
 def _data_of_others(cfg: ClassificationConfig) -> tuple[str, ...]:
     if cfg.also_data and len(cfg.also_data) != len(cfg.also):
         raise UserError(
-            f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give one for each"
+            f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give "
+            "one for each"
         )
     return cfg.also_data or ("toy",) * len(cfg.also)
 
 
-def other_task(find: Callable[[str], Classification], asked: str, data: str) -> tuple[Classification, float]:
+def other_task(
+    find: Callable[[str], Classification], asked: str, data: str
+) -> tuple[Classification, float]:
     """A task of --also TASK:WEIGHT, set to read `data`, and the weight."""
     task = find(asked)
     name, _, weight = asked.partition(":")
@@ -133,14 +168,17 @@ def other_task(find: Callable[[str], Classification], asked: str, data: str) -> 
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise UserError(f"--also {asked}: the weight must be a number above 0, as in --also {name}:0.5")
+        raise UserError(
+            f"--also {asked}: the weight must be a number above 0, as in --also {name}:0.5"
+        )
     cfg: Any = dataclasses.replace(task.config(**task.defaults), data=data)
     task.cfg = cfg
     return task, value
 
 
 def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> int:
-    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the same files about them."""
+    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
+    same files about them."""
     if os.environ.get("RANK", "0") != "0":
         return 0  # there is nothing to divide
     cfg.check()
@@ -155,13 +193,18 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
         task.true_labels(task.rows_to_answer(cfg, print))
     labels, weights = np.array([task.label_of(row) for row in train]), task.row_weights(train)
     if cfg.dry_run:
-        print(f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} to validate on)")
+        print(
+            f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} "
+            "to validate on)"
+        )
         return 0
     with writing_to("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with ends_promptly():
-        model = fit_text_model(kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights)
+        model = fit_text_model(
+            kind, [task.texts(row) for row in train], labels, len(task.labels), cfg.seed, weights
+        )
     seconds = time.perf_counter() - began
 
     def answer(rows: list[Row], path: Path) -> dict[str, float]:
@@ -173,13 +216,26 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     with writing_to("--out", folder):
         figures = answer(val, folder / "validation.jsonl")
         write_json(folder / "config.json", dataclasses.asdict(cfg))
-        costs = {"steps": 1, "final_is_step": 1, "seconds": seconds, "memory_bytes": memory_bytes(torch.device("cpu")), "rows_per_second": len(train) / seconds,
-                 "parameters": model.n_parameters, "trained_parameters": model.n_parameters, "warnings": task.warnings}  # fmt: skip
+        costs = {
+            "steps": 1,
+            "final_is_step": 1,
+            "seconds": seconds,
+            "memory_bytes": memory_bytes(torch.device("cpu")),
+            "rows_per_second": len(train) / seconds,
+            "parameters": model.n_parameters,
+            "trained_parameters": model.n_parameters,
+            "warnings": task.warnings,
+        }
         write_json(folder / RESULTS, figures | {"eval_precision": about["eval_precision"]} | costs)
-        (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8")
+        (folder / "log.jsonl").write_text(
+            json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8"
+        )
     if cfg.predict:
         with writing_to("--answers" if cfg.answers else "--out", answers.parent):
             answers.parent.mkdir(parents=True, exist_ok=True)
             if scores := answer(task.rows_to_answer(cfg, print), answers):
-                write_json(beside(answers, ".scores.json"), scores | {"eval_precision": about["eval_precision"]})
+                write_json(
+                    beside(answers, ".scores.json"),
+                    scores | {"eval_precision": about["eval_precision"]},
+                )
     return 0

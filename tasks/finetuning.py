@@ -1,5 +1,6 @@
-"""Fine-tuning: what all tasks on rows of a file share, whether their answers are texts (tasks/generation/task.py) or labels
-(tasks/classification/task.py): reading rows, the base and its vocabulary, the method, the order, what a checkpoint holds.
+"""Fine-tuning: what all tasks on rows of a file share, whether their answers are texts
+(tasks/generation/task.py) or labels (tasks/classification/task.py): reading rows, the base and its
+vocabulary, the method, the order, what a checkpoint holds.
 
 A row becomes a sequence of tokens, padded at the right, where causal attention sees nothing of it.
 """
@@ -63,23 +64,32 @@ class Split:
 
 
 class Finetuning(Task):
-    """A family fills in `setup`, `collate`, the loss and the metrics; a task says what its rows are."""
+    """A family fills in `setup`, `collate`, the loss and the metrics; a task says what its rows
+    are."""
 
     config = FinetuneConfig
     ragged = True
     cfg: Any  # of its kind of options
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}  # fields and the columns they may come from
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": ("text",)
+    }  # fields and the columns they may come from
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
     truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
     expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
     predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
-    exact_evaluation: ClassVar[bool] = True  # the loop's figures are those of --predict, which computes in fp32
+    exact_evaluation: ClassVar[bool] = (
+        True  # the loop's figures are those of --predict, which computes in fp32
+    )
     to_answer: list[Row] | None = None  # the rows of --predict, once they are read
-    pads: ClassVar[bool] = False  # whether the hub's class for such models must know what fills a batch
+    pads: ClassVar[bool] = (
+        False  # whether the hub's class for such models must know what fills a batch
+    )
     toy: ClassVar[Sequence[dict[str, str]]]  # a few rows to try the task with
-    choices: ClassVar[tuple[str, ...]] = ()  # options of the family that a resumed run must have in common
+    choices: ClassVar[
+        tuple[str, ...]
+    ] = ()  # options of the family that a resumed run must have in common
 
     train: Any  # Split of the family's kind
     val: Any
@@ -102,22 +112,37 @@ class Finetuning(Task):
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
         """Rows of `--data` ("train"), `--val-data` ("validation") or `--predict` ("test")."""
         if spec == "toy":
-            return [Row(dict.fromkeys(self.columns, "") | row, f"toy row {n}") for n, row in enumerate(self.toy, 1)]
-        # `--FIELD-column` names the column of a field, `--lines` makes a row of each line of a text file.
-        columns = {field: getattr(self.cfg, f"{field}_column", None) or names for field, names in self.columns.items()}
+            return [
+                Row(dict.fromkeys(self.columns, "") | row, f"toy row {n}")
+                for n, row in enumerate(self.toy, 1)
+            ]
+        # `--FIELD-column` names the column of a field, `--lines` makes a row of each line of a text
+        # file.
+        columns = {
+            field: getattr(self.cfg, f"{field}_column", None) or names
+            for field, names in self.columns.items()
+        }
         optional = self.optional + (self.truth if split == "test" else ())
         found = read_rows(
-            spec, columns, optional=optional, strict=self.cfg.strict, split=split,
-            lines=getattr(self.cfg, "lines", False), readers=self.readers, expand=self.expand, say=say,
+            spec,
+            columns,
+            optional=optional,
+            strict=self.cfg.strict,
+            split=split,
+            lines=getattr(self.cfg, "lines", False),
+            readers=self.readers,
+            expand=self.expand,
+            say=say,
             every=split == "test",
-        )  # fmt: skip
+        )
         if found.skipped:
             what = "their answers are empty" if split == "test" else "are left out"
             self.warnings += (f"{spec}: {found.skipped:,} rows could not be read and {what}",)
         return found.rows
 
     def rows_to_answer(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
-        """Every row of --predict, in order. Read once: by `setup`, so that what is wrong with them costs no training."""
+        """Every row of --predict, in order. Read once: by `setup`, so that what is wrong with them
+        costs no training."""
         if self.to_answer is None:
             self.to_answer = self.read(cfg.predict, "test", say)
         return self.to_answer
@@ -136,7 +161,11 @@ class Finetuning(Task):
 
     def known_rows(self, train: Sequence[Row], val: Sequence[Row]) -> int:
         """Training rows that also stand among the validation rows that the user named."""
-        return overlap(*([self.content(row) for row in rows] for rows in (train, val))) if self.cfg.val_data else 0
+        return (
+            overlap(*([self.content(row) for row in rows] for rows in (train, val)))
+            if self.cfg.val_data
+            else 0
+        )
 
     # --- vocabulary and shape
 
@@ -146,13 +175,21 @@ class Finetuning(Task):
         given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
         base = load_tokenizer(given if given == "gpt2" else locate(given))
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
-        self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)  # until `build_model` takes it
+        self.base: GPT | None = (
+            None if cfg.init == "scratch" else open_pretrained(cfg)
+        )  # until `build_model` takes it
         self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
         # Tokens that are only named, and that the model has no row for, are new to it.
-        known = min(base.vocab_size, self.base.config.vocab_size) if self.base else self.tokenizer.vocab_size
+        known = (
+            min(base.vocab_size, self.base.config.vocab_size)
+            if self.base
+            else self.tokenizer.vocab_size
+        )
         self.new_tokens = range(known, self.tokenizer.vocab_size)
         scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
-        self.shape: GPTConfig = self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
+        self.shape: GPTConfig = (
+            self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
+        )
         if base.rows > self.shape.vocab_size:
             raise UserError(
                 f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
@@ -164,14 +201,20 @@ class Finetuning(Task):
     def _make_room(self) -> None:
         """Set the longest row there may be, `seq_len`."""
         cfg = self.cfg
-        limit = self.shape.block_size - (cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0)
+        limit = self.shape.block_size - (
+            cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0
+        )
         if limit < 1:
             raise UserError(
-                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's {self.shape.block_size} positions; "
+                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's "
+                f"{self.shape.block_size} positions; "
                 f"use fewer"
             )
         if cfg.seq_len and cfg.seq_len > limit:
-            raise UserError(f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has room for")
+            raise UserError(
+                f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has "
+                "room for"
+            )
         self.seq_len = cfg.seq_len or limit
 
     def _encode(self, parts: Parts, keep: int | None = None) -> list[int]:
@@ -188,7 +231,9 @@ class Finetuning(Task):
 
     def _set_order(self, group: int = 1) -> None:
         """The batches of each step, and the lengths they are padded to."""
-        self.padded = padded_lengths(np.concatenate((self.train.lengths, self.val.lengths)), self.seq_len)
+        self.padded = padded_lengths(
+            np.concatenate((self.train.lengths, self.val.lengths)), self.seq_len
+        )
         self.order = Order(self.train.lengths, self.cfg.batch_size, self.cfg.seed, group)
 
     @property
@@ -209,7 +254,10 @@ class Finetuning(Task):
         return float(self.train.lengths.mean()) * min(self.cfg.batch_size, len(self.train.rows))
 
     def describe_step(self, micro_batch: int, world_size: int) -> str:
-        return f"{self.cfg.batch_size} rows, up to {micro_batch} in a forward pass, on {world_size} ranks"
+        return (
+            f"{self.cfg.batch_size} rows, up to {micro_batch} in a forward pass, on "
+            f"{world_size} ranks"
+        )
 
     def longest_rows(self, n: int) -> np.ndarray:
         return np.resize(np.argsort(-self.train.lengths, kind="stable"), n)
@@ -218,7 +266,10 @@ class Finetuning(Task):
         names = ["batch_size", "method", "llrd", *self.choices]
         names += [name for name, owners in methods.OPTIONS.items() if self.cfg.method in owners]
         config = {name: getattr(self.cfg, name) for name in names}
-        config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+        config = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in config.items()
+        }
         return config | {
             "seq_len": self.seq_len,
             "n_layer": self.shape.n_layer,
@@ -238,15 +289,19 @@ class Finetuning(Task):
         with torch.device("meta"):
             model = self._dressed(GPT(shape))
         trained, total = methods.counts(model, self.groups(model, 0))
-        padding = padding_share(self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size)
+        padding = padding_share(
+            self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size
+        )
         return {
             "task": f"{self.name}, {self.cfg.method}: {trained:,} of {total:,} parameters train "
             f"({trained / total:.2%})",
-            "model": f"{shape.n_layer} layers x {shape.n_embd} wide, {shape.n_head} heads, context {self.seq_len}, "
+            "model": f"{shape.n_layer} layers x {shape.n_embd} wide, {shape.n_head} heads, context "
+            f"{self.seq_len}, "
             f"start: {self.cfg.init}",
             "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.vocab_size:,} ids"
             + (f", of them {' '.join(self.special)}" if self.special else ""),
-            "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on ({train.lengths.sum():,} tokens, "
+            "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on "
+            f"({train.lengths.sum():,} tokens, "
             f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",
         }
 
@@ -258,16 +313,28 @@ class Finetuning(Task):
         """The shape as far as the memory of a step depends on it."""
         return self.shape
 
-    def estimate(self, cfg: FinetuneConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: FinetuneConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         return estimate(
-            self.shape_in_training(), micro_batch, int(self.padded[-1]), cfg.precision, cfg.optimizer, device_type, world_size,
-            accumulate=micro_batch < self.rows_per_rank(cfg, world_size), saves=bool(cfg.save_every),
-            keep_freed=keeps_freed(cfg), cast_once=casts_once(cfg.precision, cfg.without), dress=self._dressed,
+            self.shape_in_training(),
+            micro_batch,
+            int(self.padded[-1]),
+            cfg.precision,
+            cfg.optimizer,
+            device_type,
+            world_size,
+            accumulate=micro_batch < self.rows_per_rank(cfg, world_size),
+            saves=bool(cfg.save_every),
+            keep_freed=keeps_freed(cfg),
+            cast_once=casts_once(cfg.precision, cfg.without),
+            dress=self._dressed,
             loss=self.of_tokens,
-        )  # fmt: skip
+        )
 
     def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
-        """What a step computes of token ids (B, T), as far as its memory depends on it: a scalar."""
+        """What a step computes of token ids (B, T), as far as its memory depends on it: a
+        scalar."""
         return model(idx, idx, reduction="sum")
 
     def checkpoint_bytes(self) -> int:
@@ -298,18 +365,26 @@ class Finetuning(Task):
 
     def amounts(self, batch: Batch) -> dict[str, float]:
         lengths = self.train.lengths[batch["ids"].numpy()]
-        return {"tokens": float(lengths.sum()), "padded_tokens": batch["idx"].numel(), "rows": len(lengths)}
+        return {
+            "tokens": float(lengths.sum()),
+            "padded_tokens": batch["idx"].numel(),
+            "rows": len(lengths),
+        }
 
     # --- what a finished model says
 
     def conclude(self, cfg: Any, say: Callable[[str], None]) -> None:
-        """Write into the folder of a finished run what is to be known of its model; rank 0 alone."""
+        """Write into the folder of a finished run what is to be known of its model; rank 0
+        alone."""
 
     def ready(self, cfg: Any, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
-        """The model of a checkpoint and the rows of `--predict`. Raises UserError for what is wrong with either."""
+        """The model of a checkpoint and the rows of `--predict`. Raises UserError for what is wrong
+        with either."""
         raise NotImplementedError
 
-    def predict(self, cfg: Any, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
+    def predict(
+        self, cfg: Any, where: str, path: Path, say: Callable[[str], None]
+    ) -> dict[str, float]:
         """Write the answers that the model of a checkpoint gives to the rows of `--predict`.
 
         Returns their scores where the file has the true ones.

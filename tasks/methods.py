@@ -44,25 +44,36 @@ def check(cfg: FinetuneConfig) -> None:
     for name, methods in OPTIONS.items():
         if getattr(cfg, name) != defaults[name] and cfg.method not in methods:
             option, owners = name.replace("_", "-"), " or ".join(methods)
-            raise UserError(f"--{option} belongs to --method {owners}, not to {cfg.method}; leave it out")
+            raise UserError(
+                f"--{option} belongs to --method {owners}, not to {cfg.method}; leave it out"
+            )
     if cfg.llrd != 1 and cfg.method not in ("full", "last-k", *LORA):
         why = "sets them itself" if cfg.method == "ulmfit" else "does not train these"
-        raise UserError(f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave it out")
+        raise UserError(
+            f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave "
+            "it out"
+        )
     if cfg.optimizer == "muon" and cfg.method not in ("full", "last-k", "ulmfit"):
         raise UserError(
-            f"--optimizer muon is for the matrices of the model's blocks, which --method {cfg.method} does not train; "
+            "--optimizer muon is for the matrices of the model's blocks, which --method "
+            f"{cfg.method} does not train; "
             f"use --optimizer adamw"
         )
     if cfg.init == "scratch" and cfg.method in ADAPTERS:
-        raise UserError(f"--method {cfg.method} adds to trained weights; name some with --init, or use --method full")
+        raise UserError(
+            f"--method {cfg.method} adds to trained weights; name some with --init, or use "
+            "--method full"
+        )
 
 
 def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> list[Group]:
-    """The parameters that train in `step`, as optim.default_groups but with the rate of each layer. Pure in step.
+    """The parameters that train in `step`, as optim.default_groups but with the rate of each layer.
+    Pure in step.
 
-    ulmfit (Howard and Ruder 2018) begins with the head, and each epoch thaws the layer below; a layer's rate is
-    1/2.6 of that of the layer above. Where there are heads of a classifier, they train under every method, and a
-    language model's head of its own, which has no loss then, under none.
+    ulmfit (Howard and Ruder 2018) begins with the head, and each epoch thaws the layer below; a
+    layer's rate is 1/2.6 of that of the layer above. Where there are heads of a classifier, they
+    train under every method, and a language model's head of its own, which has no loss then, under
+    none.
     """
     rates = _rates(model, cfg, step // steps_per_epoch)
     found = []
@@ -71,28 +82,40 @@ def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> 
         for name, parameter in group.params.items():
             if name in rates:
                 by_rate.setdefault(rates[name], {})[name] = parameter
-        found += [dataclasses.replace(group, params=params, lr_scale=rate) for rate, params in by_rate.items()]
+        found += [
+            dataclasses.replace(group, params=params, lr_scale=rate)
+            for rate, params in by_rate.items()
+        ]
     return found
 
 
 def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
     """Names of the parameters that train in an epoch, with their share of the learning rate."""
-    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}.get(cfg.method, -1)
+    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}.get(
+        cfg.method, -1
+    )
     decay = ULMFIT_DECAY if cfg.method == "ulmfit" else cfg.llrd
     depths = _depths(model, from_head=cfg.method in ("last-layer", "ulmfit"))
     always = always_trained(model)
-    return {name: decay**depth for name, depth in depths.items() if depth <= deepest or name in always}
+    return {
+        name: decay**depth for name, depth in depths.items() if depth <= deepest or name in always
+    }
 
 
 def _depths(model: GPT, from_head: bool) -> dict[str, int]:
-    """Layers from the top to each parameter that can train: 0 the head and the last norm, then block by block, last the
-    embeddings. What is added has the depth of its block, outside of blocks 0.
+    """Layers from the top to each parameter that can train: 0 the head and the last norm, then
+    block by block, last the embeddings. What is added has the depth of its block, outside of blocks
+    0.
 
-    Where `from_head`, a table that is both embedding and head is the head; a classifier's heads are above the last norm,
-    which goes with the last block.
+    Where `from_head`, a table that is both embedding and head is the head; a classifier's heads are
+    above the last norm, which goes with the last block.
     """
     n_layer, new, classifier = model.config.n_layer, always_trained(model), len(model.heads) > 0
-    top_table = "transformer.wte.weight" if from_head and model.config.tied_head and not classifier else None
+    top_table = (
+        "transformer.wte.weight"
+        if from_head and model.config.tied_head and not classifier
+        else None
+    )
     depths = {}
     for name, _ in model.named_parameters():
         if block := re.match(r"transformer\.h\.(\d+)\.", name):
@@ -109,8 +132,13 @@ def _depths(model: GPT, from_head: bool) -> dict[str, int]:
 
 
 def stored(model: GPT, cfg: MethodConfig) -> set[str]:
-    """Names of the parameters that a checkpoint must hold: what is new to the model, where the base is elsewhere."""
-    return always_trained(model) if cfg.method in ADAPTERS else {name for name, _ in model.named_parameters()}
+    """Names of the parameters that a checkpoint must hold: what is new to the model, where the base
+    is elsewhere."""
+    return (
+        always_trained(model)
+        if cfg.method in ADAPTERS
+        else {name for name, _ in model.named_parameters()}
+    )
 
 
 def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
@@ -122,16 +150,25 @@ def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
 
 
 def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> None:
-    """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze the rest.
+    """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze
+    the rest.
 
-    `new_tokens` are ids that are new to a pretrained model: their rows train under every method, those that freeze
-    the table too. Raises UserError where method and model do not fit.
+    `new_tokens` are ids that are new to a pretrained model: their rows train under every method,
+    those that freeze the table too. Raises UserError where method and model do not fit.
     """
     if cfg.method == "last-k" and cfg.last_k > model.config.n_layer:
-        raise UserError(f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full")
+        raise UserError(
+            f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full"
+        )
     if cfg.method in LORA:
-        names = [f"transformer.h.{i}.{name}" for i in range(model.config.n_layer) for name in LORA_ON[cfg.lora_on]]
-        add_lora(model, names, cfg.method == "dora", cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+        names = [
+            f"transformer.h.{i}.{name}"
+            for i in range(model.config.n_layer)
+            for name in LORA_ON[cfg.lora_on]
+        ]
+        add_lora(
+            model, names, cfg.method == "dora", cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
+        )
     elif cfg.method in ADAPTERS:
         check_room(model, cfg.prefix_tokens)
         model.prefix = new_prefix(model, cfg)

@@ -10,12 +10,14 @@ from config import Count, CountOrNone, RunConfig, Where, Wheres
 
 @dataclass
 class FinetuneConfig(MethodConfig, RunConfig):
-    """Options of a fine-tuning run. None means: what suits the machine (the banner says what was chosen)."""
+    """Options of a fine-tuning run. None means: what suits the machine (the banner says what was
+    chosen)."""
 
     init: Where = "gpt2"
     """Start from: a hub id, a folder in the hub's GPT-2 layout or written by a run, or scratch."""
     data: Wheres | None = None
-    """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows (the default)."""
+    """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows
+    (the default)."""
     val_data: Wheres | None = None
     """Validation rows, in the same forms. Default: a fixed tenth of the rows."""
     seq_len: Count | None = None

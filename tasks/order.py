@@ -1,6 +1,7 @@
 """Rows to the batches of each step: rows of like length together, padded to few fixed lengths.
 
-The order is pure in (seed, step); that rows of like length meet costs some of its randomness, and saves padding.
+The order is pure in (seed, step); that rows of like length meet costs some of its randomness, and
+saves padding.
 """
 
 from __future__ import annotations
@@ -19,22 +20,33 @@ POOL = 64  # batches whose rows are sorted together
 class Order:
     """Which rows each training step sees; every row once in an epoch.
 
-    An epoch is a random permutation of the rows. Pools of it are sorted by length and cut into batches, and the batches
-    of all pools are shuffled. The last n mod batch_size rows of the permutation make a smaller batch, the epoch's last:
-    none is left out and none comes twice.
+    An epoch is a random permutation of the rows. Pools of it are sorted by length and cut into
+    batches, and the batches of all pools are shuffled. The last n mod batch_size rows of the
+    permutation make a smaller batch, the epoch's last: none is left out and none comes twice.
 
-    Rows come in groups that are never split. Where n is not divisible by `group`, the last n mod group rows of the
-    permutation are one shorter group, in a batch of its own at the end.
+    Rows come in groups that are never split. Where n is not divisible by `group`, the last n mod
+    group rows of the permutation are one shorter group, in a batch of its own at the end.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, group: int = 1):
-        """lengths: (n,) tokens of each row. Raises UserError where a batch is no whole number of groups."""
+        """lengths: (n,) tokens of each row. Raises UserError where a batch is no whole number of
+        groups."""
         if batch_size % group:
             more = math.ceil(batch_size / group) * group
-            raise UserError(f"--batch-size {batch_size} is no multiple of groups of {group} rows; use {more}")
-        self.lengths, self.batch_size, self.seed, self.group = np.asarray(lengths), batch_size, seed, group
+            raise UserError(
+                f"--batch-size {batch_size} is no multiple of groups of {group} rows; use {more}"
+            )
+        self.lengths, self.batch_size, self.seed, self.group = (
+            np.asarray(lengths),
+            batch_size,
+            seed,
+            group,
+        )
         n = len(self.lengths)
-        self._even, self._grouped = n - n % batch_size, n - n % group  # rows in whole batches, in whole groups
+        self._even, self._grouped = (
+            n - n % batch_size,
+            n - n % group,
+        )  # rows in whole batches, in whole groups
         self.steps_per_epoch = math.ceil(self._grouped / batch_size) + (self._grouped < n)
         self._known: tuple[int, list[np.ndarray]] = -1, []
 
@@ -56,10 +68,14 @@ class Order:
             pool = self._sorted(shuffled[begin : min(begin + POOL * size, self._even)])
             batches += list(pool.reshape(-1, size // self.group, self.group))
         if batches:
-            places = window_order(epoch * len(batches) + np.arange(len(batches)), len(batches), self.seed + 1)
+            places = window_order(
+                epoch * len(batches) + np.arange(len(batches)), len(batches), self.seed + 1
+            )
             batches = [batches[place] for place in places]
         if self._even < self._grouped:
-            batches.append(self._sorted(shuffled[self._even : self._grouped]).reshape(-1, self.group))
+            batches.append(
+                self._sorted(shuffled[self._even : self._grouped]).reshape(-1, self.group)
+            )
         if self._grouped < n:
             batches.append(shuffled[None, self._grouped :])
         return batches
@@ -68,17 +84,22 @@ class Order:
         return ids[np.argsort(self.lengths[ids], kind="stable")]
 
 
-def padded_lengths(lengths: np.ndarray, limit: int, n_buckets: int = 6, multiple: int = 8) -> np.ndarray:
-    """The few lengths to pad batches to, ascending, (at most n_buckets,) int64; the last holds the longest row.
+def padded_lengths(
+    lengths: np.ndarray, limit: int, n_buckets: int = 6, multiple: int = 8
+) -> np.ndarray:
+    """The few lengths to pad batches to, ascending, (at most n_buckets,) int64; the last holds the
+    longest row.
 
-    Multiples of `multiple`, at most `limit`, such that rows, each padded to the nearest, have the fewest tokens:
-    best[k, j], the fewest of the rows up to size j with k lengths of which j is the last, by dynamic programming.
-    lengths: (n,) tokens of each row, 1 to limit.
+    Multiples of `multiple`, at most `limit`, such that rows, each padded to the nearest, have the
+    fewest tokens: best[k, j], the fewest of the rows up to size j with k lengths of which j is the
+    last, by dynamic programming. lengths: (n,) tokens of each row, 1 to limit.
     """
     units = -(-np.asarray(lengths, np.int64) // multiple)
     below = np.cumsum(np.bincount(units))  # rows of at most j units
     j = np.arange(len(below))
-    cost = np.where(j[:, None] < j, (below - below[:, None]) * j, np.inf)  # of the rows between i and j, padded to j
+    cost = np.where(
+        j[:, None] < j, (below - below[:, None]) * j, np.inf
+    )  # of the rows between i and j, padded to j
     best, came_from = [cost[0]], []
     for _ in range(min(n_buckets, len(np.unique(units))) - 1):
         total = best[-1][:, None] + cost
@@ -91,14 +112,18 @@ def padded_lengths(lengths: np.ndarray, limit: int, n_buckets: int = 6, multiple
 
 
 def pad_to(length: int, sizes: np.ndarray) -> int:
-    """The least of `sizes` (of `padded_lengths`) that holds `length` tokens. Raises ValueError beyond the last."""
+    """The least of `sizes` (of `padded_lengths`) that holds `length` tokens. Raises ValueError
+    beyond the last."""
     if length > sizes[-1]:
         raise ValueError(f"{length} tokens, where the longest size is {sizes[-1]}")
     return int(sizes[np.searchsorted(sizes, length)])
 
 
-def padding_share(batches: Sequence[np.ndarray], lengths: np.ndarray, sizes: np.ndarray, micro_batch: int) -> float:
-    """How much of what is computed over these batches is padding, each micro-batch being padded on its own."""
+def padding_share(
+    batches: Sequence[np.ndarray], lengths: np.ndarray, sizes: np.ndarray, micro_batch: int
+) -> float:
+    """How much of what is computed over these batches is padding, each micro-batch being padded on
+    its own."""
     computed = real = 0
     for ids in (batch.reshape(-1) for batch in batches):
         for begin in range(0, len(ids), micro_batch):

@@ -1,4 +1,5 @@
-"""What every test may use: the `repo` folder, `run` for whole scripts, and the rule that skips `gpu` tests."""
+"""What every test may use: the `repo` folder, `run` for whole scripts, and the rule that skips
+`gpu` tests."""
 
 from __future__ import annotations
 
@@ -16,15 +17,18 @@ import torch
 from support import OFFLINE, ONE_THREAD, REPO, python_path
 
 os.environ.update(OFFLINE)
-# Triton's kernels run in its interpreter where there is no GPU; it has to be said before Triton is imported.
+# Triton's kernels run in its interpreter where there is no GPU; it has to be said before Triton is
+# imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Two processes of tests share two cores: threads that wait for each other there cost more than these models' work.
+# Two processes of tests share two cores: threads that wait for each other there cost more than
+# these models' work.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests interrupt.
+# A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests
+# interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,7 +56,8 @@ def repo() -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """The tests share their cores; threads that wait for each other there cost more than these models' work."""
+    """The tests share their cores; threads that wait for each other there cost more than these
+    models' work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,14 +76,16 @@ def untouched(one_thread: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def products_are_as_they_were() -> Iterator[None]:
-    """Who multiplies fp32 matrices is a setting of the process, which a run in a test's own process changes."""
+    """Who multiplies fp32 matrices is a setting of the process, which a run in a test's own process
+    changes."""
     yield
     torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its own."""
+    """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its
+    own."""
 
     def run(
         *words: str | Path,
@@ -106,7 +113,9 @@ def run(tmp_path: Path) -> Run:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too: they hold the pipes open
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # torchrun's workers too: they hold the pipes open
             out, err = process.communicate()
             print(out, err, sep="\n")
             raise

@@ -1,8 +1,9 @@
-"""Training runs for the tests of faults: forked from a server that has torch loaded, so one starts in no time.
+"""Training runs for the tests of faults: forked from a server that has torch loaded, so one starts
+in no time.
 
-A run may get a `patch`, a function called before it begins: that is how a test kills, stops, slows or breaks it
-at an exact point, without any hook in the engine itself. `python launch.py MODULE:FUNCTION ...` is the same for a
-rank under torchrun.
+A run may get a `patch`, a function called before it begins: that is how a test kills, stops, slows
+or breaks it at an exact point, without any hook in the engine itself. `python launch.py
+MODULE:FUNCTION ...` is the same for a rank under torchrun.
 """
 
 from __future__ import annotations
@@ -33,18 +34,53 @@ from support import REPO, python_path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Patch = Callable[[], None]
-WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "of", "the", "model", "reads", "text", "learns"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "one",
+    "two",
+    "three",
+    "of",
+    "the",
+    "model",
+    "reads",
+    "text",
+    "learns",
+]
 OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
-    "preset": "micro", "data": "text.txt", "val-data": "val.txt", "tokenizer": "tokenizer", "cache": "cache",
-    "seq-len": 16, "batch-tokens": 128, "micro-batch": 2, "precision": "fp32", "device": "cpu", "dropout": 0.1,
-    "steps": 12, "lr": 1e-3, "eval-every": 3, "save-every": 3, "sample-every": 6, "keep": 2, "out": "run",
-}  # fmt: skip
+    "preset": "micro",
+    "data": "text.txt",
+    "val-data": "val.txt",
+    "tokenizer": "tokenizer",
+    "cache": "cache",
+    "seq-len": 16,
+    "batch-tokens": 128,
+    "micro-batch": 2,
+    "precision": "fp32",
+    "device": "cpu",
+    "dropout": 0.1,
+    "steps": 12,
+    "lr": 1e-3,
+    "eval-every": 3,
+    "save-every": 3,
+    "sample-every": 6,
+    "keep": 2,
+    "out": "run",
+}
 
 
 def small(*words: Any) -> list[str]:
-    """The options of a tiny run, then `words`; of an option that is there twice the later one counts."""
-    chosen = {name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in words}
-    return [*(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *map(str, words)]
+    """The options of a tiny run, then `words`; of an option that is there twice the later one
+    counts."""
+    chosen = {
+        name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in words
+    }
+    return [
+        *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)),
+        *map(str, words),
+    ]
 
 
 def write_inputs(folder: Path) -> None:
@@ -80,7 +116,9 @@ class Launch:
         program: str = "train_gpt2",
     ):
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        target = functools.partial(_child, folder, list(words), env, patch, self.out, self.err, program)
+        target = functools.partial(
+            _child, folder, list(words), env, patch, self.out, self.err, program
+        )
         self.process: ForkServerProcess = _server().Process(target=target)
         self.process.start()
 
@@ -89,14 +127,21 @@ class Launch:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise TimeoutError(f"no end within {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}")
+            raise TimeoutError(
+                f"no end within {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}"
+            )
         return Ended(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 
 def start(
-    folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1, program: str = "train_gpt2"
+    folder: Path,
+    words: Sequence[str],
+    patch: Patch | None = None,
+    ranks: int = 1,
+    program: str = "train_gpt2",
 ) -> list[Launch]:
-    """Start a program (a module) with `words` in `folder`, on `ranks` processes that have `patch` alike."""
+    """Start a program (a module) with `words` in `folder`, on `ranks` processes that have `patch`
+    alike."""
     if ranks == 1:
         return [Launch(folder, words, {}, patch, "rank0", program)]
     with socket.socket() as free:
@@ -105,11 +150,17 @@ def start(
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     env = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [Launch(folder, words, env[rank], patch, f"rank{rank}", program) for rank in range(ranks)]
+    return [
+        Launch(folder, words, env[rank], patch, f"rank{rank}", program) for rank in range(ranks)
+    ]
 
 
 def launch(
-    folder: Path, words: Sequence[str], patch: Patch | None = None, ranks: int = 1, program: str = "train_gpt2"
+    folder: Path,
+    words: Sequence[str],
+    patch: Patch | None = None,
+    ranks: int = 1,
+    program: str = "train_gpt2",
 ) -> list[Ended]:
     """`start`, and how each rank ended."""
     return [process.end() for process in start(folder, words, patch, ranks, program)]
@@ -120,7 +171,14 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo: what an optimizer would import
     context.set_forkserver_preload(
-        ["train_gpt2", "trainer", "finetune", "tokenizers", "safetensors.torch", "torch._dynamo"]
+        [
+            "train_gpt2",
+            "engine.trainer",
+            "finetune",
+            "tokenizers",
+            "safetensors.torch",
+            "torch._dynamo",
+        ]
     )
     path = {"PYTHONPATH": python_path(REPO, REPO / "tests")}
     # One thread: a forked process must not inherit a pool whose threads were left behind.
@@ -130,7 +188,13 @@ def _server() -> Any:
 
 
 def _child(
-    folder: Path, words: list[str], env: dict[str, str], patch: Patch | None, out: Path, err: Path, program: str
+    folder: Path,
+    words: list[str],
+    env: dict[str, str],
+    patch: Patch | None,
+    out: Path,
+    err: Path,
+    program: str,
 ) -> None:
     os.environ.update(env, OMP_NUM_THREADS="1")
     os.chdir(folder)
@@ -201,7 +265,8 @@ def die(where: str, nth: int, before: bool = True, on: int = 0) -> None:
 
 
 def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int = 0) -> None:
-    """One rank sends itself signals from the nth call; what is under way there takes a moment longer."""
+    """One rank sends itself signals from the nth call; what is under way there takes a moment
+    longer."""
 
     def act() -> None:
         for number in numbers:
@@ -227,21 +292,31 @@ def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def trace(run: Path) -> dict[str, Any]:
     """All that two runs of the same options must have in common, bit for bit."""
-    train = [[x[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")] for x in log_of(run, "train")]
-    evals = [{k: v for k, v in x.items() if k not in ("time", "seconds")} for x in log_of(run, "eval")]
+    train = [
+        [x[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")] for x in log_of(run, "train")
+    ]
+    evals = [
+        {k: v for k, v in x.items() if k not in ("time", "seconds")} for x in log_of(run, "eval")
+    ]
     samples = [[x["step"], x["text"]] for x in log_of(run, "sample")]
     last = max((run / "checkpoints").glob("step-*"))
     files = [run / "final" / "model.safetensors", last / "training_state.safetensors"]
     metrics = json.loads((run / "metrics.json").read_text())
     return {
-        "train": train, "eval": evals, "sample": samples, "train_loss": metrics["train_loss"], "last": last.name,
+        "train": train,
+        "eval": evals,
+        "sample": samples,
+        "train_loss": metrics["train_loss"],
+        "last": last.name,
         "final_is_step": metrics["final_is_step"],
         "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-    }  # fmt: skip
+    }
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    return sorted(
+        int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Language modelling on seeded random tokens, a step of it at a time: no corpus, no tokenizer, no files."""
+"""Language modelling on seeded random tokens, a step of it at a time: no corpus, no tokenizer, no
+files."""
 
 from __future__ import annotations
 
@@ -29,15 +30,22 @@ class RandomTokens(LanguageModelling):
 
     def collate(self, split: str, ids: np.ndarray) -> Batch:
         assert self.cfg.seq_len
-        rows = [np.random.default_rng(i).integers(0, self.shape.vocab_size, self.cfg.seq_len + 1) for i in ids]
+        rows = [
+            np.random.default_rng(i).integers(0, self.shape.vocab_size, self.cfg.seq_len + 1)
+            for i in ids
+        ]
         tokens = torch.from_numpy(np.stack(rows))
         return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
 
-def make_step(device: str = "cpu", shape: GPTConfig = SHAPE, **options: Any) -> tuple[TrainStep, Loader]:
+def make_step(
+    device: str = "cpu", shape: GPTConfig = SHAPE, **options: Any
+) -> tuple[TrainStep, Loader]:
     """A step of the engine and its batches; `options` are TrainConfig's."""
     T = shape.block_size
-    given: dict[str, Any] = dict(seq_len=T, batch_tokens=16 * T, micro_batch=8, steps=STEPS, lr=1e-3, warmup_steps=0)
+    given: dict[str, Any] = dict(
+        seq_len=T, batch_tokens=16 * T, micro_batch=8, steps=STEPS, lr=1e-3, warmup_steps=0
+    )
     given |= dict(data="stdlib", compile=False) | options
     cfg = resolve(TrainConfig(**given), device)
     world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))

@@ -1,4 +1,5 @@
-"""The command as a user meets it: what it prints, what it leaves behind, and what its options do."""
+"""The command as a user meets it: what it prints, what it leaves behind, and what its options
+do."""
 
 from __future__ import annotations
 
@@ -95,7 +96,10 @@ def test_a_finished_run_says_what_matters_in_plain_lines(finished):
     assert re.fullmatch(r"1 x cpu \(.+\), threads a rank: 1", rows["device"])
     assert rows["precision"].startswith("fp32 (asked for")
     attention, repeatability = rows["attention"].split(", ")
-    assert attention in ("flash_attention", "cpu_attention kernel") and repeatability == "repeatable bit for bit"
+    assert (
+        attention in ("flash_attention", "cpu_attention kernel")
+        and repeatability == "repeatable bit for bit"
+    )
     assert rows["kernels"] in ("torch, not compiled", "cpu_attention, not compiled")
     assert re.match(r"[\d,]+ parameters: 2 layers x 64 wide, 2 heads, context 16", rows["model"])
     assert rows["step"] == "128 tokens = micro-batch 2 x length 16 x accumulation 4 x ranks 1"
@@ -103,7 +107,8 @@ def test_a_finished_run_says_what_matters_in_plain_lines(finished):
     lines = re.findall(r"^step .*$", out, re.M)
     assert len(lines) == 12
     figures = (
-        r"\d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d+\.\d{3} \| [\d,]+ ms \| [\d,]+ tok/s \| \d+\.\d MiB \| eta \d+:\d\d"
+        r"\d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d+\.\d{3} \| [\d,]+ ms \| [\d,]+ tok/s \| "
+        r"\d+\.\d MiB \| eta \d+:\d\d"
     )
     for i, line in enumerate(lines, 1):
         assert re.fullmatch(rf"step {i:2d}/12 +{100 * i / 12:.1f}% \| loss {figures}", line), line
@@ -117,18 +122,36 @@ def test_the_log_has_the_contract_s_fields(finished):
     run, _ = finished
     train_lines = log_of(run, "train")
     assert [line["step"] for line in train_lines] == list(range(1, 13))
-    fields = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "step_ms", "memory_bytes"]
+    fields = [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "step_ms",
+        "memory_bytes",
+    ]
     assert all(field in line for line in train_lines for field in fields)
     assert [line["tokens"] for line in train_lines] == [128 * i for i in range(1, 13)]
     assert all(line["mfu"] is None for line in train_lines)  # nobody states the peak of this CPU
-    assert all(128 / line["tokens_per_second"] == pytest.approx(line["step_ms"] / 1e3) for line in train_lines)
+    assert all(
+        128 / line["tokens_per_second"] == pytest.approx(line["step_ms"] / 1e3)
+        for line in train_lines
+    )
     cfg = json.loads((run / "config.json").read_text())
     for line in train_lines:
-        share = lr_multiplier(line["step"] - 1, 12, cfg["warmup_steps"], cfg["schedule"], cfg["min_lr"])
+        share = lr_multiplier(
+            line["step"] - 1, 12, cfg["warmup_steps"], cfg["schedule"], cfg["min_lr"]
+        )
         assert line["lr"] == cfg["lr"] * share
     assert [line["step"] for line in log_of(run, "eval")] == [3, 6, 9, 12]
     assert all("val_loss" in line and "val_perplexity" in line for line in log_of(run, "eval"))
-    assert {(line["step"], bool(line["text"])) for line in log_of(run, "sample")} == {(6, True), (12, True)}
+    assert {(line["step"], bool(line["text"])) for line in log_of(run, "sample")} == {
+        (6, True),
+        (12, True),
+    }
     assert [line["step"] for line in log_of(run, "checkpoint")] == [3, 6, 9, 12]
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["val_loss"] == log_of(run, "eval")[-1]["val_loss"]
@@ -138,7 +161,10 @@ def test_the_log_has_the_contract_s_fields(finished):
 def test_intervals_of_0_turn_things_off_but_not_the_log(inputs):
     out = train(inputs, *QUIET, "--log-every", "0", "--out", "quiet")
     assert not re.search(r"^(step \d|evaluation|--- sample|saved)", out, re.M)
-    kinds = {json.loads(line)["kind"] for line in (inputs / "quiet" / "log.jsonl").read_text().splitlines()}
+    kinds = {
+        json.loads(line)["kind"]
+        for line in (inputs / "quiet" / "log.jsonl").read_text().splitlines()
+    }
     assert kinds == {"train"}
     assert len(losses(inputs / "quiet")) == 12
     assert (inputs / "quiet" / "final" / "model.safetensors").is_file()
@@ -157,7 +183,8 @@ from engine.log import RunLog
 log = RunLog(speaks=True)
 log.start_progress(3, 0)
 for step in (1, 2, 3):
-    figures = dict(loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=5.0, tokens_per_second=9.0, mfu=None, memory_bytes=1 << 20)
+    figures = dict(loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=5.0, tokens_per_second=9.0, mfu=None,
+                   memory_bytes=1 << 20)
     log.step(dict(step=step, **figures), 3, 60.0 * (3 - step), True)
 log.say("sample [bold]not markup[/bold] :smile:")
 print("library noise", file=sys.stderr)
@@ -183,7 +210,9 @@ def screen(written: str) -> list[str]:
         elif token == "\x1b[2K":
             lines[row] = ""
         elif token[0] != "\x1b":
-            lines[row] = lines[row][:column].ljust(column) + token + lines[row][column + len(token) :]
+            lines[row] = (
+                lines[row][:column].ljust(column) + token + lines[row][column + len(token) :]
+            )
             column += len(token)
     return [line.rstrip() for line in lines]
 
@@ -228,30 +257,69 @@ def test_control_characters_of_a_sample_are_spelled_out():
 
 
 def test_figures_read_well():
-    record = {"step": 7, "loss": 3.25, "lr": 6e-4, "grad_norm": 0.5, "step_ms": 1234.5, "tokens_per_second": 424242.4}
+    record = {
+        "step": 7,
+        "loss": 3.25,
+        "lr": 6e-4,
+        "grad_norm": 0.5,
+        "step_ms": 1234.5,
+        "tokens_per_second": 424242.4,
+    }
     line = step_line(record | {"mfu": 0.4321, "memory_bytes": 3 << 30}, 1000, 93784)
     assert line == (
-        "step    7/1000   0.7% | loss 3.2500 | lr 6.00e-04 | norm 0.500 | 1,234 ms | 424,242 tok/s | mfu 43.2% | "
+        "step    7/1000   0.7% | loss 3.2500 | lr 6.00e-04 | norm 0.500 | 1,234 ms | 424,242 tok/s "
+        "| mfu 43.2% | "
         "3.00 GiB | eta 1d 2:03:04"
     )
-    assert [time_text(s) for s in (-1, 59.9, 61, 3600, 86400)] == ["0:00", "0:59", "1:01", "1:00:00", "1d 0:00"]
-    assert [bytes_text(n) for n in (0, 1023, 1024, 5 << 20)] == ["0 B", "1023 B", "1.0 KiB", "5.0 MiB"]
-    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_flops("NVIDIA H100 PCIe", "tf32") == 378e12
-    assert peak_flops("some CPU", "bf16") is None and peak_flops("NVIDIA A100-SXM4-40GB", "fp32") is None
+    assert [time_text(s) for s in (-1, 59.9, 61, 3600, 86400)] == [
+        "0:00",
+        "0:59",
+        "1:01",
+        "1:00:00",
+        "1d 0:00",
+    ]
+    assert [bytes_text(n) for n in (0, 1023, 1024, 5 << 20)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+    ]
+    assert (
+        peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+        and peak_flops("NVIDIA H100 PCIe", "tf32") == 378e12
+    )
+    assert (
+        peak_flops("some CPU", "bf16") is None
+        and peak_flops("NVIDIA A100-SXM4-40GB", "fp32") is None
+    )
 
 
 @pytest.mark.parametrize(
     "name, peak",
     [
-        ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA H20", 148e12),
-        ("NVIDIA H20-3e", 148e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA B200", 2250e12),
-        ("NVIDIA B300 SXM6 AC", 2250e12), ("NVIDIA GeForce RTX 5090", 209e12), ("NVIDIA A10", 125e12),
-        ("NVIDIA A10G", 70e12), ("NVIDIA A100 80GB PCIe", 312e12), ("Tesla T4", 65e12),
-        ("Tesla V100-SXM2-16GB", 125e12), ("NVIDIA T400", None), ("NVIDIA L20", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H2000", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA H20-3e", 148e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
+        ("NVIDIA GeForce RTX 5090", 209e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA T400", None),
+        ("NVIDIA L20", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H2000", None),
     ],
-)  # fmt: skip
+)
 def test_a_peak_belongs_to_the_whole_name_of_a_card(name, peak):
     assert peak_flops(name, "bf16") == peak
 
@@ -271,7 +339,9 @@ def test_its_own_config_repeats_a_run_bit_for_bit(inputs, finished):
     (ended,) = launch(inputs, ["--config", "run/config.json", "--out", "again"])
     assert ended.code == 0, ended.err
     assert trace(inputs / "again") == trace(run)
-    first, second = (json.loads((folder / "config.json").read_text()) for folder in (run, inputs / "again"))
+    first, second = (
+        json.loads((folder / "config.json").read_text()) for folder in (run, inputs / "again")
+    )
     assert {name for name in first if first[name] != second[name]} == {"out"}
 
 
@@ -297,11 +367,28 @@ def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_pat
     transformers = pytest.importorskip("transformers")
     run, _ = finished
     step_of_final = json.loads((run / "metrics.json").read_text())["final_is_step"]
-    (expected,) = [line["val_loss"] for line in log_of(run, "eval") if line["step"] == step_of_final]
-    transformers.AutoModelForCausalLM.from_pretrained(run / "final").save_pretrained(inputs / "theirs")
+    (expected,) = [
+        line["val_loss"] for line in log_of(run, "eval") if line["step"] == step_of_final
+    ]
+    transformers.AutoModelForCausalLM.from_pretrained(run / "final").save_pretrained(
+        inputs / "theirs"
+    )
     for number, init in enumerate(("run", "run/final", "theirs")):
         out = f"init{number}"
-        words = ("--init", init, "--lr", "0", "--steps", "1", "--eval-every", "1", "--save-every", "0", "--out", out)
+        words = (
+            "--init",
+            init,
+            "--lr",
+            "0",
+            "--steps",
+            "1",
+            "--eval-every",
+            "1",
+            "--save-every",
+            "0",
+            "--out",
+            out,
+        )
         train(inputs, *words, "--sample-every", "0")
         assert log_of(inputs / out, "eval")[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -316,7 +403,9 @@ def plain(inputs) -> list[float]:
 
 
 def variant(inputs: Path, name: str, *words: str, patch: Any = None) -> list[float]:
-    train(inputs, *QUIET, "--schedule", "constant", "--lr", "3e-3", "--out", name, *words, patch=patch)
+    train(
+        inputs, *QUIET, "--schedule", "constant", "--lr", "3e-3", "--out", name, *words, patch=patch
+    )
     return losses(inputs / name)
 
 
@@ -325,7 +414,9 @@ def test_muon_trains(inputs, plain):
 
     found = variant(inputs, "muon", "--optimizer", "muon", "--save-every", "12")
     assert found[0] == plain[0] and found[-1] < found[0] - 0.5
-    assert found[-1] == pytest.approx(plain[-1], abs=0.5)  # at the same rate: its updates are of AdamW's size
+    assert found[-1] == pytest.approx(
+        plain[-1], abs=0.5
+    )  # at the same rate: its updates are of AdamW's size
     state = inputs / "muon" / "checkpoints" / "step-00000012" / "training_state.safetensors"
     with safe_open(state, "pt") as file:
         names = set(file.keys())
@@ -348,7 +439,19 @@ def test_deterministic_is_what_the_cpu_does_anyway(inputs, plain):
 
 
 def test_samples_are_from_the_prompts_asked_for(inputs):
-    train(inputs, *QUIET, "--steps", "4", "--sample-every", "2", "--prompts", "alpha", "beta of", "--out", "prompts")
+    train(
+        inputs,
+        *QUIET,
+        "--steps",
+        "4",
+        "--sample-every",
+        "2",
+        "--prompts",
+        "alpha",
+        "beta of",
+        "--out",
+        "prompts",
+    )
     samples = log_of(inputs / "prompts", "sample")
     assert [(line["step"], line["prompt"]) for line in samples] == [
         (s, p) for s in (2, 4) for p in ("alpha", "beta of")
@@ -356,16 +459,22 @@ def test_samples_are_from_the_prompts_asked_for(inputs):
 
 
 def test_document_mask_changes_what_a_token_sees(inputs, plain):
-    documents = "\n".join(json.dumps({"text": f"{word} reads"}) for word in ("alpha", "beta", "gamma") * 200)
+    documents = "\n".join(
+        json.dumps({"text": f"{word} reads"}) for word in ("alpha", "beta", "gamma") * 200
+    )
     (inputs / "short.jsonl").write_text(documents)
     data = ("--data", "short.jsonl", "--val-data", "short.jsonl")
-    masked, unmasked = variant(inputs, "masked", *data, "--document-mask"), variant(inputs, "unmasked", *data)
+    masked, unmasked = (
+        variant(inputs, "masked", *data, "--document-mask"),
+        variant(inputs, "unmasked", *data),
+    )
     assert all(abs(a - b) > 1e-6 for a, b in zip(masked, unmasked, strict=True))
     assert masked[-1] < masked[0] - 0.5
 
 
 def aot_eager(counts: Path) -> None:
-    """Compile without the C++ compiler: it is the captured graphs that are looked at, after every step."""
+    """Compile without the C++ compiler: it is the captured graphs that are looked at, after every
+    step."""
     from torch._dynamo.utils import counters
 
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -384,15 +493,22 @@ def aot_eager(counts: Path) -> None:
 def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, tmp_path):
     often = ("--eval-every", "3", "--sample-every", "4")
     words = ("--compile", "--compile-unit", "model", *often)
-    found = variant(inputs, "graphs", *words, patch=functools.partial(aot_eager, tmp_path / "counts"))
+    found = variant(
+        inputs, "graphs", *words, patch=functools.partial(aot_eager, tmp_path / "counts")
+    )
     assert found == pytest.approx(plain, rel=1e-4)
     counts = [json.loads(line) for line in (tmp_path / "counts").read_text().splitlines()]
     assert counts[:3] == [[1, 0]] * 3  # one graph for training, no break
-    assert counts[3:] == [counts[3]] * 9 and counts[3][0] <= 3  # evaluation: one more, and one for its last batch
+    assert (
+        counts[3:] == [counts[3]] * 9 and counts[3][0] <= 3
+    )  # evaluation: one more, and one for its last batch
     assert counts[-1][1] == 0
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 def test_compiled_losses_are_those_of_eager(inputs, plain):
     found = variant(inputs, "compiled", "--compile")
     assert found == pytest.approx(plain, rel=1e-4)
@@ -404,7 +520,9 @@ def test_compiled_losses_are_those_of_eager(inputs, plain):
 class Linear(LanguageModelling):
     """A task whose memory is n bytes for a micro-batch of n."""
 
-    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         return Memory(micro_batch, 0, 0, 0, 0, 0)
 
 
@@ -417,7 +535,18 @@ def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, fo
 
 
 def test_micro_batch_auto_is_stored(inputs):
-    out = train(inputs, *QUIET, "--micro-batch", "auto", "--steps", "1", "--save-every", "1", "--out", "auto")
+    out = train(
+        inputs,
+        *QUIET,
+        "--micro-batch",
+        "auto",
+        "--steps",
+        "1",
+        "--save-every",
+        "1",
+        "--out",
+        "auto",
+    )
     assert "micro-batch 8 x length 16 x accumulation 1" in out
     assert json.loads((inputs / "auto" / "config.json").read_text())["micro_batch"] == 8
 
@@ -469,7 +598,9 @@ def test_dry_run_says_what_does_not_fit(inputs):
 
 def test_a_run_too_short_to_profile_says_so(inputs):
     train_with_noise(inputs, *QUIET, "--profile", "--steps", "2", "--out", "short")
-    assert ["--profile needs five steps" in line["text"] for line in log_of(inputs / "short", "warning")] == [True]
+    assert [
+        "--profile needs five steps" in line["text"] for line in log_of(inputs / "short", "warning")
+    ] == [True]
 
 
 def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
@@ -504,13 +635,17 @@ def broken_wandb(where: str) -> None:
 
     run = types.SimpleNamespace(log=call("log"), finish=call("finish"))
     fake = types.ModuleType("wandb")
-    vars(fake).update(Settings=call("Settings"), init=call("init", run), log=run.log, finish=run.finish)
+    vars(fake).update(
+        Settings=call("Settings"), init=call("init", run), log=run.log, finish=run.finish
+    )
     sys.modules["wandb"] = fake
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_broken_wandb_is_a_warning(inputs, plain, where):
-    found = variant(inputs, f"wandb-{where}", "--wandb", patch=functools.partial(broken_wandb, where))
+    found = variant(
+        inputs, f"wandb-{where}", "--wandb", patch=functools.partial(broken_wandb, where)
+    )
     assert found == plain
     warnings = [line["text"] for line in log_of(inputs / f"wandb-{where}", "warning")]
     assert "wandb stopped (OSError: no space left); training goes on without it" in warnings
@@ -522,7 +657,9 @@ def no_wandb() -> None:
 
 def test_a_missing_wandb_is_a_warning(inputs, plain):
     assert variant(inputs, "wandb-missing", "--wandb", patch=no_wandb) == plain
-    assert any("wandb stopped" in line["text"] for line in log_of(inputs / "wandb-missing", "warning"))
+    assert any(
+        "wandb stopped" in line["text"] for line in log_of(inputs / "wandb-missing", "warning")
+    )
 
 
 def test_wandb_without_a_key_logs_offline(inputs):
@@ -535,16 +672,22 @@ def test_wandb_without_a_key_logs_offline(inputs):
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"), [("EACCES", True), ("EISDIR", True), ("ELOOP", True), ("EROFS", True), ("ENOENT", False)]
+    ("reason", "told"),
+    [("EACCES", True), ("EISDIR", True), ("ELOOP", True), ("EROFS", True), ("ENOENT", False)],
 )
 def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, capsys):
-    """Wherever it is met; what is not there is looked for by name before, so that this would be a fault of the code."""
+    """Wherever it is met; what is not there is looked for by name before, so that this would be a
+    fault of the code."""
     number = getattr(errno, reason)
 
     def main() -> int:
         raise OSError(number, os.strerror(number), "some/file")
 
-    for name in ("open_console", "quiet_libraries", "outlive"):  # what belongs to a process of its own
+    for name in (
+        "open_console",
+        "quiet_libraries",
+        "outlive",
+    ):  # what belongs to a process of its own
         monkeypatch.setattr(cli.console, name, lambda: None)
     with pytest.raises(SystemExit if told else OSError) as end:
         cli.entry_point(main)
@@ -556,7 +699,9 @@ def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, caps
 
 def test_a_name_too_long_for_a_path_is_one_line(run, repo):
     end = run(repo / "generate.py", "x" * 300, "hello")
-    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
+    assert (
+        end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1
+    ), end.stderr
 
 
 def test_weights_that_may_not_be_read_are_told_as_such(tmp_path, monkeypatch):

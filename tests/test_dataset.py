@@ -71,7 +71,8 @@ def sentences(rng: np.random.Generator, n: int) -> str:
 
 
 def make_documents(n: int, seed: int = 0) -> list[str]:
-    """Texts with everything that a format could spoil: quotes, commas, tabs, blank lines, other scripts."""
+    """Texts with everything that a format could spoil: quotes, commas, tabs, blank lines, other
+    scripts."""
     rng = np.random.default_rng(seed)
     odd = [
         'He said, "yes"\tand\n\nleft.',
@@ -103,7 +104,9 @@ def other_bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def open_here(tmp_path: Path, bpe: str) -> Callable[..., data.Data]:
     def open_here(data: object, **options: object) -> data.Data:
-        chosen = dict(val_data=None, tokenizer=bpe, text_column="text", cache=tmp_path / "cache", seq_len=16)
+        chosen = dict(
+            val_data=None, tokenizer=bpe, text_column="text", cache=tmp_path / "cache", seq_len=16
+        )
         return open_data(str(data), **(chosen | options))  # ty: ignore[invalid-argument-type]
 
     return open_here
@@ -157,7 +160,9 @@ def expected(documents: list[str], tokenizer: Tokenizer) -> list[int]:
     return [id for text in documents for id in [tokenizer.eot, *tokenizer.encode(text)]]
 
 
-def write_bin(path: Path, tokens: object, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+def write_bin(
+    path: Path, tokens: object, magic: int = 20240520, version: int = 1, count: int | None = None
+) -> Path:
     """A shard as llm.c writes it."""
     ids = np.asarray(tokens, np.uint16 if version == 1 else np.uint32)
     header = np.zeros(256, np.int32)
@@ -217,7 +222,9 @@ def test_order_looks_random(n: int) -> None:
         assert (ids == place).sum() <= 8 and (ids == later).sum() <= 8 and (ids == other).sum() <= 8
 
 
-@pytest.mark.parametrize(("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)])  # beyond 1 in 100,000
+@pytest.mark.parametrize(
+    ("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)]
+)  # beyond 1 in 100,000
 def test_small_orders_are_uniform(n: int, chi2_limit: float) -> None:
     """Over many epochs, each window comes at each place equally often."""
     epochs = 4000
@@ -243,7 +250,9 @@ def test_order_is_quick_at_any_size() -> None:
 def test_every_format_gives_the_same_tokens(
     suffix: str, compressed: bool, tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
-    path = WRITERS[suffix](tmp_path / f"texts{suffix}", ["", *DOCUMENTS[:120], " \n", *DOCUMENTS[120:]])
+    path = WRITERS[suffix](
+        tmp_path / f"texts{suffix}", ["", *DOCUMENTS[:120], " \n", *DOCUMENTS[120:]]
+    )
     if compressed:
         packed = path.with_name(path.name + ".gz")
         packed.write_bytes(gzip.compress(path.read_bytes()))
@@ -267,7 +276,12 @@ def test_folders_globs_and_lists(tmp_path: Path, open_here: Callable[..., data.D
     write_txt(texts / "a.txt", DOCUMENTS[:60])
     write_jsonl(texts / "b.jsonl", DOCUMENTS[60:])
     whole = stream(open_here(write_csv(tmp_path / "all.csv", DOCUMENTS)).train)
-    for spec in (texts, f"{texts}/*", f"{texts}/a.txt,{texts}/b.*", f"{texts}/**/*.txt, {texts}/b.jsonl"):
+    for spec in (
+        texts,
+        f"{texts}/*",
+        f"{texts}/a.txt,{texts}/b.*",
+        f"{texts}/**/*.txt, {texts}/b.jsonl",
+    ):
         assert np.array_equal(stream(open_here(spec).train), whole)
 
 
@@ -288,7 +302,9 @@ def read_txt(text: str, block: int) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "CHUNK_CHARS", block)
         documents: list[str] = []
-        for piece, starts in corpus._read_txt(io.BufferedReader(io.BytesIO(text.encode())), Path("a.txt")):
+        for piece, starts in corpus._read_txt(
+            io.BufferedReader(io.BytesIO(text.encode())), Path("a.txt")
+        ):
             if starts:
                 documents.append(piece)
             else:
@@ -315,7 +331,9 @@ def split_by_line(text: str) -> list[str]:
 def gpt2() -> Tokenizer:
     shared = REPO.parent / "shared" / "data" / "tiktoken_cache"
     if "TIKTOKEN_CACHE_DIR" not in os.environ and not shared.is_dir():
-        pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files")
+        pytest.skip(
+            "needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files"
+        )
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(shared))
     return load_tokenizer("gpt2")
 
@@ -343,7 +361,9 @@ SPLIT_PARTS = [
 
 @given(parts=st.lists(st.sampled_from(SPLIT_PARTS), min_size=4, max_size=60))
 @settings(max_examples=400, deadline=None)
-def test_a_long_document_is_cut_where_the_tokenizer_cuts(gpt2: Tokenizer, bpe: str, parts: list[str]) -> None:
+def test_a_long_document_is_cut_where_the_tokenizer_cuts(
+    gpt2: Tokenizer, bpe: str, parts: list[str]
+) -> None:
     text = "".join(parts)
     for tokenizer in (gpt2, load_tokenizer(bpe)):
         whole = tokenizer.encode(text)
@@ -357,7 +377,10 @@ def test_a_long_document_is_one_document(
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 300)
     text = "\n\n".join(DOCUMENTS[:100])
-    data = open_here(write_txt(tmp_path / "long.txt", [text]), val_data=str(write_txt(tmp_path / "val.txt", DOCUMENTS)))
+    data = open_here(
+        write_txt(tmp_path / "long.txt", [text]),
+        val_data=str(write_txt(tmp_path / "val.txt", DOCUMENTS)),
+    )
     tokenizer = load_tokenizer(bpe)
     assert stream(data.train).tolist() == expected([text], tokenizer)
     assert len(list(corpus.TextFiles([tmp_path / "long.txt"]).segments())) > 10
@@ -371,12 +394,21 @@ def test_few_documents_leave_the_end_of_the_stream(
     size = max(9, len(ids) // 100)
     assert stream(data.val).tolist() == ids[-size:]
     assert stream(data.train).tolist() == ids[:-size]
-    assert (data.train.n_bytes or 0) + (data.val.n_bytes or 0) == sum(len(text.encode()) for text in DOCUMENTS[:20])
-    assert data.val.n_bytes == len(load_tokenizer(bpe).decode([i for i in ids[-size:] if i != ids[0]]).encode())
+    assert (data.train.n_bytes or 0) + (data.val.n_bytes or 0) == sum(
+        len(text.encode()) for text in DOCUMENTS[:20]
+    )
+    assert data.val.n_bytes == len(
+        load_tokenizer(bpe).decode([i for i in ids[-size:] if i != ids[0]]).encode()
+    )
 
 
-def test_validation_data_of_its_own(tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]) -> None:
-    texts, val = write_txt(tmp_path / "a.txt", DOCUMENTS), write_jsonl(tmp_path / "val.jsonl", DOCUMENTS[:9])
+def test_validation_data_of_its_own(
+    tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
+) -> None:
+    texts, val = (
+        write_txt(tmp_path / "a.txt", DOCUMENTS),
+        write_jsonl(tmp_path / "val.jsonl", DOCUMENTS[:9]),
+    )
     data = open_here(texts, val_data=str(val))
     assert stream(data.train).tolist() == expected(DOCUMENTS, load_tokenizer(bpe))
     assert stream(data.val).tolist() == expected(DOCUMENTS[:9], load_tokenizer(bpe))
@@ -396,7 +428,9 @@ def test_stdlib_is_there_without_anything(tmp_path: Path, monkeypatch: pytest.Mo
     again = open_data("stdlib", None, None, "text", tmp_path, 16, said.append)
     assert len(said) == 2 and again.train.sha256 == first.train.sha256
     text = first.tokenizer.decode(stream(first.train).tolist())
-    assert text.startswith(first.tokenizer.decode([first.tokenizer.eot]) + small[0].read_text()[:100])
+    assert text.startswith(
+        first.tokenizer.decode([first.tokenizer.eot]) + small[0].read_text()[:100]
+    )
 
 
 class Streamed:
@@ -427,11 +461,18 @@ def test_a_dataset_on_the_hub(
 
     def load_dataset(*words: object, **options: object) -> object:
         asked.append(words)
-        return datasets.Dataset.from_list([{"text": text} for text in DOCUMENTS]).to_iterable_dataset(num_shards=3)
+        return datasets.Dataset.from_list(
+            [{"text": text} for text in DOCUMENTS]
+        ).to_iterable_dataset(num_shards=3)
 
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc")
+    )
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    from_hub, from_file = open_here("org/name:small"), open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
+    from_hub, from_file = (
+        open_here("org/name:small"),
+        open_here(write_txt(tmp_path / "a.txt", DOCUMENTS)),
+    )
     assert asked == [("org/name", "small")]
     assert np.array_equal(stream(from_hub.train), stream(from_file.train))
     open_here("org/name:small")
@@ -469,14 +510,20 @@ def write_layout(folder: Path, layout: str) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["llm.c", "uint32", "build-nanogpt", "nanoGPT"])
-def test_shards_of_other_projects(layout: str, tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
+def test_shards_of_other_projects(
+    layout: str, tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
     data = open_here(write_layout(tmp_path / "shards", layout))
     assert np.array_equal(stream(data.train), TOKENS[:2500])
     assert np.array_equal(stream(data.val), TOKENS[2500:])
     assert data.train.vocab_size is None and data.train.n_bytes is None
 
 
-@given(seq_len=st.integers(1, 60), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8), data=st.data())
+@given(
+    seq_len=st.integers(1, 60),
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    data=st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_windows_are_slices_of_the_stream(
     tmp_path_factory: pytest.TempPathFactory, seq_len: int, sizes: list[int], data: st.DataObject
@@ -511,7 +558,9 @@ def test_shards_written_here_carry_their_tokenizer(
     again = open_here(moved, tokenizer=None)
     assert again.tokenizer.sha256 == first.tokenizer.sha256
     assert (again.train.sha256, again.val.sha256) == (first.train.sha256, first.val.sha256)
-    alone = open_here(moved / "train_000000.bin", tokenizer=None, val_data=str(moved / "val_000000.bin"))
+    alone = open_here(
+        moved / "train_000000.bin", tokenizer=None, val_data=str(moved / "val_000000.bin")
+    )
     assert (alone.train.sha256, alone.val.sha256) == (first.train.sha256, first.val.sha256)
 
 
@@ -524,7 +573,9 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
     wide: Any = Wide([])
     records: list[dict[str, Any]] = []
-    writer = shards.ShardWriter(tmp_path, "{}.bin".format, wide, 4, lambda r, at: records.append(r | {"at": at}))
+    writer = shards.ShardWriter(
+        tmp_path, "{}.bin".format, wide, 4, lambda r, at: records.append(r | {"at": at})
+    )
     writer.add(np.array([69_999, 1, 65_536, 2, 3, 69_999]))
     writer.close()
     written = [shards.read_shard(tmp_path / f"{i}.bin") for i in range(2)]
@@ -539,14 +590,20 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # ---- the cache and its processes
 
 
-def test_a_second_start_does_nothing_again(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
+def test_a_second_start_does_nothing_again(
+    tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
     first = open_here(path, say=said.append)
     assert len(said) == 1 and said[0].startswith("tokenized")
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    files = {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()
+    }
     again = open_here(path, say=said.append)
     assert len(said) == 1 and again.train.sha256 == first.train.sha256
-    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert files == {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()
+    }
     renamed = path.rename(tmp_path / "b.txt")  # the content is what counts
     open_here(renamed, say=said.append)
     assert len(said) == 1
@@ -581,7 +638,8 @@ def test_bytes_do_not_depend_on_workers(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the reader of the results is, only so many chunks are between input and output."""
+    """However slow the reader of the results is, only so many chunks are between input and
+    output."""
     pulled = given_back = 0
 
     def source():
@@ -604,7 +662,9 @@ def test_beside_other_threads_the_workers_are_not_forked(bpe: str) -> None:
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        results = [ids.tolist() for _, ids, _ in corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2)]
+        results = [
+            ids.tolist() for _, ids, _ in corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2)
+        ]
     finally:
         stop.set()
         thread.join()
@@ -621,7 +681,9 @@ def test_progress_on_a_terminal_and_elsewhere(
         time.sleep(0.01)
         progress.update(20_000_000, 4_000_000)
     assert said[0] == "tokenizing a.txt:  25% 10 MB, 2.0M tokens"
-    assert re.fullmatch(r"tokenizing a.txt:  50% 20 MB, 4.0M tokens, [\d.]+ MB/s, 0:00:0\d left", said[1])
+    assert re.fullmatch(
+        r"tokenizing a.txt:  50% 20 MB, 4.0M tokens, [\d.]+ MB/s, 0:00:0\d left", said[1]
+    )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     threads = threading.active_count()
@@ -635,7 +697,9 @@ def test_progress_on_a_terminal_and_elsewhere(
 
 def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
-    monkeypatch.setattr(threading, "active_count", lambda: 1)  # forked, so that the workers see the next line
+    monkeypatch.setattr(
+        threading, "active_count", lambda: 1
+    )  # forked, so that the workers see the next line
     monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
         list(corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2))
@@ -656,7 +720,8 @@ def encode(*words):
     time.sleep(float(pause))
     return plain(*words)
 corpus.encode = encode
-found = data.open_data(path, None, tokenizer, "text", Path(cache), 16, lambda line: print(line, flush=True))
+say = lambda line: print(line, flush=True)
+found = data.open_data(path, None, tokenizer, "text", Path(cache), 16, say)
 print(found.train.sha256, found.val.sha256)
 """
 
@@ -665,7 +730,9 @@ def start(*words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": python_path(REPO)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -684,7 +751,9 @@ def group_is_gone(process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]) -> None:
+def test_killed_while_tokenizing(
+    how: int, tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
+) -> None:
     path, cache = write_txt(tmp_path / "a.txt", DOCUMENTS), tmp_path / "killed"
     process = start(path, bpe, cache, 0.3)
     wait_for(lambda: any(file.stat().st_size for file in cache.glob("*.tmp/*")))
@@ -700,8 +769,12 @@ def test_killed_while_tokenizing(how: int, tmp_path: Path, bpe: str, open_here: 
     assert again.train.sha256 == open_here(path).train.sha256
 
 
-def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
-    left = [tmp_path / "cache" / f"{key}.tmp" for key in ("0123456789abcdef" * 2, "bpe-" + "01ab" * 6)]
+def test_leftovers_of_other_data_are_removed(
+    tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
+    left = [
+        tmp_path / "cache" / f"{key}.tmp" for key in ("0123456789abcdef" * 2, "bpe-" + "01ab" * 6)
+    ]
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "train_000000.bin.tmp").write_bytes(b"1")
@@ -709,7 +782,9 @@ def test_leftovers_of_other_data_are_removed(tmp_path: Path, open_here: Callable
     assert not any(folder.exists() for folder in left)
 
 
-@pytest.mark.parametrize("name", ["drafts.tmp", ".tmp", "0123.tmp", "0123456789ABCDEF" * 2 + ".tmp", "a" * 33 + ".tmp"])
+@pytest.mark.parametrize(
+    "name", ["drafts.tmp", ".tmp", "0123.tmp", "0123456789ABCDEF" * 2 + ".tmp", "a" * 33 + ".tmp"]
+)
 def test_the_users_own_tmp_folders_stay_in_the_cache(
     name: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
@@ -718,7 +793,9 @@ def test_the_users_own_tmp_folders_stay_in_the_cache(
     own.write_text("years of work")
     open_here(write_txt(tmp_path / "a.txt", DOCUMENTS))
     assert own.read_text() == "years of work"
-    assert not (tmp_path / "cache" / f"{own.parent.stem}.lock").exists(), "nor is a lock made beside it"
+    assert not (tmp_path / "cache" / f"{own.parent.stem}.lock").exists(), (
+        "nor is a lock made beside it"
+    )
 
 
 def test_two_processes_tokenize_once(tmp_path: Path, bpe: str) -> None:
@@ -744,13 +821,25 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 BAD_FILES = [
     ("a.txt", "", "is empty: no document in it has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
-    ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text; it seems to be ISO-8859-1; convert it: iconv -f ISO-8859-1"),
+    (
+        "a.txt",
+        b"caf\xe9 au lait",
+        "is not UTF-8 text; it seems to be ISO-8859-1; convert it: iconv -f ISO-8859-1",
+    ),
     ("a.txt.gz", b"\x1f\x8c no gzip", "is not a sound gzip file"),
-    ("a.txt", "too short", r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data"),
+    (
+        "a.txt",
+        "too short",
+        r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
+    ),
     ("a.pdf", "x", "none of .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
-    ("a.jsonl", '{"txt": "a", "id": 1}', r"row 1 has no column 'text' \(did you mean txt\?\); it has: txt, id"),
+    (
+        "a.jsonl",
+        '{"txt": "a", "id": 1}',
+        r"row 1 has no column 'text' \(did you mean txt\?\); it has: txt, id",
+    ),
     ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
     ("a.csv", "", "is empty: no document"),
@@ -769,7 +858,9 @@ def test_bad_files(
     assert "\n" not in str(error.value)
 
 
-def test_a_parquet_column_that_is_not_text(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
+def test_a_parquet_column_that_is_not_text(
+    tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
     path = write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     with pytest.raises(UserError, match=r"row 1 holds int in column 'id', not text"):
         open_here(path, text_column="id")
@@ -784,13 +875,18 @@ def test_data_that_is_not_there(
     (tmp_path / "texts").mkdir()
     command = "python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out"
     for spec in ("data/fineweb", "texts/more", str(tmp_path / "none"), "word"):
-        with pytest.raises(UserError, match=f"no such data: {spec}; prepare it with `{command} {spec}`"):
+        with pytest.raises(
+            UserError, match=f"no such data: {spec}; prepare it with `{command} {spec}`"
+        ):
             open_here(spec)
     for spec in ("none.txt", "none/a.jsonl", "*.csv"):
-        with pytest.raises(UserError, match=r"no such data: .*; give text files or a folder of token shards"):
+        with pytest.raises(
+            UserError, match=r"no such data: .*; give text files or a folder of token shards"
+        ):
             open_here(spec)
     with pytest.raises(
-        UserError, match=f"texts holds no token shards .* and no text; prepare it with `{command} texts`"
+        UserError,
+        match=f"texts holds no token shards .* and no text; prepare it with `{command} texts`",
     ):
         open_here("texts")
     with pytest.raises(UserError, match=r"cannot get org/name \(train\) from the hub"):
@@ -809,14 +905,22 @@ def test_a_path_wins_over_a_name(
 
 
 def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
-    few, many = write_txt(tmp_path / "a.txt", DOCUMENTS[:20]), write_txt(tmp_path / "b.txt", DOCUMENTS)
+    few, many = (
+        write_txt(tmp_path / "a.txt", DOCUMENTS[:20]),
+        write_txt(tmp_path / "b.txt", DOCUMENTS),
+    )
     for path, line in (
         (few, "the tenth of .* kept for validation is too short"),
         (many, "validation data of .* is too short"),
     ):
         with pytest.raises(UserError, match=line) as error:
             open_here(path, seq_len=5000)
-        fits = int(str(error.value).partition("--seq-len 5000")[2].partition("--seq-len ")[2].partition(",")[0])
+        fits = int(
+            str(error.value)
+            .partition("--seq-len 5000")[2]
+            .partition("--seq-len ")[2]
+            .partition(",")[0]
+        )
         assert open_here(path, seq_len=fits).val.n_windows(fits) >= 1
     with pytest.raises(UserError, match=r"a.txt is too short"):
         open_here(few, val_data=str(many), seq_len=50_000)
@@ -840,14 +944,26 @@ BAD_SHARDS = [
         lambda f: truncate(f / "fineweb_train_000002.bin", 100),
         "fineweb_train_000002.bin is truncated or of another version",
     ),
-    (lambda f: truncate(f / "fineweb_train_000002.bin", 0), "fineweb_train_000002.bin is a foreign shard"),
+    (
+        lambda f: truncate(f / "fineweb_train_000002.bin", 0),
+        "fineweb_train_000002.bin is a foreign shard",
+    ),
     (lambda f: write_bin(f / "fineweb_train_000002.bin", [1, 2, 3], count=2), "is damaged"),
-    (lambda f: write_bin(f / "fineweb_train_000002.bin", [1, 2, 3], version=2), "of another version"),
-    (lambda f: write_bin(f / "fineweb_train_000002.bin", []), "fineweb_train_000002.bin holds no tokens"),
+    (
+        lambda f: write_bin(f / "fineweb_train_000002.bin", [1, 2, 3], version=2),
+        "of another version",
+    ),
+    (
+        lambda f: write_bin(f / "fineweb_train_000002.bin", []),
+        "fineweb_train_000002.bin holds no tokens",
+    ),
     (lambda f: (f / "x.bin").write_bytes(bytes(4000)), "x.bin is a foreign shard"),
     (lambda f: (f / "train.bin").write_bytes(bytes(4001)), "train.bin is truncated"),
     (lambda f: (f / "train.bin").write_bytes(b""), "train.bin holds no tokens"),
-    (lambda f: np.save(f / "x.npy", np.zeros((3, 3), np.uint16)), "x.npy is a foreign shard: 2-d uint16"),
+    (
+        lambda f: np.save(f / "x.npy", np.zeros((3, 3), np.uint16)),
+        "x.npy is a foreign shard: 2-d uint16",
+    ),
     (lambda f: np.save(f / "x.npy", np.zeros(3, np.int64)), "x.npy is a foreign shard: 1-d int64"),
     (
         lambda f: (np.save(f / "x.npy", np.zeros(99, np.uint16)), truncate(f / "x.npy", 150)),
@@ -902,7 +1018,8 @@ def test_another_tokenizer_than_the_shards(
     made: Path, other_bpe: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     with pytest.raises(
-        UserError, match=r"were made with tokenizer .*small \(\w{8}\), not with .*other \(\w{8}\); leave"
+        UserError,
+        match=r"were made with tokenizer .*small \(\w{8}\), not with .*other \(\w{8}\); leave",
     ):
         open_here(made, tokenizer=other_bpe)
     texts = write_txt(tmp_path / "b.txt", DOCUMENTS)
@@ -932,12 +1049,19 @@ def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("vocab_size", "many"), ("vocab_size", None), ("tokenizer", "gpt2"), ("tokenizer", {"source": 3}), ("shards", {}),
-        ("shards", ["train_000000.bin"]), ("shards", [{"name": 5}]),
+        ("vocab_size", "many"),
+        ("vocab_size", None),
+        ("tokenizer", "gpt2"),
+        ("tokenizer", {"source": 3}),
+        ("shards", {}),
+        ("shards", ["train_000000.bin"]),
+        ("shards", [{"name": 5}]),
         ("shards", [{"name": "train_000000.bin", "sha256": "0", "tokens": "all", "max_id": 1}]),
     ],
-)  # fmt: skip
-def test_a_manifest_value_of_the_wrong_kind(made: Path, open_here: Callable[..., data.Data], key, value) -> None:
+)
+def test_a_manifest_value_of_the_wrong_kind(
+    made: Path, open_here: Callable[..., data.Data], key, value
+) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     (made / "manifest.json").write_text(json.dumps(manifest | {key: value}))
     with pytest.raises(UserError, match=f"manifest.json: {key}") as error:

@@ -34,7 +34,8 @@ WORDS = ["".join(source.choices("abcdefgé", k=source.randint(2, 6))) for _ in r
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads that wait for one another cost a tiny model more than they save, the more so on a busy machine."""
+    """Threads that wait for one another cost a tiny model more than they save, the more so on a
+    busy machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -81,7 +82,9 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
     """What `evaluate.py CHECKPOINT WORDS --json -` prints."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (checkpoint, *words)), "--json", "-"])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", *map(str, (checkpoint, *words)), "--json", "-"]
+    )
     script.main()
     return json.loads(capsys.readouterr().out)
 
@@ -92,25 +95,34 @@ def log_probs(reference, ids: list[int]) -> torch.Tensor:
         return reference(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
 
 
-def of_continuation(reference, before: list[int], after: list[int], block: int) -> tuple[torch.Tensor, bool]:
+def of_continuation(
+    reference, before: list[int], after: list[int], block: int
+) -> tuple[torch.Tensor, bool]:
     """Log probability of each token of `after`, and whether all of them are the argmax."""
     ids = (before + after)[-(block + 1) :]
     scores = log_probs(reference, ids)[-len(after) :]
     return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
 
 
-def plain_hellaswag(reference, tokenizer, rows: list[dict], block: int) -> tuple[dict[str, float], list[float]]:
+def plain_hellaswag(
+    reference, tokenizer, rows: list[dict], block: int
+) -> tuple[dict[str, float], list[float]]:
     """The four accuracies of rows that both harnesses read alike, and the mean of each ending."""
     right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
     means: list[float] = []
     for row in rows:
         before = tokenizer.encode(row["ctx"] if "ctx" in row else row["ctx_a"] + " " + row["ctx_b"])
-        scored = [of_continuation(reference, before, tokenizer.encode(" " + e), block)[0] for e in row["endings"]]
+        scored = [
+            of_continuation(reference, before, tokenizer.encode(" " + e), block)[0]
+            for e in row["endings"]
+        ]
         total = torch.stack([s.double().sum() for s in scored])
         by = {
-            "acc": [1] * len(scored), "acc_norm": [len(e) for e in row["endings"]],
-            "acc_bytes": [len(e.encode()) for e in row["endings"]], "acc_tokens": [len(s) for s in scored],
-        }  # fmt: skip
+            "acc": [1] * len(scored),
+            "acc_norm": [len(e) for e in row["endings"]],
+            "acc_bytes": [len(e.encode()) for e in row["endings"]],
+            "acc_tokens": [len(s) for s in scored],
+        }
         for name, lengths in by.items():
             right[name] += int((total / torch.tensor(lengths)).argmax()) == int(row["label"])
         means += (total / torch.tensor(by["acc_tokens"])).tolist()
@@ -122,17 +134,29 @@ def plain_lambada(reference, tokenizer, rows: list[dict], block: int) -> tuple[f
     hits, nll, tokens = 0, 0.0, 0
     for row in rows:
         context, word = row["text"].rsplit(" ", 1)
-        scored, greedy = of_continuation(reference, tokenizer.encode(context), tokenizer.encode(" " + word), block)
+        scored, greedy = of_continuation(
+            reference, tokenizer.encode(context), tokenizer.encode(" " + word), block
+        )
         hits, nll, tokens = hits + greedy, nll - float(scored.sum()), tokens + len(scored)
     return hits / len(rows), math.exp(nll / len(rows)), math.exp(nll / tokens)
 
 
 HELLASWAG: list[dict[str, Any]] = [
-    {"ind": i, "ctx": text(i, 4 + 3 * i), "label": i % 4, "endings": [text(100 * i + j, 2 + j) for j in range(4)]}
+    {
+        "ind": i,
+        "ctx": text(i, 4 + 3 * i),
+        "label": i % 4,
+        "endings": [text(100 * i + j, 2 + j) for j in range(4)],
+    }
     for i in range(12)  # the longest contexts exceed block_size
 ]
 OFFICIAL = [
-    {"ctx_a": text(i, 5), "ctx_b": text(50 + i, 3), "label": str(row["label"]), "endings": row["endings"]}
+    {
+        "ctx_a": text(i, 5),
+        "ctx_b": text(50 + i, 3),
+        "label": str(row["label"]),
+        "endings": row["endings"],
+    }
     for i, row in enumerate(HELLASWAG)
 ]
 LAMBADA = [{"text": text(i, 3 + 3 * i)} for i in range(12)]
@@ -140,9 +164,13 @@ LAMBADA = [{"text": text(i, 3 + 3 * i)} for i in range(12)]
 
 @pytest.mark.parametrize("rows", [HELLASWAG, OFFICIAL], ids=["ctx", "official"])
 @pytest.mark.parametrize("batch_size", ["1", "8"])
-def test_hellaswag(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, rows, batch_size) -> None:
+def test_hellaswag(
+    checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, rows, batch_size
+) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    ours = figures(monkeypatch, capsys, checkpoint, "--hellaswag", file, "--batch-size", batch_size)["hellaswag"]
+    ours = figures(
+        monkeypatch, capsys, checkpoint, "--hellaswag", file, "--batch-size", batch_size
+    )["hellaswag"]
     expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
     assert {name: ours[name] for name in expected} == expected and ours["rows"] == 12
 
@@ -154,19 +182,29 @@ swag = st.fixed_dictionaries(
 
 
 @given(rows=st.lists(swag, min_size=1, max_size=6), batch_tokens=st.sampled_from([1, 60, 1000]))
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_four_accuracies_are_those_of_a_plain_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_the_four_accuracies_are_those_of_a_plain_loop(
+    model, tokenizer, reference, rows, batch_tokens
+) -> None:
     """Characters, bytes and tokens differ in these words; equal endings go to the first."""
-    ours = script.evaluate_hellaswag(model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens)
+    ours = script.evaluate_hellaswag(
+        model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens
+    )
     expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
     assert {name: ours[name] for name in expected} == expected
 
 
 def test_official_rows_are_written_as_the_harness_writes_them() -> None:
     official = {
-        "activity_label": "Health", "ctx_a": "How to nap [title] Find a bed [step] Lie down.", "ctx_b": "then CLOSE",
-        "ctx": "How to nap [title] Find a bed", "endings": ["[step] your eyes.  ", "a  door [title] Now"], "label": "1",
-    }  # fmt: skip
+        "activity_label": "Health",
+        "ctx_a": "How to nap [title] Find a bed [step] Lie down.",
+        "ctx_b": "then CLOSE",
+        "ctx": "How to nap [title] Find a bed",
+        "endings": ["[step] your eyes.  ", "a  door [title] Now"],
+        "label": "1",
+    }
     row = script.hellaswag_row(official)
     assert row.harness.context == "Health: How to nap. Find a bed Lie down. Then close"
     assert row.harness.endings == (" your eyes.", "a door. Now") and row.label == 1
@@ -174,7 +212,9 @@ def test_official_rows_are_written_as_the_harness_writes_them() -> None:
 
 
 def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer) -> None:
-    rows = [script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)]
+    rows = [
+        script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)
+    ]
     ours = script.evaluate_hellaswag(model, tokenizer, rows, 256)
     assert (ours["rows"], ours["rows_without_label"]) == (1, 4)
     with pytest.raises(UserError, match="no row of --hellaswag has a label"):
@@ -186,25 +226,39 @@ def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "rows.jsonl", LAMBADA)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target])
-    with pytest.raises(UserError, match="--json"):  # the model, which is not there, is not even looked for
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target]
+    )
+    with pytest.raises(
+        UserError, match="--json"
+    ):  # the model, which is not there, is not even looked for
         script.main()
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_tokens: int) -> None:
-    spans = [script.make_span(tokenizer, r["ctx"], " " + e, BLOCK) for r in HELLASWAG for e in r["endings"]]
+    spans = [
+        script.make_span(tokenizer, r["ctx"], " " + e, BLOCK)
+        for r in HELLASWAG
+        for e in r["endings"]
+    ]
     scores = script.score(model, spans, batch_tokens, "")
     _, expected = plain_hellaswag(reference, tokenizer, HELLASWAG, BLOCK)
     assert [-s.nll / s.tokens for s in scores] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", ["1", "8"])
-def test_lambada(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, batch_size) -> None:
+def test_lambada(
+    checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, batch_size
+) -> None:
     file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
-    ours = figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--batch-size", batch_size)["lambada"]
+    ours = figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--batch-size", batch_size)[
+        "lambada"
+    ]
     expected = plain_lambada(reference, tokenizer, LAMBADA, BLOCK)
-    assert (ours["accuracy"], ours["perplexity"], ours["token_perplexity"]) == pytest.approx(expected, rel=1e-4)
+    assert (ours["accuracy"], ours["perplexity"], ours["token_perplexity"]) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -> None:
@@ -223,7 +277,12 @@ def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -
 
 def test_limit(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
-    assert figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--limit", "5")["lambada"]["rows"] == 5
+    assert (
+        figures(monkeypatch, capsys, checkpoint, "--lambada", file, "--limit", "5")["lambada"][
+            "rows"
+        ]
+        == 5
+    )
 
 
 # ---- --data
@@ -240,10 +299,19 @@ def plain_nll(reference, ids: list[int], seq_len: int) -> float:
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(BLOCK, 4), (BLOCK, 1), (17, 3), (1, 500)])
-def test_data(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, seq_len: int, batch_size: int) -> None:
+def test_data(
+    checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, seq_len: int, batch_size: int
+) -> None:
     documents = [text(i, 20) for i in range(7)]
     (tmp_path / "books.jsonl").write_text("\n".join(json.dumps({"body": d}) for d in documents))
-    words = ("--data", tmp_path / "books.jsonl", "--text-column", "body", "--cache", tmp_path / "cache")
+    words = (
+        "--data",
+        tmp_path / "books.jsonl",
+        "--text-column",
+        "body",
+        "--cache",
+        tmp_path / "cache",
+    )
     options = ("--seq-len", str(seq_len), "--batch-size", str(batch_size))
     ours = figures(monkeypatch, capsys, checkpoint, *words, *options)["data"]
     ids = [id for d in documents for id in (tokenizer.eot, *tokenizer.encode(d))]
@@ -255,12 +323,16 @@ def test_data(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys, s
     assert ours["bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, abs=1e-4)
 
 
-def test_a_corpus_shorter_than_a_window(checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys) -> None:
+def test_a_corpus_shorter_than_a_window(
+    checkpoint, tokenizer, reference, tmp_path, monkeypatch, capsys
+) -> None:
     (tmp_path / "short.txt").write_text("abc de")
     words = ("--data", tmp_path / "short.txt", "--cache", tmp_path / "cache")
     ours = figures(monkeypatch, capsys, checkpoint, *words)["data"]
     ids = [tokenizer.eot, *tokenizer.encode("abc de")]
-    assert ours["loss"] == pytest.approx(plain_nll(reference, ids, BLOCK) / (len(ids) - 1), abs=1e-4)
+    assert ours["loss"] == pytest.approx(
+        plain_nll(reference, ids, BLOCK) / (len(ids) - 1), abs=1e-4
+    )
 
 
 def test_validation_shards_alone(checkpoint, tokenizer, tmp_path, monkeypatch, capsys) -> None:
@@ -270,10 +342,21 @@ def test_validation_shards_alone(checkpoint, tokenizer, tmp_path, monkeypatch, c
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(text(i, 10) for i in range(200)))
     folder = tmp_path / "shards"
     folder.mkdir()
-    tokenize_to_folder(corpus.TextFiles([tmp_path / "text.txt"]), tokenizer, folder, "text", True, lambda line: None)
+    tokenize_to_folder(
+        corpus.TextFiles([tmp_path / "text.txt"]),
+        tokenizer,
+        folder,
+        "text",
+        True,
+        lambda line: None,
+    )
     shard = next(folder.glob("val_*.bin"))
-    one = figures(monkeypatch, capsys, checkpoint, "--data", folder, "--cache", tmp_path / "cache")["data"]
-    other = figures(monkeypatch, capsys, checkpoint, "--data", shard, "--cache", tmp_path / "cache")["data"]
+    one = figures(monkeypatch, capsys, checkpoint, "--data", folder, "--cache", tmp_path / "cache")[
+        "data"
+    ]
+    other = figures(
+        monkeypatch, capsys, checkpoint, "--data", shard, "--cache", tmp_path / "cache"
+    )["data"]
     del one["seconds"], other["seconds"]
     assert one == other and one["tokens"] < 200 and byte_lengths(tokenizer).max() > 1
 
@@ -289,7 +372,9 @@ def test_metrics() -> None:
 
 def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) -> None:
     file = write_rows(tmp_path / "rows.jsonl", LAMBADA)
-    done = run(repo / "evaluate.py", checkpoint, "--lambada", file, "--json", tmp_path / "figures.json")
+    done = run(
+        repo / "evaluate.py", checkpoint, "--lambada", file, "--json", tmp_path / "figures.json"
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "figures.json").read_text())
     assert f"{written['lambada']['perplexity']:,.4f}" in done.stdout
@@ -308,18 +393,25 @@ def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) 
         (["here", "--hellaswag", "foreign"], "row 2 is not one of this benchmark"),
         (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),
         (["here", "--data", "stdlib", "--batch-size", "0"], "--batch-size is 0"),
-        (["{checkpoint}", "--data", "text", "--seq-len", "99"], "longer than the model's block_size 48"),
+        (
+            ["{checkpoint}", "--data", "text", "--seq-len", "99"],
+            "longer than the model's block_size 48",
+        ),
         (["here", "--data", "text", "--json", "no/where"], "there is no folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_bad_input_is_one_line(words: list[str], message: str, checkpoint, tmp_path, monkeypatch) -> None:
+def test_bad_input_is_one_line(
+    words: list[str], message: str, checkpoint, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("abc\n")
     (tmp_path / "empty").write_text("\n")
     write_rows(tmp_path / "foreign", [HELLASWAG[0], {**HELLASWAG[0], "label": "9"}])
     write_rows(tmp_path / "word", [{"text": "abc"}])
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(w.format(checkpoint=checkpoint) for w in words)])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", *(w.format(checkpoint=checkpoint) for w in words)]
+    )
     with pytest.raises(UserError, match=message) as raised:
         script.main()
     assert "\n" not in str(raised.value)
@@ -328,7 +420,9 @@ def test_bad_input_is_one_line(words: list[str], message: str, checkpoint, tmp_p
 @pytest.mark.skipif(not (SHARED / "lm_eval").is_dir(), reason="needs ../shared/data/lm_eval")
 def test_real_rows(tmp_path, monkeypatch) -> None:
     """Twenty rows of each benchmark with GPT-2's tokenizer and a small random model."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache")))
+    monkeypatch.setenv(
+        "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    )
     tokenizer = load_tokenizer("gpt2")
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=2, n_embd=16)).eval()
@@ -345,4 +439,6 @@ def test_real_rows(tmp_path, monkeypatch) -> None:
     assert {name: ours[name] for name in expected} == expected
     ours = script.evaluate_lambada(model, tokenizer, parsed["lambada_test"], 1024)
     expected = plain_lambada(reference, tokenizer, raw["lambada_test"], 256)
-    assert (ours["accuracy"], ours["token_perplexity"]) == pytest.approx((expected[0], expected[2]), rel=1e-4)
+    assert (ours["accuracy"], ours["token_perplexity"]) == pytest.approx(
+        (expected[0], expected[2]), rel=1e-4
+    )

@@ -1,4 +1,5 @@
-"""Text to shards by fineweb_prep.py: the bytes, whatever the workers and however often it was killed."""
+"""Text to shards by fineweb_prep.py: the bytes, whatever the workers and however often it was
+killed."""
 
 from __future__ import annotations
 
@@ -31,8 +32,27 @@ REPO = Path(__file__).resolve().parent.parent
 
 def make_documents(n: int) -> list[str]:
     rng = np.random.default_rng(5)
-    words = ["the", "of", "and", "to", "in", "that", "was", "his", "he", "it", "with", "is", "not", "which", "have"]
-    return ["\n".join(" ".join(rng.choice(words, 12)) for _ in range(rng.integers(1, 9))) for _ in range(n)]
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "that",
+        "was",
+        "his",
+        "he",
+        "it",
+        "with",
+        "is",
+        "not",
+        "which",
+        "have",
+    ]
+    return [
+        "\n".join(" ".join(rng.choice(words, 12)) for _ in range(rng.integers(1, 9)))
+        for _ in range(n)
+    ]
 
 
 DOCUMENTS = make_documents(400)
@@ -54,7 +74,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     for i, begin in enumerate((0, 150, 300)):
         rows = ["", *DOCUMENTS[begin : min(begin + 150, 400)]]
-        parquet.write_table(pyarrow.table({"id": rows, "text": rows}), folder / f"{i}.parquet", row_group_size=20)
+        parquet.write_table(
+            pyarrow.table({"id": rows, "text": rows}), folder / f"{i}.parquet", row_group_size=20
+        )
     return folder
 
 
@@ -62,7 +84,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(texts: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 3000)
 
-    def prepare(out: Path, *words: object, source: tuple[object, ...] = ("--input", f"{texts}/*.parquet")) -> int:
+    def prepare(
+        out: Path, *words: object, source: tuple[object, ...] = ("--input", f"{texts}/*.parquet")
+    ) -> int:
         options = [*source, "--out", out, "--tokenizer", bpe, "--shard-tokens", 4000, *words]
         return fineweb_prep.main([str(word) for word in options])
 
@@ -80,7 +104,9 @@ def expected(bpe: str) -> list[int]:
 
 def tokens(out: Path) -> list[int]:
     return [
-        id for file in sorted(out.glob("*.bin"), key=lambda f: f.name[-10:]) for id in read_shard(file).map().tolist()
+        id
+        for file in sorted(out.glob("*.bin"), key=lambda f: f.name[-10:])
+        for id in read_shard(file).map().tolist()
     ]
 
 
@@ -108,7 +134,9 @@ def test_the_stream_is_cut_into_shards(whole: Path, bpe: str, tmp_path: Path) ->
     ids = expected(bpe)
     assert tokens(whole) == ids
     names = [file.name for file in sorted(whole.glob("*.bin"), key=lambda f: f.name[-10:])]
-    assert names[:2] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"] and len(names) == -(-len(ids) // 4000)
+    assert names[:2] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"] and len(names) == -(
+        -len(ids) // 4000
+    )
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["documents"] == len(DOCUMENTS) and manifest["tokens"] == len(ids)
     assert manifest["bytes"] == sum(len(text.encode()) for text in DOCUMENTS)
@@ -119,7 +147,9 @@ def test_the_stream_is_cut_into_shards(whole: Path, bpe: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_bytes_do_not_depend_on_workers(workers: int, whole: Path, prepare: Callable[..., int], tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers(
+    workers: int, whole: Path, prepare: Callable[..., int], tmp_path: Path
+) -> None:
     prepare(tmp_path / "out", "--workers", workers)
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -138,8 +168,14 @@ def test_a_finished_folder_is_left_alone(
     assert prepare(tmp_path / "out", "--workers", 2) == 0
     assert "is finished already" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.bin")}
-    for option, value in (("--shard-tokens", 5000), ("--text-column", "id"), ("--max-tokens", 9000)):
-        with pytest.raises(UserError, match=rf"was made with another {option} .*; give another --out"):
+    for option, value in (
+        ("--shard-tokens", 5000),
+        ("--text-column", "id"),
+        ("--max-tokens", 9000),
+    ):
+        with pytest.raises(
+            UserError, match=rf"was made with another {option} .*; give another --out"
+        ):
             prepare(tmp_path / "out", option, value)
 
 
@@ -150,7 +186,8 @@ class Killed(BaseException):
 def test_interrupted_after_any_shard(
     whole: Path, prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped at each shard in turn, before or after its entry is written: each start does at least one more."""
+    """Stopped at each shard in turn, before or after its entry is written: each start does at least
+    one more."""
     plain, out = fineweb_prep._Run.finished, tmp_path / "out"
     n = len(contents(whole))
 
@@ -171,7 +208,9 @@ def test_interrupted_after_any_shard(
                 assert not (out / "manifest.json").exists()
     assert prepare(out) == 0
     assert contents(out) == contents(whole)
-    assert json.loads((out / "manifest.json").read_text()) == json.loads((whole / "manifest.json").read_text())
+    assert json.loads((out / "manifest.json").read_text()) == json.loads(
+        (whole / "manifest.json").read_text()
+    )
 
 
 SCRIPT = """
@@ -232,9 +271,13 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[str]) -> list[dict[str,
 
     def load_dataset(name: str, config: str | None, **options: Any) -> Any:
         asked.append({"name": name, "config": config, **options})
-        return datasets.Dataset.from_list([{"text": text} for text in rows]).to_iterable_dataset(num_shards=4)
+        return datasets.Dataset.from_list([{"text": text} for text in rows]).to_iterable_dataset(
+            num_shards=4
+        )
 
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc")
+    )
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
@@ -256,7 +299,13 @@ def test_a_hub_dataset_goes_on_where_it_stopped(
                 prepare(tmp_path / "out", source=hub)
     prepare(tmp_path / "out", source=hub)
     assert contents(tmp_path / "out") == contents(whole)
-    assert asked[0] == {"name": "org/web", "config": "sample", "split": "train", "revision": "abc", "streaming": True}
+    assert asked[0] == {
+        "name": "org/web",
+        "config": "sample",
+        "split": "train",
+        "revision": "abc",
+        "streaming": True,
+    }
     assert len(asked) == 3
 
 
@@ -265,13 +314,17 @@ def fake_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import huggingface_hub
 
     fetched: list[str] = []
-    files = [SimpleNamespace(rfilename=file.name, size=file.stat().st_size) for file in folder.iterdir()]
+    files = [
+        SimpleNamespace(rfilename=file.name, size=file.stat().st_size) for file in folder.iterdir()
+    ]
 
     def download(repo: str, name: str, local_dir: Path, **_: Any) -> None:
         fetched.append(name)
         shutil.copy(folder / name, local_dir / name)
 
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc", siblings=files))
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc", siblings=files)
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return fetched
 
@@ -283,13 +336,20 @@ def test_shards_ready_on_the_hub(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fetched, hub = fake_repository(whole, monkeypatch), ("--dataset", "org/shards", "--pretokenized", "--max-shards", 2)
+    fetched, hub = (
+        fake_repository(whole, monkeypatch),
+        ("--dataset", "org/shards", "--pretokenized", "--max-shards", 2),
+    )
     prepare(tmp_path / "out", source=hub)
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert sorted(fetched) == sorted(names)
-    made, ready = (json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "out", whole))
+    made, ready = (
+        json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "out", whole)
+    )
     by_name = {shard["name"]: shard for shard in ready["shards"]}
-    assert sorted(made["shards"], key=lambda s: s["name"]) == [by_name[name] for name in sorted(names)]
+    assert sorted(made["shards"], key=lambda s: s["name"]) == [
+        by_name[name] for name in sorted(names)
+    ]
     prepare(tmp_path / "out", source=hub)
     assert len(fetched) == 3 and "is finished already" in capsys.readouterr().out
 
@@ -330,20 +390,27 @@ def test_a_repository_without_shards(
         (["--out", "x", "--input", "a", "--shard-tokens", "-1"], "--shard-tokens is -1"),
         (["--out", "x", "--inputs", "a"], r"unknown option --inputs \(did you mean --input\?\)"),
         (["--out", "x", "--input", "none.txt", "--tokenizer", "BPE"], "no such data: none.txt"),
-        (["--out", "x", "--dataset", "org/none", "--tokenizer", "BPE"], r"cannot get org/none \(train\) from the hub"),
+        (
+            ["--out", "x", "--dataset", "org/none", "--tokenizer", "BPE"],
+            r"cannot get org/none \(train\) from the hub",
+        ),
         (
             ["--out", "x", "--dataset", "org/none", "--tokenizer", "BPE", "--pretokenized"],
             "cannot get org/none from the hub",
         ),
     ],
 )
-def test_bad_options(words: list[str], line: str, bpe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options(
+    words: list[str], line: str, bpe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=line):
         fineweb_prep.main([bpe if word == "BPE" else word for word in words])
 
 
-def test_too_little_disk(prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk(
+    prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"the shards will take about .* GB and .* has 0.0 GB free"):
         prepare(tmp_path / "out")
@@ -354,15 +421,22 @@ def test_too_little_disk(prepare: Callable[..., int], tmp_path: Path, monkeypatc
 
 
 def test_too_little_text(prepare: Callable[..., int], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"leaves nothing beside the validation shard; type --shard-tokens \d+,"):
+    with pytest.raises(
+        UserError, match=r"leaves nothing beside the validation shard; type --shard-tokens \d+,"
+    ):
         prepare(tmp_path / "out", "--shard-tokens", 10**6)
-    assert not list((tmp_path / "out").glob("*.bin*")) and not (tmp_path / "out" / "progress.json").exists()
+    assert (
+        not list((tmp_path / "out").glob("*.bin*"))
+        and not (tmp_path / "out" / "progress.json").exists()
+    )
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"empty.txt holds 0 tokens"):
         prepare(tmp_path / "out", source=("--input", tmp_path / "empty.txt"))
 
 
-def test_shards_of_someone_else_are_not_touched(prepare: Callable[..., int], tmp_path: Path) -> None:
+def test_shards_of_someone_else_are_not_touched(
+    prepare: Callable[..., int], tmp_path: Path
+) -> None:
     (tmp_path / "train.bin").write_bytes(b"1234")
     with pytest.raises(UserError, match=r"holds shards that this program did not make"):
         prepare(tmp_path)
@@ -372,7 +446,8 @@ def test_shards_of_someone_else_are_not_touched(prepare: Callable[..., int], tmp
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
 @pytest.mark.parametrize(
     "content",
-    ['{"name": "my web app", "icons": []}', '{"shards": []}', '{"settings": {"theme": "dark"}, "shards": []}', "[1]",
+    ['{"name": "my web app", "icons": []}', '{"shards": []}', '{"settings": {"theme": "dark"}, '
+                                                              '"shards": []}', "[1]",
      "null", "{}", "", '{"settings": 1}', "not json", b"\xff\xfe\x00"],
 )  # fmt: skip
 def test_state_files_of_other_programs_stay(
@@ -392,15 +467,21 @@ def test_a_foreign_progress_beside_a_finished_folder_stays(
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     (out / "progress.json").write_text('{"chapter": 3}')
-    with pytest.raises(UserError, match=r"progress.json was not written by this program; give another --out"):
+    with pytest.raises(
+        UserError, match=r"progress.json was not written by this program; give another --out"
+    ):
         prepare(out)
     assert (out / "progress.json").read_text() == '{"chapter": 3}'
 
 
-def test_a_tokenizer_of_someone_else_is_not_replaced(prepare: Callable[..., int], bpe: str, tmp_path: Path) -> None:
+def test_a_tokenizer_of_someone_else_is_not_replaced(
+    prepare: Callable[..., int], bpe: str, tmp_path: Path
+) -> None:
     shutil.copytree(bpe, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("mine")
-    with pytest.raises(UserError, match=r"tokenizer would be replaced by --tokenizer .*; give another --out"):
+    with pytest.raises(
+        UserError, match=r"tokenizer would be replaced by --tokenizer .*; give another --out"
+    ):
         prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine"
@@ -429,5 +510,7 @@ def test_exit_codes(
     assert run(*words, "--out", tmp_path / "out").returncode == 0
     wrong = run(*words)
     assert (
-        wrong.returncode == 2 and wrong.stderr.startswith("error: --out is missing") and wrong.stderr.count("\n") == 1
+        wrong.returncode == 2
+        and wrong.stderr.startswith("error: --out is missing")
+        and wrong.stderr.count("\n") == 1
     )

@@ -32,7 +32,8 @@ BLOCK = 64
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads that wait for one another cost a tiny model more than they save, the more so on a busy machine."""
+    """Threads that wait for one another cost a tiny model more than they save, the more so on a
+    busy machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,7 +43,10 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def words() -> list[str]:
     source = random.Random(0)
-    return ["".join(source.choices("abcdefgé", k=source.randint(2, 6))) for _ in range(60)] + ["naïve", "日本"]
+    return ["".join(source.choices("abcdefgé", k=source.randint(2, 6))) for _ in range(60)] + [
+        "naïve",
+        "日本",
+    ]
 
 
 def texts() -> list[str]:
@@ -52,7 +56,8 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 331 tokens (so its embedding is padded) that does not repeat itself, and its tokenizer."""
+    """A random model of 331 tokens (so its embedding is padded) that does not repeat itself, and
+    its tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "hub"
     tokenizer = train_bpe(texts(), 331, folder)
     assert tokenizer.vocab_size == 331
@@ -76,7 +81,9 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UserError, match=r"331 ids and the model of .* only 300"):
         open_model(str(tmp_path), str(checkpoint), torch.device("cpu"), torch.float32)
 
@@ -89,7 +96,16 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str | Path, stdin: str = "") -
 
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_text_is_the_whole_text(checkpoint: Path, monkeypatch, capsys, seed: int) -> None:
-    words = (checkpoint, "日本 é", "--max-new-tokens", "50", "--seed", str(seed), "--temperature", "1.5")
+    words = (
+        checkpoint,
+        "日本 é",
+        "--max-new-tokens",
+        "50",
+        "--seed",
+        str(seed),
+        "--temperature",
+        "1.5",
+    )
     call(monkeypatch, *words)
     streamed = capsys.readouterr().out
     call(monkeypatch, *words, "--no-stream")
@@ -98,8 +114,21 @@ def test_streamed_text_is_the_whole_text(checkpoint: Path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("decode", ["greedy", "contrastive", "beam", "mbr", "ensemble"])
-def test_every_way_of_decoding_writes_the_text_it_streams(checkpoint: Path, monkeypatch, capsys, decode: str) -> None:
-    words = (checkpoint, "abc", "--max-new-tokens", "12", "--decode", decode, "--candidates", "4", "--beams", "2")
+def test_every_way_of_decoding_writes_the_text_it_streams(
+    checkpoint: Path, monkeypatch, capsys, decode: str
+) -> None:
+    words = (
+        checkpoint,
+        "abc",
+        "--max-new-tokens",
+        "12",
+        "--decode",
+        decode,
+        "--candidates",
+        "4",
+        "--beams",
+        "2",
+    )
     call(monkeypatch, *words)
     streamed = capsys.readouterr().out
     call(monkeypatch, *words, "--no-stream")
@@ -117,8 +146,20 @@ def test_a_character_waits_for_its_bytes(tokenizer: Tokenizer, capsys) -> None:
     assert pieces == ["", "é", "", "", "本"]
 
 
-def test_prompts_and_samples_are_told_apart(checkpoint: Path, tokenizer: Tokenizer, model: GPT, monkeypatch, capsys):
-    words = (checkpoint, "abc", "de f", "--num-samples", "2", "--max-new-tokens", "9", "--seed", "3")
+def test_prompts_and_samples_are_told_apart(
+    checkpoint: Path, tokenizer: Tokenizer, model: GPT, monkeypatch, capsys
+):
+    words = (
+        checkpoint,
+        "abc",
+        "de f",
+        "--num-samples",
+        "2",
+        "--max-new-tokens",
+        "9",
+        "--seed",
+        "3",
+    )
     call(monkeypatch, *words, "--batch", "3")
     parts = capsys.readouterr().out.removesuffix("\n").split("\n" + script.RULE + "\n")
     prompts = ["abc", "abc", "de f", "de f"]
@@ -155,15 +196,23 @@ def test_damaged_weights_are_refused(checkpoint: Path, tmp_path: Path, monkeypat
 
 
 def test_the_command(checkpoint: Path, repo: Path, run) -> None:
-    done = run(repo / "generate.py", checkpoint, "日本", "--max-new-tokens", "5", "--decode", "greedy")
+    done = run(
+        repo / "generate.py", checkpoint, "日本", "--max-new-tokens", "5", "--decode", "greedy"
+    )
     assert done.returncode == 0 and done.stdout.startswith("日本") and not own_lines(done.stderr)
 
 
 BAD_WORDS = {
     "unknown option": (["--temprature", "1"], "did you mean --temperature"),
     "not a choice": (["--decode", "beams"], "--decode"),
-    "one text over again": (["--decode", "beam", "--num-samples", "2"], "--num-samples 2 would be one text"),
-    "no room in an ensemble": (["--decode", "ensemble", "--candidates", "6"], "--candidates 6 .* give 7 or more"),
+    "one text over again": (
+        ["--decode", "beam", "--num-samples", "2"],
+        "--num-samples 2 would be one text",
+    ),
+    "no room in an ensemble": (
+        ["--decode", "ensemble", "--candidates", "6"],
+        "--candidates 6 .* give 7 or more",
+    ),
     "no samples": (["--num-samples", "0"], "--num-samples is 0"),
     "temperature": (["--temperature", "0"], "--temperature is 0.0"),
     "no checkpoint": ([], "no checkpoint is named"),
@@ -193,7 +242,11 @@ class Terminal:
 
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            [sys.executable, *map(str, words)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
         )
         os.close(slave)
         self.unread = b""
@@ -242,5 +295,7 @@ def test_standard_input_in_utf_16_is_refused(monkeypatch, checkpoint) -> None:
     raw = io.TextIOWrapper(io.BytesIO("the moon\n".encode("utf-16")), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", raw)
     monkeypatch.setattr(sys, "argv", ["generate.py", str(checkpoint)])
-    with pytest.raises(UserError, match="standard input is not UTF-8 text; pipe it through iconv -f UTF-16"):
+    with pytest.raises(
+        UserError, match="standard input is not UTF-8 text; pipe it through iconv -f UTF-16"
+    ):
         script.main()

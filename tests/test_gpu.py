@@ -1,4 +1,5 @@
-"""What only a CUDA GPU can show. Skipped elsewhere; `make gpu-check` runs it. Needs no network and no other file."""
+"""What only a CUDA GPU can show. Skipped elsewhere; `make gpu-check` runs it. Needs no network and
+no other file."""
 
 from __future__ import annotations
 
@@ -19,17 +20,34 @@ from random_tokens import make_step
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # cpu: a rehearsal, which shows that the tests themselves work
+DEVICE = os.environ.get(
+    "GPU_TESTS_DEVICE", "cuda"
+)  # cpu: a rehearsal, which shows that the tests themselves work
 on_cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU, also in a rehearsal")
-COMPILE = "--compile" if DEVICE == "cuda" else "--no-compile"  # a fine-tune takes a CPU minutes to compile
+COMPILE = (
+    "--compile" if DEVICE == "cuda" else "--no-compile"
+)  # a fine-tune takes a CPU minutes to compile
 PROCESSES = max(1, torch.cuda.device_count())
 
 DEEP = GPTConfig(vocab_size=1000, block_size=256, n_layer=12, n_head=4, n_embd=256)
-SMALL = ["--preset", "mini", "--steps", "8", "--seq-len", "128", "--batch-tokens", "4096", "--data", "stdlib"]
+SMALL = [
+    "--preset",
+    "mini",
+    "--steps",
+    "8",
+    "--seq-len",
+    "128",
+    "--batch-tokens",
+    "4096",
+    "--data",
+    "stdlib",
+]
 OFTEN = ["--eval-every", "4", "--save-every", "4", "--sample-every", "8", "--eval-tokens", "4096"]
 
 
-def losses(device: str = DEVICE, steps: int = 6 if DEVICE == "cuda" else 2, **options: Any) -> list[float]:
+def losses(
+    device: str = DEVICE, steps: int = 6 if DEVICE == "cuda" else 2, **options: Any
+) -> list[float]:
     step, loader = make_step(device, **options)
     results = [step(s, loader(s)) for s in range(steps)]
     loader.close()
@@ -41,10 +59,11 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-# Relative to the fp32 losses of the CPU: bf16 keeps 8 bits of mantissa, fp16 and tf32 11; errors partly cancel.
-# Exact fp32 differs in the order of its sums, and AdamW's first updates are the rate times a gradient's sign, which
-# flips where a gradient is near zero. On a CPU, noise of 1e-5 of each gradient's largest value moves these losses by
-# 1.2e-6 at most, so 1e-4 leaves room for what a GPU may do; before any update the limit is tight (the test below).
+# Relative to the fp32 losses of the CPU: bf16 keeps 8 bits of mantissa, fp16 and tf32 11; errors
+# partly cancel. Exact fp32 differs in the order of its sums, and AdamW's first updates are the rate
+# times a gradient's sign, which flips where a gradient is near zero. On a CPU, noise of 1e-5 of
+# each gradient's largest value moves these losses by 1.2e-6 at most, so 1e-4 leaves room for what a
+# GPU may do; before any update the limit is tight (the test below).
 @pytest.mark.parametrize(
     "precision, tolerance",
     [
@@ -65,7 +84,8 @@ def test_losses_are_those_of_the_cpu(precision, tolerance, compiled):
 
 
 def test_the_first_gradients_in_fp32_are_those_of_the_cpu():
-    """Before any update there is no sign to differ: norm and loss agree to the order of their sums."""
+    """Before any update there is no sign to differ: norm and loss agree to the order of their
+    sums."""
     found = []
     for device in (DEVICE, "cpu"):
         step, loader = make_step(device, precision="fp32")
@@ -92,10 +112,13 @@ def test_recomputation_saves_memory_in_a_compiled_model():
 @on_cuda_only
 # Relative, as above: FP8 keeps 4 bits (e4m3) and 3 (e5m2).
 @pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU or newer"
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9,
+    reason="needs a Hopper GPU or newer",
 )
 def test_losses_in_fp8_are_those_of_the_cpu():
-    assert losses(precision="fp8", compile=True) == pytest.approx(losses("cpu", precision="fp32"), rel=3e-2)
+    assert losses(precision="fp8", compile=True) == pytest.approx(
+        losses("cpu", precision="fp32"), rel=3e-2
+    )
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -109,8 +132,11 @@ def test_losses_are_those_of_the_cpu_with_and_without_each_optimization(kernels,
 @pytest.mark.parametrize("unit", ["model", "block"])
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 8e-3), ("tf32", 2e-3)])
 def test_cuda_graphs_replay_the_same_losses(unit, precision, tolerance):
-    """Over eight micro-batches of a step: each replay overwrites what the one before it returned."""
-    ours = losses(precision=precision, compile=True, compile_unit=unit, cuda_graphs=True, micro_batch=2)
+    """Over eight micro-batches of a step: each replay overwrites what the one before it
+    returned."""
+    ours = losses(
+        precision=precision, compile=True, compile_unit=unit, cuda_graphs=True, micro_batch=2
+    )
     assert ours == pytest.approx(losses("cpu", precision="fp32"), rel=tolerance)
 
 
@@ -159,7 +185,9 @@ def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
 def test_every_attention_backend_offered_gives_the_same_output():
     device = torch.device(DEVICE)
     q, k, v = (torch.randn(2, 4, 256, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True
+    )
     for backend in attention_backends(device, torch.bfloat16):
         with torch.nn.attention.sdpa_kernel(backend):
             y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -172,7 +200,10 @@ def test_the_kv_cache_gives_the_logits_of_the_whole_sequence():
     idx = torch.randint(0, 331, (3, 64), device=DEVICE)
     with torch.no_grad(), autocast("fp32", idx.device):
         cache = KVCache(config, 3, 64)
-        parts = [model(idx[:, :20], cache=cache), *(model(idx[:, t : t + 1], cache=cache) for t in range(20, 64))]
+        parts = [
+            model(idx[:, :20], cache=cache),
+            *(model(idx[:, t : t + 1], cache=cache) for t in range(20, 64)),
+        ]
         torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=1e-4, atol=1e-4)
 
 
@@ -192,18 +223,39 @@ def test_deterministic_runs_repeat_bit_for_bit_also_when_resumed(repo, run, tmp_
     options = [*SMALL, *OFTEN, "--deterministic", "--dropout", "0.1", "--no-compile"]
     for out in ("a", "b"):
         assert run(repo / "train_gpt2.py", *options, "--out", f"runs/{out}").returncode == 0
-    branch = run(repo / "train_gpt2.py", *options, "--out", "runs/c", "--resume", "runs/a/checkpoints/step-00000004")
+    branch = run(
+        repo / "train_gpt2.py",
+        *options,
+        "--out",
+        "runs/c",
+        "--resume",
+        "runs/a/checkpoints/step-00000004",
+    )
     assert branch.returncode == 0, branch.stderr
-    a, b, c = ([(x["step"], x["loss"]) for x in records(tmp_path / "runs" / n, "train")] for n in "abc")
+    a, b, c = (
+        [(x["step"], x["loss"]) for x in records(tmp_path / "runs" / n, "train")] for n in "abc"
+    )
     assert a == b and a[4:] == c
-    weights = [(tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in "abc"]
+    weights = [
+        (tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in "abc"
+    ]
     assert weights[0] == weights[1] == weights[2]
 
 
 @on_cuda_only
 def test_a_deterministic_run_repeats_at_a_full_batch(repo, run, tmp_path):
-    """Attention's order of sums first shows at large batches: GPT-2's size, 16 rows of 1,024 tokens at once, resumed."""
-    size = ["--preset", "gpt2", "--n-layer", "4", "--seq-len", "1024", "--batch-tokens", str(1 << 16)]
+    """Attention's order of sums first shows at large batches: GPT-2's size, 16 rows of 1,024 tokens
+    at once, resumed."""
+    size = [
+        "--preset",
+        "gpt2",
+        "--n-layer",
+        "4",
+        "--seq-len",
+        "1024",
+        "--batch-tokens",
+        str(1 << 16),
+    ]
     options = [
         *size,
         "--micro-batch",
@@ -221,22 +273,46 @@ def test_a_deterministic_run_repeats_at_a_full_batch(repo, run, tmp_path):
     for out in ("a", "b"):
         done = run(repo / "train_gpt2.py", *options, "--out", f"runs/{out}")
         assert done.returncode == 0 and "repeatable bit for bit" in done.stdout, done.stderr
-    branch = run(repo / "train_gpt2.py", *options, "--out", "runs/c", "--resume", "runs/a/checkpoints/step-00000003")
+    branch = run(
+        repo / "train_gpt2.py",
+        *options,
+        "--out",
+        "runs/c",
+        "--resume",
+        "runs/a/checkpoints/step-00000003",
+    )
     assert branch.returncode == 0, branch.stderr
-    a, b, c = ([(x["step"], x["loss"]) for x in records(tmp_path / "runs" / n, "train")] for n in "abc")
+    a, b, c = (
+        [(x["step"], x["loss"]) for x in records(tmp_path / "runs" / n, "train")] for n in "abc"
+    )
     assert a == b and a[3:] == c
-    weights = [(tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in "abc"]
+    weights = [
+        (tmp_path / "runs" / name / "final/model.safetensors").read_bytes() for name in "abc"
+    ]
     assert weights[0] == weights[1] == weights[2]
 
 
-@pytest.mark.parametrize("method", ["full", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"])
+@pytest.mark.parametrize(
+    "method", ["full", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
+)
 def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, method):
     from text.tokenizer_training import train_bpe
 
     torch.manual_seed(0)
     GPT(GPTConfig(300, 128, n_layer=2, n_head=2, n_embd=64)).save_pretrained(tmp_path / "base")
     train_bpe(["The moon is up, the night is long. " * 20], 300, tmp_path / "base" / "tokenizer")
-    base = ["--init", "base", "--tokenizer", "base/tokenizer", "--method", method, "--lr", "1e-3", "--epochs", "4"]
+    base = [
+        "--init",
+        "base",
+        "--tokenizer",
+        "base/tokenizer",
+        "--method",
+        method,
+        "--lr",
+        "1e-3",
+        "--epochs",
+        "4",
+    ]
     how = {"reference": ["--device", "cpu", "--precision", "fp32", "--no-compile"],
            "here": ["--device", DEVICE, "--precision", "bf16", COMPILE]}  # fmt: skip
     found = {}
@@ -245,16 +321,24 @@ def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, me
         done = run("-m", "finetune.sonnets", *base, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         found[place] = [record["loss"] for record in records(tmp_path / "runs" / place, "train")]
-    assert len(found["reference"]) == 4 and found["here"] == pytest.approx(found["reference"], rel=1e-2)
+    assert len(found["reference"]) == 4 and found["here"] == pytest.approx(
+        found["reference"], rel=1e-2
+    )
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        ["--pooling", "last"], ["--pooling", "attention"], ["--form", "word"], ["--method", "lora"], ["--model", "lstm"],
-        ["--method", "last-layer", "--pooling", "lstm"], ["--also", "topics:0.5"], ["--class-weights", "balanced"],
+        ["--pooling", "last"],
+        ["--pooling", "attention"],
+        ["--form", "word"],
+        ["--method", "lora"],
+        ["--model", "lstm"],
+        ["--method", "last-layer", "--pooling", "lstm"],
+        ["--also", "topics:0.5"],
+        ["--class-weights", "balanced"],
     ],
-)  # fmt: skip
+)
 def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
     from text.tokenizer_training import train_bpe
 
@@ -284,16 +368,38 @@ def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
         done = run("-m", "finetune.sentiment", *base, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         found[place] = [record["loss"] for record in records(tmp_path / "runs" / place, "train")]
-    assert len(found["reference"]) == 4 and found["here"] == pytest.approx(found["reference"], rel=2e-2)
+    assert len(found["reference"]) == 4 and found["here"] == pytest.approx(
+        found["reference"], rel=2e-2
+    )
 
 
 def test_two_passes_under_dropout_run_compiled(run, tmp_path):
-    """R-Drop and SimCSE: draws differ between devices, so that it learns is all that can be told."""
+    """R-Drop and SimCSE: draws differ between devices, so that it learns is all that can be
+    told."""
     from text.tokenizer_training import train_bpe
 
     train_bpe(["A warm film, a dull film, a loud one. " * 20], 300, tmp_path / "tokenizer")
-    words = ["--init", "scratch", "--preset", "micro", "--tokenizer", "tokenizer", "--objective", "rdrop", "simcse",
-             "--simcse-group", "4", "--batch-size", "8", "--lr", "5e-3", "--steps", "40", "--out", "runs/a"]  # fmt: skip
+    words = [
+        "--init",
+        "scratch",
+        "--preset",
+        "micro",
+        "--tokenizer",
+        "tokenizer",
+        "--objective",
+        "rdrop",
+        "simcse",
+        "--simcse-group",
+        "4",
+        "--batch-size",
+        "8",
+        "--lr",
+        "5e-3",
+        "--steps",
+        "40",
+        "--out",
+        "runs/a",
+    ]
     done = run("-m", "finetune.sentiment", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [record["nll"] for record in records(tmp_path / "runs/a", "train")]
@@ -305,15 +411,36 @@ def test_two_passes_under_dropout_run_compiled(run, tmp_path):
 )
 def test_options_run_under_torchrun(repo, run, more):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-    done = run(*torchrun, repo / "train_gpt2.py", *SMALL, "--out", "runs/x", "--eval-every", "0", *more)
+    done = run(
+        *torchrun, repo / "train_gpt2.py", *SMALL, "--out", "runs/x", "--eval-every", "0", *more
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @on_cuda_only
 def test_out_of_memory_names_a_micro_batch_that_fits(repo, run):
-    huge = ["--preset", "gpt2-xl", "--data", "stdlib", "--seq-len", "1024", "--batch-tokens", str(1 << 20)]
+    huge = [
+        "--preset",
+        "gpt2-xl",
+        "--data",
+        "stdlib",
+        "--seq-len",
+        "1024",
+        "--batch-tokens",
+        str(1 << 20),
+    ]
     done = run(
-        repo / "train_gpt2.py", *huge, "--micro-batch", "1024", "--no-compile", "--steps", "1", "--out", "runs/o"
+        repo / "train_gpt2.py",
+        *huge,
+        "--micro-batch",
+        "1024",
+        "--no-compile",
+        "--steps",
+        "1",
+        "--out",
+        "runs/o",
     )
-    assert done.returncode == 2 and "out of memory" in done.stderr and "--micro-batch" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "out of memory" in done.stderr and "--micro-batch" in done.stderr
+    ), done.stderr
     assert "Traceback" not in done.stderr

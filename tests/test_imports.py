@@ -1,4 +1,5 @@
-"""A module imports only from its own package and those to the left; no circles; importing has no side effect."""
+"""A module imports only from its own package and those to the left; no circles; importing has no
+side effect."""
 
 from __future__ import annotations
 
@@ -11,11 +12,29 @@ from support import own_lines
 
 REPO = Path(__file__).resolve().parent.parent
 
-# The import order: a module imports from its own package and from those before it. Commands do not import each other.
+# The import order: a module imports from its own package and from those before it. Commands do not
+# import each other.
 ORDER = (
-    "config", "base", "storage", "kernels", "text", "model", "adapters", "decoding", "dataset", "engine", "tasks",
-    "train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer", "finetune", "tools", "benchmarks",
-)  # fmt: skip
+    "config",
+    "base",
+    "storage",
+    "kernels",
+    "text",
+    "model",
+    "adapters",
+    "decoding",
+    "dataset",
+    "engine",
+    "tasks",
+    "train_gpt2",
+    "generate",
+    "evaluate",
+    "fineweb_prep",
+    "tokenizer",
+    "finetune",
+    "tools",
+    "benchmarks",
+)
 COMMANDS = {"train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer"}
 
 
@@ -26,7 +45,9 @@ def project_modules() -> dict[str, Path]:
         *(f for f in REPO.glob("[!.]*/**/*.py") if f.relative_to(REPO).parts[0] in ORDER),
     ]
     parts = {file: file.relative_to(REPO).with_suffix("").parts for file in files}
-    return {".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())}
+    return {
+        ".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())
+    }
 
 
 MODULES = project_modules()
@@ -45,7 +66,9 @@ def imports(name: str) -> set[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, base] if base else above)
             # `from package import name`: name may be a module or something inside the package
-            found.update(f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names)
+            found.update(
+                f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names
+            )
     return {module for module in found if module in MODULES} - {name}
 
 
@@ -65,7 +88,8 @@ def test_imports_go_left() -> None:
         f"{name} -> {other}"
         for name in MODULES
         for other in sorted(imports(name))
-        if at[unit(other)] > at[unit(name)] or (unit(name) != unit(other) and unit(other) in COMMANDS)
+        if at[unit(other)] > at[unit(name)]
+        or (unit(name) != unit(other) and unit(other) in COMMANDS)
     ]
     assert not wrong, f"imports from packages to the right, or of a command: {wrong}"
 
@@ -78,19 +102,26 @@ def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> No
         waiting += imports(name) - seen
     other = {"tasks", "finetune", "tools", "benchmarks", "evaluate", "generate"}
     assert not {name for name in seen if unit(name) in other}
-    assert not seen & {"decoding.batched", "decoding.search", "decoding.similarity", "adapters.layers", "adapters.peft"}
+    assert not seen & {
+        "decoding.batched",
+        "decoding.search",
+        "decoding.similarity",
+        "adapters.layers",
+        "adapters.peft",
+    }
 
 
 def test_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
 
 
-# Floor by floor in one process, so that what each import does is its own doing. torch comes after config,
-# which must do without it, and before the others, whose effects are then told from torch's.
+# Floor by floor in one process, so that what each import does is its own doing. torch comes after
+# config, which must do without it, and before the others, whose effects are then told from torch's.
 IMPORT_EACH = """
 import importlib, json, os, random, sys, threading
 
-sys.modules.update(fcntl=None, resource=None)  # Windows has neither: nothing may need them to be imported
+# Windows has neither: nothing may need them to be imported.
+sys.modules.update(fcntl=None, resource=None)
 
 def state():
     torch = sys.modules.get("torch")

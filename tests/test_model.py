@@ -1,4 +1,5 @@
-"""GPT-2 as published: sizes, initialisation, and agreement with transformers in values, loading and training."""
+"""GPT-2 as published: sizes, initialisation, and agreement with transformers in values, loading and
+training."""
 
 from __future__ import annotations
 
@@ -50,9 +51,19 @@ def tokens(*shape: int, vocab: int = SMALL.vocab_size, seed: int = 1) -> Tensor:
 def hf(vocab_size: int = 331, tied: bool = True, **changes: Any) -> GPT2LMHeadModel:
     torch.manual_seed(2)
     config = GPT2Config(
-        vocab_size=vocab_size, n_positions=32, n_embd=64, n_layer=2, n_head=4, tie_word_embeddings=tied,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **changes,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        n_positions=32,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        tie_word_embeddings=tied,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        **changes,
+    )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -75,7 +86,12 @@ def same_function(ours: GPT, theirs: GPT2LMHeadModel, atol: float = 1e-4) -> Non
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("gpt2", 124439808), ("gpt2-medium", 354823168), ("gpt2-large", 774030080), ("gpt2-xl", 1557611200)],
+    [
+        ("gpt2", 124439808),
+        ("gpt2-medium", 354823168),
+        ("gpt2-large", 774030080),
+        ("gpt2-xl", 1557611200),
+    ],
 )
 def test_parameter_counts(preset, count):
     with torch.device("meta"):
@@ -86,7 +102,11 @@ def test_parameter_counts(preset, count):
 
 def test_untied_and_unpadded_counts():
     tied, untied = GPT(SMALL), GPT(dataclasses.replace(SMALL, tied_head=False, padded_vocab=False))
-    assert untied.n_params() == tied.n_params() + 331 * 64 == sum(p.numel() for p in untied.parameters())
+    assert (
+        untied.n_params()
+        == tied.n_params() + 331 * 64
+        == sum(p.numel() for p in untied.parameters())
+    )
 
 
 def test_flops_per_token():
@@ -106,7 +126,9 @@ def test_initialisation():
             std = 0.02 / math.sqrt(2 * 3) if name.endswith("c_proj.weight") else 0.02
             rows = config.vocab_size if "wte" in name else None
             # The standard error of a deviation over n numbers is std / sqrt(2 n): five of them.
-            assert p[:rows].std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p[:rows].numel())), name
+            assert p[:rows].std().item() == pytest.approx(
+                std, rel=5 / math.sqrt(2 * p[:rows].numel())
+            ), name
 
 
 def test_dropout_is_off_by_default_and_in_evaluation():
@@ -155,7 +177,9 @@ def test_padding_takes_no_part_in_the_loss():
         padded.head_weight[331:] = 9.0  # even where something has put numbers there
     idx = tokens(2, 8)
     for reduction in ("none", "sum"):
-        torch.testing.assert_close(padded(idx, idx, reduction=reduction), plain(idx, idx, reduction=reduction))
+        torch.testing.assert_close(
+            padded(idx, idx, reduction=reduction), plain(idx, idx, reduction=reduction)
+        )
 
 
 def test_losses_of_either_path_agree():
@@ -200,14 +224,17 @@ def test_round_trip_is_exact(tmp_path):
 def test_loads_shards(tmp_path):
     theirs = hf()
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file() and not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "model.safetensors.index.json").is_file() and not (
+        tmp_path / "model.safetensors"
+    ).exists()
     same_function(GPT.from_pretrained(tmp_path), theirs)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, prefix):
-    """The hub's own gpt2 has no prefix and carries each layer's causal mask; older files carry masked_bias too."""
+    """The hub's own gpt2 has no prefix and carries each layer's causal mask; older files carry
+    masked_bias too."""
     theirs = hf()
     theirs.config.save_pretrained(tmp_path)
     state = {
@@ -217,12 +244,15 @@ def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, pref
     for layer in range(2):
         state[f"{prefix}h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
         state[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save(state, tmp_path / file)
+    save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save(
+        state, tmp_path / file
+    )
     same_function(GPT.from_pretrained(tmp_path), theirs)
 
 
 def nanogpt(folder: Path, bias: bool, vocab: int = 331, prefix: str = "_orig_mod.") -> GPT:
-    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice); the same model here."""
+    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice); the
+    same model here."""
     model = gpt(vocab_size=min(vocab, 50257))
     if not bias:
         for name, p in model.named_parameters():
@@ -230,7 +260,9 @@ def nanogpt(folder: Path, bias: bool, vocab: int = 331, prefix: str = "_orig_mod
     state = {k: v.clone() for k, v in model.state_dict().items() if bias or not k.endswith("bias")}
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab].clone()
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    args = dict(n_layer=2, n_head=4, n_embd=64, block_size=32, bias=bias, vocab_size=vocab, dropout=0.0)
+    args = dict(
+        n_layer=2, n_head=4, n_embd=64, block_size=32, bias=bias, vocab_size=vocab, dropout=0.0
+    )
     saved = {
         "model": {prefix + k: v for k, v in state.items()},
         "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
@@ -244,7 +276,9 @@ def nanogpt(folder: Path, bias: bool, vocab: int = 331, prefix: str = "_orig_mod
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("vocab", "prefix"), [(331, "_orig_mod."), (331, ""), (50304, "_orig_mod.")])
+@pytest.mark.parametrize(
+    ("vocab", "prefix"), [(331, "_orig_mod."), (331, ""), (50304, "_orig_mod.")]
+)
 def test_loads_nanogpt(tmp_path, bias, vocab, prefix):
     expected, idx = nanogpt(tmp_path, bias, vocab, prefix), tokens(2, 32)
     for where in (tmp_path, tmp_path / "ckpt.pt"):
@@ -265,7 +299,9 @@ class Malicious:
 
 def test_a_pickle_that_is_not_weights_is_refused_and_not_run(tmp_path):
     hf().config.save_pretrained(tmp_path)
-    torch.save({"transformer.wte.weight": Malicious(tmp_path / "executed")}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"transformer.wte.weight": Malicious(tmp_path / "executed")}, tmp_path / "pytorch_model.bin"
+    )
     refused(tmp_path, "pytorch_model.bin is damaged or holds something other than weights")
     torch.save({"model": Malicious(tmp_path / "executed")}, tmp_path / "ckpt.pt")
     refused(tmp_path / "ckpt.pt", "not a nanoGPT checkpoint")
@@ -357,7 +393,9 @@ def test_explicit_attention_is_sdpa(T):
     idx, segments = tokens(2, T), (torch.arange(T) // 5).expand(2, T)
     fused, explicit = gpt(), gpt(attention="explicit")
     torch.testing.assert_close(explicit(idx), fused(idx), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(explicit(idx, segments=segments), fused(idx, segments=segments), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        explicit(idx, segments=segments), fused(idx, segments=segments), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_no_token_sees_a_later_one():
@@ -375,9 +413,13 @@ def test_documents_do_not_see_each_other(attention):
     changed = idx.clone()
     changed[0, :10], changed[1, :25] = tokens(10, seed=8), tokens(25, seed=9)
     later = model(changed, segments=segments)
-    torch.testing.assert_close(later[0, 10:], logits[0, 10:])  # the second document is blind to the first
+    torch.testing.assert_close(
+        later[0, 10:], logits[0, 10:]
+    )  # the second document is blind to the first
     torch.testing.assert_close(later[1, 25:], logits[1, 25:])
-    torch.testing.assert_close(logits[:1, :10], model(idx[:1, :10]))  # the first is what it is alone
+    torch.testing.assert_close(
+        logits[:1, :10], model(idx[:1, :10])
+    )  # the first is what it is alone
     # The second alone, its positions kept: whatever stands before it is of another document.
     alone = GPT(model.config).eval()
     alone.load_state_dict(model.state_dict())
@@ -388,7 +430,9 @@ def test_documents_do_not_see_each_other(attention):
 
 def test_one_segment_is_plain_causal_attention():
     model, idx = gpt(), tokens(2, 16)
-    torch.testing.assert_close(model(idx, segments=torch.zeros(2, 16, dtype=torch.int64)), model(idx))
+    torch.testing.assert_close(
+        model(idx, segments=torch.zeros(2, 16, dtype=torch.int64)), model(idx)
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
@@ -411,7 +455,9 @@ def test_cache_with_left_padding(parts):
     logits = torch.cat([model(piece, cache=cache) for piece in idx.split(parts, dim=1)], 1)
     assert logits.isfinite().all()
     for row, p in enumerate(pad.tolist()):
-        torch.testing.assert_close(logits[row : row + 1, p:], model(idx[row : row + 1, p:]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits[row : row + 1, p:], model(idx[row : row + 1, p:]), atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -446,17 +492,24 @@ AT = torch.tensor([0, 11, 4])
 def prefixed(model: GPT, recompute: bool = False) -> GPT:
     """With random keys and values before the text, as prefix tuning has them."""
     draw = torch.Generator().manual_seed(5)
-    layers = [torch.randn(2, 1, 4, 3, 16, generator=draw).unbind(0) for _ in range(model.config.n_layer)]
+    layers = [
+        torch.randn(2, 1, 4, 3, 16, generator=draw).unbind(0) for _ in range(model.config.n_layer)
+    ]
     model.prefix = torch.nn.Module()
     model.prefix.layers, model.prefix.length = lambda model: layers, 3
     return model
 
 
 POSITIONS: dict[str, dict[str, Any]] = {
-    "plain": {}, "explicit": dict(attention="explicit"), "recompute": dict(recompute=True),
-    "a kernel": dict(kernels=("cpu_attention",)), "one block": dict(n_layer=1), "no block": dict(n_layer=0),
-    "prefix": {}, "documents": {},
-}  # fmt: skip
+    "plain": {},
+    "explicit": dict(attention="explicit"),
+    "recompute": dict(recompute=True),
+    "a kernel": dict(kernels=("cpu_attention",)),
+    "one block": dict(n_layer=1),
+    "no block": dict(n_layer=0),
+    "prefix": {},
+    "documents": {},
+}
 
 
 @pytest.mark.parametrize("case", POSITIONS)
@@ -464,7 +517,9 @@ POSITIONS: dict[str, dict[str, Any]] = {
 def test_the_states_of_one_position_are_those_among_all(case, dtype):
     """Values, and gradients of all weights; bf16 as autocast has it."""
     model, idx = gpt(**POSITIONS[case]).train(), tokens(3, 12)
-    model = (prefixed(model) if case == "prefix" else model).to(torch.float64 if dtype == torch.float64 else None)
+    model = (prefixed(model) if case == "prefix" else model).to(
+        torch.float64 if dtype == torch.float64 else None
+    )
     segments = (torch.arange(12) // 5).expand(3, -1) if case == "documents" else None
     weigh = torch.randn(3, 64, generator=torch.Generator().manual_seed(6)).double()
 
@@ -520,20 +575,26 @@ def test_recompute_gives_equal_gradients(dropout, autocast):
 
 
 def test_trains_as_transformers_does(tmp_path):
-    """From the same weights on the same batches, 200 fp32 steps: the losses stay together to 1e-4."""
+    """From the same weights on the same batches, 200 fp32 steps: the losses stay together to
+    1e-4."""
     torch.manual_seed(0)
     ours = GPT(SMALL)
     ours.save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="sdpa").train()
     models = (ours.train(), theirs)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1) for m in models]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        for m in models
+    ]
     # A language to learn: each token follows from the one before, with a little noise.
     follows = torch.randperm(331, generator=torch.Generator().manual_seed(4))
     apart, losses = 0.0, []
     for step in range(200):
         columns = [tokens(4, seed=step)]
         while len(columns) < 33:
-            columns.append((follows[columns[-1]] + tokens(4, vocab=2, seed=len(columns) + step)) % 331)
+            columns.append(
+                (follows[columns[-1]] + tokens(4, vocab=2, seed=len(columns) + step)) % 331
+            )
         batch = torch.stack(columns, 1)
         idx, targets = batch[:, :-1], batch[:, 1:]
         a = ours(idx, targets, reduction="sum") / targets.numel()
@@ -561,10 +622,12 @@ def test_shapes_that_cannot_be():
 def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "model.fp8_linear", lambda x, w, bias: calls.append(bias) or torch.nn.functional.linear(x, w, bias)
+        "model.fp8_linear",
+        lambda x, w, bias: calls.append(bias) or torch.nn.functional.linear(x, w, bias),
     )
     monkeypatch.setattr(
-        "model.bias_gelu", lambda x, bias, triton: torch.nn.functional.gelu(x + bias, approximate="tanh")
+        "model.bias_gelu",
+        lambda x, bias, triton: torch.nn.functional.gelu(x + bias, approximate="tanh"),
     )
     torch.manual_seed(0)
     plain = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32))
@@ -572,14 +635,23 @@ def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
     eight.load_state_dict(plain.state_dict())
     idx = torch.randint(50, (2, 16))
     torch.testing.assert_close(eight(idx), plain(idx))
-    assert [bias is None for bias in calls] == [False, False, True, False]  # c_attn, c_proj, c_fc, c_proj
+    assert [bias is None for bias in calls] == [
+        False,
+        False,
+        True,
+        False,
+    ]  # c_attn, c_proj, c_fc, c_proj
     eight.eval()(idx)
     assert len(calls) == 4
 
 
 def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
     for tied in (True, False):
-        for ids in (range(300, 303), range(290, 293), range(299, 301)):  # beyond the vocabulary, within it, across
+        for ids in (
+            range(300, 303),
+            range(290, 293),
+            range(299, 301),
+        ):  # beyond the vocabulary, within it, across
             torch.manual_seed(0)
             model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
             tables = [model.transformer.wte] + ([] if tied else [model.lm_head])
@@ -589,8 +661,13 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
             for table, old in zip(tables, before, strict=True):
                 new, kept = table.weight.detach(), [i for i in range(300) if i not in ids]
                 assert torch.equal(new[kept], old[kept])
-                torch.testing.assert_close(new[list(ids)], old[: ids.start].mean(0).expand(len(ids), -1))
-                assert len(new) == model.config.padded_vocab_size and not new[model.config.vocab_size :].any()
+                torch.testing.assert_close(
+                    new[list(ids)], old[: ids.start].mean(0).expand(len(ids), -1)
+                )
+                assert (
+                    len(new) == model.config.padded_vocab_size
+                    and not new[model.config.vocab_size :].any()
+                )
             assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)
 
 
@@ -628,9 +705,14 @@ def save_as(folder: Path, tensors: dict[str, Tensor], layout: str) -> None:
         if end == "safetensors":
             save_file({name: t.contiguous() for name, t in part.items()}, folder / file)
         else:
-            torch.save({"state_dict": part, "epoch": 3} if layout == "nested bin" else part, folder / file)
+            torch.save(
+                {"state_dict": part, "epoch": 3} if layout == "nested bin" else part, folder / file
+            )
     if len(parts) > 1:
-        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        index = {
+            "metadata": {},
+            "weight_map": {name: file for file, part in parts.items() for name in part},
+        }
         (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
 
 
@@ -639,14 +721,20 @@ def save_as(folder: Path, tensors: dict[str, Tensor], layout: str) -> None:
 def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper):
     theirs = hf()
     theirs.config.save_pretrained(tmp_path)
-    tensors = {name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"}
-    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # a buffer of old checkpoints
+    tensors = {
+        name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"
+    }
+    tensors["transformer.h.0.attn.bias"] = torch.ones(
+        1, 1, 32, 32
+    ).tril()  # a buffer of old checkpoints
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["v_head.summary.weight"] = torch.zeros(1, 64)
     save_as(tmp_path, {WRAPPED[wrapper](name): t for name, t in tensors.items()}, layout)
     idx = tokens(2, 16)
     with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            GPT.from_pretrained(tmp_path).eval()(idx), theirs(idx).logits, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -654,8 +742,14 @@ def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper)
 def test_a_tied_head_is_stored_once_or_twice(tmp_path, dtype, names):
     theirs = hf().to(dtype)
     theirs.config.save_pretrained(tmp_path)
-    left_out = {"both": (), "table": ("lm_head.weight",), "head": ("transformer.wte.weight",)}[names]
-    save_as(tmp_path, {name: t.clone() for name, t in theirs.state_dict().items() if name not in left_out}, "bin")
+    left_out = {"both": (), "table": ("lm_head.weight",), "head": ("transformer.wte.weight",)}[
+        names
+    ]
+    save_as(
+        tmp_path,
+        {name: t.clone() for name, t in theirs.state_dict().items() if name not in left_out},
+        "bin",
+    )
     ours = GPT.from_pretrained(tmp_path)
     assert all(p.dtype == torch.float32 for p in ours.parameters())
     assert torch.equal(ours.head_weight[:331], theirs.lm_head.weight.float())
@@ -667,17 +761,33 @@ def test_a_classifier_of_the_hub_is_found_in_every_layout(tmp_path, layout, tied
     from adapters import heads
 
     theirs, score = hf(tied=True), torch.randn(3, 64)
-    theirs.config.update({"architectures": ["GPT2ForSequenceClassification"], "tie_word_embeddings": tied})
+    theirs.config.update(
+        {"architectures": ["GPT2ForSequenceClassification"], "tie_word_embeddings": tied}
+    )
     theirs.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
     theirs.config.save_pretrained(tmp_path)
-    tensors = {name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"}
-    save_as(tmp_path, {f"module.{name}": t for name, t in (tensors | {"score.weight": score}).items()}, layout)
+    tensors = {
+        name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"
+    }
+    save_as(
+        tmp_path,
+        {f"module.{name}": t for name, t in (tensors | {"score.weight": score}).items()},
+        layout,
+    )
     found = heads.find(tmp_path)
-    assert found and found[0].labels == ("no", "maybe", "yes") and torch.equal(found[1]["weight"], score)
-    assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wpe.weight, tensors["transformer.wpe.weight"])
+    assert (
+        found
+        and found[0].labels == ("no", "maybe", "yes")
+        and torch.equal(found[1]["weight"], score)
+    )
+    assert torch.equal(
+        GPT.from_pretrained(tmp_path).transformer.wpe.weight, tensors["transformer.wpe.weight"]
+    )
 
 
-@pytest.mark.parametrize("labels", [{"0": "no"}, {"0": "no", "1": 1, "2": "yes"}, ["no", "maybe", "yes"], "no"])
+@pytest.mark.parametrize(
+    "labels", [{"0": "no"}, {"0": "no", "1": 1, "2": "yes"}, ["no", "maybe", "yes"], "no"]
+)
 def test_labels_of_the_wrong_kind_are_refused(tmp_path, labels):
     from adapters import heads
 
@@ -696,7 +806,14 @@ def test_a_missing_shard_is_named(tmp_path, layout):
     shard.unlink()
     refused(tmp_path, f"{shard.name}, which .*index.json names, is missing")
     index = next(iter(tmp_path.glob("*.index.json")))
-    for text in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", '{"weight_map": {"a": null}}'):
+    for text in (
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        "{",
+        '{"weight_map": {"a": null}}',
+    ):
         index.write_text(text)
         refused(tmp_path, "index.json|a file")
 
@@ -707,9 +824,15 @@ def test_two_models_in_one_file_are_refused(tmp_path):
     tensors = {name: t.clone() for name, t in theirs.state_dict().items()}
     save_as(tmp_path, tensors | {"module.transformer.wpe.weight": torch.zeros(32, 64)}, "bin")
     refused(tmp_path, "holds two models")
-    save_as(tmp_path, tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)}, "bin")
+    save_as(
+        tmp_path,
+        tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)},
+        "bin",
+    )
     refused(tmp_path, "an adapter that is not merged")
-    save_as(tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin")
+    save_as(
+        tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin"
+    )
     refused(tmp_path, "quantized")
 
 
@@ -722,11 +845,22 @@ def test_loads_nanogpt_of_ddp(tmp_path, prefix):
 # --- what people and programs write into config.json
 
 READ = [
-    {"layer_norm_epsilon": "1e-05"}, {"layer_norm_epsilon": "0.00001"}, {"n_layer": "2"}, {"n_layer": 2.0},
-    {"n_head": " 4 "}, {"n_embd": "64.0"}, {"vocab_size": 331.0}, {"n_inner": 256}, {"n_inner": "256"},
-    {"n_inner": None}, {"tie_word_embeddings": 1}, {"scale_attn_weights": 1}, {"add_cross_attention": 0},
-    {"activation_function": "gelu_pytorch_tanh"}, {"model_type": None},
-]  # fmt: skip
+    {"layer_norm_epsilon": "1e-05"},
+    {"layer_norm_epsilon": "0.00001"},
+    {"n_layer": "2"},
+    {"n_layer": 2.0},
+    {"n_head": " 4 "},
+    {"n_embd": "64.0"},
+    {"vocab_size": 331.0},
+    {"n_inner": 256},
+    {"n_inner": "256"},
+    {"n_inner": None},
+    {"tie_word_embeddings": 1},
+    {"scale_attn_weights": 1},
+    {"add_cross_attention": 0},
+    {"activation_function": "gelu_pytorch_tanh"},
+    {"model_type": None},
+]
 
 
 @pytest.mark.parametrize("changes", READ, ids=str)
@@ -742,23 +876,62 @@ def test_other_names_and_missing_keys_are_as_in_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    names = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+    }
     kept = ("architectures", "vocab_size", "n_positions", *names)
-    file.write_text(json.dumps({names.get(key, key): config[key] for key in kept}), encoding="utf-8-sig")
+    file.write_text(
+        json.dumps({names.get(key, key): config[key] for key in kept}), encoding="utf-8-sig"
+    )
     assert GPT.from_pretrained(tmp_path).config == model.config
     assert GPT2Config(**json.loads(file.read_text(encoding="utf-8-sig"))).n_embd == 64
 
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-NO_SIZE = (None, "many", "", "1e999", -1, -2.0, 2.5, "2.5", True, float("nan"), float("inf"), [2], {}, 1 << 70, "0x10")
+NO_SIZE = (
+    None,
+    "many",
+    "",
+    "1e999",
+    -1,
+    -2.0,
+    2.5,
+    "2.5",
+    True,
+    float("nan"),
+    float("inf"),
+    [2],
+    {},
+    1 << 70,
+    "0x10",
+)
 WRONG = [(key, value) for key in SIZES for value in NO_SIZE] + [
-    *(("layer_norm_epsilon", value) for value in (None, "small", 0, -1e-5, float("nan"), 1e30, True, [])),
-    *((key, value) for key in ("scale_attn_weights", "tie_word_embeddings") for value in (None, "true", 2, [])),
-    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", 1), ("add_cross_attention", True),
-    ("activation_function", "gelu_fast"), ("activation_function", None), ("activation_function", 3),
-    ("n_inner", 255), ("n_inner", "wide"), ("model_type", 3), ("vocab_size", 332), ("n_positions", 31),
-    ("n_layer", 10**9), ("vocab_size", 10**12), ("architectures", "GPT2LMHeadModel"),
-]  # fmt: skip
+    *(
+        ("layer_norm_epsilon", value)
+        for value in (None, "small", 0, -1e-5, float("nan"), 1e30, True, [])
+    ),
+    *(
+        (key, value)
+        for key in ("scale_attn_weights", "tie_word_embeddings")
+        for value in (None, "true", 2, [])
+    ),
+    ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", 1),
+    ("add_cross_attention", True),
+    ("activation_function", "gelu_fast"),
+    ("activation_function", None),
+    ("activation_function", 3),
+    ("n_inner", 255),
+    ("n_inner", "wide"),
+    ("model_type", 3),
+    ("vocab_size", 332),
+    ("n_positions", 31),
+    ("n_layer", 10**9),
+    ("vocab_size", 10**12),
+    ("architectures", "GPT2LMHeadModel"),
+]
 
 
 def test_a_value_of_the_wrong_kind_names_file_and_key(tmp_path):
@@ -767,7 +940,9 @@ def test_a_value_of_the_wrong_kind_names_file_and_key(tmp_path):
     right = file.read_text()
     for key, value in WRONG:
         file.write_text(right)
-        edit_config(tmp_path, **{key: value} | ({"model_type": None} if key == "architectures" else {}))
+        edit_config(
+            tmp_path, **{key: value} | ({"model_type": None} if key == "architectures" else {})
+        )
         named = {
             "vocab_size": "vocab_size|wte",
             "n_positions": "n_positions|wpe",

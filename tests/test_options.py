@@ -1,4 +1,5 @@
-"""Every option of every command: its range and its path are beside its definition, and extremes are refused in a line."""
+"""Every option of every command: its range and its path are beside its definition, and extremes are
+refused in a line."""
 
 from __future__ import annotations
 
@@ -21,13 +22,33 @@ from decoding.options import DecodeConfig, check_decode
 from support import REPO
 
 TEXTS = {  # options of text that name no file or folder
-    "kernels", "without", "prompts", "words", "class_weights", "also", "dataset", "name", "split", "columns", "alike",
-    "only", "shape", "batch", "decode", "precision", "against", "vocab", "method", "task", "extra",
-}  # fmt: skip
+    "kernels",
+    "without",
+    "prompts",
+    "words",
+    "class_weights",
+    "also",
+    "dataset",
+    "name",
+    "split",
+    "columns",
+    "alike",
+    "only",
+    "shape",
+    "batch",
+    "decode",
+    "precision",
+    "against",
+    "vocab",
+    "method",
+    "task",
+    "extra",
+}
 
 
 def kinds_of_options() -> list[Any]:
-    """The dataclass of each command: what its file gives to `parse`, and the `config` of each task."""
+    """The dataclass of each command: what its file gives to `parse`, and the `config` of each
+    task."""
     found: dict[str, type] = {}
     folders = (REPO, REPO / "finetune", REPO / "finetune" / "tools", REPO / "benchmarks")
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
@@ -35,13 +56,21 @@ def kinds_of_options() -> list[Any]:
         if "entry_point(" not in text or path.name == "cli.py":
             continue
         tree = ast.walk(ast.parse(text))
-        calls = [node for node in tree if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"]
+        calls = [
+            node
+            for node in tree
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"
+        ]
         names = {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
         if not names and path.parent.name != "finetune":
             continue
         module = importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
         kinds = [getattr(module, name) for name in names]
-        tasks = [value for value in vars(module).values() if isinstance(value, type) and "name" in vars(value)]
+        tasks = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and "name" in vars(value)
+        ]
         kinds += [task.config for task in tasks if hasattr(task, "config")]
         found |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
     return list(found.values())
@@ -51,7 +80,11 @@ KINDS = kinds_of_options()
 
 
 def scalars(hint: Any) -> set[type]:
-    return {hint} if not get_args(hint) else {kind for part in get_args(hint) for kind in scalars(part)}
+    return (
+        {hint}
+        if not get_args(hint)
+        else {kind for part in get_args(hint) for kind in scalars(part)}
+    )
 
 
 def numeric(kind: Any) -> dict[str, tuple[type, Range]]:
@@ -67,7 +100,14 @@ def numeric(kind: Any) -> dict[str, tuple[type, Range]]:
 
 def test_there_are_options_of_every_command() -> None:
     names = {kind.__module__ for kind in KINDS}
-    assert {"config", "generate", "evaluate", "fineweb_prep", "finetune.qa", "benchmarks.stages"} <= names
+    assert {
+        "config",
+        "generate",
+        "evaluate",
+        "fineweb_prep",
+        "finetune.qa",
+        "benchmarks.stages",
+    } <= names
     assert len(KINDS) > 20
 
 
@@ -79,12 +119,35 @@ def test_every_number_has_a_range_and_every_path_is_marked(kind: Any) -> None:
         if str in scalars(hints[field.name]):
             is_path = any(isinstance(mark, PathName) for mark in marks(kind)[field.name])
             is_text = field.name in TEXTS or field.name.endswith("_column")
-            assert is_path != is_text, f"{field.name}: mark it as Where or Wheres, or name it in TEXTS"
+            assert is_path != is_text, (
+                f"{field.name}: mark it as Where or Wheres, or name it in TEXTS"
+            )
 
 
-EXTREMES = st.sampled_from(
-    [0, -1, 1, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 5e-324, 1e-45, 1e308, 0.0, math.inf, -math.inf, math.nan]
-) | st.integers() | st.floats()  # fmt: skip
+EXTREMES = (
+    st.sampled_from(
+        [
+            0,
+            -1,
+            1,
+            2**31 - 1,
+            2**31,
+            2**63,
+            2**64,
+            10**30,
+            -(10**30),
+            5e-324,
+            1e-45,
+            1e308,
+            0.0,
+            math.inf,
+            -math.inf,
+            math.nan,
+        ]
+    )
+    | st.integers()
+    | st.floats()
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -106,7 +169,9 @@ def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject)
         assert "\n" not in str(error)
         return
     got = getattr(cfg, name)
-    assert all(limits.least <= one <= limits.most for one in (got if isinstance(got, tuple) else (got,)))
+    assert all(
+        limits.least <= one <= limits.most for one in (got if isinstance(got, tuple) else (got,))
+    )
     try:
         if hasattr(cfg, "without"):
             cfg.check()
@@ -147,13 +212,19 @@ def test_every_path_option_knows_the_home(kind: type, monkeypatch: pytest.Monkey
         if path is None or positional:
             continue
         typed = "~/a b,~/c*.txt,./~,org/name" if path.many else "~/a,~b"
-        meant = "/home/someone/a b,/home/someone/c*.txt,./~,org/name" if path.many else "/home/someone/a,~b"
+        meant = (
+            "/home/someone/a b,/home/someone/c*.txt,./~,org/name"
+            if path.many
+            else "/home/someone/a,~b"
+        )
         cfg = parse(kind, [f"--{name.replace('_', '-')}={typed}"])
         got = getattr(cfg, name)
         assert got == ((meant,) if isinstance(got, tuple) else meant)
 
 
-def test_the_home_is_known_in_config_files_and_positionals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_is_known_in_config_files_and_positionals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from config import TrainConfig
     from generate import GenerateConfig
 
@@ -196,7 +267,9 @@ def test_bytes_that_are_no_text_are_replaced_and_said(bad: str, tmp_path: Path, 
     from config import TrainConfig
     from generate import GenerateConfig
 
-    (tmp_path / "c.json").write_text(json.dumps({"prompts": [bad, "é"], "out": bad}), encoding="utf-8")
+    (tmp_path / "c.json").write_text(
+        json.dumps({"prompts": [bad, "é"], "out": bad}), encoding="utf-8"
+    )
     read = parse(TrainConfig, ["--config", str(tmp_path / "c.json")])
     typed = parse(GenerateConfig, [bad, bad, "é"])
     for cfg, path in ((read, read.out), (typed, typed.checkpoint)):
@@ -235,7 +308,9 @@ def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) ->
     assert parse(GenerateConfig, [*given, "d"]).prompts == ("b", "c")
     assert parse(GenerateConfig, ["d", "e", *given]).prompts == ("e",)
     for words, called in ((["--prompts", "a"], "PROMPT"), (["--checkpoint=a"], "CHECKPOINT")):
-        with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]} is no option: {called}"):
+        with pytest.raises(
+            UserError, match=f"^{words[0].partition('=')[0]} is no option: {called}"
+        ):
             parse(GenerateConfig, words)
     with pytest.raises(UserError, match=r"^A B is empty"):
         parse(CompareConfig, [""])
@@ -250,7 +325,9 @@ def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) ->
         ('{"tokenizer": true}', 'tokenizer is true; it must be text'),
     ],
 )  # fmt: skip
-def test_a_config_file_that_cannot_be_meant_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+def test_a_config_file_that_cannot_be_meant_is_one_line(
+    text: str, told: str, tmp_path: Path
+) -> None:
     from generate import GenerateConfig
 
     (tmp_path / "c.json").write_text(text, encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Tasks that are nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss terms; and a task for
-whole runs, whose evaluations find what was written down.
+"""Tasks that are nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss
+terms; and a task for whole runs, whose evaluations find what was written down.
 
-TwoHeads: row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one for the ranker, so both
-terms have a different number of targets in every micro-batch; a batch may lack either of them or both, and a step may.
+TwoHeads: row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one
+for the ranker, so both terms have a different number of targets in every micro-batch; a batch may
+lack either of them or both, and a step may.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class TwoHeads(Task):
         self.tagged = draw.random((ROWS, 7)) < 0.6
         self.ranked = draw.random(ROWS) < 0.5
         self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
-        self.poison: dict[int, float] = {}  # step: what the loss of its second group is multiplied by
+        self.poison: dict[
+            int, float
+        ] = {}  # step: what the loss of its second group is multiplied by
         # the middle group of step 0 has rows for the ranker alone, that of step 2 for neither
         middle = batch // GROUP // 2
         self.tagged[self.rows("train", 0)[middle]] = False
@@ -91,7 +94,9 @@ class TwoHeads(Task):
             "tagged": self.tagged[ids, :width] & there,
             "ranked": self.ranked[ids],
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()
+        }
 
     def weights(self, batch: dict[str, Tensor]) -> dict[str, float]:
         counts = {"tag": float(batch["tagged"].sum()), "rank": float(batch["ranked"].sum())}
@@ -114,7 +119,9 @@ class TwoHeads(Task):
 
     def _poison(self, batch: dict[str, Tensor]) -> float:
         for step, value in self.poison.items():
-            if set(self.rows("train", step)[1].tolist()) & set(batch["ids"].tolist()):  # on rank 1, where there is one
+            if set(self.rows("train", step)[1].tolist()) & set(
+                batch["ids"].tolist()
+            ):  # on rank 1, where there is one
                 return value
         return 1.0
 
@@ -143,7 +150,12 @@ class TwoHeads(Task):
         with torch.no_grad():
             loss = self.loss(copy.deepcopy(model).double().eval(), batch)["tag"]
         tag = float(loss / batch["tagged"].sum())
-        return {"tag": tag, "rows": len(ids), "records": len(ids), "longest": self.lengths[ids].max()}
+        return {
+            "tag": tag,
+            "rows": len(ids),
+            "records": len(ids),
+            "longest": self.lengths[ids].max(),
+        }
 
 
 class Counter(nn.Module):
@@ -165,7 +177,9 @@ class Scripted(Task):
 
     def __init__(self, scores: list[float], mode: str = "min"):
         self.scores, self.best = scores, ("score", mode)
-        self.during: Callable[[str, int], None] = lambda what, step: None  # called within whatever a run does
+        self.during: Callable[[str, int], None] = lambda what, step: (
+            None
+        )  # called within whatever a run does
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
@@ -182,7 +196,9 @@ class Scripted(Task):
     def describe(self) -> dict[str, str]:
         return {}
 
-    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         return Memory(0, 0, 0, 0, 0, 0)
 
     def checkpoint_bytes(self) -> int:
@@ -201,7 +217,11 @@ class Scripted(Task):
         return {"nll": len(batch["ids"])}
 
     def amounts(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        return {"tokens": 3 * len(batch["ids"]), "padded_tokens": 5 * len(batch["ids"]), "rows": len(batch["ids"])}
+        return {
+            "tokens": 3 * len(batch["ids"]),
+            "padded_tokens": 5 * len(batch["ids"]),
+            "rows": len(batch["ids"]),
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(model, Counter)
@@ -229,12 +249,23 @@ class Scripted(Task):
 
 def whole_run(out: Path, steps: int, **options: Any) -> TrainConfig:
     """Options of a run of Scripted with whole global batches, that leaves this process as it is."""
-    fixed: dict[str, Any] = {"out": str(out), "micro_batch": "auto", "device": "cpu", "without": ("kept-memory",)}
+    fixed: dict[str, Any] = {
+        "out": str(out),
+        "micro_batch": "auto",
+        "device": "cpu",
+        "without": ("kept-memory",),
+    }
     return config(steps=steps, **fixed | options)
 
 
 def config(**options: Any) -> TrainConfig:
-    fixed: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "warmup_steps": 0, "clip": 1.0, "precision": "fp32"}
+    fixed: dict[str, Any] = {
+        "steps": STEPS,
+        "lr": 1e-2,
+        "warmup_steps": 0,
+        "clip": 1.0,
+        "precision": "fp32",
+    }
     return TrainConfig(**fixed | options)
 
 
@@ -256,12 +287,19 @@ def run_step(train: TrainStep, step: int, data: Loader) -> StepResult:
 
 
 def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
-    """A dictionary that the next step fills with the gradients it would update with; the update is left out."""
+    """A dictionary that the next step fills with the gradients it would update with; the update is
+    left out."""
     found: dict[str, Tensor] = {}
 
     def keep(lr: float, factor: Tensor | None, ok: Tensor) -> None:
         times = 1.0 if factor is None else factor
-        found.update({name: p.grad * times for name, p in step.model.named_parameters() if p.grad is not None})
+        found.update(
+            {
+                name: p.grad * times
+                for name, p in step.model.named_parameters()
+                if p.grad is not None
+            }
+        )
 
     step.optimizers.step = keep
     return found

@@ -1,7 +1,9 @@
-"""Documents to tokens: text files or a hub dataset, read in a fixed order, tokenized by several processes.
+"""Documents to tokens: text files or a hub dataset, read in a fixed order, tokenized by several
+processes.
 
-Results come back in the order of the input, so what is written never depends on the number of processes; the
-price is that one slow chunk holds back those behind it, up to a small bound that keeps memory flat.
+Results come back in the order of the input, so what is written never depends on the number of
+processes; the price is that one slow chunk holds back those behind it, up to a small bound that
+keeps memory flat.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ from text.readers import SHOWN, LeftOut
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 IN_FLIGHT = 4  # chunks between reading and writing, for each process
 
-Segment = tuple[str, bool]  # text, and whether it begins a document (or goes on with the one before)
+Segment = tuple[
+    str, bool
+]  # text, and whether it begins a document (or goes on with the one before)
 
 
 class Encoder(Protocol):
@@ -56,13 +60,17 @@ class Encoder(Protocol):
 
 
 def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> Iterator[Segment]:
-    """Documents between separator lines; one longer than a chunk comes in pieces. The last newline is the separator's.
+    """Documents between separator lines; one longer than a chunk comes in pieces. The last newline
+    is the separator's.
 
-    errors: "surrogateescape" lets single bytes pass that are not UTF-8, but no text of another encoding.
+    errors: "surrogateescape" lets single bytes pass that are not UTF-8, but no text of another
+    encoding.
     """
     sound = errors == "strict"
     try:
-        for text, starts, ends in readers.documents(readers.text_stream(stream, path, errors), CHUNK_CHARS):
+        for text, starts, ends in readers.documents(
+            readers.text_stream(stream, path, errors), CHUNK_CHARS
+        ):
             if not sound and readers.BAD_BYTE.search(text):
                 if readers.encoding_of(readers.sample_of(path)):
                     raise readers.not_utf8(str(path), path)
@@ -86,7 +94,13 @@ _READERS: dict[str, Callable[..., Iterator[Segment]] | None] = {
     ".txt": _read_txt,
     ".py": _read_python,
 } | dict.fromkeys(readers.ROW_SUFFIXES)  # None: a file of rows
-TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")  # of the files that a folder is searched for
+TEXT_SUFFIXES = (
+    ".txt",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+)  # of the files that a folder is searched for
 
 
 def suffix_of(path: Path) -> str:
@@ -94,8 +108,11 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-# Names that a system or an editor gives to files of its own: .ipynb_checkpoints, ._a.txt, #a.txt#, a.txt~.
-_HIDDEN = re.compile(r"\..*|~\$.*|.*~|#.*#|__MACOSX|\$RECYCLE\.BIN|System Volume Information|lost\+found")
+# Names that a system or an editor gives to files of its own: .ipynb_checkpoints, ._a.txt, #a.txt#,
+# a.txt~.
+_HIDDEN = re.compile(
+    r"\..*|~\$.*|.*~|#.*#|__MACOSX|\$RECYCLE\.BIN|System Volume Information|lost\+found"
+)
 
 
 def is_hidden(name: str) -> bool:
@@ -104,11 +121,11 @@ def is_hidden(name: str) -> bool:
 
 
 def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
-    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those in and below a folder
-    with one of the suffixes.
+    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those in
+    and below a folder with one of the suffixes.
 
-    Hidden files and folders count only where the item names them. Raises UserError for a folder that cannot be
-    listed, and for a link in it that leads nowhere.
+    Hidden files and folders count only where the item names them. Raises UserError for a folder
+    that cannot be listed, and for a link in it that leads nowhere.
     """
     for item in _items(spec):
         path = os.path.expanduser(item)
@@ -118,7 +135,9 @@ def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[
             files = [Path(path)] if os.path.isfile(path) else sorted(_glob(path))
         for file in files:
             if file.is_symlink() and not os.path.exists(file):
-                raise UserError(f"{file} is a link to a file that is not there; mend or remove the link")
+                raise UserError(
+                    f"{file} is a link to a file that is not there; mend or remove the link"
+                )
         yield item, [file for file in files if os.path.isfile(file)]
 
 
@@ -129,12 +148,14 @@ def _items(spec: str) -> list[str]:
 
 
 def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
-    """All in and below a folder but its folders, links followed, each folder once. Hidden names are left out unless a
-    hidden part of the `pattern` matches them."""
+    """All in and below a folder but its folders, links followed, each folder once. Hidden names are
+    left out unless a hidden part of the `pattern` matches them."""
     top, seen = os.path.realpath(folder), set[str]()
     waiting, links = [folder], list[str]()
     while waiting or links:
-        at = waiting.pop() if waiting else links.pop()  # a folder counts under its own name rather than a link's
+        at = (
+            waiting.pop() if waiting else links.pop()
+        )  # a folder counts under its own name rather than a link's
         real = os.path.realpath(at)
         if real in seen or _is_below(top, real):
             continue  # a link that leads back, or up
@@ -142,7 +163,9 @@ def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
         try:
             names = sorted(os.listdir(at), reverse=True)
         except OSError as error:
-            raise UserError(f"{at} cannot be listed: {error.strerror}; name its files, or leave it out") from None
+            raise UserError(
+                f"{at} cannot be listed: {error.strerror}; name its files, or leave it out"
+            ) from None
         for path in (os.path.join(at, name) for name in names if _is_meant(name, pattern)):
             if os.path.isdir(path):
                 (links if os.path.islink(path) else waiting).append(path)
@@ -181,7 +204,11 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
         if len(pattern) == 1:
             return bool(parts)
         return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    return (
+        bool(parts)
+        and fnmatch.fnmatchcase(parts[0], pattern[0])
+        and _matches(parts[1:], pattern[1:])
+    )
 
 
 def file_id(path: Path) -> object:
@@ -192,12 +219,14 @@ def file_id(path: Path) -> object:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a file's name in lower case: val and fineweb of fineweb_val_000000.bin, medieval of medieval.npy."""
+    """The words of a file's name in lower case: val and fineweb of fineweb_val_000000.bin, medieval
+    of medieval.npy."""
     return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def find_files(spec: str) -> list[Path]:
-    """The text files that `spec` names: files, folders and globs, separated by commas; in order, each once."""
+    """The text files that `spec` names: files, folders and globs, separated by commas; in order,
+    each once."""
     found: dict[object, Path] = {}
     for item, matches in named_files(spec, TEXT_SUFFIXES):
         if not matches:
@@ -209,7 +238,9 @@ def find_files(spec: str) -> list[Path]:
                 raise UserError(f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz)")
             found.setdefault(file_id(path), path)
     if not found:
-        raise UserError(f"no data is named in {spec!r}; give text files or a folder of token shards")
+        raise UserError(
+            f"no data is named in {spec!r}; give text files or a folder of token shards"
+        )
     return list(found.values())
 
 
@@ -219,7 +250,10 @@ def no_such_data(item: str) -> str:
     if os.path.exists(path) and not os.path.isdir(path):
         return f"{item} is neither a file nor a folder; give text files or a folder of token shards"
     if path.suffix or any(sign in item for sign in "*?["):
-        return f"no such data: {item}; give text files or a folder of token shards, or type --data stdlib"
+        return (
+            f"no such data: {item}; give text files or a folder of token shards, or type "
+            "--data stdlib"
+        )
     holds = f"{item} holds no token shards (.bin .npy) and no text"
     found = holds if os.path.isdir(path) else f"no such data: {item}"
     command = f"python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --out {item}"
@@ -229,33 +263,56 @@ def no_such_data(item: str) -> str:
 def no_hub_data(what: str, error: Exception) -> UserError:
     """What was asked of the hub, what it said, and what to type."""
     return UserError(
-        f"cannot get {what} from the hub: {reason(error, whole=True)}; check the name and the network, or use text files of your own"
+        f"cannot get {what} from the hub: {reason(error, whole=True)}; check the name and the "
+        "network, or use text files of your own"
     )
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub, not like a lost file."""
+    """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub, not
+    like a lost file."""
     owner = spec.partition("/")[0]
-    lost = owner == "data" or os.path.isdir(owner) or suffix_of(Path(spec)) in (*_READERS, ".bin", ".npy")
+    lost = (
+        owner == "data"
+        or os.path.isdir(owner)
+        or suffix_of(Path(spec)) in (*_READERS, ".bin", ".npy")
+    )
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", spec)) and not lost
 
 
 def stdlib_files() -> list[Path]:
-    """The source of the running Python's standard library: about 10 MB, the same for one version of Python.
+    """The source of the running Python's standard library: about 10 MB, the same for one version of
+    Python.
 
-    Left out: what is not the library (site-packages), its tests, which not every Python is shipped with, and tables
-    of characters, which are no text to learn from.
+    Left out: what is not the library (site-packages), its tests, which not every Python is shipped
+    with, and tables of characters, which are no text to learn from.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    outside = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "encodings"}
+    outside = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "__pycache__",
+        "encodings",
+    }
     found = []
     for folder, names, files in os.walk(root):
         names[:] = [
-            name for name in names if name not in outside and not name.startswith("config-") and not is_hidden(name)
+            name
+            for name in names
+            if name not in outside and not name.startswith("config-") and not is_hidden(name)
         ]
-        found += [Path(folder, name) for name in files if name.endswith(".py") and not is_hidden(name)]
+        found += [
+            Path(folder, name) for name in files if name.endswith(".py") and not is_hidden(name)
+        ]
     if not found:
-        raise UserError(f"the source of Python's standard library is not in {root}; give --data text files instead")
+        raise UserError(
+            f"the source of Python's standard library is not in {root}; give --data text files "
+            "instead"
+        )
     return sorted(found)
 
 
@@ -263,7 +320,8 @@ def stdlib_files() -> list[Path]:
 
 
 class Source(Protocol):
-    """Documents in a fixed order. `state` is JSON: given to `segments`, reading goes on from there."""
+    """Documents in a fixed order. `state` is JSON: given to `segments`, reading goes on from
+    there."""
 
     total: int | None  # bytes, where known
 
@@ -276,7 +334,8 @@ class Source(Protocol):
 
 
 class TextFiles:
-    """Documents of text files, in the order given. Its state is [file, records read of it, broken ones too]."""
+    """Documents of text files, in the order given. Its state is [file, records read of it, broken
+    ones too]."""
 
     def __init__(
         self,
@@ -285,7 +344,8 @@ class TextFiles:
         say: Callable[[str], None] = print,
         errors: str = "strict",
     ):
-        """say: is told of the rows that cannot be read and are left out. errors: of the bytes of a .txt file."""
+        """say: is told of the rows that cannot be read and are left out. errors: of the bytes of a
+        .txt file."""
         self.files, self.column, self.say, self.errors = list(files), column, say, errors
         self.sizes = [path.stat().st_size for path in self.files]
         self.total: int | None = sum(self.sizes)
@@ -301,7 +361,8 @@ class TextFiles:
         return list(self._at)
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
-        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column; and where all rows are broken."""
+        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column; and where
+        all rows are broken."""
         first, skip = state or (0, 0)
         rows = _Rows(self.column, self.say)
         rows.found = bool(first or skip)
@@ -329,7 +390,9 @@ class TextFiles:
                     raise UserError(readers.no_column(str(path), self.column, names))
 
             rows.waits = stream is not self._raw
-            records = readers.read_records(stream, path, suffix, [(self.column,)], check, [self.column], skip)
+            records = readers.read_records(
+                stream, path, suffix, [(self.column,)], check, [self.column], skip
+            )
             for place, cells in records:
                 yield rows.segment(f"{path} {place}", cells, path)
 
@@ -342,7 +405,9 @@ class _Rows:
     def __init__(self, column: str, say: Callable[[str], None]):
         self.column, self.say = column, say
         self.found = False  # whether there was any sound one
-        self.waits = False  # whether damage may show later in the file, which would explain the broken rows
+        self.waits = (
+            False  # whether damage may show later in the file, which would explain the broken rows
+        )
         self.left_out = LeftOut()
         self._told = 0
 
@@ -413,8 +478,12 @@ class HubDataset:
         try:
             # asked first because the library below retries for half a minute before it gives up
             self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
-            self.rows: Any = datasets.load_dataset(name, config, split=split, revision=self.revision, streaming=True)
-        except Exception as error:  # whatever HTTP client the library has today; the line says what it said
+            self.rows: Any = datasets.load_dataset(
+                name, config, split=split, revision=self.revision, streaming=True
+            )
+        except (
+            Exception
+        ) as error:  # whatever HTTP client the library has today; the line says what it said
             raise no_hub_data(self.what, error) from None
 
     def state(self) -> Any:
@@ -425,7 +494,9 @@ class HubDataset:
         try:
             for number, row in enumerate(self.rows, 1):
                 yield f"row {number}", row
-        except Exception as error:  # as above, and whatever a damaged file on the hub makes the library raise
+        except (
+            Exception
+        ) as error:  # as above, and whatever a damaged file on the hub makes the library raise
             raise no_hub_data(self.what, error) from None
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
@@ -440,7 +511,9 @@ class HubDataset:
         rows.close(self.name)
 
 
-def open_text(spec: str, column: str = "text", say: Callable[[str], None] = print, config: str | None = None) -> Source:
+def open_text(
+    spec: str, column: str = "text", say: Callable[[str], None] = print, config: str | None = None
+) -> Source:
     """Whatever text `spec` names: files, folders and globs, a dataset on the hub, or `stdlib`."""
     path = Path(spec).expanduser()
     if spec == "stdlib" and not path.exists():
@@ -466,7 +539,8 @@ class Chunk:
 
 
 def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
-    """Group what `source` holds from `state` on; documents without text are left out and counted."""
+    """Group what `source` holds from `state` on; documents without text are left out and
+    counted."""
     texts, starts, empty, size, at = [], [], 0, 0, state if state is not None else source.state()
     for text, start in source.segments(state):
         if text.strip():
@@ -482,9 +556,14 @@ def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
         yield Chunk(texts, starts, empty, at, source.position)
 
 
-def encode(tokenizer: Encoder, texts: list[str], starts: list[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all texts in one array, with end-of-text before each that begins a document; and the length of each."""
-    ids = [tokenizer.encode(text) for text in texts]  # not encode_batch, whose threads the processes stand for
+def encode(
+    tokenizer: Encoder, texts: list[str], starts: list[bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all texts in one array, with end-of-text before each that begins a document; and
+    the length of each."""
+    ids = [
+        tokenizer.encode(text) for text in texts
+    ]  # not encode_batch, whose threads the processes stand for
     lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
     tokens = np.full(lengths.sum(), tokenizer.eot, token_dtype(tokenizer.vocab_size))
     for row, end in zip(ids, np.cumsum(lengths), strict=True):
@@ -495,7 +574,8 @@ def encode(tokenizer: Encoder, texts: list[str], starts: list[bool]) -> tuple[np
 def tokenize(
     source: Iterator[Chunk], tokenizer: Encoder, workers: int
 ) -> Generator[tuple[Chunk, np.ndarray, np.ndarray]]:
-    """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in this one).
+    """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in
+    this one).
 
     At most IN_FLIGHT * workers chunks are held at any time.
     """
@@ -524,12 +604,16 @@ def tokenize(
 
 
 class _Encoders:
-    """Processes that tokenize, each with one chunk at a time. They end when this one does, however it ends."""
+    """Processes that tokenize, each with one chunk at a time. They end when this one does, however
+    it ends."""
 
     def __init__(self, tokenizer: Encoder, n: int):
-        # Forking is quick, but unsafe beside other threads; elsewhere a fresh interpreter imports the tokenizer.
+        # Forking is quick, but unsafe beside other threads; elsewhere a fresh interpreter imports
+        # the tokenizer.
         fork = sys.platform == "linux" and threading.active_count() == 1
-        context = multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
+        context = (
+            multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
+        )
         self.idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
         self._processes = []
@@ -561,7 +645,8 @@ class _Encoders:
             raise _died() from None
 
     def receive(self, block: bool) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """The results that are there; with `block`, at least one. Raises RuntimeError where a process failed."""
+        """The results that are there; with `block`, at least one. Raises RuntimeError where a
+        process failed."""
         for connection in wait(list(self._busy), None if block else 0):
             assert isinstance(connection, Connection)
             try:
@@ -580,7 +665,8 @@ def _died() -> RuntimeError:
 
 
 def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
-    """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to act on it."""
+    """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to
+    act on it."""
     parents.close()  # a fork holds the other end too, and would never see it close
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -604,7 +690,9 @@ class Progress:
     def __init__(self, label: str, total: int | None, say: Callable[[str], None]):
         self.label, self.total, self.say = label, total, say
         self._said = time.monotonic()
-        self._first: tuple[int, float] | None = None  # position and time of the first update: a resumed run's rate
+        self._first: tuple[int, float] | None = (
+            None  # position and time of the first update: a resumed run's rate
+        )
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -613,9 +701,15 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+            )
             # no refreshing thread: it would forbid the quick fork of the tokenizing processes
-            self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+            self._bar = Bar(
+                *columns, console=Console(stderr=True), auto_refresh=False, transient=True
+            )
             self._bar.start()
             self._bar.add_task(self.label, total=self.total, figures="")
         return self
@@ -628,7 +722,9 @@ class Progress:
         """`position`: bytes of input done; `tokens`: written so far."""
         figures = self._figures(position, tokens)
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=position, figures=figures, refresh=True)
+            self._bar.update(
+                self._bar.task_ids[0], completed=position, figures=figures, refresh=True
+            )
         elif time.monotonic() - self._said >= self.EVERY:
             self._said = time.monotonic()
             share = f"{position / self.total:4.0%} " if self.total else ""

@@ -32,7 +32,8 @@ def tokenize_to_folder(
     holdout: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Write the documents of `source` as shards and a manifest; with `holdout`, each hundredth goes to val."""
+    """Write the documents of `source` as shards and a manifest; with `holdout`, each hundredth goes
+    to val."""
     records: list[dict[str, Any]] = []
     writers = [
         ShardWriter(
@@ -47,21 +48,33 @@ def tokenize_to_folder(
     workers = cores() if source.total is None or source.total > SMALL else 1
     documents = tokens = empty = 0
     results = corpus.tokenize(corpus.chunks(source), tokenizer, workers)
-    with contextlib.closing(results), corpus.Progress(f"tokenizing {label}", source.total, say) as progress:
+    with (
+        contextlib.closing(results),
+        corpus.Progress(f"tokenizing {label}", source.total, say) as progress,
+    ):
         for chunk, ids, lengths in results:
             document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
             held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
             with writing("--cache", folder.parent):
                 for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
                     writer.add(part)
-            documents, tokens, empty = documents + sum(chunk.starts), tokens + len(ids), empty + chunk.empty
+            documents, tokens, empty = (
+                documents + sum(chunk.starts),
+                tokens + len(ids),
+                empty + chunk.empty,
+            )
             progress.update(chunk.position, tokens)
     if not documents:
         raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
     with writing("--cache", folder.parent):
         for writer in writers:
             writer.close()
-        write_manifest(folder, tokenizer, sorted(records, key=lambda record: record["name"]), empty_documents=empty)
+        write_manifest(
+            folder,
+            tokenizer,
+            sorted(records, key=lambda record: record["name"]),
+            empty_documents=empty,
+        )
     without = f" ({empty} empty ones left out)" if empty else ""
     say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
 

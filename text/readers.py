@@ -1,9 +1,11 @@
-"""The one reader of text files: bytes, encodings, tables and JSON, for every command that takes data.
+"""The one reader of text files: bytes, encodings, tables and JSON, for every command that takes
+data.
 
-Everything is read as a stream, so memory stays flat however long a file is; only a .json file that is one whole
-document is held in memory. What a table's cells lie between is decided from the first SAMPLE characters (for quotes,
-from the first SAMPLE characters after a cell that begins with one), so it never depends on where reading begins.
-A row that cannot be read is one record that says what is wrong with it; it never takes another row with it.
+Everything is read as a stream, so memory stays flat however long a file is; only a .json file that
+is one whole document is held in memory. What a table's cells lie between is decided from the first
+SAMPLE characters (for quotes, from the first SAMPLE characters after a cell that begins with one),
+so it never depends on where reading begins. A row that cannot be read is one record that says what
+is wrong with it; it never takes another row with it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ LAYERS = 3  # of gzip around each other: a file may be made that unpacks to itse
 
 # One row: its place in the file ("line 12"), and its cells by column or what is wrong with it.
 Record = tuple[str, dict[str, Any] | str]
-# Takes the text of a file and its name for messages. Raises UserError where the file as a whole is not right.
+# Takes the text of a file and its name for messages. Raises UserError where the file as a whole is
+# not right.
 Reader = Callable[[str, str], Iterator[Record]]
 
 
@@ -45,7 +48,8 @@ BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byt
 
 
 class Torn(str):
-    """What is wrong with a table's row whose cells do not match its columns, and the cells that it has."""
+    """What is wrong with a table's row whose cells do not match its columns, and the cells that it
+    has."""
 
     header: list[str]
     cells: list[str]
@@ -80,9 +84,11 @@ class LeftOut:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
-    """The file, and its bytes uncompressed: gzip is known by its first bytes, not by the file's name.
+    """The file, and its bytes uncompressed: gzip is known by its first bytes, not by the file's
+    name.
 
-    Raises UserError, on opening or while it is read inside the `with`, where the file cannot be read or is damaged.
+    Raises UserError, on opening or while it is read inside the `with`, where the file cannot be
+    read or is damaged.
     """
     try:
         with path.open("rb", buffering=HEAD) as file, contextlib.ExitStack() as stack:
@@ -93,14 +99,26 @@ def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
                 if head[:2] != b"\x1f\x8b":
                     break
                 if layer == LAYERS:
-                    raise UserError(f"{path} is gzip inside gzip, more than {LAYERS} times; unpack it first")
+                    raise UserError(
+                        f"{path} is gzip inside gzip, more than {LAYERS} times; unpack it first"
+                    )
                 unpacked: Any = stack.enter_context(gzip.GzipFile(mode="rb", fileobj=stream))
                 stream = io.BufferedReader(unpacked, HEAD)
-            if stream is file and path.name.lower().endswith(".gz") and head and not _is_plain(head):
-                raise UserError(f"{path} is not a sound gzip file: it does not begin as one; copy or make it again")
+            if (
+                stream is file
+                and path.name.lower().endswith(".gz")
+                and head
+                and not _is_plain(head)
+            ):
+                raise UserError(
+                    f"{path} is not a sound gzip file: it does not begin as one; copy or make it "
+                    "again"
+                )
             yield file, stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a sound gzip file: {error}; copy or make it again") from None
+        raise UserError(
+            f"{path} is not a sound gzip file: {error}; copy or make it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -114,7 +132,8 @@ def _is_plain(head: bytes) -> bool:
 
 
 def _decodes(data: bytes, encoding: str) -> str | None:
-    """The text of some bytes, of which the last character may be cut; None where it is not this encoding."""
+    """The text of some bytes, of which the last character may be cut; None where it is not this
+    encoding."""
     try:
         return codecs.getincrementaldecoder(encoding)("strict").decode(data)
     except UnicodeDecodeError:
@@ -122,7 +141,8 @@ def _decodes(data: bytes, encoding: str) -> str | None:
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """iconv's name of an encoding in units of two or four bytes, by its mark or by its zero bytes; else None."""
+    """iconv's name of an encoding in units of two or four bytes, by its mark or by its zero bytes;
+    else None."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -144,8 +164,9 @@ def _is_of_text(character: str) -> bool:
     return character.isprintable() or character in "\t\n\r\ufeff"
 
 
-# Encodings of several bytes a letter, and of another alphabet: iconv's name, a pattern of the script, and the least
-# share of the letters beyond ASCII that are of it. Decoding alone proves little, since most bytes mean something.
+# Encodings of several bytes a letter, and of another alphabet: iconv's name, a pattern of the
+# script, and the least share of the letters beyond ASCII that are of it. Decoding alone proves
+# little, since most bytes mean something.
 _SCRIPTS = (
     ("CP949", re.compile("[가-힣ㄱ-ㆎ]"), 0.85),
     ("EUC-JP", re.compile("[ぁ-ヿ]"), 0.3),
@@ -181,7 +202,8 @@ def encoding_of(sample: bytes) -> str | None:
 
 
 def convert(path: Path | str, sample: bytes) -> str:
-    """What to type for a file that is not UTF-8; the command stands at the end and works as it is."""
+    """What to type for a file that is not UTF-8; the command stands at the end and works as it
+    is."""
     encoding = encoding_of(sample)
     if encoding is None:
         return "mend it, or save the file as UTF-8 (its encoding cannot be told)"
@@ -189,10 +211,15 @@ def convert(path: Path | str, sample: bytes) -> str:
     name = path.name.removesuffix(".gz")
     suffix = Path(name).suffix
     new = str(path.with_name(f"{name.removesuffix(suffix)}.utf8{suffix}"))
-    old, new = (shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
+    old, new = (
+        shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new)
+    )
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            return f"it seems to be {encoding}; convert it: gzip -dc < {old} | iconv -f {encoding} -t UTF-8 > {new}"
+            return (
+                f"it seems to be {encoding}; convert it: gzip -dc < {old} | iconv -f "
+                f"{encoding} -t UTF-8 > {new}"
+            )
     return f"it seems to be {encoding}; convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
 
 
@@ -227,7 +254,9 @@ def check_text(head: bytes, where: Path | str) -> None:
     binary = b"\0" in head or _decodes(head, "utf-8") is None
     for mark, kind in _OTHER_KINDS.items():
         if binary and head.startswith(mark):
-            raise UserError(f"{where} is not text, but {kind}" + ("" if ";" in kind else "; unpack it first"))
+            raise UserError(
+                f"{where} is not text, but {kind}" + ("" if ";" in kind else "; unpack it first")
+            )
     if wide_encoding(head):
         raise UserError(f"{where} is not UTF-8 text; {convert(where, head)}")
 
@@ -252,7 +281,8 @@ def read_text(path: Path | str) -> str:
 
 
 def decode_input(raw: bytes, what: str) -> str:
-    """The text of standard input, without a byte order mark. Raises UserError where it is not UTF-8."""
+    """The text of standard input, without a byte order mark. Raises UserError where it is not
+    UTF-8."""
     try:
         if wide_encoding(raw[:HEAD]):
             raise ValueError
@@ -261,7 +291,9 @@ def decode_input(raw: bytes, what: str) -> str:
         name = encoding_of(raw[:HEAD])
         advice = f"pipe it through iconv -f {name} -t UTF-8" if name else "convert it"
         packed = raw[:2] == b"\x1f\x8b"
-        raise UserError(f"{what} is not UTF-8 text; {'unpack it: gzip -dc' if packed else advice}") from None
+        raise UserError(
+            f"{what} is not UTF-8 text; {'unpack it: gzip -dc' if packed else advice}"
+        ) from None
 
 
 # ---- documents of a text file
@@ -269,16 +301,18 @@ def decode_input(raw: bytes, what: str) -> str:
 
 # A line of its own. The newline before it belongs to it, not to the document.
 _SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)(?:\r?\n|\Z)")
-# GPT-2's pre-tokenizer never joins the end of a line to the start of the next, nor a word to a single space
-# behind it, so tokenizing on both sides of such a place gives the ids of the whole. `<` may begin a separator.
+# GPT-2's pre-tokenizer never joins the end of a line to the start of the next, nor a word to a
+# single space behind it, so tokenizing on both sides of such a place gives the ids of the whole.
+# `<` may begin a separator.
 SEAM = re.compile(r"\S(?:\n(?=[^\s<])|(?= \S))")
 
 
 def documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
-    """Documents between separator lines; whether the text begins a document, and whether a separator follows it.
+    """Documents between separator lines; whether the text begins a document, and whether a
+    separator follows it.
 
-    The newline before a separator is still there. A document longer than `size` characters comes in pieces, cut at
-    seams.
+    The newline before a separator is still there. A document longer than `size` characters comes in
+    pieces, cut at seams.
     """
     buffer, starts = "", True
     while True:
@@ -376,11 +410,14 @@ def _decode_line(line: bytes) -> str:
 
 
 def _is_classic(head: bytes) -> bool:
-    """Whether lines end as on the classic Mac, with a carriage return alone; quoted cells may hold other ends."""
+    """Whether lines end as on the classic Mac, with a carriage return alone; quoted cells may hold
+    other ends."""
     first = re.match(rb'(?:[^"\r\n]++|"[^"]*+")*+', head)
     assert first
     end = head[first.end() : first.end() + 2]
-    return (len(end) == 2 and end[:1] == b"\r" and end != b"\r\n") or (b"\r" in head and b"\n" not in head)
+    return (len(end) == 2 and end[:1] == b"\r" and end != b"\r\n") or (
+        b"\r" in head and b"\n" not in head
+    )
 
 
 def _classic_lines(stream: io.BufferedReader) -> Iterator[str]:
@@ -398,8 +435,11 @@ def _without_end(line: str) -> str:
 # ---- JSON
 
 
-def read_json(stream: io.BufferedReader, path: Path | str, suffix: str = ".json") -> Iterator[Record]:
-    """An object a line; or a list of objects, alone or as {"data": [...]}, which is held in memory whole.
+def read_json(
+    stream: io.BufferedReader, path: Path | str, suffix: str = ".json"
+) -> Iterator[Record]:
+    """An object a line; or a list of objects, alone or as {"data": [...]}, which is held in memory
+    whole.
 
     Raises UserError for a list that is not valid JSON.
     """
@@ -415,7 +455,9 @@ def read_json(stream: io.BufferedReader, path: Path | str, suffix: str = ".json"
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
-            raise UserError(f"{path} is not valid JSON: {_said(error)}; mend it, or write one object a line") from None
+            raise UserError(
+                f"{path} is not valid JSON: {_said(error)}; mend it, or write one object a line"
+            ) from None
         yield from ((f"line {n}", _object(line)) for n, line in enumerate(taken, 1) if line.strip())
         return
     if isinstance(items, dict):
@@ -427,7 +469,8 @@ def read_json(stream: io.BufferedReader, path: Path | str, suffix: str = ".json"
 
 
 def _is_one_document(lines: Lines, named_lines: bool) -> bool:
-    """Whether a file is one JSON document rather than an object a line, by its first two lines that hold something."""
+    """Whether a file is one JSON document rather than an object a line, by its first two lines that
+    hold something."""
     size = 1 << 12
     first, second = "", ""
     while True:
@@ -468,12 +511,22 @@ def _object(line: str) -> dict[str, Any] | str:
 
 def _marked(cells: dict[str, Any]) -> dict[str, Any]:
     """The cells, those with bytes that are not UTF-8 marked."""
-    bad = {name for name, value in cells.items() if isinstance(value, str) and BAD_BYTE.search(value)}
-    return {name: NotUtf8(value) if name in bad else value for name, value in cells.items()} if bad else cells
+    bad = {
+        name for name, value in cells.items() if isinstance(value, str) and BAD_BYTE.search(value)
+    }
+    return (
+        {name: NotUtf8(value) if name in bad else value for name, value in cells.items()}
+        if bad
+        else cells
+    )
 
 
 def _said(error: Exception) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return (
+        "it is nested too deep"
+        if isinstance(error, RecursionError)
+        else " ".join(str(error).split())
+    )
 
 
 # ---- tables
@@ -484,7 +537,9 @@ _FEW, _MANY = 5, 10  # lines inside one cell that each look like a row, from whi
 _NUMBER, _WORD = re.compile(r"[-+]?[\d.]+"), re.compile(r"\S{1,30}")
 _JUDGED = 200  # rows of the sample that are split to choose between delimiters
 _VOTES = 2000  # rows with quotes that tell whether these hold cells together
-_INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')  # the rest of a quoted cell and the quote that ends it
+_INSIDE = re.compile(
+    r'[^"]*+(?:""[^"]*+)*+(")?'
+)  # the rest of a quoted cell and the quote that ends it
 
 UNCLOSED = "has a quote that is not closed where its cell ends"
 
@@ -495,10 +550,12 @@ def read_table(
     needed: Sequence[Sequence[str]] = (),
     check: Callable[[list[str]], None] | None = None,
 ) -> Iterator[Record]:
-    """Rows of cells between the delimiter that the first line, the names of the columns, has most of.
+    """Rows of cells between the delimiter that the first line, the names of the columns, has most
+    of.
 
-    needed: for each column that is wanted, the names that it may have; they decide between two delimiters. check: is
-    called with the names of the columns, and may raise. Raises UserError where the first line does not name columns.
+    needed: for each column that is wanted, the names that it may have; they decide between two
+    delimiters. check: is called with the names of the columns, and may raise. Raises UserError
+    where the first line does not name columns.
     """
     lines = Lines(stream, path)
     if lines.is_done():
@@ -546,13 +603,17 @@ class _Table:
         return "has nothing"
 
     def rows(self, names: list[str]) -> Iterator[tuple[int, list[str] | str]]:
-        """The number of the first line of each row, and its cells, one a column, or what is wrong with it.
+        """The number of the first line of each row, and its cells, one a column, or what is wrong
+        with it.
 
-        After a row that is broken, or that runs over lines which are rows themselves, reading goes on in its second
-        line: its quote has run on to some later one by then, over rows that are whole.
+        After a row that is broken, or that runs over lines which are rows themselves, reading goes
+        on in its second line: its quote has run on to some later one by then, over rows that are
+        whole.
         """
         n = len(names)
-        held: tuple[int, list[str], list[str]] | None = None  # a row of several lines, until the next one is sound
+        held: tuple[int, list[str], list[str]] | None = (
+            None  # a row of several lines, until the next one is sound
+        )
         while (cells := self.next()) is not None:
             line = self.lines.number - len(self.taken) + 1
             if not cells:
@@ -562,7 +623,11 @@ class _Table:
             elif isinstance(cells, list) and len(self.taken) > 1 and self.swallowed(n):
                 cells = UNCLOSED
             if held:
-                ahead = [*held[2], *self.taken, *self.lines.following(_JUDGED)] if isinstance(cells, str) else []
+                ahead = (
+                    [*held[2], *self.taken, *self.lines.following(_JUDGED)]
+                    if isinstance(cells, str)
+                    else []
+                )
                 yield held[:2]
                 if ahead and _reads_on(ahead, len(held[2]), self.delimiter, n):
                     # One of the two is broken and nothing tells which, so both readings are kept.
@@ -598,7 +663,8 @@ class _Table:
         return [NotUtf8(cell) if BAD_BYTE.search(cell) else cell for cell in cells]
 
     def _split(self, line: str) -> list[str] | str:
-        """The cells of the row that begins with `line`, some of which are quoted; or what is wrong with it."""
+        """The cells of the row that begins with `line`, some of which are quoted; or what is wrong
+        with it."""
         cells: list[str] = []
         at, held, take, taken = 0, len(line), self.lines.take, self.taken
         while True:
@@ -628,16 +694,24 @@ class _Table:
             at = end + 1
 
     def swallowed(self, n: int) -> bool:
-        """Whether a row of several lines is one line with a quote that means nothing, and then rows of their own."""
+        """Whether a row of several lines is one line with a quote that means nothing, and then rows
+        of their own."""
         inside = self.taken[1:]
-        if len(inside) >= _FEW and n > 1 and _looks_like_rows(inside, self.delimiter, n) and self._alike(inside):
+        if (
+            len(inside) >= _FEW
+            and n > 1
+            and _looks_like_rows(inside, self.delimiter, n)
+            and self._alike(inside)
+        ):
             return True
         return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
 
     def _alike(self, inside: Sequence[str]) -> bool:
-        """Whether some column of these lines has what the row has in it, beside the cell that holds the lines: numbers
-        alone, or (which may be chance, so of many lines) single words."""
-        first, last = (_without_end(line).split(self.delimiter) for line in (self.taken[0], self.taken[-1]))
+        """Whether some column of these lines has what the row has in it, beside the cell that holds
+        the lines: numbers alone, or (which may be chance, so of many lines) single words."""
+        first, last = (
+            _without_end(line).split(self.delimiter) for line in (self.taken[0], self.taken[-1])
+        )
         opened = max((at for at, cell in enumerate(first) if cell.startswith('"')), default=0)
         beside = dict(enumerate(first[:opened])) | dict(list(enumerate(last))[opened + 1 :])
         rows = [_without_end(line).split(self.delimiter) for line in inside]
@@ -649,7 +723,8 @@ class _Table:
 
 
 def _closed_at(line: str, begin: int) -> int:
-    """Where the quoted cell ends whose text goes on at `begin`, its quote included; 0 where it does not."""
+    """Where the quoted cell ends whose text goes on at `begin`, its quote included; 0 where it does
+    not."""
     found = _INSIDE.match(line, begin)
     return found.end() if found and found[1] else 0
 
@@ -661,8 +736,11 @@ class _Given(Lines):
         self._lines, self._ahead, self.number, self.marked = iter(lines), deque(), 0, False
 
 
-def _rows_of(lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True) -> float:
-    """The share of the rows in these lines that have n cells; under `even` also none with a quote out of place."""
+def _rows_of(
+    lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True
+) -> float:
+    """The share of the rows in these lines that have n cells; under `even` also none with a quote
+    out of place."""
     table = _Table(_Given(lines), delimiter, quoted)
     right = rows = 0
     while rows < _JUDGED and (cells := table.next()) is not None:
@@ -674,7 +752,8 @@ def _rows_of(lines: Sequence[str], delimiter: str, n: int, even: bool = False, q
 
 
 def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
-    """Whether line `at`, which begins no sound row, belongs to one if reading begins in the second line."""
+    """Whether line `at`, which begins no sound row, belongs to one if reading begins in the second
+    line."""
     given = _Given(lines[1:])
     table = _Table(given, delimiter, True)
     while (cells := table.next()) is not None:
@@ -689,7 +768,8 @@ def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
 
 
 def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool | None]:
-    """The delimiter of a table, and whether quotes hold its cells together (None: no cell began with one so far)."""
+    """The delimiter of a table, and whether quotes hold its cells together (None: no cell began
+    with one so far)."""
     sample = lines.peek(SAMPLE)
     first = next((line for line in sample if _without_end(line)), "")
     ranked = []
@@ -704,7 +784,9 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         ranked.append((all(names & set(of) for of in needed), delimiter, quoted, len(header)))
     if len(ranked) > 1:
         rest = sample[1 : 1 + 4 * _JUDGED]
-        ranked.sort(key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True)
+        ranked.sort(
+            key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True
+        )
     if ranked:
         return ranked[0][1:3]
     # No delimiter splits the first line: one column, or a quote in it that is never closed.
@@ -716,16 +798,22 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
 
 
 def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool | None:
-    """Whether quotes hold a table's cells together (RFC 4180), judged by the rows in which a cell begins with one.
+    """Whether quotes hold a table's cells together (RFC 4180), judged by the rows in which a cell
+    begins with one.
 
-    They do where such a row is mostly one of n cells only if they do (n: those of the first row, unless given). Where
-    they mean nothing, as in MRPC, a cell that opens with a quotation mostly goes on after its end, and the line has n
-    cells as it is. None where no cell begins with a quote.
+    They do where such a row is mostly one of n cells only if they do (n: those of the first row,
+    unless given). Where they mean nothing, as in MRPC, a cell that opens with a quotation mostly
+    goes on after its end, and the line has n cells as it is. None where no cell begins with a
+    quote.
     """
     table = _Table(_Given(sample), delimiter, True)
     if n is None:
         header = table.header()
-        n = len(header) if isinstance(header, list) else _without_end(sample[0]).count(delimiter) + 1
+        n = (
+            len(header)
+            if isinstance(header, list)
+            else _without_end(sample[0]).count(delimiter) + 1
+        )
         if isinstance(header, str):
             table = _Table(_Given(sample), delimiter, True)
     cut = sum(map(len, sample)) >= SAMPLE
@@ -776,18 +864,23 @@ def read_parquet(
                 skip -= rows
                 continue
             # one group at a time: over several, the library reads far ahead
-            for batch in file.iter_batches(256, row_groups=[group], columns=columns, use_threads=False):
+            for batch in file.iter_batches(
+                256, row_groups=[group], columns=columns, use_threads=False
+            ):
                 names, values = batch.schema.names, list(map(_values, batch.columns))
                 for cells in itertools.islice(zip(*values, strict=True), skip, None):
                     number += 1
                     yield f"row {number}", dict(zip(names, cells, strict=True))
                 skip = max(0, skip - batch.num_rows)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise UserError(f"{path} is not a sound parquet file: {reason(error)}; copy or make it again") from None
+        raise UserError(
+            f"{path} is not a sound parquet file: {reason(error)}; copy or make it again"
+        ) from None
 
 
 def _values(column: Any) -> list[Any]:
-    """Python's values of a column; text that is not UTF-8 is marked, what Python has no value for becomes text."""
+    """Python's values of a column; text that is not UTF-8 is marked, what Python has no value for
+    becomes text."""
     import pyarrow
 
     try:
@@ -826,17 +919,21 @@ def read_records(
     columns: Sequence[str] | None = None,
     skip: int = 0,
 ) -> Iterator[Record]:
-    """The rows of an open file from the record `skip` on, by its suffix; see the reader of each kind."""
+    """The rows of an open file from the record `skip` on, by its suffix; see the reader of each
+    kind."""
     if suffix == ".parquet":
         return read_parquet(stream, path, check, columns, skip)
     records = (
-        read_json(stream, path, suffix) if suffix in (".json", ".jsonl") else read_table(stream, path, needed, check)
+        read_json(stream, path, suffix)
+        if suffix in (".json", ".jsonl")
+        else read_table(stream, path, needed, check)
     )
     return itertools.islice(records, skip, None)
 
 
 def text_of(cells: dict[str, Any] | str, column: str) -> str | None:
-    """The text of a row; None where it has none that can be read: `fault_of` says why. A missing value is no text."""
+    """The text of a row; None where it has none that can be read: `fault_of` says why. A missing
+    value is no text."""
     value = cells.get(column, cells.get(column.strip(), b"")) if isinstance(cells, dict) else b""
     if value is None:
         return ""
@@ -852,12 +949,19 @@ def fault_of(cells: dict[str, Any] | str, column: str, path: Path | str) -> str:
     value = cells.get(column, cells.get(column.strip()))
     if isinstance(value, NotUtf8):
         return with_advice(f"is not UTF-8 text in column {column!r}", cells, path)
-    return f"holds {type(value).__name__} in column {column!r}, not text; name another with --text-column"
+    return (
+        f"holds {type(value).__name__} in column {column!r}, not text; name another with "
+        "--text-column"
+    )
 
 
 def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> str:
     """What is wrong with a row and, where its bytes are not UTF-8, what to type."""
-    bad = next((v for v in cells.values() if isinstance(v, NotUtf8)), "") if isinstance(cells, dict) else ""
+    bad = (
+        next((v for v in cells.values() if isinstance(v, NotUtf8)), "")
+        if isinstance(cells, dict)
+        else ""
+    )
     if not fault.startswith("is not UTF-8 text") or not (bad or isinstance(cells, str)):
         return fault
     head = b""
@@ -871,4 +975,7 @@ def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> st
 def no_column(where: str, column: str, found: Sequence[str]) -> str:
     """What is wrong with a row or a file that lacks a column, and what to type."""
     names = ", ".join(found) or "none"
-    return f"{where} has no column {column!r}{nearest(column, found)}; it has: {names}. Use --text-column NAME"
+    return (
+        f"{where} has no column {column!r}{nearest(column, found)}; it has: {names}. Use "
+        "--text-column NAME"
+    )

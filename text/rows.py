@@ -1,6 +1,7 @@
 """Labelled and text files to rows: what a fine-tuning task trains on, validates on and predicts.
 
-The rows are held in memory: those of fine-tuning fit into it. How a file is read stands in text/readers.py.
+The rows are held in memory: those of fine-tuning fit into it. How a file is read stands in
+text/readers.py.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ Columns = Mapping[str, str | tuple[str, ...]]
 # Takes a record and gives those that a task makes of it: rows that hold several questions, say.
 Expand = Callable[[Record], Iterator[Record]]
 
-_NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # what bytes that are not UTF-8 become when decoded to be looked at
+_NO_UTF8 = re.compile(
+    r"[\ud800-\udfff]"
+)  # what bytes that are not UTF-8 become when decoded to be looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a file says in one row, by the task's names for it; "" for an optional field without a column."""
+    """What a file says in one row, by the task's names for it; "" for an optional field without a
+    column."""
 
     fields: dict[str, str]
     where: str  # "songs.csv line 12"
@@ -82,32 +86,46 @@ def read_rows(
     say: Callable[[str], None] = print,
     every: bool = False,
 ) -> Rows:
-    """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub ids, comma-separated.
+    """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub
+    ids, comma-separated.
 
-    columns: per field of the task, the column that the user named, or a tuple of usual names, the first of them that
-    is there being taken. Fields that are `optional` may be empty, and lack a column unless the user named it. split:
-    which part of a hub dataset; and of a folder, where its files' names tell. lines: each line of a text file is a row
-    with the column "text", rather than each document. readers: by suffix, in place of those here. expand: what the
-    rows of every kind of file are turned into.
+    columns: per field of the task, the column that the user named, or a tuple of usual names, the
+    first of them that is there being taken. Fields that are `optional` may be empty, and lack a
+    column unless the user named it. split: which part of a hub dataset; and of a folder, where its
+    files' names tell. lines: each line of a text file is a row with the column "text", rather than
+    each document. readers: by suffix, in place of those here. expand: what the rows of every kind
+    of file are turned into.
 
-    A row that is broken (cells missing, a field empty, not JSON, not UTF-8) is told to `say`, counted and left out;
-    under `strict` it ends the run. Raises UserError naming file and line or column; also where no row is left.
+    A row that is broken (cells missing, a field empty, not JSON, not UTF-8) is told to `say`,
+    counted and left out; under `strict` it ends the run. Raises UserError naming file and line or
+    column; also where no row is left.
 
-    every: all rows are wanted, in their order, since each is to be answered. An empty field is no fault then, and a
-    broken row is told and kept with what can be read of it: see `_kept`.
+    every: all rows are wanted, in their order, since each is to be answered. An empty field is no
+    fault then, and a broken row is told and kept with what can be read of it: see `_kept`.
     """
     rows: list[Row] = []
     broken: list[str] = []
     needed = [
-        (names,) if isinstance(names, str) else names for field, names in columns.items() if field not in optional
+        (names,) if isinstance(names, str) else names
+        for field, names in columns.items()
+        if field not in optional
     ]
     for name, records in _sources(spec, split, _Kind(needed, lines, readers or {}, expand)):
         chosen: dict[str, str | None] = {}
-        found = dict.fromkeys(column for _, cells in records if isinstance(cells, dict) for column in cells)
+        found = dict.fromkeys(
+            column for _, cells in records if isinstance(cells, dict) for column in cells
+        )
         if found:
-            chosen = {field: _choose(name, field, columns[field], list(found), optional) for field in columns}
+            chosen = {
+                field: _choose(name, field, columns[field], list(found), optional)
+                for field in columns
+            }
         for place, cells in records:
-            fields = _fields(cells, chosen, columns if every else optional) if isinstance(cells, dict) else cells
+            fields = (
+                _fields(cells, chosen, columns if every else optional)
+                if isinstance(cells, dict)
+                else cells
+            )
             where = f"{name} {place}"
             if isinstance(fields, str) and (strict or len(broken) < SHOWN):
                 fields = with_advice(fields, cells, name)
@@ -119,11 +137,17 @@ def read_rows(
                 broken.append(f"{where} {fields}")
                 if every:
                     wanted = [field for field in columns if field not in optional]
-                    rows.append(_kept(cells, chosen or dict.fromkeys(columns), wanted, where, fields))
-    # Where no row is UTF-8, the file is in another encoding, and its answers would be those of other texts.
+                    rows.append(
+                        _kept(cells, chosen or dict.fromkeys(columns), wanted, where, fields)
+                    )
+    # Where no row is UTF-8, the file is in another encoding, and its answers would be those of
+    # other texts.
     elsewhere = len(rows) > 1 and sum("is not UTF-8 text" in line for line in broken) == len(rows)
     if elsewhere or all(row.fault for row in rows):
-        raise UserError(f"{spec} holds no row that can be read" + (f": {broken[0]}" if broken else "; give other data"))
+        raise UserError(
+            f"{spec} holds no row that can be read"
+            + (f": {broken[0]}" if broken else "; give other data")
+        )
     said = "damaged" if every else "left out"
     for line in broken[:SHOWN]:
         say(f"{said}: {line}")
@@ -133,13 +157,18 @@ def read_rows(
 
 
 def _kept(
-    cells: dict[str, Any] | str, chosen: dict[str, str | None], needed: Collection[str], where: str, wrong: str
+    cells: dict[str, Any] | str,
+    chosen: dict[str, str | None],
+    needed: Collection[str],
+    where: str,
+    wrong: str,
 ) -> Row:
-    """A broken row with what can be read of it; it has a fault where that is not all that is `needed`.
+    """A broken row with what can be read of it; it has a fault where that is not all that is
+    `needed`.
 
-    Cells that a table's row lacks at its end are empty. Where it has too many, the delimiter stands in a text: columns
-    before the first text count from the left, and those after the last one from the right. Bytes that are not UTF-8
-    become U+FFFD.
+    Cells that a table's row lacks at its end are empty. Where it has too many, the delimiter stands
+    in a text: columns before the first text count from the left, and those after the last one from
+    the right. Bytes that are not UTF-8 become U+FFFD.
     """
     if isinstance(cells, Torn):
         cells = _matched(cells, [column for field in needed if (column := chosen[field])])
@@ -167,7 +196,11 @@ def _matched(torn: Torn, texts: Collection[str]) -> dict[str, str]:
 
 
 def _choose(
-    where: str, field: str, given: str | tuple[str, ...], found: list[str], optional: Collection[str]
+    where: str,
+    field: str,
+    given: str | tuple[str, ...],
+    found: list[str],
+    optional: Collection[str],
 ) -> str | None:
     """The column of a field; None for an optional field without one."""
     names = (given,) if isinstance(given, str) else given
@@ -177,7 +210,8 @@ def _choose(
     close = next(filter(None, (nearest(name, found) for name in names)), "")
     listed = ", ".join(map(_shown, filter(None, found[:20]))) or "none with a name"
     raise UserError(
-        f"{where} has no column {' or '.join(map(repr, names))}{close}; it has (a table names them in its first line): "
+        f"{where} has no column {' or '.join(map(repr, names))}{close}; it has (a table names them "
+        "in its first line): "
         f"{listed}. Use --{field.replace('_', '-')}-column NAME"
     )
 
@@ -187,7 +221,9 @@ def _shown(text: str) -> str:
     return text[:60].encode("utf-8", "backslashreplace").decode()
 
 
-def _fields(cells: dict[str, Any], chosen: dict[str, str | None], optional: Collection[str]) -> dict[str, str] | str:
+def _fields(
+    cells: dict[str, Any], chosen: dict[str, str | None], optional: Collection[str]
+) -> dict[str, str] | str:
     """The fields of a row, with the line ends of Unix, or what is wrong with it."""
     fields = {}
     for field, column in chosen.items():
@@ -218,7 +254,9 @@ class _Kind:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", *self.readers)))
+        return tuple(
+            dict.fromkeys((".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", *self.readers))
+        )
 
     def read(self, path: Path) -> list[Record]:
         suffix = suffix_of(path)
@@ -233,7 +271,11 @@ class _Kind:
     def _is_table(self, head: bytes) -> bool:
         """Whether the first line of a text file names all columns that are needed."""
         first = head.decode("utf-8-sig", "replace").partition("\n")[0].rstrip("\r").split("\t")
-        return len(first) > 1 and bool(self.needed) and all(set(names) & set(first) for names in self.needed)
+        return (
+            len(first) > 1
+            and bool(self.needed)
+            and all(set(names) & set(first) for names in self.needed)
+        )
 
     def expanded(self, records: Iterable[Record]) -> list[Record]:
         if self.expand is None:
@@ -250,7 +292,10 @@ def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Rec
             name, _, config = item.partition(":")
             yield item, kind.expanded(HubDataset(name, config or None, split).records())
         elif not files:
-            raise UserError(f"no such data: {item}; give files ({' '.join(known)}), a folder of them or a hub id")
+            raise UserError(
+                f"no such data: {item}; give files ({' '.join(known)}), a folder of them or a hub "
+                "id"
+            )
         folder = Path(item).expanduser()
         for path in _of_split(files, folder, split) if folder.is_dir() else files:
             if suffix_of(path) not in known:
@@ -265,17 +310,22 @@ _SPLITS |= {"dev": "validation", "test": "test"}
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Those of a folder's files whose names tell this split, as the hub names them; all where no name tells one."""
+    """Those of a folder's files whose names tell this split, as the hub names them; all where no
+    name tells one."""
     told = [_split_of(path.relative_to(folder)) for path in files]
     if not any(told):
         return files
     if split not in told:
-        raise UserError(f"{folder} has no file of the split {split!r}, and files of others; name the files instead")
+        raise UserError(
+            f"{folder} has no file of the split {split!r}, and files of others; name the files "
+            "instead"
+        )
     return [path for path, of in zip(files, told, strict=True) if of == split]
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a whole word of a file's name tells, else that of the nearest folder's that tells one."""
+    """The split that a whole word of a file's name tells, else that of the nearest folder's that
+    tells one."""
     for part in reversed(path.parts):
         for word in words_of(part):
             if word in _SPLITS:
@@ -284,7 +334,8 @@ def _split_of(path: Path) -> str | None:
 
 
 def read_documents(text: IO[str]) -> Iterator[Record]:
-    """The documents between separator lines, as the column "text"; without any, the file is one document."""
+    """The documents between separator lines, as the column "text"; without any, the file is one
+    document."""
     document, begin, line = "", 1, 1
     for piece, starts, ends in documents(text, 1 << 20):
         if starts:
@@ -324,14 +375,16 @@ def _same(text: str) -> str:
 def hold_out(texts: Sequence[str], share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the rows to train on and of the `share` to validate on, each (n,) int64, ascending.
 
-    Chosen by the hash of the texts: the same rows in another order, or with some of them twice, are divided alike, and
-    no text stands on both sides. Raises UserError where all texts are the same.
+    Chosen by the hash of the texts: the same rows in another order, or with some of them twice, are
+    divided alike, and no text stands on both sides. Raises UserError where all texts are the same.
     """
     ids: dict[str, list[int]] = {}
     for id, text in enumerate(texts):
         ids.setdefault(_same(text), []).append(id)
     if len(ids) < 2:
-        raise UserError("nothing can be held out where all rows have the same text; give --val-data")
+        raise UserError(
+            "nothing can be held out where all rows have the same text; give --val-data"
+        )
     by_hash = sorted(ids, key=lambda text: hashlib.sha256(text.encode()).digest())
     n_held = min(max(1, round(share * len(ids))), len(ids) - 1)
     held, kept = (
@@ -342,6 +395,7 @@ def hold_out(texts: Sequence[str], share: float = 0.1) -> tuple[np.ndarray, np.n
 
 
 def overlap(train: Sequence[str], val: Sequence[str]) -> int:
-    """How many of the training texts are among the validation texts, but for white space and capitals."""
+    """How many of the training texts are among the validation texts, but for white space and
+    capitals."""
     known = set(map(_same, val))
     return sum(_same(text) in known for text in train)

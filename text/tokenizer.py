@@ -1,8 +1,9 @@
 """Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training one.
 
-tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers` everything
-else. Both are seen through one class and written in the hub's layout, so a checkpoint carries its tokenizer.
-The libraries are imported where they are used: importing this module costs nothing.
+tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers`
+everything else. Both are seen through one class and written in the hub's layout, so a checkpoint
+carries its tokenizer. The libraries are imported where they are used: importing this module costs
+nothing.
 """
 
 from __future__ import annotations
@@ -26,28 +27,41 @@ from text.tokenizer_files import ENDOFTEXT, Opened, open_tokenizer
 METASPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-# GPT-2's split into words, written so that it hardly ever steps back: a run of white space at the end of
-# the text is taken whole, any other takes each character that no visible one follows
-GPT2_SPLIT = r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
-GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+# GPT-2's split into words, written so that it hardly ever steps back: a run of white space at the
+# end of the text is taken whole, any other takes each character that no visible one follows
+GPT2_SPLIT = (
+    r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
+)
+GPT2_SHA256 = (
+    "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
+)
 PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
 
-# Cutting here changes no token of GPT-2's split: none goes from a visible character into white space, and a
-# run of white space leaves its last character to the word after it. Python counts \x1c-\x1f as white space,
-# the split does not.
-SAFE_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+# Cutting here changes no token of GPT-2's split: none goes from a visible character into white
+# space, and a run of white space leaves its last character to the word after it. Python counts
+# \x1c-\x1f as white space, the split does not.
+SAFE_CUT = re.compile(
+    r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])"
+)
 
 CHUNK = 1 << 16  # characters
 
 
 class Tokenizer(ABC):
-    """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a worker.
+    """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a
+    worker.
 
-    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer again, but for
-    `special`: what with_special() added. eot: id of the token that ends a document. special_ids: every special
-    token's id, the end token's too. rows: how many a model's table must have; fewer than vocab_size where special
-    tokens are named that no model was trained on. num_threads: of encode_batch; None takes every core.
+    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer
+    again, but for `special`: what with_special() added. eot: id of the token that ends a document.
+    special_ids: every special token's id, the end token's too. rows: how many a model's table must
+    have; fewer than vocab_size where special tokens are named that no model was trained on.
+    num_threads: of encode_batch; None takes every core.
     """
 
     name: str
@@ -61,7 +75,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. What spells a special token is ordinary text; a lone surrogate becomes U+FFFD."""
+        """Ids of a text. What spells a special token is ordinary text; a lone surrogate becomes
+        U+FFFD."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -88,7 +103,8 @@ class Tokenizer(ABC):
     def _token_bytes(self) -> list[bytes]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of the ids, special tokens spelled out or left out; bytes that are not UTF-8 become U+FFFD.
+        """Text of the ids, special tokens spelled out or left out; bytes that are not UTF-8 become
+        U+FFFD.
 
         Raises UserError for an id outside [0, vocab_size).
         """
@@ -96,20 +112,26 @@ class Tokenizer(ABC):
         return self._decode([self._check(i) for i in ids if i not in left_out])
 
     def token_bytes(self, id: int) -> bytes:
-        """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like `decode`."""
+        """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like
+        `decode`."""
         return self._token_bytes[self._check(id)]
 
     def special_id(self, token: str) -> int:
-        """Id of a special token. Raises UserError where this tokenizer has none that is written so."""
+        """Id of a special token. Raises UserError where this tokenizer has none that is written
+        so."""
         if token not in self.special_ids:
-            raise UserError(f"{self.name} has no special token {token!r}; it has {' '.join(self.special_ids)}")
+            raise UserError(
+                f"{self.name} has no special token {token!r}; it has {' '.join(self.special_ids)}"
+            )
         return self.special_ids[token]
 
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """This tokenizer with each of `tokens` as one special token; new ones take the ids from vocab_size on.
+        """This tokenizer with each of `tokens` as one special token; new ones take the ids from
+        vocab_size on.
 
-        The ids of a text stay as they are: a text that spells a special token is still text. Raises UserError for
-        a string that is given twice, has no visible character, or is an ordinary token of the vocabulary.
+        The ids of a text stay as they are: a text that spells a special token is still text. Raises
+        UserError for a string that is given twice, has no visible character, or is an ordinary
+        token of the vocabulary.
         """
         check_special(tokens)
         new = tuple(token for token in tokens if token not in self.special_ids)
@@ -125,28 +147,39 @@ class Tokenizer(ABC):
         ids = self.encode(token)
         if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
             raise UserError(
-                f"{token!r} cannot be a special token of {self.name}: it already is an ordinary one; "
+                f"{token!r} cannot be a special token of {self.name}: it already is an ordinary "
+                "one; "
                 "take one that no text holds, such as <answer>"
             )
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Identity of what this tokenizer does to a text: vocabulary, merges, normalizer, split, end token.
+        """Identity of what this tokenizer does to a text: vocabulary, merges, normalizer, split,
+        end token.
 
-        The same for GPT-2 through tiktoken, from its tokenizer.json and from vocab.json with merges.txt.
+        The same for GPT-2 through tiktoken, from its tokenizer.json and from vocab.json with
+        merges.txt.
         """
-        return hashlib.sha256(json.dumps(_canonical(self._spec, self.eot), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(_canonical(self._spec, self.eot), sort_keys=True).encode()
+        ).hexdigest()
 
     def save(self, folder: Path, pads: bool = False) -> None:
-        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes alike.
+        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes
+        alike.
 
-        `pads`: it fills batches with the end token, as a classifier that is told so by its config expects.
+        `pads`: it fills batches with the end token, as a classifier that is told so by its config
+        expects.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec, config = self._spec, self._config()
         _write_json(folder / "tokenizer.json", spec)
-        _write_json(folder / "tokenizer_config.json", config | ({"pad_token": self._end} if pads else {}), indent=2)
+        _write_json(
+            folder / "tokenizer_config.json",
+            config | ({"pad_token": self._end} if pads else {}),
+            indent=2,
+        )
         if _is_byte_level_bpe(spec):
             merges = "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
             _write_json(folder / "vocab.json", _vocab(spec))
@@ -166,7 +199,10 @@ class Tokenizer(ABC):
     def _check(self, id: int) -> int:
         id = operator.index(id)
         if not 0 <= id < self.vocab_size:
-            raise UserError(f"token id {id} is outside the vocabulary of {self.name}: 0 to {self.vocab_size - 1}")
+            raise UserError(
+                f"token id {id} is outside the vocabulary of {self.name}: 0 to "
+                f"{self.vocab_size - 1}"
+            )
         return id
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,12 +251,22 @@ class _GPT2Tokenizer(Tokenizer):
     @functools.cached_property
     def _spec(self) -> dict[str, Any]:
         ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
-        merges = [[_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1]
+        merges = [
+            [_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1
+        ]
         vocab = {_spell(token): id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
-        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        form = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         return {
             "version": "1.0",
-            "added_tokens": [{"id": id, "content": token, **form} for token, id in self.special_ids.items()],
+            "added_tokens": [
+                {"id": id, "content": token, **form} for token, id in self.special_ids.items()
+            ],
             "normalizer": None,
             "pre_tokenizer": BYTE_LEVEL,
             "post_processor": BYTE_LEVEL,
@@ -255,7 +301,9 @@ class HubTokenizer(Tokenizer):
         tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
         tokenizer.add_special_tokens(list(tokens))
         if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
-            raise UserError(f"{self.source} leaves ids without a token: special tokens cannot be added to it")
+            raise UserError(
+                f"{self.source} leaves ids without a token: special tokens cannot be added to it"
+            )
         opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
         return HubTokenizer(opened, Path(self.source), self.special + tokens)
 
@@ -283,10 +331,13 @@ class HubTokenizer(Tokenizer):
         return [self._without_specials(encoding.ids) for encoding in encodings]
 
     def _without_specials(self, ids: list[int]) -> list[int]:
-        """Spell out the special tokens that the model itself read in the text, as a unigram model does."""
+        """Spell out the special tokens that the model itself read in the text, as a unigram model
+        does."""
         if self._special.isdisjoint(ids):
             return ids
-        return [part for id in ids for part in (self._characters(id) if id in self._special else [id])]
+        return [
+            part for id in ids for part in (self._characters(id) if id in self._special else [id])
+        ]
 
     def _characters(self, id: int) -> list[int]:
         model, token = self._tokenizer.model, self._tokenizer.id_to_token(id)
@@ -296,7 +347,9 @@ class HubTokenizer(Tokenizer):
     def _special(self) -> set[int]:
         """Ids of the special tokens but the unknown one, which stands for text."""
         settings = self._spec["model"]
-        unknown = settings.get("unk_id", self._tokenizer.token_to_id(settings.get("unk_token") or ""))
+        unknown = settings.get(
+            "unk_id", self._tokenizer.token_to_id(settings.get("unk_token") or "")
+        )
         return {id for id in self.special_ids.values() if id != unknown}
 
     @functools.cached_property
@@ -307,7 +360,9 @@ class HubTokenizer(Tokenizer):
             return None
         import tiktoken
 
-        return tiktoken.Encoding(self.name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding(
+            self.name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -325,7 +380,8 @@ class HubTokenizer(Tokenizer):
         return table
 
     def _bytes_after_another(self, token: str) -> bytes:
-        """What a token adds to the text when it does not come first: decoders drop a leading space."""
+        """What a token adds to the text when it does not come first: decoders drop a leading
+        space."""
         if byte := BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         id = self._tokenizer.token_to_id(token)
@@ -345,10 +401,11 @@ class HubTokenizer(Tokenizer):
 
 
 def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:
-    """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a tokenizer.json.
+    """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a
+    tokenizer.json.
 
-    `quiet`: leave BPE dropout out without a word. Raises UserError where there is none, or it cannot be read, or it
-    has no end token.
+    `quiet`: leave BPE dropout out without a word. Raises UserError where there is none, or it
+    cannot be read, or it has no end token.
     """
     if where == "gpt2":
         tokenizer: Tokenizer = _GPT2Tokenizer()
@@ -370,22 +427,32 @@ def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
 
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError):  # no network (requests' errors are OSErrors), or a spoiled download
+    except (
+        OSError,
+        ValueError,
+    ):  # no network (requests' errors are OSErrors), or a spoiled download
         raise UserError(
-            "GPT-2's tokenizer is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a "
-            "folder with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python tokenizer.py train makes one)"
+            "GPT-2's tokenizer is not on this machine and cannot be downloaded: set "
+            "TIKTOKEN_CACHE_DIR to a "
+            "folder with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python "
+            "tokenizer.py train makes one)"
         ) from None
     if not special:
         return encoding
-    ids = encoding._special_tokens | {token: encoding.n_vocab + i for i, token in enumerate(special)}
+    ids = encoding._special_tokens | {
+        token: encoding.n_vocab + i for i, token in enumerate(special)
+    }
     ranks = encoding._mergeable_ranks
-    return tiktoken.Encoding("gpt2", pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=ids)
+    return tiktoken.Encoding(
+        "gpt2", pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=ids
+    )
 
 
 def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
     if len(text) <= CHUNK:
         return encoding.encode_ordinary(text)
-    # tiktoken's regular expression overflows its stack on a word after a very long run of white space
+    # tiktoken's regular expression overflows its stack on a word after a very long run of white
+    # space
     return [id for piece in pieces_of(text) for id in encoding.encode_ordinary(piece)]
 
 
@@ -395,18 +462,23 @@ def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) ->
 
 
 def check_special(special: Sequence[str]) -> None:
-    """UserError for a special token that is there twice, is not to be seen, or that a decoder would rewrite."""
+    """UserError for a special token that is there twice, is not to be seen, or that a decoder would
+    rewrite."""
     for i, token in enumerate(special):
         if token in special[:i]:
             raise UserError(f"special token {token!r} is given twice; name it once")
         readable = token.strip() and token == without_surrogates(token)
         if not readable or METASPACE in token or _unspell(token) != token.encode():
-            raise UserError(f"{token!r} cannot be a special token; take one of plain characters, such as <answer>")
+            raise UserError(
+                f"{token!r} cannot be a special token; take one of plain characters, such as "
+                "<answer>"
+            )
 
 
 @functools.cache
 def _byte_alphabet() -> list[str]:
-    """The character that spells each byte in a byte-level vocabulary: itself where it is visible."""
+    """The character that spells each byte in a byte-level vocabulary: itself where it is
+    visible."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b if b in visible else next(others)) for b in range(256)]
@@ -440,10 +512,12 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
-    """Ids by token bytes, if GPT-2's algorithm on them gives the ids that this tokenizer.json gives.
+    """Ids by token bytes, if GPT-2's algorithm on them gives the ids that this tokenizer.json
+    gives.
 
-    It does where every word is split as in GPT-2 and each merge makes the next id from the two halves that
-    the earlier ids alone would lead to: then joining the pair of lowest id is joining by the first merge.
+    It does where every word is split as in GPT-2 and each merge makes the next id from the two
+    halves that the earlier ids alone would lead to: then joining the pair of lowest id is joining
+    by the first merge.
     """
     form = _canonical(spec, eot=0)
     model = form.pop("model")
@@ -452,7 +526,10 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
         return None
     if not _is_byte_level_bpe(spec) or model.keys() - {"type", "vocab", "merges"}:
         return None
-    ranks = {_unspell(token): id for token, id in sorted(model["vocab"].items(), key=operator.itemgetter(1))}
+    ranks = {
+        _unspell(token): id
+        for token, id in sorted(model["vocab"].items(), key=operator.itemgetter(1))
+    }
     merged = [token for token in ranks if len(token) > 1]
     if len(ranks) - len(merged) != 256 or len(merged) != len(model["merges"]):
         return None
@@ -465,21 +542,32 @@ def _is_byte_level_bpe(spec: dict[str, Any]) -> bool:
 
 
 def _vocab(spec: dict[str, Any]) -> dict[str, int]:
-    vocab = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocab = spec["model"]["vocab"] | {
+        token["content"]: token["id"] for token in spec["added_tokens"]
+    }
     return dict(sorted(vocab.items(), key=operator.itemgetter(1)))
 
 
 def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
-    """What of a tokenizer.json decides the ids of a text, in one form however the file spells it."""
+    """What of a tokenizer.json decides the ids of a text, in one form however the file spells
+    it."""
     unset = (None, False, "")
-    model = {key: value for key, value in spec["model"].items() if not any(value is no for no in unset)}
+    model = {
+        key: value for key, value in spec["model"].items() if not any(value is no for no in unset)
+    }
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     if isinstance(model["vocab"], dict):
         model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in added}
     if _is_byte_level_bpe(spec):
         model.pop("unk_token", None)  # no text has a byte that is not in the vocabulary
     split = _split(spec["pre_tokenizer"] or {})
-    return {"model": model, "added": added, "normalizer": spec["normalizer"], "split": split, "eot": eot}
+    return {
+        "model": model,
+        "added": added,
+        "normalizer": spec["normalizer"],
+        "split": split,
+        "eot": eot,
+    }
 
 
 def _split(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A tokenizer's folder in any of the hub's layouts, opened as transformers' AutoTokenizer opens it.
 
-The layouts: tokenizer.json, or vocab.json with merges.txt; beside either tokenizer_config.json and, from older
-versions, added_tokens.json and special_tokens_map.json. Which file has the last word, and which id an added token
-gets, is as in transformers 5: checkpoints trained there keep their ids here. Three things differ. A named end token
-that the vocabulary does not have is refused, for no model was trained on it. An added token that would share its id
-with another token is refused. And a tokenizer.json without byte-level BPE (KoGPT2's) is taken as it is where
-transformers, by the name of the class alone, would put its vocabulary into GPT-2's pipeline and read nothing right.
+The layouts: tokenizer.json, or vocab.json with merges.txt; beside either tokenizer_config.json and,
+from older versions, added_tokens.json and special_tokens_map.json. Which file has the last word,
+and which id an added token gets, is as in transformers 5: checkpoints trained there keep their ids
+here. Three things differ. A named end token that the vocabulary does not have is refused, for no
+model was trained on it. An added token that would share its id with another token is refused. And a
+tokenizer.json without byte-level BPE (KoGPT2's) is taken as it is where transformers, by the name
+of the class alone, would put its vocabulary into GPT-2's pipeline and read nothing right.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ ENDOFTEXT = "<|endoftext|>"
 # The end token of a folder that names none: the first of these that it has.
 END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OWN_VOCABULARY = "GPT2Tokenizer"  # the class that takes a file's vocabulary and merges and nothing else of it
+OWN_VOCABULARY = (
+    "GPT2Tokenizer"  # the class that takes a file's vocabulary and merges and nothing else of it
+)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-told: dict[str, str] = {}  # what this process has said on standard error of a tokenizer, by its path
+told: dict[
+    str, str
+] = {}  # what this process has said on standard error of a tokenizer, by its path
 
 
 class Opened(NamedTuple):
-    """A tokenizer of the `tokenizers` library, its end token, and what tokenizer_config.json should say of it.
+    """A tokenizer of the `tokenizers` library, its end token, and what tokenizer_config.json should
+    say of it.
 
-    rows: how many a model's table must have. Special tokens that are only named, so that transformers makes them up
-    at the end of the vocabulary, are not counted: no model was trained on them, and no text holds them.
+    rows: how many a model's table must have. Special tokens that are only named, so that
+    transformers makes them up at the end of the vocabulary, are not counted: no model was trained
+    on them, and no text holds them.
     """
 
     tokenizer: Any
@@ -53,12 +60,14 @@ def has_tokenizer(folder: str | Path) -> bool:
 def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
     """The tokenizer of a folder, or of a tokenizer.json with what stands beside it.
 
-    `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is no tokenizer, a
-    file cannot be read, or no end token can be told.
+    `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is
+    no tokenizer, a file cannot be read, or no end token can be told.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
-    if not file.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+    if not file.is_file() and not all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    ):
         raise UserError(
             f"no tokenizer at {path}: give --tokenizer gpt2, a folder with tokenizer.json "
             "or vocab.json and merges.txt, or a tokenizer.json"
@@ -77,10 +86,11 @@ def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
 
 
 class _Settings:
-    """What the files beside a vocabulary say, merged: `named` tokens by key, `extra` special ones, and `added` ones.
+    """What the files beside a vocabulary say, merged: `named` tokens by key, `extra` special ones,
+    and `added` ones.
 
-    A token is a dictionary of its `content` and FLAGS. `own` are a model's named tokens beside the common ones.
-    `added` maps content to token, in the order of the ids that the files give.
+    A token is a dictionary of its `content` and FLAGS. `own` are a model's named tokens beside the
+    common ones. `added` maps content to token, in the order of the ids that the files give.
     """
 
     def __init__(self, folder: Path, file: Path):
@@ -90,7 +100,9 @@ class _Settings:
         self.own_vocabulary = self._own_vocabulary()
         self.named: dict[str, dict[str, Any] | None] = dict.fromkeys(NAMED)
         if self.own_vocabulary:
-            self.named |= {key: _special(ENDOFTEXT) for key in ("unk_token", "bos_token", "eos_token")}
+            self.named |= {
+                key: _special(ENDOFTEXT) for key in ("unk_token", "bos_token", "eos_token")
+            }
         self.own = _own_names(self.config)
         extra = _extra(self.config)
         self.says_extra, self.extra = extra is not None, extra or []
@@ -103,19 +115,28 @@ class _Settings:
             self._read_older_files()
 
     def _own_vocabulary(self) -> bool:
-        """Whether to build GPT-2's pipeline around the vocabulary, whatever else tokenizer.json says."""
+        """Whether to build GPT-2's pipeline around the vocabulary, whatever else tokenizer.json
+        says."""
         model = _beside(self.folder, "config.json")
         named = self.config.text("tokenizer_class") or model.text("tokenizer_class")
         if self.spec is None:
             return True
-        if "ByteLevel" not in json.dumps([self.spec.values.get("pre_tokenizer"), self.spec.values.get("decoder")]):
+        if "ByteLevel" not in json.dumps(
+            [self.spec.values.get("pre_tokenizer"), self.spec.values.get("decoder")]
+        ):
             return False
-        return model.text("model_type") == "gpt2" if named is None else named.removesuffix("Fast") == OWN_VOCABULARY
+        return (
+            model.text("model_type") == "gpt2"
+            if named is None
+            else named.removesuffix("Fast") == OWN_VOCABULARY
+        )
 
     def _read_names(self, source: JsonObject) -> None:
         for key in NAMED:
             if key in source:
-                self.named[key] = _token(source, key, source.values[key]) if source.given(key) else None
+                self.named[key] = (
+                    _token(source, key, source.values[key]) if source.given(key) else None
+                )
         if source.given("eos_token"):
             self.names_end_in = source
 
@@ -126,7 +147,8 @@ class _Settings:
             self.added[token["content"]] = token
 
     def _read_older_files(self) -> None:
-        """special_tokens_map.json, whose names win over the config's; added_tokens.json; the list of tokenizer.json."""
+        """special_tokens_map.json, whose names win over the config's; added_tokens.json; the list
+        of tokenizer.json."""
         names = _beside(self.folder, "special_tokens_map.json")
         self._read_names(names)
         self.own = _own_names(names) | self.own
@@ -165,7 +187,9 @@ class _Settings:
             vocab, merges = self._vocabulary()
             if not vocab:
                 raise ValueError("it holds no vocabulary")
-            model = models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+            model = models.BPE(
+                vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
+            )
             return byte_level(model, self.config.yes_no("add_prefix_space", False))
         except UserError:
             raise
@@ -175,11 +199,15 @@ class _Settings:
     def _vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
         if self.spec is None:
             entries = read_object(self.folder / "vocab.json")
-            return {token: entries.whole(token, most=(1 << 32) - 1) for token in entries.values}, self._merges()
+            return {
+                token: entries.whole(token, most=(1 << 32) - 1) for token in entries.values
+            }, self._merges()
         model = self.spec.nested("model")
         entries = model.nested("vocab")
         pairs = model.values.get("merges") or []
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+        merges = [
+            tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs
+        ]
         return {token: entries.whole(token, most=(1 << 32) - 1) for token in entries.values}, merges
 
     def _merges(self) -> list[tuple[str, str]]:
@@ -190,57 +218,87 @@ class _Settings:
             reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
             raise UserError(f"{file} cannot be read: {reason}") from None
         lines = [line.removesuffix("\r") for line in lines]
-        numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#version")]
+        numbered = [
+            (i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#version")
+        ]
         for i, line in numbered:
             if line.count(" ") != 1:
-                raise UserError(f"{file}, line {i}: a merge is two tokens with a space between them, not {line[:60]!r}")
+                raise UserError(
+                    f"{file}, line {i}: a merge is two tokens with a space between them, not "
+                    f"{line[:60]!r}"
+                )
         return [(left, right) for left, _, right in (line.partition(" ") for _, line in numbered)]
 
     def add_tokens(self, tokenizer: Any) -> None:
-        """Add what the files list, then the named and the extra special tokens that are not there yet."""
+        """Add what the files list, then the named and the extra special tokens that are not there
+        yet."""
         from tokenizers import AddedToken
 
         tokens = list(self.added.values())
-        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | self.added.keys()
+        known = {
+            token.content for token in tokenizer.get_added_tokens_decoder().values()
+        } | self.added.keys()
         tokens += [t for t in (*self._named(), *self.extra) if t["content"] not in known]
         names = {token["content"] for token in self._named()}
         try:
             for token in tokens:
-                flags = {key: token[key] for key in FLAGS} | {"special": token["special"] or token["content"] in names}
+                flags = {key: token[key] for key in FLAGS} | {
+                    "special": token["special"] or token["content"] in names
+                }
                 tokenizer.add_tokens([AddedToken(token["content"], **flags)])
         except (TypeError, ValueError):  # a lone surrogate
-            raise UserError(f"{self.folder} names {token['content']!r} as a token, which is no text") from None
+            raise UserError(
+                f"{self.folder} names {token['content']!r} as a token, which is no text"
+            ) from None
 
     def _named(self) -> list[dict[str, Any]]:
         return [token for token in (*self.named.values(), *self.own.values()) if token]
 
     def check_end(self, given: set[str]) -> None:
-        """UserError where a file names an end token that is not among `given`, the tokens that the files hold."""
+        """UserError where a file names an end token that is not among `given`, the tokens that the
+        files hold."""
         named = self.named["eos_token"]
         if self.names_end_in and named and named["content"] not in given:
             raise UserError(
-                f"{self.names_end_in.file} names {named['content']!r} as the end token, and the vocabulary has no such "
+                f"{self.names_end_in.file} names {named['content']!r} as the end token, and the "
+                "vocabulary has no such "
                 f"token; correct eos_token in {self.names_end_in.file.name}"
             )
 
     def end(self, vocab: dict[str, int]) -> str:
-        """The end token: the one that is named, else the first of END_TOKENS that the vocabulary has."""
+        """The end token: the one that is named, else the first of END_TOKENS that the vocabulary
+        has."""
         named = self.named["eos_token"]
         for token in (named["content"] if named else None, *END_TOKENS):
             if token in vocab:
                 return token
         raise UserError(
-            f"{self.file if self.spec else self.folder} has no end token: name one of its tokens as eos_token in "
+            f"{self.file if self.spec else self.folder} has no end token: name one of its tokens "
+            "as eos_token in "
             "tokenizer_config.json beside it"
         )
 
     def resolved(self, end: str) -> dict[str, Any]:
-        """tokenizer_config.json of the merged settings, for a tokenizer.json that holds every token and its flags."""
-        left_out = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "tokenizer_class"}
+        """tokenizer_config.json of the merged settings, for a tokenizer.json that holds every token
+        and its flags."""
+        left_out = {
+            "added_tokens_decoder",
+            "additional_special_tokens",
+            "extra_special_tokens",
+            "tokenizer_class",
+        }
         config = {key: value for key, value in self.config.values.items() if key not in left_out}
         named = {key: token["content"] for key, token in (self.named | self.own).items() if token}
-        config = {key: value for key, value in config.items() if key not in NAMED} | named | {"eos_token": end}
-        return config | ({"extra_special_tokens": [token["content"] for token in self.extra]} if self.extra else {})
+        config = (
+            {key: value for key, value in config.items() if key not in NAMED}
+            | named
+            | {"eos_token": end}
+        )
+        return config | (
+            {"extra_special_tokens": [token["content"] for token in self.extra]}
+            if self.extra
+            else {}
+        )
 
 
 def _beside(folder: Path, name: str) -> JsonObject:
@@ -255,7 +313,11 @@ def _special(content: str) -> dict[str, Any]:
 
 def _own_names(source: JsonObject) -> dict[str, dict[str, Any]]:
     """A model's own named tokens, such as image_token."""
-    keys = [key for key, value in source.values.items() if key.endswith("_token") and isinstance(value, str | dict)]
+    keys = [
+        key
+        for key, value in source.values.items()
+        if key.endswith("_token") and isinstance(value, str | dict)
+    ]
     names = {key: source.values[key] for key in keys if key not in NAMED}
     extra = source.values.get("extra_special_tokens")
     names |= extra if isinstance(extra, dict) else {}
@@ -264,7 +326,11 @@ def _own_names(source: JsonObject) -> dict[str, dict[str, Any]]:
 
 def _extra(source: JsonObject) -> list[dict[str, Any]] | None:
     """Special tokens without a name; None where the file does not say."""
-    key = "extra_special_tokens" if source.values.get("extra_special_tokens") else "additional_special_tokens"
+    key = (
+        "extra_special_tokens"
+        if source.values.get("extra_special_tokens")
+        else "additional_special_tokens"
+    )
     value = source.values.get(key, source.values.get("extra_special_tokens"))
     if isinstance(value, list):
         return [_token(source, key, item) for item in value]
@@ -297,16 +363,21 @@ def _token(source: JsonObject, key: str, value: Any) -> dict[str, Any]:
 
 
 def _check_ids(path: Path, vocab: dict[str, int]) -> None:
-    """UserError where an added token has the id of another one: the library gives ids without looking."""
+    """UserError where an added token has the id of another one: the library gives ids without
+    looking."""
     owner: dict[int, str] = {}
     for token, id in sorted(vocab.items()):
         if owner.setdefault(id, token) != token:
-            raise UserError(f"{path}: the tokens {owner[id]!r} and {token!r} both have the id {id}; give each its own")
+            raise UserError(
+                f"{path}: the tokens {owner[id]!r} and {token!r} both have the id {id}; give each "
+                "its own"
+            )
 
 
 def _leave_out_dropout(path: Path, tokenizer: Any, quiet: bool) -> None:
-    """BPE dropout (Provilkov et al. 2020) gives a text other ids each time: the cache, the processes and a run's
-    continuation would each see another corpus. It warns once a process, of the ranks only on the first.
+    """BPE dropout (Provilkov et al. 2020) gives a text other ids each time: the cache, the
+    processes and a run's continuation would each see another corpus. It warns once a process, of
+    the ranks only on the first.
     """
     dropout = getattr(tokenizer.model, "dropout", None)
     if not dropout:

@@ -17,17 +17,25 @@ from typing import Any, Literal
 
 from config import UserError, without_surrogates
 from text import corpus
-from text.tokenizer import METASPACE, HubTokenizer, Tokenizer, check_special, load_tokenizer, pieces_of
+from text.tokenizer import (
+    METASPACE,
+    HubTokenizer,
+    Tokenizer,
+    check_special,
+    load_tokenizer,
+    pieces_of,
+)
 from text.tokenizer_files import ENDOFTEXT, Opened, byte_level
 
-UNKNOWN = "<unk>"  # SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
+# SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
+UNKNOWN = "<unk>"
 BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
 LONGEST_LINE = 1000  # characters: SentencePiece leaves out lines above 4,192 bytes
 
-# `tokenizers` would read "<0x41>" and "<unk>" in a text as the pieces of that name: a score below that of any
-# spelling forbids it, where each of their characters is a piece.
+# `tokenizers` would read "<0x41>" and "<unk>" in a text as the pieces of that name: a score below
+# that of any spelling forbids it, where each of their characters is a piece.
 NEVER = -1e4
 NAME_CHARACTERS = "<>0123456789ABCDEFxunk"
 
@@ -44,7 +52,10 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
 
     least = 256 + len(special)
     if vocab_size < least:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {' '.join(special)} make {least}")
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and {' '.join(special)} make "
+            f"{least}"
+        )
     tokenizer = byte_level(models.BPE(), add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(special),
@@ -53,13 +64,17 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
         show_progress=False,
     )
     split = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.FixedLength(LONGEST_WORD)]
+    )
     tokenizer.train_from_iterator(training_pieces(texts, special), trainer)
     tokenizer.pre_tokenizer = split
     return tokenizer
 
 
-def train_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]) -> Any:
+def train_pieces(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
+) -> Any:
     """SentencePiece's unigram model or BPE; ids: <unk>, the 256 bytes, the pieces.
 
     `vocab_size` counts the `special` tokens, which come later. See train_sentencepiece.
@@ -70,7 +85,8 @@ def train_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[str], 
 def sentencepiece_model(
     texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
 ) -> Any:
-    """SentencePieceProcessor of a model trained on the texts' lines; `vocab_size` and `special` as above."""
+    """SentencePieceProcessor of a model trained on the texts' lines; `vocab_size` and `special` as
+    above."""
     import sentencepiece
 
     lines = [line for piece in training_pieces(texts, special) for line in _lines(piece)]
@@ -99,33 +115,44 @@ def sentencepiece_model(
 
 
 def sentencepiece_pipeline(processor: Any, kind: Literal["unigram", "bpe"]) -> Any:
-    """A model trained as above, run by `tokenizers`: the same ids, but where two ways of a unigram are as likely."""
+    """A model trained as above, run by `tokenizers`: the same ids, but where two ways of a unigram
+    are as likely."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pieces = [(processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.vocab_size())]
+    pieces = [
+        (processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.vocab_size())
+    ]
     first = 257  # after <unk> and the bytes
     if kind == "unigram":
-        scores = [(piece, score if id >= first else NEVER) for id, (piece, score) in enumerate(pieces)]
+        scores = [
+            (piece, score if id >= first else NEVER) for id, (piece, score) in enumerate(pieces)
+        ]
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
     else:
         vocab = {piece: id for id, (piece, _) in enumerate(pieces)}
         merges = _merges([piece for piece, _ in pieces[first:]])
-        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+        tokenizer = Tokenizer(
+            models.BPE(vocab, merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True)
+        )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.add_special_tokens([UNKNOWN])
     return tokenizer
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes another, in the order of what they make: SentencePiece joins any of them."""
+    """Every pair of pieces that makes another, in the order of what they make: SentencePiece joins
+    any of them."""
     known = set(pieces)
     halves = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
     return [(left, right) for left, right in halves if left in known and right in known]
 
 
 def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
-    """What SentencePiece found wrong, in one line. Raises the error again where it is no mistake of the user's."""
+    """What SentencePiece found wrong, in one line. Raises the error again where it is no mistake of
+    the user's."""
     message = str(error)
     if found := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", message):
         least = int(found[1]) + reserved
@@ -135,14 +162,18 @@ def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
         )
     if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
         most = int(found[1]) + reserved
-        return f"a vocabulary of {vocab_size} is too large for this text, which gives {most} tokens; give at most that"
+        return (
+            f"a vocabulary of {vocab_size} is too large for this text, which gives {most} "
+            "tokens; give at most that"
+        )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return NO_TEXT
     raise error
 
 
 def training_pieces(texts: Iterable[str], special: Sequence[str]) -> Iterator[str]:
-    """The texts in pieces, so that all cores count words, without the special tokens that they hold.
+    """The texts in pieces, so that all cores count words, without the special tokens that they
+    hold.
 
     Raises UserError at the end where there was nothing.
     """
@@ -163,13 +194,15 @@ def _lines(text: str) -> Iterator[str]:
 
 @dataclass
 class TrainingText:
-    """The documents of some sources of text, one after another; counts what it reads. Bytes that are not UTF-8 become
-    U+FFFD."""
+    """The documents of some sources of text, one after another; counts what it reads. Bytes that
+    are not UTF-8 become U+FFFD."""
 
     sources: list[Any]  # of corpus.Source
     characters: int = 0
     bad_bytes: int = 0
-    first: str = ""  # the first document that holds text, or its first piece, to measure the tokenizer on
+    first: str = (
+        ""  # the first document that holds text, or its first piece, to measure the tokenizer on
+    )
 
     def __iter__(self) -> Iterator[str]:
         for source in self.sources:
@@ -182,7 +215,8 @@ class TrainingText:
 
 
 def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) -> TrainingText:
-    """What --input names: all that --data may name but token shards, and any other file as plain text.
+    """What --input names: all that --data may name but token shards, and any other file as plain
+    text.
 
     Raises UserError for what is not there or is no text.
     """
@@ -194,24 +228,33 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
             continue
         for name, found in corpus.named_files(item, corpus.TEXT_SUFFIXES):
             if not found and Path(name).expanduser().is_dir():
-                raise UserError(f"--input {name} is a folder without text ({' '.join(corpus.TEXT_SUFFIXES)})")
+                raise UserError(
+                    f"--input {name} is a folder without text ({' '.join(corpus.TEXT_SUFFIXES)})"
+                )
             if not found:
                 raise UserError(f"--input {name}: no such file")
             if shards := [path for path in found if path.suffix in (".bin", ".npy")]:
-                raise UserError(f"--input {shards[0]} holds tokens, not text; give the text that they were made of")
+                raise UserError(
+                    f"--input {shards[0]} holds tokens, not text; give the text that they were "
+                    "made of"
+                )
             files |= dict.fromkeys(found)
     if files:
         sources.insert(0, corpus.TextFiles(list(files), column, say, errors="surrogateescape"))
     return TrainingText(sources)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not at all.
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()
+) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not
+    at all.
 
-    Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no other token holds
-    in part. A pair is merged only when it is seen twice, so little text gives fewer than `vocab_size` tokens. Two
-    runs on one text write the same bytes. Raises UserError for a vocabulary below 257 and the special tokens or above
-    LARGEST_VOCABULARY, an empty text, special tokens as with_special does, or a folder that holds something.
+    Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no
+    other token holds in part. A pair is merged only when it is seen twice, so little text gives
+    fewer than `vocab_size` tokens. Two runs on one text write the same bytes. Raises UserError for
+    a vocabulary below 257 and the special tokens or above LARGEST_VOCABULARY, an empty text,
+    special tokens as with_special does, or a folder that holds something.
     """
     return _train(train_byte_level, texts, vocab_size, out, special, {})
 
@@ -223,12 +266,14 @@ def train_sentencepiece(
     kind: Literal["unigram", "bpe"] = "unigram",
     special: Sequence[str] = (),
 ) -> Tokenizer:
-    """Train SentencePiece's unigram model (Kudo 2018) or its BPE and write it to the new folder `out`.
+    """Train SentencePiece's unigram model (Kudo 2018) or its BPE and write it to the new folder
+    `out`.
 
-    Every text comes out as it went in (but for U+2581, which comes out as a space): no normalisation, no space
-    before the text, bytes for the characters that have no piece. Ids: <unk>, the 256 bytes, the pieces,
-    <|endoftext|>, the `special` tokens: `vocab_size` in all. Two runs on one text write the same bytes. Raises
-    UserError for a vocabulary too small or too large for the text, and as train_bpe does.
+    Every text comes out as it went in (but for U+2581, which comes out as a space): no
+    normalisation, no space before the text, bytes for the characters that have no piece. Ids:
+    <unk>, the 256 bytes, the pieces, <|endoftext|>, the `special` tokens: `vocab_size` in all. Two
+    runs on one text write the same bytes. Raises UserError for a vocabulary too small or too large
+    for the text, and as train_bpe does.
     """
     train = functools.partial(train_pieces, kind=kind)
     return _train(train, texts, vocab_size, out, special, {"unk_token": UNKNOWN})
@@ -243,7 +288,9 @@ def _train(
     config: dict[str, Any],
 ) -> Tokenizer:
     if vocab_size > LARGEST_VOCABULARY:
-        raise UserError(f"a vocabulary is too large above {LARGEST_VOCABULARY:,} tokens; give at most that")
+        raise UserError(
+            f"a vocabulary is too large above {LARGEST_VOCABULARY:,} tokens; give at most that"
+        )
     check_special(special)
     out = Path(out).absolute()
     _check_free(out)
@@ -255,7 +302,8 @@ def _train(
 
 
 def _check_free(out: Path) -> None:
-    """UserError unless `out` can be made or is an empty folder: nothing of the user's is replaced."""
+    """UserError unless `out` can be made or is an empty folder: nothing of the user's is
+    replaced."""
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} already holds something; remove it or give another folder")

@@ -1,8 +1,10 @@
-"""More rows for `--augment`: the texts of a file translated into another language and back, their labels kept.
+"""More rows for `--augment`: the texts of a file translated into another language and back, their
+labels kept.
 
 python -m tools.backtranslate --data quora-train.csv --out back.jsonl
     --to Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en
-Killed and started again it goes on where it was: what is translated stands in OUT.part, on the disk after each batch.
+Killed and started again it goes on where it was: what is translated stands in OUT.part, on the disk
+after each batch.
 """
 
 from __future__ import annotations
@@ -29,24 +31,46 @@ from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
 from tools.predictions import check_out
 
 TEXTS = (
-    "sentence", "text", "document", "review", "content", "article", "title", "headline", "description",
+    "sentence",
+    "text",
+    "document",
+    "review",
+    "content",
+    "article",
+    "title",
+    "headline",
+    "description",
     "short_description",
-    "sentence1", "question1", "premise", "text1", "#1 String", "sentence_A",
-    "sentence2", "question2", "hypothesis", "text2", "#2 String", "sentence_B",
-)  # fmt: skip
+    "sentence1",
+    "question1",
+    "premise",
+    "text1",
+    "#1 String",
+    "sentence_A",
+    "sentence2",
+    "question2",
+    "hypothesis",
+    "text2",
+    "#2 String",
+    "sentence_B",
+)
 EVERY = 5  # seconds between lines of progress
 
-Translate = Callable[[Sequence[str]], list[str | None]]  # None of a text that is too long to be translated whole
+Translate = Callable[
+    [Sequence[str]], list[str | None]
+]  # None of a text that is too long to be translated whole
 
 
 @dataclass
 class BacktranslateConfig:
-    """Translate the texts of --data with the model --to, and what comes of it with the model --back."""
+    """Translate the texts of --data with the model --to, and what comes of it with the model
+    --back."""
 
     data: Where = ""
     """The file of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
     to: Where = "Helsinki-NLP/opus-mt-en-de"
-    """Translation model from the language of the texts, from one language to one other: a hub id or a folder."""
+    """Translation model from the language of the texts, from one language to one other: a hub id or
+    a folder."""
     back: Where = "Helsinki-NLP/opus-mt-de-en"
     """The model for the way back."""
     out: Where = ""
@@ -56,7 +80,8 @@ class BacktranslateConfig:
     beams: Few = 1
     """Translations that beam search keeps; 1: always the likeliest next token."""
     max_tokens: Count = 256
-    """Longest text and longest translation. Rows with a longer one are left out: half a text may have another label."""
+    """Longest text and longest translation. Rows with a longer one are left out: half a text may
+    have another label."""
     batch_tokens: Count = 4096
     """Tokens in a batch: fewer need less memory."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -72,7 +97,14 @@ def read_cells(file: str) -> list[dict[str, Any]]:
     for place, cells in list(records_of(Path(file))):
         fault = cells if isinstance(cells, str) else ""
         if isinstance(cells, dict):
-            fault = next((f"is not UTF-8 text in column {n!r}" for n, v in cells.items() if isinstance(v, NotUtf8)), "")
+            fault = next(
+                (
+                    f"is not UTF-8 text in column {n!r}"
+                    for n, v in cells.items()
+                    if isinstance(v, NotUtf8)
+                ),
+                "",
+            )
         if not fault:
             rows.append(cells)
             continue
@@ -92,18 +124,24 @@ def text_columns(rows: Sequence[dict[str, Any]], asked: Sequence[str], file: str
     """The columns to translate. Raises UserError where there are none."""
     found = list(dict.fromkeys(name for row in rows for name in row))
     if missing := [name for name in asked if name not in found]:
-        raise UserError(f"{file} has no column {missing[0]!r}{nearest(missing[0], found)}; it has {', '.join(found)}")
+        raise UserError(
+            f"{file} has no column {missing[0]!r}{nearest(missing[0], found)}; it has "
+            f"{', '.join(found)}"
+        )
     columns = [name for name in found if name in (asked or TEXTS)]
     if not columns:
         raise UserError(
-            f"{file} has no column with a usual name of a text; name some with --columns: {', '.join(found)}"
+            f"{file} has no column with a usual name of a text; name some with --columns: "
+            f"{', '.join(found)}"
         )
     return columns
 
 
 def texts_of(row: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:
     """By column, where the row has one that is not empty."""
-    return {name: row[name] for name in columns if isinstance(row.get(name), str) and row[name].strip()}
+    return {
+        name: row[name] for name in columns if isinstance(row.get(name), str) and row[name].strip()
+    }
 
 
 # --- translation
@@ -116,37 +154,54 @@ class Translator:
         try:
             from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
         except ImportError:
-            raise UserError("translating needs transformers: pip install transformers sentencepiece") from None
+            raise UserError(
+                "translating needs transformers: pip install transformers sentencepiece"
+            ) from None
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModelForSeq2SeqLM.from_pretrained(where, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{option} {where} is no translation model here: {reason(error)}") from None
+            raise UserError(
+                f"{option} {where} is no translation model here: {reason(error)}"
+            ) from None
         self.model, self.beams = model.eval().to(choose_device(cfg.device)), cfg.beams
         room = getattr(model.config, "max_position_embeddings", None) or cfg.max_tokens
         self.max_tokens = min(cfg.max_tokens, room, self.tokenizer.model_max_length)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """In tokens."""
-        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids] if texts else []
+        return (
+            [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
+            if texts
+            else []
+        )
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """Translations; None of a text that is too long, and where no end came within as many tokens."""
+        """Translations; None of a text that is too long, and where no end came within as many
+        tokens."""
         fits = [n for n, length in enumerate(self.lengths(texts)) if length <= self.max_tokens]
         found: list[str | None] = [None] * len(texts)
         if not fits:
             return found
-        inputs = self.tokenizer([texts[n] for n in fits], padding=True, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer([texts[n] for n in fits], padding=True, return_tensors="pt").to(
+            self.model.device
+        )
         ids = self.model.generate(
-            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=self.max_tokens,
-            num_beams=self.beams, do_sample=False,
-        )  # fmt: skip
-        # The first token is the decoder's start; an end in the last place may be there because the room was.
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=self.max_tokens,
+            num_beams=self.beams,
+            do_sample=False,
+        )
+        # The first token is the decoder's start; an end in the last place may be there because the
+        # room was.
         ended = (ids[:, 1 : self.max_tokens] == self.tokenizer.eos_token_id).any(1).tolist()
-        for n, end, text in zip(fits, ended, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+        for n, end, text in zip(
+            fits, ended, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True
+        ):
             found[n] = text.strip() if end and text.strip() else None
         return found
 
@@ -158,7 +213,8 @@ def there_and_back(to: Translate, back: Translate, texts: Sequence[str]) -> list
 
 
 def batches(texts: Sequence[str], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[str]]:
-    """Texts of like length together, the longest first: what does not fit into memory fails at once."""
+    """Texts of like length together, the longest first: what does not fit into memory fails at
+    once."""
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     while order:
         size = max(1, batch_tokens // max(1, lengths[order[0]]))
@@ -170,7 +226,8 @@ def batches(texts: Sequence[str], lengths: Sequence[int], batch_tokens: int) -> 
 
 
 class Journal:
-    """The translations so far, one JSON object a line, under a first line that says how they are made."""
+    """The translations so far, one JSON object a line, under a first line that says how they are
+    made."""
 
     def __init__(self, path: Path, how: dict[str, Any]):
         """Raises UserError where the file is of translations made otherwise."""
@@ -178,7 +235,9 @@ class Journal:
         whole = written[: written.rfind(b"\n") + 1]  # a line that was cut short is written anew
         first, *lines = whole.splitlines() or [json.dumps(how).encode()]
         if first != json.dumps(how).encode():
-            raise UserError(f"{path} is of other models or options; remove it, or give another --out")
+            raise UserError(
+                f"{path} is of other models or options; remove it, or give another --out"
+            )
         records = map(json.loads, lines)
         self.done: dict[str, str | None] = {record["text"]: record["back"] for record in records}
         self.path, self.file = path, path.open("ab")
@@ -201,8 +260,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def translate_all(texts: Sequence[str], to: Translator, back: Translator, journal: Journal, batch_tokens: int) -> None:
-    """Put the translation of every text into the journal; says how far it is, and the time left by the tokens left."""
+def translate_all(
+    texts: Sequence[str], to: Translator, back: Translator, journal: Journal, batch_tokens: int
+) -> None:
+    """Put the translation of every text into the journal; says how far it is, and the time left by
+    the tokens left."""
     todo = [text for text in texts if text not in journal.done]
     if len(todo) < len(texts):
         say(f"going on: {len(texts) - len(todo):,} of {len(texts):,} texts are done")
@@ -215,13 +277,17 @@ def translate_all(texts: Sequence[str], to: Translator, back: Translator, journa
         if seconds - said >= EVERY or done == total:
             said, rate = seconds, done / max(1e-9, seconds)
             left = (total - done) / max(1e-9, rate) / 60
-            say(f"{len(journal.done):,} of {len(texts):,} texts, {rate:,.0f} tokens/s, {left:.1f} min left")
+            say(
+                f"{len(journal.done):,} of {len(texts):,} texts, {rate:,.0f} tokens/s, {left:.1f} "
+                "min left"
+            )
 
 
 def translated(
     rows: Sequence[dict[str, Any]], columns: Sequence[str], done: dict[str, str | None]
 ) -> tuple[list[dict], int, int]:
-    """The rows with their new texts; how many came back as they were, and how many have a text that is too long."""
+    """The rows with their new texts; how many came back as they were, and how many have a text that
+    is too long."""
     kept, same, long = [], 0, 0
     for row in rows:
         texts = texts_of(row, columns)
@@ -238,7 +304,9 @@ def translated(
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All of the file or none of it."""
     beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     flush(beside)
     os.replace(beside, path)
     flush(path.parent)
@@ -265,8 +333,12 @@ def main() -> None:
     kept, same, long = translated(rows, columns, journal.done)
     write(out, kept)
     journal.path.unlink()
-    print(f"{out}: {len(kept):,} rows, {' and '.join(columns)} back from {cfg.to}; left out: {same:,} that came back "
-          f"as they were, {long:,} with more than {min(to.max_tokens, back.max_tokens)} tokens or no end")  # fmt: skip
+    print(
+        f"{out}: {len(kept):,} rows, {' and '.join(columns)} back from {cfg.to}; left out: "
+        f"{same:,} that came back "
+        f"as they were, {long:,} with more than {min(to.max_tokens, back.max_tokens)} tokens or "
+        "no end"
+    )
 
 
 if __name__ == "__main__":

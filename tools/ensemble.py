@@ -33,15 +33,22 @@ class EnsembleConfig:
     out: Where = ""
     """File of the ensemble's predictions, in the same form."""
     how: How = "mean"
-    """mean: of the probabilities; geometric: of their logarithms, where one that is sure counts for more; vote: the
-    label that most runs predict, of as many the likelier one; a label's probability is then its share of the votes."""
+    """mean: of the probabilities; geometric: of their logarithms, where one that is sure counts for
+    more; vote: the label that most runs predict, of as many the likelier one; a label's probability
+    is then its share of the votes."""
     weights: tuple[Weight, ...] = ()
     """Weight of each run, in the order of the files. Default: all alike."""
 
 
-def combine(members: Sequence[Predictions], weights: Sequence[float], how: How) -> tuple[np.ndarray, np.ndarray]:
-    """What the ensemble says of the n rows: probabilities (n, K) float64, and the label it predicts (n,) int64."""
-    share, given = np.array(weights) / sum(weights), np.stack([member.probabilities for member in members])
+def combine(
+    members: Sequence[Predictions], weights: Sequence[float], how: How
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the ensemble says of the n rows: probabilities (n, K) float64, and the label it predicts
+    (n,) int64."""
+    share, given = (
+        np.array(weights) / sum(weights),
+        np.stack([member.probabilities for member in members]),
+    )
     mean = np.einsum("m,mnk->nk", share, given)
     if how == "mean":
         return mean, mean.argmax(1)
@@ -61,7 +68,10 @@ def write(path: Path, run: Predictions, probabilities: np.ndarray, predicted: np
         for fields, p, label in zip(run.fields, probabilities.tolist(), predicted, strict=True):
             said: dict[str, Any] = {"prediction": None, "probabilities": None}
             if label != UNKNOWN:
-                said = {"prediction": run.labels[label], "probabilities": dict(zip(run.labels, p, strict=True))}
+                said = {
+                    "prediction": run.labels[label],
+                    "probabilities": dict(zip(run.labels, p, strict=True)),
+                }
             file.write(json.dumps(fields | said, ensure_ascii=False) + "\n")
 
 
@@ -69,22 +79,39 @@ def main() -> None:
     cfg = parse(EnsembleConfig, sys.argv[1:])
     outlive()
     if len(cfg.files) < 2:
-        raise UserError("an ensemble has two members or more; type python -m tools.ensemble A.jsonl B.jsonl --out FILE")
+        raise UserError(
+            "an ensemble has two members or more; type python -m tools.ensemble A.jsonl B.jsonl "
+            "--out FILE"
+        )
     weights = cfg.weights or (1.0,) * len(cfg.files)
-    if len(weights) != len(cfg.files) or not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
-        raise UserError(f"--weights: give {len(cfg.files)} numbers, one a file; none below 0, and not all 0")
+    if (
+        len(weights) != len(cfg.files)
+        or not all(0 <= weight < math.inf for weight in weights)
+        or not sum(weights)
+    ):
+        raise UserError(
+            f"--weights: give {len(cfg.files)} numbers, one a file; none below 0, and not all 0"
+        )
     out = check_out(cfg.out, cfg.files)
     members = read_predictions(cfg.files)
     probabilities, predicted = combine(members, weights, cfg.how)
     unread = (np.stack([member.predicted for member in members]) == UNKNOWN).any(0)
     predicted = np.where(unread, UNKNOWN, predicted)
     if unread.any():
-        print(f"{unread.sum():,} of {len(unread):,} rows could not be read by a run, and have no answer here either")
+        print(
+            f"{unread.sum():,} of {len(unread):,} rows could not be read by a run, and have no "
+            "answer here either"
+        )
     write(out, members[0], probabilities, predicted)
     if members[0].known.any():
         scores = [(member.where, *member.scores()) for member in members]
         scores += [(f"{cfg.how} of {len(members)}: {out}", *members[0].scores(predicted))]
-        show_table([["", "accuracy", "macro-F1"], *([name, f"{a:.4f}", f"{f1:.4f}"] for name, a, f1 in scores)])
+        show_table(
+            [
+                ["", "accuracy", "macro-F1"],
+                *([name, f"{a:.4f}", f"{f1:.4f}"] for name, a, f1 in scores),
+            ]
+        )
     else:
         print(f"{out}: {len(predicted):,} rows, their true labels not known")
 

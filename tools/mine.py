@@ -1,4 +1,5 @@
-"""Hard examples out of a training file of pairs, for `--augment`: where counting common words gives the wrong answer.
+"""Hard examples out of a training file of pairs, for `--augment`: where counting common words gives
+the wrong answer.
 
 python -m tools.mine --data quora-train.csv --out hard.csv
 """
@@ -29,7 +30,8 @@ SHOWN = 3  # of the hardest of a kind
 
 @dataclass
 class MineConfig:
-    """Write the hardest rows of a file of pairs: those alike with few words in common, and the others with many."""
+    """Write the hardest rows of a file of pairs: those alike with few words in common, and the
+    others with many."""
 
     data: Wheres = ""
     """Files of pairs with labels, as for training."""
@@ -38,13 +40,17 @@ class MineConfig:
     share: Share = 0.2
     """Share of the rows of each of the two kinds to take."""
     alike: tuple[str, ...] = ("1", "entailment")
-    """Labels that say the two texts mean the same, or the second follows. 1 is 1.0 too; for RTE's numbers type 0."""
+    """Labels that say the two texts mean the same, or the second follows. 1 is 1.0 too; for RTE's
+    numbers type 0."""
     first_column: str | None = None
-    """Column of the first text. Default: sentence1, question1, premise, text1, #1 String or sentence_A."""
+    """Column of the first text. Default: sentence1, question1, premise, text1, #1 String or
+    sentence_A."""
     second_column: str | None = None
-    """Column of the second text. Default: sentence2, question2, hypothesis, text2, #2 String or sentence_B."""
+    """Column of the second text. Default: sentence2, question2, hypothesis, text2, #2 String or
+    sentence_B."""
     label_column: str | None = None
-    """Column of the label. Default: is_duplicate, label, Quality, gold_label or entailment_judgment."""
+    """Column of the label. Default: is_duplicate, label, Quality, gold_label or
+    entailment_judgment."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,17 @@ class Kind:
 
 
 def overlap(first: str, second: str) -> float:
-    """Jaccard's index of two texts' words, 0 to 1: those in both over those in either; 1 where neither has any."""
+    """Jaccard's index of two texts' words, 0 to 1: those in both over those in either; 1 where
+    neither has any."""
     one, other = set(words(first)), set(words(second))
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
-def hardest(name: str, rows: Sequence[Row], numbers: Sequence[int], alike: bool, share: float) -> Kind:
-    """Of the rows with these numbers the share with the least overlap if they are alike, else with the most."""
+def hardest(
+    name: str, rows: Sequence[Row], numbers: Sequence[int], alike: bool, share: float
+) -> Kind:
+    """Of the rows with these numbers the share with the least overlap if they are alike, else with
+    the most."""
     overlaps = {i: overlap(rows[i]["first"], rows[i]["second"]) for i in numbers}
     order = sorted(numbers, key=lambda i: overlaps[i] if alike else -overlaps[i])
     return Kind(name, {i: overlaps[i] for i in order}, order[: max(1, round(share * len(order)))])
@@ -84,7 +94,10 @@ def main() -> None:
     found = read_rows(cfg.data, columns).rows
     rows = [row for row in found if not is_unknown(row["label"])]
     if len(rows) < len(found):
-        print(f"{len(found) - len(rows):,} of {len(found):,} rows have no known label and are left out")
+        print(
+            f"{len(found) - len(rows):,} of {len(found):,} rows have no known label and are left "
+            "out"
+        )
     kinds = split(rows, cfg)
     write(out, [rows[i] for i in sorted(i for kind in kinds for i in kind.hard)])
     show(kinds, rows)
@@ -95,11 +108,16 @@ def split(rows: Sequence[Row], cfg: MineConfig) -> list[Kind]:
     """The rows that are alike and the others. Raises UserError where one of the two is empty."""
     names = [label_name(row["label"]).lower() for row in rows]
     alike = {label_name(label).lower() for label in cfg.alike}
-    numbers = {of: [i for i, name in enumerate(names) if (name in alike) == of] for of in (True, False)}
+    numbers = {
+        of: [i for i, name in enumerate(names) if (name in alike) == of] for of in (True, False)
+    }
     if not numbers[True] or not numbers[False]:
         few = "no row" if not numbers[True] else "every row"
-        raise UserError(f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name some of these: "
-                        f"{', '.join(sorted(set(names))[:20])}")  # fmt: skip
+        raise UserError(
+            f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name "
+            "some of these: "
+            f"{', '.join(sorted(set(names))[:20])}"
+        )
     return [
         hardest("alike, few words in common", rows, numbers[True], True, cfg.share),
         hardest("not alike, many in common", rows, numbers[False], False, cfg.share),
@@ -120,14 +138,19 @@ def show(kinds: Sequence[Kind], rows: Sequence[Row]) -> None:
         means = [f"{kind.mean(of):.3f}" for of in (kind.overlaps, kind.hard)]
         table.append([kind.name, f"{len(kind.overlaps):,}", f"{len(kind.hard):,}", *means])
     show_table(table)
-    if kinds[0].mean(kinds[0].overlaps) < kinds[1].mean(kinds[1].overlaps):  # as 1 does in RTE's numbers
+    if kinds[0].mean(kinds[0].overlaps) < kinds[1].mean(
+        kinds[1].overlaps
+    ):  # as 1 does in RTE's numbers
         print(
-            "those alike share fewer words than the others: do these labels say alike? Name those that do with --alike"
+            "those alike share fewer words than the others: do these labels say alike? Name those "
+            "that do with --alike"
         )
     for kind in kinds:
         print(f"\n{kind.name}:")
         for i in kind.hard[:SHOWN]:
-            first, second = (printable(" ".join(rows[i][field].split())) for field in ("first", "second"))
+            first, second = (
+                printable(" ".join(rows[i][field].split())) for field in ("first", "second")
+            )
             print(f"  {kind.overlaps[i]:.2f}  {first}\n        {second}")
     print()
 

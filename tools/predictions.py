@@ -1,4 +1,5 @@
-"""Files of predictions that a classification writes, a table of them on the terminal, and what --out may name."""
+"""Files of predictions that a classification writes, a table of them on the terminal, and what
+--out may name."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Predictions:
         return (self.true != UNKNOWN) & (self.predicted != UNKNOWN)
 
     def scores(self, predicted: np.ndarray | None = None) -> tuple[float, float]:
-        """Accuracy and macro-F1, 0 to 1, of these predictions (or of others) where the true label is known."""
+        """Accuracy and macro-F1, 0 to 1, of these predictions (or of others) where the true label
+        is known."""
         known = self.known
         predicted = self.predicted if predicted is None else predicted
         matrix = confusion_matrix(self.true[known], predicted[known], len(self.labels))
@@ -45,27 +47,37 @@ class Predictions:
 
 
 def read_predictions(files: Sequence[str]) -> list[Predictions]:
-    """The files of predictions of several runs, all of the same rows in the same order and with the same labels.
+    """The files of predictions of several runs, all of the same rows in the same order and with the
+    same labels.
 
-    The order of the labels is the first file's. Raises UserError for a file that is none, and where files disagree.
+    The order of the labels is the first file's. Raises UserError for a file that is none, and where
+    files disagree.
     """
     first = _read(files[0])
     return [first, *(_same_rows(first, _read(file, first)) for file in files[1:])]
 
 
 def _read(file: str, first: Predictions | None = None) -> Predictions:
-    records = [_record(f"{file} {place}", cells) for place, cells in list(records_of(Path(file), ".jsonl"))]
+    records = [
+        _record(f"{file} {place}", cells) for place, cells in list(records_of(Path(file), ".jsonl"))
+    ]
     if not records:
-        raise UserError(f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run")
+        raise UserError(
+            f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run"
+        )
     answered = [record for record in records if record["prediction"] is not None]
     if not answered:
-        raise UserError(f"{file} has no row with a prediction; name a validation.jsonl or predictions.jsonl of a run")
+        raise UserError(
+            f"{file} has no row with a prediction; name a validation.jsonl or predictions.jsonl of "
+            "a run"
+        )
     labels = first.labels if first else tuple(answered[0]["probabilities"])
     for record in answered:
         if set(record["probabilities"]) != set(labels):
             beside = f"{first.where} has" if first else "its first row has"
             raise UserError(
-                f"{file} has the labels {', '.join(record['probabilities'])}, and {beside} {', '.join(labels)}"
+                f"{file} has the labels {', '.join(record['probabilities'])}, and {beside} "
+                f"{', '.join(labels)}"
             )
     number = {label: n for n, label in enumerate(labels)}
     return Predictions(
@@ -85,9 +97,14 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
     given = cells.get("probabilities")
     if cells.get("unreadable") and cells.get("prediction") is given is None:
         return cells | {"prediction": None}
-    if not isinstance(given, dict) or cells.get("prediction") not in given or not all(map(_is_share, given.values())):
+    if (
+        not isinstance(given, dict)
+        or cells.get("prediction") not in given
+        or not all(map(_is_share, given.values()))
+    ):
         raise UserError(
-            f'{where} has no "prediction" with the "probabilities" of all labels; name the predictions of a run'
+            f'{where} has no "prediction" with the "probabilities" of all labels; name the '
+            "predictions of a run"
         )
     shares = {composed(label): share for label, share in given.items()}
     return cells | {"prediction": composed(cells["prediction"]), "probabilities": shares}
@@ -95,7 +112,10 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
 
 def _shares(record: dict[str, Any], labels: Sequence[str]) -> list[float]:
     """The labels' probabilities; nan where there is no prediction."""
-    return [math.nan if record["prediction"] is None else record["probabilities"][label] for label in labels]
+    return [
+        math.nan if record["prediction"] is None else record["probabilities"][label]
+        for label in labels
+    ]
 
 
 def _is_share(value: Any) -> bool:
@@ -106,7 +126,10 @@ def _true(file: str, record: dict[str, Any], number: dict[str, int]) -> int:
     label = record.get("label")
     name = "" if label is None or is_unknown(str(label)) else label_name(str(label))
     if name and name not in number:
-        raise UserError(f"{file} has a row with the label {name[:60]!r}, and predictions for {', '.join(number)}")
+        raise UserError(
+            f"{file} has a row with the label {name[:60]!r}, and predictions for "
+            f"{', '.join(number)}"
+        )
     return number.get(name, UNKNOWN)
 
 
@@ -117,13 +140,15 @@ def _same_rows(first: Predictions, other: Predictions) -> Predictions:
     for number, (ours, theirs) in enumerate(zip(first.fields, other.fields, strict=True), 1):
         if ours != theirs:
             raise UserError(
-                f"row {number} of {other.where} is not that of {first.where}; give predictions of the same file"
+                f"row {number} of {other.where} is not that of {first.where}; give predictions of "
+                "the same file"
             )
     return other
 
 
 def check_out(out: str, read: Sequence[str], option: str = "--out") -> Path:
-    """The file to write. Raises UserError where none is named, it has no folder, or is one that is read."""
+    """The file to write. Raises UserError where none is named, it has no folder, or is one that is
+    read."""
     if not out:
         raise UserError(f"{option} FILE is missing: where to write")
     return writable_file(option, out, read)
@@ -133,4 +158,8 @@ def show_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their longest cell: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]))
+        print(
+            "  ".join(
+                [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
+            )
+        )

@@ -1,6 +1,8 @@
-"""The report of a classification as two pictures: what is confused with what, and whether confidence can be believed.
+"""The report of a classification as two pictures: what is confused with what, and whether
+confidence can be believed.
 
-matplotlib draws them, which the project does not require: without it there are no pictures, and nothing else is lost.
+matplotlib draws them, which the project does not require: without it there are no pictures, and
+nothing else is lost.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]  # confusion.report's
 
-BLUE, ORANGE, LIGHT = "#0072B2", "#D55E00", "#a6cbe3"  # told apart by everyone: Okabe and Ito's, and a tint
+BLUE, ORANGE, LIGHT = (
+    "#0072B2",
+    "#D55E00",
+    "#a6cbe3",
+)  # told apart by everyone: Okabe and Ito's, and a tint
 DARK, GREY, PALE = "#222222", "#6a6a6a", "#b0b0b0"
 FONT = "DejaVu Sans"  # matplotlib's own
 STYLE = {
@@ -39,8 +45,8 @@ NUMBERED = "labels by their number, from 0: no font of this machine has their le
 
 
 def draw(report: Report, folder: Path, title: str, before: str = "") -> list[Path]:
-    """Write confusion.png and reliability.png into the folder, with `before` before their names: which were written,
-    none where matplotlib is missing."""
+    """Write confusion.png and reliability.png into the folder, with `before` before their names:
+    which were written, none where matplotlib is missing."""
     try:
         importlib.import_module("matplotlib")
     except ImportError:
@@ -55,7 +61,8 @@ def draw(report: Report, folder: Path, title: str, before: str = "") -> list[Pat
 
 
 def draw_confusion(report: Report, path: Path, title: str) -> None:
-    """The confusion matrix: rows are true labels, columns predicted ones, the colour is the share of the true label."""
+    """The confusion matrix: rows are true labels, columns predicted ones, the colour is the share
+    of the true label."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window system is looked for
 
@@ -84,7 +91,9 @@ def draw_scale(figure: Figure, image: AxesImage, side: float) -> None:
     scale.outline.set_visible(False)
 
 
-def write_counts(axes: Axes, counts: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], side: float) -> None:
+def write_counts(
+    axes: Axes, counts: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], side: float
+) -> None:
     """Each count in its cell, as large as the cell and the longest of them allow."""
     cell = 72 * side / len(counts)  # points
     digits = len(str(max(max(row) for row in counts)))
@@ -99,7 +108,8 @@ def write_counts(axes: Axes, counts: Sequence[Sequence[int]], shares: Sequence[S
 
 
 def name_labels(axes: Axes, names: Sequence[str], glyphs: set[int], side: float) -> None:
-    """The labels along both axes, upright ones where they fit side by side; numbers for those that no font can write."""
+    """The labels along both axes, upright ones where they fit side by side; numbers for those that
+    no font can write."""
     written = [name if known(name, glyphs) else f"#{number}" for number, name in enumerate(names)]
     cell = 72 * side / len(names)
     size = max(7.0, min(11.0, 0.6 * cell))
@@ -113,12 +123,17 @@ def name_labels(axes: Axes, names: Sequence[str], glyphs: set[int], side: float)
     axes.grid(which="minor", color="white", linewidth=min(2.0, cell / 20))
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted" if written == list(names) else f"predicted ({NUMBERED})", labelpad=8)
+    axes.set_xlabel(
+        "predicted" if written == list(names) else f"predicted ({NUMBERED})", labelpad=8
+    )
     axes.set_ylabel("true", labelpad=8)
 
 
 def below_title(report: Report) -> str:
-    figures = [with_interval(report, "accuracy", "accuracy"), with_interval(report, "macro_f1", "macro-F1")]
+    figures = [
+        with_interval(report, "accuracy", "accuracy"),
+        with_interval(report, "macro_f1", "macro-F1"),
+    ]
     return "\n".join([*figures, f"{report['rows']:,} rows; brackets: 95 %"])
 
 
@@ -148,20 +163,40 @@ def draw_reliability(report: Report, path: Path, title: str) -> None:
             axes.set_axisbelow(True)
             axes.grid(color="#e6e6e6")
         accuracy.tick_params(labelbottom=False)
-        confidence = sum(one["rows"] * one["confidence"] for one in report["reliability"]) / max(1, report["rows"])
-        below = f"accuracy {report['accuracy']:.3f}, mean confidence {confidence:.3f}, {report['rows']:,} rows"
+        confidence = sum(one["rows"] * one["confidence"] for one in report["reliability"]) / max(
+            1, report["rows"]
+        )
+        below = (
+            f"accuracy {report['accuracy']:.3f}, mean confidence {confidence:.3f}, "
+            f"{report['rows']:,} rows"
+        )
         name = f"{title}: calibration error {report['calibration_error']:.3f}"
         write_title(accuracy, name, below)
         figure.savefig(path, format="png")
 
 
 def draw_bins(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
-    """A bar of accuracy for each bin, and the gap between its end and the bin's mean confidence, by its direction."""
+    """A bar of accuracy for each bin, and the gap between its end and the bin's mean confidence, by
+    its direction."""
     over = [max(0.0, one["confidence"] - one["accuracy"]) for one in bins]
     under = [max(0.0, one["accuracy"] - one["confidence"]) for one in bins]
     draw_bars(axes, bins, [one["accuracy"] for one in bins], color=LIGHT, label="accuracy")
-    draw_bars(axes, bins, over, bottom=[one["accuracy"] for one in bins], color=ORANGE, label="too confident by")
-    draw_bars(axes, bins, under, bottom=[one["confidence"] for one in bins], color=BLUE, label="too cautious by")
+    draw_bars(
+        axes,
+        bins,
+        over,
+        bottom=[one["accuracy"] for one in bins],
+        color=ORANGE,
+        label="too confident by",
+    )
+    draw_bars(
+        axes,
+        bins,
+        under,
+        bottom=[one["confidence"] for one in bins],
+        color=BLUE,
+        label="too cautious by",
+    )
     axes.plot([0, 1], [0, 1], "--", color=DARK, linewidth=1.2, label="as accurate as confident")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
@@ -178,10 +213,20 @@ def draw_rows(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
     axes.set_xlabel("confidence: probability of the predicted label")
 
 
-def draw_bars(axes: Axes, bins: Sequence[Mapping[str, float]], heights: Sequence[float], **more: Any) -> None:
+def draw_bars(
+    axes: Axes, bins: Sequence[Mapping[str, float]], heights: Sequence[float], **more: Any
+) -> None:
     """One over each bin, as wide as it."""
     widths = [one["high"] - one["low"] for one in bins]
-    axes.bar([one["low"] for one in bins], heights, widths, align="edge", edgecolor="white", linewidth=1, **more)
+    axes.bar(
+        [one["low"] for one in bins],
+        heights,
+        widths,
+        align="edge",
+        edgecolor="white",
+        linewidth=1,
+        **more,
+    )
 
 
 # --- words
@@ -191,13 +236,24 @@ def write_title(axes: Axes, title: str, below: str) -> None:
     """In bold, and the lines `below` it."""
     glyphs, lines = glyphs_of(FONT), below.count("\n") + 1
     title = "".join(c if known(c, glyphs) else "□" for c in title)
-    at: dict[str, Any] = dict(xy=(0, 1), xycoords="axes fraction", textcoords="offset points", va="bottom")
+    at: dict[str, Any] = dict(
+        xy=(0, 1), xycoords="axes fraction", textcoords="offset points", va="bottom"
+    )
     axes.annotate(below, xytext=(0, 8), color=GREY, fontsize=10, **at)
-    axes.annotate(title, xytext=(0, 13 + 12 * lines), color=DARK, fontsize=13, fontfamily=FONT, fontweight="bold", **at)
+    axes.annotate(
+        title,
+        xytext=(0, 13 + 12 * lines),
+        color=DARK,
+        fontsize=13,
+        fontfamily=FONT,
+        fontweight="bold",
+        **at,
+    )
 
 
 def shortened(label: str) -> str:
-    """On one line; of a long one its beginning and its end, which is where labels tend to differ."""
+    """On one line; of a long one its beginning and its end, which is where labels tend to
+    differ."""
     label = " ".join(label.split())
     half = LONGEST // 2
     return label if len(label) <= LONGEST else f"{label[:half]}…{label[-half + 1 :]}"
@@ -213,7 +269,8 @@ def known(text: str, glyphs: set[int]) -> bool:
 
 
 def fonts_for(names: Sequence[str]) -> tuple[list[str], set[int]]:
-    """matplotlib's own font and, if a name needs one, the first of the machine's that has all that is missing there.
+    """matplotlib's own font and, if a name needs one, the first of the machine's that has all that
+    is missing there.
 
     The names of the fonts, and the code points that they draw.
     """
@@ -221,7 +278,9 @@ def fonts_for(names: Sequence[str]) -> tuple[list[str], set[int]]:
 
     glyphs = glyphs_of(FONT)
     missing = {ord(c) for name in names for c in name} - glyphs
-    upright = (font for font in fontManager.ttflist if font.weight == 400 and font.style == "normal")
+    upright = (
+        font for font in fontManager.ttflist if font.weight == 400 and font.style == "normal"
+    )
     for font in upright if missing else ():
         # The last resort draws a box that stands for a whole script.
         if "Last Resort" not in font.name and missing <= (more := glyphs_of(font.name)):

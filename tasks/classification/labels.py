@@ -13,15 +13,25 @@ from text.rows import Row
 from text.tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
-EXACT_WHOLE = 1 << 53  # from here on a float is not every whole number, and two labels could become one
+EXACT_WHOLE = (
+    1 << 53
+)  # from here on a float is not every whole number, and two labels could become one
 DIGITS = 1000  # Python converts no longer numbers by default
 _WHOLE = re.compile(r"[-+]?\d+")
-UNKNOWN = ("", "-1", "-", "?", "nan", "null")  # GLUE's test splits have -1, SNLI has - where annotators disagree
+UNKNOWN = (
+    "",
+    "-1",
+    "-",
+    "?",
+    "nan",
+    "null",
+)  # GLUE's test splits have -1, SNLI has - where annotators disagree
 
 
 def label_name(cell: str) -> str:
-    """A cell of a label column as the label's name: numbers without a fraction are whole numbers, and a letter with its
-    marks is one character (NFC), since two files may spell one label either way."""
+    """A cell of a label column as the label's name: numbers without a fraction are whole numbers,
+    and a letter with its marks is one character (NFC), since two files may spell one label either
+    way."""
     text = composed(cell.strip())
     if not is_number(text):
         return text
@@ -37,13 +47,14 @@ def composed(text: str) -> str:
 
 
 def is_unknown(cell: str) -> bool:
-    """Whether a cell of a label column says that nobody knows the label: -1, -, ?, nan, null or nothing."""
+    """Whether a cell of a label column says that nobody knows the label: -1, -, ?, nan, null or
+    nothing."""
     return label_name(cell).casefold() in UNKNOWN
 
 
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels of training rows: numbers in their order, words in the alphabet's. Raises UserError where these are
-    no classes to learn."""
+    """The labels of training rows: numbers in their order, words in the alphabet's. Raises
+    UserError where these are no classes to learn."""
     counts: Counter[str] = Counter()
     spelled: dict[str, str] = {}  # as the first row has it, which sets the order
     for row in rows:
@@ -52,20 +63,25 @@ def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
         spelled.setdefault(name, row["label"].strip())
     if len(counts) < 2:
         raise UserError(
-            f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is nothing to learn"
+            f"all {len(rows)} training rows have the label {next(iter(counts))!r}; there is "
+            "nothing to learn"
         )
     words = [name for name in counts if not is_number(name)]
     if words and 2 * sum(counts[name] for name in words) < len(rows):
         row = next(row for row in rows if label_name(row["label"]) == words[0])
         raise UserError(
-            f"{row.where}: the label {words[0][:60]!r} is not a number, as most others are; mend or remove it"
+            f"{row.where}: the label {words[0][:60]!r} is not a number, as most others are; mend "
+            "or remove it"
         )
     if len(counts) > MANY_LABELS and 3 * len(counts) > len(rows):
         raise UserError(
-            f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: --label-column"
+            f"{len(rows)} training rows have {len(counts)} labels; name the column of the class: "
+            "--label-column"
         )
     return tuple(
-        sorted(counts, key=float) if not words else sorted(counts, key=lambda name: _order(name, spelled[name]))
+        sorted(counts, key=float)
+        if not words
+        else sorted(counts, key=lambda name: _order(name, spelled[name]))
     )
 
 
@@ -87,8 +103,9 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
 
 
 def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str]) -> list[float]:
-    """The weight of each label's rows: all 1 where nothing is asked; `balanced` by how rare they are, n / (K n_k); or
-    the numbers that are asked. Raises UserError where those are not one for each label."""
+    """The weight of each label's rows: all 1 where nothing is asked; `balanced` by how rare they
+    are, n / (K n_k); or the numbers that are asked. Raises UserError where those are not one for
+    each label."""
     if not asked:
         return [1.0] * len(labels)
     if tuple(asked) == ("balanced",):
@@ -99,6 +116,7 @@ def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str
         weights = []
     if len(weights) != len(labels) or not all(0 <= weight < math.inf for weight in weights):
         raise UserError(
-            f"--class-weights {' '.join(asked)}: give balanced, or {len(labels)} numbers, for the labels {', '.join(labels)}"
+            f"--class-weights {' '.join(asked)}: give balanced, or {len(labels)} numbers, for the "
+            f"labels {', '.join(labels)}"
         )
     return weights

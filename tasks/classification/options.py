@@ -18,15 +18,17 @@ class ClassificationConfig(FinetuneConfig):
     """Options of a task whose answers are labels."""
 
     model: Classifier = "gpt2"
-    """What classifies: gpt2; or, beside it on the same rows, naive-bayes, tf-idf (a linear model on it), lstm (on
-    embeddings of its own)."""
+    """What classifies: gpt2; or, beside it on the same rows, naive-bayes, tf-idf (a linear model on
+    it), lstm (on embeddings of its own)."""
     form: Form = "plain"
-    """plain: a head over the text; prompt: a head over a prompt with the text in it; word: the language model's own head
-    answers the prompt with a label's word."""
+    """plain: a head over the text; prompt: a head over a prompt with the text in it; word: the
+    language model's own head answers the prompt with a label's word."""
     words: tuple[str, ...] = ()
-    """Under --form word, the labels' words in the labels' order. Default: the task's, else the labels themselves."""
+    """Under --form word, the labels' words in the labels' order. Default: the task's, else the
+    labels themselves."""
     pooling: Pooling = "last"
-    """What a head reads: the state of the last token, the mean of all, a mean with learned weights, or an LSTM over them."""
+    """What a head reads: the state of the last token, the mean of all, a mean with learned weights,
+    or an LSTM over them."""
     cut: Literal["end", "start", "middle"] = "end"
     """Where a text that is too long is cut."""
     dropout: Probability = 0.1
@@ -34,11 +36,13 @@ class ClassificationConfig(FinetuneConfig):
     head_dropout: Probability = 0.1
     """Dropout on what a head has pooled."""
     class_weights: tuple[str, ...] = ()
-    """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is. Default: all alike."""
+    """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is.
+    Default: all alike."""
     label_smoothing: Probability = 0.0
     """Share of a row's target that is spread over all labels."""
     objective: tuple[Auxiliary, ...] = ()
-    """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under different dropout."""
+    """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under
+    different dropout."""
     rdrop: Weight = 1.0
     """Weight alpha of R-Drop's divergence."""
     simcse: Weight = 0.1
@@ -46,9 +50,11 @@ class ClassificationConfig(FinetuneConfig):
     simcse_temperature: Positive = 0.05
     """Divides SimCSE's cosine similarities."""
     simcse_group: Annotated[int, Range(2, LARGEST)] = 8
-    """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the micro-batch."""
+    """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the
+    micro-batch."""
     also: tuple[str, ...] = ()
-    """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its loss."""
+    """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its
+    loss."""
     also_data: tuple[Wheres, ...] = ()
     """Their training rows, in the same order. Default: their toy rows."""
     augment: Wheres | None = None
@@ -56,4 +62,5 @@ class ClassificationConfig(FinetuneConfig):
     augment_weight: Weight = 1.0
     """Weight of each of those rows' losses."""
     allow_overlap: bool = False
-    """Go on where more than a hundredth of the training rows also stand among the validation rows."""
+    """Go on where more than a hundredth of the training rows also stand among the validation
+    rows."""

@@ -1,4 +1,5 @@
-"""What a classifier says of rows, as files: predictions with probabilities, a report where the labels are known, pictures."""
+"""What a classifier says of rows, as files: predictions with probabilities, a report where the
+labels are known, pictures."""
 
 from __future__ import annotations
 
@@ -18,27 +19,38 @@ VALIDATION = "validation"  # begins the names of the files about those rows
 
 
 def probabilities(log_p: np.ndarray) -> np.ndarray:
-    """Log-probabilities (n, K), of which some may be elsewhere, to probabilities that add up to 1."""
+    """Log-probabilities (n, K), of which some may be elsewhere, to probabilities that add up to
+    1."""
     p = np.exp(log_p - log_p.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The file of the same name with another ending; `path` may be any of the files of a set of answers."""
+    """The file of the same name with another ending; `path` may be any of the files of a set of
+    answers."""
     known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
     return path.with_name((path.stem if known else path.name) + ending)
 
 
-def write_predictions(path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str) -> None:
-    """A prediction for each of the rows, with probabilities (n, K): jsonl, and beside it the course's csv.
+def write_predictions(
+    path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str
+) -> None:
+    """A prediction for each of the rows, with probabilities (n, K): jsonl, and beside it the
+    course's csv.
 
-    `path` names one of the two. A row with a fault has an empty prediction: null, and "unreadable" says why.
+    `path` names one of the two. A row with a fault has an empty prediction: null, and "unreadable"
+    says why.
     """
     jsonl = beside(path, ".jsonl") if path.suffix == ".csv" else path
-    predicted = [None if row.fault else labels[i] for row, i in zip(rows, found.argmax(1), strict=True)]
+    predicted = [
+        None if row.fault else labels[i] for row, i in zip(rows, found.argmax(1), strict=True)
+    ]
     with jsonl.open("w", encoding="utf-8") as file:
         for row, label, p in zip(rows, predicted, found.tolist(), strict=True):
-            record = row.fields | {"prediction": label, "probabilities": dict(zip(labels, p, strict=True))}
+            record = row.fields | {
+                "prediction": label,
+                "probabilities": dict(zip(labels, p, strict=True)),
+            }
             if row.fault:
                 record |= {"probabilities": None, "unreadable": row.fault}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -49,7 +61,8 @@ def write_predictions(path: Path, rows: Sequence[Row], found: np.ndarray, labels
 
 
 def ids_of(rows: Sequence[Row]) -> list[str]:
-    """What names each row in the course's csv: its id; without one its number from 0, unless another row's id is that."""
+    """What names each row in the course's csv: its id; without one its number from 0, unless
+    another row's id is that."""
     ids = [row.fields.get("id", "").strip() for row in rows]
     taken = set(ids)
     return [id or ("" if str(n) in taken else str(n)) for n, id in enumerate(ids)]
@@ -65,10 +78,11 @@ def write_report(
     say: Callable[[str], None],
     about: dict[str, Any],
 ) -> dict[str, float]:
-    """Beside the predictions of `path` all that can be said of rows whose labels (n,) are known; returns the figures.
+    """Beside the predictions of `path` all that can be said of rows whose labels (n,) are known;
+    returns the figures.
 
-    `about`: how the probabilities came about, which the report names first.
-    The pictures of the validation rows are confusion.png and reliability.png; those of others begin with their name.
+    `about`: how the probabilities came about, which the report names first. The pictures of the
+    validation rows are confusion.png and reliability.png; those of others begin with their name.
     """
     report = about | confusion.report(true, found, labels, seed)
     write_json(beside(path, ".report.json"), finite(report))
@@ -82,10 +96,17 @@ def write_report(
 def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str:
     """What a report comes to, in a few lines."""
     low, high = report["intervals"]["accuracy"]
-    lines = [f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), macro-F1 "
-             f"{report['macro_f1']:.4f}, calibration error {report['calibration_error']:.4f}, {report['rows']:,} rows"]  # fmt: skip
+    lines = [
+        f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), "
+        "macro-F1 "
+        f"{report['macro_f1']:.4f}, calibration error {report['calibration_error']:.4f}, "
+        f"{report['rows']:,} rows"
+    ]
     for name, figures in report["per_class"].items():
-        lines.append(f"  {name:<20} precision {figures['precision']:.3f}  recall {figures['recall']:.3f}  F1 "
-                     f"{figures['f1']:.3f}  rows {figures['rows']:,}")  # fmt: skip
+        lines.append(
+            f"  {name:<20} precision {figures['precision']:.3f}  recall "
+            f"{figures['recall']:.3f}  F1 "
+            f"{figures['f1']:.3f}  rows {figures['rows']:,}"
+        )
     lines.append(", ".join(str(file) for file in pictures) or "no pictures: pip install matplotlib")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""Fine-tuning on rows whose answers are labels: the family of tasks that a head over a GPT's hidden states can do.
+"""Fine-tuning on rows whose answers are labels: the family of tasks that a head over a GPT's hidden
+states can do.
 
-A row becomes the tokens of its text and nothing else, so that whoever loads the classifier elsewhere gives it the text
-and gets the same scores. Under `--form word` there is no head: the language model's own answers with a label's word.
+A row becomes the tokens of its text and nothing else, so that whoever loads the classifier
+elsewhere gives it the text and gets the same scores. Under `--form word` there is no head: the
+language model's own answers with a label's word.
 """
 
 from __future__ import annotations
@@ -44,7 +46,12 @@ from tasks.classification.labels import (
     word_ids,
 )
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import VALIDATION, probabilities, write_predictions, write_report
+from tasks.classification.predictions import (
+    VALIDATION,
+    probabilities,
+    write_predictions,
+    write_report,
+)
 from tasks.finetuning import Finetuning, Long, Parts, Split
 from tasks.objectives import label_nll, rdrop, simcse
 from tasks.options import FinetuneConfig
@@ -53,7 +60,9 @@ from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
-EXACT = "fp32"  # of everything that is scored: in bf16 near ties fall otherwise with every other batch
+EXACT = (
+    "fp32"  # of everything that is scored: in bf16 near ties fall otherwise with every other batch
+)
 PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
 
@@ -76,11 +85,26 @@ class Classification(Finetuning):
     pads: ClassVar[bool] = True
     truth: ClassVar[tuple[str, ...]] = ("label",)
     choices: ClassVar[tuple[str, ...]] = (
-        "form", "words", "pooling", "cut", "dropout", "head_dropout", "class_weights", "label_smoothing", "objective",
-        "rdrop", "simcse", "simcse_temperature", "simcse_group", "also", "augment_weight",
-    )  # fmt: skip
+        "form",
+        "words",
+        "pooling",
+        "cut",
+        "dropout",
+        "head_dropout",
+        "class_weights",
+        "label_smoothing",
+        "objective",
+        "rdrop",
+        "simcse",
+        "simcse_temperature",
+        "simcse_group",
+        "also",
+        "augment_weight",
+    )
     course: ClassVar[str] = "Predicted_Label"  # heads the second column of the csv of predictions
-    others: Sequence[tuple[Classification, float]] = ()  # of --also, with the weights of their losses
+    others: Sequence[
+        tuple[Classification, float]
+    ] = ()  # of --also, with the weights of their losses
 
     labels: tuple[str, ...]
     train: Labelled
@@ -98,7 +122,11 @@ class Classification(Finetuning):
 
     def label_words(self, labels: Sequence[str]) -> Sequence[str]:
         """What the language model answers with, label by label; empty where the task knows none."""
-        return [] if all(map(is_number, labels)) else [label.replace("_", " ").lower() for label in labels]
+        return (
+            []
+            if all(map(is_number, labels))
+            else [label.replace("_", " ").lower() for label in labels]
+        )
 
     def content(self, row: Row) -> str:
         return "\n".join(self.texts(row))
@@ -106,17 +134,28 @@ class Classification(Finetuning):
     # --- rows
 
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
-        """As everywhere; a label that says it is unknown is none. A row to learn from or to score by must have one."""
+        """As everywhere; a label that says it is unknown is none. A row to learn from or to score
+        by must have one."""
         rows = super().read(spec, split, say)
         known = [row for row in rows if not is_unknown(row["label"])]
         if split == "test":
             return [_without_unknown(row) for row in rows]
         if len(known) < len(rows):
-            told = ", ".join(sorted({repr(row["label"].strip()) for row in rows if is_unknown(row["label"])}))
-            text = f"{len(rows) - len(known):,} of {len(rows):,} rows of {spec} have no known label ({told})"
+            told = ", ".join(
+                sorted({repr(row["label"].strip()) for row in rows if is_unknown(row["label"])})
+            )
+            text = (
+                f"{len(rows) - len(known):,} of {len(rows):,} rows of {spec} have no known "
+                f"label ({told})"
+            )
             if not known:
-                raise UserError(f"{text}; name rows with labels, and a class that is really called so by another name")
-            self.warnings += (f"{text} and are left out; if that is a class of yours, give it another name",)
+                raise UserError(
+                    f"{text}; name rows with labels, and a class that is really called so by "
+                    "another name"
+                )
+            self.warnings += (
+                f"{text} and are left out; if that is a class of yours, give it another name",
+            )
         return known
 
     def _open_vocabulary(self) -> None:
@@ -151,9 +190,12 @@ class Classification(Finetuning):
             say(text)
 
     def read_labelled(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
-        """Training rows, those of --augment last, and validation rows; finds the labels, and checks all of them."""
+        """Training rows, those of --augment last, and validation rows; finds the labels, and checks
+        all of them."""
         train, val = self._training_and_validation(say)
-        self.labels = find_labels(train if self.cfg.val_data else [*train, *val])  # a rare one may be held out
+        self.labels = find_labels(
+            train if self.cfg.val_data else [*train, *val]
+        )  # a rare one may be held out
         self.augmented = self.read(self.cfg.augment, "train", say) if self.cfg.augment else []
         for row in (*self.augmented, *val):
             self.label_of(row)
@@ -161,7 +203,8 @@ class Classification(Finetuning):
         known = self.known_rows(train, val)
         if known:
             text = (
-                f"{known} of {len(train)} training rows ({known / len(train):.1%}) also stand among the validation rows"
+                f"{known} of {len(train)} training rows ({known / len(train):.1%}) also stand "
+                "among the validation rows"
             )
             if known > ALLOWED_OVERLAP * len(train) and not self.cfg.allow_overlap:
                 raise UserError(f"{text}; take them out, or go on with --allow-overlap")
@@ -169,7 +212,8 @@ class Classification(Finetuning):
         return train, val
 
     def check_rows_to_answer(self, say: Callable[[str], None]) -> None:
-        """Raise UserError for what would end --predict after training: unknown labels, and under --strict long rows."""
+        """Raise UserError for what would end --predict after training: unknown labels, and under
+        --strict long rows."""
         rows = self.rows_to_answer(self.cfg, say)
         self.true_labels(rows)
         if self.cfg.strict:
@@ -179,18 +223,26 @@ class Classification(Finetuning):
     def label_of(self, row: Row) -> int:
         """The number of a row's label. Raises UserError for one that no training row has."""
         name = label_name(row["label"])
-        labels = list(map(composed, self.labels))  # a checkpoint's may be spelled with combining marks
+        labels = list(
+            map(composed, self.labels)
+        )  # a checkpoint's may be spelled with combining marks
         if name in labels:
             return labels.index(name)
         numbers = all(map(is_number, self.labels)) and not is_number(name)
         why = (
-            "is not a number, as those of the training rows are" if numbers else "is none of the training rows' labels"
+            "is not a number, as those of the training rows are"
+            if numbers
+            else "is none of the training rows' labels"
         )
         shown = ", ".join(self.labels[:MANY_LABELS])
-        raise UserError(f"{row.where}: the label {name[:60]!r} {why}{nearest(name, self.labels)}; they are {shown}")
+        raise UserError(
+            f"{row.where}: the label {name[:60]!r} {why}{nearest(name, self.labels)}; they are "
+            f"{shown}"
+        )
 
     def beside(self, main: Classification, say: Callable[[str], None]) -> tuple[Labelled, Labelled]:
-        """The splits of a task that trains along with `main`, read with its tokenizer, for a head of its own."""
+        """The splits of a task that trains along with `main`, read with its tokenizer, for a head
+        of its own."""
         self.warnings = ()
         train, val = self.read_labelled(say)
         self.tokenizer, self.seq_len, self.words = main.tokenizer, main.seq_len, ()
@@ -198,11 +250,15 @@ class Classification(Finetuning):
 
     def row_weights(self, train: Sequence[Row]) -> np.ndarray:
         """Of the loss of each training row, (n,)."""
-        of_class = class_weights(self.cfg.class_weights, Counter(map(self.label_of, train)), self.labels)
+        of_class = class_weights(
+            self.cfg.class_weights, Counter(map(self.label_of, train)), self.labels
+        )
         weights = np.array([of_class[self.label_of(row)] for row in train])
         weights[len(train) - len(self.augmented) :] *= self.cfg.augment_weight
         if not weights.any():
-            raise UserError("all training rows have the weight 0; raise --class-weights or --augment-weight")
+            raise UserError(
+                "all training rows have the weight 0; raise --class-weights or --augment-weight"
+            )
         return weights
 
     def _splits(self, train: Sequence[Row], val: Sequence[Row]) -> tuple[Labelled, Labelled]:
@@ -218,13 +274,21 @@ class Classification(Finetuning):
             kept.append((row, tokens, self.label_of(row), weight))
         if cut:
             self.warnings += (
-                f"{cut} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and cut at the {self.cfg.cut} of their text",
+                f"{cut} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and cut "
+                f"at the {self.cfg.cut} of their text",
             )
         texts, tokens, labels, losses = zip(*kept, strict=True)
-        digest = hashlib.sha256(f"{Rows(list(texts)).sha256} {self.labels} {np.array(losses).tolist()}".encode())
+        digest = hashlib.sha256(
+            f"{Rows(list(texts)).sha256} {self.labels} {np.array(losses).tolist()}".encode()
+        )
         return Labelled(
-            list(texts), list(tokens), digest.hexdigest(), np.array(labels), np.array(losses), np.zeros(len(texts), np.int64)
-        )  # fmt: skip
+            list(texts),
+            list(tokens),
+            digest.hexdigest(),
+            np.array(labels),
+            np.array(losses),
+            np.zeros(len(texts), np.int64),
+        )
 
     def tokens_of(self, row: Row) -> tuple[np.ndarray, bool]:
         """The tokens of a row, and whether it had to be cut."""
@@ -239,30 +303,48 @@ class Classification(Finetuning):
         over = scaffold + sum(map(len, pieces)) - self.seq_len
         if over > 0:
             if self.cfg.strict:
-                raise UserError(f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)")
+                raise UserError(
+                    f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
+                )
             pieces = self._cut(row, parts, pieces, over)
-        separated = [[self.tokenizer.eot] * (scaffold > 0 and n > 0) + piece for n, piece in enumerate(pieces)]
+        separated = [
+            [self.tokenizer.eot] * (scaffold > 0 and n > 0) + piece
+            for n, piece in enumerate(pieces)
+        ]
         tokens = [token for piece in separated for token in piece] or [self.tokenizer.eot]
         return np.array(tokens, np.int64), over > 0
 
-    def _cut(self, row: Row, parts: Sequence[str], pieces: list[list[int]], over: int) -> list[list[int]]:
+    def _cut(
+        self, row: Row, parts: Sequence[str], pieces: list[list[int]], over: int
+    ) -> list[list[int]]:
         """Take `over` tokens from the long texts, always from the longest."""
         long = [n for n, part in enumerate(parts) if isinstance(part, Long)]
         keep = {n: len(pieces[n]) for n in long}
         if sum(keep.values()) - over < len(long):
-            raise UserError(f"{row.where}: nothing of its text fits into {self.seq_len} tokens; raise --seq-len")
+            raise UserError(
+                f"{row.where}: nothing of its text fits into {self.seq_len} tokens; raise --seq-len"
+            )
         for _ in range(over):
             keep[max(keep, key=lambda n: keep[n])] -= 1
-        return [_shortened(piece, keep[n], self.cfg.cut) if n in keep else piece for n, piece in enumerate(pieces)]
+        return [
+            _shortened(piece, keep[n], self.cfg.cut) if n in keep else piece
+            for n, piece in enumerate(pieces)
+        ]
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch, what is learned between the marks."""
         texts = []
         for i in self.rows("train", 0).reshape(-1)[: self.cfg.show_rows]:
             part = self.parts[self.train.heads[i]]
-            answer = part.words[self.train.labels[i]] if part.words else part.labels[self.train.labels[i]]
+            answer = (
+                part.words[self.train.labels[i]]
+                if part.words
+                else part.labels[self.train.labels[i]]
+            )
             tokens = self.train.tokens[i].tolist()
-            texts.append(f"row {i} ({len(tokens)} tokens):\n{self.tokenizer.decode(tokens)}⟦{answer}⟧\n")
+            texts.append(
+                f"row {i} ({len(tokens)} tokens):\n{self.tokenizer.decode(tokens)}⟦{answer}⟧\n"
+            )
         return texts
 
     # --- labels' words
@@ -274,23 +356,32 @@ class Classification(Finetuning):
             return ()
         words = tuple(map(composed, self.cfg.words)) or tuple(self.label_words(self.labels))
         if len(words) != len(self.labels):
-            raise UserError(f"--form word: name {len(self.labels)} words with --words, for {', '.join(self.labels)}")
+            raise UserError(
+                f"--form word: name {len(self.labels)} words with --words, for "
+                f"{', '.join(self.labels)}"
+            )
         self.word_ids = word_ids(self.tokenizer, words)
         if len(set(self.word_ids)) < len(words):
-            raise UserError(f"of the words {', '.join(words)} two begin with the same token; name others with --words")
+            raise UserError(
+                f"of the words {', '.join(words)} two begin with the same token; name others with "
+                "--words"
+            )
         return tuple(words)
 
     # --- order
 
     def _set_order(self, group: int = 1) -> None:
-        """An order for each task's rows. In an epoch the task itself gives all of its batches; each of the others as
-        many as it has, and never more than that, goes on in the next where it ended, and has its places by the seed."""
+        """An order for each task's rows. In an epoch the task itself gives all of its batches; each
+        of the others as many as it has, and never more than that, goes on in the next where it
+        ended, and has its places by the seed."""
         super()._set_order(group)
         self.orders, self.offsets = [], []
         for head in range(len(self.parts)):
             ids = np.flatnonzero(self.train.heads == head)
             self.offsets.append(int(ids[0]))
-            self.orders.append(Order(self.train.lengths[ids], self.cfg.batch_size, self.cfg.seed + head, group))
+            self.orders.append(
+                Order(self.train.lengths[ids], self.cfg.batch_size, self.cfg.seed + head, group)
+            )
         own = self.orders[0].steps_per_epoch
         self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
 
@@ -324,7 +415,9 @@ class Classification(Finetuning):
     def _dressed(self, model: GPT) -> GPT:
         for key, part in zip(self.keys, self.parts, strict=True):
             if part.cfg.form != "word":
-                model.heads[key] = Head(model.config.n_embd, len(part.labels), self.cfg.pooling, self.cfg.head_dropout)
+                model.heads[key] = Head(
+                    model.config.n_embd, len(part.labels), self.cfg.pooling, self.cfg.head_dropout
+                )
         return super()._dressed(model)
 
     def build_model(self, cfg: FinetuneConfig) -> nn.Module:
@@ -345,12 +438,16 @@ class Classification(Finetuning):
         if info.labels == self.labels and info.pooling == self.cfg.pooling:
             model.heads[self.keys[0]].load_state_dict(state)
         else:
-            yield f"--init {self.cfg.init} has a head for {', '.join(info.labels)} ({info.pooling}): this run's is new"
+            yield (
+                f"--init {self.cfg.init} has a head for {', '.join(info.labels)} "
+                f"({info.pooling}): this run's is new"
+            )
 
     def log_p(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
         """Hidden states (B, T, n_embd) to log-probabilities of the labels of a head (B, K), fp32.
 
-        Under --form word those of the words in the whole vocabulary, so that they add up to less than 1.
+        Under --form word those of the words in the whole vocabulary, so that they add up to less
+        than 1.
         """
         if self.parts[head].cfg.form != "word":
             return model.heads[self.keys[head]](hidden, lengths).log_softmax(-1)
@@ -363,9 +460,11 @@ class Classification(Finetuning):
         return all(part.cfg.pooling == "last" for part in self.parts)
 
     def states(self, model: GPT, idx: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What the heads read of rows idx (B, T) of `lengths` (B,) tokens: hidden states, and how many of each row.
+        """What the heads read of rows idx (B, T) of `lengths` (B,) tokens: hidden states, and how
+        many of each row.
 
-        Where all of them read the last token, its state (B, 1, n_embd); else those of all positions (B, T, n_embd).
+        Where all of them read the last token, its state (B, 1, n_embd); else those of all positions
+        (B, T, n_embd).
         """
         if self.reads_last:
             return model.hidden(idx, at=lengths - 1), torch.ones_like(lengths)
@@ -378,8 +477,9 @@ class Classification(Finetuning):
         return -self.log_p(model, *self.states(model, idx, lengths), 0).sum()
 
     def flops_per_token(self) -> int:
-        """Without the language model's head; of the last block its keys, values and queries where the last token is
-        all that is read (9 of 12 n_embd^2 weights, and its attention, are left out)."""
+        """Without the language model's head; of the last block its keys, values and queries where
+        the last token is all that is read (9 of 12 n_embd^2 weights, and its attention, are left
+        out)."""
         width = self.shape.n_embd
         left_out = 6 * self.shape.vocab_size * width
         if self.reads_last and self.shape.n_layer:
@@ -388,9 +488,17 @@ class Classification(Finetuning):
 
     def describe(self) -> dict[str, str]:
         counts = np.bincount(self.train.labels[self.train.heads == 0], minlength=len(self.labels))
-        shares = [f"{name} {count / counts.sum():.0%}" for name, count in zip(self.labels, counts, strict=True)]
-        read = f"--form {self.cfg.form}, " + (", ".join(self.words) or f"{self.cfg.pooling} pooling")
-        also = "".join(f", {key} x {weight:g}" for key, (_, weight) in zip(self.keys[1:], self.others, strict=True))
+        shares = [
+            f"{name} {count / counts.sum():.0%}"
+            for name, count in zip(self.labels, counts, strict=True)
+        ]
+        read = f"--form {self.cfg.form}, " + (
+            ", ".join(self.words) or f"{self.cfg.pooling} pooling"
+        )
+        also = "".join(
+            f", {key} x {weight:g}"
+            for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)
+        )
         return super().describe() | {"labels": f"{', '.join(shares)}; {read}{also}"}
 
     # --- the loss
@@ -398,7 +506,9 @@ class Classification(Finetuning):
     def _set_terms(self) -> None:
         cfg = self.cfg
         self.passes = 2 if cfg.objective else 1
-        self.terms = {"nll": 1.0} | {key: weight for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)}
+        self.terms = {"nll": 1.0} | {
+            key: weight for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)
+        }
         of = {
             "rdrop": cfg.rdrop / 2,
             "simcse": cfg.simcse,
@@ -420,7 +530,9 @@ class Classification(Finetuning):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(model, GPT)
         n = len(batch["ids"])
-        hidden, lengths = self.states(model, batch["idx"].repeat(self.passes, 1), batch["lengths"].repeat(self.passes))
+        hidden, lengths = self.states(
+            model, batch["idx"].repeat(self.passes, 1), batch["lengths"].repeat(self.passes)
+        )
         views = [hidden[n * i : n * (i + 1)] for i in range(self.passes)]
         lengths = lengths[:n]
         terms: dict[str, Tensor] = dict.fromkeys(
@@ -434,13 +546,16 @@ class Classification(Finetuning):
             if "rdrop" in terms:
                 terms["rdrop"] = terms["rdrop"] + rdrop(*log_ps, weights)
         if "simcse" in terms:
-            head = int(batch["heads"][0]) if len(self.parts) > 1 else 0  # a step's rows are of one task
+            head = (
+                int(batch["heads"][0]) if len(self.parts) > 1 else 0
+            )  # a step's rows are of one task
             pooled = [self._pooled(model, view, lengths, head) for view in views]
             terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
 
     def _by_head(self, batch: Batch) -> Iterator[tuple[int, Any]]:
-        """The heads that a batch has rows for, and which those are. With one head a GPU has nothing to wait for."""
+        """The heads that a batch has rows for, and which those are. With one head a GPU has nothing
+        to wait for."""
         if len(self.parts) == 1:
             yield 0, slice(None)
             return
@@ -448,7 +563,8 @@ class Classification(Finetuning):
             yield head, batch["heads"] == head
 
     def _pooled(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
-        """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last token."""
+        """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last
+        token."""
         if self.parts[head].cfg.form != "word":
             return model.heads[self.keys[head]].pool(hidden, lengths)
         return pick(hidden, lengths - 1)[:, 0].float()
@@ -465,7 +581,12 @@ class Classification(Finetuning):
         found = {}
         for head, mine in self._by_head(batch):
             log_p = self.log_p(model, hidden[mine], lengths[mine], head)
-            records = zip(batch["ids"][mine].tolist(), batch["labels"][mine].tolist(), log_p.tolist(), strict=True)
+            records = zip(
+                batch["ids"][mine].tolist(),
+                batch["labels"][mine].tolist(),
+                log_p.tolist(),
+                strict=True,
+            )
             found |= {i: (head, label, values) for i, label, values in records}
         return found
 
@@ -484,19 +605,25 @@ class Classification(Finetuning):
     def conclude(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         """Score the validation rows with final/, and write what that shows into the run's folder.
 
-        metrics.json takes these figures: those of the loop are of the same step and in fp32 too, but of other batches,
-        and may differ in their last digits.
+        metrics.json takes these figures: those of the loop are of the same step and in fp32 too,
+        but of other batches, and may differ in their last digits.
         """
         assert cfg.out
         folder, own = Path(cfg.out), self.val.heads == 0
-        rows, tokens = ([of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens))
+        rows, tokens = (
+            [of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens)
+        )
         model, _ = self._open(locate(cfg.out), cfg)
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         about = {"eval_precision": EXACT, "step": results["final_is_step"]}
-        figures = self.write_answers(folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about)
+        figures = self.write_answers(
+            folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about
+        )
         write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
 
-    def ready(self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
+    def ready(
+        self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]
+    ) -> tuple[GPT, list[Row]]:
         self.cfg, self.warnings = cfg, ()
         rows = self.rows_to_answer(cfg, say)
         model, self.tokenizer = self._open(where, cfg)
@@ -506,23 +633,29 @@ class Classification(Finetuning):
     def predict(
         self, cfg: ClassificationConfig, where: str, path: Path, say: Callable[[str], None]
     ) -> dict[str, float]:
-        """Write the labels that the classifier of a checkpoint gives to the rows of `--predict`, as jsonl with
-        probabilities and as the course's csv. Returns their scores where the file has the true ones."""
+        """Write the labels that the classifier of a checkpoint gives to the rows of `--predict`, as
+        jsonl with probabilities and as the course's csv. Returns their scores where the file has
+        the true ones."""
         assert cfg.predict
         model, rows = self.ready(cfg, where, say)
         found = [self.tokens_of(row) for row in rows]
         if cut := sum(was_cut for _, was_cut in found):
             say(
-                f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the {self.cfg.cut} of their text"
+                f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the "
+                f"{self.cfg.cut} of their text"
             )
-        return self.write_answers(path, rows, self._scores(model, [tokens for tokens, _ in found]), say)
+        return self.write_answers(
+            path, rows, self._scores(model, [tokens for tokens, _ in found]), say
+        )
 
     def _open(self, where: str, cfg: ClassificationConfig) -> tuple[GPT, Any]:
         """A classifier and its tokenizer; takes its labels, form and words for this task's."""
         found = heads.find(where)
         info = found[0] if found else heads.read_info(where)
         if info is None:
-            raise UserError(f"{where} is no classifier; train one first, or name a run of finetune.{self.name}")
+            raise UserError(
+                f"{where} is no classifier; train one first, or name a run of finetune.{self.name}"
+            )
         device = choose_device(cfg.device)
         set_products("fp32", device)
         model, tokenizer = open_model(where, None, device, torch.float32)
@@ -548,7 +681,9 @@ class Classification(Finetuning):
         for begin in range(0, len(order), PREDICTED_AT_ONCE):
             some = order[begin : begin + PREDICTED_AT_ONCE]
             batch = padded([tokens[i] for i in some], self.tokenizer.eot)
-            log_p = self.log_p(model, *self.states(model, batch["idx"].to(device), batch["lengths"].to(device)), 0)
+            log_p = self.log_p(
+                model, *self.states(model, batch["idx"].to(device), batch["lengths"].to(device)), 0
+            )
             found[some] = probabilities(log_p.double().cpu().numpy())
         return found
 
@@ -560,23 +695,35 @@ class Classification(Finetuning):
         say: Callable[[str], None],
         about: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """The predictions of rows, probabilities (n, K), with all that can be said of them where their labels are known.
+        """The predictions of rows, probabilities (n, K), with all that can be said of them where
+        their labels are known.
 
-        `about` goes into the report: what the probabilities were computed in, and of which step's model.
+        `about` goes into the report: what the probabilities were computed in, and of which step's
+        model.
         """
         true = self.true_labels(rows)
         write_predictions(path, rows, found, self.labels, self.course)
         if unread := sum(bool(row.fault) for row in rows):
-            say(f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not scored")
+            say(
+                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
+                "not scored"
+            )
         if not true:
             return {}
         return write_report(
-            path, list(true.values()), found[list(true)], self.labels, self.name, self.cfg.seed, say,
+            path,
+            list(true.values()),
+            found[list(true)],
+            self.labels,
+            self.name,
+            self.cfg.seed,
+            say,
             about or {"eval_precision": EXACT},
-        )  # fmt: skip
+        )
 
     def true_labels(self, rows: Sequence[Row]) -> dict[int, int]:
-        """The label's number of those rows that have one and are answered. Raises UserError for one that the classifier does not know."""
+        """The label's number of those rows that have one and are answered. Raises UserError for one
+        that the classifier does not know."""
         return {
             i: self.label_of(row)
             for i, row in enumerate(rows)
@@ -588,10 +735,13 @@ class Classification(Finetuning):
     @property
     def info(self) -> heads.Info:
         cfg = self.cfg
-        return heads.Info(self.name, self.labels, cfg.form, cfg.pooling, self.words, self.seq_len, cfg.cut)
+        return heads.Info(
+            self.name, self.labels, cfg.form, cfg.pooling, self.words, self.seq_len, cfg.cut
+        )
 
     def _score(self, model: GPT) -> Tensor | None:
-        """The weights of the task's own head where the hub's classifiers have such a one: by the last token."""
+        """The weights of the task's own head where the hub's classifiers have such a one: by the
+        last token."""
         with_head = self.cfg.form != "word" and self.cfg.pooling == "last"
         return model.heads[self.keys[0]].weight if with_head else None
 
@@ -611,32 +761,48 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
     """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
     tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
     width = cfg.n_embd or LSTM_EMBEDDING
-    return dataclasses.replace(cfg, init="scratch", tokenizer=tokenizer, n_embd=width, n_head=1, pooling="lstm")
+    return dataclasses.replace(
+        cfg, init="scratch", tokenizer=tokenizer, n_embd=width, n_head=1, pooling="lstm"
+    )
 
 
 def check(cfg: ClassificationConfig) -> None:
     """Raise UserError for options that do not go together."""
-    draws = cfg.dropout or (cfg.method in layers.LORA and cfg.lora_dropout)  # of the states, which SimCSE compares
+    draws = cfg.dropout or (
+        cfg.method in layers.LORA and cfg.lora_dropout
+    )  # of the states, which SimCSE compares
     of_head = cfg.head_dropout and cfg.form != "word"
     for objective in cfg.objective:
         if not draws and not (objective == "rdrop" and of_head):
             raise UserError(
-                f"--objective {objective} compares two passes of a row under different dropout; set --dropout"
+                f"--objective {objective} compares two passes of a row under different dropout; "
+                "set --dropout"
             )
     if cfg.compile_unit == "model":
-        raise UserError("--compile-unit model: a classifier is compiled block by block; leave it out")
+        raise UserError(
+            "--compile-unit model: a classifier is compiled block by block; leave it out"
+        )
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
-        raise UserError("--model lstm has no language model's head and no blocks: leave out --form word and --method")
+        raise UserError(
+            "--model lstm has no language model's head and no blocks: leave out --form word and "
+            "--method"
+        )
     if cfg.form == "word" and cfg.pooling != "last":
-        raise UserError(f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it out")
+        raise UserError(
+            f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it "
+            "out"
+        )
     if cfg.form == "word" and cfg.also:
         raise UserError(
-            "--also trains heads, and --form word the language model's own: use another form, or leave --also out"
+            "--also trains heads, and --form word the language model's own: use another form, or "
+            "leave --also out"
         )
     if cfg.words and cfg.form != "word":
         raise UserError("--words belongs to --form word; add it, or leave --words out")
     if cfg.augment_weight != 1 and not cfg.augment:
-        raise UserError("--augment-weight belongs to --augment FILE; add it, or leave the weight out")
+        raise UserError(
+            "--augment-weight belongs to --augment FILE; add it, or leave the weight out"
+        )
 
 
 # --- rows
@@ -644,15 +810,19 @@ def check(cfg: ClassificationConfig) -> None:
 
 def _without_unknown(row: Row) -> Row:
     """The row; its label is empty where it says that nobody knows it."""
-    return dataclasses.replace(row, fields=row.fields | {"label": ""}) if is_unknown(row["label"]) else row
+    return (
+        dataclasses.replace(row, fields=row.fields | {"label": ""})
+        if is_unknown(row["label"])
+        else row
+    )
 
 
 # --- sequences
 
 
 def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Batch:
-    """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of `sizes` that holds it, and
-    their lengths (B,)."""
+    """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of
+    `sizes` that holds it, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     idx = torch.full((len(rows), longest if sizes is None else pad_to(longest, sizes)), filler)
@@ -672,11 +842,13 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
     """The rows of several tasks as one split, each with the number of its task's head."""
     digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
     return Labelled(
-        [row for part in parts for row in part.rows], [row for part in parts for row in part.tokens],
+        [row for part in parts for row in part.rows],
+        [row for part in parts for row in part.tokens],
         parts[0].sha256 if len(parts) == 1 else digest,
-        np.concatenate([part.labels for part in parts]), np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.weights for part in parts]),
         np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts]),
-    )  # fmt: skip
+    )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

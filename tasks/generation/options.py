@@ -21,7 +21,8 @@ class GenerationConfig(DecodeConfig, FinetuneConfig):
     unlikelihood: Weight = 1.0
     """Weight of the unlikelihood term."""
     eval_rows: CountOrNone = 64
-    """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of all)."""
+    """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of
+    all)."""
 
     def check(self) -> None:
         super().check()

@@ -9,8 +9,9 @@ from text.readers import Record
 
 
 def expand(record: Record) -> Iterator[Record]:
-    """The questions of a row in one of SQuAD's layouts: an article with paragraphs, a paragraph with questions (qas),
-    or as the hub has it, a question whose answers are {"text": [...], "answer_start": [...]}; other rows as they are."""
+    """The questions of a row in one of SQuAD's layouts: an article with paragraphs, a paragraph
+    with questions (qas), or as the hub has it, a question whose answers are {"text": [...],
+    "answer_start": [...]}; other rows as they are."""
     place, cells = record
     if not isinstance(cells, dict):
         yield record
@@ -43,7 +44,8 @@ def _not_squad(error: Exception) -> str:
 
 
 def _answers(found: dict[str, Any] | list[Any]) -> dict[str, Any]:
-    """The first answer, which is learned, and all of them; both empty for a question without one (SQuAD 2)."""
+    """The first answer, which is learned, and all of them; both empty for a question without one
+    (SQuAD 2)."""
     texts = found.get("text") if isinstance(found, dict) else [_text(answer) for answer in found]
     texts = [texts] if isinstance(texts, str) else texts or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -1,7 +1,9 @@
-"""Fine-tuning on rows whose answers are texts: the family of tasks that a language model's own head can do.
+"""Fine-tuning on rows whose answers are texts: the family of tasks that a language model's own head
+can do.
 
-A row becomes one sequence: end-of-text, the prompt, the answer, end-of-text. Only the answer and the end after it are
-learned. Sequences are padded at the right, where causal attention sees nothing of it.
+A row becomes one sequence: end-of-text, the prompt, the answer, end-of-text. Only the answer and
+the end after it are learned. Sequences are padded at the right, where causal attention sees nothing
+of it.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ class Generation(Finetuning):
         return {}
 
     def copied(self, texts: Sequence[str], field: str = "text") -> dict[str, float]:
-        """Most words in a row that a text has from the training rows; nothing where none were read."""
+        """Most words in a row that a text has from the training rows; nothing where none were
+        read."""
         if not self.learned_rows:
             return {}
         copied = longest_copied(texts, [row[field] for row in self.learned_rows])
@@ -136,18 +139,24 @@ class Generation(Finetuning):
         self.val = self._split(val, self.question, "validation")
         self.learned_rows = self.train.rows
         if known := self.known_rows(train, val):
-            self.warnings += (f"{known} of {len(train)} training rows also stand among the validation rows",)
+            self.warnings += (
+                f"{known} of {len(train)} training rows also stand among the validation rows",
+            )
         # A sequence that goes on with a text does not begin with the end-of-text token.
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == self.tokenizer.eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
         self._set_order()
         if cfg.predict:
             rows = self.rows_to_answer(cfg, say)
-            self._prompts_to_answer(rows, self.seq_len, lambda text: None)  # what --strict does not allow ends here
+            self._prompts_to_answer(
+                rows, self.seq_len, lambda text: None
+            )  # what --strict does not allow ends here
         for text in self._first_rows():
             say(text)
 
-    def _split(self, rows: Sequence[Row], example: Callable[[Row], Example], what: str) -> Sequences:
+    def _split(
+        self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
+    ) -> Sequences:
         split = Sequences([], [], Rows(list(rows)).sha256, [], [])
         counts = {"cut": 0, "dropped": 0, "continued": 0}
         for row in rows:
@@ -166,14 +175,20 @@ class Generation(Finetuning):
         }
         for name, count in counts.items():
             if count:
-                text = f"{count} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and {said[name]}"
+                text = (
+                    f"{count} of {len(rows)} {what} rows are longer than {self.seq_len} tokens "
+                    f"and {said[name]}"
+                )
                 self.warnings += (text,)
         if not split.rows:
-            raise UserError(f"there is no {what} row that fits into {self.seq_len} tokens; raise --seq-len")
+            raise UserError(
+                f"there is no {what} row that fits into {self.seq_len} tokens; raise --seq-len"
+            )
         return split
 
     def _sequences(self, example: Example, row: Row) -> tuple[list[tuple[list[int], int]], str]:
-        """(tokens, place of the first that is learned) of a row, and what had to be done to make it fit."""
+        """(tokens, place of the first that is learned) of a row, and what had to be done to make it
+        fit."""
         eot = self.tokenizer.eot
         room = self.seq_len + 1  # the last token is not read
         prompt, answer = self._encode(example.prompt), self._encode(example.answer)
@@ -181,13 +196,18 @@ class Generation(Finetuning):
         tokens = [eot, *prompt, *answer, eot]
         if over <= 0:
             return [(tokens, 1 + len(prompt))], ""
-        long = sum(len(self.tokenizer.encode(part)) for part in example.prompt if isinstance(part, Long))
+        long = sum(
+            len(self.tokenizer.encode(part)) for part in example.prompt if isinstance(part, Long)
+        )
         if not long and 1 + len(prompt) < room:
-            # Each piece begins with the last token of the one before, which it reads and does not learn.
+            # Each piece begins with the last token of the one before, which it reads and does not
+            # learn.
             pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
             return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "continued"
         if self.cfg.strict:
-            raise UserError(f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)")
+            raise UserError(
+                f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
+            )
         if over > long:
             return [], "dropped"
         prompt = self._encode(example.prompt, keep=long - over)
@@ -202,14 +222,20 @@ class Generation(Finetuning):
         texts = []
         for i in self.order(0).reshape(-1)[: self.cfg.show_rows]:
             tokens, learned = self.train.tokens[i].tolist(), self.train.learned[i]
-            read, answer = self.tokenizer.decode(tokens[:learned]), self.tokenizer.decode(tokens[learned:])
+            read, answer = (
+                self.tokenizer.decode(tokens[:learned]),
+                self.tokenizer.decode(tokens[learned:]),
+            )
             texts.append(
-                f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them learned):\n{read}⟦{answer}⟧\n"
+                f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them "
+                f"learned):\n{read}⟦{answer}⟧\n"
             )
         return texts
 
     def shape_in_training(self) -> GPTConfig:
-        return dataclasses.replace(self.shape, chunked_head=self.shape.chunked_head and not self.cfg.objective)
+        return dataclasses.replace(
+            self.shape, chunked_head=self.shape.chunked_head and not self.cfg.objective
+        )
 
     # --- a step
 
@@ -237,28 +263,43 @@ class Generation(Finetuning):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if "unlikelihood" not in self.terms:
             return {"nll": model(batch["idx"], batch["targets"], reduction="sum")}
-        nll, unlikelihood = nll_and_unlikelihood(model(batch["idx"]), batch["idx"], batch["targets"])
+        nll, unlikelihood = nll_and_unlikelihood(
+            model(batch["idx"]), batch["idx"], batch["targets"]
+        )
         return {"nll": nll, "unlikelihood": unlikelihood}
 
     # --- evaluation
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
         targets = batch["targets"]
-        return {"nll": model(batch["idx"], targets, reduction="sum"), "tokens": (targets != IGNORE).sum()}
+        return {
+            "nll": model(batch["idx"], targets, reduction="sum"),
+            "tokens": (targets != IGNORE).sum(),
+        }
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
         ids = [i for i in batch["ids"].tolist() if i in self.decoded]
         answers = self.answers(model, [self.prompt(i) for i in ids], ids)
-        return {i: Answer(*texts, self.val.references[i]) for i, texts in zip(ids, answers, strict=True)}
+        return {
+            i: Answer(*texts, self.val.references[i]) for i, texts in zip(ids, answers, strict=True)
+        }
 
-    def answers(self, model: nn.Module, prompts: Sequence[list[int]], rows: Sequence[int]) -> list[tuple[str, str]]:
+    def answers(
+        self, model: nn.Module, prompts: Sequence[list[int]], rows: Sequence[int]
+    ) -> list[tuple[str, str]]:
         """Each prompt and its decoded continuation; `rows` number them for their draws."""
         assert isinstance(model, GPT)
         texts = [self.tokenizer.decode(prompt, skip_special=True) for prompt in prompts]
         outs = generate(
-            model, prompts, self.cfg, self.tokenizer.eot, seed=self.cfg.seed, rows=rows, tokenizer=self.tokenizer,
+            model,
+            prompts,
+            self.cfg,
+            self.tokenizer.eot,
+            seed=self.cfg.seed,
+            rows=rows,
+            tokenizer=self.tokenizer,
             stop_lines=[self.stop_lines(text) for text in texts],
-        )  # fmt: skip
+        )
         answers = [self.tokenizer.decode(out, skip_special=True) for out in outs]
         return list(zip(texts, answers, strict=True))
 
@@ -271,23 +312,34 @@ class Generation(Finetuning):
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         if self.cfg.prompts:
-            prompts = [[self.tokenizer.eot, *self.tokenizer.encode(text)] for text in self.cfg.prompts]
+            prompts = [
+                [self.tokenizer.eot, *self.tokenizer.encode(text)] for text in self.cfg.prompts
+            ]
         else:
             prompts = [self.prompt(i) for i in self.shown]
         answers = self.answers(model, prompts, range(len(prompts)))
         # Special tokens spelled out, unlike in an answer that is scored.
-        return [(self.tokenizer.decode(p[1:]), text) for p, (_, text) in zip(prompts, answers, strict=True)]
+        return [
+            (self.tokenizer.decode(p[1:]), text)
+            for p, (_, text) in zip(prompts, answers, strict=True)
+        ]
 
-    def ready(self, cfg: GenerationConfig, where: str, say: Callable[[str], None]) -> tuple[GPT, list[Row]]:
+    def ready(
+        self, cfg: GenerationConfig, where: str, say: Callable[[str], None]
+    ) -> tuple[GPT, list[Row]]:
         self.cfg = cfg
         rows = self.rows_to_answer(cfg, say)
         model, self.tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
         return model, rows
 
-    def predict(self, cfg: GenerationConfig, where: str, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers that the model of a checkpoint gives to the rows of `--predict`, every row in its place.
+    def predict(
+        self, cfg: GenerationConfig, where: str, path: Path, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Write the answers that the model of a checkpoint gives to the rows of `--predict`, every
+        row in its place.
 
-        Returns the scores of those of which the file has the true answers. A row that cannot be read is not scored.
+        Returns the scores of those of which the file has the true answers. A row that cannot be
+        read is not scored.
         """
         assert cfg.predict
         model, rows = self.ready(cfg, where, say)
@@ -296,34 +348,54 @@ class Generation(Finetuning):
         readable = list(prompts)
         for begin in range(0, len(readable), cfg.batch_size):
             some = readable[begin : begin + cfg.batch_size]
-            for i, texts in zip(some, self.answers(model, [prompts[i] for i in some], some), strict=True):
+            for i, texts in zip(
+                some, self.answers(model, [prompts[i] for i in some], some), strict=True
+            ):
                 answers[i] = Answer(*texts, self.reference(rows[i]))
         self.write_answers(path, rows, [answers[i] for i in range(len(rows))])
         if unread := len(rows) - len(readable):
-            say(f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not scored")
+            say(
+                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
+                "not scored"
+            )
         known = [answers[i] for i in readable if answers[i].reference.strip()]
         scores = self.scores(known) if known else {}
         if scores and len(known) < len(rows):
             say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
         return scores
 
-    def _prompts_to_answer(self, rows: Sequence[Row], context: int, say: Callable[[str], None]) -> dict[int, list[int]]:
+    def _prompts_to_answer(
+        self, rows: Sequence[Row], context: int, say: Callable[[str], None]
+    ) -> dict[int, list[int]]:
         """What each row that can be read gives the model to go on from, by its number.
 
-        Of a prompt longer than the context the newest tokens are read, and that is told; UserError under --strict.
+        Of a prompt longer than the context the newest tokens are read, and that is told; UserError
+        under --strict.
         """
-        prompts = {i: self._question_ids(self.asked(row), context) for i, row in enumerate(rows) if not row.fault}
+        prompts = {
+            i: self._question_ids(self.asked(row), context)
+            for i, row in enumerate(rows)
+            if not row.fault
+        }
         long = [i for i, ids in prompts.items() if len(ids) > context]
         if long and self.cfg.strict:
             length, where = len(prompts[long[0]]), rows[long[0]].where
-            raise UserError(f"{where}: a prompt of {length} tokens is too long for a context of {context} (--strict)")
+            raise UserError(
+                f"{where}: a prompt of {length} tokens is too long for a context of {context} "
+                "(--strict)"
+            )
         if long:
-            say(f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of {context}, the first in "
-                f"{rows[long[0]].where}: only their last {kept_tokens(context)} tokens are read")  # fmt: skip
+            say(
+                f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of "
+                f"{context}, the first in "
+                f"{rows[long[0]].where}: only their last {kept_tokens(context)} tokens are "
+                "read"
+            )
         return prompts
 
     def _question_ids(self, parts: Parts, context: int) -> list[int]:
-        """What a row gives the model to go on from: a long text is cut to leave the answer a quarter of the context."""
+        """What a row gives the model to go on from: a long text is cut to leave the answer a
+        quarter of the context."""
         ids = [self.tokenizer.eot, *self._encode(parts)]
         over = len(ids) - (context - context // 4)
         long = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
@@ -334,4 +406,6 @@ class Generation(Finetuning):
 
 def _answered(row: Row, answer: Answer) -> dict[str, Any]:
     """What a file of answers adds to a row's fields; of a row that could not be read, why."""
-    return {"prediction": None, "unreadable": row.fault} if row.fault else {"prediction": answer.text}
+    return (
+        {"prediction": None, "unreadable": row.fault} if row.fault else {"prediction": answer.text}
+    )

@@ -1,4 +1,5 @@
-"""Adapters against the `peft` package: the same outputs, the same gradients, each reads what the other writes."""
+"""Adapters against the `peft` package: the same outputs, the same gradients, each reads what the
+other writes."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def adapted(
     head: bool = False,
     **options: Any,
 ) -> GPT:
-    """The base with an adapter, as after some training: its values are moved off their beginning."""
+    """The base with an adapter, as after some training: its values are moved off their
+    beginning."""
     model = GPT.from_pretrained(base, **options).eval()
     if head:
         model.heads["main"] = Head(64, LABELS, "last")
@@ -111,7 +113,9 @@ def of_peft(base: Path, folder: Path, new: int = 0, labels: int = 0):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft of transformers
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*"
+        )  # peft of transformers
         return peft.PeftModel.from_pretrained(hub(base, new, labels), folder).eval()
 
 
@@ -167,7 +171,10 @@ def made_by_peft(model, kind: str, options: dict[str, Any]):
 @pytest.mark.parametrize(
     "kind, options",
     [
-        ("lora", {"fan_in_fan_out": False}),  # which peft sets right itself for transformers' transposed layers
+        (
+            "lora",
+            {"fan_in_fan_out": False},
+        ),  # which peft sets right itself for transformers' transposed layers
         ("lora", {"target_modules": ["attn.c_proj"], "layers_to_transform": [1]}),
         ("lora", {"trainable_token_indices": [5, 2]}),
         ("dora", {}),
@@ -204,7 +211,9 @@ def here(name: str, kind: str) -> str:
         return "prefix.rows" if kind == "prefix" else "prefix.vectors"
     if name.endswith("trainable_tokens_delta.default"):
         return "transformer.wte.parametrizations.weight.0.rows"
-    return name.replace(".default", "") if "magnitude" in name else name.replace(".default.weight", "")
+    return (
+        name.replace(".default", "") if "magnitude" in name else name.replace(".default.weight", "")
+    )
 
 
 def test_new_rows_for_an_untied_head(tmp_path):
@@ -215,7 +224,9 @@ def test_new_rows_for_an_untied_head(tmp_path):
         "transformer.wte.parametrizations.weight.0.rows",
         "lm_head.parametrizations.weight.0.rows",
     }
-    save_adapter(model, tmp_path / "adapter", "base", weights_sha256(GPT.from_pretrained(tmp_path / "base")))
+    save_adapter(
+        model, tmp_path / "adapter", "base", weights_sha256(GPT.from_pretrained(tmp_path / "base"))
+    )
     with torch.no_grad():
         want = of_peft(tmp_path / "base", tmp_path / "adapter", NEW)(input_ids=tokens(NEW)).logits
         torch.testing.assert_close(model(tokens(NEW)), want, atol=1e-5, rtol=1e-5)
@@ -234,7 +245,9 @@ def scores_of_peft(theirs, idx: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method, new", [("lora", 0), ("lora", NEW), ("dora", 0), ("prefix", 0), ("soft-prompt", 0)])
+@pytest.mark.parametrize(
+    "method, new", [("lora", 0), ("lora", NEW), ("dora", 0), ("prefix", 0), ("soft-prompt", 0)]
+)
 def test_peft_reads_a_classifier_that_is_written_here(base, tmp_path, method, new):
     model, idx = adapted(base, method, "both", new, head=True), tokens(new)
     head = model.heads["main"]
@@ -258,7 +271,9 @@ def test_what_peft_writes_of_a_classifier_is_read_here(base, tmp_path, kind):
     assert score is not None
     head = Head(64, LABELS, "last")
     head.weight.copy_(score)
-    torch.testing.assert_close(scores(model, head, tokens()), scores_of_peft(theirs, tokens()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        scores(model, head, tokens()), scores_of_peft(theirs, tokens()), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_an_adapter_of_a_language_model_has_no_scores(base, tmp_path):
@@ -268,7 +283,13 @@ def test_an_adapter_of_a_language_model_has_no_scores(base, tmp_path):
 
 def test_scores_of_another_width(base, tmp_path):
     model = adapted(base, "lora", head=True)
-    save_adapter(model, tmp_path, "base", weights_sha256(GPT.from_pretrained(base)), model.heads["main"].weight[:, 1:])
+    save_adapter(
+        model,
+        tmp_path,
+        "base",
+        weights_sha256(GPT.from_pretrained(base)),
+        model.heads["main"].weight[:, 1:],
+    )
     with pytest.raises(UserError, match=r"\(5, 63\), and this model is 64 wide"):
         load_adapter(GPT.from_pretrained(base), tmp_path)
 
@@ -278,9 +299,9 @@ def test_new_rows_of_a_classifier_are_its_table_s_alone(tmp_path, method):
     """Its language model's head is in no loss."""
     GPT(replace(SHAPE, tied_head=False)).save_pretrained(tmp_path / "base")
     model = adapted(tmp_path / "base", method, new=NEW, head=True)
-    assert [name for name in added(model) if name.endswith(".rows") and not name.startswith("prefix.")] == [
-        "transformer.wte.parametrizations.weight.0.rows"
-    ]
+    assert [
+        name for name in added(model) if name.endswith(".rows") and not name.startswith("prefix.")
+    ] == ["transformer.wte.parametrizations.weight.0.rows"]
     save_adapter(model, tmp_path, "base", weights_sha256(GPT.from_pretrained(tmp_path / "base")))
     again = GPT.from_pretrained(tmp_path / "base").eval()
     load_adapter(again, tmp_path)
@@ -293,7 +314,8 @@ def test_new_rows_of_a_classifier_are_its_table_s_alone(tmp_path, method):
 @pytest.mark.parametrize("new", [0, NEW])
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_is_meant_to_train_does(base, method, new):
-    """Two steps lower the loss, move what trains and nothing else, and give the optimizer state for that alone."""
+    """Two steps lower the loss, move what trains and nothing else, and give the optimizer state for
+    that alone."""
     model = adapted(base, method, new=new, train=False).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     if not new:
@@ -342,7 +364,9 @@ def test_gradients_are_those_of_the_plain_path(base, method, how):
     assert got.keys() == want.keys()
     for name in got:
         error = (got[name] - want[name]).norm() / want[name].norm()
-        assert error < (0.1 if how == "autocast" else 1e-4), name  # bf16 has 8 bits, and roundings add up
+        assert error < (0.1 if how == "autocast" else 1e-4), (
+            name
+        )  # bf16 has 8 bits, and roundings add up
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -357,9 +381,12 @@ def test_trains_behind_weights_that_are_cast_once(base, method):
     cfg, idx = config(method, weight_decay=0.0), tokens(NEW)
     cast = Cast(model, torch.bfloat16)
     copies = {name.removeprefix("module."): c for name, c in cast.copies.items()}
-    # A change that bf16 would round away must last in what is no matrix: DoRA's magnitudes near 1, rows, prefixes.
+    # A change that bf16 would round away must last in what is no matrix: DoRA's magnitudes near 1,
+    # rows, prefixes.
     assert not any("magnitude" in name or name.endswith((".rows", ".vectors")) for name in copies)
-    optimizer = Optimizers(groups(model, cfg, 0, 1), cfg, {n: c for n, c in copies.items() if n in added(model)})
+    optimizer = Optimizers(
+        groups(model, cfg, 0, 1), cfg, {n: c for n, c in copies.items() if n in added(model)}
+    )
     losses = []
     for _ in range(20):
         loss = cast(idx[:, :-1], idx[:, 1:], reduction="sum") / idx[:, 1:].numel()
@@ -375,7 +402,8 @@ def test_trains_behind_weights_that_are_cast_once(base, method):
 
 
 def test_doras_scale_is_exact_in_bf16(base):
-    """Beside a bf16 product a magnitude moves by a thousandth, and the output with it: not rounded to bf16's 1/256."""
+    """Beside a bf16 product a magnitude moves by a thousandth, and the output with it: not rounded
+    to bf16's 1/256."""
     model = adapted(base, "dora", train=False)
     layer = model.get_submodule("transformer.h.0.attn.c_attn").bfloat16()
     magnitude = layer.lora_magnitude_vector.float()
@@ -406,7 +434,10 @@ def test_the_cache_continues_after_what_comes_before_the_text(base, method):
     model, idx = adapted(base, method), tokens()
     with torch.no_grad():
         cache = model.new_cache(len(idx), idx.shape[1])
-        parts = [model(idx[:, :5], cache=cache), *(model(idx[:, i : i + 1], cache=cache) for i in range(5, 9))]
+        parts = [
+            model(idx[:, :5], cache=cache),
+            *(model(idx[:, i : i + 1], cache=cache) for i in range(5, 9)),
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
@@ -433,13 +464,18 @@ def rates(model: GPT, cfg: FinetuneConfig, step: int = 0, epoch: int = 10) -> di
 def parts(names) -> set[str]:
     """transformer.h.1.mlp.c_fc.weight is of h.1, transformer.ln_f.bias of ln_f."""
     short = {name.removeprefix("transformer.") for name in names}
-    return {".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0] for name in short}
+    return {
+        ".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0]
+        for name in short
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_full_is_what_pretraining_does(base, optimizer):
     model, cfg = GPT.from_pretrained(base), config("full", optimizer=optimizer)
-    assert [g.signature() for g in groups(model, cfg, 0, 10)] == [g.signature() for g in default_groups(model, cfg)]
+    assert [g.signature() for g in groups(model, cfg, 0, 10)] == [
+        g.signature() for g in default_groups(model, cfg)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +496,9 @@ def test_a_head_of_its_own_is_the_head_and_the_table_is_not():
     assert parts(rates(model, config("last-layer"))) == {"lm_head", "ln_f"}
     assert parts(rates(model, config("last-k"))) == {"lm_head", "ln_f", "h.1"}
     assert parts(rates(model, config("ulmfit"), step=29)) == {"lm_head", "ln_f", "h.1", "h.0"}
-    assert rates(model, config("ulmfit"), step=30)["transformer.wte.weight"] == pytest.approx(2.6**-3)
+    assert rates(model, config("ulmfit"), step=30)["transformer.wte.weight"] == pytest.approx(
+        2.6**-3
+    )
 
 
 def classifier(method: str, tied: bool, new: int = 0) -> GPT:
@@ -505,13 +543,17 @@ def test_heads_train_under_every_method_and_the_language_model_s_under_none(meth
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_trains_beside_heads_has_a_gradient(method, tied, new):
-    """All of it, or processes would wait for each other's; new tokens' rows and the heads are part of it."""
+    """All of it, or processes would wait for each other's; new tokens' rows and the heads are part
+    of it."""
     model = classifier(method, tied, new)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == rates(model, config(method), step=1000).keys()
     assert added(model) | of_heads(model) <= trained and "lm_head.weight" not in trained
     idx = tokens(new)
-    sum(F.cross_entropy(scores(model, head, idx), torch.tensor([1, 3, 2])) for head in model.heads.values()).backward()
+    sum(
+        F.cross_entropy(scores(model, head, idx), torch.tensor([1, 3, 2]))
+        for head in model.heads.values()
+    ).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == trained
     assert all(grads[name].any() for name in of_heads(model))
@@ -525,7 +567,9 @@ def test_what_trains_beside_heads_has_a_gradient(method, tied, new):
 def test_heads_are_stored_and_counted(method):
     model = classifier(method, tied=False)
     names = {name for name, _ in model.named_parameters()}
-    assert stored(model, config(method)) == (added(model) | of_heads(model) if method in ADAPTERS else names)
+    assert stored(model, config(method)) == (
+        added(model) | of_heads(model) if method in ADAPTERS else names
+    )
     numbers = {name: p.numel() for name, p in model.named_parameters()}
     for table in ("lm_head.weight", "transformer.wte.weight"):
         numbers[table] = VOCAB * 64
@@ -537,7 +581,10 @@ def test_heads_are_stored_and_counted(method):
 def test_ulmfit_begins_with_the_heads_alone():
     order = [{"heads"}, {"h.1", "ln_f"}, {"h.0"}, {"wte", "wpe"}]
     for step in range(0, 60, 5):
-        found, thawed = rates(classifier("ulmfit", tied=True), config("ulmfit"), step), min(step // 10 + 1, 4)
+        found, thawed = (
+            rates(classifier("ulmfit", tied=True), config("ulmfit"), step),
+            min(step // 10 + 1, 4),
+        )
         assert parts(found) == set().union(*order[:thawed])
         for depth, layer in enumerate(order[:thawed]):
             scales = [rate for name, rate in found.items() if parts([name]) <= layer]
@@ -596,7 +643,10 @@ def test_counts_leave_the_padding_out(base):
     model = GPT.from_pretrained(base)
     total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
     assert methods.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
-    assert methods.counts(model, groups(model, config("last-layer"), 0, 1)) == (VOCAB * 64 + 128, total)
+    assert methods.counts(model, groups(model, config("last-layer"), 0, 1)) == (
+        VOCAB * 64 + 128,
+        total,
+    )
     model = adapted(base, "lora")
     extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
     assert methods.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
@@ -606,7 +656,9 @@ def test_counts_leave_the_padding_out(base):
 
 
 @pytest.mark.parametrize("new", [0, NEW])
-@pytest.mark.parametrize("method, lora_on", [*LORA_CASES, ("last-k", "attention"), ("full", "attention")])
+@pytest.mark.parametrize(
+    "method, lora_on", [*LORA_CASES, ("last-k", "attention"), ("full", "attention")]
+)
 def test_merged_logits_are_the_same_and_the_model_is_plain(base, tmp_path, method, lora_on, new):
     model = adapted(base, method, lora_on, new)
     want = model(tokens(new))
@@ -614,11 +666,15 @@ def test_merged_logits_are_the_same_and_the_model_is_plain(base, tmp_path, metho
     merge(model)
     torch.testing.assert_close(model(tokens(new)), want, atol=1e-5, rtol=1e-5)
     plain = GPT(replace(SHAPE, vocab_size=VOCAB + new))
-    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in plain.named_modules()}
+    assert {n: type(m) for n, m in model.named_modules()} == {
+        n: type(m) for n, m in plain.named_modules()
+    }
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert all(p.requires_grad for p in model.parameters())
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(tokens(new)), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        GPT.from_pretrained(tmp_path).eval()(tokens(new)), want, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_heads_stay_when_an_adapter_is_merged(base):
@@ -640,10 +696,17 @@ def test_a_prefix_is_not_merged(base, method):
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_double_without_the_base_can_be_written(base, tmp_path, method):
-    """As the writer of checkpoints does it: a copy on `meta` into which only the adapter's tensors are put."""
+    """As the writer of checkpoints does it: a copy on `meta` into which only the adapter's tensors
+    are put."""
     model = adapted(base, method, new=NEW)
-    double = copy.deepcopy(model, {id(p): torch.nn.Parameter(p.to("meta")) for p in model.parameters()})
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n in stored(model, config(method))}
+    double = copy.deepcopy(
+        model, {id(p): torch.nn.Parameter(p.to("meta")) for p in model.parameters()}
+    )
+    weights = {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if n in stored(model, config(method))
+    }
     double.load_state_dict(weights, strict=False, assign=True)
     for source, folder in ((model, "a"), (double, "b")):
         save_adapter(source, tmp_path / folder, "base", "0" * 64)
@@ -689,7 +752,10 @@ def test_base_of(base, tmp_path):
         ({"method": "dora", "init": "scratch"}, "--init"),
         ({"method": "full", "lora_rank": 4}, "--lora-rank belongs to --method lora or dora"),
         ({"method": "full", "lora_on": "both"}, "--lora-on belongs to --method lora or dora"),
-        ({"method": "lora", "prefix_tokens": 4}, "--prefix-tokens belongs to --method prefix or soft-prompt"),
+        (
+            {"method": "lora", "prefix_tokens": 4},
+            "--prefix-tokens belongs to --method prefix or soft-prompt",
+        ),
         ({"method": "soft-prompt", "prefix_width": 0}, "--prefix-width belongs to --method prefix"),
         ({"method": "full", "last_k": 1}, "--last-k belongs to --method last-k"),
     ],
@@ -758,11 +824,19 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
         ("lora", lambda f: rows_of_the_head(f), "rows of its own for the head"),
         ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
-        ("lora", lambda f: cut(f, "trainable_tokens"), "trainable_token_indices|the new tokens of transformer.wte"),
+        (
+            "lora",
+            lambda f: cut(f, "trainable_tokens"),
+            "trainable_token_indices|the new tokens of transformer.wte",
+        ),
         ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
         ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
-        ("lora", lambda f: (f / hub_files.ADAPTER_WEIGHTS).unlink(), "no adapter_model.safetensors"),
+        (
+            "lora",
+            lambda f: (f / hub_files.ADAPTER_WEIGHTS).unlink(),
+            "no adapter_model.safetensors",
+        ),
         ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).unlink(), "no adapter_config.json"),
         ("lora", lambda f: (f / hub_files.ADAPTER_WEIGHTS).write_bytes(b"x" * 9), "cannot be read"),
         ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("{"), "not valid JSON"),
@@ -775,12 +849,18 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, use_dora="no"), "use_dora is 'no'"),
         ("lora", lambda f: spoil(f, peft_type=["LORA"]), "peft_type is a list"),
         ("lora", lambda f: spoil(f, base_model_name_or_path=7), "base_model_name_or_path is 7"),
-        ("lora", lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}), "trainable_token_indices"),
+        (
+            "lora",
+            lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}),
+            "trainable_token_indices",
+        ),
         ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"), "no JSON object"),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):
-    save_adapter(adapted(base, method, new=NEW), tmp_path, "base", weights_sha256(GPT.from_pretrained(base)))
+    save_adapter(
+        adapted(base, method, new=NEW), tmp_path, "base", weights_sha256(GPT.from_pretrained(base))
+    )
     damage(tmp_path)
     with pytest.raises(UserError, match=words) as error:
         load_adapter(GPT.from_pretrained(base), tmp_path)
@@ -803,7 +883,10 @@ def test_an_adapter_for_another_base(base, tmp_path):
 def older(folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
     """adapter_model.bin in place of adapter_model.safetensors."""
     file = folder / hub_files.ADAPTER_WEIGHTS
-    torch.save({rename(name): tensor for name, tensor in load_file(file).items()}, folder / "adapter_model.bin")
+    torch.save(
+        {rename(name): tensor for name, tensor in load_file(file).items()},
+        folder / "adapter_model.bin",
+    )
     file.unlink()
 
 
@@ -811,7 +894,9 @@ NAMES = {
     "plain": lambda name: name,
     "compiled": lambda name: f"_orig_mod.{name}",
     "DDP": lambda name: f"module.{name}",
-    "of a base without a head": lambda name: name.replace("base_model.model.transformer.", "base_model.model."),
+    "of a base without a head": lambda name: name.replace(
+        "base_model.model.transformer.", "base_model.model."
+    ),
     "in memory": lambda name: re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name),
 }
 
@@ -831,7 +916,13 @@ def test_numbers_in_quotes_are_read(base, tmp_path):
     model = adapted(base, "dora")
     save_adapter(model, tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
     said = json.loads((tmp_path / hub_files.ADAPTER_CONFIG).read_text())
-    spoil(tmp_path, r=str(said["r"]), lora_alpha=str(said["lora_alpha"]), lora_dropout="0.0", use_dora=1)
+    spoil(
+        tmp_path,
+        r=str(said["r"]),
+        lora_alpha=str(said["lora_alpha"]),
+        lora_dropout="0.0",
+        use_dora=1,
+    )
     again = GPT.from_pretrained(base).eval()
     load_adapter(again, tmp_path)
     assert torch.equal(again(tokens()), model(tokens()))
@@ -848,7 +939,9 @@ class Malicious:
 
 
 def test_an_adapter_that_is_no_weights_is_refused_and_not_run(base, tmp_path):
-    save_adapter(adapted(base, "lora"), tmp_path, str(base), weights_sha256(GPT.from_pretrained(base)))
+    save_adapter(
+        adapted(base, "lora"), tmp_path, str(base), weights_sha256(GPT.from_pretrained(base))
+    )
     (tmp_path / hub_files.ADAPTER_WEIGHTS).unlink()
     file = tmp_path / "adapter_model.bin"
     torch.save({"a": Malicious(tmp_path / "executed")}, file)
@@ -863,7 +956,9 @@ def test_an_adapter_that_is_no_weights_is_refused_and_not_run(base, tmp_path):
 @pytest.mark.parametrize("where", ["absolute", "beside"])
 def test_an_adapter_without_a_tokenizer_takes_its_bases(tmp_path, where):
     words = train_bpe(["the fox and the dog "] * 20, 280, tmp_path / "words")
-    model = GPT(GPTConfig(vocab_size=words.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    model = GPT(
+        GPTConfig(vocab_size=words.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=32)
+    )
     model.save_pretrained(tmp_path / "base")
     words.save(tmp_path / "base")
     sha256 = weights_sha256(model)
@@ -871,7 +966,9 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(tmp_path, where):
     named = str(tmp_path / "base") if where == "absolute" else "../base"
     save_adapter(model, tmp_path / "adapter", named, sha256)
     older(tmp_path / "adapter")
-    opened, tokenizer = open_model(str(tmp_path / "adapter"), None, torch.device("cpu"), torch.float32)
+    opened, tokenizer = open_model(
+        str(tmp_path / "adapter"), None, torch.device("cpu"), torch.float32
+    )
     assert tokenizer.sha256 == words.sha256
     idx = torch.tensor([words.encode("the fox")])
     torch.testing.assert_close(opened(idx), model.eval()(idx), atol=1e-5, rtol=1e-5)

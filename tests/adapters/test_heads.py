@@ -1,4 +1,5 @@
-"""Heads of a classifier: each pooling against a loop, what padding may do to it, and the files of a head."""
+"""Heads of a classifier: each pooling against a loop, what padding may do to it, and the files of a
+head."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def head_of(pooling: Any, width: int = WIDTH, dropout: float = 0.0) -> Head:
 
 
 def states(of: list[int], filler: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, WIDTH) fp64 of rows of these lengths, `filler` in their padding, of which all have some."""
+    """Hidden states (B, T, WIDTH) fp64 of rows of these lengths, `filler` in their padding, of
+    which all have some."""
     draw = torch.Generator().manual_seed(1)
     hidden = torch.randn(len(of), max(of) + 2, WIDTH, generator=draw, dtype=torch.float64)
     for row, n in enumerate(of):
@@ -62,11 +64,15 @@ def pooled_by_a_loop(head: Head, row: Tensor) -> Tensor:
         return sum(row, torch.zeros(WIDTH).double()) / len(row)
     if head.pooling == "attention":
         shares = [math.exp(float(state @ head.query.detach()) / math.sqrt(WIDTH)) for state in row]
-        return torch.stack([share / sum(shares) * state for share, state in zip(shares, row, strict=True)]).sum(0)
+        return torch.stack(
+            [share / sum(shares) * state for share, state in zip(shares, row, strict=True)]
+        ).sum(0)
     h = c = torch.zeros(heads.LSTM_WIDTH).double()
     lstm = head.lstm
     for state in row:
-        gates = lstm.weight_ih_l0 @ state + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ h + lstm.bias_hh_l0
+        gates = (
+            lstm.weight_ih_l0 @ state + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ h + lstm.bias_hh_l0
+        )
         i, f, g, o = gates.chunk(4)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -136,7 +142,10 @@ def test_dropout_is_on_what_is_pooled_and_in_training_alone():
     hidden = torch.ones(1, 2, 1000).double()
     head.weight.data = torch.eye(1000).double()
     scores = head(hidden, torch.tensor([2]))
-    assert scores.unique().tolist() == pytest.approx([0, 1 / 0.75]) and 0.2 < (scores == 0).double().mean() < 0.3
+    assert (
+        scores.unique().tolist() == pytest.approx([0, 1 / 0.75])
+        and 0.2 < (scores == 0).double().mean() < 0.3
+    )
     assert torch.equal(head.eval()(hidden, torch.tensor([2])), torch.ones(1, 1000).double())
 
 
@@ -167,7 +176,9 @@ def test_what_answers_by_words_has_words_and_no_head(tmp_path):
     model.heads.clear()
     heads.save(model, tmp_path, info)
     assert heads.find(tmp_path) is None and heads.read_info(tmp_path) == info
-    assert not (tmp_path / heads.WEIGHTS).exists() and "그래" in (tmp_path / heads.INFO).read_text(encoding="utf-8")
+    assert not (tmp_path / heads.WEIGHTS).exists() and "그래" in (tmp_path / heads.INFO).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_folders_without_a_classifier(tmp_path):
@@ -184,10 +195,14 @@ def test_the_head_of_a_hub_s_classifier(named, tmp_path):
     model.save_pretrained(tmp_path, 0, score, LABELS)
     if not named:
         config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "id2label"}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if k != "id2label"})
+        )
     found = heads.find(tmp_path)
     assert found is not None
-    assert found[0] == Info("", LABELS if named else ("LABEL_0", "LABEL_1", "LABEL_2"), "plain", "last")
+    assert found[0] == Info(
+        "", LABELS if named else ("LABEL_0", "LABEL_1", "LABEL_2"), "plain", "last"
+    )
     assert found[1].keys() == {"weight"} and torch.equal(found[1]["weight"], score)
 
 

@@ -1,4 +1,5 @@
-"""No print ends a run: standard streams that are full, closed, left by their reader, or lack characters."""
+"""No print ends a run: standard streams that are full, closed, left by their reader, or lack
+characters."""
 
 from __future__ import annotations
 
@@ -36,11 +37,21 @@ def program(tmp_path: Path, kind: str, redirect: str, **env: str) -> tuple[int, 
     (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
     words = f"{sys.executable} p.py {kind} reached {redirect}; exit ${{PIPESTATUS[0]}}"
     whole = os.environ | {"PYTHONPATH": python_path(REPO)} | env
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=whole, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, env=whole, capture_output=True, timeout=60
+    )
     return done.returncode, done.stderr.decode(errors="replace"), (tmp_path / "reached").exists()
 
 
-BROKEN = ["| head -2", ">/dev/full", ">&-", ">/dev/full 2>&1", ">&- 2>&-", "2>/dev/full >&2", "<&- >&- 2>&-"]
+BROKEN = [
+    "| head -2",
+    ">/dev/full",
+    ">&-",
+    ">/dev/full 2>&1",
+    ">&- 2>&-",
+    "2>/dev/full >&2",
+    "<&- >&- 2>&-",
+]
 
 
 @pytest.mark.parametrize("redirect", BROKEN)
@@ -55,7 +66,9 @@ def test_a_run_goes_on_without_its_console(tmp_path: Path, redirect: str) -> Non
 def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path, redirect: str) -> None:
     code, err, reached = program(tmp_path, "result", redirect)
     assert code == 2 and not reached
-    assert "2>" in redirect or (err.startswith("error: standard output cannot be written") and err.count("\n") == 1)
+    assert "2>" in redirect or (
+        err.startswith("error: standard output cannot be written") and err.count("\n") == 1
+    )
 
 
 def test_a_reader_that_has_enough_ends_a_result_quietly(tmp_path: Path) -> None:
@@ -63,7 +76,9 @@ def test_a_reader_that_has_enough_ends_a_result_quietly(tmp_path: Path) -> None:
     assert (code, err, reached) == (0, "", False)
 
 
-@pytest.mark.parametrize("encoding", ["cp949", "latin-1", "ascii", "ascii:strict", "utf-8:strict", "utf-8:replace"])
+@pytest.mark.parametrize(
+    "encoding", ["cp949", "latin-1", "ascii", "ascii:strict", "utf-8:strict", "utf-8:replace"]
+)
 def test_characters_that_an_encoding_lacks_are_escaped(tmp_path: Path, encoding: str) -> None:
     code, err, reached = program(tmp_path, "result", "> out", PYTHONIOENCODING=encoding)
     assert (code, err, reached) == (0, "end\n", True)
@@ -74,11 +89,16 @@ def test_characters_that_an_encoding_lacks_are_escaped(tmp_path: Path, encoding:
 
 def test_a_pipe_that_does_not_block_gets_every_line(tmp_path: Path) -> None:
     slow = "| (sleep 0.5; cat > out)"
-    blocking = "import os,sys; os.set_blocking(1, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    blocking = (
+        "import os,sys; os.set_blocking(1, False); os.execv(sys.executable, "
+        "[sys.executable, *sys.argv[1:]])"
+    )
     (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
     words = f"{sys.executable} -c '{blocking}' p.py result reached {slow}; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"PYTHONPATH": python_path(REPO)}
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out").read_bytes().splitlines()) == 3000
 
@@ -88,7 +108,9 @@ def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
     words = " ".join(small("--steps", "6", "--sample-every", "2", "--prompts", "한글"))
     command = f"{sys.executable} {REPO}/train_gpt2.py {words} | head -3; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=120, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=120, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 3
     assert "warning: standard output cannot be written (Broken pipe)" in done.stderr
@@ -124,7 +146,8 @@ def main():
         import hashlib, threading
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         with ends_promptly():
-            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)  # minutes, without a look at signals
+            # minutes, without a look at signals
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)
     try:
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -142,7 +165,9 @@ entry_point(main)
 
 @pytest.mark.parametrize("how", ["plain", "wrapped", "lost", "exit", "library"])
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_decides_the_exit_code_of_any_command(tmp_path: Path, name: str, code: int, how: str) -> None:
+def test_a_signal_decides_the_exit_code_of_any_command(
+    tmp_path: Path, name: str, code: int, how: str
+) -> None:
     (tmp_path / "p.py").write_text(STOPPED, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "p.py", name, how],
@@ -156,9 +181,22 @@ def test_a_signal_decides_the_exit_code_of_any_command(tmp_path: Path, name: str
 
 # --- a log with lines that are not ours
 
-FOREIGN = ["[]", "3", '"x"', "null", '{"kind": 5, "step": 1}', '{"step": 1}', '{"kind": "train", "step": "x"}',
-           '{"kind": "train", "step": 1e999}', '{"kind": "train", "step": true}', "\0\xff", "[" * 100_000, "9" * 5000,
-           '{"kind": "train", "step": -1}', '{"kind": "tr']  # fmt: skip
+FOREIGN = [
+    "[]",
+    "3",
+    '"x"',
+    "null",
+    '{"kind": 5, "step": 1}',
+    '{"step": 1}',
+    '{"kind": "train", "step": "x"}',
+    '{"kind": "train", "step": 1e999}',
+    '{"kind": "train", "step": true}',
+    "\0\xff",
+    "[" * 100_000,
+    "9" * 5000,
+    '{"kind": "train", "step": -1}',
+    '{"kind": "tr',
+]
 
 
 def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
@@ -174,8 +212,14 @@ def test_only_finite_numbers_of_a_log_count() -> None:
 
 
 def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
-    foreign = "/a b/torch/x.py:75: UserWarning: Guards may run slower\n  warnings.warn(\n/y.py:3: FutureWarning: old\n"
+    foreign = (
+        "/a b/torch/x.py:75: UserWarning: Guards may run slower\n  warnings.warn(\n/y.py:3: "
+        "FutureWarning: old\n"
+    )
     assert own_lines(foreign) == ""
-    ours = 'warning: slow\nerror: no\nTraceback (most recent call last):\n  File "x.py", line 3\nValueError: x\n'
+    ours = (
+        'warning: slow\nerror: no\nTraceback (most recent call last):\n  File "x.py", line '
+        "3\nValueError: x\n"
+    )
     assert own_lines(ours) == ours
     assert own_lines(f"error: a\n{foreign}error: b\n") == "error: a\nerror: b\n"

@@ -1,4 +1,5 @@
-"""The benchmark of the operations runs, compares what is equal, and says why a figure is missing. No timing is asserted."""
+"""The benchmark of the operations runs, compares what is equal, and says why a figure is missing.
+No timing is asserted."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def place(monkeypatch) -> Place:
-    """Tiny shapes and no more turns than asked for, with our own kernels: in Triton's interpreter on a CPU."""
+    """Tiny shapes and no more turns than asked for, with our own kernels: in Triton's interpreter
+    on a CPU."""
     monkeypatch.setattr(bench, "SECONDS", 0.0)
     return dataclasses.replace(bench.here(DEVICE, quick=True), no_triton=None)
 
@@ -53,13 +55,16 @@ def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None
 def test_only_names_the_nearest(run) -> None:
     done = run("-m", "benchmarks.kernels", "--only", "adamw", "layernorm")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --only layernorm is none of {', '.join(bench.OPERATIONS)} ")
+    assert done.stderr.startswith(
+        f"error: --only layernorm is none of {', '.join(bench.OPERATIONS)} "
+    )
     assert done.stderr.endswith("(did you mean layer_norm?)\n") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", bench.OPERATIONS)
 def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
-    # Traced as for a real compilation, then run as it is: that needs no compiler and takes no seconds.
+    # Traced as for a real compilation, then run as it is: that needs no compiler and takes no
+    # seconds.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     place = dataclasses.replace(place, no_compiler=None)
     if DEVICE.type == "cpu":
@@ -121,10 +126,17 @@ def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch)
 
 
 def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
-    forms = {bench.PYTORCH: Form(lambda: lambda x: [2 * x]), f"{OURS}, Triton": Form(lambda: lambda x: [3 * x])}
+    forms = {
+        bench.PYTORCH: Form(lambda: lambda x: [2 * x]),
+        f"{OURS}, Triton": Form(lambda: lambda x: [3 * x]),
+    }
     monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
-    monkeypatch.setattr(bench, "set_allocator", lambda keep_freed: None)  # this process's own stays as it is
-    monkeypatch.setattr(sys, "argv", ["kernels", "--quick", "--only", "add", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        bench, "set_allocator", lambda keep_freed: None
+    )  # this process's own stays as it is
+    monkeypatch.setattr(
+        sys, "argv", ["kernels", "--quick", "--only", "add", "--out", str(tmp_path)]
+    )
     with pytest.raises(RuntimeError, match="add, this engine, Triton failed: Differs"):
         bench.main()
     assert "failed: Differs" in next(tmp_path.glob("*.md")).read_text()
@@ -135,16 +147,21 @@ def test_attention_counts_the_pairs_that_are_seen(place, document) -> None:
     model = place.size.model
     T, D = model.block_size, model.n_embd // model.n_head
     token = torch.arange(T)
-    seen = (token[:, None] >= token) & (token[:, None] // (document or T) == token // (document or T))
+    seen = (token[:, None] >= token) & (
+        token[:, None] // (document or T) == token // (document or T)
+    )
     pairs = place.size.rows // T * model.n_head * seen.sum().item()
-    # q k' and p v forward; dp, dv, dq, dk and the scores again backward: a multiplication and an addition each
+    # q k' and p v forward; dp, dv, dq, dk and the scores again backward: a multiplication and an
+    # addition each
     assert bench.attention(place, document).work == pairs * D * 2 * 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak is not reset")
 def test_peak_memory_is_that_of_one_run(place) -> None:
     size = 64 << 20
-    held = bench.Contender(lambda: [torch.ones(size // 4, device=DEVICE)], (), (), DEVICE, direct=True)
+    held = bench.Contender(
+        lambda: [torch.ones(size // 4, device=DEVICE)], (), (), DEVICE, direct=True
+    )
     for _ in range(2):  # what a first run freed counts again
         peak = bench.peak_memory(held)
         assert peak is not None and size <= peak + (1 << 20) < 1.2 * size

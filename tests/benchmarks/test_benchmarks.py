@@ -1,4 +1,5 @@
-"""The benchmarks run, write what they say, and answer a mistake with one line. No timing is asserted."""
+"""The benchmarks run, write what they say, and answer a mistake with one line. No timing is
+asserted."""
 
 from __future__ import annotations
 
@@ -29,10 +30,14 @@ def write_run(folder: Path, steps: int, evals: bool = True, torn: bool = False) 
         loss = 3 + 8 / step
         lines.append(
             {
-                "kind": "train", "step": step, "loss": loss, "grad_norm": None if step == 3 else 1.0 / step,
-                "tokens": 1024 * step, "tokens_per_second": 50.0 if step == 1 else 5000.0,
+                "kind": "train",
+                "step": step,
+                "loss": loss,
+                "grad_norm": None if step == 3 else 1.0 / step,
+                "tokens": 1024 * step,
+                "tokens_per_second": 50.0 if step == 1 else 5000.0,
             }
-        )  # fmt: skip
+        )
         if evals and step % 5 == 0:
             lines.append({"kind": "eval", "step": step, "val_loss": loss + 0.1})
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -99,7 +104,9 @@ def test_peers_writes_its_figures(run, tmp_path) -> None:
     assert len(plain["seconds"]) == len(plain["beside"]["seconds"]) == 2
     assert plain["speed_ratio"] > 0 and plain["memory_ratio"] > 0
     assert case["contenders"]["liger"] == {"error": "needs a CUDA GPU"}
-    assert case["best"]["as it ships"]["name"] == "plain" and "with our allocator" not in case["best"]
+    assert (
+        case["best"]["as it ships"]["name"] == "plain" and "with our allocator" not in case["best"]
+    )
     text = (tmp_path / "results/peers-cpu.md").read_text()
     assert text.strip() == done.stdout.strip()
     assert "| liger: needs a CUDA GPU " in text and "the best peer as it ships (plain)" in text
@@ -124,15 +131,23 @@ def test_the_peers_train_exact_gpt2(case) -> None:
         import litgpt.model  # noqa: F401
     except ImportError:
         return
-    peers.check_agreement(case, "litgpt compiled", reference, opening(contenders.litgpt(case, compiled=False)))
+    peers.check_agreement(
+        case, "litgpt compiled", reference, opening(contenders.litgpt(case, compiled=False))
+    )
 
 
 def test_a_contender_at_other_work_is_not_timed(case) -> None:
     own = Opening(loss=7.0, grad_norm=1.0, next_loss=6.9, seconds=1.0)
     peers.check_agreement(case, "transformers", own, own)
-    more = dataclasses.replace(own, loss=7.01, next_loss=6.91)  # what the padding of 24 in 1,000 words may add
+    more = dataclasses.replace(
+        own, loss=7.01, next_loss=6.91
+    )  # what the padding of 24 in 1,000 words may add
     peers.check_agreement(case, "plain", own, more)
-    for other in (more, dataclasses.replace(own, next_loss=7.0), dataclasses.replace(own, grad_norm=math.nan)):
+    for other in (
+        more,
+        dataclasses.replace(own, next_loss=7.0),
+        dataclasses.replace(own, grad_norm=math.nan),
+    ):
         with pytest.raises(peers.Failed, match=r"transformers: .*this engine's"):
             peers.check_agreement(case, "transformers", own, other)
 
@@ -150,9 +165,13 @@ def test_a_turn_times_only_what_it_should() -> None:
 
 def measured(seconds: list[float], memory: int, ratio: float) -> dict[str, Any]:
     beside = {"seconds": [0.5, 0.25], "memory_bytes": 2**30}
-    return {"seconds": seconds, "memory_bytes": memory, "beside": beside, "speed_ratio": ratio, "memory_ratio": 0.5} | (
-        peers_report.rates(128, seconds)
-    )
+    return {
+        "seconds": seconds,
+        "memory_bytes": memory,
+        "beside": beside,
+        "speed_ratio": ratio,
+        "memory_ratio": 0.5,
+    } | (peers_report.rates(128, seconds))
 
 
 def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
@@ -166,13 +185,21 @@ def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
     }
     shape = dataclasses.asdict(contenders.SHAPES["cpu"]["micro"])
     rates = {"flops_per_token": 1000, "ceiling_flops": 1e6, "sheet_flops": 2e6}
-    case = peers_report.assessed({"shape": "micro", **shape, "precision": "bf16", "contenders": figures, **rates})
-    assert case["best"]["as it ships"] == {"name": "transformers", "speed_ratio": 1.5, "memory_ratio": 0.5}
+    case = peers_report.assessed(
+        {"shape": "micro", **shape, "precision": "bf16", "contenders": figures, **rates}
+    )
+    assert case["best"]["as it ships"] == {
+        "name": "transformers",
+        "speed_ratio": 1.5,
+        "memory_ratio": 0.5,
+    }
     assert case["best"]["with our allocator"]["name"] == "plain + our allocator"
     ours = case["contenders"][OURS]  # of all its turns, alone and beside the others
     assert ours["slowest"] == 128 and ours["fastest"] == 512 and ours["memory_bytes"] == 2**30
     plain = case["contenders"]["plain"]
-    assert plain["mfu"] == pytest.approx(0.256) and plain["mfu_of_data_sheet"] == pytest.approx(0.128)
+    assert plain["mfu"] == pytest.approx(0.256) and plain["mfu_of_data_sheet"] == pytest.approx(
+        0.128
+    )
     assert peers_report.assessed(case) == case  # what --resume reads again
     rows = peers_report.table([case]).splitlines()
     assert len({len(row) for row in rows}) == 1
@@ -196,8 +223,13 @@ def test_on_a_gpu_each_contender_trains_alone(case, monkeypatch) -> None:
     assert beside == [(OURS, 1), ("plain", 1)]
     assert found["liger"] == {"error": "needs a CUDA GPU"}
     ours, plain = found[OURS], found["plain"]
-    assert len(ours["seconds"]) == len(plain["seconds"]) == 2 and plain["beside"]["seconds"] == ours["seconds"]
-    assert plain["speed_ratio"] == statistics.median(plain["seconds"]) / statistics.median(ours["seconds"])
+    assert (
+        len(ours["seconds"]) == len(plain["seconds"]) == 2
+        and plain["beside"]["seconds"] == ours["seconds"]
+    )
+    assert plain["speed_ratio"] == statistics.median(plain["seconds"]) / statistics.median(
+        ours["seconds"]
+    )
     assert plain["memory_ratio"] == ours["memory_bytes"] / plain["memory_bytes"]
     assert plain["opening"]["loss"] == pytest.approx(ours["opening"]["loss"], rel=0.01)
 
@@ -208,30 +240,57 @@ def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
     assert contenders.fitting(shape, None) == contenders.fitting(shape, 144_000_000_000) == shape
     small = contenders.fitting(shape, 80 * 2**30)
     assert small.rows * small.seq_len <= 32 * 1024
-    assert small.rows * small.accumulation == shape.rows * shape.accumulation  # the same tokens in a step
+    assert (
+        small.rows * small.accumulation == shape.rows * shape.accumulation
+    )  # the same tokens in a step
     assert dataclasses.replace(small, rows=shape.rows, accumulation=shape.accumulation) == shape
     assert (small.rows, small.accumulation) == (32, 16) if name == "124M" else small == shape
 
 
 def test_peers_goes_on_only_on_the_same_machine(tmp_path) -> None:
-    facts = {"device": "cpu", "hardware": {"cpu": "x"}, "driver": None, "versions": {"torch": "2"}, "settings": {}}
-    (tmp_path / "peers-cpu.json").write_text(json.dumps(facts | {"date": "yesterday", "cases": [{"shape": "10M"}]}))
+    facts = {
+        "device": "cpu",
+        "hardware": {"cpu": "x"},
+        "driver": None,
+        "versions": {"torch": "2"},
+        "settings": {},
+    }
+    (tmp_path / "peers-cpu.json").write_text(
+        json.dumps(facts | {"date": "yesterday", "cases": [{"shape": "10M"}]})
+    )
     assert peers.earlier(tmp_path, facts | {"date": "today"}) == [{"shape": "10M"}]
     assert peers.earlier(tmp_path, facts | {"versions": {"torch": "3"}}) == []
     assert peers.earlier(tmp_path / "empty", facts) == []
 
 
 def test_peers_names_what_is_nearest() -> None:
-    with pytest.raises(UserError, match=r"--shape 124 is none of micro, 10M, 124M \(did you mean 124M\?\)"):
+    with pytest.raises(
+        UserError, match=r"--shape 124 is none of micro, 10M, 124M \(did you mean 124M\?\)"
+    ):
         peers.asked_for(peers.Options(shape="124"), "cpu")
     with pytest.raises(UserError, match="--against this engine fp8 is none of"):
         peers.asked_for(peers.Options(against=f"{OURS} fp8"), "cpu")
     shapes, against, _ = peers.asked_for(peers.Options(), "cuda")
-    assert shapes == ["124M", "350M", "774M", "1.5B"] and f"{OURS} fp8" in against and OURS not in against
+    assert (
+        shapes == ["124M", "350M", "774M", "1.5B"]
+        and f"{OURS} fp8" in against
+        and OURS not in against
+    )
 
 
 def test_decoding_compares_equal_tokens(run, tmp_path) -> None:
-    words = ["--shape", "micro", "--batch", "2", "--new-tokens", "8", "--repetitions", "2", "--device", "cpu"]
+    words = [
+        "--shape",
+        "micro",
+        "--batch",
+        "2",
+        "--new-tokens",
+        "8",
+        "--repetitions",
+        "2",
+        "--device",
+        "cpu",
+    ]
     done = run("-m", "benchmarks.decoding", *words, "--out", "results")
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "results/decoding-cpu.json").read_text())["rows"][0]
@@ -248,4 +307,8 @@ def test_tokenizing_cuts_documents_that_together_are_the_text(tmp_path) -> None:
     text = "".join(f"line {i} of a text\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     pieces = tokenizing.documents(str(tmp_path / "a.txt"))
-    assert "".join(pieces) == text and len(pieces) == 5 and all(piece.endswith("\n") for piece in pieces)
+    assert (
+        "".join(pieces) == text
+        and len(pieces) == 5
+        and all(piece.endswith("\n") for piece in pieces)
+    )

@@ -1,4 +1,5 @@
-"""What benchmarks.classifying compares does the same work, and it runs from end to end. No timing is asserted."""
+"""What benchmarks.classifying compares does the same work, and it runs from end to end. No timing
+is asserted."""
 
 from __future__ import annotations
 
@@ -11,7 +12,18 @@ import pytest
 import torch
 
 from benchmarks import classifying
-from benchmarks.classifying import METHODS, OURS, OWN, RANDOM, SET, SHAPES, THEIRS, Engine, Fit, Options
+from benchmarks.classifying import (
+    METHODS,
+    OURS,
+    OWN,
+    RANDOM,
+    SET,
+    SHAPES,
+    THEIRS,
+    Engine,
+    Fit,
+    Options,
+)
 from config import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +52,9 @@ def test_both_sides_make_the_same_steps(case, method) -> None:
     losses = []
     for _ in range(3):
         (loss, norm), (its_loss, its_norm) = own(), other()
-        assert its_loss.item() == pytest.approx(loss.item(), rel=1e-5 if not losses else 1e-4)  # Adam begins with signs
+        assert its_loss.item() == pytest.approx(
+            loss.item(), rel=1e-5 if not losses else 1e-4
+        )  # Adam begins with signs
         assert its_norm.item() == pytest.approx(norm.item(), rel=1e-4 if not losses else 1e-2)
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
@@ -50,7 +64,9 @@ def test_the_batch_is_padded_and_drops_only_where_it_is_told_to(case) -> None:
     lengths = case.batch()["lengths"]
     assert lengths.min() < lengths.max() == case.batch()["idx"].shape[1] == case.shape.seq_len
     for build in (classifying.ours, classifying.theirs):
-        dry, wet = ([build(dataclasses.replace(case, dropout=p))()[0] for _ in range(2)] for p in (0.0, 0.5))
+        dry, wet = (
+            [build(dataclasses.replace(case, dropout=p))()[0] for _ in range(2)] for p in (0.0, 0.5)
+        )
         assert torch.equal(*dry) and not torch.equal(wet[0], dry[0])
 
 
@@ -58,7 +74,10 @@ def test_every_way_of_making_batches_has_the_same_rows(case) -> None:
     task = Engine(classifying.options_of_padding(Options(shape="micro"), "fp32", case.weights)).task
     found = classifying.batchings(task, 6)
     batches = {name: [data.batches[0] for data in steps] for name, steps in found.items()}
-    rows = {name: np.sort(np.concatenate([batch["ids"] for batch in of])) for name, of in batches.items()}
+    rows = {
+        name: np.sort(np.concatenate([batch["ids"] for batch in of]))
+        for name, of in batches.items()
+    }
     assert len(rows[OURS]) == 6 * case.shape.rows == len(set(rows[OURS]))
     assert all(np.array_equal(rows[OURS], ids) for ids in rows.values())
     longest = classifying.longest_of(task)
@@ -67,13 +86,31 @@ def test_every_way_of_making_batches_has_the_same_rows(case) -> None:
         assert batch["idx"].shape[1] == batch["lengths"].max()
     amounts = {name: classifying.amounts_of(steps) for name, steps in found.items()}
     assert len({(of["rows"], of["tokens"]) for of in amounts.values()}) == 1
-    assert amounts[OWN]["padded_tokens"] <= amounts[OURS]["padded_tokens"] < amounts[SET]["padded_tokens"]
-    assert amounts[OWN]["padded_tokens"] < amounts[RANDOM]["padded_tokens"] < amounts[SET]["padded_tokens"]
+    assert (
+        amounts[OWN]["padded_tokens"]
+        <= amounts[OURS]["padded_tokens"]
+        < amounts[SET]["padded_tokens"]
+    )
+    assert (
+        amounts[OWN]["padded_tokens"]
+        < amounts[RANDOM]["padded_tokens"]
+        < amounts[SET]["padded_tokens"]
+    )
     assert amounts[OWN]["tokens"] < amounts[OWN]["padded_tokens"]
 
 
 def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
-    words = ["--quick", "--device", "cpu", "--precision", "fp32", "--method", "full", "--against", THEIRS]
+    words = [
+        "--quick",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--method",
+        "full",
+        "--against",
+        THEIRS,
+    ]
     words += ["--steps", "2", "--json", "deep/result.json"]
     done = run("-m", "benchmarks.classifying", *words, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -84,7 +121,10 @@ def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
     for side in (OURS, THEIRS):
         rate, least, most = of[side]["rows_per_second"]
         assert 0 < least <= rate <= most and 0 < of[side]["memory_bytes"] < 2**28
-    assert 0 < of["speed_ratio"][1] <= of["speed_ratio"][0] <= of["speed_ratio"][2] and of["memory_ratio"] > 0
+    assert (
+        0 < of["speed_ratio"][1] <= of["speed_ratio"][0] <= of["speed_ratio"][2]
+        and of["memory_ratio"] > 0
+    )
     assert results["padding"]["batchings"].keys() == {OURS, SET, RANDOM, OWN}
     text = Path(tmp_path / "deep/result.md").read_text()
     assert text.strip() == done.stdout.strip()
@@ -92,7 +132,10 @@ def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
 
 
 def test_what_is_asked_for_has_a_name() -> None:
-    with pytest.raises(UserError, match=r"--method lora-r8 is none of full, lora, last-layer \(did you mean lora\?\)"):
+    with pytest.raises(
+        UserError,
+        match=r"--method lora-r8 is none of full, lora, last-layer \(did you mean lora\?\)",
+    ):
         classifying.cases_of(Options(method="lora-r8"), "cpu", "bf16", "")
     cases = classifying.cases_of(Options(method="last-layer,full"), "cpu", "bf16", "weights")
     assert [case.title for case in cases[:4]] == [
@@ -103,7 +146,16 @@ def test_what_is_asked_for_has_a_name() -> None:
 
 def test_a_side_at_other_work_is_named_and_not_timed() -> None:
     of = {THEIRS: {"error": "loss 1.7, this engine's 1.6"}}
-    rows = [{"shape": "micro", "rows": 8, "seq_len": 16, "precision": "fp32", "method": "lora", "against": of}]
+    rows = [
+        {
+            "shape": "micro",
+            "rows": 8,
+            "seq_len": 16,
+            "precision": "fp32",
+            "method": "lora",
+            "against": of,
+        }
+    ]
     assert "transformers + peft: loss 1.7, this engine's 1.6" in classifying.step_table(rows)
 
 

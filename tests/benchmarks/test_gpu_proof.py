@@ -24,7 +24,12 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 
 def choose(card: str, asked: str = "auto", **options: Any) -> tuple[list[str], str | None]:
-    given: dict[str, Any] = {"precision": "bf16", "document_mask": True, "kernels": asked, **options}
+    given: dict[str, Any] = {
+        "precision": "bf16",
+        "document_mask": True,
+        "kernels": asked,
+        **options,
+    }
     chosen, lost = kernels.choose(resolve(TrainConfig(**given), "cuda"), "cuda", CARDS[card])
     return chosen.split(","), lost
 
@@ -61,16 +66,23 @@ def test_hopper_keeps_the_blocks_it_was_tuned_for():
 def test_a_t4_masks_documents_without_the_kernel():
     chosen, lost = choose("T4", precision="fp16")
     assert chosen == ["cross_entropy", "adamw"]
-    assert lost is not None and "attention needs a GPU of compute capability 8.0" in lost and "Tesla T4 has 7.5" in lost
+    assert (
+        lost is not None
+        and "attention needs a GPU of compute capability 8.0" in lost
+        and "Tesla T4 has 7.5" in lost
+    )
 
 
 def test_attention_asked_for_on_a_t4_is_refused():
-    with pytest.raises(UserError, match=r"--kernels attention,adamw: attention needs .*; use --kernels adamw"):
+    with pytest.raises(
+        UserError, match=r"--kernels attention,adamw: attention needs .*; use --kernels adamw"
+    ):
         choose("T4", "attention,adamw", precision="fp16")
 
 
 @pytest.mark.parametrize(
-    ("card", "precision"), [("RTX 4090", "bf16"), ("RTX 3090", "fp16"), ("RTX 5090", "bf16"), ("A100", "tf32")]
+    ("card", "precision"),
+    [("RTX 4090", "bf16"), ("RTX 3090", "fp16"), ("RTX 5090", "bf16"), ("A100", "tf32")],
 )
 def test_wide_heads_get_blocks_that_fit(card, precision):
     assert "attention" in choose(card, n_head=6, precision=precision)[0]
@@ -115,7 +127,10 @@ def test_what_the_proof_calls_a_fault(figures, fault):
 
 
 def test_a_failed_kernel_is_exit_code_1(monkeypatch, tmp_path, capsys):
-    rows = [Row(90, "one", "group", result="failed", reason="spills"), Row(80, "two", "group", "k", registers=7)]
+    rows = [
+        Row(90, "one", "group", result="failed", reason="spills"),
+        Row(80, "two", "group", "k", registers=7),
+    ]
     monkeypatch.setattr(gpu_proof, "run", lambda archs, names, quick: rows)
     monkeypatch.setattr(gpu_proof, "versions_of_tools", lambda: {})
     for name in ("TRITON_CACHE_DIR", "TRITON_DUMP_PTXAS_LOG", "TRITON_INTERPRET"):
@@ -137,7 +152,19 @@ def no_compiler() -> str:
 
 @pytest.mark.skipif(bool(no_compiler()), reason=no_compiler() or "there is a compiler")
 def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
-    words = ["--quick", "--archs", "75", "80", "89", "90", "--kernels", "attention", "cross_entropy", "--out", "out"]
+    words = [
+        "--quick",
+        "--archs",
+        "75",
+        "80",
+        "89",
+        "90",
+        "--kernels",
+        "attention",
+        "cross_entropy",
+        "--out",
+        "out",
+    ]
     done = run("-m", "benchmarks.gpu_proof", *words, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out/gpu-proof.json").read_text())
@@ -147,16 +174,29 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
     assert len(compiled) == 3 * (2 * 3 + 3) and {row.result for row in compiled} == {"compiled"}
     for row in compiled:
         assert 0 < row.registers < 256 and row.shared <= CARDS[ARCHS[row.arch]].shared_memory
-        products = row.tensor_cores if row.case.startswith("attention") else row.tensor_cores or "none"
-        assert products == ("none" if "entropy" in row.case else "wgmma" if row.arch == 90 else "mma.sync")
+        products = (
+            row.tensor_cores if row.case.startswith("attention") else row.tensor_cores or "none"
+        )
+        assert products == (
+            "none" if "entropy" in row.case else "wgmma" if row.arch == 90 else "mma.sync"
+        )
     table = (tmp_path / "out/gpu-proof.md").read_text()
     assert table.strip() == done.stdout.strip() and "RTX 4090 (sm_89)" in table
 
 
 def test_the_proof_without_triton_is_one_line(run):
-    code = "import sys; sys.modules['triton'] = None; from benchmarks import gpu_proof as p, gpu_proof; "
-    done = run("-c", code + "from base.cli import entry_point; sys.argv[1:] = []; entry_point(p.main)")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install triton" in done.stderr
+    code = (
+        "import sys; sys.modules['triton'] = None; from benchmarks import gpu_proof as p, "
+        "gpu_proof; "
+    )
+    done = run(
+        "-c", code + "from base.cli import entry_point; sys.argv[1:] = []; entry_point(p.main)"
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "pip install triton" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("words", [["--archs", "70"], ["--kernels", "atention"]])

@@ -1,4 +1,5 @@
-"""The ladder: its stages are the engine's own options, its figures are what the logs say, and it goes on where it ended.
+"""The ladder: its stages are the engine's own options, its figures are what the logs say, and it
+goes on where it ended.
 
 No timing is asserted.
 """
@@ -18,7 +19,15 @@ import pytest
 import kernels
 from base.cli import parse
 from benchmarks import stages, stages_report, stages_run
-from benchmarks.ladder import LADDER, Machine, Plan, Settings, default_settings, ladder, scaling_points
+from benchmarks.ladder import (
+    LADDER,
+    Machine,
+    Plan,
+    Settings,
+    default_settings,
+    ladder,
+    scaling_points,
+)
 from benchmarks.stages import Bench
 from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
@@ -38,7 +47,17 @@ H200 = Machine(
     {},
 )
 CPU_LACKS = dict.fromkeys(("tf32", "backend", "graphs", "fp8", *kernels.TRITON), "no")
-CPU = Machine("cpu", "AMD EPYC", 2, 2, 1, 24 << 30, CPU_LACKS, (), {"versions": {"torch": "2.13.0", "cuda": None}})
+CPU = Machine(
+    "cpu",
+    "AMD EPYC",
+    2,
+    2,
+    1,
+    24 << 30,
+    CPU_LACKS,
+    (),
+    {"versions": {"torch": "2.13.0", "cuda": None}},
+)
 PLAN = Plan("micro", 16, 2, 4, 2, 5, "text.txt", "tokenizer", 300, 1_000_000)
 NAMES = [stage.name for stage in LADDER]
 
@@ -50,7 +69,12 @@ def rungs_of(machine: Machine, **options: Any) -> dict[str, Any]:
 def record(rate: float, loss: float | None = 5.0, **more: Any) -> dict[str, Any]:
     """Figures of a run of `rate` tokens a second."""
     known = dict(
-        step_ms=[1e6 / rate] * 3, tokens_per_step=1000, memory_bytes=2**30, loss=loss, warnings=[], command="x"
+        step_ms=[1e6 / rate] * 3,
+        tokens_per_step=1000,
+        memory_bytes=2**30,
+        loss=loss,
+        warnings=[],
+        command="x",
     )
     return known | more
 
@@ -61,7 +85,9 @@ def record(rate: float, loss: float | None = 5.0, **more: Any) -> dict[str, Any]
 def test_each_optimization_and_kernel_is_a_stage_once() -> None:
     added = [name for stage in LADDER for name in stage.change.get("with", ())]
     assert sorted(added) == sorted(OPTIMIZATIONS)
-    assert sorted(s.change["kernel"] for s in LADDER if "kernel" in s.change) == sorted(kernels.OPERATIONS)
+    assert sorted(s.change["kernel"] for s in LADDER if "kernel" in s.change) == sorted(
+        kernels.OPERATIONS
+    )
     assert len(set(NAMES)) == len(NAMES)
 
 
@@ -72,10 +98,16 @@ def test_the_last_kept_stage_is_what_the_engine_does_by_itself(machine, monkeypa
     chosen = kernels.named(kernels.choose(engine, machine.device)[0])
     settings = default_settings(dataclasses.replace(machine, kernels=chosen))
     assert settings.kernels == chosen
-    assert (settings.compile, settings.clip, settings.cuda_graphs) == (engine.compile, engine.clip, engine.cuda_graphs)
+    assert (settings.compile, settings.clip, settings.cuda_graphs) == (
+        engine.compile,
+        engine.clip,
+        engine.cuda_graphs,
+    )
     assert (settings.precision, settings.accumulation, settings.ranks) == ("bf16", None, 1)
     skipped = [rung.stage for rung in ladder(machine) if rung.skipped]
-    assert list(settings.without) == [name for stage in skipped for name in stage.change.get("with", ())]
+    assert list(settings.without) == [
+        name for stage in skipped for name in stage.change.get("with", ())
+    ]
 
 
 def test_a_stage_is_the_kept_one_before_and_its_change() -> None:
@@ -83,13 +115,16 @@ def test_a_stage_is_the_kept_one_before_and_its_change() -> None:
     assert "cpu" not in rungs and rungs["baseline"].settings == Settings(device="cpu")
     assert rungs["tf32"].skipped == "no"
     assert rungs["compile"].settings.compile and not rungs["compile"].kept
-    assert rungs["flash-attention"].before == "bf16" and not rungs["flash-attention"].settings.compile
+    assert (
+        rungs["flash-attention"].before == "bf16" and not rungs["flash-attention"].settings.compile
+    )
     assert rungs["ddp"].before == "accumulation" == rungs["cast-once"].before
     assert rungs["cast-once"].settings.ranks == 1 and rungs["ddp"].settings.ranks is None
     gpu = rungs_of(H200)
     assert gpu["baseline"].before == "cpu" and gpu["baseline"].settings.device == "cuda"
     assert (
-        gpu["triton-bias-gelu"].settings.kernels == ("cross_entropy", "bias_gelu") and not gpu["triton-bias-gelu"].kept
+        gpu["triton-bias-gelu"].settings.kernels == ("cross_entropy", "bias_gelu")
+        and not gpu["triton-bias-gelu"].kept
     )
     assert gpu["triton-adamw"].settings.kernels == AUTO and gpu["fp8"].before == "triton-adamw"
 
@@ -106,8 +141,11 @@ def test_nothing_builds_on_a_stage_that_failed() -> None:
 def test_of_some_stages_each_is_measured_against_one_of_them() -> None:
     rungs = rungs_of(CPU, only=["baseline", "bf16", "flash-attention", "clip"])
     assert [(name, rung.before) for name, rung in rungs.items()] == [
-        ("baseline", None), ("bf16", "baseline"), ("flash-attention", "bf16"), ("clip", "flash-attention"),
-    ]  # fmt: skip
+        ("baseline", None),
+        ("bf16", "baseline"),
+        ("flash-attention", "bf16"),
+        ("clip", "flash-attention"),
+    ]
     assert rungs["bf16"].by_design  # the head and the initialisation lie between
     assert not rungs["flash-attention"].by_design
     assert rungs["clip"].settings == rungs_of(CPU)["clip"].settings
@@ -128,12 +166,17 @@ def test_every_command_is_one_that_the_engine_takes(machine, tmp_path) -> None:
             rung.settings.compile,
         )
         assert kernels.named(cfg.kernels) == rung.settings.kernels
-        assert cfg.batch_tokens == 16 * (rung.settings.micro_batch or 2) * (rung.settings.accumulation or 4)
+        assert cfg.batch_tokens == 16 * (rung.settings.micro_batch or 2) * (
+            rung.settings.accumulation or 4
+        )
         assert not (cfg.eval_every or cfg.save_every or cfg.sample_every)
 
 
 def test_scaling_points_divide() -> None:
-    assert scaling_points(4) == {"weak": [(1, 1), (2, 1), (4, 1)], "strong": [(1, 4), (2, 2), (4, 1)]}
+    assert scaling_points(4) == {
+        "weak": [(1, 1), (2, 1), (4, 1)],
+        "strong": [(1, 4), (2, 2), (4, 1)],
+    }
     assert stages.distinct_points(2) == [(1, 1), (2, 1), (1, 2)]
     assert stages.distinct_points(1) == []
 
@@ -161,12 +204,15 @@ def test_rates_and_ratios_are_medians_of_the_same_rounds() -> None:
         (None, 5.0, {"bf16"}, True, "not finite"),
     ],
 )  # fmt: skip
-def test_losses_are_compared_within_the_precision(loss, before, precisions, by_design, expected) -> None:
+def test_losses_are_compared_within_the_precision(
+    loss, before, precisions, by_design, expected
+) -> None:
     assert stages_report.compare_loss(loss, before, precisions, by_design) == expected
 
 
 def made_up(machine: Machine = CPU) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a ladder in which each stage is a tenth faster, flash attention changes the loss, and clip failed."""
+    """Rows of a ladder in which each stage is a tenth faster, flash attention changes the loss, and
+    clip failed."""
     failed = {"clip": "RuntimeError: a | b " + 100 * "x"}
     rungs = ladder(machine, None, failed)
     records: dict[str, list[dict[str, Any]]] = {rung.stage.name: [] for rung in rungs}
@@ -175,8 +221,12 @@ def made_up(machine: Machine = CPU) -> tuple[list[dict[str, Any]], dict[str, Any
             loss = 5.5 if rung.stage.name == "flash-attention" else 5.0
             records[rung.stage.name] = [record(100 * 1.1**i, loss), record(90 * 1.1**i, loss)]
     ceilings = {"fp32": 1e9, "bf16": 2e9}
-    rows = stages_report.stage_rows(rungs, records, failed, PLAN, machine, ceilings, {"fp32": None, "bf16": 4e9})
-    extra = dict(date="2026-11-20T12:00", ceilings=ceilings, warm_up=2, tolerance=stages_report.TOLERANCE)
+    rows = stages_report.stage_rows(
+        rungs, records, failed, PLAN, machine, ceilings, {"fp32": None, "bf16": 4e9}
+    )
+    extra = dict(
+        date="2026-11-20T12:00", ceilings=ceilings, warm_up=2, tolerance=stages_report.TOLERANCE
+    )
     return rows, extra | {"stages": rows, "plan": dataclasses.asdict(PLAN), "scaling": []}
 
 
@@ -184,9 +234,14 @@ def test_rows_say_what_each_stage_was() -> None:
     rows = {row["stage"]: row for row in made_up()[0]}
     assert rows["baseline"]["x_first"] == 1 and rows["baseline"]["x_before"] is None
     assert rows["tied-head"]["x_before"] == pytest.approx(1.1)
-    assert rows["baseline"]["mfu_measured"] == pytest.approx(95 * 1e6 / 1e9) and rows["baseline"]["mfu_sheet"] is None
+    assert (
+        rows["baseline"]["mfu_measured"] == pytest.approx(95 * 1e6 / 1e9)
+        and rows["baseline"]["mfu_sheet"] is None
+    )
     assert rows["bf16"]["mfu_sheet"] == pytest.approx(rows["bf16"]["mfu_measured"] / 2)
-    assert rows["baseline"]["slowest"] == pytest.approx(90) and rows["baseline"]["fastest"] == pytest.approx(100)
+    assert rows["baseline"]["slowest"] == pytest.approx(90) and rows["baseline"][
+        "fastest"
+    ] == pytest.approx(100)
     status = {name: row["status"] for name, row in rows.items()}
     assert [status[name] for name in ("baseline", "compile", "tf32", "clip", "kept-memory")] == [
         "kept", "branch", "skipped", "failed", "not reached",
@@ -219,7 +274,9 @@ def test_chart_is_drawn_with_every_kind_of_row(tmp_path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     drawn = [row["stage"] for row in stages_report.joined(rows)]
     assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn  # skipped alike, in one row
-    stages_report.draw(result | {"stages": rows[3:4], "ceilings": {}}, "only a skipped one", tmp_path / "b.png")
+    stages_report.draw(
+        result | {"stages": rows[3:4], "ceilings": {}}, "only a skipped one", tmp_path / "b.png"
+    )
 
 
 def test_scaling_is_over_one_rank_at_the_same_work() -> None:
@@ -228,7 +285,8 @@ def test_scaling_is_over_one_rank_at_the_same_work() -> None:
         (1, 2): ([record(120)], None),
     }  # fmt: skip
     weak, strong = (
-        [r for r in stages_report.scaling_rows(points, 2) if r["kind"] == kind] for kind in ("weak", "strong")
+        [r for r in stages_report.scaling_rows(points, 2) if r["kind"] == kind]
+        for kind in ("weak", "strong")
     )
     assert [(r["ranks"], r["speedup"], r["efficiency"], r["communication"]) for r in weak] == [
         (1, 1, 1, None), (2, 1.5, 0.75, 0.2),
@@ -246,7 +304,10 @@ def event(name: str, category: str, begin: float, end: float) -> dict[str, Any]:
 
 
 def test_communication_counts_only_where_nothing_is_computed() -> None:
-    steps = [event("ProfilerStep#2", "user_annotation", 0, 60), event("ProfilerStep#3", "user_annotation", 60, 100)]
+    steps = [
+        event("ProfilerStep#2", "user_annotation", 0, 60),
+        event("ProfilerStep#3", "user_annotation", 60, 100),
+    ]
     gpu = [
         event("ncclDevKernel_AllReduce", "kernel", 10, 40),
         event("gemm", "kernel", 0, 20),
@@ -258,7 +319,9 @@ def test_communication_counts_only_where_nothing_is_computed() -> None:
         event("aten::mm", "cpu_op", 0, 20),
         event("aten::mm", "cpu_op", 15, 30),
     ]
-    assert stages_run.communication_share([*steps, *cpu, {"ph": "M", "name": "x"}]) == pytest.approx(0.1)
+    assert stages_run.communication_share(
+        [*steps, *cpu, {"ph": "M", "name": "x"}]
+    ) == pytest.approx(0.1)
 
 
 # --- runs
@@ -276,11 +339,16 @@ def test_steps_are_those_that_the_time_allows() -> None:
     [
         ("banner\nerror: --precision fp8 needs a GPU\n", "error: --precision fp8 needs a GPU"),
         ("Traceback\n  x()\nRuntimeError: boom\n", "RuntimeError: boom"),
-        ("[rank1]: torch.OutOfMemoryError: CUDA\n" + "torch.distributed.elastic.ChildFailedError: \n" + 9 * "=", "[rank1]: torch.OutOfMemoryError: CUDA"),
+        (
+            "[rank1]: torch.OutOfMemoryError: CUDA\n"
+            + "torch.distributed.elastic.ChildFailedError: "
+            "\n" + 9 * "=",
+            "[rank1]: torch.OutOfMemoryError: CUDA",
+        ),
         ("Segmentation fault\n", "Segmentation fault"),
         ("", "it ended with code 9"),
     ],
-)  # fmt: skip
+)
 def test_the_last_error_is_found(output, expected) -> None:
     assert stages_run.last_error(output, 9) == expected
 
@@ -290,7 +358,9 @@ def test_a_run_past_its_time_is_ended(tmp_path) -> None:
     with pytest.raises(TimeUp):
         stages_run.execute(words, tmp_path / "out.txt", until=time.monotonic() + 0.2)
     with pytest.raises(Failed, match="ValueError: no"):
-        stages_run.execute([sys.executable, "-c", "raise ValueError('no')"], tmp_path / "out.txt", until=math.inf)
+        stages_run.execute(
+            [sys.executable, "-c", "raise ValueError('no')"], tmp_path / "out.txt", until=math.inf
+        )
 
 
 @pytest.fixture
@@ -307,7 +377,9 @@ def runs(bench, monkeypatch) -> list[tuple[str, int]]:
     """The runs made, in order; that of `flash-attention` fails."""
     made: list[tuple[str, int]] = []
 
-    def run(self: Bench, name: str, number: int, settings: Settings, cores: int | None = None) -> dict[str, Any]:
+    def run(
+        self: Bench, name: str, number: int, settings: Settings, cores: int | None = None
+    ) -> dict[str, Any]:
         made.append((name, number))
         if name == "flash-attention":
             raise Failed("RuntimeError: boom")
@@ -324,8 +396,16 @@ ONLY = ["baseline", "flash-attention", "clip"]
 
 def test_rounds_go_round_the_ladder_and_past_a_failure(bench, runs, capsys) -> None:
     stages.measure(bench, ONLY, rounds=2, most=1)
-    assert runs == [("baseline", 1), ("flash-attention", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
-    assert bench.failed == {"flash-attention": "RuntimeError: boom"} and bench.done == bench.total == 5
+    assert runs == [
+        ("baseline", 1),
+        ("flash-attention", 1),
+        ("clip", 1),
+        ("baseline", 2),
+        ("clip", 2),
+    ]
+    assert (
+        bench.failed == {"flash-attention": "RuntimeError: boom"} and bench.done == bench.total == 5
+    )
     stored = json.loads(bench.path("clip", 1).with_suffix(".json").read_text())
     assert "flash-attention" in stored["settings"]["without"]  # not built on
     assert "[2/6] flash-attention        failed: RuntimeError: boom" in capsys.readouterr().err
@@ -350,8 +430,14 @@ def test_no_run_begins_that_would_not_be_done_in_time(bench, runs) -> None:
 def test_scaling_runs_each_point_and_traces_those_of_several_ranks(bench, runs) -> None:
     stages.measure(bench, ["scaling"], rounds=2, most=2)
     timed = ["ranks-1-each-1", "ranks-2-each-1", "ranks-1-each-2"]
-    assert runs == [*((n, 1) for n in timed), ("ranks-2-each-1", stages.TRACE), *((n, 2) for n in timed)]
-    trace = json.loads(bench.path("ranks-2-each-1", stages.TRACE).with_suffix(".json").read_text())["settings"]
+    assert runs == [
+        *((n, 1) for n in timed),
+        ("ranks-2-each-1", stages.TRACE),
+        *((n, 2) for n in timed),
+    ]
+    trace = json.loads(bench.path("ranks-2-each-1", stages.TRACE).with_suffix(".json").read_text())[
+        "settings"
+    ]
     assert trace["profile"] and trace["ranks"] == 2 and trace["accumulation"] == 2
 
 
@@ -367,7 +453,14 @@ def test_each_compiled_graph_is_made_once_ahead(tmp_path, monkeypatch, capsys) -
     (tmp_path / "runs").mkdir()
     rungs = [rung for rung in ladder(H200) if rung.skipped is None]
     stages.compile_ahead(bench, rungs)
-    distinct = {"compile", "flash-attention", "padded-vocab", "attention-backend", "cast-once", "chunked-head"}
+    distinct = {
+        "compile",
+        "flash-attention",
+        "padded-vocab",
+        "attention-backend",
+        "cast-once",
+        "chunked-head",
+    }
     distinct |= {
         "triton-cross-entropy",
         "triton-layer-norm",
@@ -391,15 +484,21 @@ def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
 
 
 def test_a_wrong_name_is_one_line(run, tmp_path) -> None:
-    done = run("-m", "benchmarks.stages", "--only", "baseline,flash-attn", "--out", tmp_path / "out")
+    done = run(
+        "-m", "benchmarks.stages", "--only", "baseline,flash-attn", "--out", tmp_path / "out"
+    )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --only flash-attn: no such stage (did you mean flash-attention?); there are ")
+    assert done.stderr.startswith(
+        "error: --only flash-attn: no such stage (did you mean flash-attention?); there are "
+    )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps({"identity": {"preset": "micro", "steps": 5}, "plan": dataclasses.asdict(PLAN)}))
+    file.write_text(
+        json.dumps({"identity": {"preset": "micro", "steps": 5}, "plan": dataclasses.asdict(PLAN)})
+    )
     assert stages.stored_plan(file, {"preset": "micro", "steps": 5}) == PLAN
     with pytest.raises(UserError, match=r"holds another ladder \(preset was micro, is mini\)"):
         stages.stored_plan(file, {"preset": "mini", "steps": 5})
@@ -422,7 +521,10 @@ def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
     bench.done, bench.total = 3, 3
     assert stages.ended(bench) == 0 and capsys.readouterr().err == ""
     bench.total = 5
-    assert stages.ended(bench) == 0 and "after 3 of 5 runs; the same command" in capsys.readouterr().err
+    assert (
+        stages.ended(bench) == 0
+        and "after 3 of 5 runs; the same command" in capsys.readouterr().err
+    )
     bench.failed["bf16"] = "RuntimeError: boom"
     assert stages.ended(bench) == 1 and "bf16 failed: RuntimeError: boom" in capsys.readouterr().err
 
@@ -431,7 +533,19 @@ def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
 def small(run, tmp_path) -> Callable[[], Any]:
     """The whole program on three stages of a tiny model, where it can be called again."""
     write_inputs(tmp_path)
-    words = ["--preset", "micro", "--quick", "--device", "cpu", "--seq-len", "16", "--micro-batch", "2", "--steps", "4"]
+    words = [
+        "--preset",
+        "micro",
+        "--quick",
+        "--device",
+        "cpu",
+        "--seq-len",
+        "16",
+        "--micro-batch",
+        "2",
+        "--steps",
+        "4",
+    ]
     words += [
         "--rounds",
         "1",
@@ -452,12 +566,21 @@ def test_it_measures_writes_and_goes_on(small, tmp_path) -> None:
     result = json.loads((out / "stages.json").read_text())
     rows = {row["stage"]: row for row in result["stages"]}
     assert list(rows) == ["baseline", "tied-head", "accumulation"]
-    log = [json.loads(line) for line in (out / "runs/accumulation-1/log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (out / "runs/accumulation-1/log.jsonl").read_text().splitlines()
+    ]
     assert rows["accumulation"]["loss"] == log[-1]["loss"] and len(log) == 4
-    assert rows["accumulation"]["step_ms"] == pytest.approx((log[2]["step_ms"] + log[3]["step_ms"]) / 2)
+    assert rows["accumulation"]["step_ms"] == pytest.approx(
+        (log[2]["step_ms"] + log[3]["step_ms"]) / 2
+    )
     assert rows["accumulation"]["tokens_per_step"] == 128 == 4 * rows["baseline"]["tokens_per_step"]
     config = json.loads((out / "runs/baseline-1/config.json").read_text())
-    assert set(config["without"]) == set(OPTIMIZATIONS) and config["precision"] == "fp32" and not config["compile"]
+    assert (
+        set(config["without"]) == set(OPTIMIZATIONS)
+        and config["precision"] == "fp32"
+        and not config["compile"]
+    )
     assert result["ceilings"]["fp32"] > 0 and rows["baseline"]["mfu_measured"] > 0
     assert done.stdout.strip() == (out / "stages.md").read_text().strip()
     assert (out / "stages.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,5 @@
-"""Ways of decoding against transformers, against plain loops without a cache, and a batch against its rows."""
+"""Ways of decoding against transformers, against plain loops without a cache, and a batch against
+its rows."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [(17 * i) % 330 for i in range(20)]]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost a tiny model more than they save, the more so on a busy machine."""
+    """Threads that wait for one another cost a tiny model more than they save, the more so on a
+    busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +48,9 @@ def one_thread() -> Iterator[None]:
 def random_model() -> GPT:
     """It does not repeat itself."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=VOCAB, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32)).eval()
+    model = GPT(
+        GPTConfig(vocab_size=VOCAB, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
@@ -84,17 +88,25 @@ def reference(model: GPT, tmp_path_factory: pytest.TempPathFactory):
     return in_transformers(model, tmp_path_factory.mktemp("random"))
 
 
-def of_transformers(reference, prompts: list[list[int]], count: int, eot: int | None = None, **how) -> list[list[int]]:
+def of_transformers(
+    reference, prompts: list[list[int]], count: int, eot: int | None = None, **how
+) -> list[list[int]]:
     """Its continuations of prompts of one length, cut before the end token."""
     idx = torch.tensor(prompts)
-    how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": eot, "pad_token_id": 0} | how
+    how = {
+        "do_sample": False,
+        "max_new_tokens": count,
+        "eos_token_id": eot,
+        "pad_token_id": 0,
+    } | how
     out = reference.generate(idx, attention_mask=torch.ones_like(idx), **how)
     rows = out[:, idx.shape[1] :].tolist()
     return [row[: row.index(eot)] if eot in row else row for row in rows]
 
 
 class Letters:
-    """A tokenizer whose every token is a letter or two, some of them a newline, a blank or a line's end."""
+    """A tokenizer whose every token is a letter or two, some of them a newline, a blank or a line's
+    end."""
 
     eot = 3
     vocab_size = VOCAB
@@ -115,8 +127,12 @@ WAYS = {
     "top-k": DecodeConfig(temperature=0.7, top_k=20),
     "top-p": DecodeConfig(temperature=1.2, top_p=0.8),
     "all": DecodeConfig(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.2),
-    "beam": DecodeConfig(decode="beam", beams=3, no_repeat_ngram=2, repetition_penalty=1.1, length_penalty=0.6),
-    "contrastive": DecodeConfig(decode="contrastive", contrastive_growth=True, repetition_penalty=1.2),
+    "beam": DecodeConfig(
+        decode="beam", beams=3, no_repeat_ngram=2, repetition_penalty=1.1, length_penalty=0.6
+    ),
+    "contrastive": DecodeConfig(
+        decode="contrastive", contrastive_growth=True, repetition_penalty=1.2
+    ),
     "mean": DecodeConfig(decode="contrastive", contrastive_k=6, contrastive_similarity="mean"),
     "mbr": DecodeConfig(decode="mbr", candidates=3, temperature=1.0),
     "mbr by beam": DecodeConfig(decode="mbr", candidates=3, candidates_by="beam"),
@@ -136,7 +152,15 @@ def test_a_row_of_a_batch_is_the_row_alone(model: GPT, options: DecodeConfig) ->
         assert batch == generate(model, PROMPTS, options, 3, tokenizer=LETTERS, stop_lines=lines)
         assert max(map(len, batch)) > count // 3
         for i, prompt in enumerate(PROMPTS):
-            alone = generate(model, [prompt], options, 3, rows=[i], tokenizer=LETTERS, stop_lines=lines[i : i + 1])
+            alone = generate(
+                model,
+                [prompt],
+                options,
+                3,
+                rows=[i],
+                tokenizer=LETTERS,
+                stop_lines=lines[i : i + 1],
+            )
             assert alone == [batch[i]]
 
 
@@ -145,7 +169,12 @@ def test_the_listener_hears_the_text(model: GPT, options: DecodeConfig) -> None:
     options = dataclasses.replace(options, max_new_tokens=40, stop_lines=3)
     heard: list[list[int]] = [[], [], []]
     texts = generate(
-        model, PROMPTS, options, eot=3, tokenizer=LETTERS, on_token=lambda row, token: heard[row].append(token)
+        model,
+        PROMPTS,
+        options,
+        eot=3,
+        tokenizer=LETTERS,
+        on_token=lambda row, token: heard[row].append(token),
     )
     assert heard == texts
 
@@ -154,24 +183,36 @@ def test_the_listener_hears_the_text(model: GPT, options: DecodeConfig) -> None:
 def test_no_text_has_more_lines_or_the_end_token(model: GPT, options: DecodeConfig) -> None:
     options = dataclasses.replace(options, max_new_tokens=60, stop_lines=9)
     limits = [1, 2, 3]
-    for text, limit in zip(generate(model, PROMPTS, options, 3, tokenizer=LETTERS, stop_lines=limits), limits):
+    for text, limit in zip(
+        generate(model, PROMPTS, options, 3, tokenizer=LETTERS, stop_lines=limits), limits
+    ):
         lines = [line for line in LETTERS.decode(text).split("\n") if line.strip()]
         assert len(lines) == limit if len(text) < 60 else len(lines) <= limit
         assert 3 not in text
 
 
-@pytest.mark.parametrize("options", [WAYS[way] for way in ("greedy", "sample", "beam", "mbr")], ids=lambda o: o.decode)
+@pytest.mark.parametrize(
+    "options", [WAYS[way] for way in ("greedy", "sample", "beam", "mbr")], ids=lambda o: o.decode
+)
 def test_a_prefix_is_the_tokens_it_was_made_of(model: GPT, options: DecodeConfig) -> None:
-    """Contrastive search (below) and the repetition penalty look at the text alone, and a prefix is none of it."""
-    options = dataclasses.replace(options, max_new_tokens=30, repetition_penalty=1.0, no_repeat_ngram=0)
+    """Contrastive search (below) and the repetition penalty look at the text alone, and a prefix is
+    none of it."""
+    options = dataclasses.replace(
+        options, max_new_tokens=30, repetition_penalty=1.0, no_repeat_ngram=0
+    )
     first = [300, 12, 45, 7, 160]
-    expected = generate(model, [first + prompt for prompt in PROMPTS], options, 3, tokenizer=LETTERS)
+    expected = generate(
+        model, [first + prompt for prompt in PROMPTS], options, 3, tokenizer=LETTERS
+    )
     prefixed = with_prefix(first)
     assert generate(prefixed, PROMPTS, options, 3, tokenizer=LETTERS) == expected
     # With a prefix the window slides sooner; alone or not.
     longer = dataclasses.replace(options, max_new_tokens=BLOCK)
     batch = generate(prefixed, PROMPTS, longer, 3, tokenizer=LETTERS)
-    assert [generate(prefixed, [p], longer, 3, rows=[i], tokenizer=LETTERS)[0] for i, p in enumerate(PROMPTS)] == batch
+    assert [
+        generate(prefixed, [p], longer, 3, rows=[i], tokenizer=LETTERS)[0]
+        for i, p in enumerate(PROMPTS)
+    ] == batch
 
 
 class Prefix(torch.nn.Module):
@@ -197,9 +238,14 @@ def with_prefix(tokens: list[int]) -> GPT:
 def test_the_seed_and_the_row_make_the_draws(model: GPT, decode: Any) -> None:
     options = DecodeConfig(decode=decode, max_new_tokens=30, temperature=1.0, candidates=4, beams=1)
     first, second = generate(model, [PROMPTS[0]] * 2, options, eot=None, tokenizer=LETTERS)
-    again = [generate(model, [PROMPTS[0]], options, None, seed=seed, tokenizer=LETTERS)[0] for seed in (1337, 1, 2)]
+    again = [
+        generate(model, [PROMPTS[0]], options, None, seed=seed, tokenizer=LETTERS)[0]
+        for seed in (1337, 1, 2)
+    ]
     assert again[0] == first
-    assert len({tuple(text) for text in (first, second, *again[1:])}) > (3 if decode == "sample" else 1)
+    assert len({tuple(text) for text in (first, second, *again[1:])}) > (
+        3 if decode == "sample" else 1
+    )
     longer = dataclasses.replace(options, max_new_tokens=35)
     assert decode != "sample" or generate(model, [PROMPTS[0]], longer, eot=None)[0][:30] == first
 
@@ -267,7 +313,9 @@ def test_what_takes_a_tokenizer_says_so(model: GPT) -> None:
 # --- the window and the stop
 
 
-def greedy_without_cache(reference, prompt: list[int], count: int, context: int = BLOCK) -> list[int]:
+def greedy_without_cache(
+    reference, prompt: list[int], count: int, context: int = BLOCK
+) -> list[int]:
     """What sliding means: a window that outgrows the context keeps its newest three quarters."""
     window, out = list(prompt), []
     for _ in range(count):
@@ -283,20 +331,33 @@ def greedy_without_cache(reference, prompt: list[int], count: int, context: int 
 SLIDING = {
     "greedy": (DecodeConfig(decode="greedy"), BLOCK),
     "beam": (DecodeConfig(decode="beam", beams=1), BLOCK),
-    "contrastive": (DecodeConfig(decode="contrastive", contrastive_k=1), BLOCK - 1),  # a candidate must fit as well
+    "contrastive": (
+        DecodeConfig(decode="contrastive", contrastive_k=1),
+        BLOCK - 1,
+    ),  # a candidate must fit as well
 }
 
 
 @pytest.mark.parametrize(("options", "context"), SLIDING.values(), ids=SLIDING)
-def test_sliding_past_the_context(model: GPT, reference, options: DecodeConfig, context: int) -> None:
-    prompts = [*PROMPTS, list(range(BLOCK - 1)), list(range(BLOCK)), list(range(100, 100 + BLOCK + 30))]
-    ours = generate(model, prompts, dataclasses.replace(options, max_new_tokens=BLOCK + 30), eot=None)
+def test_sliding_past_the_context(
+    model: GPT, reference, options: DecodeConfig, context: int
+) -> None:
+    prompts = [
+        *PROMPTS,
+        list(range(BLOCK - 1)),
+        list(range(BLOCK)),
+        list(range(100, 100 + BLOCK + 30)),
+    ]
+    ours = generate(
+        model, prompts, dataclasses.replace(options, max_new_tokens=BLOCK + 30), eot=None
+    )
     for prompt, continuation in zip(prompts, ours, strict=True):
         assert continuation == greedy_without_cache(reference, prompt, BLOCK + 30, context)
 
 
 def test_alternatives_are_each_the_next_token(model: GPT) -> None:
-    """Read in one pass, padded or not, after a prefix or not; and the one that is kept stands in the cache."""
+    """Read in one pass, padded or not, after a prefix or not; and the one that is kept stands in
+    the cache."""
     candidates = torch.tensor([[1, 2, 3], [200, 5, 2], [9, 8, 300]])
     for gpt in (model, with_prefix([300, 12, 45])):
         window = Window(gpt, PROMPTS, room=3, alternatives=3)
@@ -308,7 +369,9 @@ def test_alternatives_are_each_the_next_token(model: GPT) -> None:
             after = gpt.hidden(torch.tensor([[4], [5], [6]]), cache=window.cache)
             for row, prompt in enumerate(PROMPTS):
                 for i, token in enumerate(candidates[row].tolist()):
-                    torch.testing.assert_close(x[row, i], gpt.hidden(torch.tensor([[*prompt, token]]))[0, -1])
+                    torch.testing.assert_close(
+                        x[row, i], gpt.hidden(torch.tensor([[*prompt, token]]))[0, -1]
+                    )
                 text = [*prompt, int(candidates[row, chosen[row]]), row + 4]
                 torch.testing.assert_close(after[row, 0], gpt.hidden(torch.tensor([text]))[0, -1])
 
@@ -316,12 +379,15 @@ def test_alternatives_are_each_the_next_token(model: GPT) -> None:
 def test_prompts_alike_are_read_once(model: GPT, monkeypatch) -> None:
     read = []
     hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, **more: read.append(len(idx)) or hidden(self, idx, **more))
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, idx, **more: read.append(len(idx)) or hidden(self, idx, **more)
+    )
     prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     texts = generate(model, prompts, DecodeConfig(max_new_tokens=9), eot=None)
     assert read == [2] + [4] * 8
     assert texts == [
-        generate(model, [p], DecodeConfig(max_new_tokens=9), None, rows=[i])[0] for i, p in enumerate(prompts)
+        generate(model, [p], DecodeConfig(max_new_tokens=9), None, rows=[i])[0]
+        for i, p in enumerate(prompts)
     ]
 
 
@@ -329,11 +395,16 @@ def test_ids_past_the_vocabulary_are_never_chosen(model: GPT) -> None:
     options = DecodeConfig(max_new_tokens=60, temperature=1e4)  # every token as likely as another
     drawn = {t for row in generate(model, [[1]] * 32, options, eot=None) for t in row}
     assert max(drawn) < VOCAB and len(drawn) > 300
-    drawn = {t for row in generate(model, [[1]] * 32, options, eot=None, vocab_size=200) for t in row}
+    drawn = {
+        t for row in generate(model, [[1]] * 32, options, eot=None, vocab_size=200) for t in row
+    }
     assert max(drawn) < 200
     for way in ("beam", "contrastive"):
         options = DecodeConfig(decode=way, max_new_tokens=40, repetition_penalty=1.2)
-        assert max(t for row in generate(model, PROMPTS, options, None, vocab_size=20) for t in row) < 20
+        assert (
+            max(t for row in generate(model, PROMPTS, options, None, vocab_size=20) for t in row)
+            < 20
+        )
 
 
 def test_a_row_ends_before_end_of_text_and_its_neighbours_go_on(model: GPT) -> None:
@@ -348,7 +419,8 @@ def test_a_row_ends_before_end_of_text_and_its_neighbours_go_on(model: GPT) -> N
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(0, 4))
 @settings(max_examples=200, deadline=None)
 def test_a_text_ends_with_its_last_line(ids: list[int], lines: int) -> None:
-    """Token by token: the end comes at the first newline after so many lines of text, at the end token if sooner."""
+    """Token by token: the end comes at the first newline after so many lines of text, at the end
+    token if sooner."""
     stop, text, ended = Stop(3, [lines], LETTERS), [], None
     for id in ids:
         text.append(id)
@@ -362,7 +434,9 @@ def test_a_text_ends_with_its_last_line(ids: list[int], lines: int) -> None:
         assert ended == "before" and (not lines or len(complete) < lines)
     else:
         assert len(complete) == lines and "\n" in LETTERS.decode(text[-1:])
-        assert (ended == "after") == bool(LETTERS.decode(text[-1:]).strip())  # text before the newline is kept
+        assert (ended == "after") == bool(
+            LETTERS.decode(text[-1:]).strip()
+        )  # text before the newline is kept
 
 
 # --- greedy and sampling
@@ -374,10 +448,14 @@ def test_greedy_is_transformers_token_for_token(model: GPT, reference, penalty: 
     ours = generate(model, PROMPTS, options, eot=None)
     assert len({token for row in ours for token in row}) > 10
     for prompt, continuation in zip(PROMPTS, ours, strict=True):
-        assert [continuation] == of_transformers(reference, [prompt], 40, repetition_penalty=penalty)
+        assert [continuation] == of_transformers(
+            reference, [prompt], 40, repetition_penalty=penalty
+        )
 
 
-@pytest.mark.parametrize("narrow", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)], ids=str)
+@pytest.mark.parametrize(
+    "narrow", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)], ids=str
+)
 def test_the_narrowest_sampling_is_greedy(model: GPT, narrow: dict) -> None:
     greedy = generate(model, PROMPTS, DecodeConfig(decode="greedy", max_new_tokens=30), eot=None)
     assert generate(model, PROMPTS, DecodeConfig(max_new_tokens=30, **narrow), eot=None) == greedy
@@ -387,7 +465,9 @@ def test_penalty_and_truncation_are_transformers() -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     prompt = torch.randint(0, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, prompt, True)
-    torch.testing.assert_close(penalize(logits, seen, 1.7), RepetitionPenaltyLogitsProcessor(1.7)(prompt, logits))
+    torch.testing.assert_close(
+        penalize(logits, seen, 1.7), RepetitionPenaltyLogitsProcessor(1.7)(prompt, logits)
+    )
     for top_k, top_p in ((5, 1.0), (0, 0.6), (40, 0.7), (1000, 0.3)):
         expected = TopKLogitsWarper(top_k)(prompt, logits) if top_k else logits
         expected = TopPLogitsWarper(top_p)(prompt, expected) if top_p < 1 else expected
@@ -427,7 +507,9 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("make", [random_model, trained_model])
-def test_beam_search_is_transformers_token_for_token(make, length_penalty: float, tmp_path: Path) -> None:
+def test_beam_search_is_transformers_token_for_token(
+    make, length_penalty: float, tmp_path: Path
+) -> None:
     model = make()
     reference = in_transformers(model, tmp_path)
     generator = torch.Generator().manual_seed(2)
@@ -438,7 +520,9 @@ def test_beam_search_is_transformers_token_for_token(make, length_penalty: float
             decode="beam", beams=beams, length_penalty=length_penalty, no_repeat_ngram=blocked,
             repetition_penalty=penalty, max_new_tokens=16,
         )  # fmt: skip
-        how: dict[str, Any] = dict(num_beams=beams, length_penalty=length_penalty, no_repeat_ngram_size=blocked)
+        how: dict[str, Any] = dict(
+            num_beams=beams, length_penalty=length_penalty, no_repeat_ngram_size=blocked
+        )
         how |= dict(repetition_penalty=penalty, early_stopping=False)
         whole = generate(model, prompts, options, eot=None)
         assert whole == of_transformers(reference, prompts, 16, **how)
@@ -446,7 +530,9 @@ def test_beam_search_is_transformers_token_for_token(make, length_penalty: float
             ours = generate(model, prompts, options, eot)
             assert ours == of_transformers(reference, prompts, 16, eot, **how)
             lengths |= set(map(len, ours))
-    assert len(lengths) > 2 or length_penalty == 2  # they ended at different times; long ones are best by the square
+    assert (
+        len(lengths) > 2 or length_penalty == 2
+    )  # they ended at different times; long ones are best by the square
 
 
 @torch.no_grad()
@@ -458,7 +544,10 @@ def plain_beam_search(reference, prompt: list[int], beams: int, count: int) -> l
         for score, text, window in texts:
             window = window if len(window) <= BLOCK else window[-kept_tokens(BLOCK) :]
             top = reference(torch.tensor([window])).logits[0, -1].log_softmax(-1).topk(2 * beams)
-            grown += [(score + s, [*text, i], [*window, i]) for s, i in zip(top.values.tolist(), top.indices.tolist())]
+            grown += [
+                (score + s, [*text, i], [*window, i])
+                for s, i in zip(top.values.tolist(), top.indices.tolist())
+            ]
         texts = sorted(grown, key=lambda t: -t[0])[:beams]
     return texts[0][1][len(prompt) :]
 
@@ -497,7 +586,12 @@ CONTRASTIVE = {
     "few": dict(contrastive_k=2, contrastive_alpha=0.3),
     "growth": dict(contrastive_growth=True),
     "mean": dict(contrastive_similarity="mean"),
-    "both": dict(contrastive_growth=True, contrastive_similarity="mean", contrastive_alpha=0.9, contrastive_k=8),
+    "both": dict(
+        contrastive_growth=True,
+        contrastive_similarity="mean",
+        contrastive_alpha=0.9,
+        contrastive_k=8,
+    ),
     "penalty": dict(repetition_penalty=1.5),
 }
 
@@ -521,13 +615,22 @@ def test_contrastive_search_is_its_definition(model: GPT, reference, options: di
 
 
 @pytest.mark.parametrize("without", [dict(contrastive_k=1), dict(contrastive_alpha=0.0)], ids=str)
-def test_without_a_choice_or_a_weight_contrastive_search_is_greedy(model: GPT, without: dict) -> None:
+def test_without_a_choice_or_a_weight_contrastive_search_is_greedy(
+    model: GPT, without: dict
+) -> None:
     greedy = generate(model, PROMPTS, DecodeConfig(decode="greedy", max_new_tokens=40), eot=None)
-    assert generate(model, PROMPTS, DecodeConfig(decode="contrastive", max_new_tokens=40, **without), None) == greedy
+    assert (
+        generate(
+            model, PROMPTS, DecodeConfig(decode="contrastive", max_new_tokens=40, **without), None
+        )
+        == greedy
+    )
 
 
 def test_contrastive_search_of_one_token(model: GPT) -> None:
-    options = DecodeConfig(decode="contrastive", contrastive_growth=True, max_new_tokens=1, contrastive_k=VOCAB + 9)
+    options = DecodeConfig(
+        decode="contrastive", contrastive_growth=True, max_new_tokens=1, contrastive_k=VOCAB + 9
+    )
     greedy = generate(model, PROMPTS, DecodeConfig(decode="greedy", max_new_tokens=1), None)
     assert generate(model, PROMPTS, options, None) == greedy  # the weight begins at 0
 
@@ -539,7 +642,8 @@ def mean_chrf(texts: list[str]) -> list[float]:
     from sacrebleu import sentence_chrf
 
     return [
-        sum(sentence_chrf(text, [other]).score for j, other in enumerate(texts) if j != i) / max(1, len(texts) - 1)
+        sum(sentence_chrf(text, [other]).score for j, other in enumerate(texts) if j != i)
+        / max(1, len(texts) - 1)
         for i, text in enumerate(texts)
     ]
 
@@ -555,16 +659,24 @@ def test_least_risk_is_the_greatest_mean_chrf(texts: list[list[int]]) -> None:
 def test_minimum_bayes_risk_over_beams(model: GPT, reference) -> None:
     prompt, n = PROMPTS[1], 6
     options = DecodeConfig(decode="mbr", candidates_by="beam", candidates=n, max_new_tokens=20)
-    beams = of_transformers(reference, [prompt], 20, num_beams=n, num_return_sequences=n, early_stopping=False)
+    beams = of_transformers(
+        reference, [prompt], 20, num_beams=n, num_return_sequences=n, early_stopping=False
+    )
     means = mean_chrf([LETTERS.decode(beam) for beam in beams])
     assert len(set(map(tuple, beams))) == n and means.index(max(means)) > 0
-    assert generate(model, [prompt], options, None, tokenizer=LETTERS) == [beams[means.index(max(means))]]
+    assert generate(model, [prompt], options, None, tokenizer=LETTERS) == [
+        beams[means.index(max(means))]
+    ]
 
 
 def test_an_ensemble_holds_texts_of_each_kind(model: GPT, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(batched, "least_risk", lambda texts, tokenizer: seen.append(texts) or texts[0])
-    options = DecodeConfig(decode="ensemble", candidates=7, beams=2, max_new_tokens=20, temperature=1.0)
+    monkeypatch.setattr(
+        batched, "least_risk", lambda texts, tokenizer: seen.append(texts) or texts[0]
+    )
+    options = DecodeConfig(
+        decode="ensemble", candidates=7, beams=2, max_new_tokens=20, temperature=1.0
+    )
     generate(model, PROMPTS * 5, options, None, tokenizer=LETTERS)
     assert len(seen) == 15
     for decode in ("beam", "contrastive"):
@@ -604,5 +716,7 @@ def test_length_penalty_orders_as_the_quotient_does(penalty: float) -> None:
 def test_a_huge_length_penalty_prefers_the_longest(penalty: float) -> None:
     from decoding.search import by_length
 
-    assert by_length(-500.0, 90, penalty) > by_length(-0.1, 89, penalty) > by_length(-0.2, 89, penalty)
+    assert (
+        by_length(-500.0, 90, penalty) > by_length(-0.1, 89, penalty) > by_length(-0.2, 89, penalty)
+    )
     assert by_length(0.0, 1, penalty) > by_length(-1e-9, 1000, penalty)

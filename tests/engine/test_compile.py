@@ -1,4 +1,5 @@
-"""torch.compile of a training step: no graph break, and after the first step nothing is compiled again."""
+"""torch.compile of a training step: no graph break, and after the first step nothing is compiled
+again."""
 
 from __future__ import annotations
 
@@ -19,14 +20,19 @@ from engine.trainer import evaluate
 from random_tokens import make_step
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=3, n_head=2, n_embd=64)
-MINUTE = GPTConfig(vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16)  # Triton's interpreter is slow
+MINUTE = GPTConfig(
+    vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16
+)  # Triton's interpreter is slow
 
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Compiles with everything but code generation, which takes the time and is not what is asked about."""
+    """Compiles with everything but code generation, which takes the time and is not what is asked
+    about."""
     compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True)
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
@@ -85,11 +91,14 @@ def test_compiled_losses_are_those_of_the_plain_model(traced, precision):
 
     plain = losses()
     assert losses(compile=True) == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 1e-3)
-    assert losses(compile=True, compile_unit="block") == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 1e-3)
+    assert losses(compile=True, compile_unit="block") == pytest.approx(
+        plain, rel=1e-5 if precision == "fp32" else 1e-3
+    )
 
 
 def live_bytes(graph: torch.fx.Graph) -> int:
-    """The most bytes alive at one node of a traced graph, run in order; what its inputs hold counts from the start."""
+    """The most bytes alive at one node of a traced graph, run in order; what its inputs hold counts
+    from the start."""
     size: dict[int, int] = {}
     last: dict[int, int] = {}
     born: dict[int, int] = {}
@@ -101,13 +110,15 @@ def live_bytes(graph: torch.fx.Graph) -> int:
                     size[key], last[key] = int(tensor.untyped_storage().nbytes()), place
                     born.setdefault(key, 0 if value.op == "placeholder" else place)
     changes = sorted(
-        [(place, size[key]) for key, place in born.items()] + [(place + 1, -size[key]) for key, place in last.items()]
+        [(place, size[key]) for key, place in born.items()]
+        + [(place + 1, -size[key]) for key, place in last.items()]
     )
     return max(itertools.accumulate(change for _, change in changes))
 
 
 def test_compiled_recomputation_holds_one_block_at_a_time(monkeypatch):
-    """Of the whole model: the partitioner keeps the blocks' inputs, and the backward graph recomputes each in turn."""
+    """Of the whole model: the partitioner keeps the blocks' inputs, and the backward graph
+    recomputes each in turn."""
     shape = GPTConfig(vocab_size=64, block_size=64, n_layer=6, n_head=2, n_embd=64)
 
     def backward_bytes(recompute: bool) -> int:
@@ -125,9 +136,15 @@ def test_compiled_recomputation_holds_one_block_at_a_time(monkeypatch):
         )
         torch._dynamo.reset()
         with monkeypatch.context() as patched:
-            patched.setattr(nn.Module, "compile", lambda m, **_: plain(m, backend=backend, fullgraph=True))
+            patched.setattr(
+                nn.Module, "compile", lambda m, **_: plain(m, backend=backend, fullgraph=True)
+            )
             step, loader = make_step(
-                shape=shape, precision="fp32", compile=True, compile_unit="model", recompute=recompute
+                shape=shape,
+                precision="fp32",
+                compile=True,
+                compile_unit="model",
+                recompute=recompute,
             )
             step(0, loader(0))
         loader.close()

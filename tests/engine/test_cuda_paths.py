@@ -1,4 +1,5 @@
-"""What a CUDA run sets up, as far as it shows without a GPU: calls are recorded in place of a device."""
+"""What a CUDA run sets up, as far as it shows without a GPU: calls are recorded in place of a
+device."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def gradient_addresses(step: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_beside_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
-    """With accumulation a gradient may not lie in the graph's memory, which the next replay overwrites."""
+    """With accumulation a gradient may not lie in the graph's memory, which the next replay
+    overwrites."""
     plain, data = make_step(shape=SMALL, precision=precision, micro_batch=4)
     graphs, _ = make_step(shape=SMALL, precision=precision, micro_batch=4)
     graphs.cfg.cuda_graphs = True
@@ -73,7 +75,9 @@ def test_the_loader_thread_works_on_the_ranks_own_gpu(monkeypatch):
         ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, []),
     ],
 )
-def test_segments_grow_unless_graphs_or_the_user_forbid_it(monkeypatch, options, variables, expected):
+def test_segments_grow_unless_graphs_or_the_user_forbid_it(
+    monkeypatch, options, variables, expected
+):
     asked: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
     for name in plan.ALLOCATOR_VARIABLES:
@@ -84,7 +88,9 @@ def test_segments_grow_unless_graphs_or_the_user_forbid_it(monkeypatch, options,
     assert asked == expected
 
 
-@pytest.mark.parametrize("cores, ranks, workers", [(16, 8, 2), (4, 8, 1), (128, 8, 16), (64, 1, 32), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "cores, ranks, workers", [(16, 8, 2), (4, 8, 1), (128, 8, 16), (64, 1, 32), (2, 1, 2)]
+)
 def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, workers):
     import torch._inductor.config as inductor
 

@@ -33,7 +33,8 @@ ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def gradients(world: World) -> dict[Any, Any]:
-    """By (rows, step, micro-batch): 10 rows leave rank 1 without any in the last pass, 2 leave it none at all."""
+    """By (rows, step, micro-batch): 10 rows leave rank 1 without any in the last pass, 2 leave it
+    none at all."""
     found = {}
     for batch in (10, 2):
         for at in (0, 1, 2):
@@ -127,7 +128,9 @@ def micro_batch(world: World) -> int:
     """What auto takes of 12 rows, where rank 0 has memory for all of them and rank 1 for seven."""
 
     class Linear(TwoHeads):
-        def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+        def estimate(
+            self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+        ) -> Memory:
             return Memory(micro_batch, 0, 0, 0, 0, 0)
 
     room = (12, 7)[world.rank] / 0.8
@@ -138,12 +141,24 @@ def micro_batch(world: World) -> int:
         return largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), world, 12)
 
 
-SCENARIOS = (gradients, all_reduces, trained, skipped, replicas, agreements, host_sums, evaluation, micro_batch)
+SCENARIOS = (
+    gradients,
+    all_reduces,
+    trained,
+    skipped,
+    replicas,
+    agreements,
+    host_sums,
+    evaluation,
+    micro_batch,
+)
 
 
 def play(folder: Path) -> None:
     world = processes.start("cpu")
-    torch.save({scenario.__name__: scenario(world) for scenario in SCENARIOS}, folder / f"{world.rank}.pt")
+    torch.save(
+        {scenario.__name__: scenario(world) for scenario in SCENARIOS}, folder / f"{world.rank}.pt"
+    )
     processes.finish(world)
     raise SystemExit(0)
 
@@ -165,7 +180,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("micro_batch", [2, 8])
 def test_gradients_are_those_of_the_whole_batch(pair, batch, at, micro_batch):
-    (mine, loss, amounts), (other, *_) = (found["gradients"][batch, at, micro_batch] for found in pair)
+    (mine, loss, amounts), (other, *_) = (
+        found["gradients"][batch, at, micro_batch] for found in pair
+    )
     task = TwoHeads(batch=batch)
     expected_loss, _, expected = expected_gradients(task, step_of(task, ALONE).model, at)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -207,7 +224,9 @@ def test_ranks_agree_to_stop_at_the_same_call(pair):
 
 
 def test_host_sums_take_keys_that_one_rank_lacks(pair):
-    assert pair[0]["host_sums"] == pair[1]["host_sums"] == {"both": 2.0, "only 0": 2.0, "only 1": 2.0}
+    assert (
+        pair[0]["host_sums"] == pair[1]["host_sums"] == {"both": 2.0, "only 0": 2.0, "only 1": 2.0}
+    )
 
 
 def test_evaluation_over_two_ranks_is_that_of_one(pair):
@@ -302,15 +321,29 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0", "--schedule", "constant")
+QUIET = (
+    "--eval-every",
+    "0",
+    "--save-every",
+    "0",
+    "--sample-every",
+    "0",
+    "--dropout",
+    "0",
+    "--schedule",
+    "constant",
+)
 
 
-# bf16: gradients of a micro-batch are rounded to 8 bits, and another rank adds them up in another order.
+# bf16: gradients of a micro-batch are rounded to 8 bits, and another rank adds them up in another
+# order.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3)])
 def test_one_two_and_four_ranks_have_the_same_losses(inputs, precision, tolerance):
     losses = {}
     for ranks in (1, 2, 4):
-        words = small(*QUIET, "--steps", "20", "--precision", precision, "--out", f"{precision}{ranks}")
+        words = small(
+            *QUIET, "--steps", "20", "--precision", precision, "--out", f"{precision}{ranks}"
+        )
         ended = launch(inputs, words, ranks=ranks)
         assert [end.code for end in ended] == [0] * ranks, ended[0].err
         assert f"accumulation {4 // ranks} x ranks {ranks}" in ended[0].out
@@ -325,7 +358,13 @@ def test_one_two_and_four_ranks_have_the_same_losses(inputs, precision, toleranc
 def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
     words = small(*QUIET, "--steps", "2", "--out", "torchrun")
     done = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", repo / "train_gpt2.py", *words, cwd=inputs
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        repo / "train_gpt2.py",
+        *words,
+        cwd=inputs,
     )
     assert done.returncode == 0, done.stderr
     threads = re.search(r"device +2 x cpu \(.+\), threads a rank: (\d+)", done.stdout)
@@ -333,7 +372,8 @@ def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
 
 
 def spoil_loss(from_step: int, steps: int) -> None:
-    """NaN on rank 1 alone, in the last micro-batch of `steps` steps; and the ranks are compared after every step."""
+    """NaN on rank 1 alone, in the last micro-batch of `steps` steps; and the ranks are compared
+    after every step."""
     mock.patch.object(trainer, "CHECK_EVERY", 1).start()
     per_step = 2
     original = LanguageModelling.loss
@@ -343,8 +383,15 @@ def spoil_loss(from_step: int, steps: int) -> None:
         nonlocal calls
         at, micro = divmod(calls, per_step)
         calls += 1
-        spoil = os.environ["RANK"] == "1" and from_step <= at < from_step + steps and micro == per_step - 1
-        return {name: value * (torch.nan if spoil else 1.0) for name, value in original(self, model, batch).items()}
+        spoil = (
+            os.environ["RANK"] == "1"
+            and from_step <= at < from_step + steps
+            and micro == per_step - 1
+        )
+        return {
+            name: value * (torch.nan if spoil else 1.0)
+            for name, value in original(self, model, batch).items()
+        }
 
     mock.patch.object(LanguageModelling, "loss", loss).start()
 
@@ -364,13 +411,17 @@ def test_ten_in_a_row_end_the_run_on_every_rank(inputs):
     words = small(*QUIET, "--steps", "15", "--out", "ten")
     ended = launch(inputs, words, functools.partial(spoil_loss, 3, 99), ranks=2)
     assert [end.code for end in ended] == [1, 1]
-    message = "10 updates in a row were not finite, the last at step 13; lower --lr or raise --warmup-steps"
+    message = (
+        "10 updates in a row were not finite, the last at step 13; lower --lr or raise "
+        "--warmup-steps"
+    )
     assert all(message in end.err for end in ended)
     assert len(log_of(inputs / "ten", "train")) == 13
 
 
 def drift() -> None:
-    """One weight of rank 1 changes after the second step, and ranks are compared after every third."""
+    """One weight of rank 1 changes after the second step, and ranks are compared after every
+    third."""
     mock.patch.object(trainer, "CHECK_EVERY", 3).start()
     original = step.TrainStep.__call__
 
@@ -387,5 +438,8 @@ def drift() -> None:
 def test_ranks_that_drift_apart_stop(inputs):
     ended = launch(inputs, small(*QUIET, "--out", "drift"), drift, ranks=2)
     assert [end.code for end in ended] == [1, 1]
-    assert all("the parameters of ranks [1] differ from rank 0's; resume from a checkpoint" in end.err for end in ended)
+    assert all(
+        "the parameters of ranks [1] differ from rank 0's; resume from a checkpoint" in end.err
+        for end in ended
+    )
     assert len(log_of(inputs / "drift", "train")) == 3

@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped or broken at exact points, and resumed: nothing is lost and not a bit differs."""
+"""Runs that are killed, stopped or broken at exact points, and resumed: nothing is lost and not a
+bit differs."""
 
 from __future__ import annotations
 
@@ -111,7 +112,9 @@ STOPS = [  # where, the exit code, the step whose checkpoint must stand, what el
 ]
 
 
-def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Path, folder: Path) -> None:
+def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(
+    reference: Path, folder: Path
+) -> None:
     for where, nth, numbers, code, step in STOPS:
         (end,) = launch(folder, small(), functools.partial(receive, where, nth, numbers))
         assert (end.code, end.err) == (code, ""), (where, end)
@@ -119,12 +122,15 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(reference: Pat
         assert end.out.count("saved run/checkpoints/") == (step is not None), "a step is saved once"
         assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
     (end,) = launch(folder, small(), functools.partial(receive, "whole file", 3, (TERM,)))
-    assert end.code == 0 and "resumed from step-00000007" in end.out, end  # too late to stop: it is finished
+    assert end.code == 0 and "resumed from step-00000007" in end.out, (
+        end
+    )  # too late to stop: it is finished
     assert trace(folder / "run") == trace(reference / "run")
 
 
 def fail_of(where: str, nth: int, number: signal.Signals) -> None:
-    """A signal to the whole group also ends a compiler, of which this process sees no more than an error."""
+    """A signal to the whole group also ends a compiler, of which this process sees no more than an
+    error."""
     from engine.optim import Optimizers
 
     def act() -> None:
@@ -162,8 +168,20 @@ def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> Non
 def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
     folder: Path, where: str, save_every: int
 ) -> None:
-    """At a rate that ruins the model step 1 is the best: stopped after it, between two saves, or while it is evaluated."""
-    words = small("--steps", 8, "--eval-every", 1, "--save-every", save_every, "--keep", 1, "--sample-every", 0)
+    """At a rate that ruins the model step 1 is the best: stopped after it, between two saves, or
+    while it is evaluated."""
+    words = small(
+        "--steps",
+        8,
+        "--eval-every",
+        1,
+        "--save-every",
+        save_every,
+        "--keep",
+        1,
+        "--sample-every",
+        0,
+    )
     words += ["--lr", "0.1", "--clip", "0"]
     launch(folder, [*words, "--out", "whole"])
     (end,) = launch(folder, words, functools.partial(receive, where, 5, (TERM,)))
@@ -179,12 +197,16 @@ def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
     wait_for_steps(folder / "run", 1)
     other = small("--log-every", 2)
     end = Launch(folder, other, {}, None, "other").end()
-    assert end.code == 2 and end.err.startswith("error: run is in use by a run that still goes on"), end
+    assert end.code == 2 and end.err.startswith(
+        "error: run is in use by a run that still goes on"
+    ), end
     assert process.process.exitcode is None
     process.process.kill()
     process.end()
     (end,) = launch(folder, other)
-    assert end.code == 0 and [x["step"] for x in log_of(folder / "run", "train")] == list(range(1, 13))
+    assert end.code == 0 and [x["step"] for x in log_of(folder / "run", "train")] == list(
+        range(1, 13)
+    )
 
 
 # --- two ranks
@@ -201,21 +223,37 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
         ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
         assert [end.code for end in ends] == [0, 0][:ranks], ends
     ends = launch(folder, words, functools.partial(die, "micro-batch", 9, on=1), ranks=2)
-    assert [end.code for end in ends] == [1, -signal.SIGKILL], ends  # rank 0 does not wait for the dead
+    assert [end.code for end in ends] == [1, -signal.SIGKILL], (
+        ends
+    )  # rank 0 does not wait for the dead
     assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
-    # One rank alone hears of the signal; both leave at the same point, the second micro-batch from then.
-    for where, nth, on, number, step in (("micro-batch", 3, 1, INT, 5), ("evaluation", 2, 0, TERM, 6)):
-        processes = start(folder, words, functools.partial(stop_and_save_slowly, where, nth, (number, number), on), 2)
+    # One rank alone hears of the signal; both leave at the same point, the second micro-batch from
+    # then.
+    for where, nth, on, number, step in (
+        ("micro-batch", 3, 1, INT, 5),
+        ("evaluation", 2, 0, TERM, 6),
+    ):
+        processes = start(
+            folder,
+            words,
+            functools.partial(stop_and_save_slowly, where, nth, (number, number), on),
+            2,
+        )
         silent = processes[1].end()
         assert (silent.code, silent.out) == (128 + number, ""), silent
-        assert max(checkpoint_steps(folder / "run")) == step, "torchrun would kill rank 0 soon after rank 1 has left"
+        assert max(checkpoint_steps(folder / "run")) == step, (
+            "torchrun would kill rank 0 soon after rank 1 has left"
+        )
         assert processes[0].end().code == 128 + number
     shutil.copytree(folder / "run", folder / "other")
     assert [end.code for end in launch(folder, words, ranks=2)] == [0, 0]
     assert trace(folder / "run") == trace(folder / "on2")
     (end,) = launch(folder, [*words, "--out", "other"])  # the second half on one rank
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
-    losses = {name: [x["loss"] for x in log_of(folder / name, "train")] for name in ("other", "on1", "on2")}
+    losses = {
+        name: [x["loss"] for x in log_of(folder / name, "train")]
+        for name in ("other", "on1", "on2")
+    }
     assert losses["other"] == pytest.approx(losses["on1"], rel=1e-5)
     assert losses["on2"] == pytest.approx(losses["on1"], rel=1e-5)
 
@@ -234,7 +272,9 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2"]
     command += [str(REPO / "tests" / "launch.py"), f"{__name__}:{patch}", *words]
     env = os.environ | {"PYTHONPATH": python_path(REPO, REPO / "tests"), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes: dict[str, Any] = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
@@ -260,7 +300,9 @@ def fault_on_rank_1() -> None:
 
 
 def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
-    process = torchrun(folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0))
+    process = torchrun(
+        folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0)
+    )
     wait_for_steps(folder / "run", 2)
     process.send_signal(signal.SIGTERM)
     end = outcome(process)
@@ -275,7 +317,9 @@ def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> N
     assert end.code != 0 and time.monotonic() - began < 60
     report = end.err.split("Root Cause")[1]
     assert (
-        "rank      : 1" in report and "ArithmeticError: a fault made for this test" in report and "_backward" in report
+        "rank      : 1" in report
+        and "ArithmeticError: a fault made for this test" in report
+        and "_backward" in report
     )
 
 
@@ -283,7 +327,9 @@ def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
     end = outcome(torchrun(folder, "nothing", small("--batch-tokens", 100)))
     assert end.code != 0
     lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: --batch-tokens 100 is not divisible by 2 ranks x 16 tokens; use --batch-tokens 96"]
+    assert lines == [
+        "error: --batch-tokens 100 is not divisible by 2 ranks x 16 tokens; use --batch-tokens 96"
+    ]
     assert "UserError" not in end.err, "torchrun shows its own traceback, and none of ours"
     assert [(folder / f"code-of-rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
@@ -303,18 +349,26 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(reference: Path, folder: Path, disk: Path) -> None:
+def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(
+    reference: Path, folder: Path, disk: Path
+) -> None:
     (end,) = launch(folder, small("--out", "disk/run", "--keep", 9))
     run = disk / "run"
     assert end.code == 2 and "Traceback" not in end.err, end
-    assert end.err.startswith("error: the end of the run could not be written") and end.err.count("\n") == 1
+    assert (
+        end.err.startswith("error: the end of the run could not be written")
+        and end.err.count("\n") == 1
+    )
     assert [x["step"] for x in log_of(run, "train")] == list(range(1, 13))
     warnings = log_of(run, "warning")
     assert [x["step"] for x in warnings] == [0, 9, 12] and "the run may take" in warnings[0]["text"]
     assert checkpoint_steps(run) == [3, 6]
     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
     (end,) = launch(folder, small("--out", "disk/run"))
-    assert end.code == 2 and end.err == "error: cannot write to --out disk/run: No space left on device\n", end
+    assert (
+        end.code == 2
+        and end.err == "error: cannot write to --out disk/run: No space left on device\n"
+    ), end
     subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
     (end,) = launch(folder, small("--out", "disk/run"))
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
@@ -339,7 +393,11 @@ def small_files() -> None:
     """From the second save on, a file may hold 1 MiB: the training state needs more."""
     import resource
 
-    at_call(*point("save"), 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)))
+    at_call(
+        *point("save"),
+        2,
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)),
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
@@ -356,7 +414,8 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
 
 
 def die_twice() -> None:
-    """Under torchrun rank 1 is killed in its first life, rank 0 in its second; the third one goes through."""
+    """Under torchrun rank 1 is killed in its first life, rank 0 in its second; the third one goes
+    through."""
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if life < 2:
         die("micro-batch", (9, 5)[life], on=(1, 0)[life])
@@ -366,7 +425,11 @@ def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None
     words = small("--sample-every", 0)
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
-    end = outcome(torchrun(folder, "die_twice", words, how), timeout=240)  # ranks that hang do so for ten minutes
+    end = outcome(
+        torchrun(folder, "die_twice", words, how), timeout=240
+    )  # ranks that hang do so for ten minutes
     assert end.code == 0, end
-    assert end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out, end.out
+    assert (
+        end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out
+    ), end.out
     assert trace(folder / "run") == trace(folder / "whole")

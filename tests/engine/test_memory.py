@@ -1,4 +1,5 @@
-"""The estimate of --dry-run against the memory that training takes, and the properties that choosing by it needs."""
+"""The estimate of --dry-run against the memory that training takes, and the properties that
+choosing by it needs."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
 # Narrow, deep and with many rows: much memory for few products.
 MEASURED = GPTConfig(vocab_size=4096, block_size=128, n_layer=6, n_head=4, n_embd=96)
 
-# Two real steps in a process of its own, whose base it prints too: the first on one row, which is enough to leave
-# the optimizer's state. VmHWM and not ru_maxrss: the latter begins at what the parent had taken.
+# Two real steps in a process of its own, whose base it prints too: the first on one row, which is
+# enough to leave the optimizer's state. VmHWM and not ru_maxrss: the latter begins at what the
+# parent had taken.
 TRAIN = """
 import json, re, sys
 import torch
@@ -51,7 +53,12 @@ with open("/proc/self/status") as status:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("changes", "micro_batches", "autocast"),
-    [({}, 2, False), ({}, 1, True), ({"recompute": True}, 2, False), ({"attention": "explicit"}, 1, False)],
+    [
+        ({}, 2, False),
+        ({}, 1, True),
+        ({"recompute": True}, 2, False),
+        ({"attention": "explicit"}, 1, False),
+    ],
     ids=["fp32", "bf16", "recompute", "explicit"],
 )
 def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
@@ -61,7 +68,9 @@ def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
     assert done.returncode == 0, done.stderr
     base, measured = map(int, done.stdout.split())
     precision, accumulate = "bf16" if autocast else "fp32", micro_batches > 1
-    estimated = estimate(config, rows, config.block_size, precision, accumulate=accumulate, base=base).total
+    estimated = estimate(
+        config, rows, config.block_size, precision, accumulate=accumulate, base=base
+    ).total
     assert measured > 1.5 * base, "most of it is the step's"
     assert estimated == pytest.approx(measured, rel=0.15)
 
@@ -73,7 +82,11 @@ def peak(config: GPTConfig = TINY, micro_batch: int = 8, *args, **kwargs) -> int
 def test_static_parts_are_exact():
     bytes_fp32 = 4 * sum(p.numel() for p in GPT(TINY).parameters())
     memory = estimate(TINY, 2, 64, base=0)
-    assert (memory.weights, memory.gradients, memory.optimizer) == (bytes_fp32, bytes_fp32, 2 * bytes_fp32)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (
+        bytes_fp32,
+        bytes_fp32,
+        2 * bytes_fp32,
+    )
     assert memory.total == sum(getattr(memory, field.name) for field in dataclasses.fields(Memory))
 
 
@@ -122,12 +135,17 @@ def test_optimizer_bytes_are_what_torch_keeps(optimizer):
         p.grad = p.detach().clone()
     for o in kinds[optimizer]:
         o.step()
-    kept = [v for o in kinds[optimizer] for state in o.state.values() for v in state.values() if v.dim()]
-    assert sum(v.numel() * v.element_size() for v in kept) == optimizer_bytes(TINY, optimizer, padded=True)
+    kept = [
+        v for o in kinds[optimizer] for state in o.state.values() for v in state.values() if v.dim()
+    ]
+    assert sum(v.numel() * v.element_size() for v in kept) == optimizer_bytes(
+        TINY, optimizer, padded=True
+    )
 
 
 def test_gpt2_is_answered_without_its_memory():
-    """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any machine."""
+    """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any
+    machine."""
     config = GPTConfig(**PRESETS["gpt2-xl"])  # ty: ignore[invalid-argument-type]
     memory = estimate(config, 4, 1024, "bf16", base=0)
     assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows
@@ -156,7 +174,9 @@ print(full - kept, kept - left, float(last.sum()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_what_a_heap_keeps_beyond_a_limit_is_given_back(repo) -> None:
-    out = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, cwd=repo)
+    out = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, cwd=repo
+    )
     freed, returned, intact = map(float, out.stdout.split())
     assert freed < 20 << 20, "it is kept at first"
     assert returned > 150 << 20

@@ -1,4 +1,5 @@
-"""Schedules, parameter groups, AdamW, Muon and loss scaling, against torch.optim and hand-written rules."""
+"""Schedules, parameter groups, AdamW, Muon and loss scaling, against torch.optim and hand-written
+rules."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("steps, warmup", [(1, 0), (7, 0), (10, 3), (100, 10), (50, 50), (20, 100), (1000, 1)])
+@pytest.mark.parametrize(
+    "steps, warmup", [(1, 0), (7, 0), (10, 3), (100, 10), (50, 50), (20, 100), (1000, 1)]
+)
 def test_the_rate_lies_between_nothing_and_the_peak(schedule, steps, warmup):
     rates = [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in range(steps)]
     assert all(0 < rate <= 1 + 1e-12 for rate in rates)
-    assert rates == [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in reversed(range(steps))][::-1]  # pure
+    assert (
+        rates
+        == [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in reversed(range(steps))][::-1]
+    )  # pure
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
@@ -35,7 +41,9 @@ def test_warm_up_is_linear_and_reaches_the_peak(schedule):
     assert rates[10] == 1
 
 
-@pytest.mark.parametrize("schedule, end", [("cosine", 0.05), ("linear", 0.05), ("wsd", 0.05), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    "schedule, end", [("cosine", 0.05), ("linear", 0.05), ("wsd", 0.05), ("constant", 1.0)]
+)
 def test_after_the_peak_the_rate_falls_to_its_end(schedule, end):
     rates = [lr_multiplier(s, 200, 20, schedule, 0.05) for s in range(20, 201)]
     assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
@@ -45,7 +53,9 @@ def test_after_the_peak_the_rate_falls_to_its_end(schedule, end):
 def test_cosine_and_linear_are_half_way_down_at_half_way():
     assert lr_multiplier(60, 100, 20, "cosine", 0.2) == pytest.approx(0.6)
     assert lr_multiplier(60, 100, 20, "linear", 0.2) == pytest.approx(0.6)
-    assert lr_multiplier(40, 100, 20, "cosine", 0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert lr_multiplier(40, 100, 20, "cosine", 0) == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4))
+    )
 
 
 def test_wsd_is_flat_until_its_last_fifth():
@@ -123,7 +133,9 @@ def test_adamw_is_torch_s_own_unfused():
             group["lr"] = lr * scale
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)  # the fused kernel rounds in another order
+        torch.testing.assert_close(
+            p, q, rtol=1e-5, atol=1e-7
+        )  # the fused kernel rounds in another order
 
 
 def test_muon_is_torch_s_own_at_adamw_s_size():
@@ -139,8 +151,11 @@ def test_muon_is_torch_s_own_at_adamw_s_size():
         reference.step()
     mine = [p for name, p in ours.named_parameters() if ".h." in name and p.dim() == 2]
     assert all(map(torch.equal, mine, hidden))
-    # one update of AdamW moves an entry by about lr; so must one of Muon's, whatever the matrix's shape
-    moves = [((p - q) / 3).pow(2).mean().sqrt().item() / 1e-2 for p, q in zip(mine, before, strict=True)]
+    # one update of AdamW moves an entry by about lr; so must one of Muon's, whatever the matrix's
+    # shape
+    moves = [
+        ((p - q) / 3).pow(2).mean().sqrt().item() / 1e-2 for p, q in zip(mine, before, strict=True)
+    ]
     assert all(0.1 < move < 0.5 for move in moves)
 
 
@@ -153,7 +168,9 @@ def test_zero_gradients_shrink_matrices_and_leave_vectors_alone():
         p.grad = torch.zeros_like(p)
     optimizers.step(0.1, None, YES)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() == 2 else 1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (0.95 if p.dim() == 2 else 1), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -174,7 +191,9 @@ def test_a_skipped_update_leaves_weights_moments_and_counters_to_the_bit(optimiz
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     after = optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    assert all(not value.any() for name, value in after.items() if name not in state)  # made by the first call
+    assert all(
+        not value.any() for name, value in after.items() if name not in state
+    )  # made by the first call
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -240,6 +259,8 @@ def test_a_checkpoint_of_another_precision_leaves_the_loss_scale_alone():
     assert fp32.scale.item() == 1, "fp32 gradients are not scaled"
     resumed = LossScale(True, cpu)
     resumed.load_state(fp32.state())
-    assert resumed.scale.item() == 2.0**16, "1 would let fp16 gradients vanish for thousands of steps"
+    assert resumed.scale.item() == 2.0**16, (
+        "1 would let fp16 gradients vanish for thousands of steps"
+    )
     resumed.load_state(fp16.state())
     assert resumed.scale.item() == 2.0**15

@@ -1,4 +1,5 @@
-"""Memory that runs out: it is recognised in every wording, and the micro-batch that `auto` found shrinks."""
+"""Memory that runs out: it is recognised in every wording, and the micro-batch that `auto` found
+shrinks."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("untouched")
 WORDINGS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -50,7 +53,7 @@ def wrapped(error: BaseException, explicitly: bool) -> BaseException:
         except BaseException as inner:
             if explicitly:
                 raise RuntimeError("backend='inductor' raised") from inner
-            raise RuntimeError("backend='inductor' raised")  # noqa: B904  its context is what is tested
+            raise RuntimeError("backend='inductor' raised")  # noqa: B904
     except RuntimeError as outer:
         return outer
 

@@ -55,7 +55,9 @@ def test_cudnn_comes_first_on_hopper_unless_left_out(monkeypatch):
     assert attention_backends(gpu, half)[0] == SDPBackend.CUDNN_ATTENTION
     for options in ({"by_hardware": False}, {"deterministic": True}):
         backends = attention_backends(gpu, half, **options)
-        assert backends[0] == SDPBackend.FLASH_ATTENTION and SDPBackend.CUDNN_ATTENTION not in backends
+        assert (
+            backends[0] == SDPBackend.FLASH_ATTENTION and SDPBackend.CUDNN_ATTENTION not in backends
+        )
     assert attention_backends(gpu, torch.float32)[0] == SDPBackend.EFFICIENT_ATTENTION
 
 
@@ -76,7 +78,9 @@ def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
 def test_no_cpp_compiler_is_said_before_the_run(name):
     given: dict[str, Any] = {"precision": "fp32", "kernels": "torch"}
     with torch._inductor.config.patch({"cpp.cxx": (None, name)}):
-        with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler: .*--no-compile$") as raised:
+        with pytest.raises(
+            UserError, match=r"--compile needs a C\+\+ compiler: .*--no-compile$"
+        ) as raised:
             plan.settle(TrainConfig(compile=True, **given), ALONE)
         assert f"({name} does not run)" in str(raised.value)
         plan.settle(TrainConfig(**given), ALONE)  # a run that does not compile needs none
@@ -89,7 +93,9 @@ def test_cuda_needs_a_c_compiler_for_triton(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     gpu = World(0, 0, 1, 1, torch.device("cuda"))
-    with pytest.raises(UserError, match=r"--compile needs a C compiler: .*gcc was not found.*--no-compile$"):
+    with pytest.raises(
+        UserError, match=r"--compile needs a C compiler: .*gcc was not found.*--no-compile$"
+    ):
         plan.check_compiler(gpu)
     chosen, lost = kernels.choose(TrainConfig(compile=False, precision="bf16"), "cuda")
     assert chosen == "torch" and lost is not None and "needs a C compiler" in lost
@@ -100,12 +106,29 @@ def test_cuda_needs_a_c_compiler_for_triton(monkeypatch, tmp_path):
         plan.check_compiler(gpu)
 
 
-HEADERS = "In file included from x.cpp:2:\nx.cpp:2:10: fatal error: Python.h: No such file or directory\n    2 |"
-TRITON_BUILD = ["/usr/bin/gcc", "/tmp/a/main.c", "-O3", "-shared", "-fPIC", "-o", "/tmp/a/launcher.so"]
+HEADERS = (
+    "In file included from x.cpp:2:\nx.cpp:2:10: fatal error: Python.h: No such file or "
+    "directory\n    2 |"
+)
+TRITON_BUILD = [
+    "/usr/bin/gcc",
+    "/tmp/a/main.c",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-o",
+    "/tmp/a/launcher.so",
+]
 COMPILER_ERRORS = {
-    "no headers": (InductorError(CppCompileError(["g++"], HEADERS), None), "Python.h: No such file"),
+    "no headers": (
+        InductorError(CppCompileError(["g++"], HEADERS), None),
+        "Python.h: No such file",
+    ),
     "no compiler": (InductorError(InvalidCxxCompiler(), None), "No working"),
-    "none for Triton": (RuntimeError("Failed to find C compiler. Please specify via CC"), "Failed to find"),
+    "none for Triton": (
+        RuntimeError("Failed to find C compiler. Please specify via CC"),
+        "Failed to find",
+    ),
     "Triton's build": (subprocess.CalledProcessError(1, TRITON_BUILD), "main.c"),
 }
 
@@ -129,7 +152,8 @@ def test_the_disk_needed_counts_what_is_there(there, files):
 
 
 def set_free(size: int) -> None:
-    shutil.disk_usage = lambda folder: SimpleNamespace(free=size) if Path(folder).is_dir() else None  # ty: ignore
+    # ty: ignore
+    shutil.disk_usage = lambda folder: SimpleNamespace(free=size) if Path(folder).is_dir() else None
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -149,4 +173,6 @@ def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
     assert "little has 1000 B free and the run may take" in line and "(2 checkpoints of" in line
     if not dry:
         assert said.index(line) < said.index("step 1/2")
-        assert line.removeprefix("warning: ") in [record["text"] for record in log_of(tmp_path / "little", "warning")]
+        assert line.removeprefix("warning: ") in [
+            record["text"] for record in log_of(tmp_path / "little", "warning")
+        ]

@@ -1,4 +1,5 @@
-"""Weights cast once a step: the numbers are those of fp32 up to bf16's rounding, and what is kept stays fp32."""
+"""Weights cast once a step: the numbers are those of fp32 up to bf16's rounding, and what is kept
+stays fp32."""
 
 from __future__ import annotations
 
@@ -21,10 +22,15 @@ def losses(steps: int = 6, **options) -> list[float]:
     return [float(result.loss) for result in results if result is not None]
 
 
-@pytest.mark.parametrize("without", [(), ("cast-once",), ("chunked-head",), ("cast-once", "chunked-head")])
+@pytest.mark.parametrize(
+    "without", [(), ("cast-once",), ("chunked-head",), ("cast-once", "chunked-head")]
+)
 def test_losses_are_those_of_fp32(without):
-    # 8 bits of mantissa a rounding; over a mean of hundreds of targets errors cancel to under 2e-3 of the loss.
-    assert losses(precision="bf16", without=without) == pytest.approx(losses(precision="fp32"), rel=2e-3)
+    # 8 bits of mantissa a rounding; over a mean of hundreds of targets errors cancel to under 2e-3
+    # of the loss.
+    assert losses(precision="bf16", without=without) == pytest.approx(
+        losses(precision="fp32"), rel=2e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,9 @@ def test_losses_are_those_of_fp32(without):
     ],
 )
 def test_leaving_an_optimization_out_changes_no_loss(without):
-    assert losses(precision="fp32", without=without) == pytest.approx(losses(precision="fp32"), rel=2e-5)
+    assert losses(precision="fp32", without=without) == pytest.approx(
+        losses(precision="fp32"), rel=2e-5
+    )
 
 
 def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
@@ -50,11 +58,20 @@ def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
         a, b = torch.randn(n, k), torch.randn(k, m)
         exact = a.double() @ b.double()
         batched = torch.bmm(torch.stack((a, a)), torch.stack((b, b)))
-        for found in (a @ b, (b.t() @ a.t()).t(), a.t().contiguous().t() @ b.t().contiguous().t(), *batched):
-            # Sums of k numbers, each rounded to 2^-24: bf16's 2^-9 would be off by thousands of times as much.
+        for found in (
+            a @ b,
+            (b.t() @ a.t()).t(),
+            a.t().contiguous().t() @ b.t().contiguous().t(),
+            *batched,
+        ):
+            # Sums of k numbers, each rounded to 2^-24: bf16's 2^-9 would be off by thousands of
+            # times as much.
             assert (found - exact).norm() <= 1e-6 * exact.norm()
     assert not set_products("fp32", torch.device("cpu"), ("cpu-products",))
-    assert not set_products("fp32", torch.device("meta")) and torch.get_float32_matmul_precision() == "highest"
+    assert (
+        not set_products("fp32", torch.device("meta"))
+        and torch.get_float32_matmul_precision() == "highest"
+    )
 
 
 def test_products_that_round_are_not_taken(monkeypatch):
@@ -62,7 +79,10 @@ def test_products_that_round_are_not_taken(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr("engine.precision._products_are_exact", lambda: False)
-    assert not set_products("fp32", torch.device("cpu")) and torch.get_float32_matmul_precision() == "highest"
+    assert (
+        not set_products("fp32", torch.device("cpu"))
+        and torch.get_float32_matmul_precision() == "highest"
+    )
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not set_products("fp32", torch.device("cpu"))
@@ -120,4 +140,8 @@ def test_frozen_parameters_have_no_gradient():
     module = nn.Linear(3, 3)
     module.weight.requires_grad_(False)
     Cast(module, torch.bfloat16)(torch.ones(2, 3, dtype=torch.bfloat16)).sum().backward()
-    assert module.weight.grad is None and module.bias.grad is not None and module.bias.grad.dtype == torch.float32
+    assert (
+        module.weight.grad is None
+        and module.bias.grad is not None
+        and module.bias.grad.dtype == torch.float32
+    )

@@ -1,4 +1,5 @@
-"""Runs that go on: what must be as it was, what is as it was unless typed, what is told, and how they are made longer."""
+"""Runs that go on: what must be as it was, what is as it was unless typed, what is told, and how
+they are made longer."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ CONSTANT = (*QUIET, "--schedule", "constant")
 def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
     assert go(folder, *small(*QUIET, "--steps", 8), kill=("whole file", 3)).code == -signal.SIGKILL
     cut_to(folder / "run", 4)
-    (folder / "other.txt").write_text("another text to validate on, and no word of the first\n" * 20)
+    (folder / "other.txt").write_text(
+        "another text to validate on, and no word of the first\n" * 20
+    )
     end = go(folder, *small(*QUIET, "--steps", 8, "--val-data", "other.txt"))
     assert end.code == 2 and "run is of another run: val_data (was " in end.err, end
     assert "data (was" not in end.err.replace("val_data (was", ""), "the training data is the same"
@@ -87,7 +90,10 @@ def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
     identity = {k: v for k, v in record["identity"].items() if k not in forget}
     (folder / "run" / "run.json").write_text(json.dumps({"identity": identity}))
     end = go(folder, *small(*QUIET, "--steps", 8), kill=("micro-batch", 3))
-    told = "begun by an older version, which did not record padded_vocabulary, task, tied_head, val_data: not compared"
+    told = (
+        "begun by an older version, which did not record padded_vocabulary, task, tied_head, "
+        "val_data: not compared"
+    )
     assert end.code == -signal.SIGKILL and end.out.count(told) == 1, end
     end = go(folder, *small(*QUIET, "--steps", 8))
     assert end.code == 0 and "older version" not in end.out, end
@@ -100,7 +106,19 @@ def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
 
 def test_options_that_change_are_logged_once(folder: Path) -> None:
     go(folder, *small(*QUIET, "--steps", 12), kill=("retention", 1))
-    words = small(*QUIET, "--steps", 12, "--lr", "0.002", "--clip", "0.5", "--dropout", "0.2", "--weight-decay", "0")
+    words = small(
+        *QUIET,
+        "--steps",
+        12,
+        "--lr",
+        "0.002",
+        "--clip",
+        "0.5",
+        "--dropout",
+        "0.2",
+        "--weight-decay",
+        "0",
+    )
     end = go(folder, *words, kill=("retention", 1))
     told = ("lr 0.001 -> 0.002", "clip 1.0 -> 0.5", "dropout 0.1 -> 0.2", "weight-decay 0.1 -> 0.0")
     assert all(change in end.out for change in told), end.out
@@ -113,7 +131,18 @@ def test_options_that_change_are_logged_once(folder: Path) -> None:
 
 
 def test_an_option_that_was_not_typed_is_as_it_was(folder: Path) -> None:
-    words = small(*QUIET, "--steps", 8, "--weight-decay", "0.3", "--without", "decay-groups", "--prompts", "a b", "c")
+    words = small(
+        *QUIET,
+        "--steps",
+        8,
+        "--weight-decay",
+        "0.3",
+        "--without",
+        "decay-groups",
+        "--prompts",
+        "a b",
+        "c",
+    )
     assert go(folder, *words, "--out", "whole").code == 0
     go(folder, *words, kill=("retention", 1))
     end = go(folder, "--out", "run")
@@ -142,7 +171,9 @@ def resumed(run: Path, *words: Any) -> TrainConfig:
 def test_a_config_file_counts_as_typed(tmp_path: Path) -> None:
     write_run(tmp_path / "run", {"lr": 0.5, "clip": 3.0, "keep": 7, "document_mask": True})
     (tmp_path / "mine.toml").write_text("clip = 2.0\n")
-    cfg = resumed(tmp_path / "run", "--config", tmp_path / "mine.toml", "--keep=4", "--no-document-mask")
+    cfg = resumed(
+        tmp_path / "run", "--config", tmp_path / "mine.toml", "--keep=4", "--no-document-mask"
+    )
     assert (cfg.lr, cfg.clip, cfg.keep, cfg.document_mask, cfg.steps) == (0.5, 2.0, 4, False, 9)
     assert resumed(tmp_path / "elsewhere").lr is None
 
@@ -158,7 +189,13 @@ FROM_A_GPU = {
 
 @pytest.mark.parametrize(
     "record",
-    [{}, {"device": "cuda", "asked": {"device": "auto", "precision": "auto", "kernels": "auto", "compile": None}}],
+    [
+        {},
+        {
+            "device": "cuda",
+            "asked": {"device": "auto", "precision": "auto", "kernels": "auto", "compile": None},
+        },
+    ],
 )
 def test_a_run_moved_from_a_gpu_to_a_cpu_chooses_anew(tmp_path: Path, monkeypatch, record) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -169,18 +206,30 @@ def test_a_run_moved_from_a_gpu_to_a_cpu_chooses_anew(tmp_path: Path, monkeypatc
 
 
 def test_a_run_on_the_same_machine_keeps_what_was_chosen(tmp_path: Path) -> None:
-    own = {"device": "cpu", "precision": "bf16", "kernels": "torch", "compile": True, "micro_batch": 3}
+    own = {
+        "device": "cpu",
+        "precision": "bf16",
+        "kernels": "torch",
+        "compile": True,
+        "micro_batch": 3,
+    }
     write_run(tmp_path / "run", own, device="cpu")
     cfg = resumed(tmp_path / "run")
     assert (cfg.device, cfg.precision, cfg.kernels, cfg.compile) == ("cpu", "bf16", "torch", True)
-    assert cfg.micro_batch == "auto", "the micro-batch goes with the checkpoint, and must suit the ranks"
+    assert cfg.micro_batch == "auto", (
+        "the micro-batch goes with the checkpoint, and must suit the ranks"
+    )
     assert resumed(tmp_path / "run", "--precision", "fp32").precision == "fp32"
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("keep", 1.5), ("schedule", "up"), ("prompts", [1])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "fast"), ("keep", 1.5), ("schedule", "up"), ("prompts", [1])]
+)
 def test_a_stored_option_of_the_wrong_kind_is_told(tmp_path: Path, name: str, value: Any) -> None:
     write_run(tmp_path / "run", {name: value})
-    with pytest.raises(UserError, match=rf"config\.json of the run has {name} .+, which --{name} cannot be"):
+    with pytest.raises(
+        UserError, match=rf"config\.json of the run has {name} .+, which --{name} cannot be"
+    ):
         resumed(tmp_path / "run")
 
 
@@ -188,16 +237,25 @@ def test_a_stored_option_of_the_wrong_kind_is_told(tmp_path: Path, name: str, va
 
 
 @pytest.mark.parametrize(("schedule", "first"), [("constant", 8), ("wsd", 16)])
-def test_an_extended_run_is_bit_for_bit_one_of_that_length(folder: Path, schedule: str, first: int) -> None:
-    """wsd is stopped before its decay. The extension is killed too, and goes on with or without its option."""
+def test_an_extended_run_is_bit_for_bit_one_of_that_length(
+    folder: Path, schedule: str, first: int
+) -> None:
+    """wsd is stopped before its decay. The extension is killed too, and goes on with or without its
+    option."""
     words = (*QUIET, "--schedule", schedule, "--warmup-steps", 2, "--save-every", 8)
     assert go(folder, *small(*words, "--steps", 24, "--out", "whole")).code == 0
-    end = go(folder, *small(*words, "--steps", first), kill=("retention", 1) if schedule == "wsd" else ())
+    end = go(
+        folder, *small(*words, "--steps", first), kill=("retention", 1) if schedule == "wsd" else ()
+    )
     assert end.code == (0 if schedule == "constant" else -signal.SIGKILL), end
     end = go(folder, "--out", "run", "--extend-to", 24, kill=("micro-batch", 9))
     assert f"extended from {first} to 24 steps at step 8" in end.out, end
     end = go(folder, "--out", "run", "--extend-to", 24, kill=("retention", 1))
-    assert end.code == -signal.SIGKILL and "extended from" not in end.out and "steps 8 to 24" in end.out, end
+    assert (
+        end.code == -signal.SIGKILL
+        and "extended from" not in end.out
+        and "steps 8 to 24" in end.out
+    ), end
     end = go(folder, "--out", "run")
     assert end.code == 0 and "resumed from step-00000016" in end.out, end
     assert trace(folder / "run") == trace(folder / "whole")
@@ -214,17 +272,24 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert end.code == 2 and "steps (was 8, is 16)" in end.err and "--extend-to 16" in end.err, end
     assert "--reschedule" in end.err
     end = go(folder, "--out", "run", "--extend-to", 16)
-    assert end.code == 2 and "the cosine schedule decays" in end.err and "add --reschedule" in end.err, end
+    assert (
+        end.code == 2 and "the cosine schedule decays" in end.err and "add --reschedule" in end.err
+    ), end
     assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "metrics.json").exists()
     end = go(folder, "--out", "run", "--extend-to", 16, "--reschedule", kill=("retention", 1))
     assert end.code == -signal.SIGKILL, end
-    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")  # the restart is in run.json, wherever it resumes
+    shutil.rmtree(
+        folder / "run" / "checkpoints" / "step-00000012"
+    )  # the restart is in run.json, wherever it resumes
     end = go(folder, "--out", "run")
     assert end.code == 0 and "resumed from step-00000008" in end.out, end
     rates = [line["lr"] for line in log_of(folder / "run", "train")]
     assert rates[8] == rates[0] == 1e-3 and rates[8:] == pytest.approx(rates[:8]), rates
     (line,) = log_of(folder / "run", "warning")
-    assert line["text"] == "extended from 8 to 16 steps at step 8; the decay of the cosine schedule restarts there"
+    assert (
+        line["text"]
+        == "extended from 8 to 16 steps at step 8; the decay of the cosine schedule restarts there"
+    )
     end = go(folder, "--out", "run", "--extend-to", 20, "--reschedule")
     assert end.code == 0 and log_of(folder / "run", "train")[16]["lr"] == 1e-3, end
 
@@ -235,7 +300,11 @@ def test_a_run_without_a_checkpoint_cannot_be_extended(folder: Path) -> None:
     assert end.code == 2 and "run holds no run to continue" in end.err, end
     assert go(folder, *words).code == 0
     end = go(folder, *words, "--extend-to", 4)
-    assert end.code == 2 and "run has no checkpoint to go on from" in end.err and end.err.count("\n") == 1, end
+    assert (
+        end.code == 2
+        and "run has no checkpoint to go on from" in end.err
+        and end.err.count("\n") == 1
+    ), end
     assert "run is finished (2 steps)" in go(folder, *words).out
     end = go(folder, *words, "--reschedule")
     assert end.code == 2 and "add --extend-to STEPS" in end.err
@@ -253,7 +322,9 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
     reschedule=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_an_extension_changes_no_rate_that_a_step_had(schedule, warmup, planned, more, made, reschedule) -> None:
+def test_an_extension_changes_no_rate_that_a_step_had(
+    schedule, warmup, planned, more, made, reschedule
+) -> None:
     step, to = round(made * planned), planned + more
     before = [Length(0, planned)]
 

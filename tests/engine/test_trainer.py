@@ -1,5 +1,5 @@
-"""The optimizer step against the same objective written out in fp64, for a task that is nothing like a GPT; and where
-whole runs end.
+"""The optimizer step against the same objective written out in fp64, for a task that is nothing
+like a GPT; and where whole runs end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from engine.step import check_replicas, partition, seed_draws
 from engine.trainer import Progress, evaluate, train
 from launch import launch, log_of
 from storage import checkpoint
-from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of, whole_run
+from toy import (
+    Scripted,
+    TwoHeads,
+    capture_gradients,
+    expected_gradients,
+    loader,
+    run_step,
+    step_of,
+    whole_run,
+)
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -67,7 +76,8 @@ def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, siz
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 16])
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, step):
-    # step 1 lacks the second term, step 2 has it in one row only; steps 0 and 2 have a group without the first
+    # step 1 lacks the second term, step 2 has it in one row only; steps 0 and 2 have a group
+    # without the first
     task = TwoHeads()
     train = step_of(task, ALONE, clip=0)
     found = capture_gradients(train)
@@ -75,7 +85,9 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, s
     loss, terms, gradients = expected_gradients(task, train.model, step)
     close(found, gradients)
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
-    assert {name: value.item() for name, value in result.terms.items()} == pytest.approx(terms, rel=1e-5)
+    assert {name: value.item() for name, value in result.terms.items()} == pytest.approx(
+        terms, rel=1e-5
+    )
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
     ids = task.rows("train", step).reshape(-1)
     assert result.amounts == {"tokens": task.lengths[ids].sum(), "rows": len(ids)}
@@ -93,7 +105,9 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     result = run_step(train, 0, loader(task, ALONE, 4))
     _, _, gradients = expected_gradients(task, train.model, 0)
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
-    assert norm(found) == pytest.approx(0.01, rel=1e-3)  # a millionth is added to the norm it is divided by
+    assert norm(found) == pytest.approx(
+        0.01, rel=1e-3
+    )  # a millionth is added to the norm it is divided by
     factor = 0.01 / (norm(gradients) + 1e-6)
     close(found, {name: factor * g for name, g in gradients.items()})
     loose = step_of(task, ALONE, clip=1e3)
@@ -109,7 +123,9 @@ def test_a_term_that_no_row_has_moves_its_head_by_decay_alone():
     result = run_step(train, 1, loader(task, ALONE, 4))
     assert "rank" not in result.terms
     kept = 1 - train.lr(1) * train.cfg.weight_decay
-    torch.testing.assert_close(train.model.ranker.weight.detach(), kept * before["ranker.weight"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        train.model.ranker.weight.detach(), kept * before["ranker.weight"], rtol=1e-6, atol=0
+    )
     assert not torch.equal(train.model.tagger.weight, before["tagger.weight"])
 
 
@@ -207,7 +223,9 @@ def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
     run_step(train, 1, data)
     _, _, gradients = expected_gradients(task, train.model, 1)
     for name, expected in gradients.items():
-        torch.testing.assert_close(found[name].double(), expected, rtol=0.02, atol=1e-3)  # fp16 has 11 bits
+        torch.testing.assert_close(
+            found[name].double(), expected, rtol=0.02, atol=1e-3
+        )  # fp16 has 11 bits
     run_step(train, 2, data)
     assert train.scale.scale.item() == first  # two good ones
 
@@ -272,7 +290,9 @@ def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp
 
 STEPS = 8
 steps = st.integers(1, STEPS)
-scores = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, math.nan, math.inf]), min_size=STEPS, max_size=STEPS)
+scores = st.lists(
+    st.sampled_from([1.0, 2.0, 3.0, 4.0, math.nan, math.inf]), min_size=STEPS, max_size=STEPS
+)
 options = st.fixed_dictionaries({"eval_every": st.integers(1, 3), "patience": st.integers(0, 3)})
 
 
@@ -283,10 +303,15 @@ def best_evaluations(values: list[float], mode: str) -> list[int]:
 
 
 def expected_end(scores: list[float], mode: str, eval_every: int, patience: int) -> int:
-    """The step whose evaluation is the first that follows a better one, or the beginning, by `patience`."""
+    """The step whose evaluation is the first that follows a better one, or the beginning, by
+    `patience`."""
     steps = [s for s in range(1, len(scores) + 1) if s % eval_every == 0 or s == len(scores)]
     best = [0, *best_evaluations([scores[s - 1] for s in steps], mode)]
-    ends = [s for i, s in enumerate(steps, 1) if patience and i - max(b for b in best if b <= i) >= patience]
+    ends = [
+        s
+        for i, s in enumerate(steps, 1)
+        if patience and i - max(b for b in best if b <= i) >= patience
+    ]
     return min([*ends, len(scores)])
 
 
@@ -298,7 +323,9 @@ def what_happened(run: Path) -> dict[str, Any]:
     figures = json.loads((run / "metrics.json").read_text())
     return {
         "log": [{k: x[k] for k in kept if k in x} for x in lines if x["kind"] in kinds],
-        "figures": {k: figures[k] for k in ("steps", "tokens", "train_loss", "score", "final_is_step")},
+        "figures": {
+            k: figures[k] for k in ("steps", "tokens", "train_loss", "score", "final_is_step")
+        },
         "final": (run / "final" / "steps.txt").read_text(),
     }
 
@@ -312,7 +339,8 @@ def die() -> None:
 
 
 def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]) -> None:
-    """Train to the end, through starts that each end at a point: by a signal that is obeyed, or without notice."""
+    """Train to the end, through starts that each end at a point: by a signal that is obeyed, or
+    without notice."""
     for *point, obeyed in falls:
         fall = functools.partial(os.kill, os.getpid(), signal.SIGTERM) if obeyed else die
         task.during = lambda *now, point=point, fall=fall: fall() if list(now) == point else None
@@ -339,13 +367,17 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         end = expected_end(scores, mode, **options)
         happened = what_happened(run)
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
-        of_final = happened["figures"]["final_is_step"]  # what metrics.json says is of the model in final/
+        of_final = happened["figures"][
+            "final_is_step"
+        ]  # what metrics.json says is of the model in final/
         assert happened["figures"]["score"] == finite(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)
         before = (run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes()
-        assert train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0  # it is finished
+        assert (
+            train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0
+        )  # it is finished
         assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
 
 
@@ -353,14 +385,24 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
     scores=scores,
     options=options,
     save_every=st.integers(0, 3),
-    falls=st.lists(st.tuples(st.sampled_from(["step", "evaluation", "sample"]), steps, st.booleans()), max_size=3),
+    falls=st.lists(
+        st.tuples(st.sampled_from(["step", "evaluation", "sample"]), steps, st.booleans()),
+        max_size=3,
+    ),
 )
-@example([1.0, *[2.0] * 7], {"eval_every": 2, "patience": 1}, 4, [("evaluation", 4, True), ("sample", 4, False)])
+@example(
+    [1.0, *[2.0] * 7],
+    {"eval_every": 2, "patience": 1},
+    4,
+    [("evaluation", 4, True), ("sample", 4, False)],
+)
 @settings(max_examples=15, deadline=None)
 def test_a_run_that_fell_ends_where_it_would_have(untouched, scores, options, save_every, falls):
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "whole", Path(folder) / "fallen"
-        whole, fallen = (whole_run(run, STEPS, save_every=save_every, sample_every=2, **options) for run in runs)
+        whole, fallen = (
+            whole_run(run, STEPS, save_every=save_every, sample_every=2, **options) for run in runs
+        )
         assert train(Scripted(scores), whole) == 0
         trained_through(Scripted(scores), fallen, falls)
         assert what_happened(runs[1]) == what_happened(runs[0])
@@ -380,7 +422,10 @@ def test_a_run_stopped_early_says_so_and_keeps_its_best_model(untouched, tmp_pat
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_path):
-    task, cfg = Scripted([1.0] * 6), whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0)
+    task, cfg = (
+        Scripted([1.0] * 6),
+        whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0),
+    )
     task.during = lambda what, step: die() if step == 4 else None
     with pytest.raises(Killed):
         train(task, cfg)
@@ -392,27 +437,40 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_p
             if path.name != "manifest.json":
                 (folder / path.name).write_bytes(path.read_bytes())
         meta = json.loads((newest / checkpoint.META).read_text())
-        (folder / checkpoint.META).write_text(json.dumps({k: v for k, v in meta.items() if k not in fields}))
+        (folder / checkpoint.META).write_text(
+            json.dumps({k: v for k, v in meta.items() if k not in fields})
+        )
 
     newest = checkpoint.step_folder(tmp_path / "run", 3)
     checkpoint.write_folder(newest, fill)
     assert train(Scripted([1.0] * 6), dataclasses.replace(cfg, patience=2)) == 0
-    assert what_happened(tmp_path / "run")["figures"]["steps"] == 6  # step 4 is the best it knows of
+    assert (
+        what_happened(tmp_path / "run")["figures"]["steps"] == 6
+    )  # step 4 is the best it knows of
 
 
 def test_a_run_stopped_early_is_extended_only_with_more_patience(untouched, tmp_path):
     scores = [1.0, 2.0, 2.0, 2.0, 0.5, 3.0, 3.0, 3.0]
     options = dict(eval_every=1, save_every=1, sample_every=0, schedule="constant")
     cfg = whole_run(tmp_path / "run", 6, patience=2, **options)
-    assert train(Scripted(scores), cfg) == 0 and what_happened(tmp_path / "run")["figures"]["steps"] == 3
+    assert (
+        train(Scripted(scores), cfg) == 0
+        and what_happened(tmp_path / "run")["figures"]["steps"] == 3
+    )
     longer = dataclasses.replace(cfg, extend_to=8)
-    with pytest.raises(UserError, match="stopped early, after 2 evaluations without a better one; add --patience 4"):
+    with pytest.raises(
+        UserError, match="stopped early, after 2 evaluations without a better one; add --patience 4"
+    ):
         train(Scripted(scores), longer)
     assert train(Scripted(scores), cfg) == 0, "it is still finished, with its old length"
     assert train(Scripted(scores), dataclasses.replace(longer, patience=4)) == 0
     whole = whole_run(tmp_path / "whole", 8, patience=4, **options)
     assert train(Scripted(scores), whole) == 0
-    assert what_happened(tmp_path / "run")["final"] == what_happened(tmp_path / "whole")["final"] == "5"
+    assert (
+        what_happened(tmp_path / "run")["final"]
+        == what_happened(tmp_path / "whole")["final"]
+        == "5"
+    )
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 8
 
 
@@ -422,24 +480,32 @@ def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, t
     assert train(Scripted([]), cfg) == 0
     shutil.rmtree(checkpoint.step_folder(tmp_path / "run", 4))
     assert train(Scripted([]), dataclasses.replace(cfg, extend_to=8)) == 0
-    assert "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+    assert (
+        "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+    )
     assert [line["step"] for line in log_of(tmp_path / "run", "train")] == list(range(1, 9))
 
 
 def test_patience_without_evaluations_is_refused(untouched, tmp_path):
-    with pytest.raises(UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"):
+    with pytest.raises(
+        UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"
+    ):
         train(Scripted([1.0]), whole_run(tmp_path / "run", 1, eval_every=0, patience=2))
 
 
 def play(scores: list[float], folder: Path) -> None:
-    cfg = whole_run(folder / "run", len(scores), eval_every=2, save_every=4, sample_every=0, patience=2)
+    cfg = whole_run(
+        folder / "run", len(scores), eval_every=2, save_every=4, sample_every=0, patience=2
+    )
     raise SystemExit(train(Scripted(scores), cfg))
 
 
 def test_ranks_end_together(untouched, tmp_path):
     scores = [9.0, 4.0, 9.0, 5.0, 9.0, 3.0, 9.0, math.nan, 9.0, 3.0, 9.0, 1.0]
     (tmp_path / "alone").mkdir()
-    cfg = whole_run(tmp_path / "alone" / "run", 12, eval_every=2, save_every=4, sample_every=0, patience=2)
+    cfg = whole_run(
+        tmp_path / "alone" / "run", 12, eval_every=2, save_every=4, sample_every=0, patience=2
+    )
     assert train(Scripted(scores), cfg) == 0
     ended = launch(tmp_path, [], functools.partial(play, scores, tmp_path), ranks=2)
     assert [end.code for end in ended] == [0, 0], ended[0].err
@@ -462,7 +528,10 @@ def test_rates_of_all_that_batches_hold(untouched, tmp_path, capsys):
         assert figures[f"{name}_per_second"] == statistics.median(rates)
     assert [line["tokens"] for line in lines] == [12, 24, 36, 48, 60]
     out = capsys.readouterr().out
-    assert f"{lines[0]['tokens_per_second']:,.0f} tok/s | {lines[0]['rows_per_second']:,.1f} rows/s | " in out
+    assert (
+        f"{lines[0]['tokens_per_second']:,.0f} tok/s | {lines[0]['rows_per_second']:,.1f} rows/s | "
+        in out
+    )
     median = (
         f"{figures[f'{name}_per_second']:,.0f} {name.replace('_', ' ')}/s"
         for name in ("tokens", "padded_tokens", "rows")

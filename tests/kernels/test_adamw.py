@@ -1,4 +1,5 @@
-"""AdamW and the gradients' norm, all tensors in one launch, against torch.optim and torch.nn.utils."""
+"""AdamW and the gradients' norm, all tensors in one launch, against torch.optim and
+torch.nn.utils."""
 
 from __future__ import annotations
 
@@ -40,17 +41,27 @@ def make_table(params: Sequence[Tensor], copies: bool = True) -> Table:
     moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     steps = [torch.zeros((), device=DEVICE) for _ in params]
     lr_scales, decays = (SCALES * n)[:n], (DECAYS * n)[:n]
-    return Table(params, *moments, steps, [p.bfloat16() if copies else None for p in params], lr_scales, decays)
+    return Table(
+        params,
+        *moments,
+        steps,
+        [p.bfloat16() if copies else None for p in params],
+        lr_scales,
+        decays,
+    )
 
 
 def torch_adamw(params: Sequence[Tensor], **options: bool) -> torch.optim.AdamW:
     groups = [
-        {"params": [p], "weight_decay": decay, "lr_scale": scale} for p, decay, scale in zip(params, DECAYS, SCALES)
+        {"params": [p], "weight_decay": decay, "lr_scale": scale}
+        for p, decay, scale in zip(params, DECAYS, SCALES)
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, **options)
 
 
-def torch_step(optimizer: torch.optim.AdamW, grads: Sequence[Tensor | None], lr: float, factor: float) -> None:
+def torch_step(
+    optimizer: torch.optim.AdamW, grads: Sequence[Tensor | None], lr: float, factor: float
+) -> None:
     for group, grad in zip(optimizer.param_groups, grads):
         (p,) = group["params"]
         group["lr"] = lr * group["lr_scale"]
@@ -63,7 +74,10 @@ def table_of(optimizer: torch.optim.AdamW) -> Table:
     groups = optimizer.param_groups
     params = [group["params"][0] for group in groups]
     state = [[optimizer.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
-    decays, scales = [group["weight_decay"] for group in groups], [group["lr_scale"] for group in groups]
+    decays, scales = (
+        [group["weight_decay"] for group in groups],
+        [group["lr_scale"] for group in groups],
+    )
     return Table(params, *state, [None] * len(params), scales, decays)
 
 
@@ -74,17 +88,22 @@ def everything(table: Table) -> list[Tensor]:
 
 def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     pairs = zip(a, b, strict=True)
-    return all(torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs)
+    return all(
+        torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+        for x, y in pairs
+    )
 
 
 # --- the update
 
 
 @pytest.mark.parametrize(
-    "update, dtypes", [(adamw_reference, [FP32]), (adamw, [FP32]), (adamw, [BF16]), (adamw, [FP32, BF16])]
+    "update, dtypes",
+    [(adamw_reference, [FP32]), (adamw, [FP32]), (adamw, [BF16]), (adamw, [FP32, BF16])],
 )
 def test_agrees_with_torch_in_float64(update: Callable[..., None], dtypes: list[torch.dtype]):
-    """Five steps: the rate and the clip factor change, and every tensor's gradient is missing once, at its own step."""
+    """Five steps: the rate and the clip factor change, and every tensor's gradient is missing once,
+    at its own step."""
     table = make_table(values(SHAPES, 0))
     exact = [p.double() for p in table.params]
     reference = torch_adamw(exact, foreach=False)
@@ -97,8 +116,12 @@ def test_agrees_with_torch_in_float64(update: Callable[..., None], dtypes: list[
     for i, p in enumerate(exact):
         state = reference.state[p]
         assert table.steps[i].item() == state["step"].item() == 4
-        # Each step rounds a moment three times; a parameter twice, and its change, at most a few lr, ten times.
-        for ours, theirs in ((table.exp_avgs, state["exp_avg"]), (table.exp_avg_sqs, state["exp_avg_sq"])):
+        # Each step rounds a moment three times; a parameter twice, and its change, at most a few
+        # lr, ten times.
+        for ours, theirs in (
+            (table.exp_avgs, state["exp_avg"]),
+            (table.exp_avg_sqs, state["exp_avg_sq"]),
+        ):
             largest = theirs.abs().amax() if theirs.numel() else 0
             assert bool(((ours[i] - theirs).abs() <= 5 * 3 * HALF_ULP * largest).all())
         assert bool(((table.params[i] - p).abs() <= 5 * HALF_ULP * (2 * p.abs() + 10 * 3e-2)).all())
@@ -137,7 +160,8 @@ def test_tensors_without_elements_alone():
 
 
 def test_the_state_is_torch_s():
-    """torch's fused AdamW for two steps, this one for two from its state, torch's again from what that left."""
+    """torch's fused AdamW for two steps, this one for two from its state, torch's again from what
+    that left."""
     fused = torch_adamw(values(SHAPES, 0), fused=True)
     mixed = torch_adamw(values(SHAPES, 0), fused=True)
     for step in range(6):
@@ -153,7 +177,9 @@ def test_the_state_is_torch_s():
             mixed.load_state_dict(saved)
     for ours, theirs in zip(mixed.param_groups, fused.param_groups):
         p, q = ours["params"][0], theirs["params"][0]
-        torch.testing.assert_close(p, q, rtol=12 * HALF_ULP, atol=60 * HALF_ULP * 3e-2)  # as above, on either side
+        torch.testing.assert_close(
+            p, q, rtol=12 * HALF_ULP, atol=60 * HALF_ULP * 3e-2
+        )  # as above, on either side
         assert mixed.state[p].keys() == fused.state[q].keys()
         assert mixed.state[p]["step"] == fused.state[q]["step"] == 6
 
@@ -173,10 +199,16 @@ def test_other_betas(betas):
 def test_elements_are_paired_whatever_the_strides():
     (wide,), (grad,) = values([(30, 70)], 0), values([(30, 70)], 1)
     straight, turned = make_table([wide.clone()]), make_table([wide.t().contiguous().t()])
-    for g in (grad, grad.t().contiguous().t(), torch.stack([grad, grad], 2)[..., 0]):  # torch.stack leaves gaps
+    for g in (
+        grad,
+        grad.t().contiguous().t(),
+        torch.stack([grad, grad], 2)[..., 0],
+    ):  # torch.stack leaves gaps
         adamw(straight, [g], on_device(1e-2), ONE, YES, BETAS, EPS)
         adamw(turned, [g], on_device(1e-2), ONE, YES, BETAS, EPS)
-    adamw_reference(table := make_table([wide.clone()]), [grad], on_device(1e-2), ONE, YES, BETAS, EPS)
+    adamw_reference(
+        table := make_table([wide.clone()]), [grad], on_device(1e-2), ONE, YES, BETAS, EPS
+    )
     for _ in range(2):
         adamw_reference(table, [grad], on_device(1e-2), ONE, YES, BETAS, EPS)
     assert turned.params[0].stride() == (1, 30)
@@ -186,7 +218,8 @@ def test_elements_are_paired_whatever_the_strides():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_gradients_that_begin_anywhere(dtype):
-    """DDP's gradients are views of buckets: a block that begins at an odd element is not read 16 bytes at once."""
+    """DDP's gradients are views of buckets: a block that begins at an odd element is not read 16
+    bytes at once."""
     table, views = make_table(values([(5000,)] * 2, 0)), make_table(values([(5000,)] * 2, 0))
     grads = [g.to(dtype) for g in values([(5000,)] * 2, 1)]
     bucket = torch.cat([grads[0][:1], *grads])
@@ -199,15 +232,28 @@ def test_gradients_that_begin_anywhere(dtype):
 
 def test_copies_are_rounded_as_torch_rounds():
     bits = torch.tensor(
-        [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00008001, 0x007FFFFF, 0x7FFFFFFF]
+        [
+            0x3F808000,
+            0x3F818000,
+            0x3F808001,
+            0x3F807FFF,
+            0x7F7FFFFF,
+            0x00008001,
+            0x007FFFFF,
+            0x7FFFFFFF,
+        ]
     )
-    special = bits.int().view(torch.float32).to(DEVICE)  # ties, near ties, the largest, the smallest, a NaN
+    special = (
+        bits.int().view(torch.float32).to(DEVICE)
+    )  # ties, near ties, the largest, the smallest, a NaN
     table = make_table([torch.cat([special, -special])])
     adamw(table, [torch.zeros(16, device=DEVICE)], on_device(0.0), ONE, YES, BETAS, EPS)
     copy, expected = table.copies[0], table.params[0].bfloat16()
     assert copy is not None and expected.isinf().sum() == 2 and expected.isnan().sum() == 2
     assert torch.equal(copy.isnan(), expected.isnan())
-    assert torch.equal(copy[~copy.isnan()].view(torch.int16), expected[~expected.isnan()].view(torch.int16))
+    assert torch.equal(
+        copy[~copy.isnan()].view(torch.int16), expected[~expected.isnan()].view(torch.int16)
+    )
 
 
 def test_repeats_bit_for_bit():
@@ -232,11 +278,25 @@ def test_what_does_not_fit_is_refused():
     p = torch.zeros(4, 6, device=DEVICE)
 
     def table(**changed: Any) -> Table:
-        lists: dict[str, Any] = {"params": [p], "exp_avgs": [p.clone()], "exp_avg_sqs": [p.clone()], "copies": [None]}
-        lists |= {"steps": [torch.zeros((), device=DEVICE)], "lr_scales": [1.0], "weight_decays": [0.0]}
+        lists: dict[str, Any] = {
+            "params": [p],
+            "exp_avgs": [p.clone()],
+            "exp_avg_sqs": [p.clone()],
+            "copies": [None],
+        }
+        lists |= {
+            "steps": [torch.zeros((), device=DEVICE)],
+            "lr_scales": [1.0],
+            "weight_decays": [0.0],
+        }
         return Table(**lists | changed)
 
-    wrong = [torch.zeros(6, 4), torch.zeros(6, 4).t(), torch.zeros(4, 6).half(), torch.zeros(4, 6, device="meta")]
+    wrong = [
+        torch.zeros(6, 4),
+        torch.zeros(6, 4).t(),
+        torch.zeros(4, 6).half(),
+        torch.zeros(4, 6, device="meta"),
+    ]
     wrong = [t if t.is_meta else t.to(DEVICE) for t in wrong]
     for name in ("exp_avgs", "exp_avg_sqs", "copies", "steps"):
         for tensor in wrong:
@@ -271,7 +331,13 @@ def test_norm_agrees_with_torch(dtype):
 
 def test_norm_of_mixed_types_and_strides():
     a, b, c = values([(30, 70), (64, 65), (9,)], 3)
-    tensors = [a.t(), b[:, 1:], b[::2, 5], c.bfloat16(), c.expand(3, 9)]  # turned, gaps, gaps, bf16, thrice the same
+    tensors = [
+        a.t(),
+        b[:, 1:],
+        b[::2, 5],
+        c.bfloat16(),
+        c.expand(3, 9),
+    ]  # turned, gaps, gaps, bf16, thrice the same
     exact = torch.nn.utils.get_total_norm([t.double() for t in tensors])
     assert (global_norm(tensors) - exact).abs() <= 15 * HALF_ULP * exact
 
@@ -281,7 +347,9 @@ def test_norm_of_mixed_types_and_strides():
 def test_norm_of_what_is_huge_or_not_finite(value):
     (tensor,) = values([(3000,)], 3)
     tensor[1500] = value
-    torch.testing.assert_close(global_norm([tensor]), torch.nn.utils.get_total_norm([tensor]), equal_nan=True)
+    torch.testing.assert_close(
+        global_norm([tensor]), torch.nn.utils.get_total_norm([tensor]), equal_nan=True
+    )
 
 
 def test_norm_of_nothing():
@@ -294,7 +362,8 @@ def test_norm_of_nothing():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_gpt2_without_a_wait_for_the_gpu(dtype):
-    """The shapes of GPT-2 124M; gradients in new places every step, one step skipped, no synchronisation."""
+    """The shapes of GPT-2 124M; gradients in new places every step, one step skipped, no
+    synchronisation."""
     with torch.device("meta"):
         shapes = [p.shape for p in GPT(GPTConfig()).parameters()]
     torch.manual_seed(0)
@@ -324,6 +393,7 @@ def test_gpt2_without_a_wait_for_the_gpu(dtype):
             torch_step(fused, grads, lr, factor.item())
         held.append(grads.pop())  # so that the allocator cannot give every gradient its old place
     for p, q, copy, count in zip(params, theirs, table.copies, table.steps):
-        # As in the CPU tests: three steps of roundings, of the parameter and of its change, on either side.
+        # As in the CPU tests: three steps of roundings, of the parameter and of its change, on
+        # either side.
         torch.testing.assert_close(p, q, rtol=12 * HALF_ULP, atol=60 * HALF_ULP * 3e-3)
         assert copy is not None and torch.equal(copy, p.bfloat16()) and count == 3

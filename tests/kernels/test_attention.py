@@ -17,17 +17,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNFIT = blocks(_card.card(), "fp32", 64)  # a sentence where no blocks fit this GPU
 pytestmark = pytest.mark.skipif(isinstance(UNFIT, str), reason=f"attention {UNFIT}")
 
-# fp32 sums of up to a thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of the largest value.
+# fp32 sums of up to a thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of the
+# largest value.
 FP32 = 1e-5
-# One unit is the largest relative error of one rounding; the interpreter cuts fp32 to bf16 where a GPU rounds. The
-# output is rounded after weights that were rounded: 2 units. A gradient is rounded after rounded differences of scores,
-# and these come from the rounded output and from a product with the rounded weights: 4.
+# One unit is the largest relative error of one rounding; the interpreter cuts fp32 to bf16 where a
+# GPU rounds. The output is rounded after weights that were rounded: 2 units. A gradient is rounded
+# after rounded differences of scores, and these come from the rounded output and from a product
+# with the rounded weights: 4.
 UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-9 if DEVICE == "cuda" else 2**-8}
 
 
 @pytest.fixture(autouse=True)
 def blocks_for_the_interpreter(monkeypatch):
-    """Half precision's blocks for fp32 too: it takes one Python step a block, and exact fp32's are 1/8 as large."""
+    """Half precision's blocks for fp32 too: it takes one Python step a block, and exact fp32's are
+    1/8 as large."""
     if DEVICE == "cpu":
         set_blocks(monkeypatch, 128, 64)
 
@@ -37,13 +40,18 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, kept: int, walked: int) -> None:
     monkeypatch.setattr(module, "blocks", lambda card, precision, head_dim: Blocks(*tiles, 0))
 
 
-def packed(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+def packed(
+    B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Tensor:
     torch.manual_seed(B * T + D)
     return (torch.randn(B, T, 3, H, D) * scale).to(DEVICE, dtype).requires_grad_()
 
 
-def output_and_gradient(function, qkv: Tensor, segments: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In `dtype`; the incoming gradient is the same random one for every function and is seen in qkv's dtype."""
+def output_and_gradient(
+    function, qkv: Tensor, segments: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """In `dtype`; the incoming gradient is the same random one for every function and is seen in
+    qkv's dtype."""
     B, T, _, H, D = qkv.shape
     torch.manual_seed(1)
     grad = torch.randn(B, T, H, D).to(DEVICE, qkv.dtype).to(dtype)
@@ -52,19 +60,32 @@ def output_and_gradient(function, qkv: Tensor, segments: Tensor | None, dtype: t
     return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
 
 
-def check(qkv: Tensor, segments: Tensor | None = None, units: tuple[float, float] = (FP32, FP32)) -> None:
-    """Output, dq, dk and dv are within `units` (of output, of gradients) of the largest value of each."""
+def check(
+    qkv: Tensor, segments: Tensor | None = None, units: tuple[float, float] = (FP32, FP32)
+) -> None:
+    """Output, dq, dk and dv are within `units` (of output, of gradients) of the largest value of
+    each."""
     out, gradient = output_and_gradient(attention, qkv, segments, qkv.dtype)
     exact, exact_gradient = output_and_gradient(attention_reference, qkv, segments, torch.float64)
     assert out.dtype == gradient.dtype == qkv.dtype
     assert out.is_contiguous() and gradient.is_contiguous()
     assert (out - exact).abs().max() <= units[0] * exact.abs().max()
     for ours, true in zip(gradient.unbind(2), exact_gradient.unbind(2)):
-        # A lone token's weight is 1 whatever its score: its dq and dk are 0, and what is left is rounding.
-        assert (ours - true).abs().max() <= units[1] * max(true.abs().max(), exact_gradient.abs().max() / 10)
+        # A lone token's weight is 1 whatever its score: its dq and dk are 0, and what is left is
+        # rounding.
+        assert (ours - true).abs().max() <= units[1] * max(
+            true.abs().max(), exact_gradient.abs().max() / 10
+        )
 
 
-SHAPES = [(1, 1, 1, 16), (2, 7, 3, 32), (1, 129, 2, 64), (1, 300, 1, 128), (1, 1023, 1, 16), (1, 1024, 1, 16)]
+SHAPES = [
+    (1, 1, 1, 16),
+    (2, 7, 3, 32),
+    (1, 129, 2, 64),
+    (1, 300, 1, 128),
+    (1, 1023, 1, 16),
+    (1, 1024, 1, 16),
+]
 
 
 @pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)
@@ -113,7 +134,8 @@ def test_documents(documents):
 @pytest.mark.parametrize("kept, walked", [(32, 32), (16, 32), (64, 16)])
 @pytest.mark.parametrize("lengths", [None, [5, 60, 1, 1, 30, 4]])
 def test_any_blocks(monkeypatch, kept, walked, lengths):
-    """The bounds of the loops, whichever side of a block is the longer. (32, 32) is what exact fp32 has on a GPU."""
+    """The bounds of the loops, whichever side of a block is the longer. (32, 32) is what exact fp32
+    has on a GPU."""
     set_blocks(monkeypatch, kept, walked)
     segments = None if lengths is None else torch.tensor([number(lengths)], device=DEVICE)
     check(packed(1, 101, 1, 16), segments)
@@ -149,7 +171,9 @@ def test_half_precision(dtype, lengths):
     check(packed(1, 150, 1, 64, dtype), segments, units=(2 * UNIT[dtype], 4 * UNIT[dtype]))
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # of the weights of keys that are not seen: they are then set to 0
+@pytest.mark.filterwarnings(
+    "ignore:overflow"
+)  # of the weights of keys that are not seen: they are then set to 0
 def test_huge_scores():
     qkv = packed(1, 150, 1, 64, scale=100.0)
     q, k, _ = qkv.detach().unbind(2)
@@ -166,7 +190,9 @@ def sdpa(qkv: Tensor, _: None) -> Tensor:
 def test_agrees_with_scaled_dot_product_attention():
     qkv = packed(2, 150, 2, 32)
     ours = output_and_gradient(attention, qkv, None, torch.float32)
-    torch.testing.assert_close(ours, output_and_gradient(sdpa, qkv, None, torch.float32), rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        ours, output_and_gradient(sdpa, qkv, None, torch.float32), rtol=FP32, atol=FP32
+    )
 
 
 def test_used_twice():
@@ -210,7 +236,9 @@ def test_inputs_that_are_not_contiguous(shape, view):
     torch.manual_seed(0)
     whole = torch.randn(shape, device=DEVICE, requires_grad=True)
     assert not view(whole).is_contiguous()
-    torch.testing.assert_close(gradient_of(view, whole), gradient_of(lambda x: view(x).contiguous(), whole))
+    torch.testing.assert_close(
+        gradient_of(view, whole), gradient_of(lambda x: view(x).contiguous(), whole)
+    )
     assert torch.equal(attention(view(whole)), attention(view(whole).contiguous()))
 
 
@@ -230,7 +258,9 @@ def test_autocast_decides_the_dtype():
     assert torch.equal(out, attention(half))
     gradient = torch.autograd.grad(out.float().square().sum(), qkv)[0]
     assert gradient.dtype == torch.float32
-    assert torch.equal(gradient, torch.autograd.grad(attention(half).float().square().sum(), half)[0].float())
+    assert torch.equal(
+        gradient, torch.autograd.grad(attention(half).float().square().sum(), half)[0].float()
+    )
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -241,10 +271,14 @@ def test_operators_are_sound(documents):
     torch.library.opcheck(torch.ops.gpt2.attention.default, (qkv, bounds))
     with torch.no_grad():
         out, lse = torch.ops.gpt2.attention(qkv, bounds)
-    torch.library.opcheck(torch.ops.gpt2.attention_backward.default, (out, qkv.detach(), out, lse, bounds))
+    torch.library.opcheck(
+        torch.ops.gpt2.attention_backward.default, (out, qkv.detach(), out, lse, bounds)
+    )
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
+)
 def test_compiles_without_a_break():
     def both(qkv: Tensor, segments: Tensor) -> Tensor:
         return attention(qkv) + attention(qkv, segments)
@@ -258,7 +292,8 @@ def test_compiles_without_a_break():
 
 @pytest.mark.gpu
 def test_at_full_size():
-    """In bf16 no further from float64 than PyTorch's fused attention, which rounds at the same places."""
+    """In bf16 no further from float64 than PyTorch's fused attention, which rounds at the same
+    places."""
     qkv = packed(8, 1024, 12, 64, torch.bfloat16)
     ours = output_and_gradient(attention, qkv, None, torch.bfloat16)
     theirs = output_and_gradient(sdpa, qkv, None, torch.bfloat16)
@@ -276,7 +311,9 @@ def test_offsets_past_an_int32():
     whole = torch.zeros(T * apart, dtype=torch.bfloat16, device="cuda")
     view = whole.as_strided((1, T, 3, 2, 16), (T * apart, apart, 32, 16, 1))
     view.copy_(torch.randn(view.shape))
-    ours = output_and_gradient(lambda qkv, _: attention(qkv), view.contiguous(), None, torch.bfloat16)
+    ours = output_and_gradient(
+        lambda qkv, _: attention(qkv), view.contiguous(), None, torch.bfloat16
+    )
     out, lse = torch.ops.gpt2.attention(view, None)
     assert torch.equal(out, ours[0])
     torch.manual_seed(1)

@@ -13,9 +13,10 @@ from kernels.bias_gelu import _backward, _forward, bias_gelu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16 = torch.float32, torch.bfloat16
 
-# fp32: a few roundings (6e-8 each) a value, and sums of up to a thousand of them, which mostly cancel. bf16 keeps 8
-# bits, 2^-8 of a value when rounded and 2^-7 when cut off, as Triton's interpreter does; the inputs below are exact in
-# bf16, and so is x + bias, so only the result itself is rounded.
+# fp32: a few roundings (6e-8 each) a value, and sums of up to a thousand of them, which mostly
+# cancel. bf16 keeps 8 bits, 2^-8 of a value when rounded and 2^-7 when cut off, as Triton's
+# interpreter does; the inputs below are exact in bf16, and so is x + bias, so only the result
+# itself is rounded.
 TOLERANCE = {FP32: 4e-6, BF16: 2**-7}
 # PyTorch rounds x's gradient to bf16 before it sums it for the bias, and then the sum.
 TORCH_BF16 = 2**-6
@@ -30,12 +31,19 @@ def coarse(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 def inputs(*shape: int, x: torch.dtype = FP32, bias: torch.dtype = FP32) -> tuple[Tensor, Tensor]:
     torch.manual_seed(shape[0])
-    return coarse(*shape, dtype=x).requires_grad_(), coarse(*shape[-1:], dtype=bias).requires_grad_()
+    return coarse(*shape, dtype=x).requires_grad_(), coarse(
+        *shape[-1:], dtype=bias
+    ).requires_grad_()
 
 
 def run(x: Tensor, bias: Tensor, triton: bool | None) -> list[Tensor]:
-    """The output and the gradients that are asked for, for a fixed gradient of the output; triton None: in float64."""
-    y = F.gelu(x.double() + bias.double(), approximate="tanh") if triton is None else bias_gelu(x, bias, triton)
+    """The output and the gradients that are asked for, for a fixed gradient of the output; triton
+    None: in float64."""
+    y = (
+        F.gelu(x.double() + bias.double(), approximate="tanh")
+        if triton is None
+        else bias_gelu(x, bias, triton)
+    )
     torch.manual_seed(0)
     asked = [t for t in (x, bias) if t.requires_grad]
     return [y.detach(), *torch.autograd.grad(y, asked, coarse(*x.shape, dtype=y.dtype))]
@@ -71,14 +79,17 @@ def test_dtypes(x, bias, triton):
 
 
 def test_every_size_of_number():
-    """Where tanh is -1 to seven digits GELU keeps its own relative precision; nothing overflows on the way."""
-    x = torch.cat([torch.linspace(-5, 5, 1001), torch.tensor([-1e6, -1e3, -20.0, 0.0, 20.0, 1e3, 1e6])])
+    """Where tanh is -1 to seven digits GELU keeps its own relative precision; nothing overflows on
+    the way."""
+    x = torch.cat(
+        [torch.linspace(-5, 5, 1001), torch.tensor([-1e6, -1e3, -20.0, 0.0, 20.0, 1e3, 1e6])]
+    )
     x = x.to(DEVICE)[:, None].requires_grad_()
     zero = torch.zeros(1, device=DEVICE)
     y = bias_gelu(x, zero, triton=True)
     y64 = F.gelu(x.double(), approximate="tanh")
-    # The exponent 2u, -17 at x = -5, is rounded three times by 6e-8 of itself, 3e-6 of exp(2u); 1 + tanh u in float64
-    # by 1e-9 of itself. The derivative passes through 0 near x = -0.75.
+    # The exponent 2u, -17 at x = -5, is rounded three times by 6e-8 of itself, 3e-6 of exp(2u); 1 +
+    # tanh u in float64 by 1e-9 of itself. The derivative passes through 0 near x = -0.75.
     torch.testing.assert_close(y.double(), y64, rtol=4e-6, atol=1e-30)
     dx, exact = (torch.autograd.grad(t.sum(), x)[0] for t in (y, y64))
     torch.testing.assert_close(dx, exact, rtol=4e-6, atol=1e-7)
@@ -92,7 +103,9 @@ def test_nan_stays_nan():
 
 @both
 def test_not_contiguous(triton):
-    apart = [torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in inputs(10, 48)]  # every second element
+    apart = [
+        torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in inputs(10, 48)
+    ]  # every second element
     assert not any(t.is_contiguous() for t in apart)
     check(*apart, triton)
 
@@ -103,7 +116,9 @@ def test_expanded(triton):
     x, bias = inputs(10, 48)
     row = x[:1].expand(10, 48)
     exact = F.gelu(row.double() + bias.double(), approximate="tanh")
-    ours, exact = (torch.autograd.grad(y.sum(), (x, bias)) for y in (bias_gelu(row, bias, triton), exact))
+    ours, exact = (
+        torch.autograd.grad(y.sum(), (x, bias)) for y in (bias_gelu(row, bias, triton), exact)
+    )
     assert all(close(a, b, TOLERANCE[FP32]) for a, b in zip(ours, exact))
 
 
@@ -132,7 +147,9 @@ def test_no_work_for_what_is_frozen(monkeypatch, frozen):
     x, bias = inputs(9, 48)
     _, dx, dbias = run(x, bias, True)
     seen = []
-    monkeypatch.setattr(kernels.bias_gelu, "_backward", lambda *a: seen.append(a[-2:]) or _backward(*a))
+    monkeypatch.setattr(
+        kernels.bias_gelu, "_backward", lambda *a: seen.append(a[-2:]) or _backward(*a)
+    )
     {"x": x, "bias": bias}[frozen].requires_grad_(False)
     _, ours = run(x, bias, True)
     assert seen == [(frozen != "x", frozen != "bias")]
@@ -195,4 +212,6 @@ def test_rows_out_of_reach_of_32_bits():
     ours = torch.autograd.grad(y, (x, bias), grads)
     exact = torch.autograd.grad(y64, (last, bias), grads[-2:].double())
     assert close(y[-2:], y64, TOLERANCE[BF16])
-    assert close(ours[0][-2:], exact[0], TOLERANCE[BF16]) and close(ours[1], exact[1], TOLERANCE[FP32])
+    assert close(ours[0][-2:], exact[0], TOLERANCE[BF16]) and close(
+        ours[1], exact[1], TOLERANCE[FP32]
+    )

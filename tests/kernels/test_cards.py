@@ -21,8 +21,17 @@ from kernels._card import CARDS
 pytest.importorskip("triton", reason="auto's kernels are Triton's")
 
 GPT2_VOCABULARY = 50257
-HEADER = ["card", "precision", "attention", "with --document-mask", "kernels", "compiled by", "micro-batch"]
-# GiB that a process finds free on an idle card: what is sold as 16, 80, 24, 24, 80, 141, 180 and 32 GB.
+HEADER = [
+    "card",
+    "precision",
+    "attention",
+    "with --document-mask",
+    "kernels",
+    "compiled by",
+    "micro-batch",
+]
+# GiB that a process finds free on an idle card: what is sold as 16, 80, 24, 24, 80, 141, 180 and 32
+# GB.
 FREE = {
     "T4": 14.6, "A100": 79.0, "RTX 3090": 23.4, "RTX 4090": 23.4,
     "H100": 79.0, "H200": 139.5, "B200": 177.5, "RTX 5090": 31.2,
@@ -58,7 +67,9 @@ class Planned(LanguageModelling):
 
     known: ClassVar[dict[tuple[str, int], Memory]] = {}
 
-    def estimate(self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int) -> Memory:
+    def estimate(
+        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+    ) -> Memory:
         key = cfg.precision, micro_batch
         if key not in self.known:
             self.known[key] = super().estimate(cfg, micro_batch, device_type, world_size)
@@ -82,7 +93,8 @@ def row(name: str) -> list[str]:
         name,
         cfg.precision,
         choices.attention.removesuffix("_attention"),
-        # A mask of documents is written out where the kernel is not: PyTorch's fused ones take it or the plain one.
+        # A mask of documents is written out where the kernel is not: PyTorch's fused ones take it
+        # or the plain one.
         masked.attention if masked.attention.endswith("kernel") else "mask",
         cfg.kernels.replace(",", ", "),
         f"{units[0]}; {units[1]} on 8 GPUs",
@@ -124,5 +136,7 @@ def test_the_banner_says_whether_attention_repeats(monkeypatch, name, determinis
     assert choices.repeatability.startswith("repeatable" if deterministic else "not repeatable")
     if deterministic:
         assert "cudnn" not in choices.attention
-    _, ours = settle(TrainConfig(data="stdlib", kernels="torch", without=("flash-attention",)), world())
+    _, ours = settle(
+        TrainConfig(data="stdlib", kernels="torch", without=("flash-attention",)), world()
+    )
     assert ours.repeatability == "repeatable bit for bit"

@@ -1,4 +1,5 @@
-"""Attention made of batched products on a CPU, against float64: values and the packed gradient, at awkward shapes."""
+"""Attention made of batched products on a CPU, against float64: values and the packed gradient, at
+awkward shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def run(qkv: Tensor, attention=cpu_attention) -> tuple[Tensor, Tensor]:
     """The output and the packed gradient, with an output's gradient that bf16 holds exactly."""
     out = attention(qkv)
     torch.manual_seed(0)
-    return out.detach(), torch.autograd.grad(out, qkv, torch.randn(out.shape).bfloat16().to(out.dtype))[0]
+    return out.detach(), torch.autograd.grad(
+        out, qkv, torch.randn(out.shape).bfloat16().to(out.dtype)
+    )[0]
 
 
 def sdpa(qkv: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ def test_any_groups(monkeypatch, tokens):
     check(inputs(3, 100, 5, 16), TOLERANCE[FP32])
 
 
-@pytest.mark.parametrize(("B", "T", "H"), [(4, 512, 12), (32, 256, 6), (3, 1024, 25), (2, 7, 3), (1, 10**5, 5)])
+@pytest.mark.parametrize(
+    ("B", "T", "H"), [(4, 512, 12), (32, 256, 6), (3, 1024, 25), (2, 7, 3), (1, 10**5, 5)]
+)
 @pytest.mark.parametrize("cores", [1, 2, 64])
 def test_groups_are_all_heads_once(B, T, H, cores):
     seen = torch.zeros(B, H)
@@ -91,7 +96,9 @@ def test_parts_are_even():
     assert [part.stop - part.start for part in _parts(12, 7)] == [6, 6]
 
 
-@pytest.mark.parametrize("shape", [(2, 512, 3, 64), (3, 100, 5, 48), (1, 1023, 2, 32), (2, 256, 4, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 512, 3, 64), (3, 100, 5, 48), (1, 1023, 2, 32), (2, 256, 4, 16)], ids=str
+)
 def test_bf16_is_as_near_to_float64_as_flash_attention(shape):
     qkv = inputs(*shape, dtype=BF16)
     double = qkv.detach().double().requires_grad_()
@@ -152,8 +159,12 @@ def test_not_contiguous():
     view = whole.permute(3, 0, 2, 1, 4)[..., 1::2].copy_(qkv.detach()).detach().requires_grad_()
     assert not view.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(run(view), (out, grad)))
-    expanded = torch.autograd.grad(cpu_attention(qkv).sum(), qkv)[0]  # the gradient of a sum is one number, expanded
-    assert torch.equal(expanded, torch.autograd.grad(cpu_attention(qkv), qkv, torch.ones_like(out))[0])
+    expanded = torch.autograd.grad(cpu_attention(qkv).sum(), qkv)[
+        0
+    ]  # the gradient of a sum is one number, expanded
+    assert torch.equal(
+        expanded, torch.autograd.grad(cpu_attention(qkv), qkv, torch.ones_like(out))[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -168,7 +179,9 @@ def test_under_autocast(dtype):
 
 def test_keeps_its_input_alone():
     qkv, kept = inputs(2, 300, 3, 16), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         cpu_attention(qkv)
     assert kept == [qkv.data_ptr()]
 
@@ -209,8 +222,8 @@ def dropping(p: float, seed: int = 0):
 
 
 def kept(B: int, T: int, H: int, p: float, seed: int = 0) -> Tensor:
-    """What is kept and by what it is multiplied, (B, H, T, T) fp64, 0 above the diagonal: q and k that make all
-    probabilities of a query equal, and a v that hands them out one by one."""
+    """What is kept and by what it is multiplied, (B, H, T, T) fp64, 0 above the diagonal: q and k
+    that make all probabilities of a query equal, and a v that hands them out one by one."""
     qkv = torch.zeros(B, T, 3, H, T, dtype=FP64)
     qkv[:, :, 2] = torch.eye(T, dtype=FP64)[:, None]
     shares = dropping(p, seed)(qkv).transpose(1, 2)
@@ -224,7 +237,9 @@ def with_mask(mask: Tensor):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         above = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-        return (scores.masked_fill(above, -torch.inf).softmax(-1) * mask.to(q.dtype) @ v).transpose(1, 2)
+        return (scores.masked_fill(above, -torch.inf).softmax(-1) * mask.to(q.dtype) @ v).transpose(
+            1, 2
+        )
 
     return attention
 
@@ -232,7 +247,9 @@ def with_mask(mask: Tensor):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 16), (3, 7, 2, 32), (2, 64, 1, 64), (3, 131, 5, 48), (1, 600, 2, 16)], ids=str
+    "shape",
+    [(1, 1, 1, 16), (3, 7, 2, 32), (2, 64, 1, 64), (3, 131, 5, 48), (1, 600, 2, 16)],
+    ids=str,
 )
 def test_dropout_agrees_with_float64(shape, dtype, p):
     qkv = inputs(*shape, dtype=dtype)
@@ -245,7 +262,12 @@ def test_dropout_agrees_with_float64(shape, dtype, p):
 def test_dropout_in_bf16_is_as_near_to_float64_as_the_plain_way():
     qkv, mask = inputs(2, 200, 3, 64, dtype=BF16), kept(2, 200, 3, 0.2)
     double = qkv.detach().double().requires_grad_()
-    for found in zip(run(qkv, dropping(0.2)), run(qkv, with_mask(mask)), run(double, with_mask(mask)), strict=True):
+    for found in zip(
+        run(qkv, dropping(0.2)),
+        run(qkv, with_mask(mask)),
+        run(double, with_mask(mask)),
+        strict=True,
+    ):
         parts = (t.unbind(2) if t.dim() == 5 else (t,) for t in found)
         for ours, theirs, exact in zip(*parts, strict=True):
             assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
@@ -257,9 +279,13 @@ def test_each_probability_is_dropped_by_itself(p):
     values = mask[..., *torch.tril_indices(100, 100)]  # (B, H, of the triangle)
     there = values != 0
     assert (mask.triu(1) == 0).all()
-    assert there.double().mean().item() == pytest.approx(1 - p, abs=4 * (p * (1 - p) / there.numel()) ** 0.5 + 2**-15)
+    assert there.double().mean().item() == pytest.approx(
+        1 - p, abs=4 * (p * (1 - p) / there.numel()) ** 0.5 + 2**-15
+    )
     if p < 0.9:
-        assert values[there].unique().tolist() == pytest.approx([1 / (1 - p)] * len(values[there].unique()), rel=1e-4)
+        assert values[there].unique().tolist() == pytest.approx(
+            [1 / (1 - p)] * len(values[there].unique()), rel=1e-4
+        )
         # Neither heads, nor sequences, nor neighbours, nor calls are alike.
         of_heads = there.flatten(0, 1).double()
         of_heads = torch.cat(
@@ -269,7 +295,9 @@ def test_each_probability_is_dropped_by_itself(p):
                 (kept(1, 100, 1, p, seed=1)[..., *torch.tril_indices(100, 100)] != 0)[0].double(),
             )
         )
-        assert (torch.corrcoef(of_heads) - torch.eye(len(of_heads))).abs().max() < 0.06  # four over sqrt(5050)
+        assert (
+            torch.corrcoef(of_heads) - torch.eye(len(of_heads))
+        ).abs().max() < 0.06  # four over sqrt(5050)
 
 
 @pytest.mark.parametrize("tokens", [1, 400, 10**6])
@@ -284,7 +312,9 @@ def test_neither_groups_nor_threads_change_what_is_dropped(monkeypatch, tokens):
 
 def test_dropout_keeps_its_input_and_a_number():
     qkv, sizes = inputs(2, 300, 3, 16), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
         cpu_attention(qkv, 0.1)
     assert sizes == [qkv.numel(), 1]
 
@@ -296,14 +326,18 @@ def test_operations_keep_their_promises(p):
     torch.library.opcheck(_backward, (qkv.detach(), seed, p, torch.randn(2, 9, 3, 16)))
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
+)
 def test_compiles_without_a_break():
     def loss(qkv: Tensor) -> Tensor:
         return (cpu_attention(qkv * 2.0) * 3.0).sum()
 
     qkv = inputs(2, 9, 3, 16)
     compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(torch.autograd.grad(compiled(qkv), qkv), torch.autograd.grad(loss(qkv), qkv))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(qkv), qkv), torch.autograd.grad(loss(qkv), qkv)
+    )
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(True, False), (True, True), (False, False)])

@@ -1,4 +1,5 @@
-"""The kernel against PyTorch's cross-entropy in float64, values and gradients, at awkward shapes."""
+"""The kernel against PyTorch's cross-entropy in float64, values and gradients, at awkward
+shapes."""
 
 from __future__ import annotations
 
@@ -8,19 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._triton import INTERPRETED, missing
-from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_in_place, cross_entropy_reference
+from kernels.cross_entropy import (
+    IGNORE,
+    cross_entropy,
+    cross_entropy_in_place,
+    cross_entropy_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The exponent x log2(e) of a term e^-x is off by up to 6e-8 x, and x stays under 30 where the term counts; sums and the
-# logarithm add less: 1e-5 of the gradient's largest value, and of losses that are not below 1.
+# The exponent x log2(e) of a term e^-x is off by up to 6e-8 x, and x stays under 30 where the term
+# counts; sums and the logarithm add less: 1e-5 of the gradient's largest value, and of losses that
+# are not below 1.
 FP32 = 1e-5
 # The gradient is rounded once as it is stored; the interpreter cuts where a GPU rounds to nearest.
-ROUNDED = {torch.float32: FP32, torch.float16: 2**-10 + FP32, torch.bfloat16: (2**-8 if INTERPRETED else 2**-9) + FP32}
+ROUNDED = {
+    torch.float32: FP32,
+    torch.float16: 2**-10 + FP32,
+    torch.bfloat16: (2**-8 if INTERPRETED else 2**-9) + FP32,
+}
 
 pytestmark = pytest.mark.skipif(missing(DEVICE) is not None, reason="needs Triton")
 
 
-def inputs(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def inputs(
+    rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     torch.manual_seed(rows + width)
     logits = (3 * torch.randn(rows, width, device=DEVICE)).to(dtype)
     return logits.requires_grad_(), torch.randint(vocab, (rows,), device=DEVICE)
@@ -44,7 +57,15 @@ def check(logits: Tensor, targets: Tensor, vocab: int, grad: Tensor | None = Non
     assert not gradient[:, vocab:].any()  # exactly zero: the padding must never move
 
 
-SHAPES = [(1, 384, 331), (5, 48, 48), (1023, 64, 37), (3, 50304, 50257), (2, 50257, 50257), (2, 8193, 8192), (3, 1, 1)]
+SHAPES = [
+    (1, 384, 331),
+    (5, 48, 48),
+    (1023, 64, 37),
+    (3, 50304, 50257),
+    (2, 50257, 50257),
+    (2, 8193, 8192),
+    (3, 1, 1),
+]
 
 
 @pytest.mark.parametrize(("rows", "width", "vocab"), SHAPES)
@@ -59,14 +80,18 @@ def test_half_precision_has_fp32_statistics(rows, width, vocab, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 48, 37), (33, 384, 331), (2, 50304, 50257)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"), [(1, 48, 37), (33, 384, 331), (2, 50304, 50257)]
+)
 def test_in_place_gives_the_same(rows, width, vocab, dtype):
     logits, targets = inputs(rows, width, vocab, dtype)
     targets[1::3] = IGNORE
     losses = cross_entropy(logits, targets, vocab)
     expected = torch.autograd.grad(losses.sum(), logits)[0]
     own = logits.detach().clone()
-    torch.testing.assert_close(cross_entropy_in_place(own, targets, vocab), losses.detach(), rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        cross_entropy_in_place(own, targets, vocab), losses.detach(), rtol=FP32, atol=FP32
+    )
     assert (own - expected).abs().max() <= ROUNDED[dtype]
     assert not own[1::3].any() and not own[:, vocab:].any()
 
@@ -85,7 +110,9 @@ def test_reference_agrees_with_float64():
     logits, targets = inputs(31, 384, 331)
     targets[::3] = IGNORE
     losses64, _ = exact(logits, targets, 331, torch.ones(31, device=DEVICE))
-    torch.testing.assert_close(cross_entropy_reference(logits, targets, 331).double(), losses64, rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        cross_entropy_reference(logits, targets, 331).double(), losses64, rtol=FP32, atol=FP32
+    )
 
 
 def test_values_in_the_padding_take_no_part():
@@ -96,7 +123,9 @@ def test_values_in_the_padding_take_no_part():
     dirty.requires_grad_()
     losses = cross_entropy(dirty, targets, 331)
     assert torch.equal(losses, clean)
-    assert torch.equal(torch.autograd.grad(losses.sum(), dirty)[0], torch.autograd.grad(clean.sum(), logits)[0])
+    assert torch.equal(
+        torch.autograd.grad(losses.sum(), dirty)[0], torch.autograd.grad(clean.sum(), logits)[0]
+    )
 
 
 @pytest.mark.parametrize("ignored", [slice(None), slice(None, None, 2)], ids=["all", "some"])
@@ -115,7 +144,9 @@ def test_huge_logits():
     logits, targets = inputs(17, 384, 331)
     with torch.no_grad():
         logits.mul_(1e4)
-        logits[::2, 5] = logits[::2].amax(1)  # ties at the top: as close to even as probabilities get
+        logits[::2, 5] = logits[::2].amax(
+            1
+        )  # ties at the top: as close to even as probabilities get
     check(logits, targets, 331)
 
 
@@ -137,8 +168,15 @@ def test_target_outside_the_vocabulary_is_not_a_number(target):
 
 def test_incoming_gradient():
     logits, targets = inputs(9, 384, 331)
-    check(logits, targets, 331, torch.tensor([0.0, -2.0, 1 / 3, 1e-6, 1.0, -1e3, 0.0, 1.0, 5.0], device=DEVICE))
-    zero = torch.autograd.grad(cross_entropy(logits, targets, 331), logits, torch.zeros(9, device=DEVICE))[0]
+    check(
+        logits,
+        targets,
+        331,
+        torch.tensor([0.0, -2.0, 1 / 3, 1e-6, 1.0, -1e3, 0.0, 1.0, 5.0], device=DEVICE),
+    )
+    zero = torch.autograd.grad(
+        cross_entropy(logits, targets, 331), logits, torch.zeros(9, device=DEVICE)
+    )[0]
     assert not zero.any()
     check(logits, targets, 331, torch.full((1,), -0.5, device=DEVICE).expand(9))
 
@@ -157,7 +195,10 @@ def test_logits_have_another_use():
     losses = cross_entropy(logits, targets, 331) + cross_entropy(logits, targets.roll(1), 331)
     (losses.sum() + logits.square().sum()).backward()
     ones = torch.ones(5, device=DEVICE)
-    expected = sum(exact(logits, t, 331, ones)[1] for t in (targets, targets.roll(1))) + 2 * before.double()
+    expected = (
+        sum(exact(logits, t, 331, ones)[1] for t in (targets, targets.roll(1)))
+        + 2 * before.double()
+    )
     assert torch.equal(logits, before) and logits.grad is not None
     assert (logits.grad - expected).abs().max() <= FP32 * expected.abs().max()
 
@@ -185,7 +226,10 @@ def test_no_grad_keeps_no_graph():
 
 def test_behind_a_product_under_autocast():
     torch.manual_seed(0)
-    x, weight = torch.randn(9, 16, device=DEVICE), torch.randn(384, 16, device=DEVICE, requires_grad=True)
+    x, weight = (
+        torch.randn(9, 16, device=DEVICE),
+        torch.randn(384, 16, device=DEVICE, requires_grad=True),
+    )
     targets = torch.randint(331, (9,), device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         logits = F.linear(x, weight)
@@ -203,14 +247,18 @@ def test_compiles_without_a_break():
         return (cross_entropy(logits * 2, targets, 331) * 3).sum()
 
     logits, targets = inputs(5, 384, 331)
-    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, targets), logits)
+    ours = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, targets), logits
+    )
     torch.testing.assert_close(ours, torch.autograd.grad(loss(logits, targets), logits))
 
 
 def test_operators_keep_their_contracts():
     logits, targets = inputs(3, 48, 37)
     torch.library.opcheck(torch.ops.gpt2.cross_entropy.default, (logits, targets, 37))
-    torch.library.opcheck(torch.ops.gpt2.cross_entropy.default, (logits.detach()[:, ::2], targets % 19, 19))
+    torch.library.opcheck(
+        torch.ops.gpt2.cross_entropy.default, (logits.detach()[:, ::2], targets % 19, 19)
+    )
     grad, ones = torch.randn(3, device=DEVICE), torch.ones(3, device=DEVICE)
     backward = torch.ops.gpt2.cross_entropy_backward.default
     torch.library.opcheck(backward, (grad, logits.detach(), targets, ones, ones, 37))
@@ -224,12 +272,20 @@ def test_more_logits_than_an_int32_counts():
     targets = torch.randint(vocab, (rows,), device="cuda")
     losses = cross_entropy(logits, targets, vocab)
     gradient = torch.autograd.grad(losses.sum(), logits)[0]
-    some = torch.tensor([0, 1, 42690, 42691, rows - 2, rows - 1], device="cuda")  # 2^31 lies in row 42,690
-    losses64, gradient64 = exact(logits[some], targets[some], vocab, torch.ones(len(some), device="cuda"))
+    some = torch.tensor(
+        [0, 1, 42690, 42691, rows - 2, rows - 1], device="cuda"
+    )  # 2^31 lies in row 42,690
+    losses64, gradient64 = exact(
+        logits[some], targets[some], vocab, torch.ones(len(some), device="cuda")
+    )
     assert (losses[some] - losses64).abs().max() <= FP32 * losses64.abs().max()
-    assert (gradient[some] - gradient64).abs().max() <= ROUNDED[torch.bfloat16] * gradient64.abs().max()
+    assert (gradient[some] - gradient64).abs().max() <= ROUNDED[
+        torch.bfloat16
+    ] * gradient64.abs().max()
     own = logits.detach()
-    torch.testing.assert_close(cross_entropy_in_place(own, targets, vocab), losses.detach(), rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        cross_entropy_in_place(own, targets, vocab), losses.detach(), rtol=FP32, atol=FP32
+    )
     assert (own[some] - gradient64).abs().max() <= ROUNDED[torch.bfloat16] * gradient64.abs().max()
 
 

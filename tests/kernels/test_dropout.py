@@ -1,4 +1,5 @@
-"""Dropout on the CPU: what is kept, how often, divided by what, and the same in the backward pass."""
+"""Dropout on the CPU: what is kept, how often, divided by what, and the same in the backward
+pass."""
 
 from __future__ import annotations
 
@@ -18,14 +19,19 @@ def test_numbers_are_dropped_or_divided_by_what_is_kept(dtype, p):
     x[0, :3] = torch.tensor([torch.inf, -torch.inf, 1e4])
     y = Dropout(p)(x)
     kept = y != 0
-    torch.testing.assert_close(y[kept], (x * (1 / (1 - p)))[kept], rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=0)
+    torch.testing.assert_close(
+        y[kept], (x * (1 / (1 - p)))[kept], rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=0
+    )
     share = kept[x != 0].double().mean().item()
-    assert share == pytest.approx(1 - p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)  # four standard deviations
+    assert share == pytest.approx(
+        1 - p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5
+    )  # four standard deviations
     assert y.dtype == dtype and not torch.isnan(y).any()
 
 
 def test_each_place_is_drawn_by_itself():
-    """Neighbours share a draw of 64 bits, and nothing else: no place is likelier, none follows another."""
+    """Neighbours share a draw of 64 bits, and nothing else: no place is likelier, none follows
+    another."""
     torch.manual_seed(1)
     kept = (Dropout(0.3)(torch.ones(20_000, 8)) != 0).double()
     assert (kept.mean(0) - 0.7).abs().max() < 0.02
@@ -58,6 +64,12 @@ def test_nothing_is_drawn_where_nothing_is_dropped():
 
 def test_compiled_and_reference_are_pytorchs():
     x = torch.ones(100, 100)
-    for drop in (torch.compile(Dropout(0.25), backend="eager"), lambda x: dropout_reference(x, 0.25)):
+    for drop in (
+        torch.compile(Dropout(0.25), backend="eager"),
+        lambda x: dropout_reference(x, 0.25),
+    ):
         y = drop(x)
-        assert y.unique().tolist() == pytest.approx([0, 4 / 3]) and 0.7 < (y != 0).double().mean() < 0.8
+        assert (
+            y.unique().tolist() == pytest.approx([0, 4 / 3])
+            and 0.7 < (y != 0).double().mean() < 0.8
+        )

@@ -1,4 +1,5 @@
-"""FP8 products against float64: what the formats must lose, and nothing beyond it. They run on a CPU too."""
+"""FP8 products against float64: what the formats must lose, and nothing beyond it. They run on a
+CPU too."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Half a unit of the last bit of mantissa: the most that rounding moves a number, relative to it.
 HALF = {E4M3: 2.0**-4, E5M2: 2.0**-3}
 BF16 = 2.0**-8  # the same of the output, rounded once
-# Of the terms' magnitudes, what their sum may lose: a CPU adds in fp32, Hopper's tensor cores keep about 14 bits.
+# Of the terms' magnitudes, what their sum may lose: a CPU adds in fp32, Hopper's tensor cores keep
+# about 14 bits.
 SUMMED = 2.0**-13 if DEVICE == "cuda" else 2.0**-20
 
 pytestmark = pytest.mark.skipif(
@@ -28,12 +30,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def inputs(rows: int, width: int, out: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    rows: int, width: int, out: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight and bias as leaves, and an incoming gradient."""
     torch.manual_seed(rows + width)
     x = (scale * torch.randn(rows, width)).to(DEVICE)
     weight = (torch.randn(out, width) / width**0.5).to(DEVICE)
-    bias, dy = scale * torch.randn(out).to(DEVICE), torch.randn(rows, out).to(DEVICE, torch.bfloat16)
+    bias, dy = (
+        scale * torch.randn(out).to(DEVICE),
+        torch.randn(rows, out).to(DEVICE, torch.bfloat16),
+    )
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), dy
 
 
@@ -56,10 +63,12 @@ def test_agrees_with_float64(rows, width, out):
     y, dx, dweight, dbias = results(x, weight, bias, dy)
     x64, weight64, bias64 = (t.detach().double().requires_grad_() for t in (x, weight, bias))
     exact = F.linear(x64, weight64, bias64)
-    exact_dx, exact_dweight, exact_dbias = torch.autograd.grad(exact, (x64, weight64, bias64), dy.double())
-    # Errors even over +-half a unit have a root mean square of it / sqrt(3). Both factors of each term have one,
-    # independent of each other and of all other terms', so that a sum is relatively as far off as its terms are.
-    # Single rows and few columns scatter about that: a fifth more.
+    exact_dx, exact_dweight, exact_dbias = torch.autograd.grad(
+        exact, (x64, weight64, bias64), dy.double()
+    )
+    # Errors even over +-half a unit have a root mean square of it / sqrt(3). Both factors of each
+    # term have one, independent of each other and of all other terms', so that a sum is relatively
+    # as far off as its terms are. Single rows and few columns scatter about that: a fifth more.
     forward = 1.2 * math.hypot(HALF[E4M3], HALF[E4M3]) / math.sqrt(3)
     backward = 1.2 * math.hypot(HALF[E4M3], HALF[E5M2]) / math.sqrt(3)
     assert off(y, exact) < forward
@@ -69,8 +78,11 @@ def test_agrees_with_float64(rows, width, out):
     assert dx.dtype == dweight.dtype == dbias.dtype == torch.float32
 
 
-def assert_exact(ours: Tensor, a: Tensor, b: Tensor, rounded: float, bias: Tensor | None = None) -> None:
-    """`ours` is a (M, K) times the transpose of b (N, K), in float64, but for `rounded` and the fp32 sum."""
+def assert_exact(
+    ours: Tensor, a: Tensor, b: Tensor, rounded: float, bias: Tensor | None = None
+) -> None:
+    """`ours` is a (M, K) times the transpose of b (N, K), in float64, but for `rounded` and the
+    fp32 sum."""
     bias = ours.new_zeros((), dtype=torch.float64) if bias is None else bias
     exact, terms = a @ b.t() + bias, a.abs() @ b.abs().t() + bias.abs()
     assert ((ours.double() - exact).abs() <= rounded * exact.abs() + SUMMED * terms).all()
@@ -79,11 +91,16 @@ def assert_exact(ours: Tensor, a: Tensor, b: Tensor, rounded: float, bias: Tenso
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize(("rows", "width", "out"), SHAPES)
 def test_is_the_product_of_the_quantized(rows, width, out, scale):
-    """The operation's definition, element by element: nothing is lost beyond the one conversion of each tensor."""
+    """The operation's definition, element by element: nothing is lost beyond the one conversion of
+    each tensor."""
     x, weight, bias, dy = inputs(rows, width, out, scale)
     dy = dy * scale
     y, dx, dweight, _ = results(x, weight, bias, dy)
-    x8, weight8, dy8 = dequantized(x, E4M3).detach(), dequantized(weight, E4M3).detach(), dequantized(dy, E5M2)
+    x8, weight8, dy8 = (
+        dequantized(x, E4M3).detach(),
+        dequantized(weight, E4M3).detach(),
+        dequantized(dy, E5M2),
+    )
     bias = bias.detach().bfloat16().double()
     assert torch.equal(fp8_linear_reference(x, weight, bias), x8 @ weight8.t() + bias)
     assert_exact(y, x8, weight8, BF16, bias)
@@ -99,9 +116,14 @@ def test_quantize(dtype, scale, source):
     x = (scale * torch.randn(64, 48)).to(DEVICE, source)
     x8, factor = quantize(x, dtype)
     assert x8.dtype == dtype and factor.dtype == torch.float32 and factor.dim() == 0
-    assert x8.float().abs().max() == torch.finfo(dtype).max  # the whole range is used, and none of it overflows
-    # Below the smallest normal number the steps stay as they are there. The factor and the division round in fp32.
-    half_step = HALF[dtype] * x.double().abs().clamp(min=torch.finfo(dtype).smallest_normal * factor.item())
+    assert (
+        x8.float().abs().max() == torch.finfo(dtype).max
+    )  # the whole range is used, and none of it overflows
+    # Below the smallest normal number the steps stay as they are there. The factor and the division
+    # round in fp32.
+    half_step = HALF[dtype] * x.double().abs().clamp(
+        min=torch.finfo(dtype).smallest_normal * factor.item()
+    )
     assert ((x8.double() * factor.double() - x.double()).abs() <= half_step * (1 + 1e-5)).all()
 
 
@@ -176,10 +198,14 @@ def test_inputs_that_are_not_contiguous():
 
 def test_used_twice():
     x, weight, bias, dy = inputs(32, 48, 48)
-    twice = torch.autograd.grad(fp8_linear(x, weight, bias) + fp8_linear(x, weight, bias), (x, weight, bias), dy)
+    twice = torch.autograd.grad(
+        fp8_linear(x, weight, bias) + fp8_linear(x, weight, bias), (x, weight, bias), dy
+    )
     for ours, once in zip(twice, results(x, weight, bias, dy)[1:]):
         assert torch.equal(ours, 2 * once)
-    chained = torch.autograd.grad(fp8_linear(fp8_linear(x, weight), weight), weight, dy)[0]  # two uses of one weight
+    chained = torch.autograd.grad(fp8_linear(fp8_linear(x, weight), weight), weight, dy)[
+        0
+    ]  # two uses of one weight
     assert chained.isfinite().all() and chained.any()
 
 
@@ -187,7 +213,9 @@ def test_backward_twice():
     x, weight, bias, dy = inputs(32, 48, 16)
     y = fp8_linear(x, weight, bias)
     first = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, (x, weight, bias), dy)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, (x, weight, bias), dy))
+    )
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
@@ -197,7 +225,8 @@ def test_one_input_frozen(frozen):
     live = dict(zip(names, tensors, strict=True))
     live.pop(frozen).requires_grad_(False)
     y = fp8_linear(*tensors)
-    saved = y.grad_fn.next_functions[0][0].saved_tensors  # ty: ignore[missing-attribute, missing-union-attribute]
+    # ty: ignore[missing-attribute, missing-union-attribute]
+    saved = y.grad_fn.next_functions[0][0].saved_tensors
     # x is kept for the gradient of weight, and weight for that of x: neither for nothing
     assert (saved[0] is None, saved[2] is None) == (frozen == "weight", frozen == "x")
     for name, gradient in zip(live, torch.autograd.grad(y, tuple(live.values()), dy)):
@@ -220,14 +249,19 @@ def test_the_output_may_be_changed_in_place():
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_changes_nothing(dtype, enabled):
-    """Gradients have their inputs' dtypes, the output is bf16, and the products round as they do without it."""
+    """Gradients have their inputs' dtypes, the output is bf16, and the products round as they do
+    without it."""
     x, weight, bias, dy = inputs(32, 48, 16)
     x = x.detach().to(dtype).requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
         y, dx, dweight, dbias = results(x, weight, bias, dy)
     assert (y.dtype, dx.dtype) == (torch.bfloat16, dtype)
     assert dweight.dtype == dbias.dtype == torch.float32
-    x8, weight8, dy8 = dequantized(x, E4M3).detach(), dequantized(weight, E4M3).detach(), dequantized(dy, E5M2)
+    x8, weight8, dy8 = (
+        dequantized(x, E4M3).detach(),
+        dequantized(weight, E4M3).detach(),
+        dequantized(dy, E5M2),
+    )
     assert_exact(y, x8, weight8, BF16, bias.detach().bfloat16().double())
     assert_exact(dx, dy8, weight8.t(), BF16 if dtype == torch.bfloat16 else 0.0)
     assert_exact(dweight, dy8.t(), x8.t(), 0.0)
@@ -237,8 +271,11 @@ def test_autocast_changes_nothing(dtype, enabled):
 
 @pytest.fixture
 def without_data(monkeypatch):
-    """For tensors of device "meta": torch checks a GPU's demands on layout with them, and never with a CPU's."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
+    """For tensors of device "meta": torch checks a GPU's demands on layout with them, and never
+    with a CPU's."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
+    )  # which knows no such device
 
 
 @pytest.mark.parametrize("rows", [48, 37])
@@ -268,11 +305,15 @@ def test_devices_without_fp8_are_refused(monkeypatch):
         choose_precision("fp8", torch.device("cuda"))
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
+)
 def test_compiles_without_a_break():
     x, weight, bias, dy = inputs(37, 48, 16)
     compiled = torch.compile(fp8_linear, fullgraph=True)
     y = compiled(x, weight, bias)
     ours = y, *torch.autograd.grad(y, (x, weight, bias), dy)
     for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, results(x, weight, bias, dy)):
-        assert off(a, b.double()) < 1e-5, name  # the same FP8 numbers; only sums may be in another order
+        assert off(a, b.double()) < 1e-5, (
+            name
+        )  # the same FP8 numbers; only sums may be in another order

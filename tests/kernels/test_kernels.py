@@ -45,7 +45,12 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
 def test_auto_says_what_is_lost_without_triton(monkeypatch):
     monkeypatch.setattr(kernels._triton, "triton", None)
     chosen, lost = choose("auto", "cuda")
-    assert chosen == "torch" and lost is not None and "cross_entropy, adamw" in lost and "not installed" in lost
+    assert (
+        chosen == "torch"
+        and lost is not None
+        and "cross_entropy, adamw" in lost
+        and "not installed" in lost
+    )
 
 
 def test_triton_is_chosen_whole_or_by_name():
@@ -66,7 +71,9 @@ def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
     assert "attention" in choose("auto", "cuda", document_mask=True)[0].split(",")
     chosen, lost = choose("auto", "cuda", document_mask=True, dropout=0.1)
     assert "attention" not in chosen and lost is not None and "dropout" in lost
-    with pytest.raises(UserError, match="dropout; use --kernels cross_entropy,layer_norm,bias_gelu,adamw"):
+    with pytest.raises(
+        UserError, match="dropout; use --kernels cross_entropy,layer_norm,bias_gelu,adamw"
+    ):
         choose("triton", "cuda", dropout=0.1)
 
 
@@ -85,8 +92,13 @@ def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
 
 def test_what_is_left_out_is_not_there_as_a_kernel_either():
     assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy", None)
-    assert "attention" not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
-    with pytest.raises(UserError, match="adamw is not --without fused-adamw; use --kernels cross_entropy"):
+    assert (
+        "attention"
+        not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
+    )
+    with pytest.raises(
+        UserError, match="adamw is not --without fused-adamw; use --kernels cross_entropy"
+    ):
         choose("cross_entropy,adamw", "cuda", without=("fused-adamw",))
 
 
@@ -120,7 +132,9 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
         done = run(repo / "train_gpt2.py", *words, env={"TRITON_INTERPRET": "1"})
         assert done.returncode == 0, done.stderr
         log = map(json.loads, (tmp_path / kernels_named / "log.jsonl").read_text().splitlines())
-        losses[kernels_named] = [x.get("loss", x.get("val_loss")) for x in log if x["kind"] in ("train", "eval")]
+        losses[kernels_named] = [
+            x.get("loss", x.get("val_loss")) for x in log if x["kind"] in ("train", "eval")
+        ]
         banner = TRITON.replace(",", ", ") if kernels_named == "triton" else "torch"
         assert banner in done.stdout
     assert len(losses["torch"]) == 3
@@ -133,10 +147,16 @@ DOCUMENTS = torch.arange(N).div(5, rounding_mode="floor")[None]
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype).requires_grad_()
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
-def of_attention(operation: Callable[..., Tensor], *more: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+def of_attention(
+    operation: Callable[..., Tensor], *more: Any
+) -> tuple[Callable[..., Any], list[Tensor]]:
     return lambda qkv: operation(qkv, *more), [numbers(1, N, 3, 2, C // 2)]
 
 
@@ -146,12 +166,17 @@ def of_layer_norm(dtype: torch.dtype, triton: bool) -> tuple[Callable[..., Any],
 
 
 def of_linear_cross_entropy(triton: bool) -> tuple[Callable[..., Any], list[Tensor]]:
-    return lambda x, weight: linear_cross_entropy(x, weight, TARGETS, V - 1, triton), [numbers(N, C), numbers(V, C)]
+    return lambda x, weight: linear_cross_entropy(x, weight, TARGETS, V - 1, triton), [
+        numbers(N, C),
+        numbers(V, C),
+    ]
 
 
 def of_unlikelihood() -> tuple[Callable[..., Any], list[Tensor]]:
     targets = TARGETS[None]
-    return lambda logits: nll_and_unlikelihood(logits, targets.roll(1, 1), targets), [numbers(1, N, V)]
+    return lambda logits: nll_and_unlikelihood(logits, targets.roll(1, 1), targets), [
+        numbers(1, N, V)
+    ]
 
 
 def of_cast() -> tuple[Callable[..., Any], list[Tensor]]:
@@ -168,8 +193,14 @@ DIFFERENTIABLE: dict[str, Callable[[], tuple[Callable[..., Any], list[Tensor]]]]
     "layer_norm torch bf16": lambda: of_layer_norm(torch.bfloat16, triton=False),
     "layer_norm triton": lambda: of_layer_norm(torch.float32, triton=True),
     "bias_gelu torch": lambda: (bias_gelu, [numbers(N, C), numbers(C)]),
-    "bias_gelu triton": lambda: (lambda x, bias: bias_gelu(x, bias, triton=True), [numbers(N, C), numbers(C)]),
-    "cross_entropy torch": lambda: (lambda x: cross_entropy_reference(x, TARGETS, V - 1), [numbers(N, V)]),
+    "bias_gelu triton": lambda: (
+        lambda x, bias: bias_gelu(x, bias, triton=True),
+        [numbers(N, C), numbers(C)],
+    ),
+    "cross_entropy torch": lambda: (
+        lambda x: cross_entropy_reference(x, TARGETS, V - 1),
+        [numbers(N, V)],
+    ),
     "cross_entropy triton": lambda: (lambda x: cross_entropy(x, TARGETS, V - 1), [numbers(N, V)]),
     "linear_cross_entropy torch": lambda: of_linear_cross_entropy(triton=False),
     "linear_cross_entropy triton": lambda: of_linear_cross_entropy(triton=True),
@@ -189,8 +220,12 @@ def test_compiled_gradients_are_those_of_eager(name):
     def gradients(run: Callable[..., Any]) -> list[Tensor]:
         outputs = run(*inputs[:1]) if isinstance(operation, Cast) else run(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        weights = [torch.linspace(0.5, 2, out.numel()).view(out.shape) for out in outputs]  # no gradient is one
-        total = sum((out.float() * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+        weights = [
+            torch.linspace(0.5, 2, out.numel()).view(out.shape) for out in outputs
+        ]  # no gradient is one
+        total = sum(
+            (out.float() * weight).sum() for out, weight in zip(outputs, weights, strict=True)
+        )
         assert isinstance(total, Tensor)
         return list(torch.autograd.grad(total, inputs))
 

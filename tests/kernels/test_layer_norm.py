@@ -14,9 +14,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 FP32, BF16 = torch.float32, torch.bfloat16
 
-# fp32 sums of up to a few thousand terms, whose rounding errors (6e-8 each) mostly cancel. bf16 keeps 8 bits, 2^-8 of a
-# value when rounded and 2^-7 when cut off, as Triton's interpreter does; the inputs below are exact in bf16, and so is
-# the sum of two of them, so only the result itself is rounded.
+# fp32 sums of up to a few thousand terms, whose rounding errors (6e-8 each) mostly cancel. bf16
+# keeps 8 bits, 2^-8 of a value when rounded and 2^-7 when cut off, as Triton's interpreter does;
+# the inputs below are exact in bf16, and so is the sum of two of them, so only the result itself is
+# rounded.
 TOLERANCE = {FP32: 4e-6, BF16: 2**-7}
 
 both = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
@@ -37,22 +38,29 @@ def inputs(
     return a, b, c, d
 
 
-def in_float64(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def in_float64(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     total = x.double() if branch is None else x.double() + branch.double()
     return total, F.layer_norm(total, weight.shape, weight.double(), bias.double(), EPS)
 
 
 def run(leaves, triton: bool | None, use: tuple[bool, bool] = (True, True)) -> list[Tensor]:
-    """Both outputs, and the leaves' gradients for fixed gradients of the outputs in `use`; triton None: in float64."""
+    """Both outputs, and the leaves' gradients for fixed gradients of the outputs in `use`; triton
+    None: in float64."""
     x, branch, weight, bias = leaves
     pair = (
-        in_float64(x, branch, weight, bias) if triton is None else add_layer_norm(x, branch, weight, bias, EPS, triton)
+        in_float64(x, branch, weight, bias)
+        if triton is None
+        else add_layer_norm(x, branch, weight, bias, EPS, triton)
     )
     torch.manual_seed(0)
     grads = [coarse(*x.shape, dtype=t.dtype) for t in pair]
     used = [i for i in (0, 1) if use[i]]
     asked = [t for t in leaves if t is not None and t.requires_grad]
-    found = torch.autograd.grad([pair[i] for i in used], asked, [grads[i] for i in used], allow_unused=True)
+    found = torch.autograd.grad(
+        [pair[i] for i in used], asked, [grads[i] for i in used], allow_unused=True
+    )
     return [*(t.detach() for t in pair), *found]
 
 
@@ -61,11 +69,15 @@ def close(ours: Tensor, exact: Tensor, tolerance: float) -> bool:
     return bool((ours - exact).abs().max() <= tolerance * exact.abs().max())
 
 
-def check(leaves, triton: bool, use: tuple[bool, bool] = (True, True), tolerance: float | None = None) -> None:
+def check(
+    leaves, triton: bool, use: tuple[bool, bool] = (True, True), tolerance: float | None = None
+) -> None:
     """Outputs and gradients have the dtypes promised and agree with float64."""
     x = leaves[0]
     dtypes = [x.dtype, x.dtype, *(t.dtype for t in leaves if t is not None)]
-    for ours, exact, dtype in zip(run(leaves, triton, use), run(leaves, None, use), dtypes, strict=True):
+    for ours, exact, dtype in zip(
+        run(leaves, triton, use), run(leaves, None, use), dtypes, strict=True
+    ):
         assert (ours is None) == (exact is None)
         if ours is None:
             continue
@@ -84,7 +96,13 @@ def test_agrees_with_float64(shape, triton):
 
 
 # x, branch, weight and bias; the first is a fp32 stream under autocast, whose branches are bf16
-MIXED = [(FP32, BF16, FP32), (BF16, BF16, BF16), (BF16, BF16, FP32), (BF16, FP32, BF16), (FP32, FP32, BF16)]
+MIXED = [
+    (FP32, BF16, FP32),
+    (BF16, BF16, BF16),
+    (BF16, BF16, FP32),
+    (BF16, FP32, BF16),
+    (FP32, FP32, BF16),
+]
 
 
 @both
@@ -105,11 +123,14 @@ def test_large_mean(triton):
 
 @both
 def test_norm_is_of_the_sum_as_it_was_rounded(triton):
-    """At 64 bf16 rounds by up to 1/4: the statistics must be those of what later blocks and the backward pass read."""
+    """At 64 bf16 rounds by up to 1/4: the statistics must be those of what later blocks and the
+    backward pass read."""
     x, branch, weight, bias = inputs(9, 48, x=BF16, branch=BF16, affine=BF16)
     total, normed = add_layer_norm((x + 64).detach(), branch, weight, bias, EPS, triton)
     assert close(normed, in_float64(total, None, weight, bias)[1], TOLERANCE[BF16])
-    assert not close(normed, in_float64((x + 64).detach(), branch, weight, bias)[1], 4 * TOLERANCE[BF16])
+    assert not close(
+        normed, in_float64((x + 64).detach(), branch, weight, bias)[1], 4 * TOLERANCE[BF16]
+    )
 
 
 @both
@@ -132,14 +153,18 @@ def test_stream_is_its_own_branch(triton):
     x, _, weight, bias = inputs(9, 48)
     total, normed = add_layer_norm(x, x, weight, bias, EPS, triton)
     total64, normed64 = in_float64(x, x, weight, bias)
-    ours, exact = (torch.autograd.grad(loss.sum(), x)[0] for loss in (total * normed, total64 * normed64))
+    ours, exact = (
+        torch.autograd.grad(loss.sum(), x)[0] for loss in (total * normed, total64 * normed64)
+    )
     assert close(ours, exact, TOLERANCE[FP32])
 
 
 @both
 def test_not_contiguous(triton):
     leaves = inputs(10, 48)
-    apart = [torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in leaves]  # every second element
+    apart = [
+        torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in leaves
+    ]  # every second element
     assert not any(t.is_contiguous() for t in apart)
     check(apart, triton)
 
@@ -177,7 +202,8 @@ def test_same_bits_twice(triton):
     assert all(torch.equal(a, b) for a, b in zip(run(leaves, triton), run(leaves, triton)))
 
 
-# Frozen inputs, and what the backward pass is then asked for: the stream's gradient, its copy in bf16, weight and bias
+# Frozen inputs, and what the backward pass is then asked for: the stream's gradient, its copy in
+# bf16, weight and bias
 FROZEN = [
     ((), (True, BF16, True)),
     ((0,), (True, BF16, True)),
@@ -193,7 +219,9 @@ def test_no_work_for_what_is_frozen(monkeypatch, frozen, asked):
     leaves = inputs(9, 48, branch=BF16)
     expected = run(leaves, True)[2:]
     seen = []
-    monkeypatch.setattr(kernels.layer_norm, "_backward", lambda *a: seen.append(a[-3:]) or _backward(*a))
+    monkeypatch.setattr(
+        kernels.layer_norm, "_backward", lambda *a: seen.append(a[-3:]) or _backward(*a)
+    )
     for i in frozen:
         leaves[i].requires_grad_(False)
     ours = run(leaves, True)[2:]
@@ -226,7 +254,9 @@ def test_operations_keep_their_promises(branch):
     torch.library.opcheck(_forward, (x, b if branch else None, weight, bias, EPS))
     total, d, row = coarse(5, 48), coarse(5, 48), torch.rand(5, device=DEVICE)
     for wanted in ((True, BF16, False), (False, None, True)):
-        torch.library.opcheck(_backward, (d, total if branch else None, total, weight.detach(), row, row, *wanted))
+        torch.library.opcheck(
+            _backward, (d, total if branch else None, total, weight.detach(), row, row, *wanted)
+        )
 
 
 @both
@@ -246,7 +276,11 @@ def test_compiles_without_a_break(branch, triton):
 
 def test_shapes_that_do_not_fit():
     x, branch, weight, bias = inputs(4, 48)
-    for wrong in ((x, branch[:1], weight, bias), (x, branch, weight[1:], bias[1:]), (x, None, weight, bias[:1])):
+    for wrong in (
+        (x, branch[:1], weight, bias),
+        (x, branch, weight[1:], bias[1:]),
+        (x, None, weight, bias[:1]),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             add_layer_norm(*wrong, EPS, triton=True)
 
@@ -281,6 +315,7 @@ def test_gradients_of_gain_and_bias_add_up_over_many_rows_of_bf16():
     normed = add_layer_norm(x, None, affine[0], affine[1], EPS)[1]
     reference = torch.nn.functional.layer_norm(x.double(), (16,), exact[0], exact[1], EPS)
     for ours, theirs in zip(
-        torch.autograd.grad(normed, affine, dnormed), torch.autograd.grad(reference, exact, dnormed.double())
+        torch.autograd.grad(normed, affine, dnormed),
+        torch.autograd.grad(reference, exact, dnormed.double()),
     ):
         assert (ours - theirs).norm() <= 2**-8 * theirs.norm()  # rounded once

@@ -1,4 +1,5 @@
-"""Head and loss, in PyTorch and with the Triton kernel, against float64: values and gradients, at awkward shapes."""
+"""Head and loss, in PyTorch and with the Triton kernel, against float64: values and gradients, at
+awkward shapes."""
 
 from __future__ import annotations
 
@@ -10,13 +11,19 @@ from torch import Tensor
 
 import kernels.linear_cross_entropy as lce
 from kernels._triton import missing
-from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from kernels.linear_cross_entropy import (
+    IGNORE,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# fp32 sums of up to a few thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of the largest value.
+# fp32 sums of up to a few thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of
+# the largest value.
 FP32 = 1e-5
-# bf16 keeps 8 bits (2^-9 relative when rounded): the logits are rounded once as they leave the product, their gradient
-# once before the next two (the interpreter cuts there: two roundings), and dx once more; so may the head's gradient be.
+# bf16 keeps 8 bits (2^-9 relative when rounded): the logits are rounded once as they leave the
+# product, their gradient once before the next two (the interpreter cuts there: two roundings), and
+# dx once more; so may the head's gradient be.
 BF16 = 5 * 2**-9
 
 needs_triton = pytest.mark.skipif(missing(DEVICE) is not None, reason="needs Triton")
@@ -24,7 +31,9 @@ BOTH = [False, pytest.param(True, marks=needs_triton)]
 each = pytest.mark.parametrize("triton", BOTH, ids=["torch", "triton"])
 
 
-def inputs(rows: int, width: int, vocab: int, padded: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    rows: int, width: int, vocab: int, padded: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(rows + padded)
     x = torch.randn(rows, width, device=DEVICE) * scale
     weight = torch.randn(padded, width, device=DEVICE) / width**0.5
@@ -45,7 +54,10 @@ def check(
     x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     # The reference's own .float() would round: its two lines in float64.
     logits = (x64 @ weight64.t())[:, :vocab]
-    (torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * times).backward()
+    (
+        torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        * times
+    ).backward()
     ours = linear_cross_entropy(x.detach(), weight.detach(), targets, vocab, triton)
     rows = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     assert (ours - rows.sum()).abs() <= tolerance * rows.abs().sum() + 1e-30
@@ -55,12 +67,20 @@ def check(
         assert (ours - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-SHAPES = [(1, 48, 331, 384), (3, 48, 331, 331), (129, 8, 331, 384), (3, 16, 50257, 50304), (3, 8, 50257, 50257)]
+SHAPES = [
+    (1, 48, 331, 384),
+    (3, 48, 331, 331),
+    (129, 8, 331, 384),
+    (3, 16, 50257, 50304),
+    (3, 8, 50257, 50257),
+]
 CASES = [
     *((shape, triton) for shape in SHAPES for triton in BOTH),
     ((257, 8, 50257, 50257), False),  # several of the pieces that a CPU takes at once
     ((1023, 48, 331, 384), False),
-    pytest.param((1023, 48, 331, 384), True, marks=pytest.mark.gpu),  # every row is Python in the interpreter
+    pytest.param(
+        (1023, 48, 331, 384), True, marks=pytest.mark.gpu
+    ),  # every row is Python in the interpreter
 ]
 
 
@@ -78,9 +98,14 @@ def test_reference_agrees_with_float64(reduction):
     x, weight, targets = inputs(31, 16, 331, 384)
     targets[::3] = IGNORE
     exact = torch.nn.functional.cross_entropy(
-        (x.double() @ weight.double().t())[:, :331], targets, ignore_index=IGNORE, reduction=reduction
+        (x.double() @ weight.double().t())[:, :331],
+        targets,
+        ignore_index=IGNORE,
+        reduction=reduction,
     )
-    torch.testing.assert_close(linear_cross_entropy_reference(x, weight, targets, 331, reduction).double(), exact)
+    torch.testing.assert_close(
+        linear_cross_entropy_reference(x, weight, targets, 331, reduction).double(), exact
+    )
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -165,7 +190,11 @@ def test_inputs_have_another_use(triton):
     """A tied head and a penalty on the hidden states: both gradients add to the loss's own."""
     x, weight, targets = inputs(9, 24, 331, 384)
     alone = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 331, triton), (x, weight))
-    loss = linear_cross_entropy(x, weight, targets, 331, triton) + x.square().sum() + weight[targets].sum()
+    loss = (
+        linear_cross_entropy(x, weight, targets, 331, triton)
+        + x.square().sum()
+        + weight[targets].sum()
+    )
     dx, dweight = torch.autograd.grad(loss, (x, weight))
     torch.testing.assert_close(dx, alone[0] + 2 * x)
     uses = torch.bincount(targets, minlength=384)[:, None]
@@ -179,13 +208,22 @@ def test_inputs_that_are_not_contiguous(triton):
     grad = torch.autograd.grad(loss, x)[0]
     apart = x[::2].detach().contiguous().requires_grad_()
     torch.testing.assert_close(
-        grad[::2], torch.autograd.grad(linear_cross_entropy(apart, weight, targets[::2], 331, triton), apart)[0]
+        grad[::2],
+        torch.autograd.grad(linear_cross_entropy(apart, weight, targets[::2], 331, triton), apart)[
+            0
+        ],
     )
-    columns = torch.randn(24, 20, device=DEVICE).t().requires_grad_()  # transposed: a leaf with strides (1, 20)
+    columns = (
+        torch.randn(24, 20, device=DEVICE).t().requires_grad_()
+    )  # transposed: a leaf with strides (1, 20)
     check(columns, weight.detach().t().contiguous().t().requires_grad_(), targets, 331, triton)
     row = torch.randn(1, 24, device=DEVICE).requires_grad_()
-    expanded = torch.autograd.grad(linear_cross_entropy(row.expand(20, 24), weight, targets, 331, triton), row)[0]
-    repeated = torch.autograd.grad(linear_cross_entropy(row.repeat(20, 1), weight, targets, 331, triton), row)[0]
+    expanded = torch.autograd.grad(
+        linear_cross_entropy(row.expand(20, 24), weight, targets, 331, triton), row
+    )[0]
+    repeated = torch.autograd.grad(
+        linear_cross_entropy(row.repeat(20, 1), weight, targets, 331, triton), row
+    )[0]
     torch.testing.assert_close(expanded, repeated)
 
 
@@ -208,10 +246,14 @@ def test_no_grad_keeps_no_graph(triton):
     with torch.no_grad():
         loss = linear_cross_entropy(x, weight, targets, 331, triton)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, linear_cross_entropy(x, weight, targets, 331, triton).detach(), rtol=FP32, atol=0)
+    torch.testing.assert_close(
+        loss, linear_cross_entropy(x, weight, targets, 331, triton).detach(), rtol=FP32, atol=0
+    )
 
 
-@pytest.mark.parametrize(("rows", "triton"), [(1, False), (1023, False), *((65, triton) for triton in BOTH[1:])])
+@pytest.mark.parametrize(
+    ("rows", "triton"), [(1, False), (1023, False), *((65, triton) for triton in BOTH[1:])]
+)
 def test_bf16_under_autocast(rows, triton):
     x, weight, targets = inputs(rows, 48, 331, 384)
     targets[1::5] = IGNORE
@@ -225,7 +267,8 @@ def test_bf16_under_autocast(rows, triton):
 @each
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
 def test_bf16_hidden_states(monkeypatch, head, triton):
-    """What the model hands over when its last operation ran in bf16; a bf16 head too where weights are cast once."""
+    """What the model hands over when its last operation ran in bf16; a bf16 head too where weights
+    are cast once."""
     x, weight, targets = inputs(33, 48, 331, 384)
     x = x.detach().bfloat16().requires_grad_()
     weight = weight.detach().bfloat16().to(head).requires_grad_()
@@ -235,12 +278,16 @@ def test_bf16_hidden_states(monkeypatch, head, triton):
 
 
 @each
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
+)
 def test_compiles_without_a_break(triton):
     x, weight, targets = inputs(9, 16, 331, 384)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     ours = torch.autograd.grad(compiled(x, weight, targets, 331, triton) * 3.0, (x, weight))
-    eager = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 331, triton) * 3.0, (x, weight))
+    eager = torch.autograd.grad(
+        linear_cross_entropy(x, weight, targets, 331, triton) * 3.0, (x, weight)
+    )
     torch.testing.assert_close(ours, eager)
 
 
@@ -261,7 +308,8 @@ def test_memory_is_a_chunk_and_not_the_logits():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_cross_entropy(x, weight, targets, 50257, triton=True).backward()
-    # A seventh of the logits, the gradients of x (0.1 GB) and of the head in fp32 (0.15 GB), and cuBLAS's workspace.
+    # A seventh of the logits, the gradients of x (0.1 GB) and of the head in fp32 (0.15 GB), and
+    # cuBLAS's workspace.
     assert torch.cuda.max_memory_allocated() - before < 1.5e9  # the logits: 6.6 GB
 
 

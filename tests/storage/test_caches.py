@@ -1,4 +1,5 @@
-"""Which files are data, what of them is kept between runs, and runs on shards whose tokenizer is elsewhere."""
+"""Which files are data, what of them is kept between runs, and runs on shards whose tokenizer is
+elsewhere."""
 
 from __future__ import annotations
 
@@ -25,8 +26,19 @@ from text import corpus, prepare
 from text.rows import read_rows
 from text.tokenizer import GPT2_SHA256
 
-HIDDEN = [".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt", "__MACOSX/a.txt", "._a.txt", "sub/.tmp-a.txt",
-          ".cache/deep/er.txt", "sub/.hidden.txt", "#a.txt#", "a.txt~", "~$a.txt", "lost+found/a.txt"]  # fmt: skip
+HIDDEN = [
+    ".ipynb_checkpoints/a-checkpoint.txt",
+    ".git/x.txt",
+    "__MACOSX/a.txt",
+    "._a.txt",
+    "sub/.tmp-a.txt",
+    ".cache/deep/er.txt",
+    "sub/.hidden.txt",
+    "#a.txt#",
+    "a.txt~",
+    "~$a.txt",
+    "lost+found/a.txt",
+]
 
 
 def write(path: Path, text: str = "x") -> Path:
@@ -43,7 +55,9 @@ def found(spec: object) -> list[str]:
 
 
 def test_hidden_files_are_no_data(tmp_path: Path) -> None:
-    data = tmp_path / ".cache" / "data"  # the folder that is named may itself lie below a hidden one
+    data = (
+        tmp_path / ".cache" / "data"
+    )  # the folder that is named may itself lie below a hidden one
     for name in ("a.txt", "sub/b.txt", *HIDDEN):
         write(data / name)
     for spec in (data, f"{data}/**/*.txt", f"{data}/**", f"{data}/*.txt,{data}/sub/*"):
@@ -53,7 +67,15 @@ def test_hidden_files_are_no_data(tmp_path: Path) -> None:
 def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
     for name in HIDDEN:
         write(tmp_path / name)
-    for spec in (".cache", "._a.txt", ".git/*.txt", "**/.git/*.txt", "__MACOSX/*", "sub/.*.txt", ".cache/**/*.txt"):
+    for spec in (
+        ".cache",
+        "._a.txt",
+        ".git/*.txt",
+        "**/.git/*.txt",
+        "__MACOSX/*",
+        "sub/.*.txt",
+        ".cache/**/*.txt",
+    ):
         assert found(tmp_path / spec), spec
 
 
@@ -76,9 +98,18 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "b.txt")
     os.link(a, tmp_path / "d" / "hard.txt")
     os.symlink(a, tmp_path / "d" / "soft.txt")
-    for name, target in {"loop": ".", "up": "..", "linked": "../elsewhere", "again": "../elsewhere"}.items():
+    for name, target in {
+        "loop": ".",
+        "up": "..",
+        "linked": "../elsewhere",
+        "again": "../elsewhere",
+    }.items():
         os.symlink(target, tmp_path / "d" / name)
-    for spec in (f"{tmp_path}/d", f"{tmp_path}/d/**", f"{tmp_path}/d,{tmp_path}/d/a.txt,{tmp_path}/elsewhere"):
+    for spec in (
+        f"{tmp_path}/d",
+        f"{tmp_path}/d/**",
+        f"{tmp_path}/d,{tmp_path}/d/a.txt,{tmp_path}/elsewhere",
+    ):
         assert found(spec) == ["a.txt", "b.txt"], spec
 
 
@@ -94,9 +125,13 @@ def test_a_very_long_list_of_files(tmp_path: Path) -> None:
     assert len(found(",".join(names))) == 300
 
 
-@given(st.lists(st.sampled_from(["**", "*", "?", "a*", "b", "[ab]", "*.txt"]), min_size=1, max_size=4))
+@given(
+    st.lists(st.sampled_from(["**", "*", "?", "a*", "b", "[ab]", "*.txt"]), min_size=1, max_size=4)
+)
 @settings(max_examples=60, deadline=None)
-def test_globs_match_as_in_python(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+def test_globs_match_as_in_python(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str]
+) -> None:
     import glob
 
     root = tmp_path_factory.getbasetemp() / "globbed"
@@ -104,7 +139,9 @@ def test_globs_match_as_in_python(tmp_path_factory: pytest.TempPathFactory, part
         write(root / name)
     pattern = str(root.joinpath(*parts))
     assume(not os.path.isdir(pattern))  # a folder is all that is below it
-    expected = sorted({Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)})
+    expected = sorted(
+        {Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    )
     ((_, files),) = corpus.named_files(pattern, (".txt",))
     assert files == expected
 
@@ -112,7 +149,11 @@ def test_globs_match_as_in_python(tmp_path_factory: pytest.TempPathFactory, part
 # ---- names
 
 
-@given(st.sampled_from(["val", "validation", "VAL", "Validation"]), st.sampled_from("_-. 0"), st.booleans())
+@given(
+    st.sampled_from(["val", "validation", "VAL", "Validation"]),
+    st.sampled_from("_-. 0"),
+    st.booleans(),
+)
 def test_a_whole_word_marks_validation(word: str, between: str, first: bool) -> None:
     words = [word, "fineweb", "000001"] if first else ["edu", word, "000000"]
     assert is_validation(between.join(words) + ".bin") and is_validation(word + ".npy")
@@ -135,7 +176,10 @@ def test_shards_without_a_word_are_all_trained_on(tmp_path: Path) -> None:
 def test_a_files_own_name_tells_its_split(tmp_path: Path) -> None:
     for name in ("test-kit/train.csv", "test-kit/dev.csv", "latest/éval-train.csv"):
         write(tmp_path / name, f"text\n{name}\n")
-    rows = {split: read_rows(str(tmp_path), {"text": "text"}, split=split).rows for split in ("train", "validation")}
+    rows = {
+        split: read_rows(str(tmp_path), {"text": "text"}, split=split).rows
+        for split in ("train", "validation")
+    }
     assert [row["text"] for row in rows["train"]] == ["latest/éval-train.csv", "test-kit/train.csv"]
     assert [row["text"] for row in rows["validation"]] == ["test-kit/dev.csv"]
 
@@ -193,7 +237,9 @@ def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
         assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.txt"
     shutil.copy(inputs / "text.txt", file)
     tokenize = prepare.tokenize_to_folder
@@ -264,7 +310,9 @@ def test_a_cache_that_cannot_be_written(
     with pytest.raises(UserError, match=r"cannot write to --cache .*: --cache FOLDER") as error:
         open_data(str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8)
     assert "\n" not in str(error.value)
-    tokens = open_data(str(inputs / "tokens.npy"), None, str(inputs / "tokenizer"), "text", cache, 8)
+    tokens = open_data(
+        str(inputs / "tokens.npy"), None, str(inputs / "tokenizer"), "text", cache, 8
+    )
     assert tokens.train.n_tokens + tokens.val.n_tokens == 2000
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -274,11 +322,20 @@ def test_shards_make_no_cache(tmp_path: Path, inputs: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_while_tokenizing(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_tokenizing(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    open_text = (str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
+    open_text = (
+        str(inputs / "text.txt"),
+        None,
+        str(inputs / "tokenizer"),
+        "text",
+        tmp_path / "cache",
+        8,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(shards.ShardWriter, "_write", full)
         with pytest.raises(UserError, match=r"cannot write to --cache .*No space left on device"):
@@ -288,7 +345,9 @@ def test_a_full_disk_while_tokenizing(tmp_path: Path, inputs: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("read", ["dry run", "run"])
-def test_a_text_that_cannot_be_read(read: str, tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_cannot_be_read(
+    read: str, tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, unguarded = inputs / "text.txt", Path.open
 
     def refuse(path: Path, *how: Any, **more: Any) -> Any:
@@ -308,7 +367,9 @@ def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) ->
         open_data(str(tmp_path), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
 
 
-def test_a_file_system_without_locks(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -318,10 +379,20 @@ def test_a_file_system_without_locks(tmp_path: Path, inputs: Path, monkeypatch: 
     assert data.train.n_tokens and not list(cache.glob("*.tmp"))
 
 
-def test_another_users_cache_is_used_as_it_stands(tmp_path: Path, inputs: Path, request: pytest.FixtureRequest) -> None:
+def test_another_users_cache_is_used_as_it_stands(
+    tmp_path: Path, inputs: Path, request: pytest.FixtureRequest
+) -> None:
     said: list[str] = []
     cache = tmp_path / "cache"
-    words = (str(inputs / "text.txt"), None, str(inputs / "tokenizer"), "text", cache, 8, said.append)
+    words = (
+        str(inputs / "text.txt"),
+        None,
+        str(inputs / "tokenizer"),
+        "text",
+        cache,
+        8,
+        said.append,
+    )
     first = open_data(*words)
     (cache / "index.json").unlink()
     tmp_path.chmod(0o755)
@@ -338,7 +409,9 @@ def missing(_: object) -> None:
     raise UserError("GPT-2's tokenizer is not on this machine")
 
 
-def test_shards_without_gpt2_are_still_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_without_gpt2_are_still_gpt2s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from text import tokenizer
 
     monkeypatch.setattr(tokenizer, "_tiktoken_gpt2", missing)
@@ -351,7 +424,9 @@ def test_shards_without_gpt2_are_still_gpt2s(tmp_path: Path, monkeypatch: pytest
 
 def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    made = open_data(str(tmp_path / "text.txt"), None, str(tmp_path / "tokenizer"), "text", tmp_path / "made", 16)
+    made = open_data(
+        str(tmp_path / "text.txt"), None, str(tmp_path / "tokenizer"), "text", tmp_path / "made", 16
+    )
     (manifest,) = (tmp_path / "made").glob("*/manifest.json")
     manifest.parent.rename(tmp_path / "shards")
     shutil.rmtree(tmp_path / "shards" / "tokenizer")
@@ -359,12 +434,16 @@ def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     words = [word for word in small("--data", "shards", "--steps", 2) if word != "tokenizer"]
     for word in ("--tokenizer", "--val-data", "val.txt"):
         words.remove(word)
-    (end,) = launch(tmp_path, [*words, "--eval-every", "2", "--save-every", "1", "--sample-every", "1"])
+    (end,) = launch(
+        tmp_path, [*words, "--eval-every", "2", "--save-every", "1", "--sample-every", "1"]
+    )
     assert end.code == 0, end.err
     assert not (tmp_path / "cache").exists()
     (warning,) = log_of(tmp_path / "run", "warning")
     assert warning["text"].startswith("training without the tokenizer of the shards (there is no ")
-    assert not log_of(tmp_path / "run", "sample") and not list((tmp_path / "run").rglob("tokenizer*"))
+    assert not log_of(tmp_path / "run", "sample") and not list(
+        (tmp_path / "run").rglob("tokenizer*")
+    )
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
     assert (identity["tokenizer"], identity["vocabulary"]) == (made.vocabulary.sha256, 300)
     (end,) = launch(tmp_path, ["run", "--data", "shards", "--device", "cpu"], program="evaluate")
@@ -401,9 +480,17 @@ def test_ids_beyond_gpt2_tell_the_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--data nowhere", "--data nowhere.txt", "--data no/where", "--data *.csv", "--val-data nowhere",
-     "--tokenizer nowhere", "--init nowhere", "--data empty"],
-)  # fmt: skip
+    [
+        "--data nowhere",
+        "--data nowhere.txt",
+        "--data no/where",
+        "--data *.csv",
+        "--val-data nowhere",
+        "--tokenizer nowhere",
+        "--init nowhere",
+        "--data empty",
+    ],
+)
 def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
     (inputs / "empty").mkdir(exist_ok=True)
     (end,) = launch(inputs, small("--dry-run", "--out", "new", *words.split()))
@@ -420,8 +507,20 @@ def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: P
         check_data(str(tmp_path), "nowhere", None, "text", tmp_path / "none")
 
 
-@pytest.mark.parametrize("task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"])
+@pytest.mark.parametrize(
+    "task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"]
+)
 def test_a_dry_run_of_a_task_without_its_data(inputs: Path, task: str) -> None:
-    words = ["--dry-run", "--init", "scratch", "--preset", "micro", "--tokenizer", "tokenizer", "--data", "nowhere.csv"]
+    words = [
+        "--dry-run",
+        "--init",
+        "scratch",
+        "--preset",
+        "micro",
+        "--tokenizer",
+        "tokenizer",
+        "--data",
+        "nowhere.csv",
+    ]
     (end,) = launch(inputs, [*words, "--out", "new"], program=f"finetune.{task}")
     assert end.code == 2 and end.err.count("\n") == 1 and "nowhere.csv" in end.err, end

@@ -1,4 +1,5 @@
-"""Checkpoint folders: whole or absent, verified, pruned, written beside the training; and the log that goes with them."""
+"""Checkpoint folders: whole or absent, verified, pruned, written beside the training; and the log
+that goes with them."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_flushes_no_folders(reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_flushes_no_folders(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode) or not flushes_files:
             raise OSError(reason, os.strerror(reason))
@@ -77,15 +80,21 @@ def test_a_file_system_that_flushes_no_folders(reason: int, tmp_path: Path, monk
         checkpoint.write_folder(tmp_path / "lost", fill)
 
 
-def test_every_file_is_flushed_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_flushed_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append(f"{path.relative_to(tmp_path)}"))
+    monkeypatch.setattr(
+        checkpoint, "flush", lambda path: flushed.append(f"{path.relative_to(tmp_path)}")
+    )
     checkpoint.write_folder(tmp_path / "step", write_texts(a_txt="a"))
     inside = [".tmp-step/a.txt", ".tmp-step/manifest.json", ".tmp-step"]
     assert flushed == [*inside, "."], "the parent, which holds the new name, comes last"
 
 
-def test_a_removal_that_is_cut_off_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removal_that_is_cut_off_leaves_no_half_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "step"
     checkpoint.write_folder(folder, write_texts(a_txt="old"))
 
@@ -96,18 +105,32 @@ def test_a_removal_that_is_cut_off_leaves_no_half_folder(tmp_path: Path, monkeyp
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint._remove(folder)
-    assert [path.name[: len(checkpoint.TEMPORARY)] for path in tmp_path.iterdir()] == [checkpoint.TEMPORARY]
+    assert [path.name[: len(checkpoint.TEMPORARY)] for path in tmp_path.iterdir()] == [
+        checkpoint.TEMPORARY
+    ]
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
     "no folder": (shutil.rmtree, "it has no manifest.json"),
-    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"files": {'), "not that of a checkpoint"),
-    "foreign manifest": (lambda f: (f / "manifest.json").write_text('{"files": [1]}'), "not that of a checkpoint"),
-    "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\0"), "not that of a checkpoint"),
+    "torn manifest": (
+        lambda f: (f / "manifest.json").write_text('{"files": {'),
+        "not that of a checkpoint",
+    ),
+    "foreign manifest": (
+        lambda f: (f / "manifest.json").write_text('{"files": [1]}'),
+        "not that of a checkpoint",
+    ),
+    "binary manifest": (
+        lambda f: (f / "manifest.json").write_bytes(b"\xff\0"),
+        "not that of a checkpoint",
+    ),
     "missing file": (lambda f: (f / "b.txt").unlink(), "b.txt is missing"),
     "truncated file": (lambda f: (f / "b.txt").write_text("bb"), "b.txt has 2 bytes, not 3"),
-    "flipped byte": (lambda f: (f / "a.txt").write_text("aba"), "a.txt is damaged (its sha256 differs)"),
+    "flipped byte": (
+        lambda f: (f / "a.txt").write_text("aba"),
+        "a.txt is damaged (its sha256 differs)",
+    ),
 }
 
 
@@ -127,7 +150,9 @@ def test_a_damaged_folder_says_why(tmp_path: Path, damage: str) -> None:
 def make_run(run: Path, metrics: dict[int, float | None]) -> None:
     for step, metric in metrics.items():
         meta = json.dumps({"step": step, "best_metric": metric})
-        checkpoint.write_folder(checkpoint.step_folder(run, step), write_texts(training_state_json=meta))
+        checkpoint.write_folder(
+            checkpoint.step_folder(run, step), write_texts(training_state_json=meta)
+        )
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -135,13 +160,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for mode, best in (("max", 3), ("min", 2)):
         assert checkpoint.ranked(tmp_path, mode)[0][0].name == f"step-{best:08d}"
     checkpoint.prune(tmp_path, 5, 2, "max")
-    assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], "6 is later than the step: neither kept nor counted"
+    assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], (
+        "6 is later than the step: neither kept nor counted"
+    )
     checkpoint.prune(tmp_path, 6, 1, "min")
     assert checkpoint_steps(tmp_path) == [5, 6]
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize(("keep_best", "left"), [(1, [3, 7]), (2, [2, 3, 7]), (3, [2, 3, 6, 7]), (9, [2, 3, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("keep_best", "left"), [(1, [3, 7]), (2, [2, 3, 7]), (3, [2, 3, 6, 7]), (9, [2, 3, 5, 6, 7])]
+)
 def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list[int]) -> None:
     make_run(tmp_path, {1: None, 2: 4.0, 3: 5.0, 4: None, 5: 1.0, 6: 2.0, 7: None})
     checkpoint.prune(tmp_path, 7, 1, "max", keep_best)
@@ -157,37 +186,64 @@ def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-NOT_OURS = ("step-00000002-backup", "step-2", "step-000000002", "step-0000000a", "old-step-00000002", "notes", "best")
+NOT_OURS = (
+    "step-00000002-backup",
+    "step-2",
+    "step-000000002",
+    "step-0000000a",
+    "old-step-00000002",
+    "notes",
+    "best",
+)
 
 
 @given(st.sets(st.sampled_from(NOT_OURS)), st.integers(1, 3), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(names, keep, with_link) -> None:
+def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
+    names, keep, with_link
+) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary)
         make_run(run, {1: 1.0, 2: 5.0, 3: 4.0, 4: 3.0})
         folder = run / "checkpoints"
         for name in names:
             shutil.copytree(folder / "step-00000002", folder / name)
-        shutil.copytree(folder / "step-00000002", folder / "step-00000099")  # a copy: it holds another step
+        shutil.copytree(
+            folder / "step-00000002", folder / "step-00000099"
+        )  # a copy: it holds another step
         (folder / ".tmp-mine").mkdir()
         (folder / ".tmp-mine" / "a.txt").write_text("mine")
         (run / ".tmp-notes").write_text("mine")
         if with_link:
-            (folder / "step-00000000").symlink_to(folder / "step-00000003", target_is_directory=True)
+            (folder / "step-00000000").symlink_to(
+                folder / "step-00000003", target_is_directory=True
+            )
         told: list[str] = []
         assert checkpoint.newest(run, told.append) == checkpoint.step_folder(run, 4)
-        assert told == [f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"]
+        assert told == [
+            f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"
+        ]
         checkpoint.clean(run)
         checkpoint.prune(run, 99, keep, "min")
-        assert checkpoint.ranked(run, "max")[-1][0] == checkpoint.step_folder(run, 1), "the best of those kept"
+        assert checkpoint.ranked(run, "max")[-1][0] == checkpoint.step_folder(run, 1), (
+            "the best of those kept"
+        )
         left = {path.name for path in folder.iterdir()}
         ours = {f"step-{step:08d}" for step in {1, *range(5 - keep, 5)}}
-        assert left == ours | names | {"step-00000099", ".tmp-mine"} | ({"step-00000000"} if with_link else set())
-        assert all(contents(folder / name).keys() == {"training_state.json", "manifest.json"} for name in names)
+        assert left == ours | names | {"step-00000099", ".tmp-mine"} | (
+            {"step-00000000"} if with_link else set()
+        )
+        assert all(
+            contents(folder / name).keys() == {"training_state.json", "manifest.json"}
+            for name in names
+        )
         assert (run / ".tmp-notes").exists()
 
 
@@ -218,7 +274,9 @@ def test_a_final_folder_of_the_user_is_moved_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", ["rename", "rmtree"])
-def test_a_removal_cut_off_anywhere_keeps_the_users_files(tmp_path: Path, monkeypatch, killed_at: str) -> None:
+def test_a_removal_cut_off_anywhere_keeps_the_users_files(
+    tmp_path: Path, monkeypatch, killed_at: str
+) -> None:
     make_run(tmp_path, {1: None})
     folder = checkpoint.step_folder(tmp_path, 1)
     (folder / "notes.txt").write_text("mine")
@@ -250,7 +308,9 @@ def set_umask(umask: int) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path: Path, umask: int) -> None:
+def test_every_file_has_the_mode_that_the_umask_allows(
+    finished: Path, tmp_path: Path, umask: int
+) -> None:
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(finished / name)
     words = small("--steps", 2, "--sample-every", 0)
@@ -271,7 +331,9 @@ def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path:
         "cpu",
     ]
     words += ["--epochs", "1", "--out", "tuned"]
-    (end,) = launch(tmp_path, words, functools.partial(set_umask, umask), program="finetune.sentiment")
+    (end,) = launch(
+        tmp_path, words, functools.partial(set_umask, umask), program="finetune.sentiment"
+    )
     assert end.code == 0, end.err
     written = [path for name in ("run", "tuned", "cache") for path in (tmp_path / name).rglob("*")]
     modes = {path: path.stat().st_mode & 0o777 for path in written}
@@ -306,14 +368,21 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     written = Written(tmp_path, lambda *_: gate.wait(10))
     weight = torch.arange(4.0)
     written.save(7, {"model.w": weight})
-    assert not written.facts and not checkpoint_steps(tmp_path), "save returned before anything was written"
+    assert not written.facts and not checkpoint_steps(tmp_path), (
+        "save returned before anything was written"
+    )
     weight += 100  # the next optimizer step
     gate.set()
     written.saver.join()
     tensors, meta = checkpoint.read_state(checkpoint.step_folder(tmp_path, 7))
     assert tensors["model.w"].tolist() == [0, 1, 2, 3] and meta["step"] == 7
     (facts,) = written.facts
-    assert facts["step"] == 7 and 0 <= facts["blocked_ms"] < 1e4 and facts["write_ms"] > 0 and facts["bytes"] > 0
+    assert (
+        facts["step"] == 7
+        and 0 <= facts["blocked_ms"] < 1e4
+        and facts["write_ms"] > 0
+        and facts["bytes"] > 0
+    )
 
 
 def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_path: Path) -> None:
@@ -343,7 +412,8 @@ def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) ->
     run.mkdir()
     assert open_run(run) == start.Start()
     with pytest.raises(
-        UserError, match=r"run is of another run: seed \(was 1, is 2\), data \(was aaaaaaaaaaaa, is bbb\)"
+        UserError,
+        match=r"run is of another run: seed \(was 1, is 2\), data \(was aaaaaaaaaaaa, is bbb\)",
     ):
         open_run(run, seed=2, data="bbb")
     with pytest.raises(UserError, match="already holds a run"):
@@ -357,7 +427,10 @@ def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, nam
     (tmp_path / ".tmp-mine").write_text("mine")
     with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
         open_run(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine", ".tmp-mine": "mine"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: "mine",
+        ".tmp-mine": "mine",
+    }
 
 
 def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
@@ -381,7 +454,9 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
 # --- the log
 
 
-def test_a_full_disk_delays_the_log_and_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_delays_the_log_and_loses_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = RunLog(speaks=True)
     log.open(tmp_path, None)
     file = log.file
@@ -399,7 +474,15 @@ def test_a_full_disk_delays_the_log_and_loses_no_line(tmp_path: Path, capsys: py
 
 
 def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
-    kinds = [("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("sample", 2), ("train", 3), ("warning", None)]
+    kinds = [
+        ("train", 1),
+        ("eval", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("sample", 2),
+        ("train", 3),
+        ("warning", None),
+    ]
     lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
     for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
@@ -436,7 +519,13 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> N
     run = finished / "run"
     assert checkpoint_steps(run) == [6, 9, 12]
     files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
-    assert {"model.safetensors", "config.json", "manifest.json", "tokenizer.json", checkpoint.META} <= files
+    assert {
+        "model.safetensors",
+        "config.json",
+        "manifest.json",
+        "tokenizer.json",
+        checkpoint.META,
+    } <= files
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
     saves = log_of(run, "checkpoint")
     assert [x["step"] for x in saves] == [3, 6, 9, 12]
@@ -451,7 +540,9 @@ def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
 
 
 def test_a_finished_run_without_checkpoints_says_so_too(finished: Path) -> None:
-    words = small("--steps", 2, "--save-every", 0, "--eval-every", 0, "--sample-every", 0, "--out", "unsaved")
+    words = small(
+        "--steps", 2, "--save-every", 0, "--eval-every", 0, "--sample-every", 0, "--out", "unsaved"
+    )
     assert [launch(finished, words)[0].code for _ in range(2)] == [0, 0]
     (end,) = launch(finished, words)
     assert end.code == 0 and "unsaved is finished" in end.out and "step 1/2" not in end.out
@@ -462,22 +553,29 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
     (checkpoint.step_folder(run, 12) / "manifest.json").unlink()
     state = checkpoint.step_folder(run, 9) / checkpoint.STATE
     state.write_bytes(state.read_bytes()[:-1] + b"\0")
-    (end,) = launch(cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False))
+    (end,) = launch(
+        cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False)
+    )
     assert end.code == -signal.SIGKILL and "resumed from step-00000006" in end.out, end
     assert "passing over run/checkpoints/step-00000012: it has no manifest.json" in end.out
     assert f"passing over run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
     (end,) = launch(cut_off, small("--keep", 3))
-    assert end.code == 0 and "resumed from step-00000009" in end.out, "retention may not prefer the damaged one"
+    assert end.code == 0 and "resumed from step-00000009" in end.out, (
+        "retention may not prefer the damaged one"
+    )
     assert trace(run) == trace(finished / "run")
 
 
 def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -> None:
-    """Step 6 is made the best by hand; then it is damaged, and final/ is of the last step, with a warning."""
+    """Step 6 is made the best by hand; then it is damaged, and final/ is of the last step, with a
+    warning."""
     run = cut_off / "run"
     best = checkpoint.step_folder(run, 6)
     meta = json.loads((best / checkpoint.META).read_text()) | {"best_metric": 0.5}
     weights = {
-        path.name: path.read_bytes() for path in best.iterdir() if path.name not in ("manifest.json", checkpoint.META)
+        path.name: path.read_bytes()
+        for path in best.iterdir()
+        if path.name not in ("manifest.json", checkpoint.META)
     }
 
     def fill(folder: Path) -> None:
@@ -492,18 +590,25 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
     (run / "metrics.json").unlink()
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
-    assert end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out, end
+    assert (
+        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out
+    ), end
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
 
 def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:
-    (end,) = launch(cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1))
+    (end,) = launch(
+        cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1)
+    )
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
     assert [x["step"] for x in log_of(cut_off / "branch", "train")] == list(range(7, 13))
     assert trace(cut_off / "branch")["files"] == trace(finished / "run")["files"]
     assert checkpoint_steps(cut_off / "run") == [6, 9, 12]
     (end,) = launch(cut_off, small("--resume", "run/checkpoints/step-00000006"))
-    assert end.code == 2 and "run holds later checkpoints than step-00000006; choose another --out" in end.err
+    assert (
+        end.code == 2
+        and "run holds later checkpoints than step-00000006; choose another --out" in end.err
+    )
 
 
 # --- the CHECKPOINT of a command line

@@ -1,4 +1,5 @@
-"""What stands beside GPT-2: classifiers that know nothing but which words and characters occur in a text, or in two."""
+"""What stands beside GPT-2: classifiers that know nothing but which words and characters occur in a
+text, or in two."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def reviews(n: int, seed: int) -> tuple[list[tuple[str, ...]], np.ndarray]:
     """n texts about anything, and whether their adjectives are good."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 2, n)
-    words = [(*generator.choice((BAD, GOOD)[label], 2), *generator.choice(NOUNS, 2)) for label in labels]
+    words = [
+        (*generator.choice((BAD, GOOD)[label], 2), *generator.choice(NOUNS, 2)) for label in labels
+    ]
     return [(f"A {a} {c} and a {b} {d}.",) for a, b, c, d in words], labels
 
 
@@ -52,16 +55,27 @@ def test_a_pair_is_known_by_what_its_texts_have_in_common(kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_second_text_is_told_from_the_first(kind) -> None:
-    """As entailment needs: what the second says beyond the first is not what the first says beyond the second."""
+    """As entailment needs: what the second says beyond the first is not what the first says beyond
+    the second."""
     texts = [("a dog runs", "a dog runs fast"), ("a dog runs fast", "a dog runs")] * 20
     model = fit_text_model(kind, texts, np.array([0, 1] * 20), 2, seed=1)
-    assert accuracy(model, [("he sings fast", "he sings"), ("he sings", "he sings fast")], np.array([1, 0])) == 1
+    assert (
+        accuracy(
+            model, [("he sings fast", "he sings"), ("he sings", "he sings fast")], np.array([1, 0])
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_that_end_otherwise_are_known_by_their_characters(kind) -> None:
     """Korean joins its particles to a word, so that whole words say little of new texts."""
-    texts = [("영화는 재미있다",), ("영화가 재미있어서",), ("음악은 지루하다",), ("음악이 지루해서",)] * 5
+    texts = [
+        ("영화는 재미있다",),
+        ("영화가 재미있어서",),
+        ("음악은 지루하다",),
+        ("음악이 지루해서",),
+    ] * 5
     model = fit_text_model(kind, texts, np.array([1, 1, 0, 0] * 5), 2, seed=1)
     right = accuracy(model, [("재미있네요",), ("지루하네요",)], np.array([1, 0]))
     assert right == (1 if kind == "tf-idf" else 0.5)  # naive Bayes has whole words alone
@@ -81,7 +95,9 @@ def test_a_row_of_weight_two_is_two_rows(kind) -> None:
     texts = [("warm film",), ("dull film",), ("warm song",), ("dull song",), ("warm dull",)]
     labels = np.array([1, 0, 1, 0, 1])
     doubled = fit_text_model(kind, [*texts, texts[4]], np.append(labels, 1), 2, seed=1)
-    weighed = fit_text_model(kind, texts, labels, 2, seed=1, sample_weight=np.array([1.0, 1, 1, 1, 2]))
+    weighed = fit_text_model(
+        kind, texts, labels, 2, seed=1, sample_weight=np.array([1.0, 1, 1, 1, 2])
+    )
     plain = fit_text_model(kind, texts, labels, 2, seed=1)
     if kind == "naive-bayes":  # TF-IDF counts in how many rows a word is, whatever they weigh
         np.testing.assert_allclose(weighed.log_probs(texts), doubled.log_probs(texts), rtol=1e-12)
@@ -98,15 +114,19 @@ def test_a_label_without_a_row_is_next_to_impossible(kind) -> None:
 
 
 def test_the_held_out_rows_choose_how_much_is_regularised() -> None:
-    """The better its texts tell the label the less a model is held back; chance alone asks for the most."""
+    """The better its texts tell the label the less a model is held back; chance alone asks for the
+    most."""
     texts, labels = reviews(300, 1)
     chance = np.random.default_rng(0).integers(0, 2, 300)
-    clear, noise = (fit_text_model("tf-idf", texts, of, 2, seed=1).classifier.C for of in (labels, chance))
+    clear, noise = (
+        fit_text_model("tf-idf", texts, of, 2, seed=1).classifier.C for of in (labels, chance)
+    )
     assert noise < clear
 
 
 def test_parameters_are_counted() -> None:
-    """Two words: of naive Bayes their probability under each label and that of each label; a linear model's weights."""
+    """Two words: of naive Bayes their probability under each label and that of each label; a linear
+    model's weights."""
     texts, labels = [("a a",), ("b",)], np.array([0, 1])
     assert fit_text_model("naive-bayes", texts, labels, 2, seed=1).n_parameters == 2 * 2 + 2
     # Features: the words a and b, the pair "a a", and of each word its runs " a", "a ", " a ".

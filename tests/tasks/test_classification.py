@@ -1,4 +1,5 @@
-"""The family of tasks whose answers are labels: rows to tokens, tokens to labels, losses, other tasks beside, files."""
+"""The family of tasks whose answers are labels: rows to tokens, tokens to labels, losses, other
+tasks beside, files."""
 
 from __future__ import annotations
 
@@ -44,7 +45,24 @@ from toy import capture_gradients, expected_gradients
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 ASK = Special("<ask>")
-WORDS = ["the", "river", "ran", "under", "a", "bridge", "of", "stone", "and", "the", "town", "slept", "on", "in", "the", "rain"]  # fmt: skip
+WORDS = [
+    "the",
+    "river",
+    "ran",
+    "under",
+    "a",
+    "bridge",
+    "of",
+    "stone",
+    "and",
+    "the",
+    "town",
+    "slept",
+    "on",
+    "in",
+    "the",
+    "rain",
+]
 LABELS = ("bad", "good", "so-so")
 
 
@@ -76,10 +94,14 @@ def row(first: str, label: str = "good", second: str = "") -> dict[str, str]:
 
 
 ROWS = [
-    row("stone", "bad"), row("the river ran under a bridge of stone", "good", "rain"), row("slept in the rain", "so-so"),
-    row(" ".join(WORDS), "bad", " ".join(WORDS[:9])), row("a bridge", "good"), row("and on and on", "so-so", "the town slept"),
+    row("stone", "bad"),
+    row("the river ran under a bridge of stone", "good", "rain"),
+    row("slept in the rain", "so-so"),
+    row(" ".join(WORDS), "bad", " ".join(WORDS[:9])),
+    row("a bridge", "good"),
+    row("and on and on", "so-so", "the town slept"),
     row("town", "good", "rain"),
-]  # fmt: skip
+]
 OTHERS = [row(f"{a} {b} {a}", "yes" if a < b else "no") for a in WORDS[:4] for b in WORDS[3:6]]
 
 
@@ -98,12 +120,18 @@ def narrow() -> Iterator[None]:
 
 def set_up(task: Mood, tokenizer: Tokenizer, /, **options: Any) -> Mood:
     """The task with its rows read, for a model from scratch, without dropout."""
-    fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32")
-    fixed |= dict(data="rows", val_data="val", warmup_steps=0, dropout=0.0, head_dropout=0.0, show_rows=0)
+    fixed: dict[str, Any] = dict(
+        init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
+    )
+    fixed |= dict(
+        data="rows", val_data="val", warmup_steps=0, dropout=0.0, head_dropout=0.0, show_rows=0
+    )
     fixed |= dict(batch_size=4, lr=1e-3, clip=0.0, allow_overlap=True) | options
     cfg = resolve(ClassificationConfig(**fixed), "cpu")
     for other, _ in task.others:
-        other.cfg = dataclasses.replace(cfg, objective=(), class_weights=(), augment=None, form="plain")
+        other.cfg = dataclasses.replace(
+            cfg, objective=(), class_weights=(), augment=None, form="plain"
+        )
     task.setup(cfg, lambda text: None)
     task.set_length(cfg)
     return task
@@ -132,7 +160,9 @@ def model_of(task: Mood) -> GPT:
     return model.eval()
 
 
-quick = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 READS: dict[str, dict[str, Any]] = {name: dict(pooling=name) for name in get_args(Pooling)}
 READS |= {"prompt": dict(form="prompt"), "word": dict(form="word")}
@@ -153,7 +183,9 @@ def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
     filler=st.integers(0, 300),
 )
 @quick
-def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(scorer, ids, more, filler):
+def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
+    scorer, ids, more, filler
+):
     task, model = scorer
     set_products("fp32", ALONE.device)  # as a run does
 
@@ -167,7 +199,9 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(sc
         assert together.shape == (len(ids), len(LABELS)) and together.dtype == torch.float32
         for i, found in zip(ids, together, strict=True):
             torch.testing.assert_close(found, scores([i], 0, 0)[0], rtol=1e-5, atol=1e-5)
-    assert task.cfg.form == "word" or together.exp().sum(1).tolist() == pytest.approx([1] * len(ids))
+    assert task.cfg.form == "word" or together.exp().sum(1).tolist() == pytest.approx(
+        [1] * len(ids)
+    )
     assert task.cfg.form != "word" or (together.exp().sum(1) < 0.9).all()  # of the whole vocabulary
 
 
@@ -176,7 +210,10 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
     for ids in ([0], [4, 0], [3, 1], [5, 2, 0]):
         batch = task.collate("train", np.array(ids))
         longest = max(len(task.train.tokens[i]) for i in ids)
-        assert batch["idx"].shape == (len(ids), min(size for size in task.padded if size >= longest))
+        assert batch["idx"].shape == (
+            len(ids),
+            min(size for size in task.padded if size >= longest),
+        )
         assert batch["lengths"].tolist() == [len(task.train.tokens[i]) for i in ids]
         for i, tokens, n in zip(ids, batch["idx"].tolist(), batch["lengths"], strict=True):
             assert tokens == [*task.train.tokens[i].tolist(), *[tokenizer.eot] * (len(tokens) - n)]
@@ -198,20 +235,37 @@ def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer)
     assert mood(tokenizer, [row(""), row("a", "bad")]).train.tokens[0].tolist() == [tokenizer.eot]
 
 
-@given(first=texts, second=st.just("") | texts, seq_len=st.integers(6, 30), form=st.sampled_from(["plain", "prompt"]))
+@given(
+    first=texts,
+    second=st.just("") | texts,
+    seq_len=st.integers(6, 30),
+    form=st.sampled_from(["plain", "prompt"]),
+)
 @quick
-def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(tokenizer, first, second, seq_len, form):
+def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
+    tokenizer, first, second, seq_len, form
+):
     whole = [tokenizer.encode(text) for text in (first, second) if text]
     fixed = len(whole) - 1 if form == "plain" else len(whole) + len(tokenizer.encode("of"))
     over = fixed + sum(map(len, whole)) - seq_len
     for cut in ("end", "start", "middle"):
-        task = mood(tokenizer, [row(first, second=second), row("a", "bad")], seq_len=seq_len, cut=cut, form=form)
+        task = mood(
+            tokenizer,
+            [row(first, second=second), row("a", "bad")],
+            seq_len=seq_len,
+            cut=cut,
+            form=form,
+        )
         tokens = task.train.tokens[0].tolist()
         assert len(tokens) == min(seq_len, seq_len + over)
-        what = f"1 of 2 {{}} rows are longer than {seq_len} tokens and cut at the {cut} of their text"
+        what = (
+            f"1 of 2 {{}} rows are longer than {seq_len} tokens and cut at the {cut} of their text"
+        )
         told = [text for text in task.warnings if "longer than" in text]
         assert told == ([what.format("training"), what.format("validation")] if over > 0 else [])
-        kept = parts_of(tokens if form == "plain" else tokens[len(tokenizer.encode("of")) : -1], task)
+        kept = parts_of(
+            tokens if form == "plain" else tokens[len(tokenizer.encode("of")) : -1], task
+        )
         lost = [len(text) - len(part) for text, part in zip(whole, kept, strict=True)]
         assert sum(lost) == max(0, over)
         if len(whole) > 1:  # none is shorter than the other by what it lost
@@ -235,9 +289,13 @@ def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
 
 
 def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
-    with pytest.raises(UserError, match=r"rows row 3: \d+ tokens too long for --seq-len 14 \(--strict\)"):
+    with pytest.raises(
+        UserError, match=r"rows row 3: \d+ tokens too long for --seq-len 14 \(--strict\)"
+    ):
         mood(tokenizer, seq_len=14, strict=True)
-    with pytest.raises(UserError, match=r"rows row \d: nothing of its text fits into 2 tokens; raise --seq-len"):
+    with pytest.raises(
+        UserError, match=r"rows row \d: nothing of its text fits into 2 tokens; raise --seq-len"
+    ):
         mood(tokenizer, seq_len=2, form="prompt")
 
 
@@ -245,7 +303,8 @@ def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
 
 
 @given(
-    numbers=st.lists(st.integers(-20, 20), min_size=2, unique=True), words=st.lists(st.sampled_from(WORDS), min_size=3)
+    numbers=st.lists(st.integers(-20, 20), min_size=2, unique=True),
+    words=st.lists(st.sampled_from(WORDS), min_size=3),
 )
 @quick
 def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, words):
@@ -280,14 +339,19 @@ def test_labels_that_are_no_classes():
     def rows(*cells: str) -> list[Row]:
         return [Row({"label": cell}, f"a.csv line {n}") for n, cell in enumerate(cells, 2)]
 
-    with pytest.raises(UserError, match="all 3 training rows have the label '2'; there is nothing to learn"):
+    with pytest.raises(
+        UserError, match="all 3 training rows have the label '2'; there is nothing to learn"
+    ):
         find_labels(rows("2", "2.0", " 2"))
-    with pytest.raises(UserError, match=r"a.csv line 3: the label 'two' is not a number, as most others are"):
+    with pytest.raises(
+        UserError, match=r"a.csv line 3: the label 'two' is not a number, as most others are"
+    ):
         find_labels(rows("1", "two", "2", "1"))
     assert find_labels(rows("1", "one", "two", "one")) == ("1", "one", "two")
     many = [f"{n}" for n in range(21)]
     with pytest.raises(
-        UserError, match="22 training rows have 21 labels; name the column of the class: --label-column"
+        UserError,
+        match="22 training rows have 21 labels; name the column of the class: --label-column",
     ):
         find_labels(rows(*many, "1"))
     assert len(find_labels(rows(*many, *many, *many))) == 21
@@ -298,10 +362,19 @@ def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenize
         (
             ("bad", "good"),
             "goood",
-            r"'goood' is none of the training rows' labels \(did you mean good\?\); they are bad, good",
+            r"'goood' is none of the training rows' labels \(did you mean good\?\); they are bad, "
+            r"good",
         ),
-        (("0", "1"), "good", r"'good' is not a number, as those of the training rows are; they are 0, 1"),
-        (("0", "1"), "-1", r"'-1' is none of the training rows' labels \(did you mean 1\?\); they are 0, 1"),
+        (
+            ("0", "1"),
+            "good",
+            r"'good' is not a number, as those of the training rows are; they are 0, 1",
+        ),
+        (
+            ("0", "1"),
+            "-1",
+            r"'-1' is none of the training rows' labels \(did you mean 1\?\); they are 0, 1",
+        ),
         (("0", "0.5"), "1.5", r"'1.5' is none of the training rows' labels"),
     ):
         train = [row("a", label) for label in known]
@@ -316,7 +389,8 @@ def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused
         val = [row(f"Stone  {n} OF ") for n in range(both)] + [row("rain")]
         if both == 3:
             with pytest.raises(
-                UserError, match=re.escape(told) + " also stand among .*; take them out, or .*--allow-overlap"
+                UserError,
+                match=re.escape(told) + " also stand among .*; take them out, or .*--allow-overlap",
             ):
                 mood(tokenizer, train, val, allow_overlap=False)
         task = mood(tokenizer, train, val, allow_overlap=both == 3)
@@ -327,7 +401,11 @@ def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
     class Augmented(Mood):
         def read(self, spec: str, split: str, say: Any) -> list[Row]:
             more = [row("rain rain", "bad"), row("stone stone", "good")]
-            return [Row(fields, spec) for fields in more] if spec == "more" else super().read(spec, split, say)
+            return (
+                [Row(fields, spec) for fields in more]
+                if spec == "more"
+                else super().read(spec, split, say)
+            )
 
     def weights(**options: Any) -> list[float]:
         task = set_up(Augmented(ROWS), tokenizer, **options)
@@ -337,12 +415,15 @@ def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
     of = [LABELS.index(r["label"]) for r in ROWS]
     assert weights() == [1.0] * 7
     assert weights(class_weights=("1", "2.5", "0")) == [(1.0, 2.5, 0.0)[label] for label in of]
-    assert weights(class_weights=("balanced",)) == pytest.approx([7 / (3 * of.count(label)) for label in of])
+    assert weights(class_weights=("balanced",)) == pytest.approx(
+        [7 / (3 * of.count(label)) for label in of]
+    )
     assert weights(augment="more", augment_weight=0.25) == [1.0] * 7 + [0.25] * 2
     both = weights(augment="more", augment_weight=0.5, class_weights=("2", "1", "1"))
     assert both == [2.0 if label == 0 else 1.0 for label in of] + [1.0, 0.5]
     with pytest.raises(
-        UserError, match="--class-weights 1 2: give balanced, or 3 numbers, for the labels bad, good, so-so"
+        UserError,
+        match="--class-weights 1 2: give balanced, or 3 numbers, for the labels bad, good, so-so",
     ):
         weights(class_weights=("1", "2"))
 
@@ -350,9 +431,19 @@ def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
 def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
     task = mood(tokenizer, form="word")
     assert task.words == LABELS  # a word is its own name
-    assert task.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS] and len(set(task.word_ids)) == 3
-    assert word_ids(tokenizer, ["rain ", " town"]) == [tokenizer.encode(" rain")[0], tokenizer.encode(" town")[0]]
-    assert mood(tokenizer, form="word", words=("rain", "town", "stone")).words == ("rain", "town", "stone")
+    assert (
+        task.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS]
+        and len(set(task.word_ids)) == 3
+    )
+    assert word_ids(tokenizer, ["rain ", " town"]) == [
+        tokenizer.encode(" rain")[0],
+        tokenizer.encode(" town")[0],
+    ]
+    assert mood(tokenizer, form="word", words=("rain", "town", "stone")).words == (
+        "rain",
+        "town",
+        "stone",
+    )
     numbers = [row("a", "0"), row("b", "1")]
     with pytest.raises(UserError, match="--form word: name 2 words with --words, for 0, 1"):
         mood(tokenizer, numbers, form="word")
@@ -372,18 +463,27 @@ class Passes(nn.Module):
 
 
 LOSSES: dict[str, dict[str, Any]] = {
-    "plain": {}, "weights and smoothing": dict(class_weights=("1", "2", "0.5"), label_smoothing=0.1),
-    "word": dict(form="word", label_smoothing=0.2), "attention": dict(pooling="attention"), "lstm": dict(pooling="lstm"),
+    "plain": {},
+    "weights and smoothing": dict(class_weights=("1", "2", "0.5"), label_smoothing=0.1),
+    "word": dict(form="word", label_smoothing=0.2),
+    "attention": dict(pooling="attention"),
+    "lstm": dict(pooling="lstm"),
     "rdrop": dict(objective=("rdrop",), rdrop=0.7, class_weights=("balanced",)),
     "simcse": dict(objective=("simcse",), simcse=0.3, simcse_group=2, simcse_temperature=0.5),
-    "both, mean": dict(objective=("simcse", "rdrop"), simcse_group=2, class_weights=("1", "0.5", "3"), pooling="mean"),
+    "both, mean": dict(
+        objective=("simcse", "rdrop"),
+        simcse_group=2,
+        class_weights=("1", "0.5", "3"),
+        pooling="mean",
+    ),
     "both, word": dict(objective=("simcse", "rdrop"), simcse_group=2, form="word"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=LOSSES)
 def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
-    """A task with another beside, but under --form word, and its model; two passes differ without any draw."""
+    """A task with another beside, but under --form word, and its model; two passes differ without
+    any draw."""
     options: dict[str, Any] = LOSSES[request.param] | (
         dict(dropout=0.1) if "objective" in LOSSES[request.param] else {}
     )
@@ -411,17 +511,24 @@ def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
             label, weight = task.train.labels[i], task.train.weights[i]
             term = task.keys[1] if task.train.heads[i] else "nll"
             for log_p in log_ps:
-                nll = -(1 - cfg.label_smoothing) * log_p[label] - cfg.label_smoothing * sum(log_p) / len(log_p)
+                nll = -(1 - cfg.label_smoothing) * log_p[label] - cfg.label_smoothing * sum(
+                    log_p
+                ) / len(log_p)
                 sums[term] += weight * nll / len(log_ps)
             if "rdrop" in cfg.objective:
-                p, q = ([math.exp(x) / sum(map(math.exp, log_p)) for x in log_p] for log_p in log_ps)
+                p, q = (
+                    [math.exp(x) / sum(map(math.exp, log_p)) for x in log_p] for log_p in log_ps
+                )
                 sums["rdrop"] += (
-                    weight * sum((a - b) * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)) / 2
+                    weight
+                    * sum((a - b) * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+                    / 2
                 )
         if "simcse" in cfg.objective:
             for n, (_, (first, _)) in enumerate(seen):
                 alike = [
-                    float(F.cosine_similarity(first, second, dim=0)) / cfg.simcse_temperature for _, (_, second) in seen
+                    float(F.cosine_similarity(first, second, dim=0)) / cfg.simcse_temperature
+                    for _, (_, second) in seen
                 ]
                 sums["simcse"] -= alike[n] - math.log(sum(map(math.exp, alike)))
     return dict(sums)
@@ -429,11 +536,18 @@ def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[torch.Tensor]]:
-    """Of one row alone, unpadded: its log-probabilities in each pass, and what is pooled in each."""
+    """Of one row alone, unpadded: its log-probabilities in each pass, and what is pooled in
+    each."""
     tokens, head = torch.from_numpy(task.train.tokens[i])[None], int(task.train.heads[i])
-    hidden, n = exact.hidden(tokens.repeat(task.passes, 1)), torch.tensor([len(tokens[0])] * task.passes)
+    hidden, n = (
+        exact.hidden(tokens.repeat(task.passes, 1)),
+        torch.tensor([len(tokens[0])] * task.passes),
+    )
     if task.cfg.form == "word":
-        log_p, pooled = F.log_softmax(exact.logits(hidden[:, -1]), -1)[:, task.word_ids], hidden[:, -1]
+        log_p, pooled = (
+            F.log_softmax(exact.logits(hidden[:, -1]), -1)[:, task.word_ids],
+            hidden[:, -1],
+        )
     else:
         pooled = exact.heads[task.keys[head]].pool(hidden, n)
         log_p = F.log_softmax(pooled @ exact.heads[task.keys[head]].weight.T, -1)
@@ -450,13 +564,20 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
         weight = float(task.train.weights[ids].sum())
         of = {"simcse": len(ids), "rdrop": weight}
         expected = {task.keys[1] if task.train.heads[ids[0]] else "nll": weight}
-        assert task.weights(batch) == pytest.approx(expected | {name: of[name] for name in task.cfg.objective})
+        assert task.weights(batch) == pytest.approx(
+            expected | {name: of[name] for name in task.cfg.objective}
+        )
 
 
 def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
-    """Training and evaluation compile no more than once they have met two lengths, and no graph breaks."""
-    compile = nn.Module.compile  # all but code generation, which takes the time and is not what is asked about
-    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True))
+    """Training and evaluation compile no more than once they have met two lengths, and no graph
+    breaks."""
+    compile = (
+        nn.Module.compile
+    )  # all but code generation, which takes the time and is not what is asked about
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True)
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     rows = [row(" ".join((WORDS * 8)[: 1 + 7 * n % 120]), LABELS[n % 3]) for n in range(60)]
@@ -468,8 +589,8 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     for s in range(12):
         step(s, loader(s))
     evaluate(step)
-    # Three kinds of blocks: the first, one after it, and the last, which computes one position. Each for one length, for
-    # any, and for evaluation.
+    # Three kinds of blocks: the first, one after it, and the last, which computes one position.
+    # Each for one length, for any, and for evaluation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     assert len({loader(s).batches[0]["idx"].shape[1] for s in range(12, 30)}) > 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -483,16 +604,25 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
-    """As torch counts them, of attention too where it is written out: forward, and twice as many backward."""
+    """As torch counts them, of attention too where it is written out: forward, and twice as many
+    backward."""
     rows = [row(" ".join(WORDS * 8), label) for label in LABELS]
     task = mood(
-        tokenizer, rows, pooling=pooling, n_layer=2, n_head=2, n_embd=128, seq_len=96, without=("flash-attention",)
+        tokenizer,
+        rows,
+        pooling=pooling,
+        n_layer=2,
+        n_head=2,
+        n_embd=128,
+        seq_len=96,
+        without=("flash-attention",),
     )
     model, length = model_of(task), int(task.train.lengths.max())
     batch = task.collate("train", np.array([0]))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task.states(model, batch["idx"][:, :length], batch["lengths"])
-    # Biases and norms are counted as weights by the formula, and the one position's few products are not.
+    # Biases and norms are counted as weights by the formula, and the one position's few products
+    # are not.
     assert task.flops_per_token() == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
 
 
@@ -505,7 +635,8 @@ def test_the_weights_of_the_terms(learner):
 
 
 def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
-    """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does not draw."""
+    """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
+    not draw."""
     task, model = learner
     train = TrainStep(task, model, task.cfg, ALONE)
     for step, groups in own_steps(task):
@@ -514,7 +645,9 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
             found = capture_gradients(train)
             result = train(step, Loader(task, ALONE, micro_batch, step + 1, ahead=0)(step))
             assert result is not None and result.loss.item() == pytest.approx(loss, rel=1e-5)
-            assert {k: v.item() for k, v in result.terms.items()} == pytest.approx(terms, rel=1e-4, abs=1e-6)
+            assert {k: v.item() for k, v in result.terms.items()} == pytest.approx(
+                terms, rel=1e-4, abs=1e-6
+            )
             for name, gradient in expected.items():
                 scale = float(gradient.abs().max())
                 torch.testing.assert_close(
@@ -527,14 +660,24 @@ def test_two_ranks_have_the_terms_of_one(learner):
     for _, groups in own_steps(task):
         whole = task.collate("train", groups.reshape(-1))
         for micro_batch in (1, 3):
-            parts = [part for rank in (0, 1) for part in partition(groups, rank, 2, micro_batch) if part is not None]
+            parts = [
+                part
+                for rank in (0, 1)
+                for part in partition(groups, rank, 2, micro_batch)
+                if part is not None
+            ]
             assert sorted(np.concatenate(parts)) == sorted(groups.reshape(-1))
-            for of in (task.weights, lambda batch: {k: v.detach() for k, v in task.loss(model, batch).items()}):
+            for of in (
+                task.weights,
+                lambda batch: {k: v.detach() for k, v in task.loss(model, batch).items()},
+            ):
                 total: dict[str, float] = defaultdict(float)
                 for part in parts:
                     for k, v in of(task.collate("train", part)).items():
                         total[k] += float(v)
-                assert dict(total) == pytest.approx({k: float(v) for k, v in of(whole).items()}, rel=1e-5, abs=1e-6)
+                assert dict(total) == pytest.approx(
+                    {k: float(v) for k, v in of(whole).items()}, rel=1e-5, abs=1e-6
+                )
 
 
 # --- evaluation
@@ -544,7 +687,10 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
     from sklearn.metrics import accuracy_score, f1_score, log_loss
 
     draw = np.random.default_rng(0)
-    val = [row(" ".join(draw.choice(WORDS, draw.integers(1, 20))), LABELS[n % 5 % 3]) for n in range(40)]
+    val = [
+        row(" ".join(draw.choice(WORDS, draw.integers(1, 20))), LABELS[n % 5 % 3])
+        for n in range(40)
+    ]
     task = Mood(ROWS, val)
     task.others = [(Mood(OTHERS), 1.0)]
     set_up(task, tokenizer)
@@ -553,7 +699,9 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
     for head, (prefix, rows) in enumerate((("", val), ("mood-2_", OTHERS))):
         labels = [task.parts[head].labels.index(r["label"]) for r in rows]
         ids = np.flatnonzero(task.val.heads == head)
-        alone = [log_p_of(task, copy.deepcopy(model).double(), task.val.tokens[i], head) for i in ids]
+        alone = [
+            log_p_of(task, copy.deepcopy(model).double(), task.val.tokens[i], head) for i in ids
+        ]
         p = np.exp(alone)
         predicted = p.argmax(1)
         assert len(set(predicted)) > 1, "a figure of one label says little"
@@ -582,7 +730,11 @@ def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> flo
         inside = [n for n in range(len(labels)) if low / bins < p[n].max() <= (low + 1) / bins]
         if inside:
             right = sum(p[n].argmax() == labels[n] for n in inside) / len(inside)
-            error += len(inside) / len(labels) * abs(right - float(np.mean([p[n].max() for n in inside])))
+            error += (
+                len(inside)
+                / len(labels)
+                * abs(right - float(np.mean([p[n].max() for n in inside])))
+            )
     return error
 
 
@@ -592,11 +744,21 @@ def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> flo
 sizes = st.integers(2, 12)
 
 
-@given(own=sizes, other=sizes, batch=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99), grouped=st.booleans())
+@given(
+    own=sizes,
+    other=sizes,
+    batch=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+    grouped=st.booleans(),
+)
 @quick
-def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(tokenizer, own, other, batch, seed, grouped):
+def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
+    tokenizer, own, other, batch, seed, grouped
+):
     group: dict[str, Any] = (
-        dict(objective=("simcse",), simcse_group=2, dropout=0.1, batch_size=2 * batch) if grouped else {}
+        dict(objective=("simcse",), simcse_group=2, dropout=0.1, batch_size=2 * batch)
+        if grouped
+        else {}
     )
     train = [row(" ".join(WORDS[: n + 1]), LABELS[n % 2]) for n in range(own)]
     others = [row(" ".join(WORDS[n:]), LABELS[n % 2]) for n in range(other)]
@@ -609,7 +771,11 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(tokenizer, ow
     whole = [[g for g, of in zip(steps, heads_of, strict=True) if of == {head}] for head in (0, 1)]
     own_steps = len(whole[0]) // epochs
     for epoch in range(epochs):
-        mine = [g for g, of in zip(steps[epoch * n :][:n], heads_of[epoch * n :][:n], strict=True) if of == {0}]
+        mine = [
+            g
+            for g, of in zip(steps[epoch * n :][:n], heads_of[epoch * n :][:n], strict=True)
+            if of == {0}
+        ]
         assert sorted(np.concatenate([g.reshape(-1) for g in mine])) == list(range(own))
     per_pass = task.orders[1].steps_per_epoch
     assert n - own_steps == min(own_steps, per_pass) and len(whole[1]) == epochs * (n - own_steps)
@@ -623,10 +789,17 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(tokenizer, ow
 
 def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to_epoch(tokenizer):
     def turns(seed: int) -> list[list[int]]:
-        task = of_two(tokenizer, [row(f"{n} stone", LABELS[n % 2]) for n in range(12)], batch_size=1, seed=seed)
+        task = of_two(
+            tokenizer,
+            [row(f"{n} stone", LABELS[n % 2]) for n in range(12)],
+            batch_size=1,
+            seed=seed,
+        )
         n = task.steps_per_epoch
         assert n == 24
-        found = [int(task.train.heads[task.rows("train", step).reshape(-1)[0]]) for step in range(2 * n)]
+        found = [
+            int(task.train.heads[task.rows("train", step).reshape(-1)[0]]) for step in range(2 * n)
+        ]
         return [found[:n], found[n:]]
 
     first = turns(1)
@@ -651,20 +824,38 @@ def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
     def trained(step: int) -> set[str]:
         """The heads, or h.0, h.1, ..., that train in a step."""
         names = [name for group in task.groups(model, step) for name in group.params]
-        return {re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names}
+        return {
+            re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names
+        }
 
     assert trained(0) == trained(n - 1) == {"heads.mood", "heads.mood-2"}
     assert trained(n) == trained(2 * n - 1) == trained(0) | {"h.1", "ln_f"}
-    assert trained(2 * n) == trained(n) | {"h.0"} and trained(3 * n) == trained(2 * n) | {"wte", "wpe"}
+    assert trained(2 * n) == trained(n) | {"h.0"} and trained(3 * n) == trained(2 * n) | {
+        "wte",
+        "wpe",
+    }
 
 
 def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_choices(tokenizer):
-    task = of_two(tokenizer, ROWS, [*OTHERS, row(" ".join(WORDS), "yes")], seq_len=12, class_weights=("1", "2", "3"))
-    assert task.keys == ["mood", "mood-2"] and [part.labels for part in task.parts] == [LABELS, ("no", "yes")]
+    task = of_two(
+        tokenizer,
+        ROWS,
+        [*OTHERS, row(" ".join(WORDS), "yes")],
+        seq_len=12,
+        class_weights=("1", "2", "3"),
+    )
+    assert task.keys == ["mood", "mood-2"] and [part.labels for part in task.parts] == [
+        LABELS,
+        ("no", "yes"),
+    ]
     assert task.train.heads.tolist() == [0] * len(ROWS) + [1] * (len(OTHERS) + 1)
     assert (task.train.weights[task.train.heads == 1] == 1).all()
     assert sum("1 of 13 training rows are longer" in text for text in task.warnings) == 1
-    shapes = {name: tuple(p.shape) for name, p in task.build_model(task.cfg).named_parameters() if "heads" in name}
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in task.build_model(task.cfg).named_parameters()
+        if "heads" in name
+    }
     assert shapes == {"heads.mood.weight": (3, 64), "heads.mood-2.weight": (2, 64)}
     alone = mood(tokenizer, seq_len=12)
     assert alone.identity()["data"] != task.identity()["data"]
@@ -683,8 +874,13 @@ def test_a_file_of_predictions_is_the_course_s_and_one_with_probabilities(tmp_pa
     found = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
     rows = [Row({"text": "one", "id": "x9"}, ""), Row({"text": "둘", "id": ""}, "")]
     write_predictions(tmp_path / "answers.jsonl", rows, found, LABELS, "Predicted_Sentiment")
-    assert (tmp_path / "answers.csv").read_bytes() == b"id \t Predicted_Sentiment \nx9 , good \n1 , bad \n"
-    first, second = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (
+        tmp_path / "answers.csv"
+    ).read_bytes() == b"id \t Predicted_Sentiment \nx9 , good \n1 , bad \n"
+    first, second = (
+        json.loads(line)
+        for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     assert first == {
         "text": "one",
         "id": "x9",
@@ -699,7 +895,9 @@ def test_a_file_of_predictions_is_the_course_s_and_one_with_probabilities(tmp_pa
 def test_probabilities_add_up_to_one(log_p):
     found = probabilities(np.array(log_p))
     assert found.sum(1) == pytest.approx([1.0]) and (found >= 0).all()
-    assert found.argmax() == np.array(log_p).argmax() or max(log_p[0]) - sorted(log_p[0])[-2] < 1e-12
+    assert (
+        found.argmax() == np.array(log_p).argmax() or max(log_p[0]) - sorted(log_p[0])[-2] < 1e-12
+    )
 
 
 @pytest.mark.parametrize("reads", READS)
@@ -723,35 +921,54 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
     for answer, given_row in zip(p, asked, strict=True):
         tokens, _ = task.tokens_of(Row(given_row, ""))
         np.testing.assert_allclose(
-            answer, probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0], atol=1e-5
+            answer,
+            probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0],
+            atol=1e-5,
         )
-    right = [answer["prediction"] == answer["label"] for answer in answers[1:]]  # the first has no label
-    assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores["accuracy"] == pytest.approx(
-        sum(right) / 8
-    )
+    right = [
+        answer["prediction"] == answer["label"] for answer in answers[1:]
+    ]  # the first has no label
+    assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores[
+        "accuracy"
+    ] == pytest.approx(sum(right) / 8)
     report = json.loads((tmp_path / "answers.report.json").read_text())
-    assert report["rows"] == 8 and (tmp_path / "answers.csv").read_text().startswith("id \t Predicted_Mood \n0 , ")
+    assert report["rows"] == 8 and (tmp_path / "answers.csv").read_text().startswith(
+        "id \t Predicted_Mood \n0 , "
+    )
 
 
 def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
     exported(mood(tokenizer, seq_len=8), tmp_path / "model")
     asked, said = Mood([row(" ".join(WORDS), ""), row("stone", "")]), []
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu", cut="start")
-    assert asked.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append) == {}
+    assert (
+        asked.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append) == {}
+    )
     assert said == ["1 of 2 rows are longer than 8 tokens and cut at the start of their text"]
     assert {file.name for file in tmp_path.glob("answers*")} == {"answers.jsonl", "answers.csv"}
     with pytest.raises(UserError, match="too long for --seq-len 8"):
-        asked.predict(dataclasses.replace(cfg, strict=True), str(tmp_path / "model"), tmp_path / "no.jsonl", print)
+        asked.predict(
+            dataclasses.replace(cfg, strict=True),
+            str(tmp_path / "model"),
+            tmp_path / "no.jsonl",
+            print,
+        )
     unknown = Mood([row("stone", "awful")])
-    with pytest.raises(UserError, match="rows row 0: the label 'awful' is none of the training rows' labels"):
+    with pytest.raises(
+        UserError, match="rows row 0: the label 'awful' is none of the training rows' labels"
+    ):
         unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "no.jsonl", print)
     assert not list(tmp_path.glob("no*"))
 
 
 def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):
     GPT(mood(tokenizer).shape).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is no classifier; train one first, or name a run of finetune.mood"):
-        Mood(ROWS).predict(ClassificationConfig(predict="rows"), str(tmp_path), tmp_path / "answers.jsonl", print)
+    with pytest.raises(
+        UserError, match=r"is no classifier; train one first, or name a run of finetune.mood"
+    ):
+        Mood(ROWS).predict(
+            ClassificationConfig(predict="rows"), str(tmp_path), tmp_path / "answers.jsonl", print
+        )
 
 
 def test_the_identity_names_what_changes_the_result(tokenizer):
@@ -762,11 +979,19 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
     assert first == identity(lr=0.5, micro_batch=2, show_rows=0, keep_best=1)
     relabelled = [*ROWS[:-1], ROWS[-1] | {"label": "bad"}]
     changed = {
-        "data": (identity(relabelled), identity(val=ROWS[1:]), identity(class_weights=("balanced",))),
-        "pooling": (identity(pooling="mean"),), "form": (identity(form="prompt"),), "cut": (identity(cut="start"),),
-        "label_smoothing": (identity(label_smoothing=0.1),), "head_dropout": (identity(head_dropout=0.1),),
-        "objective": (identity(objective=("rdrop",), dropout=0.1),), "dropout": (identity(dropout=0.2),),
-    }  # fmt: skip
+        "data": (
+            identity(relabelled),
+            identity(val=ROWS[1:]),
+            identity(class_weights=("balanced",)),
+        ),
+        "pooling": (identity(pooling="mean"),),
+        "form": (identity(form="prompt"),),
+        "cut": (identity(cut="start"),),
+        "label_smoothing": (identity(label_smoothing=0.1),),
+        "head_dropout": (identity(head_dropout=0.1),),
+        "objective": (identity(objective=("rdrop",), dropout=0.1),),
+        "dropout": (identity(dropout=0.2),),
+    }
     for name, others in changed.items():
         assert all(first[name] != other[name] for other in others), name
 
@@ -778,14 +1003,21 @@ def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer,
     model = exported(mood(tokenizer), tmp_path)
     start: dict[str, Any] = dict(init=str(tmp_path), preset=None, tokenizer=None)
     other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # as many labels
-    for rows, options, taken in ((ROWS, {}, True), (other, {}, False), (ROWS, dict(pooling="mean"), False),
-                                 (ROWS, dict(form="word"), None)):  # fmt: skip
+    for rows, options, taken in (
+        (ROWS, {}, True),
+        (other, {}, False),
+        (ROWS, dict(pooling="mean"), False),
+        (ROWS, dict(form="word"), None),
+    ):
         task = mood(tokenizer, rows, **start | options)
         torch.manual_seed(3)
         found = dict(task.build_model(task.cfg).named_parameters())
         told = [text for text in task.warnings if "has a head for" in text]
-        assert told == ([] if taken is not False else [
-            f"--init {tmp_path} has a head for bad, good, so-so (last): this run's is new"])  # fmt: skip
+        assert told == (
+            []
+            if taken is not False
+            else [f"--init {tmp_path} has a head for bad, good, so-so (last): this run's is new"]
+        )
         for name, p in model.named_parameters():
             same = name in found and found[name].shape == p.shape and torch.equal(found[name], p)
             assert same == (bool(taken) if name.startswith("heads.") else True), name
@@ -795,10 +1027,15 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     task = mood(tokenizer)
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: n for n, label in enumerate(LABELS)}}
+    names = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: n for n, label in enumerate(LABELS)},
+    }
     shape = dict(vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=64, n_layer=2, n_head=2)
     torch.manual_seed(0)
-    theirs = GPT2ForSequenceClassification(GPT2Config(**shape, **names, pad_token_id=tokenizer.eot)).eval()
+    theirs = GPT2ForSequenceClassification(
+        GPT2Config(**shape, **names, pad_token_id=tokenizer.eot)
+    ).eval()
     theirs.save_pretrained(tmp_path)
     task.tokenizer.save(tmp_path)
     tokenizer.save(tmp_path)
@@ -810,12 +1047,24 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
             expected = theirs(torch.from_numpy(tokens)[None]).logits.log_softmax(-1)[0].numpy()
         np.testing.assert_allclose(log_p_of(task, model, tokens), expected, atol=1e-4)
     scores = Mood(ROWS).predict(
-        ClassificationConfig(predict="rows", device="cpu"), str(tmp_path), tmp_path / "a.jsonl", print
+        ClassificationConfig(predict="rows", device="cpu"),
+        str(tmp_path),
+        tmp_path / "a.jsonl",
+        print,
     )
     assert 0 <= scores["accuracy"] <= 1  # it predicts as it is, too
-    task = mood(tokenizer, [row("a", "no"), row("b", "yes")], init=str(tmp_path), preset=None, tokenizer=None)
+    task = mood(
+        tokenizer,
+        [row("a", "no"), row("b", "yes")],
+        init=str(tmp_path),
+        preset=None,
+        tokenizer=None,
+    )
     task.build_model(task.cfg)
-    assert any("has a head for bad, good, so-so (last): this run's is new" in text for text in task.warnings)
+    assert any(
+        "has a head for bad, good, so-so (last): this run's is new" in text
+        for text in task.warnings
+    )
 
 
 # --- what others read
@@ -834,10 +1083,18 @@ def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenize
             batch = padded([task.train.tokens[i] for i in ids], tokenizer.eot)
             found = theirs(batch["idx"]).logits
             hidden = model.hidden(batch["idx"])
-            torch.testing.assert_close(found, model.heads["mood"](hidden, batch["lengths"]), rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(found.log_softmax(-1), np.stack([own[i] for i in ids]), atol=1e-4)
+            torch.testing.assert_close(
+                found, model.heads["mood"](hidden, batch["lengths"]), rtol=1e-4, atol=1e-4
+            )
+            np.testing.assert_allclose(
+                found.log_softmax(-1), np.stack([own[i] for i in ids]), atol=1e-4
+            )
     singles = [n for n, r in enumerate(ROWS) if not r["second"]]
-    classify = pipeline("text-classification", model=str(tmp_path), tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    classify = pipeline(
+        "text-classification",
+        model=str(tmp_path),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+    )
     for batch_size in (1, 3):
         answers = classify([ROWS[n]["first"] for n in singles], batch_size=batch_size)
         assert [answer["label"] for answer in answers] == [LABELS[own[n].argmax()] for n in singles]
@@ -854,29 +1111,46 @@ def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "rain"}))
     exported(mood(tokenizer, tokenizer=str(tmp_path / "given")), tmp_path / "model")
     filler = AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id
-    assert filler == tokenizer.eot == json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"]
+    assert (
+        filler
+        == tokenizer.eot
+        == json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"]
+    )
 
 
 @pytest.mark.parametrize("reads", ["mean", "attention", "lstm", "word"])
-def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_beside(reads, tokenizer, tmp_path):
+def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_beside(
+    reads, tokenizer, tmp_path
+):
     from transformers import GPT2LMHeadModel
 
     task = mood(tokenizer, **READS[reads])
     exported(task, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"] and "id2label" not in config
-    theirs, idx = GPT2LMHeadModel.from_pretrained(tmp_path).eval(), torch.from_numpy(task.train.tokens[3])[None]
+    theirs, idx = (
+        GPT2LMHeadModel.from_pretrained(tmp_path).eval(),
+        torch.from_numpy(task.train.tokens[3])[None],
+    )
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, GPT.from_pretrained(tmp_path).eval()(idx), rtol=1e-4, atol=1e-4)
-    assert (heads.find(tmp_path) is None) == (reads == "word") and heads.read_info(tmp_path) == task.info
+        torch.testing.assert_close(
+            theirs(idx).logits, GPT.from_pretrained(tmp_path).eval()(idx), rtol=1e-4, atol=1e-4
+        )
+    assert (heads.find(tmp_path) is None) == (reads == "word") and heads.read_info(
+        tmp_path
+    ) == task.info
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize("reads", ["last", "attention", "word"])
-def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(method, reads, tokenizer, tmp_path):
+def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(
+    method, reads, tokenizer, tmp_path
+):
     GPT(mood(tokenizer).shape).save_pretrained(tmp_path / "base", eot=tokenizer.eot)
     tokenizer.save(tmp_path / "base")
-    options: dict[str, Any] = dict(init=str(tmp_path / "base"), preset=None, tokenizer=None, method=method)
+    options: dict[str, Any] = dict(
+        init=str(tmp_path / "base"), preset=None, tokenizer=None, method=method
+    )
     task = mood(tokenizer, **options | READS[reads])
     torch.manual_seed(0)
     model = task.build_model(task.cfg)
@@ -886,12 +1160,18 @@ def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(method, rea
                 p += 0.3 * torch.randn_like(p)
     task.export_checkpoint(model, tmp_path / "checkpoint")
     files = {file.name: file.stat().st_size for file in (tmp_path / "checkpoint").iterdir()}
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files and "classifier.json" in files
+    assert (
+        "adapter_model.safetensors" in files
+        and "model.safetensors" not in files
+        and "classifier.json" in files
+    )
     assert ("heads.safetensors" in files) == (reads != "word")
     base = (tmp_path / "base" / "model.safetensors").stat().st_size
     assert sum(size for name, size in files.items() if name.endswith("safetensors")) < base / 2
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu")
-    Mood(ROWS).predict(cfg, str(tmp_path / "checkpoint"), tmp_path / "answers.jsonl", lambda text: None)
+    Mood(ROWS).predict(
+        cfg, str(tmp_path / "checkpoint"), tmp_path / "answers.jsonl", lambda text: None
+    )
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     for answer, tokens in zip(answers, task.train.tokens, strict=True):
         expected = probabilities(log_p_of(task, model.eval(), tokens)[None].astype(np.float64))[0]

@@ -1,4 +1,5 @@
-"""Figures of classifications beside scikit-learn's, plain loops and rows drawn one by one; and their pictures."""
+"""Figures of classifications beside scikit-learn's, plain loops and rows drawn one by one; and
+their pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tasks.classification import chart, confusion
 
 @st.composite
 def labelled(draw, predictions=1):
-    """K, and true and predicted labels of some rows; often a label that is in one of them only, or in neither."""
+    """K, and true and predicted labels of some rows; often a label that is in one of them only, or
+    in neither."""
     n_labels = draw(st.integers(1, 6))
     row = st.tuples(*[st.integers(0, n_labels - 1)] * (1 + predictions))
     return n_labels, *np.array(draw(st.lists(row, min_size=1, max_size=40))).T
@@ -48,11 +50,15 @@ def test_figures_are_scikit_learns(rows):
     n_labels, true, predicted = rows
     matrix = confusion.confusion_matrix(true, predicted, n_labels)
     assert matrix.dtype == np.int64
-    np.testing.assert_array_equal(matrix, metrics.confusion_matrix(true, predicted, labels=range(n_labels)))
+    np.testing.assert_array_equal(
+        matrix, metrics.confusion_matrix(true, predicted, labels=range(n_labels))
+    )
     assert confusion.accuracy(matrix) == pytest.approx(metrics.accuracy_score(true, predicted))
     f1 = metrics.f1_score(true, predicted, average="macro", zero_division=0)
     assert confusion.macro_f1(matrix) == pytest.approx(f1)
-    figures = metrics.precision_recall_fscore_support(true, predicted, labels=range(n_labels), zero_division=0)
+    figures = metrics.precision_recall_fscore_support(
+        true, predicted, labels=range(n_labels), zero_division=0
+    )
     for found, figure in zip(confusion.per_class(matrix).values(), figures, strict=True):
         np.testing.assert_allclose(found, figure, atol=1e-12)
 
@@ -61,7 +67,9 @@ def test_a_label_in_neither_does_not_count():
     some = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 2)
     more = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 5)
     assert confusion.macro_f1(some) == confusion.macro_f1(more) == pytest.approx(2 / 3)
-    given_only = confusion.confusion_matrix([0, 0, 1], [0, 2, 1], 5)  # 2/3, 1 and, of the label that no row has, 0
+    given_only = confusion.confusion_matrix(
+        [0, 0, 1], [0, 2, 1], 5
+    )  # 2/3, 1 and, of the label that no row has, 0
     assert confusion.macro_f1(given_only) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
@@ -94,19 +102,27 @@ def plain_calibration(true, probabilities, bins):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
 def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
-    true, probabilities = scored(rows, n_labels, seed, sharpness=seed % 5)  # 0: all labels are equally likely
+    true, probabilities = scored(
+        rows, n_labels, seed, sharpness=seed % 5
+    )  # 0: all labels are equally likely
     expected = plain_calibration(true, probabilities, bins)
-    assert confusion.calibration_error(true, probabilities, bins) == pytest.approx(expected, abs=1e-12)
+    assert confusion.calibration_error(true, probabilities, bins) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_reliability_by_hand():
     probabilities = np.array([[0.5, 0.5], [0.3, 0.7], [0.1, 0.9], [0.0, 1.0]])
-    found = confusion.reliability([0, 0, 1, 1], probabilities, bins=4)  # 0.5 is in the second bin, 1 in the last
+    found = confusion.reliability(
+        [0, 0, 1, 1], probabilities, bins=4
+    )  # 0.5 is in the second bin, 1 in the last
     np.testing.assert_array_equal(found.rows, [0, 1, 1, 2])
     np.testing.assert_allclose(found.confidence, [0, 0.5, 0.7, 0.95])
     np.testing.assert_allclose(found.accuracy, [0, 1, 0, 1])
     expected = (0.5 + 0.7 + 2 * 0.05) / 4
-    assert confusion.calibration_error([0, 0, 1, 1], probabilities, bins=4) == pytest.approx(expected)
+    assert confusion.calibration_error([0, 0, 1, 1], probabilities, bins=4) == pytest.approx(
+        expected
+    )
 
 
 def test_logarithms_are_not_taken_for_probabilities():
@@ -121,13 +137,21 @@ def test_logarithms_are_not_taken_for_probabilities():
 
 
 def intervals_by_rows(true, predictions, resamples):
-    """Intervals of accuracy and macro-F1, and of their differences if two are given, of rows drawn one by one."""
-    random, n_labels = np.random.default_rng(1), 1 + max(true.max(), *(of.max() for of in predictions))
+    """Intervals of accuracy and macro-F1, and of their differences if two are given, of rows drawn
+    one by one."""
+    random, n_labels = (
+        np.random.default_rng(1),
+        1 + max(true.max(), *(of.max() for of in predictions)),
+    )
     figures = []
     for _ in range(resamples):
         rows = random.integers(0, len(true), len(true))
-        matrices = [confusion.confusion_matrix(true[rows], of[rows], n_labels) for of in predictions]
-        figures.append([[confusion.accuracy(matrix), confusion.macro_f1(matrix)] for matrix in matrices])
+        matrices = [
+            confusion.confusion_matrix(true[rows], of[rows], n_labels) for of in predictions
+        ]
+        figures.append(
+            [[confusion.accuracy(matrix), confusion.macro_f1(matrix)] for matrix in matrices]
+        )
     drawn = np.array(figures)  # (resamples, predictions, 2)
     drawn = drawn[:, 0] - drawn[:, 1] if len(predictions) == 2 else drawn[:, 0]
     return np.quantile(drawn, [0.025, 0.975], axis=0).T
@@ -135,10 +159,14 @@ def intervals_by_rows(true, predictions, resamples):
 
 @pytest.fixture(scope="module")
 def pair():
-    """True labels and two predictions of 300 rows, of labels of unequal numbers, that often agree."""
+    """True labels and two predictions of 300 rows, of labels of unequal numbers, that often
+    agree."""
     random = np.random.default_rng(5)
     true = random.choice(3, 300, p=[0.7, 0.2, 0.1])
-    first, second = (np.where(random.random(300) < share, true, random.integers(0, 3, 300)) for share in (0.8, 0.5))
+    first, second = (
+        np.where(random.random(300) < share, true, random.integers(0, 3, 300))
+        for share in (0.8, 0.5)
+    )
     return true, first, np.where(random.random(300) < 0.5, first, second)
 
 
@@ -148,7 +176,9 @@ def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
     expected = intervals_by_rows(true, [first], 4000)
     # The ends of the intervals vary over seeds by about 0.001 and 0.0015.
     np.testing.assert_allclose([found["accuracy"], found["macro_f1"]], expected, atol=0.006)
-    width = 2 * 1.96 * math.sqrt(np.mean(true == first) * np.mean(true != first) / 300)  # by the normal distribution
+    width = (
+        2 * 1.96 * math.sqrt(np.mean(true == first) * np.mean(true != first) / 300)
+    )  # by the normal distribution
     assert np.ptp(found["accuracy"]) == pytest.approx(width, rel=0.1)
 
 
@@ -156,9 +186,13 @@ def test_bootstrap_covers_as_often_as_it_says():
     random, share, covered = np.random.default_rng(0), 0.8, 0
     for seed in range(200):
         right = random.random(250) < share
-        low, high = confusion.bootstrap(np.zeros(250), np.where(right, 0, 1), 2, seed, resamples=400)["accuracy"]
+        low, high = confusion.bootstrap(
+            np.zeros(250), np.where(right, 0, 1), 2, seed, resamples=400
+        )["accuracy"]
         covered += low <= share <= high
-    assert 178 <= covered <= 199  # of 190 expected: four standard deviations of 3.1, less at the top
+    assert (
+        178 <= covered <= 199
+    )  # of 190 expected: four standard deviations of 3.1, less at the top
 
 
 @given(labelled(), st.randoms())
@@ -167,7 +201,10 @@ def test_order_of_rows_is_no_matter(rows, shuffle):
     n_labels, true, predicted = rows
     order = shuffle.sample(range(len(true)), len(true))
     interval = confusion.bootstrap(true, predicted, n_labels, seed=3, resamples=50)
-    assert confusion.bootstrap(true[order], predicted[order], n_labels, seed=3, resamples=50) == interval
+    assert (
+        confusion.bootstrap(true[order], predicted[order], n_labels, seed=3, resamples=50)
+        == interval
+    )
 
 
 def test_bootstrap_is_the_seeds(pair):
@@ -175,9 +212,13 @@ def test_bootstrap_is_the_seeds(pair):
     same = [confusion.bootstrap(true, first, 3, seed) for seed in (7, 7, 8)]
     assert same[0] == same[1] != same[2]
     matrix = confusion.confusion_matrix(true, first, 3)
-    for figure, (low, high) in zip((confusion.accuracy(matrix), confusion.macro_f1(matrix)), same[0].values()):
+    for figure, (low, high) in zip(
+        (confusion.accuracy(matrix), confusion.macro_f1(matrix)), same[0].values()
+    ):
         assert low < figure < high
-    wider = confusion.bootstrap(true, first, 9, 7)  # labels that no row has or was given change nothing
+    wider = confusion.bootstrap(
+        true, first, 9, 7
+    )  # labels that no row has or was given change nothing
     assert wider == same[0]
 
 
@@ -196,10 +237,14 @@ def test_paired_test_counts(rows):
     found = confusion.paired_test(true, first, second, seed=0, resamples=20)
     matrices = [confusion.confusion_matrix(true, of, n_labels) for of in (first, second)]
     for name, figure in (("accuracy", confusion.accuracy), ("macro_f1", confusion.macro_f1)):
-        assert found[name]["difference"] == pytest.approx(figure(matrices[0]) - figure(matrices[1]), abs=1e-12)
+        assert found[name]["difference"] == pytest.approx(
+            figure(matrices[0]) - figure(matrices[1]), abs=1e-12
+        )
     assert found["wins"] == sum(a == t != b for t, a, b in zip(true, first, second))
     assert found["losses"] == sum(b == t != a for t, a, b in zip(true, first, second))
-    assert (found["wins"] - found["losses"]) / found["rows"] == pytest.approx(found["accuracy"]["difference"])
+    assert (found["wins"] - found["losses"]) / found["rows"] == pytest.approx(
+        found["accuracy"]["difference"]
+    )
     assert found["mcnemar_p"] == confusion.mcnemar(found["wins"], found["losses"])
     assert json.loads(json.dumps(found)) == found
 
@@ -208,7 +253,9 @@ def test_paired_intervals_are_those_of_rows_drawn_one_by_one(pair):
     true, first, second = pair
     found = confusion.paired_test(true, first, second, seed=0, resamples=4000)
     expected = intervals_by_rows(true, [first, second], 4000)
-    np.testing.assert_allclose([found[name]["interval"] for name in ("accuracy", "macro_f1")], expected, atol=0.006)
+    np.testing.assert_allclose(
+        [found[name]["interval"] for name in ("accuracy", "macro_f1")], expected, atol=0.006
+    )
     # Paired: narrower than of two samples of their own.
     apart = [confusion.bootstrap(true, of, 3, seed=0)["accuracy"] for of in (first, second)]
     assert np.ptp(found["accuracy"]["interval"]) < 0.9 * math.hypot(*np.ptp(apart, axis=1))
@@ -216,13 +263,22 @@ def test_paired_intervals_are_those_of_rows_drawn_one_by_one(pair):
 
 def test_paired_test_turned_around(pair):
     true, first, second = pair
-    one, other = (confusion.paired_test(true, *of, seed=0, resamples=4000) for of in ((first, second), (second, first)))
+    one, other = (
+        confusion.paired_test(true, *of, seed=0, resamples=4000)
+        for of in ((first, second), (second, first))
+    )
     assert one["accuracy"]["difference"] > 0
-    assert (one["wins"], one["losses"], one["mcnemar_p"]) == (other["losses"], other["wins"], other["mcnemar_p"])
+    assert (one["wins"], one["losses"], one["mcnemar_p"]) == (
+        other["losses"],
+        other["wins"],
+        other["mcnemar_p"],
+    )
     for name in ("accuracy", "macro_f1"):
         assert one[name]["difference"] == -other[name]["difference"]
         low, high = other[name]["interval"]
-        np.testing.assert_allclose(one[name]["interval"], [-high, -low], atol=0.006)  # of other draws
+        np.testing.assert_allclose(
+            one[name]["interval"], [-high, -low], atol=0.006
+        )  # of other draws
 
 
 def test_a_method_is_no_better_than_itself(pair):
@@ -230,8 +286,13 @@ def test_a_method_is_no_better_than_itself(pair):
     nothing = {"difference": 0.0, "interval": [0.0, 0.0]}
     found = confusion.paired_test(true, first, first, seed=0)
     assert found == {
-        "rows": 300, "accuracy": nothing, "macro_f1": nothing, "wins": 0, "losses": 0, "mcnemar_p": 1.0,
-    }  # fmt: skip
+        "rows": 300,
+        "accuracy": nothing,
+        "macro_f1": nothing,
+        "wins": 0,
+        "losses": 0,
+        "mcnemar_p": 1.0,
+    }
 
 
 @given(st.integers(0, 400), st.integers(0, 400))
@@ -244,7 +305,8 @@ def test_mcnemar_is_a_plain_sum(wins, losses):
 
 
 def test_mcnemar_of_many_rows():
-    # By the normal distribution with the half that corrects for whole numbers: |101000 - 100000| - 1 over its deviation.
+    # By the normal distribution with the half that corrects for whole numbers: |101000 - 100000| -
+    # 1 over its deviation.
     assert confusion.mcnemar(100_000, 101_000) == pytest.approx(
         math.erfc(999 / math.sqrt(201_000) / math.sqrt(2)), rel=1e-4
     )
@@ -261,10 +323,12 @@ def test_report_holds_every_figure():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     predicted = probabilities.argmax(1)
     matrix = confusion.confusion_matrix(true, predicted, 4)
-    assert found["rows"] == 150 and found["confusion"] == matrix.tolist() and found["labels"] == labels
-    assert {name: found[name] for name in ("accuracy", "macro_f1", "calibration_error")} == confusion.figures(
-        true, probabilities
+    assert (
+        found["rows"] == 150 and found["confusion"] == matrix.tolist() and found["labels"] == labels
     )
+    assert {
+        name: found[name] for name in ("accuracy", "macro_f1", "calibration_error")
+    } == confusion.figures(true, probabilities)
     assert found["intervals"] == confusion.bootstrap(true, predicted, 4, seed=2)
     for name, column in confusion.per_class(matrix).items():
         assert [found["per_class"][label][name] for label in labels] == column.tolist()
@@ -306,7 +370,13 @@ def size(path) -> tuple[int, int]:
 
 LABELS = {
     2: ["no", r"$\yes$"],  # no formula, and one that cannot be read
-    5: ["여행", "경제", "a\nb", "\U0010ffff", "x" * 300],  # letters that fonts lack, one that all lack
+    5: [
+        "여행",
+        "경제",
+        "a\nb",
+        "\U0010ffff",
+        "x" * 300,
+    ],  # letters that fonts lack, one that all lack
     42: [f"org:place_of_headquarters_{i}" for i in range(42)],
 }
 
@@ -334,14 +404,18 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
     written = []
     text = Axes.text
     monkeypatch.setattr(
-        Axes, "text", lambda self, x, y, s, **more: written.append((x, y, s)) or text(self, x, y, s, **more)
+        Axes,
+        "text",
+        lambda self, x, y, s, **more: written.append((x, y, s)) or text(self, x, y, s, **more),
     )
     report = confusion.report([0, 0, 0, 1, 2], np.eye(3)[[0, 0, 1, 1, 0]], ["a", "b", "c"], seed=0)
     chart.draw_confusion(report, tmp_path / "a.png", "")
     matrix = report["confusion"]
     assert written == [(x, y, str(matrix[y][x])) for y in range(3) for x in range(3)]
     written.clear()
-    many = confusion.report([0] * 30, np.eye(14)[np.arange(30) % 2], list(map(str, range(14))), seed=0)
+    many = confusion.report(
+        [0] * 30, np.eye(14)[np.arange(30) % 2], list(map(str, range(14))), seed=0
+    )
     chart.draw_confusion(many, tmp_path / "b.png", "")
     assert written == [(0, 0, "15"), (1, 0, "15")]  # of many labels no zeros
     written.clear()
@@ -354,7 +428,11 @@ def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
     from matplotlib.font_manager import fontManager
 
     own = chart.glyphs_of(chart.FONT)
-    other = next(font for font in fontManager.ttflist if font.name == "STIXGeneral" and font.style == "normal")
+    other = next(
+        font
+        for font in fontManager.ttflist
+        if font.name == "STIXGeneral" and font.style == "normal"
+    )
     hyphened = dataclasses.replace(other, name="A-Name: hyphened", weight=400)
     monkeypatch.setattr(fontManager, "ttflist", [hyphened, *fontManager.ttflist])
     lacking = chr(min(chart.glyphs_of("STIXGeneral") - own))

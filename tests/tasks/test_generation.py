@@ -1,4 +1,5 @@
-"""The family of tasks whose answers are texts: rows to sequences, sequences to batches, batches to a loss."""
+"""The family of tasks whose answers are texts: rows to sequences, sequences to batches, batches to
+a loss."""
 
 from __future__ import annotations
 
@@ -76,9 +77,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_bpe([" ".join(WORDS * 3)], 300, tmp_path_factory.mktemp("echo") / "tokenizer")
 
 
-def set_up(task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None, **options: Any) -> Echo:
+def set_up(
+    task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None, **options: Any
+) -> Echo:
     """The task with its rows read, for a model from scratch."""
-    fixed: dict[str, Any] = dict(init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32")
+    fixed: dict[str, Any] = dict(
+        init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
+    )
     fixed |= dict(data="rows", warmup_steps=0)
     cfg = resolve(GenerationConfig(**fixed | options), "cpu")
     assert isinstance(cfg, GenerationConfig)
@@ -87,9 +92,14 @@ def set_up(task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda
     return task
 
 
-def echo(tokenizer: Tokenizer, train: list[dict[str, str]], val: Any = None, **options: Any) -> Echo:
-    """A task that trains on rows and is validated on `val`, or on those that are held out (None)."""
-    return set_up(Echo(train, val), tokenizer, **dict[str, Any](val_data="val" if val else None) | options)
+def echo(
+    tokenizer: Tokenizer, train: list[dict[str, str]], val: Any = None, **options: Any
+) -> Echo:
+    """A task that trains on rows and is validated on `val`, or on those that are held out
+    (None)."""
+    return set_up(
+        Echo(train, val), tokenizer, **dict[str, Any](val_data="val" if val else None) | options
+    )
 
 
 def row(answer: str, fixed: str = "", long: str = "") -> dict[str, str]:
@@ -97,7 +107,9 @@ def row(answer: str, fixed: str = "", long: str = "") -> dict[str, str]:
 
 
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
-quick = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 # --- rows to sequences
@@ -115,7 +127,11 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
     counts = dict.fromkeys(("are cut", "cannot be cut", "go on"), 0)
     expected: list[tuple[list[int], int]] = []
     for r in rows:
-        long, fixed, answer = encode(r["long"]), [*encode(r["fixed"]), go] if r["fixed"] else [], encode(r["answer"])
+        long, fixed, answer = (
+            encode(r["long"]),
+            [*encode(r["fixed"]), go] if r["fixed"] else [],
+            encode(r["answer"]),
+        )
         rest = [*fixed, *answer, eot]  # what cannot be cut
         whole = [eot, *long, *rest]
         over = len(whole) - (seq_len + 1)
@@ -123,22 +139,35 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
             expected.append((whole, 1 + len(long) + len(fixed)))
         elif long and over <= len(long):
             counts["are cut"] += 1
-            expected.append(([eot, *long[: len(long) - over], *rest], seq_len + 1 - len(answer) - 1))
+            expected.append(
+                ([eot, *long[: len(long) - over], *rest], seq_len + 1 - len(answer) - 1)
+            )
         elif not long and 1 + len(fixed) < seq_len + 1:
             counts["go on"] += 1
             expected.append((whole[: seq_len + 1], 1 + len(fixed)))
-            expected += [(whole[i : i + seq_len + 1], 1) for i in range(seq_len, len(whole) - 1, seq_len)]
+            expected += [
+                (whole[i : i + seq_len + 1], 1) for i in range(seq_len, len(whole) - 1, seq_len)
+            ]
         else:
             counts["cannot be cut"] += 1
     for split in (task.train, task.val):
-        assert [(t.tolist(), n) for t, n in zip(split.tokens, split.learned, strict=True)] == expected
+        assert [
+            (t.tolist(), n) for t, n in zip(split.tokens, split.learned, strict=True)
+        ] == expected
         assert split.lengths.max() <= seq_len
-    told = [f"{n} of {len(rows)} {what}" for n in counts.values() if n for what in ("training", "validation")]
+    told = [
+        f"{n} of {len(rows)} {what}"
+        for n in counts.values()
+        if n
+        for what in ("training", "validation")
+    ]
     (known,) = [w for w in task.warnings if "also stand among" in w]  # all of them do here
     assert known.startswith(f"{len(rows)} of {len(rows)} ")
     assert len(task.warnings) == len(told) + 1
     for what, n in counts.items():
-        assert sum(what in w and w.startswith(f"{n} of {len(rows)} ") for w in task.warnings) == (2 if n else 0)
+        assert sum(what in w and w.startswith(f"{n} of {len(rows)} ") for w in task.warnings) == (
+            2 if n else 0
+        )
 
 
 @given(answer=texts, fixed=st.just("") | texts, seq_len=st.integers(8, 20))
@@ -154,9 +183,13 @@ def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed,
 def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
     long = " ".join(WORDS)
     for bad in (row("stone", "a", long), row(long, "a", "the")):
-        with pytest.raises(UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"):
+        with pytest.raises(
+            UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"
+        ):
             echo(tokenizer, [row("rain"), bad], [row("a")], seq_len=12, strict=True)
-    task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)  # nothing of it is lost
+    task = echo(
+        tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True
+    )  # nothing of it is lost
     assert len(task.train.rows) > 2
     with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
         echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
@@ -205,14 +238,19 @@ def test_rows_that_belong_together_are_held_out_together(tokenizer):
 # --- sequences to batches, batches to a loss
 
 ROWS = [
-    row("slept on", "the town"), row(" ".join(WORDS), "a", "of"), row("stone"), row("rain in the rain", "", "the river ran"),
-    row("bridge", " ".join(WORDS)), row("a bridge of stone " * 9),
-]  # fmt: skip
+    row("slept on", "the town"),
+    row(" ".join(WORDS), "a", "of"),
+    row("stone"),
+    row("rain in the rain", "", "the river ran"),
+    row("bridge", " ".join(WORDS)),
+    row("a bridge of stone " * 9),
+]
 
 
 @pytest.fixture(scope="module", params=["likelihood", "unlikelihood"])
 def trained(request, tokenizer) -> tuple[Echo, GPT]:
-    """A task and a model with random weights; seed and scale such that its losses differ from row to row."""
+    """A task and a model with random weights; seed and scale such that its losses differ from row
+    to row."""
     objective = ("unlikelihood",) if request.param == "unlikelihood" else ()
     task = echo(tokenizer, ROWS, objective=objective, unlikelihood=0.7, batch_size=4)
     torch.manual_seed(1)
@@ -244,7 +282,11 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
     n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
     assert task.weights(batch) == dict.fromkeys(task.terms, n_learned)
     n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
-    assert task.amounts(batch) == {"tokens": n_tokens, "padded_tokens": batch["idx"].numel(), "rows": len(ids)}
+    assert task.amounts(batch) == {
+        "tokens": n_tokens,
+        "padded_tokens": batch["idx"].numel(),
+        "rows": len(ids),
+    }
 
 
 def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
@@ -257,7 +299,9 @@ def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
         sums["nll"] -= float(log_p[t, tokens[t + 1]])
         if "unlikelihood" in sums:
             candidates = set(tokens[: t + 1].tolist()) - {int(tokens[t + 1])}
-            sums["unlikelihood"] -= sum(math.log1p(-math.exp(float(log_p[t, c]))) for c in candidates)
+            sums["unlikelihood"] -= sum(
+                math.log1p(-math.exp(float(log_p[t, c]))) for c in candidates
+            )
     return sums
 
 
@@ -267,8 +311,13 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
     draw = np.random.default_rng(0)
     for size in (1, 2, 5, 7):
         ids = draw.integers(0, len(alone), size)
-        found = {name: float(value.detach()) for name, value in task.loss(model, task.collate("train", ids)).items()}
-        assert found == pytest.approx({name: sum(alone[i][name] for i in ids) for name in task.terms}, rel=1e-5)
+        found = {
+            name: float(value.detach())
+            for name, value in task.loss(model, task.collate("train", ids)).items()
+        }
+        assert found == pytest.approx(
+            {name: sum(alone[i][name] for i in ids) for name in task.terms}, rel=1e-5
+        )
 
 
 def test_gradients_do_not_see_the_padding(trained):
@@ -276,11 +325,16 @@ def test_gradients_do_not_see_the_padding(trained):
 
     def gradients(ids: list[int]) -> list[Tensor]:
         model.zero_grad()
-        sum(task.terms[k] * v for k, v in task.loss(model, task.collate("train", np.array(ids))).items()).backward()
+        sum(
+            task.terms[k] * v
+            for k, v in task.loss(model, task.collate("train", np.array(ids))).items()
+        ).backward()
         return [p.grad.clone() for p in model.parameters()]
 
     together = gradients([0, 1, 4])
-    for one, parts in zip(together, zip(*(gradients([i]) for i in (0, 1, 4)), strict=True), strict=True):
+    for one, parts in zip(
+        together, zip(*(gradients([i]) for i in (0, 1, 4)), strict=True), strict=True
+    ):
         torch.testing.assert_close(one, sum(parts), rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
@@ -340,7 +394,9 @@ def test_without_rows_to_decode_the_loss_chooses_the_best(tokenizer):
 
 def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     long, words = " ".join(WORDS * 4), tokenizer.encode(" ".join(WORDS * 4))
-    task = echo(tokenizer, [row("rain")], [row("stone", "of a", long), row("stone", long[:60])], seq_len=32)
+    task = echo(
+        tokenizer, [row("rain")], [row("stone", "of a", long), row("stone", long[:60])], seq_len=32
+    )
     fixed, go = tokenizer.encode("of a"), task.tokenizer.special_id(GO)
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
@@ -360,20 +416,36 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert lines == [r | {"prediction": text} for r, text in zip(rows, alone, strict=True)]
     long, said = [row("a", " ".join(WORDS * 3)), *rows], []
-    assert Echo(long).predict(cfg, str(tmp_path / "model"), tmp_path / "long.jsonl", said.append) == {"answered": 4}
-    assert said == ["1 of 4 prompts are longer than the model's context of 32, the first in rows row 0: only their "
-                    "last 24 tokens are read"]  # fmt: skip
+    assert Echo(long).predict(
+        cfg, str(tmp_path / "model"), tmp_path / "long.jsonl", said.append
+    ) == {"answered": 4}
+    assert said == [
+        "1 of 4 prompts are longer than the model's context of 32, the first in rows "
+        "row 0: only their "
+        "last 24 tokens are read"
+    ]
     strict = dataclasses.replace(cfg, strict=True)
-    with pytest.raises(UserError, match=r"rows row 0: a prompt of \d+ tokens is too long for a context of 32"):
+    with pytest.raises(
+        UserError, match=r"rows row 0: a prompt of \d+ tokens is too long for a context of 32"
+    ):
         Echo(long).predict(strict, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
     assert not (tmp_path / "other.jsonl").exists()
     some = Echo([*rows, row("", "the town")])  # the first three have a true answer
-    assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {"answered": 3}
+    assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {
+        "answered": 3
+    }
     assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
     broken = Echo(rows)
-    broken.to_answer = [Row(dict(row("")), "a line 1", "is torn"), *broken.read("rows", "test", print)]
-    assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {"answered": 3}
-    first, *others = [json.loads(line) for line in (tmp_path / "broken.jsonl").read_text().splitlines()]
+    broken.to_answer = [
+        Row(dict(row("")), "a line 1", "is torn"),
+        *broken.read("rows", "test", print),
+    ]
+    assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {
+        "answered": 3
+    }
+    first, *others = [
+        json.loads(line) for line in (tmp_path / "broken.jsonl").read_text().splitlines()
+    ]
     assert (first["prediction"], first["unreadable"]) == (None, "is torn") and len(others) == 3
     unknown = Echo([row("", "the town")])
     assert unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "unknown.jsonl", print) == {}
@@ -397,9 +469,12 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
     first = identity()
     assert first == identity(lr=0.5, eval_rows=7, decode="greedy", micro_batch=2, show_rows=0)
     changed = {
-        "batch_size": identity(batch_size=3), "data": identity(rows=ROWS[1:]), "seq_len": identity(seq_len=64),
-        "objective": identity(objective=("unlikelihood",)), "n_layer": identity(n_layer=3),
-    }  # fmt: skip
+        "batch_size": identity(batch_size=3),
+        "data": identity(rows=ROWS[1:]),
+        "seq_len": identity(seq_len=64),
+        "objective": identity(objective=("unlikelihood",)),
+        "n_layer": identity(n_layer=3),
+    }
     for name, other in changed.items():
         assert first[name] != other[name], name
     assert identity(val=ROWS[1:])["data"] != first["data"]

@@ -15,7 +15,8 @@ from engine import pretraining
 from support import own_lines
 from tasks import metrics
 
-# Few characters, so that n-grams repeat within a text and between texts; white space of several kinds; no Latin too.
+# Few characters, so that n-grams repeat within a text and between texts; white space of several
+# kinds; no Latin too.
 TEXTS = st.lists(st.text(alphabet="ab \n\u3000한é", max_size=14), min_size=1, max_size=5)
 
 
@@ -26,12 +27,17 @@ def naive_pairwise(texts):
 @given(TEXTS)
 @settings(max_examples=60, deadline=None)
 def test_pairwise_chrf_is_sacrebleus_sentence_chrf(texts):
-    np.testing.assert_allclose(similarity.pairwise_chrf(texts), naive_pairwise(texts), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        similarity.pairwise_chrf(texts), naive_pairwise(texts), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_pairwise_chrf_by_hand():
-    # Order 1: 1 of the 2 characters of "ab", 1 of the 1 of "a"; higher orders take no part. 5PR / (4P + R).
-    np.testing.assert_allclose(similarity.pairwise_chrf(["ab", "a"]), [[100, 250 / 3], [500 / 9, 100]])
+    # Order 1: 1 of the 2 characters of "ab", 1 of the 1 of "a"; higher orders take no part. 5PR /
+    # (4P + R).
+    np.testing.assert_allclose(
+        similarity.pairwise_chrf(["ab", "a"]), [[100, 250 / 3], [500 / 9, 100]]
+    )
     np.testing.assert_array_equal(similarity.pairwise_chrf(["ab", "", "ab"])[:, 1], [0, 0, 0])
     assert similarity.pairwise_chrf([]).shape == (0, 0)
 
@@ -41,7 +47,9 @@ def test_pairwise_chrf_by_hand():
 def test_pairwise_chrf_follows_the_order_of_its_texts(texts, random):
     order = random.sample(range(len(texts)), len(texts))
     shuffled = similarity.pairwise_chrf([texts[i] for i in order])
-    np.testing.assert_allclose(shuffled, similarity.pairwise_chrf(texts)[np.ix_(order, order)], rtol=1e-12)
+    np.testing.assert_allclose(
+        shuffled, similarity.pairwise_chrf(texts)[np.ix_(order, order)], rtol=1e-12
+    )
 
 
 def test_chrf_of_a_corpus():
@@ -51,7 +59,9 @@ def test_chrf_of_a_corpus():
     assert metrics.chrf(["ab"], ["a"]) == pytest.approx(250 / 3)
     half = metrics.chrf(["From fairest creatures", "봄", "y"], references)
     assert 0 < half < 100
-    assert half == pytest.approx(metrics.chrf(["y", "From fairest creatures", "봄"], ["x", *references[:2]]))
+    assert half == pytest.approx(
+        metrics.chrf(["y", "From fairest creatures", "봄"], ["x", *references[:2]])
+    )
 
 
 ENGLISH = st.text(alphabet="abt heHErning'-_.,0", max_size=40)
@@ -62,7 +72,9 @@ ENGLISH = st.text(alphabet="abt heHErning'-_.,0", max_size=40)
 def test_rouge_of_ascii_is_rouge_scores(hypothesis, reference):
     from rouge_score.rouge_scorer import RougeScorer
 
-    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, hypothesis)
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
+        reference, hypothesis
+    )
     ours = metrics.rouge([hypothesis], [reference])
     assert ours == pytest.approx({kind: 100 * score.fmeasure for kind, score in theirs.items()})
 
@@ -79,7 +91,17 @@ def test_rouge_by_hand():
 
 
 def test_rouge_sees_every_script():
-    assert metrics.words("봄은 café, 日本_ラーメン!") == ["봄", "은", "café", "日", "本", "ラ", "ー", "メ", "ン"]
+    assert metrics.words("봄은 café, 日本_ラーメン!") == [
+        "봄",
+        "은",
+        "café",
+        "日",
+        "本",
+        "ラ",
+        "ー",
+        "メ",
+        "ン",
+    ]
     assert metrics.rouge(["봄은"], ["봄이"])["rouge1"] == pytest.approx(50)
     assert metrics.rouge(["Привет мир"], ["привет, мир!"])["rouge2"] == pytest.approx(100)
 
@@ -87,10 +109,18 @@ def test_rouge_sees_every_script():
 def test_squad_by_hand():
     answers = [["The Norman dukes", "Normans"], ["1066"], ["in Paris, France"]]
     # Equal but for article, case and punctuation; no word in common; 1 word of 1 and of 3.
-    scores = metrics.squad(["an norman-dukes!", "in 1067", "Paris"], [["The normandukes"], *answers[1:]])
+    scores = metrics.squad(
+        ["an norman-dukes!", "in 1067", "Paris"], [["The normandukes"], *answers[1:]]
+    )
     assert scores == pytest.approx({"exact_match": 100 / 3, "f1": (100 + 0 + 50) / 3})
-    assert metrics.squad(["normans"], answers[:1]) == {"exact_match": 100, "f1": 100}  # the best of the answers
-    assert metrics.squad(["the"], [["A!"]]) == {"exact_match": 100, "f1": 0}  # nothing left: so the official script
+    assert metrics.squad(["normans"], answers[:1]) == {
+        "exact_match": 100,
+        "f1": 100,
+    }  # the best of the answers
+    assert metrics.squad(["the"], [["A!"]]) == {
+        "exact_match": 100,
+        "f1": 0,
+    }  # nothing left: so the official script
 
 
 ANSWERS = st.text(alphabet="an theTHE cat.,\n\u00a0é", min_size=1, max_size=20)
@@ -118,18 +148,27 @@ def test_distinct_and_repetition_by_hand():
 
 
 def naive_copied(text, training):
-    copied, spans = metrics.words(text), [f" {' '.join(metrics.words(other))} " for other in training]
+    copied, spans = (
+        metrics.words(text),
+        [f" {' '.join(metrics.words(other))} " for other in training],
+    )
     runs = (copied[i:j] for i in range(len(copied)) for j in range(i + 1, len(copied) + 1))
-    return max((len(run) for run in runs if any(f" {' '.join(run)} " in span for span in spans)), default=0)
+    return max(
+        (len(run) for run in runs if any(f" {' '.join(run)} " in span for span in spans)), default=0
+    )
 
 
-FEW_WORDS = st.lists(st.lists(st.sampled_from(["a", "b", "c", "aa"]), max_size=12).map(" ".join), max_size=4)
+FEW_WORDS = st.lists(
+    st.lists(st.sampled_from(["a", "b", "c", "aa"]), max_size=12).map(" ".join), max_size=4
+)
 
 
 @given(FEW_WORDS, FEW_WORDS)
 @settings(max_examples=100, deadline=None)
 def test_longest_copied_is_the_plain_search(texts, training):
-    assert metrics.longest_copied(texts, training).tolist() == [naive_copied(text, training) for text in texts]
+    assert metrics.longest_copied(texts, training).tolist() == [
+        naive_copied(text, training) for text in texts
+    ]
 
 
 def test_longest_copied_by_hand():
@@ -162,9 +201,23 @@ GOOD = [
 
 def test_rhymes_by_hand():
     assert metrics.rhyming_accuracy([poem(*GOOD)]) == {"rhyming_accuracy": 1, "rhyming_coverage": 1}
-    worse = poem("day", "light", "day", "night", "tree", "moon", "xqzzt", "June", *GOOD[8:12], "love", "prove")
+    worse = poem(
+        "day",
+        "light",
+        "day",
+        "night",
+        "tree",
+        "moon",
+        "xqzzt",
+        "June",
+        *GOOD[8:12],
+        "love",
+        "prove",
+    )
     # The same word is no rhyme, an unknown one does not count, love and prove only look alike.
-    assert metrics.rhyming_accuracy([worse]) == pytest.approx({"rhyming_accuracy": 4 / 6, "rhyming_coverage": 6 / 7})
+    assert metrics.rhyming_accuracy([worse]) == pytest.approx(
+        {"rhyming_accuracy": 4 / 6, "rhyming_coverage": 6 / 7}
+    )
     # Without the last two lines; without the pair that the three lines of a prompt make.
     assert metrics.rhyming_accuracy([poem(*GOOD[:12])])["rhyming_accuracy"] == pytest.approx(6 / 7)
     given = metrics.rhyming_accuracy([poem("day", "light", "grass", "stone", *GOOD[4:])], given=3)
@@ -189,8 +242,12 @@ def test_true_sonnets_rhyme_and_shuffled_lines_do_not(repo):
     file = repo.parent / "shared/data/cs224n/sonnets.txt"
     if not file.is_file():
         pytest.skip(f"{file} is not here")
-    poems = [poem.strip() for poem in re.split(r"\n\s*\d+\s*\n", file.read_text(encoding="utf-8"))[1:]]
-    assert metrics.line_count_accuracy(poems) == pytest.approx(129 / 131)  # one sonnet has 15 lines and one 12
+    poems = [
+        poem.strip() for poem in re.split(r"\n\s*\d+\s*\n", file.read_text(encoding="utf-8"))[1:]
+    ]
+    assert metrics.line_count_accuracy(poems) == pytest.approx(
+        129 / 131
+    )  # one sonnet has 15 lines and one 12
     true = metrics.rhyming_accuracy(poems)
     assert true["rhyming_accuracy"] > 0.75 and true["rhyming_coverage"] > 0.9
     lines = [line for poem in poems for line in poem.splitlines()]
@@ -200,7 +257,9 @@ def test_true_sonnets_rhyme_and_shuffled_lines_do_not(repo):
 
 
 def test_line_count():
-    assert metrics.line_count_accuracy(["a\n\nb\n", "a", "a\nb\nc"], lines=2) == pytest.approx(1 / 3)
+    assert metrics.line_count_accuracy(["a\n\nb\n", "a", "a\nb\nc"], lines=2) == pytest.approx(
+        1 / 3
+    )
     assert metrics.line_count_accuracy(["x\n" * 14]) == 1
 
 
@@ -219,6 +278,10 @@ metrics.chrf([text], [text]), metrics.rouge([text], [text]), metrics.rhyming_acc
 
 def test_the_libraries_print_nothing_and_need_no_network(run, tmp_path):
     # No proxy answers at a port that is closed, and a home that is new has no data of NLTK's.
-    nowhere = {"HOME": str(tmp_path), "NLTK_DATA": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    nowhere = {
+        "HOME": str(tmp_path),
+        "NLTK_DATA": str(tmp_path),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
     done = run("-W", "always", "-c", QUIET, env=nowhere)
     assert (done.returncode, done.stdout, own_lines(done.stderr)) == (0, "", "")

@@ -1,4 +1,5 @@
-"""The objectives against plain loops in fp64, with their gradients, and where probabilities are extreme."""
+"""The objectives against plain loops in fp64, with their gradients, and where probabilities are
+extreme."""
 
 from __future__ import annotations
 
@@ -24,13 +25,21 @@ SHAPES = dict(B=st.integers(1, 6), K=st.integers(1, 5), seed=st.integers(0, 99))
 
 def draws(*shape, seed=0, n=2, dtype=torch.float32, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_() for _ in range(n)]
+    return [
+        (torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_()
+        for _ in range(n)
+    ]
 
 
 def labelled(B, K, seed=0, dtype=torch.float32):
     """log_p whose rows add up to less than 1, labels, weights."""
-    [logits], generator = draws(B, K + 1, seed=seed, n=1, dtype=dtype), torch.Generator().manual_seed(seed)
-    log_p = logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()  # the last column is the other words
+    [logits], generator = (
+        draws(B, K + 1, seed=seed, n=1, dtype=dtype),
+        torch.Generator().manual_seed(seed),
+    )
+    log_p = (
+        logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()
+    )  # the last column is the other words
     weights = torch.rand(B, generator=generator)
     return log_p, torch.randint(K, (B,), generator=generator), weights
 
@@ -58,7 +67,9 @@ def test_label_nll_equals_the_loop(B, K, seed, smoothing, weighted):
 def test_label_nll_is_the_cross_entropy_of_logits(smoothing):
     [logits], labels = draws(7, 4, n=1, dtype=torch.float64), torch.arange(7) % 4
     ours = label_nll(logits.log_softmax(1), labels, smoothing=smoothing)
-    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum"))
+    torch.testing.assert_close(
+        ours, F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+    )
     of_class = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
     ours = label_nll(logits.log_softmax(1), labels, of_class[labels])
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, of_class, reduction="sum"))
@@ -88,7 +99,9 @@ def test_rdrop_is_a_symmetric_divergence_of_distributions(B, K, seed):
     one, two = draws(B, K, seed=seed)
     value = rdrop(one, two)
     assert value >= 0 and value == rdrop(two, one)
-    torch.testing.assert_close(rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5)  # renormalised
+    torch.testing.assert_close(
+        rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5
+    )  # renormalised
     assert rdrop(one, one).item() == 0
     assert rdrop(one, one + 1e-6 * two) >= 0  # where 1e-12 is left of it
 
@@ -99,12 +112,20 @@ def infonce(first, second, group, temperature):
     for i in range(len(first)):
         begin = i - i % group
         others = range(begin, min(begin + group, len(first)))
-        cosines = {j: torch.cosine_similarity(first[i].double(), second[j].double(), dim=0) for j in others}
-        loss = loss - cosines[i] / temperature + sum((c / temperature).exp() for c in cosines.values()).log()
+        cosines = {
+            j: torch.cosine_similarity(first[i].double(), second[j].double(), dim=0) for j in others
+        }
+        loss = (
+            loss
+            - cosines[i] / temperature
+            + sum((c / temperature).exp() for c in cosines.values()).log()
+        )
     return loss
 
 
-@given(group=st.integers(1, 4), groups=st.integers(1, 3), C=st.integers(2, 5), seed=st.integers(0, 99))
+@given(
+    group=st.integers(1, 4), groups=st.integers(1, 3), C=st.integers(2, 5), seed=st.integers(0, 99)
+)
 @settings(max_examples=40, deadline=None)
 def test_simcse_equals_the_loop(group, groups, C, seed):
     one, two = draws(group * groups, C, seed=seed)
@@ -119,7 +140,9 @@ def test_simcse_of_fewer_rows_than_a_group():
     assert simcse(one[:0], two[:0], 8, 0.1).item() == 0
     for rows, group in ((3, 2), (9, 8)):
         one, two = draws(rows, 4)
-        with pytest.raises(ValueError, match=f"{rows} rows are no whole number of groups of {group}"):
+        with pytest.raises(
+            ValueError, match=f"{rows} rows are no whole number of groups of {group}"
+        ):
             simcse(one, two, group, 0.1)
 
 
@@ -150,7 +173,9 @@ def test_gradients_of_label_objectives_in_fp64():
     assert check(lambda x: label_nll(x, labels, weights, 0.1), log_p)
     assert check(lambda x, y: rdrop(x, y, torch.arange(6.0)), (one, two))
     assert check(lambda x, y: simcse(x, y, 3, 0.3), (one, two))
-    assert {x.dtype for x in (label_nll(log_p, labels), rdrop(one, two), simcse(one, two, 3, 1.0))} == {torch.float64}
+    assert {
+        x.dtype for x in (label_nll(log_p, labels), rdrop(one, two), simcse(one, two, 3, 1.0))
+    } == {torch.float64}
 
 
 def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
@@ -168,7 +193,8 @@ def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
 
 
 def loop(logits, idx, targets, earlier=None):
-    """Both sums in fp64 by definition: -log(1 - p) is that of the probability of all other tokens."""
+    """Both sums in fp64 by definition: -log(1 - p) is that of the probability of all other
+    tokens."""
     log_p = logits.double().log_softmax(-1)
     nll = unlikelihood = torch.zeros((), dtype=torch.float64)
     for b, t in (targets != IGNORE).nonzero().tolist():
@@ -190,18 +216,29 @@ def inputs(B=2, T=7, V=9, scale=1.0, seed=0, dtype=torch.float32):
 
 def gradients(sums, logits):
     """Of each sum by itself; zero where it does not depend on the logits."""
-    found = [torch.autograd.grad(s, logits, retain_graph=True)[0] if s.requires_grad else None for s in sums]
+    found = [
+        torch.autograd.grad(s, logits, retain_graph=True)[0] if s.requires_grad else None
+        for s in sums
+    ]
     return [torch.zeros_like(logits) if g is None else g for g in found]
 
 
 def check(logits, idx, targets, earlier=None, rtol=1e-5, atol=1e-6):
-    ours, plain = nll_and_unlikelihood(logits, idx, targets, earlier), loop(logits, idx, targets, earlier)
+    ours, plain = (
+        nll_and_unlikelihood(logits, idx, targets, earlier),
+        loop(logits, idx, targets, earlier),
+    )
     torch.testing.assert_close([s.double() for s in ours], list(plain), rtol=rtol, atol=atol)
-    torch.testing.assert_close(gradients(ours, logits), gradients(plain, logits), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        gradients(ours, logits), gradients(plain, logits), rtol=rtol, atol=atol
+    )
 
 
 @given(
-    *(st.integers(1, n) for n in (3, 6, 5)), st.sampled_from([0.1, 3.0, 12.0]), st.integers(0, 99), st.floats(0, 0.9)
+    *(st.integers(1, n) for n in (3, 6, 5)),
+    st.sampled_from([0.1, 3.0, 12.0]),
+    st.integers(0, 99),
+    st.floats(0, 0.9),
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_the_loop(B, T, V, scale, seed, without):
@@ -218,9 +255,13 @@ def test_by_hand():
     logits = p.log().expand(1, 3, 3).clone().requires_grad_()
     idx, targets = torch.tensor([[0, 1, 0]]), torch.tensor([[IGNORE, IGNORE, 1]])
     nll, unlikelihood = nll_and_unlikelihood(logits, idx, targets)
-    assert nll.item() == pytest.approx(-math.log(0.3)) and unlikelihood.item() == pytest.approx(-math.log(0.5))
+    assert nll.item() == pytest.approx(-math.log(0.3)) and unlikelihood.item() == pytest.approx(
+        -math.log(0.5)
+    )
     # The odds of 0 are 1: its logit gets 1 - p, the others lose p.
-    torch.testing.assert_close(gradients([unlikelihood], logits)[0][0, 2], torch.tensor([0.5, -0.3, -0.2]))
+    torch.testing.assert_close(
+        gradients([unlikelihood], logits)[0][0, 2], torch.tensor([0.5, -0.3, -0.2])
+    )
 
 
 def test_gradients_in_fp64():
@@ -239,7 +280,9 @@ def test_equals_the_published_form(form):
     targets[1, 4:9] = IGNORE
     ours, theirs = nll_and_unlikelihood(logits, idx, targets), form(logits, idx, targets)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradients(ours, logits), gradients(theirs, logits), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_exact_where_a_repeated_token_is_nearly_certain():
@@ -249,7 +292,8 @@ def test_exact_where_a_repeated_token_is_nearly_certain():
     with torch.no_grad():
         logits.scatter_add_(2, idx[..., None], sure)
     check(logits, idx, targets)
-    # The certain token is the target: what is left to learn is as small as 1 - p, and none of it is rounded away.
+    # The certain token is the target: what is left to learn is as small as 1 - p, and none of it is
+    # rounded away.
     p = logits.detach().double().softmax(-1).scatter_(2, idx[..., None], 0)
     expected = p.scatter(2, idx[..., None], -p.sum(-1, keepdim=True))
     ours = gradients(nll_and_unlikelihood(logits, idx, idx), logits)[0]
@@ -258,10 +302,14 @@ def test_exact_where_a_repeated_token_is_nearly_certain():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_finite_wherever_logits_are(dtype):
-    logits, idx, targets = inputs(2, 6, 11, scale=1e4 if dtype != torch.float16 else 1e3, dtype=dtype)
+    logits, idx, targets = inputs(
+        2, 6, 11, scale=1e4 if dtype != torch.float16 else 1e3, dtype=dtype
+    )
     sums = nll_and_unlikelihood(logits, idx, targets)
     assert all(torch.isfinite(s) and s.dtype == torch.float32 for s in sums)
-    assert sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001  # only one token a position can be certain
+    assert (
+        sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001
+    )  # only one token a position can be certain
     for gradient in gradients([s * 2.0**14 for s in sums], logits):
         assert gradient.dtype == dtype
         assert gradient.isfinite().all()
@@ -270,7 +318,10 @@ def test_finite_wherever_logits_are(dtype):
 def test_bf16_logits_are_summed_in_fp32():
     logits, idx, targets = inputs(4, 16, 50, scale=3.0, dtype=torch.bfloat16)
     same = logits.detach().float().requires_grad_()
-    ours, wide = nll_and_unlikelihood(logits, idx, targets), nll_and_unlikelihood(same, idx, targets)
+    ours, wide = (
+        nll_and_unlikelihood(logits, idx, targets),
+        nll_and_unlikelihood(same, idx, targets),
+    )
     torch.testing.assert_close(ours, wide, rtol=0, atol=0)
     for narrow, exact in zip(gradients(ours, logits), gradients(wide, same)):
         assert torch.equal(narrow, exact.bfloat16())
@@ -283,16 +334,25 @@ def test_nothing_to_learn_or_to_avoid():
     ours = nll_and_unlikelihood(logits, idx, torch.full_like(targets, IGNORE))
     assert [s.item() for s in ours] == [0, 0]
     assert all(not gradient.any() for gradient in gradients(ours, logits))
-    assert nll_and_unlikelihood(logits, idx, targets, torch.zeros_like(idx, dtype=torch.bool))[1].item() == 0
+    assert (
+        nll_and_unlikelihood(logits, idx, targets, torch.zeros_like(idx, dtype=torch.bool))[
+            1
+        ].item()
+        == 0
+    )
 
 
 def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
     logits, idx, targets = inputs(3, 8, 21, scale=2.0)
     whole = nll_and_unlikelihood(logits, idx, targets)
     dz = gradients(whole, logits)
-    alone = [nll_and_unlikelihood(*(x[b : b + 1] for x in (logits, idx, targets))) for b in range(3)]
+    alone = [
+        nll_and_unlikelihood(*(x[b : b + 1] for x in (logits, idx, targets))) for b in range(3)
+    ]
     torch.testing.assert_close(list(whole), [torch.stack(s).sum() for s in zip(*alone)])
-    monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * 21 * 5)  # five positions, over the ends of rows
+    monkeypatch.setattr(
+        objectives, "PIECE_BYTES", 4 * 21 * 5
+    )  # five positions, over the ends of rows
     pieces = nll_and_unlikelihood(logits, idx, targets)
     torch.testing.assert_close(pieces, whole)
     assert all(torch.equal(a, b) for a, b in zip(gradients(pieces, logits), dz))
@@ -302,11 +362,14 @@ def test_a_prompt_counts_and_padding_on_the_left_does_not():
     logits, idx, targets = inputs(1, 5, 9)
     pad = 3
     wide = torch.cat((torch.randn(1, pad, 9), logits.detach()), 1).requires_grad_()
-    padded = torch.cat((idx.new_full((1, pad), int(idx[0, 1])), idx), 1)  # padding that is a token of the text too
+    padded = torch.cat(
+        (idx.new_full((1, pad), int(idx[0, 1])), idx), 1
+    )  # padding that is a token of the text too
     wanted = torch.cat((targets.new_full((1, pad), IGNORE), targets), 1)
     earlier = torch.arange(pad + 5)[None] >= pad
     torch.testing.assert_close(
-        nll_and_unlikelihood(wide, padded, wanted, earlier), nll_and_unlikelihood(logits, idx, targets)
+        nll_and_unlikelihood(wide, padded, wanted, earlier),
+        nll_and_unlikelihood(logits, idx, targets),
     )
     prompt = torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[IGNORE, IGNORE, IGNORE, IGNORE, 0]])
     expected = -torch.log1p(-logits.detach()[0, -1].softmax(0)[4:]).sum()
@@ -321,7 +384,8 @@ def test_first_occurrences(tokens):
 
 
 def test_a_padded_vocabulary_of_gpt2():
-    """Logits as the model gives them, a view that leaves padding columns out; nothing as large is kept for backward."""
+    """Logits as the model gives them, a view that leaves padding columns out; nothing as large is
+    kept for backward."""
     torch.manual_seed(0)
     wide = torch.randn(2, 12, 50304, requires_grad=True)
     idx, targets = torch.randint(50257, (2, 2, 12))
@@ -329,7 +393,10 @@ def test_a_padded_vocabulary_of_gpt2():
         wide.scatter_add_(2, idx[..., None], torch.full((2, 12, 1), 12.0))
     logits = wide[..., :50257]
     ours = nll_and_unlikelihood(logits, idx, targets)
-    saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ours[0].grad_fn.saved_tensors}  # ty: ignore[missing-attribute]
+    saved = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in ours[0].grad_fn.saved_tensors  # ty: ignore[missing-attribute]
+    }
     assert saved.pop(wide.untyped_storage().data_ptr())  # the logits themselves
     assert sum(saved.values()) < 10_000
     plain = loop(logits, idx, targets)
@@ -339,7 +406,9 @@ def test_a_padded_vocabulary_of_gpt2():
 
 def test_compiles_without_a_break():
     logits, idx, targets = inputs()
-    compiled = torch.compile(nll_and_unlikelihood, fullgraph=True, backend="aot_eager")(logits, idx, targets)
+    compiled = torch.compile(nll_and_unlikelihood, fullgraph=True, backend="aot_eager")(
+        logits, idx, targets
+    )
     eager = nll_and_unlikelihood(logits, idx, targets)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(gradients(compiled, logits), gradients(eager, logits))
@@ -354,5 +423,7 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
     finally:
         torch.set_num_threads(threads)
     [row] = json.loads((tmp_path / "objectives-cpu.json").read_text())["rows"]
-    assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(row["seconds"], 1)
+    assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(
+        row["seconds"], 1
+    )
     assert (tmp_path / "objectives-cpu.md").read_text().strip() in capsys.readouterr().out

@@ -19,9 +19,16 @@ SST = Path(__file__).resolve().parents[3] / "shared" / "data" / "cs224n" / "ids-
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
 
 
-@given(lengths=LENGTHS, groups=st.integers(1, 5), group=st.integers(1, 4), seed=st.integers(0, 2**64 - 1))
+@given(
+    lengths=LENGTHS,
+    groups=st.integers(1, 5),
+    group=st.integers(1, 4),
+    seed=st.integers(0, 2**64 - 1),
+)
 @settings(max_examples=120, deadline=None)
-def test_every_row_once_in_an_epoch(lengths: np.ndarray, groups: int, group: int, seed: int) -> None:
+def test_every_row_once_in_an_epoch(
+    lengths: np.ndarray, groups: int, group: int, seed: int
+) -> None:
     order, n, batch = Order(lengths, groups * group, seed, group), len(lengths), groups * group
     assert order.steps_per_epoch == math.ceil((n - n % group) / batch) + bool(n % group)
     for epoch in range(2):
@@ -45,11 +52,19 @@ def test_the_order_is_pure(lengths: np.ndarray, batch: int, seed: int, data: st.
 
 def test_seeds_and_epochs_differ() -> None:
     lengths = np.arange(1000) % 50 + 1
-    firsts = [Order(lengths, 8, seed)(epoch * 125).tobytes() for seed in range(4) for epoch in range(4)]
+    firsts = [
+        Order(lengths, 8, seed)(epoch * 125).tobytes() for seed in range(4) for epoch in range(4)
+    ]
     assert len(set(firsts)) == 16
     one_pool = np.arange(640)  # sorted, always the same batches
     assert (
-        len({np.stack(Order(one_pool, 10, seed).epoch(epoch)).tobytes() for seed in range(4) for epoch in range(4)})
+        len(
+            {
+                np.stack(Order(one_pool, 10, seed).epoch(epoch)).tobytes()
+                for seed in range(4)
+                for epoch in range(4)
+            }
+        )
         == 16
     )
 
@@ -70,7 +85,9 @@ def test_batches_are_of_like_length_and_fairly_drawn() -> None:
 
 
 def test_groups_must_fill_a_batch() -> None:
-    with pytest.raises(UserError, match="--batch-size 20 is no multiple of groups of 8 rows; use 24"):
+    with pytest.raises(
+        UserError, match="--batch-size 20 is no multiple of groups of 8 rows; use 24"
+    ):
         Order(np.ones(5), 20, 0, group=8)
 
 
@@ -83,7 +100,9 @@ def test_groups_must_fill_a_batch() -> None:
     multiple=st.sampled_from([8, 16, 5]),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_padded_lengths_are_the_best_there_are(lengths: np.ndarray, n_buckets: int, multiple: int) -> None:
+def test_the_padded_lengths_are_the_best_there_are(
+    lengths: np.ndarray, n_buckets: int, multiple: int
+) -> None:
     """As found by trying every choice."""
     sizes = padded_lengths(lengths, 10**6, n_buckets, multiple)
     assert len(sizes) <= n_buckets and np.all(np.diff(sizes) > 0) and not np.any(sizes % multiple)
@@ -94,9 +113,13 @@ def test_the_padded_lengths_are_the_best_there_are(lengths: np.ndarray, n_bucket
         return sum(min(size for size in sizes if size >= length) for length in lengths)
 
     others = range(multiple, longest, multiple)
-    choices = itertools.chain.from_iterable(itertools.combinations(others, k) for k in range(n_buckets))
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(others, k) for k in range(n_buckets)
+    )
     assert tokens(tuple(sizes)) == min(tokens((*choice, longest)) for choice in choices)
-    assert [pad_to(int(n), sizes) for n in lengths] == [min(s for s in sizes if s >= n) for n in lengths]
+    assert [pad_to(int(n), sizes) for n in lengths] == [
+        min(s for s in sizes if s >= n) for n in lengths
+    ]
 
 
 def test_no_size_beyond_the_limit() -> None:
@@ -116,7 +139,9 @@ def test_share_of_padding() -> None:
 @pytest.mark.skipif(not SST.is_file(), reason="needs ../shared/data/cs224n")
 def test_sst_takes_a_fraction_of_padding_to_the_longest() -> None:
     with SST.open(encoding="utf-8") as file:
-        lengths = np.array([len(row["sentence"].split()) for row in csv.DictReader(file, delimiter="\t")])
+        lengths = np.array(
+            [len(row["sentence"].split()) for row in csv.DictReader(file, delimiter="\t")]
+        )
     sizes, batches = padded_lengths(lengths, 1024), Order(lengths, 64, 1337).epoch(0)
     share = padding_share(batches, lengths, sizes, 16)
     longest = padding_share(batches, lengths, sizes[-1:], 16)

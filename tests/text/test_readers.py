@@ -73,7 +73,9 @@ def jsonl(texts: list[str]) -> str:
 
 
 def rows_of(path: Path) -> list[tuple[str, ...] | str]:
-    return [tuple(cells.values()) if isinstance(cells, dict) else cells for _, cells in records_of(path)]
+    return [
+        tuple(cells.values()) if isinstance(cells, dict) else cells for _, cells in records_of(path)
+    ]
 
 
 # ---- tables
@@ -88,7 +90,9 @@ QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERI
 @settings(max_examples=200, deadline=None)
 def test_what_csv_writes_comes_back(tmp_path_factory, data, n, delimiter, quoting, end) -> None:
     rows = data.draw(st.lists(st.tuples(*[CELL] * n), min_size=1, max_size=6))
-    lost = {"\n": "\r", "\r": "\n", "\r\n": ""}[end]  # Python before 3.13 does not quote the other line end
+    lost = {"\n": "\r", "\r": "\n", "\r\n": ""}[
+        end
+    ]  # Python before 3.13 does not quote the other line end
     rows = [tuple(cell.replace(lost, "") if lost else cell for cell in row) for row in rows]
     header = ("text", "two", "three", "four")[:n]
     text = table([header, *rows], delimiter=delimiter, quoting=quoting, lineterminator=end)
@@ -105,7 +109,8 @@ def test_a_stray_quote_costs_its_row_at_most(tmp_path_factory, data, n, delimite
     rows = [(f"r{i}{first}", *rest) for i, (first, *rest) in enumerate(drawn)]
     rows += [(f"p{i}", *[f"a{delimiter} b"] * (n - 1)) for i in range(12)]
     lines = [
-        table([row], delimiter=delimiter, quoting=quoting, lineterminator="\n") for row in [tuple("xyz")[:n], *rows]
+        table([row], delimiter=delimiter, quoting=quoting, lineterminator="\n")
+        for row in [tuple("xyz")[:n], *rows]
     ]
     struck = data.draw(st.integers(1, len(rows)))
     at = data.draw(st.integers(0, len(lines[struck]) - 1))
@@ -116,15 +121,20 @@ def test_a_stray_quote_costs_its_row_at_most(tmp_path_factory, data, n, delimite
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-def test_a_quote_never_swallows_later_rows(tmp_path: Path, consumer: Callable[..., list[str]]) -> None:
+def test_a_quote_never_swallows_later_rows(
+    tmp_path: Path, consumer: Callable[..., list[str]]
+) -> None:
     texts = ['"' * (i == 10) + f"the man was here {i}" for i in range(400)]
     lines = "".join(f"{i}\t{text}\n" for i, text in enumerate(texts))
     assert consumer(write(tmp_path / "q.tsv", f"id\ttext\n{lines}")) == texts
 
 
 @pytest.mark.parametrize("consumer", [pretraining, fine_tuning, tokenizer])
-def test_two_strays_do_not_join_what_is_between(tmp_path: Path, consumer: Callable[..., list[str]]) -> None:
-    """The text of row 10 opens with a quote and that of row 300 ends with one; the others are quoted as they should."""
+def test_two_strays_do_not_join_what_is_between(
+    tmp_path: Path, consumer: Callable[..., list[str]]
+) -> None:
+    """The text of row 10 opens with a quote and that of row 300 ends with one; the others are
+    quoted as they should."""
     sound = ['"he said ""no"", twice"' if i % 7 == 0 else f"plain {i}" for i in range(400)]
     lines = [f"{i},{text}\n" for i, text in enumerate(sound)]
     lines[150:300] = [f"{i},plain {i}\n" for i in range(150, 300)]
@@ -152,17 +162,23 @@ def test_unreadable_rows_are_named_and_counted(tmp_path: Path) -> None:
     assert len(said) == 6 and said[-1] == f"left out: 1,002 more broken rows of {path}"
 
 
-def test_quotes_that_come_late_are_judged_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quotes_that_come_late_are_judged_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readers, "SAMPLE", 1000)
     plain = [f"row {i}" for i in range(1000)]
     for late in ('"Yes," he said', '"one, two"'):
-        rows = "".join(f"{i},{text}\n" for i, text in enumerate([*plain, *[late.replace(",", "")] * 50]))
+        rows = "".join(
+            f"{i},{text}\n" for i, text in enumerate([*plain, *[late.replace(",", "")] * 50])
+        )
         found = pretraining(write(tmp_path / "a.csv", f"id,text\n{rows}"))
         assert found[:1000] == plain
         assert set(found[1000:]) == {late.replace(",", "") if "said" in late else "one two"}
 
 
-def test_a_cell_longer_than_the_sample_is_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_longer_than_the_sample_is_one_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readers, "SAMPLE", 1000)
     long = "a line\n" * 400
     path = write(tmp_path / "a.csv", table([("id", "text"), ("1", long), ("2", "x")]))
@@ -193,7 +209,9 @@ def test_the_wanted_column_decides_between_delimiters(tmp_path: Path) -> None:
 # ---- JSON
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=8))
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=8)
+)
 @settings(max_examples=100, deadline=None)
 def test_lines_of_json_come_back(tmp_path_factory, texts: list[str]) -> None:
     """U+2028, U+0085 and their like are no ends of lines."""
@@ -201,14 +219,20 @@ def test_lines_of_json_come_back(tmp_path_factory, texts: list[str]) -> None:
     assert pretraining(path) == tools(path) == ["x\u2028y\x85z", *texts]
 
 
-@pytest.mark.parametrize("line", ['{"text": "x', "[1]", DEEP, f'{{"text": {"1" * 5000}}}', '{"text": 3}', "3", "\0"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "x', "[1]", DEEP, f'{{"text": {"1" * 5000}}}', '{"text": 3}', "3", "\0"]
+)
 def test_a_broken_line_of_json_is_left_out(tmp_path: Path, line: str) -> None:
     lines = jsonl(["a"]) + line + "\n" + jsonl(["b"])
     for name in ("a.jsonl", "a.json"):
         said: list[str] = []
         path = write(tmp_path / name, lines)
         assert pretraining(path, said.append) == ["a", "b"]
-        assert len(said) == 1 and said[0].startswith(f"left out: {path} line 2 ") and len(said[0]) < 400
+        assert (
+            len(said) == 1
+            and said[0].startswith(f"left out: {path} line 2 ")
+            and len(said[0]) < 400
+        )
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -228,7 +252,9 @@ def test_a_lone_surrogate_stays_a_document(tmp_path: Path) -> None:
 
 # ---- consumers agree
 
-DOCUMENT = st.text(st.sampled_from(list("ab \n\t,\"'é한\u2028")), min_size=1, max_size=12).filter(str.strip)
+DOCUMENT = st.text(st.sampled_from(list("ab \n\t,\"'é한\u2028")), min_size=1, max_size=12).filter(
+    str.strip
+)
 
 
 @given(
@@ -237,7 +263,9 @@ DOCUMENT = st.text(st.sampled_from(list("ab \n\t,\"'é한\u2028")), min_size=1, 
     st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_all_consumers_read_the_same(tmp_path_factory, texts: list[str], kind: str, packed: bool) -> None:
+def test_all_consumers_read_the_same(
+    tmp_path_factory, texts: list[str], kind: str, packed: bool
+) -> None:
     rows = [("id", "text"), *((str(i), text) for i, text in enumerate(texts))]
     content = {
         "csv": lambda: table(rows).encode(),
@@ -246,7 +274,9 @@ def test_all_consumers_read_the_same(tmp_path_factory, texts: list[str], kind: s
         "json": lambda: json.dumps([{"text": text} for text in texts]).encode(),
         "parquet": lambda: parquet({"id": list(range(len(texts))), "text": texts}),
     }[kind]()
-    path = write(tmp_path_factory.mktemp("c") / f"a.{kind}", gzip.compress(content) if packed else content)
+    path = write(
+        tmp_path_factory.mktemp("c") / f"a.{kind}", gzip.compress(content) if packed else content
+    )
     for consumer in CONSUMERS:
         assert consumer(path) == texts, consumer
 
@@ -276,11 +306,23 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
     import pyarrow as pa
 
     texts = ["a", "b", "a"]
-    columns = {"large": pa.array(texts, pa.large_string()), "dictionary": pa.array(texts).dictionary_encode()}
-    columns |= {"nothing": pa.nulls(3), "struct": pa.array([{"x": {"y": 1}}] * 3), "text": pa.array(texts)}
+    columns = {
+        "large": pa.array(texts, pa.large_string()),
+        "dictionary": pa.array(texts).dictionary_encode(),
+    }
+    columns |= {
+        "nothing": pa.nulls(3),
+        "struct": pa.array([{"x": {"y": 1}}] * 3),
+        "text": pa.array(texts),
+    }
     columns |= {"far": pa.array([2**62] * 3, pa.timestamp("us"))}
     path = write(tmp_path / "a.parquet", parquet(columns))
-    for column, expected in {"large": texts, "dictionary": texts, "nothing": [""] * 3, "text": texts}.items():
+    for column, expected in {
+        "large": texts,
+        "dictionary": texts,
+        "nothing": [""] * 3,
+        "text": texts,
+    }.items():
         assert [text for text, _ in TextFiles([path], column).segments()] == expected
     with pytest.raises(UserError, match="row 1 holds dict in column 'struct', not text"):
         list(TextFiles([path], "struct").segments())
@@ -302,14 +344,20 @@ def test_bad_bytes_in_parquet_cost_their_row(tmp_path: Path) -> None:
 
 
 def damaged_parquet() -> bytes:
-    data = bytearray(parquet({"text": [f"some text {i}" for i in range(3000)]}, compression="snappy"))
+    data = bytearray(
+        parquet({"text": [f"some text {i}" for i in range(3000)]}, compression="snappy")
+    )
     data[len(data) // 4 : len(data) // 2] = b"\xff" * (len(data) // 2 - len(data) // 4)
     return bytes(data)
 
 
 def flipped(data: bytes) -> bytes:
     middle = len(data) // 2
-    return data[:middle] + bytes(byte ^ 0xFF for byte in data[middle : middle + 40]) + data[middle + 40 :]
+    return (
+        data[:middle]
+        + bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+        + data[middle + 40 :]
+    )
 
 
 SOUND = gzip.compress(jsonl([f"some text {i * i}" for i in range(3000)]).encode())
@@ -357,10 +405,14 @@ def test_gzip_is_known_by_its_bytes(tmp_path: Path, consumer: Callable[..., list
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, consumer: Callable[..., list[str]]) -> None:
-    content = {"a.csv": "text,n\nx,1\n", "a.tsv": "text\tn\nx\t1\n", "a.json": '[{"text": "x"}]'}.get(
-        name, jsonl(["x"])
-    )
+def test_a_byte_order_mark_is_no_text(
+    tmp_path: Path, name: str, consumer: Callable[..., list[str]]
+) -> None:
+    content = {
+        "a.csv": "text,n\nx,1\n",
+        "a.tsv": "text\tn\nx\t1\n",
+        "a.json": '[{"text": "x"}]',
+    }.get(name, jsonl(["x"]))
     if name == "a.txt":
         content = "text\tn\nx\t1\n" if consumer is tools else "x"
     raw = b"\xef\xbb\xbf" + content.encode()
@@ -390,8 +442,13 @@ ENCODED = [
 @pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("encoding", "text", "name"), ENCODED)
-def test_the_advice_works_as_typed(tmp_path: Path, encoding: str, text: str, name: str, packed: bool) -> None:
-    for file, content in (("it's a text.txt", text), ("-a $b.csv", table([("id", "text"), ("1", text)]))):
+def test_the_advice_works_as_typed(
+    tmp_path: Path, encoding: str, text: str, name: str, packed: bool
+) -> None:
+    for file, content in (
+        ("it's a text.txt", text),
+        ("-a $b.csv", table([("id", "text"), ("1", text)])),
+    ):
         raw = content.encode(encoding)
         path = write(tmp_path / file, gzip.compress(raw) if packed else raw)
         with pytest.raises(UserError) as caught:
@@ -417,15 +474,22 @@ def test_utf8_with_a_spoilt_byte_is_not_called_latin(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", f'id,text\n1,"{KOREAN}"\n2,caf'.encode() + b"\xe9 x\n3,y\n")
     said: list[str] = []
     assert pretraining(path, said.append) == fine_tuning(path, said.append) == [KOREAN, "y"]
-    assert all("line 3 is not UTF-8 text in column 'text'" in line and "iconv" not in line for line in said)
+    assert all(
+        "line 3 is not UTF-8 text in column 'text'" in line and "iconv" not in line for line in said
+    )
     assert len(said) == 2
 
 
 def test_a_row_in_another_encoding_is_told_with_advice(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9 noir"}\n{"id": "\xe9", "text": "b"}\n')
+    path = write(
+        tmp_path / "a.jsonl",
+        b'{"text": "a"}\n{"text": "caf\xe9 noir"}\n{"id": "\xe9", "text": "b"}\n',
+    )
     said: list[str] = []
     assert pretraining(path, said.append) == fine_tuning(path) == ["a", "b"]
-    assert re.search(r"line 2 is not UTF-8 text .* iconv -f ISO-8859-1 -t UTF-8 \S+ > \S+$", said[0])
+    assert re.search(
+        r"line 2 is not UTF-8 text .* iconv -f ISO-8859-1 -t UTF-8 \S+ > \S+$", said[0]
+    )
 
 
 # ---- tokenizer training
@@ -437,7 +501,10 @@ def test_a_tokenizer_is_trained_on_what_data_reads(tmp_path: Path) -> None:
     write(tmp_path / "b.csv", table([("id", "text"), ("1", "in a table")]))
     assert list(open_input([str(tmp_path)], "text", print)) == [*texts, "in a table"]
     write(tmp_path / "notes.md", "of any name")
-    assert list(open_input([f"{tmp_path}/*.md", str(tmp_path / "a.txt.gz")], "text", print)) == ["of any name", *texts]
+    assert list(open_input([f"{tmp_path}/*.md", str(tmp_path / "a.txt.gz")], "text", print)) == [
+        "of any name",
+        *texts,
+    ]
     for item, said in (
         ("c.bin", "holds tokens, not text"),
         ("d", "is a folder without text"),
@@ -462,11 +529,19 @@ def test_standard_input_is_read_as_files_are() -> None:
 
 # ---- questions as SQuAD has them
 
-QUESTIONS = {"context": ("context",), "question": ("question",), "answer": ("answer",), "answers": ("answers",)}
+QUESTIONS = {
+    "context": ("context",),
+    "question": ("question",),
+    "answer": ("answer",),
+    "answers": ("answers",),
+}
 
 
 def squad(answers: Any) -> list[dict[str, Any]]:
-    return [{"id": str(i), "title": "t", "context": f"c{i}", "question": "q?", "answers": answers} for i in range(3)]
+    return [
+        {"id": str(i), "title": "t", "context": f"c{i}", "question": "q?", "answers": answers}
+        for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "nested"])
@@ -474,8 +549,13 @@ def test_squad_as_the_hub_has_it(tmp_path: Path, kind: str) -> None:
     found = {"text": ["rock", "a rock", "rock"], "answer_start": [20, 18, 20]}
     rows = [*squad(found), *squad({"text": [], "answer_start": []})]
     nested = [{"text": text, "answer_start": 0} for text in found["text"]]
-    article = {"paragraphs": [{"context": f"c{i}", "qas": [{"id": "a", "question": "q?", "answers": given}]}
-                              for given in (nested, []) for i in range(3)]}  # fmt: skip
+    article = {
+        "paragraphs": [
+            {"context": f"c{i}", "qas": [{"id": "a", "question": "q?", "answers": given}]}
+            for given in (nested, [])
+            for i in range(3)
+        ]
+    }
     content = {
         "jsonl": lambda: "".join(json.dumps(row) + "\n" for row in rows),
         "json": lambda: json.dumps(rows),
@@ -486,7 +566,8 @@ def test_squad_as_the_hub_has_it(tmp_path: Path, kind: str) -> None:
     said: list[str] = []
     read = read_rows(str(path), QUESTIONS, optional=("answers",), expand=expand, say=said.append)
     assert [row.fields for row in read.rows] == [
-        {"context": f"c{i}", "question": "q?", "answer": "rock", "answers": "rock\na rock"} for i in range(3)
+        {"context": f"c{i}", "question": "q?", "answer": "rock", "answers": "rock\na rock"}
+        for i in range(3)
     ]
     assert read.skipped == 3 and all("has nothing in column 'answer'" in line for line in said)
     asked = read_rows(str(path), QUESTIONS, optional=("answers", "answer"), expand=expand)
@@ -504,7 +585,8 @@ def test_labels_match_in_both_unicode_forms() -> None:
 
 
 def test_labels_keep_the_order_of_their_own_spelling() -> None:
-    """A run that began when labels were compared as they are spelled must find its head's rows again."""
+    """A run that began when labels were compared as they are spelled must find its head's rows
+    again."""
     for form in (("caf\u0301e", "cafz"), ("\u00e9", "z")):
         rows = [Row({"label": label}, "") for label in form]
         assert find_labels(rows) == tuple(map(composed, sorted(form)))
@@ -512,7 +594,9 @@ def test_labels_keep_the_order_of_their_own_spelling() -> None:
 
 def test_a_broken_question_takes_no_other_with_it() -> None:
     asked = [{"id": "1", "question": "a"}, {"id": "2"}, "none", {"id": "3", "question": "c"}]
-    found = list(expand(("row 1", {"paragraphs": [{"context": "x", "qas": asked}, {"qas": asked}]})))
+    found = list(
+        expand(("row 1", {"paragraphs": [{"context": "x", "qas": asked}, {"qas": asked}]}))
+    )
     kept = [cells if isinstance(cells, str) else cells["id"] for _, cells in found]
     assert [kept[0], kept[3]] == ["1", "3"]
     assert len(kept) == 5 and all("not as SQuAD" in kept[n] for n in (1, 2, 4))

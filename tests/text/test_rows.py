@@ -21,7 +21,10 @@ from config import UserError
 from text.rows import Rows, hold_out, overlap, read_rows
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-SONGS = [{"artist": "A", "song": "One", "text": 'la, "la"\nlo'}, {"artist": "B", "song": "Two", "text": "한국 -\ttab"}]
+SONGS = [
+    {"artist": "A", "song": "One", "text": 'la, "la"\nlo'},
+    {"artist": "B", "song": "Two", "text": "한국 -\ttab"},
+]
 COLUMNS = {"text": ("text", "lyrics"), "title": ("title", "song")}
 FIELDS = [{"text": song["text"], "title": song["song"]} for song in SONGS]
 
@@ -81,12 +84,19 @@ def test_every_kind_of_file(tmp_path: Path, name: str, content: str | bytes, gzi
 CELLS = st.text(st.sampled_from(list("ab'\"\t,; \n\r\\|é한\u2028\x1c\0")), max_size=8)
 
 
-@given(items=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1), delimiter=st.sampled_from("\t,;|"))
+@given(
+    items=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1), delimiter=st.sampled_from("\t,;|")
+)
 @settings(max_examples=150, deadline=None)
-def test_a_quoted_table_is_read_as_written(tmp_path_factory, items: list[tuple[str, ...]], delimiter: str) -> None:
+def test_a_quoted_table_is_read_as_written(
+    tmp_path_factory, items: list[tuple[str, ...]], delimiter: str
+) -> None:
     file = tmp_path_factory.mktemp("table") / "a.csv"
     names = ("one", "two", "three")
-    write(file, table([dict(zip(names, row)) for row in [("x", "y", "z"), *items]], delimiter=delimiter))
+    write(
+        file,
+        table([dict(zip(names, row)) for row in [("x", "y", "z"), *items]], delimiter=delimiter),
+    )
     rows = read_rows(str(file), {name: (name,) for name in names}, optional=names)
     wanted = [tuple(cell.replace("\r\n", "\n") for cell in row) for row in items]
     assert [tuple(row.fields.values()) for row in rows.rows[1:]] == wanted
@@ -95,9 +105,17 @@ def test_a_quoted_table_is_read_as_written(tmp_path_factory, items: list[tuple[s
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
 def test_quotes_that_mean_nothing_stay(tmp_path_factory, seed: int) -> None:
-    """Text as in MRPC: some cells begin with a quotation, most of those go on after it or never end it."""
+    """Text as in MRPC: some cells begin with a quotation, most of those go on after it or never end
+    it."""
     draw = random.Random(seed)
-    kinds = ['"Yes," he said', 'he said "no" twice', "plain", '"an open one', '"whole"', 'the end "']
+    kinds = [
+        '"Yes," he said',
+        'he said "no" twice',
+        "plain",
+        '"an open one',
+        '"whole"',
+        'the end "',
+    ]
     items = [[draw.choice(kinds) for _ in range(3)] for _ in range(40)]
     items += [['"Yes," he said'] * 3] * 20
     file = tmp_path_factory.mktemp("table") / "a.tsv"
@@ -110,15 +128,24 @@ def test_text_files(tmp_path: Path) -> None:
     text = "one\r\ntwo\r\n<|endoftext|>\r\nthree <|endoftext|>\r\n\r\nfour\r\n<|endoftext|>\r\n"
     spec = write(tmp_path / "a.txt", text)
     documents = read_rows(spec, {"text": ("text",)}).rows
-    assert [row["text"].rstrip("\n") for row in documents] == ["one\ntwo", "three <|endoftext|>\n\nfour"]
+    assert [row["text"].rstrip("\n") for row in documents] == [
+        "one\ntwo",
+        "three <|endoftext|>\n\nfour",
+    ]
     assert [row.where.removeprefix(spec) for row in documents] == [" line 1", " line 4"]
     spec = write(tmp_path / "lines.txt", "one\n\n two \r\n")
-    assert [row["text"] for row in read_rows(spec, {"text": ("text",)}, lines=True).rows] == ["one", " two "]
+    assert [row["text"] for row in read_rows(spec, {"text": ("text",)}, lines=True).rows] == [
+        "one",
+        " two ",
+    ]
 
 
 def test_a_value_that_is_not_a_number_is_missing(tmp_path: Path) -> None:
     nan = {"text": float("nan"), "title": "x"}
-    specs = write(tmp_path / "a.jsonl", json.dumps(nan) + "\n"), write(tmp_path / "a.parquet", parquet([nan]))
+    specs = (
+        write(tmp_path / "a.jsonl", json.dumps(nan) + "\n"),
+        write(tmp_path / "a.parquet", parquet([nan])),
+    )
     for spec in specs:
         assert fields(read_rows(spec, COLUMNS, optional=("text",))) == [{"text": "", "title": "x"}]
         with pytest.raises(UserError, match="nothing in column 'text'"):
@@ -146,7 +173,10 @@ def test_many_files_are_read_in_order_each_once(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_hubs_layout_is_read_by_split(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
-        write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", parquet([{"text": split, "label": 1}]))
+        write(
+            tmp_path / "data" / f"{split}-00000-of-00001.parquet",
+            parquet([{"text": split, "label": 1}]),
+        )
     for split in ("train", "validation"):
         rows = read_rows(str(tmp_path), {"text": ("text",), "label": "label"}, split=split)
         assert fields(rows) == [{"text": split, "label": "1"}]
@@ -159,7 +189,10 @@ def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     import datasets
     import huggingface_hub
 
-    write(tmp_path / "validation.parquet", parquet([{"text": "x", "label": 0}, {"text": "", "label": 1}]))
+    write(
+        tmp_path / "validation.parquet",
+        parquet([{"text": "x", "label": 0}, {"text": "", "label": 1}]),
+    )
     real = datasets.load_dataset
 
     def load(name: str, config: str | None, revision: str, **how: Any) -> Any:
@@ -167,10 +200,14 @@ def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return real(str(tmp_path), cache_dir=str(tmp_path / "cache"), **how)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc")
+    )
     said: list[str] = []
     columns = {"text": ("text",), "label": "label"}
-    assert fields(read_rows("org/name", columns, split="validation", say=said.append)) == [{"text": "x", "label": "0"}]
+    assert fields(read_rows("org/name", columns, split="validation", say=said.append)) == [
+        {"text": "x", "label": "0"}
+    ]
     assert said == ["left out: org/name row 2 has nothing in column 'text'"]
     with pytest.raises(UserError, match=r"cannot get org/name \(test\) from the hub"):
         read_rows("org/name", columns, split="test")
@@ -181,15 +218,30 @@ def test_what_names_the_content(tmp_path: Path) -> None:
         return read_rows(write(tmp_path / name, table(items)), COLUMNS).sha256
 
     assert sha256(SONGS) == sha256(SONGS, "b.csv")
-    assert len({sha256(SONGS), sha256(SONGS[::-1]), sha256(SONGS[:1]), sha256([SONGS[0] | {"song": "x"}])}) == 4
-    assert sha256(SONGS) == sha256([song | {"artist": "other"} for song in SONGS])  # a column that is not read
+    assert (
+        len(
+            {
+                sha256(SONGS),
+                sha256(SONGS[::-1]),
+                sha256(SONGS[:1]),
+                sha256([SONGS[0] | {"song": "x"}]),
+            }
+        )
+        == 4
+    )
+    assert sha256(SONGS) == sha256(
+        [song | {"artist": "other"} for song in SONGS]
+    )  # a column that is not read
 
 
 def test_optional_fields(tmp_path: Path) -> None:
     spec = write(tmp_path / "a.csv", "text,label\nx,\ny,1\n")
     columns = {"text": ("text",), "label": ("label",), "artist": ("artist",)}
     rows = read_rows(spec, columns, optional=("label", "artist"))
-    assert fields(rows) == [dict(text="x", label="", artist=""), dict(text="y", label="1", artist="")]
+    assert fields(rows) == [
+        dict(text="x", label="", artist=""),
+        dict(text="y", label="1", artist=""),
+    ]
     with pytest.raises(UserError, match="no column 'artst'"):  # named by the user: it must be there
         read_rows(spec, columns | {"artist": "artst"}, optional=("label", "artist"))
 
@@ -200,22 +252,57 @@ def test_optional_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "line", "wrong"),
     [
-        ("a.csv", "text,title\n" + "x,y\n" * 3 + "x\nx,y\n", 5, "has 1 cells where the first line names 2 columns"),
-        ("a.csv", 'text,title\n"x\nz",y\n"x, and" more,y\n"x",y\n"x","y"\nx,y\n', 4, "has a quote that is not closed"),
-        ("a.csv", 'text,title\n"a","b"\n"never closed,y\nx,y\nx,y\nx,y\n', 3, "has a quote that is not closed"),
-        ("a.tsv", b"text\ttitle\nx\ty\nx\xff\ty\nx\ty\nx\ty\nx\ty\n", 3, "is not UTF-8 text in column 'text'"),
+        (
+            "a.csv",
+            "text,title\n" + "x,y\n" * 3 + "x\nx,y\n",
+            5,
+            "has 1 cells where the first line names 2 columns",
+        ),
+        (
+            "a.csv",
+            'text,title\n"x\nz",y\n"x, and" more,y\n"x",y\n"x","y"\nx,y\n',
+            4,
+            "has a quote that is not closed",
+        ),
+        (
+            "a.csv",
+            'text,title\n"a","b"\n"never closed,y\nx,y\nx,y\nx,y\n',
+            3,
+            "has a quote that is not closed",
+        ),
+        (
+            "a.tsv",
+            b"text\ttitle\nx\ty\nx\xff\ty\nx\ty\nx\ty\nx\ty\n",
+            3,
+            "is not UTF-8 text in column 'text'",
+        ),
         ("a.csv", "text,title\nx,y\nx,y\n  ,y\nx,y\nx,y\n", 4, "has nothing in column 'text'"),
         ("a.jsonl", '{"text": "x", "title": 1}\n' * 4 + '{"text": "x\n', 5, "is not valid JSON: "),
-        ("a.jsonl", '{"text": "x", "ti\n' + '{"text": "x", "title": 1}\n' * 4, 1, "is not valid JSON: "),
+        (
+            "a.jsonl",
+            '{"text": "x", "ti\n' + '{"text": "x", "title": 1}\n' * 4,
+            1,
+            "is not valid JSON: ",
+        ),
         ("a.jsonl", '{"text": "x", "title": 1}\n' * 4 + '["x"]\n', 5, "is not a JSON object"),
-        ("a.jsonl", '{"text": "x", "title": 1}\n' * 4 + '{"text": "x"}\n', 5, "has nothing in column 'title'"),
+        (
+            "a.jsonl",
+            '{"text": "x", "title": 1}\n' * 4 + '{"text": "x"}\n',
+            5,
+            "has nothing in column 'title'",
+        ),
         (
             "a.jsonl",
             '{"text": "x", "title": 1}\n' * 4 + '{"text": ["x"], "title": 1}',
             5,
             "has a list in column 'text'",
         ),
-        ("a.jsonl", '{"text": "x", "title": 1}\n' * 4 + '{"text": "\\ud800", "title": 1}', 5, "is not UTF-8 text"),
+        (
+            "a.jsonl",
+            '{"text": "x", "title": 1}\n' * 4 + '{"text": "\\ud800", "title": 1}',
+            5,
+            "is not UTF-8 text",
+        ),
     ],
 )
 def test_a_broken_row_is_told_and_left_out(
@@ -238,17 +325,21 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("a.csv", "artist,lyric\nx,y\n", r"no column 'text' or 'lyrics' \(did you mean lyric\?\).*: artist, lyric\. Use --text-column"),
-        ("a.csv", "text,name\nx,y\n", "no column 'title' or 'song'.*: text, name. Use --title-column NAME"),
+        ("a.csv", "artist,lyric\nx,y\n", r"no column 'text' or 'lyrics' \(did you mean "
+                                         r"lyric\?\).*: artist, lyric\. Use --text-column"),
+        ("a.csv", "text,name\nx,y\n", "no column 'title' or 'song'.*: text, name. Use "
+                                      "--title-column NAME"),
         ("a.csv", "I love you,1\nx,2\n", "names them in its first line.*: I love you, 1"),
         ("a.csv", "text,title\n", "holds no row that can be read; give other data"),
         ("a.csv", "", "holds no row"),
         ("a.csv", "text,title\nx\n", "holds no row that can be read: .* line 2 has 1 cells"),
         ("a.csv", "text,text,title\nx,y,z\n", "line 1 names the column 'text' twice"),
         ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, and has a quote"),
-        ("a.csv", "text,title\nx,y\n".encode("utf-16"), "is not UTF-8 text; it seems to be UTF-16; convert"),
+        ("a.csv", "text,title\nx,y\n".encode("utf-16"), "is not UTF-8 text; it seems to be UTF-16; "
+                                                        "convert"),
         ("a.json", '[{"text": "x"},', "is not valid JSON"),
-        ("a.json", '{"data": [{"paragraphs": [], "title": "x"}]}', "no column 'text' or 'lyrics'.*: paragraphs, title"),
+        ("a.json", '{"data": [{"paragraphs": [], "title": "x"}]}', "no column 'text' or "
+                                                                   "'lyrics'.*: paragraphs, title"),
         ("a.json", "3", "row 1 is not a JSON object"),
         ("a.txt", "a poem\n", "no column 'title' or 'song'.*: text"),
         ("a.parquet", b"PAR1", "not a sound parquet file"),
@@ -256,7 +347,9 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
         ("a.xlsx", "x", "is none of .csv"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_not_right(tmp_path: Path, name: str, content: str | bytes, error: str) -> None:
+def test_a_file_that_is_not_right(
+    tmp_path: Path, name: str, content: str | bytes, error: str
+) -> None:
     with pytest.raises(UserError, match=error) as caught:
         read_rows(write(tmp_path / name, content), COLUMNS)
     assert "\n" not in str(caught.value) and str(caught.value).isprintable()
@@ -272,19 +365,33 @@ def test_a_file_that_is_not_there(spec: str) -> None:
 
 # Read without regard to quotes: MRPC and the Korean files. rte is quoted, whatever its README says.
 UNQUOTED = ("korean/", "paraphrase/mrpc")
-NAMES = ("sentence", "sentence1", "sentence_A", "#1 String", "document", "premise", "description", "text", "ctx")
+NAMES = (
+    "sentence",
+    "sentence1",
+    "sentence_A",
+    "#1 String",
+    "document",
+    "premise",
+    "description",
+    "text",
+    "ctx",
+)
 NAMES += ("article", "dialogue", "source_path")
 
 
 def listed() -> list[tuple[str, int]]:
     """Files of rows in the data's README, with their numbers of rows."""
     table = (DATA / "README.md").read_text() if DATA.is_dir() else ""
-    return [(n, int(c.replace(",", ""))) for n, c in re.findall(r"(?m)^\| `(\S+)` \|.*\| ([\d,]+) rows \|", table)]
+    return [
+        (n, int(c.replace(",", "")))
+        for n, c in re.findall(r"(?m)^\| `(\S+)` \|.*\| ([\d,]+) rows \|", table)
+    ]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 def test_real_files() -> None:
-    """Every row is read, and every cell as pandas reads it when it is told delimiter and quoting."""
+    """Every row is read, and every cell as pandas reads it when it is told delimiter and
+    quoting."""
     import pandas
 
     assert len(listed()) > 40
@@ -293,8 +400,14 @@ def test_real_files() -> None:
         assert len(rows) == count, name
         if not name.endswith("jsonl"):
             quoting: Any = csv.QUOTE_NONE if name.startswith(UNQUOTED) else csv.QUOTE_MINIMAL
-            tabs = "\t" if name.endswith((".tsv", ".txt")) or name.startswith(("cs224n", "paraphrase")) else ","
-            frame = pandas.read_csv(DATA / name, sep=tabs, quoting=quoting, dtype=str, keep_default_na=False)
+            tabs = (
+                "\t"
+                if name.endswith((".tsv", ".txt")) or name.startswith(("cs224n", "paraphrase"))
+                else ","
+            )
+            frame = pandas.read_csv(
+                DATA / name, sep=tabs, quoting=quoting, dtype=str, keep_default_na=False
+            )
             column = next(n for n in NAMES if n in frame)
             assert [row["text"] for row in rows] == frame[column].tolist(), name
 
@@ -330,4 +443,9 @@ def test_overlap(train: list[str], val: list[str]) -> None:
 
 def test_the_tenth_held_out_is_a_fair_sample() -> None:
     train, val = hold_out([str(n) for n in range(10_000)])
-    assert len(val) == 1000 and abs(val.mean() - 5000) < 300 and np.all(np.diff(val) > 0) and np.all(np.diff(train) > 0)
+    assert (
+        len(val) == 1000
+        and abs(val.mean() - 5000) < 300
+        and np.all(np.diff(val) > 0)
+        and np.all(np.diff(train) > 0)
+    )

@@ -1,4 +1,5 @@
-"""SentencePiece's models in the hub's layout, KoGPT-2's layout, and a model of a vocabulary of its own, end to end."""
+"""SentencePiece's models in the hub's layout, KoGPT-2's layout, and a model of a vocabulary of its
+own, end to end."""
 
 import json
 import random
@@ -21,13 +22,30 @@ from text.tokenizer_training import sentencepiece_model, sentencepiece_pipeline,
 pytest.importorskip("sentencepiece")
 
 SIZE = 400
-SYLLABLES = ["the", "ba", "ko", "ing", "st", "er", "1,", "02", "'s", "학", "교", "에서", "를", "고양", "이", "ㅋㅋ"]
+SYLLABLES = [
+    "the",
+    "ba",
+    "ko",
+    "ing",
+    "st",
+    "er",
+    "1,",
+    "02",
+    "'s",
+    "학",
+    "교",
+    "에서",
+    "를",
+    "고양",
+    "이",
+    "ㅋㅋ",
+]
 WORDS = [a + b for a in SYLLABLES for b in SYLLABLES]
 SPELT = ["<0x41>", "<0x0A>", "<unk>", "<|endoftext|>", "<answer>"]  # names of ids, as text
 # "▁" comes out as a space
-TEXTS = st.lists(st.one_of(st.sampled_from([*WORDS, *SPELT, " ", "  ", "\n", "ㅋ"]), st.text())).map(
-    lambda parts: "".join(parts).replace("▁", "")
-)
+TEXTS = st.lists(
+    st.one_of(st.sampled_from([*WORDS, *SPELT, " ", "  ", "\n", "ㅋ"]), st.text())
+).map(lambda parts: "".join(parts).replace("▁", ""))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +102,11 @@ class TestSentencePiece:
 
     def test_ids_are_unknown_bytes_pieces_end_special(self, made):
         assert made.vocab_size == SIZE and made.eot == SIZE - 3
-        assert [made.special_id(token) for token in ("<unk>", "<answer>", "<질문>")] == [0, SIZE - 2, SIZE - 1]
+        assert [made.special_id(token) for token in ("<unk>", "<answer>", "<질문>")] == [
+            0,
+            SIZE - 2,
+            SIZE - 1,
+        ]
         assert [made.token_bytes(id) for id in range(1, 257)] == [bytes([b]) for b in range(256)]
         assert len(made.encode("theing 학교 1,02")) < 10
 
@@ -95,7 +117,11 @@ class TestSentencePiece:
         ids = [*made.encode("bako"), made.special_id("<질문>"), *made.encode(" 학교를\n"), made.eot]
         assert hub("bako<질문> 학교를\n<|endoftext|>")["input_ids"] == ids
         assert hub.decode(ids) == made.decode(ids) == "bako<질문> 학교를\n<|endoftext|>"
-        assert hub.decode(ids, skip_special_tokens=True) == made.decode(ids, skip_special=True) == "bako 학교를\n"
+        assert (
+            hub.decode(ids, skip_special_tokens=True)
+            == made.decode(ids, skip_special=True)
+            == "bako 학교를\n"
+        )
         assert (len(hub), hub.eos_token_id, hub.unk_token_id) == (SIZE, made.eot, 0)
 
     def test_is_deterministic_and_saved_whole(self, made, lines, kind, tmp_path):
@@ -128,7 +154,9 @@ class TestSentencePiece:
     )
     def test_bad_input(self, lines, kind, tmp_path, texts, vocab_size, special, says):
         with pytest.raises(UserError, match=says) as raised:
-            train_sentencepiece(lines if texts is None else texts, vocab_size, tmp_path / "t", kind, special)
+            train_sentencepiece(
+                lines if texts is None else texts, vocab_size, tmp_path / "t", kind, special
+            )
         assert "\n" not in str(raised.value) and not (tmp_path / "t").exists()
 
     @pytest.mark.parametrize("vocab_size", [258, 9_000])
@@ -141,10 +169,30 @@ class TestSentencePiece:
 
 
 class TestKoGPT2:
-    """A folder as KoGPT-2's: Metaspace BPE without bytes, NFKC, its special tokens first; no tokenizer_config.json."""
+    """A folder as KoGPT-2's: Metaspace BPE without bytes, NFKC, its special tokens first; no
+    tokenizer_config.json."""
 
-    SPECIAL = ("<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", "<d>", "</d>", "<unused0>")
-    TEXTS = ("학교에서 고양이를", "  두  칸 ", "a</s> the<usr>ko", "", "ﾊ 漢字 ① ㅋㅋ", "줄\n바꿈 1,02 ", "🙂 학교")
+    SPECIAL = (
+        "<s>",
+        "</s>",
+        "<usr>",
+        "<pad>",
+        "<sys>",
+        "<unk>",
+        "<mask>",
+        "<d>",
+        "</d>",
+        "<unused0>",
+    )
+    TEXTS = (
+        "학교에서 고양이를",
+        "  두  칸 ",
+        "a</s> the<usr>ko",
+        "",
+        "ﾊ 漢字 ① ㅋㅋ",
+        "줄\n바꿈 1,02 ",
+        "🙂 학교",
+    )
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -153,7 +201,9 @@ class TestKoGPT2:
 
         folder = tmp_path_factory.mktemp("kogpt2")
         words = SentencePieceBPETokenizer(unk_token="<unk>")
-        words.train_from_iterator(lines, vocab_size=300, special_tokens=list(cls.SPECIAL), show_progress=False)
+        words.train_from_iterator(
+            lines, vocab_size=300, special_tokens=list(cls.SPECIAL), show_progress=False
+        )
         spec = json.loads(words.to_str())
         # as the library wrote it in 2021
         for part in ("pre_tokenizer", "decoder"):
@@ -161,10 +211,18 @@ class TestKoGPT2:
         spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
         (folder / "tokenizer.json").write_text(json.dumps(spec))
         torch.manual_seed(0)
-        shape = GPTConfig(vocab_size=len(spec["model"]["vocab"]), block_size=64, n_layer=2, n_head=2, n_embd=64)
+        shape = GPTConfig(
+            vocab_size=len(spec["model"]["vocab"]), block_size=64, n_layer=2, n_head=2, n_embd=64
+        )
         GPT(shape).save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        config |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3, "author": "a person", "n_ctx": 64}
+        config |= {
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 3,
+            "author": "a person",
+            "n_ctx": 64,
+        }
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
@@ -177,7 +235,9 @@ class TestKoGPT2:
         assert [theirs.decode(row) for row in ids] == [ours.decode(row) for row in ids]
         assert (ours.eot, ours.vocab_size, ours.special_id("<usr>")) == (1, len(theirs), 2)
         assert ours.decode(ids[0]) == "학교에서 고양이를" and ours.special_id("<unk>") in ids[6]
-        ours.save(tmp_path)  # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
+        ours.save(
+            tmp_path
+        )  # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
         assert hub_ids(tmp_path, list(self.TEXTS)) == ids
 
     def test_takes_a_tasks_special_tokens(self, folder, tmp_path):
@@ -199,25 +259,67 @@ class TestKoGPT2:
 
 
 def test_from_scratch_end_to_end(lines, run, repo, tmp_path):
-    """Tokenizer with a task's tokens, empty GPT-2 of that vocabulary, training, and the lot in transformers."""
+    """Tokenizer with a task's tokens, empty GPT-2 of that vocabulary, training, and the lot in
+    transformers."""
     from transformers import AutoModelForCausalLM
 
     text = "".join(f"{line}\n<|endoftext|>\n" for line in lines)
     (tmp_path / "text.txt").write_text(text)
     out, one = tmp_path / "run", {"OMP_NUM_THREADS": "1"}
-    words = ["--model", "unigram", "--special", "<question>", "<답>", "--input", "text.txt", "--vocab-size", SIZE]
+    words = [
+        "--model",
+        "unigram",
+        "--special",
+        "<question>",
+        "<답>",
+        "--input",
+        "text.txt",
+        "--vocab-size",
+        SIZE,
+    ]
     made = run(repo / "tokenizer.py", "train", *words, "--out", "words", env=one)
     assert made.returncode == 0 and f"vocabulary {SIZE}" in made.stdout, made.stderr
-    words = ["--tokenizer", "words", "--init", "scratch", "--preset", "micro", "--steps", 3, "--data", "text.txt"]
-    words += ["--seq-len", 32, "--batch-tokens", 128, "--eval-tokens", 256, "--device", "cpu", "--out", out]
+    words = [
+        "--tokenizer",
+        "words",
+        "--init",
+        "scratch",
+        "--preset",
+        "micro",
+        "--steps",
+        3,
+        "--data",
+        "text.txt",
+    ]
+    words += [
+        "--seq-len",
+        32,
+        "--batch-tokens",
+        128,
+        "--eval-tokens",
+        256,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
     trained = run(repo / "train_gpt2.py", *words, env=one)
     assert trained.returncode == 0, trained.stderr
 
-    hub, hub_model = hub_tokenizer(out / "final"), AutoModelForCausalLM.from_pretrained(out / "final").eval()
+    hub, hub_model = (
+        hub_tokenizer(out / "final"),
+        AutoModelForCausalLM.from_pretrained(out / "final").eval(),
+    )
     model, ours = open_model(str(out / "final"), None, torch.device("cpu"), torch.float32)
     ids = [*ours.encode("theing 학교"), ours.special_id("<답>"), *ours.encode(" kober"), ours.eot]
     assert hub("theing 학교<답> kober<|endoftext|>")["input_ids"] == ids
-    assert SIZE == ours.vocab_size == model.config.vocab_size == hub_model.config.vocab_size == len(hub)
+    assert (
+        SIZE
+        == ours.vocab_size
+        == model.config.vocab_size
+        == hub_model.config.vocab_size
+        == len(hub)
+    )
     assert hub_model.config.eos_token_id == hub.eos_token_id == ours.eot
     idx = torch.tensor([ids])
     with torch.no_grad():

@@ -54,7 +54,11 @@ class TestTrained:
         assert b"".join(map(trained.token_bytes, ids)) == text.encode()
         assert trained.eot not in ids
 
-    @given(st.text(alphabet=st.one_of(st.sampled_from("the dog's 12 \n\t\r'고양이🙂"), st.characters())))
+    @given(
+        st.text(
+            alphabet=st.one_of(st.sampled_from("the dog's 12 \n\t\r'고양이🙂"), st.characters())
+        )
+    )
     @settings(max_examples=300, deadline=None)
     def test_batch_through_tiktoken_equals_tokenizers(self, trained, text):
         assert trained._encoding is not None
@@ -66,7 +70,9 @@ class TestTrained:
 
     def test_ids_are_bytes_then_merges_then_the_end(self, trained):
         assert trained.vocab_size == 400 and trained.eot == 399
-        assert sorted(trained.token_bytes(i) for i in range(256)) == [bytes([b]) for b in range(256)]
+        assert sorted(trained.token_bytes(i) for i in range(256)) == [
+            bytes([b]) for b in range(256)
+        ]
         assert all(len(trained.token_bytes(i)) > 1 for i in range(256, 399))
         assert trained.token_bytes(trained.eot) == b""
 
@@ -82,13 +88,17 @@ class TestTrained:
 
     def test_transformers_agrees_beside_a_gpt2_model(self, trained, tmp_path):
         trained.save(tmp_path)
-        (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+        (tmp_path / "config.json").write_text(
+            '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+        )
         assert hub_ids(tmp_path, SENTENCES) == trained.encode_batch(SENTENCES)
 
     def test_is_deterministic(self, trained, tmp_path):
         again = train_bpe(iter(SENTENCES * 20), 400, tmp_path / "again")
         for name in FILES:
-            assert (tmp_path / "again" / name).read_bytes() == (Path(trained.source) / name).read_bytes()
+            assert (tmp_path / "again" / name).read_bytes() == (
+                Path(trained.source) / name
+            ).read_bytes()
         assert again.sha256 == trained.sha256
 
     def test_writes_nothing_beside_and_keeps_what_is_there(self, trained):
@@ -106,12 +116,17 @@ class TestTrained:
         texts = [f"<question>{sentence}<question>" for sentence in SENTENCES * 20]
         made = train_bpe(texts, 402, tmp_path / "t", ["<question>", "<답>"])
         assert (made.eot, made.special_id("<question>"), made.special_id("<답>")) == (399, 400, 401)
-        assert [made.token_bytes(id) for id in range(399)] == [trained.token_bytes(id) for id in range(399)]
+        assert [made.token_bytes(id) for id in range(399)] == [
+            trained.token_bytes(id) for id in range(399)
+        ]
         assert made.sha256 == trained.with_special(["<question>", "<답>"]).sha256
 
     def test_long_runs_train(self, tmp_path):
         long = train_bpe(["a" * 300_000 + " " * 300_000, "ab" * 50_000], 400, tmp_path / "t")
-        assert max(len(long.token_bytes(i)) for i in range(long.vocab_size)) <= tokenizer_training.LONGEST_WORD
+        assert (
+            max(len(long.token_bytes(i)) for i in range(long.vocab_size))
+            <= tokenizer_training.LONGEST_WORD
+        )
 
     def test_bad_input(self, tmp_path):
         with pytest.raises(UserError, match="257"):
@@ -149,7 +164,9 @@ class TestAny:
     def test_partial_utf8_decodes(self, either):
         ids = either.encode("🙂")
         assert len(ids) > 1 or either.token_bytes(ids[0]) == "🙂".encode()
-        first_byte = next(i for i in range(either.vocab_size) if either.token_bytes(i) == "🙂".encode()[:1])
+        first_byte = next(
+            i for i in range(either.vocab_size) if either.token_bytes(i) == "🙂".encode()[:1]
+        )
         assert either.decode([first_byte]) == "\ufffd"
         assert either.decode([]) == ""
         assert either.decode([either.eot]) == "<|endoftext|>"
@@ -165,14 +182,22 @@ class TestAny:
         pickled = pickle.dumps(either)
         again = pickle.loads(pickled)
         assert len(pickled) < 500
-        assert (again.name, again.source, again.sha256) == (either.name, either.source, either.sha256)
+        assert (again.name, again.source, again.sha256) == (
+            either.name,
+            either.source,
+            either.sha256,
+        )
         assert again.encode(SENTENCES[0]) == either.encode(SENTENCES[0])
 
     def test_saved_is_the_same(self, either, tmp_path):
         either.save(tmp_path / "copy")
         copy = load_tokenizer(str(tmp_path / "copy"))
         assert copy.name == "copy" and copy.source == str(tmp_path / "copy")
-        assert (copy.sha256, copy.vocab_size, copy.eot) == (either.sha256, either.vocab_size, either.eot)
+        assert (copy.sha256, copy.vocab_size, copy.eot) == (
+            either.sha256,
+            either.vocab_size,
+            either.eot,
+        )
         assert copy.encode_batch(AWKWARD) == either.encode_batch(AWKWARD)
 
 
@@ -207,7 +232,12 @@ class TestSpecialTokens:
         assert extended.encode_batch(AWKWARD) == plain.encode_batch(AWKWARD)
 
     def test_decode_spells_or_skips(self, extended):
-        ids = [*extended.encode("it is"), extended.special_id("<답>"), *extended.encode(" so"), extended.eot]
+        ids = [
+            *extended.encode("it is"),
+            extended.special_id("<답>"),
+            *extended.encode(" so"),
+            extended.eot,
+        ]
         assert extended.decode(ids) == "it is<답> so<|endoftext|>"
         assert extended.decode(ids, skip_special=True) == "it is so"
         assert extended.token_bytes(extended.special_id("<답>")) == b""
@@ -218,7 +248,9 @@ class TestSpecialTokens:
         expected = [*extended.encode("the dog"), ids[1], *extended.encode(" runs\n"), ids[2]]
         assert hub("the dog<답> runs\n<end of it>")["input_ids"] == expected
         assert len(hub) == extended.vocab_size and set(ids) <= set(hub.all_special_ids)
-        assert hub.decode(expected, skip_special_tokens=True) == extended.decode(expected, skip_special=True)
+        assert hub.decode(expected, skip_special_tokens=True) == extended.decode(
+            expected, skip_special=True
+        )
 
     def test_saved_and_pickled_are_the_same(self, plain, extended, tmp_path):
         extended.save(tmp_path)
@@ -272,14 +304,20 @@ class TestSpecialTokens:
 
         extended = trained.with_special(self.NEW)
         torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=trained.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32)).eval()
+        model = GPT(
+            GPTConfig(vocab_size=trained.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32)
+        ).eval()
         idx = torch.tensor([trained.encode("The quick brown fox")])
-        before, table = model(idx), model.transformer.wte.weight.detach()[: trained.vocab_size].clone()
+        before, table = (
+            model(idx),
+            model.transformer.wte.weight.detach()[: trained.vocab_size].clone(),
+        )
         model.add_tokens(range(trained.vocab_size, extended.vocab_size))
         after = model(idx)
         torch.testing.assert_close(after[..., : trained.vocab_size], before, rtol=0, atol=1e-6)
         torch.testing.assert_close(
-            model.transformer.wte.weight[trained.vocab_size : extended.vocab_size], table.mean(0).expand(3, -1)
+            model.transformer.wte.weight[trained.vocab_size : extended.vocab_size],
+            table.mean(0).expand(3, -1),
         )
 
         model.save_pretrained(tmp_path, eot=extended.eot)
@@ -344,7 +382,9 @@ class TestOtherTokenizers:
         from tokenizers import decoders, models, normalizers, pre_tokenizers
 
         words = ["[UNK]", "[SEP]", "un", "##do", "##ne", "work", ".", "[", "]", "sep"]
-        hub = HubTokenizer(models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]"))
+        hub = HubTokenizer(
+            models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]")
+        )
         hub.normalizer = normalizers.Lowercase()
         hub.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         hub.decoder = decoders.WordPiece()
@@ -375,13 +415,17 @@ class TestOtherTokenizers:
 
         unigram = load_tokenizer(str(tmp_path))
         assert unigram.eot == 1
-        assert unigram.decode(unigram.encode("a</s> b")) == "a</s> b" and 1 not in unigram.encode("</s>")
+        assert unigram.decode(unigram.encode("a</s> b")) == "a</s> b" and 1 not in unigram.encode(
+            "</s>"
+        )
         assert 0 in unigram.encode("z")
         assert [unigram.token_bytes(i) for i in (1, 2, 3, 9)] == [b"", b" ", b"a", b"\xf0"]
 
     def test_a_folders_own_end_token_and_settings(self, trained, tmp_path):
         file = tmp_path / "tokenizer.json"
-        file.write_text((Path(trained.source) / "tokenizer.json").read_text().replace("<|endoftext|>", "<stop>"))
+        file.write_text(
+            (Path(trained.source) / "tokenizer.json").read_text().replace("<|endoftext|>", "<stop>")
+        )
         with pytest.raises(UserError, match="no end token"):
             load_tokenizer(str(file))
         config = tmp_path / "tokenizer_config.json"
@@ -389,7 +433,12 @@ class TestOtherTokenizers:
         own = load_tokenizer(str(tmp_path))
         assert own.eot == 399 and own.decode([399]) == "<stop>" and own.sha256 != trained.sha256
         own.save(tmp_path / "copy")
-        assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["model_max_length"] == 77
+        assert (
+            json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())[
+                "model_max_length"
+            ]
+            == 77
+        )
 
     def test_an_end_token_marked_ordinary_is_still_not_read_in_text(self, trained, tmp_path):
         spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
@@ -405,7 +454,9 @@ class TestOtherTokenizers:
         elif change == "merge order":
             spec["model"]["merges"].reverse()
         else:
-            spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 400, "content": "fox", "special": False})
+            spec["added_tokens"].append(
+                spec["added_tokens"][0] | {"id": 400, "content": "fox", "special": False}
+            )
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         other: Any = load_tokenizer(str(tmp_path))
         assert other._encoding is None and other.sha256 != trained.sha256
@@ -435,7 +486,9 @@ class TestCommandLine:
         (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n<|endoftext|>\n")
         (tmp_path / "b.txt").write_bytes(b"bad \xff\xfe bytes\n" + "\ufffd \n".encode())
         out = str(tmp_path / "made" / "here")
-        train = command("train", "--input", str(tmp_path / "*.txt"), "--vocab-size", "400", "--out", out)
+        train = command(
+            "train", "--input", str(tmp_path / "*.txt"), "--vocab-size", "400", "--out", out
+        )
         assert train.returncode == 0, train.stderr
         assert b"vocabulary 400" in train.stdout and b"replaced 2 bytes" in train.stdout
         assert sorted(path.name for path in Path(out).iterdir()) == sorted(FILES)
@@ -446,12 +499,17 @@ class TestCommandLine:
         assert [int(id) for id in ids.split()] == load_tokenizer(out).encode(text)
         assert command("decode", "--tokenizer", out, stdin=ids).stdout == text.encode()
         ids = command("encode", "--tokenizer", out, "the dog").stdout.split()
-        assert command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
+        assert (
+            command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
+        )
 
     def test_encode_says_that_bytes_are_no_text(self, trained):
         done = command("encode", "--tokenizer", trained.source, "caf\udce9")
         assert [int(id) for id in done.stdout.split()] == trained.encode("caf\ufffd")
-        assert done.stderr.decode() == "warning: TEXT holds bytes that are not UTF-8; each is read as U+FFFD\n"
+        assert (
+            done.stderr.decode()
+            == "warning: TEXT holds bytes that are not UTF-8; each is read as U+FFFD\n"
+        )
 
     @pytest.mark.parametrize(
         "words, says",
@@ -464,11 +522,17 @@ class TestCommandLine:
             ("train --input EMPTY --vocab-size 12 --out OUT", "257"),
             ("train --input EMPTY --vocab-size many --out OUT", "invalid int"),
             ("train --input EMPTY --vocab-size 2147483647 --out OUT", "at most"),
-            ("train --input EMPTY --vocab-size 1%s --out OUT --model unigram" % ("0" * 400), "at most"),
+            (
+                "train --input EMPTY --vocab-size 1%s --out OUT --model unigram" % ("0" * 400),
+                "at most",
+            ),
             ("train --input EMPTY --vocab-size 300 --out OUT --fast", "--fast"),
             ("train --input EMPTY --vocab-size 300 --out OUT --special <a> <b> <a>", "given twice"),
             ("train --input EMPTY --vocab-size 258 --out OUT --special <a> <b>", "259"),
-            ("train --input EMPTY --vocab-size 300 --out OUT --model wordpiece", "sentencepiece-bpe"),
+            (
+                "train --input EMPTY --vocab-size 300 --out OUT --model wordpiece",
+                "sentencepiece-bpe",
+            ),
             ("encode --tokenizer OUT hello", "no tokenizer at"),
             ("decode --tokenizer SMALL 3 five", "'five'"),
             ("decode --tokenizer SMALL 400", "outside the vocabulary"),

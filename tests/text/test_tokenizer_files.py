@@ -1,4 +1,5 @@
-"""A tokenizer's folder in every layout is the tokenizer that transformers opens; what it cannot be is one line."""
+"""A tokenizer's folder in every layout is the tokenizer that transformers opens; what it cannot be
+is one line."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ from text.tokenizer_training import train_bpe
 
 TEXT = "The quick brown fox doesn't jump over the lazy dog; 12 34.\n"
 TOKENS = ("<|endoftext|>", "<|end|>", "<x>", "fox", "[PAD]", "<새>")
-PROBES = ["the fox <x>  fox<|end|> dogs", " <|endoftext|> [PAD]\nfoxes <새>.", *(f"a{t} {t}b  {t}  c" for t in TOKENS)]
+PROBES = [
+    "the fox <x>  fox<|end|> dogs",
+    " <|endoftext|> [PAD]\nfoxes <새>.",
+    *(f"a{t} {t}b  {t}  c" for t in TOKENS),
+]
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -46,7 +51,9 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-def older(spec: dict[str, Any], tokens: tuple[str, ...] = (), first: bool = False) -> dict[str, Any]:
+def older(
+    spec: dict[str, Any], tokens: tuple[str, ...] = (), first: bool = False
+) -> dict[str, Any]:
     """vocab.json and merges.txt, with `tokens` after the vocabulary or before it."""
     plain = list(spec["model"]["vocab"])
     names = [*tokens, *plain] if first else [*plain, *tokens]
@@ -77,9 +84,13 @@ def folders(draw: st.DrawFn, spec: dict[str, Any]) -> dict[str, Any]:
     inside = tuple(draw(st.lists(token, unique=True, max_size=3)))
     files = older(spec, inside, draw(st.booleans()))
     layout = draw(st.sampled_from(["older", "GPT2Tokenizer", "PreTrainedTokenizerFast"]))
-    config: dict[str, Any] = draw(names(("text", "typed"), ("additional_special_tokens", "extra_special_tokens")))
+    config: dict[str, Any] = draw(
+        names(("text", "typed"), ("additional_special_tokens", "extra_special_tokens"))
+    )
     config |= draw(
-        st.fixed_dictionaries({}, optional={"add_prefix_space": st.booleans(), "add_bos_token": st.booleans()})
+        st.fixed_dictionaries(
+            {}, optional={"add_prefix_space": st.booleans(), "add_bos_token": st.booleans()}
+        )
     )
     beyond = [t for t in TOKENS if t not in inside]
     added = draw(st.lists(st.sampled_from(beyond), unique=True, max_size=3)) if beyond else []
@@ -87,8 +98,12 @@ def folders(draw: st.DrawFn, spec: dict[str, Any]) -> dict[str, Any]:
     if layout != "older":
         whole = dict(spec, model=spec["model"] | {"vocab": files["vocab.json"]})
         listed = [t for t in TOKENS if t in added or (t in inside and draw(st.booleans()))]
-        ids = files["vocab.json"] | {t: start + i for i, t in enumerate(t for t in listed if t in added)}
-        entries = [draw(flags) | {"id": ids[t], "content": t} for t in sorted(listed, key=ids.__getitem__)]
+        ids = files["vocab.json"] | {
+            t: start + i for i, t in enumerate(t for t in listed if t in added)
+        }
+        entries = [
+            draw(flags) | {"id": ids[t], "content": t} for t in sorted(listed, key=ids.__getitem__)
+        ]
         files = {"tokenizer.json": whole | {"added_tokens": entries}}
         added = []
     if layout == "older" and draw(st.booleans()):
@@ -96,11 +111,17 @@ def folders(draw: st.DrawFn, spec: dict[str, Any]) -> dict[str, Any]:
     else:
         config["tokenizer_class"] = "GPT2Tokenizer" if layout == "older" else layout
     if draw(st.booleans()):
-        files["special_tokens_map.json"] = draw(names(("text", "object"), ("additional_special_tokens",)))
+        files["special_tokens_map.json"] = draw(
+            names(("text", "object"), ("additional_special_tokens",))
+        )
     if added and draw(st.booleans()):
-        files["added_tokens.json"] = {t: start + i for i, t in enumerate(draw(st.permutations(added)))}
+        files["added_tokens.json"] = {
+            t: start + i for i, t in enumerate(draw(st.permutations(added)))
+        }
     elif added and draw(st.booleans()):
-        config["added_tokens_decoder"] = {str(start + i): draw(flags) | {"content": t} for i, t in enumerate(added)}
+        config["added_tokens_decoder"] = {
+            str(start + i): draw(flags) | {"content": t} for i, t in enumerate(added)
+        }
     return files | {"tokenizer_config.json": config}
 
 
@@ -131,7 +152,9 @@ def test_any_folder_is_as_transformers_opens_it(spec, data):
         if "added_tokens_decoder" not in sources[0]:
             sources.append(files.get("special_tokens_map.json", {}))
         if any(source.get("eos_token") for source in sources) and hub.eos_token not in held(files):
-            with pytest.raises(UserError, match="as the end token, and the vocabulary has no such token"):
+            with pytest.raises(
+                UserError, match="as the end token, and the vocabulary has no such token"
+            ):
                 load_tokenizer(str(folder))
             return
         if hub.eos_token is None and not set(END_TOKENS) & hub.get_vocab().keys():
@@ -156,7 +179,9 @@ def same(ours: Any, hub: Any) -> None:
     assert set(ours.special_ids.values()) == special
     for text in PROBES:
         ids = hub(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-        if ours.eot in ids:  # an end token that its file marks as ordinary text: never read in a text here
+        if (
+            ours.eot in ids
+        ):  # an end token that its file marks as ordinary text: never read in a text here
             continue
         assert ours.encode(text) == ids and ours.encode_batch([text])[0] == ids
         assert ours.decode(ids) == hub.decode(ids)
@@ -170,9 +195,18 @@ def test_a_sentencepiece_folder_with_added_tokens(tmp_path, kind):
 
     train_sentencepiece([TEXT] * 20, 308, tmp_path / "t", kind)
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
-    named = {"eos_token": {"content": "<|end|>", "lstrip": True}, "additional_special_tokens": ["<x>"]}
-    write(tmp_path / "t", {"added_tokens.json": {"<|end|>": 308, "<새>": 309}, "special_tokens_map.json": named})
-    write(tmp_path / "t", {"tokenizer_config.json": {key: v for key, v in config.items() if key != "eos_token"}})
+    named = {
+        "eos_token": {"content": "<|end|>", "lstrip": True},
+        "additional_special_tokens": ["<x>"],
+    }
+    write(
+        tmp_path / "t",
+        {"added_tokens.json": {"<|end|>": 308, "<새>": 309}, "special_tokens_map.json": named},
+    )
+    write(
+        tmp_path / "t",
+        {"tokenizer_config.json": {key: v for key, v in config.items() if key != "eos_token"}},
+    )
     ours, hub = load_tokenizer(str(tmp_path / "t")), opened_by_transformers(tmp_path / "t")
     assert (ours.eot, ours.vocab_size) == (hub.eos_token_id, len(hub)) == (308, 311)
     for text in PROBES[:2]:
@@ -183,7 +217,10 @@ def test_a_sentencepiece_folder_with_added_tokens(tmp_path, kind):
 
 
 def test_an_older_folder_keeps_its_end_token(spec, tmp_path):
-    files = older(spec) | {"added_tokens.json": {"<|end|>": 296}, "special_tokens_map.json": {"eos_token": "<|end|>"}}
+    files = older(spec) | {
+        "added_tokens.json": {"<|end|>": 296},
+        "special_tokens_map.json": {"eos_token": "<|end|>"},
+    }
     ours = load_tokenizer(str(write(tmp_path, files)))
     # transformers makes up the unknown and the first token, which no file names, after all others.
     assert (ours.eot, ours.vocab_size, ours.rows) == (296, 298, 297)
@@ -192,9 +229,13 @@ def test_an_older_folder_keeps_its_end_token(spec, tmp_path):
 
 def test_one_id_for_two_tokens_is_refused(spec, tmp_path):
     files = older(spec, ("<|endoftext|>",))
-    files["vocab.json"]["Ġdoesn"] = len(files["vocab.json"])  # leaves a gap, and takes the id of the next added token
+    files["vocab.json"]["Ġdoesn"] = len(
+        files["vocab.json"]
+    )  # leaves a gap, and takes the id of the next added token
     files |= {"added_tokens.json": {"<x>": 5}}
-    with pytest.raises(UserError, match="'<x>' and 'Ġdoesn' both have the id 297; give each its own"):
+    with pytest.raises(
+        UserError, match="'<x>' and 'Ġdoesn' both have the id 297; give each its own"
+    ):
         load_tokenizer(str(write(tmp_path, files)))
 
 
@@ -213,14 +254,21 @@ def test_json_in_any_unicode_encoding_is_read(spec, tmp_path, encoding, layout):
     other = write(tmp_path / "other", files)
     for name in files:
         if name.endswith(".json"):
-            (other / name).write_text(json.dumps(files[name], ensure_ascii=False), encoding=encoding)
+            (other / name).write_text(
+                json.dumps(files[name], ensure_ascii=False), encoding=encoding
+            )
     assert load_tokenizer(str(other)).sha256 == plain.sha256
 
 
 BAD = {
-    "latin-1": b'{"a": "\xe9"}', "cut off": b'{"eos_token": "<', "a list": b"[1]", "a number": b"5", "empty": b"",
-    "zeros": bytes(40), "deep": b'{"a":' * 100_000,
-}  # fmt: skip
+    "latin-1": b'{"a": "\xe9"}',
+    "cut off": b'{"eos_token": "<',
+    "a list": b"[1]",
+    "a number": b"5",
+    "empty": b"",
+    "zeros": bytes(40),
+    "deep": b'{"a":' * 100_000,
+}
 JSON_FILES = (
     "vocab.json",
     "added_tokens.json",
@@ -248,7 +296,11 @@ WRONG = [
     ("tokenizer_config.json", {"eos_token": 5}, "eos_token"),
     ("tokenizer_config.json", {"eos_token": ["<|endoftext|>"]}, "eos_token"),
     ("tokenizer_config.json", {"eos_token": {"content": None}}, "eos_token"),
-    ("tokenizer_config.json", {"pad_token": {"content": "[PAD]", "lstrip": "no"}}, "pad_token.lstrip"),
+    (
+        "tokenizer_config.json",
+        {"pad_token": {"content": "[PAD]", "lstrip": "no"}},
+        "pad_token.lstrip",
+    ),
     ("tokenizer_config.json", {"additional_special_tokens": "<x>"}, "additional_special_tokens"),
     ("tokenizer_config.json", {"additional_special_tokens": [3]}, "additional_special_tokens"),
     ("tokenizer_config.json", {"added_tokens_decoder": ["<x>"]}, "added_tokens_decoder"),
@@ -308,7 +360,9 @@ def test_what_is_written_has_no_bpe_dropout(dropping, tmp_path):
     """A model that was trained without it must read texts without it everywhere."""
     ours = load_tokenizer(str(dropping))
     ours.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]["dropout"] is None
+    assert (
+        json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]["dropout"] is None
+    )
     assert opened_by_transformers(tmp_path / "saved")(TEXT)["input_ids"] == ours.encode(TEXT)
 
 
@@ -320,21 +374,44 @@ def test_bpe_dropout_is_spoken_of_once(dropping, repo):
     for rank, times in (("0", 1), ("1", 0)):
         env = {**os.environ, "RANK": rank}
         result = subprocess.run(
-            [sys.executable, "-c", script, dropping], cwd=repo, env=env, capture_output=True, text=True
+            [sys.executable, "-c", script, dropping],
+            cwd=repo,
+            env=env,
+            capture_output=True,
+            text=True,
         )
-        assert result.returncode == 0 and result.stderr.count("BPE dropout 0.5") == times, result.stderr
+        assert result.returncode == 0 and result.stderr.count("BPE dropout 0.5") == times, (
+            result.stderr
+        )
 
 
 def test_a_run_logs_that_bpe_dropout_is_left_out(dropping, tmp_path):
     write_inputs(tmp_path)
-    words = small("--steps", 1, "--eval-every", 0, "--sample-every", 0, "--save-every", 0, "--tokenizer", dropping)
+    words = small(
+        "--steps",
+        1,
+        "--eval-every",
+        0,
+        "--sample-every",
+        0,
+        "--save-every",
+        0,
+        "--tokenizer",
+        dropping,
+    )
     (end,) = launch(tmp_path, words)
-    assert end.code == 0 and end.err.count("BPE dropout 0.5") == 1 and "BPE dropout" not in end.out, end
-    (record,) = [line for line in log_of(tmp_path / "run", "warning") if "BPE dropout" in line["text"]]
+    assert (
+        end.code == 0 and end.err.count("BPE dropout 0.5") == 1 and "BPE dropout" not in end.out
+    ), end
+    (record,) = [
+        line for line in log_of(tmp_path / "run", "warning") if "BPE dropout" in line["text"]
+    ]
     assert f"warning: {record['text']}\n" in end.err
 
 
 def test_a_worker_does_not_speak_of_bpe_dropout(dropping, repo):
     script = "import sys; from text.tokenizer import _restore; _restore(sys.argv[1], None, ())"
-    result = subprocess.run([sys.executable, "-c", script, dropping], cwd=repo, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, dropping], cwd=repo, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (0, "")

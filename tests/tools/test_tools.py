@@ -1,4 +1,5 @@
-"""The tools around fine-tuning, by what they write: hard pairs, back-translations, ensembles, comparisons."""
+"""The tools around fine-tuning, by what they write: hard pairs, back-translations, ensembles,
+comparisons."""
 
 from __future__ import annotations
 
@@ -70,12 +71,18 @@ def draw(n: int, seed: int, sure: float = 1.0) -> np.ndarray:
     return np.random.default_rng(seed).dirichlet([sure] * len(LABELS), n)
 
 
-def records(p: np.ndarray, true: Sequence[str | None], labels: Sequence[str] = LABELS) -> list[dict[str, Any]]:
+def records(
+    p: np.ndarray, true: Sequence[str | None], labels: Sequence[str] = LABELS
+) -> list[dict[str, Any]]:
     """As a run writes them."""
-    said = [{"prediction": labels[of.argmax()], "probabilities": dict(zip(labels, of.tolist()))} for of in p]
+    said = [
+        {"prediction": labels[of.argmax()], "probabilities": dict(zip(labels, of.tolist()))}
+        for of in p
+    ]
     known = [{} if label is None else {"label": label} for label in true]
     return [
-        {"id": str(n), "text": f"row {n}"} | of | about for n, (of, about) in enumerate(zip(known, said, strict=True))
+        {"id": str(n), "text": f"row {n}"} | of | about
+        for n, (of, about) in enumerate(zip(known, said, strict=True))
     ]
 
 
@@ -84,7 +91,9 @@ def runs(tmp_path) -> tuple[list[Path], list[np.ndarray], list[str]]:
     """Three files of predictions of 60 rows, their probabilities, and the true labels."""
     true = [LABELS[k] for k in np.random.default_rng(0).integers(0, 3, 60)]
     drawn = [draw(60, seed) for seed in (1, 2, 3)]
-    files = [write_jsonl(tmp_path / f"{name}.jsonl", records(p, true)) for name, p in zip("abc", drawn)]
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", records(p, true)) for name, p in zip("abc", drawn)
+    ]
     return files, drawn, true
 
 
@@ -94,7 +103,9 @@ def by_hand(how: str, members: Sequence[Sequence[float]], weights: Sequence[floa
     if how == "mean":
         return [sum(w * p[k] for w, p in zip(weights, members)) / total for k in range(3)]
     if how == "geometric":
-        products = [math.prod(p[k] ** (w / total) for w, p in zip(weights, members)) for k in range(3)]
+        products = [
+            math.prod(p[k] ** (w / total) for w, p in zip(weights, members)) for k in range(3)
+        ]
         return [value / sum(products) for value in products]
     return [sum(w for w, p in zip(weights, members) if max(p) == p[k]) / total for k in range(3)]
 
@@ -111,7 +122,9 @@ def test_an_ensemble_is_its_members_combined(tool, runs, tmp_path, how, weights)
     found = read_jsonl(tmp_path / "out.jsonl")
     for n, row in enumerate(found):
         expected = by_hand(how, [p[n].tolist() for p in drawn], weights or (1, 1, 1))
-        assert [row["probabilities"][label] for label in LABELS] == pytest.approx(expected, rel=1e-9)
+        assert [row["probabilities"][label] for label in LABELS] == pytest.approx(
+            expected, rel=1e-9
+        )
         assert row["probabilities"][row["prediction"]] == pytest.approx(max(expected), rel=1e-9)
         assert (row["id"], row["text"], row["label"]) == (str(n), f"row {n}", true[n])
     for file, line in zip([*files, tmp_path / "out.jsonl"], done.out.splitlines()[1:], strict=True):
@@ -128,17 +141,38 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
     done = tool("ensemble", *files, "--how", "vote", "--out", tmp_path / "out.jsonl")
     assert done.code == 0 and "not known" in done.out
     (row,) = read_jsonl(tmp_path / "out.jsonl")
-    assert row["prediction"] == "good" and row["probabilities"] == {"bad": 0.5, "fair": 0, "good": 0.5}
+    assert row["prediction"] == "good" and row["probabilities"] == {
+        "bad": 0.5,
+        "fair": 0,
+        "good": 0.5,
+    }
     assert "label" not in row
 
 
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
 def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None:
     files, drawn, true = runs
-    drawn[2][:, 0], drawn[2][:, 1] = 0, 1  # impossible for it is one label, and that is no matter either
+    drawn[2][:, 0], drawn[2][:, 1] = (
+        0,
+        1,
+    )  # impossible for it is one label, and that is no matter either
     write_jsonl(files[2], records(drawn[2], true))
     assert tool("ensemble", *files[:2], "--how", how, "--out", tmp_path / "two.jsonl").code == 0
-    assert tool("ensemble", *files, "--how", how, "--weights", 1, 1, 0, "--out", tmp_path / "three.jsonl").code == 0
+    assert (
+        tool(
+            "ensemble",
+            *files,
+            "--how",
+            how,
+            "--weights",
+            1,
+            1,
+            0,
+            "--out",
+            tmp_path / "three.jsonl",
+        ).code
+        == 0
+    )
     assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "three.jsonl")
 
 
@@ -164,20 +198,30 @@ def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> No
     expected = paired_test(numbers, drawn[0].argmax(1), drawn[1].argmax(1), seed=5)
     written = json.loads((tmp_path / "out.json").read_text())
     assert {name: written[name] for name in expected} == expected
-    right = float((drawn[0].argmax(1) == numbers).mean()), float((drawn[1].argmax(1) == numbers).mean())
+    right = (
+        float((drawn[0].argmax(1) == numbers).mean()),
+        float((drawn[1].argmax(1) == numbers).mean()),
+    )
     assert [of["accuracy"] for of in written["scores"]] == pytest.approx(right)
     for figure in (*right, written["scores"][1]["macro_f1"]):
         assert f"{figure:.4f}" in done.out
-    assert f"{expected['accuracy']['difference']:+.4f}" in done.out and f"p {expected['mcnemar_p']:.4g}" in done.out
+    assert (
+        f"{expected['accuracy']['difference']:+.4f}" in done.out
+        and f"p {expected['mcnemar_p']:.4g}" in done.out
+    )
     assert f"A alone has {expected['wins']} right and B alone {expected['losses']}" in done.out
 
 
 def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
     p, true = draw(40, 1), [LABELS[n % 3] for n in range(40)]
     all_known, some, none = (
-        write_jsonl(tmp_path / name, records(p[:n], of)) for name, n, of in
-        (("20.jsonl", 20, true[:20]), ("40.jsonl", 40, [*true[:20], *[""] * 20]), ("none.jsonl", 40, [None] * 40))
-    )  # fmt: skip
+        write_jsonl(tmp_path / name, records(p[:n], of))
+        for name, n, of in (
+            ("20.jsonl", 20, true[:20]),
+            ("40.jsonl", 40, [*true[:20], *[""] * 20]),
+            ("none.jsonl", 40, [None] * 40),
+        )
+    )
     for file in (all_known, some):
         assert tool("compare", file, file, "--json", file.with_suffix(".json")).code == 0
     figures = [json.loads(file.with_suffix(".json").read_text()) for file in (all_known, some)]
@@ -201,7 +245,10 @@ def change(rows: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
     if how == "other row":
         return [*rows[:7], rows[7] | {"text": "another"}, *rows[8:]]
     if how == "other truth":
-        return [rows[0] | {"label": next(label for label in LABELS if label != rows[0]["label"])}, *rows[1:]]
+        return [
+            rows[0] | {"label": next(label for label in LABELS if label != rows[0]["label"])},
+            *rows[1:],
+        ]
     if how == "other labels":
         return records(draw(60, 1), [row["label"] for row in rows], ("bad", "fair", "best"))
     if how == "unknown truth":
@@ -216,10 +263,16 @@ def change(rows: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("fewer", "59 rows"), ("other row", "row 8"), ("other truth", "row 1"), ("other labels", "best"),
-        ("unknown truth", "superb"), ("no number", "line 1"), ("not predictions", '"probabilities"'), ("empty", "no predictions"),
+        ("fewer", "59 rows"),
+        ("other row", "row 8"),
+        ("other truth", "row 1"),
+        ("other labels", "best"),
+        ("unknown truth", "superb"),
+        ("no number", "line 1"),
+        ("not predictions", '"probabilities"'),
+        ("empty", "no predictions"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["compare", "ensemble"])
 def test_files_that_disagree_are_refused(tool, runs, tmp_path, name, how, said) -> None:
     (a, b, _), _, _ = runs
@@ -264,7 +317,9 @@ PAIRS = [
 
 def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> Path:
     with path.open("w", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows([("id", "question1", "question2", "is_duplicate")])
+        csv.writer(file, delimiter="\t").writerows(
+            [("id", "question1", "question2", "is_duplicate")]
+        )
         csv.writer(file, delimiter="\t").writerows((n, *pair) for n, pair in enumerate(pairs))
     return path
 
@@ -272,9 +327,13 @@ def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> Pa
 @pytest.mark.parametrize(("share", "each"), [(0.5, 2), (0.25, 1), (0.01, 1), (1, 4)])
 def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each) -> None:
     out = tmp_path / "hard.csv"
-    done = tool("mine", "--data", write_pairs(tmp_path / "pairs.csv"), "--out", out, "--share", share)
+    done = tool(
+        "mine", "--data", write_pairs(tmp_path / "pairs.csv"), "--out", out, "--share", share
+    )
     assert done.code == 0, done.err
-    rows = read_rows(str(out), Paraphrase.columns, optional=Paraphrase.optional).rows  # as --augment does
+    rows = read_rows(
+        str(out), Paraphrase.columns, optional=Paraphrase.optional
+    ).rows  # as --augment does
     mined = [(row["first"], row["second"], row["label"]) for row in rows]
     assert set(mined) <= set(PAIRS) and [pair for pair in PAIRS if pair in mined] == mined
     for label, worst in (("1.0", max), ("0.0", min)):
@@ -299,7 +358,9 @@ def test_the_hardest_are_shown(tool, tmp_path) -> None:
     data, out = write_pairs(tmp_path / "pairs.csv"), tmp_path / "hard.csv"
     done = tool("mine", "--data", data, "--out", out, "--share", 0.5)
     alike, others = done.out.split("\nnot alike, many in common:\n")
-    assert 'What is "the way" to cook eggs, exactly?' in alike and "How many miles are left?" in alike
+    assert (
+        'What is "the way" to cook eggs, exactly?' in alike and "How many miles are left?" in alike
+    )
     assert "Who sang this song?" in others and "Where can I swim?" not in others
 
 
@@ -307,7 +368,9 @@ def test_labels_that_say_alike_may_be_named(tool, tmp_path) -> None:
     """RTE's 0 is entailment; that 1 is not shows in how few words its rows share."""
     data, usual = write_pairs(tmp_path / "pairs.csv"), tmp_path / "usual.csv"
     assert "do these labels say alike?" in tool("mine", "--data", data, "--out", usual).out
-    done = tool("mine", "--data", data, "--out", tmp_path / "turned.csv", "--alike", 0, "--share", 0.25)
+    done = tool(
+        "mine", "--data", data, "--out", tmp_path / "turned.csv", "--alike", 0, "--share", 0.25
+    )
     assert done.code == 0 and "do these labels say alike?" not in done.out
     assert "Where can I swim?" in (tmp_path / "turned.csv").read_text()
     assert "an egg, please?" in (tmp_path / "turned.csv").read_text()
@@ -321,7 +384,11 @@ def test_mistyped_mining_is_refused(tool, tmp_path) -> None:
     refused(tool("mine", "--data", data, "--out", data), "also what is read")
     refused(tool("mine", *base, "--share", 0), "--share")
     refused(tool("mine", *base, "--share", 1.5), "--share")
-    refused(tool("mine", *base, "--first-column", "question_1"), "'question_1'", "did you mean question1")
+    refused(
+        tool("mine", *base, "--first-column", "question_1"),
+        "'question_1'",
+        "did you mean question1",
+    )
     refused(tool("mine", *base, "--alike", "yes"), "no row", "0, 1")
     refused(tool("mine", *base, "--alike", 0, 1), "every row")
     assert not (tmp_path / "hard.csv").exists()
@@ -345,29 +412,50 @@ def save_translator(folder: Path, dictionary: dict[str, str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-    words = dict.fromkeys(word for text in (*dictionary, *dictionary.values()) for word in text.split())
+    words = dict.fromkeys(
+        word for text in (*dictionary, *dictionary.values()) for word in text.split()
+    )
     vocabulary = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    plain.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    plain.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=16,
     )
     torch.manual_seed(0)
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | dict.fromkeys(
         ("encoder_attention_heads", "decoder_attention_heads"), 2
     )
-    model = BartForConditionalGeneration(BartConfig(
-        vocab_size=len(vocabulary), d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=16,
-        dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=0,
-        forced_eos_token_id=1, **sizes,
-    ))  # fmt: skip
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(vocabulary),
+            d_model=32,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=16,
+            dropout=0.0,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+            forced_eos_token_id=1,
+            **sizes,
+        )
+    )
     source = tokenizer(list(dictionary), padding=True, return_tensors="pt")
     labels = tokenizer(list(dictionary.values()), padding=True, return_tensors="pt").input_ids
     labels[labels == 0] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = model(input_ids=source.input_ids, attention_mask=source.attention_mask, labels=labels).loss
+        loss = model(
+            input_ids=source.input_ids, attention_mask=source.attention_mask, labels=labels
+        ).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -408,13 +496,27 @@ def write_table(path: Path, rows: Sequence[dict[str, str]] = ROWS) -> Path:
 def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> None:
     """Row 2 comes back as it was, and row 3 has a translation with no end within 8 tokens."""
     out = tmp_path / "back.jsonl"
-    done = tool("backtranslate", "--data", write_table(tmp_path / "rows.csv"), "--out", out, "--max-tokens", 8, *models)
+    done = tool(
+        "backtranslate",
+        "--data",
+        write_table(tmp_path / "rows.csv"),
+        "--out",
+        out,
+        "--max-tokens",
+        8,
+        *models,
+    )
     assert done.code == 0, done.err
     assert read_jsonl(out) == BACK
-    assert "2 rows" in done.out and "1 that came back as they were, 1 with more than 8 tokens" in done.out
+    assert (
+        "2 rows" in done.out
+        and "1 that came back as they were, 1 with more than 8 tokens" in done.out
+    )
     assert "6 of 6 texts" in done.err and "0.0 min left" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "rows.csv"]
-    again = tool("backtranslate", "--data", tmp_path / "rows.csv", "--out", out, "--max-tokens", 8, *models)
+    again = tool(
+        "backtranslate", "--data", tmp_path / "rows.csv", "--out", out, "--max-tokens", 8, *models
+    )
     assert again.code == 0 and "already" in again.out and read_jsonl(out) == BACK
 
 
@@ -423,7 +525,14 @@ def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
     data, words = write_table(tmp_path / "rows.csv"), ["--max-tokens", 8, "--beams", beams, *models]
     for name, size in (("one", 1), ("all", 4096)):
         done = tool(
-            "backtranslate", "--data", data, "--out", tmp_path / f"{name}.jsonl", "--batch-tokens", size, *words
+            "backtranslate",
+            "--data",
+            data,
+            "--out",
+            tmp_path / f"{name}.jsonl",
+            "--batch-tokens",
+            size,
+            *words,
         )
         assert done.code == 0, done.err
     assert read_jsonl(tmp_path / "one.jsonl") == read_jsonl(tmp_path / "all.jsonl") == BACK
@@ -432,26 +541,44 @@ def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
 def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> None:
     """3 words and the end are 4 tokens; a song has 4 words."""
     out = tmp_path / "back.jsonl"
-    done = tool("backtranslate", "--data", write_table(tmp_path / "rows.csv"), "--out", out, "--max-tokens", 6,
-                "--columns", "sentence1", *models)  # fmt: skip
+    done = tool(
+        "backtranslate",
+        "--data",
+        write_table(tmp_path / "rows.csv"),
+        "--out",
+        out,
+        "--max-tokens",
+        6,
+        "--columns",
+        "sentence1",
+        *models,
+    )
     assert done.code == 0, done.err
     assert [row["id"] for row in read_jsonl(out)] == ["1", "3", "4"]
     long = tmp_path / "long.jsonl"
     done = tool("backtranslate", "--data", tmp_path / "rows.csv", "--out", long, "--max-tokens", 4,
                 "--columns", "sentence1", *models)  # fmt: skip
-    assert [row["id"] for row in read_jsonl(long)] == ["3"] and "2 with more than 4 tokens" in done.out
+    assert [row["id"] for row in read_jsonl(long)] == [
+        "3"
+    ] and "2 with more than 4 tokens" in done.out
 
 
 def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
     """JSON's numbers and lists; an empty text is none to translate."""
-    rows = [{"text": "it rains", "title": "", "label": 1, "tags": ["a", 2], "note": None, "score": 0.5}]
+    rows = [
+        {"text": "it rains", "title": "", "label": 1, "tags": ["a", 2], "note": None, "score": 0.5}
+    ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert tool("backtranslate", "--data", data, "--out", tmp_path / "back.jsonl", *models).code == 0
+    assert (
+        tool("backtranslate", "--data", data, "--out", tmp_path / "back.jsonl", *models).code == 0
+    )
     assert read_jsonl(tmp_path / "back.jsonl") == [rows[0] | {"text": "rain falls"}]
 
 
 @pytest.mark.parametrize("cut", [0, 5])
-def test_stopped_and_started_again_it_goes_on_where_it_was(tool, tmp_path, models, monkeypatch, cut) -> None:
+def test_stopped_and_started_again_it_goes_on_where_it_was(
+    tool, tmp_path, models, monkeypatch, cut
+) -> None:
     """Stopped after three texts; `cut`: bytes of the last line that did not get to the disk."""
     data, out = write_table(tmp_path / "rows.csv"), tmp_path / "back.jsonl"
     words = ["--data", data, "--out", out, "--max-tokens", 8, "--batch-tokens", 1, *models]
@@ -485,9 +612,16 @@ def test_mistyped_translations_are_refused(tool, tmp_path, models, monkeypatch) 
     refused(tool("backtranslate", "--data", data, "--out", tmp_path / "back.csv"), ".jsonl")
     refused(tool("backtranslate", "--data", tmp_path / "rows.pdf", *out), ".csv")
     refused(tool("backtranslate", "--data", tmp_path / "none.csv", *out), "No such file")
-    refused(tool("backtranslate", "--data", data, *out, "--columns", "sentence_1"), "did you mean sentence1")
+    refused(
+        tool("backtranslate", "--data", data, *out, "--columns", "sentence_1"),
+        "did you mean sentence1",
+    )
     refused(tool("backtranslate", "--data", data, *out, "--beams", 0), "--beams")
-    refused(tool("backtranslate", "--data", data, *out, *models, "--to", tmp_path / "no-model"), "--to", "no-model")
+    refused(
+        tool("backtranslate", "--data", data, *out, *models, "--to", tmp_path / "no-model"),
+        "--to",
+        "no-model",
+    )
     plain = write_table(tmp_path / "plain.csv", [{"a": "x", "b": "y"}])
     refused(tool("backtranslate", "--data", plain, *out), "--columns", "a, b")
     monkeypatch.setitem(sys.modules, "transformers", None)  # not installed
@@ -519,9 +653,16 @@ def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
         "compare": [a, b, "--json", "test.json"],
         "backtranslate": ["--data", table, "--out", "back.jsonl", "--max-tokens", 8, *models],
     }
-    done = run("-c", ONE_AFTER_ANOTHER, json.dumps({name: [*map(str, words)] for name, words in commands.items()}))
+    done = run(
+        "-c",
+        ONE_AFTER_ANOTHER,
+        json.dumps({name: [*map(str, words)] for name, words in commands.items()}),
+    )
     assert done.returncode == 0, done.stderr
-    assert all((tmp_path / name).stat().st_size for name in ("hard.csv", "both.jsonl", "test.json", "back.jsonl"))
+    assert all(
+        (tmp_path / name).stat().st_size
+        for name in ("hard.csv", "both.jsonl", "test.json", "back.jsonl")
+    )
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
