@@ -78,8 +78,8 @@ METHODS: tuple[Method, ...] = (
 )  # LoRA of rank 8 on both products of attention
 THEIRS, KEPT = "transformers", "transformers + our allocator"
 NEEDS = {
-    OURS: ("finetune.sentiment", "plan", "step"),
-    THEIRS: ("transformers.models.gpt2.modeling_gpt2", "precision"),
+    OURS: ("finetune.sentiment", "engine.plan", "engine.step"),
+    THEIRS: ("transformers.models.gpt2.modeling_gpt2", "engine.precision"),
 }
 TURNS = 3, 30  # at least and at most
 PADDING_PARTS = 3  # of the time: as much as that of so many pairs of contenders

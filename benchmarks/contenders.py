@@ -401,20 +401,24 @@ PEERS: dict[str, tuple[Callable[..., Step], tuple[str, ...], bool]] = {
 
 def _all() -> Iterator[tuple[str, Contender]]:
     """The likely best first: a run that is cut short has compared with them."""
-    yield OURS, Contender(ours, ("step",))
+    yield OURS, Contender(ours, ("engine.step",))
     for compiled, kept in ((True, False), (False, False), (True, True), (False, True)):
         for name, (builder, imports, padded) in PEERS.items():
             if (builder is litgpt and not compiled) or (builder is liger and kept):
                 continue  # litgpt's own trainer always compiles; Liger runs on a GPU only
             words = f"{name}{' compiled' if compiled else ''}{' + our allocator' if kept else ''}"
-            needs = (*imports, "precision", *(("torch._inductor.compile_fx",) if compiled else ()))
+            needs = (
+                *imports,
+                "engine.precision",
+                *(("torch._inductor.compile_fx",) if compiled else ()),
+            )
             devices = ("cpu",) if kept else ("cpu", "cuda")
             yield words, Contender(builder, needs, devices, compiled, kept, padded)
     yield (
         f"{OURS} compiled",
-        Contender(ours_compiled, ("step", "torch._inductor.compile_fx"), ("cpu",)),
+        Contender(ours_compiled, ("engine.step", "torch._inductor.compile_fx"), ("cpu",)),
     )
-    yield f"{OURS} fp8", Contender(ours_in_fp8, ("step",), ("cuda",))
+    yield f"{OURS} fp8", Contender(ours_in_fp8, ("engine.step",), ("cuda",))
 
 
 CONTENDERS = dict(_all())

@@ -374,7 +374,10 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
 
 def engine_hash() -> str:
     """Of the source that the runs run."""
-    files = sorted([*ENGINE.glob("*.py"), *(ENGINE / "kernels").glob("*.py")])
+    packages = ("base", "storage", "kernels", "text", "decoding", "engine")
+    files = sorted(
+        [*ENGINE.glob("*.py"), *(f for name in packages for f in (ENGINE / name).glob("*.py"))]
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

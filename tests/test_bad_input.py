@@ -4,6 +4,7 @@ it was."""
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil

@@ -36,7 +36,7 @@ from engine.roofline import peak_flops
 from engine.trainer import Run
 from launch import launch, log_of, small, trace, write_inputs
 from storage.weights import read_tensors
-from support import own_lines, python_path
+from support import REPO, own_lines, python_path
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
@@ -222,7 +222,7 @@ def on_a_terminal(source: str, *words: str) -> list[str]:
     env = os.environ | {
         "TERM": "xterm-256color",
         "COLUMNS": "100",
-        "PYTHONPATH": python_path(Path(step.__file__).parent),
+        "PYTHONPATH": python_path(REPO),
     }
     process = subprocess.Popen(
         [sys.executable, "-c", source, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env

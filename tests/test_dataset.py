@@ -532,17 +532,17 @@ def test_windows_are_slices_of_the_stream(
     tokens = np.arange(sum(sizes))
     parts = np.split(tokens, np.cumsum(sizes)[:-1])
     files = [write_bin(folder / f"{i:02}.bin", part) for i, part in enumerate(parts)]
-    shards = dataset.TokenDataset([shards.read_shard(file) for file in files], "")
-    n = shards.n_windows(seq_len)
+    stream = dataset.TokenDataset([shards.read_shard(file) for file in files], "")
+    n = stream.n_windows(seq_len)
     assert n == (len(tokens) - 1) // seq_len
     if n:
         ids = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=9)), np.int64)
-        got = pickle.loads(pickle.dumps(shards)).windows(ids, seq_len)
+        got = pickle.loads(pickle.dumps(stream)).windows(ids, seq_len)
         assert got.dtype == np.int64
         assert np.array_equal(got, ids[:, None] * seq_len + np.arange(seq_len + 1))
     for bad in (-1, n):
         with pytest.raises(IndexError):
-            shards.windows(np.array([bad]), seq_len)
+            stream.windows(np.array([bad]), seq_len)
 
 
 def test_shards_written_here_carry_their_tokenizer(
@@ -630,7 +630,7 @@ def test_bytes_do_not_depend_on_workers(
     path = write_txt(tmp_path / "a.txt", DOCUMENTS)
     hashes = set()
     for workers in (1, 2, 3):
-        monkeypatch.setattr(corpus, "worker_count", lambda workers=workers: workers)
+        monkeypatch.setattr(prepare, "cores", lambda workers=workers: workers)
         data = open_here(path, cache=tmp_path / str(workers))
         hashes.add((data.train.sha256, data.val.sha256))
     assert len(hashes) == 1

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from launch import log_of, small, write_inputs
-from support import REPO
+from support import REPO, project_files
 
 TEXT = {"read_text": 0, "write_text": 1}  # arguments before the encoding
 BINARY = {
@@ -63,11 +63,9 @@ def test_every_text_file_is_opened_with_an_encoding() -> None:
         "open(f, mode='r')",
     ):
         assert without_encoding(bad) == [1]
-    folders = [REPO, *(REPO / name for name in ("finetune", "tools", "benchmarks", "kernels"))]
-    files = [file for folder in folders for file in folder.glob("*.py")]
     found = {
         file.name: lines
-        for file in files
+        for file in project_files()
         if (lines := without_encoding(file.read_text(encoding="utf-8")))
     }
     assert not found

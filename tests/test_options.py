@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
-from support import REPO
+from support import REPO, project_files
 
 TEXTS = {  # options of text that name no file or folder
     "kernels",
@@ -50,8 +50,7 @@ def kinds_of_options() -> list[Any]:
     """The dataclass of each command: what its file gives to `parse`, and the `config` of each
     task."""
     found: dict[str, type] = {}
-    folders = (REPO, REPO / "finetune", REPO / "finetune" / "tools", REPO / "benchmarks")
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in project_files():
         text = path.read_text(encoding="utf-8")
         if "entry_point(" not in text or path.name == "cli.py":
             continue

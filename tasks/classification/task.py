@@ -165,7 +165,7 @@ class Classification(Finetuning):
 
     def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
-        cfg.check()
+        check(cfg)
         methods.check(cfg)
         self.warnings = ()
         train, val = self.read_labelled(say)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import GPTConfig, TrainConfig
-from engine import plan, processes
+from engine import plan, step
 from engine.processes import World
 from engine.step import Loader, compile_model
 from model import GPT
@@ -94,7 +94,7 @@ def test_segments_grow_unless_graphs_or_the_user_forbid_it(
 def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, workers):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(processes, "cores", lambda: cores)
+    monkeypatch.setattr(step, "cores", lambda: cores)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     with inductor.patch(compile_threads=32):
         compile_model(GPT(SMALL), TrainConfig(), World(0, 0, ranks, ranks, CPU))

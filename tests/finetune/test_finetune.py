@@ -1137,7 +1137,7 @@ def test_a_model_of_words_needs_an_out_that_it_can_write_to(
     def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("finetune.write_json", full)
+    monkeypatch.setattr("tasks.command.write_json", full)
     with pytest.raises(
         UserError, match=r"cannot write to --out .*/run: No space left on device; name a folder"
     ):

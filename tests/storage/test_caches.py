@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from base import locks
 from base.files import sha256
 from config import UserError
+from engine import data as data_module
 from engine.data import check_data, is_validation, open_data, open_whole
 from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
@@ -249,7 +250,7 @@ def test_a_file_that_changes_while_it_is_read(
         with file.open("a") as text:
             text.write("more")
 
-    monkeypatch.setattr(prepare, "tokenize_to_folder", tokenize_and_append)
+    monkeypatch.setattr(data_module, "tokenize_to_folder", tokenize_and_append)
     with pytest.raises(UserError, match=r"a.txt changed while it was read"):
         open_data(str(file), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
