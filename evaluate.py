@@ -176,6 +176,8 @@ def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> l
     right."""
     import torch
 
+    from tasks.order import group_by_length
+
     scores: dict[int, Score] = {}
     with torch.inference_mode(), progress(label, len(spans)) as advance:
         for chosen in group_by_length([len(span.ids) for span in spans], batch_tokens):
@@ -183,16 +185,6 @@ def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> l
             scores |= zip(chosen, score_batch(model, batch), strict=True)
             advance(len(batch))
     return [scores[i] for i in range(len(spans))]
-
-
-def group_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first (what does not fit in memory fails at once), padded to at most
-    batch_tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, batch_tokens // lengths[order[0]])
-        yield order[:size]
-        order = order[size:]
 
 
 def score_batch(model: GPT, batch: Sequence[Span]) -> list[Score]:

@@ -40,9 +40,14 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step, as `replace_text` does."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
     """Replace `path` in one step; a crash leaves the old file or the new one."""
     beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     flush(beside)
     os.replace(beside, path)
     flush(path.parent)

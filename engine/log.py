@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from base import console
 from base.console import bytes_text, time_text
+from base.files import replace_text
 
 
 class RunLog:
@@ -113,9 +114,7 @@ class RunLog:
                     path.read_text(encoding="utf-8", errors="replace"), keep_until, done
                 )
             )
-            beside = path.with_name(".tmp-log.jsonl")
-            beside.write_text("".join(lines), encoding="utf-8")
-            os.replace(beside, path)
+            replace_text(path, "".join(lines))
         self.file = path.open("ab", buffering=0)
 
     def record(self, kind: str, fields: dict[str, Any]) -> None:

@@ -7,12 +7,16 @@ saves padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from config import UserError
 from dataset import window_order
+
+if TYPE_CHECKING:
+    pass
 
 POOL = 64  # batches whose rows are sorted together
 
@@ -131,3 +135,13 @@ def padding_share(
             computed += len(part) * pad_to(int(part.max()), sizes)
             real += int(part.sum())
     return 1 - real / computed
+
+
+def group_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first (what does not fit in memory fails at once), padded to at most
+    batch_tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, batch_tokens // max(1, lengths[order[0]]))
+        yield order[:size]
+        order = order[size:]

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ import torch
 from base.cli import entry_point, parse
 from base.console import outlive
 from base.errors import reason
-from base.files import TEMPORARY, flush
+from base.files import replace_text
 from config import Count, Few, UserError, Where, nearest
 from engine.processes import choose_device
+from tasks.order import group_by_length
 from text.corpus import records_of
 from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
 from tools.predictions import check_out
@@ -212,16 +213,6 @@ def there_and_back(to: Translate, back: Translate, texts: Sequence[str]) -> list
     return [None if text is None else next(returned) for text in there]
 
 
-def batches(texts: Sequence[str], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[str]]:
-    """Texts of like length together, the longest first: what does not fit into memory fails at
-    once."""
-    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, batch_tokens // max(1, lengths[order[0]]))
-        yield [texts[i] for i in order[:size]]
-        order = order[size:]
-
-
 # --- what is done
 
 
@@ -270,7 +261,8 @@ def translate_all(
         say(f"going on: {len(texts) - len(todo):,} of {len(texts):,} texts are done")
     lengths = dict(zip(todo, to.lengths(todo), strict=True))
     total, done, began, said = sum(lengths.values()), 0, time.monotonic(), 0.0
-    for batch in batches(todo, list(lengths.values()), batch_tokens):
+    for chosen in group_by_length(list(lengths.values()), batch_tokens):
+        batch = [todo[i] for i in chosen]
         journal.add(batch, there_and_back(to, back, batch))
         done += sum(lengths[text] for text in batch)
         seconds = time.monotonic() - began
@@ -303,13 +295,7 @@ def translated(
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All of the file or none of it."""
-    beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    flush(beside)
-    os.replace(beside, path)
-    flush(path.parent)
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main() -> None:
