@@ -223,6 +223,8 @@ def check_data(
 
     Raises UserError where it would find no data or no tokenizer; and for damaged shards.
     """
+    for spec in (data, val_data) if val_data is not None else (data,):
+        _check_files(spec)  # first: what is not there needs no tokenizer
     asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     store = Cache(cache)
     _check_there(data, asked, text_column, store)
@@ -240,6 +242,17 @@ def check_data(
     )
 
 
+def _check_files(spec: str) -> None:
+    """Raise UserError where `spec` names files, and one of them is not there or cannot be read."""
+    path = Path(spec).expanduser()
+    if _shard_files(path) or (spec == "stdlib" and not path.exists()):
+        return
+    if os.path.exists(path) or not corpus.is_hub_id(spec):
+        for file in corpus.find_files(spec):
+            with reading(file):
+                file.open("rb").close()
+
+
 def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
     path = Path(spec).expanduser()
     if files := _shard_files(path):
@@ -247,9 +260,7 @@ def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
-        for file in corpus.find_files(spec):
-            with reading(file):
-                file.open("rb").close()
+        _check_files(spec)
     elif not _is_cached(spec, asked, column, store):
         _hub_dataset(spec, column)
 

@@ -175,8 +175,17 @@ class Cache:
         self._measured |= fresh
         if fresh and os.path.isdir(self.root):
             with contextlib.suppress(OSError), locked(self.root / "index.lock"):
-                write_json(self.root / "index.json", self._index() | fresh)
+                if not self._is_foreign():
+                    write_json(self.root / "index.json", self._index() | fresh)
         return known
+
+    def _is_foreign(self) -> bool:
+        """Whether index.json is somebody else's: JSON, but no object. It is left as it is."""
+        try:
+            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return not isinstance(index, dict)
 
     def _index(self) -> dict[str, Any]:
         try:

@@ -211,6 +211,16 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     )
 
 
+def unknown_kind(path: Path, known: Sequence[str]) -> str:
+    """What is wrong with a file whose name does not say how to read it, and what to type."""
+    if readers.is_gzip(path):
+        return (
+            f"{path} is gzip, and its name does not say what is in it; give it a name that does, "
+            f"such as {path.name.removesuffix('.gz')}{known[0]}.gz"
+        )
+    return f"{path} is none of {' '.join(known)} (or these with .gz)"
+
+
 def file_id(path: Path) -> object:
     """Equal for two names of one file: links, hard links, other spellings of its path."""
     stat = path.stat()
@@ -235,7 +245,7 @@ def find_files(spec: str) -> list[Path]:
             if suffix_of(path) in (".bin", ".npy"):
                 raise UserError(f"{path} is a token shard: give its folder, or this file alone")
             if suffix_of(path) not in _READERS:
-                raise UserError(f"{path} is none of {' '.join(TEXT_SUFFIXES)} (or these with .gz)")
+                raise UserError(unknown_kind(path, TEXT_SUFFIXES))
             found.setdefault(file_id(path), path)
     if not found:
         raise UserError(
@@ -449,7 +459,7 @@ def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
     if otherwise and suffix not in readers.ROW_SUFFIXES:
         suffix = otherwise
     if suffix not in (*readers.ROW_SUFFIXES, ".txt"):
-        raise UserError(f"{path} is none of {' '.join(readers.ROW_SUFFIXES)} (or these with .gz)")
+        raise UserError(unknown_kind(path, readers.ROW_SUFFIXES))
     with readers.opened(path) as (_, stream):
         yield from readers.read_records(stream, path, suffix)
 

@@ -31,6 +31,7 @@ SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text
 SHOWN = 5  # broken rows that are printed; the others are counted
 SAMPLE = 1 << 22  # characters that tell a table's dialect
 HEAD = 1 << 16  # bytes that tell what a file is
+GZIP = b"\x1f\x8b"  # begins such a file
 LAYERS = 3  # of gzip around each other: a file may be made that unpacks to itself
 
 # One row: its place in the file ("line 12"), and its cells by column or what is wrong with it.
@@ -82,6 +83,15 @@ class LeftOut:
 # ---- bytes
 
 
+def is_gzip(path: Path) -> bool:
+    """Whether a file that can be read begins as gzip does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GZIP)) == GZIP
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
     """The file, and its bytes uncompressed: gzip is known by its first bytes, not by the file's
@@ -96,7 +106,7 @@ def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
             stream = file
             for layer in itertools.count():
                 head = stream.peek(HEAD)[:HEAD]
-                if head[:2] != b"\x1f\x8b":
+                if head[:2] != GZIP:
                     break
                 if layer == LAYERS:
                     raise UserError(

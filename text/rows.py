@@ -19,7 +19,15 @@ from typing import IO, Any
 import numpy as np
 
 from config import UserError, nearest
-from text.corpus import HubDataset, file_id, is_hub_id, named_files, suffix_of, words_of
+from text.corpus import (
+    HubDataset,
+    file_id,
+    is_hub_id,
+    named_files,
+    suffix_of,
+    unknown_kind,
+    words_of,
+)
 from text.readers import (
     HEAD,
     SHOWN,
@@ -299,7 +307,7 @@ def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Rec
         folder = Path(item).expanduser()
         for path in _of_split(files, folder, split) if folder.is_dir() else files:
             if suffix_of(path) not in known:
-                raise UserError(f"{path} is none of {' '.join(known)} (or these with .gz)")
+                raise UserError(unknown_kind(path, known))
             if (file := file_id(path)) not in seen:
                 yield str(path), kind.read(path)
             seen.add(file)

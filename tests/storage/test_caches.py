@@ -3,6 +3,7 @@ elsewhere."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -236,6 +237,8 @@ def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
     for index in (json.dumps(old), "[]", "3", "{"):
         write(tmp_path / "cache" / "index.json", index)
         assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
+        left = (tmp_path / "cache" / "index.json").read_text()
+        assert left == index if index in ("[]", "3") else "new" in left  # another program's stays
 
 
 def test_a_file_that_changes_while_it_is_read(
@@ -497,6 +500,20 @@ def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
     (end,) = launch(inputs, small("--dry-run", "--out", "new", *words.split()))
     assert end.code == 2 and end.err.count("\n") == 1, end
     assert words.split()[1] in end.err and not (inputs / "new").exists()
+
+
+def test_missing_data_is_told_before_a_missing_tokenizer(tmp_path: Path, inputs: Path) -> None:
+    for words in (("nowhere.txt", None), (str(inputs / "text.txt"), "nowhere.txt")):
+        with pytest.raises(UserError, match=r"no such data: nowhere.txt"):
+            check_data(*words, str(tmp_path / "no-tokenizer"), "text", tmp_path / "none")
+
+
+def test_gzip_whose_name_does_not_tell_its_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "noend").write_bytes(gzip.compress(b"some text\n"))
+    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.txt.gz"):
+        corpus.find_files(str(tmp_path / "noend"))
+    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.csv.gz"):
+        list(corpus.records_of(tmp_path / "noend"))
 
 
 def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: Path) -> None:
