@@ -75,11 +75,14 @@ def untouched(one_thread: None) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def products_are_as_they_were() -> Iterator[None]:
-    """Who multiplies fp32 matrices is a setting of the process, which a run in a test's own process
-    changes."""
+def the_process_is_as_it_was() -> Iterator[None]:
+    """A command in a test's own process changes who multiplies fp32 matrices, and takes its signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     torch.set_float32_matmul_precision("highest")
+    for number, handler in before.items():
+        if handler is not None:  # of Python's own kind
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from text import readers
 from text.readers import SHOWN, LeftOut
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
+PATIENCE = 5.0  # seconds for a tokenizing process to end
 IN_FLIGHT = 4  # chunks between reading and writing, for each process
 
 Segment = tuple[
@@ -642,7 +643,10 @@ class _Encoders:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            process.join()
+            process.join(PATIENCE)
+            if process.is_alive():  # it was forked in a state in which it handles no signal
+                process.kill()
+                process.join()
         for connection in [*self.idle, *self._busy]:
             connection.close()
 
