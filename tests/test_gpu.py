@@ -20,19 +20,17 @@ from random_tokens import make_step
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = os.environ.get(
-    "GPU_TESTS_DEVICE", "cuda"
-)  # cpu: a rehearsal, which shows that the tests themselves work
+# cpu: a rehearsal, which shows that the tests themselves work
+DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 on_cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU, also in a rehearsal")
-COMPILE = (
-    "--compile" if DEVICE == "cuda" else "--no-compile"
-)  # a fine-tune takes a CPU minutes to compile
+# A fine-tune takes a CPU minutes to compile.
+COMPILE = "--compile" if DEVICE == "cuda" else "--no-compile"
 PROCESSES = max(1, torch.cuda.device_count())
 
 DEEP = GPTConfig(vocab_size=1000, block_size=256, n_layer=12, n_head=4, n_embd=256)
 SMALL = [
     "--preset",
-    "mini",
+    "mini" if DEVICE == "cuda" else "micro",  # a rehearsal's thread takes minutes for mini
     "--steps",
     "8",
     "--seq-len",
