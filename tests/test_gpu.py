@@ -213,7 +213,8 @@ def test_a_whole_run_then_generate_and_evaluate(repo, run, tmp_path):
     assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["memory_bytes"] > 0
     text = run(repo / "generate.py", "runs/a", "def ", "--max-new-tokens", "20")
     assert text.returncode == 0 and text.stdout.strip(), text.stderr
-    scores = run(repo / "evaluate.py", "runs/a", "--data", "stdlib", "--json", "-")
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 500)
+    scores = run(repo / "evaluate.py", "runs/a", "--data", "text.txt", "--json", "-")
     assert scores.returncode == 0 and json.loads(scores.stdout)["data"]["loss"] > 0, scores.stderr
 
 
