@@ -126,14 +126,12 @@ class GPTConfig:
             wide = self.n_embd // self.n_head
             raise UserError(
                 f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are "
-                f"{wide} wide; "
-                f"use --kernels torch or raise --n-head"
+                f"{wide} wide; use --kernels torch or raise --n-head"
             )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
                 f"--precision fp8 needs a width that is a multiple of {FP8_MULTIPLE}, and n_embd "
-                f"is {self.n_embd}; "
-                f"use --precision bf16"
+                f"is {self.n_embd}; use --precision bf16"
             )
 
     @property

@@ -279,9 +279,8 @@ def evaluate_hellaswag(
     known = [row for row in rows if row.label is not None]
     if not known:
         raise UserError("no row of --hellaswag has a label; there is nothing to score")
-    places: dict[
-        Span, int
-    ] = {}  # the same text is scored once, so that equal endings are equal to the last bit
+    # the same text is scored once, so that equal endings are equal to the last bit
+    places: dict[Span, int] = {}
 
     def place(context: str, ending: str) -> int:
         return places.setdefault(
@@ -394,9 +393,8 @@ def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub"
         )
-    records = list(
-        records_of(path, ".jsonl")
-    )  # all, so that damage of the file comes before what it made of a row
+    # all, so that damage of the file comes before what it made of a row
+    records = list(records_of(path, ".jsonl"))
     for place, cells in records:
         if isinstance(cells, str):
             raise UserError(

@@ -38,12 +38,8 @@ from text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
 STATES = ("manifest.json", "progress.json")  # of a finished folder, and of one begun
-OWN_SETTINGS = {
-    "text_column",
-    "tokenizer",
-    "shard_tokens",
-    "pretokenized",
-}  # some that both hold in every version
+# some that both hold in every version
+OWN_SETTINGS = {"text_column", "tokenizer", "shard_tokens", "pretokenized"}
 PACKED = 2  # text bytes behind each byte of a parquet or gzip file, other columns counted in
 
 
@@ -238,9 +234,8 @@ class _Run:
         saved = _state(self.file)
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         saved = saved if self.shards else {}
-        self.state: Any = saved.get(
-            "state"
-        )  # of the source, before the chunk in which the next shard begins
+        # of the source, before the chunk in which the next shard begins
+        self.state: Any = saved.get("state")
         self.skip: int = saved.get("skip", 0)  # tokens of that chunk that are on disk already
         self.revision: str | None = saved.get("revision")  # of the dataset on the hub
 
@@ -365,9 +360,8 @@ def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
     assert cfg.dataset is not None
     try:
         info = huggingface_hub.dataset_info(cfg.dataset, files_metadata=True, timeout=10)
-    except (
-        Exception
-    ) as error:  # whatever HTTP client the library has today; the line says what it said
+    except Exception as error:
+        # whatever HTTP client the library has today; the line says what it said
         raise corpus.no_hub_data(cfg.dataset, error) from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     shards = sorted(name for name in sizes if name.endswith(".bin") and "/" not in name)

@@ -134,8 +134,7 @@ class Writer:
         if longest > block:
             print(
                 f"warning: a prompt of {longest} tokens is longer than the model's context of "
-                f"{block}: "
-                f"only its last {kept_tokens(block)} are read",
+                f"{block}: only its last {kept_tokens(block)} are read",
                 file=sys.stderr,
             )
 

@@ -39,9 +39,8 @@ from storage.hub import read_model, write_model
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
-Extend = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor]
-]  # new keys and values in, all of them out
+# new keys and values in, all of them out
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KVCache:
@@ -304,9 +303,8 @@ class GPT(nn.Module):
         if config.scaled_init:
             self._init_weights()
         else:
-            nn.init.normal_(
-                self.transformer.wte.weight[: config.vocab_size]
-            )  # as nn.Embedding does
+            # as nn.Embedding does
+            nn.init.normal_(self.transformer.wte.weight[: config.vocab_size])
         self._zero_padding()
 
     def _init_weights(self) -> None:
@@ -318,9 +316,8 @@ class GPT(nn.Module):
                 # depth.
                 residual = name.endswith("c_proj.weight")
                 table = name in ("transformer.wte.weight", "lm_head.weight")
-                drawn = (
-                    parameter[: self.config.vocab_size] if table else parameter
-                )  # whatever the padding
+                # whatever the padding
+                drawn = parameter[: self.config.vocab_size] if table else parameter
                 nn.init.normal_(
                     drawn, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 )
@@ -431,9 +428,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(
             self.dtype
         )
-        in_kernel = (
-            "attention" in self.config.kernels and cache is None
-        )  # documents need no mask there
+        # documents need no mask there
+        in_kernel = "attention" in self.config.kernels and cache is None
         mask = None if in_kernel else attention_mask(T, segments, cache, idx.device, alternatives)
         branch, blocks = None, self.transformer.h
         for layer, block in enumerate(blocks):

@@ -20,9 +20,8 @@ MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe")
 
 
 def _train_command(options: argparse.Namespace) -> None:
-    from text import (
-        tokenizer_training as training,
-    )  # not above: no other command here needs it, and numpy with it
+    # not above: no other command here needs it, and numpy with it
+    from text import tokenizer_training as training
 
     outlive()
     text = training.open_input(

@@ -26,15 +26,11 @@ from model import GPT, Linear
 
 LORA = ("lora", "dora")
 ADAPTERS = (*LORA, "prefix", "soft-prompt")
-ATTENTION, FEED_FORWARD = (
-    ("attn.c_attn", "attn.c_proj"),
-    ("mlp.c_fc", "mlp.c_proj"),
-)  # the products of a block
+# the products of a block
+ATTENTION, FEED_FORWARD = (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"))
 LORA_ON = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "both": ATTENTION + FEED_FORWARD}
-TABLES = (
-    "transformer.wte",
-    "lm_head",
-)  # that have a row a token; the second where the head is not tied
+# that have a row a token; the second where the head is not tied
+TABLES = ("transformer.wte", "lm_head")
 # ids whose embeddings a soft prompt may start from: the first of a BPE vocabulary are the commonest
 FREQUENT = 5000
 
@@ -132,9 +128,8 @@ class Prefix(nn.Module):
 
     def layers(self, model: GPT) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, (1, n_head, P, head_dim) each."""
-        layers = (
-            self.table().view(self.shape).permute(1, 2, 3, 0, 4)
-        )  # (n_layer, 2, n_head, P, head_dim)
+        # (n_layer, 2, n_head, P, head_dim)
+        layers = self.table().view(self.shape).permute(1, 2, 3, 0, 4)
         return [(k[None], v[None]) for k, v in layers]
 
 
@@ -219,8 +214,7 @@ def check_room(model: GPT, length: int) -> None:
     if length >= model.config.block_size:
         raise UserError(
             f"{length} positions before the text leave it none of the model's "
-            f"{model.config.block_size}; "
-            f"use a smaller --prefix-tokens"
+            f"{model.config.block_size}; use a smaller --prefix-tokens"
         )
 
 

@@ -115,10 +115,8 @@ def save_adapter(
             save_tensors(_on_cpu(beside), folder / NEW_TOKENS)
     config |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if score is not None:
-        config |= {
-            "task_type": "SEQ_CLS",
-            "modules_to_save": ["classifier", "score"],
-        }  # as PEFT always writes it
+        # as PEFT always writes it
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
         tensors[SCORES[config["peft_type"]]] = score
     save_tensors(_on_cpu(tensors), folder / ADAPTER_WEIGHTS, {"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -249,9 +247,8 @@ def _lora_from_peft(
         if not isinstance(modules.get(name), Linear):
             raise UserError(f"{folder} adapts {name}, which is no product of a block of this model")
         down = parts[name].get(ends[0])
-        if down is not None and (
-            down.dim() != 2 or len(down) != rank
-        ):  # before matrices of that rank are made
+        # before matrices of that rank are made
+        if down is not None and (down.dim() != 2 or len(down) != rank):
             raise config.wrong(
                 "r", f"the rank of the weights, of which {name}.{ends[0]} is {tuple(down.shape)}"
             )

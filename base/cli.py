@@ -64,9 +64,8 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
                 args=from_file + argv,
                 default=base,
                 return_unknown_args=True,
-                config=(
-                    tyro.conf.DisallowNone,
-                ),  # `bool | None` becomes a pair of flags whose default is None
+                # `bool | None` becomes a pair of flags whose default is None
+                config=(tyro.conf.DisallowNone,),
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -17,13 +17,8 @@ import sys
 import warnings
 from typing import Any
 
-FORGIVING = (
-    "replace",
-    "ignore",
-    "backslashreplace",
-    "namereplace",
-    "xmlcharrefreplace",
-)  # they encode anything
+# they encode anything
+FORGIVING = ("replace", "ignore", "backslashreplace", "namereplace", "xmlcharrefreplace")
 
 
 class OutputLost(Exception):
@@ -32,9 +27,8 @@ class OutputLost(Exception):
 
     def __init__(self, error: OSError):
         super().__init__(error.strerror)
-        self.reader_left = isinstance(
-            error, BrokenPipeError
-        )  # head has read what it wanted: no fault
+        # head has read what it wanted: no fault
+        self.reader_left = isinstance(error, BrokenPipeError)
 
 
 class _Outlet(io.RawIOBase):
@@ -69,9 +63,8 @@ class _Outlet(io.RawIOBase):
         if self.raw is None:
             return os.write(-1, data)  # raises what a closed descriptor raises
         count = self.raw.write(data)
-        if (
-            count is None
-        ):  # another process has made the terminal or pipe non-blocking, and it is full
+        # another process has made the terminal or pipe non-blocking, and it is full
+        if count is None:
             select.select([], [self.number], [])
         return count or 0
 

@@ -85,12 +85,19 @@ def writable_file(
 
 
 @contextlib.contextmanager
-def writing_to(option: str, folder: Path) -> Generator[None]:
-    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
+def writing_to(option: str, folder: Path, more: str = "") -> Generator[None]:
+    """Turn an OSError of what is written under the folder that `option` names into a UserError,
+    whose advice ends with `more`."""
     try:
         yield
     except OSError as error:
+        if folder.is_symlink() and not os.path.exists(folder):
+            reason = "it is a link to a folder that is not there"
+        elif os.path.exists(folder) and not os.path.isdir(folder):
+            reason = "it is a file"
+        else:
+            reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write to {option} {folder}: {error.strerror or error}; name a folder that you "
-            "can write to"
+            f"cannot write to {option} {folder}: {reason}; name a folder that you can write "
+            f"to{more}"
         ) from None

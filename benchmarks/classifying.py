@@ -71,11 +71,8 @@ SHAPES = {
 }
 CONTEXT = 256  # positions of each
 LABELS = tuple("01234")
-METHODS: tuple[Method, ...] = (
-    "full",
-    "lora",
-    "last-layer",
-)  # LoRA of rank 8 on both products of attention
+# LoRA of rank 8 on both products of attention
+METHODS: tuple[Method, ...] = ("full", "lora", "last-layer")
 THEIRS, KEPT = "transformers", "transformers + our allocator"
 NEEDS = {
     OURS: ("finetune.sentiment", "engine.plan", "engine.step"),
@@ -361,9 +358,8 @@ def forget_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     trim()
-    with contextlib.suppress(
-        OSError
-    ):  # not everywhere allowed: then the peak is that of the whole process
+    # not everywhere allowed: then the peak is that of the whole process
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 

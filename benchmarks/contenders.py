@@ -121,9 +121,8 @@ def targets_of(idx: torch.Tensor) -> torch.Tensor:
     return F.pad(idx[:, 1:], (0, 1), value=-100)
 
 
-Step = Callable[
-    [], "tuple[torch.Tensor, torch.Tensor]"
-]  # one optimizer step: its loss and gradient norm
+# one optimizer step: its loss and gradient norm
+Step = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
 Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss of tokens and targets
 
 

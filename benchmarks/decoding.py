@@ -72,9 +72,8 @@ class Options:
 
 
 Generate = Callable[[], list[list[int]]]
-Read = Callable[
-    ["Tensor"], tuple["Tensor", "Tensor"]
-]  # ids (B, T): last hidden states (B, T, C), logits (B, T, V)
+# ids (B, T): last hidden states (B, T, C), logits (B, T, V)
+Read = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 
 
 def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConfig) -> list[int]:

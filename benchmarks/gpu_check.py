@@ -609,9 +609,8 @@ def main() -> int:
     from benchmarks.stages import engine_hash
     from config import UserError
 
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job ignores it, and so would its children
+    # a background job ignores it, and so would its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = parse(Options, sys.argv[1:])
     outlive()
     parts = asked_for(options.only, all_parts())
@@ -651,8 +650,7 @@ if __name__ == "__main__":
     if importlib.util.find_spec("tyro") is None or importlib.util.find_spec("numpy") is None:
         print(
             "error: tyro and numpy are not installed and every part needs them; run `make wheels` "
-            "on a machine with a "
-            "network and `make gpu-check WHEELS=FOLDER` here",
+            "on a machine with a network and `make gpu-check WHEELS=FOLDER` here",
             file=sys.stderr,
         )
         sys.exit(2)

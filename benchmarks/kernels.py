@@ -228,13 +228,8 @@ def cross_entropy(place: Place) -> Operation:
     def make_liger() -> Function:
         from liger_kernel.ops import LigerCrossEntropyFunction
 
-        settings = (
-            None,
-            -100,
-            0.0,
-            0.0,
-            "sum",
-        )  # class weights, ignored target, z-loss, smoothing, reduction
+        # class weights, ignored target, z-loss, smoothing, reduction
+        settings = (None, -100, 0.0, 0.0, "sum")
         return lambda logits: [LigerCrossEntropyFunction.apply(logits, targets, *settings)[0]]
 
     liger = Form(make_liger, place.no_liger, overwrites=True)
@@ -694,9 +689,8 @@ def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> 
     it, else Differs."""
     results, _ = contender.run()
     if not reference:
-        reference += [
-            result.clone() for result in results
-        ]  # a form may work on its results in place
+        # a form may work on its results in place
+        reference += [result.clone() for result in results]
     difference = largest_difference(results, reference)
     if not difference <= tolerance:
         raise Differs(
@@ -880,9 +874,8 @@ def main() -> None:
         for name in options.only or OPERATIONS:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += compare(name, place, (2, 2) if options.quick else REPETITIONS)
-            text = write(
-                Path(options.out), facts, rows
-            )  # after each: an interrupted run leaves what it has
+            # after each: an interrupted run leaves what it has
+            text = write(Path(options.out), facts, rows)
             torch._dynamo.reset()  # lets go of compiled functions and what they hold
             if device.type == "cuda":
                 torch.cuda.empty_cache()

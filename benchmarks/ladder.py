@@ -34,9 +34,8 @@ class Settings:
 class Stage:
     name: str
     adds: str
-    change: dict[
-        str, Any
-    ]  # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
+    # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
+    change: dict[str, Any]
     needs: str = ""  # what some machines lack: a key of Machine.lacks, as a kernel's name is
     by_design: bool = False  # it changes the loss
     branch: bool = False  # never the engine's default: the next stage does not build on it
@@ -180,11 +179,8 @@ def ladder(
     None builds on one that failed, and none is measured against one that is not in `only`.
     """
     rungs: list[Rung] = []
-    settings, before, design = (
-        Settings(device=machine.device),
-        None,
-        False,
-    )  # design: of what was kept since `before`
+    # design: of what was kept since `before`
+    settings, before, design = (Settings(device=machine.device), None, False)
     for stage in LADDER:
         if stage.name == "cpu" and machine.device == "cpu":
             continue  # the baseline is just that
@@ -200,9 +196,8 @@ def ladder(
             continue
         if kept:
             settings, design = mine, design or stage.by_design
-        if wanted and (
-            kept or stage.name == "cpu"
-        ):  # the baseline is measured against the CPU; it has nothing of it
+        # the baseline is measured against the CPU; it has nothing of it
+        if wanted and (kept or stage.name == "cpu"):
             before, design = stage.name, False
     return rungs
 

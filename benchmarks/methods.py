@@ -48,10 +48,8 @@ if TYPE_CHECKING:
 GIVEN = ("augment", "also", "also-data", "words")  # options that go to some methods alone
 SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
-SMALL, SMALL_RATE = (
-    50_000_000,
-    3,
-)  # parameters below which a base takes so many times the rate of GPT-2
+# parameters below which a base takes so many times the rate of GPT-2
+SMALL, SMALL_RATE = (50_000_000, 3)
 RATES = (1.0, 0.3, 3.0)  # of a search
 BORDER = 6  # lines of the live table that are no cell
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
@@ -216,9 +214,8 @@ def attempt(bench: Bench, cell: Cell) -> str:
     seconds = time.monotonic() - began
     write_json(cell.note, {"command": shlex.join(words), "wall_seconds": seconds})
     if cell.kind == "methods":
-        shutil.rmtree(
-            cell.path / "checkpoints", ignore_errors=True
-        )  # final/ is all that is needed from here on
+        # final/ is all that is needed from here on
+        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
     bench.done[cell] = seconds
     return f"{seconds:.0f} s"
 
@@ -530,9 +527,8 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
     }
     make_folders(bench.folder)
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-    )  # the run under way ends with this one
+    # the run under way ends with this one
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         compare(bench, lambda: write_report(bench, about))
     finally:  # an interrupted comparison leaves what it has

@@ -30,9 +30,8 @@ class Method:
     )
     family: str = ""  # of tasks that it is for; else all that have its options
     tasks: tuple[str, ...] = ()  # that it is run for unless asked by name; else all of those
-    needs: tuple[
-        str, ...
-    ] = ()  # options that the user gives; without the first there is no such method
+    # options that the user gives; without the first there is no such method
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,16 +163,14 @@ class Bench:
     decodings: Sequence[Decoding] = DECODINGS
     only: Sequence[str] | None = None
     seeds: Sequence[int] = (11711,)
-    search: Sequence[
-        tuple[float, int]
-    ] = ()  # settings to try with the first seed: times a method's rate, and epochs
+    # settings to try with the first seed: times a method's rate, and epochs
+    search: Sequence[tuple[float, int]] = ()
     keep: int = 5  # methods that are run with every seed
     until: float = math.inf  # of time.monotonic
     failed: dict[Cell, str] = field(default_factory=dict)  # the last line of each that did
     left_out: dict[Cell, None] = field(default_factory=dict)
-    done: dict[Cell, float | None] = field(
-        default_factory=dict
-    )  # seconds that each took, where they are known
+    # seconds that each took, where they are known
+    done: dict[Cell, float | None] = field(default_factory=dict)
     running: Cell | None = None
 
     def run_of(self, method: Method, seed: int) -> Cell:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOWEST = "lowest perplexity"  # of all epochs, not of the one that was chosen
+# beside the first
 SECOND = {
     "generation": (LOWEST, "perplexity", "min"),
     "classification": ("macro_f1", "macro-F1", "max"),
-}  # beside the first
+}
 HEAD = 1.15  # inches for title and legend
 DARK, PALE = "#222222", "#8a8a8a"
 LOOK = STYLE | {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}

@@ -26,12 +26,8 @@ LABELS = {
     "longest_copied": "longest copy",
     "macro_f1": "macro-F1",
 }
-OF_LABELS = (
-    "accuracy",
-    "macro_f1",
-    "val_loss",
-    "calibration_error",
-)  # metrics of a task with labels: the table's order
+# metrics of a task with labels: the table's order
+OF_LABELS = ("accuracy", "macro_f1", "val_loss", "calibration_error")
 PUBLISHED_AS = "published, GPT-2 124M"
 # What the systems that this project replaces published, of another base: by task, and by what the
 # name of the rows holds.

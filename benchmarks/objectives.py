@@ -69,9 +69,8 @@ def with_mask(
     B, T, _ = log_p.shape
     target = targets.clamp(min=0)[..., None]
     ahead = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
-    read = torch.where(
-        ahead, target, idx[:, None, :].expand(B, T, T)
-    )  # in place of tokens to come, the target
+    # in place of tokens to come, the target
+    read = torch.where(ahead, target, idx[:, None, :].expand(B, T, T))
     mask = (
         torch.zeros_like(log_p).scatter_(2, read, 1).scatter_(2, target, 0)
         * (targets != -100)[..., None]

@@ -95,10 +95,8 @@ def serve(pipe: Connection, name: str, case: Case) -> None:
         import torch
 
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-        for module in (
-            "torch._dynamo",
-            *CONTENDERS[name].imports,
-        ):  # torch's optimizers load the former late
+        # torch's optimizers load the former late
+        for module in ("torch._dynamo", *CONTENDERS[name].imports):
             importlib.import_module(module)
         check_free(case.device)
         code = _code_bytes(case.device)

@@ -70,10 +70,8 @@ from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
 ACCUMULATION = 4  # on a CPU
-WARM_UP = {
-    "cuda": 3,
-    "cpu": 2,
-}  # steps that are not counted: compilation, recording of graphs, a heap that grows
+# steps that are not counted: compilation, recording of graphs, a heap that grows
+WARM_UP = {"cuda": 3, "cpu": 2}
 TIMED = 4, 12  # steps that are: at least and at most
 LIKELY_STEP = (
     1.5  # a stage's mean step over the baseline's: later ones are faster and hold more tokens
@@ -171,10 +169,8 @@ class Bench:
             "wall_seconds": seconds,
         }
         record |= figures_of(path, warm_up)
-        for large in (
-            "final",
-            "profile",
-        ):  # a model of a few steps, and the trace, which has been read
+        # a model of a few steps, and the trace, which has been read
+        for large in ("final", "profile"):
             shutil.rmtree(path / large, ignore_errors=True)
         write_json(path.with_suffix(".json"), record)
         return record
@@ -359,9 +355,8 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
         else ACCUMULATION
     )
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    ranks = max(
-        n for n in range(1, most + 1) if accumulation % n == 0
-    )  # its batch is that of the stage before
+    # its batch is that of the stage before
+    ranks = max(n for n in range(1, most + 1) if accumulation % n == 0)
     return dict(
         preset=preset,
         seq_len=seq_len,

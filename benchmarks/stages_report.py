@@ -94,9 +94,8 @@ def stage_rows(
             "x_first": ratio(mine, records.get("baseline", ())),
         }
         row["devices"] = (rung.settings.ranks or plan.ranks) if machine.device == "cuda" else 1
-        on_it = (
-            rung.settings.device == machine.device
-        )  # what is not (the CPU beside a GPU) has no share of its ceiling
+        # what is not (the CPU beside a GPU) has no share of its ceiling
+        on_it = rung.settings.device == machine.device
         for share, flops in (
             ("mfu_measured", ceilings.get(precision)),
             ("mfu_sheet", sheet.get(precision)),

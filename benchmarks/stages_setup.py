@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 GPT2_VOCABULARY = 50257  # no multiple of anything, as padding it needs
-TORCH_SOURCE = (
-    8 << 20
-)  # bytes of it beside the standard library: together they have pairs enough for that vocabulary
+# bytes of it beside the standard library: together they have pairs enough for that vocabulary
+TORCH_SOURCE = 8 << 20
 
 
 def look(device: str, ranks: int | None) -> Machine:

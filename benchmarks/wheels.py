@@ -149,9 +149,8 @@ def download(folder: Path, python: str) -> None:
                 name: need for need in needs if (name := canonicalize_name(need.name)) not in seen
             }
             todo = {name: need for name, need in todo.items() if not NOT_WANTED.fullmatch(name)}
-        for old in folder.glob(
-            "*.whl"
-        ):  # of a package that was fetched anew; the install takes one version of each
+        # of a package that was fetched anew; the install takes one version of each
+        for old in folder.glob("*.whl"):
             if old.name.partition("-")[0] in {
                 path.name.partition("-")[0] for path in Path(new).iterdir()
             }:

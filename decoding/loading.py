@@ -50,7 +50,6 @@ def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
     if loaded.rows > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} "
-            "only "
-            f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
+            f"only {model.config.vocab_size:,}; name the model's own with --tokenizer"
         )
     return loaded

@@ -75,6 +75,5 @@ def check_decode(cfg: DecodeConfig) -> None:
     if cfg.decode == "ensemble" and cfg.candidates < cfg.beams + 2:
         raise UserError(
             f"--candidates {cfg.candidates} of an ensemble are {cfg.beams} beams, a contrastive "
-            "search and samples; "
-            f"give {cfg.beams + 2} or more, or fewer --beams"
+            f"search and samples; give {cfg.beams + 2} or more, or fewer --beams"
         )

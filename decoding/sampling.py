@@ -84,9 +84,8 @@ class Sampler:
         self.window = window
         self.options = options
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
-        self.draws = torch.empty(
-            0
-        )  # (B, DRAWS) uniform in [0, 1), for this step and those after it
+        # (B, DRAWS) uniform in [0, 1), for this step and those after it
+        self.draws = torch.empty(0)
         self.streams = [] if options.decode == "greedy" else [_stream(seed, name) for name in names]
 
     def choose(self, step: int) -> Tensor:
@@ -111,9 +110,8 @@ class Sampler:
         self.penalty.select(rows)
         if self.options.decode != "greedy":
             self.draws = self.draws[list(rows)]
-            self.streams = [
-                self.streams[row].clone_state() for row in rows
-            ]  # a row may be repeated
+            # a row may be repeated
+            self.streams = [self.streams[row].clone_state() for row in rows]
 
 
 def _stream(seed: int, name: str) -> torch.Generator:

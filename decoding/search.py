@@ -166,9 +166,8 @@ class NGramBlock:
             return log_probs
         grams = self.tokens.unfold(1, self.size, 1)  # (B, T - size + 1, size)
         newest = self.tokens[:, None, self.tokens.shape[1] + 1 - self.size :]
-        repeats = (grams[..., :-1] == newest).all(-1) & (
-            grams[..., 0] >= 0
-        )  # no row repeats its padding
+        # no row repeats its padding
+        repeats = (grams[..., :-1] == newest).all(-1) & (grams[..., 0] >= 0)
         spare = log_probs.shape[1]
         mask = log_probs.new_zeros(len(log_probs), spare + 1, dtype=torch.bool)
         mask.scatter_(1, torch.where(repeats, grams[..., -1].clamp(max=spare), spare), True)
@@ -199,9 +198,8 @@ class Contrastive:
         self.k = window.alternatives
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
         self.logits = torch.empty(0)  # (B, vocab_size) of the next token
-        self.past = torch.empty(
-            0
-        )  # (B, capacity, n_embd) unit hidden states of what the cache holds
+        # (B, capacity, n_embd) unit hidden states of what the cache holds
+        self.past = torch.empty(0)
         self.filled = 0
 
     def choose(self, step: int) -> Tensor:

@@ -24,9 +24,8 @@ def pairwise_chrf(texts: Sequence[str]) -> np.ndarray:
     for row, gram in _character_ngrams(texts):
         total = np.bincount(row, minlength=n)
         matches = _matches(row, gram, total)
-        both = (total[:, None] > 0) & (
-            total > 0
-        )  # a text shorter than the order takes no part in it
+        # a text shorter than the order takes no part in it
+        both = (total[:, None] > 0) & (total > 0)
         precision += np.where(both, matches / np.maximum(total, 1)[:, None], 0)
         recall += np.where(both, matches / np.maximum(total, 1), 0)
         orders += both
@@ -64,9 +63,8 @@ def _matches(row: np.ndarray, gram: np.ndarray, total: np.ndarray) -> np.ndarray
     summed."""
     n, grams = len(total), int(gram.max(initial=-1)) + 1
     counts = np.bincount(row * grams + gram, minlength=n * grams).reshape(n, grams)
-    counts = counts[:, (counts > 0).sum(0) > 1].astype(
-        np.int32
-    )  # what one text alone has matches nothing
+    # what one text alone has matches nothing
+    counts = counts[:, (counts > 0).sum(0) > 1].astype(np.int32)
     matches = np.array([np.minimum(counts, one).sum(1) for one in counts]).reshape(n, n)
     np.fill_diagonal(matches, total)
     return matches

@@ -59,9 +59,8 @@ class Window:
         self.room = room
         self.vocab_size = vocab_size or model.config.vocab_size
         self.alternatives = alternatives
-        self.longest = model.context - (
-            1 if alternatives else 0
-        )  # a candidate stands one position further
+        # a candidate stands one position further
+        self.longest = model.context - (1 if alternatives else 0)
         self.shown = [list(prompt) for prompt in prompts]  # the tokens of each row's window
         self.cache: KVCache | None = None
         self.last = torch.empty(0)  # (B, 1) the tokens that the cache has not seen
@@ -126,9 +125,8 @@ class Window:
             row if len(row) <= self.longest else row[-kept_tokens(self.longest) :]
             for row in self.shown
         ]
-        place = {
-            row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.shown)))
-        }  # of rows that differ
+        # of rows that differ
+        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.shown)))}
         T = max(map(len, place))
         pad = [T - len(row) for row in place]
         idx = torch.tensor(

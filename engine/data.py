@@ -207,9 +207,8 @@ def _open(
         tokenizer = _needed(asked) if asked else stdlib_tokenizer(texts, store, say)
         return _open_text(texts, spec, tokenizer, column, store, holdout, say)
     hub = not os.path.exists(path) and corpus.is_hub_id(spec)
-    texts = (
-        [] if hub else corpus.find_files(spec)
-    )  # looked for first: what is not there needs no tokenizer
+    # looked for first: what is not there needs no tokenizer
+    texts = [] if hub else corpus.find_files(spec)
     tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
     if hub:
         return _open_hub(spec, tokenizer, column, store, holdout, say)
@@ -492,8 +491,7 @@ def _check_records(
         if shard.n_tokens != records[name]["tokens"]:
             raise UserError(
                 f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says "
-                f"{records[name]['tokens']:,}; "
-                f"copy or make it again"
+                f"{records[name]['tokens']:,}; copy or make it again"
             )
     return [records[shard.path.name] for shard in shards]
 

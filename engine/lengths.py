@@ -83,8 +83,7 @@ def extend(lengths: Sequence[Length], step: int, wanted: Extension) -> list[Leng
     )
     raise UserError(
         f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned} "
-        "and has begun to at "
-        f"step {step}; add --reschedule, which restarts the decay there{other}"
+        f"and has begun to at step {step}; add --reschedule, which restarts the decay there{other}"
     )
 
 

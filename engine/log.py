@@ -260,9 +260,8 @@ def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 def _is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return (
-        abs(value) < 1e300
-    )  # false for what is not a number too, and no integer too large to be a float passes
+    # false for what is not a number too, and no integer too large to be a float passes
+    return abs(value) < 1e300
 
 
 def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:

@@ -30,15 +30,13 @@ from model import GPT
 
 Dress = Callable[[GPT], object]
 Loss = Callable[[GPT, Tensor], Tensor]
-BUCKET_BYTES = (
-    25 << 20
-)  # DDP's default; the gradients are views of the buckets, one more is in flight
+# DDP's default; the gradients are views of the buckets, one more is in flight
+BUCKET_BYTES = 25 << 20
 # of activations and logits: what a heap that keeps freed tensors holds beyond those alive
 # (measured)
 HOLES = 0.2
-SCRATCH_BYTES = (
-    32 << 20
-)  # of a CPU process: its matrix products' buffers, and code first touched by a step
+# of a CPU process: its matrix products' buffers, and code first touched by a step
+SCRATCH_BYTES = 32 << 20
 MMAP_BYTES = 1 << 20  # allocations from here on are mapped one by one, and unmapped when freed
 
 
@@ -106,9 +104,8 @@ def estimate(
         other += SCRATCH_BYTES
     if on_cpu and keep_freed:
         other += int(HOLES * (live["activations"] + live["logits"]))
-    if (
-        saves and on_cpu
-    ):  # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
+    # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
+    if saves and on_cpu:
         other += live["weights"] + state + _matrix_bytes(_meta(config))
     if world_size > 1:
         other += min(BUCKET_BYTES, live["weights"])

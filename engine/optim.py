@@ -193,9 +193,8 @@ class Optimizers:
         if factor is not None:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         if optimizer.defaults.get("fused"):
-            vars(optimizer)["found_inf"] = (
-                ~ok
-            ).float()  # the fused kernel skips the update where it is 1
+            # the fused kernel skips the update where it is 1
+            vars(optimizer)["found_inf"] = (~ok).float()
             optimizer.step()
         elif bool(ok):
             optimizer.step()

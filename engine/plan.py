@@ -60,9 +60,8 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
         why += "; fp32 products by oneDNN"
     if world.device.type == "cuda":
         set_gpu_allocator(cfg)
-    if world.device.type == "cpu" and (
-        keeps_freed(cfg) or cfg.recompute
-    ):  # else glibc is left alone
+    # else glibc is left alone
+    if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):
         set_allocator(keep_freed=keeps_freed(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)
@@ -217,8 +216,7 @@ def compiler_error(error: BaseException) -> UserError | None:
     said = said or next(line for line in lines if COMPILER_FAILED.search(line))
     return UserError(
         f"torch.compile's C or C++ compiler failed ({printable(said[:200])}); install it whole, "
-        "with Python's "
-        "headers (apt install g++ python3-dev), or type --no-compile",
+        "with Python's headers (apt install g++ python3-dev), or type --no-compile",
         local=True,
     )
 
@@ -246,8 +244,7 @@ class Disk:
             return None
         return (
             f"{folder} has {bytes_text(free)} free and the run may take {bytes_text(needed)} more "
-            f"({self}); free some, "
-            f"lower --keep and --keep-best, or choose another --out"
+            f"({self}); free some, lower --keep and --keep-best, or choose another --out"
         )
 
     def __str__(self) -> str:

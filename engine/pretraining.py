@@ -59,8 +59,7 @@ class LanguageModelling(Task):
         if vocabulary.tokenizer is None:
             self.warnings = (
                 f"training without the tokenizer of the shards ({vocabulary.missing}): no samples "
-                "are printed, and "
-                f"the model is written without a tokenizer",
+                "are printed, and the model is written without a tokenizer",
             )
         if cfg.document_mask and vocabulary.eot is None:
             raise UserError(
@@ -86,8 +85,7 @@ class LanguageModelling(Task):
             nearest = max(1, round(cfg.batch_tokens / unit)) * unit
             raise UserError(
                 f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x "
-                f"{cfg.seq_len} tokens; "
-                f"use --batch-tokens {nearest}"
+                f"{cfg.seq_len} tokens; use --batch-tokens {nearest}"
             )
         rows = cfg.batch_tokens // unit
         if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
@@ -301,8 +299,7 @@ def open_pretrained(cfg: RunConfig) -> GPT:
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
             f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of "
-            f"--init {cfg.init}; "
-            f"use --seq-len {model.config.block_size} or less"
+            f"--init {cfg.init}; use --seq-len {model.config.block_size} or less"
         )
     return model
 

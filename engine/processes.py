@@ -175,9 +175,8 @@ def restart_advice() -> str | None:
         return None
     return (
         "note: if a node joins or leaves this run, its ranks can only start again where the "
-        "environment of torchrun "
-        "has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts on the same nodes need "
-        "nothing"
+        "environment of torchrun has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts "
+        "on the same nodes need nothing"
     )
 
 
@@ -341,15 +340,13 @@ class StopSignal:
         self.before: dict[int, Any] = {}  # handlers, by signal
 
     def install(self) -> None:
-        for name in (
-            "SIGTERM",
-            "SIGINT",
-            "SIGHUP",
-        ):  # the last: the terminal has closed; Windows lacks it
+        # the last: the terminal has closed; Windows lacks it
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             number = getattr(signal, name, None)
+            # nohup
             if number is not None and (
                 name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
-            ):  # nohup
+            ):
                 self.before[number] = signal.signal(number, self._received)
 
     def remove(self) -> None:

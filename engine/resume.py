@@ -22,17 +22,10 @@ from storage.checkpoint import RECORD
 
 # Options that say how one start goes about it, not what the run is.
 OF_A_START = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")
-BY_MACHINE = (
-    "compile",
-    "precision",
-    "kernels",
-    "cuda_graphs",
-)  # may have to be chosen anew on another machine
-FACTS = {
-    "world_size": "ranks",
-    "torch": "torch",
-    "device": "device",
-}  # of run.json, and their names for a user
+# may have to be chosen anew on another machine
+BY_MACHINE = ("compile", "precision", "kernels", "cuda_graphs")
+# of run.json, and their names for a user
+FACTS = {"world_size": "ranks", "torch": "torch", "device": "device"}
 
 
 @dataclass(frozen=True)
@@ -41,9 +34,8 @@ class Earlier:
 
     options: dict[str, Any]  # resolved
     record: dict[str, Any]  # run.json
-    asked: dict[str, Any] = field(
-        default_factory=dict
-    )  # of BY_MACHINE and device, before they were resolved
+    # of BY_MACHINE and device, before they were resolved
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def earlier_start(cfg: RunConfig) -> Earlier | None:
@@ -101,20 +93,15 @@ def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
 
 def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
     own = earlier.options | {"steps": earlier.record["identity"].get("steps")}
-    kept = typed | {
-        *OF_A_START,
-        *BY_MACHINE,
-        "device",
-        "micro_batch",
-    }  # a micro-batch is resumed with the checkpoint
+    # a micro-batch is resumed with the checkpoint
+    kept = typed | {*OF_A_START, *BY_MACHINE, "device", "micro_batch"}
     if "epochs" in typed:
         kept |= {"steps"}
     if "init" in typed and cfg.init != own.get("init"):  # the weights fix the shape
         kept |= {"preset", "n_layer", "n_head", "n_embd"}
     if "method" in typed and getattr(cfg, "method", None) != own.get("method"):
-        kept |= {
-            f.name for f in dataclasses.fields(MethodConfig)
-        }  # another run, and refused as one
+        # another run, and refused as one
+        kept |= {f.name for f in dataclasses.fields(MethodConfig)}
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg) if f.name in own and f.name not in kept]
     cfg = dataclasses.replace(

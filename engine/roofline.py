@@ -37,12 +37,8 @@ PEAKS = (
     ("V100", 125e12, None),
     ("T4", 65e12, None),
 )
-SLOWER = (
-    "Laptop",
-    "Max-Q",
-    "D",
-    "MIG",
-)  # words of a name that sell less than the data sheet of the rest
+# words of a name that sell less than the data sheet of the rest
+SLOWER = ("Laptop", "Max-Q", "D", "MIG")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

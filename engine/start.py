@@ -33,9 +33,8 @@ class Start:
     folder: Path | None = None
     finished: bool = False
     micro_batch: int | None = None  # of the interrupted run: the same one gives the same bits
-    lengths: list[Length] = field(
-        default_factory=list, compare=False
-    )  # how long it is planned to be
+    # how long it is planned to be
+    lengths: list[Length] = field(default_factory=list, compare=False)
     extended: bool = field(default=False, compare=False)  # whether this start made it longer
     notes: list[str] = field(default_factory=list, compare=False)  # what the log should hold of it
 

@@ -105,9 +105,8 @@ class Loader:
             if not isinstance(value, Tensor):
                 return value
             value = value.pin_memory().to(self.world.device, non_blocking=True)
-            value.record_stream(
-                computing
-            )  # its memory is not used again before the computation is through with it
+            # its memory is not used again before the computation is through with it
+            value.record_stream(computing)
             return value
 
         with torch.cuda.stream(self.stream):
@@ -244,9 +243,8 @@ class TrainStep:
     def __init__(self, task: Task, model: nn.Module, cfg: RunConfig, world: World):
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.scale = LossScale(cfg.precision == "fp16", world.device)
-        self.spans = [
-            Span(0, cfg.steps or 0)
-        ]  # of the schedule; more than one where its decay was restarted
+        # of the schedule; more than one where its decay was restarted
+        self.spans = [Span(0, cfg.steps or 0)]
         self.signature: Any = None
         self.stands_at: int | None = (
             0  # steps that the parameters have had; None while they are being updated
@@ -266,9 +264,8 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None  # under DDP a view of the old buckets
-        self.module = self.synced = TaskModule(
-            self.task, self.model
-        )  # lets go of an old DDP before there is a new one
+        # lets go of an old DDP before there is a new one
+        self.module = self.synced = TaskModule(self.task, self.model)
         copies = None
         if casts_once(self.cfg.precision, self.cfg.without):
             self.module = self.synced = Cast(self.module, DTYPES[self.cfg.precision])
@@ -370,9 +367,8 @@ class TrainStep:
 
     def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
         batch = to_device(batch, self.world.device)
-        if (
-            self.cfg.cuda_graphs
-        ):  # what the last batch left in the graphs' memory may be overwritten
+        # what the last batch left in the graphs' memory may be overwritten
+        if self.cfg.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         if isinstance(self.module, Cast):
             return module(batch, *functions)

@@ -30,9 +30,8 @@ class Task:
 
     name: ClassVar[str]
     config: ClassVar[type[RunConfig]]  # its options
-    defaults: ClassVar[
-        dict[str, Any]
-    ] = {}  # of those, where they differ; the command line overrides
+    # of those, where they differ; the command line overrides
+    defaults: ClassVar[dict[str, Any]] = {}
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     ragged: ClassVar[bool] = False  # whether batches differ in length
@@ -40,10 +39,8 @@ class Task:
     exact_evaluation: ClassVar[bool] = (
         False  # whether figures are computed in fp32, whatever the run's precision
     )
-    hub_class: tuple[str, str] = (
-        "AutoModelForCausalLM",
-        "text-generation",
-    )  # what loads final/, and its pipeline
+    # what loads final/, and its pipeline
+    hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")
     warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
 
     cfg: Any  # of its kind of options

@@ -125,9 +125,8 @@ class Progress:
     best_metric: float | None = None  # of this very step, where it was evaluated
     best_so_far: float | None = None  # of the metrics of all evaluations
     not_better: int = 0  # evaluations since that one, none of them better
-    losses: list[float] = field(
-        default_factory=list
-    )  # of the last steps, whose mean is the run's result
+    # of the last steps, whose mean is the run's result
+    losses: list[float] = field(default_factory=list)
     seconds: float = 0.0  # spent in optimizer steps
 
 
@@ -148,9 +147,8 @@ class Run:
         assert cfg.out and cfg.steps
         self.folder = Path(cfg.out)
         self.steps = cfg.steps
-        self.held = (
-            contextlib.ExitStack()
-        )  # what this process holds while it trains: the run's folder
+        # what this process holds while it trains: the run's folder
+        self.held = contextlib.ExitStack()
         self.at = Progress()
         self.final_metrics: dict[str, float] = {}  # of the step that final/ is of
         self.saved: int | None = None  # step of the newest checkpoint
@@ -192,9 +190,8 @@ class Run:
             self._finish()
             return 0
         except Exception as error:
-            if (
-                self.stop.flag
-            ):  # it reached the whole group: a compiler, say, that this process then missed
+            # it reached the whole group: a compiler, say, that this process then missed
+            if self.stop.flag:
                 release_frames(error)
                 raise SystemExit(self._stopped_in_error(error)) from None
             if is_out_of_memory(error):
@@ -540,9 +537,8 @@ class Run:
         if self.at.skipped_in_a_row == MAX_SKIPPED:
             raise RuntimeError(
                 f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower "
-                "--lr or raise "
-                "--warmup-steps, and start again from an earlier checkpoint with --resume FOLDER "
-                "--out ANOTHER"
+                "--lr or raise --warmup-steps, and start again from an earlier checkpoint with "
+                "--resume FOLDER --out ANOTHER"
             )
 
     def _mfu(self, rate: float) -> float | None:
@@ -683,9 +679,8 @@ class Run:
         if not self.cfg.profile or not self.world.main:
             yield lambda: None
             return
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "9"
-        )  # else the profiler announces itself on stderr
+        # else the profiler announces itself on stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")
         cuda = self.world.device.type == "cuda"
         folder = self.folder / "profile"
         folder.mkdir(exist_ok=True)
@@ -721,9 +716,8 @@ class Run:
     def _stopped(self) -> int:
         """Save the last completed step and return the exit code of the signal."""
         self._save_last()
-        processes.gather(
-            self.world, None
-        )  # torchrun kills the others soon after the first of them has left
+        # torchrun kills the others soon after the first of them has left
+        processes.gather(self.world, None)
         return self._say_stopped(self.signal)
 
     def _stopped_in_error(self, error: Exception) -> int:
@@ -787,8 +781,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the end of the run could not be written ({error}); free space under "
-                f"{self.folder} and type the "
-                f"same command again"
+                f"{self.folder} and type the same command again"
             ) from None
         return figures
 
@@ -901,10 +894,8 @@ def evaluate(step: TrainStep, stop: Callable[[], int] = lambda: 0) -> dict[str, 
                 continue
             counts, records = step.evaluate(task.collate("val", ids))
             outputs |= records
-            for (
-                key,
-                value,
-            ) in counts.items():  # fp64 on the host's side of MPS; on the device elsewhere
+            # fp64 on the host's side of MPS; on the device elsewhere
+            for key, value in counts.items():
                 count = torch.as_tensor(
                     value, device="cpu" if world.device.type == "mps" else world.device
                 )

@@ -19,10 +19,8 @@ from tasks.finetuning import Long, Parts, Special
 from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
-WORDS = {
-    2: ("entailment", "not entailment"),
-    3: ("entailment", "neutral", "contradiction"),
-}  # of GLUE's numbers
+# of GLUE's numbers
+WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}
 
 
 @dataclass

@@ -90,9 +90,8 @@ class Sonnets(Generation):
         poems = [a.prompt + a.text for a in answers]
         return {
             "chrf": metrics.chrf(texts, references),
-            "chrf_poem": metrics.chrf(
-                poems, [a.prompt + a.reference for a in answers]
-            ),  # as the course scores it
+            # as the course scores it
+            "chrf_poem": metrics.chrf(poems, [a.prompt + a.reference for a in answers]),
             "distinct_1": metrics.distinct(texts, 1),
             "distinct_2": metrics.distinct(texts, 2),
             **metrics.rhyming_accuracy(poems, given=GIVEN),

@@ -16,15 +16,14 @@ from kernels._triton import missing
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
 OPERATIONS = (*TRITON, "cpu_attention")
+# of --without
 PART_OF = {
     "attention": "flash-attention",
     "cpu_attention": "flash-attention",
     "adamw": "fused-adamw",
-}  # of --without
-FUSED_BY_COMPILER = (
-    "layer_norm",
-    "bias_gelu",
-)  # torch.compile makes the like of these kernels by itself
+}
+# torch.compile makes the like of these kernels by itself
+FUSED_BY_COMPILER = ("layer_norm", "bias_gelu")
 
 
 def named(kernels: str) -> tuple[str, ...]:

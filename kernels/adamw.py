@@ -81,12 +81,10 @@ class Table:
         rows = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
         self.addresses = rows[0]  # of the parameters
         self.sizes = tuple(p.numel() for p in self.params)
-        self.columns = _upload(
-            [*rows, self.sizes], torch.int64, self.device
-        )  # (6, n): addresses, then sizes
-        self.scales = _upload(
-            [self.lr_scales, self.weight_decays], torch.float64, self.device
-        )  # (2, n)
+        # (6, n): addresses, then sizes
+        self.columns = _upload([*rows, self.sizes], torch.int64, self.device)
+        # (2, n)
+        self.scales = _upload([self.lr_scales, self.weight_decays], torch.float64, self.device)
         self.scalars = torch.empty(3, len(self.params), device=self.device)  # of the step under way
         self.written = [*self.params, *(copy for copy in self.copies if copy is not None)]
 
@@ -189,9 +187,8 @@ def _bf16_bits(x):
     the bits off."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x == x, rounded, 0x7FC0).to(
-        tl.int16
-    )  # a NaN's bits could be carried over into -0
+    # a NaN's bits could be carried over into -0
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
 
 
 @jit
@@ -407,9 +404,8 @@ def adamw(
             table.columns, gradients, table.scalars, blocks, factor, ok, n,
             *betas, eps, UPDATE_BLOCK, num_warps=UPDATE_WARPS
         )  # fmt: skip
-    torch.autograd.graph.increment_version(
-        table.written
-    )  # a graph that saved them must not be walked again
+    # a graph that saved them must not be walked again
+    torch.autograd.graph.increment_version(table.written)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -52,9 +52,8 @@ def _load(base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
     """Rows first to first + ROWS of a (T, D) matrix, as (ROWS, WIDTH): zeros past its edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    block = (
-        base + tl.cast(first, tl.int64) * stride
-    )  # 500,000 tokens of 4,800 columns are more than an int32 counts
+    # 500,000 tokens of 4,800 columns are more than an int32 counts
+    block = base + tl.cast(first, tl.int64) * stride
     return tl.load(block + row * stride + column, mask=(first + row < T) & (column < D), other=0.0)
 
 
@@ -97,9 +96,8 @@ def _forward_kernel(
 ):
     """One block of M queries of one head: its output, and log2(sum(exp2(score))) of each query."""
     blocks = tl.cdiv(T, M)
-    first = (
-        blocks - 1 - tl.program_id(0) % blocks
-    ) * M  # the longest rows begin first, so that none ends late
+    # the longest rows begin first, so that none ends late
+    first = (blocks - 1 - tl.program_id(0) % blocks) * M
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
     h = tl.program_id(0) // blocks % H
     head = qkv + b * stride_b + h * D
@@ -190,9 +188,8 @@ def _dq_kernel(
     for key in tl.range(begin, end, N):
         k = _load(head + H * D, key, stride_t, T, D, WIDTH, N)
         v = _load(head + 2 * H * D, key, stride_t, T, D, WIDTH, N)
-        p = tl.exp2(
-            _dot(q, tl.trans(k), None, PRECISION, WIDEN) * scale - row_lse[:, None]
-        )  # (M, N)
+        # (M, N)
+        p = tl.exp2(_dot(q, tl.trans(k), None, PRECISION, WIDEN) * scale - row_lse[:, None])
         masked = key + N - 1 > first
         if starts is not None:
             masked = masked | (key < last_start)
@@ -253,9 +250,8 @@ def _dk_dv_kernel(
         rows = query + tl.arange(0, M)
         q = _load(head, query, stride_t, T, D, WIDTH, M)
         row_lse = tl.load(lse + rows, mask=rows < T, other=0.0)
-        p = tl.exp2(
-            _dot(k, tl.trans(q), None, PRECISION, WIDEN) * scale - row_lse[None, :]
-        )  # (N, M)
+        # (N, M)
+        p = tl.exp2(_dot(k, tl.trans(q), None, PRECISION, WIDEN) * scale - row_lse[None, :])
         masked = query < first + N - 1
         if stops is not None:
             masked = masked | (query + M > first_stop)
@@ -295,12 +291,8 @@ class Blocks(NamedTuple):
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-TENSOR_CORES = {
-    8: "mma.sync",
-    9: "wgmma",
-    10: "tcgen05",
-    12: "mma.sync",
-}  # Triton's instruction, by major capability
+# Triton's instruction, by major capability
+TENSOR_CORES = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}
 
 # By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The
 # proof (benchmarks/gpu_proof.py) compiles them: none spills more than 64 bytes a thread, and none
@@ -371,8 +363,7 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
     least = min(candidate.shared for candidate in candidates)
     return (
         f"takes {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in "
-        f"{precision}, "
-        f"and {card.name} has {card.shared_memory // 1024}"
+        f"{precision}, and {card.name} has {card.shared_memory // 1024}"
     )
 
 

@@ -153,10 +153,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     for_x, for_bias = ctx.needs_input_grad
     dx, dbias = _backward(dy, x, bias, for_x, for_bias)
-    return (
-        dx if for_x else None,
-        dbias if for_bias else None,
-    )  # autograd takes it to the bias's dtype
+    # autograd takes it to the bias's dtype
+    return (dx if for_x else None, dbias if for_bias else None)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -63,9 +63,8 @@ def pays(dtype: torch.dtype) -> bool:
     flash attention runs its bf16 products in tiles; there, and on other CPUs, nobody has compared
     the two.
     """
-    libraries = (
-        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    )  # fp32's products, bf16's
+    # fp32's products, bf16's
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     cpu = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return libraries and cpu and dtype in (torch.bfloat16, torch.float32)
 
@@ -97,10 +96,8 @@ class _Block:
 
         self.scale, self.p = D**-0.5, group.p
         self.kept_scale = dropout.scale(self.p)
-        self.narrow, self.wide = (
-            cut(group.inputs),
-            cut(group.wide_inputs),
-        )  # q, k, v and the output's gradient
+        # q, k, v and the output's gradient
+        self.narrow, self.wide = (cut(group.inputs), cut(group.wide_inputs))
         self.out = group.out[:, rows]
         self.dk, self.dv = group.dkv[:, :, keys]
         self.scores, self.dscores = (shaped(memory, g, end - first, end) for memory in group.scores)

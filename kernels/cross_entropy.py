@@ -49,9 +49,8 @@ def _load(row, columns, width, vocab_size):
 def _scan(row, width, vocab_size, BLOCK: tl.constexpr):
     """A row's largest logit, and the sum of exp(logit - largest)."""
     lanes = tl.arange(0, BLOCK)
-    largest = tl.full(
-        (), -3.0e38, tl.float32
-    )  # finite: a block of nothing but -inf must not give inf - inf
+    # finite: a block of nothing but -inf must not give inf - inf
+    largest = tl.full((), -3.0e38, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)  # a sum for each lane: reduced once, after the loop
     for start in range(0, vocab_size, BLOCK):
         x = _load(row, start + lanes, width, vocab_size)
@@ -70,9 +69,8 @@ def _write_gradient(
     target = target.to(tl.int32)
     inverse = 1.0 / total
     last = (width - 1) // BLOCK * BLOCK
-    for back in range(
-        0, width, BLOCK
-    ):  # from the end: the block read last is the one nearest in the caches
+    # from the end: the block read last is the one nearest in the caches
+    for back in range(0, width, BLOCK):
         columns = last - back + lanes
         p = tl.exp(_load(row, columns, width, vocab_size) - largest) * inverse
         value = tl.where(columns == target, p - 1.0, p) * scale
@@ -93,9 +91,8 @@ def _forward_kernel(
     IN_PLACE: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    row = (
-        logits + index.to(tl.int64) * row_stride
-    )  # 49,152 rows of 50,304 are more than an int32 counts
+    # 49,152 rows of 50,304 are more than an int32 counts
+    row = logits + index.to(tl.int64) * row_stride
     target = tl.load(targets + index)
     if target == IGNORE:
         tl.store(losses + index, 0.0)

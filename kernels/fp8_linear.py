@@ -29,9 +29,8 @@ from torch import Tensor
 
 from config import FP8_MULTIPLE
 
-SMALLEST = (
-    2.0**-100
-)  # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
+# an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
+SMALLEST = 2.0**-100
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -68,9 +67,8 @@ def _product(
     bias: Tensor | None = None,
 ) -> Tensor:
     """a (M, K) times the transpose of b (N, K), both contiguous: (M, N) in `dtype`."""
-    with torch.autocast(
-        a.device.type, enabled=False
-    ):  # a CPU's product is made of operations that it would round
+    # a CPU's product is made of operations that it would round
+    with torch.autocast(a.device.type, enabled=False):
         return torch._scaled_mm(
             a, b.t(), a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=False
         )

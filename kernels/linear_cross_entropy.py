@@ -24,13 +24,11 @@ from torch import Tensor
 
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_in_place
 
-CHUNK_BYTES = (
-    256 << 20
-)  # of logits held at once; every chunk reads and writes the whole gradient of the head
+# of logits held at once; every chunk reads and writes the whole gradient of the head
+CHUNK_BYTES = 256 << 20
 GPU_CHUNK_BYTES = 1 << 30  # fewer launches, and large enough to fill the device
-PIECE_BYTES = (
-    16 << 20
-)  # of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
+# of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
+PIECE_BYTES = 16 << 20
 TILE = 128  # rows that a GPU's products compute at once
 
 

@@ -10,38 +10,25 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from base.files import flush, write_json
+from base.files import flush, write_json, writing_to
 from base.locks import lock, locked
 from config import UserError
 from storage.shards import reading
 
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
-UNFINISHED = re.compile(
-    r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp"
-)  # folders of the cache, under their locks
+# folders of the cache, under their locks
+UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")
 
 
-@contextlib.contextmanager
-def writing(option: str, folder: Path) -> Generator[None]:
-    """Turn an OSError of what is written under the folder that `option` names into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if folder.is_symlink() and not os.path.exists(folder):
-            reason = "it is a link to a folder that is not there"
-        elif os.path.exists(folder) and not os.path.isdir(folder):
-            reason = "it is a file"
-        else:
-            reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write to {option} {folder}: {reason}; name a folder that you can write to, "
-            "with room for the "
-            f"tokens (two bytes each): {option} FOLDER"
-        ) from None
+def writing(option: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+    """`writing_to` for a folder of tokens."""
+    return writing_to(
+        option, folder, f", with room for the tokens (two bytes each): {option} FOLDER"
+    )
 
 
 Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sampled blocks]
@@ -162,7 +149,7 @@ class Cache:
 
         Where the folder is not there or cannot be written, each start measures again.
         """
-        index = self._index() | self._measured
+        index = (self._index() or {}) | self._measured
         known, fresh = [], {}
         for path in paths:
             key = f"{what} {path.absolute()}"
@@ -175,24 +162,18 @@ class Cache:
         self._measured |= fresh
         if fresh and os.path.isdir(self.root):
             with contextlib.suppress(OSError), locked(self.root / "index.lock"):
-                if not self._is_foreign():
-                    write_json(self.root / "index.json", self._index() | fresh)
+                if (stored := self._index()) is not None:
+                    write_json(self.root / "index.json", stored | fresh)
         return known
 
-    def _is_foreign(self) -> bool:
-        """Whether index.json is somebody else's: JSON, but no object. It is left as it is."""
-        try:
-            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return not isinstance(index, dict)
-
-    def _index(self) -> dict[str, Any]:
+    def _index(self) -> dict[str, Any] | None:
+        """What was measured before. None where index.json is JSON but no object: another program's,
+        which is left as it is."""
         try:
             index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return index if isinstance(index, dict) else {}
+        return index if isinstance(index, dict) else None
 
 
 def digest(*parts: Any) -> str:

@@ -409,9 +409,8 @@ class Saver:
                 folder, lambda temporary: self._fill(temporary, tensors, meta), self.say
             )
             after()
-        except (
-            Exception
-        ) as error:  # a full disk, most likely: training goes on, older checkpoints stand
+        except Exception as error:
+            # a full disk, most likely: training goes on, older checkpoints stand
             self.error = error
             self.done(
                 step=meta["step"], folder=str(folder), error=f"{type(error).__name__}: {error}"

@@ -236,9 +236,8 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
-    except (
-        Exception
-    ) as error:  # the hub's client raises many kinds: no network, no such id, no access
+    except Exception as error:
+        # the hub's client raises many kinds: no network, no such id, no access
         raise UserError(
             f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}"
         ) from None

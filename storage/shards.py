@@ -20,10 +20,8 @@ from config import UserError
 
 FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
 HEADER_INTS = 256
-LAYOUTS = {
-    (20240520, 1): np.dtype(np.uint16),
-    (20240801, 7): np.dtype(np.uint32),
-}  # (magic, version)
+# (magic, version)
+LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}
 BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
 
 
@@ -114,8 +112,7 @@ def _read_bin(path: Path, size: int) -> Shard:
         )
     raise UserError(
         f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or "
-        "val.bin; "
-        f"tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
+        "val.bin; tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
     )
 
 

@@ -24,12 +24,8 @@ from storage.foreign import read_object
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HOLDERS = {"model", "base_model", "pretrained_model", "net"}
 TRUNK = {"h", "wte", "wpe", "ln_f"}
-NESTED = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-)  # keys under which trainers keep the weights
+# keys under which trainers keep the weights
+NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 # What PEFT puts into names while an adapter is in memory: the adapter's own name, and copies of
 # trained modules.
@@ -96,8 +92,7 @@ def _shards(index: Path) -> list[Path]:
         if not (index.parent / file).is_file():
             raise UserError(
                 f"the weights in {index.parent} cannot be read: {file or 'a file'}, which "
-                f"{index.name} names, is missing; "
-                "copy it beside the others"
+                f"{index.name} names, is missing; copy it beside the others"
             )
     return [index.parent / file for file in files]
 
@@ -108,9 +103,8 @@ def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Te
     from safetensors import safe_open
 
     try:
-        file.open(
-            "rb"
-        ).close()  # safetensors calls a file that may not be read one that is not there
+        # safetensors calls a file that may not be read one that is not there
+        file.open("rb").close()
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 stored = tensors.keys()  # it is no dict

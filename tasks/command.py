@@ -33,13 +33,8 @@ from tasks.finetuning import Finetuning
 from tasks.options import FinetuneConfig
 from text.rows import Row
 
-OWN = (
-    VALIDATION,
-    "config",
-    "log",
-    "metrics",
-    "run",
-)  # begin the names of files that a run writes by itself
+# begin the names of files that a run writes by itself
+OWN = (VALIDATION, "config", "log", "metrics", "run")
 
 
 def command(task: Finetuning, find: Callable[[str], Classification]) -> int:

@@ -70,9 +70,8 @@ class Finetuning(Task):
     config = FinetuneConfig
     ragged = True
     cfg: Any  # of its kind of options
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("text",)
-    }  # fields and the columns they may come from
+    # fields and the columns they may come from
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
     truth: ClassVar[tuple[str, ...]] = ()  # fields that a row of --predict may lack
     readers: ClassVar[dict[str, Reader]] = {}  # of files that only this task knows, by suffix
@@ -87,9 +86,8 @@ class Finetuning(Task):
         False  # whether the hub's class for such models must know what fills a batch
     )
     toy: ClassVar[Sequence[dict[str, str]]]  # a few rows to try the task with
-    choices: ClassVar[
-        tuple[str, ...]
-    ] = ()  # options of the family that a resumed run must have in common
+    # options of the family that a resumed run must have in common
+    choices: ClassVar[tuple[str, ...]] = ()
 
     train: Any  # Split of the family's kind
     val: Any
@@ -175,9 +173,8 @@ class Finetuning(Task):
         given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
         base = load_tokenizer(given if given == "gpt2" else locate(given))
         self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
-        self.base: GPT | None = (
-            None if cfg.init == "scratch" else open_pretrained(cfg)
-        )  # until `build_model` takes it
+        # until `build_model` takes it
+        self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)
         self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
         # Tokens that are only named, and that the model has no row for, are new to it.
         known = (
@@ -207,8 +204,7 @@ class Finetuning(Task):
         if limit < 1:
             raise UserError(
                 f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's "
-                f"{self.shape.block_size} positions; "
-                f"use fewer"
+                f"{self.shape.block_size} positions; use fewer"
             )
         if cfg.seq_len and cfg.seq_len > limit:
             raise UserError(

@@ -56,8 +56,7 @@ def check(cfg: FinetuneConfig) -> None:
     if cfg.optimizer == "muon" and cfg.method not in ("full", "last-k", "ulmfit"):
         raise UserError(
             "--optimizer muon is for the matrices of the model's blocks, which --method "
-            f"{cfg.method} does not train; "
-            f"use --optimizer adamw"
+            f"{cfg.method} does not train; use --optimizer adamw"
         )
     if cfg.init == "scratch" and cfg.method in ADAPTERS:
         raise UserError(

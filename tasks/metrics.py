@@ -16,15 +16,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 REPEATED = 4  # words of the n-grams that the repetition rate counts
-SONNET_RHYMES = (
-    (0, 2),
-    (1, 3),
-    (4, 6),
-    (5, 7),
-    (8, 10),
-    (9, 11),
-    (12, 13),
-)  # lines of ABAB CDCD EFEF GG
+# lines of ABAB CDCD EFEF GG
+SONNET_RHYMES = ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))
 
 # kana, Han, Hangul
 ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff"
@@ -136,9 +129,8 @@ def longest_copied(texts: Sequence[str], training: Iterable[str]) -> np.ndarray:
     """
     vocabulary: dict[str, int] = {}
     copy, owner = _numbered(texts, vocabulary, end=0)
-    source, _ = _numbered(
-        training, vocabulary, end=1
-    )  # another end: no run goes past the end of a text
+    # another end: no run goes past the end of a text
+    source, _ = _numbered(training, vocabulary, end=1)
     longest = np.zeros(len(texts), dtype=np.int64)
     at_copy, at_source = np.arange(len(copy)), np.arange(len(source))
     run_copy, run_source, length = copy, source, 1

@@ -83,9 +83,8 @@ def simcse(first: Tensor, second: Tensor, group: int, temperature: float) -> Ten
         first, second = (
             F.normalize(_wide(x), dim=1).unflatten(0, (B // size, size)) for x in (first, second)
         )
-        log_p = (first @ second.mT / temperature).log_softmax(
-            2
-        )  # (groups, rows, their second passes)
+        # (groups, rows, their second passes)
+        log_p = (first @ second.mT / temperature).log_softmax(2)
     return -log_p.diagonal(dim1=1, dim2=2).sum()
 
 

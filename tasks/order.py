@@ -47,10 +47,8 @@ class Order:
             group,
         )
         n = len(self.lengths)
-        self._even, self._grouped = (
-            n - n % batch_size,
-            n - n % group,
-        )  # rows in whole batches, in whole groups
+        # rows in whole batches, in whole groups
+        self._even, self._grouped = (n - n % batch_size, n - n % group)
         self.steps_per_epoch = math.ceil(self._grouped / batch_size) + (self._grouped < n)
         self._known: tuple[int, list[np.ndarray]] = -1, []
 
@@ -101,9 +99,8 @@ def padded_lengths(
     units = -(-np.asarray(lengths, np.int64) // multiple)
     below = np.cumsum(np.bincount(units))  # rows of at most j units
     j = np.arange(len(below))
-    cost = np.where(
-        j[:, None] < j, (below - below[:, None]) * j, np.inf
-    )  # of the rows between i and j, padded to j
+    # of the rows between i and j, padded to j
+    cost = np.where(j[:, None] < j, (below - below[:, None]) * j, np.inf)
     best, came_from = [cost[0]], []
     for _ in range(min(n_buckets, len(np.unique(units))) - 1):
         total = best[-1][:, None] + cost

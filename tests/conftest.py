@@ -17,14 +17,11 @@ import torch
 from support import OFFLINE, ONE_THREAD, REPO, python_path
 
 os.environ.update(OFFLINE)
-# Triton's kernels run in its interpreter where there is no GPU; it has to be said before Triton is
-# imported.
+# Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before Triton
+# is imported; and two processes of tests share two cores, where threads that wait for each other
+# cost more than these models' work.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-# Two processes of tests share two cores: threads that wait for each other there cost more than
-# these models' work.
-if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 # A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests
@@ -42,8 +39,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item not in cases.values()])
         items[:] = reversed(cases.values())
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
-        return
     rehearsed = "GPU_TESTS_DEVICE" in os.environ
     for item in gpu if not torch.cuda.is_available() else ():
         if not rehearsed or item.path.parent.name == "kernels":  # those have no form for a CPU
@@ -56,32 +51,22 @@ def repo() -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """The tests share their cores; threads that wait for each other there cost more than these
-    models' work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def untouched() -> Iterator[None]:
+    """Whole runs in a test's own process freeze what it has built."""
     yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def untouched(one_thread: None) -> Iterator[None]:
-    """Whole runs in a test's own process take its signals and freeze what it has built."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def the_process_is_as_it_was() -> Iterator[None]:
-    """A command in a test's own process changes who multiplies fp32 matrices, and takes its signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """A command in a test's own process sets its threads and who multiplies fp32 matrices, and
+    takes its signals."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
-    for number, handler in before.items():
+    for number, handler in signals.items():
         if handler is not None:  # of Python's own kind
             signal.signal(number, handler)
 
@@ -103,11 +88,7 @@ def run(tmp_path: Path) -> Run:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env={
-                **base,
-                "PYTHONPATH": python_path(REPO),
-                **(env or {}),
-            },
+            env={**base, "PYTHONPATH": python_path(REPO), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -117,9 +98,8 @@ def run(tmp_path: Path) -> Run:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # torchrun's workers too: they hold the pipes open
+            # torchrun's workers too: they hold the pipes open
+            os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
             print(out, err, sep="\n")
             raise

@@ -219,11 +219,7 @@ def screen(written: str) -> list[str]:
 
 def on_a_terminal(source: str, *words: str) -> list[str]:
     ours, theirs = pty.openpty()
-    env = os.environ | {
-        "TERM": "xterm-256color",
-        "COLUMNS": "100",
-        "PYTHONPATH": python_path(REPO),
-    }
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": python_path(REPO)}
     process = subprocess.Popen(
         [sys.executable, "-c", source, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env
     )
@@ -267,9 +263,8 @@ def test_figures_read_well():
     }
     line = step_line(record | {"mfu": 0.4321, "memory_bytes": 3 << 30}, 1000, 93784)
     assert line == (
-        "step    7/1000   0.7% | loss 3.2500 | lr 6.00e-04 | norm 0.500 | 1,234 ms | 424,242 tok/s "
-        "| mfu 43.2% | "
-        "3.00 GiB | eta 1d 2:03:04"
+        "step    7/1000   0.7% | loss 3.2500 | lr 6.00e-04 | norm 0.500 | 1,234 ms | 424,242 "
+        "tok/s | mfu 43.2% | 3.00 GiB | eta 1d 2:03:04"
     )
     assert [time_text(s) for s in (-1, 59.9, 61, 3600, 86400)] == [
         "0:00",
@@ -414,9 +409,8 @@ def test_muon_trains(inputs, plain):
 
     found = variant(inputs, "muon", "--optimizer", "muon", "--save-every", "12")
     assert found[0] == plain[0] and found[-1] < found[0] - 0.5
-    assert found[-1] == pytest.approx(
-        plain[-1], abs=0.5
-    )  # at the same rate: its updates are of AdamW's size
+    # at the same rate: its updates are of AdamW's size
+    assert found[-1] == pytest.approx(plain[-1], abs=0.5)
     state = inputs / "muon" / "checkpoints" / "step-00000012" / "training_state.safetensors"
     with safe_open(state, "pt") as file:
         names = set(file.keys())
@@ -499,9 +493,8 @@ def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, 
     assert found == pytest.approx(plain, rel=1e-4)
     counts = [json.loads(line) for line in (tmp_path / "counts").read_text().splitlines()]
     assert counts[:3] == [[1, 0]] * 3  # one graph for training, no break
-    assert (
-        counts[3:] == [counts[3]] * 9 and counts[3][0] <= 3
-    )  # evaluation: one more, and one for its last batch
+    # evaluation: one more, and one for its last batch
+    assert counts[3:] == [counts[3]] * 9 and counts[3][0] <= 3
     assert counts[-1][1] == 0
 
 
@@ -683,11 +676,8 @@ def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, caps
     def main() -> int:
         raise OSError(number, os.strerror(number), "some/file")
 
-    for name in (
-        "open_console",
-        "quiet_libraries",
-        "outlive",
-    ):  # what belongs to a process of its own
+    # what belongs to a process of its own
+    for name in ("open_console", "quiet_libraries", "outlive"):
         monkeypatch.setattr(cli.console, name, lambda: None)
     with pytest.raises(SystemExit if told else OSError) as end:
         cli.entry_point(main)

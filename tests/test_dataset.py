@@ -222,9 +222,8 @@ def test_order_looks_random(n: int) -> None:
         assert (ids == place).sum() <= 8 and (ids == later).sum() <= 8 and (ids == other).sum() <= 8
 
 
-@pytest.mark.parametrize(
-    ("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)]
-)  # beyond 1 in 100,000
+# beyond 1 in 100,000
+@pytest.mark.parametrize(("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)])
 def test_small_orders_are_uniform(n: int, chi2_limit: float) -> None:
     """Over many epochs, each window comes at each place equally often."""
     epochs = 4000
@@ -697,9 +696,8 @@ def test_progress_on_a_terminal_and_elsewhere(
 
 def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
-    monkeypatch.setattr(
-        threading, "active_count", lambda: 1
-    )  # forked, so that the workers see the next line
+    # forked, so that the workers see the next line
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
     monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
         list(corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2))

@@ -14,13 +14,8 @@ from launch import log_of, small, write_inputs
 from support import REPO, project_files
 
 TEXT = {"read_text": 0, "write_text": 1}  # arguments before the encoding
-BINARY = {
-    "os",
-    "gzip",
-    "tarfile",
-    "zipfile",
-    "log",
-}  # whose `open` takes no encoding, or reads bytes unless told
+# whose `open` takes no encoding, or reads bytes unless told
+BINARY = {"os", "gzip", "tarfile", "zipfile", "log"}
 
 
 def without_encoding(source: str) -> list[int]:

@@ -7,7 +7,6 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,8 @@ WORDS = ["".join(source.choices("abcdefgé", k=source.randint(2, 6))) for _ in r
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads that wait for one another cost a tiny model more than they save, the more so on a
-    busy machine."""
+def commands_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text(seed: int, n_words: int) -> str:
@@ -229,9 +222,8 @@ def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, m
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target]
     )
-    with pytest.raises(
-        UserError, match="--json"
-    ):  # the model, which is not there, is not even looked for
+    # the model, which is not there, is not even looked for
+    with pytest.raises(UserError, match="--json"):
         script.main()
 
 

@@ -8,9 +8,7 @@ import graphlib
 import json
 from pathlib import Path
 
-from support import own_lines
-
-REPO = Path(__file__).resolve().parent.parent
+from support import REPO, own_lines, project_files
 
 # The import order: a module imports from its own package and from those before it. Commands do not
 # import each other.
@@ -40,11 +38,7 @@ COMMANDS = {"train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer"}
 
 def project_modules() -> dict[str, Path]:
     """Every module of the project but its tests: dotted name to file."""
-    files = [
-        *REPO.glob("*.py"),
-        *(f for f in REPO.glob("[!.]*/**/*.py") if f.relative_to(REPO).parts[0] in ORDER),
-    ]
-    parts = {file: file.relative_to(REPO).with_suffix("").parts for file in files}
+    parts = {file: file.relative_to(REPO).with_suffix("").parts for file in project_files()}
     return {
         ".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())
     }
@@ -77,8 +71,7 @@ def unit(module: str) -> str:
 
 
 def test_every_file_has_a_place_in_the_order() -> None:
-    folders = {file.parent.name for file in REPO.glob("[!.]*/*.py")} - {"tests"}
-    homeless = ({unit(name) for name in MODULES} | folders) - set(ORDER)
+    homeless = {unit(name) for name in MODULES} - set(ORDER)
     assert not homeless, f"place these in ORDER (and in the design): {sorted(homeless)}"
 
 

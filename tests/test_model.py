@@ -24,15 +24,6 @@ from model import GPT, KVCache
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=4, n_embd=64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These shapes are too small to share out: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gpt(**changes: Any) -> GPT:
     """A small model whose every parameter matters: biases and gains too are random."""
     torch.manual_seed(0)
@@ -413,13 +404,11 @@ def test_documents_do_not_see_each_other(attention):
     changed = idx.clone()
     changed[0, :10], changed[1, :25] = tokens(10, seed=8), tokens(25, seed=9)
     later = model(changed, segments=segments)
-    torch.testing.assert_close(
-        later[0, 10:], logits[0, 10:]
-    )  # the second document is blind to the first
+    # the second document is blind to the first
+    torch.testing.assert_close(later[0, 10:], logits[0, 10:])
     torch.testing.assert_close(later[1, 25:], logits[1, 25:])
-    torch.testing.assert_close(
-        logits[:1, :10], model(idx[:1, :10])
-    )  # the first is what it is alone
+    # the first is what it is alone
+    torch.testing.assert_close(logits[:1, :10], model(idx[:1, :10]))
     # The second alone, its positions kept: whatever stands before it is of another document.
     alone = GPT(model.config).eval()
     alone.load_state_dict(model.state_dict())
@@ -635,23 +624,16 @@ def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
     eight.load_state_dict(plain.state_dict())
     idx = torch.randint(50, (2, 16))
     torch.testing.assert_close(eight(idx), plain(idx))
-    assert [bias is None for bias in calls] == [
-        False,
-        False,
-        True,
-        False,
-    ]  # c_attn, c_proj, c_fc, c_proj
+    # c_attn, c_proj, c_fc, c_proj
+    assert [bias is None for bias in calls] == [False, False, True, False]
     eight.eval()(idx)
     assert len(calls) == 4
 
 
 def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
     for tied in (True, False):
-        for ids in (
-            range(300, 303),
-            range(290, 293),
-            range(299, 301),
-        ):  # beyond the vocabulary, within it, across
+        # beyond the vocabulary, within it, across
+        for ids in (range(300, 303), range(290, 293), range(299, 301)):
             torch.manual_seed(0)
             model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
             tables = [model.transformer.wte] + ([] if tied else [model.lm_head])
@@ -724,9 +706,8 @@ def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper)
     tensors = {
         name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"
     }
-    tensors["transformer.h.0.attn.bias"] = torch.ones(
-        1, 1, 32, 32
-    ).tril()  # a buffer of old checkpoints
+    # a buffer of old checkpoints
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["v_head.summary.weight"] = torch.zeros(1, 64)
     save_as(tmp_path, {WRAPPED[wrapper](name): t for name, t in tensors.items()}, layout)

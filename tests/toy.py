@@ -56,9 +56,8 @@ class TwoHeads(Task):
         self.tagged = draw.random((ROWS, 7)) < 0.6
         self.ranked = draw.random(ROWS) < 0.5
         self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
-        self.poison: dict[
-            int, float
-        ] = {}  # step: what the loss of its second group is multiplied by
+        # step: what the loss of its second group is multiplied by
+        self.poison: dict[int, float] = {}
         # the middle group of step 0 has rows for the ranker alone, that of step 2 for neither
         middle = batch // GROUP // 2
         self.tagged[self.rows("train", 0)[middle]] = False
@@ -119,9 +118,8 @@ class TwoHeads(Task):
 
     def _poison(self, batch: dict[str, Tensor]) -> float:
         for step, value in self.poison.items():
-            if set(self.rows("train", step)[1].tolist()) & set(
-                batch["ids"].tolist()
-            ):  # on rank 1, where there is one
+            # on rank 1, where there is one
+            if set(self.rows("train", step)[1].tolist()) & set(batch["ids"].tolist()):
                 return value
         return 1.0
 
@@ -177,9 +175,8 @@ class Scripted(Task):
 
     def __init__(self, scores: list[float], mode: str = "min"):
         self.scores, self.best = scores, ("score", mode)
-        self.during: Callable[[str, int], None] = lambda what, step: (
-            None
-        )  # called within whatever a run does
+        # called within whatever a run does
+        self.during: Callable[[str, int], None] = lambda what, step: None
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg

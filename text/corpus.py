@@ -42,9 +42,8 @@ CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 PATIENCE = 5.0  # seconds for a tokenizing process to end
 IN_FLIGHT = 4  # chunks between reading and writing, for each process
 
-Segment = tuple[
-    str, bool
-]  # text, and whether it begins a document (or goes on with the one before)
+# text, and whether it begins a document (or goes on with the one before)
+Segment = tuple[str, bool]
 
 
 class Encoder(Protocol):
@@ -91,17 +90,13 @@ def _read_python(stream: io.BufferedReader, path: Path, errors: str) -> Iterator
         raise UserError(f"{path} is not Python in the encoding that it declares: {error}") from None
 
 
+# None: a file of rows
 _READERS: dict[str, Callable[..., Iterator[Segment]] | None] = {
     ".txt": _read_txt,
     ".py": _read_python,
-} | dict.fromkeys(readers.ROW_SUFFIXES)  # None: a file of rows
-TEXT_SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".parquet",
-)  # of the files that a folder is searched for
+} | dict.fromkeys(readers.ROW_SUFFIXES)
+# of the files that a folder is searched for
+TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def suffix_of(path: Path) -> str:
@@ -154,9 +149,8 @@ def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
     top, seen = os.path.realpath(folder), set[str]()
     waiting, links = [folder], list[str]()
     while waiting or links:
-        at = (
-            waiting.pop() if waiting else links.pop()
-        )  # a folder counts under its own name rather than a link's
+        # a folder counts under its own name rather than a link's
+        at = waiting.pop() if waiting else links.pop()
         real = os.path.realpath(at)
         if real in seen or _is_below(top, real):
             continue  # a link that leads back, or up
@@ -492,9 +486,8 @@ class HubDataset:
             self.rows: Any = datasets.load_dataset(
                 name, config, split=split, revision=self.revision, streaming=True
             )
-        except (
-            Exception
-        ) as error:  # whatever HTTP client the library has today; the line says what it said
+        except Exception as error:
+            # whatever HTTP client the library has today; the line says what it said
             raise no_hub_data(self.what, error) from None
 
     def state(self) -> Any:
@@ -505,9 +498,8 @@ class HubDataset:
         try:
             for number, row in enumerate(self.rows, 1):
                 yield f"row {number}", row
-        except (
-            Exception
-        ) as error:  # as above, and whatever a damaged file on the hub makes the library raise
+        except Exception as error:
+            # as above, and whatever a damaged file on the hub makes the library raise
             raise no_hub_data(self.what, error) from None
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
@@ -572,9 +564,8 @@ def encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all texts in one array, with end-of-text before each that begins a document; and
     the length of each."""
-    ids = [
-        tokenizer.encode(text) for text in texts
-    ]  # not encode_batch, whose threads the processes stand for
+    # not encode_batch, whose threads the processes stand for
+    ids = [tokenizer.encode(text) for text in texts]
     lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
     tokens = np.full(lengths.sum(), tokenizer.eot, token_dtype(tokenizer.vocab_size))
     for row, end in zip(ids, np.cumsum(lengths), strict=True):

@@ -547,9 +547,8 @@ _FEW, _MANY = 5, 10  # lines inside one cell that each look like a row, from whi
 _NUMBER, _WORD = re.compile(r"[-+]?[\d.]+"), re.compile(r"\S{1,30}")
 _JUDGED = 200  # rows of the sample that are split to choose between delimiters
 _VOTES = 2000  # rows with quotes that tell whether these hold cells together
-_INSIDE = re.compile(
-    r'[^"]*+(?:""[^"]*+)*+(")?'
-)  # the rest of a quoted cell and the quote that ends it
+# the rest of a quoted cell and the quote that ends it
+_INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')
 
 UNCLOSED = "has a quote that is not closed where its cell ends"
 

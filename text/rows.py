@@ -47,9 +47,8 @@ Columns = Mapping[str, str | tuple[str, ...]]
 # Takes a record and gives those that a task makes of it: rows that hold several questions, say.
 Expand = Callable[[Record], Iterator[Record]]
 
-_NO_UTF8 = re.compile(
-    r"[\ud800-\udfff]"
-)  # what bytes that are not UTF-8 become when decoded to be looked at
+# what bytes that are not UTF-8 become when decoded to be looked at
+_NO_UTF8 = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +218,7 @@ def _choose(
     listed = ", ".join(map(_shown, filter(None, found[:20]))) or "none with a name"
     raise UserError(
         f"{where} has no column {' or '.join(map(repr, names))}{close}; it has (a table names them "
-        "in its first line): "
-        f"{listed}. Use --{field.replace('_', '-')}-column NAME"
+        f"in its first line): {listed}. Use --{field.replace('_', '-')}-column NAME"
     )
 
 

@@ -148,8 +148,7 @@ class Tokenizer(ABC):
         if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
             raise UserError(
                 f"{token!r} cannot be a special token of {self.name}: it already is an ordinary "
-                "one; "
-                "take one that no text holds, such as <answer>"
+                "one; take one that no text holds, such as <answer>"
             )
 
     @functools.cached_property
@@ -427,15 +426,12 @@ def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
 
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except (
-        OSError,
-        ValueError,
-    ):  # no network (requests' errors are OSErrors), or a spoiled download
+    except (OSError, ValueError):
+        # no network (requests' errors are OSErrors), or a spoiled download
         raise UserError(
             "GPT-2's tokenizer is not on this machine and cannot be downloaded: set "
-            "TIKTOKEN_CACHE_DIR to a "
-            "folder with tiktoken's two gpt2 files, or give --tokenizer FOLDER (python "
-            "tokenizer.py train makes one)"
+            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's two gpt2 files, or give --tokenizer "
+            "FOLDER (python tokenizer.py train makes one)"
         ) from None
     if not special:
         return encoding

@@ -32,9 +32,8 @@ OWN_VOCABULARY = (
 )
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-told: dict[
-    str, str
-] = {}  # what this process has said on standard error of a tokenizer, by its path
+# what this process has said on standard error of a tokenizer, by its path
+told: dict[str, str] = {}
 
 
 class Opened(NamedTuple):
@@ -261,8 +260,7 @@ class _Settings:
         if self.names_end_in and named and named["content"] not in given:
             raise UserError(
                 f"{self.names_end_in.file} names {named['content']!r} as the end token, and the "
-                "vocabulary has no such "
-                f"token; correct eos_token in {self.names_end_in.file.name}"
+                f"vocabulary has no such token; correct eos_token in {self.names_end_in.file.name}"
             )
 
     def end(self, vocab: dict[str, int]) -> str:
@@ -274,8 +272,7 @@ class _Settings:
                 return token
         raise UserError(
             f"{self.file if self.spec else self.folder} has no end token: name one of its tokens "
-            "as eos_token in "
-            "tokenizer_config.json beside it"
+            "as eos_token in tokenizer_config.json beside it"
         )
 
     def resolved(self, end: str) -> dict[str, Any]:

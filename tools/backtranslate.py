@@ -57,9 +57,8 @@ TEXTS = (
 )
 EVERY = 5  # seconds between lines of progress
 
-Translate = Callable[
-    [Sequence[str]], list[str | None]
-]  # None of a text that is too long to be translated whole
+# None of a text that is too long to be translated whole
+Translate = Callable[[Sequence[str]], list[str | None]]
 
 
 @dataclass
@@ -321,9 +320,8 @@ def main() -> None:
     journal.path.unlink()
     print(
         f"{out}: {len(kept):,} rows, {' and '.join(columns)} back from {cfg.to}; left out: "
-        f"{same:,} that came back "
-        f"as they were, {long:,} with more than {min(to.max_tokens, back.max_tokens)} tokens or "
-        "no end"
+        f"{same:,} that came back as they were, {long:,} with more than "
+        f"{min(to.max_tokens, back.max_tokens)} tokens or no end"
     )
 
 

@@ -69,8 +69,7 @@ def show(files: tuple[str, ...], scores: tuple[tuple[float, float], ...], found:
     show_table([["", "accuracy", "macro-F1"], *lines, differences, intervals])
     print(
         f"of {found['rows']:,} rows A alone has {found['wins']:,} right and B alone "
-        f"{found['losses']:,}: "
-        f"McNemar's exact p {found['mcnemar_p']:.4g}"
+        f"{found['losses']:,}: McNemar's exact p {found['mcnemar_p']:.4g}"
     )
 
 

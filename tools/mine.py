@@ -114,9 +114,8 @@ def split(rows: Sequence[Row], cfg: MineConfig) -> list[Kind]:
     if not numbers[True] or not numbers[False]:
         few = "no row" if not numbers[True] else "every row"
         raise UserError(
-            f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name "
-            "some of these: "
-            f"{', '.join(sorted(set(names))[:20])}"
+            f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name some of "
+            f"these: {', '.join(sorted(set(names))[:20])}"
         )
     return [
         hardest("alike, few words in common", rows, numbers[True], True, cfg.share),
@@ -138,9 +137,8 @@ def show(kinds: Sequence[Kind], rows: Sequence[Row]) -> None:
         means = [f"{kind.mean(of):.3f}" for of in (kind.overlaps, kind.hard)]
         table.append([kind.name, f"{len(kind.overlaps):,}", f"{len(kind.hard):,}", *means])
     show_table(table)
-    if kinds[0].mean(kinds[0].overlaps) < kinds[1].mean(
-        kinds[1].overlaps
-    ):  # as 1 does in RTE's numbers
+    # as 1 does in RTE's numbers
+    if kinds[0].mean(kinds[0].overlaps) < kinds[1].mean(kinds[1].overlaps):
         print(
             "those alike share fewer words than the others: do these labels say alike? Name those "
             "that do with --alike"

@@ -22,12 +22,8 @@ Text = tuple[str, ...]  # the one text of a row, or the two
 
 WORD = re.compile(r"\w+|[^\w\s]")
 CHARACTERS = (2, 3, 4)  # lengths of the runs of characters that count
-INVERSE_PENALTIES = (
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-)  # of which a tenth of the rows chooses: the best one lies within, on all data tried
+# of which a tenth of the rows chooses: the best one lies within, on all data tried
+INVERSE_PENALTIES = (0.3, 1.0, 3.0, 10.0)
 FEW = 3.0  # the one for rows so few that no label has a tenth
 TENTH = 10
 UNSEEN = 1e-9  # probability of a label that no training row has
@@ -139,9 +135,8 @@ def _placed(grams: Callable[[str], list[str]], text: Text) -> list[str]:
     in the second."""
     if len(text) == 1:
         return grams(text[0])
-    first, second = (
-        dict.fromkeys(grams(part)) for part in text
-    )  # sets that keep the order of the text
+    # sets that keep the order of the text
+    first, second = (dict.fromkeys(grams(part)) for part in text)
     both = [f"both:{gram}" for gram in first if gram in second]
     alone = [f"first:{gram}" for gram in first if gram not in second]
     return [*both, *alone, *(f"second:{gram}" for gram in second if gram not in first)]

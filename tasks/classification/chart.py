@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]  # confusion.report's
 
-BLUE, ORANGE, LIGHT = (
-    "#0072B2",
-    "#D55E00",
-    "#a6cbe3",
-)  # told apart by everyone: Okabe and Ito's, and a tint
+# told apart by everyone: Okabe and Ito's, and a tint
+BLUE, ORANGE, LIGHT = ("#0072B2", "#D55E00", "#a6cbe3")
 DARK, GREY, PALE = "#222222", "#6a6a6a", "#b0b0b0"
 FONT = "DejaVu Sans"  # matplotlib's own
 STYLE = {

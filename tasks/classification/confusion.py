@@ -194,9 +194,8 @@ def mcnemar(wins: int, losses: int) -> float:
     log_last = (
         math.lgamma(n + 1) - math.lgamma(rarer + 1) - math.lgamma(n - rarer + 1) - n * math.log(2)
     )
-    fewer = np.arange(
-        rarer, 0, -1
-    )  # from the last term of the tail, its largest, down to that of 0 times
+    # from the last term of the tail, its largest, down to that of 0 times
+    fewer = np.arange(rarer, 0, -1)
     tail = math.exp(log_last) * (1 + np.cumprod(fewer / (n - fewer + 1)).sum())
     return min(1.0, 2 * float(tail))
 
@@ -212,9 +211,8 @@ def _resampled(
     draws = np.random.default_rng(seed).multinomial(
         rows.sum(), _share(rows, rows.sum()), size=resamples
     )
-    draws = draws.astype(
-        np.float64
-    )  # (resamples, kinds): the product of floats is the fast one, and exact here
+    # (resamples, kinds): the product of floats is the fast one, and exact here
+    draws = draws.astype(np.float64)
     labels = [np.eye(n_labels)[of] for of in kinds]  # (kinds, K): 1 at the label
     has, *given = [draws @ label for label in labels]
     return [Counts(draws @ (labels[0] * label), has, of) for label, of in zip(labels[1:], given)]

@@ -13,19 +13,12 @@ from text.rows import Row
 from text.tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
-EXACT_WHOLE = (
-    1 << 53
-)  # from here on a float is not every whole number, and two labels could become one
+# from here on a float is not every whole number, and two labels could become one
+EXACT_WHOLE = 1 << 53
 DIGITS = 1000  # Python converts no longer numbers by default
 _WHOLE = re.compile(r"[-+]?\d+")
-UNKNOWN = (
-    "",
-    "-1",
-    "-",
-    "?",
-    "nan",
-    "null",
-)  # GLUE's test splits have -1, SNLI has - where annotators disagree
+# GLUE's test splits have -1, SNLI has - where annotators disagree
+UNKNOWN = ("", "-1", "-", "?", "nan", "null")
 
 
 def label_name(cell: str) -> str:

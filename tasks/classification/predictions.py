@@ -97,16 +97,14 @@ def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str
     """What a report comes to, in a few lines."""
     low, high = report["intervals"]["accuracy"]
     lines = [
-        f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), "
-        "macro-F1 "
+        f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), macro-F1 "
         f"{report['macro_f1']:.4f}, calibration error {report['calibration_error']:.4f}, "
         f"{report['rows']:,} rows"
     ]
     for name, figures in report["per_class"].items():
         lines.append(
-            f"  {name:<20} precision {figures['precision']:.3f}  recall "
-            f"{figures['recall']:.3f}  F1 "
-            f"{figures['f1']:.3f}  rows {figures['rows']:,}"
+            f"  {name:<20} precision {figures['precision']:.3f}  recall {figures['recall']:.3f}  "
+            f"F1 {figures['f1']:.3f}  rows {figures['rows']:,}"
         )
     lines.append(", ".join(str(file) for file in pictures) or "no pictures: pip install matplotlib")
     return "\n".join(lines)

@@ -102,9 +102,8 @@ class Classification(Finetuning):
         "augment_weight",
     )
     course: ClassVar[str] = "Predicted_Label"  # heads the second column of the csv of predictions
-    others: Sequence[
-        tuple[Classification, float]
-    ] = ()  # of --also, with the weights of their losses
+    # of --also, with the weights of their losses
+    others: Sequence[tuple[Classification, float]] = ()
 
     labels: tuple[str, ...]
     train: Labelled
@@ -193,9 +192,8 @@ class Classification(Finetuning):
         """Training rows, those of --augment last, and validation rows; finds the labels, and checks
         all of them."""
         train, val = self._training_and_validation(say)
-        self.labels = find_labels(
-            train if self.cfg.val_data else [*train, *val]
-        )  # a rare one may be held out
+        # a rare one may be held out
+        self.labels = find_labels(train if self.cfg.val_data else [*train, *val])
         self.augmented = self.read(self.cfg.augment, "train", say) if self.cfg.augment else []
         for row in (*self.augmented, *val):
             self.label_of(row)
@@ -223,9 +221,8 @@ class Classification(Finetuning):
     def label_of(self, row: Row) -> int:
         """The number of a row's label. Raises UserError for one that no training row has."""
         name = label_name(row["label"])
-        labels = list(
-            map(composed, self.labels)
-        )  # a checkpoint's may be spelled with combining marks
+        # a checkpoint's may be spelled with combining marks
+        labels = list(map(composed, self.labels))
         if name in labels:
             return labels.index(name)
         numbers = all(map(is_number, self.labels)) and not is_number(name)
@@ -509,10 +506,8 @@ class Classification(Finetuning):
         self.terms = {"nll": 1.0} | {
             key: weight for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)
         }
-        of = {
-            "rdrop": cfg.rdrop / 2,
-            "simcse": cfg.simcse,
-        }  # half of R-Drop's objective: the mean nll, alpha/2 its divergence
+        # half of R-Drop's objective: the mean nll, alpha/2 its divergence
+        of = {"rdrop": cfg.rdrop / 2, "simcse": cfg.simcse}
         self.terms |= {name: of[name] for name in cfg.objective}
 
     def _term(self, head: int) -> str:
@@ -546,9 +541,8 @@ class Classification(Finetuning):
             if "rdrop" in terms:
                 terms["rdrop"] = terms["rdrop"] + rdrop(*log_ps, weights)
         if "simcse" in terms:
-            head = (
-                int(batch["heads"][0]) if len(self.parts) > 1 else 0
-            )  # a step's rows are of one task
+            # a step's rows are of one task
+            head = int(batch["heads"][0]) if len(self.parts) > 1 else 0
             pooled = [self._pooled(model, view, lengths, head) for view in views]
             terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
@@ -768,9 +762,8 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
 
 def check(cfg: ClassificationConfig) -> None:
     """Raise UserError for options that do not go together."""
-    draws = cfg.dropout or (
-        cfg.method in layers.LORA and cfg.lora_dropout
-    )  # of the states, which SimCSE compares
+    # of the states, which SimCSE compares
+    draws = cfg.dropout or (cfg.method in layers.LORA and cfg.lora_dropout)
     of_head = cfg.head_dropout and cfg.form != "word"
     for objective in cfg.objective:
         if not draws and not (objective == "rdrop" and of_head):

@@ -148,9 +148,8 @@ class Generation(Finetuning):
         self._set_order()
         if cfg.predict:
             rows = self.rows_to_answer(cfg, say)
-            self._prompts_to_answer(
-                rows, self.seq_len, lambda text: None
-            )  # what --strict does not allow ends here
+            # what --strict does not allow ends here
+            self._prompts_to_answer(rows, self.seq_len, lambda text: None)
         for text in self._first_rows():
             say(text)
 
@@ -387,9 +386,8 @@ class Generation(Finetuning):
         if long:
             say(
                 f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of "
-                f"{context}, the first in "
-                f"{rows[long[0]].where}: only their last {kept_tokens(context)} tokens are "
-                "read"
+                f"{context}, the first in {rows[long[0]].where}: only their last "
+                f"{kept_tokens(context)} tokens are read"
             )
         return prompts
 

@@ -113,9 +113,8 @@ def of_peft(base: Path, folder: Path, new: int = 0, labels: int = 0):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*"
-        )  # peft of transformers
+        # peft of transformers
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         return peft.PeftModel.from_pretrained(hub(base, new, labels), folder).eval()
 
 
@@ -171,10 +170,8 @@ def made_by_peft(model, kind: str, options: dict[str, Any]):
 @pytest.mark.parametrize(
     "kind, options",
     [
-        (
-            "lora",
-            {"fan_in_fan_out": False},
-        ),  # which peft sets right itself for transformers' transposed layers
+        # which peft sets right itself for transformers' transposed layers
+        ("lora", {"fan_in_fan_out": False}),
         ("lora", {"target_modules": ["attn.c_proj"], "layers_to_transform": [1]}),
         ("lora", {"trainable_token_indices": [5, 2]}),
         ("dora", {}),
@@ -364,9 +361,8 @@ def test_gradients_are_those_of_the_plain_path(base, method, how):
     assert got.keys() == want.keys()
     for name in got:
         error = (got[name] - want[name]).norm() / want[name].norm()
-        assert error < (0.1 if how == "autocast" else 1e-4), (
-            name
-        )  # bf16 has 8 bits, and roundings add up
+        # bf16 has 8 bits, and roundings add up
+        assert error < (0.1 if how == "autocast" else 1e-4), name
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

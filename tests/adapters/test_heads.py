@@ -22,7 +22,6 @@ from adapters.options import Pooling
 from config import GPTConfig, UserError
 from model import GPT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 POOLINGS = get_args(Pooling)
 WIDTH, LABELS = 6, ("no", "maybe", "yes")
 quick = settings(deadline=None, max_examples=15)

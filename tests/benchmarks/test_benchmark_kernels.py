@@ -131,9 +131,8 @@ def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
         f"{OURS}, Triton": Form(lambda: lambda x: [3 * x]),
     }
     monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
-    monkeypatch.setattr(
-        bench, "set_allocator", lambda keep_freed: None
-    )  # this process's own stays as it is
+    # this process's own stays as it is
+    monkeypatch.setattr(bench, "set_allocator", lambda keep_freed: None)
     monkeypatch.setattr(
         sys, "argv", ["kernels", "--quick", "--only", "add", "--out", str(tmp_path)]
     )

@@ -139,9 +139,8 @@ def test_the_peers_train_exact_gpt2(case) -> None:
 def test_a_contender_at_other_work_is_not_timed(case) -> None:
     own = Opening(loss=7.0, grad_norm=1.0, next_loss=6.9, seconds=1.0)
     peers.check_agreement(case, "transformers", own, own)
-    more = dataclasses.replace(
-        own, loss=7.01, next_loss=6.91
-    )  # what the padding of 24 in 1,000 words may add
+    # what the padding of 24 in 1,000 words may add
+    more = dataclasses.replace(own, loss=7.01, next_loss=6.91)
     peers.check_agreement(case, "plain", own, more)
     for other in (
         more,
@@ -240,9 +239,8 @@ def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
     assert contenders.fitting(shape, None) == contenders.fitting(shape, 144_000_000_000) == shape
     small = contenders.fitting(shape, 80 * 2**30)
     assert small.rows * small.seq_len <= 32 * 1024
-    assert (
-        small.rows * small.accumulation == shape.rows * shape.accumulation
-    )  # the same tokens in a step
+    # the same tokens in a step
+    assert small.rows * small.accumulation == shape.rows * shape.accumulation
     assert dataclasses.replace(small, rows=shape.rows, accumulation=shape.accumulation) == shape
     assert (small.rows, small.accumulation) == (32, 16) if name == "124M" else small == shape
 

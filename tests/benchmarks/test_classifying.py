@@ -26,8 +26,6 @@ from benchmarks.classifying import (
 )
 from config import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def allocator() -> object:
@@ -52,9 +50,8 @@ def test_both_sides_make_the_same_steps(case, method) -> None:
     losses = []
     for _ in range(3):
         (loss, norm), (its_loss, its_norm) = own(), other()
-        assert its_loss.item() == pytest.approx(
-            loss.item(), rel=1e-5 if not losses else 1e-4
-        )  # Adam begins with signs
+        # Adam begins with signs
+        assert its_loss.item() == pytest.approx(loss.item(), rel=1e-5 if not losses else 1e-4)
         assert its_norm.item() == pytest.approx(norm.item(), rel=1e-4 if not losses else 1e-2)
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]

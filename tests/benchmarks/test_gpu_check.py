@@ -89,10 +89,8 @@ def test_done_parts_are_not_run_again(tmp_path) -> None:
     check(tmp_path).run(parts, minutes=1)
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (2, 1)
     assert check(tmp_path).run(parts[1:], minutes=1)
-    assert set(written(tmp_path)["parts"]) == {
-        "bad",
-        "good",
-    }  # what was not asked for now stays in the table
+    # what was not asked for now stays in the table
+    assert set(written(tmp_path)["parts"]) == {"bad", "good"}
     check(tmp_path, driver="2").run(parts, minutes=1)  # other figures
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (3, 2)
     assert json.loads((tmp_path / "gpu-check-today-before.json").read_text())["driver"] == "1"
@@ -300,9 +298,8 @@ def test_only_names_parts_or_groups() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(repo) -> None:
     command = ["make", "--silent", "-C", repo, "gpu-check", f"PYTHON={sys.executable}"]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-    }  # as under no make
+    # as under no make
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     line, of_make = done.stderr.splitlines()
     assert (
@@ -351,9 +348,8 @@ def test_every_kernel_and_every_gpu_test_is_in_a_part(repo) -> None:
     assert all((repo / file).is_file() for file in files)
     programs = {word.partition("::")[2] for word in words if "::" in word}
     (others,) = (word for word in words if word.startswith("not ("))
-    assert (
-        set(others[len("not (") : -1].split(" or ")) == programs
-    )  # so whatever is no program is among the steps
+    # so whatever is no program is among the steps
+    assert set(others[len("not (") : -1].split(" or ")) == programs
     assert {
         "test_a_whole_run_then_generate_and_evaluate",
         "test_options_run_under_torchrun",

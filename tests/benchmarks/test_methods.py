@@ -239,10 +239,8 @@ def test_a_failure_loses_one_cell_and_is_tried_again(fake: Fake, tmp_path: Path)
     bench = bench_of(tmp_path, keep=3)
     compare(bench, silent)
     assert [(cell.name, why) for cell, why in bench.failed.items()] == [("a", "error: it broke")]
-    assert ("draw", 1) not in fake.ran and (
-        "first",
-        1,
-    ) in fake.ran  # there is nothing of `a` to decode
+    # there is nothing of `a` to decode
+    assert ("draw", 1) not in fake.ran and ("first", 1) in fake.ran
     assert ("a", 2) not in fake.ran and ("g", 1) in fake.ran
     result = result_of(bench, ABOUT)
     assert "a (1) failed: error: it broke" in text_of(result)
@@ -271,9 +269,8 @@ def test_the_budget_is_kept_and_the_rest_is_named(
         assert set(result_of(bench, ABOUT)["left_out"]) == left_out
         assert all(label in text_of(result_of(bench, ABOUT)) for label in left_out)
         compare(bench_of(folder), silent)  # the same command without a limit makes all the others
-        assert (
-            len(fake.ran) == len(set(fake.ran)) == 17
-        )  # 7 methods + 2 decodings, then twice 2 + 2
+        # 7 methods + 2 decodings, then twice 2 + 2
+        assert len(fake.ran) == len(set(fake.ran)) == 17
 
 
 # --- a search
@@ -318,13 +315,8 @@ def test_a_search_tries_each_method_alike_and_goes_on_with_the_best(
             [0.5 * (method.rate or 0) * rate, epochs] for rate, epochs in SETTINGS
         ]
     assert len(of_each["fitted"]) == 1
-    assert [name for name, *_ in tried[:5]] == [
-        "a",
-        "b",
-        "fitted",
-        "a",
-        "b",
-    ]  # all have their first trial first
+    # all have their first trial first
+    assert [name for name, *_ in tried[:5]] == ["a", "b", "fitted", "a", "b"]
     best = {name: max(scores.get((name, s), 0.0) for s in SETTINGS) for name in "ab"}
     winner = max("ab", key=lambda name: best[name])
     later = [o for (name, seed), o in zip(fake.ran, fake.options) if seed > 1 and name == winner]
@@ -571,9 +563,8 @@ def test_rates_are_multiples_of_one() -> None:
     assert rates["full"] == 2e-4 and rates["lora-attention-8"] == 2e-3
     labels = real_bench("sentiment", "classification", lr=2e-4)
     heads = {method.name: labels.run_of(method, 1).options.get("lr") for method in labels.methods}
-    assert (
-        heads["last-layer"] > rates["last-layer"] > heads["full"] == 2e-4
-    )  # a head is new, a base's last layer is not
+    # a head is new, a base's last layer is not
+    assert heads["last-layer"] > rates["last-layer"] > heads["full"] == 2e-4
     assert heads["tf-idf"] is None
     assert usual_rate(1e-4, 124_000_000) == 1e-4 < usual_rate(1e-4, 14_000_000) < 1e-3
 
@@ -640,10 +631,8 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_figures_are_of_the_step_that_final_is_of(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 40.0)
     figures = methods_figures.figures_of(tmp_path / "run")
-    assert figures["metrics"] == {
-        "val_loss": 2.4,
-        "chrf": 40.0,
-    }  # step 4, not the last of metrics.json
+    # step 4, not the last of metrics.json
+    assert figures["metrics"] == {"val_loss": 2.4, "chrf": 40.0}
     assert (figures["lowest_val_loss"], figures["lowest_epoch"], figures["best_epoch"]) == (
         2.2,
         1.0,
@@ -651,9 +640,8 @@ def test_figures_are_of_the_step_that_final_is_of(tmp_path: Path) -> None:
     )
     assert figures["seconds_per_epoch"] == 10 and figures["trained_parameters"] == 1000
     assert figures["warnings"] == ["two rows are cut"]
-    assert (
-        figures["seconds_to_best"] == 1 + 2 + 3 + 4
-    )  # of steps, without the evaluations between them
+    # of steps, without the evaluations between them
+    assert figures["seconds_to_best"] == 1 + 2 + 3 + 4
     of_half = [40.0, 34.0]  # steps 4 and 6: step 2 is of the first half
     assert figures["between_epochs"]["chrf"] == pytest.approx(statistics.stdev(of_half))
 
@@ -884,9 +872,8 @@ def test_the_chart(result: dict[str, Any], of_labels: dict[str, Any], tmp_path: 
     assert (
         (tmp_path / "all.png").stat().st_size > (tmp_path / "methods.png").stat().st_size > 10_000
     )
-    assert (tmp_path / "labels.png").stat().st_size > (
-        tmp_path / "methods.png"
-    ).stat().st_size  # a row for each of many
+    # a row for each of many
+    assert (tmp_path / "labels.png").stat().st_size > (tmp_path / "methods.png").stat().st_size
 
 
 # --- all of it

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,6 @@ from model import GPT, GPTConfig
 BLOCK = 64
 VOCAB = 331  # so the embedding is padded
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [(17 * i) % 330 for i in range(20)]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost a tiny model more than they save, the more so on a
-    busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model() -> GPT:
@@ -331,10 +321,8 @@ def greedy_without_cache(
 SLIDING = {
     "greedy": (DecodeConfig(decode="greedy"), BLOCK),
     "beam": (DecodeConfig(decode="beam", beams=1), BLOCK),
-    "contrastive": (
-        DecodeConfig(decode="contrastive", contrastive_k=1),
-        BLOCK - 1,
-    ),  # a candidate must fit as well
+    # a candidate must fit as well
+    "contrastive": (DecodeConfig(decode="contrastive", contrastive_k=1), BLOCK - 1),
 }
 
 
@@ -434,9 +422,8 @@ def test_a_text_ends_with_its_last_line(ids: list[int], lines: int) -> None:
         assert ended == "before" and (not lines or len(complete) < lines)
     else:
         assert len(complete) == lines and "\n" in LETTERS.decode(text[-1:])
-        assert (ended == "after") == bool(
-            LETTERS.decode(text[-1:]).strip()
-        )  # text before the newline is kept
+        # text before the newline is kept
+        assert (ended == "after") == bool(LETTERS.decode(text[-1:]).strip())
 
 
 # --- greedy and sampling
@@ -530,9 +517,8 @@ def test_beam_search_is_transformers_token_for_token(
             ours = generate(model, prompts, options, eot)
             assert ours == of_transformers(reference, prompts, 16, eot, **how)
             lengths |= set(map(len, ours))
-    assert (
-        len(lengths) > 2 or length_penalty == 2
-    )  # they ended at different times; long ones are best by the square
+    # they ended at different times; long ones are best by the square
+    assert len(lengths) > 2 or length_penalty == 2
 
 
 @torch.no_grad()

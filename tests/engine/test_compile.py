@@ -20,9 +20,8 @@ from engine.trainer import evaluate
 from random_tokens import make_step
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=3, n_head=2, n_embd=64)
-MINUTE = GPTConfig(
-    vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16
-)  # Triton's interpreter is slow
+# Triton's interpreter is slow
+MINUTE = GPTConfig(vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16)
 
 
 @pytest.fixture

@@ -122,9 +122,8 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(
         assert end.out.count("saved run/checkpoints/") == (step is not None), "a step is saved once"
         assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
     (end,) = launch(folder, small(), functools.partial(receive, "whole file", 3, (TERM,)))
-    assert end.code == 0 and "resumed from step-00000007" in end.out, (
-        end
-    )  # too late to stop: it is finished
+    # too late to stop: it is finished
+    assert end.code == 0 and "resumed from step-00000007" in end.out, end
     assert trace(folder / "run") == trace(reference / "run")
 
 
@@ -223,9 +222,8 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
         ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
         assert [end.code for end in ends] == [0, 0][:ranks], ends
     ends = launch(folder, words, functools.partial(die, "micro-batch", 9, on=1), ranks=2)
-    assert [end.code for end in ends] == [1, -signal.SIGKILL], (
-        ends
-    )  # rank 0 does not wait for the dead
+    # rank 0 does not wait for the dead
+    assert [end.code for end in ends] == [1, -signal.SIGKILL], ends
     assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
     # One rank alone hears of the signal; both leave at the same point, the second micro-batch from
     # then.
@@ -425,9 +423,8 @@ def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None
     words = small("--sample-every", 0)
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
-    end = outcome(
-        torchrun(folder, "die_twice", words, how), timeout=240
-    )  # ranks that hang do so for ten minutes
+    # ranks that hang do so for ten minutes
+    end = outcome(torchrun(folder, "die_twice", words, how), timeout=240)
     assert end.code == 0, end
     assert (
         end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out

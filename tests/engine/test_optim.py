@@ -28,10 +28,11 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
 def test_the_rate_lies_between_nothing_and_the_peak(schedule, steps, warmup):
     rates = [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in range(steps)]
     assert all(0 < rate <= 1 + 1e-12 for rate in rates)
+    # pure
     assert (
         rates
         == [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in reversed(range(steps))][::-1]
-    )  # pure
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
@@ -133,9 +134,8 @@ def test_adamw_is_torch_s_own_unfused():
             group["lr"] = lr * scale
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(
-            p, q, rtol=1e-5, atol=1e-7
-        )  # the fused kernel rounds in another order
+        # the fused kernel rounds in another order
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 def test_muon_is_torch_s_own_at_adamw_s_size():
@@ -191,9 +191,8 @@ def test_a_skipped_update_leaves_weights_moments_and_counters_to_the_bit(optimiz
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     after = optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    assert all(
-        not value.any() for name, value in after.items() if name not in state
-    )  # made by the first call
+    # made by the first call
+    assert all(not value.any() for name, value in after.items() if name not in state)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -278,9 +278,8 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "metrics.json").exists()
     end = go(folder, "--out", "run", "--extend-to", 16, "--reschedule", kill=("retention", 1))
     assert end.code == -signal.SIGKILL, end
-    shutil.rmtree(
-        folder / "run" / "checkpoints" / "step-00000012"
-    )  # the restart is in run.json, wherever it resumes
+    # the restart is in run.json, wherever it resumes
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")
     end = go(folder, "--out", "run")
     assert end.code == 0 and "resumed from step-00000008" in end.out, end
     rates = [line["lr"] for line in log_of(folder / "run", "train")]

@@ -105,9 +105,8 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     result = run_step(train, 0, loader(task, ALONE, 4))
     _, _, gradients = expected_gradients(task, train.model, 0)
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
-    assert norm(found) == pytest.approx(
-        0.01, rel=1e-3
-    )  # a millionth is added to the norm it is divided by
+    # a millionth is added to the norm it is divided by
+    assert norm(found) == pytest.approx(0.01, rel=1e-3)
     factor = 0.01 / (norm(gradients) + 1e-6)
     close(found, {name: factor * g for name, g in gradients.items()})
     loose = step_of(task, ALONE, clip=1e3)
@@ -223,9 +222,8 @@ def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
     run_step(train, 1, data)
     _, _, gradients = expected_gradients(task, train.model, 1)
     for name, expected in gradients.items():
-        torch.testing.assert_close(
-            found[name].double(), expected, rtol=0.02, atol=1e-3
-        )  # fp16 has 11 bits
+        # fp16 has 11 bits
+        torch.testing.assert_close(found[name].double(), expected, rtol=0.02, atol=1e-3)
     run_step(train, 2, data)
     assert train.scale.scale.item() == first  # two good ones
 
@@ -367,17 +365,15 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         end = expected_end(scores, mode, **options)
         happened = what_happened(run)
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
-        of_final = happened["figures"][
-            "final_is_step"
-        ]  # what metrics.json says is of the model in final/
+        # what metrics.json says is of the model in final/
+        of_final = happened["figures"]["final_is_step"]
         assert happened["figures"]["score"] == finite(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)
         before = (run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes()
-        assert (
-            train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0
-        )  # it is finished
+        # it is finished
+        assert train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0
         assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
 
 
@@ -444,9 +440,8 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_p
     newest = checkpoint.step_folder(tmp_path / "run", 3)
     checkpoint.write_folder(newest, fill)
     assert train(Scripted([1.0] * 6), dataclasses.replace(cfg, patience=2)) == 0
-    assert (
-        what_happened(tmp_path / "run")["figures"]["steps"] == 6
-    )  # step 4 is the best it knows of
+    # step 4 is the best it knows of
+    assert what_happened(tmp_path / "run")["figures"]["steps"] == 6
 
 
 def test_a_run_stopped_early_is_extended_only_with_more_patience(untouched, tmp_path):

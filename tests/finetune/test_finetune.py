@@ -42,7 +42,6 @@ from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SHARED = REPO.parent / "shared" / "data"
 ALONE = World(0, 0, 1, 1, CPU)
@@ -954,11 +953,7 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
         task, said = reader(name), []
         assert [
             row["label"] for row in task.read(str(tmp_path / "rows.tsv"), split, said.append)
-        ] == [
-            "0",
-            "1",
-            "1",
-        ]
+        ] == ["0", "1", "1"]
         (warning,) = task.warnings
         assert warning.startswith(
             f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', "
@@ -1412,9 +1407,8 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     ]
     assert torch.equal(model.head_weight[:vocab_size], base[:vocab_size])
     rows = model.head_weight[vocab_size : vocab_size + 2].detach()
-    assert (
-        (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()
-    )  # they started at the mean, and moved
+    # they started at the mean, and moved
+    assert (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()
     assert (
         json.loads((folder / "run" / "predictions.jsonl").read_text().splitlines()[0])["prediction"]
         is not None
@@ -1629,9 +1623,8 @@ def test_a_mistake_is_told_in_one_line(mistake: str, mistakes: Path) -> None:
     (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
     assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
     assert "Traceback" not in end.out
-    assert {file.name for file in (mistakes / "new").glob("*")} <= {
-        "run.json"
-    }  # nothing was trained or written
+    # nothing was trained or written
+    assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}
     for part in MISTAKES[mistake]:
         assert part in end.err, end.err
 

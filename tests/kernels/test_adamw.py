@@ -177,9 +177,8 @@ def test_the_state_is_torch_s():
             mixed.load_state_dict(saved)
     for ours, theirs in zip(mixed.param_groups, fused.param_groups):
         p, q = ours["params"][0], theirs["params"][0]
-        torch.testing.assert_close(
-            p, q, rtol=12 * HALF_ULP, atol=60 * HALF_ULP * 3e-2
-        )  # as above, on either side
+        # as above, on either side
+        torch.testing.assert_close(p, q, rtol=12 * HALF_ULP, atol=60 * HALF_ULP * 3e-2)
         assert mixed.state[p].keys() == fused.state[q].keys()
         assert mixed.state[p]["step"] == fused.state[q]["step"] == 6
 
@@ -199,11 +198,8 @@ def test_other_betas(betas):
 def test_elements_are_paired_whatever_the_strides():
     (wide,), (grad,) = values([(30, 70)], 0), values([(30, 70)], 1)
     straight, turned = make_table([wide.clone()]), make_table([wide.t().contiguous().t()])
-    for g in (
-        grad,
-        grad.t().contiguous().t(),
-        torch.stack([grad, grad], 2)[..., 0],
-    ):  # torch.stack leaves gaps
+    # torch.stack leaves gaps
+    for g in (grad, grad.t().contiguous().t(), torch.stack([grad, grad], 2)[..., 0]):
         adamw(straight, [g], on_device(1e-2), ONE, YES, BETAS, EPS)
         adamw(turned, [g], on_device(1e-2), ONE, YES, BETAS, EPS)
     adamw_reference(
@@ -243,9 +239,8 @@ def test_copies_are_rounded_as_torch_rounds():
             0x7FFFFFFF,
         ]
     )
-    special = (
-        bits.int().view(torch.float32).to(DEVICE)
-    )  # ties, near ties, the largest, the smallest, a NaN
+    # ties, near ties, the largest, the smallest, a NaN
+    special = bits.int().view(torch.float32).to(DEVICE)
     table = make_table([torch.cat([special, -special])])
     adamw(table, [torch.zeros(16, device=DEVICE)], on_device(0.0), ONE, YES, BETAS, EPS)
     copy, expected = table.copies[0], table.params[0].bfloat16()
@@ -331,13 +326,8 @@ def test_norm_agrees_with_torch(dtype):
 
 def test_norm_of_mixed_types_and_strides():
     a, b, c = values([(30, 70), (64, 65), (9,)], 3)
-    tensors = [
-        a.t(),
-        b[:, 1:],
-        b[::2, 5],
-        c.bfloat16(),
-        c.expand(3, 9),
-    ]  # turned, gaps, gaps, bf16, thrice the same
+    # turned, gaps, gaps, bf16, thrice the same
+    tensors = [a.t(), b[:, 1:], b[::2, 5], c.bfloat16(), c.expand(3, 9)]
     exact = torch.nn.utils.get_total_norm([t.double() for t in tensors])
     assert (global_norm(tensors) - exact).abs() <= 15 * HALF_ULP * exact
 

@@ -171,9 +171,8 @@ def test_half_precision(dtype, lengths):
     check(packed(1, 150, 1, 64, dtype), segments, units=(2 * UNIT[dtype], 4 * UNIT[dtype]))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow"
-)  # of the weights of keys that are not seen: they are then set to 0
+# of the weights of keys that are not seen: they are then set to 0
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_huge_scores():
     qkv = packed(1, 150, 1, 64, scale=100.0)
     q, k, _ = qkv.detach().unbind(2)

@@ -103,9 +103,8 @@ def test_nan_stays_nan():
 
 @both
 def test_not_contiguous(triton):
-    apart = [
-        torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in inputs(10, 48)
-    ]  # every second element
+    # every second element
+    apart = [torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in inputs(10, 48)]
     assert not any(t.is_contiguous() for t in apart)
     check(*apart, triton)
 

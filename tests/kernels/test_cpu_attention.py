@@ -159,9 +159,8 @@ def test_not_contiguous():
     view = whole.permute(3, 0, 2, 1, 4)[..., 1::2].copy_(qkv.detach()).detach().requires_grad_()
     assert not view.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(run(view), (out, grad)))
-    expanded = torch.autograd.grad(cpu_attention(qkv).sum(), qkv)[
-        0
-    ]  # the gradient of a sum is one number, expanded
+    # the gradient of a sum is one number, expanded
+    expanded = torch.autograd.grad(cpu_attention(qkv).sum(), qkv)[0]
     assert torch.equal(
         expanded, torch.autograd.grad(cpu_attention(qkv), qkv, torch.ones_like(out))[0]
     )
@@ -295,9 +294,8 @@ def test_each_probability_is_dropped_by_itself(p):
                 (kept(1, 100, 1, p, seed=1)[..., *torch.tril_indices(100, 100)] != 0)[0].double(),
             )
         )
-        assert (
-            torch.corrcoef(of_heads) - torch.eye(len(of_heads))
-        ).abs().max() < 0.06  # four over sqrt(5050)
+        # four over sqrt(5050)
+        assert (torch.corrcoef(of_heads) - torch.eye(len(of_heads))).abs().max() < 0.06
 
 
 @pytest.mark.parametrize("tokens", [1, 400, 10**6])

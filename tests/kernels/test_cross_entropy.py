@@ -144,9 +144,8 @@ def test_huge_logits():
     logits, targets = inputs(17, 384, 331)
     with torch.no_grad():
         logits.mul_(1e4)
-        logits[::2, 5] = logits[::2].amax(
-            1
-        )  # ties at the top: as close to even as probabilities get
+        # ties at the top: as close to even as probabilities get
+        logits[::2, 5] = logits[::2].amax(1)
     check(logits, targets, 331)
 
 
@@ -272,9 +271,8 @@ def test_more_logits_than_an_int32_counts():
     targets = torch.randint(vocab, (rows,), device="cuda")
     losses = cross_entropy(logits, targets, vocab)
     gradient = torch.autograd.grad(losses.sum(), logits)[0]
-    some = torch.tensor(
-        [0, 1, 42690, 42691, rows - 2, rows - 1], device="cuda"
-    )  # 2^31 lies in row 42,690
+    # 2^31 lies in row 42,690
+    some = torch.tensor([0, 1, 42690, 42691, rows - 2, rows - 1], device="cuda")
     losses64, gradient64 = exact(
         logits[some], targets[some], vocab, torch.ones(len(some), device="cuda")
     )

@@ -23,9 +23,8 @@ def test_numbers_are_dropped_or_divided_by_what_is_kept(dtype, p):
         y[kept], (x * (1 / (1 - p)))[kept], rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=0
     )
     share = kept[x != 0].double().mean().item()
-    assert share == pytest.approx(
-        1 - p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5
-    )  # four standard deviations
+    # four standard deviations
+    assert share == pytest.approx(1 - p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)
     assert y.dtype == dtype and not torch.isnan(y).any()
 
 

@@ -116,9 +116,8 @@ def test_quantize(dtype, scale, source):
     x = (scale * torch.randn(64, 48)).to(DEVICE, source)
     x8, factor = quantize(x, dtype)
     assert x8.dtype == dtype and factor.dtype == torch.float32 and factor.dim() == 0
-    assert (
-        x8.float().abs().max() == torch.finfo(dtype).max
-    )  # the whole range is used, and none of it overflows
+    # the whole range is used, and none of it overflows
+    assert x8.float().abs().max() == torch.finfo(dtype).max
     # Below the smallest normal number the steps stay as they are there. The factor and the division
     # round in fp32.
     half_step = HALF[dtype] * x.double().abs().clamp(
@@ -203,9 +202,8 @@ def test_used_twice():
     )
     for ours, once in zip(twice, results(x, weight, bias, dy)[1:]):
         assert torch.equal(ours, 2 * once)
-    chained = torch.autograd.grad(fp8_linear(fp8_linear(x, weight), weight), weight, dy)[
-        0
-    ]  # two uses of one weight
+    # two uses of one weight
+    chained = torch.autograd.grad(fp8_linear(fp8_linear(x, weight), weight), weight, dy)[0]
     assert chained.isfinite().all() and chained.any()
 
 
@@ -273,9 +271,8 @@ def test_autocast_changes_nothing(dtype, enabled):
 def without_data(monkeypatch):
     """For tensors of device "meta": torch checks a GPU's demands on layout with them, and never
     with a CPU's."""
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
-    )  # which knows no such device
+    # which knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("rows", [48, 37])
@@ -314,6 +311,5 @@ def test_compiles_without_a_break():
     y = compiled(x, weight, bias)
     ours = y, *torch.autograd.grad(y, (x, weight, bias), dy)
     for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, results(x, weight, bias, dy)):
-        assert off(a, b.double()) < 1e-5, (
-            name
-        )  # the same FP8 numbers; only sums may be in another order
+        # the same FP8 numbers; only sums may be in another order
+        assert off(a, b.double()) < 1e-5, name

@@ -220,9 +220,8 @@ def test_compiled_gradients_are_those_of_eager(name):
     def gradients(run: Callable[..., Any]) -> list[Tensor]:
         outputs = run(*inputs[:1]) if isinstance(operation, Cast) else run(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        weights = [
-            torch.linspace(0.5, 2, out.numel()).view(out.shape) for out in outputs
-        ]  # no gradient is one
+        # no gradient is one
+        weights = [torch.linspace(0.5, 2, out.numel()).view(out.shape) for out in outputs]
         total = sum(
             (out.float() * weight).sum() for out, weight in zip(outputs, weights, strict=True)
         )

@@ -162,9 +162,8 @@ def test_stream_is_its_own_branch(triton):
 @both
 def test_not_contiguous(triton):
     leaves = inputs(10, 48)
-    apart = [
-        torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in leaves
-    ]  # every second element
+    # every second element
+    apart = [torch.stack((t, -t), -1)[..., 0].detach().requires_grad_() for t in leaves]
     assert not any(t.is_contiguous() for t in apart)
     check(apart, triton)
 

@@ -78,9 +78,8 @@ CASES = [
     *((shape, triton) for shape in SHAPES for triton in BOTH),
     ((257, 8, 50257, 50257), False),  # several of the pieces that a CPU takes at once
     ((1023, 48, 331, 384), False),
-    pytest.param(
-        (1023, 48, 331, 384), True, marks=pytest.mark.gpu
-    ),  # every row is Python in the interpreter
+    # every row is Python in the interpreter
+    pytest.param((1023, 48, 331, 384), True, marks=pytest.mark.gpu),
 ]
 
 
@@ -213,9 +212,8 @@ def test_inputs_that_are_not_contiguous(triton):
             0
         ],
     )
-    columns = (
-        torch.randn(24, 20, device=DEVICE).t().requires_grad_()
-    )  # transposed: a leaf with strides (1, 20)
+    # transposed: a leaf with strides (1, 20)
+    columns = torch.randn(24, 20, device=DEVICE).t().requires_grad_()
     check(columns, weight.detach().t().contiguous().t().requires_grad_(), targets, 331, triton)
     row = torch.randn(1, 24, device=DEVICE).requires_grad_()
     expanded = torch.autograd.grad(

@@ -57,9 +57,8 @@ def found(spec: object) -> list[str]:
 
 
 def test_hidden_files_are_no_data(tmp_path: Path) -> None:
-    data = (
-        tmp_path / ".cache" / "data"
-    )  # the folder that is named may itself lie below a hidden one
+    # the folder that is named may itself lie below a hidden one
+    data = tmp_path / ".cache" / "data"
     for name in ("a.txt", "sub/b.txt", *HIDDEN):
         write(data / name)
     for spec in (data, f"{data}/**/*.txt", f"{data}/**", f"{data}/*.txt,{data}/sub/*"):

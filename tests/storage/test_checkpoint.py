@@ -215,9 +215,8 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
         folder = run / "checkpoints"
         for name in names:
             shutil.copytree(folder / "step-00000002", folder / name)
-        shutil.copytree(
-            folder / "step-00000002", folder / "step-00000099"
-        )  # a copy: it holds another step
+        # a copy: it holds another step
+        shutil.copytree(folder / "step-00000002", folder / "step-00000099")
         (folder / ".tmp-mine").mkdir()
         (folder / ".tmp-mine" / "a.txt").write_text("mine")
         (run / ".tmp-notes").write_text("mine")

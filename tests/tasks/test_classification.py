@@ -42,7 +42,6 @@ from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 ASK = Special("<ask>")
 WORDS = [
@@ -572,9 +571,8 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
 def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     """Training and evaluation compile no more than once they have met two lengths, and no graph
     breaks."""
-    compile = (
-        nn.Module.compile
-    )  # all but code generation, which takes the time and is not what is asked about
+    # all but code generation, which takes the time and is not what is asked about
+    compile = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True)
     )
@@ -907,9 +905,8 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
     asked = [row(" ".join(WORDS[n:][:7]), LABELS[n % 3] if n else "", WORDS[n]) for n in range(9)]
     task = mood(tokenizer, **READS[reads])
     model = exported(task, tmp_path / "model")
-    cfg = ClassificationConfig(
-        init="other", predict="rows", device="cpu", allow_overlap=True
-    )  # says nothing of the form
+    # says nothing of the form
+    cfg = ClassificationConfig(init="other", predict="rows", device="cpu", allow_overlap=True)
     other, said = Mood(asked), []
     scores = other.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -925,9 +922,8 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
             probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0],
             atol=1e-5,
         )
-    right = [
-        answer["prediction"] == answer["label"] for answer in answers[1:]
-    ]  # the first has no label
+    # the first has no label
+    right = [answer["prediction"] == answer["label"] for answer in answers[1:]]
     assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores[
         "accuracy"
     ] == pytest.approx(sum(right) / 8)

@@ -67,9 +67,8 @@ def test_a_label_in_neither_does_not_count():
     some = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 2)
     more = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 5)
     assert confusion.macro_f1(some) == confusion.macro_f1(more) == pytest.approx(2 / 3)
-    given_only = confusion.confusion_matrix(
-        [0, 0, 1], [0, 2, 1], 5
-    )  # 2/3, 1 and, of the label that no row has, 0
+    # 2/3, 1 and, of the label that no row has, 0
+    given_only = confusion.confusion_matrix([0, 0, 1], [0, 2, 1], 5)
     assert confusion.macro_f1(given_only) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
@@ -102,9 +101,8 @@ def plain_calibration(true, probabilities, bins):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
 def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
-    true, probabilities = scored(
-        rows, n_labels, seed, sharpness=seed % 5
-    )  # 0: all labels are equally likely
+    # 0: all labels are equally likely
+    true, probabilities = scored(rows, n_labels, seed, sharpness=seed % 5)
     expected = plain_calibration(true, probabilities, bins)
     assert confusion.calibration_error(true, probabilities, bins) == pytest.approx(
         expected, abs=1e-12
@@ -113,9 +111,8 @@ def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
 
 def test_reliability_by_hand():
     probabilities = np.array([[0.5, 0.5], [0.3, 0.7], [0.1, 0.9], [0.0, 1.0]])
-    found = confusion.reliability(
-        [0, 0, 1, 1], probabilities, bins=4
-    )  # 0.5 is in the second bin, 1 in the last
+    # 0.5 is in the second bin, 1 in the last
+    found = confusion.reliability([0, 0, 1, 1], probabilities, bins=4)
     np.testing.assert_array_equal(found.rows, [0, 1, 1, 2])
     np.testing.assert_allclose(found.confidence, [0, 0.5, 0.7, 0.95])
     np.testing.assert_allclose(found.accuracy, [0, 1, 0, 1])
@@ -176,9 +173,8 @@ def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
     expected = intervals_by_rows(true, [first], 4000)
     # The ends of the intervals vary over seeds by about 0.001 and 0.0015.
     np.testing.assert_allclose([found["accuracy"], found["macro_f1"]], expected, atol=0.006)
-    width = (
-        2 * 1.96 * math.sqrt(np.mean(true == first) * np.mean(true != first) / 300)
-    )  # by the normal distribution
+    # by the normal distribution
+    width = 2 * 1.96 * math.sqrt(np.mean(true == first) * np.mean(true != first) / 300)
     assert np.ptp(found["accuracy"]) == pytest.approx(width, rel=0.1)
 
 
@@ -190,9 +186,8 @@ def test_bootstrap_covers_as_often_as_it_says():
             np.zeros(250), np.where(right, 0, 1), 2, seed, resamples=400
         )["accuracy"]
         covered += low <= share <= high
-    assert (
-        178 <= covered <= 199
-    )  # of 190 expected: four standard deviations of 3.1, less at the top
+    # of 190 expected: four standard deviations of 3.1, less at the top
+    assert 178 <= covered <= 199
 
 
 @given(labelled(), st.randoms())
@@ -216,9 +211,8 @@ def test_bootstrap_is_the_seeds(pair):
         (confusion.accuracy(matrix), confusion.macro_f1(matrix)), same[0].values()
     ):
         assert low < figure < high
-    wider = confusion.bootstrap(
-        true, first, 9, 7
-    )  # labels that no row has or was given change nothing
+    # labels that no row has or was given change nothing
+    wider = confusion.bootstrap(true, first, 9, 7)
     assert wider == same[0]
 
 
@@ -276,9 +270,8 @@ def test_paired_test_turned_around(pair):
     for name in ("accuracy", "macro_f1"):
         assert one[name]["difference"] == -other[name]["difference"]
         low, high = other[name]["interval"]
-        np.testing.assert_allclose(
-            one[name]["interval"], [-high, -low], atol=0.006
-        )  # of other draws
+        # of other draws
+        np.testing.assert_allclose(one[name]["interval"], [-high, -low], atol=0.006)
 
 
 def test_a_method_is_no_better_than_itself(pair):
@@ -370,13 +363,8 @@ def size(path) -> tuple[int, int]:
 
 LABELS = {
     2: ["no", r"$\yes$"],  # no formula, and one that cannot be read
-    5: [
-        "여행",
-        "경제",
-        "a\nb",
-        "\U0010ffff",
-        "x" * 300,
-    ],  # letters that fonts lack, one that all lack
+    # letters that fonts lack, one that all lack
+    5: ["여행", "경제", "a\nb", "\U0010ffff", "x" * 300],
     42: [f"org:place_of_headquarters_{i}" for i in range(42)],
 }
 

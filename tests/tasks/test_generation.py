@@ -26,7 +26,6 @@ from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GO = Special("<go>")
 WORDS = [
     "the",
@@ -187,9 +186,8 @@ def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
             UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"
         ):
             echo(tokenizer, [row("rain"), bad], [row("a")], seq_len=12, strict=True)
-    task = echo(
-        tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True
-    )  # nothing of it is lost
+    # nothing of it is lost
+    task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)
     assert len(task.train.rows) > 2
     with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
         echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
@@ -271,9 +269,8 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
     task, _ = trained
     batch = task.collate("train", np.array(ids))
     assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.padded
-    assert (
-        task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()
-    ).all()  # the least that holds
+    # the least that holds
+    assert (task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()).all()
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
         tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
         for t in range(len(idx)):
@@ -420,9 +417,8 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
         cfg, str(tmp_path / "model"), tmp_path / "long.jsonl", said.append
     ) == {"answered": 4}
     assert said == [
-        "1 of 4 prompts are longer than the model's context of 32, the first in rows "
-        "row 0: only their "
-        "last 24 tokens are read"
+        "1 of 4 prompts are longer than the model's context of 32, the first in rows row 0: only "
+        "their last 24 tokens are read"
     ]
     strict = dataclasses.replace(cfg, strict=True)
     with pytest.raises(

@@ -113,14 +113,10 @@ def test_squad_by_hand():
         ["an norman-dukes!", "in 1067", "Paris"], [["The normandukes"], *answers[1:]]
     )
     assert scores == pytest.approx({"exact_match": 100 / 3, "f1": (100 + 0 + 50) / 3})
-    assert metrics.squad(["normans"], answers[:1]) == {
-        "exact_match": 100,
-        "f1": 100,
-    }  # the best of the answers
-    assert metrics.squad(["the"], [["A!"]]) == {
-        "exact_match": 100,
-        "f1": 0,
-    }  # nothing left: so the official script
+    # the best of the answers
+    assert metrics.squad(["normans"], answers[:1]) == {"exact_match": 100, "f1": 100}
+    # nothing left: so the official script
+    assert metrics.squad(["the"], [["A!"]]) == {"exact_match": 100, "f1": 0}
 
 
 ANSWERS = st.text(alphabet="an theTHE cat.,\n\u00a0é", min_size=1, max_size=20)
@@ -245,9 +241,8 @@ def test_true_sonnets_rhyme_and_shuffled_lines_do_not(repo):
     poems = [
         poem.strip() for poem in re.split(r"\n\s*\d+\s*\n", file.read_text(encoding="utf-8"))[1:]
     ]
-    assert metrics.line_count_accuracy(poems) == pytest.approx(
-        129 / 131
-    )  # one sonnet has 15 lines and one 12
+    # one sonnet has 15 lines and one 12
+    assert metrics.line_count_accuracy(poems) == pytest.approx(129 / 131)
     true = metrics.rhyming_accuracy(poems)
     assert true["rhyming_accuracy"] > 0.75 and true["rhyming_coverage"] > 0.9
     lines = [line for poem in poems for line in poem.splitlines()]

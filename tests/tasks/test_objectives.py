@@ -37,9 +37,8 @@ def labelled(B, K, seed=0, dtype=torch.float32):
         draws(B, K + 1, seed=seed, n=1, dtype=dtype),
         torch.Generator().manual_seed(seed),
     )
-    log_p = (
-        logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()
-    )  # the last column is the other words
+    # the last column is the other words
+    log_p = logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()
     weights = torch.rand(B, generator=generator)
     return log_p, torch.randint(K, (B,), generator=generator), weights
 
@@ -99,9 +98,8 @@ def test_rdrop_is_a_symmetric_divergence_of_distributions(B, K, seed):
     one, two = draws(B, K, seed=seed)
     value = rdrop(one, two)
     assert value >= 0 and value == rdrop(two, one)
-    torch.testing.assert_close(
-        rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5
-    )  # renormalised
+    # renormalised
+    torch.testing.assert_close(rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5)
     assert rdrop(one, one).item() == 0
     assert rdrop(one, one + 1e-6 * two) >= 0  # where 1e-12 is left of it
 
@@ -307,9 +305,8 @@ def test_finite_wherever_logits_are(dtype):
     )
     sums = nll_and_unlikelihood(logits, idx, targets)
     assert all(torch.isfinite(s) and s.dtype == torch.float32 for s in sums)
-    assert (
-        sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001
-    )  # only one token a position can be certain
+    # only one token a position can be certain
+    assert sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001
     for gradient in gradients([s * 2.0**14 for s in sums], logits):
         assert gradient.dtype == dtype
         assert gradient.isfinite().all()
@@ -350,9 +347,8 @@ def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
         nll_and_unlikelihood(*(x[b : b + 1] for x in (logits, idx, targets))) for b in range(3)
     ]
     torch.testing.assert_close(list(whole), [torch.stack(s).sum() for s in zip(*alone)])
-    monkeypatch.setattr(
-        objectives, "PIECE_BYTES", 4 * 21 * 5
-    )  # five positions, over the ends of rows
+    # five positions, over the ends of rows
+    monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * 21 * 5)
     pieces = nll_and_unlikelihood(logits, idx, targets)
     torch.testing.assert_close(pieces, whole)
     assert all(torch.equal(a, b) for a, b in zip(gradients(pieces, logits), dz))
@@ -362,9 +358,8 @@ def test_a_prompt_counts_and_padding_on_the_left_does_not():
     logits, idx, targets = inputs(1, 5, 9)
     pad = 3
     wide = torch.cat((torch.randn(1, pad, 9), logits.detach()), 1).requires_grad_()
-    padded = torch.cat(
-        (idx.new_full((1, pad), int(idx[0, 1])), idx), 1
-    )  # padding that is a token of the text too
+    # padding that is a token of the text too
+    padded = torch.cat((idx.new_full((1, pad), int(idx[0, 1])), idx), 1)
     wanted = torch.cat((targets.new_full((1, pad), IGNORE), targets), 1)
     earlier = torch.arange(pad + 5)[None] >= pad
     torch.testing.assert_close(
@@ -417,11 +412,7 @@ def test_compiles_without_a_break():
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
     words = "--preset micro --vocab 300 --seq-len 16 --batch 2 --repetitions 1 --device cpu --out"
     monkeypatch.setattr(sys, "argv", ["objectives", *words.split(), str(tmp_path)])
-    threads = torch.get_num_threads()
-    try:
-        written_out.main()
-    finally:
-        torch.set_num_threads(threads)
+    written_out.main()
     [row] = json.loads((tmp_path / "objectives-cpu.json").read_text())["rows"]
     assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(
         row["seconds"], 1

@@ -90,9 +90,8 @@ QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERI
 @settings(max_examples=200, deadline=None)
 def test_what_csv_writes_comes_back(tmp_path_factory, data, n, delimiter, quoting, end) -> None:
     rows = data.draw(st.lists(st.tuples(*[CELL] * n), min_size=1, max_size=6))
-    lost = {"\n": "\r", "\r": "\n", "\r\n": ""}[
-        end
-    ]  # Python before 3.13 does not quote the other line end
+    # Python before 3.13 does not quote the other line end
+    lost = {"\n": "\r", "\r": "\n", "\r\n": ""}[end]
     rows = [tuple(cell.replace(lost, "") if lost else cell for cell in row) for row in rows]
     header = ("text", "two", "three", "four")[:n]
     text = table([header, *rows], delimiter=delimiter, quoting=quoting, lineterminator=end)

@@ -229,9 +229,8 @@ def test_what_names_the_content(tmp_path: Path) -> None:
         )
         == 4
     )
-    assert sha256(SONGS) == sha256(
-        [song | {"artist": "other"} for song in SONGS]
-    )  # a column that is not read
+    # a column that is not read
+    assert sha256(SONGS) == sha256([song | {"artist": "other"} for song in SONGS])
 
 
 def test_optional_fields(tmp_path: Path) -> None:

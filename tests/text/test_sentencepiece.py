@@ -235,9 +235,8 @@ class TestKoGPT2:
         assert [theirs.decode(row) for row in ids] == [ours.decode(row) for row in ids]
         assert (ours.eot, ours.vocab_size, ours.special_id("<usr>")) == (1, len(theirs), 2)
         assert ours.decode(ids[0]) == "학교에서 고양이를" and ours.special_id("<unk>") in ids[6]
-        ours.save(
-            tmp_path
-        )  # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
+        # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
+        ours.save(tmp_path)
         assert hub_ids(tmp_path, list(self.TEXTS)) == ids
 
     def test_takes_a_tasks_special_tokens(self, folder, tmp_path):

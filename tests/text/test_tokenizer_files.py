@@ -179,9 +179,8 @@ def same(ours: Any, hub: Any) -> None:
     assert set(ours.special_ids.values()) == special
     for text in PROBES:
         ids = hub(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-        if (
-            ours.eot in ids
-        ):  # an end token that its file marks as ordinary text: never read in a text here
+        # an end token that its file marks as ordinary text: never read in a text here
+        if ours.eot in ids:
             continue
         assert ours.encode(text) == ids and ours.encode_batch([text])[0] == ids
         assert ours.decode(ids) == hub.decode(ids)
@@ -229,9 +228,8 @@ def test_an_older_folder_keeps_its_end_token(spec, tmp_path):
 
 def test_one_id_for_two_tokens_is_refused(spec, tmp_path):
     files = older(spec, ("<|endoftext|>",))
-    files["vocab.json"]["Ġdoesn"] = len(
-        files["vocab.json"]
-    )  # leaves a gap, and takes the id of the next added token
+    # leaves a gap, and takes the id of the next added token
+    files["vocab.json"]["Ġdoesn"] = len(files["vocab.json"])
     files |= {"added_tokens.json": {"<x>": 5}}
     with pytest.raises(
         UserError, match="'<x>' and 'Ġdoesn' both have the id 297; give each its own"

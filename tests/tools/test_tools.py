@@ -152,10 +152,8 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
 def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None:
     files, drawn, true = runs
-    drawn[2][:, 0], drawn[2][:, 1] = (
-        0,
-        1,
-    )  # impossible for it is one label, and that is no matter either
+    # impossible for it is one label, and that is no matter either
+    drawn[2][:, 0], drawn[2][:, 1] = (0, 1)
     write_jsonl(files[2], records(drawn[2], true))
     assert tool("ensemble", *files[:2], "--how", how, "--out", tmp_path / "two.jsonl").code == 0
     assert (
@@ -331,9 +329,8 @@ def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each
         "mine", "--data", write_pairs(tmp_path / "pairs.csv"), "--out", out, "--share", share
     )
     assert done.code == 0, done.err
-    rows = read_rows(
-        str(out), Paraphrase.columns, optional=Paraphrase.optional
-    ).rows  # as --augment does
+    # as --augment does
+    rows = read_rows(str(out), Paraphrase.columns, optional=Paraphrase.optional).rows
     mined = [(row["first"], row["second"], row["label"]) for row in rows]
     assert set(mined) <= set(PAIRS) and [pair for pair in PAIRS if pair in mined] == mined
     for label, worst in (("1.0", max), ("0.0", min)):
@@ -666,5 +663,6 @@ def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
-    done = run("-m", "tools.compare", runs[0][0], write_pairs(tmp_path / "pairs.csv"))
-    refused(Done(done.returncode, done.stdout, done.stderr), "pairs.csv")
+    for name in ("tools.compare", "finetune.tools.compare"):  # the second is its former name
+        done = run("-m", name, runs[0][0], write_pairs(tmp_path / "pairs.csv"))
+        refused(Done(done.returncode, done.stdout, done.stderr), "pairs.csv")
