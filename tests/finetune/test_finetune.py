@@ -1123,10 +1123,12 @@ def test_a_model_of_words_needs_an_out_that_it_can_write_to(
 
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")
-    for out in ("file", "file/run", "link"):
-        with pytest.raises(
-            UserError, match=r"--out .* (cannot be written|File exists|No such file)"
-        ):
+    for out, said in (
+        ("file", "cannot be written"),
+        ("file/run", "cannot be written"),
+        ("link", "link to a folder that is not there"),
+    ):
+        with pytest.raises(UserError, match=rf"--out .*{said}"):
             fit(out=str(tmp_path / out))
 
     def full(path: Path, value: Any) -> None:
