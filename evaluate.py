@@ -448,12 +448,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
 
     from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
     from engine import processes
-    from engine.data import open_whole
+    from engine.data import check_files, open_whole
     from engine.precision import set_products
     from storage.checkpoint import locate
     from text.tokenizer_files import has_tokenizer
 
     # Rows are read before the model: what is wrong with them is said at once.
+    if config.data:
+        check_files(config.data)
     limit = config.limit
     hellaswag = (
         read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []

@@ -151,8 +151,8 @@ def _say(line: str) -> None:
 
 
 def _prepare(cfg: PrepConfig, out: Path) -> None:
-    tokenizer = load_tokenizer(cfg.tokenizer, 1)
     files = corpus.find_files(cfg.input) if cfg.input else []
+    tokenizer = load_tokenizer(cfg.tokenizer, 1)
     settings = _settings(cfg, tokenizer, files)
     if _is_finished(out, settings):
         return

@@ -24,6 +24,7 @@ def _train_command(options: argparse.Namespace) -> None:
     from text import tokenizer_training as training
 
     outlive()
+    training.check_free(Path(options.out))
     text = training.open_input(
         options.input, options.text_column, lambda line: print(line, flush=True)
     )
@@ -75,6 +76,14 @@ def _read_stdin() -> str:
     return decode_input(sys.stdin.buffer.read(), "standard input")
 
 
+def _named(word: str) -> str:
+    """The type of an option that names a file or folder; a shell makes "" of a variable that is not
+    set."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name")
+    return expand(word)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see python {self.prog} --help)")
@@ -93,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--model", choices=MODELS, default="byte-bpe", help="default: byte-bpe, as GPT-2's"
     )
-    train.add_argument("--input", nargs="+", required=True, type=expand, metavar="WHAT", help=INPUT)
+    train.add_argument("--input", nargs="+", required=True, type=_named, metavar="WHAT", help=INPUT)
     train.add_argument(
         "--text-column", default="text", metavar="NAME", help="column that holds the text"
     )
@@ -112,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a task's own tokens, after the others",
     )
     train.add_argument(
-        "--out", required=True, type=expand, metavar="FOLDER", help="new folder for the tokenizer"
+        "--out", required=True, type=_named, metavar="FOLDER", help="new folder for the tokenizer"
     )
     train.set_defaults(command=_train_command)
     encode = commands.add_parser("encode", help="text to ids", allow_abbrev=False)
@@ -123,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.set_defaults(command=_decode_command)
     for command in (encode, decode):
         command.add_argument(
-            "--tokenizer", default="gpt2", type=expand, help="gpt2, a folder or a tokenizer.json"
+            "--tokenizer", default="gpt2", type=_named, help="gpt2, a folder or a tokenizer.json"
         )
     return parser
 

@@ -24,7 +24,7 @@ from text import corpus
 from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
 
-READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 2"}  # in the cache's keys
+READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # in the cache's keys
 GPT2_VOCAB = 50257
 
 
@@ -222,13 +222,19 @@ def check_data(
 
     Raises UserError where it would find no data or no tokenizer; and for damaged shards.
     """
-    for spec in (data, val_data) if val_data is not None else (data,):
-        _check_files(spec)  # first: what is not there needs no tokenizer
-    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    for spec in filter(None, (data, val_data)):
+        check_files(spec)  # first: what is not there needs no tokenizer
+    asked, lacking = None, None
+    try:
+        asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    except UserError as error:  # told only where the data is there: without it no tokenizer helps
+        lacking = error
     store = Cache(cache)
     _check_there(data, asked, text_column, store)
     if val_data is not None:
         _check_there(val_data, asked, text_column, store)
+    if lacking:
+        raise lacking
     path = Path(data).expanduser()
     if files := _shard_files(path):
         return _open_shards(path, files, asked, store).vocabulary.size
@@ -241,8 +247,9 @@ def check_data(
     )
 
 
-def _check_files(spec: str) -> None:
-    """Raise UserError where `spec` names files, and one of them is not there or cannot be read."""
+def check_files(spec: str) -> None:
+    """Raise UserError where `spec` names files, and one of them is not there or cannot be read;
+    whether the hub has a dataset is not asked."""
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return
@@ -259,7 +266,7 @@ def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
-        _check_files(spec)
+        check_files(spec)
     elif not _is_cached(spec, asked, column, store):
         _hub_dataset(spec, column)
 
@@ -268,7 +275,10 @@ def _is_cached(spec: str, asked: Vocabulary | None, column: str, store: Cache) -
     """Whether a hub dataset has been tokenized: then it need not be in reach."""
     if not store.root.is_dir():
         return False
-    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    try:
+        tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    except UserError:
+        return False
     keys = (_hub_key(spec, column, tokenizer, holdout) for holdout in (True, False))
     return any((store.root / key).is_dir() for key in keys)
 

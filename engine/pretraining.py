@@ -17,7 +17,7 @@ from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
 from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
-from engine.data import Data, check_data, open_data
+from engine.data import Data, check_data, check_files, open_data
 from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from engine.precision import casts_once
 from engine.task import Batch, Task
@@ -49,6 +49,7 @@ class LanguageModelling(Task):
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
         self.cfg = cfg
+        _check_named(cfg)
         tokenizer = _tokenizer_named(cfg)
         assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(
@@ -73,6 +74,7 @@ class LanguageModelling(Task):
 
     def plan(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
+        _check_named(cfg)
         tokenizer = _tokenizer_named(cfg)
         assert cfg.data
         vocab_size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache))
@@ -278,6 +280,18 @@ def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
+def _whole_model(adapter: str) -> str:
+    """What to name in the place of an adapter's folder."""
+    base = base_of(adapter)[0] or "the model that it was made for"
+    run = Path(adapter).absolute().parent.parent
+    if (run / "checkpoints").is_dir():
+        final, made = run / "final", (run / "final").is_dir() and not is_adapter(run / "final")
+        both = f"{final}, where both are" if made else "its run's final/, once that has ended"
+    else:
+        both = "a folder where PEFT's merge_and_unload() has put both"
+    return f"name {base} to begin without the adapter, or {both}"
+
+
 def open_pretrained(cfg: RunConfig) -> GPT:
     """The model of --init. Raises UserError where other options contradict its shape."""
     given = [
@@ -292,8 +306,7 @@ def open_pretrained(cfg: RunConfig) -> GPT:
     where = locate(cfg.init)
     if is_adapter(where):
         raise UserError(
-            f"--init {cfg.init} is an adapter; name the model that it was made for: "
-            f"{base_of(where)[0]}"
+            f"--init {cfg.init} is an adapter, not a whole model; {_whole_model(where)}"
         )
     model = GPT.from_pretrained(where, **how_it_runs(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
@@ -302,6 +315,13 @@ def open_pretrained(cfg: RunConfig) -> GPT:
             f"--init {cfg.init}; use --seq-len {model.config.block_size} or less"
         )
     return model
+
+
+def _check_named(cfg: RunConfig) -> None:
+    """Data that is not there is told before the model and the tokenizer, which a download may
+    need."""
+    for spec in filter(None, (cfg.data, cfg.val_data)):
+        check_files(spec)
 
 
 def _tokenizer_named(cfg: RunConfig) -> str | None:

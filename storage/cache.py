@@ -20,6 +20,7 @@ from config import UserError
 from storage.shards import reading
 
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
+INDICES = ("index.json", "gpt2-index.json")  # of what was measured: the first that no one else has
 # folders of the cache, under their locks
 UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")
 
@@ -149,7 +150,7 @@ class Cache:
 
         Where the folder is not there or cannot be written, each start measures again.
         """
-        index = (self._index() or {}) | self._measured
+        index = self._index() | self._measured
         known, fresh = [], {}
         for path in paths:
             key = f"{what} {path.absolute()}"
@@ -162,18 +163,36 @@ class Cache:
         self._measured |= fresh
         if fresh and os.path.isdir(self.root):
             with contextlib.suppress(OSError), locked(self.root / "index.lock"):
-                if (stored := self._index()) is not None:
-                    write_json(self.root / "index.json", stored | fresh)
+                if file := self._index_file():
+                    write_json(file, self._index() | fresh)
         return known
 
-    def _index(self) -> dict[str, Any] | None:
-        """What was measured before. None where index.json is JSON but no object: another program's,
-        which is left as it is."""
-        try:
-            index = json.loads((self.root / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return index if isinstance(index, dict) else None
+    def _index_file(self) -> Path | None:
+        """The index, there or to be made; None where both names are of files that others wrote."""
+        files = (self.root / name for name in INDICES)
+        return next((file for file in files if not os.path.lexists(file) or _entries(file)), None)
+
+    def _index(self) -> dict[str, Any]:
+        file = self._index_file()
+        return _entries(file) if file else {}
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """What an index holds; empty for a file that is not there, or not from here."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if isinstance(index, dict) and all(_is_entry(key, value) for key, value in index.items()):
+        return index
+    return {}
+
+
+def _is_entry(key: str, value: Any) -> bool:
+    """Whether this was written here: `WHAT PATH`, and a stamp with a value or the older list of
+    three."""
+    of_now = isinstance(value, dict) and value.keys() == {"stamp", "value"}
+    return " " in key and (of_now or (isinstance(value, list) and len(value) == 3))
 
 
 def digest(*parts: Any) -> str:

@@ -31,7 +31,7 @@ from tasks.classification.predictions import VALIDATION, beside, probabilities
 from tasks.classification.task import EXACT, Classification, as_lstm
 from tasks.finetuning import Finetuning
 from tasks.options import FinetuneConfig
-from text.rows import Row
+from text.rows import Row, check_there
 
 # begin the names of files that a run writes by itself
 OWN = (VALIDATION, "config", "log", "metrics", "run")
@@ -61,6 +61,7 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
     if not trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     check_answers(task, cfg)
+    _check_named(task, cfg)
     if cfg.dry_run and not trains:
         return rehearse(task, cfg)
     code = recorded(train, task, cfg, typed) if trains else 0
@@ -72,6 +73,14 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
         if cfg.predict:
             predict(task, cfg, str(cfg.out) if trains else cfg.init)
     return code
+
+
+def _check_named(task: Finetuning, cfg: Any) -> None:
+    """Data that is not there is told before the model of --init, which a download may need."""
+    read = (cfg.data, cfg.val_data, getattr(cfg, "augment", None)) if cfg.trains else ()
+    for spec in (*read, cfg.predict):
+        if spec and spec != "toy":
+            check_there(spec, task.readers)
 
 
 def rehearse(task: Finetuning, cfg: Any) -> int:

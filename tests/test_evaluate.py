@@ -386,7 +386,7 @@ def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) 
         (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),
         (["here", "--data", "stdlib", "--batch-size", "0"], "--batch-size is 0"),
         (
-            ["{checkpoint}", "--data", "text", "--seq-len", "99"],
+            ["{checkpoint}", "--data", "stdlib", "--seq-len", "99"],
             "longer than the model's block_size 48",
         ),
         (["here", "--data", "text", "--json", "no/where"], "there is no folder"),

@@ -213,6 +213,9 @@ def unknown_kind(path: Path, known: Sequence[str]) -> str:
             f"{path} is gzip, and its name does not say what is in it; give it a name that does, "
             f"such as {path.name.removesuffix('.gz')}{known[0]}.gz"
         )
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if kind := readers.other_kind(file.read(readers.HEAD)):
+            return f"{path} is {kind}"
     return f"{path} is none of {' '.join(known)} (or these with .gz)"
 
 

@@ -262,13 +262,16 @@ _OTHER_KINDS = {
 def check_text(head: bytes, where: Path | str) -> None:
     """Raises UserError where a file's first bytes tell that it is no UTF-8 text."""
     binary = b"\0" in head or _decodes(head, "utf-8") is None
-    for mark, kind in _OTHER_KINDS.items():
-        if binary and head.startswith(mark):
-            raise UserError(
-                f"{where} is not text, but {kind}" + ("" if ";" in kind else "; unpack it first")
-            )
+    if binary and (kind := other_kind(head)):
+        raise UserError(f"{where} is not text, but {kind}")
     if wide_encoding(head):
         raise UserError(f"{where} is not UTF-8 text; {convert(where, head)}")
+
+
+def other_kind(head: bytes) -> str:
+    """What a file is that no reader takes, by its first bytes, and what to do; "" for any other."""
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
+    return kind if ";" in kind or not kind else f"{kind}; unpack it first"
 
 
 def not_utf8(where: str, path: Path | str) -> UserError:
@@ -646,12 +649,25 @@ class _Table:
                 held = None
             if isinstance(cells, str):
                 self.lines.give_back(self.taken[1:])
+                cells = self._unquoted(n) or cells
             elif len(self.taken) > 1:
                 held = line, cells, self.taken
                 continue
             yield line, cells
         if held:
             yield held[:2]
+
+    def _unquoted(self, n: int) -> list[str] | None:
+        """The cells of a line between tabs that is no row under quoting and is one without it; None
+        for others.
+
+        Only between tabs, since such files are mostly written without quoting; and only where the
+        next line could be a row too, else the cell may go on there.
+        """
+        line, following = self.taken[0], self.lines.following(1)
+        if self.delimiter != "\t" or not _looks_like_rows([line, *following], "\t", n):
+            return None
+        return self._mark(_without_end(line).split("\t"))
 
     def next(self) -> list[str] | str | None:
         line = self.lines.take()

@@ -289,23 +289,36 @@ class _Kind:
         return list(itertools.chain.from_iterable(map(self.expand, records)))
 
 
+def check_there(spec: str, readers: Mapping[str, Reader] | None = None) -> None:
+    """Raises UserError where `spec` names data that is not there, or that no reader takes; whether
+    the hub has a dataset is not asked. For arguments see `read_rows`."""
+    for _ in _named(spec, _Kind((), False, readers or {}, None).suffixes):
+        pass
+
+
+def _named(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
+    """Each item of `spec` and its files; none for a dataset of the hub."""
+    for item, files in named_files(spec, suffixes):
+        if not files and not is_hub_id(item):
+            raise UserError(
+                f"no such data: {item}; give files ({' '.join(suffixes)}), a folder of them or a "
+                "hub id"
+            )
+        for path in files:
+            if suffix_of(path) not in suffixes:
+                raise UserError(unknown_kind(path, suffixes))
+        yield item, files
+
+
 def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Record]]]:
     """The name and the records of each file or hub dataset that `spec` names."""
-    known = kind.suffixes
     seen: set[object] = set()
-    for item, files in named_files(spec, known):
-        if not files and is_hub_id(item):
+    for item, files in list(_named(spec, kind.suffixes)):
+        if not files:
             name, _, config = item.partition(":")
             yield item, kind.expanded(HubDataset(name, config or None, split).records())
-        elif not files:
-            raise UserError(
-                f"no such data: {item}; give files ({' '.join(known)}), a folder of them or a hub "
-                "id"
-            )
         folder = Path(item).expanduser()
         for path in _of_split(files, folder, split) if folder.is_dir() else files:
-            if suffix_of(path) not in known:
-                raise UserError(unknown_kind(path, known))
             if (file := file_id(path)) not in seen:
                 yield str(path), kind.read(path)
             seen.add(file)

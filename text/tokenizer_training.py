@@ -10,11 +10,13 @@ import io
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from base.files import writing_to
 from config import UserError, without_surrogates
 from text import corpus
 from text.tokenizer import (
@@ -293,7 +295,10 @@ def _train(
         )
     check_special(special)
     out = Path(out).absolute()
-    _check_free(out)
+    check_free(out)
+    with writing_to("--out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
     tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
     tokenizer.add_special_tokens([ENDOFTEXT])
     opened = Opened(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
@@ -301,15 +306,25 @@ def _train(
     return load_tokenizer(str(out))
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
     """UserError unless `out` can be made or is an empty folder: nothing of the user's is
     replaced."""
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} already holds something; remove it or give another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        file = next((above for above in out.parents if above.exists() and not above.is_dir()), None)
+        if file:
+            raise UserError(f"--out {out}: {file} is a file; name a new folder")
+        if out.exists() and not out.is_dir():
+            raise UserError(
+                f"--out {out} is a file; name a new folder, such as --out {out}-tokenizer"
+            )
+        if out.exists() and any(out.iterdir()):
+            raise UserError(
+                f"--out {out} is not empty; name a new folder, such as --out {out / 'tokenizer'}"
+            )
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(
+            f"--out {out} cannot be used: {error.strerror}; name a new folder"
+        ) from None
 
 
 def _save_whole(tokenizer: Tokenizer, out: Path) -> None:

@@ -24,6 +24,7 @@ from adapters.options import Form, Method, Pooling
 from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
 from decoding.options import Decode
+from engine.pretraining import open_pretrained
 from engine.processes import World
 from engine.step import Loader, TrainStep
 from engine.trainer import evaluate
@@ -38,6 +39,7 @@ from tasks.classification.task import Classification, as_lstm
 from tasks.command import fit_words, other_task, rehearse
 from tasks.finetuning import Finetuning
 from tasks.generation.task import Answer, Generation, plain
+from tasks.options import FinetuneConfig
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
@@ -1527,8 +1529,9 @@ MISTAKES = {  # a task and options: what the line must hold
     "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
     "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
     "sonnets --init lora/checkpoints/step-00000001": [
-        "is an adapter; name the model that it was made for",
-        "/base",
+        "is an adapter, not a whole model; name ",
+        "/base to begin without the adapter, or ",
+        "/lora/final, where both are",
     ],
     # rows with labels
     "sentiment --data typo.csv": [
@@ -1629,6 +1632,22 @@ def test_a_mistake_is_told_in_one_line(mistake: str, mistakes: Path) -> None:
     assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}
     for part in MISTAKES[mistake]:
         assert part in end.err, end.err
+
+
+def test_what_is_said_in_the_place_of_an_adapter_works(mistakes: Path, tmp_path: Path) -> None:
+    adapter = mistakes / "lora" / "checkpoints" / "step-00000001"
+    asked = FinetuneConfig(init=str(adapter))
+    with pytest.raises(UserError) as refused:
+        open_pretrained(asked)
+    base, final = re.findall(
+        r"name (\S+) to begin without the adapter, or (\S+),", str(refused.value)
+    )[0]
+    for named in (base, final):
+        assert isinstance(open_pretrained(dataclasses.replace(asked, init=named)), GPT)
+    loose = shutil.copytree(adapter, tmp_path / "loose")
+    (loose / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"name \S+/base to .* PEFT's merge_and_unload\(\)"):
+        open_pretrained(dataclasses.replace(asked, init=str(loose)))
 
 
 def test_an_adapter_over_another_base_is_refused(mistakes: Path) -> None:

@@ -3,6 +3,7 @@ elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -17,15 +18,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from base import locks
+from base.cli import parse
 from base.files import sha256
-from config import UserError
+from config import TrainConfig, UserError, resolve
 from engine import data as data_module
 from engine.data import check_data, is_validation, open_data, open_whole
+from engine.pretraining import LanguageModelling
 from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare
-from text.rows import read_rows
+from text.rows import check_there, read_rows
 from text.tokenizer import GPT2_SHA256
 
 HIDDEN = [
@@ -208,6 +211,26 @@ def test_a_replaced_file_is_measured_again(
     assert Cache(cache).remember("sha256", [file], sha256) != first
 
 
+FOREIGN = ['{"version": 3, "notes": ["mine"]}', "[]", "{}", '"x"', "not JSON", "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", [*FOREIGN, '{"sha256 /a": {"stamp": [], "value": 1}, "mine": 2}'])
+def test_another_programs_index_is_kept(tmp_path: Path, text: str) -> None:
+    file, cache = tmp_path / "a", tmp_path / "cache"
+    file.write_bytes(b"some text")
+    cache.mkdir()
+    (cache / "index.json").write_text(text)
+    first = Cache(cache).remember("sha256", [file], sha256)
+    assert (cache / "index.json").read_text() == text
+    assert Cache(cache).remember("sha256", [file], lambda path: "measured anew") == first
+    (cache / "gpt2-index.json").write_text(text)
+    other = Cache(cache)
+    assert other.remember("sha256", [file], sha256) == first
+    assert other.remember("sha256", [file], lambda path: "anew") == first, "known to this process"
+    assert {path.name for path in cache.glob("*.json")} == {"index.json", "gpt2-index.json"}
+    assert (cache / "gpt2-index.json").read_text() == text
+
+
 def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
     """Of a small file all, of a large one the ends; of any a bounded number of bytes."""
     for size in (1, 100_000, 10 << 20):
@@ -237,7 +260,7 @@ def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
         write(tmp_path / "cache" / "index.json", index)
         assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
         left = (tmp_path / "cache" / "index.json").read_text()
-        assert left == index if index in ("[]", "3") else "new" in left  # another program's stays
+        assert "new" in left if index[:2] == '{"' else left == index  # another program's stays
 
 
 def test_a_file_that_changes_while_it_is_read(
@@ -501,14 +524,12 @@ def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
     assert words.split()[1] in end.err and not (inputs / "new").exists()
 
 
-def test_missing_data_is_told_before_a_missing_tokenizer(tmp_path: Path, inputs: Path) -> None:
-    for words in (("nowhere.txt", None), (str(inputs / "text.txt"), "nowhere.txt")):
-        with pytest.raises(UserError, match=r"no such data: nowhere.txt"):
-            check_data(*words, str(tmp_path / "no-tokenizer"), "text", tmp_path / "none")
-
-
 def test_gzip_whose_name_does_not_tell_its_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "noend").write_bytes(gzip.compress(b"some text\n"))
+    (tmp_path / "other.dat").write_bytes(b"BZh91AY&SY\0\0")
+    for find in (corpus.find_files, check_there):
+        with pytest.raises(UserError, match=r"other.dat is compressed by bzip2; unpack it first$"):
+            find(str(tmp_path / "other.dat"))
     with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.txt.gz"):
         corpus.find_files(str(tmp_path / "noend"))
     with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.csv.gz"):
@@ -541,3 +562,36 @@ def test_a_dry_run_of_a_task_without_its_data(inputs: Path, task: str) -> None:
     ]
     (end,) = launch(inputs, [*words, "--out", "new"], program=f"finetune.{task}")
     assert end.code == 2 and end.err.count("\n") == 1 and "nowhere.csv" in end.err, end
+
+
+@pytest.mark.parametrize("more", ["", "--dry-run"])
+@pytest.mark.parametrize(
+    "words", ["--data gone.txt", "--data gone", "--val-data gone.txt", "--data val.txt,gone.txt"]
+)
+def test_missing_data_is_told_before_a_missing_tokenizer(
+    inputs: Path, words: str, more: str
+) -> None:
+    for lacking in (("--tokenizer", "lost"), ("--init", "lost")):
+        cfg = resolve(parse(TrainConfig, [*small(*words.split(), *lacking), *more.split()]), "cpu")
+        task = LanguageModelling()
+        with contextlib.chdir(inputs), pytest.raises(UserError, match=r"no such data: gone"):
+            task.plan(cfg) if more else task.setup(cfg, print)
+
+
+def test_a_dataset_of_the_hub_is_looked_for_before_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for tokenizer in (None, str(tmp_path / "lost")):
+        with pytest.raises(UserError, match=r"^cannot get no-such/data-set \(train\)"):
+            check_data("no-such/data-set", None, tokenizer, "text", tmp_path)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "text"])
+def test_a_task_tells_missing_data_before_a_missing_model(inputs: Path, task: str) -> None:
+    for words in ("--data gone.csv", "--val-data gone.csv", "--epochs 0 --predict gone.csv"):
+        asked = ["--init", "lost", *words.split(), "--out", "new"]
+        (end,) = launch(inputs, asked, program=f"finetune.{task}")
+        assert end.code == 2 and end.err.startswith("error: no such data: gone.csv"), end

@@ -98,6 +98,12 @@ def test_what_csv_writes_comes_back(tmp_path_factory, data, n, delimiter, quotin
     assert rows_of(write(tmp_path_factory.mktemp("t") / "a.csv", text)) == rows
 
 
+PLAIN_TABS: dict[str, Any] = {
+    "delimiter": "\t",
+    "quoting": csv.QUOTE_NONE,
+    "quotechar": None,
+    "lineterminator": "\n",
+}
 PLAIN = st.text(st.sampled_from(list("ab',; \n|\té")), max_size=6)
 
 
@@ -143,6 +149,35 @@ def test_two_strays_do_not_join_what_is_between(
     found = consumer(path, said.append)
     assert len(found) == 399 and 'a screen of 19"' in found and 'he said "no", twice' in found
     assert said == [f"left out: {path} line 162 {readers.UNCLOSED}"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        ['"no" he said', "x"],
+        ['"open', "x"],
+        ["x", '"a" and "b"'],
+        ['"a"b"', '"c"'],
+        ["x", '"no "way" here"'],
+        ['"a', 'b"c'],
+    ],
+)
+def test_a_line_between_tabs_that_quotes_break_is_read_plain(
+    tmp_path: Path, odd: list[str]
+) -> None:
+    """Between tabs most files have no quoting, even where most of the quotes look like some."""
+    rows = [["one", "two"], *[[f'"{i}"', "y"] for i in range(9)], odd, ["z", "y"]]
+    path = write(tmp_path / "a.tsv", "one\ttwo\n" + table(rows[1:], **PLAIN_TABS))
+    found = [tuple(row) for row in [*[[f"{i}", "y"] for i in range(9)], odd, ["z", "y"]]]
+    assert rows_of(path) == found
+
+
+def test_a_broken_cell_of_several_lines_is_not_cut(tmp_path: Path) -> None:
+    rows = table([("one", "two"), *[(f"{i}", "a\nb") for i in range(9)]], delimiter="\t")
+    path = write(tmp_path / "a.tsv", rows.replace('5\t"a', '5\t"a "no" a'))
+    found = rows_of(path)
+    assert readers.UNCLOSED in found
+    assert all(isinstance(row, str) or row[1] == "a\nb" for row in found)
 
 
 def test_verses_with_a_delimiter_each_stay_one_cell(tmp_path: Path) -> None:
@@ -571,6 +606,54 @@ def test_squad_as_the_hub_has_it(tmp_path: Path, kind: str) -> None:
     assert read.skipped == 3 and all("has nothing in column 'answer'" in line for line in said)
     asked = read_rows(str(path), QUESTIONS, optional=("answers", "answer"), expand=expand)
     assert len(asked.rows) == 6  # each is answered
+
+
+ANSWERS: list[tuple[dict[str, Any], str | None]] = [  # what a row has, and the answers read of it
+    ({"answers": "rock"}, "rock"),
+    ({"answers": "rock\na rock"}, "rock\na rock"),
+    ({"answers": ["rock", "a rock", "rock"]}, "rock\na rock"),
+    ({"answers": [{"text": "rock", "answer_start": 1}, "a rock"]}, "rock\na rock"),
+    ({"answers": [{"text": ["rock", "a rock"]}]}, "rock\na rock"),
+    ({"answers": {"text": "rock"}}, "rock"),
+    ({"answers": ["", "rock"]}, "rock"),
+    ({"answers": [1871, 18.5]}, "1871\n18.5"),
+    ({"answers": 1871}, "1871"),
+    ({"answer": {"text": "rock", "answer_start": 1}}, "rock"),
+    ({"answer": {"text": ["rock", "a rock"], "answer_start": [1, 0]}}, "rock\na rock"),
+    ({"answer": ["rock", "a rock"]}, "rock\na rock"),
+    ({"answer": [{"text": "rock"}]}, "rock"),
+    ({"answer": "rock", "answers": []}, "rock"),
+    ({"answer": ["rock"], "answers": "rock\na rock"}, "rock\na rock"),
+    ({"answer": None, "answers": ["rock"]}, "rock"),
+    ({"answer": "rock"}, "rock"),
+    ({"answer": "rock", "answers": "rock\na rock"}, "rock\na rock"),
+    ({"answers": []}, None),
+    ({"answers": None}, None),
+    ({"answers": ""}, None),
+    ({"answers": {"spans": ["rock"]}}, None),
+    ({"answers": [["rock", {"span": 3}]]}, None),
+    ({"answers": True}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("given", "answers"), ANSWERS)
+def test_answers_are_read_in_whatever_layout(
+    tmp_path: Path, given: dict[str, Any], answers: str | None, nested: bool
+) -> None:
+    asked = {"question": "q?"} | given
+    row = {"context": "c", "qas": [asked]} if nested else {"context": "c"} | asked
+    sound = {"context": "s", "question": "q?", "answer": "x"}
+    path = write(tmp_path / "a.jsonl", f"{json.dumps(row)}\n{json.dumps(sound)}\n")
+    read = read_rows(
+        str(path), QUESTIONS, optional=("answers",), expand=expand, say=lambda line: None
+    )
+    found = [row.fields for row in read.rows if row["context"] == "c"]
+    assert read.skipped == (answers is None) and len(found) == (answers is not None)
+    if answers is not None:
+        assert found[0]["answer"] == answers.split("\n")[0]
+        assert (found[0]["answers"] or found[0]["answer"]) == answers
 
 
 # ---- labels

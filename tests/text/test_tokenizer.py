@@ -104,7 +104,7 @@ class TestTrained:
     def test_writes_nothing_beside_and_keeps_what_is_there(self, trained):
         folder = Path(trained.source)
         assert [path.name for path in folder.parent.iterdir()] == ["small"]
-        with pytest.raises(UserError, match="already holds"):
+        with pytest.raises(UserError, match="is not empty; name a new folder"):
             train_bpe(SENTENCES, 300, folder)
 
     def test_little_text_gives_fewer_tokens(self, tmp_path):
@@ -134,7 +134,7 @@ class TestTrained:
         with pytest.raises(UserError, match="no text"):
             train_bpe(["", ""], 300, tmp_path / "t")
         (tmp_path / "file").write_text("x")
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="is a file; name a new folder"):
             train_bpe(SENTENCES, 300, tmp_path / "file" / "t")
         assert not (tmp_path / "t").exists()
 
@@ -533,6 +533,13 @@ class TestCommandLine:
                 "train --input EMPTY --vocab-size 300 --out OUT --model wordpiece",
                 "sentencepiece-bpe",
             ),
+            ("train --input '' --vocab-size 300 --out OUT", "--input: it is empty"),
+            ("train --input TEXT '' --vocab-size 300 --out OUT", "--input: it is empty"),
+            ("train --input TEXT --vocab-size 300 --out ''", "--out: it is empty"),
+            ("train --input TEXT --vocab-size 300 --out TEXT", "a file; name a new folder"),
+            ("train --input TEXT --vocab-size 300 --out TEXT/x", "a file; name a new folder"),
+            ("train --input TEXT --vocab-size 300 --out FULL", "not empty; name a new folder"),
+            ("encode --tokenizer '' hello", "--tokenizer: it is empty"),
             ("encode --tokenizer OUT hello", "no tokenizer at"),
             ("decode --tokenizer SMALL 3 five", "'five'"),
             ("decode --tokenizer SMALL 400", "outside the vocabulary"),
@@ -541,7 +548,15 @@ class TestCommandLine:
     def test_mistakes_are_one_line(self, trained, tmp_path, words, says):
         (tmp_path / "empty.txt").touch()
         (tmp_path / "bare").mkdir()
+        (tmp_path / "full").mkdir()
+        text, kept = tmp_path / "text.txt", tmp_path / "full" / "kept"
+        text.write_text("some text\n")
+        kept.write_text("kept")
         places = {
+            "''": "",
+            "TEXT": text,
+            "TEXT/x": text / "x",
+            "FULL": kept.parent,
             "BARE": tmp_path / "bare",
             "OUT": tmp_path / "out",
             "EMPTY": tmp_path / "empty.txt",
@@ -552,6 +567,9 @@ class TestCommandLine:
         assert result.returncode == 2 and message.count("\n") == 1 and message.startswith("error: ")
         assert says in message
         assert not (tmp_path / "out").exists()
+        assert (text.read_text(), kept.read_text()) == ("some text\n", "kept")
+        if "name a new folder" in says:
+            assert result.stdout == b"", "it is told before the work"
 
     def test_importing_is_light(self):
         heavy = "{'torch', 'tiktoken', 'tokenizers', 'transformers', 'numpy'}"
