@@ -29,6 +29,27 @@ __all__ = ["INTERPRETED", "jit", "missing", "multiprocessors", "on", "tl", "trit
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _mend_interpreter() -> None:
+    """Let loops count to a scalar under Triton 3.6 and numpy 2.4.
+
+    That interpreter holds scalars as arrays of one element, and numpy 2.4 no longer converts those
+    with int(). Later versions of Triton squeeze them first.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _mend_interpreter()
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """triton.jit; the plain function where there is no Triton, so that the file can be imported."""
     return function if triton is None else triton.jit(function)
