@@ -105,7 +105,7 @@ class GPTConfig:
     scaled_init: bool = True  # residual projections start smaller by 1/sqrt(2 n_layer)
     padded_vocab: bool = True  # pad the embedding to a multiple of VOCAB_MULTIPLE
     attention: Literal["sdpa", "explicit"] = "sdpa"
-    chunked_head: bool = True  # in training, logits a chunk of rows at a time
+    chunked_head: bool = False  # in training, logits a chunk of rows at a time
     kernels: tuple[str, ...] = ()  # operations of kernels/ that run in place of PyTorch's
     fp8: bool = False  # in training, the blocks' products in FP8
     recompute: bool = False  # recompute each block's activations in the backward pass

@@ -1,240 +1,171 @@
-"""GPT-2, whole: embeddings, blocks, attention, KV cache, loading and saving in the hub's layout.
+"""GPT-2: embeddings, blocks, attention, loss, and how the weights begin. The file to read first.
 
 Parameter names are the hub's (`transformer.h.0.attn.c_attn.weight`), so a checkpoint maps onto the
-model name by name; the hub stores the four matrices of a block transposed, and that is the only
-difference.
+model name by name; only the four matrices of a block are stored transposed there. The model is given
+its operations (kernels/ops.py) and what comes before the text (Past), so that nothing here knows a
+kernel, a cache or an adapter.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig, UserError
-from kernels.attention import attention as packed_attention
-from kernels.bias_gelu import bias_gelu
-from kernels.cpu_attention import cpu_attention
-from kernels.cross_entropy import cross_entropy
-from kernels.dropout import Dropout
-from kernels.fp8_linear import fp8_linear
-from kernels.layer_norm import add_layer_norm
-from kernels.linear_cross_entropy import (
-    IGNORE,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
-from storage.hub import read_model, write_model
+from kernels.linear_cross_entropy import IGNORE
+from kernels.ops import Ops, ops_of
+from storage.hub import read_into, read_model, write_model
 
-__all__ = ["GPT", "GPTConfig", "KVCache"]
-
-# new keys and values in, all of them out
+# new keys and values (B, n_head, T, head_dim) in; those that the new queries may look at out
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class KVCache:
-    """Keys and values of every layer for up to `capacity` positions, filled as the model reads
-    tokens.
+class Past(Protocol):
+    """What comes before the tokens of a call: nothing, a KV cache, alternatives (decoding/cache.py)
+    or a trained prefix (adapters/layers.py)."""
 
-    `pad` (B,) counts the padding tokens at the left of each row: they are never attended to and
-    positions begin after them. What a row's text follows, a prefix, stands before the padding.
-    GPT.new_cache makes one.
-    """
+    @property
+    def length(self) -> int:
+        """Positions before the tokens."""
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch: int,
-        capacity: int,
-        pad: Tensor | None = None,
-        prefix: int = 0,
-    ):
-        self.shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.capacity = capacity
-        self.length = 0  # positions filled
-        self.pad = pad
-        self.prefix = prefix  # positions that come before the padding
-        self.layers: list[tuple[Tensor, Tensor]] = []
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Where T tokens stand: (T,), (B, T), or anything that broadcasts to them."""
+
+    def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, T, length + T), True where a token may look; None for plain causal."""
 
     def at(self, layer: int) -> Extend:
-        """`extend` of one layer."""
-        return functools.partial(self.extend, layer)
+        """What puts the keys and values of a layer before those of the tokens."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so
-        far."""
-        if layer == len(self.layers):
-            self.layers.append((k.new_empty(self.shape), v.new_empty(self.shape)))
-        end = self.length + k.shape[2]
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def keep(self, chosen: Tensor) -> None:
-        """Of the alternatives that were read, keep one of each row, `chosen` (B,): one position
-        more is filled."""
-        rows = torch.arange(len(chosen), device=chosen.device)
-        for t in (t for pair in self.layers for t in pair):
-            t[:, :, self.length] = t[rows, :, self.length + chosen]
-        self.length += 1
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows of the batch; where their number stays, only those that
-        change are copied."""
-        to = [i for i, row in enumerate(rows) if len(rows) != self.shape[0] or row != i]
-        if not to:
-            return
-        self.shape = (len(rows), *self.shape[1:])
-        index = torch.tensor([to, [rows[i] for i in to]], device=self.layers[0][0].device)
-        self.layers = [(self._select(k, *index), self._select(v, *index)) for k, v in self.layers]
-        if self.pad is not None:
-            self.pad = self.pad[list(rows)]
-
-    def _select(self, t: Tensor, to: Tensor, source: Tensor) -> Tensor:
-        new = t if t.shape == self.shape else t.new_empty(self.shape)
-        filled = slice(self.length)
-        new[:, :, filled].index_copy_(0, to, t[:, :, filled].index_select(0, source))
-        return new
+    def advance(self, T: int) -> None:
+        """Called when all layers have read the tokens."""
 
 
-class Prefixed:
-    """Stands for a KVCache where nothing is kept: keys and values (1, n_head, P, head_dim) before
-    those of each layer."""
+class Nothing:
+    """The Past of a text that the model reads from its beginning."""
 
-    pad = None
+    length = 0
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
-        self.layers = layers
-        self.length = self.prefix = layers[0][0].shape[2]
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return torch.arange(T, device=device)
+
+    def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
+        return None if segments is None else causal_mask(T, segments, device)
 
     def at(self, layer: int) -> Extend:
-        return functools.partial(_put_before, *self.layers[layer])
+        return alone
+
+    def advance(self, T: int) -> None:
+        pass
 
 
-def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (k.shape[0], -1, -1, -1)
-    return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat(
-        (values.expand(shape).to(v.dtype), v), 2
-    )
+NOTHING = Nothing()
+
+
+def alone(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return k, v
+
+
+def causal_mask(T: int, segments: Tensor | None, device: torch.device, length: int = 0) -> Tensor:
+    """(B or 1, 1, T, length + T): each of T tokens sees the `length` positions before them and the
+    tokens up to itself; with segments (B, T), where length is 0, only those of its own number."""
+    key = torch.arange(length + T, device=device)
+    mask = (key <= key[length:, None])[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    return mask[:, None]
 
 
 class Linear(nn.Linear):
-    """x (..., in) to (..., out); in training its products run in FP8 where the config says so."""
+    """x (..., in) to (..., out)."""
 
-    def __init__(self, config: GPTConfig, width_in: int, width_out: int):
+    def __init__(self, ops: Ops, width_in: int, width_out: int):
         super().__init__(width_in, width_out)
-        self.fp8 = config.fp8
+        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.fp8 and self.training:
-            return fp8_linear(x, self.weight, bias)
-        return F.linear(x, self.weight, bias)
+        return (self.ops.linear if self.training else F.linear)(x, self.weight, bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
+        self.ops = ops
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.kernels = config.kernels
-        self.explicit = config.attention == "explicit"
-        self.c_attn = Linear(config, config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config, config.n_embd, config.n_embd)
-        self.resid_dropout = Dropout(config.dropout)
+        self.c_attn = Linear(ops, config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(ops, config.n_embd, config.n_embd)
+        self.resid_dropout = ops.dropout(config.dropout)
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None,
         segments: Tensor | None,
-        extend: Extend | None,
+        extend: Extend,
         at: Tensor | None,
     ) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        plain = mask is None and extend is None
-        if plain and "attention" in self.kernels:
-            y = packed_attention(qkv, segments)  # (B, T, n_head, head_dim)
-        elif plain and "cpu_attention" in self.kernels:
-            y = cpu_attention(qkv, self.dropout if self.training else 0.0)
-        else:
-            y = self._attend(qkv, mask, extend, at).transpose(1, 2)
-        return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
-
-    def _attend(
-        self, qkv: Tensor, mask: Tensor | None, extend: Extend | None, at: Tensor | None
-    ) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
-        if at is not None:
-            q = pick(q.transpose(1, 2), at).transpose(1, 2)
-        if extend is not None:
-            k, v = extend(k, v)
-        # One new token sees everything before it; several without a mask are a plain causal
-        # sequence. In this order: where lengths vary, a compiler makes a symbol of the comparison,
-        # and the operation takes a bool alone.
-        causal = q.shape[2] > 1 and mask is None
         dropout = self.dropout if self.training else 0.0
-        if self.explicit:
-            return explicit_attention(q, k, v, mask, causal, dropout)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
-
-
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> Tensor:
-    """Attention with its (T, T) matrix written out: what the fused kernels are measured against."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        if self.ops.packed_attention and mask is None and extend is alone:
+            y = self.ops.packed_attention(qkv, segments, dropout)  # (B, T, n_head, head_dim)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+            if at is not None:
+                q = pick(q.transpose(1, 2), at).transpose(1, 2)
+            y = self.ops.attention(q, *extend(k, v), mask, dropout).transpose(1, 2)
+        return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
-        self.triton = "bias_gelu" in config.kernels
-        self.c_fc = Linear(config, config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(config, 4 * config.n_embd, config.n_embd)
-        self.dropout = Dropout(config.dropout)
+        self.ops = ops
+        self.c_fc = Linear(ops, config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(ops, 4 * config.n_embd, config.n_embd)
+        self.dropout = ops.dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.triton:
-            h = bias_gelu(self.c_fc.product(x), self.c_fc.bias, triton=True)
-        else:
-            h = F.gelu(self.c_fc(x), approximate="tanh")
+        h = self.ops.linear_gelu(self.c_fc.product, x, self.c_fc.bias)
         return self.dropout(self.c_proj(h))
 
 
-class Block(nn.Module):
-    """Two branches on the residual stream, each added to it as the next norm reads it: one pass for
-    both."""
+class LayerNorm(nn.LayerNorm):
+    """The layer norm of the residual stream, which first adds a branch to it: one pass for both."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ops = ops
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch (B, T, n_embd) and its norm."""
+        return self.ops.add_norm(x, branch, self.weight, self.bias, self.eps)
+
+
+class Block(nn.Module):
+    """Attention and MLP. What each adds to the residual stream is added when the next norm reads
+    it."""
+
+    def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
-        self.triton = "layer_norm" in config.kernels
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = Attention(config, ops)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config, ops)
 
     def forward(
         self,
@@ -242,20 +173,18 @@ class Block(nn.Module):
         branch: Tensor | None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        extend: Extend | None = None,
+        extend: Extend = alone,
         at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x (B, T, n_embd) and what the block before adds to it; the same of
-        this block.
+        """Takes and returns the residual stream (B, T, n_embd) and the branch to add to it.
 
-        `at` (B,): of the positions `at` alone, (B, 1, n_embd); `mask` is then that of those
-        queries.
+        With `at` (B,) it returns these positions alone, (B, 1, n_embd); `mask` is then theirs.
         """
-        x, h = add_norm(x, branch, self.ln_1, self.triton)
+        x, h = self.ln_1(x, branch)
         branch = self.attn(h, mask, segments, extend, at)
         if at is not None:
             x = pick(x, at)
-        x, h = add_norm(x, branch, self.ln_2, self.triton)
+        x, h = self.ln_2(x, branch)
         return x, self.mlp(h)
 
 
@@ -264,38 +193,32 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
 
 
-def add_norm(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """x + branch, and the norm of it."""
-    return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, triton)
-
-
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with its language-model head.
 
     model(idx)                            logits (B, T, vocab_size)
     model(idx, targets)                   loss of each target (B, T), fp32, 0 where the target is -100
-    model(idx, targets, reduction="sum")  their sum, one fp32 scalar: the training path, logits never held whole
+    model(idx, targets, reduction="sum")  their sum, one fp32 scalar: the training path
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Ops | None = None):
+        """ops: what to compute with; default: the operations that the config names."""
         super().__init__()
         self.config = config
-        # Trained keys and values before the text: a module whose `layers(model)` gives them, one
-        # (1, n_head, P, head_dim) pair a layer, and whose `length` is P (adapters/layers.py).
+        self.ops = ops = ops or ops_of(config)
+        # Trained positions before the text: a module with `length`, `past(model)` and
+        # `layers(model)` (adapters/layers.py).
         self.prefix: nn.Module | None = None
         self.heads = nn.ModuleDict()  # of a classifier, by task (adapters/heads.py)
-        # An empty table, since its first values are drawn below, one for each row that is not
-        # padding.
+        # Drawn below, since only the rows that are not padding are drawn.
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding.from_pretrained(table, freeze=False),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+                drop=ops.dropout(config.dropout),
+                h=nn.ModuleList(Block(config, ops) for _ in range(config.n_layer)),
+                ln_f=LayerNorm(config, ops),
             )
         )
         if not config.tied_head:
@@ -303,9 +226,8 @@ class GPT(nn.Module):
         if config.scaled_init:
             self._init_weights()
         else:
-            # as nn.Embedding does
-            nn.init.normal_(self.transformer.wte.weight[: config.vocab_size])
-        self._zero_padding()
+            nn.init.normal_(self.transformer.wte.weight[: config.vocab_size])  # as nn.Embedding
+        self.zero_padding()
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
@@ -315,20 +237,21 @@ class GPT(nn.Module):
                 # Each block adds twice to the residual stream: its variance must not grow with
                 # depth.
                 residual = name.endswith("c_proj.weight")
-                table = name in ("transformer.wte.weight", "lm_head.weight")
-                # whatever the padding
-                drawn = parameter[: self.config.vocab_size] if table else parameter
-                nn.init.normal_(
-                    drawn, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                )
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(parameter[: self.rows_of(name)], std=std)
 
-    def _zero_padding(self) -> None:
-        """Padding rows have no gradient, so zero they stay: decay, norms and checksums see nothing
-        of them."""
-        with torch.no_grad():
-            self.transformer.wte.weight[self.config.vocab_size :] = 0
-            if not self.config.tied_head:
-                self.lm_head.weight[self.config.vocab_size :] = 0
+    def rows_of(self, name: str) -> int | None:
+        """How many rows of a parameter are the model's and not padding; None for all of them."""
+        table = name in ("transformer.wte.weight", "lm_head.weight")
+        return self.config.vocab_size if table else None
+
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """Padding rows get no gradient, so zeroing them once keeps them out of decay, norms and
+        checksums."""
+        for name, parameter in self.named_parameters():
+            if (rows := self.rows_of(name)) is not None:
+                parameter[rows:] = 0
 
     @property
     def head_weight(self) -> Tensor:
@@ -340,31 +263,11 @@ class GPT(nn.Module):
         """Tokens of text that the positions have room for: all but a prefix's."""
         return self.config.block_size - (self.prefix.length if self.prefix is not None else 0)
 
-    def new_cache(
-        self, batch: int, tokens: int, pad: Tensor | None = None, alternatives: int = 1
-    ) -> KVCache:
-        """An empty cache for up to `tokens` (at most `context`) of each row of a batch, after the
-        prefix if any.
-
-        `alternatives`: how many tokens may be read for one position.
-        """
-        capacity = min(self.context, tokens) + alternatives - 1
-        if self.prefix is None:
-            return KVCache(self.config, batch, capacity, pad)
-        length = self.prefix.length
-        cache = KVCache(self.config, batch, length + capacity, pad, length)
-        for layer, (k, v) in enumerate(self.prefix.layers(self)):
-            cache.extend(layer, *(t.expand(batch, -1, -1, -1).to(self.dtype) for t in (k, v)))
-        cache.length = length
-        return cache
-
     @property
     def dtype(self) -> torch.dtype:
-        """Of the blocks' weights, and so of the residual stream (engine/precision.py may have cast
-        them)."""
-        return (
-            self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte
-        ).weight.dtype
+        """Of the blocks' weights (engine/precision.py may have cast them) and the residual stream."""
+        first = self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte
+        return first.weight.dtype
 
     def forward(
         self,
@@ -373,72 +276,53 @@ class GPT(nn.Module):
         *,
         reduction: str = "none",
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """idx (B, T) int64; targets (B, T) int64; segments (B, T) int: attention stays within equal
         numbers."""
-        x = self.hidden(idx, segments=segments, cache=cache)
+        x = self.hidden(idx, segments=segments, past=past)
         if targets is None:
             return self.logits(x)
         if reduction == "sum":
-            return self._summed_loss(x.flatten(0, 1), targets.flatten())
+            rows, of = x.flatten(0, 1), targets.flatten()
+            return self.ops.loss(rows, self.head_weight, of, self.config.vocab_size)
         logits = self.logits(x).float()
         return F.cross_entropy(
             logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction=reduction
         )
-
-    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (N, n_embd), targets (N,); one fp32 scalar."""
-        triton = "cross_entropy" in self.config.kernels
-        if self.config.chunked_head:
-            return linear_cross_entropy(
-                x, self.head_weight, targets, self.config.vocab_size, triton
-            )
-        if triton:
-            return cross_entropy(self._padded_logits(x), targets, self.config.vocab_size).sum()
-        return linear_cross_entropy_reference(x, self.head_weight, targets, self.config.vocab_size)
 
     def hidden(
         self,
         idx: Tensor,
         *,
         segments: Tensor | None = None,
-        cache: KVCache | Prefixed | None = None,
-        alternatives: bool = False,
+        past: Past | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size.
 
-        `alternatives`: the tokens all stand at the one next position, each seeing what the cache
-        holds and itself; the cache then waits for `keep` to say which it was. `at` (B,): the states
-        of these positions alone, (B, 1, n_embd), for which the last block computes little more than
-        keys and values of the others.
+        `at` (B,): the states of these positions alone, (B, 1, n_embd), for which the last block
+        computes little more than keys and values of the others.
         """
-        if cache is None and self.prefix is not None:
-            cache = Prefixed(self.prefix.layers(self))
-        T, start = idx.shape[1], cache.length if cache else 0
-        end = start + (1 if alternatives else T)
+        past = past or (NOTHING if self.prefix is None else self.prefix.past(self))
+        T = idx.shape[1]
+        positions = past.positions(T, idx.device)
+        end = past.length + positions.shape[-1]
         if end > self.config.block_size:
             raise UserError(
                 f"a sequence of {end} tokens is longer than block_size {self.config.block_size}"
             )
-        positions = torch.arange(start, end, device=idx.device)
-        if cache is not None and cache.pad is not None:
-            positions = (positions - cache.pad[:, None]).clamp(min=cache.prefix)  # (B, T)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)).to(
-            self.dtype
-        )
-        # documents need no mask there
-        in_kernel = "attention" in self.config.kernels and cache is None
-        mask = None if in_kernel else attention_mask(T, segments, cache, idx.device, alternatives)
-        branch, blocks = None, self.transformer.h
+        parts, blocks = self.transformer, self.transformer.h
+        x = parts.drop(parts.wte(idx) + parts.wpe(positions)).to(self.dtype)
+        unmasked = self.ops.masks_segments and past is NOTHING
+        mask = None if unmasked else past.mask(T, segments, idx.device)
+        branch = None
         for layer, block in enumerate(blocks):
-            extend = cache.at(layer) if cache else None
-            inputs = (x, branch, mask, segments, extend)
+            inputs = (x, branch, mask, segments, past.at(layer))
             if at is not None and layer == len(blocks) - 1:
-                inputs = (x, branch, mask_at(at, T, segments, cache), None, extend, at)
+                inputs = (x, branch, mask_at(at, T, segments, past), None, past.at(layer), at)
             if self.config.recompute and self.training:
-                # With the weights that it has now, in the backward pass too: they may be stand-ins
+                # The backward pass must see these very weights: they may be stand-ins
                 # (engine/precision.py).
                 again = functools.partial(functional_call, block, dict(block.named_parameters()))
                 x, branch = checkpoint(again, inputs, use_reentrant=False)
@@ -446,37 +330,12 @@ class GPT(nn.Module):
                 x, branch = block(*inputs)
         if at is not None and not blocks:
             x = pick(x, at)
-        if cache is not None and not alternatives:
-            cache.length += T
-        return add_norm(x, branch, self.transformer.ln_f, "layer_norm" in self.config.kernels)[1]
+        past.advance(T)
+        return parts.ln_f(x, branch)[1]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states (..., n_embd) to logits (..., vocab_size); the padding columns are cut
-        off."""
-        return self._padded_logits(x)[..., : self.config.vocab_size]
-
-    def _padded_logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.head_weight.to(x.dtype))
-
-    def add_tokens(self, ids: range) -> None:
-        """Make room for new token ids; their embeddings start at the mean of those below, which
-        stay as they are.
-
-        Some may lie within the vocabulary, where it has more rows than the tokenizer had ids.
-        """
-        old = self.config
-        self.config = dataclasses.replace(old, vocab_size=max(old.vocab_size, ids.stop))
-        for layer in (
-            [self.transformer.wte] if old.tied_head else [self.transformer.wte, self.lm_head]
-        ):
-            rows = layer.weight.detach()[: old.vocab_size]
-            table = rows.new_zeros(self.config.padded_vocab_size, old.n_embd)
-            table[: old.vocab_size] = rows
-            table[ids.start : ids.stop] = rows[: ids.start].mean(0)
-            layer.weight = nn.Parameter(table)
-            for name in ("num_embeddings", "out_features"):
-                if hasattr(layer, name):
-                    setattr(layer, name, len(table))
+        """Hidden states (..., n_embd) to logits (..., vocab_size), without the padding's."""
+        return F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size]
 
     def n_params(self) -> int:
         """Parameters of the exact model: the vocabulary's padding is not counted."""
@@ -502,33 +361,17 @@ class GPT(nn.Module):
         with torch.device("meta"):  # the weights come from the file: nothing to initialise
             model = cls(GPTConfig(**{**config, **overrides}))
         model.to_empty(device="cpu")
-        model._load(tensors, where)
+        read_into(model.weights(), tensors, where)
+        model.zero_padding()
         return model
 
-    def _load(self, tensors: dict[str, Tensor], where: str | Path) -> None:
-        """Copy tensors named and laid out as this model's into it, the vocabulary's padding left at
-        zero."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name not in tensors:
-                    raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
-                tensor = tensors[name]
-                if not tensor.is_floating_point():
-                    raise UserError(
-                        f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read"
-                    )
-                rows = (
-                    self.config.vocab_size
-                    if name in ("transformer.wte.weight", "lm_head.weight")
-                    else None
-                )
-                if tensor.shape != parameter[:rows].shape:
-                    raise UserError(
-                        f"{where}: {name} is {tuple(tensor.shape)}, its config says "
-                        f"{tuple(parameter.shape)}"
-                    )
-                parameter[:rows].copy_(tensor)
-        self._zero_padding()
+    def weights(self) -> dict[str, Tensor]:
+        """Views of the parameters by the hub's names, without the vocabulary's padding."""
+        return {
+            name: parameter.detach()[: self.rows_of(name)]
+            for name, parameter in self.named_parameters()
+            if not name.startswith("heads.")
+        }
 
     def save_pretrained(
         self,
@@ -537,77 +380,20 @@ class GPT(nn.Module):
         score: Tensor | None = None,
         labels: Sequence[str] = (),
     ) -> None:
-        """Write config.json and model.safetensors (fp32) in the hub's layout; `eot` is the
-        end-of-text id.
+        """Write config.json and model.safetensors (fp32) in the hub's layout.
 
-        With `score` (n_labels, n_embd) it is a classifier by the last token,
-        GPT2ForSequenceClassification.
+        eot: the end-of-text id. With `score` (n_labels, n_embd) it is a classifier by the last
+        token, GPT2ForSequenceClassification.
         """
-        tensors = {}
-        for name, parameter in self.named_parameters():
-            if not name.startswith("heads."):
-                table = name in ("transformer.wte.weight", "lm_head.weight")
-                rows = parameter[: self.config.vocab_size] if table else parameter
-                tensors[name] = rows.detach().to("cpu", torch.float32)
+        tensors = {name: t.to("cpu", torch.float32) for name, t in self.weights().items()}
         score = None if score is None else score.detach().to("cpu", torch.float32).contiguous()
         write_model(Path(folder), self.config, tensors, eot, score, labels)
 
 
-def attention_mask(
-    T: int,
-    segments: Tensor | None,
-    cache: KVCache | Prefixed | None,
-    device: torch.device,
-    alternatives: bool = False,
-) -> Tensor | None:
-    """True where a query may look, broadcastable to (B, n_head, T, keys); None where plain causal
-    attention does."""
-    start = cache.length if cache else 0
-    pad = cache.pad if cache else None
-    if segments is None and pad is None and (start == 0 or T == 1):
-        return None
-    key = torch.arange(start + T, device=device)
-    query = key[start:, None]
-    # (1, T, keys), aligned to the lower right
-    mask = ((key < start) | (key == query) if alternatives else key <= query)[None]
-    if segments is not None:
-        mask = mask & (segments[:, :, None] == segments[:, None, :])
-    if pad is not None:
-        # A padding query looks at itself: a row of nothing would be NaN.
-        ahead = cache.prefix if cache else 0
-        mask = mask & (((key < ahead) | (key >= ahead + pad[:, None]))[:, None] | (key == query))
-    return mask[:, None]
-
-
-def mask_at(
-    at: Tensor, T: int, segments: Tensor | None, cache: KVCache | Prefixed | None
-) -> Tensor:
+def mask_at(at: Tensor, T: int, segments: Tensor | None, past: Past) -> Tensor:
     """The mask (B, 1, 1, keys) of one query of each row, at `at` (B,)."""
-    mask = attention_mask(T, segments, cache, at.device)
+    mask = past.mask(T, segments, at.device)
     if mask is not None:
         return pick(mask.expand(len(at), -1, -1, -1).transpose(1, 2), at).transpose(1, 2)
-    start = cache.length if cache else 0
-    return (torch.arange(start + T, device=at.device) <= start + at[:, None])[:, None, None]
-
-
-def attention_backends(
-    device: torch.device, dtype: torch.dtype, deterministic: bool = False, by_hardware: bool = True
-) -> list[SDPBackend]:
-    """Fused attention kernels in the order to try; `dtype` is that of the products.
-
-    `by_hardware`: the one that is fastest on this device first, else PyTorch's flash attention.
-    """
-    if device.type == "cpu":
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    if device.type != "cuda":
-        return [SDPBackend.MATH]
-    half = dtype in (torch.bfloat16, torch.float16)
-    major = torch.cuda.get_device_capability(device)[0]
-    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if half and major >= 8:
-        backends.insert(0, SDPBackend.FLASH_ATTENTION)
-    # Hopper and Blackwell of data centres (9.0, 10.x); on others cuDNN's has not been shown to be
-    # faster.
-    if half and major in (9, 10) and by_hardware and not deterministic:
-        backends.insert(0, SDPBackend.CUDNN_ATTENTION)
-    return backends
+    keys = torch.arange(past.length + T, device=at.device)
+    return (keys <= past.length + at[:, None])[:, None, None]

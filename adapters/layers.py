@@ -9,6 +9,8 @@ are adapters/peft.py's.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -22,7 +24,7 @@ from torch.nn.utils import parametrize
 from adapters.options import MethodConfig
 from config import GPTConfig, UserError
 from kernels.dropout import Dropout
-from model import GPT, Linear
+from model import GPT, Extend, Linear, causal_mask
 
 LORA = ("lora", "dora")
 ADAPTERS = (*LORA, "prefix", "soft-prompt")
@@ -42,9 +44,9 @@ class LoRA(Linear):
     """W x + alpha/r B A dropout(x) with a frozen W (Hu et al. 2021): B starts at 0, and with it the
     update."""
 
-    def __init__(self, config: GPTConfig, base: Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
         with torch.device("meta"):  # W is the base's
-            super().__init__(config, base.in_features, base.out_features)
+            super().__init__(base.ops, base.in_features, base.out_features)
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha = rank, alpha
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
@@ -77,8 +79,8 @@ class DoRA(LoRA):
     the update alone.
     """
 
-    def __init__(self, config: GPTConfig, base: Linear, rank: int, alpha: float, dropout: float):
-        super().__init__(config, base, rank, alpha, dropout)
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(base, rank, alpha, dropout)
         self.lora_magnitude_vector = Magnitude(base.weight.detach().norm(dim=1))
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,6 +103,37 @@ class Magnitude(nn.Module):
     def __init__(self, norms: Tensor):
         super().__init__()
         self.weight = nn.Parameter(norms)
+
+
+class Prefixed:
+    """The Past of a text after trained positions: keys and values (1, n_head, P, head_dim) before
+    those of each layer. Nothing is kept."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
+        self.layers = layers
+        self.length = layers[0][0].shape[2]
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)
+
+    def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
+        """For one token None: it sees all."""
+        if segments is None and T == 1:
+            return None
+        return causal_mask(T, segments, device, self.length)
+
+    def at(self, layer: int) -> Extend:
+        return functools.partial(_put_before, *self.layers[layer])
+
+    def advance(self, T: int) -> None:
+        pass
+
+
+def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (k.shape[0], -1, -1, -1)
+    return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat(
+        (values.expand(shape).to(v.dtype), v), 2
+    )
 
 
 class Prefix(nn.Module):
@@ -132,6 +165,9 @@ class Prefix(nn.Module):
         layers = self.table().view(self.shape).permute(1, 2, 3, 0, 4)
         return [(k[None], v[None]) for k, v in layers]
 
+    def past(self, model: GPT) -> Prefixed:
+        return Prefixed(self.layers(model))
+
 
 class SoftPrompt(nn.Module):
     """P vectors (P, n_embd) that the model reads before the text (Lester et al. 2021).
@@ -148,6 +184,9 @@ class SoftPrompt(nn.Module):
     def layers(self, model: GPT) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, (1, n_head, P, head_dim) each."""
         return keys_and_values(model, self.vectors)
+
+    def past(self, model: GPT) -> Prefixed:
+        return Prefixed(self.layers(model))
 
 
 def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -190,9 +229,7 @@ def add_lora(
     """LoRA or DoRA in place of the products of these names."""
     kind = DoRA if dora else LoRA
     for name in names:
-        model.set_submodule(
-            name, kind(model.config, model.get_submodule(name), rank, alpha, dropout)
-        )
+        model.set_submodule(name, kind(model.get_submodule(name), rank, alpha, dropout))
 
 
 def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
@@ -221,6 +258,26 @@ def check_room(model: GPT, length: int) -> None:
 def tables(model: GPT) -> Sequence[str]:
     """Those that a loss depends on: a language model's own head is in none of a classifier's."""
     return TABLES[:1] if model.config.tied_head or model.heads else TABLES
+
+
+def add_tokens(model: GPT, ids: range) -> None:
+    """Make room for new token ids; their embeddings start at the mean of those below, which stay as
+    they are.
+
+    Some may lie within the vocabulary, where it has more rows than the tokenizer had ids.
+    """
+    old = model.config
+    model.config = dataclasses.replace(old, vocab_size=max(old.vocab_size, ids.stop))
+    for name in TABLES[:1] if old.tied_head else TABLES:
+        layer = model.get_submodule(name)
+        rows = layer.weight.detach()[: old.vocab_size]
+        table = rows.new_zeros(model.config.padded_vocab_size, old.n_embd)
+        table[: old.vocab_size] = rows
+        table[ids.start : ids.stop] = rows[: ids.start].mean(0)
+        layer.weight = nn.Parameter(table)
+        for size in ("num_embeddings", "out_features"):
+            if hasattr(layer, size):
+                setattr(layer, size, len(table))
 
 
 def add_rows(model: GPT, table: str, ids: Tensor) -> None:
@@ -289,7 +346,7 @@ def merge(model: GPT) -> None:
         )
     for name, layer in loras(model).items():
         with torch.device("meta"):
-            plain = Linear(model.config, layer.in_features, layer.out_features)
+            plain = Linear(layer.ops, layer.in_features, layer.out_features)
         plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.bias
         model.set_submodule(name, plain.train(layer.training))
     for name in token_rows(model):

@@ -23,6 +23,7 @@ from adapters.layers import (
     SoftPrompt,
     add_lora,
     add_rows,
+    add_tokens,
     always_trained,
     check_room,
     freeze,
@@ -335,7 +336,7 @@ def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
     does not use."""
     size = max((int(ids.max()) + 1 for ids, _ in rows.values()), default=0)
     if size > model.config.vocab_size:
-        model.add_tokens(range(model.config.vocab_size, size))
+        add_tokens(model, range(model.config.vocab_size, size))
     for name, (ids, tensor) in rows.items():
         if name == "lm_head" and model.config.tied_head:
             raise UserError(

@@ -52,7 +52,8 @@ from engine.memory import set_allocator
 from engine.precision import choose_precision
 from kernels import _card
 from kernels._triton import missing
-from model import GPT, attention_backends
+from kernels.attention import attention_backends
+from model import GPT
 
 OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"

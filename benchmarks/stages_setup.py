@@ -81,7 +81,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     from engine.precision import choose_precision, set_products
     from engine.step import compiler_lacks
     from kernels._triton import missing
-    from model import attention_backends
+    from kernels.attention import attention_backends
 
     def refused(precision: str) -> str | None:
         try:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from model import GPT, KVCache
+from decoding.cache import Alternatives, KVCache, new_cache
+from model import GPT
 from text.tokenizer import Tokenizer
 
 # On a CPU the head's product with one to three rows, most of a small model's step, runs 1.2 to 2
@@ -83,12 +84,13 @@ class Window:
     def read(self) -> Tensor:
         """Hidden states of what the cache has not seen (B, T, n_embd): the newest tokens, or where
         full the windows."""
-        return self._refill() if self.full else self.model.hidden(self.last, cache=self.cache)
+        return self._refill() if self.full else self.model.hidden(self.last, past=self.cache)
 
     def read_alternatives(self, ids: Tensor) -> Tensor:
         """Hidden states (B, k, n_embd) of candidates (B, k) for the next token. `keep` one before
         reading on."""
-        return self.model.hidden(ids, cache=self.cache, alternatives=True)
+        assert self.cache is not None
+        return self.model.hidden(ids, past=Alternatives(self.cache))
 
     def keep(self, chosen: Tensor) -> None:
         """The index (B,) of the candidate of each row that is its next token, to be appended."""
@@ -133,10 +135,10 @@ class Window:
             [[0] * n + list(row) for n, row in zip(pad, place, strict=True)], device=self.device
         )
         padding = torch.tensor(pad, device=self.device) if any(pad) else None
-        self.cache = self.model.new_cache(
-            len(pad), T + self.room, padding, max(1, self.alternatives)
+        self.cache = new_cache(
+            self.model, len(pad), T + self.room, padding, max(1, self.alternatives)
         )
-        x = self.model.hidden(idx, cache=self.cache)
+        x = self.model.hidden(idx, past=self.cache)
         if len(place) == len(self.shown):
             return x
         rows = [place[tuple(row)] for row in self.shown]

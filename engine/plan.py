@@ -29,7 +29,7 @@ from engine.roofline import peak_flops
 from engine.step import TrainStep, compiler_lacks
 from engine.task import Task
 from kernels import choose, named
-from model import attention_backends
+from kernels.attention import attention_backends
 from storage.checkpoint import checkpoints
 
 

@@ -20,7 +20,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from config import ATTENTION_WIDTH
 from kernels import _card
@@ -28,16 +30,68 @@ from kernels._card import CARDS, Card
 from kernels._triton import INTERPRETED, jit, on, tl, triton
 
 
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v with its matrix written out: what the kernels are measured
+    against.
+
+    q (B, n_head, T, head_dim), k and v (B, n_head, keys, head_dim); mask (..., T, keys) is True where
+    a query may look. Without one, a query sees the keys up to its own position.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """PyTorch's attention, which never writes the matrix; arguments as of `explicit_attention`."""
+    # One new token sees all keys. In this order: where lengths vary, a compiler makes a symbol of the
+    # comparison, and the operation takes a bool alone.
+    causal = q.shape[2] > 1 and mask is None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+    )
+
+
+def attention_backends(
+    device: torch.device, dtype: torch.dtype, deterministic: bool = False, by_hardware: bool = True
+) -> list[SDPBackend]:
+    """Fused attention kernels in the order to try; `dtype` is that of the products.
+
+    `by_hardware`: the one that is fastest on this device first, else PyTorch's flash attention.
+    """
+    if device.type == "cpu":
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    if device.type != "cuda":
+        return [SDPBackend.MATH]
+    half = dtype in (torch.bfloat16, torch.float16)
+    major = torch.cuda.get_device_capability(device)[0]
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if half and major >= 8:
+        backends.insert(0, SDPBackend.FLASH_ATTENTION)
+    # Hopper and Blackwell of data centres (9.0, 10.x); on others cuDNN's has not been shown to be
+    # faster.
+    if half and major in (9, 10) and by_hardware and not deterministic:
+        backends.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return backends
+
+
 def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(head_dim)) v with its (T, T) mask written out; shapes as in
     `attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
-    T = qkv.shape[1]
-    mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
+    mask = None
     if segments is not None:
-        mask = (mask & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
-    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
+        T = qkv.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
+        mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
+    return explicit_attention(q, k, v, mask).transpose(1, 2).contiguous()
 
 
 # Kernels. In all of them D is head_dim and WIDTH the power of two that holds it; M queries and N

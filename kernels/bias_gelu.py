@@ -13,6 +13,7 @@ a second sum, over the programs, completes it, so the same inputs give the same 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ TILE = 1024  # elements
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) by its tanh form, x (..., C), bias (C,); of x's dtype."""
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+
+
+def linear_gelu_reference(
+    product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, bias: Tensor
+) -> Tensor:
+    """GELU of product(x, bias), where the product adds the bias itself."""
+    return F.gelu(product(x, bias), approximate="tanh")
 
 
 @jit

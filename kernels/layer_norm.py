@@ -34,18 +34,6 @@ COLUMNS = 256  # of a row for each warp: 16 bytes of bf16 for each of its thread
 ROWS = 2  # of a program at once, more where they are short
 
 
-def add_layer_norm_reference(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(total, normed): x + branch (..., C) and its layer norm times weight (C,) plus bias (C,),
-    both of x's dtype."""
-    total = x if branch is None else (x + branch).to(x.dtype)
-    # On CUDA layer_norm takes one dtype only, and under autocast gives fp32. Where dtypes agree no
-    # conversion costs.
-    normed = F.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
-    return total, normed.to(x.dtype)
-
-
 class _NormOnCPU(torch.autograd.Function):
     """Layer norm of bf16 by PyTorch's fp32 kernels: its bf16 ones add up the gain's gradient in
     bf16, and lose 8% of it over 8,192 rows. Saved is x as it came, half the bytes of what they
@@ -68,6 +56,21 @@ class _NormOnCPU(torch.autograd.Function):
         return *(
             grad.to(t.dtype) if want else None for grad, t, want in zip(grads, like, wanted)
         ), None
+
+
+def add_layer_norm_reference(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(total, normed): x + branch (..., C) and its layer norm times weight (C,) plus bias (C,),
+    both of x's dtype."""
+    total = x if branch is None else (x + branch).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", enabled=False):
+            return total, _NormOnCPU.apply(total, weight, bias, eps)
+    # On CUDA layer_norm takes one dtype only, and under autocast gives fp32. Where dtypes agree no
+    # conversion costs.
+    normed = F.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return total, normed.to(x.dtype)
 
 
 @jit
@@ -277,10 +280,6 @@ def add_layer_norm(
     may be of different floating dtypes; both results have x's, autocast or not, and statistics are
     fp32. Raises ValueError where shapes differ.
     """
-    if not triton and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        total = x if branch is None else (x + branch).to(x.dtype)
-        with torch.autocast("cpu", enabled=False):
-            return total, _NormOnCPU.apply(total, weight, bias, eps)
     if not triton:
         return add_layer_norm_reference(x, branch, weight, bias, eps)
     if (

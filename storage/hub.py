@@ -45,6 +45,25 @@ def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
+@torch.no_grad()
+def read_into(
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path
+) -> None:
+    """Copy a model's tensors, as `read_model` returns them, into its weights. Raises UserError where
+    one is missing or does not fit."""
+    for name, weight in weights.items():
+        if name not in tensors:
+            raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read")
+        if tensor.shape != weight.shape:
+            raise UserError(
+                f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(weight.shape)}"
+            )
+        weight.copy_(tensor)
+
+
 def write_model(
     folder: Path,
     config: GPTConfig,

@@ -342,7 +342,7 @@ class Finetuning(Task):
     def build_model(self, cfg: FinetuneConfig) -> nn.Module:
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
-            model.add_tokens(self.new_tokens)
+            layers.add_tokens(model, self.new_tokens)
         self._dressed(model)
         self.stored = methods.stored(model, cfg)
         return model

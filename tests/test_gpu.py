@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from config import GPTConfig
+from decoding.cache import KVCache
 from engine.precision import autocast
 from engine.processes import World
 from engine.step import Loader
-from model import GPT, KVCache, attention_backends
+from kernels.attention import attention_backends
+from model import GPT
 from random_tokens import make_step
 
 pytestmark = pytest.mark.gpu
@@ -199,8 +201,8 @@ def test_the_kv_cache_gives_the_logits_of_the_whole_sequence():
     with torch.no_grad(), autocast("fp32", idx.device):
         cache = KVCache(config, 3, 64)
         parts = [
-            model(idx[:, :20], cache=cache),
-            *(model(idx[:, t : t + 1], cache=cache) for t in range(20, 64)),
+            model(idx[:, :20], past=cache),
+            *(model(idx[:, t : t + 1], past=cache) for t in range(20, 64)),
         ]
         torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=1e-4, atol=1e-4)
 

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from adapters.layers import Prefixed, add_tokens
 from config import PRESETS, GPTConfig, UserError
+from decoding.cache import KVCache, new_cache
 from kernels.linear_cross_entropy import IGNORE
-from model import GPT, KVCache
+from model import GPT
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=4, n_embd=64)
 
@@ -430,7 +432,7 @@ def test_one_segment_is_plain_causal_attention():
 def test_cache_in_any_split(attention, parts):
     model, idx = gpt(attention=attention), tokens(2, 32)
     cache = KVCache(model.config, 2, 32)
-    pieces = [model(piece, cache=cache) for piece in idx.split(parts, dim=1)]
+    pieces = [model(piece, past=cache) for piece in idx.split(parts, dim=1)]
     assert cache.length == 32
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-5)
 
@@ -441,7 +443,7 @@ def test_cache_with_left_padding(parts):
     """Rows of different lengths, padded at the left: each is what it is alone."""
     model, idx, pad = gpt(), tokens(3, 16), torch.tensor([0, 3, 11])
     cache = KVCache(model.config, 3, 16, pad=pad)
-    logits = torch.cat([model(piece, cache=cache) for piece in idx.split(parts, dim=1)], 1)
+    logits = torch.cat([model(piece, past=cache) for piece in idx.split(parts, dim=1)], 1)
     assert logits.isfinite().all()
     for row, p in enumerate(pad.tolist()):
         torch.testing.assert_close(
@@ -453,11 +455,11 @@ def test_cache_with_left_padding(parts):
 def test_cache_select_repeats_rows():
     model, idx, pad = gpt(), tokens(2, 8), torch.tensor([0, 2])
     cache = KVCache(model.config, 2, 12, pad=pad)
-    model(idx, cache=cache)
+    model(idx, past=cache)
     rows = [1, 1, 0]
     cache.select(rows)
     more = tokens(3, 2, seed=4)
-    logits = model(more, cache=cache)
+    logits = model(more, past=cache)
     for i, row in enumerate(rows):
         alone = torch.cat([idx[row, pad[row] :], more[i]])[None]
         torch.testing.assert_close(logits[i], model(alone)[0, -2:], atol=1e-5, rtol=1e-5)
@@ -468,9 +470,9 @@ def test_longer_than_block_size():
     with pytest.raises(UserError, match="33 tokens is longer than block_size 32"):
         model(tokens(1, 33))
     cache = KVCache(model.config, 1, 32)
-    model(tokens(1, 32), cache=cache)
+    model(tokens(1, 32), past=cache)
     with pytest.raises(UserError, match="block_size"):
-        model(tokens(1, 1), cache=cache)
+        model(tokens(1, 1), past=cache)
 
 
 # --- one position of each row
@@ -481,11 +483,10 @@ AT = torch.tensor([0, 11, 4])
 def prefixed(model: GPT, recompute: bool = False) -> GPT:
     """With random keys and values before the text, as prefix tuning has them."""
     draw = torch.Generator().manual_seed(5)
-    layers = [
-        torch.randn(2, 1, 4, 3, 16, generator=draw).unbind(0) for _ in range(model.config.n_layer)
-    ]
+    drawn = [torch.randn(2, 1, 4, 3, 16, generator=draw) for _ in range(model.config.n_layer)]
+    layers = [(keys, values) for keys, values in drawn]
     model.prefix = torch.nn.Module()
-    model.prefix.layers, model.prefix.length = lambda model: layers, 3
+    model.prefix.past, model.prefix.length = lambda model: Prefixed(layers), 3
     return model
 
 
@@ -537,12 +538,12 @@ def test_one_position_computes_less_of_the_last_block():
 
 def test_one_position_after_a_cache_with_padding_at_the_left():
     model, pad = gpt(), torch.tensor([2, 0, 5])
-    caches = [model.new_cache(3, 32, pad) for _ in range(2)]
+    caches = [new_cache(model, 3, 32, pad) for _ in range(2)]
     for cache in caches:
-        model.hidden(tokens(3, 7), cache=cache)
+        model.hidden(tokens(3, 7), past=cache)
     idx = tokens(3, 12, seed=2)
-    found = model.hidden(idx, cache=caches[0], at=AT)
-    torch.testing.assert_close(found[:, 0], model.hidden(idx, cache=caches[1])[torch.arange(3), AT])
+    found = model.hidden(idx, past=caches[0], at=AT)
+    torch.testing.assert_close(found[:, 0], model.hidden(idx, past=caches[1])[torch.arange(3), AT])
     assert caches[0].length == caches[1].length == 19
 
 
@@ -611,11 +612,11 @@ def test_shapes_that_cannot_be():
 def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "model.fp8_linear",
+        "kernels.ops.fp8_linear",
         lambda x, w, bias: calls.append(bias) or torch.nn.functional.linear(x, w, bias),
     )
     monkeypatch.setattr(
-        "model.bias_gelu",
+        "kernels.ops.bias_gelu",
         lambda x, bias, triton: torch.nn.functional.gelu(x + bias, approximate="tanh"),
     )
     torch.manual_seed(0)
@@ -638,7 +639,7 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
             model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
             tables = [model.transformer.wte] + ([] if tied else [model.lm_head])
             before = [table.weight.detach().clone() for table in tables]
-            model.add_tokens(ids)
+            add_tokens(model, ids)
             assert model.config.vocab_size == max(300, ids.stop)
             for table, old in zip(tables, before, strict=True):
                 new, kept = table.weight.detach(), [i for i in range(300) if i not in ids]

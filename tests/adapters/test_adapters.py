@@ -27,6 +27,7 @@ from adapters.layers import ADAPTERS, LORA, added, can_merge, merge
 from adapters.options import MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
+from decoding.cache import new_cache
 from decoding.loading import open_model
 from engine.optim import Optimizers, default_groups
 from engine.precision import Cast
@@ -77,7 +78,7 @@ def adapted(
     if head:
         model.heads["main"] = Head(64, LABELS, "last")
     if new:
-        model.add_tokens(range(VOCAB, VOCAB + new))
+        layers.add_tokens(model, range(VOCAB, VOCAB + new))
     torch.manual_seed(1)
     methods.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
     with torch.no_grad():
@@ -429,10 +430,10 @@ def test_dropout_is_on_the_update_alone(base):
 def test_the_cache_continues_after_what_comes_before_the_text(base, method):
     model, idx = adapted(base, method), tokens()
     with torch.no_grad():
-        cache = model.new_cache(len(idx), idx.shape[1])
+        cache = new_cache(model, len(idx), idx.shape[1])
         parts = [
-            model(idx[:, :5], cache=cache),
-            *(model(idx[:, i : i + 1], cache=cache) for i in range(5, 9)),
+            model(idx[:, :5], past=cache),
+            *(model(idx[:, i : i + 1], past=cache) for i in range(5, 9)),
         ]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
 

@@ -21,10 +21,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from adapters.layers import Prefixed
 from benchmarks.decoding import contrastive_reference
 from config import UserError
 from decoding import batched, sampling
 from decoding.batched import generate, least_risk
+from decoding.cache import new_cache
 from decoding.options import DecodeConfig
 from decoding.sampling import draw, truncate
 from decoding.window import Stop, Window, kept_tokens, penalize
@@ -213,13 +215,16 @@ class Prefix(torch.nn.Module):
     def layers(self, model: GPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.given
 
+    def past(self, model: GPT) -> Prefixed:
+        return Prefixed(self.given)
+
 
 @torch.no_grad()
 def with_prefix(tokens: list[int]) -> GPT:
     """The random model with the keys and values of these tokens before every text."""
     model = random_model()
-    cache = model.new_cache(1, len(tokens))
-    model(torch.tensor([tokens]), cache=cache)
+    cache = new_cache(model, 1, len(tokens))
+    model(torch.tensor([tokens]), past=cache)
     model.prefix = Prefix(cache.layers, len(tokens))
     return model
 
@@ -354,7 +359,7 @@ def test_alternatives_are_each_the_next_token(model: GPT) -> None:
             x = window.read_alternatives(candidates)
             chosen = torch.tensor([2, 0, 1])
             window.keep(chosen)
-            after = gpt.hidden(torch.tensor([[4], [5], [6]]), cache=window.cache)
+            after = gpt.hidden(torch.tensor([[4], [5], [6]]), past=window.cache)
             for row, prompt in enumerate(PROMPTS):
                 for i, token in enumerate(candidates[row].tolist()):
                     torch.testing.assert_close(

@@ -20,8 +20,8 @@ import kernels._triton
 from config import TrainConfig, UserError
 from engine import plan
 from engine.processes import World
+from kernels.attention import attention_backends
 from launch import launch, log_of, small, write_inputs
-from model import attention_backends
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -300,6 +300,7 @@ class TestSpecialTokens:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from adapters.layers import add_tokens
         from model import GPT, GPTConfig
 
         extended = trained.with_special(self.NEW)
@@ -312,7 +313,7 @@ class TestSpecialTokens:
             model(idx),
             model.transformer.wte.weight.detach()[: trained.vocab_size].clone(),
         )
-        model.add_tokens(range(trained.vocab_size, extended.vocab_size))
+        add_tokens(model, range(trained.vocab_size, extended.vocab_size))
         after = model(idx)
         torch.testing.assert_close(after[..., : trained.vocab_size], before, rtol=0, atol=1e-6)
         torch.testing.assert_close(

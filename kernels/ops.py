@@ -1,0 +1,101 @@
+"""The operations of GPT-2 that may run on a kernel, chosen once and handed to the model's layers.
+
+The fields of a plain `Ops()` are PyTorch's own operations and the plain references that stand
+beside the kernels. Kernels are named in GPTConfig.kernels; what may be named on a machine is decided
+by kernels.choose.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import GPTConfig
+from kernels.attention import attention, explicit_attention, fused_attention
+from kernels.bias_gelu import bias_gelu, linear_gelu_reference
+from kernels.cpu_attention import cpu_attention
+from kernels.cross_entropy import cross_entropy
+from kernels.dropout import Dropout
+from kernels.fp8_linear import fp8_linear
+from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Product = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What a GPT computes with. Shapes are those of the references."""
+
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
+        add_layer_norm_reference
+    )
+    """(x + branch, its layer norm) of x, branch, gain, bias and epsilon."""
+    linear: Linear = F.linear
+    """The products of a block in training; in evaluation they are always F.linear."""
+    linear_gelu: Callable[[Product, Tensor, Tensor], Tensor] = linear_gelu_reference
+    """The GELU of product(x, bias)."""
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = fused_attention
+    """Of q, k, v (B, n_head, T, head_dim), a mask or None for plain causal, and the dropout."""
+    packed_attention: Callable[[Tensor, Tensor | None, float], Tensor] | None = None
+    """The same of whole sequences without a mask: qkv (B, T, 3, n_head, head_dim) as the product
+    left it, segments (B, T) and the dropout. None: `attention` serves them too."""
+    masks_segments: bool = False
+    """Whether packed_attention keeps documents apart by itself, so that they need no mask."""
+    loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy_reference
+    """The summed loss of states (N, n_embd), head weight, targets (N,) and vocabulary size."""
+    dropout: type[nn.Dropout] = nn.Dropout
+
+
+def ops_of(config: GPTConfig) -> Ops:
+    """The operations that a configuration names."""
+    named = config.kernels
+    packed, masks_segments = None, False
+    if "attention" in named:
+        packed, masks_segments = _attention_without_dropout, True
+    elif "cpu_attention" in named:
+        packed = _attention_without_segments
+    return Ops(
+        add_norm=functools.partial(add_layer_norm, triton=True)
+        if "layer_norm" in named
+        else add_layer_norm_reference,
+        linear=fp8_linear if config.fp8 else F.linear,
+        linear_gelu=_linear_then_bias_gelu if "bias_gelu" in named else linear_gelu_reference,
+        attention=explicit_attention if config.attention == "explicit" else fused_attention,
+        packed_attention=packed,
+        masks_segments=masks_segments,
+        loss=_loss(config.chunked_head, triton="cross_entropy" in named),
+        dropout=Dropout if config.dropout else nn.Dropout,
+    )
+
+
+def _loss(chunked: bool, triton: bool) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    if chunked:
+        return functools.partial(linear_cross_entropy, triton=triton)
+    return _cross_entropy_of_all_logits if triton else linear_cross_entropy_reference
+
+
+def _cross_entropy_of_all_logits(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
+    return cross_entropy(F.linear(x, weight.to(x.dtype)), targets, vocab_size).sum()
+
+
+def _linear_then_bias_gelu(product: Product, x: Tensor, bias: Tensor) -> Tensor:
+    return bias_gelu(product(x, None), bias, triton=True)
+
+
+def _attention_without_dropout(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
+    """kernels.choose refuses this kernel to a run with dropout."""
+    return attention(qkv, segments)
+
+
+def _attention_without_segments(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
+    """Documents have a mask here, and with a mask no packed attention is called."""
+    return cpu_attention(qkv, dropout)
