@@ -89,7 +89,7 @@ TakeTurn = Callable[[int, int], Turn]  # untimed steps and timed ones
 def serve(pipe: Connection, name: str, case: Case) -> None:
     """Build a contender, then answer each (untimed, timed) steps with a Turn; an error is the last
     answer."""
-    from engine.plan import is_out_of_memory
+    from engine.failures import is_out_of_memory
 
     try:
         import torch

@@ -1,32 +1,30 @@
-"""What is decided before a run: what suits the machine, the micro-batch, and with --dry-run what it
-would cost."""
+"""What is decided before a run and told in its banner: what suits the machine, and with --dry-run
+what the run would cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import re
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.nn.attention import SDPBackend
 
-from base.console import bytes_text, printable, time_text
+from base.console import bytes_text, time_text
 from config import Run, RunConfig, UserError, resolve
 from engine import processes
+from engine.fit import estimate_fits, largest_divisor
 from engine.log import RunLog, numbers, read_log
 from engine.memory import keeps_freed, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
-from engine.step import TrainStep, compiler_lacks
+from engine.step import compile_unit, compiler_lacks
 from engine.task import Task
 from kernels import choose, named
 from kernels.attention import attention_backends
@@ -93,6 +91,41 @@ def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
     return "not repeatable bit for bit (with --deterministic it is)"
 
 
+def banner(
+    task: Task,
+    cfg: RunConfig,
+    world: World,
+    choices: Choices,
+    micro_batch: int,
+    done: int,
+    resumed_from: Path | None,
+) -> dict[str, str]:
+    """What a run begins with, of which `done` steps are made."""
+    device, flops = processes.device_name(world.device), task.flops_per_token()
+    threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
+    compiled = "not compiled"
+    if cfg.compile:
+        compiled = f"compiled by the {compile_unit(cfg, world, task.compiles_whole)}"
+    without = f", without {', '.join(cfg.without)}" if cfg.without else ""
+    plan = f"steps {done} to {cfg.steps}, {cfg.optimizer}, {cfg.schedule} schedule"
+    plan += f", peak lr {cfg.lr:g}"
+    if cfg.patience:
+        plan += f", ends after {cfg.patience} evaluations without a better {task.best[0]}"
+    if flops:
+        plan += f", {flops / 1e6:,.1f} MFLOP a token"
+    return {
+        "run": f"{Path(cfg.out or '')}"
+        + (f", resumed from {resumed_from.name}" if resumed_from else ""),
+        "device": f"{world.size} x {world.device.type} ({device}){threads}",
+        "precision": f"{cfg.precision} ({choices.precision})",
+        "attention": f"{choices.attention}, {choices.repeatability}",
+        "kernels": f"{cfg.kernels.replace(',', ', ')}, {compiled}{without}",
+        **task.describe(),
+        "step": task.describe_step(micro_batch, world.size),
+        "plan": plan,
+    }
+
+
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the user's own settings
 
 
@@ -107,118 +140,6 @@ def set_gpu_allocator(cfg: RunConfig) -> None:
     chosen_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     if sys.platform == "linux" and not (cfg.cuda_graphs or chosen_by_user):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-
-
-def largest_micro_batch(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int
-) -> int:
-    """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
-    estimated elsewhere."""
-    fits = (
-        _gpu_fits(task, model, cfg, world)
-        if world.device.type == "cuda"
-        else estimate_fits(task, cfg, world)
-    )
-    return min(processes.gather(world, largest_divisor(rows, fits)))
-
-
-def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that
-    fits does too."""
-    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
-    divisors = sorted({*small, *(rows // n for n in small)})
-    low, high = 0, len(divisors)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
-    return divisors[low - 1] if low else 0
-
-
-def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], bool]:
-    room = 0.8 * processes.available_memory(world.device, world.local_size)
-    held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
-    return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
-
-
-def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Callable[[int], bool]:
-    """One real forward and backward pass and one evaluation batch, with room kept for the
-    optimizer's moments."""
-    device = world.device
-    step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
-    kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
-    kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
-    room = processes.available_memory(device, 1) + torch.cuda.memory_allocated(device)
-
-    def fits(n: int) -> bool:
-        batch = task.collate("train", task.longest_rows(n))
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            step._backward(
-                batch,
-                True,
-                dict.fromkeys(task.terms, 1.0),
-                {k: torch.zeros((), device=device) for k in task.terms},
-            )
-            with torch.no_grad():
-                step.evaluate(batch)
-            peak = torch.cuda.max_memory_allocated(device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            peak = math.inf
-        step.zero_grad()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is not to be this one
-        return peak + kept <= 0.94 * room
-
-    return fits
-
-
-# PyTorch's allocators and CUDA's; and cuBLAS and cuDNN, which allocate past PyTorch's.
-OUT_OF_MEMORY = re.compile(
-    r"out[ _]of[ _]memory|allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE
-)
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, also where the compiler has wrapped the error that said so."""
-    return any(
-        isinstance(inner, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(inner))
-        for inner in causes(error)
-    )
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised from or in the handling of, outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        yield error
-        seen.add(id(error))
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-# inductor's for C++; Triton's for the C that launches a kernel, which ends without the compiler's
-# own words.
-COMPILER_FAILED = re.compile(
-    r"InvalidCxxCompiler|No working C\+\+ compiler|C\+\+ compile error|Failed to find C compiler"
-    r"|Command '\[.*\.c'.*-shared.* returned non-zero exit status"
-)
-
-
-def compiler_error(error: BaseException) -> UserError | None:
-    """The line to show where the machine's C or C++ compiler failed under torch.compile; None for
-    any other error."""
-    text = next((str(inner) for inner in causes(error) if COMPILER_FAILED.search(str(inner))), None)
-    if text is None:
-        return None
-    lines = [line.strip() for line in text.splitlines()]
-    said = next((line for line in lines if "error: " in line), None)
-    said = said or next(line for line in lines if COMPILER_FAILED.search(line))
-    return UserError(
-        f"torch.compile's C or C++ compiler failed ({printable(said[:200])}); install it whole, "
-        "with Python's headers (apt install g++ python3-dev), or type --no-compile",
-        local=True,
-    )
 
 
 @dataclass(frozen=True)

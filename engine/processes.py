@@ -258,6 +258,20 @@ def gather(world: World, value: Any) -> list[Any]:
     return values
 
 
+def on_main(world: World, function: Callable[[], Any]) -> Any:
+    """What rank 0's `function` returns, on every rank; its UserError is every rank's."""
+    result: Any = None
+    if world.main:
+        try:
+            result = function()
+        except UserError as error:
+            result = error
+    result = gather(world, result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
 @contextlib.contextmanager
 def main_first(world: World) -> Generator[None]:
     """Rank 0 runs the block before the others do, however long it takes: they find its work done,

@@ -189,10 +189,13 @@ def _works(cfg: RunConfig, name: str, value: Any) -> bool:
     return True
 
 
-def changes(cfg: RunConfig, facts: dict[str, Any], earlier: Earlier, start: Start) -> Iterator[str]:
-    """`NAME OLD -> NEW` for all that a run goes on with otherwise than at its last start."""
+def changes(
+    options: dict[str, Any], facts: dict[str, Any], earlier: Earlier, start: Start
+) -> Iterator[str]:
+    """`NAME OLD -> NEW` for each of the resolved `options` and of `facts` that is other than it was
+    at the last start."""
     left_out = {*OF_A_START, "steps"} if start.extended else set(OF_A_START)
-    for name, new in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+    for name, new in json.loads(json.dumps(options)).items():
         old = earlier.options.get(name, new)
         if old != new and name not in left_out:
             yield f"{name.replace('_', '-')} {_shown(old)} -> {_shown(new)}"

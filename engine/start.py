@@ -84,9 +84,8 @@ def open_run(
     if resume not in ("auto", "never"):
         start.folder = _resume_from(Path(resume), run, say)
     if before is not None:
-        if _is_finished(run, start.lengths) and not (
-            extension and extension.to != start.lengths[-1].steps
-        ):
+        longer = extension and extension.to != start.lengths[-1].steps
+        if _is_finished(run, start.lengths) and not longer:
             return Start(finished=True)
         clean(run, say)
         start.micro_batch = _micro_batch_of(run)
@@ -94,12 +93,9 @@ def open_run(
         start.folder = newest(run, say)
         if start.folder is None and checkpoints(run):
             raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
-    meta = (
-        json.loads((start.folder / META).read_text(encoding="utf-8"))
-        if start.folder is not None
-        else None
-    )
-    if start.folder is not None and meta is not None:
+    meta: dict[str, Any] | None = None
+    if start.folder is not None:
+        meta = json.loads((start.folder / META).read_text(encoding="utf-8"))
         start.lengths = start.lengths or lengths_of(meta)
         lacking = _same_run(identity, meta["identity"], start.folder, start.lengths, extension)
         start.notes += lacking if before is None else []

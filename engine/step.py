@@ -171,6 +171,22 @@ class StepResult:
     lr: float
     amounts: dict[str, float]  # what the step's batches held, over all ranks
 
+    def copy_to_host(self) -> Callable[[], list[float]]:
+        """Start copying loss, grad_norm, ok and the terms; the function returned waits for them."""
+        figures = torch.stack([self.loss, self.grad_norm, self.ok, *self.terms.values()]).float()
+        if not figures.is_cuda:
+            return figures.tolist
+        host = torch.empty(figures.shape, pin_memory=True)
+        host.copy_(figures, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
+
 
 BLOCK_GRAPHS = 32
 

@@ -25,15 +25,15 @@ from base.cli import option_names
 from base.console import bytes_text, printable, time_text
 from config import TrainConfig, UserError
 from engine import processes, step
+from engine.fit import largest_micro_batch
 from engine.log import step_line
 from engine.memory import Memory
 from engine.optim import lr_multiplier
-from engine.plan import largest_micro_batch
 from engine.precision import choose_precision
 from engine.pretraining import LanguageModelling
 from engine.processes import World
+from engine.rates import Rates
 from engine.roofline import peak_flops
-from engine.trainer import Run
 from launch import launch, log_of, small, trace, write_inputs
 from storage.weights import read_tensors
 from support import REPO, own_lines, python_path
@@ -320,10 +320,9 @@ def test_a_peak_belongs_to_the_whole_name_of_a_card(name, peak):
 
 
 def test_mfu_is_of_all_ranks_together():
-    run: Any = types.SimpleNamespace(flops=6e9, peak=1e15, world=types.SimpleNamespace(size=2))
-    assert Run._mfu(run, 1e5) == pytest.approx(0.3)
-    run.peak = None
-    assert Run._mfu(run, 1e5) is None
+    peak_of_two = 2 * 1e15
+    assert Rates(flops=6 * 10**9, peak=peak_of_two).mfu(1e5) == pytest.approx(0.3)
+    assert Rates(flops=6 * 10**9, peak=None).mfu(1e5) is None
 
 
 # --- what a run leaves

@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig
-from engine.trainer import evaluate
+from engine.evaluation import evaluate
 from random_tokens import make_step
 
 SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=3, n_head=2, n_embd=64)
@@ -72,11 +72,11 @@ def test_evaluation_compiles_once_and_leaves_training_alone(traced, monkeypatch,
     monkeypatch.setattr(step.task, "rows", lambda split, at: np.arange(16)[:, None])
     monkeypatch.setattr(step.task, "metrics", lambda sums, outputs: sums)
     step(0, loader(0))
-    evaluate(step)
+    evaluate(step, 8)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for s in range(1, 3):
             step(s, loader(s))
-            assert evaluate(step)
+            assert evaluate(step, 8)
     loader.close()
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from config import TrainConfig
 from engine import processes, step, trainer
+from engine.evaluation import evaluate
+from engine.fit import largest_micro_batch
 from engine.memory import Memory
-from engine.plan import largest_micro_batch
 from engine.pretraining import LanguageModelling
 from engine.processes import StopSignal, World
 from launch import launch, log_of, small, write_inputs
@@ -119,8 +120,8 @@ def evaluation(world: World) -> list[dict[str, float] | None]:
     task = TwoHeads()
     train = step_of(task, world)
     metrics = []
-    for train.cfg.micro_batch in (1, 4):
-        metrics.append(trainer.evaluate(train))
+    for micro_batch in (1, 4):
+        metrics.append(evaluate(train, micro_batch))
     return metrics
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import TrainConfig, UserError
-from engine.plan import is_out_of_memory
+from engine.failures import is_out_of_memory
 from engine.trainer import train
 from launch import log_of
 from toy import Counter, Scripted, whole_run

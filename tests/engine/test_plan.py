@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 import kernels._triton
 from config import TrainConfig, UserError
-from engine import plan
+from engine import failures, plan
 from engine.processes import World
 from kernels.attention import attention_backends
 from launch import launch, log_of, small, write_inputs
@@ -135,14 +135,16 @@ COMPILER_ERRORS = {
 
 @pytest.mark.parametrize(("error", "part"), COMPILER_ERRORS.values(), ids=COMPILER_ERRORS)
 def test_what_the_compiler_says_becomes_one_line(error, part):
-    line = str(plan.compiler_error(error))
+    line = str(failures.compiler_error(error))
     assert "compiler failed" in line and line.endswith("or type --no-compile")
     assert part in line and "\n" not in line
 
 
 def test_an_error_of_torch_compile_itself_is_not_the_compilers():
-    assert plan.compiler_error(InductorError(AssertionError("an internal error: 3"), None)) is None
-    assert plan.compiler_error(subprocess.CalledProcessError(1, ["nvidia-smi"])) is None
+    assert (
+        failures.compiler_error(InductorError(AssertionError("an internal error: 3"), None)) is None
+    )
+    assert failures.compiler_error(subprocess.CalledProcessError(1, ["nvidia-smi"])) is None
 
 
 @pytest.mark.parametrize(("there", "files"), [(0, 4), (1, 3), (3, 1), (7, 1)])

@@ -26,11 +26,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from config import UserError
+from engine.evaluation import evaluate
 from engine.log import finite
 from engine.optim import LossScale
 from engine.processes import World
+from engine.progress import Progress
 from engine.step import check_replicas, partition, seed_draws
-from engine.trainer import Progress, evaluate, train
+from engine.trainer import train
 from launch import launch, log_of
 from storage import checkpoint
 from toy import (
@@ -257,12 +259,11 @@ def test_dropout_repeats_from_its_seed_wherever_a_run_begins():
 def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_batch):
     task = TwoHeads(dropout=0.5)
     train = step_of(task, ALONE)
-    train.cfg.micro_batch = micro_batch
     train.model.train()
-    metrics = evaluate(train)
+    metrics = evaluate(train, micro_batch)
     assert metrics == pytest.approx(task.expected_metrics(train.model), rel=1e-5)
     assert train.model.training
-    assert evaluate(train, stop=lambda: 15) is None
+    assert evaluate(train, micro_batch, stop=lambda: 15) is None
     assert train.model.training
 
 

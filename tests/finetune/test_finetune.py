@@ -24,10 +24,10 @@ from adapters.options import Form, Method, Pooling
 from config import GPTConfig, UserError, resolve
 from decoding.loading import open_model
 from decoding.options import Decode
+from engine.evaluation import evaluate
 from engine.pretraining import open_pretrained
 from engine.processes import World
 from engine.step import Loader, TrainStep
-from engine.trainer import evaluate
 from finetune import label_task
 from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from model import GPT
@@ -269,8 +269,7 @@ def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
         found
     )
     for micro_batch in (1, 4):
-        step.cfg = dataclasses.replace(step.cfg, micro_batch=micro_batch)
-        assert evaluate(step) == pytest.approx(expected, rel=1e-4)
+        assert evaluate(step, micro_batch) == pytest.approx(expected, rel=1e-4)
     assert task.best[0] in expected
 
 
@@ -1352,8 +1351,7 @@ def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path)
     step = step_of(task)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     losses = train_all(step, task)
-    step.cfg.micro_batch = 3
-    figures = evaluate(step)
+    figures = evaluate(step, 3)
     assert figures is not None and figures["val_loss"] < 0.25 < losses[0], (losses[0], figures)
     assert {v for k, v in figures.items() if k.endswith("accuracy")} == {1.0}
     assert (

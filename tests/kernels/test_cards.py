@@ -10,8 +10,9 @@ import torch
 from benchmarks.table import markdown
 from config import TrainConfig
 from engine import plan
+from engine.fit import estimate_fits, largest_divisor
 from engine.memory import Memory
-from engine.plan import estimate_fits, largest_divisor, settle
+from engine.plan import settle
 from engine.pretraining import LanguageModelling, model_config
 from engine.processes import World
 from engine.step import compile_unit

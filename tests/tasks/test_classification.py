@@ -27,10 +27,10 @@ from adapters import heads
 from adapters.layers import ADAPTERS
 from adapters.options import Pooling
 from config import UserError, resolve
+from engine.evaluation import evaluate
 from engine.precision import set_products
 from engine.processes import World
 from engine.step import Loader, TrainStep, compile_model, partition
-from engine.trainer import evaluate
 from model import GPT
 from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig
@@ -586,7 +586,7 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     step, loader = TrainStep(task, model, task.cfg, ALONE), Loader(task, ALONE, 4, 40)
     for s in range(12):
         step(s, loader(s))
-    evaluate(step)
+    evaluate(step, 4)
     # Three kinds of blocks: the first, one after it, and the last, which computes one position.
     # Each for one length, for any, and for evaluation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
@@ -594,7 +594,7 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for s in range(30, 40):
             step(s, loader(s))
-        evaluate(step)
+        evaluate(step, 4)
     loader.close()
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
@@ -711,8 +711,7 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
         }
     step = TrainStep(task, model, task.cfg, ALONE)
     for micro_batch in (1, 7, 64):
-        step.cfg = dataclasses.replace(step.cfg, micro_batch=micro_batch)
-        assert evaluate(step) == pytest.approx(expected, rel=1e-4)
+        assert evaluate(step, micro_batch) == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+"""A task's metrics over its whole validation split, exact on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import processes
+from engine.step import TrainStep, partition
+
+
+@torch.no_grad()
+def evaluate(
+    step: TrainStep, micro_batch: int, stop: Callable[[], int] = lambda: 0
+) -> dict[str, float] | None:
+    """The metrics of the model as it stands; None where `stop()` said so between two
+    micro-batches."""
+    task, model, world = step.task, step.model, step.world
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    outputs: dict[int, Any] = {}
+    try:
+        for ids in partition(task.rows("val", 0), world.rank, world.size, micro_batch):
+            if stop():
+                return None
+            if ids is None:
+                continue
+            counts, records = step.evaluate(task.collate("val", ids))
+            outputs |= records
+            # MPS has no fp64: the host adds up there
+            device = torch.device("cpu") if world.device.type == "mps" else world.device
+            for key, value in counts.items():
+                count = torch.as_tensor(value, device=device)
+                sums[key] = sums.get(key, 0) + count.double()
+    finally:
+        model.train(was_training)
+    total = processes.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
+    gathered = {
+        row: record for part in processes.gather(world, outputs) for row, record in part.items()
+    }
+    return task.metrics(total, gathered)

@@ -1,0 +1,97 @@
+"""How a run takes its folder: it keeps other processes out, finds what it goes on from, and tells
+what is other than at its last start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import RunConfig
+from engine import processes
+from engine.lengths import Extension
+from engine.processes import World
+from engine.resume import Earlier, changes, earlier_start
+from engine.start import Start, claimed, open_run
+from engine.task import Task
+from storage import checkpoint
+
+
+@dataclass
+class Opened:
+    """A run's folder, taken."""
+
+    start: Start
+    facts: dict[str, Any]  # of this start, as run.json holds them
+    earlier: Earlier | None  # the run's last start
+
+    def changes(self, options: dict[str, Any]) -> list[str]:
+        """`NAME OLD -> NEW` for all that the run goes on with otherwise than at its last start."""
+        return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
+
+
+def identity(task: Task, cfg: RunConfig) -> dict[str, Any]:
+    """What all starts of a run have in common, by option name."""
+    names = ("seed", "optimizer", "schedule", "steps")
+    own = {name: getattr(cfg, name) for name in names}
+    return {"task": task.name} | own | task.identity()
+
+
+def open_folder(
+    task: Task,
+    cfg: RunConfig,
+    world: World,
+    asked: dict[str, Any],
+    held: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> Opened:
+    """Take --out until `held` ends, and find where the run begins. Raises UserError where it may
+    not.
+
+    `asked`: options that are chosen for the machine, as they were before that.
+    """
+    assert cfg.out
+    folder = Path(cfg.out)
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.platform(),
+        "command": sys.argv,
+        "world_size": world.size,
+        "device": world.device.type,
+        "launcher": processes.launcher(),
+        "asked": asked,
+    }
+    held.enter_context(claimed(folder))
+    earlier = earlier_start(cfg)
+    resume = "auto" if _is_restart(cfg, folder, earlier) else cfg.resume
+    start = open_run(folder, resume, identity(task, cfg), facts, say, _extension(cfg))
+    if start.finished:
+        results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
+        say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
+    return Opened(start, facts, earlier)
+
+
+def _extension(cfg: RunConfig) -> Extension | None:
+    if not cfg.extend_to:
+        return None
+    assert cfg.warmup_steps is not None
+    return Extension(
+        cfg.extend_to, cfg.reschedule, cfg.schedule, cfg.warmup_steps, cfg.min_lr, cfg.patience
+    )
+
+
+def _is_restart(cfg: RunConfig, folder: Path, earlier: Earlier | None) -> bool:
+    """Whether torchrun starts this run again, which it began itself: then --resume has been
+    obeyed."""
+    launcher = processes.launcher()
+    if earlier is None or launcher is None or earlier.record.get("launcher") != launcher:
+        return False
+    return cfg.resume == "never" or bool(checkpoint.checkpoints(folder))

@@ -1,0 +1,75 @@
+"""Checkpoints of a run: the loop hands over its state, a thread writes it, and the log says what
+became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from base.console import bytes_text
+from config import RunConfig
+from engine.log import RunLog
+from engine.step import load_weights
+from engine.task import Task
+from storage import checkpoint
+from storage.checkpoint import Saver
+
+
+class Checkpoints:
+    """Writes and prunes them; rank 0 alone calls `save`."""
+
+    def __init__(
+        self,
+        run: Path,
+        task: Task,
+        double: nn.Module,
+        cfg: RunConfig,
+        log: RunLog,
+        saved: int | None,
+    ):
+        """`double`: a copy of the model for the writer's thread, without weights; `saved`: the step
+        of the newest checkpoint there is."""
+        self.run, self.task, self.double, self.cfg, self.log = run, task, double, cfg, log
+        self.saved = saved
+        self.saver = Saver(run, self._export, self._report, log.say)
+
+    def save(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Have them written as the checkpoint of the step facts["step"]; returns once `state` is
+        copied."""
+
+        def prune() -> None:
+            cfg, mode = self.cfg, self.task.best[1]
+            checkpoint.prune(self.run, facts["step"], cfg.keep, mode, cfg.keep_best, self.log.say)
+
+        self.saver.save(state, facts, prune)
+
+    def join(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.saver.join()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the newest checkpoint could not be written."""
+        return self.saver.error
+
+    def _export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        load_weights(self.double, weights, self.task.is_stored, assign=True)
+        self.task.export_checkpoint(self.double, folder)
+
+    def _report(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
+        """Called by the writer's thread when a checkpoint stands or has failed."""
+        if error:
+            self.log.warn(
+                f"the checkpoint of step {step} could not be written ({error}); older ones stand",
+                step,
+            )
+            return
+        self.saved = step
+        self.log.record("checkpoint", {"step": step, "folder": folder, **facts})
+        size, blocked, write = bytes_text(facts["bytes"]), facts["blocked_ms"], facts["write_ms"]
+        self.log.say(
+            f"saved {folder}: {size}, training blocked {blocked:.0f} ms, written in {write:.0f} ms"
+        )
