@@ -189,7 +189,7 @@ def prepare(shape: Shape, folder: str) -> None:
     draw_rows(path / "tail.jsonl", tail.clip(SHORTEST, LONGEST).astype(int), SEED + 2)
     engine = Engine(options_of(Fit("", shape, "fp32", "cpu", folder, "lora")))
     peft.save_adapter(engine.model, path / "adapter", folder, engine.task.base_sha256, score)
-    batch = engine.task.collate("train", engine.task.rows("train", 0).reshape(-1))
+    batch = engine.task.batch("train", engine.task.rows("train", 0).reshape(-1)).tensors
     save_file(
         {name: batch[name] for name in ("idx", "labels", "lengths")}, path / "batch.safetensors"
     )
@@ -232,6 +232,7 @@ class Engine:
         import torch
         from torch.nn.attention import sdpa_kernel
 
+        from config import resolve_steps
         from engine import processes
         from engine.plan import settle
         from engine.step import TrainStep, compile_model
@@ -240,13 +241,14 @@ class Engine:
         world = processes.start(cfg.device)
         cfg, choices = settle(cfg, world)
         self.task = Sentiment()
-        self.task.setup(cfg, lambda text: None)
-        self.cfg = self.task.set_length(cfg)
+        facts = self.task.setup(cfg, lambda text: None)
+        assert facts.length
+        self.cfg = resolve_steps(cfg, *facts.length)
         torch.manual_seed(cfg.seed)
         self.model: Any = self.task.build_model(self.cfg).to(world.device)
         if cfg.compile:
-            compile_model(self.model, self.cfg, world)
-        self.step = TrainStep(self.task, self.model, self.cfg, world)
+            compile_model(self.model, self.cfg, world, facts.cost.loss is None)
+        self.step = TrainStep(self.task, self.model, self.cfg, world, facts.exact_evaluation)
         self.settings = functools.partial(sdpa_kernel, choices.backends, set_priority=True)
         gc.collect()
         gc.freeze()
@@ -452,10 +454,8 @@ def padded_to(
     from engine.step import StepBatches
 
     task.padded = sizes
-    collated = [task.collate("train", ids) for ids in batches]
-    return [
-        StepBatches([batch], task.weights(batch), task.amounts(batch), batch) for batch in collated
-    ]
+    made = [task.batch("train", ids) for ids in batches]
+    return [StepBatches([b.tensors], b.weights, b.amounts, b.tensors) for b in made]
 
 
 def measure_padding(options: Options, precision: Any, folder: str, pace: Pace) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def ours(case: Case, **options: Any) -> Step:
 
     from engine import processes
     from engine.plan import settle
-    from engine.pretraining import LanguageModelling
+    from engine.pretraining import LanguageModelling, packed
     from engine.step import Loader, TrainStep, compile_model
     from engine.task import Batch
 
@@ -147,9 +147,9 @@ def ours(case: Case, **options: Any) -> Step:
         def rows(self, split: str, step: int) -> np.ndarray:
             return np.arange(case.shape.rows * case.shape.accumulation)[:, None]
 
-        def collate(self, split: str, ids: np.ndarray) -> Batch:
+        def batch(self, split: str, ids: np.ndarray) -> Batch:
             idx = case.tokens_drawn()[ids]
-            return {"idx": idx, "targets": targets_of(idx)}
+            return packed({"idx": idx, "targets": targets_of(idx)})
 
     world = processes.start(case.device)
     cfg, choices = settle(dataclasses.replace(train_config(case), **options), world)

@@ -155,16 +155,13 @@ def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
     """The largest power of two up to 32 with which the baseline, which holds the most, fits into a
     GPU."""
     from engine.memory import estimate
+    from engine.task import Cost
 
     baseline: dict[str, Any] = dict(
         tied_head=False, padded_vocab=False, attention="explicit", chunked_head=False
     )
-    config = config_of(preset, seq_len, **baseline)
-    fitting = (
-        n
-        for n in (32, 16, 8, 4, 2)
-        if estimate(config, n, seq_len, device_type="cuda").total < 0.75 * memory
-    )
+    cost, cfg = Cost(config_of(preset, seq_len, **baseline), seq_len), TrainConfig(precision="fp32")
+    fitting = (n for n in (32, 16, 8, 4, 2) if estimate(cost, cfg, n, "cuda").total < 0.75 * memory)
     return next(fitting, 1)
 
 

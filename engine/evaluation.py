@@ -22,15 +22,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    outputs: dict[int, Any] = {}
+    records: dict[int, Any] = {}
     try:
         for ids in partition(task.rows("val", 0), world.rank, world.size, micro_batch):
             if stop():
                 return None
             if ids is None:
                 continue
-            counts, records = step.evaluate(task.collate("val", ids))
-            outputs |= records
+            counts, found = step.evaluate(task.batch("val", ids).tensors)
+            records |= found
             # MPS has no fp64: the host adds up there
             device = torch.device("cpu") if world.device.type == "mps" else world.device
             for key, value in counts.items():
@@ -40,6 +40,6 @@ def evaluate(
         model.train(was_training)
     total = processes.sum_over_ranks(world, {key: float(value) for key, value in sums.items()})
     gathered = {
-        row: record for part in processes.gather(world, outputs) for row, record in part.items()
+        row: record for part in processes.gather(world, records) for row, record in part.items()
     }
     return task.metrics(total, gathered)

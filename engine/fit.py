@@ -6,34 +6,35 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from config import RunConfig, UserError
 from engine import processes
 from engine.failures import is_out_of_memory
-from engine.memory import keeps_freed
+from engine.memory import Memory, estimate, keeps_freed
 from engine.processes import World
 from engine.step import TrainStep
-from engine.task import Task
+from engine.task import Facts, Task
 
 HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, over its estimate
 
 
 def choose_micro_batch(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, before: int | None
+    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, before: int | None
 ) -> int:
     """As asked, else as `before` the run was interrupted, else the largest that fits. Raises
     UserError where none does."""
-    rows = task.rows_per_rank(cfg, world.size)
+    rows = facts.rows_per_rank(world.size)
     if cfg.micro_batch != "auto":
         # a GPU is asked by the first step itself
-        if world.device.type != "cuda" and not estimate_fits(task, cfg, world)(cfg.micro_batch):
-            raise out_of_memory(task, model, cfg, world, cfg.micro_batch)
+        if world.device.type != "cuda" and not estimate_fits(facts, cfg, world)(cfg.micro_batch):
+            raise out_of_memory(task, facts, model, cfg, world, cfg.micro_batch)
         return cfg.micro_batch
     if before and rows % before == 0:
         return before
-    found = largest_micro_batch(task, model, cfg, world, rows)
+    found = largest_micro_batch(task, facts, model, cfg, world, rows)
     if not found:
         raise UserError(
             "not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or "
@@ -43,13 +44,13 @@ def choose_micro_batch(
 
 
 def out_of_memory(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, micro_batch: int
+    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, micro_batch: int
 ) -> UserError:
     """The line to show where `micro_batch` did not fit, with a smaller one that does."""
-    rows = task.rows_per_rank(cfg, world.size)
+    rows = facts.rows_per_rank(world.size)
     alone = dataclasses.replace(world, size=1)  # the other ranks may be anywhere
     with torch.compiler.set_stance("force_eager"):
-        fits = largest_micro_batch(task, model, cfg, alone, rows)
+        fits = largest_micro_batch(task, facts, model, cfg, alone, rows)
     fits = largest_divisor(rows, lambda n: n <= min(fits, micro_batch - 1))
     way = (
         f"lower --micro-batch to {fits}"
@@ -59,22 +60,22 @@ def out_of_memory(
     return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
 
 
-def heap_limit(task: Task, cfg: RunConfig, world: World, micro_batch: int) -> float:
+def heap_limit(facts: Facts, cfg: RunConfig, world: World, micro_batch: int) -> float:
     """Resident bytes above which a CPU run trims its heap."""
-    if not task.ragged or world.device.type != "cpu" or not keeps_freed(cfg):
+    if facts.longest is None or world.device.type != "cpu" or not keeps_freed(cfg):
         return math.inf
-    return HEAP_SLACK * task.estimate(cfg, micro_batch, "cpu", world.size).total
+    return HEAP_SLACK * peak_memory(facts, cfg, micro_batch, world).total
 
 
 def largest_micro_batch(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int
+    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, rows: int
 ) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
     estimated elsewhere."""
     fits = (
-        _gpu_fits(task, model, cfg, world)
+        _gpu_fits(task, facts, model, cfg, world)
         if world.device.type == "cuda"
-        else estimate_fits(task, cfg, world)
+        else estimate_fits(facts, cfg, world)
     )
     return min(processes.gather(world, largest_divisor(rows, fits)))
 
@@ -91,23 +92,32 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     return divisors[low - 1] if low else 0
 
 
-def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], bool]:
+def peak_memory(facts: Facts, cfg: RunConfig, micro_batch: int, world: World) -> Memory:
+    """The estimate of a rank's peak."""
+    accumulate = micro_batch < facts.rows_per_rank(world.size)
+    return estimate(facts.cost, cfg, micro_batch, world.device.type, world.size, accumulate)
+
+
+def estimate_fits(facts: Facts, cfg: RunConfig, world: World) -> Callable[[int], bool]:
     room = 0.8 * processes.available_memory(world.device, world.local_size)
     held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
-    return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
+    return lambda n: peak_memory(facts, cfg, n, world).total - held <= room
 
 
-def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Callable[[int], bool]:
+def _gpu_fits(
+    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World
+) -> Callable[[int], bool]:
     """One real forward and backward pass and one evaluation batch, with room kept for the
     optimizer's moments."""
     device = world.device
-    step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1))
+    step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1), facts.exact_evaluation)
     kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
     kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
     room = processes.available_memory(device, 1) + torch.cuda.memory_allocated(device)
 
     def fits(n: int) -> bool:
-        batch = task.collate("train", task.longest_rows(n))
+        ids = facts.longest if facts.longest is not None else task.rows("train", 0).reshape(-1)
+        batch = task.batch("train", np.resize(ids, n)).tensors
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step._backward(

@@ -25,11 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from base.machine import resident_bytes
 from config import GPTConfig, RunConfig
-from engine.precision import DTYPES, Cast
+from engine.precision import DTYPES, Cast, casts_once
+from engine.task import Cost
 from model import GPT
 
-Dress = Callable[[GPT], object]
-Loss = Callable[[GPT, Tensor], Tensor]
 # DDP's default; the gradients are views of the buckets, one more is in flight
 BUCKET_BYTES = 25 << 20
 # of activations and logits: what a heap that keeps freed tensors holds beyond those alive
@@ -61,81 +60,52 @@ class Memory:
 
 
 def estimate(
-    config: GPTConfig,
+    cost: Cost,
+    cfg: RunConfig,
     micro_batch: int,
-    seq_len: int,
-    precision: str = "fp32",
-    optimizer: str = "adamw",
-    device_type: str = "cpu",
+    device_type: str,
     world_size: int = 1,
-    *,
     accumulate: bool = True,
-    saves: bool = False,
-    keep_freed: bool = False,
-    cast_once: bool = False,
-    dress: Dress | None = None,
-    loss: Loss | None = None,
     base: int | None = None,
 ) -> Memory:
-    """Peak memory of training on micro-batches of (micro_batch, seq_len) tokens.
+    """Peak memory of a rank that trains on micro-batches of (micro_batch, cost.length) tokens.
 
     `accumulate`: a step has several micro-batches, so all gradients are there during a forward
-    pass. `saves`: the rank keeps a copy of the training state for the checkpoint. `keep_freed`: as
-    in `set_allocator`. `cast_once`: the products read copies of the weights (precision.Cast).
-    `dress`: what is done to the model before it trains, such as freezing most of it. `loss`: what a
-    step computes of token ids (micro_batch, seq_len); by default that of their language. `base`:
-    bytes of the process before it builds a model; by default those of this process on the CPU, none
-    elsewhere (they are not the device's).
+    pass. `base`: bytes of the process before it builds a model; by default those of this process on
+    the CPU, none elsewhere (they are not the device's).
     """
-    live = _step(
-        config,
-        micro_batch,
-        seq_len,
-        DTYPES.get(precision),
-        accumulate,
-        cast_once,
-        dress,
-        loss or _of_language,
-    )
+    live = _step(cost, cfg, micro_batch, accumulate)
     on_cpu = device_type == "cpu"
-    state = optimizer_bytes(config, optimizer, padded=True, dress=dress)
+    state = optimizer_bytes(cost, cfg.optimizer, padded=True)
     other = base if base is not None else resident_bytes() if on_cpu else 0
     if on_cpu:
         other += SCRATCH_BYTES
-    if on_cpu and keep_freed:
+    if on_cpu and keeps_freed(cfg):
         other += int(HOLES * (live["activations"] + live["logits"]))
     # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
-    if saves and on_cpu:
-        other += live["weights"] + state + _matrix_bytes(_meta(config))
+    if on_cpu and cfg.save_every:
+        other += live["weights"] + state + _matrix_bytes(_meta(cost.shape))
     if world_size > 1:
         other += min(BUCKET_BYTES, live["weights"])
     return Memory(optimizer=state, other=other, **live)
 
 
-def optimizer_bytes(
-    config: GPTConfig, optimizer: str, padded: bool = False, dress: Dress | None = None
-) -> int:
+def optimizer_bytes(cost: Cost, optimizer: str, padded: bool = False) -> int:
     """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held,
     not as saved."""
-    config = dataclasses.replace(config, padded_vocab=padded and config.padded_vocab)
-    model = _meta(config, dress)
+    shape = cost.shape
+    shape = dataclasses.replace(shape, padded_vocab=padded and shape.padded_vocab)
+    model = _meta(shape, cost.added)
     one = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 2 * one - (_matrix_bytes(model) if optimizer == "muon" else 0)
 
 
-def checkpoint_bytes(
-    config: GPTConfig, optimizer: str, dress: Dress | None = None, whole: bool = True
-) -> int:
-    """Bytes on disk of one checkpoint: the model in the hub's layout, the fp32 master weights and
-    the moments.
-
-    Not `whole`: of the weights those alone that train.
-    """
-    model = _meta(config, dress)
-    weights = (
-        model.n_params() if whole else sum(p.numel() for p in model.parameters() if p.requires_grad)
-    )
-    return 2 * 4 * weights + optimizer_bytes(config, optimizer, dress=dress)
+def checkpoint_bytes(cost: Cost, optimizer: str, stored: Callable[[str], bool]) -> int:
+    """Bytes on disk of one checkpoint: the parameters that it stores in the hub's or PEFT's layout
+    and as fp32 master weights, and the moments."""
+    model = _meta(dataclasses.replace(cost.shape, padded_vocab=False), cost.added)
+    weights = sum(p.numel() for name, p in model.named_parameters() if stored(name))
+    return 2 * 4 * weights + optimizer_bytes(cost, optimizer)
 
 
 def keeps_freed(cfg: RunConfig) -> bool:
@@ -201,11 +171,11 @@ def _matrix_bytes(model: GPT) -> int:
     )
 
 
-def _meta(config: GPTConfig, dress: Dress | None = None) -> GPT:
+def _meta(config: GPTConfig, added: Callable[[GPT], object] | None = None) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
-        if dress:
-            dress(model)
+        if added:
+            added(model)
     return model
 
 
@@ -245,23 +215,15 @@ class _Ledger(TorchDispatchMode):
         self.live[part] -= size
 
 
-def _step(
-    config: GPTConfig,
-    micro_batch: int,
-    seq_len: int,
-    dtype: torch.dtype | None,
-    accumulate: bool,
-    cast_once: bool,
-    dress: Dress | None,
-    loss: Loss,
-) -> dict[str, int]:
+def _step(cost: Cost, cfg: RunConfig, micro_batch: int, accumulate: bool) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
+    dtype, cast_once = DTYPES.get(cfg.precision), casts_once(cfg.precision, cfg.without)
     with FakeTensorMode(), _Ledger() as ledger:
         ledger.part = "weights"
-        model = GPT(config)
-        if dress:
-            dress(model)
-        run: nn.Module = _Step(model, loss)
+        model = GPT(cost.shape)
+        if cost.added:
+            cost.added(model)
+        run: nn.Module = _Step(model, cost.loss or _of_language)
         run = Cast(run, dtype) if dtype and cast_once else run
         ledger.part = "gradients"
         for parameter in model.parameters():
@@ -271,7 +233,7 @@ def _step(
                 parameter.grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, "gradients"))
         ledger.part = "activations"
-        idx = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+        idx = torch.zeros(micro_batch, cost.length, dtype=torch.int64)
 
         def at_head(*_: Any) -> None:
             ledger.part = "logits"
@@ -287,7 +249,7 @@ def _step(
 class _Step(nn.Module):
     """A model's loss of token ids, as one module."""
 
-    def __init__(self, model: GPT, loss: Loss):
+    def __init__(self, model: GPT, loss: Callable[[GPT, Tensor], Tensor]):
         super().__init__()
         self.model, self.loss = model, loss
 

@@ -20,7 +20,7 @@ from engine.lengths import Extension
 from engine.processes import World
 from engine.resume import Earlier, changes, earlier_start
 from engine.start import Start, claimed, open_run
-from engine.task import Task
+from engine.task import Facts, Task
 from storage import checkpoint
 
 
@@ -37,15 +37,16 @@ class Opened:
         return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
 
 
-def identity(task: Task, cfg: RunConfig) -> dict[str, Any]:
+def identity(task: Task, facts: Facts, cfg: RunConfig) -> dict[str, Any]:
     """What all starts of a run have in common, by option name."""
     names = ("seed", "optimizer", "schedule", "steps")
     own = {name: getattr(cfg, name) for name in names}
-    return {"task": task.name} | own | task.identity()
+    return {"task": task.name} | own | facts.identity
 
 
 def open_folder(
     task: Task,
+    facts: Facts,
     cfg: RunConfig,
     world: World,
     asked: dict[str, Any],
@@ -59,7 +60,7 @@ def open_folder(
     """
     assert cfg.out
     folder = Path(cfg.out)
-    facts = {
+    record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
@@ -72,11 +73,11 @@ def open_folder(
     held.enter_context(claimed(folder))
     earlier = earlier_start(cfg)
     resume = "auto" if _is_restart(cfg, folder, earlier) else cfg.resume
-    start = open_run(folder, resume, identity(task, cfg), facts, say, _extension(cfg))
+    start = open_run(folder, resume, identity(task, facts, cfg), record, say, _extension(cfg))
     if start.finished:
         results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
         say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
-    return Opened(start, facts, earlier)
+    return Opened(start, record, earlier)
 
 
 def _extension(cfg: RunConfig) -> Extension | None:

@@ -18,14 +18,14 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, time_text
 from config import Run, RunConfig, UserError, resolve
 from engine import processes
-from engine.fit import estimate_fits, largest_divisor
+from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, numbers, read_log
-from engine.memory import keeps_freed, set_allocator
+from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
 from engine.step import compile_unit, compiler_lacks
-from engine.task import Task
+from engine.task import Facts, Task
 from kernels import choose, named
 from kernels.attention import attention_backends
 from storage.checkpoint import checkpoints
@@ -93,6 +93,7 @@ def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
 
 def banner(
     task: Task,
+    facts: Facts,
     cfg: RunConfig,
     world: World,
     choices: Choices,
@@ -101,11 +102,11 @@ def banner(
     resumed_from: Path | None,
 ) -> dict[str, str]:
     """What a run begins with, of which `done` steps are made."""
-    device, flops = processes.device_name(world.device), task.flops_per_token()
+    device, flops = processes.device_name(world.device), facts.cost.flops_per_token
     threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
     compiled = "not compiled"
     if cfg.compile:
-        compiled = f"compiled by the {compile_unit(cfg, world, task.compiles_whole)}"
+        compiled = f"compiled by the {compile_unit(cfg, world, facts.cost.loss is None)}"
     without = f", without {', '.join(cfg.without)}" if cfg.without else ""
     plan = f"steps {done} to {cfg.steps}, {cfg.optimizer}, {cfg.schedule} schedule"
     plan += f", peak lr {cfg.lr:g}"
@@ -120,10 +121,24 @@ def banner(
         "precision": f"{cfg.precision} ({choices.precision})",
         "attention": f"{choices.attention}, {choices.repeatability}",
         "kernels": f"{cfg.kernels.replace(',', ', ')}, {compiled}{without}",
-        **task.describe(),
-        "step": task.describe_step(micro_batch, world.size),
+        **facts.banner,
+        "step": describe_step(facts, micro_batch, world.size),
         "plan": plan,
     }
+
+
+def describe_step(facts: Facts, micro_batch: int, world_size: int) -> str:
+    """What a step consists of."""
+    rows = facts.rows_per_rank(world_size)
+    if facts.longest is not None:
+        return (
+            f"{facts.rows_per_rank(1)} rows, up to {micro_batch} in a forward pass, on "
+            f"{world_size} ranks"
+        )
+    return (
+        f"{int(facts.tokens_per_step):,} tokens = micro-batch {micro_batch} x length "
+        f"{facts.cost.length} x accumulation {rows // micro_batch} x ranks {world_size}"
+    )
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the user's own settings
@@ -176,7 +191,7 @@ class Disk:
         return f"{checkpoints if self.kept else ''}{bytes_text(self.final)} for final/"
 
 
-def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
+def disk_of(task: Task, facts: Facts, cfg: RunConfig, final: int) -> Disk:
     """`final`: bytes of the whole model in fp32."""
     assert cfg.steps
     kept = (
@@ -184,23 +199,23 @@ def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
         if cfg.save_every
         else 0
     )
-    return Disk(kept, task.checkpoint_bytes(), final)
+    return Disk(kept, checkpoint_bytes(facts.cost, cfg.optimizer, task.stored), final)
 
 
-def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
+def dry_run(task: Task, facts: Facts, cfg: RunConfig, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
     assert cfg.steps
-    rows, fits = task.rows_per_rank(cfg, world.size), estimate_fits(task, cfg, world)
+    rows, fits = facts.rows_per_rank(world.size), estimate_fits(facts, cfg, world)
     if cfg.micro_batch == "auto":
         cfg.micro_batch = largest_divisor(rows, fits) or 1
-    memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
-    tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
-    disk = disk_of(task, cfg, memory.weights)
+    memory = peak_memory(facts, cfg, cfg.micro_batch, world)
+    tokens, flops = cfg.steps * facts.tokens_per_step, facts.cost.flops_per_token
+    disk = disk_of(task, facts, cfg, memory.weights)
     free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(
         "dry run: nothing is started or written "
-        f"({task.describe_step(cfg.micro_batch, world.size)})\n"
+        f"({describe_step(facts, cfg.micro_batch, world.size)})\n"
     )
     log.banner(
         {

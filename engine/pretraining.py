@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 import kernels
 from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
@@ -18,14 +19,18 @@ from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
 from engine.data import Data, check_data, check_files, open_data
-from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
-from engine.precision import casts_once
-from engine.task import Batch, Task
+from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from storage.checkpoint import locate
 from storage.hub import base_of, is_adapter
 from text.tokenizer_files import has_tokenizer
+
+ON_STDLIB = (
+    "training on Python's own standard library (--data stdlib). For FineWeb first run:\n"
+    "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out "
+    "data/fineweb\n"
+)
 
 
 class LanguageModelling(Task):
@@ -37,31 +42,37 @@ class LanguageModelling(Task):
     cfg: TrainConfig
     data: Data
 
-    def without_data(self, cfg: TrainConfig) -> str:
-        if cfg.data != "stdlib":
-            return ""
-        return (
-            "no prepared data: training on Python's own standard library (--data stdlib). For "
-            "FineWeb first run:\n"
-            "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out "
-            "data/fineweb\n"
+    def setup(self, cfg: TrainConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
+        self.cfg = cfg
+        # told before the data is read, which may take long
+        rows_per_rank(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+        if cfg.data == "stdlib":
+            say(ON_STDLIB)
+        _check_named(cfg)
+        tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
+        assert cfg.data and cfg.seq_len and cfg.batch_tokens  # resolved
+        if dry:
+            size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
+            self.shape = model_config(cfg, size)
+        else:
+            self.data = open_data(
+                cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache, cfg.seq_len, say
+            )
+            self.shape = model_config(cfg, self.data.vocabulary.size)
+            self._check_vocabulary(cfg)
+        with torch.device("meta"):
+            flops = GPT(self.shape).flops_per_token(cfg.seq_len)
+        return Facts(
+            identity={} if dry else self._identity(),
+            banner={} if dry else self._banner(),
+            rows_per_rank=functools.partial(rows_per_rank, cfg),
+            tokens_per_step=cfg.batch_tokens,
+            cost=Cost(self.shape, cfg.seq_len, flops),
+            warnings=() if dry else self._warnings(),
         )
 
-    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
-        self.cfg = cfg
-        _check_named(cfg)
-        tokenizer = _tokenizer_named(cfg)
-        assert cfg.data and cfg.seq_len  # resolved
-        self.data = open_data(
-            cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say
-        )
+    def _check_vocabulary(self, cfg: TrainConfig) -> None:
         vocabulary = self.data.vocabulary
-        self.shape = model_config(cfg, vocabulary.size)
-        if vocabulary.tokenizer is None:
-            self.warnings = (
-                f"training without the tokenizer of the shards ({vocabulary.missing}): no samples "
-                "are printed, and the model is written without a tokenizer",
-            )
         if cfg.document_mask and vocabulary.eot is None:
             raise UserError(
                 "--document-mask needs the id that ends a document; name the shards' --tokenizer"
@@ -72,45 +83,15 @@ class LanguageModelling(Task):
                 f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
 
-    def plan(self, cfg: TrainConfig) -> None:
-        self.cfg = cfg
-        _check_named(cfg)
-        tokenizer = _tokenizer_named(cfg)
-        assert cfg.data
-        vocab_size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache))
-        self.shape = model_config(cfg, vocab_size)
-
-    def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
-        assert cfg.batch_tokens and cfg.seq_len
-        unit = cfg.seq_len * world_size
-        if cfg.batch_tokens % unit:
-            nearest = max(1, round(cfg.batch_tokens / unit)) * unit
-            raise UserError(
-                f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x "
-                f"{cfg.seq_len} tokens; use --batch-tokens {nearest}"
-            )
-        rows = cfg.batch_tokens // unit
-        if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
-            divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
-            raise UserError(
-                f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use "
-                f"{divisor}"
-            )
-        return rows
-
-    def tokens_per_step(self) -> float:
-        assert self.cfg.batch_tokens
-        return self.cfg.batch_tokens
-
-    def describe_step(self, micro_batch: int, world_size: int) -> str:
-        cfg = self.cfg
-        accumulation = self.rows_per_rank(cfg, world_size) // micro_batch
+    def _warnings(self) -> tuple[str, ...]:
+        if self.data.vocabulary.tokenizer:
+            return ()
         return (
-            f"{cfg.batch_tokens:,} tokens = micro-batch {micro_batch} x length {cfg.seq_len} x "
-            f"accumulation {accumulation} x ranks {world_size}"
+            f"training without the tokenizer of the shards ({self.data.vocabulary.missing}): no "
+            "samples are printed, and the model is written without a tokenizer",
         )
 
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         config = self.shape
         return {
             "batch_tokens": self.cfg.batch_tokens,
@@ -126,7 +107,7 @@ class LanguageModelling(Task):
             "tokenizer": self.data.vocabulary.sha256,
         }
 
-    def describe(self) -> dict[str, str]:
+    def _banner(self) -> dict[str, str]:
         config, data = self.shape, self.data
         with torch.device("meta"):
             model = GPT(config)
@@ -149,32 +130,6 @@ class LanguageModelling(Task):
             f"{data.val.n_tokens:,} held out",
         }
 
-    def flops_per_token(self) -> int:
-        with torch.device("meta"):
-            return GPT(self.shape).flops_per_token(self.cfg.seq_len or 0)
-
-    def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        assert cfg.seq_len and cfg.batch_tokens
-        rows = cfg.batch_tokens // cfg.seq_len // world_size
-        return estimate(
-            self.shape,
-            micro_batch,
-            cfg.seq_len,
-            cfg.precision,
-            cfg.optimizer,
-            device_type,
-            world_size,
-            accumulate=micro_batch < rows,
-            saves=bool(cfg.save_every),
-            keep_freed=keeps_freed(cfg),
-            cast_once=casts_once(cfg.precision, cfg.without),
-        )
-
-    def checkpoint_bytes(self) -> int:
-        return checkpoint_bytes(self.shape, self.cfg.optimizer)
-
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         if cfg.init == "scratch":
             return GPT(self.shape)
@@ -193,35 +148,27 @@ class LanguageModelling(Task):
             windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
         return np.arange(windows)[:, None]
 
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
         assert self.cfg.seq_len
         data = self.data.train if split == "train" else self.data.val
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
-        batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
             # A document begins with the end-of-text token, so the count of them so far names the
             # document.
             eot = self.data.vocabulary.eot
             assert eot is not None  # `setup` saw to it
-            batch["segments"] = (batch["idx"] == eot).cumsum(1)
-        return batch
+            tensors["segments"] = (tensors["idx"] == eot).cumsum(1)
+        return packed(tensors)
 
-    def weights(self, batch: Batch) -> dict[str, float]:
-        return {"nll": float((batch["targets"] != IGNORE).sum())}
-
-    def amounts(self, batch: Batch) -> dict[str, float]:
-        return {"tokens": batch["targets"].numel()}
-
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         return {"nll": model(**batch, reduction="sum")}
 
-    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
-        return {
-            "nll": model(**batch, reduction="sum"),
-            "tokens": (batch["targets"] != IGNORE).sum(),
-        }
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        nll = model(**batch, reduction="sum")
+        return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         val = self.data.val
@@ -243,12 +190,41 @@ class LanguageModelling(Task):
         texts = [tokenizer.decode(out) for out in outs]
         return list(zip(prompts, texts, strict=True))
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
         assert isinstance(model, GPT)
         vocabulary = self.data.vocabulary
         model.save_pretrained(folder, eot=vocabulary.eot)
         if vocabulary.tokenizer:
             vocabulary.tokenizer.save(folder)
+
+
+def packed(tensors: Tensors) -> Batch:
+    """A batch of whole windows: idx and targets (B, T), and segments where documents are kept
+    apart."""
+    targets = tensors["targets"]
+    learned = float((targets != IGNORE).sum())
+    return Batch(tensors, {"nll": learned}, {"tokens": targets.numel()})
+
+
+def rows_per_rank(cfg: TrainConfig, world_size: int) -> int:
+    """Windows of a step on one rank. Raises UserError where they, or the micro-batches, do not
+    divide."""
+    assert cfg.batch_tokens and cfg.seq_len
+    unit = cfg.seq_len * world_size
+    if cfg.batch_tokens % unit:
+        nearest = max(1, round(cfg.batch_tokens / unit)) * unit
+        raise UserError(
+            f"--batch-tokens {cfg.batch_tokens} is not divisible by {world_size} ranks x "
+            f"{cfg.seq_len} tokens; use --batch-tokens {nearest}"
+        )
+    rows = cfg.batch_tokens // unit
+    if cfg.micro_batch != "auto" and rows % cfg.micro_batch:
+        divisor = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= cfg.micro_batch)
+        raise UserError(
+            f"--micro-batch {cfg.micro_batch} does not divide the {rows} rows of a rank; use "
+            f"{divisor}"
+        )
+    return rows
 
 
 def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:

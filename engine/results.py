@@ -16,10 +16,12 @@ from base.console import time_text
 from config import RunConfig, UserError
 from engine import processes
 from engine.log import RunLog, finite
+from engine.plan import describe_step
 from engine.progress import Progress, is_better
 from engine.rates import Rates, per_second
 from engine.saving import Checkpoints
 from engine.step import TrainStep, load_weights
+from engine.task import Facts
 from storage import checkpoint
 
 
@@ -38,6 +40,7 @@ class Results:
     def __init__(
         self,
         cfg: RunConfig,
+        facts: Facts,
         step: TrainStep,
         micro_batch: int,
         at: Progress,
@@ -45,7 +48,13 @@ class Results:
         rates: Rates,
         log: RunLog,
     ):
-        self.cfg, self.step, self.micro_batch, self.at = cfg, step, micro_batch, at
+        self.cfg, self.facts, self.step, self.micro_batch, self.at = (
+            cfg,
+            facts,
+            step,
+            micro_batch,
+            at,
+        )
         self.checkpoints, self.rates, self.log = checkpoints, rates, log
         self.task, self.model, self.folder = step.task, step.model, checkpoints.run
 
@@ -130,13 +139,13 @@ class Results:
 
     def _card(self, final: Final) -> str:
         """The model card: YAML that the hub reads, then what the model is and how to load it."""
-        cfg, task, (hub_class, pipeline) = self.cfg, self.task, self.task.hub_class
-        lines = "\n".join(f"- {name}: {value}" for name, value in task.describe().items())
+        cfg, (hub_class, pipeline) = self.cfg, self.facts.hub_class
+        lines = "\n".join(f"- {name}: {value}" for name, value in self.facts.banner.items())
         metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in final.metrics.items())
-        step = task.describe_step(self.micro_batch, self.step.world.size)
+        step = describe_step(self.facts, self.micro_batch, self.step.world.size)
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [gpt2]\n---\n"
-            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{task.name}`, step {final.step} "
+            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {final.step} "
             f"of {cfg.steps}.\n\n"
             f"{lines}\n- training: {step}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\n"

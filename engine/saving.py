@@ -56,8 +56,8 @@ class Checkpoints:
         return self.saver.error
 
     def _export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        load_weights(self.double, weights, self.task.is_stored, assign=True)
-        self.task.export_checkpoint(self.double, folder)
+        load_weights(self.double, weights, self.task.stored, assign=True)
+        self.task.export(self.double, folder, stored_only=True)
 
     def _report(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
         """Called by the writer's thread when a checkpoint stands or has failed."""

@@ -88,12 +88,14 @@ class Loader:
     def _load(self, step: int) -> StepBatches:
         groups = self.task.rows("train", step)
         parts = partition(groups, self.world.rank, self.world.size, self.micro_batch)
-        batches = [None if ids is None else self.task.collate("train", ids) for ids in parts]
-        live = [batch for batch in batches if batch is not None]
-        weights, amounts = added(map(self.task.weights, live)), added(map(self.task.amounts, live))
-        spare = live[0] if live else self.task.collate("train", groups[0])
+        found = [None if ids is None else self.task.batch("train", ids) for ids in parts]
+        live = [batch for batch in found if batch is not None]
+        batches = [None if batch is None else batch.tensors for batch in found]
+        spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
         if self.stream:
             batches, spare = self._copied((batches, spare))
+        weights = added(batch.weights for batch in live)
+        amounts = added(batch.amounts for batch in live)
         return StepBatches(batches, weights, amounts, spare)
 
     def _copied(self, batches: Any) -> Any:
@@ -156,8 +158,8 @@ class TaskModule(nn.Module):
         self.model = model
         self.task = task
 
-    def forward(self, batch: Any, *functions: str) -> tuple[Any, ...]:
-        return tuple(getattr(self.task, function)(self.model, batch) for function in functions)
+    def forward(self, batch: Any, function: str) -> Any:
+        return getattr(self.task, function)(self.model, batch)
 
 
 @dataclass
@@ -256,8 +258,16 @@ class TrainStep:
     cut.
     """
 
-    def __init__(self, task: Task, model: nn.Module, cfg: RunConfig, world: World):
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        cfg: RunConfig,
+        world: World,
+        exact_evaluation: bool = False,
+    ):
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
+        self.exact_evaluation = exact_evaluation
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         # of the schedule; more than one where its decay was restarted
         self.spans = [Span(0, cfg.steps or 0)]
@@ -356,7 +366,7 @@ class TrainStep:
     def _backward(
         self, batch: Any, live: bool, factors: dict[str, float], sums: dict[str, Tensor]
     ) -> None:
-        (terms,) = self._call(self.synced, batch, "loss")
+        terms = self._call(self.synced, batch, "loss")
         used = [k for k in factors if k in terms]
         # DDP averages over ranks; the objective is a sum.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
@@ -370,26 +380,25 @@ class TrainStep:
     @property
     def eval_precision(self) -> str:
         """What evaluations compute in."""
-        return "fp32" if self.task.exact_evaluation else self.cfg.precision
+        return "fp32" if self.exact_evaluation else self.cfg.precision
 
     def evaluate(self, batch: Any) -> tuple[dict[str, Tensor | float], dict[int, Any]]:
-        """The task's `sums` and `outputs` of a batch, in `eval_precision`."""
-        if not self.task.exact_evaluation:
-            sums, outputs = self._call(self.module, batch, "sums", "outputs")
-            return sums, outputs
+        """What the task finds in a batch, in `eval_precision`."""
+        if not self.exact_evaluation:
+            return self._call(self.module, batch, "evaluate")
         batch = to_device(batch, self.world.device)
         with exact_products():
-            return self.task.sums(self.model, batch), self.task.outputs(self.model, batch)
+            return self.task.evaluate(self.model, batch)
 
-    def _call(self, module: nn.Module, batch: Any, *functions: str) -> tuple[Any, ...]:
+    def _call(self, module: nn.Module, batch: Any, function: str) -> Any:
         batch = to_device(batch, self.world.device)
         # what the last batch left in the graphs' memory may be overwritten
         if self.cfg.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         if isinstance(self.module, Cast):
-            return module(batch, *functions)
+            return module(batch, function)
         with autocast(self.cfg.precision, self.world.device):
-            return module(batch, *functions)
+            return module(batch, function)
 
     def _touch(self) -> Tensor:
         """0, with a zero gradient for every parameter: the head of an absent term takes part as it
@@ -435,7 +444,7 @@ class TrainStep:
         """Everything that an uninterrupted run would have here at this step."""
         named = checkpoint.with_prefix
         state = named(
-            "model", {k: v for k, v in self.model.state_dict().items() if self.task.is_stored(k)}
+            "model", {k: v for k, v in self.model.state_dict().items() if self.task.stored(k)}
         )
         return (
             state
@@ -445,7 +454,7 @@ class TrainStep:
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         self.assemble(step)
-        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.is_stored)
+        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.stored)
         self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
         self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
         self.stands_at = step

@@ -6,6 +6,7 @@ knows nothing else of a task.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,19 +14,64 @@ import numpy as np
 import torch.nn as nn
 from torch import Tensor
 
-from config import RunConfig
-from engine.memory import Memory
+from config import GPTConfig, RunConfig
 from engine.optim import Group, default_groups
+from model import GPT
 
-Batch = dict[str, Tensor]
+Tensors = dict[str, Tensor]
+Sums = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a GPT takes, for the planner."""
+
+    shape: GPTConfig
+    length: int  # tokens of the longest row, padded
+    flops_per_token: int | None = None  # of a forward and backward pass
+    # what is done to the model before it trains: adapters are added, parameters frozen
+    added: Callable[[GPT], object] | None = None
+    # of token ids (rows, length), to a scalar; None: the summed loss of their language, by the
+    # model's own forward pass
+    loss: Callable[[GPT, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the loop must know of a task that has been set up."""
+
+    identity: dict[str, Any]  # what all starts of a run must have in common, by option name
+    banner: dict[str, str]  # its lines on the model, the tokenizer and the data
+    # of a step, on one of so many ranks: the most that a micro-batch may have
+    rows_per_rank: Callable[[int], int]
+    tokens_per_step: float  # over all ranks, padding not counted
+    cost: Cost
+    # steps of the run and of one pass over the rows; None: the options say how long the run is
+    length: tuple[int, int] | None = None
+    # ids of the training rows, first those that need the most memory; None: all rows are alike
+    longest: np.ndarray | None = None
+    exact_evaluation: bool = False  # in fp32, whatever the run's precision
+    # the class that loads final/, and its pipeline
+    hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as CPU tensors, and what is known of them before the forward pass."""
+
+    tensors: Tensors
+    weights: dict[str, float]  # per term, the targets (or rows) that `loss` sums over
+    amounts: dict[str, float]  # for the log's rates: tokens without padding, and what else adds up
 
 
 class Task:
-    """What a training run is about. Subclasses are stateless but for what `setup` reads.
+    """What a training run is about. It holds nothing but what `setup` has read.
 
-    One optimizer step, whatever the task: W[k] is the sum of `weights` over all micro-batches and
-    ranks, and the objective is the sum over terms k of terms[k] x (sum of loss[k]) / W[k]; so it is
-    exact at any accumulation and on any number of ranks. A term with W[k] = 0 is skipped.
+    One optimizer step, whatever the task: W[k] is the sum of a batch's weights over all
+    micro-batches and ranks, and the objective is the sum over terms k of terms[k] x (sum of
+    loss[k]) / W[k]; so it is exact at any accumulation and on any number of ranks. A term with
+    W[k] = 0 is skipped.
     """
 
     name: ClassVar[str]
@@ -34,73 +80,14 @@ class Task:
     defaults: ClassVar[dict[str, Any]] = {}
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
-    ragged: ClassVar[bool] = False  # whether batches differ in length
-    compiles_whole: ClassVar[bool] = True  # whether `loss` is the model's own forward pass
-    exact_evaluation: ClassVar[bool] = (
-        False  # whether figures are computed in fp32, whatever the run's precision
-    )
-    # what loads final/, and its pipeline
-    hub_class: tuple[str, str] = ("AutoModelForCausalLM", "text-generation")
-    warnings: tuple[str, ...] = ()  # what `setup` found that the run's log should hold
-
     cfg: Any  # of its kind of options
 
-    def without_data(self, cfg: RunConfig) -> str:
-        """What to tell a user who has named no data."""
-        return ""
-
-    def setup(self, cfg: RunConfig, say: Callable[[str], None]) -> None:
-        """Read tokenizer and rows. Raises UserError for whatever is wrong with them."""
+    def setup(self, cfg: Any, say: Callable[[str], None], dry: bool = False) -> Facts:
+        """Read tokenizer and rows; `dry`: as much of them as a dry run needs. Raises UserError for
+        whatever is wrong with them."""
         raise NotImplementedError
 
-    def plan(self, cfg: RunConfig) -> None:
-        """As much of `setup` as a dry run needs."""
-        self.setup(cfg, lambda text: None)
-
-    def set_length(self, cfg: RunConfig) -> RunConfig:
-        """After `setup` or `plan`: the options with all that follows from the number of rows."""
-        return cfg
-
-    def rows_per_rank(self, cfg: RunConfig, world_size: int) -> int:
-        """Rows of a step on one rank, the most that a micro-batch may have. Raises UserError where
-        they do not divide."""
-        raise NotImplementedError
-
-    def tokens_per_step(self) -> float:
-        """Over all ranks, padding not counted."""
-        raise NotImplementedError
-
-    def describe_step(self, micro_batch: int, world_size: int) -> str:
-        """What a step consists of, for the banner."""
-        raise NotImplementedError
-
-    def longest_rows(self, n: int) -> np.ndarray:
-        """Ids (n,) of training rows that need the most memory."""
-        return np.resize(self.rows("train", 0).reshape(-1), n)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint's run must have in common with this one to be resumed, by option
-        name."""
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, str]:
-        """Lines of the banner: model, data, tokenizer."""
-        raise NotImplementedError
-
-    def estimate(
-        self, cfg: RunConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        """Peak memory of a rank, in bytes by part."""
-        raise NotImplementedError
-
-    def flops_per_token(self) -> int | None:
-        """Of a forward and backward pass, where there is a formula for it."""
-        return None
-
-    def checkpoint_bytes(self) -> int:
-        raise NotImplementedError
-
-    def build_model(self, cfg: RunConfig) -> nn.Module:
+    def build_model(self, cfg: Any) -> nn.Module:
         """The model on the CPU, initialised from the global random state."""
         raise NotImplementedError
 
@@ -109,7 +96,7 @@ class Task:
         frozen."""
         return default_groups(model, self.cfg)
 
-    def is_stored(self, parameter: str) -> bool:
+    def stored(self, name: str) -> bool:
         """Whether a checkpoint holds this parameter; the others are what `build_model` makes
         them."""
         return True
@@ -122,43 +109,28 @@ class Task:
         """
         raise NotImplementedError
 
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
-        """Rows as CPU tensors."""
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
+        """These rows of a split."""
         raise NotImplementedError
 
-    def weights(self, batch: Batch) -> dict[str, float]:
-        """Per term, how many targets (or rows) `loss` will sum over: known before the forward
-        pass."""
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
+        """Per term, the fp32 sum (a scalar), of a batch's tensors on the device."""
         raise NotImplementedError
 
-    def amounts(self, batch: Batch) -> dict[str, float]:
-        """What a batch holds, for the log's rates: tokens without padding, and whatever else adds
-        up: padded_tokens, rows."""
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        """Of a batch's tensors on the device: counts that add up over batches and ranks, and by row
+        id a record of what does not, gathered over ranks with each row once."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Per term, the fp32 sum (a scalar)."""
-        raise NotImplementedError
-
-    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
-        """Evaluation counts that add up over batches and ranks."""
-        raise NotImplementedError
-
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
-        """{row id: record} for what does not add up; gathered over ranks, each row once."""
-        return {}
-
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
+        """The figures of a whole evaluation."""
         raise NotImplementedError
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """(prompt, continuation) to print during training."""
         return []
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the model and its tokenizer in the hub's layout."""
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
+        """Write the model and its tokenizer in the hub's layout; `stored_only`: only the parameters
+        that a checkpoint stores."""
         raise NotImplementedError
-
-    def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
-        """The same of what a checkpoint holds: parameters that are not stored are not there."""
-        self.export(model, folder)

@@ -23,7 +23,7 @@ from torch.nn.attention import sdpa_kernel
 
 from base import files
 from base.console import printable
-from config import RunConfig, UserError
+from config import RunConfig, UserError, resolve_steps
 from engine import processes
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
@@ -42,7 +42,7 @@ from engine.resume import BY_MACHINE, own_options
 from engine.saving import Checkpoints
 from engine.start import Start
 from engine.step import Loader, StepResult, TrainStep, check_replicas, compile_model
-from engine.task import Task
+from engine.task import Facts, Task
 from storage import checkpoint
 from text import tokenizer_files
 
@@ -66,25 +66,23 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     log = RunLog(speaks=world.main)
     if advice := processes.restart_advice():
         log.say(advice)
-    defaulted = cfg.data is None
     cfg, choices = settle(cfg, world)
-    task.rows_per_rank(cfg, world.size)
-    if defaulted and (note := task.without_data(cfg)):
-        log.say(note)
+    with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
+        facts = task.setup(cfg, log.say, dry=cfg.dry_run)
+    if facts.length:
+        cfg = resolve_steps(cfg, *facts.length)
     if cfg.dry_run:
-        task.plan(cfg)
-        dry_run(task, task.set_length(cfg), world, log)
+        dry_run(task, facts, cfg, world, log)
         processes.finish(world)
         return 0
-    with processes.main_first(world):
-        task.setup(cfg, log.say)
-    cfg = task.set_length(cfg)
     try:
         with sdpa_kernel(choices.backends, set_priority=True), contextlib.ExitStack() as held:
-            opened = on_main(world, lambda: open_folder(task, cfg, world, asked, held, log.say))
+            opened = on_main(
+                world, lambda: open_folder(task, facts, cfg, world, asked, held, log.say)
+            )
             code = 0
             if not opened.start.finished:
-                code = Run(task, cfg, world, stop, log, opened).train(choices)
+                code = Run(task, facts, cfg, world, stop, log, opened).train(choices)
     finally:
         log.close()
         stop.remove()
@@ -98,15 +96,17 @@ class Run:
     def __init__(
         self,
         task: Task,
+        facts: Facts,
         cfg: RunConfig,
         world: World,
         stop: StopSignal,
         log: RunLog,
         opened: Opened,
     ):
-        self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
+        self.task, self.facts, self.cfg = task, facts, cfg
+        self.world, self.stop, self.log = world, stop, log
         self.opened = opened
-        self.loop = Loop(task, cfg, world, stop, log, opened.start)
+        self.loop = Loop(task, facts, cfg, world, stop, log, opened.start)
         self.folder = self.loop.folder
 
     def train(self, choices: Choices) -> int:
@@ -130,7 +130,7 @@ class Run:
                 release_frames(error)
                 loop = self.loop
                 raise out_of_memory(
-                    self.task, loop.model, self.cfg, self.world, loop.micro_batch
+                    self.task, self.facts, loop.model, self.cfg, self.world, loop.micro_batch
                 ) from None
             if self.cfg.compile and (line := compiler_error(error)):
                 raise line from None
@@ -145,9 +145,18 @@ class Run:
         cfg, world, log, loop, start = self.cfg, self.world, self.log, self.loop, self.opened.start
         on_main(world, self._open_log)
         log.banner(
-            banner(self.task, cfg, world, choices, loop.micro_batch, loop.at.step, start.folder)
+            banner(
+                self.task,
+                self.facts,
+                cfg,
+                world,
+                choices,
+                loop.micro_batch,
+                loop.at.step,
+                start.folder,
+            )
         )
-        for warning in (*((choices.lost,) if choices.lost else ()), *self.task.warnings):
+        for warning in (*((choices.lost,) if choices.lost else ()), *self.facts.warnings):
             log.warn(warning)
         for told in tokenizer_files.told.values():
             log.record("warning", {"step": loop.at.step, "text": told})
@@ -158,7 +167,8 @@ class Run:
         # only when the log holds how they differ from those before
         on_main(world, self._write_options)
         if world.main:
-            disk = disk_of(self.task, cfg, sum(4 * p.numel() for p in loop.model.parameters()))
+            final = sum(4 * p.numel() for p in loop.model.parameters())
+            disk = disk_of(self.task, self.facts, cfg, final)
             if shortage := disk.shortage(self.folder):
                 log.warn(shortage, loop.at.step)
         log.start_progress(loop.steps, loop.at.step)
@@ -202,7 +212,7 @@ class Run:
     def _shrink_micro_batch(self) -> None:
         """Begin again with the next smaller micro-batch: a compiled step may take more than the
         trial did."""
-        old, rows = self.loop, self.task.rows_per_rank(self.cfg, self.world.size)
+        old, rows = self.loop, self.facts.rows_per_rank(self.world.size)
         smaller = largest_divisor(rows, lambda n: n < old.micro_batch)
         old.release()
         if self.cfg.compile:
@@ -211,7 +221,9 @@ class Run:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         start = self.opened.start
-        self.loop = Loop(self.task, self.cfg, self.world, self.stop, self.log, start, smaller)
+        self.loop = Loop(
+            self.task, self.facts, self.cfg, self.world, self.stop, self.log, start, smaller
+        )
         self.loop.at, self.loop.signal = old.at, old.signal
         self._write_options()
         text = (
@@ -252,7 +264,14 @@ class Run:
         loop = self.loop
         loop.checkpoints.join()
         results = Results(
-            self.cfg, loop.step, loop.micro_batch, loop.at, loop.checkpoints, loop.rates, self.log
+            self.cfg,
+            self.facts,
+            loop.step,
+            loop.micro_batch,
+            loop.at,
+            loop.checkpoints,
+            loop.rates,
+            self.log,
         )
         rows = on_main(self.world, results.write)
         self.log.say("\ndone")
@@ -266,6 +285,7 @@ class Loop:
     def __init__(
         self,
         task: Task,
+        facts: Facts,
         cfg: RunConfig,
         world: World,
         stop: StopSignal,
@@ -275,7 +295,8 @@ class Loop:
     ):
         """`micro_batch` None: as it must be found."""
         assert cfg.out and cfg.steps
-        self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
+        self.task, self.facts, self.cfg = task, facts, cfg
+        self.world, self.stop, self.log = world, stop, log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
         self.signal = 0  # what all ranks agreed to stop for
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})
@@ -288,12 +309,12 @@ class Loop:
         )
         self.model.to(world.device)
         self.micro_batch = micro_batch or choose_micro_batch(
-            task, self.model, cfg, world, start.micro_batch
+            task, facts, self.model, cfg, world, start.micro_batch
         )
-        self.heap = Heap(heap_limit(task, cfg, world, self.micro_batch))
+        self.heap = Heap(heap_limit(facts, cfg, world, self.micro_batch))
         if cfg.compile:
-            compile_model(self.model, cfg, world, task.compiles_whole)
-        self.step = TrainStep(task, self.model, cfg, world)
+            compile_model(self.model, cfg, world, facts.cost.loss is None)
+        self.step = TrainStep(task, self.model, cfg, world, facts.exact_evaluation)
         self.step.spans = spans(start.lengths)
         # A checkpoint that an older version wrote lacks some.
         known = {field.name for field in dataclasses.fields(Progress)}
@@ -305,7 +326,7 @@ class Loop:
         self.loader = Loader(task, world, self.micro_batch, self.steps)
         self.checkpoints = Checkpoints(self.folder, task, double, cfg, log, saved)
         peak = device_peak(world, cfg.precision)
-        self.rates = Rates(task.flops_per_token(), peak and peak * world.size)
+        self.rates = Rates(facts.cost.flops_per_token, peak and peak * world.size)
 
     def close(self) -> None:
         self.loader.close()
@@ -467,7 +488,7 @@ class Loop:
         if not self.world.main:
             return
         facts = dataclasses.asdict(self.at) | {
-            "identity": identity(self.task, self.cfg),
+            "identity": identity(self.task, self.facts, self.cfg),
             "lengths": as_json(self.lengths),
             "micro_batch": self.micro_batch,
             "world_size": self.world.size,

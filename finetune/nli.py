@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from base.cli import entry_point
+from engine.task import Facts
 from finetune import command
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification
@@ -82,9 +83,9 @@ class Nli(Classification):
         {"premise": "눈이 많이 왔다.", "hypothesis": "눈이 오지 않았다.", "label": "contradiction"},
     )
 
-    def setup(self, cfg: NliConfig, say: Callable[[str], None]) -> None:
+    def setup(self, cfg: NliConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
         self.special = (SEPARATOR, INFER) if cfg.form == "word" else ()
-        super().setup(cfg, say)
+        return super().setup(cfg, say, dry)
 
     def texts(self, row: Row) -> tuple[str, ...]:
         return row["premise"].strip(), row["hypothesis"].strip()

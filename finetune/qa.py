@@ -9,12 +9,14 @@ where that takes the answer away, the row is counted.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from base.cli import entry_point
+from engine.task import Facts
 from finetune import command
 from tasks import metrics
 from tasks.generation.options import GenerationConfig
@@ -70,16 +72,18 @@ class Qa(Generation):
         },
     )
 
-    def setup(self, cfg: QaConfig, say: Callable[[str], None]) -> None:
-        super().setup(cfg, say)
+    def setup(self, cfg: QaConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
+        facts = super().setup(cfg, say, dry)
         lost = sum(
             self._is_lost(*one) for one in zip(self.train.rows, self.train.tokens, strict=True)
         )
-        if lost:
-            self.warnings += (
-                f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut "
-                "off",
-            )
+        if not lost:
+            return facts
+        text = (
+            f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut off"
+        )
+        self.warnings += (text,)
+        return dataclasses.replace(facts, warnings=self.warnings)
 
     def _is_lost(self, row: Row, tokens: np.ndarray) -> bool:
         """Whether the answer stood in the passage and does not in what is read of it."""

@@ -22,12 +22,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import layers, peft
-from config import GPTConfig, UserError, resolve_steps
-from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
+from config import GPTConfig, UserError
 from engine.optim import Group
-from engine.precision import casts_once
 from engine.pretraining import model_config, open_pretrained
-from engine.task import Batch, Task
+from engine.task import Cost, Facts, Task
 from model import GPT
 from storage.checkpoint import locate
 from tasks import methods
@@ -64,11 +62,10 @@ class Split:
 
 
 class Finetuning(Task):
-    """A family fills in `setup`, `collate`, the loss and the metrics; a task says what its rows
+    """A family fills in `setup`, `batch`, the loss and the metrics; a task says what its rows
     are."""
 
     config = FinetuneConfig
-    ragged = True
     cfg: Any  # of its kind of options
     # fields and the columns they may come from
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}
@@ -78,9 +75,9 @@ class Finetuning(Task):
     expand: ClassVar[Expand | None] = None  # what a task makes of each row of any file
     predictions: ClassVar[str] = "predictions.jsonl"  # the file of answers
     special: tuple[str, ...] = ()  # tokens that the task adds to the vocabulary
-    exact_evaluation: ClassVar[bool] = (
-        True  # the loop's figures are those of --predict, which computes in fp32
-    )
+    # what loads final/, and its pipeline
+    hub_class: tuple[str, str] = Facts.hub_class
+    warnings: tuple[str, ...] = ()  # what the rows and the vocabulary gave cause for
     to_answer: list[Row] | None = None  # the rows of --predict, once they are read
     pads: ClassVar[bool] = (
         False  # whether the hub's class for such models must know what fills a batch
@@ -104,8 +101,12 @@ class Finetuning(Task):
 
     # --- rows
 
-    def without_data(self, cfg: FinetuneConfig) -> str:
-        return f"no --data: training on the {len(self.toy)} toy rows of the task"
+    def begin(self, say: Callable[[str], None], dry: bool) -> Callable[[str], None]:
+        """Forget what an earlier call of `setup` found. Returns what it is to speak by."""
+        self.warnings = ()
+        if self.cfg.data == "toy":
+            say(f"training on the {len(self.toy)} toy rows of the task (--data toy)")
+        return (lambda text: None) if dry else say
 
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
         """Rows of `--data` ("train"), `--val-data` ("validation") or `--predict` ("test")."""
@@ -238,25 +239,29 @@ class Finetuning(Task):
 
     # --- the run
 
-    def set_length(self, cfg: FinetuneConfig) -> FinetuneConfig:
-        epoch = self.steps_per_epoch
-        self.cfg = resolve_steps(cfg, cfg.steps or cfg.epochs * epoch, epoch)
-        return self.cfg
-
-    def rows_per_rank(self, cfg: FinetuneConfig, world_size: int) -> int:
-        return -(-cfg.batch_size // world_size)
-
-    def tokens_per_step(self) -> float:
-        return float(self.train.lengths.mean()) * min(self.cfg.batch_size, len(self.train.rows))
-
-    def describe_step(self, micro_batch: int, world_size: int) -> str:
-        return (
-            f"{self.cfg.batch_size} rows, up to {micro_batch} in a forward pass, on "
-            f"{world_size} ranks"
+    def facts(self) -> Facts:
+        """What the loop must know, once rows and order are read."""
+        with torch.device("meta"):
+            self._stored = methods.stored(self._dressed(GPT(self.shape)), self.cfg)
+        epoch, size = self.steps_per_epoch, self.cfg.batch_size
+        return Facts(
+            identity=self.identity(),
+            banner=self.describe(),
+            rows_per_rank=lambda world_size: -(-size // world_size),
+            tokens_per_step=float(self.train.lengths.mean()) * min(size, len(self.train.rows)),
+            cost=self.cost(),
+            length=(self.cfg.steps or self.cfg.epochs * epoch, epoch),
+            longest=np.argsort(-self.train.lengths, kind="stable"),
+            exact_evaluation=True,  # as --predict, whose figures are to be the same
+            hub_class=self.hub_class,
+            warnings=self.warnings,
         )
 
-    def longest_rows(self, n: int) -> np.ndarray:
-        return np.resize(np.argsort(-self.train.lengths, kind="stable"), n)
+    def cost(self) -> Cost:
+        """What a step takes."""
+        with torch.device("meta"):
+            flops = GPT(self.shape).flops_per_token(int(self.train.lengths.max()))
+        return Cost(self.shape, int(self.padded[-1]), flops, self._dressed)
 
     def identity(self) -> dict[str, Any]:
         names = ["batch_size", "method", "llrd", *self.choices]
@@ -301,51 +306,14 @@ class Finetuning(Task):
             f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",
         }
 
-    def flops_per_token(self) -> int:
-        with torch.device("meta"):
-            return GPT(self.shape).flops_per_token(int(self.train.lengths.max()))
-
-    def shape_in_training(self) -> GPTConfig:
-        """The shape as far as the memory of a step depends on it."""
-        return self.shape
-
-    def estimate(
-        self, cfg: FinetuneConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        return estimate(
-            self.shape_in_training(),
-            micro_batch,
-            int(self.padded[-1]),
-            cfg.precision,
-            cfg.optimizer,
-            device_type,
-            world_size,
-            accumulate=micro_batch < self.rows_per_rank(cfg, world_size),
-            saves=bool(cfg.save_every),
-            keep_freed=keeps_freed(cfg),
-            cast_once=casts_once(cfg.precision, cfg.without),
-            dress=self._dressed,
-            loss=self.of_tokens,
-        )
-
-    def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
-        """What a step computes of token ids (B, T), as far as its memory depends on it: a
-        scalar."""
-        return model(idx, idx, reduction="sum")
-
-    def checkpoint_bytes(self) -> int:
-        whole = self.cfg.method not in layers.ADAPTERS
-        return checkpoint_bytes(self.shape, self.cfg.optimizer, self._dressed, whole)
-
     # --- the model
 
-    def build_model(self, cfg: FinetuneConfig) -> nn.Module:
+    def build_model(self, cfg: FinetuneConfig) -> GPT:
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
             layers.add_tokens(model, self.new_tokens)
-        self._dressed(model)
-        self.stored = methods.stored(model, cfg)
-        return model
+        self.cfg = cfg
+        return self._dressed(model)
 
     def _dressed(self, model: GPT) -> GPT:
         """The model with what its method adds to it."""
@@ -356,16 +324,13 @@ class Finetuning(Task):
         assert isinstance(model, GPT)
         return methods.groups(model, self.cfg, step, self.steps_per_epoch)
 
-    def is_stored(self, parameter: str) -> bool:
-        return parameter in self.stored
+    def stored(self, name: str) -> bool:
+        return name in self._stored
 
-    def amounts(self, batch: Batch) -> dict[str, float]:
-        lengths = self.train.lengths[batch["ids"].numpy()]
-        return {
-            "tokens": float(lengths.sum()),
-            "padded_tokens": batch["idx"].numel(),
-            "rows": len(lengths),
-        }
+    def amounts(self, split: Split, ids: np.ndarray, idx: Tensor) -> dict[str, float]:
+        """What a batch of these rows, padded to idx (B, T), holds."""
+        tokens = float(split.lengths[ids].sum())
+        return {"tokens": tokens, "padded_tokens": idx.numel(), "rows": len(ids)}
 
     # --- what a finished model says
 
@@ -389,16 +354,10 @@ class Finetuning(Task):
 
     # --- what is written
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
         assert isinstance(model, GPT)
-        if layers.can_merge(model):
-            self._export_whole(model, folder)
-        else:
-            self._export_adapter(model, folder)
-
-    def export_checkpoint(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, GPT)
-        if self.cfg.method in layers.ADAPTERS:
+        apart = self.cfg.method in layers.ADAPTERS if stored_only else not layers.can_merge(model)
+        if apart:
             self._export_adapter(model, folder)
         else:
             self._export_whole(model, folder)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from config import GPTConfig, TrainConfig, resolve
-from engine.pretraining import LanguageModelling, how_it_runs
+from engine.pretraining import LanguageModelling, how_it_runs, packed
 from engine.processes import World
 from engine.step import Loader, TrainStep, compile_model
 from engine.task import Batch
@@ -28,14 +28,14 @@ class RandomTokens(LanguageModelling):
         assert self.cfg.batch_tokens and self.cfg.seq_len
         return np.arange(self.cfg.batch_tokens // self.cfg.seq_len)[:, None] + 1000 * step
 
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
         assert self.cfg.seq_len
         rows = [
             np.random.default_rng(i).integers(0, self.shape.vocab_size, self.cfg.seq_len + 1)
             for i in ids
         ]
         tokens = torch.from_numpy(np.stack(rows))
-        return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        return packed({"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()})
 
 
 def make_step(

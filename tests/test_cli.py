@@ -24,19 +24,18 @@ from base import cli
 from base.cli import option_names
 from base.console import bytes_text, printable, time_text
 from config import TrainConfig, UserError
-from engine import processes, step
-from engine.fit import largest_micro_batch
+from engine import fit, processes, step
 from engine.log import step_line
 from engine.memory import Memory
 from engine.optim import lr_multiplier
 from engine.precision import choose_precision
-from engine.pretraining import LanguageModelling
 from engine.processes import World
 from engine.rates import Rates
 from engine.roofline import peak_flops
 from launch import launch, log_of, small, trace, write_inputs
 from storage.weights import read_tensors
 from support import REPO, own_lines, python_path
+from toy import Scripted
 
 CPU = torch.device("cpu")
 QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
@@ -509,21 +508,16 @@ def test_compiled_losses_are_those_of_eager(inputs, plain):
 # --- options that are settled for the user
 
 
-class Linear(LanguageModelling):
-    """A task whose memory is n bytes for a micro-batch of n."""
-
-    def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        return Memory(micro_batch, 0, 0, 0, 0, 0)
-
-
 @pytest.mark.parametrize("room, found", [(100, 12), (11.9, 6), (6, 6), (5.9, 4), (1, 1), (0.5, 0)])
 def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, found):
     monkeypatch.setattr(processes, "available_memory", lambda device, ranks: room / 0.8)
     monkeypatch.setattr(processes, "memory_bytes", lambda device: 0)
-    alone = World(0, 0, 1, 1, CPU)
-    assert largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), alone, 12) == found
+    # n bytes for a micro-batch of n
+    monkeypatch.setattr(fit, "peak_memory", lambda facts, cfg, n, world: Memory(n, 0, 0, 0, 0, 0))
+    alone, task, model = World(0, 0, 1, 1, CPU), Scripted([]), torch.nn.Identity()
+    cfg = TrainConfig()
+    facts = task.setup(cfg, print)
+    assert fit.largest_micro_batch(task, facts, model, cfg, alone, 12) == found
 
 
 def test_micro_batch_auto_is_stored(inputs):

@@ -18,12 +18,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from config import TrainConfig
-from engine.memory import Memory
+from config import GPTConfig, TrainConfig
 from engine.optim import Group
 from engine.processes import World
 from engine.step import Loader, StepResult, TrainStep
-from engine.task import Task
+from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 
 ROWS = 64
 STEPS = 12
@@ -55,7 +54,7 @@ class TwoHeads(Task):
         self.y = draw.normal(size=(ROWS, 7)).astype(np.float32)
         self.tagged = draw.random((ROWS, 7)) < 0.6
         self.ranked = draw.random(ROWS) < 0.5
-        self.unfreeze_at, self.dropout, self.batch = unfreeze_at, dropout, batch
+        self.unfreeze_at, self.dropout, self.size = unfreeze_at, dropout, batch
         # step: what the loss of its second group is multiplied by
         self.poison: dict[int, float] = {}
         # the middle group of step 0 has rows for the ranker alone, that of step 2 for neither
@@ -80,12 +79,12 @@ class TwoHeads(Task):
     def rows(self, split: str, step: int) -> np.ndarray:
         if split == "val":
             return np.arange(ROWS - 13, ROWS)[:, None]
-        return (np.arange(self.batch) + step * self.batch).reshape(-1, GROUP) % (ROWS - 14)
+        return (np.arange(self.size) + step * self.size).reshape(-1, GROUP) % (ROWS - 14)
 
-    def collate(self, split: str, ids: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
         width = self.lengths[ids].max()
         there = np.arange(width) < self.lengths[ids][:, None]
-        batch = {
+        arrays = {
             "ids": ids,
             "x": self.x[ids, :width],
             "y": self.y[ids, :width],
@@ -93,18 +92,14 @@ class TwoHeads(Task):
             "tagged": self.tagged[ids, :width] & there,
             "ranked": self.ranked[ids],
         }
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()
         }
+        counts = {"tag": float(tensors["tagged"].sum()), "rank": float(tensors["ranked"].sum())}
+        weights = {name: count for name, count in counts.items() if count}
+        return Batch(tensors, weights, {"tokens": float(there.sum()), "rows": len(ids)})
 
-    def weights(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        counts = {"tag": float(batch["tagged"].sum()), "rank": float(batch["ranked"].sum())}
-        return {name: count for name, count in counts.items() if count}
-
-    def amounts(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        return {"tokens": float(batch["there"].sum()), "rows": len(batch["ids"])}
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         x = batch["x"].to(model.trunk.weight.dtype)
         hidden, terms = model(x), {}
         if batch["tagged"].any():  # else this head is not even used
@@ -123,28 +118,27 @@ class TwoHeads(Task):
                 return value
         return 1.0
 
-    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        return {
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        sums: Sums = {
             "tag": self.loss(model, batch).get("tag", 0.0),
             "targets": batch["tagged"].sum(),
             "rows": len(batch["ids"]),
         }
+        tokens = batch["there"].sum(1)
+        return sums, {int(i): float(n) for i, n in zip(batch["ids"], tokens, strict=True)}
 
-    def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[int, Any]:
-        return {int(i): float(n) for i, n in zip(batch["ids"], batch["there"].sum(1), strict=True)}
-
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         return {
             "tag": sums["tag"] / sums["targets"],
             "rows": sums["rows"],
-            "records": len(outputs),
-            "longest": max(outputs.values()),
+            "records": len(records),
+            "longest": max(records.values()),
         }
 
     def expected_metrics(self, model: nn.Module) -> dict[str, float]:
         """Of all validation rows at once, in fp64."""
         ids = self.rows("val", 0).reshape(-1)
-        batch = self.collate("val", ids)
+        batch = self.batch("val", ids).tensors
         with torch.no_grad():
             loss = self.loss(copy.deepcopy(model).double().eval(), batch)["tag"]
         tag = float(loss / batch["tagged"].sum())
@@ -154,6 +148,9 @@ class TwoHeads(Task):
             "records": len(ids),
             "longest": self.lengths[ids].max(),
         }
+
+
+SMALLEST = GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=1)
 
 
 class Counter(nn.Module):
@@ -178,28 +175,9 @@ class Scripted(Task):
         # called within whatever a run does
         self.during: Callable[[str, int], None] = lambda what, step: None
 
-    def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+    def setup(self, cfg: TrainConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
         self.cfg = cfg
-
-    def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
-        return 4 // world_size
-
-    def describe_step(self, micro_batch: int, world_size: int) -> str:
-        return "4 rows"
-
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def describe(self) -> dict[str, str]:
-        return {}
-
-    def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        return Memory(0, 0, 0, 0, 0, 0)
-
-    def checkpoint_bytes(self) -> int:
-        return 0
+        return Facts({}, {}, lambda world_size: 4 // world_size, 4, Cost(SMALLEST, 1))
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         return Counter()
@@ -207,31 +185,22 @@ class Scripted(Task):
     def rows(self, split: str, step: int) -> np.ndarray:
         return np.arange(4 if split == "train" else 8)[:, None]
 
-    def collate(self, split: str, ids: np.ndarray) -> dict[str, Tensor]:
-        return {"ids": torch.from_numpy(ids)}
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
+        amounts = {"tokens": 3 * len(ids), "padded_tokens": 5 * len(ids), "rows": len(ids)}
+        return Batch({"ids": torch.from_numpy(ids)}, {"nll": len(ids)}, amounts)
 
-    def weights(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        return {"nll": len(batch["ids"])}
-
-    def amounts(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        return {
-            "tokens": 3 * len(batch["ids"]),
-            "padded_tokens": 5 * len(batch["ids"]),
-            "rows": len(batch["ids"]),
-        }
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         assert isinstance(model, Counter)
         model.steps += 1
         self.during("step", int(model.steps))
         return {"nll": (model.weight**2 * (1 + batch["ids"])).sum()}
 
-    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
         assert isinstance(model, Counter)
         self.during("evaluation", int(model.steps))
-        return {"steps": model.steps, "batches": 1}
+        return {"steps": model.steps, "batches": 1}, {}
 
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         return {"score": self.scores[int(sums["steps"] / sums["batches"]) - 1]}
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
@@ -239,7 +208,7 @@ class Scripted(Task):
         self.during("sample", int(model.steps))
         return [("after", f"{int(model.steps)}")]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
         assert isinstance(model, Counter)
         (folder / "steps.txt").write_text(str(int(model.steps)))
 
@@ -308,8 +277,8 @@ def expected_gradients(
     """Objective, mean of each term and gradients of the whole batch of `step` at once, in fp64."""
     exact = copy.deepcopy(model).double()
     exact.zero_grad()
-    batch = task.collate("train", task.rows("train", step).reshape(-1))
-    weights, sums = task.weights(batch), task.loss(exact, batch)
+    batch = task.batch("train", task.rows("train", step).reshape(-1))
+    weights, sums = batch.weights, task.loss(exact, batch.tensors)
     terms = {name: sums[name] / weights[name] for name in weights}
     loss = torch.stack([task.terms[name] * terms[name] for name in weights]).sum()
     loss.backward()

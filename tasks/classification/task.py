@@ -30,7 +30,7 @@ from decoding.loading import open_model
 from engine.log import finite
 from engine.precision import set_products
 from engine.processes import choose_device
-from engine.task import Batch
+from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT, pick
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
@@ -81,7 +81,6 @@ class Classification(Finetuning):
     config = ClassificationConfig
     cfg: ClassificationConfig
     best = ("accuracy", "max")
-    compiles_whole = False
     pads: ClassVar[bool] = True
     truth: ClassVar[tuple[str, ...]] = ("label",)
     choices: ClassVar[tuple[str, ...]] = (
@@ -162,11 +161,13 @@ class Classification(Finetuning):
         if self.cfg.model == "lstm":
             self.shape = dataclasses.replace(self.shape, n_layer=0)  # its embeddings, then the head
 
-    def setup(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
+    def setup(
+        self, cfg: ClassificationConfig, say: Callable[[str], None], dry: bool = False
+    ) -> Facts:
         self.cfg = cfg
+        say = self.begin(say, dry)
         check(cfg)
         methods.check(cfg)
-        self.warnings = ()
         train, val = self.read_labelled(say)
         self._open_vocabulary()
         self._make_room()
@@ -187,6 +188,8 @@ class Classification(Finetuning):
             self.check_rows_to_answer(say)
         for text in self._first_rows():
             say(text)
+        self._find_head()
+        return self.facts()
 
     def read_labelled(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
         """Training rows, those of --augment last, and validation rows; finds the labels, and checks
@@ -397,15 +400,16 @@ class Classification(Finetuning):
         before = int((turns[:at] == head).sum())
         return self.orders[head](epoch * self.shares[head] + before) + self.offsets[head]
 
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val
-        return {
-            **padded([data.tokens[i] for i in ids], self.tokenizer.eot, self.padded),
+        tensors = padded([data.tokens[i] for i in ids], self.tokenizer.eot, self.padded)
+        tensors |= {
             "labels": torch.from_numpy(data.labels[ids]),
             "weights": torch.from_numpy(data.weights[ids]).float(),
             "heads": torch.from_numpy(data.heads[ids]),
             "ids": torch.from_numpy(np.asarray(ids)),
         }
+        return Batch(tensors, self._weights(tensors), self.amounts(data, ids, tensors["idx"]))
 
     # --- the model
 
@@ -417,27 +421,27 @@ class Classification(Finetuning):
                 )
         return super()._dressed(model)
 
-    def build_model(self, cfg: FinetuneConfig) -> nn.Module:
+    def build_model(self, cfg: FinetuneConfig) -> GPT:
         model = super().build_model(cfg)
-        assert isinstance(model, GPT)
-        self.warnings += tuple(self._take_heads(model))
+        if self.head:
+            model.heads[self.keys[0]].load_state_dict(self.head)
         return model
 
-    def _take_heads(self, model: GPT) -> Iterator[str]:
-        """Go on with the head of --init where it is for the same labels; says where it is not."""
+    def _find_head(self) -> None:
+        """Go on with the head of --init where it is for the same labels; warn where it is not."""
+        self.head: dict[str, Tensor] = {}
         if self.cfg.init == "scratch" or self.cfg.form == "word":
             return
-        where = locate(self.cfg.init)
-        found = heads.find(where)
+        found = heads.find(locate(self.cfg.init))
         if found is None:
             return
         info, state = found
         if info.labels == self.labels and info.pooling == self.cfg.pooling:
-            model.heads[self.keys[0]].load_state_dict(state)
+            self.head = state
         else:
-            yield (
+            self.warnings += (
                 f"--init {self.cfg.init} has a head for {', '.join(info.labels)} "
-                f"({info.pooling}): this run's is new"
+                f"({info.pooling}): this run's is new",
             )
 
     def log_p(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
@@ -473,15 +477,20 @@ class Classification(Finetuning):
         lengths = torch.full((len(idx),), idx.shape[1])
         return -self.log_p(model, *self.states(model, idx, lengths), 0).sum()
 
-    def flops_per_token(self) -> int:
-        """Without the language model's head; of the last block its keys, values and queries where
-        the last token is all that is read (9 of 12 n_embd^2 weights, and its attention, are left
-        out)."""
+    def cost(self) -> Cost:
+        cost = super().cost()
+        flops = (cost.flops_per_token or 0) - self._flops_left_out()
+        return dataclasses.replace(cost, flops_per_token=flops, loss=self.of_tokens)
+
+    def _flops_left_out(self) -> int:
+        """Of a token: those of the language model's head, and where only the last token is read,
+        those of the last block but its keys and values and queries (9 of 12 n_embd^2 weights, and
+        attention)."""
         width = self.shape.n_embd
         left_out = 6 * self.shape.vocab_size * width
         if self.reads_last and self.shape.n_layer:
             left_out += 6 * 9 * width**2 + 12 * width * int(self.train.lengths.max())
-        return super().flops_per_token() - left_out
+        return left_out
 
     def describe(self) -> dict[str, str]:
         counts = np.bincount(self.train.labels[self.train.heads == 0], minlength=len(self.labels))
@@ -513,7 +522,7 @@ class Classification(Finetuning):
     def _term(self, head: int) -> str:
         return self.keys[head] if head else "nll"
 
-    def weights(self, batch: Batch) -> dict[str, float]:
+    def _weights(self, batch: Tensors) -> dict[str, float]:
         total = float(batch["weights"].double().sum())
         found = {
             self._term(head): float(batch["weights"][batch["heads"] == head].double().sum())
@@ -522,7 +531,7 @@ class Classification(Finetuning):
         of = {"rdrop": total, "simcse": float(len(batch["ids"]))}
         return found | {name: of[name] for name in self.cfg.objective}
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         assert isinstance(model, GPT)
         n = len(batch["ids"])
         hidden, lengths = self.states(
@@ -547,7 +556,7 @@ class Classification(Finetuning):
             terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
 
-    def _by_head(self, batch: Batch) -> Iterator[tuple[int, Any]]:
+    def _by_head(self, batch: Tensors) -> Iterator[tuple[int, Any]]:
         """The heads that a batch has rows for, and which those are. With one head a GPU has nothing
         to wait for."""
         if len(self.parts) == 1:
@@ -565,11 +574,8 @@ class Classification(Finetuning):
 
     # --- evaluation
 
-    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
-        return {}  # F1 and calibration do not add up, so all is computed of the rows' outputs
-
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
-        """Head, label and log-probabilities of each row."""
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        """Head, label and log-probabilities of each row: F1 and calibration do not add up."""
         assert isinstance(model, GPT)
         hidden, lengths = self.states(model, batch["idx"], batch["lengths"])
         found = {}
@@ -582,13 +588,13 @@ class Classification(Finetuning):
                 strict=True,
             )
             found |= {i: (head, label, values) for i, label, values in records}
-        return found
+        return {}, found
 
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         found: dict[str, float] = {}
         for head, key in enumerate(self.keys):
-            records = [outputs[i][1:] for i in sorted(outputs) if outputs[i][0] == head]
-            labels, log_p = (np.array(column) for column in zip(*records, strict=True))
+            mine = [records[i][1:] for i in sorted(records) if records[i][0] == head]
+            labels, log_p = (np.array(column) for column in zip(*mine, strict=True))
             figures = {"val_loss": float(-log_p[np.arange(len(labels)), labels].mean())}
             figures |= confusion.figures(labels, probabilities(log_p))
             found |= {f"{key}_{name}" if head else name: value for name, value in figures.items()}
@@ -813,7 +819,7 @@ def _without_unknown(row: Row) -> Row:
 # --- sequences
 
 
-def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Batch:
+def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Tensors:
     """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of
     `sizes` that holds it, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])

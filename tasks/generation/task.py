@@ -19,15 +19,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 
-from config import GPTConfig, UserError
+from config import UserError
 from decoding.batched import generate
 from decoding.loading import open_model
 from decoding.window import kept_tokens
 from engine.pretraining import perplexity
 from engine.processes import choose_device
-from engine.task import Batch, Task
+from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
@@ -123,8 +122,9 @@ class Generation(Finetuning):
 
     # --- rows
 
-    def setup(self, cfg: GenerationConfig, say: Callable[[str], None]) -> None:
+    def setup(self, cfg: GenerationConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
         self.cfg = cfg
+        say = self.begin(say, dry)
         methods.check(cfg)
         assert cfg.data
         self.warnings = ()
@@ -152,6 +152,7 @@ class Generation(Finetuning):
             self._prompts_to_answer(rows, self.seq_len, lambda text: None)
         for text in self._first_rows():
             say(text)
+        return self.facts()
 
     def _split(
         self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
@@ -231,10 +232,11 @@ class Generation(Finetuning):
             )
         return texts
 
-    def shape_in_training(self) -> GPTConfig:
-        return dataclasses.replace(
-            self.shape, chunked_head=self.shape.chunked_head and not self.cfg.objective
-        )
+    def cost(self) -> Cost:
+        # an objective looks at all logits
+        chunked = self.shape.chunked_head and not self.cfg.objective
+        shape = dataclasses.replace(self.shape, chunked_head=chunked)
+        return dataclasses.replace(super().cost(), shape=shape)
 
     # --- a step
 
@@ -245,7 +247,7 @@ class Generation(Finetuning):
         others = ~np.isin(np.arange(len(self.val.rows)), self.decoded)
         return np.lexsort((self.val.lengths, others))[:, None]
 
-    def collate(self, split: str, ids: np.ndarray) -> Batch:
+    def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val
         length = pad_to(int(data.lengths[ids].max()), self.padded)
         idx = torch.full((len(ids), length), self.tokenizer.eot)
@@ -254,12 +256,11 @@ class Generation(Finetuning):
             tokens, learned = torch.from_numpy(data.tokens[i]), data.learned[i]
             idx[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, learned - 1 : len(tokens) - 1] = tokens[learned:]
-        return {"idx": idx, "targets": targets, "ids": torch.from_numpy(np.asarray(ids))}
+        tensors = {"idx": idx, "targets": targets, "ids": torch.from_numpy(np.asarray(ids))}
+        weights = dict.fromkeys(self.terms, float((targets != IGNORE).sum()))
+        return Batch(tensors, weights, self.amounts(data, ids, idx))
 
-    def weights(self, batch: Batch) -> dict[str, float]:
-        return dict.fromkeys(self.terms, float((batch["targets"] != IGNORE).sum()))
-
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         if "unlikelihood" not in self.terms:
             return {"nll": model(batch["idx"], batch["targets"], reduction="sum")}
         nll, unlikelihood = nll_and_unlikelihood(
@@ -269,19 +270,16 @@ class Generation(Finetuning):
 
     # --- evaluation
 
-    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+    def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        """Loss and tokens, and the answers to the rows that are decoded."""
         targets = batch["targets"]
-        return {
-            "nll": model(batch["idx"], targets, reduction="sum"),
-            "tokens": (targets != IGNORE).sum(),
-        }
-
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[int, Any]:
+        nll = model(batch["idx"], targets, reduction="sum")
         ids = [i for i in batch["ids"].tolist() if i in self.decoded]
         answers = self.answers(model, [self.prompt(i) for i in ids], ids)
-        return {
+        records = {
             i: Answer(*texts, self.val.references[i]) for i, texts in zip(ids, answers, strict=True)
         }
+        return {"nll": nll, "tokens": (targets != IGNORE).sum()}, records
 
     def answers(
         self, model: nn.Module, prompts: Sequence[list[int]], rows: Sequence[int]
@@ -302,12 +300,12 @@ class Generation(Finetuning):
         answers = [self.tokenizer.decode(out, skip_special=True) for out in outs]
         return list(zip(texts, answers, strict=True))
 
-    def metrics(self, sums: dict[str, float], outputs: dict[int, Any]) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
-        if not outputs:
+        if not records:
             return metrics
-        return metrics | self.scores([outputs[i] for i in sorted(outputs)])
+        return metrics | self.scores([records[i] for i in sorted(records)])
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         if self.cfg.prompts:

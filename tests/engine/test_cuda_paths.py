@@ -59,11 +59,11 @@ def test_the_loader_thread_works_on_the_ranks_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_device", record("set_device"))
     task = TwoHeads()
-    collate = task.collate
-    monkeypatch.setattr(task, "collate", lambda *args: record("collate")() or collate(*args))
+    batch = task.batch
+    monkeypatch.setattr(task, "batch", lambda *args: record("batch")() or batch(*args))
     loader = Loader(task, World(1, 1, 2, 2, GPU_1), micro_batch=2, steps=3, ahead=0)
     loader(0)
-    assert calls[0] == ("set_device", "loader_0") and ("collate", "loader_0") in calls[1:]
+    assert calls[0] == ("set_device", "loader_0") and ("batch", "loader_0") in calls[1:]
 
 
 @pytest.mark.parametrize(

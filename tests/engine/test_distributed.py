@@ -18,14 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from config import TrainConfig
-from engine import processes, step, trainer
+from engine import fit, processes, step, trainer
 from engine.evaluation import evaluate
-from engine.fit import largest_micro_batch
 from engine.memory import Memory
 from engine.pretraining import LanguageModelling
 from engine.processes import StopSignal, World
 from launch import launch, log_of, small, write_inputs
-from toy import TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
+from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loader, run_step, step_of
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -128,18 +127,18 @@ def evaluation(world: World) -> list[dict[str, float] | None]:
 def micro_batch(world: World) -> int:
     """What auto takes of 12 rows, where rank 0 has memory for all of them and rank 1 for seven."""
 
-    class Linear(TwoHeads):
-        def estimate(
-            self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
-        ) -> Memory:
-            return Memory(micro_batch, 0, 0, 0, 0, 0)
-
+    task, cfg, model = Scripted([]), TrainConfig(), torch.nn.Identity()
+    facts = task.setup(cfg, print)
     room = (12, 7)[world.rank] / 0.8
     with (
         mock.patch.object(processes, "available_memory", lambda device, ranks: room),
         mock.patch.object(processes, "memory_bytes", lambda device: 0),
+        # n bytes for a micro-batch of n
+        mock.patch.object(
+            fit, "peak_memory", lambda facts, cfg, n, world: Memory(n, 0, 0, 0, 0, 0)
+        ),
     ):
-        return largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), world, 12)
+        return fit.largest_micro_batch(task, facts, model, cfg, world, 12)
 
 
 SCENARIOS = (

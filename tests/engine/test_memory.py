@@ -7,14 +7,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from config import PRESETS, GPTConfig, UserError
+from config import PRESETS, GPTConfig, TrainConfig, UserError
 from engine.memory import Memory, checkpoint_bytes, estimate, optimizer_bytes
+from engine.task import Cost
 from model import GPT
 
+PLAIN = ("kept-memory", "cast-once")
 TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
 # Narrow, deep and with many rows: much memory for few products.
 MEASURED = GPTConfig(vocab_size=4096, block_size=128, n_layer=6, n_head=4, n_embd=96)
@@ -68,20 +71,32 @@ def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
     assert done.returncode == 0, done.stderr
     base, measured = map(int, done.stdout.split())
     precision, accumulate = "bf16" if autocast else "fp32", micro_batches > 1
-    estimated = estimate(
-        config, rows, config.block_size, precision, accumulate=accumulate, base=base
-    ).total
+    cfg = options(precision, without=("kept-memory", "cast-once"))
+    cost = Cost(config, config.block_size)
+    estimated = estimate(cost, cfg, rows, "cpu", accumulate=accumulate, base=base).total
     assert measured > 1.5 * base, "most of it is the step's"
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
-def peak(config: GPTConfig = TINY, micro_batch: int = 8, *args, **kwargs) -> int:
-    return estimate(config, micro_batch, 64, *args, base=0, **kwargs).total
+def options(precision: Any = "fp32", **more: Any) -> TrainConfig:
+    given: dict[str, Any] = {"save_every": 0, "without": PLAIN}
+    return TrainConfig(precision=precision, **given | more)
+
+
+def peak(
+    config: GPTConfig = TINY,
+    micro_batch: int = 8,
+    cfg: TrainConfig | None = None,
+    device_type: str = "cpu",
+    **more: Any,
+) -> int:
+    cost = Cost(config, 64)
+    return estimate(cost, cfg or options(), micro_batch, device_type, base=0, **more).total
 
 
 def test_static_parts_are_exact():
     bytes_fp32 = 4 * sum(p.numel() for p in GPT(TINY).parameters())
-    memory = estimate(TINY, 2, 64, base=0)
+    memory = estimate(Cost(TINY, 64), options(), 2, "cpu", base=0)
     assert (memory.weights, memory.gradients, memory.optimizer) == (
         bytes_fp32,
         bytes_fp32,
@@ -93,7 +108,7 @@ def test_static_parts_are_exact():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_more_rows_take_more(precision, accumulate):
-    peaks = [peak(TINY, n, precision, accumulate=accumulate) for n in (1, 2, 3, 8)]
+    peaks = [peak(TINY, n, options(precision), accumulate=accumulate) for n in (1, 2, 3, 8)]
     assert peaks == sorted(set(peaks))
 
 
@@ -102,15 +117,16 @@ def test_what_saves_memory_and_what_costs():
     assert peak(dataclasses.replace(TINY, recompute=True), 32) < usual
     assert peak(dataclasses.replace(TINY, attention="explicit"), 32) > usual
     assert peak(TINY, 32, accumulate=False) < usual
-    assert peak(TINY, 32, optimizer="muon") < usual
-    assert peak(TINY, 32, saves=True) > usual
+    assert peak(TINY, 32, options(optimizer="muon")) < usual
+    saving = options(save_every=1)
+    assert peak(TINY, 32, saving) > usual
     assert peak(TINY, 32, world_size=2) > usual
-    assert peak(TINY, 32, device_type="cuda", saves=True) == peak(TINY, 32, device_type="cuda")
+    assert peak(TINY, 32, saving, device_type="cuda") == peak(TINY, 32, device_type="cuda")
 
 
 def test_longer_than_block_size_is_refused():
     with pytest.raises(UserError, match="longer than block_size"):
-        estimate(TINY, 1, 65)
+        estimate(Cost(TINY, 65), options(), 1, "cpu")
 
 
 def test_checkpoint_is_as_large_as_what_is_written(tmp_path):
@@ -119,7 +135,7 @@ def test_checkpoint_is_as_large_as_what_is_written(tmp_path):
     header = 16 << 10  # names and shapes
     weights, size = 4 * model.n_params(), (tmp_path / "model.safetensors").stat().st_size
     assert weights < size < weights + header
-    assert checkpoint_bytes(TINY, "adamw") == 2 * weights + 2 * weights
+    assert checkpoint_bytes(Cost(TINY, 64), "adamw", lambda name: True) == 2 * weights + 2 * weights
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -139,7 +155,7 @@ def test_optimizer_bytes_are_what_torch_keeps(optimizer):
         v for o in kinds[optimizer] for state in o.state.values() for v in state.values() if v.dim()
     ]
     assert sum(v.numel() * v.element_size() for v in kept) == optimizer_bytes(
-        TINY, optimizer, padded=True
+        Cost(TINY, 64), optimizer, padded=True
     )
 
 
@@ -147,7 +163,7 @@ def test_gpt2_is_answered_without_its_memory():
     """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any
     machine."""
     config = GPTConfig(**PRESETS["gpt2-xl"])  # ty: ignore[invalid-argument-type]
-    memory = estimate(config, 4, 1024, "bf16", base=0)
+    memory = estimate(Cost(config, 1024), options("bf16"), 4, "cpu", base=0)
     assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows
     assert 30e9 < memory.total < 50e9
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from adapters import layers, peft
 from adapters.options import Form, Method, Pooling
-from config import GPTConfig, UserError, resolve
+from config import GPTConfig, UserError, resolve, resolve_steps
 from decoding.loading import open_model
 from decoding.options import Decode
 from engine.evaluation import evaluate
@@ -145,8 +145,9 @@ def set_up(
         cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
         task.others = [other_task(label_task, asked, "toy") for asked in cfg.also]
     cfg = resolve(cfg, "cpu")
-    task.setup(cfg, say)
-    task.set_length(cfg)
+    facts = task.setup(cfg, say)
+    assert facts.length
+    task.cfg = resolve_steps(cfg, *facts.length)
     return task
 
 

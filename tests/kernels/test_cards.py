@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import functools
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.table import markdown
-from config import TrainConfig
-from engine import plan
-from engine.fit import estimate_fits, largest_divisor
+from config import RunConfig, TrainConfig
+from engine import fit, plan
+from engine.fit import peak_memory
 from engine.memory import Memory
 from engine.plan import settle
-from engine.pretraining import LanguageModelling, model_config
+from engine.pretraining import model_config, rows_per_rank
 from engine.processes import World
 from engine.step import compile_unit
+from engine.task import Cost, Facts
 from kernels import _card
 from kernels._card import CARDS
 
@@ -63,26 +66,23 @@ def world(ranks: int = 1) -> World:
     return World(0, 0, ranks, ranks, torch.device("cuda", 0))
 
 
-class Planned(LanguageModelling):
-    """Pretraining of which only the memory is asked; cards of one precision share the estimates."""
+known: dict[tuple[str, int], Memory] = {}  # cards of one precision share the estimates
 
-    known: ClassVar[dict[tuple[str, int], Memory]] = {}
 
-    def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
-    ) -> Memory:
-        key = cfg.precision, micro_batch
-        if key not in self.known:
-            self.known[key] = super().estimate(cfg, micro_batch, device_type, world_size)
-        return self.known[key]
+def estimated(facts: Facts, cfg: RunConfig, micro_batch: int, world: World) -> Memory:
+    key = cfg.precision, micro_batch
+    if key not in known:
+        known[key] = peak_memory(facts, cfg, micro_batch, world)
+    return known[key]
 
 
 def micro_batch(cfg: TrainConfig) -> int:
     """By estimate: on a card a trial of the real model decides."""
-    task = Planned()
-    task.shape, task.cfg = model_config(cfg, GPT2_VOCABULARY), cfg
-    assert cfg.batch_tokens and cfg.seq_len
-    return largest_divisor(cfg.batch_tokens // cfg.seq_len, estimate_fits(task, cfg, world()))
+    assert cfg.seq_len
+    cost = Cost(model_config(cfg, GPT2_VOCABULARY), cfg.seq_len)
+    facts = Facts({}, {}, functools.partial(rows_per_rank, cfg), 0, cost)
+    with mock.patch.object(fit, "peak_memory", estimated):
+        return fit.largest_divisor(rows_per_rank(cfg, 1), fit.estimate_fits(facts, cfg, world()))
 
 
 def row(name: str) -> list[str]:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adapters import heads
 from adapters.layers import ADAPTERS
 from adapters.options import Pooling
-from config import UserError, resolve
+from config import UserError, resolve, resolve_steps
 from engine.evaluation import evaluate
 from engine.precision import set_products
 from engine.processes import World
@@ -131,8 +131,9 @@ def set_up(task: Mood, tokenizer: Tokenizer, /, **options: Any) -> Mood:
         other.cfg = dataclasses.replace(
             cfg, objective=(), class_weights=(), augment=None, form="plain"
         )
-    task.setup(cfg, lambda text: None)
-    task.set_length(cfg)
+    facts = task.setup(cfg, lambda text: None)
+    assert facts.length
+    task.cfg = resolve_steps(cfg, *facts.length)
     return task
 
 
@@ -207,7 +208,7 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
 def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
     task = mood(tokenizer)
     for ids in ([0], [4, 0], [3, 1], [5, 2, 0]):
-        batch = task.collate("train", np.array(ids))
+        batch = task.batch("train", np.array(ids)).tensors
         longest = max(len(task.train.tokens[i]) for i in ids)
         assert batch["idx"].shape == (
             len(ids),
@@ -556,14 +557,15 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
 def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
     task, model = learner
     for _, groups in own_steps(task):
-        batch = task.collate("train", groups.reshape(-1))
-        found = {name: float(value.detach()) for name, value in task.loss(model, batch).items()}
+        batch = task.batch("train", groups.reshape(-1))
+        terms = task.loss(model, batch.tensors)
+        found = {name: float(value.detach()) for name, value in terms.items()}
         assert found == pytest.approx(by_hand(task, model, groups), rel=1e-4, abs=1e-6)
         ids = groups.reshape(-1)
         weight = float(task.train.weights[ids].sum())
         of = {"simcse": len(ids), "rdrop": weight}
         expected = {task.keys[1] if task.train.heads[ids[0]] else "nll": weight}
-        assert task.weights(batch) == pytest.approx(
+        assert batch.weights == pytest.approx(
             expected | {name: of[name] for name in task.cfg.objective}
         )
 
@@ -582,8 +584,8 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     options: dict[str, Any] = dict(precision="bf16", dropout=0.1, micro_batch=4, seq_len=128)
     task = mood(tokenizer, rows, rows[:12], n_layer=3, compile=True, **options)
     model = model_of(task).train()
-    compile_model(model, task.cfg, ALONE, task.compiles_whole)
-    step, loader = TrainStep(task, model, task.cfg, ALONE), Loader(task, ALONE, 4, 40)
+    compile_model(model, task.cfg, ALONE, task.cost().loss is None)
+    step, loader = TrainStep(task, model, task.cfg, ALONE, True), Loader(task, ALONE, 4, 40)
     for s in range(12):
         step(s, loader(s))
     evaluate(step, 4)
@@ -616,12 +618,13 @@ def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
         without=("flash-attention",),
     )
     model, length = model_of(task), int(task.train.lengths.max())
-    batch = task.collate("train", np.array([0]))
+    batch = task.batch("train", np.array([0])).tensors
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task.states(model, batch["idx"][:, :length], batch["lengths"])
     # Biases and norms are counted as weights by the formula, and the one position's few products
     # are not.
-    assert task.flops_per_token() == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
+    flops = task.cost().flops_per_token
+    assert flops == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
 
 
 def test_the_weights_of_the_terms(learner):
@@ -656,7 +659,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
 def test_two_ranks_have_the_terms_of_one(learner):
     task, model = learner
     for _, groups in own_steps(task):
-        whole = task.collate("train", groups.reshape(-1))
+        whole = task.batch("train", groups.reshape(-1))
         for micro_batch in (1, 3):
             parts = [
                 part
@@ -666,12 +669,12 @@ def test_two_ranks_have_the_terms_of_one(learner):
             ]
             assert sorted(np.concatenate(parts)) == sorted(groups.reshape(-1))
             for of in (
-                task.weights,
-                lambda batch: {k: v.detach() for k, v in task.loss(model, batch).items()},
+                lambda batch: batch.weights,
+                lambda batch: {k: v.detach() for k, v in task.loss(model, batch.tensors).items()},
             ):
                 total: dict[str, float] = defaultdict(float)
                 for part in parts:
-                    for k, v in of(task.collate("train", part)).items():
+                    for k, v in of(task.batch("train", part)).items():
                         total[k] += float(v)
                 assert dict(total) == pytest.approx(
                     {k: float(v) for k, v in of(whole).items()}, rel=1e-5, abs=1e-6
@@ -1151,9 +1154,9 @@ def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(
     model = task.build_model(task.cfg)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name in task.stored:
+            if task.stored(name):
                 p += 0.3 * torch.randn_like(p)
-    task.export_checkpoint(model, tmp_path / "checkpoint")
+    task.export(model, tmp_path / "checkpoint", stored_only=True)
     files = {file.name: file.stat().st_size for file in (tmp_path / "checkpoint").iterdir()}
     assert (
         "adapter_model.safetensors" in files

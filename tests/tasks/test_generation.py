@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from config import UserError, resolve
+from config import UserError, resolve, resolve_steps
 from model import GPT
 from tasks.generation.options import GenerationConfig
 from tasks.generation.task import IGNORE, Answer, Example, Generation, Long, Special, plain
@@ -86,8 +86,9 @@ def set_up(
     fixed |= dict(data="rows", warmup_steps=0)
     cfg = resolve(GenerationConfig(**fixed | options), "cpu")
     assert isinstance(cfg, GenerationConfig)
-    task.setup(cfg, say)
-    task.set_length(cfg)
+    facts = task.setup(cfg, say)
+    assert facts.length
+    task.cfg = resolve_steps(cfg, *facts.length)
     return task
 
 
@@ -267,7 +268,8 @@ ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # one of the six rows
 @quick
 def test_a_batch_holds_each_row_and_its_targets(trained, ids):
     task, _ = trained
-    batch = task.collate("train", np.array(ids))
+    made = task.batch("train", np.array(ids))
+    batch = made.tensors
     assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.padded
     # the least that holds
     assert (task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()).all()
@@ -277,9 +279,9 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
             assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.tokenizer.eot)
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
     n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
-    assert task.weights(batch) == dict.fromkeys(task.terms, n_learned)
+    assert made.weights == dict.fromkeys(task.terms, n_learned)
     n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
-    assert task.amounts(batch) == {
+    assert made.amounts == {
         "tokens": n_tokens,
         "padded_tokens": batch["idx"].numel(),
         "rows": len(ids),
@@ -310,7 +312,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
         ids = draw.integers(0, len(alone), size)
         found = {
             name: float(value.detach())
-            for name, value in task.loss(model, task.collate("train", ids)).items()
+            for name, value in task.loss(model, task.batch("train", ids).tensors).items()
         }
         assert found == pytest.approx(
             {name: sum(alone[i][name] for i in ids) for name in task.terms}, rel=1e-5
@@ -324,7 +326,7 @@ def test_gradients_do_not_see_the_padding(trained):
         model.zero_grad()
         sum(
             task.terms[k] * v
-            for k, v in task.loss(model, task.collate("train", np.array(ids))).items()
+            for k, v in task.loss(model, task.batch("train", np.array(ids)).tensors).items()
         ).backward()
         return [p.grad.clone() for p in model.parameters()]
 
@@ -354,10 +356,11 @@ def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
         outputs: dict[int, Any] = {}
         with torch.no_grad():
             for at in range(0, len(order), size):
-                batch = task.collate("val", order[at : at + size])
-                for name, value in task.sums(model, batch).items():
+                batch = task.batch("val", order[at : at + size])
+                counts, found = task.evaluate(model, batch.tensors)
+                for name, value in counts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-                outputs |= task.outputs(model, batch)
+                outputs |= found
         results.append((task.metrics(sums, outputs), outputs))
     for metrics, outputs in results[1:]:
         assert outputs == results[0][1]
