@@ -156,7 +156,7 @@ def model_of(task: Mood) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
-    model._zero_padding()
+    model.zero_padding()
     return model.eval()
 
 
