@@ -94,7 +94,7 @@ SET, RANDOM, OWN = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 
@@ -668,7 +668,8 @@ class Budget:
 
 
 def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
-    device = options.device = now["device"]
+    device = now["device"]
+    options = dataclasses.replace(options, device=device)
     names = [
         name
         for name in chosen("against", options.against, [THEIRS, KEPT])

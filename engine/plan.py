@@ -191,16 +191,15 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
     assert cfg.steps
     rows, fits = task.rows_per_rank(cfg, world.size), estimate_fits(task, cfg, world)
-    if cfg.micro_batch == "auto":
-        cfg.micro_batch = largest_divisor(rows, fits) or 1
-    memory = task.estimate(cfg, cfg.micro_batch, world.device.type, world.size)
+    asked = cfg.micro_batch
+    micro_batch = (largest_divisor(rows, fits) or 1) if asked == "auto" else asked
+    memory = task.estimate(cfg, micro_batch, world.device.type, world.size)
     tokens, flops = cfg.steps * task.tokens_per_step(), task.flops_per_token()
     disk = disk_of(task, cfg, memory.weights)
     free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(
-        "dry run: nothing is started or written "
-        f"({task.describe_step(cfg.micro_batch, world.size)})\n"
+        f"dry run: nothing is started or written ({task.describe_step(micro_batch, world.size)})\n"
     )
     log.banner(
         {
@@ -208,10 +207,7 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
             for f in dataclasses.fields(memory)
         }
         | {"memory, peak of a rank": bytes_text(memory.total)}
-        | {
-            "free now for a rank": bytes_text(free)
-            + ("" if fits(cfg.micro_batch) else ": too little")
-        }
+        | {"free now for a rank": bytes_text(free) + ("" if fits(micro_batch) else ": too little")}
         | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
         | {
             "compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)"
