@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 # What --without leaves out again, one by one: the engine's optimizations that no other option
 # names.
@@ -324,6 +325,29 @@ class TrainConfig(RunConfig):
     there are."""
 
 
+class Resolved(RunConfig):
+    """Options of a run that is about to begin: `resolve` and `resolve_steps` have filled these
+    in."""
+
+    data: str
+    steps: int
+    lr: float
+    warmup_steps: int
+    compile: bool
+    out: str
+    eval_every: int
+    save_every: int
+    sample_every: int
+
+
+class ResolvedTrain(Resolved, TrainConfig):
+    """The same of a pretraining run."""
+
+    seq_len: int
+    batch_tokens: int
+    eval_tokens: int
+
+
 # Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for
 # smaller ones.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
@@ -331,14 +355,21 @@ PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2
 FINEWEB = "data/fineweb"
 MIN_INTERVAL = 5  # steps between evaluations, by default
 Run = TypeVar("Run", bound=RunConfig)
+Kind = TypeVar("Kind", bound=Resolved)
 Options = TypeVar("Options")  # any dataclass of options
 
 
-def head_dim(cfg: RunConfig) -> int:
-    """Width of an attention head of the preset and its overrides; of GPT-2's, 64, where weights fix
-    the shape."""
+def preset_shape(cfg: RunConfig) -> dict[str, int]:
+    """n_layer, n_head and n_embd of the preset and its overrides; GPT-2's where weights fix the
+    shape."""
     shape = PRESETS[cfg.preset or "gpt2"]
-    return (cfg.n_embd or shape["n_embd"]) // (cfg.n_head or shape["n_head"])
+    return {name: getattr(cfg, name) or size for name, size in shape.items()}
+
+
+def head_dim(cfg: RunConfig) -> int:
+    """Width of an attention head of `preset_shape`."""
+    shape = preset_shape(cfg)
+    return shape["n_embd"] // shape["n_head"]
 
 
 def resolve(cfg: Run, device_type: str) -> Run:
@@ -352,9 +383,10 @@ def resolve(cfg: Run, device_type: str) -> Run:
     defaults: dict[str, Any] = {"preset": "gpt2" if gpu else "tiny"} if scratch else {}
     cfg = _filled(cfg, defaults | {"compile": gpu})
     cfg = _filled(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
-    cfg = _filled(
-        cfg, _of_pretraining(cfg, gpu) if isinstance(cfg, TrainConfig) else {"data": "toy"}
-    )
+    cfg = _filled(cfg, {"out": default_out(cfg, device_type)})
+    if isinstance(cfg, TrainConfig):
+        cfg = _filled(cfg, _of_pretraining(cfg, gpu))
+    cfg = _filled(cfg, {"data": "toy"})
     cfg.check()
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
@@ -370,12 +402,11 @@ def _of_pretraining(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
         "batch_tokens": 524288 if gpu else 8192,
         "eval_tokens": 10 << 20 if gpu else 1 << 16,
         "seq_len": 1024 if gpu else 256,
-        "out": default_out(cfg, "cuda" if gpu else "cpu"),
     }
 
 
 def default_out(cfg: RunConfig, device_type: str) -> str:
-    """The folder of a pretraining run that names none."""
+    """The folder of a run that names none."""
     preset = cfg.preset or ("gpt2" if device_type == "cuda" else "tiny")
     return f"runs/{preset if cfg.init == 'scratch' else cfg.preset or Path(cfg.init).name}"
 
@@ -392,6 +423,19 @@ def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
     }
     cfg = _filled(dataclasses.replace(cfg, steps=steps), defaults)
     return _filled(cfg, {"sample_every": cfg.eval_every})
+
+
+def resolved(cfg: RunConfig, kind: type[Kind]) -> Kind:
+    """`cfg` as resolved options of that kind: the object itself, once nothing in it is left open.
+
+    The one place that says so to the type checker. Raises RuntimeError for a None that `kind` does
+    not allow.
+    """
+    hints = get_type_hints(kind).items()
+    required = [name for name, hint in hints if NoneType not in get_args(hint)]
+    if left := [name for name in required if getattr(cfg, name) is None]:
+        raise RuntimeError(f"options that are not resolved yet: {', '.join(left)}")
+    return cast(Kind, cfg)
 
 
 def _filled(cfg: Run, defaults: dict[str, Any]) -> Run:
@@ -491,7 +535,9 @@ def replace_surrogates(cfg: Options) -> tuple[Options, list[str]]:
         if any(isinstance(mark, PathName) for mark in found)
     }
     changed = {}
-    for name in [name for name in marks(type(cfg)) if name not in paths]:
+    for name in marks(type(cfg)):
+        if name in paths:
+            continue
         value = getattr(cfg, name)
         words = value if isinstance(value, tuple) else (value,)
         new = tuple(without_surrogates(word) if isinstance(word, str) else word for word in words)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from config import RunConfig, UserError
+from config import Resolved, UserError
 from engine import processes
 from engine.failures import is_out_of_memory
 from engine.memory import keeps_freed
@@ -21,7 +21,7 @@ HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, ove
 
 
 def choose_micro_batch(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, before: int | None
+    task: Task, model: nn.Module, cfg: Resolved, world: World, before: int | None
 ) -> int:
     """As asked, else as `before` the run was interrupted, else the largest that fits. Raises
     UserError where none does."""
@@ -43,7 +43,7 @@ def choose_micro_batch(
 
 
 def out_of_memory(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, micro_batch: int
+    task: Task, model: nn.Module, cfg: Resolved, world: World, micro_batch: int
 ) -> UserError:
     """The line to show where `micro_batch` did not fit, with a smaller one that does."""
     rows = task.rows_per_rank(cfg, world.size)
@@ -59,7 +59,7 @@ def out_of_memory(
     return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
 
 
-def heap_limit(task: Task, cfg: RunConfig, world: World, micro_batch: int) -> float:
+def heap_limit(task: Task, cfg: Resolved, world: World, micro_batch: int) -> float:
     """Resident bytes above which a CPU run trims its heap."""
     if not task.ragged or world.device.type != "cpu" or not keeps_freed(cfg):
         return math.inf
@@ -67,7 +67,7 @@ def heap_limit(task: Task, cfg: RunConfig, world: World, micro_batch: int) -> fl
 
 
 def largest_micro_batch(
-    task: Task, model: nn.Module, cfg: RunConfig, world: World, rows: int
+    task: Task, model: nn.Module, cfg: Resolved, world: World, rows: int
 ) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
     estimated elsewhere."""
@@ -91,13 +91,13 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     return divisors[low - 1] if low else 0
 
 
-def estimate_fits(task: Task, cfg: RunConfig, world: World) -> Callable[[int], bool]:
+def estimate_fits(task: Task, cfg: Resolved, world: World) -> Callable[[int], bool]:
     room = 0.8 * processes.available_memory(world.device, world.local_size)
     held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
     return lambda n: task.estimate(cfg, n, world.device.type, world.size).total - held <= room
 
 
-def _gpu_fits(task: Task, model: nn.Module, cfg: RunConfig, world: World) -> Callable[[int], bool]:
+def _gpu_fits(task: Task, model: nn.Module, cfg: Resolved, world: World) -> Callable[[int], bool]:
     """One real forward and backward pass and one evaluation batch, with room kept for the
     optimizer's moments."""
     device = world.device

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from base.console import bytes_text, time_text
-from config import Run, RunConfig, UserError, resolve
+from config import Resolved, Run, RunConfig, UserError, resolve
 from engine import processes
 from engine.fit import estimate_fits, largest_divisor
 from engine.log import RunLog, numbers, read_log
@@ -93,7 +93,7 @@ def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
 
 def banner(
     task: Task,
-    cfg: RunConfig,
+    cfg: Resolved,
     world: World,
     choices: Choices,
     micro_batch: int,
@@ -114,8 +114,7 @@ def banner(
     if flops:
         plan += f", {flops / 1e6:,.1f} MFLOP a token"
     return {
-        "run": f"{Path(cfg.out or '')}"
-        + (f", resumed from {resumed_from.name}" if resumed_from else ""),
+        "run": f"{Path(cfg.out)}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
         "device": f"{world.size} x {world.device.type} ({device}){threads}",
         "precision": f"{cfg.precision} ({choices.precision})",
         "attention": f"{choices.attention}, {choices.repeatability}",
@@ -176,9 +175,8 @@ class Disk:
         return f"{checkpoints if self.kept else ''}{bytes_text(self.final)} for final/"
 
 
-def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
+def disk_of(task: Task, cfg: Resolved, final: int) -> Disk:
     """`final`: bytes of the whole model in fp32."""
-    assert cfg.steps
     kept = (
         min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every))
         if cfg.save_every
@@ -187,9 +185,8 @@ def disk_of(task: Task, cfg: RunConfig, final: int) -> Disk:
     return Disk(kept, task.checkpoint_bytes(), final)
 
 
-def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
+def dry_run(task: Task, cfg: Resolved, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
-    assert cfg.steps
     rows, fits = task.rows_per_rank(cfg, world.size), estimate_fits(task, cfg, world)
     asked = cfg.micro_batch
     micro_batch = (largest_divisor(rows, fits) or 1) if asked == "auto" else asked
@@ -221,14 +218,14 @@ def dry_run(task: Task, cfg: RunConfig, world: World, log: RunLog) -> None:
             else f"unknown: {source}"
         }
     )
-    if shortage := disk.shortage(Path(cfg.out or "")):
+    if shortage := disk.shortage(Path(cfg.out)):
         log.warn(shortage)
 
 
-def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float | None, str]:
+def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float | None, str]:
     """Tokens per second of a run like this and how they are known."""
     try:
-        text = (Path(cfg.out or "") / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+        text = (Path(cfg.out) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     speeds = numbers(

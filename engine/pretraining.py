@@ -13,7 +13,15 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
+from config import (
+    GPTConfig,
+    ResolvedTrain,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    preset_shape,
+    resolved,
+)
 from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
@@ -34,7 +42,7 @@ class LanguageModelling(Task):
 
     name = "pretrain"
     config = TrainConfig
-    cfg: TrainConfig
+    cfg: ResolvedTrain
     data: Data
 
     def without_data(self, cfg: TrainConfig) -> str:
@@ -48,15 +56,14 @@ class LanguageModelling(Task):
         )
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None]) -> None:
-        self.cfg = cfg
+        self.cfg = cfg = resolved(cfg, ResolvedTrain)
         _check_named(cfg)
         tokenizer = _tokenizer_named(cfg)
-        assert cfg.data and cfg.seq_len  # resolved
         self.data = open_data(
             cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache), cfg.seq_len, say
         )
         vocabulary = self.data.vocabulary
-        self.shape = model_config(cfg, vocabulary.size)
+        self.shape = model_config(cfg, vocabulary.size, cfg.seq_len)
         if vocabulary.tokenizer is None:
             self.warnings = (
                 f"training without the tokenizer of the shards ({vocabulary.missing}): no samples "
@@ -73,15 +80,13 @@ class LanguageModelling(Task):
             )
 
     def plan(self, cfg: TrainConfig) -> None:
-        self.cfg = cfg
+        self.cfg = cfg = resolved(cfg, ResolvedTrain)
         _check_named(cfg)
         tokenizer = _tokenizer_named(cfg)
-        assert cfg.data
         vocab_size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, Path(cfg.cache))
-        self.shape = model_config(cfg, vocab_size)
+        self.shape = model_config(cfg, vocab_size, cfg.seq_len)
 
-    def rows_per_rank(self, cfg: TrainConfig, world_size: int) -> int:
-        assert cfg.batch_tokens and cfg.seq_len
+    def rows_per_rank(self, cfg: ResolvedTrain, world_size: int) -> int:
         unit = cfg.seq_len * world_size
         if cfg.batch_tokens % unit:
             nearest = max(1, round(cfg.batch_tokens / unit)) * unit
@@ -99,7 +104,6 @@ class LanguageModelling(Task):
         return rows
 
     def tokens_per_step(self) -> float:
-        assert self.cfg.batch_tokens
         return self.cfg.batch_tokens
 
     def describe_step(self, micro_batch: int, world_size: int) -> str:
@@ -139,7 +143,7 @@ class LanguageModelling(Task):
             if config.padded_vocab_size > config.vocab_size
             else ""
         )
-        epochs = (self.cfg.steps or 0) * (self.cfg.batch_tokens or 0) / data.train.n_tokens
+        epochs = self.cfg.steps * self.cfg.batch_tokens / data.train.n_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
@@ -151,12 +155,11 @@ class LanguageModelling(Task):
 
     def flops_per_token(self) -> int:
         with torch.device("meta"):
-            return GPT(self.shape).flops_per_token(self.cfg.seq_len or 0)
+            return GPT(self.shape).flops_per_token(self.cfg.seq_len)
 
     def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+        self, cfg: ResolvedTrain, micro_batch: int, device_type: str, world_size: int
     ) -> Memory:
-        assert cfg.seq_len and cfg.batch_tokens
         rows = cfg.batch_tokens // cfg.seq_len // world_size
         return estimate(
             self.shape,
@@ -175,13 +178,12 @@ class LanguageModelling(Task):
     def checkpoint_bytes(self) -> int:
         return checkpoint_bytes(self.shape, self.cfg.optimizer)
 
-    def build_model(self, cfg: TrainConfig) -> nn.Module:
+    def build_model(self, cfg: RunConfig) -> nn.Module:
         if cfg.init == "scratch":
             return GPT(self.shape)
         return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
-        assert self.cfg.seq_len and self.cfg.batch_tokens
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
@@ -194,7 +196,6 @@ class LanguageModelling(Task):
         return np.arange(windows)[:, None]
 
     def collate(self, split: str, ids: np.ndarray) -> Batch:
-        assert self.cfg.seq_len
         data = self.data.train if split == "train" else self.data.val
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
@@ -251,20 +252,15 @@ class LanguageModelling(Task):
             vocabulary.tokenizer.save(folder)
 
 
-def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
+def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
     """The shape to train: of the preset and its overrides, or of the checkpoint that --init
     names."""
     if cfg.init != "scratch":
         return open_pretrained(cfg).config
-    assert cfg.preset and cfg.seq_len
-    overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
-    shape: dict[str, Any] = PRESETS[cfg.preset] | {
-        name: n for name, n in overrides.items() if n is not None
-    }
-    shape |= dict(
+    shape: dict[str, Any] = preset_shape(cfg) | dict(
         tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without
     )
-    return GPTConfig(vocab_size=vocab_size, block_size=cfg.seq_len, **shape, **how_it_runs(cfg))
+    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **how_it_runs(cfg))
 
 
 def how_it_runs(cfg: RunConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch.nn as nn
 from torch import Tensor
 
-from config import RunConfig
+from config import Resolved, RunConfig, resolved
 from engine.memory import Memory
 from engine.optim import Group, default_groups
 
@@ -57,9 +57,9 @@ class Task:
         """As much of `setup` as a dry run needs."""
         self.setup(cfg, lambda text: None)
 
-    def set_length(self, cfg: RunConfig) -> RunConfig:
+    def set_length(self, cfg: RunConfig) -> Resolved:
         """After `setup` or `plan`: the options with all that follows from the number of rows."""
-        return cfg
+        return resolved(cfg, Resolved)
 
     def rows_per_rank(self, cfg: RunConfig, world_size: int) -> int:
         """Rows of a step on one rank, the most that a micro-batch may have. Raises UserError where
@@ -88,7 +88,7 @@ class Task:
         raise NotImplementedError
 
     def estimate(
-        self, cfg: RunConfig, micro_batch: int, device_type: str, world_size: int
+        self, cfg: Resolved, micro_batch: int, device_type: str, world_size: int
     ) -> Memory:
         """Peak memory of a rank, in bytes by part."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ from torch.nn.attention import sdpa_kernel
 
 from base import files
 from base.console import printable
-from config import RunConfig, UserError
+from config import Resolved, RunConfig, UserError
 from engine import processes
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
@@ -81,7 +81,8 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     cfg = task.set_length(cfg)
     try:
         with sdpa_kernel(choices.backends, set_priority=True), contextlib.ExitStack() as held:
-            opened = on_main(world, lambda: open_folder(task, cfg, world, asked, held, log.say))
+            take = functools.partial(open_folder, task, cfg, world, asked, held, log.say)
+            opened = on_main(world, take)
             code = 0
             if not opened.start.finished:
                 code = Run(task, cfg, world, stop, log, opened).train(choices)
@@ -96,13 +97,7 @@ class Run:
     """A run in its open folder, from the banner to the results."""
 
     def __init__(
-        self,
-        task: Task,
-        cfg: RunConfig,
-        world: World,
-        stop: StopSignal,
-        log: RunLog,
-        opened: Opened,
+        self, task: Task, cfg: Resolved, world: World, stop: StopSignal, log: RunLog, opened: Opened
     ):
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
         self.opened = opened
@@ -266,7 +261,7 @@ class Loop:
     def __init__(
         self,
         task: Task,
-        cfg: RunConfig,
+        cfg: Resolved,
         world: World,
         stop: StopSignal,
         log: RunLog,
@@ -274,7 +269,6 @@ class Loop:
         micro_batch: int | None = None,
     ):
         """`micro_batch` None: as it must be found."""
-        assert cfg.out and cfg.steps
         self.task, self.cfg, self.world, self.stop, self.log = task, cfg, world, stop, log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
         self.signal = 0  # what all ranks agreed to stop for

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import layers, peft
-from config import GPTConfig, UserError, resolve_steps
+from config import GPTConfig, Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine.memory import Memory, checkpoint_bytes, estimate, keeps_freed
 from engine.optim import Group
 from engine.precision import casts_once
@@ -67,9 +67,9 @@ class Finetuning(Task):
     """A family fills in `setup`, `collate`, the loss and the metrics; a task says what its rows
     are."""
 
-    config = FinetuneConfig
+    config: ClassVar[Any] = FinetuneConfig  # its kind of options
+    cfg: Any  # of that kind
     ragged = True
-    cfg: Any  # of its kind of options
     # fields and the columns they may come from
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
@@ -147,7 +147,6 @@ class Finetuning(Task):
 
     def _training_and_validation(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
         cfg = self.cfg
-        assert cfg.data
         train = self.read(cfg.data, "train", say)
         if cfg.val_data:
             return train, self.read(cfg.val_data, "validation", say)
@@ -183,9 +182,10 @@ class Finetuning(Task):
             else self.tokenizer.vocab_size
         )
         self.new_tokens = range(known, self.tokenizer.vocab_size)
-        scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
         self.shape: GPTConfig = (
-            self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
+            self.base.config
+            if self.base
+            else model_config(cfg, self.tokenizer.vocab_size, cfg.seq_len or SCRATCH_CONTEXT)
         )
         if base.rows > self.shape.vocab_size:
             raise UserError(
@@ -238,10 +238,10 @@ class Finetuning(Task):
 
     # --- the run
 
-    def set_length(self, cfg: FinetuneConfig) -> FinetuneConfig:
+    def set_length(self, cfg: FinetuneConfig) -> Resolved:
         epoch = self.steps_per_epoch
         self.cfg = resolve_steps(cfg, cfg.steps or cfg.epochs * epoch, epoch)
-        return self.cfg
+        return resolved(self.cfg, Resolved)
 
     def rows_per_rank(self, cfg: FinetuneConfig, world_size: int) -> int:
         return -(-cfg.batch_size // world_size)
@@ -339,12 +339,12 @@ class Finetuning(Task):
 
     # --- the model
 
-    def build_model(self, cfg: FinetuneConfig) -> nn.Module:
+    def build_model(self, cfg: RunConfig) -> nn.Module:
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
             model.add_tokens(self.new_tokens)
         self._dressed(model)
-        self.stored = methods.stored(model, cfg)
+        self.stored = methods.stored(model, self.cfg)
         return model
 
     def _dressed(self, model: GPT) -> GPT:
@@ -369,7 +369,7 @@ class Finetuning(Task):
 
     # --- what a finished model says
 
-    def conclude(self, cfg: Any, say: Callable[[str], None]) -> None:
+    def conclude(self, cfg: Any, run: str, say: Callable[[str], None]) -> None:
         """Write into the folder of a finished run what is to be known of its model; rank 0
         alone."""
 

@@ -23,7 +23,7 @@ import torch
 from base import cli
 from base.cli import option_names
 from base.console import bytes_text, printable, time_text
-from config import TrainConfig, UserError
+from config import Resolved, TrainConfig, UserError, resolve, resolved
 from engine import processes, step
 from engine.fit import largest_micro_batch
 from engine.log import step_line
@@ -522,8 +522,8 @@ class Linear(LanguageModelling):
 def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, found):
     monkeypatch.setattr(processes, "available_memory", lambda device, ranks: room / 0.8)
     monkeypatch.setattr(processes, "memory_bytes", lambda device: 0)
-    alone = World(0, 0, 1, 1, CPU)
-    assert largest_micro_batch(Linear(), torch.nn.Identity(), TrainConfig(), alone, 12) == found
+    alone, cfg = World(0, 0, 1, 1, CPU), resolved(resolve(TrainConfig(), "cpu"), Resolved)
+    assert largest_micro_batch(Linear(), torch.nn.Identity(), cfg, alone, 12) == found
 
 
 def test_micro_batch_auto_is_stored(inputs):

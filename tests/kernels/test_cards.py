@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.table import markdown
-from config import TrainConfig
+from config import ResolvedTrain, TrainConfig, resolved
 from engine import plan
 from engine.fit import estimate_fits, largest_divisor
 from engine.memory import Memory
@@ -69,7 +69,7 @@ class Planned(LanguageModelling):
     known: ClassVar[dict[tuple[str, int], Memory]] = {}
 
     def estimate(
-        self, cfg: TrainConfig, micro_batch: int, device_type: str, world_size: int
+        self, cfg: ResolvedTrain, micro_batch: int, device_type: str, world_size: int
     ) -> Memory:
         key = cfg.precision, micro_batch
         if key not in self.known:
@@ -79,10 +79,9 @@ class Planned(LanguageModelling):
 
 def micro_batch(cfg: TrainConfig) -> int:
     """By estimate: on a card a trial of the real model decides."""
-    task = Planned()
-    task.shape, task.cfg = model_config(cfg, GPT2_VOCABULARY), cfg
-    assert cfg.batch_tokens and cfg.seq_len
-    return largest_divisor(cfg.batch_tokens // cfg.seq_len, estimate_fits(task, cfg, world()))
+    task, done = Planned(), resolved(cfg, ResolvedTrain)
+    task.shape, task.cfg = model_config(done, GPT2_VOCABULARY, done.seq_len), done
+    return largest_divisor(done.batch_tokens // done.seq_len, estimate_fits(task, done, world()))
 
 
 def row(name: str) -> list[str]:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adapters import heads
 from adapters.layers import ADAPTERS
 from adapters.options import Pooling
-from config import UserError, resolve
+from config import Resolved, UserError, resolve, resolved
 from engine.evaluation import evaluate
 from engine.precision import set_products
 from engine.processes import World
@@ -583,7 +583,10 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     task = mood(tokenizer, rows, rows[:12], n_layer=3, compile=True, **options)
     model = model_of(task).train()
     compile_model(model, task.cfg, ALONE, task.compiles_whole)
-    step, loader = TrainStep(task, model, task.cfg, ALONE), Loader(task, ALONE, 4, 40)
+    step, loader = (
+        TrainStep(task, model, resolved(task.cfg, Resolved), ALONE),
+        Loader(task, ALONE, 4, 40),
+    )
     for s in range(12):
         step(s, loader(s))
     evaluate(step, 4)
@@ -636,7 +639,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
     """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
     not draw."""
     task, model = learner
-    train = TrainStep(task, model, task.cfg, ALONE)
+    train = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for step, groups in own_steps(task):
         loss, terms, expected = expected_gradients(task, model, step)
         for micro_batch in (1, 3, groups.size):
@@ -709,7 +712,7 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
             f"{prefix}macro_f1": f1_score(labels, predicted, average="macro"),
             f"{prefix}calibration_error": calibration_by_hand(labels, p),
         }
-    step = TrainStep(task, model, task.cfg, ALONE)
+    step = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for micro_batch in (1, 7, 64):
         assert evaluate(step, micro_batch) == pytest.approx(expected, rel=1e-4)
 
