@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 # What --without leaves out again, one by one: the engine's optimizations that no other option
 # names.
@@ -156,7 +157,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"]
 Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """Options of every run, whatever it trains. None means: what suits the machine (the banner says
     what was chosen)."""
@@ -301,7 +302,7 @@ class RunConfig:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """Options of a pretraining run. None means: what suits the machine (the banner says what was
     chosen)."""
@@ -324,6 +325,29 @@ class TrainConfig(RunConfig):
     there are."""
 
 
+class Resolved(RunConfig):
+    """Options of a run that is about to begin: `resolve` and `resolve_steps` have filled these
+    in."""
+
+    data: str
+    steps: int
+    lr: float
+    warmup_steps: int
+    compile: bool
+    out: str
+    eval_every: int
+    save_every: int
+    sample_every: int
+
+
+class ResolvedTrain(Resolved, TrainConfig):
+    """The same of a pretraining run."""
+
+    seq_len: int
+    batch_tokens: int
+    eval_tokens: int
+
+
 # Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for
 # smaller ones.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
@@ -331,73 +355,93 @@ PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2
 FINEWEB = "data/fineweb"
 MIN_INTERVAL = 5  # steps between evaluations, by default
 Run = TypeVar("Run", bound=RunConfig)
+Kind = TypeVar("Kind", bound=Resolved)
+Options = TypeVar("Options")  # any dataclass of options
+
+
+def preset_shape(cfg: RunConfig) -> dict[str, int]:
+    """n_layer, n_head and n_embd of the preset and its overrides; GPT-2's where weights fix the
+    shape."""
+    shape = PRESETS[cfg.preset or "gpt2"]
+    return {name: getattr(cfg, name) or size for name, size in shape.items()}
 
 
 def head_dim(cfg: RunConfig) -> int:
-    """Width of an attention head of the preset and its overrides; of GPT-2's, 64, where weights fix
-    the shape."""
-    shape = PRESETS[cfg.preset or "gpt2"]
-    return (cfg.n_embd or shape["n_embd"]) // (cfg.n_head or shape["n_head"])
+    """Width of an attention head of `preset_shape`."""
+    shape = preset_shape(cfg)
+    return shape["n_embd"] // shape["n_head"]
 
 
 def resolve(cfg: Run, device_type: str) -> Run:
-    """A copy with every None that depends on the machine or on other options filled in, and
+    """The options with every None that depends on the machine or on other options filled in, and
     checked.
 
     The steps of a fine-tuning run, and what depends on them, wait for its rows: `resolve_steps`.
     """
     gpu = device_type == "cuda"
-    cfg = dataclasses.replace(cfg)
     scratch = cfg.init == "scratch"
     defaults: dict[str, Any] = {"preset": "gpt2" if gpu else "tiny"} if scratch else {}
-    _fill(cfg, defaults | {"compile": gpu})
-    _fill(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
+    cfg = _filled(cfg, defaults | {"compile": gpu})
+    cfg = _filled(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
+    cfg = _filled(cfg, {"out": default_out(cfg, device_type)})
     if isinstance(cfg, TrainConfig):
-        _fill(cfg, {"data": FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib"})
-        # 19,073 steps are 10B tokens
-        _fill(cfg, {"steps": 500 if cfg.data == "stdlib" else 19073 if gpu else 1000})
-        _fill(
-            cfg,
-            {"batch_tokens": 524288 if gpu else 8192, "eval_tokens": 10 << 20 if gpu else 1 << 16},
-        )
-        _fill(cfg, {"seq_len": 1024 if gpu else 256, "out": default_out(cfg, device_type)})
-    else:
-        _fill(cfg, {"data": "toy"})
+        cfg = _filled(cfg, _of_pretraining(cfg, gpu))
+    cfg = _filled(cfg, {"data": "toy"})
     cfg.check()
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
 
 
+def _of_pretraining(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
+    data = cfg.data or (FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib")
+    return {
+        "data": data,
+        # 19,073 steps are 10B tokens
+        "steps": 500 if data == "stdlib" else 19073 if gpu else 1000,
+        "batch_tokens": 524288 if gpu else 8192,
+        "eval_tokens": 10 << 20 if gpu else 1 << 16,
+        "seq_len": 1024 if gpu else 256,
+    }
+
+
 def default_out(cfg: RunConfig, device_type: str) -> str:
-    """The folder of a pretraining run that names none."""
+    """The folder of a run that names none."""
     preset = cfg.preset or ("gpt2" if device_type == "cuda" else "tiny")
     return f"runs/{preset if cfg.init == 'scratch' else cfg.preset or Path(cfg.init).name}"
 
 
 def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
-    """A copy with the steps of the run and what follows from them; `epoch`: steps of one pass over
-    the rows."""
-    cfg = dataclasses.replace(cfg, steps=steps)
+    """The options with the steps of the run and what follows from them; `epoch`: steps of one pass
+    over the rows."""
     # An epoch of a few steps is no time to evaluate and save in.
     often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
-    _fill(
-        cfg,
-        {
-            "warmup_steps": min(700, steps // 50),
-            "eval_every": often or min(250, max(1, steps // 10)),
-        },
-    )
-    _fill(
-        cfg, {"save_every": often or min(1000, max(1, steps // 5)), "sample_every": cfg.eval_every}
-    )
-    return cfg
+    defaults = {
+        "warmup_steps": min(700, steps // 50),
+        "eval_every": often or min(250, max(1, steps // 10)),
+        "save_every": often or min(1000, max(1, steps // 5)),
+    }
+    cfg = _filled(dataclasses.replace(cfg, steps=steps), defaults)
+    return _filled(cfg, {"sample_every": cfg.eval_every})
 
 
-def _fill(cfg: RunConfig, defaults: dict[str, Any]) -> None:
-    for name, value in defaults.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+def resolved(cfg: RunConfig, kind: type[Kind]) -> Kind:
+    """`cfg` as resolved options of that kind: the object itself, once nothing in it is left open.
+
+    The one place that says so to the type checker. Raises RuntimeError for a None that `kind` does
+    not allow.
+    """
+    hints = get_type_hints(kind).items()
+    required = [name for name, hint in hints if NoneType not in get_args(hint)]
+    if left := [name for name in required if getattr(cfg, name) is None]:
+        raise RuntimeError(f"options that are not resolved yet: {', '.join(left)}")
+    return cast(Kind, cfg)
+
+
+def _filled(cfg: Run, defaults: dict[str, Any]) -> Run:
+    """The options with `defaults` in the place of those that are None."""
+    missing = {name: value for name, value in defaults.items() if getattr(cfg, name) is None}
+    return dataclasses.replace(cfg, **missing)
 
 
 @functools.cache
@@ -441,35 +485,46 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
     raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")
 
 
-def expand_paths(cfg: Any, positionals: Mapping[str, str] | None = None) -> None:
-    """Put the home in the place of a leading `~` or `~user` in every option that names a path;
-    `./~` stays.
+def expand_paths(cfg: Options, positionals: Mapping[str, str] | None = None) -> Options:
+    """The options with the home in the place of a leading `~` or `~user` in every one that names a
+    path; `./~` stays.
 
     positionals: by option, how one is called that is typed without its name.
     Raises UserError for an empty name, as a shell makes it of a variable that is not set.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    expanded = {}
     for name, found in marks(type(cfg)).items():
         for mark in found:
             if isinstance(mark, PathName):
+                _check_named(cfg, name, (positionals or {}).get(name))
                 value = getattr(cfg, name)
-                words = value if isinstance(value, tuple | list) else (value,)
-                if value != defaults[name] and any(
-                    isinstance(word, str) and not word.strip() for word in words
-                ):
-                    shown = (positionals or {}).get(name, "--" + name.replace("_", "-"))
-                    raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
-                many = (
-                    [expand(word, mark.many) for word in value]
+                expanded[name] = (
+                    tuple(expand(word, mark.many) for word in value)
                     if isinstance(value, tuple | list)
-                    else None
+                    else expand(value, mark.many)
                 )
-                setattr(cfg, name, expand(value, mark.many) if many is None else tuple(many))
+    return _replaced(cfg, expanded)
 
 
-def replace_surrogates(cfg: Any) -> list[str]:
-    """Make every option text that can be encoded, but for paths, which are bytes; the names of
-    those that changed.
+def _replaced(cfg: Options, changes: dict[str, Any]) -> Options:
+    options: Any = cfg
+    return dataclasses.replace(options, **changes)
+
+
+def _check_named(cfg: Any, name: str, positional: str | None) -> None:
+    """Raise UserError where a name that was typed is empty."""
+    value = getattr(cfg, name)
+    words = value if isinstance(value, tuple | list) else (value,)
+    empty = any(isinstance(word, str) and not word.strip() for word in words)
+    default = next(f.default for f in dataclasses.fields(cfg) if f.name == name)
+    if empty and value != default:
+        shown = positional or "--" + name.replace("_", "-")
+        raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
+
+
+def replace_surrogates(cfg: Options) -> tuple[Options, list[str]]:
+    """The options with text that can be encoded in each, but for paths, which are bytes; and the
+    names of those that changed.
 
     Python hands over the bytes of a command line that are not UTF-8 as lone surrogates; JSON may
     hold some too.
@@ -479,15 +534,16 @@ def replace_surrogates(cfg: Any) -> list[str]:
         for name, found in marks(type(cfg)).items()
         if any(isinstance(mark, PathName) for mark in found)
     }
-    changed = []
-    for name in [field.name for field in dataclasses.fields(cfg) if field.name not in paths]:
+    changed = {}
+    for name in marks(type(cfg)):
+        if name in paths:
+            continue
         value = getattr(cfg, name)
         words = value if isinstance(value, tuple) else (value,)
         new = tuple(without_surrogates(word) if isinstance(word, str) else word for word in words)
         if new != words:
-            setattr(cfg, name, new if isinstance(value, tuple) else new[0])
-            changed.append(name)
-    return changed
+            changed[name] = new if isinstance(value, tuple) else new[0]
+    return _replaced(cfg, changed), list(changed)
 
 
 def without_surrogates(text: str) -> str:

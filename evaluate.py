@@ -41,7 +41,7 @@ Figures = dict[str, float]
 Row = TypeVar("Row")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Score the model of CHECKPOINT on one or more of --data, --hellaswag and --lambada."""
 

@@ -43,7 +43,7 @@ OWN_SETTINGS = {"text_column", "tokenizer", "shard_tokens", "pretokenized"}
 PACKED = 2  # text bytes behind each byte of a parquet or gzip file, other columns counted in
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepConfig:
     """What to tokenize, and where the shards go."""
 

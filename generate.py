@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RULE = "-" * 72  # between two texts
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateConfig(DecodeConfig):
     """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or
     a dialogue.

@@ -13,7 +13,7 @@ Pooling = Literal["last", "mean", "attention", "lstm"]
 Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MethodConfig:
     """Which parameters train, and what is added to the model for it (adapters/layers.py)."""
 

@@ -74,8 +74,8 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     if unknown:
         raise UserError(_unknown_option(cls, unknown[0]))
     positionals = _positionals(cls)
-    expand_paths(config, positionals)
-    for name in replace_surrogates(config):
+    config, replaced = replace_surrogates(expand_paths(config, positionals))
+    for name in replaced:
         warn_of_replaced(positionals.get(name, "--" + name.replace("_", "-")))
     check_ranges(config)
     return config

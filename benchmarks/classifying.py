@@ -94,7 +94,7 @@ SET, RANDOM, OWN = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 
@@ -232,7 +232,7 @@ class Engine:
         import torch
         from torch.nn.attention import sdpa_kernel
 
-        from config import resolve_steps
+        from config import Resolved, resolve_steps, resolved
         from engine import processes
         from engine.plan import settle
         from engine.step import TrainStep, compile_model
@@ -243,7 +243,7 @@ class Engine:
         self.task = Sentiment()
         facts = self.task.setup(cfg, lambda text: None)
         assert facts.length
-        self.cfg = resolve_steps(cfg, *facts.length)
+        self.cfg = resolved(resolve_steps(cfg, *facts.length), Resolved)
         torch.manual_seed(cfg.seed)
         self.model: Any = self.task.build_model(self.cfg).to(world.device)
         if cfg.compile:
@@ -668,7 +668,8 @@ class Budget:
 
 
 def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
-    device = options.device = now["device"]
+    device = now["device"]
+    options = dataclasses.replace(options, device=device)
     names = [
         name
         for name in chosen("against", options.against, [THEIRS, KEPT])

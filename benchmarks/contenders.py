@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from config import GPTConfig, TrainConfig
+from config import GPTConfig, ResolvedTrain, TrainConfig, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -152,15 +152,15 @@ def ours(case: Case, **options: Any) -> Step:
             return packed({"idx": idx, "targets": targets_of(idx)})
 
     world = processes.start(case.device)
-    cfg, choices = settle(dataclasses.replace(train_config(case), **options), world)
-    assert isinstance(cfg.micro_batch, int)
+    settled, choices = settle(dataclasses.replace(train_config(case), **options), world)
+    cfg = resolved(settled, ResolvedTrain)
     task = RandomTokens()
     task.cfg = cfg
     model = task.build_model(cfg).to(world.device)
     if cfg.compile:
         compile_model(model, cfg, world)
     step = TrainStep(task, model, cfg, world)
-    data = Loader(task, world, cfg.micro_batch, steps=1)(0)
+    data = Loader(task, world, case.shape.rows, steps=1)(0)
     gc.collect()
     gc.freeze()
 

@@ -49,7 +49,7 @@ STRATEGIES = {
 OURS = "this engine"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 

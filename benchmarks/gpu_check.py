@@ -47,7 +47,7 @@ REHEARSAL = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the check."""
 

@@ -61,7 +61,7 @@ ROWS = 8192
 TENSOR_CORES = ("tcgen05.mma", "wgmma", "mma.sync")  # PTX's instructions
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the proof."""
 
@@ -340,8 +340,8 @@ def refusal(case: Case, card: Card) -> str | None:
     cfg: Any = TrainConfig(kernels=case.kernel, n_head=12, n_embd=n_embd)
     with mock.patch.object(torch.cuda, "get_device_capability", lambda device: card.capability):
         try:
-            cfg.precision, _ = choose_precision(case.precision, torch.device("cuda"))
-            choose(cfg, "cuda", card)
+            precision, _ = choose_precision(case.precision, torch.device("cuda"))
+            choose(dataclasses.replace(cfg, precision=precision), "cuda", card)
         except UserError as error:
             return re.sub(r"^--(precision|kernels \S+:) ", "", str(error)).partition(";")[0]
     return None

@@ -66,7 +66,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FP8_TOLERANCE = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 

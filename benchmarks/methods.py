@@ -55,7 +55,7 @@ BORDER = 6  # lines of the live table that are no cell
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 

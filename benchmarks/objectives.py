@@ -37,7 +37,7 @@ PLAIN, OURS, MASKED, LOOP = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 

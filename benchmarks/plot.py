@@ -44,7 +44,7 @@ STYLE = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the picture."""
 

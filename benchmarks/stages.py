@@ -80,7 +80,7 @@ WRITING = 6.0  # seconds kept for table and chart
 SCALING, TRACE = "scaling", 0  # the former's name in --only; the number of a traced run
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the ladder."""
 

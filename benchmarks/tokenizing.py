@@ -25,7 +25,7 @@ from config import Count, Few, UserError, Where, Wheres
 DOCUMENT = 4000  # characters, about
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """Options of the comparison."""
 

@@ -10,7 +10,7 @@ from config import Count, CountOrNone, Few, Positive, Range, Share, UserError, c
 Decode = Literal["sample", "greedy", "beam", "contrastive", "mbr", "ensemble"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeConfig:
     """How a continuation is chosen, and for how long (decoding/batched.py)."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from config import RunConfig, UserError
+from config import Resolved, UserError
 from engine import processes
 from engine.failures import is_out_of_memory
 from engine.memory import Memory, estimate, keeps_freed
@@ -22,7 +22,7 @@ HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, ove
 
 
 def choose_micro_batch(
-    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, before: int | None
+    task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, before: int | None
 ) -> int:
     """As asked, else as `before` the run was interrupted, else the largest that fits. Raises
     UserError where none does."""
@@ -44,7 +44,7 @@ def choose_micro_batch(
 
 
 def out_of_memory(
-    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, micro_batch: int
+    task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, micro_batch: int
 ) -> UserError:
     """The line to show where `micro_batch` did not fit, with a smaller one that does."""
     rows = facts.rows_per_rank(world.size)
@@ -60,7 +60,7 @@ def out_of_memory(
     return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
 
 
-def heap_limit(facts: Facts, cfg: RunConfig, world: World, micro_batch: int) -> float:
+def heap_limit(facts: Facts, cfg: Resolved, world: World, micro_batch: int) -> float:
     """Resident bytes above which a CPU run trims its heap."""
     if facts.longest is None or world.device.type != "cpu" or not keeps_freed(cfg):
         return math.inf
@@ -68,7 +68,7 @@ def heap_limit(facts: Facts, cfg: RunConfig, world: World, micro_batch: int) -> 
 
 
 def largest_micro_batch(
-    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World, rows: int
+    task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, rows: int
 ) -> int:
     """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
     estimated elsewhere."""
@@ -92,20 +92,20 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     return divisors[low - 1] if low else 0
 
 
-def peak_memory(facts: Facts, cfg: RunConfig, micro_batch: int, world: World) -> Memory:
+def peak_memory(facts: Facts, cfg: Resolved, micro_batch: int, world: World) -> Memory:
     """The estimate of a rank's peak."""
     accumulate = micro_batch < facts.rows_per_rank(world.size)
     return estimate(facts.cost, cfg, micro_batch, world.device.type, world.size, accumulate)
 
 
-def estimate_fits(facts: Facts, cfg: RunConfig, world: World) -> Callable[[int], bool]:
+def estimate_fits(facts: Facts, cfg: Resolved, world: World) -> Callable[[int], bool]:
     room = 0.8 * processes.available_memory(world.device, world.local_size)
     held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
     return lambda n: peak_memory(facts, cfg, n, world).total - held <= room
 
 
 def _gpu_fits(
-    task: Task, facts: Facts, model: nn.Module, cfg: RunConfig, world: World
+    task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World
 ) -> Callable[[int], bool]:
     """One real forward and backward pass and one evaluation batch, with room kept for the
     optimizer's moments."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from config import RunConfig
+from config import Resolved
 from engine import processes
 from engine.lengths import Extension
 from engine.processes import World
@@ -37,7 +37,7 @@ class Opened:
         return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
 
 
-def identity(task: Task, facts: Facts, cfg: RunConfig) -> dict[str, Any]:
+def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
     """What all starts of a run have in common, by option name."""
     names = ("seed", "optimizer", "schedule", "steps")
     own = {name: getattr(cfg, name) for name in names}
@@ -47,7 +47,7 @@ def identity(task: Task, facts: Facts, cfg: RunConfig) -> dict[str, Any]:
 def open_folder(
     task: Task,
     facts: Facts,
-    cfg: RunConfig,
+    cfg: Resolved,
     world: World,
     asked: dict[str, Any],
     held: contextlib.ExitStack,
@@ -58,7 +58,6 @@ def open_folder(
 
     `asked`: options that are chosen for the machine, as they were before that.
     """
-    assert cfg.out
     folder = Path(cfg.out)
     record = {
         "python": platform.python_version(),
@@ -80,16 +79,15 @@ def open_folder(
     return Opened(start, record, earlier)
 
 
-def _extension(cfg: RunConfig) -> Extension | None:
+def _extension(cfg: Resolved) -> Extension | None:
     if not cfg.extend_to:
         return None
-    assert cfg.warmup_steps is not None
     return Extension(
         cfg.extend_to, cfg.reschedule, cfg.schedule, cfg.warmup_steps, cfg.min_lr, cfg.patience
     )
 
 
-def _is_restart(cfg: RunConfig, folder: Path, earlier: Earlier | None) -> bool:
+def _is_restart(cfg: Resolved, folder: Path, earlier: Earlier | None) -> bool:
     """Whether torchrun starts this run again, which it began itself: then --resume has been
     obeyed."""
     launcher = processes.launcher()

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from base.console import bytes_text, time_text
-from config import Run, RunConfig, UserError, resolve
+from config import Resolved, Run, RunConfig, UserError, resolve
 from engine import processes
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, numbers, read_log
@@ -94,7 +94,7 @@ def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
 def banner(
     task: Task,
     facts: Facts,
-    cfg: RunConfig,
+    cfg: Resolved,
     world: World,
     choices: Choices,
     micro_batch: int,
@@ -115,8 +115,7 @@ def banner(
     if flops:
         plan += f", {flops / 1e6:,.1f} MFLOP a token"
     return {
-        "run": f"{Path(cfg.out or '')}"
-        + (f", resumed from {resumed_from.name}" if resumed_from else ""),
+        "run": f"{Path(cfg.out)}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
         "device": f"{world.size} x {world.device.type} ({device}){threads}",
         "precision": f"{cfg.precision} ({choices.precision})",
         "attention": f"{choices.attention}, {choices.repeatability}",
@@ -191,9 +190,8 @@ class Disk:
         return f"{checkpoints if self.kept else ''}{bytes_text(self.final)} for final/"
 
 
-def disk_of(task: Task, facts: Facts, cfg: RunConfig, final: int) -> Disk:
+def disk_of(task: Task, facts: Facts, cfg: Resolved, final: int) -> Disk:
     """`final`: bytes of the whole model in fp32."""
-    assert cfg.steps
     kept = (
         min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every))
         if cfg.save_every
@@ -202,20 +200,19 @@ def disk_of(task: Task, facts: Facts, cfg: RunConfig, final: int) -> Disk:
     return Disk(kept, checkpoint_bytes(facts.cost, cfg.optimizer, task.stored), final)
 
 
-def dry_run(task: Task, facts: Facts, cfg: RunConfig, world: World, log: RunLog) -> None:
+def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) -> None:
     """Print what the run would take of memory, time and disk."""
-    assert cfg.steps
     rows, fits = facts.rows_per_rank(world.size), estimate_fits(facts, cfg, world)
-    if cfg.micro_batch == "auto":
-        cfg.micro_batch = largest_divisor(rows, fits) or 1
-    memory = peak_memory(facts, cfg, cfg.micro_batch, world)
+    asked = cfg.micro_batch
+    micro_batch = (largest_divisor(rows, fits) or 1) if asked == "auto" else asked
+    memory = peak_memory(facts, cfg, micro_batch, world)
     tokens, flops = cfg.steps * facts.tokens_per_step, facts.cost.flops_per_token
     disk = disk_of(task, facts, cfg, memory.weights)
     free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg, flops, world)
     log.say(
         "dry run: nothing is started or written "
-        f"({describe_step(facts, cfg.micro_batch, world.size)})\n"
+        f"({describe_step(facts, micro_batch, world.size)})\n"
     )
     log.banner(
         {
@@ -223,10 +220,7 @@ def dry_run(task: Task, facts: Facts, cfg: RunConfig, world: World, log: RunLog)
             for f in dataclasses.fields(memory)
         }
         | {"memory, peak of a rank": bytes_text(memory.total)}
-        | {
-            "free now for a rank": bytes_text(free)
-            + ("" if fits(cfg.micro_batch) else ": too little")
-        }
+        | {"free now for a rank": bytes_text(free) + ("" if fits(micro_batch) else ": too little")}
         | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
         | {
             "compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)"
@@ -240,14 +234,14 @@ def dry_run(task: Task, facts: Facts, cfg: RunConfig, world: World, log: RunLog)
             else f"unknown: {source}"
         }
     )
-    if shortage := disk.shortage(Path(cfg.out or "")):
+    if shortage := disk.shortage(Path(cfg.out)):
         log.warn(shortage)
 
 
-def known_speed(cfg: RunConfig, flops: int | None, world: World) -> tuple[float | None, str]:
+def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float | None, str]:
     """Tokens per second of a run like this and how they are known."""
     try:
-        text = (Path(cfg.out or "") / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+        text = (Path(cfg.out) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     speeds = numbers(

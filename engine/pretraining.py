@@ -14,7 +14,15 @@ import torch
 import torch.nn as nn
 
 import kernels
-from config import PRESETS, GPTConfig, RunConfig, TrainConfig, UserError
+from config import (
+    GPTConfig,
+    ResolvedTrain,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    preset_shape,
+    resolved,
+)
 from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
@@ -39,26 +47,25 @@ class LanguageModelling(Task):
 
     name = "pretrain"
     config = TrainConfig
-    cfg: TrainConfig
+    cfg: ResolvedTrain
     data: Data
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
-        self.cfg = cfg
+        self.cfg = cfg = resolved(cfg, ResolvedTrain)
         # told before the data is read, which may take long
         rows_per_rank(cfg, int(os.environ.get("WORLD_SIZE", "1")))
         if cfg.data == "stdlib":
             say(ON_STDLIB)
         _check_named(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
-        assert cfg.data and cfg.seq_len and cfg.batch_tokens  # resolved
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
-            self.shape = model_config(cfg, size)
+            self.shape = model_config(cfg, size, cfg.seq_len)
         else:
             self.data = open_data(
                 cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache, cfg.seq_len, say
             )
-            self.shape = model_config(cfg, self.data.vocabulary.size)
+            self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
         with torch.device("meta"):
             flops = GPT(self.shape).flops_per_token(cfg.seq_len)
@@ -120,7 +127,7 @@ class LanguageModelling(Task):
             if config.padded_vocab_size > config.vocab_size
             else ""
         )
-        epochs = (self.cfg.steps or 0) * (self.cfg.batch_tokens or 0) / data.train.n_tokens
+        epochs = self.cfg.steps * self.cfg.batch_tokens / data.train.n_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
@@ -136,7 +143,6 @@ class LanguageModelling(Task):
         return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
-        assert self.cfg.seq_len and self.cfg.batch_tokens
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
@@ -149,7 +155,6 @@ class LanguageModelling(Task):
         return np.arange(windows)[:, None]
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
-        assert self.cfg.seq_len
         data = self.data.train if split == "train" else self.data.val
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
@@ -206,10 +211,9 @@ def packed(tensors: Tensors) -> Batch:
     return Batch(tensors, {"nll": learned}, {"tokens": targets.numel()})
 
 
-def rows_per_rank(cfg: TrainConfig, world_size: int) -> int:
+def rows_per_rank(cfg: ResolvedTrain, world_size: int) -> int:
     """Windows of a step on one rank. Raises UserError where they, or the micro-batches, do not
     divide."""
-    assert cfg.batch_tokens and cfg.seq_len
     unit = cfg.seq_len * world_size
     if cfg.batch_tokens % unit:
         nearest = max(1, round(cfg.batch_tokens / unit)) * unit
@@ -227,20 +231,15 @@ def rows_per_rank(cfg: TrainConfig, world_size: int) -> int:
     return rows
 
 
-def model_config(cfg: RunConfig, vocab_size: int) -> GPTConfig:
+def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
     """The shape to train: of the preset and its overrides, or of the checkpoint that --init
     names."""
     if cfg.init != "scratch":
         return open_pretrained(cfg).config
-    assert cfg.preset and cfg.seq_len
-    overrides = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
-    shape: dict[str, Any] = PRESETS[cfg.preset] | {
-        name: n for name, n in overrides.items() if n is not None
-    }
-    shape |= dict(
+    shape: dict[str, Any] = preset_shape(cfg) | dict(
         tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without
     )
-    return GPTConfig(vocab_size=vocab_size, block_size=cfg.seq_len, **shape, **how_it_runs(cfg))
+    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **how_it_runs(cfg))
 
 
 def how_it_runs(cfg: RunConfig) -> dict[str, Any]:

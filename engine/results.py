@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base import files
 from base.console import time_text
-from config import RunConfig, UserError
+from config import Resolved, UserError
 from engine import processes
 from engine.log import RunLog, finite
 from engine.plan import describe_step
@@ -39,7 +39,7 @@ class Results:
 
     def __init__(
         self,
-        cfg: RunConfig,
+        cfg: Resolved,
         facts: Facts,
         step: TrainStep,
         micro_batch: int,

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from base.console import bytes_text
-from config import RunConfig
+from config import Resolved
 from engine.log import RunLog
 from engine.step import load_weights
 from engine.task import Task
@@ -26,7 +26,7 @@ class Checkpoints:
         run: Path,
         task: Task,
         double: nn.Module,
-        cfg: RunConfig,
+        cfg: Resolved,
         log: RunLog,
         saved: int | None,
     ):

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from base.machine import cores
-from config import RunConfig
+from config import Resolved, RunConfig
 from engine import processes
 from engine.optim import LossScale, Optimizers, Span, lr_multiplier, span_at
 from engine.precision import DTYPES, Cast, autocast, casts_once, exact_products
@@ -262,7 +262,7 @@ class TrainStep:
         self,
         task: Task,
         model: nn.Module,
-        cfg: RunConfig,
+        cfg: Resolved,
         world: World,
         exact_evaluation: bool = False,
     ):
@@ -270,7 +270,7 @@ class TrainStep:
         self.exact_evaluation = exact_evaluation
         self.scale = LossScale(cfg.precision == "fp16", world.device)
         # of the schedule; more than one where its decay was restarted
-        self.spans = [Span(0, cfg.steps or 0)]
+        self.spans = [Span(0, cfg.steps)]
         self.signature: Any = None
         self.stands_at: int | None = (
             0  # steps that the parameters have had; None while they are being updated
@@ -315,7 +315,6 @@ class TrainStep:
 
     def lr(self, step: int) -> float:
         cfg = self.cfg
-        assert cfg.lr is not None and cfg.warmup_steps is not None
         span = span_at(step, self.spans)
         return cfg.lr * lr_multiplier(step, span, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
 

@@ -23,7 +23,7 @@ from torch.nn.attention import sdpa_kernel
 
 from base import files
 from base.console import printable
-from config import RunConfig, UserError, resolve_steps
+from config import Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine import processes
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
@@ -69,17 +69,15 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     cfg, choices = settle(cfg, world)
     with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
         facts = task.setup(cfg, log.say, dry=cfg.dry_run)
-    if facts.length:
-        cfg = resolve_steps(cfg, *facts.length)
+    cfg = resolved(resolve_steps(cfg, *facts.length) if facts.length else cfg, Resolved)
     if cfg.dry_run:
         dry_run(task, facts, cfg, world, log)
         processes.finish(world)
         return 0
     try:
         with sdpa_kernel(choices.backends, set_priority=True), contextlib.ExitStack() as held:
-            opened = on_main(
-                world, lambda: open_folder(task, facts, cfg, world, asked, held, log.say)
-            )
+            take = functools.partial(open_folder, task, facts, cfg, world, asked, held, log.say)
+            opened = on_main(world, take)
             code = 0
             if not opened.start.finished:
                 code = Run(task, facts, cfg, world, stop, log, opened).train(choices)
@@ -97,7 +95,7 @@ class Run:
         self,
         task: Task,
         facts: Facts,
-        cfg: RunConfig,
+        cfg: Resolved,
         world: World,
         stop: StopSignal,
         log: RunLog,
@@ -286,7 +284,7 @@ class Loop:
         self,
         task: Task,
         facts: Facts,
-        cfg: RunConfig,
+        cfg: Resolved,
         world: World,
         stop: StopSignal,
         log: RunLog,
@@ -294,7 +292,6 @@ class Loop:
         micro_batch: int | None = None,
     ):
         """`micro_batch` None: as it must be found."""
-        assert cfg.out and cfg.steps
         self.task, self.facts, self.cfg = task, facts, cfg
         self.world, self.stop, self.log = world, stop, log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths

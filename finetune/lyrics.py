@@ -18,7 +18,7 @@ from tasks.generation.task import Answer, Example, Generation
 from text.rows import Row
 
 
-@dataclass
+@dataclass(frozen=True)
 class LyricsConfig(GenerationConfig):
     """Options of the task of songs."""
 

@@ -24,7 +24,7 @@ SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
 WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}
 
 
-@dataclass
+@dataclass(frozen=True)
 class NliConfig(ClassificationConfig):
     """Options of the task of inference."""
 

@@ -20,7 +20,7 @@ from tasks.finetuning import Long, Parts
 from text.rows import Row
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParaphraseConfig(ClassificationConfig):
     """Options of the task of paraphrases."""
 

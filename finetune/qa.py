@@ -27,7 +27,7 @@ from text.rows import Row
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")
 
 
-@dataclass
+@dataclass(frozen=True)
 class QaConfig(GenerationConfig):
     """Options of the task of questions."""
 

@@ -26,7 +26,7 @@ WORDS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class SentimentConfig(ClassificationConfig):
     """Options of the task of sentiment."""
 

@@ -19,7 +19,7 @@ from text.rows import Row
 GENERATE = Special("<generate>")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SummarizeConfig(GenerationConfig):
     """Options of the task of summaries."""
 

@@ -20,7 +20,7 @@ from text.rows import Row
 PARTS = 10  # of a document that is alone
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextConfig(GenerationConfig):
     """Options of the task of any text."""
 

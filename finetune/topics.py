@@ -18,7 +18,7 @@ from tasks.finetuning import Long, Parts
 from text.rows import Row
 
 
-@dataclass
+@dataclass(frozen=True)
 class TopicsConfig(ClassificationConfig):
     """Options of the task of topics."""
 

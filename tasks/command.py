@@ -44,14 +44,13 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
     `find` gives the task that an item of --also names.
     """
     typed = typed_options(task.config, sys.argv[1:])
-    cfg = parse(task.config, sys.argv[1:], {"out": f"runs/{task.name}"} | task.defaults)
-    assert isinstance(cfg, FinetuneConfig)
+    defaults = {"out": f"runs/{task.name}"} | task.defaults
+    cfg: FinetuneConfig = parse(task.config, sys.argv[1:], defaults)
     cfg = own_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     trains = cfg.trains
-    if isinstance(task, Classification):
-        assert isinstance(cfg, ClassificationConfig)
+    if isinstance(task, Classification) and isinstance(cfg, ClassificationConfig):
         if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
             return fit_words(task, cfg, cfg.model)
         cfg = as_lstm(cfg) if cfg.model == "lstm" and trains else cfg
@@ -67,7 +66,7 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
     code = recorded(train, task, cfg, typed) if trains else 0
     if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
         if trains:
-            task.conclude(cfg, print)
+            task.conclude(cfg, str(cfg.out), print)
         if cfg.predict and trains and (number := stopped_by()):
             return 128 + number  # it came too late for the run, which is finished, but not for this
         if cfg.predict:

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import layers, peft
-from config import GPTConfig, UserError
+from config import GPTConfig, RunConfig, UserError
 from engine.optim import Group
 from engine.pretraining import model_config, open_pretrained
 from engine.task import Cost, Facts, Task
@@ -65,8 +65,8 @@ class Finetuning(Task):
     """A family fills in `setup`, `batch`, the loss and the metrics; a task says what its rows
     are."""
 
-    config = FinetuneConfig
-    cfg: Any  # of its kind of options
+    config: ClassVar[Any] = FinetuneConfig  # its kind of options
+    cfg: Any  # of that kind
     # fields and the columns they may come from
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text",)}
     optional: ClassVar[tuple[str, ...]] = ()  # fields that a row may lack
@@ -148,7 +148,6 @@ class Finetuning(Task):
 
     def _training_and_validation(self, say: Callable[[str], None]) -> tuple[list[Row], list[Row]]:
         cfg = self.cfg
-        assert cfg.data
         train = self.read(cfg.data, "train", say)
         if cfg.val_data:
             return train, self.read(cfg.val_data, "validation", say)
@@ -184,9 +183,10 @@ class Finetuning(Task):
             else self.tokenizer.vocab_size
         )
         self.new_tokens = range(known, self.tokenizer.vocab_size)
-        scratch = dataclasses.replace(cfg, seq_len=cfg.seq_len or SCRATCH_CONTEXT)
         self.shape: GPTConfig = (
-            self.base.config if self.base else model_config(scratch, self.tokenizer.vocab_size)
+            self.base.config
+            if self.base
+            else model_config(cfg, self.tokenizer.vocab_size, cfg.seq_len or SCRATCH_CONTEXT)
         )
         if base.rows > self.shape.vocab_size:
             raise UserError(
@@ -308,7 +308,7 @@ class Finetuning(Task):
 
     # --- the model
 
-    def build_model(self, cfg: FinetuneConfig) -> GPT:
+    def build_model(self, cfg: RunConfig) -> GPT:
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
             layers.add_tokens(model, self.new_tokens)
@@ -334,7 +334,7 @@ class Finetuning(Task):
 
     # --- what a finished model says
 
-    def conclude(self, cfg: Any, say: Callable[[str], None]) -> None:
+    def conclude(self, cfg: Any, run: str, say: Callable[[str], None]) -> None:
         """Write into the folder of a finished run what is to be known of its model; rank 0
         alone."""
 

@@ -8,7 +8,7 @@ from adapters.options import MethodConfig
 from config import Count, CountOrNone, RunConfig, Where, Wheres
 
 
-@dataclass
+@dataclass(frozen=True)
 class FinetuneConfig(MethodConfig, RunConfig):
     """Options of a fine-tuning run. None means: what suits the machine (the banner says what was
     chosen)."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import GPTConfig, TrainConfig, resolve
+from config import GPTConfig, ResolvedTrain, TrainConfig, resolve, resolved
 from engine.pretraining import LanguageModelling, how_it_runs, packed
 from engine.processes import World
 from engine.step import Loader, TrainStep, compile_model
@@ -21,11 +21,10 @@ STEPS = 20
 
 
 class RandomTokens(LanguageModelling):
-    def __init__(self, config: GPTConfig, cfg: TrainConfig):
+    def __init__(self, config: GPTConfig, cfg: ResolvedTrain):
         self.shape, self.cfg = config, cfg
 
     def rows(self, split: str, step: int) -> np.ndarray:
-        assert self.cfg.batch_tokens and self.cfg.seq_len
         return np.arange(self.cfg.batch_tokens // self.cfg.seq_len)[:, None] + 1000 * step
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
@@ -47,7 +46,7 @@ def make_step(
         seq_len=T, batch_tokens=16 * T, micro_batch=8, steps=STEPS, lr=1e-3, warmup_steps=0
     )
     given |= dict(data="stdlib", compile=False) | options
-    cfg = resolve(TrainConfig(**given), device)
+    cfg = resolved(resolve(TrainConfig(**given), device), ResolvedTrain)
     world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     task = RandomTokens(shape, cfg)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ import torch
 from base import cli
 from base.cli import option_names
 from base.console import bytes_text, printable, time_text
-from config import TrainConfig, UserError
+from config import ResolvedTrain, TrainConfig, UserError, resolve, resolved
 from engine import fit, processes, step
 from engine.log import step_line
 from engine.memory import Memory
@@ -515,7 +515,7 @@ def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, fo
     # n bytes for a micro-batch of n
     monkeypatch.setattr(fit, "peak_memory", lambda facts, cfg, n, world: Memory(n, 0, 0, 0, 0, 0))
     alone, task, model = World(0, 0, 1, 1, CPU), Scripted([]), torch.nn.Identity()
-    cfg = TrainConfig()
+    cfg = resolved(resolve(TrainConfig(), "cpu"), ResolvedTrain)
     facts = task.setup(cfg, print)
     assert fit.largest_micro_batch(task, facts, model, cfg, alone, 12) == found
 

@@ -237,7 +237,7 @@ def config(**options: Any) -> TrainConfig:
 
 def step_of(task: Task, world: World, seed: int = 0, **options: Any) -> TrainStep:
     torch.manual_seed(seed)
-    cfg = config(**options)
+    cfg: Any = config(**options)
     return TrainStep(task, task.build_model(cfg), cfg, world)
 
 

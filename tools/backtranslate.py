@@ -61,7 +61,7 @@ EVERY = 5  # seconds between lines of progress
 Translate = Callable[[Sequence[str]], list[str | None]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class BacktranslateConfig:
     """Translate the texts of --data with the model --to, and what comes of it with the model
     --back."""

@@ -19,7 +19,7 @@ from tasks.classification.confusion import paired_test
 from tools.predictions import check_out, read_predictions, show_table
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareConfig:
     """Compare the predictions of two runs, A and B, of the same rows with their true labels."""
 

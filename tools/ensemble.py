@@ -24,7 +24,7 @@ from tools.predictions import UNKNOWN, Predictions, check_out, read_predictions,
 How = Literal["mean", "geometric", "vote"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class EnsembleConfig:
     """Combine the predictions of several runs of the same rows."""
 

@@ -28,7 +28,7 @@ COLUMNS = {
 SHOWN = 3  # of the hardest of a kind
 
 
-@dataclass
+@dataclass(frozen=True)
 class MineConfig:
     """Write the hardest rows of a file of pairs: those alike with few words in common, and the
     others with many."""

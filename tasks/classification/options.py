@@ -13,7 +13,7 @@ Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
 Auxiliary = Literal["rdrop", "simcse"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClassificationConfig(FinetuneConfig):
     """Options of a task whose answers are labels."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from adapters import heads, layers, peft
 from adapters.heads import Head
 from base.files import write_json
-from config import UserError, nearest
+from config import RunConfig, UserError, nearest
 from decoding.loading import open_model
 from engine.log import finite
 from engine.precision import set_products
@@ -54,7 +54,6 @@ from tasks.classification.predictions import (
 )
 from tasks.finetuning import Finetuning, Long, Parts, Split
 from tasks.objectives import label_nll, rdrop, simcse
-from tasks.options import FinetuneConfig
 from tasks.order import Order, pad_to
 from text.rows import Row, Rows
 
@@ -421,7 +420,7 @@ class Classification(Finetuning):
                 )
         return super()._dressed(model)
 
-    def build_model(self, cfg: FinetuneConfig) -> GPT:
+    def build_model(self, cfg: RunConfig) -> GPT:
         model = super().build_model(cfg)
         if self.head:
             model.heads[self.keys[0]].load_state_dict(self.head)
@@ -602,18 +601,17 @@ class Classification(Finetuning):
 
     # --- what a finished model says
 
-    def conclude(self, cfg: ClassificationConfig, say: Callable[[str], None]) -> None:
+    def conclude(self, cfg: ClassificationConfig, run: str, say: Callable[[str], None]) -> None:
         """Score the validation rows with final/, and write what that shows into the run's folder.
 
         metrics.json takes these figures: those of the loop are of the same step and in fp32 too,
         but of other batches, and may differ in their last digits.
         """
-        assert cfg.out
-        folder, own = Path(cfg.out), self.val.heads == 0
+        folder, own = Path(run), self.val.heads == 0
         rows, tokens = (
             [of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens)
         )
-        model, _ = self._open(locate(cfg.out), cfg)
+        model, _ = self._open(locate(run), cfg)
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         about = {"eval_precision": EXACT, "step": results["final_is_step"]}
         figures = self.write_answers(
@@ -636,7 +634,6 @@ class Classification(Finetuning):
         """Write the labels that the classifier of a checkpoint gives to the rows of `--predict`, as
         jsonl with probabilities and as the course's csv. Returns their scores where the file has
         the true ones."""
-        assert cfg.predict
         model, rows = self.ready(cfg, where, say)
         found = [self.tokens_of(row) for row in rows]
         if cut := sum(was_cut for _, was_cut in found):

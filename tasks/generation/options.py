@@ -12,7 +12,7 @@ from tasks.options import FinetuneConfig
 Objective = Literal["unlikelihood"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationConfig(DecodeConfig, FinetuneConfig):
     """Options of a task whose answers are texts."""
 

@@ -126,7 +126,6 @@ class Generation(Finetuning):
         self.cfg = cfg
         say = self.begin(say, dry)
         methods.check(cfg)
-        assert cfg.data
         self.warnings = ()
         if not cfg.eval_rows:
             self.best = Task.best  # nothing is decoded, so there is no other figure
@@ -338,7 +337,6 @@ class Generation(Finetuning):
         Returns the scores of those of which the file has the true answers. A row that cannot be
         read is not scored.
         """
-        assert cfg.predict
         model, rows = self.ready(cfg, where, say)
         prompts = self._prompts_to_answer(rows, model.context, say)
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))

@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 from typing import Any
@@ -32,7 +33,7 @@ def test_beside_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precisio
     overwrites."""
     plain, data = make_step(shape=SMALL, precision=precision, micro_batch=4)
     graphs, _ = make_step(shape=SMALL, precision=precision, micro_batch=4)
-    graphs.cfg.cuda_graphs = True
+    graphs.cfg = dataclasses.replace(graphs.cfg, cuda_graphs=True)
     graphs.signature = None
     graphs.assemble(0)
     before = gradient_addresses(graphs)

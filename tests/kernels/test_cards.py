@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.table import markdown
-from config import RunConfig, TrainConfig
+from config import Resolved, ResolvedTrain, TrainConfig, resolved
 from engine import fit, plan
 from engine.fit import peak_memory
 from engine.memory import Memory
@@ -69,7 +69,7 @@ def world(ranks: int = 1) -> World:
 known: dict[tuple[str, int], Memory] = {}  # cards of one precision share the estimates
 
 
-def estimated(facts: Facts, cfg: RunConfig, micro_batch: int, world: World) -> Memory:
+def estimated(facts: Facts, cfg: Resolved, micro_batch: int, world: World) -> Memory:
     key = cfg.precision, micro_batch
     if key not in known:
         known[key] = peak_memory(facts, cfg, micro_batch, world)
@@ -78,11 +78,11 @@ def estimated(facts: Facts, cfg: RunConfig, micro_batch: int, world: World) -> M
 
 def micro_batch(cfg: TrainConfig) -> int:
     """By estimate: on a card a trial of the real model decides."""
-    assert cfg.seq_len
-    cost = Cost(model_config(cfg, GPT2_VOCABULARY), cfg.seq_len)
-    facts = Facts({}, {}, functools.partial(rows_per_rank, cfg), 0, cost)
+    done = resolved(cfg, ResolvedTrain)
+    cost = Cost(model_config(done, GPT2_VOCABULARY, done.seq_len), done.seq_len)
+    facts = Facts({}, {}, functools.partial(rows_per_rank, done), 0, cost)
     with mock.patch.object(fit, "peak_memory", estimated):
-        return fit.largest_divisor(rows_per_rank(cfg, 1), fit.estimate_fits(facts, cfg, world()))
+        return fit.largest_divisor(rows_per_rank(done, 1), fit.estimate_fits(facts, done, world()))
 
 
 def row(name: str) -> list[str]:

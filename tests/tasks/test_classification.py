@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adapters import heads
 from adapters.layers import ADAPTERS
 from adapters.options import Pooling
-from config import UserError, resolve, resolve_steps
+from config import Resolved, UserError, resolve, resolve_steps, resolved
 from engine.evaluation import evaluate
 from engine.precision import set_products
 from engine.processes import World
@@ -585,7 +585,8 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     task = mood(tokenizer, rows, rows[:12], n_layer=3, compile=True, **options)
     model = model_of(task).train()
     compile_model(model, task.cfg, ALONE, task.cost().loss is None)
-    step, loader = TrainStep(task, model, task.cfg, ALONE, True), Loader(task, ALONE, 4, 40)
+    step = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE, True)
+    loader = Loader(task, ALONE, 4, 40)
     for s in range(12):
         step(s, loader(s))
     evaluate(step, 4)
@@ -639,7 +640,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
     """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
     not draw."""
     task, model = learner
-    train = TrainStep(task, model, task.cfg, ALONE)
+    train = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for step, groups in own_steps(task):
         loss, terms, expected = expected_gradients(task, model, step)
         for micro_batch in (1, 3, groups.size):
@@ -712,7 +713,7 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
             f"{prefix}macro_f1": f1_score(labels, predicted, average="macro"),
             f"{prefix}calibration_error": calibration_by_hand(labels, p),
         }
-    step = TrainStep(task, model, task.cfg, ALONE)
+    step = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for micro_batch in (1, 7, 64):
         assert evaluate(step, micro_batch) == pytest.approx(expected, rel=1e-4)
 
