@@ -63,8 +63,11 @@ def command(task: Finetuning, find: Callable[[str], Classification]) -> int:
     _check_named(task, cfg)
     if cfg.dry_run and not trains:
         return rehearse(task, cfg)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if trains and cfg.data is None and is_main:
+        print(f"no --data: training on the {len(task.toy)} toy rows of the task")
     code = recorded(train, task, cfg, typed) if trains else 0
-    if code == 0 and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
+    if code == 0 and not cfg.dry_run and is_main:
         if trains:
             task.conclude(cfg, str(cfg.out), print)
         if cfg.predict and trains and (number := stopped_by()):

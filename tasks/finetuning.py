@@ -104,8 +104,6 @@ class Finetuning(Task):
     def begin(self, say: Callable[[str], None], dry: bool) -> Callable[[str], None]:
         """Forget what an earlier call of `setup` found. Returns what it is to speak by."""
         self.warnings = ()
-        if self.cfg.data == "toy":
-            say(f"training on the {len(self.toy)} toy rows of the task (--data toy)")
         return (lambda text: None) if dry else say
 
     def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
