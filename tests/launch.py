@@ -169,17 +169,7 @@ def launch(
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo: what an optimizer would import
-    context.set_forkserver_preload(
-        [
-            "train_gpt2",
-            "engine.trainer",
-            "finetune",
-            "tokenizers",
-            "safetensors.torch",
-            "torch._dynamo",
-        ]
-    )
+    context.set_forkserver_preload(["preloaded"])
     path = {"PYTHONPATH": python_path(REPO, REPO / "tests")}
     # One thread: a forked process must not inherit a pool whose threads were left behind.
     with mock.patch.dict(os.environ, path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
