@@ -165,7 +165,7 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
         "--out",
         "out",
     ]
-    done = run("-m", "benchmarks.gpu_proof", *words, env={"TRITON_INTERPRET": "1"})
+    done = run("-m", "benchmarks.gpu_proof", *words, env={"TRITON_INTERPRET": "1"}, fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out/gpu-proof.json").read_text())
     rows = [Row(**dict(zip(results["columns"], row, strict=True))) for row in results["rows"]]
@@ -190,7 +190,9 @@ def test_the_proof_without_triton_is_one_line(run):
         "gpu_proof; "
     )
     done = run(
-        "-c", code + "from base.cli import entry_point; sys.argv[1:] = []; entry_point(p.main)"
+        "-c",
+        code + "from base.cli import entry_point; sys.argv[1:] = []; entry_point(p.main)",
+        fresh=True,
     )
     assert (
         done.returncode == 2

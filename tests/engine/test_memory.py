@@ -64,7 +64,7 @@ with open("/proc/self/status") as status:
 def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
     config, rows = dataclasses.replace(MEASURED, **changes), 48
     case = json.dumps([dataclasses.asdict(config), rows, micro_batches, autocast])
-    done = run("-c", TRAIN, case)
+    done = run("-c", TRAIN, case, fresh=True)
     assert done.returncode == 0, done.stderr
     base, measured = map(int, done.stdout.split())
     precision, accumulate = "bf16" if autocast else "fp32", micro_batches > 1
