@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
 from support import REPO, python_path
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -125,11 +127,13 @@ class Launch:
         )
         self.process: ForkServerProcess = _server().Process(target=target)
         self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
 
     def end(self, timeout: float = 120) -> Ended:
         self.process.join(timeout)
         if self.process.exitcode is None:
-            self.process.kill()
+            os.killpg(self.pid, signal.SIGKILL)
             self.process.join()
             raise TimeoutError(
                 f"no end within {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}"
@@ -224,10 +228,10 @@ def _be_python(words: Sequence[str], env: dict[str, str]) -> None:
 
 def fork_children() -> None:
     """From now on what this process starts of Python is forked from it."""
-    get_context = multiprocessing.get_context
-    mock.patch.object(
-        multiprocessing, "get_context", lambda method=None: get_context(method and "fork")
-    ).start()
+    forking = multiprocessing.get_context("fork")
+    mock.patch.object(multiprocessing, "get_context", lambda method=None: forking).start()
+    # torchrun's own name of it
+    mock.patch.object(subprocess_handler, "Popen", ForkedPopen).start()
     mock.patch.object(subprocess, "Popen", ForkedPopen).start()
 
 
@@ -235,7 +239,9 @@ class ForkedPopen(subprocess.Popen):
     """Starts Python on words as a fork of this process, and all else as ever."""
 
     def __init__(self, args: Any, *more: Any, env: Any = None, **how: Any):
-        words = [os.fsdecode(word) for word in args] if isinstance(args, list) else [""]
+        words = [""] if isinstance(args, str) else [os.fsdecode(word) for word in args]
+        if words[1:2] == ["-u"]:
+            words.pop(1)
         if words[0] == sys.executable and (words[1] in ("-m", "-c") or words[1][0] != "-"):
             variables = dict(os.environ if env is None else env)
             open_before = set(os.listdir("/dev/fd"))
@@ -286,6 +292,7 @@ def _child(
     err: Path,
     program: str,
 ) -> None:
+    os.setsid()
     os.environ.update(env, OMP_NUM_THREADS="1")
     os.chdir(folder)
     for number, path in ((1, out), (2, err)):
