@@ -23,6 +23,7 @@ os.environ.update(OFFLINE)
 # cost more than these models' work.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
 
 # A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests
