@@ -6,7 +6,9 @@ PyTorch imports and works out much at the first use of an operation: most of wha
 from __future__ import annotations
 
 import gc
+import io
 
+import matplotlib.figure
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
@@ -32,6 +34,14 @@ def step() -> None:
         optimizer.step()
 
 
+def picture() -> None:
+    """None of anything: its fonts are found once."""
+    figure = matplotlib.figure.Figure()
+    figure.add_subplot().set_title("title")
+    figure.savefig(io.BytesIO(), format="png")
+
+
+picture()
 # On a GPU a step starts threads, which a forked process would be without.
 if not torch.cuda.is_available():
     step()

@@ -156,7 +156,6 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
         "--quick",
         "--archs",
         "75",
-        "80",
         "89",
         "90",
         "--kernels",
@@ -171,7 +170,7 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
     rows = [Row(**dict(zip(results["columns"], row, strict=True))) for row in results["rows"]]
     assert {row.result for row in rows if row.arch == 75} == {"refused"}
     compiled = [row for row in rows if row.arch != 75]
-    assert len(compiled) == 3 * (2 * 3 + 3) and {row.result for row in compiled} == {"compiled"}
+    assert len(compiled) == 2 * (2 * 3 + 3) and {row.result for row in compiled} == {"compiled"}
     for row in compiled:
         assert 0 < row.registers < 256 and row.shared <= CARDS[ARCHS[row.arch]].shared_memory
         products = (
