@@ -7,7 +7,7 @@
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
 
 # Two processes: most of the tests' time is spent in programs that they start.
-PYTEST_ARGS = -n 2
+PYTEST_ARGS = -n 2 --dist worksteal
 # The Python that will install the wheels.
 TARGET = 3.12
 

@@ -139,9 +139,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
     """Every random draw of a micro-batch follows from these four numbers, whatever was drawn
     before."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
-    )
+    drawn = int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
+    if torch.accelerator.is_available():
+        torch.manual_seed(drawn)
+    else:  # which would format its caller's stack for each kind of accelerator: a millisecond
+        torch.default_generator.manual_seed(drawn)
 
 
 # --- one optimizer step

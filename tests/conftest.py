@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import fork_python
 from support import OFFLINE, ONE_THREAD, REPO, python_path
 
 os.environ.update(OFFLINE)
@@ -22,6 +23,7 @@ os.environ.update(OFFLINE)
 # cost more than these models' work.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
 
 # A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests
@@ -72,23 +74,29 @@ def the_process_is_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """`run(*words, cwd=, env=, timeout=)`: this Python on `words`, offline, in a folder of its
-    own."""
+def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(*words, cwd=, env=, timeout=, fresh=)`: this Python on `words`, offline, in a folder of
+    its own. Unless it has to be `fresh`, it is forked with torch loaded, and so is what it
+    starts."""
 
     def run(
         *words: str | Path,
         cwd: Path = tmp_path,
         env: dict[str, str] | None = None,
         timeout: float = 240,
+        fresh: bool = torch.cuda.is_available(),
     ) -> subprocess.CompletedProcess[str]:
         # As for a user Triton is not interpreted, unless a test says so.
         base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ONE_THREAD
+        base |= {"PYTHONPATH": python_path(REPO), **(env or {})}
+        if not fresh:
+            output = tmp_path_factory.mktemp("output")
+            return fork_python([*map(str, words)], cwd, base, output, timeout)
         command = [sys.executable, *map(str, words)]
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**base, "PYTHONPATH": python_path(REPO), **(env or {})},
+            env=base,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

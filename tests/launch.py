@@ -1,5 +1,5 @@
-"""Training runs for the tests of faults: forked from a server that has torch loaded, so one starts
-in no time.
+"""Runs forked from a server that has torch loaded, so one starts in no time: training runs for the
+tests of faults, and any program that is begun as `python` would.
 
 A run may get a `patch`, a function called before it begins: that is how a test kills, stops, slows
 or breaks it at an exact point, without any hook in the engine itself. `python launch.py
@@ -20,8 +20,12 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
+import traceback
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -29,6 +33,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from support import REPO, python_path
 
@@ -121,11 +127,13 @@ class Launch:
         )
         self.process: ForkServerProcess = _server().Process(target=target)
         self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
 
     def end(self, timeout: float = 120) -> Ended:
         self.process.join(timeout)
         if self.process.exitcode is None:
-            self.process.kill()
+            os.killpg(self.pid, signal.SIGKILL)
             self.process.join()
             raise TimeoutError(
                 f"no end within {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}"
@@ -166,20 +174,108 @@ def launch(
     return [process.end() for process in start(folder, words, patch, ranks, program)]
 
 
+def fork_python(
+    words: Sequence[str], cwd: Path, env: dict[str, str], output: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """What `python *words` does and says, by a process of the server; `output` is a folder for what
+    it says. The Python that the process starts is forked from it in turn."""
+    out, err = output / "out", output / "err"
+    process = _server().Process(target=_python, args=(list(words), cwd, env, out, err))
+    process.start()
+    try:
+        process.join(timeout)
+        if process.exitcode is None:
+            raise subprocess.TimeoutExpired(list(words), timeout)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        print(out.read_text(), err.read_text(), sep="\n")
+        raise
+    said = (file.read_bytes().decode() for file in (out, err))
+    return subprocess.CompletedProcess(list(words), process.exitcode, *said)
+
+
+def _python(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    opened = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in (out, err)]
+    for number, file in enumerate([nowhere, *opened]):
+        os.dup2(file, number)
+    fork_children()
+    _be_python(words, env)
+
+
+def _be_python(words: Sequence[str], env: dict[str, str]) -> None:
+    """Run what `python *words` runs, with all of its environment."""
+    os.environ.clear()
+    os.environ.update(env)
+    if words[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *words[2:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(words[1], vars(sys.modules["__main__"]))
+    else:
+        sys.path[0] = str(Path(words[0]).parent)
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def fork_children() -> None:
+    """From now on what this process starts of Python is forked from it."""
+    forking = multiprocessing.get_context("fork")
+    mock.patch.object(multiprocessing, "get_context", lambda method=None: forking).start()
+    # torchrun's own name of it
+    mock.patch.object(subprocess_handler, "Popen", ForkedPopen).start()
+    mock.patch.object(subprocess, "Popen", ForkedPopen).start()
+
+
+class ForkedPopen(subprocess.Popen):
+    """Starts Python on words as a fork of this process, and all else as ever."""
+
+    def __init__(self, args: Any, *more: Any, env: Any = None, **how: Any):
+        words = [""] if isinstance(args, str) else [os.fsdecode(word) for word in args]
+        if words[1:2] == ["-u"]:
+            words.pop(1)
+        if words[0] == sys.executable and (words[1] in ("-m", "-c") or words[1][0] != "-"):
+            variables = dict(os.environ if env is None else env)
+            open_before = set(os.listdir("/dev/fd"))
+            how["preexec_fn"] = functools.partial(_fork, words[1:], variables, open_before)
+        super().__init__(args, *more, env=env, **how)
+
+
+def _fork(words: list[str], env: dict[str, str], open_before: set[str]) -> None:
+    """In the child, in place of what would begin another program there."""
+    for file in set(os.listdir("/dev/fd")) - open_before:
+        with contextlib.suppress(OSError):
+            os.close(int(file))  # the parent waits for this end of a pipe
+    code: Any = 1
+    try:
+        _be_python(words, env)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo: what an optimizer would import
-    context.set_forkserver_preload(
-        [
-            "train_gpt2",
-            "engine.trainer",
-            "finetune",
-            "tokenizers",
-            "safetensors.torch",
-            "torch._dynamo",
-        ]
-    )
+    context.set_forkserver_preload(["preloaded"])
     path = {"PYTHONPATH": python_path(REPO, REPO / "tests")}
     # One thread: a forked process must not inherit a pool whose threads were left behind.
     with mock.patch.dict(os.environ, path, TRITON_INTERPRET="0", **dict.fromkeys(THREADS, "1")):
@@ -196,6 +292,7 @@ def _child(
     err: Path,
     program: str,
 ) -> None:
+    os.setsid()
     os.environ.update(env, OMP_NUM_THREADS="1")
     os.chdir(folder)
     for number, path in ((1, out), (2, err)):

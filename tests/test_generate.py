@@ -222,7 +222,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, monkeypatch) -> N
 def test_bad_input_exits_2_and_help_needs_no_torch(repo: Path, run) -> None:
     done = run(repo / "generate.py", "./nowhere", "abc")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    done = run("-X", "importtime", repo / "generate.py", "--help")
+    done = run("-X", "importtime", repo / "generate.py", "--help", fresh=True)
     assert done.returncode == 0 and "CHECKPOINT" in done.stdout
     assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 

@@ -145,14 +145,14 @@ print(json.dumps({name: what for name, what in effects.items() if what}))
 def test_importing_has_no_side_effect(run) -> None:
     order = sorted(MODULES, key=lambda name: ORDER.index(unit(name)))
     order.remove("config")
-    done = run("-c", IMPORT_EACH, "config", "torch", *order)
+    done = run("-c", IMPORT_EACH, "config", "torch", *order, fresh=True)
     assert done.returncode == 0, done.stderr
     assert own_lines(done.stderr) == ""
     assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
 
 
 def test_help_answers_without_torch(run) -> None:
-    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help")
+    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "config" in imported and "torch" not in imported

@@ -149,7 +149,7 @@ EXTREMES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([kind for kind in KINDS if numeric(kind)]))

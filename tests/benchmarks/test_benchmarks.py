@@ -216,6 +216,7 @@ def test_on_a_gpu_each_contender_trains_alone(case, monkeypatch) -> None:
             yield turn
 
     monkeypatch.setattr(peers, "contender", counted)
+    monkeypatch.setattr(peers, "TURN_SECONDS", 0.01)
     found: dict[str, Any] = {}
     for name in peers.one_by_one(case, ["liger", "plain"], peers.Pace(0, 2, 2), found):
         assert name in found and not multiprocessing.active_children()  # its memory is free again

@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any
 import pytest
 
 from launch import (
-    Ended,
     Launch,
     at_call,
     checkpoint_steps,
     die,
+    fork_children,
     launch,
     log_of,
     point,
@@ -36,7 +35,7 @@ from launch import (
     trace,
     write_inputs,
 )
-from support import REPO, python_path
+from support import REPO
 
 # --- SIGKILL
 
@@ -265,24 +264,11 @@ def wait_for_steps(run: Path, steps: int) -> None:
 
 def torchrun(
     folder: Path, patch: str, words: list[str], how: Sequence[str] = ("--standalone",)
-) -> subprocess.Popen[str]:
+) -> Launch:
     """Two ranks of tests/launch.py, which calls `patch` of this file first."""
-    command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2"]
-    command += [str(REPO / "tests" / "launch.py"), f"{__name__}:{patch}", *words]
-    env = os.environ | {"PYTHONPATH": python_path(REPO, REPO / "tests"), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = dict(
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
-
-
-def outcome(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return Ended(process.returncode, out, err)
+    command = [*how, "--nproc_per_node=2", str(REPO / "tests" / "launch.py")]
+    command += [f"{__name__}:{patch}", *words]
+    return Launch(folder, command, {}, fork_children, "torchrun", "torch.distributed.run")
 
 
 def nothing() -> None:
@@ -293,8 +279,9 @@ def fault_on_rank_1() -> None:
     def fail() -> None:
         raise ArithmeticError("a fault made for this test")
 
-    if rank() == 1:
-        at_call(*point("micro-batch"), 5, fail)
+    # Rank 0 waits, and so is ended before it meets an error of its own.
+    act = fail if rank() == 1 else functools.partial(time.sleep, 3)
+    at_call(*point("micro-batch"), 5, act)
 
 
 def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
@@ -302,8 +289,8 @@ def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
         folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0)
     )
     wait_for_steps(folder / "run", 2)
-    process.send_signal(signal.SIGTERM)
-    end = outcome(process)
+    os.kill(process.pid, signal.SIGTERM)
+    end = process.end()
     assert end.code != 0
     assert [(folder / f"code-of-rank{rank}").read_text() for rank in (0, 1)] == ["143", "143"], end
     assert checkpoint_steps(folder / "run") == [log_of(folder / "run", "train")[-1]["step"]]
@@ -311,7 +298,7 @@ def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
 
 def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> None:
     began = time.monotonic()
-    end = outcome(torchrun(folder, "fault_on_rank_1", small()))
+    end = torchrun(folder, "fault_on_rank_1", small()).end()
     assert end.code != 0 and time.monotonic() - began < 60
     report = end.err.split("Root Cause")[1]
     assert (
@@ -322,7 +309,7 @@ def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> N
 
 
 def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
-    end = outcome(torchrun(folder, "nothing", small("--batch-tokens", 100)))
+    end = torchrun(folder, "nothing", small("--batch-tokens", 100)).end()
     assert end.code != 0
     lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
     assert lines == [
@@ -424,7 +411,7 @@ def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
     # ranks that hang do so for ten minutes
-    end = outcome(torchrun(folder, "die_twice", words, how), timeout=240)
+    end = torchrun(folder, "die_twice", words, how).end(timeout=240)
     assert end.code == 0, end
     assert (
         end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out

@@ -56,6 +56,7 @@ OPTIONS = {  # of a run on the toy rows, all of them in each step
     "device": "cpu",
     "out": "run",
     "batch-size": 4,
+    "micro-batch": 4,
     "schedule": "linear",
     "warmup-steps": 0,
     "weight-decay": 0,
@@ -328,6 +329,8 @@ def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path)
         30,
         "--decode",
         "greedy",
+        "--micro-batch",
+        "auto",
     )
     end = finished(name, folder, *more, "--predict", "toy", "--answers", "answers")
     run = folder / "run"

@@ -278,5 +278,5 @@ def test_the_libraries_print_nothing_and_need_no_network(run, tmp_path):
         "NLTK_DATA": str(tmp_path),
         "HTTPS_PROXY": "http://127.0.0.1:9",
     }
-    done = run("-W", "always", "-c", QUIET, env=nowhere)
+    done = run("-W", "always", "-c", QUIET, env=nowhere, fresh=True)
     assert (done.returncode, done.stdout, own_lines(done.stderr)) == (0, "", "")

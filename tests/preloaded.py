@@ -1,0 +1,49 @@
+"""What the server of tests/launch.py has loaded, and done once, before a run is forked from it.
+
+PyTorch imports and works out much at the first use of an operation: most of what a tiny run takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+
+import matplotlib.figure
+import safetensors.torch  # noqa: F401
+import tokenizers  # noqa: F401
+import torch
+import torch._dynamo  # what an optimizer would import
+
+import finetune  # noqa: F401
+import train_gpt2  # noqa: F401
+from config import GPTConfig
+from engine import trainer  # noqa: F401
+from engine.memory import estimate
+from model import GPT
+
+
+def step() -> None:
+    """What the runs of `small` do, once: the answers for its shapes are remembered too."""
+    config = GPTConfig(300, 16, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
+    estimate(config, 2, 16, base=0)
+    with torch.random.fork_rng():
+        model = GPT(config)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        idx = torch.zeros(2, 16, dtype=torch.int64)
+        model(idx, idx).sum().backward()
+        optimizer.step()
+
+
+def picture() -> None:
+    """None of anything: its fonts are found once."""
+    figure = matplotlib.figure.Figure()
+    figure.add_subplot().set_title("title")
+    figure.savefig(io.BytesIO(), format="png")
+
+
+picture()
+# On a GPU a step starts threads, which a forked process would be without.
+if not torch.cuda.is_available():
+    step()
+gc.collect()
+gc.freeze()  # no collection of a forked run walks it, and copies it
