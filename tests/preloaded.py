@@ -16,16 +16,17 @@ import torch._dynamo  # what an optimizer would import
 
 import finetune  # noqa: F401
 import train_gpt2  # noqa: F401
-from config import GPTConfig
+from config import GPTConfig, TrainConfig
 from engine import trainer  # noqa: F401
 from engine.memory import estimate
+from engine.task import Cost
 from model import GPT
 
 
 def step() -> None:
     """What the runs of `small` do, once: the answers for its shapes are remembered too."""
     config = GPTConfig(300, 16, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
-    estimate(config, 2, 16, base=0)
+    estimate(Cost(config, 16), TrainConfig(precision="fp32"), 2, "cpu", base=0)
     with torch.random.fork_rng():
         model = GPT(config)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
