@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -280,11 +280,7 @@ class RunConfig:
     def check(self) -> None:
         """Raise UserError for a number out of its range, a name that is none, or options that
         contradict each other."""
-        for name in self.without:
-            if name not in OPTIMIZATIONS:
-                raise UserError(
-                    f"--without {name}: no such optimization{nearest(name, list(OPTIMIZATIONS))}"
-                )
+        known_names("--without", self.without, OPTIMIZATIONS)
         check_ranges(self)
         if self.patience and self.eval_every == 0:
             raise UserError(
@@ -563,6 +559,17 @@ def expand(value: Any, many: bool = False) -> Any:
             for part in value.split(",")
         )
     return os.path.expanduser(value)
+
+
+def known_names(option: str, given: str | Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names in a comma-separated text or among words. Raises UserError for one that is not
+    known."""
+    words = given.split(",") if isinstance(given, str) else given
+    names, among = [name.strip() for name in words if name.strip()], list(known)
+    for name in names:
+        if name not in among:
+            raise UserError(f"{option} {name} is none of {', '.join(among)}{nearest(name, among)}")
+    return names
 
 
 def nearest(word: str, among: Sequence[str]) -> str:

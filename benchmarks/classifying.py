@@ -51,12 +51,11 @@ from benchmarks.peers import (
     Turn,
     alternate,
     check_agreement,
-    chosen,
     opening,
     take_turn,
 )
 from benchmarks.table import markdown
-from config import Count, Positive, Probability, Where, Wheres
+from config import Count, Positive, Probability, Where, Wheres, known_names
 
 if TYPE_CHECKING:
     import torch
@@ -644,10 +643,10 @@ def write(record: dict[str, Any], file: str | None) -> None:
 
 def cases_of(options: Options, device: str, native: str, folder: str) -> list[Fit]:
     """UserError for a name that there is not."""
-    shapes = chosen("shape", options.shape, list(SHAPES))
-    methods = chosen("method", options.method, METHODS)
+    shapes = known_names("--shape", options.shape, list(SHAPES))
+    methods = known_names("--method", options.method, METHODS)
     usual = "fp32" if native == "fp32" else f"fp32,{native}"
-    precisions = chosen("precision", options.precision or usual, ["fp32", "tf32", "bf16"])
+    precisions = known_names("--precision", options.precision or usual, ["fp32", "tf32", "bf16"])
     return [
         Fit(name, SHAPES[name], precision, device, f"{folder}/{name}", method, options.dropout)
         for name in shapes for precision in precisions for method in METHODS if method in methods
@@ -672,7 +671,7 @@ def measure(options: Options, now: dict[str, Any]) -> dict[str, Any]:
     options = dataclasses.replace(options, device=device)
     names = [
         name
-        for name in chosen("against", options.against, [THEIRS, KEPT])
+        for name in known_names("--against", options.against, [THEIRS, KEPT])
         if name != KEPT or device == "cpu"
     ]
     steps: list[dict[str, Any]] = []

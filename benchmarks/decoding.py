@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.table import markdown
-from config import Count, GPTConfig, UserError, Where, nearest
+from config import Count, GPTConfig, Where, known_names
 from decoding.options import DecodeConfig
 
 if TYPE_CHECKING:
@@ -209,7 +209,10 @@ def compare(shape: str, batch: int, options: Options, device: torch.device) -> l
     import torch
 
     pair = Pair(SHAPES[shape], batch, options.new_tokens, device)
-    named = {decode: pair.contenders(decode) for decode in words(options.decode, STRATEGIES)}
+    named = {
+        decode: pair.contenders(decode)
+        for decode in known_names("--decode", options.decode, STRATEGIES)
+    }
     for decode, generators in named.items():
         if decode != "sample":
             check(generators)
@@ -265,22 +268,13 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     return f"{title}\n\n{markdown(head, cells, words=(0, 2, 4))}\n"
 
 
-def words(given: str, among: dict[str, Any]) -> list[str]:
-    """Comma-separated names. Raises UserError for one that is none of `among`."""
-    names = [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in among:
-            raise UserError(f"{name} is none of {', '.join(among)}{nearest(name, list(among))}")
-    return names
-
-
 def main() -> None:
     options = parse(Options, sys.argv[1:])
     outlive()
     if options.quick:
         options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
-    shapes = words(options.shape, SHAPES)
-    words(options.decode, STRATEGIES)
+    shapes = known_names("--shape", options.shape, SHAPES)
+    known_names("--decode", options.decode, STRATEGIES)
     import torch
     import transformers
     from transformers.utils import logging

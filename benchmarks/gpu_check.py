@@ -587,15 +587,12 @@ def lack(part: Part) -> str:
 
 def asked_for(only: str | None, parts: Sequence[Part]) -> list[Part]:
     """The parts that --only names, by themselves or by their group. Raises UserError."""
-    from config import UserError, nearest
+    from config import known_names
 
     if only is None:
         return list(parts)
     known = list(dict.fromkeys([*(part.group for part in parts), *(part.name for part in parts)]))
-    names = [name.strip() for name in only.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--only {name} is none of {', '.join(known)}{nearest(name, known)}")
+    names = known_names("--only", only, known)
     return [part for part in parts if part.name in names or part.group in names]
 
 

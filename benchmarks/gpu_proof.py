@@ -35,7 +35,7 @@ from base.cli import entry_point, parse
 from base.machine import cores
 from benchmarks import machine
 from benchmarks.table import markdown
-from config import Few, TrainConfig, UserError, Where, nearest
+from config import Few, TrainConfig, UserError, Where, known_names
 
 if TYPE_CHECKING:
     import torch
@@ -518,14 +518,8 @@ def checked(options: Options) -> tuple[list[int], list[str]]:
     for arch in options.archs:
         if arch not in ARCHS:
             raise UserError(f"--archs {arch}: there are {', '.join(map(str, ARCHS))}")
-    for name in options.kernels:
-        if name not in LAUNCH:
-            raise UserError(
-                f"--kernels {name}{nearest(name, list(LAUNCH))}; there are {', '.join(LAUNCH)}"
-            )
-    return sorted(set(options.archs)), [
-        name for name in LAUNCH if name in (options.kernels or LAUNCH)
-    ]
+    asked = known_names("--kernels", options.kernels, LAUNCH) or LAUNCH
+    return sorted(set(options.archs)), [name for name in LAUNCH if name in asked]
 
 
 def main() -> int:

@@ -46,7 +46,7 @@ from base.machine import resident_bytes
 from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.table import markdown
-from config import GPTConfig, UserError, Where, nearest
+from config import GPTConfig, UserError, Where, known_names
 from engine import processes
 from engine.memory import set_allocator
 from engine.precision import choose_precision
@@ -856,11 +856,7 @@ def here(device: torch.device, quick: bool) -> Place:
 def main() -> None:
     options = parse(Options, sys.argv[1:])
     outlive()
-    for name in options.only:
-        if name not in OPERATIONS:
-            raise UserError(
-                f"--only {name} is none of {', '.join(OPERATIONS)}{nearest(name, list(OPERATIONS))}"
-            )
+    known_names("--only", options.only, OPERATIONS)
     device = processes.start(options.device).device
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms

@@ -40,7 +40,18 @@ from benchmarks.methods_figures import compared
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
 from benchmarks.stages_run import ENGINE, Failed, TimeUp, end, last_error, say, start
-from config import Count, CountOrNone, Few, Positive, Rate, Seed, UserError, Where, Wheres, nearest
+from config import (
+    Count,
+    CountOrNone,
+    Few,
+    Positive,
+    Rate,
+    Seed,
+    UserError,
+    Where,
+    Wheres,
+    known_names,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -329,13 +340,8 @@ def names_to_run(
 ) -> list[str]:
     """Of --only, else of all that the task is run with. Raises UserError for a name that is
     none."""
-    names = [name.strip() for name in options.only.split(",") if name.strip()]
     known = [*(method.name for method in methods), *(decoding.name for decoding in decodings)]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--only {name}: no such method{nearest(name, known)}; there are {', '.join(known)}"
-            )
+    names = known_names("--only", options.only, known)
     other = {method.name for method in methods if method.tasks and options.task not in method.tasks}
     return names or [name for name in known if name not in other]
 
@@ -483,11 +489,7 @@ def write_report(bench: Bench, about: Mapping[str, Any]) -> str:
 def check(options: Options) -> None:
     """Raise UserError for a task that there is not, or a number out of its range."""
     tasks = sorted(path.stem for path in (ENGINE / "finetune").glob("[!_]*.py"))
-    if options.task not in tasks:
-        raise UserError(
-            f"--task {options.task}: no such task{nearest(options.task, tasks)}; there are "
-            f"{', '.join(tasks)}"
-        )
+    known_names("--task", [options.task], tasks)
     at_least: dict[str, float] = dict(budget_minutes=0.1, best=0, epochs=1, batch_size=1, lr=0)
     for name, least in at_least.items():
         value = getattr(options, name)

@@ -35,7 +35,7 @@ from base.console import bytes_text, outlive
 from benchmarks.contenders import CONTENDERS, OURS, SEED, SHAPES, Case, Shape, Step, fitting
 from benchmarks.machine import elsewhere, facts
 from benchmarks.peers_report import assessed, rates, report
-from config import Positive, UserError, Where, nearest
+from config import Positive, UserError, Where, known_names
 from engine.roofline import peak_flops, product_ceiling
 
 TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
@@ -345,16 +345,6 @@ def compare(
 # --- what is asked for, and what is written
 
 
-def chosen(option: str, asked: str, known: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--{option} {name} is none of {', '.join(known)}{nearest(name, known)}"
-            )
-    return names
-
-
 def prepare(shape: Shape, device: str, folder: str) -> int:
     """Write the weights that all contenders start from, drawn on the device; returns FLOPs a
     token."""
@@ -402,8 +392,8 @@ def asked_for(options: Options, device: str) -> tuple[list[str], list[str], Pace
     peers = [name for name, kind in CONTENDERS.items() if name != OURS and device in kind.devices]
     pace = Pace(options.seconds or (45 if device == "cpu" else 15), *REPETITIONS)
     return (
-        chosen("shape", options.shape or default, shapes),
-        chosen("against", options.against or ",".join(peers), peers),
+        known_names("--shape", options.shape or default, shapes),
+        known_names("--against", options.against or ",".join(peers), peers),
         Pace(0, 2, 2) if options.quick else pace,
     )
 
@@ -442,7 +432,9 @@ def main() -> None:
     now |= {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     device, out = now["device"], Path(options.out)
     shapes, peers, pace = asked_for(options, device)
-    precisions = chosen("precision", options.precision or now["native"], ["fp32", "tf32", "bf16"])
+    precisions = known_names(
+        "--precision", options.precision or now["native"], ["fp32", "tf32", "bf16"]
+    )
     cases = earlier(out, now) if options.resume else []
     with tempfile.TemporaryDirectory() as folder:
         memory = now["hardware"]["gpu_memory_bytes"]

@@ -65,7 +65,7 @@ from benchmarks.stages_run import (
     start,
 )
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
-from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, nearest
+from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
@@ -520,14 +520,7 @@ def trace_of(bench: Bench, point: tuple[int, int]) -> dict[str, Any] | None:
 
 def asked_stages(only: str) -> list[str] | None:
     """The names of --only; None for all. Raises UserError for one that is none."""
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    known = [*(stage.name for stage in LADDER), SCALING]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--only {name}: no such stage{nearest(name, known)}; there are {', '.join(known)}"
-            )
-    return names or None
+    return known_names("--only", only, [*(stage.name for stage in LADDER), SCALING]) or None
 
 
 def check(options: Options) -> None:

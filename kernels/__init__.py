@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from config import RunConfig, TrainConfig, UserError, head_dim, nearest
+from config import RunConfig, TrainConfig, UserError, head_dim, known_names
 from kernels import _card, attention, cpu_attention
 from kernels._card import Card
 from kernels._triton import missing
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
 OPERATIONS = (*TRITON, "cpu_attention")
+SETS = ("auto", "torch", "triton")  # of operations
 # of --without
 PART_OF = {
     "attention": "flash-attention",
@@ -110,12 +111,9 @@ def _documents(cfg: RunConfig) -> bool:
 
 
 def _asked(kernels: str) -> list[str]:
-    names = list(TRITON) if kernels == "triton" else kernels.split(",")
-    for name in names:
-        if name not in OPERATIONS:
-            known = ["auto", "torch", "triton", *OPERATIONS]
-            raise UserError(
-                f"--kernels {name}: no such kernel{nearest(name, known)}; there are "
-                f"{', '.join(known)}"
-            )
+    if kernels == "triton":
+        return list(TRITON)
+    names = known_names("--kernels", kernels, (*SETS, *OPERATIONS))
+    if mixed := next((name for name in names if name in SETS), None):
+        raise UserError(f"--kernels {kernels}: {mixed} stands alone; leave the other names out")
     return names
