@@ -18,6 +18,7 @@ from engine.processes import World
 from engine.step import TrainStep
 from engine.task import Facts, Task
 
+SAVES = "add --recompute or lower --seq-len or --preset"  # memory
 HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, over its estimate
 
 
@@ -36,10 +37,7 @@ def choose_micro_batch(
         return before
     found = largest_micro_batch(task, facts, model, cfg, world, rows)
     if not found:
-        raise UserError(
-            "not even --micro-batch 1 fits in memory; add --recompute or lower --seq-len or "
-            "--preset"
-        )
+        raise UserError(f"not even --micro-batch 1 fits in memory; {SAVES}")
     return found
 
 
@@ -52,11 +50,11 @@ def out_of_memory(
     with torch.compiler.set_stance("force_eager"):
         fits = largest_micro_batch(task, facts, model, cfg, alone, rows)
     fits = largest_divisor(rows, lambda n: n <= min(fits, micro_batch - 1))
-    way = (
-        f"lower --micro-batch to {fits}"
-        if fits
-        else "add --recompute or lower --seq-len or --preset"
-    )
+    return too_large(micro_batch, f"lower --micro-batch to {fits}" if fits else SAVES)
+
+
+def too_large(micro_batch: int, way: str = SAVES) -> UserError:
+    """The line to show where `micro_batch` did not fit; `way`: out of it."""
     return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
 
 

@@ -27,7 +27,7 @@ from config import Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine import processes
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
-from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_memory
+from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_memory, too_large
 from engine.lengths import as_json, spans
 from engine.log import RunLog
 from engine.memory import Heap
@@ -124,7 +124,7 @@ class Run:
             if self.stop.flag:
                 release_frames(error)
                 raise SystemExit(self._stopped_in_error(error)) from None
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not isinstance(error, UserError):
                 release_frames(error)
                 loop = self.loop
                 raise out_of_memory(
@@ -219,9 +219,15 @@ class Run:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         start = self.opened.start
-        self.loop = Loop(
-            self.task, self.facts, self.cfg, self.world, self.stop, self.log, start, smaller
-        )
+        try:
+            self.loop = Loop(
+                self.task, self.facts, self.cfg, self.world, self.stop, self.log, start, smaller
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_frames(error)
+            raise too_large(smaller) from None
         self.loop.at, self.loop.signal = old.at, old.signal
         self._write_options()
         text = (

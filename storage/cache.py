@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from base.files import flush, write_json, writing_to
+from base.files import flush, unfinished, write_json, writing_to
 from base.locks import lock, locked
 from config import UserError
 from storage.shards import reading
@@ -108,24 +108,20 @@ class Cache:
     def _make(self, folder: Path, make: Callable[[Path], None], alone: bool) -> None:
         """alone: nobody else makes this folder now. Elsewise the first to finish wins."""
         name = folder.name if alone else f"{folder.name}.{platform.node()}-{os.getpid()}"
-        unfinished = self.root / f"{name}.tmp"
-        with self.writing():
-            if alone:
-                self._sweep()
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-        try:
-            make(unfinished)
+        with contextlib.ExitStack() as held:
             with self.writing():
-                flush(unfinished)
+                if alone:
+                    self._sweep()
+                new = held.enter_context(unfinished(self.root / f"{name}.tmp"))
+            make(new)
+            with self.writing():
+                flush(new)
                 try:
-                    unfinished.replace(folder)
+                    new.replace(folder)
                 except OSError:
                     if alone or not os.path.isdir(folder):
                         raise
                 flush(self.root)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         return writing("--cache", self.root)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.files import TEMPORARY, flush, sha256
+from base.files import TEMPORARY, flush, sha256, unfinished
 from config import UserError
 from storage import weights
 from storage.hub import download
@@ -54,10 +54,7 @@ def write_folder(
     An older folder of that name is deleted. What in it is the user's is kept beside, and `say`
     tells where.
     """
-    temporary = folder.with_name(TEMPORARY + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with unfinished(folder.with_name(TEMPORARY + folder.name)) as temporary:
         fill(temporary)
         paths = sorted(p for p in temporary.rglob("*") if p.is_file())
         sizes = [path.stat().st_size for path in paths]
@@ -73,9 +70,6 @@ def write_folder(
         _remove(folder, say)  # of an earlier attempt at the same step, or an older final/
         temporary.rename(folder)
         flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return sum(sizes)
 
 

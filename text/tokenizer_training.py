@@ -9,14 +9,13 @@ import functools
 import io
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from base.files import writing_to
+from base.files import unfinished, writing_to
 from config import UserError, without_surrogates
 from text import corpus
 from text.tokenizer import (
@@ -328,11 +327,9 @@ def check_free(out: Path) -> None:
 
 
 def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        tokenizer.save(beside)
-        beside.rename(out)
+        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as beside:
+            tokenizer.save(beside)
+            beside.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -102,6 +102,7 @@ def test_static_parts_are_exact():
         bytes_fp32,
         2 * bytes_fp32,
     )
+    assert memory.activations > 0 and memory.logits > 0
     assert memory.total == sum(getattr(memory, field.name) for field in dataclasses.fields(Memory))
 
 

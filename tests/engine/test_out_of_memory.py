@@ -148,3 +148,16 @@ def test_an_error_of_another_kind_passes_through(tmp_path):
     task.error = lambda text: KeyError("elsewhere")  # ty: ignore[invalid-assignment]
     with pytest.raises(KeyError, match="elsewhere"):
         train(task, options(tmp_path / "a"))
+
+
+def test_a_smaller_micro_batch_whose_model_finds_no_memory_is_told(tmp_path, monkeypatch):
+    task, build = Small(room=2), Small.build_model
+
+    def build_once(cfg: Any) -> nn.Module:
+        if task.tried:
+            raise RuntimeError("CUDA error: out of memory")
+        return build(task, cfg)
+
+    monkeypatch.setattr(task, "build_model", build_once)
+    with pytest.raises(UserError, match="out of memory with --micro-batch 2; add --recompute"):
+        train(task, options(tmp_path / "a"))
