@@ -339,7 +339,7 @@ def point(where: str) -> tuple[Any, str]:
 
     return {
         "micro-batch": (TrainStep, "_backward"),
-        "evaluation": (LanguageModelling, "sums"),
+        "evaluation": (LanguageModelling, "evaluate"),
         "sample": (LanguageModelling, "samples"),
         "start": (LanguageModelling, "build_model"),
         "save": (checkpoint.Saver, "_fill"),

@@ -121,6 +121,7 @@ def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
 
 
 def hang_up() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here: under nohup
     receive("micro-batch", 10, (signal.SIGHUP,))
 
 
