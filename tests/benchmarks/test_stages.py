@@ -488,7 +488,7 @@ def test_a_wrong_name_is_one_line(run, tmp_path) -> None:
         "-m", "benchmarks.stages", "--only", "baseline,flash-attn", "--out", tmp_path / "out"
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --only flash-attn is none of baseline, ")
+    assert done.stderr.startswith("error: --only flash-attn is none of cpu, baseline, ")
     assert "(did you mean flash-attention?)" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
