@@ -1,9 +1,9 @@
 """GPT-2: embeddings, blocks, attention, loss, and how the weights begin. The file to read first.
 
 Parameter names are the hub's (`transformer.h.0.attn.c_attn.weight`), so a checkpoint maps onto the
-model name by name; only the four matrices of a block are stored transposed there. The model is given
-its operations (kernels/ops.py) and what comes before the text (Past), so that nothing here knows a
-kernel, a cache or an adapter.
+model name by name; only the four matrices of a block are stored transposed there. The model is
+given its operations (kernels/ops.py) and what comes before the text (Past), so that nothing here
+knows a kernel, a cache or an adapter.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with its language-model head.
 
     model(idx)                            logits (B, T, vocab_size)
-    model(idx, targets)                   loss of each target (B, T), fp32, 0 where the target is -100
+    model(idx, targets)                   loss of each target (B, T), fp32, 0 where it is -100
     model(idx, targets, reduction="sum")  their sum, one fp32 scalar: the training path
     """
 
@@ -265,7 +265,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the blocks' weights (engine/precision.py may have cast them) and the residual stream."""
+        """Of the blocks' weights (engine/precision.py may cast them) and the residual stream."""
         first = self.transformer.h[0].mlp.c_fc if len(self.transformer.h) else self.transformer.wte
         return first.weight.dtype
 

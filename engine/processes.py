@@ -220,7 +220,8 @@ def finish(world: World) -> None:
 def threads_per_rank(local_size: int) -> int:
     """CPU threads of one rank: this machine's cores, shared.
 
-    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; any other value is the user's and stands.
+    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; any other value is the user's and
+    stands.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (asked != "1" or "TORCHELASTIC_RUN_ID" not in os.environ):

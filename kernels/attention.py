@@ -36,8 +36,8 @@ def explicit_attention(
     """softmax(q k' / sqrt(head_dim)) v with its matrix written out: what the kernels are measured
     against.
 
-    q (B, n_head, T, head_dim), k and v (B, n_head, keys, head_dim); mask (..., T, keys) is True where
-    a query may look. Without one, a query sees the keys up to its own position.
+    q (B, n_head, T, head_dim), k and v (B, n_head, keys, head_dim); mask (..., T, keys) is True
+    where a query may look. Without one, a query sees the keys up to its own position.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is None and q.shape[2] > 1:
@@ -51,8 +51,8 @@ def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """PyTorch's attention, which never writes the matrix; arguments as of `explicit_attention`."""
-    # One new token sees all keys. In this order: where lengths vary, a compiler makes a symbol of the
-    # comparison, and the operation takes a bool alone.
+    # One new token sees all keys. In this order: where lengths vary, a compiler makes a symbol of
+    # the comparison, and the operation takes a bool alone.
     causal = q.shape[2] > 1 and mask is None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal

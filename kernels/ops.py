@@ -1,8 +1,8 @@
 """The operations of GPT-2 that may run on a kernel, chosen once and handed to the model's layers.
 
 The fields of a plain `Ops()` are PyTorch's own operations and the plain references that stand
-beside the kernels. Kernels are named in GPTConfig.kernels; what may be named on a machine is decided
-by kernels.choose.
+beside the kernels. Kernels are named in GPTConfig.kernels; kernels.choose decides what may be named
+on a machine.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_into(
     weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path
 ) -> None:
-    """Copy a model's tensors, as `read_model` returns them, into its weights. Raises UserError where
+    """Copy tensors, as `read_model` returns them, into a model's weights. Raises UserError where
     one is missing or does not fit."""
     for name, weight in weights.items():
         if name not in tensors:
