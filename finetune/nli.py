@@ -16,7 +16,7 @@ from engine.task import Facts
 from finetune import command
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification
-from tasks.finetuning import Long, Parts, Special
+from tasks.encoder import Long, Parts, Special
 from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")

@@ -14,7 +14,7 @@ from base.cli import entry_point
 from finetune import command
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification
-from tasks.finetuning import Long, Parts
+from tasks.encoder import Long, Parts
 from text.rows import Row
 
 

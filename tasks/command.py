@@ -26,6 +26,7 @@ from engine.resume import own_options
 from engine.trainer import train
 from storage.checkpoint import RECORD, RESULTS, locate
 from tasks.classification.baselines import Kind, fit_text_model
+from tasks.classification.labels import label_of, true_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import VALIDATION, beside, probabilities
 from tasks.classification.task import EXACT, Classification, as_lstm
@@ -196,8 +197,9 @@ def fit_words(task: Classification, cfg: ClassificationConfig, kind: Kind) -> in
     writable_file("--out", str(folder / RESULTS), make_folder=True)
     train, val = task.read_labelled(print)
     if cfg.predict:  # a label that is unknown ends the run before the work is done
-        task.true_labels(task.rows_to_answer(cfg, print))
-    labels, weights = np.array([task.label_of(row) for row in train]), task.row_weights(train)
+        true_labels(task.rows_to_answer(cfg, print), task.labels)
+    labels = np.array([label_of(row, task.labels) for row in train])
+    weights = task.row_weights(train)
     if cfg.dry_run:
         print(
             f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} "

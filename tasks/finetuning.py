@@ -34,17 +34,7 @@ from tasks.order import Order, padded_lengths, padding_share
 from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
 from text.tokenizer import Tokenizer, load_tokenizer
 
-
-class Special(str):
-    """A token of its own between the texts of a sequence."""
-
-
-class Long(str):
-    """A text that may be cut where its row is longer than the context."""
-
-
 SCRATCH_CONTEXT = 256  # tokens, of a model from scratch without --seq-len
-Parts = tuple[str, ...]  # texts, special tokens and long texts
 
 
 @dataclass
@@ -212,18 +202,6 @@ class Finetuning(Task):
             )
         self.seq_len = cfg.seq_len or limit
 
-    def _encode(self, parts: Parts, keep: int | None = None) -> list[int]:
-        """Token ids of the parts, the first `keep` of a long text."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, Special):
-                ids.append(self.tokenizer.special_id(part))
-            elif isinstance(part, Long):
-                ids += self.tokenizer.encode(part)[:keep]
-            else:
-                ids += self.tokenizer.encode(part)
-        return ids
-
     def _set_order(self, group: int = 1) -> None:
         """The batches of each step, and the lengths they are padded to."""
         self.padded = padded_lengths(
@@ -380,8 +358,3 @@ class Finetuning(Task):
     def write_model(self, model: GPT, folder: Path) -> None:
         """A whole model, in the hub's layout."""
         model.save_pretrained(folder, eot=self.tokenizer.eot)
-
-
-def plain(parts: Parts) -> str:
-    """The texts of some parts, special tokens left out."""
-    return "".join(part for part in parts if not isinstance(part, Special))

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from config import UserError
+from config import UserError, nearest
 from text.rows import Row
 from text.tokenizer import Tokenizer
 
@@ -113,3 +113,32 @@ def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str
             f"labels {', '.join(labels)}"
         )
     return weights
+
+
+def label_of(row: Row, labels: Sequence[str]) -> int:
+    """The number of a row's label. Raises UserError for one that no training row has."""
+    name = label_name(row["label"])
+    # a checkpoint's may be spelled with combining marks
+    known = list(map(composed, labels))
+    if name in known:
+        return known.index(name)
+    numbers = all(map(is_number, labels)) and not is_number(name)
+    why = (
+        "is not a number, as those of the training rows are"
+        if numbers
+        else "is none of the training rows' labels"
+    )
+    raise UserError(
+        f"{row.where}: the label {name[:60]!r} {why}{nearest(name, labels)}; they are "
+        f"{', '.join(labels[:MANY_LABELS])}"
+    )
+
+
+def true_labels(rows: Sequence[Row], labels: Sequence[str]) -> dict[int, int]:
+    """The label's number of those rows that have one and are answered. Raises UserError for one
+    that the classifier does not know."""
+    return {
+        i: label_of(row, labels)
+        for i, row in enumerate(rows)
+        if not row.fault and not is_unknown(row.fields.get("label", ""))
+    }

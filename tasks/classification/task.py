@@ -25,24 +25,24 @@ from torch import Tensor
 from adapters import heads, layers, peft
 from adapters.heads import Head
 from base.files import write_json
-from config import RunConfig, UserError, nearest
+from config import RunConfig, UserError
 from decoding.loading import open_model
 from engine.log import finite
 from engine.precision import set_products
 from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Tensors
-from model import GPT, pick
+from model import GPT
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
 from tasks.classification import confusion
 from tasks.classification.labels import (
-    MANY_LABELS,
     class_weights,
     composed,
     find_labels,
     is_number,
     is_unknown,
-    label_name,
+    label_of,
+    true_labels,
     word_ids,
 )
 from tasks.classification.options import ClassificationConfig
@@ -52,9 +52,11 @@ from tasks.classification.predictions import (
     write_predictions,
     write_report,
 )
-from tasks.finetuning import Finetuning, Long, Parts, Split
+from tasks.classification.scorer import Scorer
+from tasks.encoder import Encoder, Long, Parts, padded
+from tasks.finetuning import Finetuning, Split
 from tasks.objectives import label_nll, rdrop, simcse
-from tasks.order import Order, pad_to
+from tasks.order import Order
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
@@ -173,13 +175,13 @@ class Classification(Finetuning):
         self.words = self._words()
         if cfg.form != "word" and cfg.pooling == "last":
             self.hub_class = ("AutoModelForSequenceClassification", "text-classification")
-        self.parts: list[Classification] = [self]
+        self.parts: list[Classification] = [self, *(other for other, _ in self.others)]
+        self.keys = _distinct([part.name for part in self.parts])
+        self._compose()
         splits = [self._splits(train, val)]
         for other, _ in self.others:
             splits.append(other.beside(self, say))
-            self.parts.append(other)
             self.warnings += other.warnings
-        self.keys = _distinct([part.name for part in self.parts])
         self.train, self.val = (_joined(parts) for parts in zip(*splits, strict=True))
         self._set_order(cfg.simcse_group if "simcse" in cfg.objective else 1)
         self._set_terms()
@@ -198,7 +200,7 @@ class Classification(Finetuning):
         self.labels = find_labels(train if self.cfg.val_data else [*train, *val])
         self.augmented = self.read(self.cfg.augment, "train", say) if self.cfg.augment else []
         for row in (*self.augmented, *val):
-            self.label_of(row)
+            label_of(row, self.labels)
         train = [*train, *self.augmented]
         known = self.known_rows(train, val)
         if known:
@@ -215,29 +217,10 @@ class Classification(Finetuning):
         """Raise UserError for what would end --predict after training: unknown labels, and under
         --strict long rows."""
         rows = self.rows_to_answer(self.cfg, say)
-        self.true_labels(rows)
+        true_labels(rows, self.labels)
         if self.cfg.strict:
             for row in rows:
                 self.tokens_of(row)
-
-    def label_of(self, row: Row) -> int:
-        """The number of a row's label. Raises UserError for one that no training row has."""
-        name = label_name(row["label"])
-        # a checkpoint's may be spelled with combining marks
-        labels = list(map(composed, self.labels))
-        if name in labels:
-            return labels.index(name)
-        numbers = all(map(is_number, self.labels)) and not is_number(name)
-        why = (
-            "is not a number, as those of the training rows are"
-            if numbers
-            else "is none of the training rows' labels"
-        )
-        shown = ", ".join(self.labels[:MANY_LABELS])
-        raise UserError(
-            f"{row.where}: the label {name[:60]!r} {why}{nearest(name, self.labels)}; they are "
-            f"{shown}"
-        )
 
     def beside(self, main: Classification, say: Callable[[str], None]) -> tuple[Labelled, Labelled]:
         """The splits of a task that trains along with `main`, read with its tokenizer, for a head
@@ -245,14 +228,15 @@ class Classification(Finetuning):
         self.warnings = ()
         train, val = self.read_labelled(say)
         self.tokenizer, self.seq_len, self.words = main.tokenizer, main.seq_len, ()
+        self.keys = main.keys
+        self._compose()
         return self._splits(train, val)
 
     def row_weights(self, train: Sequence[Row]) -> np.ndarray:
         """Of the loss of each training row, (n,)."""
-        of_class = class_weights(
-            self.cfg.class_weights, Counter(map(self.label_of, train)), self.labels
-        )
-        weights = np.array([of_class[self.label_of(row)] for row in train])
+        numbers = [label_of(row, self.labels) for row in train]
+        of_class = class_weights(self.cfg.class_weights, Counter(numbers), self.labels)
+        weights = np.array([of_class[n] for n in numbers])
         weights[len(train) - len(self.augmented) :] *= self.cfg.augment_weight
         if not weights.any():
             raise UserError(
@@ -270,7 +254,7 @@ class Classification(Finetuning):
         for row, weight in zip(rows, weights, strict=True):
             tokens, was_cut = self.tokens_of(row)
             cut += was_cut
-            kept.append((row, tokens, self.label_of(row), weight))
+            kept.append((row, tokens, label_of(row, self.labels), weight))
         if cut:
             self.warnings += (
                 f"{cut} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and cut "
@@ -292,43 +276,8 @@ class Classification(Finetuning):
     def tokens_of(self, row: Row) -> tuple[np.ndarray, bool]:
         """The tokens of a row, and whether it had to be cut."""
         if self.cfg.form == "plain":
-            parts = [Long(text) for text in self.texts(row)]
-            pieces = [self.tokenizer.encode(part) for part in parts]
-            scaffold = len(parts) - 1
-        else:
-            parts = list(self.prompt(row))
-            pieces = [self._encode((part,)) for part in parts]
-            scaffold = 0
-        over = scaffold + sum(map(len, pieces)) - self.seq_len
-        if over > 0:
-            if self.cfg.strict:
-                raise UserError(
-                    f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
-                )
-            pieces = self._cut(row, parts, pieces, over)
-        separated = [
-            [self.tokenizer.eot] * (scaffold > 0 and n > 0) + piece
-            for n, piece in enumerate(pieces)
-        ]
-        tokens = [token for piece in separated for token in piece] or [self.tokenizer.eot]
-        return np.array(tokens, np.int64), over > 0
-
-    def _cut(
-        self, row: Row, parts: Sequence[str], pieces: list[list[int]], over: int
-    ) -> list[list[int]]:
-        """Take `over` tokens from the long texts, always from the longest."""
-        long = [n for n, part in enumerate(parts) if isinstance(part, Long)]
-        keep = {n: len(pieces[n]) for n in long}
-        if sum(keep.values()) - over < len(long):
-            raise UserError(
-                f"{row.where}: nothing of its text fits into {self.seq_len} tokens; raise --seq-len"
-            )
-        for _ in range(over):
-            keep[max(keep, key=lambda n: keep[n])] -= 1
-        return [
-            _shortened(piece, keep[n], self.cfg.cut) if n in keep else piece
-            for n, piece in enumerate(pieces)
-        ]
+            return self.encoder.tokens(list(map(Long, self.texts(row))), row.where, separated=True)
+        return self.encoder.tokens(self.prompt(row), row.where)
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch, what is learned between the marks."""
@@ -349,8 +298,7 @@ class Classification(Finetuning):
     # --- labels' words
 
     def _words(self) -> tuple[str, ...]:
-        """The labels' words under --form word, else none; and the tokens that they begin with."""
-        self.word_ids: list[int] = []
+        """The labels' words under --form word, else none."""
         if self.cfg.form != "word":
             return ()
         words = tuple(map(composed, self.cfg.words)) or tuple(self.label_words(self.labels))
@@ -359,8 +307,7 @@ class Classification(Finetuning):
                 f"--form word: name {len(self.labels)} words with --words, for "
                 f"{', '.join(self.labels)}"
             )
-        self.word_ids = word_ids(self.tokenizer, words)
-        if len(set(self.word_ids)) < len(words):
+        if len(set(word_ids(self.tokenizer, words))) < len(words):
             raise UserError(
                 f"of the words {', '.join(words)} two begin with the same token; name others with "
                 "--words"
@@ -443,38 +390,11 @@ class Classification(Finetuning):
                 f"({info.pooling}): this run's is new",
             )
 
-    def log_p(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
-        """Hidden states (B, T, n_embd) to log-probabilities of the labels of a head (B, K), fp32.
-
-        Under --form word those of the words in the whole vocabulary, so that they add up to less
-        than 1.
-        """
-        if self.parts[head].cfg.form != "word":
-            return model.heads[self.keys[head]](hidden, lengths).log_softmax(-1)
-        last = pick(hidden, lengths - 1)[:, 0]
-        return model.logits(last).float().log_softmax(-1)[:, self.word_ids]
-
-    @property
-    def reads_last(self) -> bool:
-        """Whether of a row's states only the last token's is read."""
-        return all(part.cfg.pooling == "last" for part in self.parts)
-
-    def states(self, model: GPT, idx: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What the heads read of rows idx (B, T) of `lengths` (B,) tokens: hidden states, and how
-        many of each row.
-
-        Where all of them read the last token, its state (B, 1, n_embd); else those of all positions
-        (B, T, n_embd).
-        """
-        if self.reads_last:
-            return model.hidden(idx, at=lengths - 1), torch.ones_like(lengths)
-        return model.hidden(idx), lengths
-
     def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
         """What a step computes, for its memory: idx (B, T) to a loss."""
         idx = idx.repeat(self.passes, 1)
         lengths = torch.full((len(idx),), idx.shape[1])
-        return -self.log_p(model, *self.states(model, idx, lengths), 0).sum()
+        return -self.scorer.log_p(model, *self.scorer.states(model, idx, lengths), 0).sum()
 
     def cost(self) -> Cost:
         cost = super().cost()
@@ -487,7 +407,7 @@ class Classification(Finetuning):
         attention)."""
         width = self.shape.n_embd
         left_out = 6 * self.shape.vocab_size * width
-        if self.reads_last and self.shape.n_layer:
+        if self.scorer.reads_last and self.shape.n_layer:
             left_out += 6 * 9 * width**2 + 12 * width * int(self.train.lengths.max())
         return left_out
 
@@ -533,7 +453,7 @@ class Classification(Finetuning):
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         assert isinstance(model, GPT)
         n = len(batch["ids"])
-        hidden, lengths = self.states(
+        hidden, lengths = self.scorer.states(
             model, batch["idx"].repeat(self.passes, 1), batch["lengths"].repeat(self.passes)
         )
         views = [hidden[n * i : n * (i + 1)] for i in range(self.passes)]
@@ -542,7 +462,7 @@ class Classification(Finetuning):
             map(str, self.cfg.objective), hidden.new_zeros((), dtype=torch.float32)
         )
         for head, mine in self._by_head(batch):
-            log_ps = [self.log_p(model, view[mine], lengths[mine], head) for view in views]
+            log_ps = [self.scorer.log_p(model, view[mine], lengths[mine], head) for view in views]
             labels, weights = batch["labels"][mine], batch["weights"][mine]
             nlls = [label_nll(log_p, labels, weights, self.cfg.label_smoothing) for log_p in log_ps]
             terms[self._term(head)] = torch.stack(nlls).mean()
@@ -551,7 +471,7 @@ class Classification(Finetuning):
         if "simcse" in terms:
             # a step's rows are of one task
             head = int(batch["heads"][0]) if len(self.parts) > 1 else 0
-            pooled = [self._pooled(model, view, lengths, head) for view in views]
+            pooled = [self.scorer.pooled(model, view, lengths, head) for view in views]
             terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
 
@@ -564,22 +484,15 @@ class Classification(Finetuning):
         for head in batch["heads"].unique().tolist():
             yield head, batch["heads"] == head
 
-    def _pooled(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:
-        """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last
-        token."""
-        if self.parts[head].cfg.form != "word":
-            return model.heads[self.keys[head]].pool(hidden, lengths)
-        return pick(hidden, lengths - 1)[:, 0].float()
-
     # --- evaluation
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
         """Head, label and log-probabilities of each row: F1 and calibration do not add up."""
         assert isinstance(model, GPT)
-        hidden, lengths = self.states(model, batch["idx"], batch["lengths"])
+        hidden, lengths = self.scorer.states(model, batch["idx"], batch["lengths"])
         found = {}
         for head, mine in self._by_head(batch):
-            log_p = self.log_p(model, hidden[mine], lengths[mine], head)
+            log_p = self.scorer.log_p(model, hidden[mine], lengths[mine], head)
             records = zip(
                 batch["ids"][mine].tolist(),
                 batch["labels"][mine].tolist(),
@@ -611,12 +524,11 @@ class Classification(Finetuning):
         rows, tokens = (
             [of[i] for i in np.flatnonzero(own)] for of in (self.val.rows, self.val.tokens)
         )
-        model, _ = self._open(locate(run), cfg)
+        model = self._open(locate(run), cfg)
+        found = self.scorer.probabilities(model, tokens, self.tokenizer.eot)
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         about = {"eval_precision": EXACT, "step": results["final_is_step"]}
-        figures = self.write_answers(
-            folder / f"{VALIDATION}.jsonl", rows, self._scores(model, tokens), say, about
-        )
+        figures = self.write_answers(folder / f"{VALIDATION}.jsonl", rows, found, say, about)
         write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
 
     def ready(
@@ -624,8 +536,10 @@ class Classification(Finetuning):
     ) -> tuple[GPT, list[Row]]:
         self.cfg, self.warnings = cfg, ()
         rows = self.rows_to_answer(cfg, say)
-        model, self.tokenizer = self._open(where, cfg)
-        self.true_labels(rows)  # a label that is unknown ends the run before the work is done
+        model = self._open(where, cfg)
+        true_labels(
+            rows, self.labels
+        )  # a label that is unknown ends the run before the work is done
         return model, rows
 
     def predict(
@@ -635,18 +549,18 @@ class Classification(Finetuning):
         jsonl with probabilities and as the course's csv. Returns their scores where the file has
         the true ones."""
         model, rows = self.ready(cfg, where, say)
-        found = [self.tokens_of(row) for row in rows]
-        if cut := sum(was_cut for _, was_cut in found):
+        tokens, was_cut = zip(*map(self.tokens_of, rows), strict=True) if rows else ((), ())
+        if cut := sum(was_cut):
             say(
                 f"{cut} of {len(rows)} rows are longer than {self.seq_len} tokens and cut at the "
                 f"{self.cfg.cut} of their text"
             )
-        return self.write_answers(
-            path, rows, self._scores(model, [tokens for tokens, _ in found]), say
-        )
+        found = self.scorer.probabilities(model, tokens, self.tokenizer.eot)
+        return self.write_answers(path, rows, found, say)
 
-    def _open(self, where: str, cfg: ClassificationConfig) -> tuple[GPT, Any]:
-        """A classifier and its tokenizer; takes its labels, form and words for this task's."""
+    def _open(self, where: str, cfg: ClassificationConfig) -> GPT:
+        """The model of a classifier's checkpoint; takes its tokenizer, labels, form and words for
+        this task's."""
         found = heads.find(where)
         info = found[0] if found else heads.read_info(where)
         if info is None:
@@ -655,34 +569,26 @@ class Classification(Finetuning):
             )
         device = choose_device(cfg.device)
         set_products("fp32", device)
-        model, tokenizer = open_model(where, None, device, torch.float32)
+        model, self.tokenizer = open_model(where, None, device, torch.float32)
         # A row is cut as in the run, unless the user says otherwise: else its scores were others.
         self.seq_len = min(cfg.seq_len or info.seq_len or model.context, model.context)
         cut = cfg.cut if cfg.cut != ClassificationConfig.cut else info.cut
         self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling, cut=cut)
         self.labels, self.words, self.keys = info.labels, info.words, [self.name]
-        self.parts: list[Classification] = [self]
-        self.word_ids = word_ids(tokenizer, info.words)
+        self._compose()
         if found and info.form != "word":
             model.heads[self.name] = Head(model.config.n_embd, len(info.labels), info.pooling)
             model.heads[self.name].load_state_dict(found[1])
             model.heads.to(model.transformer.wte.weight.device)
-        return model.eval(), tokenizer
+        return model.eval()
 
-    @torch.inference_mode()
-    def _scores(self, model: GPT, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Probabilities of the labels (n, K) float64, of rows of like length together."""
-        device = model.transformer.wte.weight.device
-        order = np.argsort([len(row) for row in tokens], kind="stable")
-        found = np.zeros((len(tokens), len(self.labels)))
-        for begin in range(0, len(order), PREDICTED_AT_ONCE):
-            some = order[begin : begin + PREDICTED_AT_ONCE]
-            batch = padded([tokens[i] for i in some], self.tokenizer.eot)
-            log_p = self.log_p(
-                model, *self.states(model, batch["idx"].to(device), batch["lengths"].to(device)), 0
-            )
-            found[some] = probabilities(log_p.double().cpu().numpy())
-        return found
+    def _compose(self) -> None:
+        """What encodes and scores the rows of this task, once tokenizer, labels and words are
+        known."""
+        cfg = self.cfg
+        ids = word_ids(self.tokenizer, self.words) if self.words else []
+        self.encoder = Encoder(self.tokenizer, self.seq_len, cfg.cut, cfg.strict)
+        self.scorer = Scorer(self.keys, cfg.pooling == "last", ids)
 
     def write_answers(
         self,
@@ -698,7 +604,7 @@ class Classification(Finetuning):
         `about` goes into the report: what the probabilities were computed in, and of which step's
         model.
         """
-        true = self.true_labels(rows)
+        true = true_labels(rows, self.labels)
         write_predictions(path, rows, found, self.labels, self.course)
         if unread := sum(bool(row.fault) for row in rows):
             say(
@@ -707,25 +613,9 @@ class Classification(Finetuning):
             )
         if not true:
             return {}
-        return write_report(
-            path,
-            list(true.values()),
-            found[list(true)],
-            self.labels,
-            self.name,
-            self.cfg.seed,
-            say,
-            about or {"eval_precision": EXACT},
-        )
-
-    def true_labels(self, rows: Sequence[Row]) -> dict[int, int]:
-        """The label's number of those rows that have one and are answered. Raises UserError for one
-        that the classifier does not know."""
-        return {
-            i: self.label_of(row)
-            for i, row in enumerate(rows)
-            if not row.fault and not is_unknown(row.fields.get("label", ""))
-        }
+        about = about or {"eval_precision": EXACT}
+        known, scored = list(true.values()), found[list(true)]
+        return write_report(path, known, scored, self.labels, self.name, self.cfg.seed, say, about)
 
     # --- what is written
 
@@ -813,25 +703,7 @@ def _without_unknown(row: Row) -> Row:
     )
 
 
-# --- sequences
-
-
-def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Tensors:
-    """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of
-    `sizes` that holds it, and their lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    idx = torch.full((len(rows), longest if sizes is None else pad_to(longest, sizes)), filler)
-    for i, row in enumerate(rows):
-        idx[i, : len(row)] = torch.from_numpy(row)
-    return {"idx": idx, "lengths": lengths}
-
-
-def _shortened(piece: list[int], keep: int, cut: str) -> list[int]:
-    if cut == "end":
-        return piece[:keep]
-    head = keep // 2 if cut == "middle" else 0
-    return piece[:head] + piece[len(piece) - (keep - head) :]
+# --- several tasks
 
 
 def _joined(parts: Sequence[Labelled]) -> Labelled:

@@ -30,7 +30,8 @@ from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
-from tasks.finetuning import Finetuning, Long, Parts, Special, Split, plain
+from tasks.encoder import Long, Parts, Special, encode, plain
+from tasks.finetuning import Finetuning, Split
 from tasks.generation.options import GenerationConfig
 from tasks.metrics import longest_copied
 from tasks.objectives import nll_and_unlikelihood
@@ -190,7 +191,10 @@ class Generation(Finetuning):
         fit."""
         eot = self.tokenizer.eot
         room = self.seq_len + 1  # the last token is not read
-        prompt, answer = self._encode(example.prompt), self._encode(example.answer)
+        prompt, answer = (
+            encode(self.tokenizer, example.prompt),
+            encode(self.tokenizer, example.answer),
+        )
         over = 2 + len(prompt) + len(answer) - room
         tokens = [eot, *prompt, *answer, eot]
         if over <= 0:
@@ -209,7 +213,7 @@ class Generation(Finetuning):
             )
         if over > long:
             return [], "dropped"
-        prompt = self._encode(example.prompt, keep=long - over)
+        prompt = encode(self.tokenizer, example.prompt, keep=long - over)
         return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "cut"
 
     def prompt(self, i: int) -> list[int]:
@@ -390,11 +394,11 @@ class Generation(Finetuning):
     def _question_ids(self, parts: Parts, context: int) -> list[int]:
         """What a row gives the model to go on from: a long text is cut to leave the answer a
         quarter of the context."""
-        ids = [self.tokenizer.eot, *self._encode(parts)]
+        ids = [self.tokenizer.eot, *encode(self.tokenizer, parts)]
         over = len(ids) - (context - context // 4)
         long = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
         if over > 0 and long:
-            ids = [self.tokenizer.eot, *self._encode(parts, keep=max(0, long - over))]
+            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep=max(0, long - over))]
         return ids
 
 

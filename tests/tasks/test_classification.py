@@ -35,8 +35,8 @@ from model import GPT
 from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
-from tasks.classification.task import Classification, padded
-from tasks.finetuning import Long, Parts, Special
+from tasks.classification.task import Classification
+from tasks.encoder import Long, Parts, Special, padded
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
@@ -192,7 +192,9 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
         batch = padded(rows, filler, np.array([max(map(len, rows)) + more]))
-        return task.log_p(model, *task.states(model, batch["idx"], batch["lengths"]), 0)
+        return task.scorer.log_p(
+            model, *task.scorer.states(model, batch["idx"], batch["lengths"]), 0
+        )
 
     with torch.no_grad():
         together = scores(ids, filler, more)
@@ -432,8 +434,8 @@ def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
     task = mood(tokenizer, form="word")
     assert task.words == LABELS  # a word is its own name
     assert (
-        task.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS]
-        and len(set(task.word_ids)) == 3
+        task.scorer.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS]
+        and len(set(task.scorer.word_ids)) == 3
     )
     assert word_ids(tokenizer, ["rain ", " town"]) == [
         tokenizer.encode(" rain")[0],
@@ -545,7 +547,7 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
     )
     if task.cfg.form == "word":
         log_p, pooled = (
-            F.log_softmax(exact.logits(hidden[:, -1]), -1)[:, task.word_ids],
+            F.log_softmax(exact.logits(hidden[:, -1]), -1)[:, task.scorer.word_ids],
             hidden[:, -1],
         )
     else:
@@ -621,7 +623,7 @@ def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
     model, length = model_of(task), int(task.train.lengths.max())
     batch = task.batch("train", np.array([0])).tensors
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.states(model, batch["idx"][:, :length], batch["lengths"])
+        task.scorer.states(model, batch["idx"][:, :length], batch["lengths"])
     # Biases and norms are counted as weights by the formula, and the one position's few products
     # are not.
     flops = task.cost().flops_per_token
@@ -722,7 +724,7 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
 def log_p_of(task: Mood, model: GPT, tokens: np.ndarray, head: int = 0) -> np.ndarray:
     """Of a row alone."""
     hidden = model.hidden(torch.from_numpy(tokens)[None])
-    return task.log_p(model, hidden, torch.tensor([len(tokens)]), head)[0].numpy()
+    return task.scorer.log_p(model, hidden, torch.tensor([len(tokens)]), head)[0].numpy()
 
 
 def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> float:
