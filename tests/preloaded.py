@@ -43,8 +43,9 @@ def picture() -> None:
 
 
 picture()
-# On a GPU a step starts threads, which a forked process would be without.
-if not torch.cuda.is_available():
+# Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and
+# a forked process is without them.
+if torch.accelerator.current_accelerator() is None:
     step()
 gc.collect()
 gc.freeze()  # no collection of a forked run walks it, and copies it
