@@ -187,7 +187,7 @@ def prepare(shape: Shape, folder: str) -> None:
     tail = np.random.default_rng(SEED).lognormal(*LOG_LENGTH, DRAWN_ROWS)
     draw_rows(path / "tail.jsonl", tail.clip(SHORTEST, LONGEST).astype(int), SEED + 2)
     engine = Engine(options_of(Fit("", shape, "fp32", "cpu", folder, "lora")))
-    peft.save_adapter(engine.model, path / "adapter", folder, engine.task.base_sha256, score)
+    peft.save_adapter(engine.model, path / "adapter", folder, engine.task.trunk.base_sha256, score)
     batch = engine.task.batch("train", engine.task.rows("train", 0).reshape(-1)).tensors
     save_file(
         {name: batch[name] for name in ("idx", "labels", "lengths")}, path / "batch.safetensors"

@@ -7,8 +7,6 @@ A row becomes a sequence of tokens, padded at the right, where causal attention 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -21,20 +19,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import layers, peft
-from config import GPTConfig, RunConfig, UserError
+from config import GPTConfig, RunConfig
 from engine.optim import Group
-from engine.pretraining import model_config, open_pretrained
 from engine.task import Cost, Facts, Task
 from model import GPT
-from storage.checkpoint import locate
 from tasks import methods
 from tasks.options import FinetuneConfig
 from tasks.order import Order, padded_lengths, padding_share
+from tasks.trunk import Trunk
 from text.rows import Expand, Reader, Row, hold_out, overlap, read_rows
-from text.tokenizer import Tokenizer, load_tokenizer
-
-SCRATCH_CONTEXT = 256  # tokens, of a model from scratch without --seq-len
 
 
 @dataclass
@@ -155,52 +148,18 @@ class Finetuning(Task):
 
     # --- vocabulary and shape
 
-    def _open_vocabulary(self) -> None:
-        cfg = self.cfg
-        where = cfg.init if cfg.init == "scratch" else locate(cfg.init)
-        given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
-        base = load_tokenizer(given if given == "gpt2" else locate(given))
-        self.tokenizer: Tokenizer = base.with_special(self.special) if self.special else base
-        # until `build_model` takes it
-        self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)
-        self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
-        # Tokens that are only named, and that the model has no row for, are new to it.
-        known = (
-            min(base.vocab_size, self.base.config.vocab_size)
-            if self.base
-            else self.tokenizer.vocab_size
-        )
-        self.new_tokens = range(known, self.tokenizer.vocab_size)
-        self.shape: GPTConfig = (
-            self.base.config
-            if self.base
-            else model_config(cfg, self.tokenizer.vocab_size, cfg.seq_len or SCRATCH_CONTEXT)
-        )
-        if base.rows > self.shape.vocab_size:
-            raise UserError(
-                f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
-                f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
-            )
-        size = max(self.shape.vocab_size, self.tokenizer.vocab_size)
-        self.shape = dataclasses.replace(self.shape, vocab_size=size)
+    def open_trunk(self) -> None:
+        """Open the base or the shape, and the tokenizer."""
+        self.trunk = Trunk(self.cfg, self.special, self.add_heads)
+        self.tokenizer = self.trunk.tokenizer
+        self.seq_len = self.trunk.longest_row()
 
-    def _make_room(self) -> None:
-        """Set the longest row there may be, `seq_len`."""
-        cfg = self.cfg
-        limit = self.shape.block_size - (
-            cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0
-        )
-        if limit < 1:
-            raise UserError(
-                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's "
-                f"{self.shape.block_size} positions; use fewer"
-            )
-        if cfg.seq_len and cfg.seq_len > limit:
-            raise UserError(
-                f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has "
-                "room for"
-            )
-        self.seq_len = cfg.seq_len or limit
+    def add_heads(self, model: GPT) -> None:
+        """Put the task's heads on the model; a task that writes text has the model's own."""
+
+    @property
+    def shape(self) -> GPTConfig:
+        return self.trunk.shape
 
     def _set_order(self, group: int = 1) -> None:
         """The batches of each step, and the lengths they are padded to."""
@@ -217,8 +176,7 @@ class Finetuning(Task):
 
     def facts(self) -> Facts:
         """What the loop must know, once rows and order are read."""
-        with torch.device("meta"):
-            self._stored = methods.stored(self._dressed(GPT(self.shape)), self.cfg)
+        self._stored = self.trunk.stored()
         epoch, size = self.steps_per_epoch, self.cfg.batch_size
         return Facts(
             identity=self.identity(),
@@ -237,7 +195,7 @@ class Finetuning(Task):
         """What a step takes."""
         with torch.device("meta"):
             flops = GPT(self.shape).flops_per_token(int(self.train.lengths.max()))
-        return Cost(self.shape, int(self.padded[-1]), flops, self._dressed)
+        return Cost(self.shape, int(self.padded[-1]), flops, self.trunk.added)
 
     def identity(self) -> dict[str, Any]:
         names = ["batch_size", "method", "llrd", *self.choices]
@@ -255,7 +213,7 @@ class Finetuning(Task):
             "vocabulary": self.shape.vocab_size,
             "tied_head": self.shape.tied_head,
             "padded_vocabulary": self.shape.padded_vocab_size,
-            "base": self.base_sha256,
+            "base": self.trunk.base_sha256,
             "data": hashlib.sha256(f"{self.train.sha256} {self.val.sha256}".encode()).hexdigest(),
             "val_data": self.val.sha256,
             "tokenizer": self.tokenizer.sha256,
@@ -263,8 +221,7 @@ class Finetuning(Task):
 
     def describe(self) -> dict[str, str]:
         shape, train = self.shape, self.train
-        with torch.device("meta"):
-            model = self._dressed(GPT(shape))
+        model = self.trunk.without_weights()
         trained, total = methods.counts(model, self.groups(model, 0))
         padding = padding_share(
             self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size
@@ -285,20 +242,12 @@ class Finetuning(Task):
     # --- the model
 
     def build_model(self, cfg: RunConfig) -> GPT:
-        model, self.base = self.base or GPT(self.shape), None
-        if self.new_tokens:
-            layers.add_tokens(model, self.new_tokens)
         self.cfg = cfg
-        return self._dressed(model)
-
-    def _dressed(self, model: GPT) -> GPT:
-        """The model with what its method adds to it."""
-        methods.add_adapter(model, self.cfg, self.new_tokens)
-        return model
+        return self.trunk.build()
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
         assert isinstance(model, GPT)
-        return methods.groups(model, self.cfg, step, self.steps_per_epoch)
+        return self.trunk.groups(model, step, self.steps_per_epoch)
 
     def stored(self, name: str) -> bool:
         return name in self._stored
@@ -332,29 +281,4 @@ class Finetuning(Task):
 
     def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
         assert isinstance(model, GPT)
-        apart = self.cfg.method in layers.ADAPTERS if stored_only else not layers.can_merge(model)
-        if apart:
-            self._export_adapter(model, folder)
-        else:
-            self._export_whole(model, folder)
-
-    def _export_adapter(self, model: GPT, folder: Path) -> None:
-        init = self.cfg.init
-        base = str(Path(locate(init)).resolve()) if Path(init).exists() else init  # else a hub id
-        self.write_adapter(model, folder, base)
-        self.tokenizer.save(folder, self.pads)
-
-    def _export_whole(self, model: GPT, folder: Path) -> None:
-        if layers.added(model):
-            model = copy.deepcopy(model)  # the loop goes on with this one
-            layers.merge(model)
-        self.write_model(model, folder)
-        self.tokenizer.save(folder, self.pads)
-
-    def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
-        """What was added to a base that is elsewhere, in PEFT's layout."""
-        peft.save_adapter(model, folder, base, self.base_sha256)
-
-    def write_model(self, model: GPT, folder: Path) -> None:
-        """A whole model, in the hub's layout."""
-        model.save_pretrained(folder, eot=self.tokenizer.eot)
+        self.trunk.export(model, folder, stored_only, self.pads)

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import heads, layers, peft
+from adapters import heads, layers
 from adapters.heads import Head
 from base.files import write_json
 from config import RunConfig, UserError
@@ -157,10 +157,10 @@ class Classification(Finetuning):
             )
         return known
 
-    def _open_vocabulary(self) -> None:
-        super()._open_vocabulary()
-        if self.cfg.model == "lstm":
-            self.shape = dataclasses.replace(self.shape, n_layer=0)  # its embeddings, then the head
+    def open_trunk(self) -> None:
+        super().open_trunk()
+        if self.cfg.model == "lstm":  # its embeddings, then the head
+            self.trunk.shape = dataclasses.replace(self.shape, n_layer=0)
 
     def setup(
         self, cfg: ClassificationConfig, say: Callable[[str], None], dry: bool = False
@@ -170,8 +170,7 @@ class Classification(Finetuning):
         check(cfg)
         methods.check(cfg)
         train, val = self.read_labelled(say)
-        self._open_vocabulary()
-        self._make_room()
+        self.open_trunk()
         self.words = self._words()
         if cfg.form != "word" and cfg.pooling == "last":
             self.hub_class = ("AutoModelForSequenceClassification", "text-classification")
@@ -359,13 +358,12 @@ class Classification(Finetuning):
 
     # --- the model
 
-    def _dressed(self, model: GPT) -> GPT:
+    def add_heads(self, model: GPT) -> None:
         for key, part in zip(self.keys, self.parts, strict=True):
             if part.cfg.form != "word":
                 model.heads[key] = Head(
                     model.config.n_embd, len(part.labels), self.cfg.pooling, self.cfg.head_dropout
                 )
-        return super()._dressed(model)
 
     def build_model(self, cfg: RunConfig) -> GPT:
         model = super().build_model(cfg)
@@ -632,12 +630,10 @@ class Classification(Finetuning):
         with_head = self.cfg.form != "word" and self.cfg.pooling == "last"
         return model.heads[self.keys[0]].weight if with_head else None
 
-    def write_adapter(self, model: GPT, folder: Path, base: str) -> None:
-        peft.save_adapter(model, folder, base, self.base_sha256, self._score(model))
-        heads.save(model, folder, self.info)
-
-    def write_model(self, model: GPT, folder: Path) -> None:
-        model.save_pretrained(folder, self.tokenizer.eot, self._score(model), self.labels)
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
+        assert isinstance(model, GPT)
+        score = self._score(model)
+        self.trunk.export(model, folder, stored_only, self.pads, score, self.labels)
         heads.save(model, folder, self.info)
 
 

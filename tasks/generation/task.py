@@ -132,8 +132,7 @@ class Generation(Finetuning):
             self.best = Task.best  # nothing is decoded, so there is no other figure
         if "unlikelihood" in cfg.objective:
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
-        self._open_vocabulary()
-        self._make_room()
+        self.open_trunk()
         train, val = self._training_and_validation(say)
         self.train = self._split(train, self.example, "training")
         self.val = self._split(val, self.question, "validation")

@@ -490,7 +490,7 @@ def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
         dict(dropout=0.1) if "objective" in LOSSES[request.param] else {}
     )
     task = (mood if options.get("form") == "word" else of_two)(tokenizer, **options)
-    task.shape = dataclasses.replace(task.shape, dropout=0.0)
+    task.trunk.shape = dataclasses.replace(task.shape, dropout=0.0)
     model = model_of(task)
     if task.passes == 2:
         model.transformer.drop = Passes()

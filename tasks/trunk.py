@@ -1,0 +1,131 @@
+"""The model that a task fine-tunes: where it comes from, what its method adds to it, and how it is
+written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters import layers, peft
+from config import GPTConfig, UserError
+from engine.optim import Group
+from engine.pretraining import model_config, open_pretrained
+from model import GPT
+from storage.checkpoint import locate
+from tasks import methods
+from tasks.options import FinetuneConfig
+from text.tokenizer import load_tokenizer
+
+SCRATCH_CONTEXT = 256  # tokens, of a model from scratch without --seq-len
+
+
+class Trunk:
+    """The base of --init, or the shape of a model from scratch, and its tokenizer."""
+
+    def __init__(
+        self, cfg: FinetuneConfig, special: Sequence[str], add_heads: Callable[[GPT], object]
+    ):
+        """special: tokens that the task adds to the vocabulary; add_heads: puts a task's heads on a
+        model. Raises UserError where tokenizer and model do not fit together."""
+        self.cfg, self.add_heads = cfg, add_heads
+        where = cfg.init if cfg.init == "scratch" else locate(cfg.init)
+        given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
+        base = load_tokenizer(given if given == "gpt2" else locate(given))
+        self.tokenizer = base.with_special(tuple(special)) if special else base
+        # until `build` takes it
+        self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)
+        self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
+        # Tokens that are only named, and that the model has no row for, are new to it.
+        known = self.tokenizer.vocab_size
+        if self.base:
+            known = min(base.vocab_size, self.base.config.vocab_size)
+        self.new_tokens = range(known, self.tokenizer.vocab_size)
+        shape = (
+            self.base.config
+            if self.base
+            else model_config(cfg, self.tokenizer.vocab_size, cfg.seq_len or SCRATCH_CONTEXT)
+        )
+        if base.rows > shape.vocab_size:
+            raise UserError(
+                f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
+                f"{shape.vocab_size}; leave --tokenizer out or name the model's own"
+            )
+        size = max(shape.vocab_size, self.tokenizer.vocab_size)
+        self.shape: GPTConfig = dataclasses.replace(shape, vocab_size=size)
+
+    def longest_row(self) -> int:
+        """Tokens of the longest row: as asked for, else all that the model has room for. Raises
+        UserError where there is no such room."""
+        cfg = self.cfg
+        before = cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0
+        limit = self.shape.block_size - before
+        if limit < 1:
+            raise UserError(
+                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's "
+                f"{self.shape.block_size} positions; use fewer"
+            )
+        if cfg.seq_len and cfg.seq_len > limit:
+            raise UserError(
+                f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has "
+                "room for"
+            )
+        return cfg.seq_len or limit
+
+    def build(self) -> GPT:
+        """The model to train; the heads and what the method adds are drawn from the global random
+        state."""
+        model, self.base = self.base or GPT(self.shape), None
+        if self.new_tokens:
+            layers.add_tokens(model, self.new_tokens)
+        return self.added(model)
+
+    def added(self, model: GPT) -> GPT:
+        """The model with its heads and with what its method adds."""
+        self.add_heads(model)
+        methods.add_adapter(model, self.cfg, self.new_tokens)
+        return model
+
+    def without_weights(self) -> GPT:
+        """The same model on the meta device: shapes alone."""
+        with torch.device("meta"):
+            return self.added(GPT(self.shape))
+
+    def stored(self) -> set[str]:
+        """Names of the parameters that a checkpoint must hold."""
+        return methods.stored(self.without_weights(), self.cfg)
+
+    def groups(self, model: GPT, step: int, steps_per_epoch: int) -> list[Group]:
+        """The parameters that train in a step."""
+        return methods.groups(model, self.cfg, step, steps_per_epoch)
+
+    def export(
+        self,
+        model: GPT,
+        folder: Path,
+        stored_only: bool,
+        pads: bool,
+        score: Tensor | None = None,
+        labels: Sequence[str] = (),
+    ) -> None:
+        """Write the model in the hub's layout, or what was added to a base that is elsewhere in
+        PEFT's, and the tokenizer.
+
+        stored_only: as a checkpoint stores it. pads: whether the hub's class must know what fills a
+        batch. With `score` (n_labels, n_embd) it is a classifier by the last token.
+        """
+        apart = self.cfg.method in layers.ADAPTERS if stored_only else not layers.can_merge(model)
+        if apart:
+            init = self.cfg.init  # a path, else a hub id
+            base = str(Path(locate(init)).resolve()) if Path(init).exists() else init
+            peft.save_adapter(model, folder, base, self.base_sha256, score)
+        else:
+            if layers.added(model):
+                model = copy.deepcopy(model)  # the loop goes on with this one
+                layers.merge(model)
+            model.save_pretrained(folder, self.tokenizer.eot, score, labels)
+        self.tokenizer.save(folder, pads)
