@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from config import UserError
 from dataset import window_order
-
-if TYPE_CHECKING:
-    pass
 
 POOL = 64  # batches whose rows are sorted together
 
@@ -84,6 +80,43 @@ class Order:
 
     def _sorted(self, ids: np.ndarray) -> np.ndarray:
         return ids[np.argsort(self.lengths[ids], kind="stable")]
+
+
+class Turns:
+    """Which rows each step sees where several tasks train at once, each step those of one task.
+
+    In an epoch the first task gives all of its batches; each of the others as many as it has, and
+    never more than that, goes on in the next where it ended, and has its places by the seed.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, tasks: np.ndarray, batch_size: int, seed: int, group: int = 1
+    ):
+        """lengths, tasks: (n,) tokens of each row and the number of its task, the rows of a task
+        one after another."""
+        self.seed = seed
+        self.orders: list[Order] = []
+        self.offsets: list[int] = []
+        for task in range(int(tasks.max()) + 1):
+            ids = np.flatnonzero(tasks == task)
+            self.offsets.append(int(ids[0]))
+            self.orders.append(Order(lengths[ids], batch_size, seed + task, group))
+        own = self.orders[0].steps_per_epoch
+        self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(self.shares)
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Ids of the global batch of a 0-based step, (groups, rows of a group) int64."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        turns = np.repeat(np.arange(len(self.shares)), self.shares)
+        if len(self.shares) > 1:
+            turns = np.random.default_rng([self.seed, epoch]).permutation(turns)
+        task = turns[at]
+        before = int((turns[:at] == task).sum())
+        return self.orders[task](epoch * self.shares[task] + before) + self.offsets[task]
 
 
 def padded_lengths(

@@ -56,7 +56,7 @@ from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder, Long, Parts, padded
 from tasks.finetuning import Finetuning, Split
 from tasks.objectives import label_nll, rdrop, simcse
-from tasks.order import Order
+from tasks.order import Turns
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
@@ -316,34 +316,18 @@ class Classification(Finetuning):
     # --- order
 
     def _set_order(self, group: int = 1) -> None:
-        """An order for each task's rows. In an epoch the task itself gives all of its batches; each
-        of the others as many as it has, and never more than that, goes on in the next where it
-        ended, and has its places by the seed."""
         super()._set_order(group)
-        self.orders, self.offsets = [], []
-        for head in range(len(self.parts)):
-            ids = np.flatnonzero(self.train.heads == head)
-            self.offsets.append(int(ids[0]))
-            self.orders.append(
-                Order(self.train.lengths[ids], self.cfg.batch_size, self.cfg.seed + head, group)
-            )
-        own = self.orders[0].steps_per_epoch
-        self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
+        cfg, train = self.cfg, self.train
+        self.turns = Turns(train.lengths, train.heads, cfg.batch_size, cfg.seed, group)
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(self.shares)
+        return self.turns.steps_per_epoch
 
     def rows(self, split: str, step: int) -> np.ndarray:
         if split == "val":
             return np.lexsort((self.val.lengths, self.val.heads))[:, None]
-        epoch, at = divmod(step, self.steps_per_epoch)
-        turns = np.repeat(np.arange(len(self.shares)), self.shares)
-        if len(self.shares) > 1:
-            turns = np.random.default_rng([self.cfg.seed, epoch]).permutation(turns)
-        head = turns[at]
-        before = int((turns[:at] == head).sum())
-        return self.orders[head](epoch * self.shares[head] + before) + self.offsets[head]
+        return self.turns(step)
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val

@@ -9,7 +9,6 @@ of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,16 @@ import torch.nn as nn
 from config import UserError
 from decoding.batched import generate
 from decoding.loading import open_model
-from decoding.window import kept_tokens
 from engine.pretraining import perplexity
 from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
-from tasks.encoder import Long, Parts, Special, encode, plain
-from tasks.finetuning import Finetuning, Split
+from tasks.encoder import Long, Parts, Special, plain
+from tasks.finetuning import Finetuning
 from tasks.generation.options import GenerationConfig
+from tasks.generation.sequences import Example, Sequences, Writer
 from tasks.metrics import longest_copied
 from tasks.objectives import nll_and_unlikelihood
 from tasks.order import pad_to
@@ -42,33 +41,12 @@ __all__ = ["Answer", "Example", "Generation", "Long", "Parts", "Special", "plain
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row as the model sees it: what it reads, and what it learns to write after that."""
-
-    prompt: Parts
-    answer: Parts
-
-
-@dataclass(frozen=True)
 class Answer:
     """What the model wrote after a prompt, and what is true."""
 
     prompt: str
     text: str
     reference: str
-
-
-@dataclass
-class Sequences(Split):
-    """A long text is several sequences; end-of-text at both ends."""
-
-    learned: list[int]  # place of the first token that is learned
-    references: list[str]
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens that the model reads of each: the last is only written."""
-        return np.array([len(tokens) - 1 for tokens in self.tokens])
 
 
 class Generation(Finetuning):
@@ -133,6 +111,7 @@ class Generation(Finetuning):
         if "unlikelihood" in cfg.objective:
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
         self.open_trunk()
+        self.writer = Writer(self.tokenizer, self.seq_len, cfg.strict)
         train, val = self._training_and_validation(say)
         self.train = self._split(train, self.example, "training")
         self.val = self._split(val, self.question, "validation")
@@ -148,7 +127,7 @@ class Generation(Finetuning):
         if cfg.predict:
             rows = self.rows_to_answer(cfg, say)
             # what --strict does not allow ends here
-            self._prompts_to_answer(rows, self.seq_len, lambda text: None)
+            self.writer.prompts(rows, self.asked, self.seq_len, lambda text: None)
         for text in self._first_rows():
             say(text)
         return self.facts()
@@ -159,7 +138,7 @@ class Generation(Finetuning):
         split = Sequences([], [], Rows(list(rows)).sha256, [], [])
         counts = {"cut": 0, "dropped": 0, "continued": 0}
         for row in rows:
-            sequences, happened = self._sequences(example(row), row)
+            sequences, happened = self.writer.sequences(example(row), row.where)
             if happened:
                 counts[happened] += 1
             for tokens, learned in sequences:
@@ -185,39 +164,9 @@ class Generation(Finetuning):
             )
         return split
 
-    def _sequences(self, example: Example, row: Row) -> tuple[list[tuple[list[int], int]], str]:
-        """(tokens, place of the first that is learned) of a row, and what had to be done to make it
-        fit."""
-        eot = self.tokenizer.eot
-        room = self.seq_len + 1  # the last token is not read
-        prompt, answer = (
-            encode(self.tokenizer, example.prompt),
-            encode(self.tokenizer, example.answer),
-        )
-        over = 2 + len(prompt) + len(answer) - room
-        tokens = [eot, *prompt, *answer, eot]
-        if over <= 0:
-            return [(tokens, 1 + len(prompt))], ""
-        long = sum(
-            len(self.tokenizer.encode(part)) for part in example.prompt if isinstance(part, Long)
-        )
-        if not long and 1 + len(prompt) < room:
-            # Each piece begins with the last token of the one before, which it reads and does not
-            # learn.
-            pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
-            return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "continued"
-        if self.cfg.strict:
-            raise UserError(
-                f"{row.where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
-            )
-        if over > long:
-            return [], "dropped"
-        prompt = encode(self.tokenizer, example.prompt, keep=long - over)
-        return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "cut"
-
     def prompt(self, i: int) -> list[int]:
         """What validation row `i` gives the model to go on from."""
-        return self._question_ids(self.question(self.val.rows[i]).prompt, self.seq_len)
+        return self.writer.prompt(self.question(self.val.rows[i]).prompt, self.seq_len)
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch, what is learned between the marks."""
@@ -329,6 +278,7 @@ class Generation(Finetuning):
         self.cfg = cfg
         rows = self.rows_to_answer(cfg, say)
         model, self.tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
+        self.writer = Writer(self.tokenizer, model.context, cfg.strict)
         return model, rows
 
     def predict(
@@ -341,7 +291,7 @@ class Generation(Finetuning):
         read is not scored.
         """
         model, rows = self.ready(cfg, where, say)
-        prompts = self._prompts_to_answer(rows, model.context, say)
+        prompts = self.writer.prompts(rows, self.asked, model.context, say)
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
         readable = list(prompts)
         for begin in range(0, len(readable), cfg.batch_size):
@@ -361,44 +311,6 @@ class Generation(Finetuning):
         if scores and len(known) < len(rows):
             say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
         return scores
-
-    def _prompts_to_answer(
-        self, rows: Sequence[Row], context: int, say: Callable[[str], None]
-    ) -> dict[int, list[int]]:
-        """What each row that can be read gives the model to go on from, by its number.
-
-        Of a prompt longer than the context the newest tokens are read, and that is told; UserError
-        under --strict.
-        """
-        prompts = {
-            i: self._question_ids(self.asked(row), context)
-            for i, row in enumerate(rows)
-            if not row.fault
-        }
-        long = [i for i, ids in prompts.items() if len(ids) > context]
-        if long and self.cfg.strict:
-            length, where = len(prompts[long[0]]), rows[long[0]].where
-            raise UserError(
-                f"{where}: a prompt of {length} tokens is too long for a context of {context} "
-                "(--strict)"
-            )
-        if long:
-            say(
-                f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of "
-                f"{context}, the first in {rows[long[0]].where}: only their last "
-                f"{kept_tokens(context)} tokens are read"
-            )
-        return prompts
-
-    def _question_ids(self, parts: Parts, context: int) -> list[int]:
-        """What a row gives the model to go on from: a long text is cut to leave the answer a
-        quarter of the context."""
-        ids = [self.tokenizer.eot, *encode(self.tokenizer, parts)]
-        over = len(ids) - (context - context // 4)
-        long = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
-        if over > 0 and long:
-            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep=max(0, long - over))]
-        return ids
 
 
 def _answered(row: Row, answer: Answer) -> dict[str, Any]:

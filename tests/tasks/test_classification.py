@@ -780,7 +780,7 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
             if of == {0}
         ]
         assert sorted(np.concatenate([g.reshape(-1) for g in mine])) == list(range(own))
-    per_pass = task.orders[1].steps_per_epoch
+    per_pass = task.turns.orders[1].steps_per_epoch
     assert n - own_steps == min(own_steps, per_pass) and len(whole[1]) == epochs * (n - own_steps)
     for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):  # it goes on where it ended
         found = np.concatenate([g.reshape(-1) for g in whole[1][begin : begin + per_pass]])
@@ -822,7 +822,7 @@ def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
 def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
     task = of_two(tokenizer, method="ulmfit")
     model, n = task.build_model(task.cfg), task.steps_per_epoch
-    assert n == 4 > task.orders[0].steps_per_epoch
+    assert n == 4 > task.turns.orders[0].steps_per_epoch
 
     def trained(step: int) -> set[str]:
         """The heads, or h.0, h.1, ..., that train in a step."""

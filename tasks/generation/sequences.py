@@ -1,0 +1,116 @@
+"""Rows whose answers are texts, as sequences of tokens: end-of-text, the prompt, the answer,
+end-of-text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from config import UserError
+from decoding.window import kept_tokens
+from tasks.encoder import Long, Parts, encode
+from tasks.finetuning import Split
+from text.rows import Row
+from text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it: what it reads, and what it learns to write after that."""
+
+    prompt: Parts
+    answer: Parts
+
+
+@dataclass
+class Sequences(Split):
+    """A long text is several sequences; end-of-text at both ends."""
+
+    learned: list[int]  # place of the first token that is learned
+    references: list[str]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens that the model reads of each: the last is only written."""
+        return np.array([len(tokens) - 1 for tokens in self.tokens])
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Prompts and answers as tokens, of which the model reads at most `seq_len` at once."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+    strict: bool  # whether a row that is too long is an error
+
+    def sequences(self, example: Example, where: str) -> tuple[list[tuple[list[int], int]], str]:
+        """(tokens, place of the first that is learned) of a row, and what had to be done to make it
+        fit."""
+        eot = self.tokenizer.eot
+        room = self.seq_len + 1  # the last token is not read
+        prompt, answer = (encode(self.tokenizer, part) for part in (example.prompt, example.answer))
+        over = 2 + len(prompt) + len(answer) - room
+        tokens = [eot, *prompt, *answer, eot]
+        if over <= 0:
+            return [(tokens, 1 + len(prompt))], ""
+        long = self._long(example.prompt)
+        if not long and 1 + len(prompt) < room:
+            # Each piece begins with the last token of the one before, which it reads and does not
+            # learn.
+            pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
+            return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "continued"
+        if self.strict:
+            raise UserError(
+                f"{where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
+            )
+        if over > long:
+            return [], "dropped"
+        prompt = encode(self.tokenizer, example.prompt, keep=long - over)
+        return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "cut"
+
+    def prompt(self, parts: Parts, context: int) -> list[int]:
+        """What a row gives the model to go on from: a long text is cut to leave the answer a
+        quarter of the context."""
+        ids = [self.tokenizer.eot, *encode(self.tokenizer, parts)]
+        over, long = len(ids) - (context - context // 4), self._long(parts)
+        if over > 0 and long:
+            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep=max(0, long - over))]
+        return ids
+
+    def prompts(
+        self,
+        rows: Sequence[Row],
+        asked: Callable[[Row], Parts],
+        context: int,
+        say: Callable[[str], None],
+    ) -> dict[int, list[int]]:
+        """What each row that can be read gives the model to go on from, by its number; `asked`: its
+        parts.
+
+        Of a prompt longer than the context the newest tokens are read, and that is told. Raises
+        UserError for it where strict.
+        """
+        prompts = {
+            i: self.prompt(asked(row), context) for i, row in enumerate(rows) if not row.fault
+        }
+        long = [i for i, ids in prompts.items() if len(ids) > context]
+        if long and self.strict:
+            length, where = len(prompts[long[0]]), rows[long[0]].where
+            raise UserError(
+                f"{where}: a prompt of {length} tokens is too long for a context of {context} "
+                "(--strict)"
+            )
+        if long:
+            say(
+                f"{len(long):,} of {len(rows):,} prompts are longer than the model's context of "
+                f"{context}, the first in {rows[long[0]].where}: only their last "
+                f"{kept_tokens(context)} tokens are read"
+            )
+        return prompts
+
+    def _long(self, parts: Parts) -> int:
+        """Tokens of the long texts among the parts."""
+        return sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
