@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,6 @@ from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
-from tasks.classification import confusion
 from tasks.classification.labels import (
     class_weights,
     composed,
@@ -45,17 +44,12 @@ from tasks.classification.labels import (
     true_labels,
     word_ids,
 )
+from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import (
-    VALIDATION,
-    probabilities,
-    write_predictions,
-    write_report,
-)
+from tasks.classification.predictions import VALIDATION, write_predictions, write_report
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder, Long, Parts, padded
 from tasks.finetuning import Finetuning, Split
-from tasks.objectives import label_nll, rdrop, simcse
 from tasks.order import Turns
 from text.rows import Row, Rows
 
@@ -183,7 +177,10 @@ class Classification(Finetuning):
             self.warnings += other.warnings
         self.train, self.val = (_joined(parts) for parts in zip(*splits, strict=True))
         self._set_order(cfg.simcse_group if "simcse" in cfg.objective else 1)
-        self._set_terms()
+        weights = [weight for _, weight in self.others]
+        others = dict(zip(self.keys[1:], weights, strict=True))
+        self.objective = Objective(cfg, self.scorer, others)
+        self.terms = self.objective.terms
         if cfg.predict:
             self.check_rows_to_answer(say)
         for text in self._first_rows():
@@ -338,7 +335,9 @@ class Classification(Finetuning):
             "heads": torch.from_numpy(data.heads[ids]),
             "ids": torch.from_numpy(np.asarray(ids)),
         }
-        return Batch(tensors, self._weights(tensors), self.amounts(data, ids, tensors["idx"]))
+        return Batch(
+            tensors, self.objective.weights(tensors), self.amounts(data, ids, tensors["idx"])
+        )
 
     # --- the model
 
@@ -372,16 +371,10 @@ class Classification(Finetuning):
                 f"({info.pooling}): this run's is new",
             )
 
-    def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
-        """What a step computes, for its memory: idx (B, T) to a loss."""
-        idx = idx.repeat(self.passes, 1)
-        lengths = torch.full((len(idx),), idx.shape[1])
-        return -self.scorer.log_p(model, *self.scorer.states(model, idx, lengths), 0).sum()
-
     def cost(self) -> Cost:
         cost = super().cost()
         flops = (cost.flops_per_token or 0) - self._flops_left_out()
-        return dataclasses.replace(cost, flops_per_token=flops, loss=self.of_tokens)
+        return dataclasses.replace(cost, flops_per_token=flops, loss=self.objective.of_tokens)
 
     def _flops_left_out(self) -> int:
         """Of a token: those of the language model's head, and where only the last token is read,
@@ -410,89 +403,16 @@ class Classification(Finetuning):
 
     # --- the loss
 
-    def _set_terms(self) -> None:
-        cfg = self.cfg
-        self.passes = 2 if cfg.objective else 1
-        self.terms = {"nll": 1.0} | {
-            key: weight for key, (_, weight) in zip(self.keys[1:], self.others, strict=True)
-        }
-        # half of R-Drop's objective: the mean nll, alpha/2 its divergence
-        of = {"rdrop": cfg.rdrop / 2, "simcse": cfg.simcse}
-        self.terms |= {name: of[name] for name in cfg.objective}
-
-    def _term(self, head: int) -> str:
-        return self.keys[head] if head else "nll"
-
-    def _weights(self, batch: Tensors) -> dict[str, float]:
-        total = float(batch["weights"].double().sum())
-        found = {
-            self._term(head): float(batch["weights"][batch["heads"] == head].double().sum())
-            for head in batch["heads"].unique().tolist()
-        }
-        of = {"rdrop": total, "simcse": float(len(batch["ids"]))}
-        return found | {name: of[name] for name in self.cfg.objective}
-
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         assert isinstance(model, GPT)
-        n = len(batch["ids"])
-        hidden, lengths = self.scorer.states(
-            model, batch["idx"].repeat(self.passes, 1), batch["lengths"].repeat(self.passes)
-        )
-        views = [hidden[n * i : n * (i + 1)] for i in range(self.passes)]
-        lengths = lengths[:n]
-        terms: dict[str, Tensor] = dict.fromkeys(
-            map(str, self.cfg.objective), hidden.new_zeros((), dtype=torch.float32)
-        )
-        for head, mine in self._by_head(batch):
-            log_ps = [self.scorer.log_p(model, view[mine], lengths[mine], head) for view in views]
-            labels, weights = batch["labels"][mine], batch["weights"][mine]
-            nlls = [label_nll(log_p, labels, weights, self.cfg.label_smoothing) for log_p in log_ps]
-            terms[self._term(head)] = torch.stack(nlls).mean()
-            if "rdrop" in terms:
-                terms["rdrop"] = terms["rdrop"] + rdrop(*log_ps, weights)
-        if "simcse" in terms:
-            # a step's rows are of one task
-            head = int(batch["heads"][0]) if len(self.parts) > 1 else 0
-            pooled = [self.scorer.pooled(model, view, lengths, head) for view in views]
-            terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
-        return terms
-
-    def _by_head(self, batch: Tensors) -> Iterator[tuple[int, Any]]:
-        """The heads that a batch has rows for, and which those are. With one head a GPU has nothing
-        to wait for."""
-        if len(self.parts) == 1:
-            yield 0, slice(None)
-            return
-        for head in batch["heads"].unique().tolist():
-            yield head, batch["heads"] == head
-
-    # --- evaluation
+        return self.objective.loss(model, batch)
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
-        """Head, label and log-probabilities of each row: F1 and calibration do not add up."""
         assert isinstance(model, GPT)
-        hidden, lengths = self.scorer.states(model, batch["idx"], batch["lengths"])
-        found = {}
-        for head, mine in self._by_head(batch):
-            log_p = self.scorer.log_p(model, hidden[mine], lengths[mine], head)
-            records = zip(
-                batch["ids"][mine].tolist(),
-                batch["labels"][mine].tolist(),
-                log_p.tolist(),
-                strict=True,
-            )
-            found |= {i: (head, label, values) for i, label, values in records}
-        return {}, found
+        return self.objective.evaluate(model, batch)
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for head, key in enumerate(self.keys):
-            mine = [records[i][1:] for i in sorted(records) if records[i][0] == head]
-            labels, log_p = (np.array(column) for column in zip(*mine, strict=True))
-            figures = {"val_loss": float(-log_p[np.arange(len(labels)), labels].mean())}
-            figures |= confusion.figures(labels, probabilities(log_p))
-            found |= {f"{key}_{name}" if head else name: value for name, value in figures.items()}
-        return found
+        return self.objective.metrics(records)
 
     # --- what a finished model says
 

@@ -492,7 +492,7 @@ def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
     task = (mood if options.get("form") == "word" else of_two)(tokenizer, **options)
     task.trunk.shape = dataclasses.replace(task.shape, dropout=0.0)
     model = model_of(task)
-    if task.passes == 2:
+    if task.objective.passes == 2:
         model.transformer.drop = Passes()
     return task, model.train()
 
@@ -542,8 +542,8 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
     each."""
     tokens, head = torch.from_numpy(task.train.tokens[i])[None], int(task.train.heads[i])
     hidden, n = (
-        exact.hidden(tokens.repeat(task.passes, 1)),
-        torch.tensor([len(tokens[0])] * task.passes),
+        exact.hidden(tokens.repeat(task.objective.passes, 1)),
+        torch.tensor([len(tokens[0])] * task.objective.passes),
     )
     if task.cfg.form == "word":
         log_p, pooled = (
