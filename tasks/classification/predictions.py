@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from base.files import write_json
 from engine.log import finite
 from tasks.classification import chart, confusion
+from tasks.classification.labels import true_labels
 from text.rows import Row
 
 VALIDATION = "validation"  # begins the names of the files about those rows
@@ -30,6 +32,43 @@ def beside(path: Path, ending: str) -> Path:
     answers."""
     known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
     return path.with_name((path.stem if known else path.name) + ending)
+
+
+@dataclass(frozen=True)
+class Whose:
+    """Of what task, and with which labels, predictions are."""
+
+    task: str
+    labels: Sequence[str]
+    course: str  # heads the second column of the csv
+    seed: int
+
+
+def write_answers(
+    path: Path,
+    rows: Sequence[Row],
+    found: np.ndarray,
+    whose: Whose,
+    say: Callable[[str], None],
+    about: dict[str, Any],
+) -> dict[str, float]:
+    """The predictions of rows, probabilities (n, K), and the report on those whose labels are
+    known; returns its figures.
+
+    `about` goes into the report: what the probabilities were computed in, and of which step's
+    model.
+    """
+    true = true_labels(rows, whose.labels)
+    write_predictions(path, rows, found, whose.labels, whose.course)
+    if unread := sum(bool(row.fault) for row in rows):
+        say(
+            f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not "
+            "scored"
+        )
+    if not true:
+        return {}
+    known, scored = list(true.values()), found[list(true)]
+    return write_report(path, known, scored, whose.labels, whose.task, whose.seed, say, about)
 
 
 def write_predictions(

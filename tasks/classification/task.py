@@ -26,14 +26,12 @@ from adapters import heads, layers
 from adapters.heads import Head
 from base.files import write_json
 from config import RunConfig, UserError
-from decoding.loading import open_model
 from engine.log import finite
-from engine.precision import set_products
-from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
+from tasks.classification.finished import open_classifier
 from tasks.classification.labels import (
     class_weights,
     composed,
@@ -46,7 +44,7 @@ from tasks.classification.labels import (
 )
 from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import VALIDATION, write_predictions, write_report
+from tasks.classification.predictions import VALIDATION, Whose, write_answers
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder, Long, Parts, padded
 from tasks.finetuning import Finetuning, Split
@@ -58,7 +56,6 @@ LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 EXACT = (
     "fp32"  # of everything that is scored: in bf16 near ties fall otherwise with every other batch
 )
-PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
 
 @dataclass
@@ -439,9 +436,7 @@ class Classification(Finetuning):
         self.cfg, self.warnings = cfg, ()
         rows = self.rows_to_answer(cfg, say)
         model = self._open(where, cfg)
-        true_labels(
-            rows, self.labels
-        )  # a label that is unknown ends the run before the work is done
+        true_labels(rows, self.labels)  # an unknown one ends the run before the work is done
         return model, rows
 
     def predict(
@@ -463,26 +458,14 @@ class Classification(Finetuning):
     def _open(self, where: str, cfg: ClassificationConfig) -> GPT:
         """The model of a classifier's checkpoint; takes its tokenizer, labels, form and words for
         this task's."""
-        found = heads.find(where)
-        info = found[0] if found else heads.read_info(where)
-        if info is None:
-            raise UserError(
-                f"{where} is no classifier; train one first, or name a run of finetune.{self.name}"
-            )
-        device = choose_device(cfg.device)
-        set_products("fp32", device)
-        model, self.tokenizer = open_model(where, None, device, torch.float32)
+        model, self.tokenizer, info = open_classifier(where, self.name, cfg.device)
         # A row is cut as in the run, unless the user says otherwise: else its scores were others.
         self.seq_len = min(cfg.seq_len or info.seq_len or model.context, model.context)
         cut = cfg.cut if cfg.cut != ClassificationConfig.cut else info.cut
         self.cfg = dataclasses.replace(cfg, form=info.form, pooling=info.pooling, cut=cut)
         self.labels, self.words, self.keys = info.labels, info.words, [self.name]
         self._compose()
-        if found and info.form != "word":
-            model.heads[self.name] = Head(model.config.n_embd, len(info.labels), info.pooling)
-            model.heads[self.name].load_state_dict(found[1])
-            model.heads.to(model.transformer.wte.weight.device)
-        return model.eval()
+        return model
 
     def _compose(self) -> None:
         """What encodes and scores the rows of this task, once tokenizer, labels and words are
@@ -501,23 +484,9 @@ class Classification(Finetuning):
         about: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         """The predictions of rows, probabilities (n, K), with all that can be said of them where
-        their labels are known.
-
-        `about` goes into the report: what the probabilities were computed in, and of which step's
-        model.
-        """
-        true = true_labels(rows, self.labels)
-        write_predictions(path, rows, found, self.labels, self.course)
-        if unread := sum(bool(row.fault) for row in rows):
-            say(
-                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
-                "not scored"
-            )
-        if not true:
-            return {}
-        about = about or {"eval_precision": EXACT}
-        known, scored = list(true.values()), found[list(true)]
-        return write_report(path, known, scored, self.labels, self.name, self.cfg.seed, say, about)
+        their labels are known; `about` goes into the report."""
+        whose = Whose(self.name, self.labels, self.course, self.cfg.seed)
+        return write_answers(path, rows, found, whose, say, about or {"eval_precision": EXACT})
 
     # --- what is written
 
