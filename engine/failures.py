@@ -42,9 +42,20 @@ COMPILER_FAILED = re.compile(
 )
 
 
+# a library that torch.compile was writing into its cache when it was killed
+CUT_OFF = re.compile(r"(/[^\n]*?\.so): (?:file too short|invalid ELF header)")
+
+
 def compiler_error(error: BaseException) -> UserError | None:
-    """The line to show where the machine's C or C++ compiler failed under torch.compile; None for
-    any other error."""
+    """The line to show where the machine's C or C++ compiler failed under torch.compile, or its
+    cache holds a damaged file; None for any other error."""
+    for inner in causes(error):
+        if cut_off := CUT_OFF.search(str(inner)):
+            return UserError(
+                f"{cut_off[1]}, which torch.compile keeps, is damaged, as a kill leaves it; delete "
+                "it and type the same command again",
+                local=True,
+            )
     text = next((str(inner) for inner in causes(error) if COMPILER_FAILED.search(str(inner))), None)
     if text is None:
         return None

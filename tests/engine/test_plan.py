@@ -178,3 +178,10 @@ def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
         assert line.removeprefix("warning: ") in [
             record["text"] for record in log_of(tmp_path / "little", "warning")
         ]
+
+
+@pytest.mark.parametrize("path", ["/tmp/a/x.main.so", "/home/a b/cache/x.main.so"])
+def test_a_damaged_file_in_the_compilers_cache_is_named(path):
+    error = InductorError(ImportError(f"{path}: file too short"), None)
+    line = str(failures.compiler_error(error))
+    assert line.startswith(f"{path}, which torch.compile keeps, is damaged") and "\n" not in line
