@@ -25,11 +25,11 @@ HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, ove
 def choose_micro_batch(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, before: int | None
 ) -> int:
-    """As asked, else as `before` the run was interrupted, else the largest that fits. Raises
-    UserError where none does."""
+    """The one that was asked for, else the one from `before` an interruption, else the largest that
+    fits. Raises UserError where none fits."""
     rows = facts.rows_per_rank(world.size)
     if cfg.micro_batch != "auto":
-        # a GPU is asked by the first step itself
+        # on a GPU the first step tries it
         if world.device.type != "cuda" and not estimate_fits(facts, cfg, world)(cfg.micro_batch):
             raise out_of_memory(task, facts, model, cfg, world, cfg.micro_batch)
         return cfg.micro_batch
@@ -44,7 +44,7 @@ def choose_micro_batch(
 def out_of_memory(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, micro_batch: int
 ) -> UserError:
-    """The line to show where `micro_batch` did not fit, with a smaller one that does."""
+    """The error to raise where `micro_batch` did not fit; it names a smaller one that does."""
     rows = facts.rows_per_rank(world.size)
     alone = dataclasses.replace(world, size=1)  # the other ranks may be anywhere
     with torch.compiler.set_stance("force_eager"):

@@ -1,5 +1,5 @@
-"""How a run takes its folder: it keeps other processes out, finds what it goes on from, and tells
-what is other than at its last start."""
+"""How a run takes its folder: it keeps other processes out, finds the checkpoint to resume from,
+and tells what has changed since its last start."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Opened:
     earlier: Earlier | None  # the run's last start
 
     def changes(self, options: dict[str, Any]) -> list[str]:
-        """`NAME OLD -> NEW` for all that the run goes on with otherwise than at its last start."""
+        """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
         return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
 
 
 def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
-    """What all starts of a run have in common, by option name."""
+    """What every start of a run must have in common, by option name."""
     names = ("seed", "optimizer", "schedule", "steps")
     own = {name: getattr(cfg, name) for name in names}
     return {"task": task.name} | own | facts.identity

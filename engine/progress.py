@@ -1,4 +1,4 @@
-"""Where a run stands, beside its tensors."""
+"""Where a run stands: step, tokens, metrics and losses so far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LAST_LOSSES = 10  # steps over which a run's training loss is the mean
 
 @dataclass
 class Progress:
-    """What a checkpoint's JSON holds of it; a resumed run goes on from there."""
+    """A checkpoint's JSON holds it, beside the tensors; a resumed run goes on from there."""
 
     step: int = 0  # optimizer steps done
     tokens: float = 0

@@ -192,8 +192,8 @@ def _works(cfg: RunConfig, name: str, value: Any) -> bool:
 def changes(
     options: dict[str, Any], facts: dict[str, Any], earlier: Earlier, start: Start
 ) -> Iterator[str]:
-    """`NAME OLD -> NEW` for each of the resolved `options` and of `facts` that is other than it was
-    at the last start."""
+    """`NAME OLD -> NEW` for each of the resolved `options` and `facts` that has changed since the
+    last start."""
     left_out = {*OF_A_START, "steps"} if start.extended else set(OF_A_START)
     for name, new in json.loads(json.dumps(options)).items():
         old = earlier.options.get(name, new)

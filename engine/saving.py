@@ -1,5 +1,5 @@
-"""Checkpoints of a run: the loop hands over its state, a thread writes it, and the log says what
-became of it."""
+"""Checkpoints of a run: the loop hands over its state, a thread writes it and prunes older ones,
+and the log tells whether it succeeded."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Run:
     # --- beginning
 
     def _begin(self, choices: Choices) -> None:
-        """Open the log, and say what begins and what is to be known of it."""
+        """Open the log, print the banner and the warnings, and write config.json."""
         cfg, world, log, loop, start = self.cfg, self.world, self.log, self.loop, self.opened.start
         on_main(world, self._open_log)
         log.banner(
@@ -162,7 +162,7 @@ class Run:
             log.warn(note, loop.at.step)
         if changed := self.opened.changes(self._options()):
             log.warn(f"the run goes on with other options: {', '.join(changed)}", loop.at.step)
-        # only when the log holds how they differ from those before
+        # after the changes are logged: from here on the next start compares with these
         on_main(world, self._write_options)
         if world.main:
             final = sum(4 * p.numel() for p in loop.model.parameters())
@@ -283,8 +283,7 @@ class Run:
 
 
 class Loop:
-    """The model and what trains it, as of a run's start: its steps, and what is due between
-    them."""
+    """Trains the model from where the run begins: its steps, and what is due between them."""
 
     def __init__(
         self,
@@ -297,7 +296,7 @@ class Loop:
         start: Start,
         micro_batch: int | None = None,
     ):
-        """`micro_batch` None: as it must be found."""
+        """`micro_batch` None: the one to find."""
         self.task, self.facts, self.cfg = task, facts, cfg
         self.world, self.stop, self.log = world, stop, log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
