@@ -90,9 +90,7 @@ def open_run(
         clean(run, say)
         start.micro_batch = _micro_batch_of(run)
     if start.folder is None:
-        start.folder = newest(run, say)
-        if start.folder is None and checkpoints(run):
-            raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
+        start.folder = _newest_sound(run, say)
     meta: dict[str, Any] | None = None
     if start.folder is not None:
         meta = json.loads((start.folder / META).read_text(encoding="utf-8"))
@@ -109,6 +107,15 @@ def open_run(
     except OSError as error:
         raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
     return start
+
+
+def _newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, None where there is none yet. Raises UserError where all are
+    damaged."""
+    folder = newest(run, say)
+    if folder is None and checkpoints(run):
+        raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
+    return folder
 
 
 def _extend(
