@@ -14,6 +14,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
             opened = on_main(world, take)
             code = 0
             if not opened.start.finished:
-                code = Run(task, facts, cfg, world, stop, log, opened).train(choices)
+                code = Run(Setup(task, facts, cfg, world, stop, log), opened).train(choices)
     finally:
         log.close()
         stop.remove()
@@ -88,23 +89,26 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     return code
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with from its start to its end."""
+
+    task: Task
+    facts: Facts
+    cfg: Resolved
+    world: World
+    stop: StopSignal
+    log: RunLog
+
+
 class Run:
     """A run in its open folder, from the banner to the results."""
 
-    def __init__(
-        self,
-        task: Task,
-        facts: Facts,
-        cfg: Resolved,
-        world: World,
-        stop: StopSignal,
-        log: RunLog,
-        opened: Opened,
-    ):
-        self.task, self.facts, self.cfg = task, facts, cfg
-        self.world, self.stop, self.log = world, stop, log
-        self.opened = opened
-        self.loop = Loop(task, facts, cfg, world, stop, log, opened.start)
+    def __init__(self, setup: Setup, opened: Opened):
+        self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
+        self.world, self.stop, self.log = setup.world, setup.stop, setup.log
+        self.setup, self.opened = setup, opened
+        self.loop = Loop(setup, opened.start)
         self.folder = self.loop.folder
 
     def train(self, choices: Choices) -> int:
@@ -218,11 +222,8 @@ class Run:
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        start = self.opened.start
         try:
-            self.loop = Loop(
-                self.task, self.facts, self.cfg, self.world, self.stop, self.log, start, smaller
-            )
+            self.loop = Loop(self.setup, self.opened.start, smaller)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -285,20 +286,11 @@ class Run:
 class Loop:
     """Trains the model from where the run begins: its steps, and what is due between them."""
 
-    def __init__(
-        self,
-        task: Task,
-        facts: Facts,
-        cfg: Resolved,
-        world: World,
-        stop: StopSignal,
-        log: RunLog,
-        start: Start,
-        micro_batch: int | None = None,
-    ):
+    def __init__(self, setup: Setup, start: Start, micro_batch: int | None = None):
         """`micro_batch` None: the one to find."""
+        task, facts, cfg, world = setup.task, setup.facts, setup.cfg, setup.world
         self.task, self.facts, self.cfg = task, facts, cfg
-        self.world, self.stop, self.log = world, stop, log
+        self.world, self.stop, self.log = world, setup.stop, setup.log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
         self.signal = 0  # what all ranks agreed to stop for
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})
@@ -326,7 +318,7 @@ class Loop:
             saved = self.at.step if start.folder.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.at.step)
         self.loader = Loader(task, world, self.micro_batch, self.steps)
-        self.checkpoints = Checkpoints(self.folder, task, double, cfg, log, saved)
+        self.checkpoints = Checkpoints(self.folder, task, double, cfg, self.log, saved)
         peak = device_peak(world, cfg.precision)
         self.rates = Rates(facts.cost.flops_per_token, peak and peak * world.size)
 
