@@ -221,7 +221,7 @@ class Finetuning(Task):
 
     def describe(self) -> dict[str, str]:
         shape, train = self.shape, self.train
-        model = self.trunk.without_weights()
+        model = self.trunk.without_weights
         trained, total = methods.counts(model, self.groups(model, 0))
         padding = padding_share(
             self.order.epoch(0), train.lengths, self.padded, self.cfg.batch_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Trunk:
         methods.add_adapter(model, self.cfg, self.new_tokens)
         return model
 
+    @functools.cached_property
     def without_weights(self) -> GPT:
         """The same model on the meta device: shapes alone."""
         with torch.device("meta"):
@@ -97,7 +99,7 @@ class Trunk:
 
     def stored(self) -> set[str]:
         """Names of the parameters that a checkpoint must hold."""
-        return methods.stored(self.without_weights(), self.cfg)
+        return methods.stored(self.without_weights, self.cfg)
 
     def groups(self, model: GPT, step: int, steps_per_epoch: int) -> list[Group]:
         """The parameters that train in a step."""
