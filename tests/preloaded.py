@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import io
 
+# F401: these are loaded for the runs that are forked, which import them again at no cost.
 import matplotlib.figure
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401

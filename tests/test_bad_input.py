@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -298,7 +299,7 @@ def little_memory() -> None:
     """Room for a micro-batch of two rows, not for eight."""
     from engine import fit
 
-    setattr(fit, "estimate_fits", lambda *_: lambda rows: rows <= 2)  # noqa: B010
+    mock.patch.object(fit, "estimate_fits", lambda *_: lambda rows: rows <= 2).start()
 
 
 def allocation_fails() -> None:
@@ -307,7 +308,7 @@ def allocation_fails() -> None:
     def fail(*_: object) -> None:
         raise MemoryError("not to be had")
 
-    setattr(step.TrainStep, "_backward", fail)  # noqa: B010
+    mock.patch.object(step.TrainStep, "_backward", fail).start()
 
 
 def test_out_of_memory_names_the_option_and_a_value_that_fits(world: Path) -> None:
