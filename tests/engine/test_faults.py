@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -413,7 +414,8 @@ def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None
     # ranks that hang do so for ten minutes
     end = torchrun(folder, "die_twice", words, how).end(timeout=240)
     assert end.code == 0, end
-    assert (
-        end.out.count("resumed from step-00000003") == 2 and "note: if a node joins" not in end.out
-    ), end.out
+    # The rank that was not killed may save one step more before the launcher stops it.
+    resumed = [int(step) for step in re.findall(r"resumed from step-(\d+)", end.out)]
+    assert len(resumed) == 2 and min(resumed) >= 3, end.out
+    assert "note: if a node joins" not in end.out, end.out
     assert trace(folder / "run") == trace(folder / "whole")
