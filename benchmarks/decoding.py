@@ -46,6 +46,18 @@ STRATEGIES = {
     "mbr": DecodeConfig(decode="mbr", temperature=0.8, top_p=0.9, candidates=8),
     "ensemble": DecodeConfig(decode="ensemble", temperature=0.8, top_p=0.9, beams=3, candidates=8),
 }
+# the same in transformers' words
+THEIRS: dict[str, dict[str, Any]] = {
+    "greedy": dict(do_sample=False),
+    "sample": dict(do_sample=True, temperature=0.8, top_k=50, top_p=0.9),
+    "beam": dict(
+        do_sample=False,
+        num_beams=5,
+        length_penalty=0.6,
+        early_stopping=False,
+        no_repeat_ngram_size=3,
+    ),
+}
 NO_CACHE = "no cache"
 
 
@@ -129,8 +141,8 @@ class Pair:
         """A function for each that continues the prompts; this engine first."""
         options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
         found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
-        if decode in ("greedy", "sample", "beam"):
-            found["transformers"] = lambda: self._theirs(options)
+        if decode in THEIRS:
+            found["transformers"] = lambda: self._theirs(decode)
         elif decode == "contrastive" and len(self.prompts) == 1:
             found[NO_CACHE] = lambda: [
                 contrastive_reference(self._read, p, options) for p in self.prompts.tolist()
@@ -143,26 +155,17 @@ class Pair:
         tokenizer: Any = Words(self.ours.config.vocab_size)
         return generate(self.ours, self.prompts.tolist(), options, eot=None, tokenizer=tokenizer)
 
-    def _theirs(self, options: DecodeConfig) -> list[list[int]]:
+    def _theirs(self, decode: str) -> list[list[int]]:
         import torch
 
-        how: dict[str, Any] = {"do_sample": False}
-        if options.decode == "sample":
-            how = dict(
-                do_sample=True,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-            )
-        if options.decode == "beam":
-            how |= dict(
-                num_beams=options.beams, length_penalty=options.length_penalty, early_stopping=False
-            )
-            how |= dict(no_repeat_ngram_size=options.no_repeat_ngram)
         ids = self.prompts.to(self.device)
         mask = torch.ones_like(ids)
         out = self.theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=self.new_tokens, pad_token_id=0, **how
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self.new_tokens,
+            pad_token_id=0,
+            **THEIRS[decode],
         )
         return out[:, PROMPT:].tolist()
 
@@ -174,11 +177,11 @@ class Pair:
         return out.hidden_states[-1], out.logits
 
 
+@dataclass
 class Words:
     """In place of a tokenizer, for a model that has none: each id a word."""
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    vocab_size: int
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return " ".join(f"{id:x}" for id in ids)

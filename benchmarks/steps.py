@@ -79,6 +79,11 @@ class Case:
         return {"shape": self.name, **dataclasses.asdict(self.shape), "precision": self.precision}
 
     @property
+    def alone(self) -> bool:
+        """Whether no two trainers are in memory at once."""
+        return self.device == "cuda"
+
+    @property
     def amount(self) -> int:
         """Tokens of an optimizer step."""
         return self.shape.rows * self.shape.seq_len * self.shape.accumulation
@@ -273,26 +278,26 @@ def compare(
     case: Case, ours: Trainer, others: dict[str, Trainer], turns: Callable[[], Turns]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and figures, or an error, of this engine and of each of the others, as soon as they are
-    there. This engine comes again after each: its figures are of all its turns.
+    there. This engine comes again after each that it took turns with: its figures are of all its
+    turns.
 
     `turns` are asked for before each of the others. Where there are none, nothing is measured.
     """
     if not others:
         return
-    alone = case.device == "cuda"
     with contextlib.ExitStack() as stack:
         start, own = stack.enter_context(process(OURS, ours, case))
         steps, first = steps_of(start), turns()
-        mine = [own(steps) for _ in (first if alone else range(first.least))]
+        mine = [own(steps) for _ in (first if case.alone else range(first.least))]
         yield OURS, figures(case, start, mine)
-        if alone:
+        if case.alone:
             stack.close()
         for name, trainer in others.items():
             try:
                 with process(name, trainer, case) as (its, other):
                     check_agreement(name, trainer, case, start, its)
-                    steps = steps_of(its) if alone else max(steps_of(start), steps_of(its))
-                    both = {} if alone else {OURS: functools.partial(own, steps)}
+                    steps = steps_of(its) if case.alone else max(steps_of(start), steps_of(its))
+                    both = {} if case.alone else {OURS: functools.partial(own, steps)}
                     both[name] = functools.partial(other, steps)
                     taken = alternate(both, turns())
             except Failed as error:
@@ -301,9 +306,10 @@ def compare(
                 yield name, {"error": error.reason}
                 continue
             beside = taken.get(OURS, mine)
-            yield name, figures(case, its, taken[name]) | against(taken[name], beside, alone)
-            mine += [] if alone else beside
-            yield OURS, figures(case, start, mine)
+            yield name, figures(case, its, taken[name]) | against(taken[name], beside, case.alone)
+            if not case.alone:
+                mine += beside
+                yield OURS, figures(case, start, mine)
 
 
 def steps_of(start: Opening) -> int:
