@@ -267,8 +267,7 @@ def trainers(method: Method) -> dict[str, Trainer]:
     own = Trainer(ours, ("finetune.sentiment", "engine.plan", "engine.step"))
     more = ("peft",) if method == "lora" else ()
     other = Trainer(theirs, (HUGGING_FACE, "engine.precision", *more))
-    kept = dataclasses.replace(other, kept=True, devices=("cpu",))
-    return {OURS: own, THEIRS: other, KEPT: kept}
+    return {OURS: own, THEIRS: other, KEPT: dataclasses.replace(other, kept=True)}
 
 
 # --- padding
@@ -443,7 +442,8 @@ def cases_of(options: Options, device: str, native: str, folder: str) -> list[Fi
 def measure(options: Options, results: Results) -> None:
     device, native = results.record["device"], results.record["native"]
     options = dataclasses.replace(options, device=device)
-    names = known_names("--against", options.against, [THEIRS, KEPT])
+    known = known_names("--against", options.against, [THEIRS, KEPT])
+    names = [name for name in known if name != KEPT or device == "cpu"]
     shapes = options.shape.split(",")
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(options, device, native, folder)
@@ -452,15 +452,15 @@ def measure(options: Options, results: Results) -> None:
         for name in shapes:
             prepare(SHAPES[name], f"{folder}/{name}")
         for case in cases:
-            known = trainers(case.method)
-            others = {name: known[name] for name in names if device in known[name].devices}
-            for trainer, figures in compare(case, known[OURS], others, budget.turns):
+            found = trainers(case.method)
+            others = {name: found[name] for name in names}
+            for trainer, figures in compare(case, found[OURS], others, budget.turns):
                 say(f"{case.name} {case.precision} {case.method}: {trainer}")
                 results.put(case.key | {"trainer": trainer}, figures)
         if options.steps:
             turns = budget.turns(PADDING_PARTS)
-            for found in measure_padding(options, native, f"{folder}/{shapes[0]}", turns):
-                results.put(*found)
+            for row in measure_padding(options, native, f"{folder}/{shapes[0]}", turns):
+                results.put(*row)
 
 
 def main() -> None:

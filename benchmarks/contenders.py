@@ -150,29 +150,24 @@ def ours(case: Case, **options: Any) -> Step:
             idx = tokens_of(case)[ids]
             return packed({"idx": idx, "targets": targets_of(idx)})
 
-    world = processes.start(case.device)
-    settled, choices = settle(dataclasses.replace(train_config(case), **options), world)
-    task = RandomTokens()
-    task.cfg = resolved(settled, ResolvedTrain)
-    return Engine(task, task.cfg, world, choices).on_first_batch(case.shape.rows)
-
-
-def train_config(case: Case) -> TrainConfig:
-    shape = case.shape
-    precision: Any = case.precision
-    return TrainConfig(
+    known: dict[str, Any] = RECIPE | {"precision": case.precision} | options
+    cfg = TrainConfig(
         init=case.weights,
         data="stdlib",
-        seq_len=shape.seq_len,
+        seq_len=case.shape.seq_len,
         batch_tokens=case.amount,
-        micro_batch=shape.rows,
+        micro_batch=case.shape.rows,
         steps=10**6,
         schedule="constant",
         warmup_steps=0,
-        precision=precision,
         seed=SEED,
-        **RECIPE,
+        **known,
     )
+    world = processes.start(case.device)
+    settled, choices = settle(cfg, world)
+    task = RandomTokens()
+    task.cfg = resolved(settled, ResolvedTrain)
+    return Engine(task, task.cfg, world, choices).on_first_batch(case.shape.rows)
 
 
 # --- the others
