@@ -39,6 +39,7 @@ import kernels.layer_norm
 import kernels.linear_cross_entropy
 from base.cli import entry_point, parse
 from base.console import outlive
+from base.errors import reason
 from base.machine import resident_bytes
 from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
@@ -46,6 +47,7 @@ from benchmarks.harness import OURS, Results, Turns, alternate, cells, ratio, sa
 from benchmarks.table import markdown
 from config import GPTConfig, UserError, Where, known_names
 from engine import processes
+from engine.failures import is_out_of_memory
 from engine.memory import set_allocator
 from engine.precision import choose_precision
 from kernels import _card
@@ -83,9 +85,8 @@ class Size:
     logit_rows: int  # tokens whose logits are held at once
     model: GPTConfig  # block_size is the length of a sequence
     document: int  # tokens in a document, where attention keeps to them
-    copy: (
-        int  # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
-    )
+    # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    copy: int
     product: int  # rows and columns of the ceiling's product
 
 
@@ -571,12 +572,11 @@ def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
                 contender, reference, operation.tolerance or TOLERANCE[place.dtype]
             )
             ready[label] = contender
-        except torch.OutOfMemoryError:
-            rows[label]["note"] = OUT_OF_MEMORY
         except Exception as error:  # of other people's code as well
-            traceback.print_exc()
-            line = str(error).strip().partition("\n")[0]
-            rows[label]["note"] = f"failed: {type(error).__name__}: {line}"
+            rows[label]["note"] = OUT_OF_MEMORY
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+                rows[label]["note"] = f"failed: {type(error).__name__}: {reason(error)}"
     reference.clear()
     function, work = CEILINGS[operation.ceiling](place)
     ready[CEILING] = Contender(function, (), [], place.device, direct=True)
@@ -649,42 +649,28 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def size_of(device: torch.device, quick: bool) -> Size:
-    """Half the logits on a GPU with less than 100 GB: PyTorch holds them seven times over."""
-    size = SIZES["quick" if quick else device.type]
-    small = (
-        device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD
-    )
-    return (
-        dataclasses.replace(size, logit_rows=size.logit_rows // 2) if small and not quick else size
-    )
-
-
 def here(device: torch.device, quick: bool) -> Place:
     gpu = device.type == "cuda"
-    compiler = gpu or shutil.which("c++") or shutil.which("g++")
-    no_fp8 = None
+    size = SIZES["quick" if quick else device.type]
+    if gpu and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD and not quick:
+        # PyTorch holds the logits seven times over
+        size = dataclasses.replace(size, logit_rows=size.logit_rows // 2)
+    no_compiler = no_liger = no_fp8 = None
+    if quick:
+        no_compiler = "--quick compiles nothing"
+    elif not gpu and not shutil.which("c++") and not shutil.which("g++"):
+        no_compiler = "needs a C++ compiler"
+    if "liger-kernel" not in machine.versions():
+        no_liger = "not installed"
+    elif not gpu:
+        no_liger = "needs a GPU"
     try:
         choose_precision("fp8", device)
     except UserError:
         no_fp8 = "needs a GPU with FP8"
-    return Place(
-        device,
-        torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32,
-        size_of(device, quick),
-        no_triton=missing("cuda") if gpu else "needs a GPU",
-        no_compiler="--quick compiles nothing"
-        if quick
-        else None
-        if compiler
-        else "needs a C++ compiler",
-        no_liger="not installed"
-        if "liger-kernel" not in machine.versions()
-        else None
-        if gpu
-        else "needs a GPU",
-        no_fp8=no_fp8,
-    )
+    no_triton = missing("cuda") if gpu else "needs a GPU"
+    dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
+    return Place(device, dtype, size, no_triton, no_compiler, no_liger, no_fp8)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
+from base.errors import reason
 from base.machine import resident_bytes
 from benchmarks.harness import OURS, Turns, alternate, cells, ratio, spread
 from benchmarks.machine import forget_peak
@@ -137,7 +138,7 @@ class Opening:
     seconds: float  # of a later step, which compiles nothing
 
 
-_held: dict[str, Any] = {}  # the step, and how a turn of it is taken
+_held: list[Callable[[int], Turn]] = []  # takes a turn of the step
 
 
 def begin(trainer: Trainer, case: Case) -> Opening:
@@ -153,15 +154,17 @@ def begin(trainer: Trainer, case: Case) -> Opening:
     if trainer.kept:
         memory.set_allocator(keep_freed=True)
     code = 0 if case.device == "cuda" else resident_bytes()
-    dry = case if case.dropout is None else dataclasses.replace(case, dropout=0.0)
-    _held["step"] = trainer.build(dry)
-    _held["turn"] = functools.partial(take_turn, device=case.device, code=code)
+
+    def hold(case: Case) -> None:
+        _held.append(functools.partial(take_turn, trainer.build(case), case.device, code))
+
+    hold(case if case.dropout is None else dataclasses.replace(case, dropout=0.0))
     start = opening(take)
     if case.dropout is not None:
-        _held["step"] = None
+        _held.clear()
         gc.unfreeze()
         gc.collect()
-        _held["step"] = trainer.build(case)
+        hold(case)
         take(1)
         forget_peak(case.device)  # what steps take is asked for, and not what loading took
         start = dataclasses.replace(start, seconds=take(1).seconds)
@@ -169,7 +172,7 @@ def begin(trainer: Trainer, case: Case) -> Opening:
 
 
 def take(steps: int) -> Turn:
-    return _held["turn"](_held["step"], steps)
+    return _held[0](steps)
 
 
 def check_free(device: str) -> None:
@@ -185,7 +188,7 @@ def check_free(device: str) -> None:
             )
 
 
-def take_turn(step: Step, steps: int, device: str, code: int) -> Turn:
+def take_turn(step: Step, device: str, code: int, steps: int) -> Turn:
     import torch
 
     from engine import processes
@@ -218,8 +221,9 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return str(error)
     except Exception as error:  # of other people's code as well
         traceback.print_exc()
-        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return "out of memory" if is_out_of_memory(error) else message
+        if is_out_of_memory(error):
+            return "out of memory"
+        return f"{type(error).__name__}: {reason(error)}"
 
 
 # --- side by side

@@ -184,7 +184,7 @@ def case(tmp_path) -> Case:
 
 
 def opening(step: Step) -> Opening:
-    return steps.opening(lambda count: steps.take_turn(step, count, "cpu", code=0))
+    return steps.opening(partial(steps.take_turn, step, "cpu", 0))
 
 
 def check(name: str, case: Case, own: Opening, other: Opening) -> None:
