@@ -20,10 +20,9 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
@@ -226,6 +225,13 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"{type(error).__name__}: {reason(error)}"
 
 
+def serve(pipe: Connection) -> None:
+    """Answer what is asked until None is, or the process that asks was killed."""
+    with contextlib.suppress(EOFError, OSError):
+        while asked := pipe.recv():
+            pipe.send(answer(*asked))
+
+
 # --- side by side
 
 
@@ -245,18 +251,31 @@ def process(
     raise Failed."""
     if reason := trainer.lacking(case.device):
         raise Failed(name, reason)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    pipe, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(theirs,), daemon=True)
+    child.start()
+    theirs.close()
 
-        def ask(function: Callable[..., Any], *args: Any) -> Any:
-            try:
-                answered = pool.submit(answer, function, *args).result()
-            except BrokenProcessPool:
-                answered = "its process ended"
-            if isinstance(answered, str):
-                raise Failed(name, answered)
-            return answered
+    def ask(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            pipe.send((function, *args))
+            answered = pipe.recv()
+        except (EOFError, OSError):
+            child.join()
+            answered = f"its process ended with code {child.exitcode}"
+        if isinstance(answered, str):
+            raise Failed(name, answered)
+        return answered
 
+    try:
         yield ask(begin, trainer, case), functools.partial(ask, take)
+    finally:
+        with contextlib.suppress(OSError):
+            pipe.send(None)
+        child.join(30)
+        child.kill()
+        child.join()
 
 
 def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other: Opening) -> None:
