@@ -152,7 +152,7 @@ class Results:
         if "options" in before and all(before.get(k) == self.record[k] for k in MACHINE):
             self.cases += before["cases"]
         elif before:
-            say(f"{self.path} is of another machine or version, so nothing of it is kept")
+            say(f"{self.path} is not kept: another machine, other versions or an older layout")
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The case that has all of `key`."""
