@@ -3,8 +3,8 @@
 python -m benchmarks.classifying [--quick]
 
 Steps: the sentiment task under step.TrainStep, and GPT2ForSequenceClassification (under LoRA
-wrapped by peft), from the same weights on the same padded rows. They are compared as benchmarks/steps.py
-does it, on two steps without dropout and timed on others.
+wrapped by peft), from the same weights on the same padded rows. benchmarks/steps.py compares them:
+two steps without dropout must agree, and those that are timed have it.
 
 Padding: this engine's step alone, on the same rows put into batches in other ways. The rows of both
 are drawn: letters, each a token, since which tokens they are changes no time. --data reads real
