@@ -497,8 +497,10 @@ def test_draws_follow_the_distribution() -> None:
 # --- beam search
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
-@pytest.mark.parametrize("make", [random_model, trained_model])
+@pytest.mark.parametrize(
+    ("make", "length_penalty"),
+    [(random_model, 0.6), (trained_model, 0.0), (trained_model, 1.0), (trained_model, 2.0)],
+)
 def test_beam_search_is_transformers_token_for_token(
     make, length_penalty: float, tmp_path: Path
 ) -> None:
