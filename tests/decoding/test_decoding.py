@@ -341,9 +341,7 @@ def test_sliding_past_the_context(
         list(range(BLOCK)),
         list(range(100, 100 + BLOCK + 30)),
     ]
-    ours = generate(
-        model, prompts, dataclasses.replace(options, max_new_tokens=BLOCK), eot=None
-    )
+    ours = generate(model, prompts, dataclasses.replace(options, max_new_tokens=BLOCK), eot=None)
     for prompt, continuation in zip(prompts, ours, strict=True):
         assert continuation == greedy_without_cache(reference, prompt, BLOCK, context)
 

@@ -106,8 +106,7 @@ def test_static_parts_are_exact():
     assert memory.total == sum(getattr(memory, field.name) for field in dataclasses.fields(Memory))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize(("precision", "accumulate"), [("fp32", True), ("bf16", False)])
 def test_more_rows_take_more(precision, accumulate):
     peaks = [peak(TINY, n, options(precision), accumulate=accumulate) for n in (1, 2, 3, 8)]
     assert peaks == sorted(set(peaks))
