@@ -9,8 +9,11 @@ from config import Count, Probability, Share, Weight, Width, WidthOrNone
 
 Form = Literal["plain", "prompt", "word"]
 Pooling = Literal["last", "mean", "attention", "lstm"]
+Cut = Literal["end", "start", "middle"]
 
 Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
+LORA: tuple[Method, ...] = ("lora", "dora")
+ADAPTERS: tuple[Method, ...] = (*LORA, "prefix", "soft-prompt")  # added to a frozen model
 
 
 @dataclass(frozen=True)

@@ -213,11 +213,12 @@ def engine_of(cfg: SentimentConfig) -> Engine:
     """The sentiment task as trainer.train sets it up."""
     from engine import processes
     from engine.plan import settle
-    from finetune.sentiment import Sentiment
+    from finetune.sentiment import TASK
+    from tasks.classification.task import Classification
 
     world = processes.start(cfg.device)
     cfg, choices = settle(cfg, world)
-    task = Sentiment()
+    task = Classification(TASK)
     found = task.setup(cfg, lambda text: None)
     assert found.length
     full = resolved(resolve_steps(cfg, *found.length), Resolved)
@@ -276,7 +277,8 @@ def trainers(method: Method) -> dict[str, Trainer]:
 def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
     """The rows of the first `steps` batches of an epoch, put into batches in each of the ways."""
     ordered = [
-        task.rows("train", step).reshape(-1) for step in range(min(steps, task.steps_per_epoch))
+        task.rows("train", step).reshape(-1)
+        for step in range(min(steps, task.order.steps_per_epoch))
     ]
     rows = np.random.default_rng(SEED).permutation(np.concatenate(ordered))
     drawn = [rows[i : i + task.cfg.batch_size] for i in range(0, len(rows), task.cfg.batch_size)]

@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 
 from adapters.layers import (
-    ADAPTERS,
-    LORA,
     LORA_ON,
     TABLES,
     add_lora,
@@ -23,7 +21,7 @@ from adapters.layers import (
     new_prefix,
     tables,
 )
-from adapters.options import MethodConfig
+from adapters.options import ADAPTERS, LORA, MethodConfig
 from config import UserError
 from engine.optim import Group, default_groups
 from model import GPT

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from adapters import layers, peft
 from adapters.heads import Head
-from adapters.layers import ADAPTERS, LORA, added, can_merge, merge
-from adapters.options import MethodConfig
+from adapters.layers import added, can_merge, merge
+from adapters.options import ADAPTERS, LORA, MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
 from decoding.cache import new_cache
