@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from adapters.options import METHODS
 from config import RunConfig
 from engine.optim import Group
 from engine.task import Cost, Facts, Task
@@ -145,7 +146,7 @@ class Finetuning(Task):
     def identity(self) -> dict[str, Any]:
         """What all starts of a run must have in common."""
         names = ["batch_size", "method", "llrd", *self.choices]
-        names += [name for name, owners in methods.OPTIONS.items() if self.cfg.method in owners]
+        names += METHODS[self.cfg.method].options
         config = {name: getattr(self.cfg, name) for name in names}
         config = {
             name: list(value) if isinstance(value, tuple) else value
