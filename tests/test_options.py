@@ -20,6 +20,7 @@ from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
 from support import REPO, project_files
+from tasks.description import Description
 
 TEXTS = {  # options of text that name no file or folder
     "kernels",
@@ -65,12 +66,8 @@ def kinds_of_options() -> list[Any]:
             continue
         module = importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
         kinds = [getattr(module, name) for name in names]
-        tasks = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and "name" in vars(value)
-        ]
-        kinds += [task.config for task in tasks if hasattr(task, "config")]
+        tasks = [value for value in vars(module).values() if isinstance(value, Description)]
+        kinds += [task.config for task in tasks]
         found |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
     return list(found.values())
 
