@@ -50,7 +50,7 @@ from config import (
 if TYPE_CHECKING:
     import torch
 
-    from engine.step import StepBatches
+    from engine.loader import StepBatches
     from finetune.sentiment import SentimentConfig
 
 SHAPES = {
@@ -293,7 +293,7 @@ def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
 
 def padded_to(task: Any, batches: Sequence[np.ndarray], sizes: np.ndarray) -> list[StepBatches]:
     """Batches of row ids, each padded to the least of `sizes` that holds it."""
-    from engine.step import StepBatches
+    from engine.loader import StepBatches
 
     task.padded = sizes
     made = [task.batch("train", ids) for ids in batches]

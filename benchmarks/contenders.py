@@ -21,9 +21,10 @@ from config import ResolvedTrain, TrainConfig, resolved
 if TYPE_CHECKING:
     import torch
 
+    from engine.loader import StepBatches
     from engine.plan import Choices
     from engine.processes import World
-    from engine.step import StepBatches, StepResult
+    from engine.step import StepResult
 
 SEED = 1337
 RECIPE: dict[str, Any] = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, clip=1.0)
@@ -99,7 +100,8 @@ class Engine:
     ):
         import torch
 
-        from engine.step import TrainStep, compile_model
+        from engine.compiling import compile_model
+        from engine.step import TrainStep
 
         self.task, self.cfg, self.backends = task, cfg, choices.backends
         torch.manual_seed(cfg.seed)
@@ -120,7 +122,7 @@ class Engine:
 
     def on_first_batch(self, rows: int) -> Step:
         """The step on the rows of the task's first one."""
-        from engine.step import Loader
+        from engine.loader import Loader
 
         loader = Loader(self.task, self.step.world, rows, steps=1)
         data = loader(0)

@@ -78,8 +78,8 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     ranks."""
     import torch
 
+    from engine.compiling import compiler_lacks
     from engine.precision import choose_precision, set_products
-    from engine.step import compiler_lacks
     from kernels._triton import missing
     from kernels.attention import attention_backends
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine import processes
-from engine.step import TrainStep, partition
+from engine.loader import partition
+from engine.step import TrainStep
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
-"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon, loss
-scaling."""
+"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon."""
 
 from __future__ import annotations
 
@@ -229,35 +228,3 @@ class Optimizers:
 def _torch_group(group: Group) -> dict[str, Any]:
     params = list(group.params.values())
     return {"params": params, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
-
-
-class LossScale:
-    """The factor that keeps fp16 gradients from vanishing; constant 1 in the other precisions.
-
-    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et
-    al. 2018). It lives on the device, so nothing waits for it.
-    """
-
-    interval = 2000
-
-    def __init__(self, on: bool, device: torch.device):
-        self.on = on
-        self.scale = torch.tensor(2.0**16 if on else 1.0, device=device)
-        self.good = torch.tensor(0.0, device=device)  # updates since the last change
-
-    def update(self, ok: Tensor) -> None:
-        if not self.on:
-            return
-        grow = ok & (self.good + 1 >= self.interval)
-        self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5))
-        self.good.copy_(torch.where(ok & ~grow, self.good + 1, 0.0))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"scale": self.scale, "good": self.good}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where
-        it was."""
-        if self.on and (float(tensors["scale"]) != 1 or float(tensors["good"]) != 0):
-            self.scale.copy_(tensors["scale"])
-            self.good.copy_(tensors["good"])

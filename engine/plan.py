@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, time_text
 from config import Resolved, Run, RunConfig, UserError, resolve
 from engine import processes
+from engine.compiling import compile_unit, compiler_lacks
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, numbers, read_log
 from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
-from engine.step import compile_unit, compiler_lacks
 from engine.task import Facts, Task
 from kernels import choose, named
 from kernels.attention import attention_backends

@@ -157,3 +157,35 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from vanishing; constant 1 in the other precisions.
+
+    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et
+    al. 2018). It lives on the device, so nothing waits for it.
+    """
+
+    interval = 2000
+
+    def __init__(self, on: bool, device: torch.device):
+        self.on = on
+        self.scale = torch.tensor(2.0**16 if on else 1.0, device=device)
+        self.good = torch.tensor(0.0, device=device)  # updates since the last change
+
+    def update(self, ok: Tensor) -> None:
+        if not self.on:
+            return
+        grow = ok & (self.good + 1 >= self.interval)
+        self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5))
+        self.good.copy_(torch.where(ok & ~grow, self.good + 1, 0.0))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where
+        it was."""
+        if self.on and (float(tensors["scale"]) != 1 or float(tensors["good"]) != 0):
+            self.scale.copy_(tensors["scale"])
+            self.good.copy_(tensors["good"])

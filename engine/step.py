@@ -1,15 +1,10 @@
-"""One optimizer step, and the batches that go into it. It never looks inside a batch, a model or a
-loss."""
+"""One optimizer step. It never looks inside a batch, a model or a loss."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,114 +15,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from base.machine import cores
-from config import Resolved, RunConfig
+from config import Resolved
 from engine import processes
-from engine.optim import LossScale, Optimizers, Span, lr_multiplier, span_at
-from engine.precision import DTYPES, Cast, autocast, casts_once, exact_products
+from engine.loader import StepBatches
+from engine.optim import Optimizers, Span, lr_multiplier, span_at
+from engine.precision import DTYPES, Cast, LossScale, autocast, casts_once, exact_products
 from engine.processes import World
 from engine.task import Task
-from kernels._triton import missing
 from storage import checkpoint
-
-# --- batches
-
-
-def partition(
-    groups: np.ndarray, rank: int, size: int, micro_batch: int
-) -> list[np.ndarray | None]:
-    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch
-    rows at a time.
-
-    Every rank gets the same number of micro-batches; None stands where it has no rows left.
-    """
-    per = max(1, micro_batch // groups.shape[1])
-    mine = groups[rank::size]
-    count = math.ceil(math.ceil(len(groups) / size) / per)
-    parts = [mine[i * per : (i + 1) * per].reshape(-1) for i in range(count)]
-    return [part if len(part) else None for part in parts]
-
-
-@dataclass
-class StepBatches:
-    """What one rank reads in one optimizer step."""
-
-    batches: list[Any]  # None: this rank has no rows left
-    weights: dict[str, float]  # of this rank alone
-    amounts: dict[str, float]  # the same
-    spare: Any  # a batch to run for nothing where there is none
-
-
-class Loader:
-    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on
-    this one.
-
-    Its whole state is the step it is asked for.
-    """
-
-    def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
-        self.task, self.world, self.micro_batch, self.steps, self.ahead = (
-            task,
-            world,
-            micro_batch,
-            steps,
-            ahead,
-        )
-        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte
-        # on that GPU.
-        self.pool = ThreadPoolExecutor(1, "loader", processes.use_device, (world.device,))
-        self.futures: dict[int, Future[StepBatches]] = {}
-        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-
-    def __call__(self, step: int) -> StepBatches:
-        for s in range(step, min(step + 1 + self.ahead, self.steps)):
-            if s not in self.futures:
-                self.futures[s] = self.pool.submit(self._load, s)
-        return self.futures.pop(step).result()
-
-    def _load(self, step: int) -> StepBatches:
-        groups = self.task.rows("train", step)
-        parts = partition(groups, self.world.rank, self.world.size, self.micro_batch)
-        found = [None if ids is None else self.task.batch("train", ids) for ids in parts]
-        live = [batch for batch in found if batch is not None]
-        batches = [None if batch is None else batch.tensors for batch in found]
-        spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
-        if self.stream:
-            batches, spare = self._copied((batches, spare))
-        weights = added(batch.weights for batch in live)
-        amounts = added(batch.amounts for batch in live)
-        return StepBatches(batches, weights, amounts, spare)
-
-    def _copied(self, batches: Any) -> Any:
-        """`batches` on the GPU. Only this thread waits for the copy."""
-        assert self.stream
-        computing = torch.cuda.default_stream(self.world.device)
-
-        def copied(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.pin_memory().to(self.world.device, non_blocking=True)
-            # its memory is not used again before the computation is through with it
-            value.record_stream(computing)
-            return value
-
-        with torch.cuda.stream(self.stream):
-            batches = tree_map(copied, batches)
-        self.stream.synchronize()
-        return batches
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.futures.clear()
-
-
-def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Sums by name; not all need have all names."""
-    total: dict[str, float] = {}
-    for count in counts:
-        for name, number in count.items():
-            total[name] = total.get(name, 0.0) + number
-    return total
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -190,67 +85,6 @@ class StepResult:
             return host.tolist()
 
         return read
-
-
-BLOCK_GRAPHS = 32
-
-
-def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
-    """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a
-    model has all its gradients at once, and no all-reduce overlaps with them; and on a CPU the
-    head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
-    if cfg.compile_unit != "auto":
-        return cfg.compile_unit
-    return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
-
-
-def compiler_lacks(device_type: str) -> str | None:
-    """What stops torch.compile on this kind of device, as "needs ..."; None where nothing does.
-
-    It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first
-    step.
-    """
-    if device_type == "cuda":
-        return missing(device_type)
-    if device_type != "cpu":
-        return None
-    import torch._inductor.config as inductor
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except (RuntimeError, OSError):  # OSError: $CXX is a folder, or may not be run
-        name = os.environ.get("CXX", "cl") if sys.platform == "win32" else inductor.cpp.cxx[-1]
-        way = {"linux": " (apt install g++)", "darwin": " (xcode-select --install)"}.get(
-            sys.platform, ""
-        )
-        return f"needs a C++ compiler: install one{way} or name yours in CXX ({name} does not run)"
-    return None
-
-
-def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
-    """torch.compile the model in place; its blocks are the members of its module lists."""
-    # here: a run that does not compile does without its second of imports
-    import torch._inductor.config as inductor
-
-    # Each rank starts these processes, by default one for each of the machine's cores.
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = min(32, max(1, cores() // world.local_size))
-    # The run has chosen its products, and its banner names them.
-    warnings.filterwarnings(
-        "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
-    )
-    units = [model]
-    if compile_unit(cfg, world, whole) == "block":
-        # All blocks share one function's graphs: of the first, a middle and the last one, for one
-        # length and for any, in training and in evaluation. Past the limit, 8 by default, they
-        # would run uncompiled.
-        torch._dynamo.config.recompile_limit = BLOCK_GRAPHS  # ty: ignore[invalid-assignment]
-        units = [
-            block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part
-        ]
-    for unit in units:
-        unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)
 
 
 class TrainStep:

@@ -26,10 +26,12 @@ from base import files
 from base.console import printable
 from config import Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine import processes
+from engine.compiling import compile_model
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
 from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_memory, too_large
 from engine.lengths import as_json, spans
+from engine.loader import Loader
 from engine.log import RunLog
 from engine.memory import Heap
 from engine.opening import Opened, identity, open_folder
@@ -42,7 +44,7 @@ from engine.results import Results
 from engine.resume import BY_MACHINE, own_options
 from engine.saving import Checkpoints
 from engine.start import Start
-from engine.step import Loader, StepResult, TrainStep, check_replicas, compile_model
+from engine.step import StepResult, TrainStep, check_replicas
 from engine.task import Facts, Task
 from storage import checkpoint
 from text import tokenizer_files

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters import layers, peft
 from adapters.options import ADAPTERS
 from config import GPTConfig, UserError
-from engine.pretraining import model_config, open_pretrained
+from engine.shape import model_config, open_pretrained
 from model import GPT
 from storage.checkpoint import locate
 from tasks import methods

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from config import GPTConfig, ResolvedTrain, TrainConfig, resolve, resolved
-from engine.pretraining import LanguageModelling, how_it_runs, packed
+from engine.compiling import compile_model
+from engine.loader import Loader
+from engine.pretraining import LanguageModelling, packed
 from engine.processes import World
-from engine.step import Loader, TrainStep, compile_model
+from engine.shape import how_it_runs
+from engine.step import TrainStep
 from engine.task import Batch
 from model import GPT
 

@@ -13,9 +13,9 @@ import torch
 
 from config import GPTConfig
 from decoding.cache import KVCache
+from engine.loader import Loader
 from engine.precision import autocast
 from engine.processes import World
-from engine.step import Loader
 from kernels.attention import attention_backends
 from model import GPT
 from random_tokens import make_step

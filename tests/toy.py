@@ -19,9 +19,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
+from engine.loader import Loader
 from engine.optim import Group
 from engine.processes import World
-from engine.step import Loader, StepResult, TrainStep
+from engine.step import StepResult, TrainStep
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 
 ROWS = 64

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from config import GPTConfig, TrainConfig
-from engine import plan, step
+from engine import compiling, plan
+from engine.compiling import compile_model
+from engine.loader import Loader
 from engine.processes import World
-from engine.step import Loader, compile_model
 from model import GPT
 from random_tokens import make_step
 from toy import TwoHeads
@@ -95,7 +96,7 @@ def test_segments_grow_unless_graphs_or_the_user_forbid_it(
 def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, workers):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(step, "cores", lambda: cores)
+    monkeypatch.setattr(compiling, "cores", lambda: cores)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     with inductor.patch(compile_threads=32):
         compile_model(GPT(SMALL), TrainConfig(), World(0, 0, ranks, ranks, CPU))

@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
-from engine.optim import Group, LossScale, Optimizers, Span, default_groups, lr_multiplier
+from engine.optim import Group, Optimizers, Span, default_groups, lr_multiplier
+from engine.precision import LossScale
 from model import GPT
 
 YES, NO = torch.tensor(True), torch.tensor(False)

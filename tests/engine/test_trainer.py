@@ -27,11 +27,12 @@ from torch import Tensor
 
 from config import UserError
 from engine.evaluation import evaluate
+from engine.loader import partition
 from engine.log import finite
-from engine.optim import LossScale
+from engine.precision import LossScale
 from engine.processes import World
 from engine.progress import Progress
-from engine.step import check_replicas, partition, seed_draws
+from engine.step import check_replicas, seed_draws
 from engine.trainer import train
 from launch import launch, log_of
 from storage import checkpoint

@@ -25,9 +25,10 @@ from config import GPTConfig, UserError, resolve, resolve_steps
 from decoding.loading import open_model
 from decoding.options import Decode
 from engine.evaluation import evaluate
-from engine.pretraining import open_pretrained
+from engine.loader import Loader
 from engine.processes import World
-from engine.step import Loader, TrainStep
+from engine.shape import open_pretrained
+from engine.step import TrainStep
 from finetune import task_of_labels
 from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from model import GPT

@@ -12,12 +12,13 @@ import torch
 from benchmarks.table import markdown
 from config import Resolved, ResolvedTrain, TrainConfig, resolved
 from engine import fit, plan
+from engine.compiling import compile_unit
 from engine.fit import peak_memory
 from engine.memory import Memory
 from engine.plan import settle
-from engine.pretraining import model_config, rows_per_rank
+from engine.pretraining import rows_per_rank
 from engine.processes import World
-from engine.step import compile_unit
+from engine.shape import model_config
 from engine.task import Cost, Facts
 from kernels import _card
 from kernels._card import CARDS

@@ -26,10 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from adapters import heads
 from adapters.options import ADAPTERS, Pooling
 from config import Resolved, UserError, resolve, resolve_steps, resolved
+from engine.compiling import compile_model
 from engine.evaluation import evaluate
+from engine.loader import Loader, partition
 from engine.precision import set_products
 from engine.processes import World
-from engine.step import Loader, TrainStep, compile_model, partition
+from engine.step import TrainStep
 from model import GPT
 from tasks.classification.description import Labels
 from tasks.classification.labels import find_labels, label_name, word_ids

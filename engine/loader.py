@@ -1,0 +1,115 @@
+"""The batches of coming steps, read ahead of the step that is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from engine import processes
+from engine.processes import World
+from engine.task import Task
+
+
+def partition(
+    groups: np.ndarray, rank: int, size: int, micro_batch: int
+) -> list[np.ndarray | None]:
+    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch
+    rows at a time.
+
+    Every rank gets the same number of micro-batches; None stands where it has no rows left.
+    """
+    per = max(1, micro_batch // groups.shape[1])
+    mine = groups[rank::size]
+    count = math.ceil(math.ceil(len(groups) / size) / per)
+    parts = [mine[i * per : (i + 1) * per].reshape(-1) for i in range(count)]
+    return [part if len(part) else None for part in parts]
+
+
+@dataclass
+class StepBatches:
+    """What one rank reads in one optimizer step."""
+
+    batches: list[Any]  # None: this rank has no rows left
+    weights: dict[str, float]  # of this rank alone
+    amounts: dict[str, float]  # the same
+    spare: Any  # a batch to run for nothing where there is none
+
+
+class Loader:
+    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on
+    this one.
+
+    Its whole state is the step it is asked for.
+    """
+
+    def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
+        self.task, self.world, self.micro_batch, self.steps, self.ahead = (
+            task,
+            world,
+            micro_batch,
+            steps,
+            ahead,
+        )
+        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte
+        # on that GPU.
+        self.pool = ThreadPoolExecutor(1, "loader", processes.use_device, (world.device,))
+        self.futures: dict[int, Future[StepBatches]] = {}
+        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+
+    def __call__(self, step: int) -> StepBatches:
+        for s in range(step, min(step + 1 + self.ahead, self.steps)):
+            if s not in self.futures:
+                self.futures[s] = self.pool.submit(self._load, s)
+        return self.futures.pop(step).result()
+
+    def _load(self, step: int) -> StepBatches:
+        groups = self.task.rows("train", step)
+        parts = partition(groups, self.world.rank, self.world.size, self.micro_batch)
+        found = [None if ids is None else self.task.batch("train", ids) for ids in parts]
+        live = [batch for batch in found if batch is not None]
+        batches = [None if batch is None else batch.tensors for batch in found]
+        spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
+        if self.stream:
+            batches, spare = self._copied((batches, spare))
+        weights = added(batch.weights for batch in live)
+        amounts = added(batch.amounts for batch in live)
+        return StepBatches(batches, weights, amounts, spare)
+
+    def _copied(self, batches: Any) -> Any:
+        """`batches` on the GPU. Only this thread waits for the copy."""
+        assert self.stream
+        computing = torch.cuda.default_stream(self.world.device)
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.pin_memory().to(self.world.device, non_blocking=True)
+            # its memory is not used again before the computation is through with it
+            value.record_stream(computing)
+            return value
+
+        with torch.cuda.stream(self.stream):
+            batches = tree_map(copied, batches)
+        self.stream.synchronize()
+        return batches
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.futures.clear()
+
+
+def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sums by name; not all need have all names."""
+    total: dict[str, float] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total.get(name, 0.0) + number
+    return total
