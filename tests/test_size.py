@@ -7,8 +7,12 @@ import dataclasses
 import io
 import tokenize
 
+import pytest
+
 from engine.task import Cost, Facts, Task
-from support import REPO
+from support import REPO, project_files
+from tasks.classification.description import Labels
+from tasks.generation.description import Texts
 
 SPINE_TOKENS = 17_500
 SPINE = (
@@ -81,3 +85,21 @@ def test_the_seam_is_eleven_methods_and_fifteen_facts():
     methods = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
     assert len(methods) == 11, methods
     assert len(dataclasses.fields(Facts)) + len(dataclasses.fields(Cost)) == 15
+
+
+def test_no_class_is_longer_than_250_lines():
+    lengths = {
+        f"{file.relative_to(REPO)}:{node.name}": node.end_lineno - node.lineno + 1
+        for file in project_files()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.end_lineno
+    }
+    assert len(lengths) > 200
+    assert not {name: n for name, n in lengths.items() if n > 250}
+
+
+@pytest.mark.parametrize("kind", [Labels, Texts])
+def test_a_description_of_a_task_has_at_most_25_names(kind: type[Labels | Texts]) -> None:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    names = fields | {name for name in dir(kind) if not name.startswith("_")}
+    assert len(names) <= 25, sorted(names)
