@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import datetime
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from base.files import write_json
+from benchmarks.runs import end, now, read_json, start, write_report
 from benchmarks.table import markdown
 from config import Positive, Where
 
@@ -38,7 +37,8 @@ REPO = Path(__file__).resolve().parent.parent
 SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
 PATIENCE = 2.5  # a part is ended after this many times its expected seconds: it hangs
 CALLS = 3  # that the plan shows
-GRACE = 10.0  # seconds for a command to end when it is interrupted
+# seconds for a command to end when it is interrupted: pytest ends its programs
+GRACE = 10.0
 TAIL = 4000  # characters of a part's output that are kept in the JSON file
 CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
 AT_ONCE = 5  # tests at most: the GPU's memory is shared
@@ -388,7 +388,7 @@ class Check:
             yield
         except BaseException:
             for process in list(self.running):
-                end(process)
+                end(process, signal.SIGINT, GRACE)
             raise
 
     def done(self, part: Part) -> bool:
@@ -447,23 +447,14 @@ class Check:
     def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
         """Run a command with its output in `log`; its exit code, or None where its time was up and
         it was ended."""
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=REPO,
-                env=self._environment(part),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = start(command, log, environment=self._environment(part), folder=REPO)
         self.running.add(process)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            end(process)
+            end(process, signal.SIGINT, GRACE)
             self.running.discard(process)
 
     def _environment(self, part: Part) -> dict[str, str]:
@@ -482,9 +473,8 @@ class Check:
 
     def write(self) -> None:
         result = self.facts | {"parts": list(self.records.values())}
-        for folder in (self.out, self.cache):
-            write_json(folder / f"{self.stem}.json", result)
-        (self.out / f"{self.stem}.md").write_text(self.table(), encoding="utf-8")
+        write_json(self.cache / f"{self.stem}.json", result)
+        write_report(self.out, self.stem, result, self.table())
 
     def table(self) -> str:
         """One row a part, with the last line of what it printed."""
@@ -558,24 +548,6 @@ def restore(folder: Path, files: dict[str, Any]) -> None:
             write_json(path, value)
 
 
-def read_json(path: Path) -> Any:
-    """None where there is none that is whole: who writes it may have been killed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a command's session. Interrupted first, pytest ends the programs that it
-    started itself."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-
-
 # --- before it begins
 
 
@@ -618,10 +590,7 @@ def main() -> int:
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
     known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
-    known |= {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "engine": engine_hash(),
-    }
+    known |= {"date": now(), "engine": engine_hash()}
     cache = Path(options.cache) if options.cache else None
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(Path(options.out), known, cache, options.rehearse, at_once)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import importlib.util
 import itertools
@@ -21,6 +20,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +44,18 @@ from benchmarks.ladder import (
     scaling_points,
 )
 from benchmarks.machine import elsewhere
+from benchmarks.runs import (
+    Failed,
+    TimeUp,
+    end,
+    execute,
+    make_folders,
+    now,
+    read_json,
+    say,
+    start,
+    write_report,
+)
 from benchmarks.stages_report import (
     TOLERANCE,
     describe,
@@ -53,17 +65,7 @@ from benchmarks.stages_report import (
     stage_rows,
     text_of,
 )
-from benchmarks.stages_run import (
-    ENGINE,
-    Failed,
-    TimeUp,
-    command,
-    end,
-    execute,
-    figures_of,
-    say,
-    start,
-)
+from benchmarks.stages_run import ENGINE, command, figures_of
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
 from engine.roofline import peak_flops
@@ -140,13 +142,8 @@ class Bench:
 
     def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
         """What was measured of just this run before, or None."""
-        try:
-            record = json.loads(
-                self.path(name, number).with_suffix(".json").read_text(encoding="utf-8")
-            )
-        except (OSError, ValueError):
-            return None
-        return record if record["settings"] == as_json(settings) else None
+        record = read_json(self.path(name, number).with_suffix(".json"))
+        return record if record and record["settings"] == as_json(settings) else None
 
     def records(self, name: str, settings: Settings) -> list[dict[str, Any]]:
         """Of rounds 1, 2, ... as far as there are any."""
@@ -288,7 +285,7 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
                 )
     finally:
         for process in running.values():
-            end(process)
+            end(process, signal.SIGTERM, 0)
 
 
 def compiled_part(settings: Settings) -> Settings:
@@ -488,7 +485,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         for point in distinct_points(most)
     }
     result = {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": now(),
         "machine": dataclasses.asdict(machine),
         "plan": dataclasses.asdict(plan),
         "engine": engine_hash(),
@@ -500,8 +497,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         "scaling": scaling_rows(points, most) if points else [],
     }
     text = text_of(result, plan, machine)
-    write_json(bench.folder / "stages.json", result)
-    (bench.folder / "stages.md").write_text(text, encoding="utf-8")
+    write_report(bench.folder, "stages", result, text)
     if importlib.util.find_spec("matplotlib"):
         draw(
             result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png"
@@ -535,14 +531,8 @@ def check(options: Options) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` with places for runs and caches, which git passes over. What is compiled stays there
-    too."""
-    for name in ("cache", "runs"):
-        try:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / ".gitignore").write_text("*\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}") from None
+    """`folder` with places for runs and caches. What is compiled stays there too."""
+    make_folders(folder, ("cache", "runs"))
     for name in ("TORCHINDUCTOR", "TRITON"):
         os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / "cache" / name.lower()))
 

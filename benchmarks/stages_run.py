@@ -3,16 +3,10 @@ trace."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +16,6 @@ from engine.log import read_log
 ENGINE = Path(__file__).resolve().parent.parent
 SEED = 1337
 LEARNING_RATE = 3e-4  # constant, and small: Adam's first steps blow up differences of rounding
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]:
@@ -69,69 +59,6 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]
     words.append("--compile" if settings.compile else "--no-compile")
     words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
     return words + (["--without", *settings.without] if settings.without else [])
-
-
-class Failed(Exception):
-    """A run ended otherwise than it should: the last line of its error."""
-
-
-class TimeUp(Exception):
-    """A run was cut off, or not begun, because the time was over."""
-
-
-def start(words: Sequence[str], output: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, on some of the cores or all, its output in a
-    file."""
-    with output.open("w", encoding="utf-8") as file, on_cores(cores):
-        return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
-
-
-@contextlib.contextmanager
-def on_cores(count: int | None) -> Generator[None]:
-    if count is None or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(mine)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command that still runs, and torchrun's workers with it."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def execute(words: Sequence[str], output: Path, until: float, cores: int | None = None) -> None:
-    """Run a command to its end. Raises Failed, or TimeUp at `until` (of time.monotonic)."""
-    process = start(words, output, cores)
-    try:
-        code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise TimeUp from None
-    finally:
-        end(process)
-    if code:
-        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
-
-
-def last_error(output: str, code: int) -> str:
-    """The line that names the error: torchrun adds many after it."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [
-        line
-        for line in lines
-        if re.match(r"(\[\w+\]:?\s*)?(error|[\w.]*(Error|Exception)): ", line)
-    ]
-    named = [line for line in named if "ChildFailedError" not in line] or lines[-1:]
-    return named[-1] if named else f"it ended with code {code}"
 
 
 def figures_of(run: Path, warm_up: int) -> dict[str, Any]:

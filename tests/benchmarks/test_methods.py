@@ -10,7 +10,6 @@ import os
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,19 +24,11 @@ import benchmarks.methods as bench_module
 import benchmarks.methods_cells as cells_module
 from base.cli import parse
 from benchmarks import methods_figures
-from benchmarks.methods import (
-    Options,
-    compare,
-    execute,
-    extra_options,
-    make_bench,
-    result_of,
-    usual_rate,
-)
+from benchmarks.methods import Options, compare, extra_options, make_bench, result_of, usual_rate
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import PUBLISHED, rows_of, text_of
-from benchmarks.stages_run import Failed, TimeUp
+from benchmarks.runs import Failed, TimeUp
 from config import UserError
 from model import GPT, GPTConfig
 from tasks import methods
@@ -97,7 +88,7 @@ class Fake:
     def monotonic(self) -> float:
         return self.now
 
-    def execute(self, words: Sequence[str], output: Path, until: float) -> None:
+    def execute(self, words: Sequence[str], output: Path, until: float, grace: float = 0.0) -> None:
         if self.now + self.seconds > until:
             self.now = until
             raise TimeUp
@@ -402,44 +393,6 @@ def test_the_live_table_shows_the_cells_around_the_one_that_runs(
     assert str(bench_module.board(bench, height=100).title).startswith("0 of 7 runs")
 
 
-# --- a process
-
-
-def stub(tmp_path: Path, text: str) -> list[str]:
-    (tmp_path / "stub.py").write_text(text)
-    return [sys.executable, "-S", str(tmp_path / "stub.py")]
-
-
-def test_a_process_that_fails_leaves_its_last_line(tmp_path: Path) -> None:
-    words = stub(
-        tmp_path,
-        "import sys; print('hello'); print('error: no such file', file=sys.stderr); sys.exit(2)",
-    )
-    with pytest.raises(Failed, match=r"^error: no such file$"):
-        execute(words, tmp_path / "out.txt", math.inf)
-
-
-def test_a_process_that_is_killed_leaves_the_signal(tmp_path: Path) -> None:
-    words = stub(tmp_path, "import os; print('all is well', flush=True); os.kill(os.getpid(), 9)")
-    with pytest.raises(Failed, match=r"^killed by SIGKILL$"):
-        execute(words, tmp_path / "out.txt", math.inf)
-
-
-def test_at_the_end_of_the_budget_a_run_may_save(tmp_path: Path) -> None:
-    words = stub(
-        tmp_path,
-        "import signal, sys, time, pathlib\n"
-        "def stop(*_):\n    pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1], "
-        "'ready').touch()\ntime.sleep(60)\n",
-    )
-    began = time.monotonic()
-    with pytest.raises(TimeUp):
-        execute([*words, str(tmp_path)], tmp_path / "out.txt", began + 2)
-    assert (tmp_path / "ready").exists() and (tmp_path / "saved").exists()
-    assert time.monotonic() - began < 20
-
-
 # --- the command line of a cell
 
 
@@ -599,10 +552,10 @@ def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPat
 def test_a_comparison_that_is_told_to_end_writes_what_it_has(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stopped(words: Sequence[str], output: Path, until: float) -> None:
+    def stopped(words: Sequence[str], output: Path, until: float, grace: float = 0.0) -> None:
         if len(fake.ran) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        fake.execute(words[2:], output, until)
+        fake.execute(words[2:], output, until, grace)
 
     seen = {"of_task": facts_of("generation"), "base": ABOUT["base"], "machine": ABOUT["machine"]}
     monkeypatch.setattr(bench_module, "elsewhere", lambda *_: seen)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
+from benchmarks.runs import Failed
 from benchmarks.stages import Bench
-from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 from launch import write_inputs
@@ -332,35 +331,6 @@ def test_steps_are_those_that_the_time_allows() -> None:
     assert stages.steps_for(seconds=20, start_up=10, step=1, warm_up=2) == 10
     assert stages.steps_for(seconds=5, start_up=10, step=1, warm_up=2) == 2 + least
     assert stages.steps_for(seconds=1e6, start_up=10, step=1, warm_up=2) == 2 + most
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("banner\nerror: --precision fp8 needs a GPU\n", "error: --precision fp8 needs a GPU"),
-        ("Traceback\n  x()\nRuntimeError: boom\n", "RuntimeError: boom"),
-        (
-            "[rank1]: torch.OutOfMemoryError: CUDA\n"
-            + "torch.distributed.elastic.ChildFailedError: "
-            "\n" + 9 * "=",
-            "[rank1]: torch.OutOfMemoryError: CUDA",
-        ),
-        ("Segmentation fault\n", "Segmentation fault"),
-        ("", "it ended with code 9"),
-    ],
-)
-def test_the_last_error_is_found(output, expected) -> None:
-    assert stages_run.last_error(output, 9) == expected
-
-
-def test_a_run_past_its_time_is_ended(tmp_path) -> None:
-    words = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with pytest.raises(TimeUp):
-        stages_run.execute(words, tmp_path / "out.txt", until=time.monotonic() + 0.2)
-    with pytest.raises(Failed, match="ValueError: no"):
-        stages_run.execute(
-            [sys.executable, "-c", "raise ValueError('no')"], tmp_path / "out.txt", until=math.inf
-        )
 
 
 @pytest.fixture
