@@ -467,7 +467,7 @@ def check(options: Options) -> None:
     """Raise UserError for a task that there is not, or a number out of its range."""
     tasks = sorted(path.stem for path in (ENGINE / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
-    at_least: dict[str, float] = dict(budget_minutes=0.1, best=0, epochs=1, batch_size=1, lr=0)
+    at_least: dict[str, float] = dict(budget_minutes=0.1, epochs=1)
     for name, least in at_least.items():
         value = getattr(options, name)
         if value is not None and value < least:

@@ -479,8 +479,7 @@ def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
 def test_a_number_out_of_range_is_refused() -> None:
     for options, message in (
         (stages.Options(steps=2), "--steps is 2; it must be at least 4"),
-        (stages.Options(rounds=0), "--rounds is 0"),
-        (stages.Options(micro_batch=0), "--micro-batch is 0"),
+        (stages.Options(minutes=0.5), "--minutes is 0.5; it must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             stages.check(options)
