@@ -12,20 +12,19 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.options import Form, Pooling
+from adapters.options import Cut, Form, Pooling
 from config import UserError
 from model import GPT, pick
 from storage.foreign import read_object
 from storage.weights import read_tensors, read_weights, save_tensors
 
-Cut = Literal["end", "start", "middle"]
 LSTM_WIDTH = 512
 INFO, WEIGHTS = "classifier.json", "heads.safetensors"
 SCORE = "score.weight"  # the hub's name of a classifier's weights

@@ -26,8 +26,6 @@ from config import GPTConfig, UserError
 from kernels.dropout import Dropout
 from model import GPT, Extend, Linear, causal_mask
 
-LORA = ("lora", "dora")
-ADAPTERS = (*LORA, "prefix", "soft-prompt")
 # the products of a block
 ATTENTION, FEED_FORWARD = (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"))
 LORA_ON = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "both": ATTENTION + FEED_FORWARD}

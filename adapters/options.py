@@ -1,7 +1,12 @@
-"""Options of the methods of fine-tuning."""
+"""The methods of fine-tuning: their options, and which of a model's parameters each trains.
+
+What adapters add to a model stands in adapters/layers.py. Nothing here imports torch, so that
+`--help` is quick.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +14,13 @@ from config import Count, Probability, Share, Weight, Width, WidthOrNone
 
 Form = Literal["plain", "prompt", "word"]
 Pooling = Literal["last", "mean", "attention", "lstm"]
+Cut = Literal["end", "start", "middle"]
 
-Method = Literal["full", "last-layer", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
+Method = Literal[
+    "full", "last-layer", "last-k", "ulmfit", "bitfit", "lora", "dora", "prefix", "soft-prompt"
+]
+LORA: tuple[Method, ...] = ("lora", "dora")
+ADAPTERS: tuple[Method, ...] = (*LORA, "prefix", "soft-prompt")  # added to a frozen model
 
 
 @dataclass(frozen=True)
@@ -36,3 +46,43 @@ class MethodConfig:
     trained themselves."""
     llrd: Share = 1.0
     """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter of a model stands."""
+
+    name: str
+    depth: int  # layers from the top: 0 the head and the last norm, then block by block
+    epoch: int  # of the run
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method does with the model's own parameters."""
+
+    trains: Callable[[Place, MethodConfig], bool] = lambda place, cfg: False
+    options: tuple[str, ...] = ()  # that belong to it
+    llrd: bool = False  # whether --llrd may set the rates of its blocks
+    matrices: bool = False  # whether it trains matrices of the blocks, as Muon needs
+
+
+_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_on")
+
+# What trains under each method, of the parameters that the model had before: the heads of a
+# classifier and what an adapter adds always train.
+METHODS: dict[Method, Traits] = {
+    "full": Traits(lambda place, cfg: True, llrd=True, matrices=True),
+    "last-layer": Traits(lambda place, cfg: place.depth == 0),
+    "last-k": Traits(
+        lambda place, cfg: place.depth <= cfg.last_k, ("last_k",), llrd=True, matrices=True
+    ),
+    # Howard and Ruder (2018): it begins with the head, and each epoch thaws the layer below.
+    "ulmfit": Traits(lambda place, cfg: place.depth <= place.epoch, matrices=True),
+    # Ben Zaken et al. (2022): the biases alone, those of the norms among them.
+    "bitfit": Traits(lambda place, cfg: place.name.endswith(".bias"), llrd=True),
+    "lora": Traits(options=_OF_LORA, llrd=True),
+    "dora": Traits(options=_OF_LORA, llrd=True),
+    "prefix": Traits(options=("prefix_tokens", "prefix_width")),
+    "soft-prompt": Traits(options=("prefix_tokens",)),
+}

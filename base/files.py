@@ -113,3 +113,10 @@ def writing_to(option: str, folder: Path, more: str = "") -> Generator[None]:
             f"cannot write to {option} {folder}: {reason}; name a folder that you can write "
             f"to{more}"
         ) from None
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file of the same name with another ending; `path` may be any of the files of a set of
+    answers."""
+    known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
+    return path.with_name((path.stem if known else path.name) + ending)

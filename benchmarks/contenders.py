@@ -9,39 +9,24 @@ the others can hold does not show it.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from config import GPTConfig, ResolvedTrain, TrainConfig, resolved
+from benchmarks.harness import OURS
+from benchmarks.steps import Case, Shape, Step, Trainer
+from config import ResolvedTrain, TrainConfig, resolved
 
 if TYPE_CHECKING:
     import torch
 
-OURS = "this engine"
+    from engine.plan import Choices
+    from engine.processes import World
+    from engine.step import StepBatches, StepResult
+
 SEED = 1337
 RECIPE: dict[str, Any] = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, clip=1.0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    rows: int  # sequences in a micro-batch
-    seq_len: int
-    accumulation: int = 1  # micro-batches in a step
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding as nanoGPT advises: 50,304 in place of 50,257."""
-        return -(-self.vocab_size // 64) * 64
-
-    @property
-    def config(self) -> GPTConfig:
-        return GPTConfig(self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd)
 
 
 SHAPES = {
@@ -77,40 +62,13 @@ def fitting(shape: Shape, memory: int | None) -> Shape:
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    """What all contenders do alike."""
+def tokens_of(case: Case) -> torch.Tensor:
+    """Random tokens of a step, (rows x accumulation, seq_len) int64, the same for all."""
+    import torch
 
-    name: str
-    shape: Shape
-    precision: str
-    device: str
-    weights: str  # folder in the hub's layout that everyone starts from
-
-    @property
-    def tokens(self) -> int:
-        """Of one optimizer step."""
-        return self.shape.rows * self.shape.seq_len * self.shape.accumulation
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} {self.precision}"
-
-    def tokens_drawn(self) -> torch.Tensor:
-        """Random tokens of a step, (rows x accumulation, seq_len) int64, the same for all."""
-        import torch
-
-        size = (self.shape.rows * self.shape.accumulation, self.shape.seq_len)
-        return torch.randint(
-            self.shape.vocab_size, size, generator=torch.Generator().manual_seed(SEED)
-        )
-
-    def micro_batches(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The step's tokens and targets in micro-batches, each (rows, seq_len) int64."""
-        idx = self.tokens_drawn().to(device)
-        return list(
-            zip(idx.split(self.shape.rows), targets_of(idx).split(self.shape.rows), strict=True)
-        )
+    size = (case.shape.rows * case.shape.accumulation, case.shape.seq_len)
+    draw = torch.Generator().manual_seed(SEED)
+    return torch.randint(case.shape.vocab_size, size, generator=draw)
 
 
 def targets_of(idx: torch.Tensor) -> torch.Tensor:
@@ -121,26 +79,67 @@ def targets_of(idx: torch.Tensor) -> torch.Tensor:
     return F.pad(idx[:, 1:], (0, 1), value=-100)
 
 
-# one optimizer step: its loss and gradient norm
-Step = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
 Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss of tokens and targets
 
 
 # --- this engine
 
 
-def ours(case: Case, **options: Any) -> Step:
-    """step.TrainStep as trainer.train sets it up; only the tokens are made up. `options` are
-    TrainConfig's."""
-    import gc
+class Engine:
+    """step.TrainStep as trainer.train sets it up; the model is the same whenever it is built."""
 
+    def __init__(
+        self,
+        task: Any,
+        cfg: Any,
+        world: World,
+        choices: Choices,
+        whole: bool = True,
+        exact: bool = False,
+    ):
+        import torch
+
+        from engine.step import TrainStep, compile_model
+
+        self.task, self.cfg, self.backends = task, cfg, choices.backends
+        torch.manual_seed(cfg.seed)
+        self.model: Any = task.build_model(cfg).to(world.device)
+        if cfg.compile:
+            compile_model(self.model, cfg, world, whole)
+        self.step = TrainStep(task, self.model, cfg, world, exact)
+        gc.collect()
+        gc.freeze()
+
+    def __call__(self, data: StepBatches) -> StepResult:
+        from torch.nn.attention import sdpa_kernel
+
+        with sdpa_kernel(self.backends, set_priority=True):
+            result = self.step(0, data)
+        assert result is not None
+        return result
+
+    def on_first_batch(self, rows: int) -> Step:
+        """The step on the rows of the task's first one."""
+        from engine.step import Loader
+
+        loader = Loader(self.task, self.step.world, rows, steps=1)
+        data = loader(0)
+        loader.close()
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            result = self(data)
+            return result.loss, result.grad_norm
+
+        return run
+
+
+def ours(case: Case, **options: Any) -> Step:
+    """This engine's step on tokens that are made up. `options` are TrainConfig's."""
     import numpy as np
-    from torch.nn.attention import sdpa_kernel
 
     from engine import processes
     from engine.plan import settle
     from engine.pretraining import LanguageModelling, packed
-    from engine.step import Loader, TrainStep, compile_model
     from engine.task import Batch
 
     class RandomTokens(LanguageModelling):
@@ -148,77 +147,59 @@ def ours(case: Case, **options: Any) -> Step:
             return np.arange(case.shape.rows * case.shape.accumulation)[:, None]
 
         def batch(self, split: str, ids: np.ndarray) -> Batch:
-            idx = case.tokens_drawn()[ids]
+            idx = tokens_of(case)[ids]
             return packed({"idx": idx, "targets": targets_of(idx)})
 
-    world = processes.start(case.device)
-    settled, choices = settle(dataclasses.replace(train_config(case), **options), world)
-    cfg = resolved(settled, ResolvedTrain)
-    task = RandomTokens()
-    task.cfg = cfg
-    model = task.build_model(cfg).to(world.device)
-    if cfg.compile:
-        compile_model(model, cfg, world)
-    step = TrainStep(task, model, cfg, world)
-    data = Loader(task, world, case.shape.rows, steps=1)(0)
-    gc.collect()
-    gc.freeze()
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        with sdpa_kernel(choices.backends, set_priority=True):
-            result = step(0, data)
-        assert result is not None
-        return result.loss, result.grad_norm
-
-    return run
-
-
-def train_config(case: Case) -> TrainConfig:
-    shape = case.shape
-    precision: Any = case.precision
-    return TrainConfig(
+    known: dict[str, Any] = RECIPE | {"precision": case.precision} | options
+    cfg = TrainConfig(
         init=case.weights,
         data="stdlib",
-        seq_len=shape.seq_len,
-        batch_tokens=case.tokens,
-        micro_batch=shape.rows,
+        seq_len=case.shape.seq_len,
+        batch_tokens=case.amount,
+        micro_batch=case.shape.rows,
         steps=10**6,
         schedule="constant",
         warmup_steps=0,
-        precision=precision,
         seed=SEED,
-        **RECIPE,
+        **known,
     )
-
-
-def ours_in_fp8(case: Case) -> Step:
-    return ours(dataclasses.replace(case, precision="fp8"))
-
-
-def ours_compiled(case: Case) -> Step:
-    """With what --compile gives on a CPU, where it is not the default."""
-    return ours(case, compile=True)
+    world = processes.start(case.device)
+    settled, choices = settle(cfg, world)
+    task = RandomTokens()
+    task.cfg = resolved(settled, ResolvedTrain)
+    return Engine(task, task.cfg, world, choices).on_first_batch(case.shape.rows)
 
 
 # --- the others
 
 
 def trained(case: Case, model: Any, loss_of: Loss) -> Step:
+    """The step of a trainer on random tokens, in micro-batches of (rows, seq_len)."""
+    idx = tokens_of(case).to(device_of(case))
+    both = (part.split(case.shape.rows) for part in (idx, targets_of(idx)))
+    return step_of(case, model, list(zip(*both, strict=True)), loss_of)
+
+
+def step_of(
+    case: Case,
+    model: Any,
+    micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    loss_of: Loss,
+) -> Step:
     """Torch's fused AdamW, no decay on vectors, the norm clipped: as the peers' own examples train
     them."""
     import torch
 
     from engine.precision import autocast
 
-    device = next(model.parameters()).device
     params = list(model.parameters())
+    device = params[0].device
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": RECIPE["weight_decay"]},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (RECIPE["beta1"], RECIPE["beta2"])
     optimizer = torch.optim.AdamW(groups, lr=RECIPE["lr"], betas=betas, eps=1e-8, fused=True)
-    micro_batches = case.micro_batches(device)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), device=device)
@@ -241,11 +222,18 @@ def compiled_if(compiled: bool, model: Any) -> Any:
     return torch.compile(model) if compiled else model
 
 
+def quiet() -> None:
+    """transformers without progress bars and warnings."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def plain(case: Case, compiled: bool) -> Step:
     from benchmarks.plain_gpt2 import PlainGPT2, load_hub
 
-    shape = case.shape
-    model = PlainGPT2(shape.n_layer, shape.n_head, shape.n_embd, shape.padded_vocab, shape.seq_len)
+    model = PlainGPT2(case.shape.config)
     load_hub(model, case.weights)
     return trained(case, model.to(device_of(case)), compiled_if(compiled, model))
 
@@ -261,10 +249,8 @@ def transformers(case: Case, compiled: bool) -> Step:
 def transformers_model(case: Case) -> Any:
     import torch
     from transformers import GPT2LMHeadModel
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     model: Any = GPT2LMHeadModel.from_pretrained(
         case.weights, attn_implementation="sdpa", dtype=torch.float32
     )
@@ -298,13 +284,13 @@ def litgpt(case: Case, compiled: bool) -> Step:
         n_embd=shape.n_embd,
         block_size=shape.seq_len,
         vocab_size=shape.vocab_size,
-        padded_vocab_size=shape.padded_vocab,
+        padded_vocab_size=shape.config.padded_vocab_size,
         parallel_residual=False,
         gelu_approximate="tanh",
         rotary_percentage=0.0,
     )
     model = GPT(config)
-    model.transformer.wte = Embedding(shape.padded_vocab, shape.seq_len, shape.n_embd)
+    model.transformer.wte = Embedding(shape.config.padded_vocab_size, shape.seq_len, shape.n_embd)
     model.lm_head.weight = model.transformer.wte.weight  # its option tie_embeddings
     theirs = {
         "norm_": "ln_",
@@ -355,69 +341,42 @@ def device_of(case: Case) -> torch.device:
 
 # --- the list of them
 
-
-@dataclass(frozen=True)
-class Contender:
-    """`kept`: with this engine's allocator setting, so that what is left of the difference is the
-    code's."""
-
-    builder: Callable[..., Step]
-    imports: tuple[str, ...]  # what it needs of code; its memory is counted from there on
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    compiled: bool | None = None  # None: its own affair
-    kept: bool = False
-    padded: bool = False  # the vocabulary's padding takes part in the softmax
-
-    @property
-    def peer(self) -> bool:
-        return self.compiled is not None
-
-    def lacking(self, device: str) -> str | None:
-        """What this machine has not that it needs."""
-        if self.builder is liger and device == "cpu":
-            return "needs a CUDA GPU"
-        compiles = self.compiled or self.builder is ours_compiled
-        if compiles and device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            return "needs a C++ compiler"
-        return None
-
-    def build(self, case: Case) -> Step:
-        from engine.memory import set_allocator
-
-        if self.kept:
-            set_allocator(keep_freed=True)
-        return self.builder(case, self.compiled) if self.peer else self.builder(case)
-
-
 HUGGING_FACE = "transformers.models.gpt2.modeling_gpt2"
-PEERS: dict[str, tuple[Callable[..., Step], tuple[str, ...], bool]] = {
-    "plain": (plain, ("benchmarks.plain_gpt2",), True),
-    "transformers": (transformers, (HUGGING_FACE,), False),
-    "litgpt": (litgpt, ("litgpt.model", "litgpt.utils"), True),
-    "liger": (liger, (HUGGING_FACE, "liger_kernel.transformers"), False),
+COMPILER = "torch._inductor.compile_fx"
+OWN = Trainer(ours, ("engine.step",), peer=False)
+PEERS = {
+    "plain": Trainer(plain, ("benchmarks.plain_gpt2",), padded=True),
+    "transformers": Trainer(transformers, (HUGGING_FACE,)),
+    "litgpt": Trainer(litgpt, ("litgpt.model", "litgpt.utils"), padded=True),
+    "liger": Trainer(liger, (HUGGING_FACE, "liger_kernel.transformers"), needs_gpu=True),
 }
 
 
-def _all() -> Iterator[tuple[str, Contender]]:
+def _all() -> Iterator[tuple[str, Trainer]]:
     """The likely best first: a run that is cut short has compared with them."""
-    yield OURS, Contender(ours, ("engine.step",))
+    yield OURS, OWN
     for compiled, kept in ((True, False), (False, False), (True, True), (False, True)):
-        for name, (builder, imports, padded) in PEERS.items():
-            if (builder is litgpt and not compiled) or (builder is liger and kept):
+        for name, peer in PEERS.items():
+            if (name == "litgpt" and not compiled) or (name == "liger" and kept):
                 continue  # litgpt's own trainer always compiles; Liger runs on a GPU only
             words = f"{name}{' compiled' if compiled else ''}{' + our allocator' if kept else ''}"
-            needs = (
-                *imports,
-                "engine.precision",
-                *(("torch._inductor.compile_fx",) if compiled else ()),
+            yield (
+                words,
+                dataclasses.replace(
+                    peer,
+                    build=functools.partial(peer.build, compiled=compiled),
+                    imports=(*peer.imports, "engine.precision", *([COMPILER] if compiled else [])),
+                    devices=("cpu",) if kept else ("cpu", "cuda"),
+                    compiled=compiled,
+                    kept=kept,
+                ),
             )
-            devices = ("cpu",) if kept else ("cpu", "cuda")
-            yield words, Contender(builder, needs, devices, compiled, kept, padded)
-    yield (
-        f"{OURS} compiled",
-        Contender(ours_compiled, ("engine.step", "torch._inductor.compile_fx"), ("cpu",)),
-    )
-    yield f"{OURS} fp8", Contender(ours_in_fp8, ("engine.step",), ("cuda",))
+    # with what --compile gives on a CPU, where it is not the default
+    compiled_step = functools.partial(ours, compile=True)
+    imports = (*OWN.imports, COMPILER)
+    yield (f"{OURS} compiled", Trainer(compiled_step, imports, ("cpu",), compiled=True, peer=False))
+    in_fp8 = functools.partial(ours, precision="fp8")
+    yield f"{OURS} fp8", dataclasses.replace(OWN, build=in_fp8, devices=("cuda",))
 
 
 CONTENDERS = dict(_all())

@@ -11,19 +11,19 @@ fp32 before a time counts.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
+from benchmarks.contenders import quiet
+from benchmarks.harness import OURS, Results, alternate, cells, ratio, say, timed
+from benchmarks.machine import facts
 from benchmarks.table import markdown
 from config import Count, GPTConfig, Where, known_names
 from decoding.options import DecodeConfig
@@ -46,7 +46,19 @@ STRATEGIES = {
     "mbr": DecodeConfig(decode="mbr", temperature=0.8, top_p=0.9, candidates=8),
     "ensemble": DecodeConfig(decode="ensemble", temperature=0.8, top_p=0.9, beams=3, candidates=8),
 }
-OURS = "this engine"
+# the same in transformers' words
+THEIRS: dict[str, dict[str, Any]] = {
+    "greedy": dict(do_sample=False),
+    "sample": dict(do_sample=True, temperature=0.8, top_k=50, top_p=0.9),
+    "beam": dict(
+        do_sample=False,
+        num_beams=5,
+        length_penalty=0.6,
+        early_stopping=False,
+        no_repeat_ngram_size=3,
+    ),
+}
+NO_CACHE = "no cache"
 
 
 @dataclass(frozen=True)
@@ -129,10 +141,10 @@ class Pair:
         """A function for each that continues the prompts; this engine first."""
         options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
         found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
-        if decode in ("greedy", "sample", "beam"):
-            found["transformers"] = lambda: self._theirs(options)
+        if decode in THEIRS:
+            found["transformers"] = lambda: self._theirs(decode)
         elif decode == "contrastive" and len(self.prompts) == 1:
-            found["no cache"] = lambda: [
+            found[NO_CACHE] = lambda: [
                 contrastive_reference(self._read, p, options) for p in self.prompts.tolist()
             ]
         return found
@@ -143,26 +155,17 @@ class Pair:
         tokenizer: Any = Words(self.ours.config.vocab_size)
         return generate(self.ours, self.prompts.tolist(), options, eot=None, tokenizer=tokenizer)
 
-    def _theirs(self, options: DecodeConfig) -> list[list[int]]:
+    def _theirs(self, decode: str) -> list[list[int]]:
         import torch
 
-        how: dict[str, Any] = {"do_sample": False}
-        if options.decode == "sample":
-            how = dict(
-                do_sample=True,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-            )
-        if options.decode == "beam":
-            how |= dict(
-                num_beams=options.beams, length_penalty=options.length_penalty, early_stopping=False
-            )
-            how |= dict(no_repeat_ngram_size=options.no_repeat_ngram)
         ids = self.prompts.to(self.device)
         mask = torch.ones_like(ids)
         out = self.theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=self.new_tokens, pad_token_id=0, **how
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self.new_tokens,
+            pad_token_id=0,
+            **THEIRS[decode],
         )
         return out[:, PROMPT:].tolist()
 
@@ -174,11 +177,11 @@ class Pair:
         return out.hidden_states[-1], out.logits
 
 
+@dataclass
 class Words:
     """In place of a tokenizer, for a model that has none: each id a word."""
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    vocab_size: int
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return " ".join(f"{id:x}" for id in ids)
@@ -191,81 +194,48 @@ def check(generators: dict[str, Generate]) -> None:
         raise RuntimeError("the tokens differ: nothing is compared")
 
 
-def measure(generators: dict[str, Generate], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each turn, the contenders taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in generators}
-    for turn in range(repetitions):
-        for name, generate in generators.items():
-            if name == "no cache" and turn:
-                continue
-            began = time.perf_counter()
-            generate()  # its tokens come back to the host, so nothing is left to wait for
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def compare(shape: str, batch: int, options: Options, device: torch.device) -> list[dict[str, Any]]:
-    """A row of figures for each way of decoding."""
+def compare(
+    shape: str, batch: int, options: Options, device: torch.device
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Each way of decoding, with the seconds of its contenders' turns."""
     import torch
 
     pair = Pair(SHAPES[shape], batch, options.new_tokens, device)
-    named = {
-        decode: pair.contenders(decode)
-        for decode in known_names("--decode", options.decode, STRATEGIES)
-    }
+    decodes = known_names("--decode", options.decode, STRATEGIES)
+    named = {decode: pair.contenders(decode) for decode in decodes}
     for decode, generators in named.items():
         if decode != "sample":
             check(generators)
     if device.type == "cuda":
         pair.ours.to(torch.bfloat16)
         pair.theirs.to(torch.bfloat16)
-    rows = []
     for decode, generators in named.items():
-        print(f"{shape}, batch {batch}, {decode} ...", file=sys.stderr, flush=True)
+        say(f"{shape}, batch {batch}, {decode} ...")
         if device.type == "cuda" or decode == "sample":  # the check warmed up the others
             for generate in generators.values():
                 generate()
-        seconds = measure(generators, options.repetitions)
-        rows.append(
-            dict(
-                shape=shape,
-                batch=batch,
-                decode=decode,
-                tokens=batch * options.new_tokens,
-                seconds=seconds,
-            )
-        )
-    return rows
+        # tokens come back to the host, so nothing is left to wait for
+        turns = {name: timed(generate) for name, generate in generators.items()}
+        yield decode, alternate(turns, range(options.repetitions), limits={NO_CACHE: 1})
 
 
-def table(rows: list[dict[str, Any]], title: str) -> str:
-    head = (
-        "shape",
-        "batch",
-        "decode",
-        f"{OURS}, tokens/s",
-        "beside",
-        "tokens/s",
-        "ratio of medians",
-        "slowest-fastest",
+def report(record: dict[str, Any]) -> str:
+    rows = []
+    for case in record["cases"]:
+        (_, ours), *others = case["seconds"].items()
+        rate = f"{case['tokens'] / statistics.median(ours):,.0f}"
+        beside = [""] * 4
+        for name, theirs in others:
+            beside = [name, f"{case['tokens'] / statistics.median(theirs):,.0f}"]
+            beside += cells(ratio(theirs, ours))
+        rows.append([case["shape"], str(case["batch"]), case["decode"], rate, *beside])
+    head = ("shape", "batch", "decode", f"{OURS}, tokens/s", "beside", "tokens/s")
+    table = markdown([*head, "speed x", "least-most"], rows, words=(0, 2, 4))
+    return (
+        f"Generation of {record['options']['new_tokens']} tokens after {PROMPT}. Tokens of the "
+        "chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8.\nSpeed x: of "
+        f"turns side by side.\n\n{table}"
     )
-    cells = []
-    for row in rows:
-        ours, *others = row["seconds"].values()
-        rate = row["tokens"] / statistics.median(ours)
-        cells.append(
-            [row["shape"], str(row["batch"]), row["decode"], f"{rate:,.0f}", "", "", "", ""]
-        )
-        for name, theirs in zip(list(row["seconds"])[1:], others, strict=True):
-            beside = row["tokens"] / statistics.median(theirs)
-            pairs = sorted(t / o for o, t in zip(ours, theirs))
-            cells[-1][4:] = [
-                name,
-                f"{beside:,.0f}",
-                f"{rate / beside:.2f}",
-                f"{pairs[0]:.2f}-{pairs[-1]:.2f}",
-            ]
-    return f"{title}\n\n{markdown(head, cells, words=(0, 2, 4))}\n"
 
 
 def main() -> None:
@@ -275,35 +245,18 @@ def main() -> None:
         options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
     shapes = known_names("--shape", options.shape, SHAPES)
     known_names("--decode", options.decode, STRATEGIES)
-    import torch
-    import transformers
-    from transformers.utils import logging
-
     from engine import processes
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     device = processes.start(options.device).device
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    title = (
-        f"Generation of {options.new_tokens} tokens after {PROMPT}, "
-        f"{processes.device_name(device)}, "
-        f"{torch.get_num_threads()} threads, {datetime.date.today()}: "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
-        + ". Tokens of the chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8."
-    )
-    rows = []
+    path = Path(options.out) / f"decoding-{device.type}.json"
+    results = Results(path, facts(options.device), options, report)
     for shape in shapes:
         for batch in map(int, options.batch.split(",")):
-            rows += compare(shape, batch, options, device)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = dict(title=title, versions=versions, options=dataclasses.asdict(options), rows=rows)
-    (out / f"decoding-{device.type}.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
-    )
-    (out / f"decoding-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
-    print(table(rows, title))
+            for decode, seconds in compare(shape, batch, options, device):
+                key = {"shape": shape, "batch": batch, "decode": decode}
+                results.put(key, {"tokens": batch * options.new_tokens, "seconds": seconds})
+    print(results.text())
 
 
 if __name__ == "__main__":

@@ -12,18 +12,15 @@ compiler gains by joining neighbours shows in benchmarks/peers.py and not here.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import datetime
 import functools
-import json
 import shutil
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,12 +39,15 @@ import kernels.layer_norm
 import kernels.linear_cross_entropy
 from base.cli import entry_point, parse
 from base.console import outlive
+from base.errors import reason
 from base.machine import resident_bytes
 from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
+from benchmarks.harness import OURS, Results, Turns, alternate, cells, ratio, say, spread
 from benchmarks.table import markdown
 from config import GPTConfig, UserError, Where, known_names
 from engine import processes
+from engine.failures import is_out_of_memory
 from engine.memory import set_allocator
 from engine.precision import choose_precision
 from kernels import _card
@@ -55,10 +55,9 @@ from kernels._triton import missing
 from kernels.attention import attention_backends
 from model import GPT
 
-OURS, PYTORCH, CEILING = "this engine", "PyTorch", "ceiling"
+PYTORCH, CEILING = "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
-REPETITIONS = 3, 30  # turns of a form: at least and at most
-SECONDS = 6.0  # for the turns of one operation
+TURNS = Turns(3, 30, 6.0)  # of the forms of one operation
 # Of outputs and gradients, relative, as norms of the difference: fp32 sums in another order; bf16
 # rounds each element by 2^-9 on average, at a few places; FP8's formats move every factor by some
 # 3%, a gradient's by 5%.
@@ -86,23 +85,15 @@ class Size:
     logit_rows: int  # tokens whose logits are held at once
     model: GPTConfig  # block_size is the length of a sequence
     document: int  # tokens in a document, where attention keeps to them
-    copy: (
-        int  # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
-    )
+    # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    copy: int
     product: int  # rows and columns of the ceiling's product
 
 
 SIZES = {
     "cuda": Size(65536, 65536, GPTConfig(), 256, 1 << 30, 8192),
     "cpu": Size(8192, 1024, GPTConfig(n_layer=2), 256, 256 << 20, 2048),
-    "quick": Size(
-        64,
-        32,
-        GPTConfig(vocab_size=250, block_size=32, n_layer=1, n_head=2, n_embd=64),
-        16,
-        1 << 16,
-        128,
-    ),
+    "quick": Size(64, 32, GPTConfig(250, 32, n_layer=1, n_head=2, n_embd=64), 16, 1 << 16, 128),
 }
 
 
@@ -120,6 +111,9 @@ class Place:
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
+
+    def targets(self, rows: int) -> Tensor:
+        return torch.randint(self.size.model.vocab_size, (rows,), device=self.device)
 
 
 Function = Callable[..., Sequence[Tensor]]  # from an operation's leaves to its outputs
@@ -141,9 +135,10 @@ class Operation:
     work: float  # bytes or floating-point operations of forward and backward pass together
     ceiling: str  # a key of CEILINGS
     leaves: tuple[Tensor, ...]  # whose gradients are computed
-    incoming: tuple[Tensor, ...]  # gradient of each output
     forms: dict[str, Form]
-    tolerance: float
+    tolerance: float | None = None  # other than the usual of the type
+    # gradient of each output, drawn when a form first runs: 1 of a sum, as in training
+    incoming: list[Tensor] = field(default_factory=list)
 
 
 # --- what the machine does at its best, each a function that makes the work of one turn
@@ -185,87 +180,58 @@ def usual(
 ) -> dict[str, Form]:
     """PyTorch's operations, the same compiled, Liger's kernel where it has one, and ours."""
     forms = {PYTORCH: Form(lambda: eager), "torch.compile": compiled(place, eager)}
-    return (
-        forms
-        | ({"Liger": liger} if liger else {})
-        | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
-    )
+    if liger:
+        forms["Liger"] = liger
+    return forms | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
 
 
 def compiled(place: Place, function: Function, lacks: str | None = None) -> Form:
     return Form(lambda: torch.compile(function, dynamic=False), lacks or place.no_compiler)
 
 
-def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.requires_grad_() for tensor in tensors)
+def times(*sizes: int) -> str:
+    return " x ".join(f"{size:,}" for size in sizes)
 
 
 def cross_entropy(place: Place) -> Operation:
     """Logits are read once and their gradient is written, if the loss's own gradient is known: 1,
     as of a sum."""
-    rows, vocab_size, padded = (
-        place.size.logit_rows,
-        place.size.model.vocab_size,
-        place.size.model.padded_vocab_size,
+    ours, rows, model = kernels.cross_entropy, place.size.logit_rows, place.size.model
+    V, logits, targets = (
+        model.vocab_size,
+        place.randn(rows, model.padded_vocab_size),
+        place.targets(rows),
     )
-    logits, targets = (
-        place.randn(rows, padded),
-        torch.randint(vocab_size, (rows,), device=place.device),
-    )
-    logits[:, vocab_size:] = -torch.inf  # Liger knows of no padding
-
-    def eager(logits: Tensor) -> Sequence[Tensor]:
-        return [kernels.cross_entropy.cross_entropy_reference(logits, targets, vocab_size).sum()]
-
-    def triton(logits: Tensor) -> Sequence[Tensor]:
-        return [kernels.cross_entropy.cross_entropy(logits, targets, vocab_size).sum()]
-
-    def in_place(logits: Tensor) -> Sequence[Tensor]:
-        return [
-            kernels.cross_entropy.cross_entropy_in_place(logits, targets, vocab_size).sum(),
-            logits,
-        ]
+    logits[:, V:] = -torch.inf  # Liger knows of no padding
 
     def make_liger() -> Function:
         from liger_kernel.ops import LigerCrossEntropyFunction
 
         # class weights, ignored target, z-loss, smoothing, reduction
         settings = (None, -100, 0.0, 0.0, "sum")
-        return lambda logits: [LigerCrossEntropyFunction.apply(logits, targets, *settings)[0]]
+        return lambda x: [LigerCrossEntropyFunction.apply(x, targets, *settings)[0]]
 
-    liger = Form(make_liger, place.no_liger, overwrites=True)
-    forms = usual(place, eager, triton, liger)
+    forms = usual(
+        place,
+        lambda x: [ours.cross_entropy_reference(x, targets, V).sum()],
+        lambda x: [ours.cross_entropy(x, targets, V).sum()],
+        Form(make_liger, place.no_liger, overwrites=True),
+    )
     forms[f"{OURS}, Triton in place"] = Form(
-        lambda: in_place, place.no_triton, direct=True, overwrites=True
+        lambda: lambda x: [ours.cross_entropy_in_place(x, targets, V).sum(), x],
+        place.no_triton,
+        direct=True,
+        overwrites=True,
     )
-    return Operation(
-        f"{rows:,} x {padded:,}",
-        2.0 * logits.nbytes,
-        "copy",
-        leaves(logits),
-        (torch.ones((), device=place.device),),
-        forms,
-        TOLERANCE[place.dtype],
-    )
+    return Operation(times(*logits.shape), 2.0 * logits.nbytes, "copy", (logits,), forms)
 
 
 def linear_cross_entropy(place: Place) -> Operation:
     """Three products with the head's matrix: logits, gradient of the hidden states, gradient of the
     head."""
-    rows, model = place.size.logit_rows, place.size.model
-    x, weight = (
-        place.randn(rows, model.n_embd),
-        place.randn(model.padded_vocab_size, model.n_embd, scale=0.02),
-    )
-    targets = torch.randint(model.vocab_size, (rows,), device=place.device)
-
-    def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
-        reference = kernels.linear_cross_entropy.linear_cross_entropy_reference
-        return [reference(x, weight, targets, model.vocab_size)]
-
-    def chunks(x: Tensor, weight: Tensor, triton: bool = False) -> Sequence[Tensor]:
-        ours = kernels.linear_cross_entropy.linear_cross_entropy
-        return [ours(x, weight, targets, model.vocab_size, triton=triton)]
+    ours, rows, model = kernels.linear_cross_entropy, place.size.logit_rows, place.size.model
+    V, padded, targets = model.vocab_size, model.padded_vocab_size, place.targets(rows)
+    x, weight = place.randn(rows, model.n_embd), place.randn(padded, model.n_embd, scale=0.02)
 
     def make_liger() -> Function:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
@@ -273,75 +239,40 @@ def linear_cross_entropy(place: Place) -> Operation:
         # Its sums in fp32, as ours are. It knows of no padding, so its head ends with the
         # vocabulary.
         settings: dict[str, Any] = dict(reduction="sum", accum_dtype=torch.float32)
-        return lambda x, weight: [fused(x, weight[: model.vocab_size], targets, **settings)]
+        return lambda x, weight: [fused(x, weight[:V], targets, **settings)]
+
+    def chunks(x: Tensor, weight: Tensor, triton: bool = False) -> Sequence[Tensor]:
+        return [ours.linear_cross_entropy(x, weight, targets, V, triton=triton)]
 
     forms = usual(
-        place, eager, functools.partial(chunks, triton=True), Form(make_liger, place.no_liger)
+        place,
+        lambda x, weight: [ours.linear_cross_entropy_reference(x, weight, targets, V)],
+        functools.partial(chunks, triton=True),
+        Form(make_liger, place.no_liger),
     )
     forms[f"{OURS}, PyTorch"] = Form(lambda: chunks)
-    return Operation(
-        f"{rows:,} x {model.n_embd:,}, {model.padded_vocab_size:,}",
-        6.0 * rows * model.n_embd * model.vocab_size,
-        "product",
-        leaves(x, weight),
-        (torch.ones((), device=place.device),),
-        forms,
-        TOLERANCE[place.dtype],
-    )
+    work = 6.0 * rows * model.n_embd * V
+    shape = f"{times(*x.shape)}, {padded:,}"
+    return Operation(shape, work, "product", (x, weight), forms)
 
 
 def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
     """A product of a layer and the two of its gradients, as PyTorch makes them; widths in multiples
     of n_embd."""
     rows, width = place.size.rows, place.size.model.n_embd
-    x, weight = (
-        place.randn(rows, inputs * width),
-        place.randn(outputs * width, inputs * width, scale=0.02),
-    )
-
-    def eager(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
-        return [F.linear(x, weight)]
-
-    return Operation(
-        f"{rows:,} x {inputs * width:,} x {outputs * width:,}",
-        6.0 * rows * inputs * outputs * width**2,
-        "product",
-        leaves(x, weight),
-        (place.randn(rows, outputs * width),),
-        {PYTORCH: Form(lambda: eager)},
-        TOLERANCE[place.dtype],
-    )
-
-
-def product_qkv(place: Place) -> Operation:
-    return layer_product(place, 1, 3)
-
-
-def product_projection(place: Place) -> Operation:
-    return layer_product(place, 1, 1)
-
-
-def product_up(place: Place) -> Operation:
-    return layer_product(place, 1, 4)
-
-
-def product_down(place: Place) -> Operation:
-    return layer_product(place, 4, 1)
+    sizes = rows, inputs * width, outputs * width
+    x, weight = place.randn(*sizes[:2]), place.randn(*sizes[:0:-1], scale=0.02)
+    forms = {PYTORCH: Form(lambda: lambda x, weight: [F.linear(x, weight)])}
+    work = 6.0 * rows * inputs * outputs * width**2
+    return Operation(times(*sizes), work, "product", (x, weight), forms)
 
 
 def layer_norm(place: Place) -> Operation:
     """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input
     is one of them."""
     rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
-    x, branch, weight, bias = (
-        place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,))
-    )
-
-    def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        return kernels.layer_norm.add_layer_norm(x, branch, weight, bias, eps)
-
-    def triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        return kernels.layer_norm.add_layer_norm(x, branch, weight, bias, eps, triton=True)
+    tensors = [place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,))]
+    ours = kernels.layer_norm.add_layer_norm
 
     def make_liger() -> Function:
         from liger_kernel.ops import LigerLayerNormFunction
@@ -352,33 +283,26 @@ def layer_norm(place: Place) -> Operation:
 
         return liger
 
-    return Operation(
-        f"{rows:,} x {width:,}", 8.0 * x.nbytes, "copy", leaves(x, branch, weight, bias),
-        (place.randn(rows, width), place.randn(rows, width)),
-        usual(place, eager, triton, Form(make_liger, place.no_liger)), TOLERANCE[place.dtype],
-    )  # fmt: skip
+    forms = usual(
+        place,
+        lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps),
+        lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps, triton=True),
+        Form(make_liger, place.no_liger),
+    )
+    work = 8.0 * tensors[0].nbytes
+    return Operation(times(rows, width), work, "copy", tuple(tensors), forms)
 
 
 def bias_gelu(place: Place) -> Operation:
     """One tensor in and one out, then two in and one out."""
     rows, width = place.size.rows, 4 * place.size.model.n_embd
     x, bias = place.randn(rows, width), place.randn(width)
-
-    def eager(x: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        return [kernels.bias_gelu.bias_gelu(x, bias)]
-
-    def triton(x: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        return [kernels.bias_gelu.bias_gelu(x, bias, triton=True)]
-
-    return Operation(
-        f"{rows:,} x {width:,}",
-        5.0 * x.nbytes,
-        "copy",
-        leaves(x, bias),
-        (place.randn(rows, width),),
-        usual(place, eager, triton),
-        TOLERANCE[place.dtype],
+    ours = kernels.bias_gelu.bias_gelu
+    forms = usual(
+        place, lambda x, bias: [ours(x, bias)], lambda x, bias: [ours(x, bias, triton=True)]
     )
+    work = 5.0 * x.nbytes
+    return Operation(times(rows, width), work, "copy", (x, bias), forms)
 
 
 def attention(place: Place, document: int | None = None) -> Operation:
@@ -398,31 +322,20 @@ def attention(place: Place, document: int | None = None) -> Operation:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return [y.transpose(1, 2).contiguous()]
 
-    def triton(qkv: Tensor) -> Sequence[Tensor]:
-        return [kernels.attention.attention(qkv, segments)]
-
-    def blocks(qkv: Tensor) -> Sequence[Tensor]:
-        return [kernels.cpu_attention.cpu_attention(qkv)]
-
     precision = "fp32" if place.dtype == torch.float32 else "bf16"
     fitting = kernels.attention.blocks(_card.card(place.device), precision, D)
     if isinstance(fitting, str):
         place = dataclasses.replace(place, no_triton=place.no_triton or fitting)
-    forms = usual(place, eager, triton)
+    forms = usual(place, eager, lambda qkv: [kernels.attention.attention(qkv, segments)])
     if not document:
         forms[f"{OURS}, on a CPU"] = Form(
-            lambda: blocks, None if place.device.type == "cpu" else "needs a CPU"
+            lambda: lambda qkv: [kernels.cpu_attention.cpu_attention(qkv)],
+            None if place.device.type == "cpu" else "needs a CPU",
         )
     pairs = B * H * (T // length) * length * (length + 1) / 2
-    return Operation(
-        f"{B} x {T:,} x {H} x {D}",
-        pairs * (2 + 5) * 2 * D,
-        "product",
-        leaves(place.randn(B, T, 3, H, D)),
-        (place.randn(B, T, H, D),),
-        forms,
-        TOLERANCE[place.dtype],
-    )
+    work = pairs * (2 + 5) * 2 * D
+    qkv = place.randn(B, T, 3, H, D)
+    return Operation(times(B, T, H, D), work, "product", (qkv,), forms)
 
 
 def attention_documents(place: Place) -> Operation:
@@ -483,56 +396,38 @@ def adamw(place: Place) -> Operation:
         f"{OURS}, Triton": Form(make_triton, place.no_triton, direct=True),
     }
     shape = f"{count:,} in {len(shapes)} tensors"
-    return Operation(shape, 34.0 * count, "copy", (), (), forms, TOLERANCE[torch.float32])
+    return Operation(shape, 34.0 * count, "copy", (), forms, TOLERANCE[torch.float32])
 
 
 def fp8_linear(place: Place) -> Operation:
     """The MLP's first layer: three products."""
     rows, width = place.size.rows, place.size.model.n_embd
-    x, weight, bias = (
-        place.randn(rows, width),
-        place.randn(4 * width, width, scale=0.02),
-        place.randn(4 * width),
-    )
-
-    def eager(*tensors: Tensor) -> Sequence[Tensor]:
-        return [F.linear(*tensors)]
-
-    def ours(*tensors: Tensor) -> Sequence[Tensor]:
-        return [kernels.fp8_linear.fp8_linear(*tensors)]
-
+    x, bias = place.randn(rows, width), place.randn(4 * width)
+    weight = place.randn(4 * width, width, scale=0.02)
+    ours = kernels.fp8_linear.fp8_linear
     forms = {
-        PYTORCH: Form(lambda: eager),
-        f"{OURS}, FP8": Form(lambda: ours, place.no_fp8),
-        f"{OURS}, FP8 compiled": compiled(place, ours, place.no_fp8),
+        PYTORCH: Form(lambda: lambda *tensors: [F.linear(*tensors)]),
+        f"{OURS}, FP8": Form(lambda: lambda *tensors: [ours(*tensors)], place.no_fp8),
+        f"{OURS}, FP8 compiled": compiled(place, lambda *tensors: [ours(*tensors)], place.no_fp8),
     }
-    return Operation(
-        f"{rows:,} x {width:,} x {4 * width:,}",
-        6.0 * rows * width * 4 * width,
-        "product" if place.no_fp8 else "FP8 product",
-        leaves(x, weight, bias),
-        (place.randn(rows, 4 * width),),
-        forms,
-        FP8_TOLERANCE,
-    )
+    shape, work = times(rows, width, 4 * width), 6.0 * rows * width * 4 * width
+    ceiling = "product" if place.no_fp8 else "FP8 product"
+    return Operation(shape, work, ceiling, (x, weight, bias), forms, FP8_TOLERANCE)
 
 
 OPERATIONS: dict[str, Callable[[Place], Operation]] = {
-    function.__name__: function
-    for function in (
-        product_qkv,
-        product_projection,
-        product_up,
-        product_down,
-        cross_entropy,
-        linear_cross_entropy,
-        layer_norm,
-        bias_gelu,
-        attention,
-        attention_documents,
-        adamw,
-        fp8_linear,
-    )
+    "product_qkv": functools.partial(layer_product, inputs=1, outputs=3),
+    "product_projection": functools.partial(layer_product, inputs=1, outputs=1),
+    "product_up": functools.partial(layer_product, inputs=1, outputs=4),
+    "product_down": functools.partial(layer_product, inputs=4, outputs=1),
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "layer_norm": layer_norm,
+    "bias_gelu": bias_gelu,
+    "attention": attention,
+    "attention_documents": attention_documents,
+    "adamw": adamw,
+    "fp8_linear": fp8_linear,
 }
 
 
@@ -560,7 +455,7 @@ class Contender:
 
     function: Function
     leaves: tuple[Tensor, ...]
-    incoming: tuple[Tensor, ...]
+    incoming: list[Tensor]
     device: torch.device
     direct: bool
 
@@ -573,16 +468,19 @@ class Contender:
         moments.append(moment(self.device))
         gradients: Sequence[Tensor] = []
         if not self.direct:
+            if not self.incoming:
+                self.incoming.extend(
+                    torch.randn_like(y) if y.dim() else y.new_ones(()) for y in outputs
+                )
             gradients = torch.autograd.grad(outputs, self.leaves, self.incoming)
             moments.append(moment(self.device))
         return [*(output.detach() for output in outputs), *gradients], moments
 
 
 def build(operation: Operation, form: Form, device: torch.device) -> Contender:
-    mine = operation.leaves
-    if form.overwrites:
-        mine = tuple(leaf.detach().clone().requires_grad_() for leaf in mine)
-    return Contender(form.make(), mine, operation.incoming, device, form.direct)
+    mine = [leaf.detach().clone() if form.overwrites else leaf for leaf in operation.leaves]
+    leaves = tuple(leaf.requires_grad_() for leaf in mine)
+    return Contender(form.make(), leaves, operation.incoming, device, form.direct)
 
 
 @functools.cache
@@ -613,25 +511,18 @@ def peak_memory(contender: Contender) -> int | None:
     """Bytes at the peak of one run beyond what was held before; None where the system does not
     tell."""
     device = contender.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contender.run()
-        return torch.cuda.max_memory_allocated() - before
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is None:
+    if not machine.forget_peak(device.type):
         return None
-    trim(0)  # gives back what is free, so that it counts again when it is used
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-    except OSError:
-        return None
-    before = resident_bytes()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident_bytes()
     contender.run()
     return processes.memory_bytes(device) - before
 
 
 # --- the comparison
+
+
+class Differs(Exception):
+    """A form computes something else."""
 
 
 def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -645,44 +536,6 @@ def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> f
         off = (difference / whole).sqrt().item() if difference else 0.0
         worst = off if not off <= worst else worst
     return worst
-
-
-def compare(name: str, place: Place, repetitions: tuple[int, int]) -> list[dict[str, Any]]:
-    """The rows of one operation, one a form: figures, or a note that says why there are none."""
-    torch.manual_seed(0)
-    operation = OPERATIONS[name](place)
-    facts: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Contender] = {}
-    reference: list[Tensor] = []
-    for label, form in operation.forms.items():
-        facts[label] = {"operation": name, "shape": operation.shape, "form": label}
-        if form.lacks:
-            facts[label]["note"] = f"not measured: {form.lacks}"
-            continue
-        try:
-            contender = build(operation, form, place.device)
-            facts[label] |= try_out(contender, reference, operation.tolerance)
-            ready[label] = contender
-        except torch.OutOfMemoryError:
-            facts[label]["note"] = OUT_OF_MEMORY
-        except Exception as error:  # of other people's code as well
-            traceback.print_exc()
-            line = str(error).strip().partition("\n")[0]
-            facts[label]["note"] = f"failed: {type(error).__name__}: {line}"
-    reference.clear()
-    function, work = CEILINGS[operation.ceiling](place)
-    ready[CEILING] = Contender(function, (), (), place.device, direct=True)
-    ready[CEILING].run()
-    times = take_turns(ready, place, repetitions)
-    top = rates(work, times.pop(CEILING))
-    for label in ready.keys() - {CEILING}:
-        more = (
-            figures(operation, times[label], times.get(PYTORCH), top)
-            if label in times
-            else {"note": OUT_OF_MEMORY}
-        )
-        facts[label] |= more
-    return list(facts.values())
 
 
 def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> dict[str, Any]:
@@ -701,49 +554,57 @@ def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> 
     return {"difference": difference, "memory_bytes": peak_memory(contender)}
 
 
-class Differs(Exception):
-    """A form computes something else."""
-
-
-def take_turns(
-    ready: dict[str, Contender], place: Place, repetitions: tuple[int, int]
-) -> dict[str, list[list[float]]]:
-    """Seconds by form, for each turn those of its passes. A form that runs out of memory is left
-    out."""
-    times: dict[str, list[list[float]]] = {label: [] for label in ready}
-    until = time.monotonic() + SECONDS
-    for repetition in range(repetitions[1]):
-        if repetition >= repetitions[0] and time.monotonic() > until:
-            break
-        for label in list(times):
-            try:
-                times[label].append(turn(ready[label], place))
-            except torch.OutOfMemoryError:  # what fitted alone may not beside the others' inputs
-                del times[label]
-    return times
-
-
-def rates(work: float, passes: Sequence[Sequence[float]]) -> list[float]:
-    return [work / sum(seconds) for seconds in passes]
+def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
+    """The rows of one operation, one a form: figures, or a note that says why there are none."""
+    torch.manual_seed(0)
+    operation = OPERATIONS[name](place)
+    rows: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Contender] = {}
+    reference: list[Tensor] = []
+    for label, form in operation.forms.items():
+        rows[label] = {"operation": name, "shape": operation.shape, "form": label}
+        if form.lacks:
+            rows[label]["note"] = f"not measured: {form.lacks}"
+            continue
+        try:
+            contender = build(operation, form, place.device)
+            rows[label] |= try_out(
+                contender, reference, operation.tolerance or TOLERANCE[place.dtype]
+            )
+            ready[label] = contender
+        except Exception as error:  # of other people's code as well
+            rows[label]["note"] = OUT_OF_MEMORY
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+                rows[label]["note"] = f"failed: {type(error).__name__}: {reason(error)}"
+    reference.clear()
+    function, work = CEILINGS[operation.ceiling](place)
+    ready[CEILING] = Contender(function, (), [], place.device, direct=True)
+    ready[CEILING].run()
+    each = {label: functools.partial(turn, of, place) for label, of in ready.items()}
+    # what fitted alone may not beside the others' inputs
+    taken = alternate(each, turns, dropped=(torch.OutOfMemoryError,))
+    ceiling = statistics.median(work / sum(passes) for passes in taken[CEILING])
+    for label in ready.keys() - {CEILING}:
+        rows[label] |= (
+            figures(operation, taken[label], taken.get(PYTORCH)) | {"ceiling": ceiling}
+            if label in taken
+            else {"note": OUT_OF_MEMORY}
+        )
+    return list(rows.values())
 
 
 def figures(
-    operation: Operation, mine: list[list[float]], first: list[list[float]] | None, top: list[float]
+    operation: Operation, mine: list[list[float]], first: list[list[float]] | None
 ) -> dict[str, Any]:
-    """Medians over turns; `first` are PyTorch's turns, `top` the ceiling's rates."""
-    own = rates(operation.work, mine)
-    per_turn = [statistics.median(column) for column in zip(*mine)]
+    """Medians over turns; `first` are PyTorch's turns."""
+    passes = [statistics.median(column) for column in zip(*mine)]
     return {
-        "unit": "byte/s" if operation.ceiling == "copy" else "FLOP/s",
-        "rate": statistics.median(own),
-        "slowest": min(own),
-        "fastest": max(own),
-        "ceiling": statistics.median(top),
-        "forward_seconds": per_turn[0],
-        "backward_seconds": per_turn[1] if len(per_turn) > 1 else None,
-        # of turns side by side, so that a slow minute of the machine counts against neither
-        "speed": first
-        and statistics.median(sum(other) / sum(seconds) for other, seconds in zip(first, mine)),
+        "unit": "B/s" if operation.ceiling == "copy" else "FLOP/s",
+        "rate": spread(operation.work / sum(seconds) for seconds in mine),
+        "forward_seconds": passes[0],
+        "backward_seconds": passes[1] if len(passes) > 1 else None,
+        "speed": first and ratio(map(sum, first), map(sum, mine)),
         "seconds": mine,
     }
 
@@ -751,37 +612,34 @@ def figures(
 # --- what is written
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Results as a Markdown table, aligned so that it reads as plain text too."""
-    head = [
-        "operation",
-        "form",
-        "forward ms",
-        "backward ms",
-        "rate",
-        "slowest-fastest",
-        "of ceiling",
-        "speed x",
-        "memory",
-        "note",
-    ]
-    return markdown(head, map(list, map(table_row, rows)), words=(0, 1, len(head) - 1))
+def report(record: dict[str, Any]) -> str:
+    head = ("operation", "form", "forward ms", "backward ms", "rate", "least-most", "of ceiling")
+    head += ("speed x", "least-most", "memory", "note")
+    rows = map(list, map(table_row, record["cases"]))
+    return (
+        f"Operations in {record['dtype']}.\n\n{markdown(head, rows, (0, 1, len(head) - 1))}\n\n"
+        "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both "
+        "passes; the ceiling is a\n"
+        "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this "
+        "one, both passes. Memory:\n"
+        "at the peak, beyond the inputs; outputs and gradients are in it."
+    )
 
 
 def table_row(row: dict[str, Any]) -> Iterator[str]:
     yield f"{row['operation']}, {row['shape']}"
     yield row["form"]
     if "note" in row:
-        yield from [*[""] * 7, row["note"]]
+        yield from [*[""] * 8, row["note"]]
         return
-    yield number(1000 * row["forward_seconds"])
-    yield "" if row["backward_seconds"] is None else number(1000 * row["backward_seconds"])
+    for seconds in (row["forward_seconds"], row["backward_seconds"]):
+        yield "" if seconds is None else number(1000 * seconds)
     prefix, scale = ("T", 1e12) if row["ceiling"] >= 1e13 else ("G", 1e9)
-    unit = prefix + {"byte/s": "B/s", "FLOP/s": "FLOP/s"}[row["unit"]]
-    yield f"{number(row['rate'] / scale)} {unit}"
-    yield f"{number(row['slowest'] / scale)}-{number(row['fastest'] / scale)}"
-    yield f"{row['rate'] / row['ceiling']:.0%} of {number(row['ceiling'] / scale)}"
-    yield "" if row["speed"] is None else f"{row['speed']:.2f}"
+    rate, least, most = (number(of / scale) for of in row["rate"])
+    yield f"{rate} {prefix}{row['unit']}"
+    yield f"{least}-{most}"
+    yield f"{row['rate'][0] / row['ceiling']:.0%} of {number(row['ceiling'] / scale)}"
+    yield from cells(row["speed"]) if row["speed"] else ("", "")
     yield "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:,.0f} MiB"
     yield ""
 
@@ -791,66 +649,28 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def write(folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """kernels-DEVICE.json with everything and kernels-DEVICE.md with the table; returns the
-    latter's text."""
-    hardware = facts["hardware"]
-    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    text = (
-        f"Operations in {facts['dtype']} on {where}, {facts['date'][:10]}: "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-        + f".\n\n{table(rows)}\n\n"
-        "Medians over alternated turns. Rates count the fewest bytes (or the operations) of both "
-        "passes; the ceiling is a\n"
-        "large copy (or product) that takes turns with them. Speed x: PyTorch's time over this "
-        "one, both passes. Memory:\n"
-        "at the peak, beyond the inputs; outputs and gradients are in it.\n"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"kernels-{facts['device']}"
-    (folder / f"{stem}.json").write_text(
-        json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
-    return text
-
-
-def size_of(device: torch.device, quick: bool) -> Size:
-    """Half the logits on a GPU with less than 100 GB: PyTorch holds them seven times over."""
-    size = SIZES["quick" if quick else device.type]
-    small = (
-        device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD
-    )
-    return (
-        dataclasses.replace(size, logit_rows=size.logit_rows // 2) if small and not quick else size
-    )
-
-
 def here(device: torch.device, quick: bool) -> Place:
     gpu = device.type == "cuda"
-    compiler = gpu or shutil.which("c++") or shutil.which("g++")
-    no_fp8 = None
+    size = SIZES["quick" if quick else device.type]
+    if gpu and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD and not quick:
+        # PyTorch holds the logits seven times over
+        size = dataclasses.replace(size, logit_rows=size.logit_rows // 2)
+    no_compiler = no_liger = no_fp8 = None
+    if quick:
+        no_compiler = "--quick compiles nothing"
+    elif not gpu and not shutil.which("c++") and not shutil.which("g++"):
+        no_compiler = "needs a C++ compiler"
+    if "liger-kernel" not in machine.versions():
+        no_liger = "not installed"
+    elif not gpu:
+        no_liger = "needs a GPU"
     try:
         choose_precision("fp8", device)
     except UserError:
         no_fp8 = "needs a GPU with FP8"
-    return Place(
-        device,
-        torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32,
-        size_of(device, quick),
-        no_triton=missing("cuda") if gpu else "needs a GPU",
-        no_compiler="--quick compiles nothing"
-        if quick
-        else None
-        if compiler
-        else "needs a C++ compiler",
-        no_liger="not installed"
-        if "liger-kernel" not in machine.versions()
-        else None
-        if gpu
-        else "needs a GPU",
-        no_fp8=no_fp8,
-    )
+    no_triton = missing("cuda") if gpu else "needs a GPU"
+    dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
+    return Place(device, dtype, size, no_triton, no_compiler, no_liger, no_fp8)
 
 
 def main() -> None:
@@ -861,31 +681,25 @@ def main() -> None:
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms
     place = here(device, options.quick)
-    facts = machine.facts(options.device) | {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "dtype": str(place.dtype).removeprefix("torch."),
-    }
-    rows: list[dict[str, Any]] = []
-    text = ""
+    facts = machine.facts(options.device) | {"dtype": str(place.dtype).removeprefix("torch.")}
+    path = Path(options.out) / f"kernels-{device.type}.json"
+    results = Results(path, facts, options, report)
     with sdpa_kernel(attention_backends(device, place.dtype), set_priority=True):
         for name in options.only or OPERATIONS:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            rows += compare(name, place, (2, 2) if options.quick else REPETITIONS)
-            # after each: an interrupted run leaves what it has
-            text = write(Path(options.out), facts, rows)
+            say(f"{name} ...")
+            for row in compare(name, place, Turns(2, 2) if options.quick else TURNS):
+                results.put({key: row[key] for key in ("operation", "form")}, row)
             torch._dynamo.reset()  # lets go of compiled functions and what they hold
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    print(text)
+    print(results.text())
     broken = [
-        row
-        for row in rows
+        f"{row['operation']}, {row['form']} {row['note']}"
+        for row in results.cases
         if row["form"].startswith(OURS) and row.get("note", "").startswith("failed")
     ]
     if broken:
-        raise RuntimeError(
-            "; ".join(f"{row['operation']}, {row['form']} {row['note']}" for row in broken)
-        )
+        raise RuntimeError("; ".join(broken))
 
 
 if __name__ == "__main__":

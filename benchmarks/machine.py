@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, and how fast it multiplies matrices."""
+"""The machine that a benchmark runs on: what it is, and the memory that its processes take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from base.machine import total_bytes
@@ -34,14 +35,13 @@ def facts(device: str) -> dict[str, Any]:
     from engine.precision import choose_precision
 
     found = processes.start(device).device
+    gpu = torch.cuda.get_device_properties(found) if found.type == "cuda" else None
     return {
         "device": found.type,
         "native": choose_precision("auto", found)[0],
         "hardware": {
-            "gpu": processes.device_name(found) if found.type == "cuda" else None,
-            "gpu_memory_bytes": torch.cuda.get_device_properties(found).total_memory
-            if found.type == "cuda"
-            else None,
+            "gpu": gpu and gpu.name,
+            "gpu_memory_bytes": gpu and gpu.total_memory,
             "cpu": processes.device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "memory_bytes": total_bytes(),
@@ -70,3 +70,20 @@ def driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout.partition("\n")[0].strip() or None
+
+
+def forget_peak(device: str) -> bool:
+    """Let the peak of memory begin anew at what is held now. False where the system cannot."""
+    import torch
+
+    from engine.memory import trim
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    trim()  # what is free counts again when it is used
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return True

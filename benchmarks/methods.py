@@ -126,29 +126,21 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 def task_facts(name: str) -> dict[str, Any]:
     """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file
     of answers if these are texts that have scores."""
-    from tasks.finetuning import Finetuning
-    from tasks.generation.task import Generation
+    from tasks.classification.description import Labels
+    from tasks.generation.description import Texts, no_scores
 
-    module = importlib.import_module(f"finetune.{name}")
-    kinds = [
-        kind
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Finetuning)
-    ]
-    kind: Any = next(kind for kind in kinds if kind.__module__ == module.__name__)
-    family = kind.__mro__[kind.__mro__.index(Finetuning) - 1].__name__.lower()
+    task = importlib.import_module(f"finetune.{name}").TASK
     defaults = {
         f.name: f.default
-        for f in dataclasses.fields(kind.config)
+        for f in dataclasses.fields(task.config)
         if f.default is not dataclasses.MISSING
     }
-    scored = issubclass(kind, Generation) and kind.scores is not Generation.scores
-    answers = kind.predictions if scored else None
+    scored = isinstance(task, Texts) and task.scores is not no_scores
     return {
-        "family": family,
-        "best": list(kind.best),
-        "defaults": defaults | kind.defaults,
-        "answers": answers,
+        "family": "classification" if isinstance(task, Labels) else "generation",
+        "best": list(task.best),
+        "defaults": defaults | task.defaults,
+        "answers": f"predictions{task.answer_kinds[0]}" if scored else None,
     }
 
 

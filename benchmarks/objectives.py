@@ -10,12 +10,8 @@ The two written out here are what the tests compare with too.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
+from benchmarks.harness import Results, alternate, cells, ratio, say, timed
+from benchmarks.machine import facts
 from benchmarks.table import markdown
 from config import PRESETS, Count, GPTConfig, Preset, Where
 
@@ -138,63 +136,39 @@ def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Ca
     return {name: step_with(objective) for name, objective in objectives.items()}
 
 
-def measure(steps: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repetitions + 1):
-        for name, step in steps.items():
-            if name == LOOP and turn > 2:
-                continue
-            began = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def table(rows: list[dict[str, Any]], title: str) -> str:
-    cells = []
-    for row in rows:
-        plain = row["seconds"][PLAIN]
-        for name, seconds in row["seconds"].items():
-            ratios = sorted(s / p for s, p in zip(seconds, plain))  # of the same turn
-            spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+def report(record: dict[str, Any]) -> str:
+    rows = []
+    for case in record["cases"]:
+        plain = case["seconds"][PLAIN]
+        for name, seconds in case["seconds"].items():
             ms = f"{1000 * statistics.median(seconds):,.0f}"
-            cells.append(
-                [f"{row['vocab']:,}", name, ms, f"{statistics.median(ratios):.2f}", spread]
-            )
+            rows.append([f"{case['vocab']:,}", name, ms, *cells(ratio(seconds, plain))])
+    options = record["options"]
     head = ("vocabulary", "step", "median ms", "median of a plain step", "least-most")
-    return f"{title}\n\n{markdown(head, cells, words=(1,))}\n"
+    return (
+        f"Optimizer steps of {options['preset']} ({options['batch']} rows x {options['seq_len']} "
+        f"tokens).\n\n{markdown(head, rows, words=(1,))}"
+    )
 
 
 def main() -> None:
     options = parse(Options, sys.argv[1:])
     outlive()
-    import torch
-
     from engine import processes
 
     device = processes.start(options.device).device
-    title = (
-        f"Optimizer steps of {options.preset} ({options.batch} rows x {options.seq_len} tokens), "
-        f"{processes.device_name(device)}, {torch.get_num_threads()} threads, "
-        f"{datetime.date.today()}: torch {torch.__version__}."
-    )
-    rows = []
+    path = Path(options.out) / f"objectives-{device.type}.json"
+    results = Results(path, facts(options.device), options, report)
+    shape: dict[str, Any] = {"block_size": options.seq_len, **PRESETS[options.preset]}
     for vocab in map(int, options.vocab.split(",")):
-        print(f"vocabulary {vocab} ...", file=sys.stderr, flush=True)
-        shape: dict[str, Any] = {"block_size": options.seq_len, **PRESETS[options.preset]}
-        config = GPTConfig(vocab_size=vocab, **shape)
-        seconds = measure(contenders(config, options, device), options.repetitions)
-        rows.append(dict(vocab=vocab, seconds=seconds))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = dict(title=title, options=dataclasses.asdict(options), rows=rows)
-    (out / f"objectives-{device.type}.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
-    )
-    (out / f"objectives-{device.type}.md").write_text(table(rows, title), encoding="utf-8")
-    print(table(rows, title))
+        say(f"vocabulary {vocab} ...")
+        steps = contenders(GPTConfig(vocab_size=vocab, **shape), options, device)
+        for step in steps.values():
+            step()  # to warm up
+        turns = {name: timed(step) for name, step in steps.items()}
+        seconds = alternate(turns, range(options.repetitions), limits={LOOP: 2})
+        results.put({"vocab": vocab}, {"seconds": seconds})
+    print(results.text())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from config import GPTConfig
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
@@ -58,15 +60,16 @@ class Block(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """Without dropout. Parameters are named as in the hub's layout. Every column of `vocab_size` is
-    in the softmax."""
+    """Without dropout. Parameters are named as in the hub's layout. Every row of the padded
+    embedding is in the softmax."""
 
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, vocab_size: int, block_size: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
+        vocab_size, n_embd = config.padded_vocab_size, config.n_embd
         parts = dict(
             wte=nn.Embedding(vocab_size, n_embd),
-            wpe=nn.Embedding(block_size, n_embd),
-            h=nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer)),
+            wpe=nn.Embedding(config.block_size, n_embd),
+            h=nn.ModuleList(Block(n_embd, config.n_head) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(n_embd),
         )
         self.transformer = nn.ModuleDict(parts)

@@ -8,21 +8,22 @@ threads as processes, in turns.
 
 from __future__ import annotations
 
-import datetime
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.cli import entry_point, parse
 from base.console import outlive
+from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
+from benchmarks.machine import facts
+from benchmarks.table import markdown
 from config import Count, Few, UserError, Where, Wheres
 
 DOCUMENT = 4000  # characters, about
+PREPARED = "fineweb_prep.py"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Options:
     repetitions: Count = 3
     """Turns of each."""
     out: Where = "benchmarks/results"
-    """Folder for tokenizing.json."""
+    """Folder for tokenizing.json and tokenizing.md."""
 
 
 def documents(spec: str) -> list[str]:
@@ -54,24 +55,27 @@ def documents(spec: str) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def prepare(parquet: Path, workers: int) -> float:
-    """Seconds of a whole fineweb_prep.py."""
+def prepare(parquet: Path, workers: int) -> None:
+    """Run a whole fineweb_prep.py."""
     script = Path(__file__).resolve().parent.parent / "fineweb_prep.py"
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            sys.executable,
-            script,
-            "--input",
-            parquet,
-            "--out",
-            f"{folder}/shards",
-            "--workers",
-            workers,
-        ]
-        words += ["--shard-tokens", 2_000_000]
-        began = time.perf_counter()
-        subprocess.run(list(map(str, words)), check=True, capture_output=True)
-        return time.perf_counter() - began
+        files = ["--input", str(parquet), "--out", f"{folder}/shards"]
+        words = [*files, "--workers", str(workers), "--shard-tokens", "2000000"]
+        subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True)
+
+
+def report(record: dict[str, Any]) -> str:
+    (case,) = record["cases"]
+    prepared = case["seconds"][PREPARED]
+    rows = []
+    for name, seconds in case["seconds"].items():
+        rates = spread(case["tokens"] / s for s in seconds)
+        rows.append([name, *cells(rates, ",.0f"), *cells(ratio(seconds, prepared))])
+    head = ("", "tokens/s", "least-most", f"{PREPARED} x", "least-most")
+    return (
+        f"{case['tokens']:,} tokens of {case['documents']:,} documents, {case['workers']} workers."
+        f"\n\n{markdown(head, rows, words=(0,))}"
+    )
 
 
 def main() -> None:
@@ -89,38 +93,19 @@ def main() -> None:
     load_tokenizer("gpt2")  # says what to do where it is not to be had
     encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input)
     workers = options.workers or cores()
-    seconds: dict[str, list[float]] = {"fineweb_prep.py": [], "tiktoken": []}
-    tokens = 0
+    results = Results(Path(options.out) / "tokenizing.json", facts("cpu"), options, report)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.parquet"
         parquet.write_table(pyarrow.table({"text": texts}), file)
-        for turn in range(options.repetitions):
-            print(f"turn {turn + 1} of {options.repetitions} ...", file=sys.stderr, flush=True)
-            seconds["fineweb_prep.py"].append(prepare(file, workers))
-            began = time.perf_counter()
-            tokens = sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=workers)))
-            seconds["tiktoken"].append(time.perf_counter() - began)
-    rates = {name: tokens / statistics.median(of) for name, of in seconds.items()}
-    ratios = sorted(t / p for p, t in zip(*seconds.values(), strict=True))
-    record = {
-        "date": str(datetime.date.today()),
-        "workers": workers,
-        "documents": len(texts),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": rates,
-        "ratio": statistics.median(ratios),
-    }
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    (Path(options.out) / "tokenizing.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
-    )
-    for name, rate in rates.items():
-        print(f"{name:<16}{rate:>12,.0f} tokens/s")
-    print(
-        f"ratio {record['ratio']:.2f} (slowest to fastest {ratios[0]:.2f} to {ratios[-1]:.2f}), "
-        f"{tokens:,} tokens"
-    )
+        turns = {
+            PREPARED: timed(lambda: prepare(file, workers)),
+            "tiktoken": timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=workers)),
+        }
+        seconds = alternate(turns, range(options.repetitions))
+    ids = encoding.encode_ordinary_batch(texts, num_threads=workers)
+    amounts = {"documents": len(texts), "tokens": sum(map(len, ids))}
+    results.put({"workers": workers} | amounts, {"seconds": seconds})
+    print(results.text())
 
 
 if __name__ == "__main__":

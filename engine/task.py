@@ -5,10 +5,10 @@ knows nothing else of a task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch.nn as nn
@@ -74,10 +74,9 @@ class Task:
     W[k] = 0 is skipped.
     """
 
-    name: ClassVar[str]
-    config: ClassVar[type[RunConfig]]  # its options
-    # of those, where they differ; the command line overrides
-    defaults: ClassVar[dict[str, Any]] = {}
+    name: str
+    config: type[RunConfig]  # its options
+    defaults: Mapping[str, Any] = {}  # of those, where they differ; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     cfg: Any  # of its kind of options

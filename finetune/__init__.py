@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from typing import Any
 
+from base.cli import parse, typed_options
 from config import UserError, nearest
-from tasks.classification.task import Classification
-from tasks.command import command as run_task
-from tasks.finetuning import Finetuning
+from tasks.classification.description import Labels
+from tasks.description import Description
+from tasks.generation.description import Texts
 
 
-def command(task: Finetuning) -> int:
-    """Run a task as its command line says; returns the exit code."""
-    return run_task(task, label_task)
+def classify(task: Labels) -> int:
+    """Run a task whose answers are labels, as its command line says; returns the exit code."""
+    cfg, typed = options(task)
+    from tasks.classification.command import command
+
+    return command(task, cfg, typed, task_of_labels)
 
 
-def label_task(asked: str) -> Classification:
+def generate(task: Texts) -> int:
+    """Run a task whose answers are texts, as its command line says; returns the exit code."""
+    cfg, typed = options(task)
+    from tasks.command import command
+    from tasks.generation.task import Generation
+
+    return command(Generation(task), cfg, typed)
+
+
+def options(task: Description) -> tuple[Any, frozenset[str]]:
+    """The options of a run, and the names of those that were typed; of the others, a run that goes
+    on has its own."""
+    words = sys.argv[1:]
+    typed = typed_options(task.config, words)
+    cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
+    from engine.resume import own_options  # with torch, which --help can do without
+
+    return own_options(cfg, typed), typed
+
+
+def task_of_labels(asked: str) -> Labels:
     """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that
     answers with labels."""
     name = asked.partition(":")[0]
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     module = importlib.import_module(f"finetune.{name}") if name in names else None
-    for kind in vars(module).values() if module else ():
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, Classification)
-            and kind.__module__ == f"finetune.{name}"
-        ):
-            return kind()
-    raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, names)}")
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Labels):
+        raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, names)}")
+    return task

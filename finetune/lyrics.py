@@ -6,15 +6,16 @@ python generate.py runs/lyrics "My Title, by An Artist"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from base.cli import entry_point
 from config import UserError
-from finetune import command
+from finetune import generate
 from tasks import metrics
+from tasks.description import Reading
+from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
-from tasks.generation.task import Answer, Example, Generation
 from text.rows import Row
 
 
@@ -32,14 +33,58 @@ class LyricsConfig(GenerationConfig):
     """Column of the artist. Default: artist, where there is one."""
 
 
-class Lyrics(Generation):
-    name = "lyrics"
-    config = LyricsConfig
-    defaults = {"epochs": 5, "lr": 1e-4, "eval_rows": 16, "top_p": 0.95, "max_new_tokens": 300}
-    columns = {"text": ("text", "lyrics"), "song": ("song", "title"), "artist": ("artist",)}
-    optional = ("song", "artist")
-    truth = ("text",)
-    toy = (
+def check_titles(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+    """Raise UserError where --with-title finds no title."""
+    if source.cfg.with_title and not any(row["song"] for row in rows):
+        raise UserError(
+            f"--with-title: {spec} has no title in a column song or title; use --song-column NAME"
+        )
+    return rows
+
+
+def title(row: Row, cfg: LyricsConfig) -> str:
+    """The first line of a song that has a title, as a prompt gives it; no newline ends it."""
+    if not cfg.with_title or not row["song"].strip():
+        return ""
+    return ", by ".join(filter(None, (row["song"].strip(), row["artist"].strip())))
+
+
+def example(row: Row, cfg: LyricsConfig) -> Example:
+    asked = question(row, cfg)
+    return Example(prompt=(), answer=(*asked.prompt, *asked.answer))
+
+
+def question(row: Row, cfg: LyricsConfig) -> Example:
+    """Begins with the title, else with the first line of the words."""
+    text = row["text"].strip()
+    if named := title(row, cfg):
+        return Example(prompt=(named,), answer=(f"\n\n{text}",))
+    first, newline, rest = text.partition("\n")
+    return Example(prompt=(first,), answer=(newline + rest,))
+
+
+def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+    texts = [a.text for a in answers]
+    return {
+        "distinct_1": metrics.distinct(texts, 1),
+        "distinct_2": metrics.distinct(texts, 2),
+        "repetition": metrics.repetition_rate(texts),
+        **metrics.copied(texts, [row["text"] for row in learned]),
+    }
+
+
+TASK = Texts(
+    name="lyrics",
+    config=LyricsConfig,
+    defaults={"epochs": 5, "lr": 1e-4, "eval_rows": 16, "top_p": 0.95, "max_new_tokens": 300},
+    columns={"text": ("text", "lyrics"), "song": ("song", "title"), "artist": ("artist",)},
+    optional=("song", "artist"),
+    truth=("text",),
+    arrange=check_titles,
+    example=example,
+    question=question,
+    scores=scores,
+    toy=(
         {
             "song": "Ferry",
             "artist": "The Low Tides",
@@ -60,46 +105,8 @@ class Lyrics(Generation):
             "home "
             "again.",
         },
-    )
-
-    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
-        assert isinstance(self.cfg, LyricsConfig)
-        rows = super().read(spec, split, say)
-        if self.cfg.with_title and not any(row["song"] for row in rows):
-            raise UserError(
-                f"--with-title: {spec} has no title in a column song or title; use --song-column "
-                "NAME"
-            )
-        return rows
-
-    def title(self, row: Row) -> str:
-        """The first line of a song that has a title, as a prompt gives it; no newline ends it."""
-        assert isinstance(self.cfg, LyricsConfig)
-        if not self.cfg.with_title or not row["song"].strip():
-            return ""
-        return ", by ".join(filter(None, (row["song"].strip(), row["artist"].strip())))
-
-    def example(self, row: Row) -> Example:
-        question = self.question(row)
-        return Example(prompt=(), answer=(*question.prompt, *question.answer))
-
-    def question(self, row: Row) -> Example:
-        """Begins with the title, else with the first line of the words."""
-        text = row["text"].strip()
-        if title := self.title(row):
-            return Example(prompt=(title,), answer=(f"\n\n{text}",))
-        first, newline, rest = text.partition("\n")
-        return Example(prompt=(first,), answer=(newline + rest,))
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        texts = [a.text for a in answers]
-        return {
-            "distinct_1": metrics.distinct(texts, 1),
-            "distinct_2": metrics.distinct(texts, 2),
-            "repetition": metrics.repetition_rate(texts),
-            **self.copied(texts),
-        }
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Lyrics()))
+    entry_point(lambda: generate(TASK))

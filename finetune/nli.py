@@ -8,15 +8,16 @@ label's word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapters.options import Form
 from base.cli import entry_point
-from engine.task import Facts
-from finetune import command
+from finetune import classify
+from tasks.classification.description import Labels
+from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.task import Classification
-from tasks.encoder import Long, Parts, Special
+from tasks.description import Long, Parts, Special
 from text.rows import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
@@ -36,19 +37,35 @@ class NliConfig(ClassificationConfig):
     """Column of the label. Default: label, gold_label or entailment_judgment."""
 
 
-class Nli(Classification):
-    name = "nli"
-    config = NliConfig
-    columns = {
+def texts(row: Row) -> tuple[str, ...]:
+    return row["premise"].strip(), row["hypothesis"].strip()
+
+
+def prompt(row: Row, form: Form) -> Parts:
+    premise, hypothesis = map(Long, texts(row))
+    if form == "word":
+        return premise, SEPARATOR, hypothesis, INFER
+    return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"
+
+
+def words(labels: Sequence[str]) -> Sequence[str]:
+    return label_words(labels) or WORDS.get(len(labels), ())
+
+
+TASK = Labels(
+    name="nli",
+    config=NliConfig,
+    columns={
         "premise": ("premise", "sentence1", "sentence_A"),
         "hypothesis": ("hypothesis", "sentence2", "sentence_B"),
-    }
-    columns |= {
         "label": ("label", "gold_label", "entailment_judgment"),
         "id": ("id", "idx", "pair_ID", "pairID"),
-    }
-    optional = ("id",)
-    toy = (
+    },
+    optional=("id",),
+    texts=texts,
+    prompt=prompt,
+    words=words,
+    toy=(
         {
             "premise": "Two dogs run over a field.",
             "hypothesis": "Animals are outdoors.",
@@ -81,24 +98,8 @@ class Nli(Classification):
         },
         {"premise": "눈이 많이 왔다.", "hypothesis": "날씨가 추웠다.", "label": "neutral"},
         {"premise": "눈이 많이 왔다.", "hypothesis": "눈이 오지 않았다.", "label": "contradiction"},
-    )
-
-    def setup(self, cfg: NliConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
-        self.special = (SEPARATOR, INFER) if cfg.form == "word" else ()
-        return super().setup(cfg, say, dry)
-
-    def texts(self, row: Row) -> tuple[str, ...]:
-        return row["premise"].strip(), row["hypothesis"].strip()
-
-    def prompt(self, row: Row) -> Parts:
-        premise, hypothesis = map(Long, self.texts(row))
-        if self.cfg.form == "word":
-            return premise, SEPARATOR, hypothesis, INFER
-        return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"
-
-    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
-        return super().label_words(labels) or WORDS.get(len(labels), ())
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Nli()))
+    entry_point(lambda: classify(TASK))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
+from adapters.options import Form
 from base.cli import entry_point
-from finetune import command
+from finetune import classify
+from tasks.classification.description import Labels
+from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.task import Classification
-from tasks.encoder import Long, Parts
+from tasks.description import Long, Parts
 from text.rows import Row
 
 
@@ -32,15 +33,34 @@ class ParaphraseConfig(ClassificationConfig):
     """Column of the label. Default: is_duplicate, label or Quality."""
 
 
-class Paraphrase(Classification):
-    name = "paraphrase"
-    config = ParaphraseConfig
-    columns = {"first": ("sentence1", "question1", "text1", "#1 String")}
-    columns |= {"second": ("sentence2", "question2", "text2", "#2 String")}
-    columns |= {"label": ("is_duplicate", "label", "Quality"), "id": ("id", "idx")}
-    optional = ("id",)
-    course: ClassVar[str] = "Predicted_Is_Paraphrase"
-    toy = (
+def texts(row: Row) -> tuple[str, ...]:
+    return row["first"].strip(), row["second"].strip()
+
+
+def prompt(row: Row, form: Form) -> Parts:
+    first, second = map(Long, texts(row))
+    return "Sentence1: ", first, "\nSentence2: ", second, "\nAre they paraphrases?"
+
+
+def words(labels: Sequence[str]) -> Sequence[str]:
+    return ("no", "yes") if tuple(labels) == ("0", "1") else label_words(labels)
+
+
+TASK = Labels(
+    name="paraphrase",
+    config=ParaphraseConfig,
+    columns={
+        "first": ("sentence1", "question1", "text1", "#1 String"),
+        "second": ("sentence2", "question2", "text2", "#2 String"),
+        "label": ("is_duplicate", "label", "Quality"),
+        "id": ("id", "idx"),
+    },
+    optional=("id",),
+    texts=texts,
+    prompt=prompt,
+    words=words,
+    csv_header="Predicted_Is_Paraphrase",
+    toy=(
         {"first": "How do I boil an egg?", "second": "What is the way to boil eggs?", "label": "1"},
         {"first": "How do I boil an egg?", "second": "How do I fry an egg?", "label": "0"},
         {
@@ -65,18 +85,8 @@ class Paraphrase(Classification):
             "label": "1",
         },
         {"first": "Who wrote this song?", "second": "Who sang this song first?", "label": "0"},
-    )
-
-    def texts(self, row: Row) -> tuple[str, ...]:
-        return row["first"].strip(), row["second"].strip()
-
-    def prompt(self, row: Row) -> Parts:
-        first, second = map(Long, self.texts(row))
-        return "Sentence1: ", first, "\nSentence2: ", second, "\nAre they paraphrases?"
-
-    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
-        return ("no", "yes") if tuple(labels) == ("0", "1") else super().label_words(labels)
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Paraphrase()))
+    entry_point(lambda: classify(TASK))

@@ -9,19 +9,16 @@ where that takes the answer away, the row is counted.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from base.cli import entry_point
-from engine.task import Facts
-from finetune import command
+from finetune import generate
 from tasks import metrics
+from tasks.description import Long, Special
+from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
 from tasks.generation.squad import expand
-from tasks.generation.task import Answer, Example, Generation, Long, Special
 from text.rows import Row
 
 QUESTION, ANSWER = Special("<question>"), Special("<answer>")
@@ -41,18 +38,43 @@ class QaConfig(GenerationConfig):
     """Column of all answers that are right, one a line. Default: answers, where there is one."""
 
 
-class Qa(Generation):
-    name = "qa"
-    config = QaConfig
-    best = ("f1", "max")
-    defaults = {"decode": "greedy", "max_new_tokens": 40}
-    columns = {"context": ("context", "passage"), "question": ("question",), "answer": ("answer",)}
-    columns |= {"answers": ("answers",), "id": ("id",)}
-    optional = ("answers", "id")
-    truth = ("answer",)
-    expand = staticmethod(expand)
-    special = (QUESTION, ANSWER)
-    toy = (
+def example(row: Row, cfg: QaConfig) -> Example:
+    passage, question = Long(row["context"].strip()), row["question"].strip()
+    return Example(
+        prompt=(passage, QUESTION, question, ANSWER),
+        answer=(row["answer"].strip(),),
+        reference=row["answers"] or row["answer"],  # all right answers, one a line
+    )
+
+
+def passage(row: Row) -> str:
+    """All questions on a passage are held out together: no passage is known from training."""
+    return row["context"]
+
+
+def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+    return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
+
+
+TASK = Texts(
+    name="qa",
+    config=QaConfig,
+    defaults={"decode": "greedy", "max_new_tokens": 40},
+    columns={
+        "context": ("context", "passage"),
+        "question": ("question",),
+        "answer": ("answer",),
+        "answers": ("answers",),
+        "id": ("id",),
+    },
+    optional=("answers", "id"),
+    truth=("answer",),
+    expand=expand,
+    group=passage,
+    example=example,
+    scores=scores,
+    best=("f1", "max"),
+    toy=(
         {
             "context": "The mill at Orrin was built in 1871 by two sisters, Ruth and Clara Voss.",
             "question": "When was the mill built?",
@@ -70,43 +92,8 @@ class Qa(Generation):
             "question": "What do herons hunt?",
             "answer": "frogs",
         },
-    )
-
-    def setup(self, cfg: QaConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
-        facts = super().setup(cfg, say, dry)
-        lost = sum(
-            self._is_lost(*one) for one in zip(self.train.rows, self.train.tokens, strict=True)
-        )
-        if not lost:
-            return facts
-        text = (
-            f"{lost} of {len(self.train.rows)} training rows lose their answer where it is cut off"
-        )
-        self.warnings += (text,)
-        return dataclasses.replace(facts, warnings=self.warnings)
-
-    def _is_lost(self, row: Row, tokens: np.ndarray) -> bool:
-        """Whether the answer stood in the passage and does not in what is read of it."""
-        end = int((tokens == self.tokenizer.special_id(QUESTION)).argmax())
-        return row["answer"] in row["context"] and row["answer"] not in self.tokenizer.decode(
-            tokens[1:end].tolist()
-        )
-
-    def kin(self, row: Row) -> str:
-        """All questions on a passage, that no passage is known from training."""
-        return row["context"]
-
-    def example(self, row: Row) -> Example:
-        prompt = (Long(row["context"].strip()), QUESTION, row["question"].strip(), ANSWER)
-        return Example(prompt, answer=(row["answer"].strip(),))
-
-    def reference(self, row: Row) -> str:
-        """All right answers, one a line."""
-        return row["answers"] or row["answer"]
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Qa()))
+    entry_point(lambda: generate(TASK))

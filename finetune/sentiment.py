@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
+from adapters.options import Form
 from base.cli import entry_point
-from finetune import command
+from finetune import classify
+from tasks.classification.description import Labels
+from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.task import Classification
-from tasks.encoder import Long, Parts
+from tasks.description import Long, Parts
 from text.rows import Row
 
 WORDS = {
@@ -36,17 +37,27 @@ class SentimentConfig(ClassificationConfig):
     """Column of the label. Default: sentiment, label or stars."""
 
 
-class Sentiment(Classification):
-    name = "sentiment"
-    config = SentimentConfig
-    columns = {
+def prompt(row: Row, form: Form) -> Parts:
+    return "Review: ", Long(row["text"].strip()), "\nSentiment:"
+
+
+def words(labels: Sequence[str]) -> Sequence[str]:
+    return label_words(labels) or WORDS.get(len(labels), ())
+
+
+TASK = Labels(
+    name="sentiment",
+    config=SentimentConfig,
+    columns={
         "text": ("sentence", "text", "document", "review", "content"),
         "label": ("sentiment", "label", "stars"),
-    }
-    columns |= {"id": ("id", "idx")}
-    optional = ("id",)
-    course: ClassVar[str] = "Predicted_Sentiment"
-    toy = (
+        "id": ("id", "idx"),
+    },
+    optional=("id",),
+    prompt=prompt,
+    words=words,
+    csv_header="Predicted_Sentiment",
+    toy=(
         {"text": "A warm, funny film that I would gladly see again.", "label": "1"},
         {"text": "Two hours of my life that nobody gives back.", "label": "0"},
         {"text": "The cast is splendid and the music stays with you.", "label": "1"},
@@ -55,14 +66,8 @@ class Sentiment(Classification):
         {"text": "The jokes are old and the plot makes no sense.", "label": "0"},
         {"text": "진짜 재미있어요, 또 보고 싶습니다.", "label": "1"},
         {"text": "시간이 아까운 영화였다.", "label": "0"},
-    )
-
-    def prompt(self, row: Row) -> Parts:
-        return ("Review: ", Long(row["text"].strip()), "\nSentiment:")
-
-    def label_words(self, labels: Sequence[str]) -> Sequence[str]:
-        return super().label_words(labels) or WORDS.get(len(labels), ())
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Sentiment()))
+    entry_point(lambda: classify(TASK))

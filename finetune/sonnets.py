@@ -11,9 +11,10 @@ from pathlib import Path
 
 from base.cli import entry_point
 from config import UserError
-from finetune import command
+from finetune import generate
 from tasks import metrics
-from tasks.generation.task import Answer, Example, Generation
+from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.options import GenerationConfig
 from text.rows import Record, Row
 
 LINES = 14
@@ -37,22 +38,61 @@ def read_poems(text: str, where: str) -> Iterator[Record]:
         raise UserError(f"{where} holds no poems; each stands under a line with its number")
 
 
-class Sonnets(Generation):
-    name = "sonnets"
-    best = ("chrf", "max")
-    defaults = {
+def example(row: Row, cfg: GenerationConfig) -> Example:
+    return Example(prompt=(), answer=(row["text"],))
+
+
+def question(row: Row, cfg: GenerationConfig) -> Example:
+    lines = row["text"].splitlines(keepends=True)
+    return Example(prompt=("".join(lines[:GIVEN]),), answer=("".join(lines[GIVEN:]),))
+
+
+def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+    texts, references = [a.text for a in answers], [a.reference for a in answers]
+    poems = [a.prompt + a.text for a in answers]
+    return {
+        "chrf": metrics.chrf(texts, references),
+        # as the course scores it
+        "chrf_poem": metrics.chrf(poems, [a.prompt + a.reference for a in answers]),
+        "distinct_1": metrics.distinct(texts, 1),
+        "distinct_2": metrics.distinct(texts, 2),
+        **metrics.rhyming_accuracy(poems, given=GIVEN),
+        "lines_right": metrics.line_count_accuracy(poems, LINES),
+        "repetition": metrics.repetition_rate(texts),
+        **metrics.copied(texts, [row["text"] for row in learned]),
+    }
+
+
+def write(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
+    """The course's file of predictions: the whole poems under their numbers."""
+    poems = [
+        f"\n{row['number']}\n{a.prompt}{a.text}\n\n" for row, a in zip(rows, answers, strict=True)
+    ]
+    path.write_text("--Generated Sonnets-- \n\n" + "".join(poems), encoding="utf-8")
+
+
+TASK = Texts(
+    name="sonnets",
+    config=GenerationConfig,
+    defaults={
         "epochs": 10,
         "batch_size": 8,
         "lr": 1e-4,
         "temperature": 0.9,
         "top_p": 0.9,
         "max_new_tokens": 300,
-    }
-    columns = {"number": ("number", "id"), "text": ("text", "sonnet", "poem")}
-    optional = ("number",)
-    readers = {".txt": read_poems}
-    predictions = "predictions.txt"
-    toy = (
+    },
+    columns={"number": ("number", "id"), "text": ("text", "sonnet", "poem")},
+    optional=("number",),
+    readers={".txt": read_poems},
+    answer_kinds=(".txt",),
+    example=example,
+    question=question,
+    stop_lines=LINES - GIVEN,
+    scores=scores,
+    best=("chrf", "max"),
+    write=write,
+    toy=(
         {
             "number": "1",
             "text": "The winter wood is white and still,\nNo bird will sing, no water "
@@ -73,41 +113,8 @@ class Sonnets(Generation):
             "The house remembers, we forget;\nIt keeps a place for you and "
             "me.\n",
         },
-    )
-
-    def example(self, row: Row) -> Example:
-        return Example(prompt=(), answer=(row["text"],))
-
-    def question(self, row: Row) -> Example:
-        lines = row["text"].splitlines(keepends=True)
-        return Example(prompt=("".join(lines[:GIVEN]),), answer=("".join(lines[GIVEN:]),))
-
-    def stop_lines(self, prompt: str) -> int:
-        return self.cfg.stop_lines or LINES - GIVEN
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        texts, references = [a.text for a in answers], [a.reference for a in answers]
-        poems = [a.prompt + a.text for a in answers]
-        return {
-            "chrf": metrics.chrf(texts, references),
-            # as the course scores it
-            "chrf_poem": metrics.chrf(poems, [a.prompt + a.reference for a in answers]),
-            "distinct_1": metrics.distinct(texts, 1),
-            "distinct_2": metrics.distinct(texts, 2),
-            **metrics.rhyming_accuracy(poems, given=GIVEN),
-            "lines_right": metrics.line_count_accuracy(poems, LINES),
-            "repetition": metrics.repetition_rate(texts),
-            **self.copied(texts),
-        }
-
-    def write_answers(self, path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
-        """The course's file of predictions: the whole poems under their numbers."""
-        poems = [
-            f"\n{row['number']}\n{a.prompt}{a.text}\n\n"
-            for row, a in zip(rows, answers, strict=True)
-        ]
-        path.write_text("--Generated Sonnets-- \n\n" + "".join(poems), encoding="utf-8")
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Sonnets()))
+    entry_point(lambda: generate(TASK))

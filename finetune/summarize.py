@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from base.cli import entry_point
-from finetune import command
+from finetune import generate
 from tasks import metrics
+from tasks.description import Long, Special
+from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
-from tasks.generation.task import Answer, Example, Generation, Long, Special
 from text.rows import Row
 
 GENERATE = Special("<generate>")
@@ -29,18 +30,29 @@ class SummarizeConfig(GenerationConfig):
     """Column of the summary. Default: summary, highlights, headline or title."""
 
 
-class Summarize(Generation):
-    name = "summarize"
-    config = SummarizeConfig
-    best = ("rouge_l", "max")
-    defaults = {"decode": "greedy", "max_new_tokens": 100}
-    columns = {
+def example(row: Row, cfg: SummarizeConfig) -> Example:
+    article, summary = Long(row["article"].strip()), row["summary"].strip()
+    return Example(prompt=(article, GENERATE), answer=(summary,))
+
+
+def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+    rouge = metrics.rouge([a.text for a in answers], [a.reference for a in answers])
+    return {"rouge_1": rouge["rouge1"], "rouge_2": rouge["rouge2"], "rouge_l": rouge["rougeL"]}
+
+
+TASK = Texts(
+    name="summarize",
+    config=SummarizeConfig,
+    defaults={"decode": "greedy", "max_new_tokens": 100},
+    columns={
         "article": ("article", "document", "dialogue", "text"),
         "summary": ("summary", "highlights", "headline", "title"),
-    }
-    truth = ("summary",)
-    special = (GENERATE,)
-    toy = (
+    },
+    truth=("summary",),
+    example=example,
+    scores=scores,
+    best=("rouge_l", "max"),
+    toy=(
         {
             "article": "The town council met on Monday. After three hours of talk it voted to mend "
             "the old bridge "
@@ -59,17 +71,8 @@ class Summarize(Generation):
             "Then no more today.",
             "summary": "Ben has fed the cat twice.",
         },
-    )
-
-    def example(self, row: Row) -> Example:
-        return Example(
-            prompt=(Long(row["article"].strip()), GENERATE), answer=(row["summary"].strip(),)
-        )
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        rouge = metrics.rouge([a.text for a in answers], [a.reference for a in answers])
-        return {"rouge_1": rouge["rouge1"], "rouge_2": rouge["rouge2"], "rouge_l": rouge["rougeL"]}
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Summarize()))
+    entry_point(lambda: generate(TASK))

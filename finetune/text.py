@@ -7,14 +7,14 @@ python -m finetune.text --init FOLDER --data nsmc_train.txt --text-column docume
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from base.cli import entry_point
 from config import CountOrNone
-from finetune import command
+from finetune import generate
+from tasks.description import Reading
+from tasks.generation.description import Example, Texts
 from tasks.generation.options import GenerationConfig
-from tasks.generation.task import Example, Generation, Parts
 from text.rows import Row
 
 PARTS = 10  # of a document that is alone
@@ -32,40 +32,42 @@ class TextConfig(GenerationConfig):
     """Validation texts to decode in an evaluation: they have no score, so none."""
 
 
-class Text(Generation):
-    name = "text"
-    config = TextConfig
-    columns = {"text": ("text", "document", "sentence", "content")}
-    toy = (
+def divide(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+    """One document becomes several, so that one of them can be held out."""
+    if len(rows) > 1 or split != "train" or source.cfg.val_data:
+        return rows
+    lines = rows[0]["text"].splitlines(keepends=True)
+    bounds = [len(lines) * i // PARTS for i in range(PARTS + 1)]
+    parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
+    parts = [part for part in parts if part.strip()]
+    source.say(
+        f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held out"
+    )
+    return [Row({"text": part}, rows[0].where) for part in parts]
+
+
+def example(row: Row, cfg: TextConfig) -> Example:
+    return Example(prompt=(), answer=(row["text"],), reference="")  # nothing is the one right text
+
+
+def beginning(row: Row, cfg: TextConfig) -> Example:
+    """A row of --predict is the beginning of a text."""
+    return Example(prompt=(row["text"],), answer=(), reference="")
+
+
+TASK = Texts(
+    name="text",
+    config=TextConfig,
+    columns={"text": ("text", "document", "sentence", "content")},
+    arrange=divide,
+    example=example,
+    asked=beginning,
+    toy=(
         {"text": "Rain is due in the north by noon; the south stays dry."},
         {"text": "The library opens at ten, and on Sundays not at all."},
         {"text": "오늘은 하늘이 맑고 바람이 붑니다."},
-    )
-
-    def read(self, spec: str, split: str, say: Callable[[str], None]) -> list[Row]:
-        rows = super().read(spec, split, say)
-        if len(rows) > 1 or split != "train" or self.cfg.val_data:
-            return rows
-        lines = rows[0]["text"].splitlines(keepends=True)
-        bounds = [len(lines) * i // PARTS for i in range(PARTS + 1)]
-        parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
-        parts = [part for part in parts if part.strip()]
-        say(
-            f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held "
-            "out"
-        )
-        return [Row({"text": part}, rows[0].where) for part in parts]
-
-    def example(self, row: Row) -> Example:
-        return Example(prompt=(), answer=(row["text"],))
-
-    def asked(self, row: Row) -> Parts:
-        """A row of `--predict` is the beginning of a text."""
-        return (row["text"],)
-
-    def reference(self, row: Row) -> str:
-        return ""  # a text has no one right continuation
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Text()))
+    entry_point(lambda: generate(TASK))

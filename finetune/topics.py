@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapters.options import Form
 from base.cli import entry_point
-from finetune import command
+from finetune import classify
+from tasks.classification.description import Labels
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.task import Classification
-from tasks.encoder import Long, Parts
+from tasks.description import Long, Parts
 from text.rows import Row
 
 
@@ -30,16 +31,27 @@ class TopicsConfig(ClassificationConfig):
     """Column of the topic. Default: label, category, topic or class."""
 
 
-class Topics(Classification):
-    name = "topics"
-    config = TopicsConfig
-    columns = {"title": ("title", "headline"), "label": ("label", "category", "topic", "class")}
-    columns |= {
+def texts(row: Row) -> tuple[str, ...]:
+    return ("\n".join(part for part in (row["title"].strip(), row["text"].strip()) if part),)
+
+
+def prompt(row: Row, form: Form) -> Parts:
+    return "Article: ", Long(texts(row)[0]), "\nTopic:"
+
+
+TASK = Labels(
+    name="topics",
+    config=TopicsConfig,
+    columns={
+        "title": ("title", "headline"),
+        "label": ("label", "category", "topic", "class"),
         "text": ("text", "description", "short_description", "article", "content"),
         "id": ("id", "idx"),
-    }
-    optional = ("title", "text", "id")  # some headlines of the News Category Dataset stand alone
-    toy = (
+    },
+    optional=("title", "text", "id"),  # some headlines of the News Category Dataset stand alone
+    texts=texts,
+    prompt=prompt,
+    toy=(
         {
             "title": "Rovers win late",
             "text": "A goal in the last minute gave Rovers the cup.",
@@ -70,14 +82,8 @@ class Topics(Classification):
             "text": "The fossil is of a bird that could not fly.",
             "label": "science",
         },
-    )
-
-    def texts(self, row: Row) -> tuple[str, ...]:
-        return ("\n".join(part for part in (row["title"].strip(), row["text"].strip()) if part),)
-
-    def prompt(self, row: Row) -> Parts:
-        return ("Article: ", Long(self.texts(row)[0]), "\nTopic:")
-
+    ),
+)
 
 if __name__ == "__main__":
-    entry_point(lambda: command(Topics()))
+    entry_point(lambda: classify(TASK))

@@ -8,27 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adapters.heads import Cut
+from adapters.options import Cut
 from config import UserError
 from engine.task import Tensors
+from tasks.description import Long, Special
 from tasks.order import pad_to
 from text.tokenizer import Tokenizer
-
-
-class Special(str):
-    """A token of its own between the texts of a sequence."""
-
-
-class Long(str):
-    """A text that may be cut where its row is longer than the context."""
-
-
-Parts = tuple[str, ...]  # texts, special tokens and long texts
-
-
-def plain(parts: Parts) -> str:
-    """The texts of some parts, special tokens left out."""
-    return "".join(part for part in parts if not isinstance(part, Special))
 
 
 def encode(tokenizer: Tokenizer, parts: Sequence[str], keep: int | None = None) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 
@@ -11,8 +10,6 @@ import torch
 import torch.nn as nn
 
 from adapters.layers import (
-    ADAPTERS,
-    LORA,
     LORA_ON,
     TABLES,
     add_lora,
@@ -23,37 +20,32 @@ from adapters.layers import (
     new_prefix,
     tables,
 )
-from adapters.options import MethodConfig
+from adapters.options import ADAPTERS, LORA, METHODS, MethodConfig, Place
 from config import UserError
 from engine.optim import Group, default_groups
 from model import GPT
 from tasks.options import FinetuneConfig
 
 ULMFIT_DECAY = 1 / 2.6  # of the rate, from each group of layers to the one below
-OPTIONS = {  # of a method, and the methods that they belong to
-    "last_k": ("last-k",),
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_on"), LORA),
-    "prefix_tokens": ("prefix", "soft-prompt"),
-    "prefix_width": ("prefix",),
-}
 
 
 def check(cfg: FinetuneConfig) -> None:
     """Raise UserError for options that do not go with cfg.method."""
-    defaults = {field.name: field.default for field in dataclasses.fields(MethodConfig)}
-    for name, methods in OPTIONS.items():
-        if getattr(cfg, name) != defaults[name] and cfg.method not in methods:
-            option, owners = name.replace("_", "-"), " or ".join(methods)
+    mine = METHODS[cfg.method]
+    for field in dataclasses.fields(MethodConfig):
+        owners = [method for method, of in METHODS.items() if field.name in of.options]
+        if owners and cfg.method not in owners and getattr(cfg, field.name) != field.default:
             raise UserError(
-                f"--{option} belongs to --method {owners}, not to {cfg.method}; leave it out"
+                f"--{field.name.replace('_', '-')} belongs to --method {' or '.join(owners)}, not "
+                f"to {cfg.method}; leave it out"
             )
-    if cfg.llrd != 1 and cfg.method not in ("full", "last-k", *LORA):
+    if cfg.llrd != 1 and not mine.llrd:
         why = "sets them itself" if cfg.method == "ulmfit" else "does not train these"
         raise UserError(
             f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave "
             "it out"
         )
-    if cfg.optimizer == "muon" and cfg.method not in ("full", "last-k", "ulmfit"):
+    if cfg.optimizer == "muon" and not mine.matrices:
         raise UserError(
             "--optimizer muon is for the matrices of the model's blocks, which --method "
             f"{cfg.method} does not train; use --optimizer adamw"
@@ -90,14 +82,14 @@ def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> 
 
 def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
     """Names of the parameters that train in an epoch, with their share of the learning rate."""
-    deepest = {"full": math.inf, "last-layer": 0, "last-k": cfg.last_k, "ulmfit": epoch}.get(
-        cfg.method, -1
-    )
+    trains = METHODS[cfg.method].trains
     decay = ULMFIT_DECAY if cfg.method == "ulmfit" else cfg.llrd
     depths = _depths(model, from_head=cfg.method in ("last-layer", "ulmfit"))
     always = always_trained(model)
     return {
-        name: decay**depth for name, depth in depths.items() if depth <= deepest or name in always
+        name: decay**depth
+        for name, depth in depths.items()
+        if name in always or trains(Place(name, depth, epoch), cfg)
     }
 
 

@@ -121,6 +121,13 @@ def _word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(found[i:] for i in range(n))))
 
 
+def copied(texts: Sequence[str], training: Sequence[str]) -> dict[str, float]:
+    """The most words in a row that a text has from the training texts; nothing without those."""
+    if not training:
+        return {}
+    return {"longest_copied": float(longest_copied(texts, training).max(initial=0))}
+
+
 def longest_copied(texts: Sequence[str], training: Iterable[str]) -> np.ndarray:
     """For each text the most words in a row that stand somewhere in the training texts, (n,) int64.
 

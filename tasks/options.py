@@ -42,3 +42,7 @@ class FinetuneConfig(MethodConfig, RunConfig):
     @property
     def trains(self) -> bool:
         return bool(self.epochs or self.steps)
+
+    def training_files(self) -> tuple[str | None, ...]:
+        """What is read to train and to validate."""
+        return self.data, self.val_data

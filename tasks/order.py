@@ -111,12 +111,26 @@ class Turns:
     def __call__(self, step: int) -> np.ndarray:
         """Ids of the global batch of a 0-based step, (groups, rows of a group) int64."""
         epoch, at = divmod(step, self.steps_per_epoch)
+        turns = self._turns(epoch)
+        return self._batch(epoch, turns[at], int((turns[:at] == turns[at]).sum()))
+
+    def epoch(self, epoch: int) -> Iterator[np.ndarray]:
+        """The batches of a 0-based epoch."""
+        given = [0] * len(self.shares)
+        for task in self._turns(epoch):
+            yield self._batch(epoch, task, given[task])
+            given[task] += 1
+
+    def _turns(self, epoch: int) -> np.ndarray:
+        """The task of each step of an epoch."""
         turns = np.repeat(np.arange(len(self.shares)), self.shares)
-        if len(self.shares) > 1:
-            turns = np.random.default_rng([self.seed, epoch]).permutation(turns)
-        task = turns[at]
-        before = int((turns[:at] == task).sum())
-        return self.orders[task](epoch * self.shares[task] + before) + self.offsets[task]
+        if len(self.shares) == 1:
+            return turns
+        return np.random.default_rng([self.seed, epoch]).permutation(turns)
+
+    def _batch(self, epoch: int, task: int, number: int) -> np.ndarray:
+        """The batch of that number of those that a task gives in an epoch."""
+        return self.orders[task](epoch * self.shares[task] + number) + self.offsets[task]
 
 
 def padded_lengths(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adapters import layers, peft
+from adapters.options import ADAPTERS
 from config import GPTConfig, UserError
-from engine.optim import Group
 from engine.pretraining import model_config, open_pretrained
 from model import GPT
 from storage.checkpoint import locate
@@ -29,15 +29,20 @@ class Trunk:
     """The base of --init, or the shape of a model from scratch, and its tokenizer."""
 
     def __init__(
-        self, cfg: FinetuneConfig, special: Sequence[str], add_heads: Callable[[GPT], object]
+        self,
+        cfg: FinetuneConfig,
+        special: Sequence[str],
+        add_heads: Callable[[GPT], object] = lambda model: None,
+        n_layer: int | None = None,
     ):
         """special: tokens that the task adds to the vocabulary; add_heads: puts a task's heads on a
-        model. Raises UserError where tokenizer and model do not fit together."""
-        self.cfg, self.add_heads = cfg, add_heads
+        model; n_layer: in place of the shape's own. Raises UserError where tokenizer and model do
+        not fit together."""
+        self.cfg, self.special, self.add_heads = cfg, tuple(special), add_heads
         where = cfg.init if cfg.init == "scratch" else locate(cfg.init)
         given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
         base = load_tokenizer(given if given == "gpt2" else locate(given))
-        self.tokenizer = base.with_special(tuple(special)) if special else base
+        self.tokenizer = base.with_special(self.special) if special else base
         # until `build` takes it
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)
         self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
@@ -57,9 +62,11 @@ class Trunk:
                 f"{shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
         size = max(shape.vocab_size, self.tokenizer.vocab_size)
-        self.shape: GPTConfig = dataclasses.replace(shape, vocab_size=size)
+        blocks = shape.n_layer if n_layer is None else n_layer
+        self.shape: GPTConfig = dataclasses.replace(shape, vocab_size=size, n_layer=blocks)
+        self.seq_len = self._longest_row()
 
-    def longest_row(self) -> int:
+    def _longest_row(self) -> int:
         """Tokens of the longest row: as asked for, else all that the model has room for. Raises
         UserError where there is no such room."""
         cfg = self.cfg
@@ -97,13 +104,10 @@ class Trunk:
         with torch.device("meta"):
             return self.added(GPT(self.shape))
 
+    @functools.cached_property
     def stored(self) -> set[str]:
         """Names of the parameters that a checkpoint must hold."""
         return methods.stored(self.without_weights, self.cfg)
-
-    def groups(self, model: GPT, step: int, steps_per_epoch: int) -> list[Group]:
-        """The parameters that train in a step."""
-        return methods.groups(model, self.cfg, step, steps_per_epoch)
 
     def export(
         self,
@@ -120,7 +124,7 @@ class Trunk:
         stored_only: as a checkpoint stores it. pads: whether the hub's class must know what fills a
         batch. With `score` (n_labels, n_embd) it is a classifier by the last token.
         """
-        apart = self.cfg.method in layers.ADAPTERS if stored_only else not layers.can_merge(model)
+        apart = self.cfg.method in ADAPTERS if stored_only else not layers.can_merge(model)
         if apart:
             init = self.cfg.init  # a path, else a hub id
             base = str(Path(locate(init)).resolve()) if Path(init).exists() else init

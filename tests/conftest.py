@@ -47,6 +47,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
 
 
+def pytest_collection_finish() -> None:
+    forget_collected()
+
+
+def forget_collected() -> None:
+    """Take the libraries and tests that are loaded out of every garbage collection from here on:
+    those of training runs would walk a million objects each."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO
@@ -57,6 +68,7 @@ def untouched() -> Iterator[None]:
     """Whole runs in a test's own process freeze what it has built."""
     yield
     gc.unfreeze()
+    forget_collected()
 
 
 @pytest.fixture(autouse=True)

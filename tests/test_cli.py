@@ -554,7 +554,7 @@ def test_precision_says_why(monkeypatch):
 def test_dry_run_starts_nothing_and_its_memory_is_what_is_then_measured(inputs, run, repo):
     words = small(*QUIET, "--preset", "mini", "--steps", "2", "--seq-len", "16", "--out", "dry")
     before = sorted(inputs.rglob("*"))
-    said = run(repo / "train_gpt2.py", *words, "--dry-run", cwd=inputs, fresh=True)
+    said = run(repo / "train_gpt2.py", *words, "--dry-run", cwd=inputs)
     assert said.returncode == 0 and own_lines(said.stderr) == "", said.stderr
     assert sorted(inputs.rglob("*")) == before
     rows = dict(re.findall(r"^  (\w.*?)  +(.+)$", said.stdout, re.M))
@@ -563,7 +563,7 @@ def test_dry_run_starts_nothing_and_its_memory_is_what_is_then_measured(inputs, 
     assert re.match(r"\S+ FLOP \(\S+ MFLOP a token\)", rows["compute"])
     value, unit = rows["memory, peak of a rank"].split()
     promised = float(value) * {"MiB": 1 << 20, "GiB": 1 << 30}[unit]
-    done = run(repo / "train_gpt2.py", *words, cwd=inputs, fresh=True)
+    done = run(repo / "train_gpt2.py", *words, cwd=inputs)
     assert done.returncode == 0, done.stderr
     measured = log_of(inputs / "dry", "train")[-1]["memory_bytes"]
     assert promised == pytest.approx(measured, rel=0.15)

@@ -20,6 +20,7 @@ from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
 from support import REPO, project_files
+from tasks.description import Description
 
 TEXTS = {  # options of text that name no file or folder
     "kernels",
@@ -65,12 +66,8 @@ def kinds_of_options() -> list[Any]:
             continue
         module = importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
         kinds = [getattr(module, name) for name in names]
-        tasks = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and "name" in vars(value)
-        ]
-        kinds += [task.config for task in tasks if hasattr(task, "config")]
+        tasks = [value for value in vars(module).values() if isinstance(value, Description)]
+        kinds += [task.config for task in tasks]
         found |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
     return list(found.values())
 
@@ -149,7 +146,7 @@ EXTREMES = (
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([kind for kind in KINDS if numeric(kind)]))
@@ -205,18 +202,21 @@ def test_defaults_lie_in_their_ranges(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_path_option_knows_the_home(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
+    words, expected = [], {}
     for name, found in marks(kind).items():
         path = next((mark for mark in found if isinstance(mark, PathName)), None)
         positional = name in ("checkpoint", "files", "runs")
         if path is None or positional:
             continue
         typed = "~/a b,~/c*.txt,./~,org/name" if path.many else "~/a,~b"
-        meant = (
+        words.append(f"--{name.replace('_', '-')}={typed}")
+        expected[name] = (
             "/home/someone/a b,/home/someone/c*.txt,./~,org/name"
             if path.many
             else "/home/someone/a,~b"
         )
-        cfg = parse(kind, [f"--{name.replace('_', '-')}={typed}"])
+    cfg = parse(kind, words)
+    for name, meant in expected.items():
         got = getattr(cfg, name)
         assert got == ((meant,) if isinstance(got, tuple) else meant)
 

@@ -31,6 +31,9 @@ LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
+FSTRING_START, FSTRING_END = (
+    getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END")
+)
 
 
 def tokens(source: str) -> int:
@@ -44,10 +47,14 @@ def tokens(source: str) -> int:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     }
-    return sum(
-        token.type not in LAYOUT and token.start not in documentation
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-    )
+    count = inside = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        # From Python 3.12 on an f-string is several tokens; it counts as the one that it was.
+        inside -= token.type == FSTRING_END
+        if token.type not in LAYOUT and token.start not in documentation and not inside:
+            count += token.type != FSTRING_END
+        inside += token.type == FSTRING_START
+    return count
 
 
 def test_only_code_is_counted():
@@ -55,6 +62,10 @@ def test_only_code_is_counted():
         tokens('"""A module."""\n\nx = 1  # one\n\n\ndef f():\n    """Text."""\n    return x\n')
         == 10
     )
+
+
+def test_an_f_string_is_one_token():
+    assert tokens("x = f'{f\"{a}\"} {b}'\n") == tokens("x = '{a} {b}'\n") == 3
 
 
 def test_the_spine_stays_readable_in_an_afternoon():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from adapters import heads
@@ -13,25 +16,92 @@ from decoding.loading import open_model
 from engine.precision import set_products
 from engine.processes import choose_device
 from model import GPT
+from tasks.classification.description import Labels
+from tasks.classification.labels import word_ids
+from tasks.classification.options import ClassificationConfig
+from tasks.classification.predictions import write_answers
+from tasks.classification.rows import RowEncoder
+from tasks.classification.scorer import Scorer
+from tasks.encoder import Encoder
+from tasks.finetuning import EXACT
+from text.rows import Row
 from text.tokenizer import Tokenizer
 
 
-def open_classifier(
-    where: str, task: str, device: Literal["auto", "cpu", "cuda", "mps"]
-) -> tuple[GPT, Tokenizer, Info]:
-    """The model with its head under the name of the task, in fp32 and ready for inference, its
-    tokenizer, and what it says of itself. Raises UserError where it is no classifier."""
+@dataclass(frozen=True)
+class Classifier:
+    """A model that answers the rows of a task, in fp32."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    encode: RowEncoder
+    scorer: Scorer
+
+    def probabilities(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Of the labels, for rows of tokens: (n, K) float64."""
+        return self.scorer.probabilities(self.model, tokens, self.tokenizer.eot)
+
+    def answers(self, rows: Sequence[Row], say: Callable[[str], None]) -> np.ndarray:
+        """Probabilities (n, K) of the labels of rows; says how many had to be cut."""
+        tokens, was_cut = zip(*map(self.encode, rows), strict=True) if rows else ((), ())
+        if cut := sum(was_cut):
+            encoder = self.encode.encoder
+            say(
+                f"{cut} of {len(rows)} rows are longer than {encoder.seq_len} tokens and cut at "
+                f"the {encoder.cut} of their text"
+            )
+        return self.probabilities(tokens)
+
+
+@dataclass(frozen=True)
+class AnswersOfClassifier:
+    """A finished classifier and the rows of --predict that it is to answer."""
+
+    classifier: Classifier
+    rows: list[Row]
+    seed: int  # of the confidence intervals
+
+    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
+        """Write the predictions as jsonl with probabilities and as the course's csv. Returns their
+        scores where the file has the true labels."""
+        found, task = self.classifier.answers(self.rows, say), self.classifier.encode.task
+        about = {"eval_precision": EXACT}
+        labels = self.classifier.labels
+        return write_answers(path, self.rows, found, task, labels, self.seed, say, about)
+
+
+def open_classifier(where: str, task: Labels, cfg: ClassificationConfig) -> Classifier:
+    """The classifier of a checkpoint, with the labels, form, words and lengths of its run. Raises
+    UserError where it is none."""
     found = heads.find(where)
     info = found[0] if found else heads.read_info(where)
     if info is None:
         raise UserError(
-            f"{where} is no classifier; train one first, or name a run of finetune.{task}"
+            f"{where} is no classifier; train one first, or name a run of finetune.{task.name}"
         )
-    chosen = choose_device(device)
-    set_products("fp32", chosen)
-    model, tokenizer = open_model(where, None, chosen, torch.float32)
+    device = choose_device(cfg.device)
+    set_products("fp32", device)
+    model, tokenizer = open_model(where, None, device, torch.float32)
     if found and info.form != "word":
-        model.heads[task] = Head(model.config.n_embd, len(info.labels), info.pooling)
-        model.heads[task].load_state_dict(found[1])
+        model.heads[task.name] = Head(model.config.n_embd, len(info.labels), info.pooling)
+        model.heads[task.name].load_state_dict(found[1])
         model.heads.to(model.transformer.wte.weight.device)
-    return model.eval(), tokenizer, info
+    encode = RowEncoder(task, info.form, encoder_of(info, tokenizer, model.context, cfg))
+    scorer = scorer_of(info, [task.name], tokenizer)
+    return Classifier(model.eval(), tokenizer, info.labels, encode, scorer)
+
+
+def encoder_of(
+    info: Info, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
+) -> Encoder:
+    """Cuts a row as the run did, unless the options say otherwise: else its scores were others."""
+    seq_len = min(cfg.seq_len or info.seq_len or context, context)
+    cut = cfg.cut if cfg.cut != ClassificationConfig.cut else info.cut
+    return Encoder(tokenizer, seq_len, cut, cfg.strict)
+
+
+def scorer_of(info: Info, keys: Sequence[str], tokenizer: Tokenizer) -> Scorer:
+    """Scores by the heads of these names, or by the words of the labels."""
+    words = word_ids(tokenizer, info.words) if info.words else []
+    return Scorer(keys, info.pooling == "last", words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import unicodedata
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from config import UserError, nearest
+from tasks.description import Reading
 from text.rows import Row
 from text.tokenizer import Tokenizer
 
@@ -142,3 +144,35 @@ def true_labels(rows: Sequence[Row], labels: Sequence[str]) -> dict[int, int]:
         for i, row in enumerate(rows)
         if not row.fault and not is_unknown(row.fields.get("label", ""))
     }
+
+
+def label_words(labels: Sequence[str]) -> Sequence[str]:
+    """What a language model answers for each label: its name; none where the names are numbers."""
+    if all(map(is_number, labels)):
+        return ()
+    return [label.replace("_", " ").lower() for label in labels]
+
+
+def known_labels(reading: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+    """The rows whose label is known: one without is neither learned from nor scored. All rows that
+    are to be answered stay, an unknown label empty."""
+    unknown = [row for row in rows if is_unknown(row["label"])]
+    if split == "test":
+        return [
+            dataclasses.replace(row, fields=row.fields | {"label": ""})
+            if is_unknown(row["label"])
+            else row
+            for row in rows
+        ]
+    if not unknown:
+        return rows
+    told = ", ".join(sorted({repr(row["label"].strip()) for row in unknown}))
+    text = f"{len(unknown):,} of {len(rows):,} rows of {spec} have no known label ({told})"
+    if len(unknown) == len(rows):
+        raise UserError(
+            f"{text}; name rows with labels, and a class that is really called so by another name"
+        )
+    reading.warnings.append(
+        f"{text} and are left out; if that is a class of yours, give it another name"
+    )
+    return [row for row in rows if not is_unknown(row["label"])]

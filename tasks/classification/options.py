@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from adapters.options import Form, Pooling
-from config import LARGEST, Positive, Probability, Range, Weight, Wheres
+from adapters.options import LORA, Cut, Form, Pooling
+from config import LARGEST, Positive, Probability, Range, UserError, Weight, Wheres
 from tasks.options import FinetuneConfig
 
 Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
@@ -29,7 +29,7 @@ class ClassificationConfig(FinetuneConfig):
     pooling: Pooling = "last"
     """What a head reads: the state of the last token, the mean of all, a mean with learned weights,
     or an LSTM over them."""
-    cut: Literal["end", "start", "middle"] = "end"
+    cut: Cut = "end"
     """Where a text that is too long is cut."""
     dropout: Probability = 0.1
     """Dropout on embeddings, attention and residual branches."""
@@ -64,3 +64,44 @@ class ClassificationConfig(FinetuneConfig):
     allow_overlap: bool = False
     """Go on where more than a hundredth of the training rows also stand among the validation
     rows."""
+
+    def training_files(self) -> tuple[str | None, ...]:
+        return *super().training_files(), self.augment, *self.also_data
+
+
+def check(cfg: ClassificationConfig) -> None:
+    """Raise UserError for options that do not go together."""
+    # of the states, which SimCSE compares
+    draws = cfg.dropout or (cfg.method in LORA and cfg.lora_dropout)
+    of_head = cfg.head_dropout and cfg.form != "word"
+    for objective in cfg.objective:
+        if not draws and not (objective == "rdrop" and of_head):
+            raise UserError(
+                f"--objective {objective} compares two passes of a row under different dropout; "
+                "set --dropout"
+            )
+    if cfg.compile_unit == "model":
+        raise UserError(
+            "--compile-unit model: a classifier is compiled block by block; leave it out"
+        )
+    if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
+        raise UserError(
+            "--model lstm has no language model's head and no blocks: leave out --form word and "
+            "--method"
+        )
+    if cfg.form == "word" and cfg.pooling != "last":
+        raise UserError(
+            f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it "
+            "out"
+        )
+    if cfg.form == "word" and cfg.also:
+        raise UserError(
+            "--also trains heads, and --form word the language model's own: use another form, or "
+            "leave --also out"
+        )
+    if cfg.words and cfg.form != "word":
+        raise UserError("--words belongs to --form word; add it, or leave --words out")
+    if cfg.augment_weight != 1 and not cfg.augment:
+        raise UserError(
+            "--augment-weight belongs to --augment FILE; add it, or leave the weight out"
+        )

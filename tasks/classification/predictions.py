@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from base.files import write_json
+from base.files import beside, write_json
 from engine.log import finite
 from tasks.classification import chart, confusion
+from tasks.classification.description import Labels
 from tasks.classification.labels import true_labels
 from text.rows import Row
 
@@ -27,28 +27,13 @@ def probabilities(log_p: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
-def beside(path: Path, ending: str) -> Path:
-    """The file of the same name with another ending; `path` may be any of the files of a set of
-    answers."""
-    known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
-    return path.with_name((path.stem if known else path.name) + ending)
-
-
-@dataclass(frozen=True)
-class Whose:
-    """Of what task, and with which labels, predictions are."""
-
-    task: str
-    labels: Sequence[str]
-    course: str  # heads the second column of the csv
-    seed: int
-
-
 def write_answers(
     path: Path,
     rows: Sequence[Row],
     found: np.ndarray,
-    whose: Whose,
+    task: Labels,
+    labels: Sequence[str],
+    seed: int,
     say: Callable[[str], None],
     about: dict[str, Any],
 ) -> dict[str, float]:
@@ -58,8 +43,8 @@ def write_answers(
     `about` goes into the report: what the probabilities were computed in, and of which step's
     model.
     """
-    true = true_labels(rows, whose.labels)
-    write_predictions(path, rows, found, whose.labels, whose.course)
+    true = true_labels(rows, labels)
+    write_predictions(path, rows, found, labels, task.csv_header)
     if unread := sum(bool(row.fault) for row in rows):
         say(
             f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not "
@@ -68,11 +53,11 @@ def write_answers(
     if not true:
         return {}
     known, scored = list(true.values()), found[list(true)]
-    return write_report(path, known, scored, whose.labels, whose.task, whose.seed, say, about)
+    return write_report(path, known, scored, labels, task.name, seed, say, about)
 
 
 def write_predictions(
-    path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], course: str
+    path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], csv_header: str
 ) -> None:
     """A prediction for each of the rows, with probabilities (n, K): jsonl, and beside it the
     course's csv.
@@ -94,7 +79,7 @@ def write_predictions(
                 record |= {"probabilities": None, "unreadable": row.fault}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     with beside(path, ".csv").open("w", encoding="utf-8", newline="") as file:
-        file.write(f"id \t {course} \n")
+        file.write(f"id \t {csv_header} \n")
         for id, label in zip(ids_of(rows), predicted, strict=True):
             file.write(f"{id} , {label or ''} \n")
 

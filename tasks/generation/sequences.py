@@ -4,6 +4,7 @@ end-of-text."""
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,18 +12,12 @@ import numpy as np
 
 from config import UserError
 from decoding.window import kept_tokens
-from tasks.encoder import Long, Parts, encode
+from tasks.description import Long, Parts, plain
+from tasks.encoder import encode
 from tasks.finetuning import Split
-from text.rows import Row
+from tasks.generation.description import Example
+from text.rows import Row, Rows
 from text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as the model sees it: what it reads, and what it learns to write after that."""
-
-    prompt: Parts
-    answer: Parts
 
 
 @dataclass
@@ -38,6 +33,13 @@ class Sequences(Split):
         return np.array([len(tokens) - 1 for tokens in self.tokens])
 
 
+TOO_LONG = {  # what becomes of a row that is too long
+    "cut": "are cut at the end of their text",
+    "dropped": "cannot be cut to fit and are left out",
+    "continued": "go on in further sequences",
+}
+
+
 @dataclass(frozen=True)
 class Writer:
     """Prompts and answers as tokens, of which the model reads at most `seq_len` at once."""
@@ -45,6 +47,47 @@ class Writer:
     tokenizer: Tokenizer
     seq_len: int
     strict: bool  # whether a row that is too long is an error
+
+    def split(
+        self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
+    ) -> tuple[Sequences, list[str]]:
+        """The sequences of rows, and warnings about those that are too long; `what` names the rows
+        there. Raises UserError where none fits."""
+        split = Sequences([], [], Rows(list(rows)).sha256, [], [])
+        counts: Counter[str] = Counter()
+        for row in rows:
+            learned = example(row)
+            sequences, happened = self.sequences(learned, row.where)
+            counts[happened] += 1
+            if happened == "cut" and self._loses_answer(learned, *sequences[0]):
+                counts["lost"] += 1
+            for tokens, begin in sequences:
+                split.rows.append(row)
+                split.tokens.append(np.array(tokens))
+                split.learned.append(begin)
+                split.references.append(learned.true_answer)
+        if not split.rows:
+            raise UserError(
+                f"there is no {what} row that fits into {self.seq_len} tokens; raise --seq-len"
+            )
+        warnings = [
+            f"{counts[name]} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and "
+            f"{text}"
+            for name, text in TOO_LONG.items()
+            if counts[name]
+        ]
+        if counts["lost"]:
+            warnings.append(
+                f"{counts['lost']} of {len(rows)} {what} rows lose their answer where it is cut off"
+            )
+        return split, warnings
+
+    def _loses_answer(self, example: Example, tokens: list[int], begin: int) -> bool:
+        """Whether the answer stood in a long text of the prompt and does not in what is left of
+        the prompt."""
+        answer = plain(example.answer)
+        stood = any(answer in part for part in example.prompt if isinstance(part, Long))
+        return stood and answer not in self.tokenizer.decode(tokens[1:begin])
 
     def sequences(self, example: Example, where: str) -> tuple[list[tuple[list[int], int]], str]:
         """(tokens, place of the first that is learned) of a row, and what had to be done to make it

@@ -9,18 +9,14 @@ of it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from config import UserError
-from decoding.batched import generate
 from decoding.loading import open_model
 from engine.pretraining import perplexity
 from engine.processes import choose_device
@@ -28,165 +24,95 @@ from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
-from tasks.encoder import Long, Parts, Special, plain
 from tasks.finetuning import Finetuning
+from tasks.generation.answers import Answerer, AnswersOfModel
+from tasks.generation.description import Answer, Texts
 from tasks.generation.options import GenerationConfig
-from tasks.generation.sequences import Example, Sequences, Writer
-from tasks.metrics import longest_copied
+from tasks.generation.sequences import Sequences, Writer
 from tasks.objectives import nll_and_unlikelihood
 from tasks.order import pad_to
-from text.rows import Row, Rows
-
-__all__ = ["Answer", "Example", "Generation", "Long", "Parts", "Special", "plain"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model wrote after a prompt, and what is true."""
-
-    prompt: str
-    text: str
-    reference: str
+from tasks.source import Source
+from tasks.trunk import Trunk
+from text.rows import Row
 
 
 class Generation(Finetuning):
-    """Fill in `columns`, `example` and, where answers are scored, `scores`."""
+    """Learns to write the answers of a task."""
 
-    config = GenerationConfig
     cfg: GenerationConfig
-    choices: ClassVar[tuple[str, ...]] = ("unlikelihood", "objective")
-    learned_rows: Sequence[Row] = ()  # where `setup` has read them
+    choices = ("unlikelihood", "objective")
     train: Sequences
     val: Sequences
+    writer: Writer
+    answerer: Answerer
+    shown: list[int]  # ids of the validation sequences whose continuation is printed
+    decoded: list[int]  # and of those that an evaluation decodes
 
-    # --- what a task says
-
-    def example(self, row: Row) -> Example:
-        """What is learned of a row."""
-        raise NotImplementedError
-
-    def question(self, row: Row) -> Example:
-        """What is asked of a validation row, and its true answer."""
-        return self.example(row)
-
-    def asked(self, row: Row) -> Parts:
-        """What a row of `--predict` gives the model to go on from."""
-        return self.question(row).prompt
-
-    def reference(self, row: Row) -> str:
-        """The true answer to a row, as `scores` compares it."""
-        return plain(self.question(row).answer)
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Metrics of the decoded answers to validation rows."""
-        return {}
-
-    def copied(self, texts: Sequence[str], field: str = "text") -> dict[str, float]:
-        """Most words in a row that a text has from the training rows; nothing where none were
-        read."""
-        if not self.learned_rows:
-            return {}
-        copied = longest_copied(texts, [row[field] for row in self.learned_rows])
-        return {"longest_copied": float(copied.max(initial=0))}
-
-    def stop_lines(self, prompt: str) -> int:
-        """Lines after which the answer to a prompt ends; 0: as many as it has."""
-        return self.cfg.stop_lines
-
-    def write_answers(self, path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
-        """The answers to the rows of `--predict`."""
-        records = [row.fields | _answered(row, a) for row, a in zip(rows, answers, strict=True)]
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    # --- rows
+    def __init__(self, description: Texts):
+        super().__init__(description)
+        self.description = description
 
     def setup(self, cfg: GenerationConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
-        self.cfg = cfg
-        say = self.begin(say, dry)
+        self.cfg, say = cfg, (lambda text: None) if dry else say
         methods.check(cfg)
-        self.warnings = ()
-        if not cfg.eval_rows:
-            self.best = Task.best  # nothing is decoded, so there is no other figure
+        # without decoded rows there is no figure but the loss
+        self.best = self.description.best if cfg.eval_rows else Task.best
         if "unlikelihood" in cfg.objective:
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
-        self.open_trunk()
-        self.writer = Writer(self.tokenizer, self.seq_len, cfg.strict)
-        train, val = self._training_and_validation(say)
-        self.train = self._split(train, self.example, "training")
-        self.val = self._split(val, self.question, "validation")
-        self.learned_rows = self.train.rows
-        if known := self.known_rows(train, val):
-            self.warnings += (
-                f"{known} of {len(train)} training rows also stand among the validation rows",
+        self.source = source = Source(self.description, cfg, say)
+        self.trunk = trunk = Trunk(cfg, self.description.special(cfg))
+        self.writer = Writer(trunk.tokenizer, trunk.seq_len, cfg.strict)
+        train, val = source.training_and_validation()
+        self.train = self._sequences(train, "training")
+        self.val = self._sequences(val, "validation")
+        if both := source.in_both(train, val):
+            source.warnings.append(
+                f"{both} of {len(train)} training rows also stand among the validation rows"
             )
         # A sequence that goes on with a text does not begin with the end-of-text token.
-        begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == self.tokenizer.eot]
+        eot = trunk.tokenizer.eot
+        begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
-        self._set_order()
-        if cfg.predict:
-            rows = self.rows_to_answer(cfg, say)
-            # what --strict does not allow ends here
-            self.writer.prompts(rows, self.asked, self.seq_len, lambda text: None)
+        self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
+        self.set_order(np.zeros(len(self.train.rows), np.int64))
+        if cfg.predict:  # what --strict does not allow ends here
+            self.writer.prompts(
+                source.to_answer,
+                lambda row: self.description.predict(row, cfg).prompt,
+                trunk.seq_len,
+                lambda text: None,
+            )
         for text in self._first_rows():
             say(text)
         return self.facts()
 
-    def _split(
-        self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
-    ) -> Sequences:
-        split = Sequences([], [], Rows(list(rows)).sha256, [], [])
-        counts = {"cut": 0, "dropped": 0, "continued": 0}
-        for row in rows:
-            sequences, happened = self.writer.sequences(example(row), row.where)
-            if happened:
-                counts[happened] += 1
-            for tokens, learned in sequences:
-                split.rows.append(row)
-                split.tokens.append(np.array(tokens))
-                split.learned.append(learned)
-                split.references.append(self.reference(row))
-        said = {
-            "cut": "are cut at the end of their text",
-            "dropped": "cannot be cut to fit and are left out",
-            "continued": "go on in further sequences",
-        }
-        for name, count in counts.items():
-            if count:
-                text = (
-                    f"{count} of {len(rows)} {what} rows are longer than {self.seq_len} tokens "
-                    f"and {said[name]}"
-                )
-                self.warnings += (text,)
-        if not split.rows:
-            raise UserError(
-                f"there is no {what} row that fits into {self.seq_len} tokens; raise --seq-len"
-            )
-        return split
-
-    def prompt(self, i: int) -> list[int]:
-        """What validation row `i` gives the model to go on from."""
-        return self.writer.prompt(self.question(self.val.rows[i]).prompt, self.seq_len)
+    def _sequences(self, rows: Sequence[Row], what: str) -> Sequences:
+        task, cfg = self.description, self.cfg
+        example = task.example if what == "training" else task.ask
+        found, warnings = self.writer.split(rows, lambda row: example(row, cfg), what)
+        self.source.warnings += warnings
+        return found
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch, what is learned between the marks."""
-        texts = []
+        texts, decode = [], self.trunk.tokenizer.decode
         for i in self.order(0).reshape(-1)[: self.cfg.show_rows]:
             tokens, learned = self.train.tokens[i].tolist(), self.train.learned[i]
-            read, answer = (
-                self.tokenizer.decode(tokens[:learned]),
-                self.tokenizer.decode(tokens[learned:]),
-            )
             texts.append(
                 f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them "
-                f"learned):\n{read}⟦{answer}⟧\n"
+                f"learned):\n{decode(tokens[:learned])}⟦{decode(tokens[learned:])}⟧\n"
             )
         return texts
 
+    def prompt(self, i: int) -> list[int]:
+        """What validation row `i` gives the model to go on from."""
+        parts = self.description.ask(self.val.rows[i], self.cfg).prompt
+        return self.writer.prompt(parts, self.trunk.seq_len)
+
     def cost(self) -> Cost:
         # an objective looks at all logits
-        chunked = self.shape.chunked_head and not self.cfg.objective
-        shape = dataclasses.replace(self.shape, chunked_head=chunked)
+        chunked = self.trunk.shape.chunked_head and not self.cfg.objective
+        shape = dataclasses.replace(self.trunk.shape, chunked_head=chunked)
         return dataclasses.replace(super().cost(), shape=shape)
 
     # --- a step
@@ -201,7 +127,7 @@ class Generation(Finetuning):
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val
         length = pad_to(int(data.lengths[ids].max()), self.padded)
-        idx = torch.full((len(ids), length), self.tokenizer.eot)
+        idx = torch.full((len(ids), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
         for row, i in enumerate(ids):
             tokens, learned = torch.from_numpy(data.tokens[i]), data.learned[i]
@@ -223,98 +149,49 @@ class Generation(Finetuning):
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
         """Loss and tokens, and the answers to the rows that are decoded."""
+        assert isinstance(model, GPT)
         targets = batch["targets"]
         nll = model(batch["idx"], targets, reduction="sum")
         ids = [i for i in batch["ids"].tolist() if i in self.decoded]
-        answers = self.answers(model, [self.prompt(i) for i in ids], ids)
+        answers = self.answerer(model, [self.prompt(i) for i in ids], ids)
         records = {
             i: Answer(*texts, self.val.references[i]) for i, texts in zip(ids, answers, strict=True)
         }
         return {"nll": nll, "tokens": (targets != IGNORE).sum()}, records
-
-    def answers(
-        self, model: nn.Module, prompts: Sequence[list[int]], rows: Sequence[int]
-    ) -> list[tuple[str, str]]:
-        """Each prompt and its decoded continuation; `rows` number them for their draws."""
-        assert isinstance(model, GPT)
-        texts = [self.tokenizer.decode(prompt, skip_special=True) for prompt in prompts]
-        outs = generate(
-            model,
-            prompts,
-            self.cfg,
-            self.tokenizer.eot,
-            seed=self.cfg.seed,
-            rows=rows,
-            tokenizer=self.tokenizer,
-            stop_lines=[self.stop_lines(text) for text in texts],
-        )
-        answers = [self.tokenizer.decode(out, skip_special=True) for out in outs]
-        return list(zip(texts, answers, strict=True))
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         if not records:
             return metrics
-        return metrics | self.scores([records[i] for i in sorted(records)])
+        answers = [records[i] for i in sorted(records)]
+        return metrics | self.description.scores(answers, self.train.rows)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        assert isinstance(model, GPT)
+        tokenizer = self.trunk.tokenizer
         if self.cfg.prompts:
-            prompts = [
-                [self.tokenizer.eot, *self.tokenizer.encode(text)] for text in self.cfg.prompts
-            ]
+            prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in self.cfg.prompts]
         else:
             prompts = [self.prompt(i) for i in self.shown]
-        answers = self.answers(model, prompts, range(len(prompts)))
+        answers = self.answerer(model, prompts, range(len(prompts)))
         # Special tokens spelled out, unlike in an answer that is scored.
         return [
-            (self.tokenizer.decode(p[1:]), text)
-            for p, (_, text) in zip(prompts, answers, strict=True)
+            (tokenizer.decode(p[1:]), text) for p, (_, text) in zip(prompts, answers, strict=True)
         ]
 
-    def ready(
+    def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
+        assert isinstance(model, GPT)
+        self.trunk.export(model, folder, stored_only, pads=False)
+
+    # --- what a finished model says
+
+    def answering(
         self, cfg: GenerationConfig, where: str, say: Callable[[str], None]
-    ) -> tuple[GPT, list[Row]]:
-        self.cfg = cfg
+    ) -> AnswersOfModel:
+        """The model of a checkpoint, ready to answer the rows of --predict. Raises UserError for
+        what is wrong with either."""
         rows = self.rows_to_answer(cfg, say)
-        model, self.tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
-        self.writer = Writer(self.tokenizer, model.context, cfg.strict)
-        return model, rows
-
-    def predict(
-        self, cfg: GenerationConfig, where: str, path: Path, say: Callable[[str], None]
-    ) -> dict[str, float]:
-        """Write the answers that the model of a checkpoint gives to the rows of `--predict`, every
-        row in its place.
-
-        Returns the scores of those of which the file has the true answers. A row that cannot be
-        read is not scored.
-        """
-        model, rows = self.ready(cfg, where, say)
-        prompts = self.writer.prompts(rows, self.asked, model.context, say)
-        answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
-        readable = list(prompts)
-        for begin in range(0, len(readable), cfg.batch_size):
-            some = readable[begin : begin + cfg.batch_size]
-            for i, texts in zip(
-                some, self.answers(model, [prompts[i] for i in some], some), strict=True
-            ):
-                answers[i] = Answer(*texts, self.reference(rows[i]))
-        self.write_answers(path, rows, [answers[i] for i in range(len(rows))])
-        if unread := len(rows) - len(readable):
-            say(
-                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
-                "not scored"
-            )
-        known = [answers[i] for i in readable if answers[i].reference.strip()]
-        scores = self.scores(known) if known else {}
-        if scores and len(known) < len(rows):
-            say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
-        return scores
-
-
-def _answered(row: Row, answer: Answer) -> dict[str, Any]:
-    """What a file of answers adds to a row's fields; of a row that could not be read, why."""
-    return (
-        {"prediction": None, "unreadable": row.fault} if row.fault else {"prediction": answer.text}
-    )
+        model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
+        learned = self.train.rows if hasattr(self, "train") else ()
+        return AnswersOfModel(model, Answerer(self.description, cfg, tokenizer), rows, learned)

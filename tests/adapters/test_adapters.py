@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from adapters import layers, peft
 from adapters.heads import Head
-from adapters.layers import ADAPTERS, LORA, added, can_merge, merge
-from adapters.options import MethodConfig
+from adapters.layers import added, can_merge, merge
+from adapters.options import ADAPTERS, LORA, Method, MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
 from decoding.cache import new_cache
@@ -40,7 +41,7 @@ from text.tokenizer_training import train_bpe
 
 VOCAB, NEW, LAYERS, LABELS = 101, 3, 2, 5
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=LAYERS, n_head=2, n_embd=64)
-METHODS = ("full", "last-layer", "last-k", "ulmfit", *ADAPTERS)
+METHODS = get_args(Method)
 LORA_CASES = [(method, on) for method in LORA for on in layers.LORA_ON]
 CASES = [*LORA_CASES, ("prefix", "attention"), ("soft-prompt", "attention")]
 
@@ -352,9 +353,9 @@ def test_gradients_are_those_of_the_plain_path(base, method, how):
     """Recomputed, traced by the compiler, under autocast, in a copy."""
     want = gradients(adapted(base, method, "both", NEW).train())
     model = adapted(base, method, "both", NEW, recompute=how == "recompute").train()
-    if how == "compile":  # whole, as on a GPU, or by the block
-        for unit in [model] if method in ("dora", "soft-prompt") else model.transformer.h:
-            unit.compile(backend="aot_eager", fullgraph=True)
+    if how == "compile":  # whole, as on a GPU, or a block
+        unit = model if method in ("dora", "soft-prompt") else model.transformer.h[-1]
+        unit.compile(backend="aot_eager", fullgraph=True)
     if how == "deepcopy":
         model = copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext():
@@ -518,6 +519,7 @@ WITH_HEADS = {  # what trains in the first epoch
     "last-layer": set(),
     "last-k": {"ln_f", "h.1"},
     "ulmfit": set(),
+    "bitfit": {"h.0", "h.1", "ln_f"},
     "lora": {"h.0", "h.1"},
     "dora": {"h.0", "h.1"},
     "prefix": {"prefix"},
@@ -573,6 +575,18 @@ def test_heads_are_stored_and_counted(method):
     trained = rates(model, config(method))
     want = sum(numbers[name] for name in trained), sum(numbers.values())
     assert methods.counts(model, groups(model, config(method), 0, 10)) == want
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bitfit_trains_every_bias_and_nothing_else_of_the_model(tied):
+    model = GPT(dataclasses.replace(SHAPE, tied_head=tied))
+    names = [name for name, _ in model.named_parameters()]
+    found = rates(model, config("bitfit"))
+    assert found == {name: 1.0 for name in names if name.endswith("bias")} and len(found) == 13
+    scales = rates(model, config("bitfit", llrd=0.5))
+    assert (
+        scales["transformer.h.0.attn.c_attn.bias"] == 0.25 and scales["transformer.ln_f.bias"] == 1
+    )
 
 
 def test_ulmfit_begins_with_the_heads_alone():

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
-import multiprocessing
-import statistics
+import sys
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import contenders, decoding, peers, peers_report, plot, tokenizing
-from benchmarks.contenders import OURS, Case, Step
-from benchmarks.peers import Opening
+from benchmarks import contenders, decoding, peers, plot, steps, tokenizing
+from benchmarks.contenders import CONTENDERS
+from benchmarks.harness import OURS, Budget, Results, Turns, alternate, ratio
+from benchmarks.steps import Case, Opening, Step, Turn
 from config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -87,6 +89,69 @@ def test_runs_of_the_same_name_are_told_apart() -> None:
     assert plot.names([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
 
 
+# --- the harness
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    contenders = {name: partial(order.append, name) for name in ("a", "b", "slow")}
+    results = alternate(contenders, Turns(3, 9), limits={"slow": 1})
+    assert order == ["a", "b", "slow", "a", "b", "a", "b"]
+    assert {name: len(of) for name, of in results.items()} == {"a": 3, "b": 3, "slow": 1}
+    left = iter([1, 0])
+    contenders = {"fails later": lambda: 1 // next(left), "works": lambda: 2}
+    assert alternate(contenders, range(2), dropped=(ZeroDivisionError,)) == {"works": [2, 2]}
+
+
+def test_time_that_is_left_is_shared() -> None:
+    assert list(Turns(2, 5)) == [0, 1] and list(Turns(2, 5, seconds=60)) == [0, 1, 2, 3, 4]
+    budget = Budget(100, 4, 3, 30)
+    assert budget.turns().seconds == pytest.approx(25, abs=1)
+    assert budget.turns(3).seconds == pytest.approx(100, abs=1)
+    assert Budget(-5, 1, 3, 30).turns() == Turns(3, 30, 0)
+
+
+def test_ratios_are_of_the_same_turn() -> None:
+    assert ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == [3, 2, 4]
+    assert ratio([2.0], [1.0, 10.0]) == [2, 2, 2]  # one took fewer turns
+
+
+FACTS = {
+    "device": "cpu",
+    "hardware": {"gpu": None, "cpu": "x", "threads": 1},
+    "driver": None,
+    "versions": {"torch": "2"},
+    "settings": {},
+}
+
+
+def test_results_resume_on_the_same_machine_only(tmp_path, capsys) -> None:
+    file = tmp_path / "new/x.json"
+
+    def resumed(facts: dict = FACTS) -> Results:
+        results = Results(file, facts, Turns(1, 2), lambda record: f"{record['cases']}")
+        results.resume()
+        return results
+
+    first = resumed()
+    for shape, seconds in (("a", 1), ("b", 2), ("a", 3)):
+        first.put({"shape": shape}, {"seconds": seconds})
+    assert file.with_suffix(".md").read_text() == first.text()
+    assert first.text().startswith("Measured on x, 1 threads, 2")
+    again = resumed()
+    assert again.cases == [{"shape": "a", "seconds": 3}, {"shape": "b", "seconds": 2}]
+    assert again.find({"shape": "b"}) and not again.find({"shape": "c"})
+    assert capsys.readouterr().err == ""
+    assert resumed(FACTS | {"versions": {"torch": "3"}}).cases == []
+    file.write_text(json.dumps(FACTS | {"cases": [{"shape": "a"}]}))  # as earlier versions wrote it
+    assert resumed().cases == []
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("is not kept: another machine" in line for line in lines)
+
+
+# --- other trainers
+
+
 def test_peers_writes_its_figures(run, tmp_path) -> None:
     words = ["--quick", "--device", "cpu", "--precision", "fp32", "--against", "plain,liger"]
     done = run("-m", "benchmarks.peers", *words, "--out", "results")
@@ -94,19 +159,17 @@ def test_peers_writes_its_figures(run, tmp_path) -> None:
     results = json.loads((tmp_path / "results/peers-cpu.json").read_text())
     assert results["device"] == "cpu" and results["hardware"]["threads"] >= 1
     assert {"python", "torch", "numpy"} <= results["versions"].keys()
-    (case,) = results["cases"]
-    assert case["accumulation"] == 2 and case["ceiling_flops"] > 1e8
-    ours, plain = case["contenders"][OURS], case["contenders"]["plain"]
-    for of in (ours, plain):
-        assert 0 < of["slowest"] <= of["tokens_per_second"] <= of["fastest"]
-        assert 0 < of["memory_bytes"] < 2**30 and of["mfu"] > 0
-        assert of["opening"]["next_loss"] < of["opening"]["loss"]
-    assert len(plain["seconds"]) == len(plain["beside"]["seconds"]) == 2
-    assert plain["speed_ratio"] > 0 and plain["memory_ratio"] > 0
-    assert case["contenders"]["liger"] == {"error": "needs a CUDA GPU"}
-    assert (
-        case["best"]["as it ships"]["name"] == "plain" and "with our allocator" not in case["best"]
-    )
+    ours, plain, liger = results["cases"]
+    assert [row["trainer"] for row in results["cases"]] == [OURS, "plain", "liger"]
+    for row in (ours, plain):
+        rate, least, most = row["per_second"]
+        assert 0 < least <= rate <= most and row["ceiling_flops"] > 1e8
+        assert 0 < row["memory_bytes"] < 2**30 and row["accumulation"] == 2
+        assert row["opening"]["next_loss"] < row["opening"]["loss"]
+    assert len(plain["seconds"]) == 2
+    assert ours["seconds"][2:] == plain["beside_seconds"]  # after those that it took alone
+    assert plain["speed_ratio"] == ratio(plain["seconds"], plain["beside_seconds"])
+    assert liger["error"] == "needs a CUDA GPU"
     text = (tmp_path / "results/peers-cpu.md").read_text()
     assert text.strip() == done.stdout.strip()
     assert "| liger: needs a CUDA GPU " in text and "the best peer as it ships (plain)" in text
@@ -121,117 +184,99 @@ def case(tmp_path) -> Case:
 
 
 def opening(step: Step) -> Opening:
-    return peers.opening(lambda untimed, steps: peers.take_turn(step, untimed, steps, "cpu", 0))
+    return steps.opening(partial(steps.take_turn, step, "cpu", 0))
+
+
+def check(name: str, case: Case, own: Opening, other: Opening) -> None:
+    steps.check_agreement(name, CONTENDERS[name], case, own, other)
 
 
 def test_the_peers_train_exact_gpt2(case) -> None:
     reference = opening(contenders.transformers(case, compiled=False))
-    peers.check_agreement(case, "plain", reference, opening(contenders.plain(case, compiled=False)))
+    check("plain", case, reference, opening(contenders.plain(case, compiled=False)))
     try:
-        import litgpt.model  # noqa: F401
+        import litgpt.model
     except ImportError:
         return
-    peers.check_agreement(
-        case, "litgpt compiled", reference, opening(contenders.litgpt(case, compiled=False))
-    )
+    litgpt = opening(contenders.litgpt(case, compiled=False))
+    check("litgpt compiled", case, reference, litgpt)
 
 
 def test_a_contender_at_other_work_is_not_timed(case) -> None:
     own = Opening(loss=7.0, grad_norm=1.0, next_loss=6.9, seconds=1.0)
-    peers.check_agreement(case, "transformers", own, own)
+    check("transformers", case, own, own)
     # what the padding of 24 in 1,000 words may add
     more = dataclasses.replace(own, loss=7.01, next_loss=6.91)
-    peers.check_agreement(case, "plain", own, more)
-    for other in (
-        more,
-        dataclasses.replace(own, next_loss=7.0),
-        dataclasses.replace(own, grad_norm=math.nan),
-    ):
-        with pytest.raises(peers.Failed, match=r"transformers: .*this engine's"):
-            peers.check_agreement(case, "transformers", own, other)
-
-
-def test_a_turn_times_only_what_it_should() -> None:
-    taken: list[int] = []
-
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        taken.append(len(taken))
-        return torch.tensor(float(len(taken))), torch.tensor(0.5)
-
-    turn = peers.take_turn(step, 1, 2, "cpu", code=0)
-    assert len(taken) == 3 and turn.loss == 3.0 and turn.memory > 0
-
-
-def measured(seconds: list[float], memory: int, ratio: float) -> dict[str, Any]:
-    beside = {"seconds": [0.5, 0.25], "memory_bytes": 2**30}
-    return {
-        "seconds": seconds,
-        "memory_bytes": memory,
-        "beside": beside,
-        "speed_ratio": ratio,
-        "memory_ratio": 0.5,
-    } | (peers_report.rates(128, seconds))
+    check("plain", case, own, more)
+    later = dataclasses.replace(own, next_loss=7.0)
+    for other in (more, later, dataclasses.replace(own, grad_norm=math.nan)):
+        with pytest.raises(steps.Failed, match=r"transformers: .*this engine's"):
+            check("transformers", case, own, other)
 
 
 def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
-    figures = {
-        OURS: {"seconds": [1.0], "memory_bytes": 2**29} | peers_report.rates(128, [1.0]),
-        "transformers compiled": {"error": "needs a C++ compiler"},
-        "plain": measured([0.5], 2**31, 2.0),
-        "transformers": measured([0.4], 2**31, 1.5),
-        "plain + our allocator": measured([0.25], 2**31, 1.25),
-        f"{OURS} fp8": measured([0.125], 2**30, 0.5),
-    }
-    shape = dataclasses.asdict(contenders.SHAPES["cpu"]["micro"])
-    rates = {"flops_per_token": 1000, "ceiling_flops": 1e6, "sheet_flops": 2e6}
-    case = peers_report.assessed(
-        {"shape": "micro", **shape, "precision": "bf16", "contenders": figures, **rates}
+    shape = contenders.SHAPES["cpu"]["micro"]
+    row = Case("micro", shape, "bf16", "cpu", "").key | {"flops_per_token": 1000}
+    row |= {"ceiling_flops": 1e6, "sheet_flops": 2e6, "memory_ratio": 0.5}
+    row |= {"per_second": [256.0, 128.0, 512.0], "memory_bytes": 2**30}
+    ratios = {"plain": 2.0, "transformers": 1.5, "plain + our allocator": 1.25, f"{OURS} fp8": 0.5}
+    rows = [row | {"trainer": name, "speed_ratio": [x, x, x]} for name, x in ratios.items()]
+    rows.append(row | {"trainer": "transformers compiled", "error": "needs a C++ compiler"})
+    table, *_, words = peers.report({"cases": rows}).split("\n\n")
+    assert words == (
+        "- micro bf16: 1.50 x the speed of the best peer as it ships (transformers), 0.50 x its "
+        "memory; 1.25 x the speed of the best peer with our allocator (plain + our allocator), "
+        "0.50 x its memory."
     )
-    assert case["best"]["as it ships"] == {
-        "name": "transformers",
-        "speed_ratio": 1.5,
-        "memory_ratio": 0.5,
-    }
-    assert case["best"]["with our allocator"]["name"] == "plain + our allocator"
-    ours = case["contenders"][OURS]  # of all its turns, alone and beside the others
-    assert ours["slowest"] == 128 and ours["fastest"] == 512 and ours["memory_bytes"] == 2**30
-    plain = case["contenders"]["plain"]
-    assert plain["mfu"] == pytest.approx(0.256) and plain["mfu_of_data_sheet"] == pytest.approx(
-        0.128
-    )
-    assert peers_report.assessed(case) == case  # what --resume reads again
-    rows = peers_report.table([case]).splitlines()
-    assert len({len(row) for row in rows}) == 1
-    assert "| transformers compiled: needs a C++ compiler " in rows[3] and " 2 x 32 x 2 " in rows[3]
-    assert "12.8%" in next(row for row in rows if "| plain " in row)
+    lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    assert lines[2][1:8] == [
+        "micro, 2 x 32 x 2",
+        "bf16",
+        "plain",
+        "256",
+        "128-512",
+        "25.6%",
+        "12.8%",
+    ]
+    assert lines[6][3:5] == ["transformers compiled: needs a C++ compiler", ""]
 
 
-def test_on_a_gpu_each_contender_trains_alone(case, monkeypatch) -> None:
-    process, beside = peers.contender, []
+def test_on_a_gpu_each_contender_trains_alone(monkeypatch, tmp_path) -> None:
+    running: list[str] = []
+    beside: list[list[str]] = []
 
     @contextlib.contextmanager
-    def counted(name: str, case: Case) -> Generator[peers.TakeTurn]:
-        with process(name, case) as turn:
-            beside.append((name, len(multiprocessing.active_children())))
-            yield turn
+    def made_up(name: str, trainer: steps.Trainer, case: Case) -> Generator[Any]:
+        seconds, memory = (1.0, 4) if name == OURS else (3.0, 8)
 
-    monkeypatch.setattr(peers, "contender", counted)
-    monkeypatch.setattr(peers, "TURN_SECONDS", 0.01)
-    found: dict[str, Any] = {}
-    for name in peers.one_by_one(case, ["liger", "plain"], peers.Pace(0, 2, 2), found):
-        assert name in found and not multiprocessing.active_children()  # its memory is free again
-    assert beside == [(OURS, 1), ("plain", 1)]
-    assert found["liger"] == {"error": "needs a CUDA GPU"}
-    ours, plain = found[OURS], found["plain"]
-    assert (
-        len(ours["seconds"]) == len(plain["seconds"]) == 2
-        and plain["beside"]["seconds"] == ours["seconds"]
-    )
-    assert plain["speed_ratio"] == statistics.median(plain["seconds"]) / statistics.median(
-        ours["seconds"]
-    )
-    assert plain["memory_ratio"] == ours["memory_bytes"] / plain["memory_bytes"]
-    assert plain["opening"]["loss"] == pytest.approx(ours["opening"]["loss"], rel=0.01)
+        def take(count: int) -> Turn:
+            beside.append(list(running))
+            return Turn(seconds, seconds, 7.0, 1.0, memory)
+
+        running.append(name)
+        yield Opening(7.0, 1.0, 6.9, seconds=0.5), take
+        running.remove(name)
+
+    monkeypatch.setattr(steps, "process", made_up)
+    shape = contenders.SHAPES["cuda"]["micro"]
+    case = Case("micro", shape, "bf16", "cuda", str(tmp_path))
+    others = {name: CONTENDERS[name] for name in ("transformers", "plain")}
+    found = dict(steps.compare(case, CONTENDERS[OURS], others, lambda: Turns(2, 2)))
+    assert beside == [[OURS]] * 2 + [["transformers"]] * 2 + [["plain"]] * 2 and not running
+    assert found["plain"]["speed_ratio"] == [3, 3, 3] and found["plain"]["memory_ratio"] == 0.5
+    assert found[OURS]["seconds"] == found["plain"]["beside_seconds"] == [1, 1]
+
+
+def test_a_process_says_why_it_cannot(capsys) -> None:
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    missing = steps.answer(importlib.import_module, "no_such_module")
+    assert missing == "not installed (no module no_such_module)"
+    assert steps.answer(out_of_memory) == "out of memory"
+    assert steps.answer(int, "x").startswith("ValueError: invalid literal")
+    assert steps.answer(int, "7") == 7
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", contenders.SHAPES["cuda"])
@@ -246,22 +291,6 @@ def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
     assert (small.rows, small.accumulation) == (32, 16) if name == "124M" else small == shape
 
 
-def test_peers_goes_on_only_on_the_same_machine(tmp_path) -> None:
-    facts = {
-        "device": "cpu",
-        "hardware": {"cpu": "x"},
-        "driver": None,
-        "versions": {"torch": "2"},
-        "settings": {},
-    }
-    (tmp_path / "peers-cpu.json").write_text(
-        json.dumps(facts | {"date": "yesterday", "cases": [{"shape": "10M"}]})
-    )
-    assert peers.earlier(tmp_path, facts | {"date": "today"}) == [{"shape": "10M"}]
-    assert peers.earlier(tmp_path, facts | {"versions": {"torch": "3"}}) == []
-    assert peers.earlier(tmp_path / "empty", facts) == []
-
-
 def test_peers_names_what_is_nearest() -> None:
     with pytest.raises(
         UserError, match=r"--shape 124 is none of micro, 10M, 124M \(did you mean 124M\?\)"
@@ -270,30 +299,19 @@ def test_peers_names_what_is_nearest() -> None:
     with pytest.raises(UserError, match="--against this engine fp8 is none of"):
         peers.asked_for(peers.Options(against=f"{OURS} fp8"), "cpu")
     shapes, against, _ = peers.asked_for(peers.Options(), "cuda")
-    assert (
-        shapes == ["124M", "350M", "774M", "1.5B"]
-        and f"{OURS} fp8" in against
-        and OURS not in against
-    )
+    assert shapes == ["124M", "350M", "774M", "1.5B"]
+    assert f"{OURS} fp8" in against and OURS not in against
+
+
+# --- decoding and tokenizing
 
 
 def test_decoding_compares_equal_tokens(run, tmp_path) -> None:
-    words = [
-        "--shape",
-        "micro",
-        "--batch",
-        "2",
-        "--new-tokens",
-        "8",
-        "--repetitions",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    words = ["--quick", "--batch", "2", "--new-tokens", "8", "--device", "cpu"]
     done = run("-m", "benchmarks.decoding", *words, "--out", "results")
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "results/decoding-cpu.json").read_text())["rows"][0]
-    assert row["tokens"] == 16 and all(len(seconds) == 2 for seconds in row["seconds"].values())
+    case = json.loads((tmp_path / "results/decoding-cpu.json").read_text())["cases"][0]
+    assert case["tokens"] == 32 and all(len(seconds) == 2 for seconds in case["seconds"].values())
     assert (tmp_path / "results/decoding-cpu.md").read_text().strip() == done.stdout.strip()
 
 
@@ -302,12 +320,20 @@ def test_contenders_whose_tokens_differ_are_not_timed() -> None:
         decoding.check({"one": lambda: [[1]], "other": lambda: [[2]]})
 
 
-def test_tokenizing_cuts_documents_that_together_are_the_text(tmp_path) -> None:
+def test_tokenizing_compares_the_same_documents(tmp_path, monkeypatch, capsys) -> None:
     text = "".join(f"line {i} of a text\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     pieces = tokenizing.documents(str(tmp_path / "a.txt"))
-    assert (
-        "".join(pieces) == text
-        and len(pieces) == 5
-        and all(piece.endswith("\n") for piece in pieces)
-    )
+    assert "".join(pieces) == text and len(pieces) == 5
+    assert all(piece.endswith("\n") for piece in pieces)
+    read = SimpleNamespace(encode_ordinary_batch=lambda texts, num_threads: texts)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: read)
+    monkeypatch.setattr("text.tokenizer.load_tokenizer", lambda name: None)
+    monkeypatch.setattr(tokenizing, "prepare", lambda parquet, workers: parquet.read_bytes())
+    words = ["tokenizing", "--input", f"{tmp_path}/a.txt", "--out", f"{tmp_path}/results"]
+    monkeypatch.setattr(sys, "argv", [*words, "--workers", "1"])
+    tokenizing.main()
+    (case,) = json.loads((tmp_path / "results/tokenizing.json").read_text())["cases"]
+    assert case["tokens"] == len(text) and case["documents"] == 5
+    assert [len(seconds) for seconds in case["seconds"].values()] == [3, 3]
+    assert (tmp_path / "results/tokenizing.md").read_text() in capsys.readouterr().out

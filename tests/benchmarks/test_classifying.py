@@ -12,18 +12,8 @@ import pytest
 import torch
 
 from benchmarks import classifying
-from benchmarks.classifying import (
-    METHODS,
-    OURS,
-    OWN,
-    RANDOM,
-    SET,
-    SHAPES,
-    THEIRS,
-    Engine,
-    Fit,
-    Options,
-)
+from benchmarks.classifying import METHODS, OWN, RANDOM, SET, SHAPES, THEIRS, Fit, Options
+from benchmarks.harness import OURS
 from config import UserError
 
 
@@ -40,7 +30,7 @@ def case(tmp_path_factory) -> Fit:
     """The tiny one, with weights and rows for both sides."""
     folder = str(tmp_path_factory.mktemp("classifying"))
     classifying.prepare(SHAPES["micro"], folder)
-    return Fit("micro", SHAPES["micro"], "fp32", "cpu", folder)
+    return Fit("micro", SHAPES["micro"], "fp32", "cpu", folder, dropout=0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +58,8 @@ def test_the_batch_is_padded_and_drops_only_where_it_is_told_to(case) -> None:
 
 
 def test_every_way_of_making_batches_has_the_same_rows(case) -> None:
-    task = Engine(classifying.options_of_padding(Options(shape="micro"), "fp32", case.weights)).task
+    cfg = classifying.options_of_padding(Options(shape="micro"), "fp32", case.weights)
+    task = classifying.engine_of(cfg).task
     found = classifying.batchings(task, 6)
     batches = {name: [data.batches[0] for data in steps] for name, steps in found.items()}
     rows = {
@@ -97,32 +88,19 @@ def test_every_way_of_making_batches_has_the_same_rows(case) -> None:
 
 
 def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
-    words = [
-        "--quick",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--method",
-        "full",
-        "--against",
-        THEIRS,
-    ]
-    words += ["--steps", "2", "--json", "deep/result.json"]
+    words = ["--quick", "--device", "cpu", "--precision", "fp32", "--method", "full"]
+    words += ["--against", THEIRS, "--steps", "2", "--json", "deep/result.json"]
     done = run("-m", "benchmarks.classifying", *words, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "deep/result.json").read_text())
-    (case,) = results["steps"]
-    of = case["against"][THEIRS]
-    assert (case["shape"], case["precision"], case["method"]) == ("micro", "fp32", "full")
-    for side in (OURS, THEIRS):
-        rate, least, most = of[side]["rows_per_second"]
-        assert 0 < least <= rate <= most and 0 < of[side]["memory_bytes"] < 2**28
-    assert (
-        0 < of["speed_ratio"][1] <= of["speed_ratio"][0] <= of["speed_ratio"][2]
-        and of["memory_ratio"] > 0
-    )
-    assert results["padding"]["batchings"].keys() == {OURS, SET, RANDOM, OWN}
+    own, other, *padding = json.loads((tmp_path / "deep/result.json").read_text())["cases"]
+    for row, trainer in ((own, OURS), (other, THEIRS)):
+        assert (row["shape"], row["precision"], row["method"]) == ("micro", "fp32", "full")
+        rate, least, most = row["per_second"]
+        assert 0 < least <= rate <= most and 0 < row["memory_bytes"] < 2**28
+        assert row["trainer"] == trainer
+    ratio, least, most = other["speed_ratio"]
+    assert 0 < least <= ratio <= most and other["memory_ratio"] > 0
+    assert [row["batches"] for row in padding] == [OURS, SET, RANDOM, OWN]
     text = Path(tmp_path / "deep/result.md").read_text()
     assert text.strip() == done.stdout.strip()
     assert text.count("| micro, 8 x 16 ") == 2 and f"| {SET} " in text and str(tmp_path) not in text
@@ -135,30 +113,14 @@ def test_what_is_asked_for_has_a_name() -> None:
     ):
         classifying.cases_of(Options(method="lora-r8"), "cpu", "bf16", "")
     cases = classifying.cases_of(Options(method="last-layer,full"), "cpu", "bf16", "weights")
-    assert [case.title for case in cases[:4]] == [
-        "10M fp32 full", "10M fp32 last-layer", "10M bf16 full", "10M bf16 last-layer",
+    assert [(case.name, case.precision, case.method) for case in cases[:4]] == [
+        ("10M", "fp32", "full"), ("10M", "fp32", "last-layer"),
+        ("10M", "bf16", "full"), ("10M", "bf16", "last-layer"),
     ]  # fmt: skip
     assert {case.dropout for case in cases} == {0.1} and cases[-1].weights == "weights/124M"
 
 
-def test_a_side_at_other_work_is_named_and_not_timed() -> None:
-    of = {THEIRS: {"error": "loss 1.7, this engine's 1.6"}}
-    rows = [
-        {
-            "shape": "micro",
-            "rows": 8,
-            "seq_len": 16,
-            "precision": "fp32",
-            "method": "lora",
-            "against": of,
-        }
-    ]
-    assert "transformers + peft: loss 1.7, this engine's 1.6" in classifying.step_table(rows)
-
-
-def test_time_that_is_left_is_shared() -> None:
-    budget = classifying.Budget(100, 4, (3, 30))
-    assert budget.pace().seconds == pytest.approx(25, abs=1)
-    assert budget.pace(3).seconds == pytest.approx(100, abs=1)
-    late = classifying.Budget(-5, 1, (3, 30)).pace()
-    assert late.seconds == 0 and late.least == 3
+def test_a_side_at_other_work_is_named() -> None:
+    row = {"shape": "micro", "rows": 8, "seq_len": 16, "precision": "fp32", "method": "lora"}
+    row |= {"trainer": THEIRS, "error": "loss 1.7, this engine's 1.6"}
+    assert "transformers + peft: loss 1.7, this engine's 1.6" in classifying.step_row(row)

@@ -393,7 +393,7 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
     4,
     [("evaluation", 4, True), ("sample", 4, False)],
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_run_that_fell_ends_where_it_would_have(untouched, scores, options, save_every, falls):
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "whole", Path(folder) / "fallen"

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapters import layers, peft
-from adapters.options import Form, Method, Pooling
+from adapters.options import ADAPTERS, Form, Method, Pooling
 from config import GPTConfig, UserError, resolve, resolve_steps
 from decoding.loading import open_model
 from decoding.options import Decode
@@ -28,18 +28,23 @@ from engine.evaluation import evaluate
 from engine.pretraining import open_pretrained
 from engine.processes import World
 from engine.step import Loader, TrainStep
-from finetune import label_task
+from finetune import task_of_labels
 from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from model import GPT
 from storage import hub
 from support import REPO, own_lines
+from tasks.classification.command import as_lstm, fit_words, tasks_along
+from tasks.classification.description import Labels
 from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.task import Classification, as_lstm
-from tasks.command import fit_words, other_task, rehearse
+from tasks.classification.task import Classification
+from tasks.command import rehearse
+from tasks.description import plain
 from tasks.finetuning import Finetuning
-from tasks.generation.task import Answer, Generation, plain
+from tasks.generation.description import Answer, Texts
+from tasks.generation.task import Generation
 from tasks.options import FinetuneConfig
+from tasks.source import Source
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
@@ -68,18 +73,19 @@ OPTIONS = {  # of a run on the toy rows, all of them in each step
 
 
 def kind(name: str) -> Any:
-    """The one task of a module."""
-    module = importlib.import_module(f"finetune.{name}")
-    found = [
-        v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__
-    ]
-    (task,) = (v for v in found if issubclass(v, Finetuning))
-    return task
+    """The description of a module's task."""
+    return importlib.import_module(f"finetune.{name}").TASK
+
+
+def family(name: str) -> Any:
+    """What trains it."""
+    task = kind(name)
+    return Classification(task) if isinstance(task, Labels) else Generation(task)
 
 
 TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
-GENERATION = [name for name in TASKS if issubclass(kind(name), Generation)]
-CLASSIFICATION = [name for name in TASKS if issubclass(kind(name), Classification)]
+GENERATION = [name for name in TASKS if isinstance(kind(name), Texts)]
+CLASSIFICATION = [name for name in TASKS if isinstance(kind(name), Labels)]
 
 
 def words(name: str, *more: Any) -> list[str]:
@@ -133,7 +139,7 @@ def set_up(
     name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any
 ) -> Any:
     """A task on its toy rows, in this process; without dropout, unless the test says so."""
-    task = kind(name)()
+    task = kind(name)
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32"
     )
@@ -142,14 +148,15 @@ def set_up(
     )
     fixed |= {"head_dropout": 0.0} if name in CLASSIFICATION else {}
     cfg = task.config(**fixed | options)
+    trained = family(name)
     if isinstance(cfg, ClassificationConfig):
         cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
-        task.others = [other_task(label_task, asked, "toy") for asked in cfg.also]
+        trained = Classification(task, tasks_along(cfg, task_of_labels))
     cfg = resolve(cfg, "cpu")
-    facts = task.setup(cfg, say)
+    facts = trained.setup(cfg, say)
     assert facts.length
-    task.cfg = resolve_steps(cfg, *facts.length)
-    return task
+    trained.cfg = resolve_steps(cfg, *facts.length)
+    return trained
 
 
 def step_of(task: Finetuning, seed: int = 0) -> TrainStep:
@@ -197,13 +204,13 @@ def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(
     prompts = [task.prompt(i) for i in task.decoded]
     for decode in get_args(Decode):
         task.cfg = dataclasses.replace(task.cfg, decode=decode)
-        together = task.answers(model, prompts, task.decoded)
+        together = task.answerer(model, prompts, task.decoded)
         alone = [
-            task.answers(model, [p], [i])[0] for p, i in zip(prompts, task.decoded, strict=True)
+            task.answerer(model, [p], [i])[0] for p, i in zip(prompts, task.decoded, strict=True)
         ]
         assert together == alone, decode
         assert all(
-            prompt == task.tokenizer.decode(ids, skip_special=True)
+            prompt == task.trunk.tokenizer.decode(ids, skip_special=True)
             for (prompt, _), ids in zip(together, prompts)
         )
 
@@ -216,14 +223,14 @@ def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs:
     for text, i in zip(said, task.order(0).reshape(-1), strict=False):
         tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
         read, answer = (
-            task.tokenizer.decode(tokens[:learned]),
-            task.tokenizer.decode(tokens[learned:]),
+            task.trunk.tokenizer.decode(tokens[:learned]),
+            task.trunk.tokenizer.decode(tokens[learned:]),
         )
         assert text.endswith(f":\n{read}⟦{answer}⟧\n") and answer.endswith("<|endoftext|>")
         assert text.startswith(
             f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them learned)"
         )
-        assert all(str(token) in text for token in task.special)
+        assert all(str(token) in text for token in task.trunk.special)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
@@ -235,19 +242,24 @@ def test_the_first_rows_are_shown_with_the_label_or_its_word_marked(
         other = {"words": ("alpha", "beta", "gamma")} if (name, form) == ("topics", "word") else {}
         task = set_up(name, inputs, said.append, show_rows=2, form=form, **other)
         names = (
-            (other.get("words") or task.label_words(task.labels)) if form == "word" else task.labels
+            (other.get("words") or task.description.words(task.info.labels))
+            if form == "word"
+            else task.info.labels
         )
-        assert len(said) == 2 and len(set(names)) == len(task.labels)
+        assert len(said) == 2 and len(set(names)) == len(task.info.labels)
         for text, i in zip(said, task.rows("train", 0).reshape(-1), strict=False):
             ids, row = task.train.tokens[i].tolist(), task.train.rows[i]
-            read, answer = task.tokenizer.decode(ids), names[task.labels.index(row["label"])]
-            assert text == f"row {i} ({len(ids)} tokens):\n{read}⟦{answer}⟧\n"
-            assert all(part in read for part in task.texts(row))
-            assert form != "plain" or "".join(task.texts(row)) == task.tokenizer.decode(
-                ids, skip_special=True
+            read, answer = (
+                task.trunk.tokenizer.decode(ids),
+                names[task.info.labels.index(row["label"])],
             )
-            assert all(str(token) in text for token in task.special)
-    assert bool(task.special) == (name == "nli")
+            assert text == f"row {i} ({len(ids)} tokens):\n{read}⟦{answer}⟧\n"
+            assert all(part in read for part in task.description.texts(row))
+            assert form != "plain" or "".join(
+                task.description.texts(row)
+            ) == task.trunk.tokenizer.decode(ids, skip_special=True)
+            assert all(str(token) in text for token in task.trunk.special)
+    assert bool(task.trunk.special) == (name == "nli")
 
 
 @pytest.mark.parametrize("name", GENERATION)
@@ -262,14 +274,12 @@ def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
         nll -= sum(float(log_p[t - 1, ids[t]].detach()) for t in range(learned, len(ids)))
         tokens += len(ids) - learned
     model = step.model.float()
-    answers = task.answers(model, [task.prompt(i) for i in task.decoded], task.decoded)
-    found = [
-        Answer(*a, task.reference(task.val.rows[i]))
-        for a, i in zip(answers, task.decoded, strict=True)
-    ]
-    expected = {"val_loss": nll / tokens, "val_perplexity": math.exp(nll / tokens)} | task.scores(
-        found
-    )
+    answers = task.answerer(model, [task.prompt(i) for i in task.decoded], task.decoded)
+    found = [Answer(*a, task.val.references[i]) for a, i in zip(answers, task.decoded, strict=True)]
+    expected = {
+        "val_loss": nll / tokens,
+        "val_perplexity": math.exp(nll / tokens),
+    } | task.description.scores(found, task.train.rows)
     for micro_batch in (1, 4):
         assert evaluate(step, micro_batch) == pytest.approx(expected, rel=1e-4)
     assert task.best[0] in expected
@@ -313,7 +323,7 @@ HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
 @pytest.mark.parametrize("name", HAND)
 def test_scores_are_those_worked_out_by_hand(name: str) -> None:
     answers, expected = HAND[name]
-    assert kind(name)().scores(answers) == pytest.approx(expected)
+    assert kind(name).scores(answers, []) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", GENERATION)
@@ -393,8 +403,9 @@ def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Pa
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [answer["prediction"] for answer in answers] == [answer["label"] for answer in answers]
     assert [
-        {k: answer[k] for k in row} for answer, row in zip(answers, task.toy, strict=True)
-    ] == list(task.toy)
+        {k: answer[k] for k in row}
+        for answer, row in zip(answers, task.description.toy, strict=True)
+    ] == list(task.description.toy)
     for suffix in (".jsonl", ".csv"):  # the toy rows are those to validate on, too
         assert (folder / f"answers{suffix}").read_bytes() == (
             run / f"validation{suffix}"
@@ -447,12 +458,14 @@ def gives_back_the_toy_answers(task: Any, final: Path) -> None:
     """Greedy decoding from each toy prompt; where several rows have one prompt, one of their
     answers."""
     model, _ = open_model(str(final), None, CPU, torch.float32)
-    rows = range(len(task.toy))
+    rows = range(len(task.description.toy))
     prompts = [task.prompt(i) for i in rows]
     true: dict[tuple[int, ...], set[str]] = {}
     for i in rows:
-        true.setdefault(tuple(prompts[i]), set()).add(plain(task.question(task.val.rows[i]).answer))
-    for prompt, (_, text) in zip(prompts, task.answers(model, prompts, rows), strict=True):
+        true.setdefault(tuple(prompts[i]), set()).add(
+            plain(task.description.ask(task.val.rows[i], task.cfg).answer)
+        )
+    for prompt, (_, text) in zip(prompts, task.answerer(model, prompts, rows), strict=True):
         assert text in true[tuple(prompt)], text
 
 
@@ -623,7 +636,7 @@ def rows_of(
     """A task set up on a file of this text, and all of its rows."""
     file.write_text(text)
     task = set_up(name, inputs, data=str(file), **options)
-    return task, [row.fields for row in task.read(str(file), "validation", lambda text: None)]
+    return task, [row.fields for row in task.source.read(str(file), "validation")]
 
 
 def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None:
@@ -644,11 +657,11 @@ def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None
         "id": "a",
     }
     assert rows[0] == first and len(rows) == 10 and rows[1]["answers"] == "men"
-    assert task.warnings[0] == told
+    assert task.source.warnings[0] == told
     assert {row["context"] for row in task.train.rows}.isdisjoint(
         row["context"] for row in task.val.rows
     )
-    assert task.reference(task.val.rows[0]) == "two men\nmen"
+    assert task.val.references[0] == "two men\nmen"
     flat = "passage,question,answer\n" + "".join(f"p{n},q,a\n" for n in range(3))
     _, rows = rows_of("qa", inputs, tmp_path / "flat.csv", flat)
     assert rows[0] == {"context": "p0", "question": "q", "answer": "a", "answers": "", "id": ""}
@@ -669,9 +682,9 @@ def test_an_answer_that_is_cut_off_is_counted(inputs: Path, tmp_path: Path) -> N
             "qa", inputs, tmp_path / "cut.jsonl", text, val_data="toy", seq_len=seq_len
         )
         assert any(
-            "rows lose their answer where it is cut off" in text for text in task.warnings
+            "rows lose their answer where it is cut off" in text for text in task.source.warnings
         ) == bool(lost)
-        assert not lost or task.warnings[-1].startswith("2 of 3 ")
+        assert not lost or task.source.warnings[1].startswith("2 of 3 ")
 
 
 def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: Path) -> None:
@@ -682,13 +695,16 @@ def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: 
     }
     for with_title, expected in parts.items():
         task, _ = rows_of("lyrics", inputs, tmp_path / "songs.csv", songs, with_title=with_title)
-        rows = task.read(str(tmp_path / "songs.csv"), "train", print)
-        found = [task.question(row) for row in rows]
+        about, cfg = task.description, task.cfg
+        rows = task.source.read(str(tmp_path / "songs.csv"), "train")
+        found = [about.ask(row, cfg) for row in rows]
         assert [("".join(q.prompt), "".join(q.answer)) for q in found] == expected
-        assert ["".join(task.example(row).answer) for row in rows] == [a + b for a, b in expected]
+        assert ["".join(about.example(row, cfg).answer) for row in rows] == [
+            a + b for a, b in expected
+        ]
     (tmp_path / "titles.csv").write_text("song,artist\nDawn,Cy\n")
-    (row,) = task.read(str(tmp_path / "titles.csv"), "test", print)
-    assert task.asked(row) == ("Dawn, by Cy",)
+    (row,) = task.source.read(str(tmp_path / "titles.csv"), "test")
+    assert task.description.predict(row, task.cfg).prompt == ("Dawn, by Cy",)
 
 
 def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path) -> None:
@@ -696,7 +712,7 @@ def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path)
     task, (document,) = rows_of("text", inputs, tmp_path / "one.txt", "".join(lines))
     assert document == {"text": "".join(lines)}
     assert "".join(
-        row["text"] for row in task.read(str(tmp_path / "one.txt"), "train", print)
+        row["text"] for row in task.source.read(str(tmp_path / "one.txt"), "train")
     ) == "".join(lines)
     assert {row["text"] for row in task.val.rows}.isdisjoint(row["text"] for row in task.train.rows)
     _, rows = rows_of("text", inputs, tmp_path / "one.txt", "".join(lines), lines=True)
@@ -710,11 +726,12 @@ def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path)
 def test_rows_to_predict_need_no_answer(inputs: Path, tmp_path: Path) -> None:
     for name, text in (("summarize", "article\nsome news\n"), ("qa", "context,question\na,b\n")):
         (tmp_path / "asked.csv").write_text(text)
-        task = set_up(name, inputs)
-        (row,) = task.read(str(tmp_path / "asked.csv"), "test", print)
-        assert not task.reference(row) and task.question(row).prompt == task.example(row).prompt
+        source, about = reader(name), kind(name)
+        (row,) = source.read(str(tmp_path / "asked.csv"), "test")
+        asked = about.predict(row, source.cfg)
+        assert not asked.true_answer and asked.prompt == about.example(row, source.cfg).prompt
         with pytest.raises(UserError, match=r"has no column '(summary|answer)'"):
-            task.read(str(tmp_path / "asked.csv"), "train", print)
+            source.read(str(tmp_path / "asked.csv"), "train")
 
 
 def test_sonnets_are_read_and_written_in_the_format_of_the_course(
@@ -731,13 +748,14 @@ def test_sonnets_are_read_and_written_in_the_format_of_the_course(
     task, rows = rows_of("sonnets", inputs, tmp_path / "poems.txt", text)
     assert [row["number"] for row in rows] == ["7", "99", "126"]
     assert [row["text"].split("\n") for row in rows] == poems
-    asked = task.read(str(tmp_path / "poems.txt"), "test", print)
-    assert ["".join(task.asked(row)) for row in asked] == [
+    asked = task.source.read(str(tmp_path / "poems.txt"), "test")
+    examples = [task.description.predict(row, task.cfg) for row in asked]
+    assert ["".join(each.prompt) for each in examples] == [
         "\n".join(poem[:3]) + "\n" for poem in poems
     ]
-    assert task.stop_lines("") == 11
-    answers = [Answer("".join(task.asked(row)), task.reference(row), "") for row in asked]
-    task.write_answers(tmp_path / "written.txt", asked, answers)
+    assert task.description.stop_lines == 11
+    answers = [Answer("".join(each.prompt), each.true_answer, "") for each in examples]
+    task.description.write(tmp_path / "written.txt", asked, answers)
     _, again = rows_of(
         "sonnets", inputs, tmp_path / "again.txt", (tmp_path / "written.txt").read_text()
     )
@@ -850,11 +868,10 @@ def test_an_lstm_of_a_finished_run_answers_rows_as_the_run_itself_does(
             assert b["probabilities"] == pytest.approx(a["probabilities"], abs=1e-5)
 
 
-def reader(name: str, **options: Any) -> Any:
-    """A task that reads files and does nothing else."""
-    task = kind(name)()
-    task.cfg = task.config(init="scratch", **options)
-    return task
+def reader(name: str, say: Any = print, **options: Any) -> Source:
+    """Reads the files of a task."""
+    task = kind(name)
+    return Source(task, task.config(init="scratch", **options), say)
 
 
 LABELLED = [  # a task, a file, its first lines; what is read of the first row: texts, label, id
@@ -939,9 +956,8 @@ LABELLED = [  # a task, a file, its first lines; what is read of the first row: 
 def test_labelled_files_are_read_as_they_come(case: Any, tmp_path: Path) -> None:
     name, file, text, texts, label, id = case
     (tmp_path / file).write_text(text)
-    task = reader(name)
-    (row,) = task.read(str(tmp_path / file), "train", print)
-    assert task.texts(row) == texts and (row["label"], row["id"]) == (label, id)
+    (row,) = reader(name).read(str(tmp_path / file), "train")
+    assert kind(name).texts(row) == texts and (row["label"], row["id"]) == (label, id)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
@@ -955,20 +971,19 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
     ]
     (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
     for split in ("train", "validation"):
-        task, said = reader(name), []
-        assert [
-            row["label"] for row in task.read(str(tmp_path / "rows.tsv"), split, said.append)
-        ] == ["0", "1", "1"]
-        (warning,) = task.warnings
+        source = reader(name)
+        found = [row["label"] for row in source.read(str(tmp_path / "rows.tsv"), split)]
+        assert found == ["0", "1", "1"]
+        (warning,) = source.warnings
         assert warning.startswith(
             f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', "
             "'NaN')"
         )
-    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test", print)
+    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test")
     assert [row["label"] for row in asked] == ["0", "1", "", "", "", "", "", "1"]
     (tmp_path / "none.tsv").write_text("\n".join([lines[0], lines[3]]) + "\n")
     with pytest.raises(UserError, match=r"1 of 1 rows of .* have no known label"):
-        reader(name).read(str(tmp_path / "none.tsv"), "validation", print)
+        reader(name).read(str(tmp_path / "none.tsv"), "validation")
 
 
 def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
@@ -1051,20 +1066,20 @@ TORN = {  # rows of which some cannot be read: the ids and whether each is answe
 def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None:
     text, ids, answered = TORN[file]
     (tmp_path / file).write_text(text)
-    task, said = reader("sentiment"), []
-    rows = task.read(str(tmp_path / file), "test", said.append)
+    said: list[str] = []
+    source = reader("sentiment", said.append)
+    rows = source.read(str(tmp_path / file), "test")
     assert [row["id"] for row in rows] == ids
     assert [int(not row.fault) for row in rows] == answered
     assert all(f"{tmp_path / file} " in line for line in said) and len(said) >= answered.count(0)
-    assert task.warnings == (
-        f"{tmp_path / file}: {answered.count(0)} rows could not be read and their answers are "
-        "empty",
-    )
+    assert source.warnings == [
+        f"{tmp_path / file}: {answered.count(0)} rows could not be read and their answers are empty"
+    ]
 
 
 def test_bytes_that_are_no_text_cost_no_row_its_answer(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
-    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test", print)
+    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test")
     assert first["text"] == "caf\ufffd good" and not first.fault and second["text"] == "fine"
 
 
@@ -1107,7 +1122,7 @@ def test_a_dry_run_of_a_model_of_words_writes_nothing(
 ) -> None:
     def dry(**options: Any) -> int:
         return fit_words(
-            kind("sentiment")(), ClassificationConfig(out=str(out), dry_run=True, **options), model
+            kind("sentiment"), ClassificationConfig(out=str(out), dry_run=True, **options), model
         )
 
     out, answers = tmp_path / "new" / "run", tmp_path / "deep" / "answers.csv"
@@ -1124,7 +1139,7 @@ def test_a_model_of_words_needs_an_out_that_it_can_write_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(**options: Any) -> int:
-        return fit_words(kind("sentiment")(), ClassificationConfig(**options), "naive-bayes")
+        return fit_words(kind("sentiment"), ClassificationConfig(**options), "naive-bayes")
 
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")
@@ -1139,7 +1154,7 @@ def test_a_model_of_words_needs_an_out_that_it_can_write_to(
     def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.command.write_json", full)
+    monkeypatch.setattr("tasks.classification.command.write_json", full)
     with pytest.raises(
         UserError, match=r"cannot write to --out .*/run: No space left on device; name a folder"
     ):
@@ -1163,7 +1178,7 @@ def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
 
     def dry(init: str) -> int:
         cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
-        return rehearse(kind("sentiment")(), cfg)
+        return rehearse(family("sentiment"), cfg)
 
     assert dry("made") == 0
     assert (
@@ -1194,12 +1209,11 @@ def test_the_real_labelled_files_are_read_whole() -> None:
         ),
     }
     for (name, file), (count, labels) in expected.items():
-        task = reader(name)
-        rows = task.read(str(SHARED / file), "validation", print)
-        assert (len(rows), find_labels(rows)) == (count, labels) and task.warnings == (), file
-    (first, *_) = reader("sentiment").read(
-        str(SHARED / "cs224n/ids-sst-test-student.csv"), "test", print
-    )
+        source = reader(name)
+        rows = source.read(str(SHARED / file), "validation")
+        assert (len(rows), find_labels(rows)) == (count, labels) and not source.warnings, file
+    student = SHARED / "cs224n/ids-sst-test-student.csv"
+    (first, *_) = reader("sentiment").read(str(student), "test")
     assert first.fields == {
         "text": " Effective but too-tepid biopic",
         "label": "",
@@ -1221,9 +1235,9 @@ def test_the_real_files_are_read_whole() -> None:
         ("text", "korean/nsmc_dev.txt"): 2000,
     }
     for (name, file), count in counts.items():
-        task = reader(name)
-        assert len(task.read(str(SHARED / file), "validation", print)) == count, file
-        assert task.warnings == ()
+        source = reader(name)
+        assert len(source.read(str(SHARED / file), "validation")) == count, file
+        assert not source.warnings
 
 
 # --- every method
@@ -1247,7 +1261,12 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
         "--dropout",
         "0.1",
     ]
-    more += ["--lr", "2e-2" if method in layers.ADAPTERS else "3e-3", "--schedule", "constant"]
+    more += [
+        "--lr",
+        "2e-2" if method in ("bitfit", *ADAPTERS) else "3e-3",
+        "--schedule",
+        "constant",
+    ]
     more += [] if method in ONE_TERM else ["--objective", "unlikelihood"]
     more += {"prefix": ["--prefix-width", 32], "last-k": ["--last-k", 1]}.get(method, [])
     finished("sonnets", folder, *more)
@@ -1270,7 +1289,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
     stored = {
         key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")
     }
-    if method in layers.ADAPTERS:
+    if method in ADAPTERS:
         assert hub.is_adapter(newest) and not (newest / "model.safetensors").exists()
         assert stored and not any(
             key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored
@@ -1306,6 +1325,7 @@ A_BASE: dict[str, Any] = dict(
 MOVES = {  # by method, the parameters that train
     "last-layer": r"heads\..*",
     "last-k": r"heads\..*|transformer\.(h\.1|ln_f)\..*",
+    "bitfit": r"heads\..*|.*\.bias",
     **dict.fromkeys(("lora", "dora"), r"heads\..*|.*\.lora_.*"),
     **dict.fromkeys(("prefix", "soft-prompt"), r"heads\..*|prefix\..*"),
 }
@@ -1314,6 +1334,7 @@ WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
     "last-layer": dict(lr=2e-2),
     "last-k": dict(last_k=1),
     "ulmfit": dict(lr=2e-2),
+    "bitfit": dict(lr=1e-2, steps=90),
     "lora": dict(lr=2e-2),
     "dora": dict(lr=2e-2),
     "prefix": dict(lr=5e-2, prefix_width=32),
@@ -1357,7 +1378,9 @@ def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path)
     losses = train_all(step, task)
     figures = evaluate(step, 3)
     assert figures is not None and figures["val_loss"] < 0.25 < losses[0], (losses[0], figures)
-    assert {v for k, v in figures.items() if k.endswith("accuracy")} == {1.0}
+    # Biases alone, in a model of random weights, cannot part all eight rows.
+    right = 7 / 8 if way == "bitfit" else 1.0
+    assert {v for k, v in figures.items() if k.endswith("accuracy")} == {right}
     assert (
         len([k for k in figures if k.endswith("accuracy")])
         == len(task.keys)
@@ -1407,7 +1430,7 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     model, tokenizer = open_model(str(folder / "run" / "final"), None, CPU, torch.float32)
     vocab_size = load_tokenizer(str(folder / "base")).vocab_size
     assert tokenizer.vocab_size == vocab_size + 2 == model.config.vocab_size
-    assert [tokenizer.special_id(token) for token in kind("qa").special] == [
+    assert [tokenizer.special_id(token) for token in kind("qa").special(None)] == [
         vocab_size,
         vocab_size + 1,
     ]

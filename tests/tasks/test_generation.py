@@ -7,8 +7,10 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +22,11 @@ from torch import Tensor
 
 from config import UserError, resolve, resolve_steps
 from model import GPT
+from tasks.description import Long, Special, plain
+from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
-from tasks.generation.task import IGNORE, Answer, Example, Generation, Long, Special, plain
+from tasks.generation.task import IGNORE, Generation
+from tasks.source import Source
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
@@ -47,28 +52,60 @@ WORDS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given(Texts):
+    """A task whose rows the test gives, by their split."""
+
+    given: dict[str, list[dict[str, str]]]
+
+
+def read_given(source: Source, spec: str, split: str) -> list[Row]:
+    rows = source.task.given[split]  # ty: ignore[missing-attribute]
+    return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(rows)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_rows() -> Iterator[None]:
+    with mock.patch.object(Source, "read", read_given):
+        yield
+
+
+def example(row: Row, cfg: GenerationConfig) -> Example:
+    long = (Long(row["long"]),) if row["long"] else ()
+    fixed = (row["fixed"], GO) if row["fixed"] else ()
+    return Example((*long, *fixed), (row["answer"],))
+
+
+def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+    return {"answered": len(answers)}
+
+
 class Echo(Generation):
     """Rows that the test gives: a text that may be cut, one that may not, and an answer."""
 
-    name = "echo"
-    columns = {"long": ("long",), "fixed": ("fixed",), "answer": ("answer",)}
-    optional = ("long", "fixed")
-    special = (GO,)
-    toy = ({"answer": "yes"},)
+    def __init__(
+        self,
+        train: list[dict[str, str]],
+        val: list[dict[str, str]] | None = None,
+        best: tuple[str, str] = ("val_loss", "min"),
+    ):
+        super().__init__(
+            Given(
+                name="echo",
+                config=GenerationConfig,
+                columns={"long": ("long",), "fixed": ("fixed",), "answer": ("answer",)},
+                optional=("long", "fixed"),
+                toy=({"fixed": "go", "answer": "yes"},),
+                example=example,
+                scores=scores,
+                best=best,
+                given={"train": train, "validation": val or train, "test": val or train},
+            )
+        )
+        self.given = train
 
-    def __init__(self, train: list[dict[str, str]], val: list[dict[str, str]] | None = None):
-        self.given = {"train": train, "validation": val or train, "test": val or train}
-
-    def read(self, spec: str, split: str, say: Any) -> list[Row]:
-        return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(self.given[split])]
-
-    def example(self, row: Row) -> Example:
-        long = (Long(row["long"]),) if row["long"] else ()
-        fixed = (row["fixed"], GO) if row["fixed"] else ()
-        return Example((*long, *fixed), (row["answer"],))
-
-    def scores(self, answers: Any) -> dict[str, float]:
-        return {"answered": len(answers)}
+    def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
+        return self.answering(cfg, where, say).write(path, say)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +160,11 @@ quick = settings(
 def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, rows, seq_len):
     rows = [row("the end"), *rows]
     task = echo(tokenizer, rows, rows, seq_len=seq_len)
-    go, eot, encode = task.tokenizer.special_id(GO), task.tokenizer.eot, tokenizer.encode
+    go, eot, encode = (
+        task.trunk.tokenizer.special_id(GO),
+        task.trunk.tokenizer.eot,
+        tokenizer.encode,
+    )
     counts = dict.fromkeys(("are cut", "cannot be cut", "go on"), 0)
     expected: list[tuple[list[int], int]] = []
     for r in rows:
@@ -161,13 +202,14 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
         if n
         for what in ("training", "validation")
     ]
-    (known,) = [w for w in task.warnings if "also stand among" in w]  # all of them do here
+    (known,) = [w for w in task.source.warnings if "also stand among" in w]  # all of them do here
     assert known.startswith(f"{len(rows)} of {len(rows)} ")
-    assert len(task.warnings) == len(told) + 1
+    others = [w for w in task.source.warnings if "lose their answer" not in w]
+    assert len(others) == len(told) + 1
     for what, n in counts.items():
-        assert sum(what in w and w.startswith(f"{n} of {len(rows)} ") for w in task.warnings) == (
-            2 if n else 0
-        )
+        assert sum(
+            what in w and w.startswith(f"{n} of {len(rows)} ") for w in task.source.warnings
+        ) == (2 if n else 0)
 
 
 @given(answer=texts, fixed=st.just("") | texts, seq_len=st.integers(8, 20))
@@ -196,10 +238,10 @@ def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
 
 def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenizer):
     task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
-    go, tokens = task.tokenizer.special_id(GO), task.train.tokens[0].tolist()
+    go, tokens = task.trunk.tokenizer.special_id(GO), task.train.tokens[0].tolist()
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
     assert tokens[task.train.learned[0] - 1] == go
-    assert task.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
+    assert task.trunk.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
     assert plain(("a", GO, Long("b"))) == "ab"
 
 
@@ -208,7 +250,7 @@ def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenize
     rows = [row("stone", "bridge of"), row("rain", "slept in")]
     task = set_up(Echo(rows), tokenizer, said.append, val_data="val", show_rows=1)
     i = int(task.order(0).reshape(-1)[0])
-    answer, fixed = task.given["train"][i]["answer"], task.given["train"][i]["fixed"]
+    answer, fixed = task.given[i]["answer"], task.given[i]["fixed"]
     learned = len(tokenizer.encode(answer)) + 1
     assert said == [
         f"row {i} ({len(task.train.tokens[i])} tokens, {learned} of them learned):\n"
@@ -220,12 +262,10 @@ def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenize
 
 
 def test_rows_that_belong_together_are_held_out_together(tokenizer):
-    class Kin(Echo):
-        def kin(self, row: Row) -> str:
-            return row["fixed"]
-
     rows = [row(f"{a} {n}", a) for a in WORDS[:8] for n in range(5)]
-    task = set_up(Kin(rows), tokenizer)
+    task = Echo(rows)
+    task.description = dataclasses.replace(task.description, group=lambda row: row["fixed"])
+    set_up(task, tokenizer)
     train, val = ({r["fixed"] for r in split.rows} for split in (task.train, task.val))
     assert train | val == set(WORDS[:8]) and not train & val and len(val) == 1
     other = echo(tokenizer, rows)
@@ -276,7 +316,7 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
         tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
         for t in range(len(idx)):
-            assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.tokenizer.eot)
+            assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.trunk.tokenizer.eot)
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
     n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
     assert made.weights == dict.fromkeys(task.terms, n_learned)
@@ -383,11 +423,10 @@ def on_validation(task: Echo) -> Echo:
 
 
 def test_without_rows_to_decode_the_loss_chooses_the_best(tokenizer):
-    class Scored(Echo):
-        best = ("answered", "max")
-
     for eval_rows, best in ((2, ("answered", "max")), (0, ("val_loss", "min"))):
-        task = set_up(Scored(ROWS, ROWS), tokenizer, val_data="val", eval_rows=eval_rows)
+        task = set_up(
+            Echo(ROWS, ROWS, ("answered", "max")), tokenizer, val_data="val", eval_rows=eval_rows
+        )
         assert task.best == best and len(task.decoded) == eval_rows
         assert best[0] in task.metrics({"nll": 1.0, "tokens": 2.0}, dict.fromkeys(range(eval_rows)))
 
@@ -397,7 +436,7 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     task = echo(
         tokenizer, [row("rain")], [row("stone", "of a", long), row("stone", long[:60])], seq_len=32
     )
-    fixed, go = tokenizer.encode("of a"), task.tokenizer.special_id(GO)
+    fixed, go = tokenizer.encode("of a"), task.trunk.tokenizer.special_id(GO)
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
     assert task.val.learned[0] > 24  # in training the text fills what its answer leaves
@@ -412,7 +451,7 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     cfg = dataclasses.replace(task.cfg, predict="rows", device="cpu")
     scores = Echo(rows).predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", print)
     assert scores == {"answered": 3}
-    alone = [text for i in range(3) for _, text in task.answers(model, [task.prompt(i)], [i])]
+    alone = [text for i in range(3) for _, text in task.answerer(model, [task.prompt(i)], [i])]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert lines == [r | {"prediction": text} for r, text in zip(rows, alone, strict=True)]
     long, said = [row("a", " ".join(WORDS * 3)), *rows], []
@@ -435,10 +474,9 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     }
     assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
     broken = Echo(rows)
-    broken.to_answer = [
-        Row(dict(row("")), "a line 1", "is torn"),
-        *broken.read("rows", "test", print),
-    ]
+    broken.source = Source(broken.description, cfg, print)
+    torn = Row(dict(row("")), "a line 1", "is torn")
+    broken.source.to_answer = [torn, *broken.source.read("rows", "test")]
     assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {
         "answered": 3
     }
@@ -480,11 +518,11 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
 
 
 def test_a_sequence_longer_than_the_model_has_room_for_is_refused(tokenizer, tmp_path):
-    model = GPT(echo(tokenizer, ROWS, seq_len=32).shape)
+    model = GPT(echo(tokenizer, ROWS, seq_len=32).trunk.shape)
     model.save_pretrained(tmp_path)
     options: dict[str, Any] = dict(init=str(tmp_path), preset=None)
-    assert echo(tokenizer, ROWS, **options).seq_len == 32
-    assert echo(tokenizer, ROWS, method="prefix", prefix_tokens=5, **options).seq_len == 27
+    assert echo(tokenizer, ROWS, **options).trunk.seq_len == 32
+    assert echo(tokenizer, ROWS, method="prefix", prefix_tokens=5, **options).trunk.seq_len == 27
     with pytest.raises(UserError, match="--seq-len 28 is longer than the 27 tokens"):
         echo(tokenizer, ROWS, seq_len=28, method="soft-prompt", prefix_tokens=5, **options)
     with pytest.raises(UserError, match="--seq-len 33 is longer than the 32 positions"):

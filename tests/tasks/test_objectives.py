@@ -413,7 +413,7 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
     words = "--preset micro --vocab 300 --seq-len 16 --batch 2 --repetitions 1 --device cpu --out"
     monkeypatch.setattr(sys, "argv", ["objectives", *words.split(), str(tmp_path)])
     written_out.main()
-    [row] = json.loads((tmp_path / "objectives-cpu.json").read_text())["rows"]
+    [row] = json.loads((tmp_path / "objectives-cpu.json").read_text())["cases"]
     assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(
         row["seconds"], 1
     )

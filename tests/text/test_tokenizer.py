@@ -546,7 +546,7 @@ class TestCommandLine:
             ("decode --tokenizer SMALL 400", "outside the vocabulary"),
         ],
     )
-    def test_mistakes_are_one_line(self, trained, tmp_path, words, says):
+    def test_mistakes_are_one_line(self, trained, tmp_path, run, words, says):
         (tmp_path / "empty.txt").touch()
         (tmp_path / "bare").mkdir()
         (tmp_path / "full").mkdir()
@@ -563,14 +563,16 @@ class TestCommandLine:
             "EMPTY": tmp_path / "empty.txt",
             "SMALL": trained.source,
         }
-        result = command(*(str(places.get(word, word)) for word in words.split()))
-        message = result.stderr.decode()
+        result = run(
+            ROOT / "tokenizer.py", *(str(places.get(word, word)) for word in words.split())
+        )
+        message = result.stderr
         assert result.returncode == 2 and message.count("\n") == 1 and message.startswith("error: ")
         assert says in message
         assert not (tmp_path / "out").exists()
         assert (text.read_text(), kept.read_text()) == ("some text\n", "kept")
         if "name a new folder" in says:
-            assert result.stdout == b"", "it is told before the work"
+            assert result.stdout == "", "it is told before the work"
 
     def test_importing_is_light(self):
         heavy = "{'torch', 'tiktoken', 'tokenizers', 'transformers', 'numpy'}"

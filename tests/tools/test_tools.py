@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from base.cli import entry_point
-from finetune.paraphrase import Paraphrase
+from finetune.paraphrase import TASK as PARAPHRASE
 from text.rows import read_rows
 from tools.mine import overlap
 
@@ -330,7 +330,7 @@ def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each
     )
     assert done.code == 0, done.err
     # as --augment does
-    rows = read_rows(str(out), Paraphrase.columns, optional=Paraphrase.optional).rows
+    rows = read_rows(str(out), PARAPHRASE.columns, optional=PARAPHRASE.optional).rows
     mined = [(row["first"], row["second"], row["label"]) for row in rows]
     assert set(mined) <= set(PAIRS) and [pair for pair in PAIRS if pair in mined] == mined
     for label, worst in (("1.0", max), ("0.0", min)):

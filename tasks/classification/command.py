@@ -1,0 +1,146 @@
+"""The command of a task whose answers are labels: GPT-2, or beside it a model of words on the same
+rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from base.files import beside, writable_file, write_json, writing_to
+from base.signals import ends_promptly
+from config import UserError
+from engine.processes import memory_bytes
+from storage.checkpoint import RECORD, RESULTS
+from tasks.classification.baselines import Kind, fit_text_model
+from tasks.classification.description import Labels
+from tasks.classification.labels import label_of, true_labels
+from tasks.classification.options import ClassificationConfig
+from tasks.classification.predictions import probabilities, write_answers
+from tasks.classification.rows import read_labelled
+from tasks.classification.task import Also, Classification
+from tasks.command import check_answers
+from tasks.command import command as run
+from tasks.source import Source
+from text.rows import Row
+
+LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
+
+
+def command(
+    task: Labels, cfg: ClassificationConfig, typed: Collection[str], find: Callable[[str], Labels]
+) -> int:
+    """Run a task as its options say; returns the exit code. find: gives the task that an item of
+    --also names."""
+    if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
+        return fit_words(task, cfg, cfg.model)
+    if cfg.model == "lstm" and cfg.trains:
+        cfg = as_lstm(cfg)
+    return run(Classification(task, tasks_along(cfg, find)), cfg, typed)
+
+
+def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
+    """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
+    tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
+    width = cfg.n_embd or LSTM_EMBEDDING
+    return dataclasses.replace(
+        cfg, init="scratch", tokenizer=tokenizer, n_embd=width, n_head=1, pooling="lstm"
+    )
+
+
+def tasks_along(cfg: ClassificationConfig, find: Callable[[str], Labels]) -> list[Also]:
+    """The tasks of --also TASK:WEIGHT with their data, each with its own default options."""
+    if cfg.also_data and len(cfg.also_data) != len(cfg.also):
+        raise UserError(
+            f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give "
+            "one for each"
+        )
+    found = []
+    for asked, data in zip(cfg.also, cfg.also_data or ("toy",) * len(cfg.also), strict=True):
+        task = find(asked)
+        name, _, weight = asked.partition(":")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise UserError(
+                f"--also {asked}: the weight must be a number above 0, as in --also {name}:0.5"
+            )
+        options: Any = task.config
+        options = options(**{**task.defaults, "data": data})
+        found.append(Also(task, value, options))
+    return found
+
+
+def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
+    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
+    same files about them."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # there is nothing to divide
+    cfg.check()
+    cfg = dataclasses.replace(cfg, data=cfg.data or "toy")
+    answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
+    folder = Path(str(cfg.out))
+    if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
+        raise UserError(f"{folder} already holds a run of another model; choose another --out")
+    writable_file("--out", str(folder / RESULTS), make_folder=True)
+    source = Source(task, cfg, print)
+    rows = read_labelled(source)
+    labels, train, val = rows.labels, rows.train, rows.val
+    if cfg.predict:  # a label that is unknown ends the run before the work is done
+        true_labels(source.to_answer, labels)
+    if cfg.dry_run:
+        print(
+            f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} "
+            "to validate on)"
+        )
+        return 0
+    with writing_to("--out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with ends_promptly():
+        numbers = np.array([label_of(row, labels) for row in train])
+        texts = [task.texts(row) for row in train]
+        model = fit_text_model(kind, texts, numbers, len(labels), cfg.seed, rows.weights)
+    seconds = time.perf_counter() - began
+
+    def answer(rows: list[Row], path: Path) -> dict[str, float]:
+        found = model.log_probs([task.texts(row) for row in rows])
+        return write_answers(path, rows, probabilities(found), task, labels, cfg.seed, print, about)
+
+    for warning in source.warnings:
+        print(f"warning: {warning}")
+    with writing_to("--out", folder):
+        figures = answer(val, folder / "validation.jsonl")
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        costs = {
+            "steps": 1,
+            "final_is_step": 1,
+            "seconds": seconds,
+            "memory_bytes": memory_bytes(torch.device("cpu")),
+            "rows_per_second": len(train) / seconds,
+            "parameters": model.n_parameters,
+            "trained_parameters": model.n_parameters,
+            "warnings": source.warnings,
+        }
+        write_json(folder / RESULTS, figures | {"eval_precision": about["eval_precision"]} | costs)
+        (folder / "log.jsonl").write_text(
+            json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8"
+        )
+    if cfg.predict:
+        with writing_to("--answers" if cfg.answers else "--out", answers.parent):
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            if scores := answer(source.to_answer, answers):
+                write_json(
+                    beside(answers, ".scores.json"),
+                    scores | {"eval_precision": about["eval_precision"]},
+                )
+    return 0

@@ -1,0 +1,148 @@
+"""Rows with labels: what a run trains on and is validated on, read and as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters.options import Form
+from config import UserError
+from tasks.classification.description import Labels
+from tasks.classification.labels import class_weights, find_labels, label_of
+from tasks.classification.options import ClassificationConfig
+from tasks.description import Long
+from tasks.encoder import Encoder
+from tasks.finetuning import Split
+from tasks.source import Source
+from tasks.trunk import Trunk
+from text.rows import Row, Rows
+
+ALLOWED_OVERLAP = 0.01  # of the training rows may stand among the validation rows
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """The rows of a task and its labels."""
+
+    source: Source
+    labels: tuple[str, ...]
+    train: list[Row]  # those of --augment last
+    val: list[Row]
+    weights: np.ndarray  # (len(train),) float64: of the loss of each training row
+
+
+@dataclass
+class Labelled(Split):
+    """Rows as tokens, with what is learned of them."""
+
+    labels: np.ndarray  # (n,) int64: the number of each row's label
+    weights: np.ndarray  # (n,) float64: of each row's loss
+    heads: np.ndarray  # (n,) int64: the head that each belongs to, 0 the task's own
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """A task's rows as tokens under one of the forms."""
+
+    task: Labels
+    form: Form
+    encoder: Encoder
+
+    def __call__(self, row: Row) -> tuple[np.ndarray, bool]:
+        """The tokens of a row, and whether it had to be cut."""
+        if self.form == "plain":
+            return self.encoder.tokens(
+                list(map(Long, self.task.texts(row))), row.where, separated=True
+            )
+        return self.encoder.tokens(self.task.prompt(row, self.form), row.where)
+
+
+def read_labelled(source: Source) -> LabelledRows:
+    """The rows that the options name. Raises UserError for labels that are no classes, for a label
+    that no training row has, and where training rows are validated on."""
+    cfg: ClassificationConfig = source.cfg
+    train, val = source.training_and_validation()
+    labels = find_labels(train if cfg.val_data else [*train, *val])  # a rare one may be held out
+    augmented = source.read(cfg.augment, "train") if cfg.augment else []
+    for row in (*augmented, *val):
+        label_of(row, labels)
+    train = [*train, *augmented]
+    if both := source.in_both(train, val):
+        text = (
+            f"{both} of {len(train)} training rows ({both / len(train):.1%}) also stand among the "
+            "validation rows"
+        )
+        if both > ALLOWED_OVERLAP * len(train) and not cfg.allow_overlap:
+            raise UserError(f"{text}; take them out, or go on with --allow-overlap")
+        source.warnings.append(text)
+    weights = row_weights(train, labels, cfg, len(augmented))
+    return LabelledRows(source, labels, train, val, weights)
+
+
+def row_weights(
+    rows: Sequence[Row], labels: Sequence[str], cfg: ClassificationConfig, augmented: int
+) -> np.ndarray:
+    """Weight of the loss of each training row, (n,); the last `augmented` are those of
+    --augment."""
+    numbers = [label_of(row, labels) for row in rows]
+    of_class = class_weights(cfg.class_weights, Counter(numbers), labels)
+    weights = np.array([of_class[n] for n in numbers])
+    weights[len(rows) - augmented :] *= cfg.augment_weight
+    if not weights.any():
+        raise UserError(
+            "all training rows have the weight 0; raise --class-weights or --augment-weight"
+        )
+    return weights
+
+
+def encode_rows(rows: LabelledRows, trunk: Trunk) -> tuple[Labelled, Labelled]:
+    """The training rows and the validation rows as tokens."""
+    encode = row_encoder(rows.source, trunk)
+    every = np.ones(len(rows.val))
+    return (
+        _encoded(rows, rows.train, rows.weights, "training", encode),
+        _encoded(rows, rows.val, every, "validation", encode),
+    )
+
+
+def row_encoder(source: Source, trunk: Trunk) -> RowEncoder:
+    """Encodes the rows of a task as its options say, for the model of a run."""
+    cfg: ClassificationConfig = source.cfg
+    encoder = Encoder(trunk.tokenizer, trunk.seq_len, cfg.cut, cfg.strict)
+    task = source.task
+    assert isinstance(task, Labels)
+    return RowEncoder(task, cfg.form, encoder)
+
+
+def _encoded(
+    of: LabelledRows, rows: list[Row], weights: np.ndarray, what: str, encode: RowEncoder
+) -> Labelled:
+    labels = of.labels
+    tokens, was_cut = zip(*map(encode, rows), strict=True)
+    if cut := sum(was_cut):
+        encoder = encode.encoder
+        of.source.warnings.append(
+            f"{cut} of {len(rows)} {what} rows are longer than {encoder.seq_len} tokens and cut at "
+            f"the {encoder.cut} of their text"
+        )
+    digest = hashlib.sha256(f"{Rows(rows).sha256} {labels} {weights.tolist()}".encode())
+    numbers = np.array([label_of(row, labels) for row in rows])
+    heads = np.zeros(len(rows), np.int64)
+    return Labelled(rows, list(tokens), digest.hexdigest(), numbers, weights, heads)
+
+
+def join(splits: Sequence[Labelled]) -> Labelled:
+    """The rows of several tasks as one split, each with the number of its task's head."""
+    digest = hashlib.sha256(" ".join(split.sha256 for split in splits).encode()).hexdigest()
+    return Labelled(
+        [row for split in splits for row in split.rows],
+        [row for split in splits for row in split.tokens],
+        splits[0].sha256 if len(splits) == 1 else digest,
+        np.concatenate([split.labels for split in splits]),
+        np.concatenate([split.weights for split in splits]),
+        np.repeat(np.arange(len(splits)), [len(split.rows) for split in splits]),
+    )

@@ -1,0 +1,74 @@
+"""The rows that a task's options name: to train on, to validate on and to answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tasks.description import Description
+from text.rows import Row, hold_out, overlap, read_rows
+
+
+class Source:
+    """Reads the files of --data, --val-data and --predict for a task.
+
+    Warnings about them gather in `warnings`.
+    """
+
+    def __init__(self, task: Description, cfg: Any, say: Callable[[str], None]):
+        self.task, self.cfg, self.say = task, cfg, say
+        self.warnings: list[str] = []
+
+    def read(self, spec: str, split: str) -> list[Row]:
+        """Rows of a file; split: "train", "validation" or "test" (rows to answer)."""
+        task, cfg = self.task, self.cfg
+        if spec == "toy":
+            return task.toy_rows()
+        # --FIELD-column names the column of a field.
+        columns = {
+            name: getattr(cfg, f"{name}_column", None) or usual
+            for name, usual in task.columns.items()
+        }
+        answered = split == "test"
+        found = read_rows(
+            spec,
+            columns,
+            optional=task.optional + (task.truth if answered else ()),
+            strict=cfg.strict,
+            split=split,
+            lines=getattr(cfg, "lines", False),
+            readers=task.readers,
+            expand=task.expand,
+            say=self.say,
+            every=answered,
+        )
+        if found.skipped:
+            what = "their answers are empty" if answered else "are left out"
+            self.warnings.append(f"{spec}: {found.skipped:,} rows could not be read and {what}")
+        if task.arrange is None:
+            return found.rows
+        return task.arrange(self, found.rows, spec, split)
+
+    @functools.cached_property
+    def to_answer(self) -> list[Row]:
+        """Every row of --predict, in order. It is read before training, so that a fault in it costs
+        none."""
+        return self.read(self.cfg.predict, "test")
+
+    def training_and_validation(self) -> tuple[list[Row], list[Row]]:
+        """The rows of --data and --val-data, or of --data with a tenth held out."""
+        cfg, group = self.cfg, self.task.group or self.task.content
+        train = self.read(cfg.data, "train")
+        if cfg.val_data:
+            return train, self.read(cfg.val_data, "validation")
+        if cfg.data == "toy":
+            return train, train
+        kept, held = hold_out([group(row) for row in train])
+        return [train[i] for i in kept], [train[i] for i in held]
+
+    def in_both(self, train: Sequence[Row], val: Sequence[Row]) -> int:
+        """How many training rows also stand among the validation rows that the user named."""
+        if not self.cfg.val_data:
+            return 0
+        return overlap(*([self.task.content(row) for row in rows] for rows in (train, val)))
