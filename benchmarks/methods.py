@@ -31,13 +31,20 @@ from base.cli import entry_point, parse
 from base.console import outlive, time_text
 from base.files import write_json
 from benchmarks.machine import elsewhere, facts
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method, wall_of
+from benchmarks.methods_cells import (
+    DECODINGS,
+    METHODS,
+    Bench,
+    Cell,
+    Decoding,
+    Method,
+    compared,
+    wall_of,
+)
 from benchmarks.methods_chart import draw
-from benchmarks.methods_figures import compared
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
-from benchmarks.runs import Failed, TimeUp, execute, make_folders, now, say, write_report
-from benchmarks.stages_run import ENGINE
+from benchmarks.runs import REPO, Failed, TimeUp, execute, make_folders, now, say, write_report
 from config import (
     Count,
     CountOrNone,
@@ -457,7 +464,7 @@ def report(bench: Bench, about: Mapping[str, Any]) -> str:
 
 def check(options: Options) -> None:
     """Raise UserError for a task that there is not, or a number out of its range."""
-    tasks = sorted(path.stem for path in (ENGINE / "finetune").glob("[!_]*.py"))
+    tasks = sorted(path.stem for path in (REPO / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
     at_least: dict[str, float] = dict(budget_minutes=0.1, epochs=1)
     for name, least in at_least.items():

@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from base.files import write_json
+from benchmarks.table import markdown
 from config import UserError
 
+REPO = Path(__file__).resolve().parent.parent
 REAPED = 10.0  # seconds to wait for a killed command: a driver may hold it for good
 
 
@@ -139,6 +141,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+Row = Mapping[str, Any]  # the figures of one row of a table
+Column = tuple[str, Callable[[Row], str]]  # its head, and the text of a row's cell
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row], words: Collection[str] = ()) -> str:
+    """A Markdown table without the columns that are empty in all rows. `words` are the heads of the
+    columns, besides the first, that hold no numbers."""
+    cells = {head: [cell(row) for row in rows] for head, cell in columns}
+    cells = {head: texts for head, texts in cells.items() if any(texts)}
+    left = [n for n, head in enumerate(cells) if n == 0 or head in words]
+    return markdown(list(cells), zip(*cells.values(), strict=True), left)
 
 
 def write_report(folder: Path, stem: str, result: Any, text: str) -> None:
