@@ -407,7 +407,8 @@ def method_note(result: Row) -> str:
     metric, way = result["best"]
     most = "highest" if way == "max" else "lowest"
     return (
-        f"Metrics are of the epoch with the {most} {label(metric)}, whose weights final/ holds. "
+        f"{'Metrics' if of_labels(result) else 'All metrics but the lowest perplexity'} are of the "
+        f"epoch with the {most} {label(metric)}, whose weights final/ holds. "
         "The validation rows chose that epoch and are scored here as well,\nso a figure is a little "
         "better than on rows never seen. Mean ± standard deviation over seeds; the best methods of "
         "the first seed have more.\nTraining s: optimizer steps alone; s to best: until that "
@@ -437,7 +438,7 @@ def decoding_note(result: Row) -> str:
     return (
         "All decode the validation rows with the final weights of `full`"
         + (", sample-of-prefix with those of `prefix`" if prefix else "")
-        + ".\nAnswers decoded as in `sample` chose that epoch of `full`, so this row alone is the "
+        + ".\nAnswers decoded as in `sample` chose that epoch of `full`, so `sample` alone is the "
         "best of several. Seconds: opening the model and answering all rows.\n"
     )
 
