@@ -831,8 +831,6 @@ def base(tmp_path: Path) -> Path:
 
 def test_from_a_base_to_the_tables(run, base: Path, tmp_path: Path) -> None:
     words = [
-        "-m",
-        "benchmarks.methods",
         "--task",
         "sonnets",
         "--init",
@@ -841,17 +839,13 @@ def test_from_a_base_to_the_tables(run, base: Path, tmp_path: Path) -> None:
         "out",
         "--epochs",
         "1",
-    ]
-    words += [
         "--seeds",
         "3",
         "--device",
         "cpu",
-        "--only",
-        "full,beam",
-        "--extra=--max-new-tokens 8 --eval-rows 1",
     ]
-    done = run(*words, env={"OMP_NUM_THREADS": "1"})
+    words += ["--only", "full,beam", "--extra=--max-new-tokens 8 --eval-rows 1"]
+    done = run("-m", "benchmarks.methods", *words, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "methods.json").read_text())
     (full,), (beam,) = result["methods"], result["decodings"]
@@ -869,8 +863,6 @@ def test_from_a_base_to_the_tables(run, base: Path, tmp_path: Path) -> None:
 
 def test_classifiers_from_a_base_to_the_tables(run, base: Path, tmp_path: Path) -> None:
     words = [
-        "-m",
-        "benchmarks.methods",
         "--task",
         "sentiment",
         "--init",
@@ -880,21 +872,12 @@ def test_classifiers_from_a_base_to_the_tables(run, base: Path, tmp_path: Path) 
         "--epochs",
         "1",
         "--seeds",
-    ]
-    words += [
         "3",
         "--device",
         "cpu",
-        "--only",
-        "full,tf-idf",
-        "--search",
-        "--search-rates",
-        "1",
-        "2",
-        "--batch-size",
-        "4",
     ]
-    done = run(*words, env={"OMP_NUM_THREADS": "1"})
+    words += ["--only", "full,tf-idf", "--search", "--search-rates", "1", "2", "--batch-size", "4"]
+    done = run("-m", "benchmarks.methods", *words, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "methods.json").read_text())
     rows = {row["name"]: row for row in result["methods"]}
