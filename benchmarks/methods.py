@@ -44,7 +44,17 @@ from benchmarks.methods_cells import (
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
-from benchmarks.runs import REPO, Failed, TimeUp, execute, make_folders, now, say, write_report
+from benchmarks.runs import (
+    REPO,
+    Failed,
+    TimeUp,
+    at_least,
+    execute,
+    make_folders,
+    now,
+    say,
+    write_report,
+)
 from config import (
     Count,
     CountOrNone,
@@ -466,11 +476,7 @@ def check(options: Options) -> None:
     """Raise UserError for a task that there is not, or a number out of its range."""
     tasks = sorted(path.stem for path in (REPO / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
-    at_least: dict[str, float] = dict(budget_minutes=0.1, epochs=1)
-    for name, least in at_least.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
+    at_least(options, budget_minutes=0.1, epochs=1)
     if not options.search and (options.search_rates != RATES or options.search_epochs):
         raise UserError(
             "--search-rates and --search-epochs belong to --search; add it, or leave them out"

@@ -41,6 +41,14 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
+def at_least(options: Any, **least: float) -> None:
+    """Raise UserError for an option below its least value; None is one that was not given."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} is {given}; it must be at least {value:g}")
+
+
 # --- commands
 
 

@@ -48,6 +48,7 @@ from benchmarks.runs import (
     REPO,
     Failed,
     TimeUp,
+    at_least,
     end,
     execute,
     make_folders,
@@ -618,15 +619,6 @@ def asked_stages(only: str) -> list[str] | None:
     return known_names("--only", only, [*(stage.name for stage in LADDER), SCALING]) or None
 
 
-def check(options: Options) -> None:
-    """Raise UserError for a run too short to measure."""
-    at_least: dict[str, float] = dict(steps=max(WARM_UP.values()) + 1, minutes=1)
-    for name, least in at_least.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-
-
 def make_folder(folder: Path) -> None:
     """`folder` with places for runs and caches. What is compiled stays there too."""
     make_folders(folder, ("cache", "runs"))
@@ -650,7 +642,7 @@ def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
-    check(options)
+    at_least(options, steps=max(WARM_UP.values()) + 1, minutes=1)
     only = asked_stages(options.only)
     machine = elsewhere(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)

@@ -476,13 +476,15 @@ def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
         stages.stored_plan(file, {})
 
 
-def test_a_number_out_of_range_is_refused() -> None:
-    for options, message in (
-        (stages.Options(steps=2), "--steps is 2; it must be at least 4"),
-        (stages.Options(minutes=0.5), "--minutes is 0.5; it must be at least 1"),
+def test_a_number_out_of_range_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "outlive", lambda: None)
+    for words, message in (
+        (["--steps", "2"], "--steps is 2; it must be at least 4"),
+        (["--minutes", "0.5"], "--minutes is 0.5; it must be at least 1"),
     ):
+        monkeypatch.setattr(sys, "argv", ["stages", *words])
         with pytest.raises(UserError, match=message):
-            stages.check(options)
+            stages.main()
 
 
 def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
