@@ -11,12 +11,10 @@ The trade-off: every part starts Python anew, some ten seconds each.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import datetime
 import importlib.util
-import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,20 +29,26 @@ from pathlib import Path
 from typing import Any
 
 from base.files import write_json
+from benchmarks.runs import REPO, end, now, read_json, start, write_report
 from benchmarks.table import markdown
 from config import Positive, Where
 
-REPO = Path(__file__).resolve().parent.parent
 SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
 PATIENCE = 2.5  # a part is ended after this many times its expected seconds: it hangs
 CALLS = 3  # that the plan shows
-GRACE = 10.0  # seconds for a command to end when it is interrupted
+# seconds for a command to end when it is interrupted: pytest ends its programs
+GRACE = 10.0
 TAIL = 4000  # characters of a part's output that are kept in the JSON file
 CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
 AT_ONCE = 5  # tests at most: the GPU's memory is shared
 REHEARSAL = (
     "a rehearsal on a CPU with tiny sizes: it shows that the commands work, and measures nothing"
 )
+
+
+NEEDED = ("numpy", "tyro", "safetensors")
+OF_PROGRAMS = ("tokenizers", "tiktoken", "rich")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Part:
     group: str
     name: str
     words: tuple[str, ...]
-    packages: tuple[str, ...] = ("numpy", "tyro", "safetensors")  # beside torch and triton
+    packages: tuple[str, ...] = NEEDED  # beside torch and triton
     seconds: float = 60.0  # expected of an H100 and 16 cores
     beside: bool = (
         False  # it may run beside others: it measures nothing, and needs little of the GPU's memory
@@ -95,175 +99,90 @@ class Part:
 # --- what is run
 
 
+def peers(shape: str, *against: str) -> tuple[str, ...]:
+    """The words of the comparison with other trainers at one shape, which goes on where it was cut
+    off."""
+    words = ("-m", "benchmarks.peers", "--device", "cuda", "--shape", shape, "--seconds", "8")
+    return (*words, "--against", ",".join(against), "--resume", "--out", "{out}")
+
+
+COMPILED = ("plain compiled", "transformers compiled", "litgpt compiled", "liger compiled")
+COMPILED += ("this engine fp8",)
+EAGER = ("plain", "transformers", "liger")
+QUICK = ("--device", "cpu", "--quick")
+TINY_PEERS = (*QUICK, "--shape", "micro", "--against")
+KERNELS = ("-m", "benchmarks.kernels", "--device", "cuda", "--out", "{out}", "--only")
+FIRST = ("product_qkv", "product_projection", "product_up", "product_down")
+FIRST += ("attention", "cross_entropy", "bias_gelu")
+REST = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
+LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--rounds", "1")
+LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")
+TINY_LADDER = (*QUICK, "--preset", "micro", "--only", "baseline,compile", "--steps", "4")
+DECODING = ("-m", "benchmarks.decoding", "--device", "cuda", "--out", "{out}")
+# What replaces assumptions, then comparisons. A rehearsal compiles one peer: that takes a minute on
+# a CPU.
+MEASUREMENTS = (
+    Part("kernels", "kernels-first", (*KERNELS, *FIRST), seconds=110, rehearsal=QUICK),
+    Part("kernels", "kernels-rest", (*KERNELS, *REST), seconds=100, rehearsal=QUICK),
+    Part(
+        "peers", "peers-124M", peers("124M", *COMPILED), seconds=430, unfinished="",
+        rehearsal=(*TINY_PEERS, "litgpt compiled"),
+    ),
+    Part(
+        "ladder", "ladder", LADDER, (*NEEDED, *OF_PROGRAMS), seconds=520,
+        unfinished="the time was up", rehearsal=TINY_LADDER,
+    ),
+    Part(
+        "sizes", "peers-124M-eager", peers("124M", *EAGER), seconds=200, unfinished="",
+        rehearsal=(*TINY_PEERS, ",".join(EAGER)),
+    ),
+    *(
+        Part(
+            "sizes", f"peers-{shape}", peers(shape, *COMPILED), seconds=seconds, unfinished="",
+            rehearsal=(*TINY_PEERS, "plain"),
+        )
+        for shape, seconds in (("350M", 480), ("774M", 600), ("1.5B", 700))
+    ),
+    Part(
+        "decoding", "decoding", DECODING, (*NEEDED, "transformers"), seconds=240, rehearsal=QUICK
+    ),
+)  # fmt: skip
+# Tests of tests/test_gpu.py that run whole programs several times; the others take 70.
+LONG = {
+    "test_classifiers_have_the_losses_of_the_cpu": 350,
+    "test_every_method_of_fine_tuning_has_the_losses_of_the_cpu": 310,
+    "test_options_run_under_torchrun": 190,
+}
+
+
 def all_parts() -> list[Part]:
-    """Correctness, then what replaces assumptions, then comparisons. The seconds are estimates
-    until they were measured."""
-    first = (
-        "product_qkv",
-        "product_projection",
-        "product_up",
-        "product_down",
-        "attention",
-        "cross_entropy",
-        "bias_gelu",
-    )
-    rest = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
-    ladder = (
-        "--preset",
-        "gpt2",
-        "--rounds",
-        "1",
-        "--minutes",
-        "{minutes}",
-        "--out",
-        "{out}/{engine}",
-    )
-    of_training = ("tokenizers", "tiktoken", "rich")
-    return [
-        *correctness(),
-        measured("kernels", "kernels-first", "kernels", "--only", *first, seconds=110),
-        measured("kernels", "kernels-rest", "kernels", "--only", *rest, seconds=100),
-        peers("peers", "peers-124M", "124M", compiled=True, seconds=430),
-        measured(
-            "ladder",
-            "ladder",
-            "stages",
-            *ladder,
-            packages=of_training,
-            seconds=520,
-            unfinished="the time was up",
-            rehearsal=(
-                "--quick",
-                "--preset",
-                "micro",
-                "--only",
-                "baseline,compile",
-                "--steps",
-                "4",
-            ),
-        ),
-        peers("sizes", "peers-124M-eager", "124M", compiled=False, seconds=200),
-        *(
-            peers("sizes", f"peers-{name}", name, compiled=True, seconds=s)
-            for name, s in (("350M", 480), ("774M", 600), ("1.5B", 700))
-        ),
-        measured("decoding", "decoding", "decoding", packages=("transformers",), seconds=240),
-    ]
-
-
-def measured(
-    group: str, name: str, module: str, *words: str, packages: tuple[str, ...] = (), **more: Any
-) -> Part:
-    """A benchmark that writes its figures."""
-    out = () if "--out" in words else ("--out", "{out}")
-    command = ("-m", f"benchmarks.{module}", "--device", "cuda", *words, *out)
-    tiny = ("--device", "cpu", *more.pop("rehearsal", ("--quick",)))
-    return Part(
-        group, name, command, (*Part("", "", ()).packages, *packages), rehearsal=tiny, **more
-    )
-
-
-def peers(group: str, name: str, shape: str, compiled: bool, seconds: float) -> Part:
-    """The comparison with other trainers at one shape: theirs compiled, and ours in FP8; or theirs
-    as they come."""
-    from benchmarks.contenders import CONTENDERS, OURS
-
-    theirs = [
-        name
-        for name, of in CONTENDERS.items()
-        if "cuda" in of.devices and of.peer and of.compiled == compiled
-    ]
-    against = ",".join([*theirs, *([f"{OURS} fp8"] if compiled else [])])
-    words = ("--shape", shape, "--against", against, "--seconds", "8", "--resume")
-    # Compilation takes a minute on a CPU: a rehearsal compiles, once, what has no form that is not
-    # compiled.
-    here = (
-        [name for name in theirs if name.removesuffix(" compiled") not in CONTENDERS]
-        if compiled
-        else theirs
-    )
-    tiny = (
-        "--quick",
-        "--shape",
-        "micro",
-        "--against",
-        "plain" if group != "peers" and compiled else ",".join(here),
-    )
-    return measured(group, name, "peers", *words, seconds=seconds, unfinished="", rehearsal=tiny)
+    """Correctness, then the measurements. The seconds are estimates until they were measured."""
+    return [*correctness(), *MEASUREMENTS]
 
 
 def correctness() -> list[Part]:
     """The tests for a GPU, and the kernels' own tests, which are not interpreted there.
 
-    The longest come first, so that none ends long after the others, and those that need the GPU
-    alone come last.
+    Those of tests/test_gpu.py that run whole programs are a part each; those that fill the GPU's
+    memory have "memory" in their name. The longest come first, so that none ends long after the
+    others, and those that need the GPU alone come last.
     """
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    packages = (*Part("", "", ()).packages, "pytest")
-    of_programs = (*packages, "tokenizers", "tiktoken", "rich")
-    programs = program_tests()
-    steps = (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", f"not ({' or '.join(programs)})")
-    kernels = sorted(file.stem for file in (REPO / "kernels").glob("[!_]*.py"))
+    text = (REPO / "tests" / "test_gpu.py").read_text(encoding="utf-8")
+    programs = re.findall(r"^def (test_\w+)\([^)]*\brun\b", text, re.MULTILINE)
+    rest = ("-m", "gpu", "tests/test_gpu.py", "-k", f"not ({' or '.join(programs)})")
+    tests: list[tuple[str, tuple[str, ...], tuple[str, ...], float]] = [("steps", rest, (), 300)]
+    for file in sorted((REPO / "kernels").glob("[!_]*.py")):
+        tests.append((f"test_{file.stem}", (f"tests/kernels/test_{file.stem}.py",), (), 70))
+    for name in programs:
+        tests.append((name, (f"tests/test_gpu.py::{name}",), OF_PROGRAMS, LONG.get(name, 70)))
     parts = [
-        Part("correctness", "steps", steps, packages, 300, beside=True),
-        *(
-            Part(
-                "correctness",
-                f"test_{stem}",
-                (*pytest, f"tests/kernels/test_{stem}.py"),
-                packages,
-                70,
-                True,
-            )
-            for stem in kernels
-        ),
-        *(
-            Part(
-                "correctness",
-                name,
-                (*pytest, f"tests/test_gpu.py::{name}"),
-                of_programs,
-                seconds,
-                "memory" not in name,
-            )
-            for name, seconds in programs.items()
-        ),
-    ]
+        Part(
+            "correctness", name, (*PYTEST, *words), (*NEEDED, "pytest", *packages), seconds,
+            beside="memory" not in name,
+        )
+        for name, words, packages, seconds in tests
+    ]  # fmt: skip
     return sorted(parts, key=lambda part: (not part.beside, -part.seconds))
-
-
-def program_tests() -> dict[str, float]:
-    """Those of tests/test_gpu.py that run whole programs, each a part of its own, with the seconds
-    they may take.
-
-    A test's cases are those of its decorator. Those that fill the GPU's memory have "memory" in
-    their name.
-    """
-    tree = ast.parse((REPO / "tests" / "test_gpu.py").read_text(encoding="utf-8"))
-    functions = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
-    found = [
-        function for function in functions if any(arg.arg == "run" for arg in function.args.args)
-    ]
-    return {function.name: 30.0 + 40.0 * cases(function) for function in found}
-
-
-def cases(function: ast.FunctionDef) -> int:
-    """How often a test runs: the elements of its lists of parameters."""
-    lists = [
-        len(values.elts)
-        for decorator in function.decorator_list
-        if isinstance(decorator, ast.Call) and len(decorator.args) > 1
-        for values in (decorator.args[1],)
-        if isinstance(values, ast.List | ast.Tuple)
-    ]
-    count = 1
-    for length in lists:
-        count *= length
-    return count
 
 
 # --- when it is run
@@ -388,7 +307,7 @@ class Check:
             yield
         except BaseException:
             for process in list(self.running):
-                end(process)
+                end(process, signal.SIGINT, GRACE)
             raise
 
     def done(self, part: Part) -> bool:
@@ -447,23 +366,14 @@ class Check:
     def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
         """Run a command with its output in `log`; its exit code, or None where its time was up and
         it was ended."""
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=REPO,
-                env=self._environment(part),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = start(command, log, environment=self._environment(part), folder=REPO)
         self.running.add(process)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            end(process)
+            end(process, signal.SIGINT, GRACE)
             self.running.discard(process)
 
     def _environment(self, part: Part) -> dict[str, str]:
@@ -482,9 +392,8 @@ class Check:
 
     def write(self) -> None:
         result = self.facts | {"parts": list(self.records.values())}
-        for folder in (self.out, self.cache):
-            write_json(folder / f"{self.stem}.json", result)
-        (self.out / f"{self.stem}.md").write_text(self.table(), encoding="utf-8")
+        write_json(self.cache / f"{self.stem}.json", result)
+        write_report(self.out, self.stem, result, self.table())
 
     def table(self) -> str:
         """One row a part, with the last line of what it printed."""
@@ -558,24 +467,6 @@ def restore(folder: Path, files: dict[str, Any]) -> None:
             write_json(path, value)
 
 
-def read_json(path: Path) -> Any:
-    """None where there is none that is whole: who writes it may have been killed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a command's session. Interrupted first, pytest ends the programs that it
-    started itself."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-
-
 # --- before it begins
 
 
@@ -618,10 +509,7 @@ def main() -> int:
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
     known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
-    known |= {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "engine": engine_hash(),
-    }
+    known |= {"date": now(), "engine": engine_hash()}
     cache = Path(options.cache) if options.cache else None
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(Path(options.out), known, cache, options.rehearse, at_once)

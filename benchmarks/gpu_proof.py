@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import io
 import json
 import multiprocessing
@@ -34,6 +33,7 @@ from unittest import mock
 from base.cli import entry_point, parse
 from base.machine import cores
 from benchmarks import machine
+from benchmarks.runs import now
 from benchmarks.table import markdown
 from config import Few, TrainConfig, UserError, Where, known_names
 
@@ -532,7 +532,7 @@ def main() -> int:
         rows = run(archs, names, options.quick)
     facts = {
         "quick": options.quick,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": now(),
         "versions": {k: v for k, v in machine.versions().items() if k in ("torch", "triton")}
         | tools,
     }

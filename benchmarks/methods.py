@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import importlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -34,12 +31,30 @@ from base.cli import entry_point, parse
 from base.console import outlive, time_text
 from base.files import write_json
 from benchmarks.machine import elsewhere, facts
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method, wall_of
+from benchmarks.methods_cells import (
+    DECODINGS,
+    METHODS,
+    Bench,
+    Cell,
+    Decoding,
+    Method,
+    compared,
+    wall_of,
+)
 from benchmarks.methods_chart import draw
-from benchmarks.methods_figures import compared
 from benchmarks.methods_report import rows_of, text_of
 from benchmarks.plot import records
-from benchmarks.stages_run import ENGINE, Failed, TimeUp, end, last_error, say, start
+from benchmarks.runs import (
+    REPO,
+    Failed,
+    TimeUp,
+    at_least,
+    execute,
+    make_folders,
+    now,
+    say,
+    write_report,
+)
 from config import (
     Count,
     CountOrNone,
@@ -173,26 +188,6 @@ def base_facts(init: str) -> dict[str, Any]:
 # --- running
 
 
-def execute(words: Sequence[str], output: Path, until: float) -> None:
-    """Run a command to its end. Raises Failed, or TimeUp at `until`; a run that trains has saved
-    its last step then."""
-    process = start(words, output)
-    try:
-        code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise TimeUp from None
-    finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(GRACE)
-        end(process)
-    if code < 0:
-        raise Failed(f"killed by {signal.Signals(-code).name}")
-    if code:
-        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
-
-
 def attempt(bench: Bench, cell: Cell) -> str:
     """Make a cell that the folder lacks, if there is time for it; returns how it went, in words."""
     if cell.note.exists():
@@ -205,7 +200,7 @@ def attempt(bench: Bench, cell: Cell) -> str:
     words, began = [*bench.program, *cell.words], time.monotonic()
     bench.running = cell
     try:
-        execute(words, cell.note.with_suffix(".txt"), bench.until)
+        execute(words, cell.note.with_suffix(".txt"), bench.until, grace=GRACE)
     except Failed as error:
         bench.failed[cell] = str(error)
         return f"failed: {error}"
@@ -427,7 +422,7 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     for row in rows["methods"]:
         row["against_full"] = against_full(bench, row["name"])
     return dict(about) | {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": now(),
         "best": list(bench.best), "seeds": list(bench.seeds), **rows, "trials": trials_of(bench),
         "failed": {cell.label: reason for cell, reason in bench.failed.items()},
         "left_out": [cell.label for cell in bench.left_out],
@@ -468,25 +463,20 @@ def trials_of(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def write_report(bench: Bench, about: Mapping[str, Any]) -> str:
+def report(bench: Bench, about: Mapping[str, Any]) -> str:
     """Write methods.json and methods.md from the cells that are done; returns the text of the
     second."""
     result = result_of(bench, about)
     text = text_of(result)
-    write_json(bench.folder / "methods.json", result)
-    (bench.folder / "methods.md").write_text(text, encoding="utf-8")
+    write_report(bench.folder, "methods", result, text)
     return text
 
 
 def check(options: Options) -> None:
     """Raise UserError for a task that there is not, or a number out of its range."""
-    tasks = sorted(path.stem for path in (ENGINE / "finetune").glob("[!_]*.py"))
+    tasks = sorted(path.stem for path in (REPO / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
-    at_least: dict[str, float] = dict(budget_minutes=0.1, best=0, epochs=1, batch_size=1, lr=0)
-    for name, least in at_least.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
+    at_least(options, budget_minutes=0.1, epochs=1)
     if not options.search and (options.search_rates != RATES or options.search_epochs):
         raise UserError(
             "--search-rates and --search-epochs belong to --search; add it, or leave them out"
@@ -520,13 +510,13 @@ def main() -> int:
         "data": [options.data or "its toy rows", options.val_data or "a part held out"],
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
     }
-    make_folders(bench.folder)
+    make_folders(bench.folder, ("runs", "decodings"))
     # the run under way ends with this one
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        compare(bench, lambda: write_report(bench, about))
+        compare(bench, lambda: report(bench, about))
     finally:  # an interrupted comparison leaves what it has
-        text = write_report(bench, about)
+        text = report(bench, about)
         draw(
             json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")),
             bench.folder / "methods.png",
@@ -540,16 +530,6 @@ def main() -> int:
             "them"
         )
     return 1 if bench.failed else 0
-
-
-def make_folders(folder: Path) -> None:
-    """`folder` with places for runs and answers, which git passes over."""
-    try:
-        for part in ("runs", "decodings"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            (folder / part / ".gitignore").write_text("*\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.methods_report import Row, label, number
-from benchmarks.plot import COLOURS, STYLE, short_number
+from benchmarks.methods_report import label, number
+from benchmarks.plot import COLOURS, PALE, ROWS, chart, short_number, short_numbers, write
+from benchmarks.runs import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,6 @@ SECOND = {
     "classification": ("macro_f1", "macro-F1", "max"),
 }
 HEAD = 1.15  # inches for title and legend
-DARK, PALE = "#222222", "#8a8a8a"
-LOOK = STYLE | {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}
 FAMILIES = {  # beginnings of names, a colour each, and what trains
     "scratch": (COLOURS[6], "from scratch"),
     "full": (COLOURS[0], "everything"),
@@ -72,10 +71,6 @@ def quality(row: Row, metric: str) -> Line:
 
 def draw(result: Row, out: Path) -> None:
     """Write the chart; no file where there is nothing to draw."""
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     metric = result["best"][0]
     methods = sorted(result["methods"], key=lambda row: -row["trained_parameters"]["mean"])
     decodings = [row for row in result["decodings"] if metric in row["metrics"]]
@@ -87,11 +82,9 @@ def draw(result: Row, out: Path) -> None:
     mosaic: list[Any] = [columns, ["decoding", "decoding", *["took"] * (len(columns) - 2)]][
         : len(heights)
     ]
-    style: Any = LOOK
-    with matplotlib.rc_context(style):
-        size = 3.5 * len(columns), sum(heights) + HEAD
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 1 - HEAD / size[1]))
-        figure = Figure(figsize=size, layout=layout)
+    width, height = 3.5 * len(columns), sum(heights) + HEAD
+    below = (0, 0, 1, 1 - HEAD / height)
+    with chart(out, width, height, ROWS, w_pad=0.1, h_pad=0.12, rect=below) as figure:
         axes: Any = figure.subplot_mosaic(mosaic, height_ratios=heights)
         draw_methods(axes, methods, result["best"], SECOND[result["family"]])
         if decodings:
@@ -99,7 +92,6 @@ def draw(result: Row, out: Path) -> None:
         for name in axes.keys() - {"best", "decoding"}:
             axes[name].set_yticklabels([])
         draw_head(figure, result)
-        figure.savefig(out, format="png")
 
 
 def draw_methods(
@@ -165,9 +157,8 @@ def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
             markersize=9,
             zorder=3,
         )
-        write(
-            axes, mean + spread, y, f"{mean:#.3g}".rstrip(".") if abs(mean) < 1000 else number(mean)
-        )
+        text = f"{mean:#.3g}".rstrip(".") if abs(mean) < 1000 else number(mean)
+        write(axes, text, (mean + spread, y), (8, 0), fontsize=9.5)
     finish(axes, title, lines, log=False)
 
 
@@ -175,35 +166,18 @@ def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) 
     for y, (_, colour, mean, _) in enumerate(lines):
         if mean is not None:
             axes.barh(y, mean, height=0.6, color=colour, zorder=2)
-            write(axes, mean, y, short_number(mean))
+            write(axes, short_number(mean), (mean, y), (8, 0), fontsize=9.5)
     finish(axes, title, lines, log)
 
 
-def write(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(
-        text,
-        (x, y),
-        (8, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9.5,
-        color=DARK,
-        zorder=4,
-        bbox=dict(facecolor="white", edgecolor="none", pad=0.6),
-    )
-
-
 def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     if log:
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.margins(x=0.2)
     axes.set_yticks(range(len(lines)), [found.name for found in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.tick_params(length=0)
+    short_numbers(axes.xaxis)
     axes.set_title(title, fontsize=11.5)
 
 

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.console import bytes_text
-from benchmarks.table import markdown
-
-Row = Mapping[str, Any]
-Column = tuple[str, list[str]]  # its head and its cells
+from benchmarks.runs import Column, Row, table
 
 LABELS = {
     "val_loss": "val loss",
@@ -28,7 +25,6 @@ LABELS = {
 }
 # metrics of a task with labels: the table's order
 OF_LABELS = ("accuracy", "macro_f1", "val_loss", "calibration_error")
-PUBLISHED_AS = "published, GPT-2 124M"
 # What the systems that this project replaces published, of another base: by task, and by what the
 # name of the rows holds.
 PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
@@ -183,30 +179,27 @@ def mean_of(row: Row, metric: str) -> float | None:
 
 
 def quality_columns(
-    rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]
+    head: str, rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]
 ) -> list[Column]:
-    """The metrics of rows, the best of the one that ranks in bold; where it is of labels, how sure
-    it is beside it."""
-    top = best_of(rows, best, mean_of)
-    columns = []
-    for metric in metrics:
-        cells = [cell(row["metrics"].get(metric)) for row in rows]
-        if metric != best[0]:
-            columns.append((label(metric), cells))
-            continue
-        columns.append(
-            (
-                label(metric),
-                [f"**{text}**" if row is top else text for row, text in zip(rows, cells)],
-            )
-        )
-        if any(row.get("intervals") for row in rows):
-            columns.append(
-                ("95% of rows", [interval_text(row["intervals"].get(metric)) for row in rows])
-            )
-        if any(row.get("against_full") for row in rows):
-            columns.append(("p against full", [p_text(row["against_full"]) for row in rows]))
-    return columns
+    """The metrics, of the one that ranks the best row in bold, and how sure it is."""
+    ranks, top = best[0], best_of(rows, best, mean_of)
+
+    def quality(metric: str) -> Column:
+        bold = "**" if metric == ranks else ""
+
+        def text(row: Row) -> str:
+            found = cell(row["metrics"].get(metric))
+            return f"{bold}{found}{bold}" if row is top else found
+
+        return label(metric), text
+
+    columns = [quality(metric) for metric in metrics]
+    at = metrics.index(ranks) + 1
+    columns[at:at] = [
+        ("95% of rows", lambda row: interval_text(row["intervals"].get(ranks))),
+        ("p against full", lambda row: p_text(row.get("against_full"))),
+    ]
+    return [(head, name), *columns]
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
@@ -220,24 +213,22 @@ def p_text(test: Row | None) -> str:
     return f"{p:.2g}" if p >= 1e-4 else "<0.0001"
 
 
-def table(columns: Sequence[Column]) -> str:
-    return markdown(
-        [head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True), (0,)
-    )
+def name(row: Row) -> str:
+    return row["name"]
+
+
+def seeds(row: Row) -> str:
+    return str(len(row["seeds"]))
 
 
 def quality_table(result: Row) -> str:
     """Of the methods: the task's metrics at the step that was chosen; of texts the lowest
     perplexity of all epochs too."""
-    rows = result["methods"]
-    metrics = OF_LABELS if of_labels(result) else metric_names(rows)
-    columns = [
-        ("method", [row["name"] for row in rows]),
-        *quality_columns(rows, metrics, result["best"]),
-    ]
-    if not of_labels(result):
-        columns.append(("lowest perplexity", [lowest_perplexity(row) for row in rows]))
-    return table([*columns, ("seeds", [str(len(row["seeds"])) for row in rows])])
+    rows, texts = result["methods"], not of_labels(result)
+    metrics = metric_names(rows) if texts else OF_LABELS
+    columns = quality_columns("method", rows, metrics, result["best"])
+    lowest: list[Column] = [("lowest perplexity", lowest_perplexity)] if texts else []
+    return table([*columns, *lowest, ("seeds", seeds)], rows)
 
 
 def of_labels(result: Row) -> bool:
@@ -267,40 +258,27 @@ def lowest_perplexity(row: Row) -> str:
 def cost_table(result: Row) -> str:
     """Of the methods: what trained, how long, in how much memory, how fast and how steadily."""
     steady = result["best"][0]
-    lines = [
-        [
-            row["name"],
-            mean(row, "lr", "{:.3g}"),
-            mean(row, "trained_parameters", "{:,.0f}"),
-            f"{share(row):.2%}",
-            cell(row["seconds"], duration),
-            cell(row.get("seconds_to_best"), duration),
-            mean(row, "rows_per_second", "{:,.3g}"),
-            bytes_text(row["memory_bytes"]["mean"]),
-            cell(row.get("best_epoch")),
-            mean(row, "epochs", "{:.3g}"),
-            mean(row["between_epochs"], steady, "{:.2g}"),
-        ]
-        for row in result["methods"]
+    columns: list[Column] = [
+        ("method", name),
+        ("peak rate", mean("lr", "{:.3g}")),
+        ("parameters trained", mean("trained_parameters", "{:,.0f}")),
+        ("share", lambda row: f"{share(row):.2%}"),
+        ("training s", lambda row: cell(row["seconds"], duration)),
+        ("s to best", lambda row: cell(row.get("seconds_to_best"), duration)),
+        ("rows/s", mean("rows_per_second", "{:,.3g}")),
+        ("peak memory", lambda row: bytes_text(row["memory_bytes"]["mean"])),
+        ("best epoch", lambda row: cell(row.get("best_epoch"))),
+        ("of epochs", mean("epochs", "{:.3g}")),
+        (
+            f"{label(steady)} between epochs",
+            lambda row: mean(steady, "{:.2g}")(row["between_epochs"]),
+        ),
     ]
-    head = (
-        "method",
-        "peak rate",
-        "parameters trained",
-        "share",
-        "training s",
-        "s to best",
-        "rows/s",
-        "peak memory",
-        "best epoch",
-        "of epochs",
-        f"{label(steady)} between epochs",
-    )
-    return markdown(head, lines, (0,))
+    return table(columns, result["methods"])
 
 
-def mean(row: Row, name: str, form: str) -> str:
-    return form.format(row[name]["mean"]) if name in row else ""
+def mean(figure: str, form: str) -> Callable[[Row], str]:
+    return lambda row: form.format(row[figure]["mean"]) if figure in row else ""
 
 
 def duration(seconds: float) -> str:
@@ -313,14 +291,13 @@ def share(row: Row) -> float:
 
 def trial_table(result: Row) -> str:
     """What a search tried: a column a setting, what was chosen of each method in bold."""
-    trials = result["trials"]
-    columns = [("method", list(dict.fromkeys(trial["name"] for trial in trials)))]
-    for rate, epochs in dict.fromkeys((trial["rate"], trial["epochs"]) for trial in trials):
-        of_all = [trial for trial in trials if (trial["rate"], trial["epochs"]) == (rate, epochs)]
-        columns.append(
-            (f"rate x {rate:g}, {epochs_text(epochs)}", [trial_text(trial) for trial in of_all])
-        )
-    return table(columns)
+    tried: dict[str, dict[str, Any]] = {}
+    for trial in result["trials"]:
+        setting = f"rate x {trial['rate']:g}, {epochs_text(trial['epochs'])}"
+        tried.setdefault(trial["name"], {"name": trial["name"]})[setting] = trial
+    heads = list(dict.fromkeys(head for row in tried.values() for head in row if head != "name"))
+    columns = [(head, lambda row, head=head: trial_text(row[head])) for head in heads]
+    return table([("method", name), *columns], list(tried.values()))
 
 
 def epochs_text(epochs: int) -> str:
@@ -336,50 +313,42 @@ def trial_text(trial: Row) -> str:
 
 def decoding_table(result: Row) -> str:
     """Of the decodings: the task's metrics and the seconds that all answers took."""
-    rows, best, beside = result["decodings"], result["best"], published(result)
-    columns = [
-        ("decoding", [row["name"] for row in rows]),
-        *quality_columns(rows, metric_names(rows), best),
-    ]
-    columns.append(("seconds", [cell(row["metrics"]["seconds"]) for row in rows]))
-    columns.append(("seeds", [str(len(row["seeds"])) for row in rows]))
-    if beside:
-        theirs = [beside.get(row["name"], {}).get(best[0]) for row in rows]
-        columns.append(
-            (
-                f"{label(best[0])} ({PUBLISHED_AS})",
-                [number(value) if value else "" for value in theirs],
-            )
-        )
-    return table(columns)
+    rows = result["decodings"]
+    columns = quality_columns("decoding", rows, metric_names(rows), result["best"])
+    seconds: Column = ("seconds", lambda row: cell(row["metrics"]["seconds"]))
+    return table([*columns, seconds, ("seeds", seeds)], rows)
 
 
 PUBLISHED_NOTE = {
-    "sonnets": "And not that of all: the published perplexity is that of a poem under the "
-    "frequencies of its own words, "
-    "the published rhymes are alike in spelling. The published chrF has the size of whole poems.",
+    "sonnets": "The published perplexity is that of a poem under the frequencies of its own words, "
+    "the published rhymes are alike in spelling, and the published chrF has the size of whole "
+    "poems.",
     "sentiment": "Published: batches of 64 rows, rate 2e-5, dropout 0.3, the best of 6 epochs.",
-    "paraphrase": "Published: batches of 96 rows, rate 1e-5 to 5e-5, 3 to 20 epochs, each method "
-    "at settings of its own (10 epochs "
-    "of full+word and of full+augment with back-translations, 3 of full+simcse, 20 of the others).",
+    "paraphrase": "Published: batches of 96 rows, rate 1e-5 to 5e-5, 3 epochs of full+simcse, 10 of "
+    "full+word and of full+augment, 20 of the others.",
 }
 
 
 def published_table(result: Row) -> str:
-    """The methods that have published figures, beside these."""
+    """The methods and decodings that have published figures, beside these."""
     beside = published(result)
-    rows = [row for row in result["methods"] if row["name"] in beside]
+    rows = [row for row in [*result["methods"], *result["decodings"]] if row["name"] in beside]
     if not rows:
         return ""
-    columns = [("method", [row["name"] for row in rows])]
-    for metric in beside[rows[0]["name"]]:
-        columns.append((label(metric), [cell(row["metrics"].get(metric)) for row in rows]))
-        columns.append((PUBLISHED_AS, [number(beside[row["name"]][metric]) for row in rows]))
-    note = (
-        "Other weights to begin with, so other levels: what can be compared is order. "
-        f"{PUBLISHED_NOTE[result['task']]}"
+    columns: list[Column] = [("run", name)]
+    for metric in dict.fromkeys(metric for row in rows for metric in beside[row["name"]]):
+        columns.append((label(metric), lambda row, m=metric: cell(row["metrics"].get(m))))
+        columns.append(
+            (
+                f"{label(metric)} published",
+                lambda row, m=metric: f"{beside[row['name']].get(m, '')}",
+            )
+        )
+    return (
+        f"## What was published of GPT-2 124M\n\n{table(columns, rows)}\n\nOther weights to begin "
+        "with give other levels: what can be compared is order.\n"
+        f"{PUBLISHED_NOTE[result['task']]}\n"
     )
-    return f"{table(columns)}\n\n{note}\n\n"
 
 
 def base_line(base: Row) -> str:
@@ -422,13 +391,13 @@ def text_of(result: Row) -> str:
         f"{cost_table(result)}\n\n{method_note(result)}\n"
         if result["methods"]
         else "",
-        published_table(result),
         f"## What the search tried\n\n{trial_table(result)}\n\n{trial_note(result)}\n"
         if result["trials"]
         else "",
         f"## How it is decoded\n\n{decoding_table(result)}\n\n{decoding_note(result)}\n"
         if result["decodings"]
         else "",
+        published_table(result),
         lost(result),
     ]
     return "\n".join(part for part in parts if part)
@@ -436,43 +405,31 @@ def text_of(result: Row) -> str:
 
 def method_note(result: Row) -> str:
     metric, way = result["best"]
-    name, most = label(metric), "highest" if way == "max" else "lowest"
-    text = (
+    most = "highest" if way == "max" else "lowest"
+    return (
         f"{'Metrics' if of_labels(result) else 'All metrics but the lowest perplexity'} are of the "
-        f"epoch with the {most} {name}, "
-        "whose weights final/ holds. The validation rows chose that epoch and are scored here as "
-        "well: each\nfigure is "
-        "a little better than on rows never seen, the more so the noisier it is. Mean ± standard "
-        "deviation over seeds; "
-        "the methods that did best with the first seed have\nmore of them. Training s: optimizer "
-        "steps alone; s to best: "
-        "until that epoch's end. Rows/s: the median step's. Best epoch: of those trained. "
-        f"{name[:1].upper() + name[1:]} between "
-        "epochs: its\nstandard deviation over the evaluations of a run's second half. Scratch has "
-        "the base's shape and tokenizer.\n"
-    )
-    return text + (
-        LABEL_NOTE if of_labels(result) else "Perplexity is that of the answers' tokens.\n"
-    )
+        f"epoch with the {most} {label(metric)}, whose weights final/ holds. "
+        "The validation rows chose that epoch and are scored here as well,\nso a figure is a little "
+        "better than on rows never seen. Mean ± standard deviation over seeds; the best methods of "
+        "the first seed have more.\nTraining s: optimizer steps alone; s to best: until that "
+        "epoch's end; rows/s: of the median step.\n"
+        f"{label(metric)} between epochs: its standard deviation over the evaluations of a run's "
+        "second half. Scratch has the base's shape and tokenizer.\n"
+    ) + (LABEL_NOTE if of_labels(result) else "Perplexity is that of the answers' tokens.\n")
 
 
 LABEL_NOTE = (
-    "95% of rows: the bootstrap's interval of the best seed's accuracy, rows drawn anew. P against "
-    "full: McNemar's exact "
-    "test of the first seed's labels beside those of full; of\ntwenty methods that are no "
-    "different one is below 0.05 by chance. Val loss "
-    "of full+word is that of the word among all words, of the others that of the label among the "
-    "labels.\n"
+    "95% of rows: the bootstrap's interval of the best seed. P against full: McNemar's exact test "
+    "of the first seed's labels;\nof twenty methods that are no different one is below 0.05 by "
+    "chance. Val loss of full+word is over all words, of the others over the labels.\n"
 )
 
 
 def trial_note(result: Row) -> str:
     return (
-        f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. "
-        "The setting in bold is what the "
-        "tables above hold. A best setting at the edge of what was tried may have a\nbetter one "
-        "beyond it. The best of several "
-        "trials is a little better than it would be on rows never seen.\n"
+        f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. The "
+        "tables above hold the setting in bold.\nA best setting at the edge of what was tried may "
+        "have a better one beyond it.\n"
     )
 
 
@@ -481,11 +438,8 @@ def decoding_note(result: Row) -> str:
     return (
         "All decode the validation rows with the final weights of `full`"
         + (", sample-of-prefix with those of `prefix`" if prefix else "")
-        + ". That epoch of `full` was chosen by answers decoded as in `sample`, with the same "
-        "draws: this row is the best of "
-        "several, which the\nothers are not. Seconds: opening the model and answering all rows. "
-        "Seeds: of training and of "
-        "the draws.\n"
+        + ".\nAnswers decoded as in `sample` chose that epoch of `full`, so `sample` alone is the "
+        "best of several. Seconds: opening the model and answering all rows.\n"
     )
 
 

@@ -7,9 +7,10 @@ fortieth of the run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +24,8 @@ from engine.log import numbers, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by everyone, without their yellow, which white swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
@@ -37,11 +40,16 @@ STYLE = {
     "axes.labelcolor": "#444444",
     "xtick.color": "#444444",
     "ytick.color": "#444444",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
+# Of a chart with a row for each thing that is compared.
+ROWS = {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}
+DARK, PALE = "#222222", "#8a8a8a"
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,43 @@ def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float
     return (0.0 if from_zero else low - margin), high + margin
 
 
-def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
+@contextlib.contextmanager
+def chart(
+    out: Path, width: float, height: float, look: Mapping[str, Any] | None = None, **layout: Any
+) -> Generator[Figure]:
+    """A figure to draw on, which is written as a PNG at the end; its size is in inches."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window system is looked for
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style: Any = STYLE  # its parameter is typed as every key there is
+    style: Any = STYLE | dict(look or {})  # the parameter is typed as every key there is
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(12, 6.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**layout))
+        yield figure
+        figure.savefig(out, format="png")
+
+
+def short_numbers(axis: Axis) -> None:
+    """Write the numbers of an axis as 1.5M."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def write(
+    axes: Axes, text: str, at: tuple[float, float], points: tuple[float, float], **look: Any
+) -> None:
+    """Write text so many points away from a place, on a white ground so that no line crosses it."""
+    white = dict(facecolor="white", edgecolor="none", pad=0.8)
+    usual: dict[str, Any] = dict(
+        textcoords="offset points", va="center", color=DARK, zorder=5, bbox=white
+    )
+    usual |= look
+    axes.annotate(text, at, points, **usual)
+
+
+def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
+    with chart(out, 12, 6.2, w_pad=0.15, h_pad=0.15) as figure:
         panels = figure.subplot_mosaic(
             [["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1]
         )
@@ -151,7 +188,6 @@ def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
         draw_panel(panels["norm"], "Gradient norm", [run.grad_norm for run in runs])
         for axes in panels.values():
             finish(axes, x)
-        figure.savefig(out, format="png")
 
 
 def draw_loss(axes: Axes, runs: Sequence[Curves]) -> None:
@@ -196,14 +232,13 @@ def draw_line(axes: Axes, series: Series, colour: str, name: str | None = None) 
 
 
 def finish(axes: Axes, x: str) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(left=0)
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.tick_params(length=0)
+    short_numbers(axes.xaxis)
+    short_numbers(axes.yaxis)
 
 
 def short_number(value: float) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import importlib.util
 import itertools
@@ -21,11 +20,12 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,20 @@ from benchmarks.ladder import (
     scaling_points,
 )
 from benchmarks.machine import elsewhere
+from benchmarks.runs import (
+    REPO,
+    Failed,
+    TimeUp,
+    at_least,
+    end,
+    execute,
+    make_folders,
+    now,
+    read_json,
+    say,
+    start,
+    write_report,
+)
 from benchmarks.stages_report import (
     TOLERANCE,
     describe,
@@ -53,19 +67,9 @@ from benchmarks.stages_report import (
     stage_rows,
     text_of,
 )
-from benchmarks.stages_run import (
-    ENGINE,
-    Failed,
-    TimeUp,
-    command,
-    end,
-    execute,
-    figures_of,
-    say,
-    start,
-)
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
+from engine.log import read_log
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
@@ -76,6 +80,8 @@ TIMED = 4, 12  # steps that are: at least and at most
 LIKELY_STEP = (
     1.5  # a stage's mean step over the baseline's: later ones are faster and hold more tokens
 )
+SEED = 1337
+LEARNING_RATE = 3e-4  # constant, and small: Adam's first steps blow up differences of rounding
 WRITING = 6.0  # seconds kept for table and chart
 SCALING, TRACE = "scaling", 0  # the former's name in --only; the number of a traced run
 
@@ -116,6 +122,102 @@ class Options:
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
 
+# --- one run
+
+
+def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]:
+    """train_gpt2.py with a stage's options, through torchrun where there are several ranks."""
+    ranks = settings.ranks or plan.ranks
+    micro_batch = settings.micro_batch or plan.micro_batch
+    options: dict[str, Any] = {
+        "preset": plan.preset,
+        "data": plan.data,
+        "tokenizer": plan.tokenizer,
+        "cache": cache,
+        "seed": SEED,
+        "device": settings.device,
+        "seq-len": plan.seq_len,
+        "micro-batch": micro_batch,
+        "batch-tokens": micro_batch * plan.seq_len * (settings.accumulation or plan.accumulation),
+        "steps": settings.steps or plan.steps,
+        "lr": LEARNING_RATE,
+        "schedule": "constant",
+        "warmup-steps": 0,
+        "clip": settings.clip,
+        "precision": settings.precision,
+        "kernels": ",".join(settings.kernels) or "torch",
+        "eval-every": 0,
+        "save-every": 0,
+        "sample-every": 0,
+        "log-every": 0,
+        "resume": "never",
+        "out": out,
+    }
+    words = [sys.executable]
+    if ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    words.append(str(REPO / "train_gpt2.py"))
+    words += [
+        str(word)
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name}", value)
+    ]
+    words.append("--compile" if settings.compile else "--no-compile")
+    words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
+    return words + (["--without", *settings.without] if settings.without else [])
+
+
+def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
+    """What a finished run's log, and its trace where it has one, say; without the first steps."""
+    log = [record for _, record in read_log((run / "log.jsonl").read_text(encoding="utf-8"))]
+    steps = [line for line in log if line["kind"] == "train"]
+    figures: dict[str, Any] = {
+        "step_ms": [step["step_ms"] for step in steps[warm_up:]],
+        "tokens_per_step": steps[0]["tokens"],
+        "memory_bytes": steps[-1]["memory_bytes"],
+        "loss": steps[-1]["loss"],
+        "warnings": [line["text"] for line in log if line["kind"] == "warning"],
+    }
+    trace = run / "profile" / "trace.json"
+    if trace.exists():
+        figures["communication"] = communication_share(
+            json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        )
+    return figures
+
+
+def communication_share(events: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the traced steps in which ranks talk and this one computes nothing.
+
+    On a GPU: NCCL's kernels without the time of other kernels beside them. On a CPU: gloo's
+    collectives without the time of PyTorch's operations.
+    """
+    talk, work, steps = [], [], []
+    on_gpu = any(event.get("cat") == "kernel" for event in events)
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        name, kind = event["name"].lower(), event.get("cat")
+        span = event["ts"], event["ts"] + event["dur"]
+        if kind == "user_annotation" and name.startswith("profilerstep"):
+            steps.append(span)
+        elif name.startswith("nccl") and kind == "kernel" if on_gpu else name.startswith("gloo:"):
+            talk.append(span)
+        elif kind == "kernel" if on_gpu else name.startswith("aten::"):
+            work.append(span)
+    return (covered(talk + work) - covered(work)) / covered(steps)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans (begin, end)."""
+    total, reached = 0.0, -math.inf
+    for begin, finish in sorted(spans):
+        total += max(0.0, finish - max(begin, reached))
+        reached = max(reached, finish)
+    return total
+
+
 # --- one invocation
 
 
@@ -140,13 +242,8 @@ class Bench:
 
     def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
         """What was measured of just this run before, or None."""
-        try:
-            record = json.loads(
-                self.path(name, number).with_suffix(".json").read_text(encoding="utf-8")
-            )
-        except (OSError, ValueError):
-            return None
-        return record if record["settings"] == as_json(settings) else None
+        record = read_json(self.path(name, number).with_suffix(".json"))
+        return record if record and record["settings"] == as_json(settings) else None
 
     def records(self, name: str, settings: Settings) -> list[dict[str, Any]]:
         """Of rounds 1, 2, ... as far as there are any."""
@@ -288,7 +385,7 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
                 )
     finally:
         for process in running.values():
-            end(process)
+            end(process, signal.SIGTERM, 0)
 
 
 def compiled_part(settings: Settings) -> Settings:
@@ -371,7 +468,7 @@ def engine_hash() -> str:
     """Of the source that the runs run."""
     packages = ("base", "storage", "kernels", "text", "decoding", "engine")
     files = sorted(
-        [*ENGINE.glob("*.py"), *(f for name in packages for f in (ENGINE / name).glob("*.py"))]
+        [*REPO.glob("*.py"), *(f for name in packages for f in (REPO / name).glob("*.py"))]
     )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
@@ -488,7 +585,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         for point in distinct_points(most)
     }
     result = {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": now(),
         "machine": dataclasses.asdict(machine),
         "plan": dataclasses.asdict(plan),
         "engine": engine_hash(),
@@ -500,8 +597,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         "scaling": scaling_rows(points, most) if points else [],
     }
     text = text_of(result, plan, machine)
-    write_json(bench.folder / "stages.json", result)
-    (bench.folder / "stages.md").write_text(text, encoding="utf-8")
+    write_report(bench.folder, "stages", result, text)
     if importlib.util.find_spec("matplotlib"):
         draw(
             result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png"
@@ -523,26 +619,9 @@ def asked_stages(only: str) -> list[str] | None:
     return known_names("--only", only, [*(stage.name for stage in LADDER), SCALING]) or None
 
 
-def check(options: Options) -> None:
-    """Raise UserError for a number out of its range."""
-    at_least: dict[str, float] = dict(
-        rounds=1, seq_len=1, micro_batch=1, steps=max(WARM_UP.values()) + 1, minutes=1
-    )
-    for name, least in at_least.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-
-
 def make_folder(folder: Path) -> None:
-    """`folder` with places for runs and caches, which git passes over. What is compiled stays there
-    too."""
-    for name in ("cache", "runs"):
-        try:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / ".gitignore").write_text("*\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}") from None
+    """`folder` with places for runs and caches. What is compiled stays there too."""
+    make_folders(folder, ("cache", "runs"))
     for name in ("TORCHINDUCTOR", "TRITON"):
         os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / "cache" / name.lower()))
 
@@ -563,7 +642,7 @@ def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
-    check(options)
+    at_least(options, steps=max(WARM_UP.values()) + 1, minutes=1)
     only = asked_stages(options.only)
     machine = elsewhere(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
-from benchmarks.plot import COLOURS, STYLE, short_number
-from benchmarks.table import markdown
+from benchmarks.plot import COLOURS, DARK, PALE, ROWS, chart, short_number, short_numbers, write
+from benchmarks.runs import Column, Row, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,67 +161,54 @@ def scaling_rows(
 
 # --- the table
 
-HEAD = (
-    "stage",
-    "adds",
-    "ms a step",
-    "tokens/s",
-    "slowest-fastest",
-    "x before",
-    "x first",
-    "MFU measured",
-    "MFU sheet",
-    "peak memory",
-    "loss",
-    "note",
-)
 LONGEST = 90  # letters of a reason
-WORDS = (0, 1, len(HEAD) - 1)  # columns of words
+LOSSES = {"differs": "loss differs", "by design": "loss by design", "not finite": "loss not finite"}
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
+def figure(name: str, form: str) -> Callable[[Row], str]:
+    """The cell of a figure that some rows lack."""
+    return lambda row: "" if row.get(name) is None else form.format(row[name])
 
 
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def span(row: Row) -> str:
+    return f"{row['slowest']:,.0f}-{row['fastest']:,.0f}" if row.get("rounds", 1) > 1 else ""
 
 
-def note(row: Record) -> str:
-    """The last column: what is to be known beside the figures."""
+def note(row: Row) -> str:
+    """What is to be known beside the figures."""
     if "step_ms" not in row:
-        text = (
-            f"{row['status']}: {row['reason']}".replace("|", "/")
-            if row["reason"]
-            else row["status"]
-        )
+        reason = f": {row['reason']}".replace("|", "/") if row["reason"] else ""
+        text = row["status"] + reason
         return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    loss = {
-        "differs": ["LOSS DIFFERS"],
-        "by design": ["loss by design"],
-        "not finite": ["loss not finite"],
-    }
-    return ", ".join(
-        [*["branch"] * (row["status"] == "branch"), *loss.get(row["loss_is"], []), *row["warnings"]]
-    )
+    loss = LOSSES.get(row["loss_is"], "")
+    loss = loss.upper() if row["loss_is"] == "differs" else loss
+    branch = "branch" if row["status"] == "branch" else ""
+    return ", ".join(filter(None, [branch, loss, *row["warnings"]]))
 
 
-def cells(row: Record) -> list[str]:
-    """A row of the stages' table."""
-    figures = [""] * (len(HEAD) - len(WORDS))
-    if "step_ms" in row:
-        figures = [
-            f"{row['step_ms']:,.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['slowest']:,.0f}-{row['fastest']:,.0f}" if row["rounds"] > 1 else "",
-            times(row["x_before"]),
-            times(row["x_first"]),
-            percent(row["mfu_measured"]),
-            percent(row["mfu_sheet"]),
-            bytes_text(row["memory_bytes"]),
-            "" if row["loss"] is None else f"{row['loss']:.4f}",
-        ]
-    return [row["stage"], row["adds"], *figures, note(row)]
+STAGES: Sequence[Column] = (
+    ("stage", figure("stage", "{}")),
+    ("adds", figure("adds", "{}")),
+    ("ms a step", figure("step_ms", "{:,.1f}")),
+    ("tokens/s", figure("tokens_per_second", "{:,.0f}")),
+    ("slowest-fastest", span),
+    ("x before", figure("x_before", "{:.2f}")),
+    ("x first", figure("x_first", "{:.2f}")),
+    ("MFU measured", figure("mfu_measured", "{:.1%}")),
+    ("MFU sheet", figure("mfu_sheet", "{:.1%}")),
+    ("peak memory", lambda row: bytes_text(row["memory_bytes"]) if "step_ms" in row else ""),
+    ("loss", figure("loss", "{:.4f}")),
+    ("note", note),
+)
+SCALING: Sequence[Column] = (
+    ("scaling", figure("kind", "{}")),
+    ("ranks", figure("ranks", "{}")),
+    ("micro-batches a rank", figure("micro_batches_per_rank", "{}")),
+    ("tokens/s", figure("tokens_per_second", "{:,.0f}")),
+    ("speed-up", figure("speedup", "{:.2f}")),
+    ("of linear", figure("efficiency", "{:.1%}")),
+    ("communication", figure("communication", "{:.1%}")),
+)
 
 
 def describe(plan: Plan, machine: Machine) -> str:
@@ -244,48 +231,24 @@ def text_of(result: Record, plan: Plan, machine: Machine) -> str:
         f"{name} {value / 1e12:,.2f}" for name, value in result["ceilings"].items()
     )
     tolerance = ", ".join(f"{name} {value:g}" for name, value in result["tolerance"].items())
+    tokens = plan.accumulation * plan.micro_batch * plan.seq_len
     text = (
         f"{describe(plan, machine)}, {result['date'][:10]}: {versions}.\n\n"
-        f"{markdown(HEAD, map(cells, result['stages']), WORDS)}\n\n"
-        "Each stage is the last one above it that is no branch, plus one thing; x before is over "
-        "that one. Medians over "
-        f"runs of {plan.steps} steps, the first {result['warm_up']} not\ncounted; the runs go "
-        "round the ladder. From "
-        f"accumulation on a step has {plan.accumulation * plan.micro_batch * plan.seq_len:,} "
-        "tokens. MFU counts "
-        f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token (6N + 12 L d T),\nagainst large matrix "
-        "products in the stage's "
-        f"precision, measured in this run (TFLOP/s: {ceilings or 'none'}), and against the maker's "
-        "data sheet.\nLoss is "
-        f"the last step's; it counts as that of the stage before within a relative {tolerance}, "
-        "the coarser of the "
-        "two.\n"
+        f"{table(STAGES, result['stages'], ('adds', 'note'))}\n\n"
+        "Each stage adds one thing to the last stage above it that is no branch; x before is the "
+        "speed over that one.\n"
+        f"Figures are medians over runs of {plan.steps} steps, of which the first "
+        f"{result['warm_up']} do not count. From accumulation on a step has {tokens:,} tokens.\n"
+        f"MFU counts {plan.flops_per_token / 1e6:,.1f} MFLOP a token (6N + 12 L d T) against large "
+        f"matrix products as measured here (TFLOP/s: {ceilings or 'none'}) and as the maker "
+        "states.\n"
+        f"Losses are of the last step; they are the same within a relative {tolerance}, the "
+        "coarser of two.\n"
     )
     return text + (scaling_text(result["scaling"], machine) if result["scaling"] else "")
 
 
 def scaling_text(rows: Sequence[Record], machine: Machine) -> str:
-    head = (
-        "scaling",
-        "ranks",
-        "micro-batches a rank",
-        "tokens/s",
-        "speed-up",
-        "of linear",
-        "communication",
-    )
-    lines = [
-        [
-            row["kind"],
-            str(row["ranks"]),
-            str(row["micro_batches_per_rank"]),
-            f"{row['tokens_per_second']:,.0f}",
-            times(row["speedup"]),
-            percent(row["efficiency"]),
-            percent(row["communication"]),
-        ]
-        for row in rows
-    ]
     cuda = machine.device == "cuda"
     how = (
         "NCCL's kernels beside no other kernel"
@@ -294,39 +257,25 @@ def scaling_text(rows: Sequence[Record], machine: Machine) -> str:
     )
     cores = "" if cuda else " Every rank has the same number of cores."
     return (
-        f"\n{markdown(head, lines, (0,))}\n\nWeak scaling: a micro-batch a rank; strong: the same "
-        "batch on all ranks. "
-        "Communication: the share of three traced steps of rank 0 in which\nit waits for other "
-        f"ranks ({how}).{cores}\n"
+        f"\n{table(SCALING, rows)}\n\nWeak scaling: a micro-batch a rank; strong: the same batch on "
+        "all ranks.\nCommunication: the share of three traced steps in which rank 0 waits for "
+        f"other ranks ({how}).{cores}\n"
     )
 
 
 # --- the chart
 
-KEPT, BRANCH, FAILURE, DARK, PALE = COLOURS[0], COLOURS[5], COLOURS[1], "#222222", "#8a8a8a"
-LOOK = STYLE | {
-    "font.size": 11.5,
-    "axes.spines.left": False,
-    "axes.grid.axis": "x",
-    "axes.axisbelow": True,
-}
-WHITE = dict(facecolor="white", edgecolor="none", alpha=0.95, pad=1.0)  # behind text
+FAILURE = COLOURS[1]
+KEPT: dict[str, Any] = {"color": COLOURS[0]}
+BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch": "////"}
 
 
 def draw(result: Record, title: str, out: Path) -> None:
     """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone
     would set."""
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    rows, style = joined(result["stages"]), dict[str, Any](LOOK)
+    rows = joined(result["stages"])
     most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
-    with matplotlib.rc_context(style):  # ty: ignore[invalid-argument-type]
-        figure = Figure(
-            figsize=(13, 2.2 + 0.42 * len(rows)),
-            layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1),
-        )
+    with chart(out, 13, 2.2 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
         axes = figure.subplots()
         axes.set_xlim(0, 1.35 * most)
         axes.set_ylim(len(rows) - 0.4, -1.0)
@@ -334,7 +283,6 @@ def draw(result: Record, title: str, out: Path) -> None:
             draw_row(axes, y, row)
         draw_ceilings(axes, rows, result)
         finish(axes, headline(rows), title)
-        figure.savefig(out, format="png")
 
 
 def joined(rows: Sequence[Record]) -> list[Record]:
@@ -358,42 +306,22 @@ def headline(rows: Sequence[Record]) -> str:
 
 def draw_row(axes: Axes, y: int, row: Record) -> None:
     """A stage's names, and its bar or why it has none."""
-    left: dict[str, Any] = dict(
-        xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right", va="center"
-    )
-    axes.annotate(row["stage"], (0, y), (-8, 6), color=DARK, **left)
-    axes.annotate(row["adds"], (0, y), (-8, -7), color=PALE, fontsize=8.5, **left)
-    right: dict[str, Any] = dict(textcoords="offset points", va="center", zorder=5)
+    left: dict[str, Any] = dict(xycoords=axes.get_yaxis_transform(), ha="right", bbox=None)
+    write(axes, row["stage"], (0, y), (-8, 6), **left)
+    write(axes, row["adds"], (0, y), (-8, -7), color=PALE, fontsize=8.5, **left)
     if "step_ms" not in row:
-        axes.annotate(
-            note(row),
-            (0, y),
-            (6, 0),
-            color=FAILURE if row["status"] == "failed" else PALE,
-            style="italic",
-            **right,
-        )
+        colour = FAILURE if row["status"] == "failed" else PALE
+        write(axes, note(row), (0, y), (6, 0), color=colour, style="italic")
         return
     value, kept = row["tokens_per_second"], row["status"] == "kept"
-    look: dict[str, Any] = (
-        dict(color=KEPT) if kept else dict(facecolor="white", edgecolor=BRANCH, hatch="////")
-    )
-    axes.barh(y, value, height=0.66, zorder=2, **look)
+    axes.barh(y, value, height=0.66, zorder=2, **(KEPT if kept else BRANCH))
     axes.plot([row["slowest"], row["fastest"]], [y, y], color=DARK, linewidth=1.3, zorder=3)
     text = f"{value:,.0f}" + (f"   × {row['x_before']:.2f}" if row["x_before"] else "")
-    text += {"differs": "   loss differs", "not finite": "   loss not finite"}.get(
-        row["loss_is"], ""
-    )
+    if row["loss_is"] in ("differs", "not finite"):
+        text += f"   {LOSSES[row['loss_is']]}"
     weight = "bold" if kept and (row["x_before"] or 1) >= 1.05 else "normal"
-    axes.annotate(
-        text,
-        (row["fastest"], y),
-        (7, 0),
-        color=DARK if kept else PALE,
-        weight=weight,
-        bbox=WHITE,
-        **right,
-    )
+    colour = DARK if kept else PALE
+    write(axes, text, (row["fastest"], y), (7, 0), color=colour, weight=weight)
 
 
 def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
@@ -409,25 +337,16 @@ def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
         if not ys or not ceiling:
             continue
         x = devices * ceiling / result["plan"]["flops_per_token"]
-        axes.plot(
-            [x, x],
-            [ys[0] - 0.5, ys[-1] + 0.5],
-            color=DARK,
-            linestyle=(0, (4, 2)),
-            linewidth=1.4,
-            zorder=4,
-        )
+        axes.plot([x, x], [ys[0] - 0.5, ys[-1] + 0.5], color=DARK, linestyle=(0, (4, 2)), zorder=4)
         text, left = f"{precision} products alone: {short_number(x)}", x > 0.75 * edge
-        axes.annotate(
+        write(
+            axes,
             text + (" →" if x > edge else ""),
             (min(x, edge), ys[0] - 0.5),
             (-4 if left else 4, 1),
             fontsize=9,
-            textcoords="offset points",
             ha="right" if left else "left",
             va="bottom",
-            color=DARK,
-            bbox=WHITE,
             zorder=6,
         )
 
@@ -435,19 +354,14 @@ def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
 def finish(axes: Axes, title: str, below: str) -> None:
     """Axis, legend, and title with a line below it."""
     from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter
 
     axes.set_yticks([])
     axes.set_xlabel("tokens per second, and × the last stage above that is no branch")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.tick_params(length=0)
+    short_numbers(axes.xaxis)
     axes.set_title(title, fontsize=17, pad=30)
-    axes.annotate(
-        below, (0, 1), (0, 12), "axes fraction", "offset points", fontsize=10.5, color="#555555"
-    )
-    branch = "a branch: not what the engine does here by itself"
+    write(axes, below, (0, 1), (0, 16), xycoords="axes fraction", fontsize=10.5, color=PALE)
     handles = [
-        Patch(color=KEPT, label="kept"),
-        Patch(facecolor="white", edgecolor=BRANCH, hatch="////", label=branch),
+        Patch(**KEPT, label="kept"),
+        Patch(**BRANCH, label="a branch: not what the engine does here by itself"),
     ]
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=10)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from base.machine import cores
 from benchmarks.ladder import Machine
 from benchmarks.machine import facts
-from benchmarks.stages_run import say
+from benchmarks.runs import say
 from config import PRESETS, GPTConfig, TrainConfig, UserError, resolve
 from engine.roofline import product_ceiling
 

@@ -22,6 +22,8 @@ import pytest
 import torch
 
 import conftest
+from benchmarks import gpu_check
+from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.gpu_check import Check, Part, all_parts, asked_for, begun_in, forecast
 from config import UserError
 from support import REPO, python_path
@@ -365,6 +367,12 @@ def test_a_benchmark_has_the_options_that_it_is_given(measured: Part) -> None:
     assert {
         word[2:].replace("-", "_") for word in measured.words if word.startswith("--")
     } <= fields
+
+
+def test_every_peer_of_a_gpu_is_compared() -> None:
+    peers = {name for name, of in CONTENDERS.items() if "cuda" in of.devices and of.peer}
+    assert {*gpu_check.COMPILED, *gpu_check.EAGER} == peers | {f"{OURS} fp8"} <= {*CONTENDERS}
+    assert set(gpu_check.LONG) <= {part.name for part in all_parts()}
 
 
 def test_the_engine_needs_small_packages_only(repo) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import pytest
 
 import kernels
 from base.cli import parse
-from benchmarks import stages, stages_report, stages_run
+from benchmarks import stages, stages_report
 from benchmarks.ladder import (
     LADDER,
     Machine,
@@ -28,8 +27,8 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
+from benchmarks.runs import Failed
 from benchmarks.stages import Bench
-from benchmarks.stages_run import Failed, TimeUp
 from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 from launch import write_inputs
@@ -156,7 +155,7 @@ def test_every_command_is_one_that_the_engine_takes(machine, tmp_path) -> None:
     for rung in ladder(machine):
         if rung.skipped:
             continue
-        words = stages_run.command(rung.settings, PLAN, tmp_path / "cache", tmp_path / "run")
+        words = stages.command(rung.settings, PLAN, tmp_path / "cache", tmp_path / "run")
         script = next(i for i, word in enumerate(words) if word.endswith("train_gpt2.py"))
         assert ("torch.distributed.run" in words[:script]) == (rung.stage.name == "ddp")
         cfg = resolve(parse(TrainConfig, words[script + 1 :]), rung.settings.device)
@@ -313,15 +312,15 @@ def test_communication_counts_only_where_nothing_is_computed() -> None:
         event("gemm", "kernel", 0, 20),
         event("aten::mm", "cpu_op", 0, 99),
     ]
-    assert stages_run.communication_share(steps + gpu) == pytest.approx(0.2)
+    assert stages.communication_share(steps + gpu) == pytest.approx(0.2)
     cpu = [
         event("gloo:all_reduce", "user_annotation", 10, 40),
         event("aten::mm", "cpu_op", 0, 20),
         event("aten::mm", "cpu_op", 15, 30),
     ]
-    assert stages_run.communication_share(
-        [*steps, *cpu, {"ph": "M", "name": "x"}]
-    ) == pytest.approx(0.1)
+    assert stages.communication_share([*steps, *cpu, {"ph": "M", "name": "x"}]) == pytest.approx(
+        0.1
+    )
 
 
 # --- runs
@@ -332,35 +331,6 @@ def test_steps_are_those_that_the_time_allows() -> None:
     assert stages.steps_for(seconds=20, start_up=10, step=1, warm_up=2) == 10
     assert stages.steps_for(seconds=5, start_up=10, step=1, warm_up=2) == 2 + least
     assert stages.steps_for(seconds=1e6, start_up=10, step=1, warm_up=2) == 2 + most
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("banner\nerror: --precision fp8 needs a GPU\n", "error: --precision fp8 needs a GPU"),
-        ("Traceback\n  x()\nRuntimeError: boom\n", "RuntimeError: boom"),
-        (
-            "[rank1]: torch.OutOfMemoryError: CUDA\n"
-            + "torch.distributed.elastic.ChildFailedError: "
-            "\n" + 9 * "=",
-            "[rank1]: torch.OutOfMemoryError: CUDA",
-        ),
-        ("Segmentation fault\n", "Segmentation fault"),
-        ("", "it ended with code 9"),
-    ],
-)
-def test_the_last_error_is_found(output, expected) -> None:
-    assert stages_run.last_error(output, 9) == expected
-
-
-def test_a_run_past_its_time_is_ended(tmp_path) -> None:
-    words = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with pytest.raises(TimeUp):
-        stages_run.execute(words, tmp_path / "out.txt", until=time.monotonic() + 0.2)
-    with pytest.raises(Failed, match="ValueError: no"):
-        stages_run.execute(
-            [sys.executable, "-c", "raise ValueError('no')"], tmp_path / "out.txt", until=math.inf
-        )
 
 
 @pytest.fixture
@@ -476,21 +446,21 @@ def test_each_compiled_graph_is_made_once_ahead(tmp_path, monkeypatch, capsys) -
 
 
 def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
-    large, small = (fitting_micro_batch("gpt2", 1024, memory << 30) for memory in (139, 16))
+    large, small = (fitting_micro_batch("micro", 256, memory) for memory in (139 << 30, 1 << 28))
     assert large == 32 and small < 16
 
 
 # --- the command
 
 
-def test_a_wrong_name_is_one_line(run, tmp_path) -> None:
-    done = run(
-        "-m", "benchmarks.stages", "--only", "baseline,flash-attn", "--out", tmp_path / "out"
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --only flash-attn is none of cpu, baseline, ")
-    assert "(did you mean flash-attention?)" in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_a_wrong_name_is_said_before_anything_is_made(monkeypatch, tmp_path) -> None:
+    words = ["stages", "--only", "baseline,flash-attn", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(stages, "outlive", lambda: None)
+    with pytest.raises(UserError, match="--only flash-attn is none of cpu, baseline, ") as error:
+        stages.main()
+    assert "(did you mean flash-attention?)" in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
@@ -506,14 +476,15 @@ def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
         stages.stored_plan(file, {})
 
 
-def test_a_number_out_of_range_is_refused() -> None:
-    for options, message in (
-        (stages.Options(steps=2), "--steps is 2; it must be at least 4"),
-        (stages.Options(rounds=0), "--rounds is 0"),
-        (stages.Options(micro_batch=0), "--micro-batch is 0"),
+def test_a_number_out_of_range_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "outlive", lambda: None)
+    for words, message in (
+        (["--steps", "2"], "--steps is 2; it must be at least 4"),
+        (["--minutes", "0.5"], "--minutes is 0.5; it must be at least 1"),
     ):
+        monkeypatch.setattr(sys, "argv", ["stages", *words])
         with pytest.raises(UserError, match=message):
-            stages.check(options)
+            stages.main()
 
 
 def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
