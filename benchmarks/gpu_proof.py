@@ -143,6 +143,8 @@ def cases(kernel: str, quick: bool) -> Iterator[Case]:
             )
         elif kernel == "bias_gelu":
             yield from (Case(kernel, precision, 4 * width) for width in widths)
+        elif kernel != "adamw":
+            raise ValueError(f"no shapes are given for the kernel {kernel}")
         elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 where weights are cast once
             yield Case(kernel, precision)
     if kernel == "layer_norm" and not quick:  # --without cast-once

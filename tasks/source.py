@@ -42,6 +42,7 @@ class Source:
             expand=task.expand,
             say=self.say,
             every=answered,
+            nameable=[name for name in task.columns if hasattr(cfg, f"{name}_column")],
         )
         if found.skipped:
             what = "their answers are empty" if answered else "are left out"

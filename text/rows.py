@@ -92,6 +92,7 @@ def read_rows(
     expand: Expand | None = None,
     say: Callable[[str], None] = print,
     every: bool = False,
+    nameable: Collection[str] | None = None,
 ) -> Rows:
     """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub
     ids, comma-separated.
@@ -106,6 +107,8 @@ def read_rows(
     A row that is broken (cells missing, a field empty, not JSON, not UTF-8) is told to `say`,
     counted and left out; under `strict` it ends the run. Raises UserError naming file and line or
     column; also where no row is left.
+
+    nameable: fields whose column the user can name with --FIELD-column; None: all.
 
     every: all rows are wanted, in their order, since each is to be answered. An empty field is no
     fault then, and a broken row is told and kept with what can be read of it: see `_kept`.
@@ -124,7 +127,7 @@ def read_rows(
         )
         if found:
             chosen = {
-                field: _choose(name, field, columns[field], list(found), optional)
+                field: _choose(name, field, columns[field], list(found), optional, nameable)
                 for field in columns
             }
         for place, cells in records:
@@ -208,6 +211,7 @@ def _choose(
     given: str | tuple[str, ...],
     found: list[str],
     optional: Collection[str],
+    nameable: Collection[str] | None,
 ) -> str | None:
     """The column of a field; None for an optional field without one."""
     names = (given,) if isinstance(given, str) else given
@@ -216,9 +220,11 @@ def _choose(
         return there[0] if there else None
     close = next(filter(None, (nearest(name, found) for name in names)), "")
     listed = ", ".join(map(_shown, filter(None, found[:20]))) or "none with a name"
+    option = f"Use --{field.replace('_', '-')}-column NAME"
+    advice = option if nameable is None or field in nameable else "Rename the one that is meant"
     raise UserError(
         f"{where} has no column {' or '.join(map(repr, names))}{close}; it has (a table names them "
-        f"in its first line): {listed}. Use --{field.replace('_', '-')}-column NAME"
+        f"in its first line): {listed}. {advice}"
     )
 
 
