@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from base.cli import parse, typed_options
+from base.console import outlive
 from config import UserError, nearest
 from tasks.classification.description import Labels
 from tasks.description import Description
@@ -39,7 +40,10 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
     from engine.resume import own_options  # with torch, which --help can do without
 
-    return own_options(cfg, typed), typed
+    cfg = own_options(cfg, typed)
+    if not cfg.dry_run:
+        outlive()
+    return cfg, typed
 
 
 def task_of_labels(asked: str) -> Labels:

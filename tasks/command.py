@@ -10,7 +10,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from base.console import outlive
 from base.files import beside, writable_file, write_json, writing_to
 from base.signals import stopped_by
 from config import UserError
@@ -32,8 +31,6 @@ def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     typed: the options that stand on the command line.
     """
     description = task.description
-    if not cfg.dry_run:
-        outlive()
     if not cfg.trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
     check_answers(description, cfg)

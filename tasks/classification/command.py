@@ -86,13 +86,12 @@ def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0  # there is nothing to divide
     cfg.check()
-    cfg = dataclasses.replace(cfg, data=cfg.data or "toy")
     answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
     if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
     writable_file("--out", str(folder / RESULTS), make_folder=True)
-    source = Source(task, cfg, print)
+    source = Source(task, dataclasses.replace(cfg, data=cfg.data or "toy"), print)
     rows = read_labelled(source)
     labels, train, val = rows.labels, rows.train, rows.val
     if cfg.predict:  # a label that is unknown ends the run before the work is done

@@ -224,3 +224,19 @@ def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
     )
     assert own_lines(ours) == ours
     assert own_lines(f"error: a\n{foreign}error: b\n") == "error: a\nerror: b\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_model_of_words_is_fitted_whole_where_nobody_reads_it(tmp_path: Path) -> None:
+    words = "-m finetune.sentiment --model naive-bayes --out run"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(REPO)}
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {words} > /dev/full"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] is None
