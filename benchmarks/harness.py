@@ -9,10 +9,7 @@ the caches as another left them, which is also what an interrupted machine does 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.files import replace_text, write_json
+from benchmarks.runs import now, read_json, say
 
 OURS = "this engine"
 MACHINE = ("device", "hardware", "driver", "versions", "settings")  # facts that --resume compares
 
 Result = TypeVar("Result")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- turns
@@ -136,22 +130,20 @@ class Results:
     ):
         self.path, self.report = path, report
         self.cases: list[dict[str, Any]] = []
-        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.record: dict[str, Any] = facts | {
-            "date": date,
+            "date": now(),
             "options": dataclasses.asdict(options),
             "cases": self.cases,
         }
 
     def resume(self) -> None:
         """Keep the cases that the file has of this machine with these versions."""
-        try:
-            before = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
-        except (OSError, ValueError):
+        before = read_json(self.path) if self.path else None
+        if not before:
             return
         if "options" in before and all(before.get(k) == self.record[k] for k in MACHINE):
             self.cases += before["cases"]
-        elif before:
+        else:
             say(f"{self.path} is not kept: another machine, other versions or an older layout")
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import ctypes
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def estimate(
     pass. `base`: bytes of the process before it builds a model; by default those of this process on
     the CPU, none elsewhere (they are not the device's).
     """
-    live = _step(cost, cfg, micro_batch, accumulate)
+    live = _step(cost, cfg.precision, cfg.without, micro_batch, accumulate)
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(cost, cfg.optimizer, padded=True)
     other = base if base is not None else resident_bytes() if on_cpu else 0
@@ -215,9 +215,11 @@ class _Ledger(TorchDispatchMode):
         self.live[part] -= size
 
 
-def _step(cost: Cost, cfg: RunConfig, micro_batch: int, accumulate: bool) -> dict[str, int]:
+def _step(
+    cost: Cost, precision: str, without: Collection[str], micro_batch: int, accumulate: bool
+) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
-    dtype, cast_once = DTYPES.get(cfg.precision), casts_once(cfg.precision, cfg.without)
+    dtype, cast_once = DTYPES.get(precision), casts_once(precision, without)
     with FakeTensorMode(), _Ledger() as ledger:
         ledger.part = "weights"
         model = GPT(cost.shape)

@@ -8,7 +8,7 @@ label's word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 from adapters.options import Form
@@ -48,10 +48,6 @@ def prompt(row: Row, form: Form) -> Parts:
     return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"
 
 
-def words(labels: Sequence[str]) -> Sequence[str]:
-    return label_words(labels) or WORDS.get(len(labels), ())
-
-
 TASK = Labels(
     name="nli",
     config=NliConfig,
@@ -64,7 +60,7 @@ TASK = Labels(
     optional=("id",),
     texts=texts,
     prompt=prompt,
-    words=words,
+    words=functools.partial(label_words, of_numbers=WORDS),
     toy=(
         {
             "premise": "Two dogs run over a field.",

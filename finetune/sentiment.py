@@ -8,7 +8,7 @@ answers that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 from adapters.options import Form
@@ -41,10 +41,6 @@ def prompt(row: Row, form: Form) -> Parts:
     return "Review: ", Long(row["text"].strip()), "\nSentiment:"
 
 
-def words(labels: Sequence[str]) -> Sequence[str]:
-    return label_words(labels) or WORDS.get(len(labels), ())
-
-
 TASK = Labels(
     name="sentiment",
     config=SentimentConfig,
@@ -55,7 +51,7 @@ TASK = Labels(
     },
     optional=("id",),
     prompt=prompt,
-    words=words,
+    words=functools.partial(label_words, of_numbers=WORDS),
     csv_header="Predicted_Sentiment",
     toy=(
         {"text": "A warm, funny film that I would gladly see again.", "label": "1"},

@@ -66,6 +66,7 @@ class Finetuning(Task):
     description: Any  # of the family's kind
     cfg: Any  # of the description's kind of options
     source: Source
+    to_answer: list[Row] | None = None  # the rows of --predict, where `setup` has read them
     trunk: Trunk
     order: Turns
     train: Any  # Split of the family's kind
@@ -114,9 +115,10 @@ class Finetuning(Task):
         raise NotImplementedError
 
     def rows_to_answer(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
-        """The rows of --predict, which `setup` has read if there was one."""
-        source = self.source if hasattr(self, "source") else Source(self.description, cfg, say)
-        return source.to_answer
+        """The rows of --predict."""
+        if self.to_answer is None:
+            self.to_answer = Source(self.description, cfg, say).to_answer
+        return self.to_answer
 
     # --- what the loop must know
 

@@ -103,6 +103,7 @@ class Turns:
             self.orders.append(Order(lengths[ids], batch_size, seed + task, group))
         own = self.orders[0].steps_per_epoch
         self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
+        self._known: tuple[int, list[int], list[int]] = -1, [], []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,26 +112,27 @@ class Turns:
     def __call__(self, step: int) -> np.ndarray:
         """Ids of the global batch of a 0-based step, (groups, rows of a group) int64."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        turns = self._turns(epoch)
-        return self._batch(epoch, turns[at], int((turns[:at] == turns[at]).sum()))
+        if self._known[0] != epoch:
+            self._known = epoch, *self._turns(epoch)
+        _, tasks, numbers = self._known
+        task = tasks[at]
+        order = self.orders[task]
+        return order(epoch * self.shares[task] + numbers[at]) + self.offsets[task]
 
     def epoch(self, epoch: int) -> Iterator[np.ndarray]:
         """The batches of a 0-based epoch."""
-        given = [0] * len(self.shares)
-        for task in self._turns(epoch):
-            yield self._batch(epoch, task, given[task])
-            given[task] += 1
+        first = epoch * self.steps_per_epoch
+        return map(self, range(first, first + self.steps_per_epoch))
 
-    def _turns(self, epoch: int) -> np.ndarray:
-        """The task of each step of an epoch."""
-        turns = np.repeat(np.arange(len(self.shares)), self.shares)
-        if len(self.shares) == 1:
-            return turns
-        return np.random.default_rng([self.seed, epoch]).permutation(turns)
-
-    def _batch(self, epoch: int, task: int, number: int) -> np.ndarray:
-        """The batch of that number of those that a task gives in an epoch."""
-        return self.orders[task](epoch * self.shares[task] + number) + self.offsets[task]
+    def _turns(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The task of each step of an epoch, and how many steps of that task come before it."""
+        tasks = np.repeat(np.arange(len(self.shares)), self.shares)
+        if len(self.shares) > 1:
+            tasks = np.random.default_rng([self.seed, epoch]).permutation(tasks)
+        numbers = np.empty_like(tasks)
+        for task, share in enumerate(self.shares):
+            numbers[tasks == task] = np.arange(share)
+        return tasks.tolist(), numbers.tolist()
 
 
 def padded_lengths(

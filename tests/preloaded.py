@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+from typing import Any
 from unittest import mock
 
 # F401: these are loaded for the runs that are forked, which import them again at no cost.
@@ -20,7 +21,7 @@ import torch._dynamo  # what an optimizer would import
 import finetune  # noqa: F401
 import train_gpt2  # noqa: F401
 from base.cli import parse
-from config import GPTConfig, RunConfig, TrainConfig
+from config import GPTConfig, TrainConfig
 from engine import memory, trainer  # noqa: F401
 from engine.task import Cost
 from model import GPT
@@ -29,13 +30,14 @@ count = memory._step
 counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 
-def remembered(cost: Cost, cfg: RunConfig, micro_batch: int, accumulate: bool) -> dict[str, int]:
-    """The memory of a step, which takes a quarter of a tiny run's time to count."""
+def remembered(cost: Cost, *rest: Any) -> dict[str, int]:
+    """The memory of a step, which takes a quarter of a tiny run's time to count; counted anew where
+    functions are part of the cost."""
     if cost.added or cost.loss:
-        return count(cost, cfg, micro_batch, accumulate)
-    key = (repr(cost.shape), cost.length, cfg.precision, cfg.without, micro_batch, accumulate)
+        return count(cost, *rest)
+    key = (repr(cost), *rest)
     if key not in counted:
-        counted[key] = count(cost, cfg, micro_batch, accumulate)
+        counted[key] = count(cost, *rest)
     return counted[key]
 
 

@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from config import UserError, nearest
 from tasks.description import Reading
@@ -146,10 +146,13 @@ def true_labels(rows: Sequence[Row], labels: Sequence[str]) -> dict[int, int]:
     }
 
 
-def label_words(labels: Sequence[str]) -> Sequence[str]:
-    """What a language model answers for each label: its name; none where the names are numbers."""
+def label_words(
+    labels: Sequence[str], of_numbers: Mapping[int, Sequence[str]] | None = None
+) -> Sequence[str]:
+    """What a language model answers for each label: its name. Where the names are numbers, the
+    words for as many labels in `of_numbers`; none where it has none."""
     if all(map(is_number, labels)):
-        return ()
+        return (of_numbers or {}).get(len(labels), ())
     return [label.replace("_", " ").lower() for label in labels]
 
 

@@ -40,6 +40,7 @@ from tasks.encoder import padded
 from tasks.finetuning import EXACT, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
+from text.rows import Row
 
 CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 
@@ -106,7 +107,8 @@ class Classification(Finetuning):
         self.terms = self.objective.terms
         source.warnings += [text for other in others for text in other.warnings]
         if cfg.predict:
-            self._check_rows_to_answer()
+            self.to_answer = source.to_answer
+            self._check_rows_to_answer(self.to_answer)
         for text in self._first_rows():
             say(text)
         self.head = self._trained_head()
@@ -131,13 +133,13 @@ class Classification(Finetuning):
         seq_len = self.trunk.seq_len
         return Info(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
 
-    def _check_rows_to_answer(self) -> None:
+    def _check_rows_to_answer(self, rows: Sequence[Row]) -> None:
         """Raise UserError for what would end --predict after training: unknown labels, and under
         --strict long rows."""
-        true_labels(self.source.to_answer, self.info.labels)
+        true_labels(rows, self.info.labels)
         if self.cfg.strict:
             encode = row_encoder(self.source, self.trunk)
-            for row in self.source.to_answer:
+            for row in rows:
                 encode(row)
 
     def _first_rows(self) -> list[str]:

@@ -41,6 +41,7 @@ class Generation(Finetuning):
 
     cfg: GenerationConfig
     choices = ("unlikelihood", "objective")
+    learned_rows: Sequence[Row] = ()  # where `setup` has read them
     train: Sequences
     val: Sequences
     writer: Writer
@@ -64,6 +65,7 @@ class Generation(Finetuning):
         self.writer = Writer(trunk.tokenizer, trunk.seq_len, cfg.strict)
         train, val = source.training_and_validation()
         self.train = self._sequences(train, "training")
+        self.learned_rows = self.train.rows
         self.val = self._sequences(val, "validation")
         if both := source.in_both(train, val):
             source.warnings.append(
@@ -76,8 +78,9 @@ class Generation(Finetuning):
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
         self.set_order(np.zeros(len(self.train.rows), np.int64))
         if cfg.predict:  # what --strict does not allow ends here
+            self.to_answer = source.to_answer
             self.writer.prompts(
-                source.to_answer,
+                self.to_answer,
                 lambda row: self.description.predict(row, cfg).prompt,
                 trunk.seq_len,
                 lambda text: None,
@@ -193,5 +196,5 @@ class Generation(Finetuning):
         what is wrong with either."""
         rows = self.rows_to_answer(cfg, say)
         model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
-        learned = self.train.rows if hasattr(self, "train") else ()
-        return AnswersOfModel(model, Answerer(self.description, cfg, tokenizer), rows, learned)
+        answerer = Answerer(self.description, cfg, tokenizer)
+        return AnswersOfModel(model, answerer, rows, self.learned_rows)

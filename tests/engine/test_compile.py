@@ -41,7 +41,7 @@ def traced(monkeypatch):
 @pytest.mark.parametrize(
     ("unit", "precision", "options"),
     [
-        ("model", "fp32", {}),
+        ("model", "bf16", {}),
         ("block", "fp32", {}),
         ("model", "bf16", {"without": ("cast-once",)}),
         ("model", "bf16", {"without": ("chunked-head",)}),
@@ -72,9 +72,9 @@ def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, option
     assert not traced["graph_break"]
 
 
-def test_evaluation_compiles_once_and_leaves_training_alone(traced, monkeypatch):
-    """By the block; test_cli has a whole model's."""
-    step, loader = make_step(shape=SMALL, precision="bf16", compile=True, compile_unit="block")
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_evaluation_compiles_once_and_leaves_training_alone(traced, monkeypatch, unit):
+    step, loader = make_step(shape=SMALL, precision="bf16", compile=True, compile_unit=unit)
     monkeypatch.setattr(step.task, "rows", lambda split, at: np.arange(16)[:, None])
     monkeypatch.setattr(step.task, "metrics", lambda sums, outputs: sums)
     step(0, loader(0))

@@ -116,7 +116,7 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
         "--steps",
         2,
         "--batch-tokens",
-        32,
+        64,
         "--n-embd",
         32,
         "--dropout",

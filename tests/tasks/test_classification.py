@@ -32,8 +32,8 @@ from engine.loader import Loader, partition
 from engine.precision import set_products
 from engine.processes import World
 from engine.step import TrainStep
+from given import GivenLabels, rows_are_given
 from model import GPT
-from tasks.classification.description import Labels
 from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
@@ -42,7 +42,6 @@ from tasks.classification.task import Also, Classification
 from tasks.description import Long, Parts, Special
 from tasks.encoder import padded
 from tasks.order import Order
-from tasks.source import Source
 from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
@@ -71,21 +70,9 @@ WORDS = [
 LABELS = ("bad", "good", "so-so")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(Labels):
-    """A task whose rows the test gives, by the name of their file."""
-
-    given: dict[str, list[dict[str, str]]]
-
-
-def read_given(source: Source, spec: str, split: str) -> list[Row]:
-    rows = source.task.given[spec]  # ty: ignore[missing-attribute]
-    return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(rows)]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def given_rows() -> Iterator[None]:
-    with mock.patch.object(Source, "read", read_given):
+    with rows_are_given():
         yield
 
 
@@ -97,9 +84,9 @@ def prompt(row: Row, form: str) -> Parts:
     return ("of", *(part for text in texts_of(row) for part in (Long(text), ASK)))
 
 
-def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = None) -> Given:
+def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = None) -> GivenLabels:
     """Rows of a text or two, and how they feel."""
-    return Given(
+    return GivenLabels(
         name="mood",
         config=ClassificationConfig,
         columns={"first": ("first",), "second": ("second",), "label": ("label",)},

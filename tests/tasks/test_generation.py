@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,9 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from config import UserError, resolve, resolve_steps
+from given import GivenTexts, rows_are_given
 from model import GPT
 from tasks.description import Long, Special, plain
-from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.description import Answer, Example
 from tasks.generation.options import GenerationConfig
 from tasks.generation.task import IGNORE, Generation
 from tasks.source import Source
@@ -52,21 +52,9 @@ WORDS = [
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(Texts):
-    """A task whose rows the test gives, by their split."""
-
-    given: dict[str, list[dict[str, str]]]
-
-
-def read_given(source: Source, spec: str, split: str) -> list[Row]:
-    rows = source.task.given[split]  # ty: ignore[missing-attribute]
-    return [Row(fields, f"{spec} row {n}") for n, fields in enumerate(rows)]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def given_rows() -> Iterator[None]:
-    with mock.patch.object(Source, "read", read_given):
+    with rows_are_given():
         yield
 
 
@@ -90,7 +78,7 @@ class Echo(Generation):
         best: tuple[str, str] = ("val_loss", "min"),
     ):
         super().__init__(
-            Given(
+            GivenTexts(
                 name="echo",
                 config=GenerationConfig,
                 columns={"long": ("long",), "fixed": ("fixed",), "answer": ("answer",)},
@@ -474,9 +462,8 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     }
     assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
     broken = Echo(rows)
-    broken.source = Source(broken.description, cfg, print)
     torn = Row(dict(row("")), "a line 1", "is torn")
-    broken.source.to_answer = [torn, *broken.source.read("rows", "test")]
+    broken.to_answer = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
     assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {
         "answered": 3
     }
