@@ -16,20 +16,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from base.errors import reason
 from base.files import replace_text
 from config import Count, Few, UserError, Where, nearest
-from engine.processes import choose_device
 from tasks.order import group_by_length
 from text.corpus import records_of
 from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
 from tools.predictions import check_out
+
+if TYPE_CHECKING:  # it loads torch
+    from tools.translator import Translator
 
 TEXTS = (
     "sentence",
@@ -144,68 +143,6 @@ def texts_of(row: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:
     }
 
 
-# --- translation
-
-
-class Translator:
-    """A sequence-to-sequence model of transformers, from one language to another."""
-
-    def __init__(self, where: str, option: str, cfg: BacktranslateConfig):
-        try:
-            from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
-        except ImportError:
-            raise UserError(
-                "translating needs transformers: pip install transformers sentencepiece"
-            ) from None
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForSeq2SeqLM.from_pretrained(where, dtype=torch.float32)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"{option} {where} is no translation model here: {reason(error)}"
-            ) from None
-        self.model, self.beams = model.eval().to(choose_device(cfg.device)), cfg.beams
-        room = getattr(model.config, "max_position_embeddings", None) or cfg.max_tokens
-        self.max_tokens = min(cfg.max_tokens, room, self.tokenizer.model_max_length)
-
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """In tokens."""
-        return (
-            [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
-            if texts
-            else []
-        )
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """Translations; None of a text that is too long, and where no end came within as many
-        tokens."""
-        fits = [n for n, length in enumerate(self.lengths(texts)) if length <= self.max_tokens]
-        found: list[str | None] = [None] * len(texts)
-        if not fits:
-            return found
-        inputs = self.tokenizer([texts[n] for n in fits], padding=True, return_tensors="pt").to(
-            self.model.device
-        )
-        ids = self.model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=self.max_tokens,
-            num_beams=self.beams,
-            do_sample=False,
-        )
-        # The first token is the decoder's start; an end in the last place may be there because the
-        # room was.
-        ended = (ids[:, 1 : self.max_tokens] == self.tokenizer.eos_token_id).any(1).tolist()
-        for n, end, text in zip(
-            fits, ended, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True
-        ):
-            found[n] = text.strip() if end and text.strip() else None
-        return found
-
-
 def there_and_back(to: Translate, back: Translate, texts: Sequence[str]) -> list[str | None]:
     there = to(texts)
     returned = iter(back([text for text in there if text is not None]))
@@ -311,8 +248,14 @@ def main() -> None:
     rows = read_cells(cfg.data)
     columns = text_columns(rows, cfg.columns, cfg.data)
     texts = list(dict.fromkeys(text for row in rows for text in texts_of(row, columns).values()))
+    # torch is imported only now: --help and a mistyped option answer at once.
+    from tools.translator import Translator
+
     how = {"to": cfg.to, "back": cfg.back, "beams": cfg.beams, "max_tokens": cfg.max_tokens}
-    to, back = Translator(cfg.to, "--to", cfg), Translator(cfg.back, "--back", cfg)
+    to, back = (
+        Translator(where, option, cfg.beams, cfg.max_tokens, cfg.device)
+        for where, option in ((cfg.to, "--to"), (cfg.back, "--back"))
+    )
     journal = Journal(out.with_name(out.name + ".part"), how)
     translate_all(texts, to, back, journal, cfg.batch_tokens)
     kept, same, long = translated(rows, columns, journal.done)
