@@ -28,12 +28,3 @@ def own_lines(stderr: str) -> str:
     """Standard error without Python's warnings, which depend on the libraries' versions, and their
     source lines."""
     return WARNING.sub("", stderr)
-
-
-def project_files() -> list[Path]:
-    """Every Python file of the project but its tests."""
-    folders = [path for path in REPO.iterdir() if path.is_dir() and path.name[0] != "."]
-    packages = [folder for folder in folders if any(folder.glob("*.py")) and folder.name != "tests"]
-    return sorted(
-        [*REPO.glob("*.py"), *(file for folder in packages for file in folder.rglob("*.py"))]
-    )
