@@ -77,7 +77,7 @@ setup:
 	echo "Setting up .venv (once, some minutes)"; \
 	python3 -m venv --clear .venv; \
 	if [ -z "$(TORCH)" ]; then cp constraints.txt .venv/lock; else \
-		grep -vE '^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z]*)==' constraints.txt > .venv/lock; \
+		grep -vE '^(torch|triton|setuptools|nvidia-[a-z0-9-]*|cuda-[a-z]*)==' constraints.txt > .venv/lock; \
 		printf 'torch==%s\ntriton==%s\n' "$(TORCH)" "$(TRITON)" >> .venv/lock; fi; \
 	.venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/lock -e '.[dev]'; \
 	{ $(SUM); $(FILES); } > .venv/setting-up; mv .venv/setting-up .venv/installed
