@@ -31,7 +31,7 @@ class RunLog:
         self.failed = False
         self.told_lost = False  # that standard output cannot be written
         self.wandb: Any = None
-        self.progress: Any = None
+        self.bar: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
 
     # --- the console
@@ -40,8 +40,8 @@ class RunLog:
         if not self.speaks:
             return
         with self.lock:
-            if self.progress is not None:
-                self.progress.console.print(
+            if self.bar is not None:
+                self.bar.console.print(
                     text, markup=False, emoji=False, highlight=False, soft_wrap=True
                 )
             else:
@@ -75,7 +75,7 @@ class RunLog:
             TimeElapsedColumn,
         )
 
-        self.progress = Progress(
+        self.bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -83,18 +83,16 @@ class RunLog:
             TextColumn("eta {task.fields[eta]}"),
             transient=True,
         )
-        self.progress.add_task("steps", total=steps, completed=done, eta="-")
-        self.progress.start()
+        self.bar.add_task("steps", total=steps, completed=done, eta="-")
+        self.bar.start()
 
     def step(self, record: dict[str, Any], steps: int, eta: float, show: bool) -> None:
         """Log one optimizer step; `show` prints its line, `eta` is in seconds."""
         self.record("train", record)
         if not self.speaks:
             return
-        if self.progress is not None:
-            self.progress.update(
-                self.progress.task_ids[0], completed=record["step"], eta=time_text(eta)
-            )
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=record["step"], eta=time_text(eta))
         if show:
             self.say(step_line(record, steps, eta))
 
@@ -149,9 +147,9 @@ class RunLog:
         self.record("warning", {"step": step, "text": text})
 
     def stop_progress(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
     def close(self) -> None:
         self.stop_progress()

@@ -43,17 +43,17 @@ class Results:
         facts: Facts,
         step: TrainStep,
         micro_batch: int,
-        at: Progress,
+        progress: Progress,
         checkpoints: Checkpoints,
         rates: Rates,
         log: RunLog,
     ):
-        self.cfg, self.facts, self.step, self.micro_batch, self.at = (
+        self.cfg, self.facts, self.step, self.micro_batch, self.progress = (
             cfg,
             facts,
             step,
             micro_batch,
-            at,
+            progress,
         )
         self.checkpoints, self.rates, self.log = checkpoints, rates, log
         self.task, self.model, self.folder = step.task, step.model, checkpoints.run
@@ -77,8 +77,8 @@ class Results:
 
     def _best_or_last(self) -> Final:
         """The best checkpoint's model, where that is better than the last step's."""
-        last = Final(dict(self.model.state_dict()), self.at.step, self.at.metrics)
-        mode, now = self.task.best[1], self.at.best_metric
+        last = Final(dict(self.model.state_dict()), self.progress.step, self.progress.metrics)
+        mode, now = self.task.best[1], self.progress.best_metric
         best = next(iter(checkpoint.ranked(self.folder, mode)), None)
         if best is None or (now is not None and not is_better(best[1], now, mode)):
             return last
@@ -107,15 +107,15 @@ class Results:
     def _figures(self, final: Final) -> dict[str, Any]:
         parameters = list(self.model.parameters())
         return {
-            "steps": self.at.step,
+            "steps": self.progress.step,
             "planned_steps": self.cfg.steps,
-            "tokens": int(self.at.tokens),
-            "train_loss": statistics.fmean(self.at.losses),
+            "tokens": int(self.progress.tokens),
+            "train_loss": statistics.fmean(self.progress.losses),
             **final.metrics,
             "eval_precision": self.step.eval_precision,
             **(per_second(self.rates.medians()) or {"tokens_per_second": None}),
-            "seconds": self.at.seconds,
-            "skipped": self.at.skipped,
+            "seconds": self.progress.seconds,
+            "skipped": self.progress.skipped,
             "memory_bytes": processes.memory_bytes(self.step.world.device),
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -123,17 +123,17 @@ class Results:
         }
 
     def _banner(self, final: Final, figures: dict[str, Any]) -> dict[str, str]:
-        at, medians = self.at, self.rates.medians()
+        progress, medians = self.progress, self.rates.medians()
         metrics = [f"{name} {figures[name]:.4f}" for name in final.metrics]
         speeds = [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in medians.items()]
-        loss = f"{figures['train_loss']:.4f} (mean of the last {len(at.losses)} steps)"
+        loss = f"{figures['train_loss']:.4f} (mean of the last {len(progress.losses)} steps)"
         return {
             "validation": ", ".join(metrics) or "not evaluated",
             "training loss": loss,
             # no step was left to measure where all were done before this start
             "speed": f"{', '.join(speeds)} (median)" if speeds else "not measured",
-            "time": f"{time_text(at.seconds)} of training, {figures['tokens']:,} tokens",
-            "skipped": f"{at.skipped} updates",
+            "time": f"{time_text(progress.seconds)} of training, {figures['tokens']:,} tokens",
+            "skipped": f"{progress.skipped} updates",
             "model": f"{self.folder}/final (step {final.step})",
         }
 

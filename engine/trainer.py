@@ -156,36 +156,38 @@ class Run:
                 world,
                 choices,
                 loop.micro_batch,
-                loop.at.step,
+                loop.progress.step,
                 start.folder,
             )
         )
         for warning in (*((choices.lost,) if choices.lost else ()), *self.facts.warnings):
             log.warn(warning)
         for told in tokenizer_files.told.values():
-            log.record("warning", {"step": loop.at.step, "text": told})
+            log.record("warning", {"step": loop.progress.step, "text": told})
         for note in start.notes:
-            log.warn(note, loop.at.step)
+            log.warn(note, loop.progress.step)
         if changed := self.opened.changes(self._options()):
-            log.warn(f"the run goes on with other options: {', '.join(changed)}", loop.at.step)
+            log.warn(
+                f"the run goes on with other options: {', '.join(changed)}", loop.progress.step
+            )
         # after the changes are logged: from here on the next start compares with these
         on_main(world, self._write_options)
         if world.main:
             final = sum(4 * p.numel() for p in loop.model.parameters())
             disk = disk_of(self.task, self.facts, cfg, final)
             if shortage := disk.shortage(self.folder):
-                log.warn(shortage, loop.at.step)
-        log.start_progress(loop.steps, loop.at.step)
+                log.warn(shortage, loop.progress.step)
+        log.start_progress(loop.steps, loop.progress.step)
 
     def _options(self) -> dict[str, Any]:
         """The resolved options, with the micro-batch that was found."""
         return dataclasses.asdict(self.cfg) | {"micro_batch": self.loop.micro_batch}
 
     def _open_log(self) -> None:
-        at = self.loop.at
-        resumed_at = at.step if self.opened.start.folder else None
+        progress = self.loop.progress
+        resumed_at = progress.step if self.opened.start.folder else None
         try:
-            self.log.open(self.folder, resumed_at, tuple(at.done))
+            self.log.open(self.folder, resumed_at, tuple(progress.done))
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         if self.cfg.wandb:
@@ -202,11 +204,11 @@ class Run:
     def _loop_fits(self, may_shrink: bool) -> bool:
         """Run the loop; False where memory ran out in its first step and a smaller micro-batch may
         be tried."""
-        first = self.loop.at.step
+        first = self.loop.progress.step
         try:
             self.loop.run()
         except (RuntimeError, MemoryError) as error:
-            in_first_step = self.loop.at.step == first and is_out_of_memory(error)
+            in_first_step = self.loop.progress.step == first and is_out_of_memory(error)
             if not (may_shrink and in_first_step) or self.loop.micro_batch == 1:
                 raise
             release_frames(error)
@@ -231,13 +233,13 @@ class Run:
                 raise
             release_frames(error)
             raise too_large(smaller) from None
-        self.loop.at, self.loop.signal = old.at, old.signal
+        self.loop.progress, self.loop.signal = old.progress, old.signal
         self._write_options()
         text = (
             f"the first step ran out of memory with --micro-batch {old.micro_batch}; going on with "
             f"{smaller}"
         )
-        self.log.warn(text, self.loop.at.step)
+        self.log.warn(text, self.loop.progress.step)
 
     # --- ending
 
@@ -252,13 +254,13 @@ class Run:
         """The same, on this rank alone, where a signal came and then an error that is likely to be
         its effect."""
         self.log.stop_progress()
-        if self.loop.step.stands_at == self.loop.at.step:
+        if self.loop.step.stands_at == self.loop.progress.step:
             self.loop.save_last()
         said = next(iter(str(error).splitlines()), "")[:200]
         return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(said)})")
 
     def _say_stopped(self, number: int, why: str = "") -> int:
-        step, saved = self.loop.at.step, self.loop.checkpoints.saved
+        step, saved = self.loop.progress.step, self.loop.checkpoints.saved
         self.log.record("warning", {"step": step, "text": f"stopped by signal {number}{why}"})
         said = "its checkpoint is saved" if saved == step else "nothing new was saved"
         self.log.say(
@@ -275,7 +277,7 @@ class Run:
             self.facts,
             loop.step,
             loop.micro_batch,
-            loop.at,
+            loop.progress,
             loop.checkpoints,
             loop.rates,
             self.log,
@@ -314,11 +316,11 @@ class Loop:
         self.step.spans = spans(start.lengths)
         # A checkpoint that an older version wrote lacks some.
         known = {field.name for field in dataclasses.fields(Progress)}
-        self.at = Progress(**{name: value for name, value in meta.items() if name in known})
+        self.progress = Progress(**{name: value for name, value in meta.items() if name in known})
         saved = None
         if start.folder:
-            saved = self.at.step if start.folder.parent.parent.samefile(self.folder) else None
-            self.step.load_state(tensors, self.at.step)
+            saved = self.progress.step if start.folder.parent.parent.samefile(self.folder) else None
+            self.step.load_state(tensors, self.progress.step)
         self.loader = Loader(task, world, self.micro_batch, self.steps)
         self.checkpoints = Checkpoints(self.folder, task, double, cfg, self.log, saved)
         peak = device_peak(world, cfg.precision)
@@ -339,26 +341,28 @@ class Loop:
         """Run the remaining steps, or as many as a signal leaves."""
         self._after_step()  # what an interrupted run still owed at its last step
         self.rates.restart_clock()
-        first = self.at.step
+        first = self.progress.step
         unread: Callable[[], None] | None = None
         with self._profiled() as profile_step:
             while not self._ends() and not self.signal:
                 began = time.perf_counter()
-                data = self.loader(self.at.step)
+                data = self.loader(self.progress.step)
                 waited = time.perf_counter() - began
-                result = self.step(self.at.step, data, self.stopping)
+                result = self.step(self.progress.step, data, self.stopping)
                 if unread:  # on a GPU the figures of a step are read while the next one runs
                     unread()
                     unread = None
                 if result is None:
                     break
-                if self.at.step == first:
+                if self.progress.step == first:
                     gc.collect()
                     gc.freeze()  # what has been built stays: no collection walks it again
-                self.at.completed()
+                self.progress.completed()
                 self.heap.after_step()
                 figures = result.copy_to_host()
-                unread = functools.partial(self._log_step, self.at.step, result, figures, waited)
+                unread = functools.partial(
+                    self._log_step, self.progress.step, result, figures, waited
+                )
                 if self.world.device.type != "cuda" or self._is_anything_due():
                     unread()
                     unread = None
@@ -382,13 +386,13 @@ class Loop:
         loss, grad_norm, ok, *terms = figures()
         seconds, rates = self.rates.step(result.amounts)
         tokens = result.amounts["tokens"]
-        self.at.measured(loss, tokens, seconds)
+        self.progress.measured(loss, tokens, seconds)
         record = {
             "step": step,
             "loss": loss,
             "lr": result.lr,
             "grad_norm": grad_norm,
-            "tokens": int(self.at.tokens),
+            "tokens": int(self.progress.tokens),
             **per_second(rates),
             "mfu": self.rates.mfu(rates["tokens"]),
             "step_ms": 1e3 * seconds,
@@ -400,17 +404,17 @@ class Loop:
         every = self.cfg.log_every
         shown = bool(every) and (step % every == 0 or step == self.steps)
         self.log.step(record, self.steps, self.rates.eta(self.steps - step, tokens), shown)
-        self.at.updated(bool(ok))
+        self.progress.updated(bool(ok))
         if not ok:
             self._warn_of_skipped(step)
 
     def _warn_of_skipped(self, step: int) -> None:
         self.log.warn(
-            f"step {step}: loss or gradient is not finite; update skipped ({self.at.skipped} so "
+            f"step {step}: loss or gradient is not finite; update skipped ({self.progress.skipped} so "
             "far)",
             step,
         )
-        if self.at.skipped_in_a_row == MAX_SKIPPED:
+        if self.progress.skipped_in_a_row == MAX_SKIPPED:
             raise RuntimeError(
                 f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower "
                 "--lr or raise --warmup-steps, and start again from an earlier checkpoint with "
@@ -422,10 +426,10 @@ class Loop:
     def _ends(self) -> bool:
         """Whether the step just done is the run's last: as planned, or because nothing got better
         for too long."""
-        return self.at.step == self.steps or 0 < self.cfg.patience <= self.at.not_better
+        return self.progress.step == self.steps or 0 < self.cfg.patience <= self.progress.not_better
 
     def _due(self, every: int | None) -> bool:
-        step = self.at.step
+        step = self.progress.step
         return bool(every) and step > 0 and (step % every == 0 or self._ends())
 
     def _is_anything_due(self) -> bool:
@@ -441,14 +445,14 @@ class Loop:
             ("eval", self.cfg.eval_every, self._evaluate),
             ("sample", self.cfg.sample_every, self._sample),
         ):
-            if self._due(every) and kind not in self.at.done:
+            if self._due(every) and kind not in self.progress.done:
                 act()
                 if self.signal:
                     return
-                self.at.done.append(kind)
+                self.progress.done.append(kind)
                 # a checkpoint of this step, saved when a signal cut this off, lacks it
                 self.checkpoints.saved = None
-        if self._due(self.cfg.save_every) and self.checkpoints.saved != self.at.step:
+        if self._due(self.cfg.save_every) and self.checkpoints.saved != self.progress.step:
             self._save()
         self.rates.restart_clock()
 
@@ -458,18 +462,18 @@ class Loop:
         metrics = evaluate(self.step, self.micro_batch, self.stopping)
         if metrics is None:
             return
-        at, (name, mode) = self.at, self.task.best
-        at.evaluated(metrics, name, mode)
+        progress, (name, mode) = self.progress, self.task.best
+        progress.evaluated(metrics, name, mode)
         seconds = time.perf_counter() - began
-        self.log.record("eval", {"step": at.step, **metrics, "seconds": seconds})
+        self.log.record("eval", {"step": progress.step, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.log.say(f"evaluation at step {at.step}: {figures} ({seconds:.1f} s)")
-        if self._ends() and at.step < self.steps:
-            best = {"metric": name, "best": at.best_so_far}
-            self.log.record("stopped_early", {"step": at.step} | best)
-            than = "" if at.best_so_far is None else f" than {at.best_so_far:.4f}"
+        self.log.say(f"evaluation at step {progress.step}: {figures} ({seconds:.1f} s)")
+        if self._ends() and progress.step < self.steps:
+            best = {"metric": name, "best": progress.best_so_far}
+            self.log.record("stopped_early", {"step": progress.step} | best)
+            than = "" if progress.best_so_far is None else f" than {progress.best_so_far:.4f}"
             self.log.say(
-                f"stopped early at step {at.step}: {at.not_better} evaluations without a better "
+                f"stopped early at step {progress.step}: {progress.not_better} evaluations without a better "
                 f"{name}{than}"
             )
 
@@ -477,13 +481,15 @@ class Loop:
         if not self.world.main:
             return
         for prompt, text in self.task.samples(self.model):
-            self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
-            self.log.say(f"--- sample at step {self.at.step}\n{printable(prompt + text)}\n---")
+            self.log.record("sample", {"step": self.progress.step, "prompt": prompt, "text": text})
+            self.log.say(
+                f"--- sample at step {self.progress.step}\n{printable(prompt + text)}\n---"
+            )
 
     def _save(self) -> None:
         if not self.world.main:
             return
-        facts = dataclasses.asdict(self.at) | {
+        facts = dataclasses.asdict(self.progress) | {
             "identity": identity(self.task, self.facts, self.cfg),
             "lengths": as_json(self.lengths),
             "micro_batch": self.micro_batch,
@@ -497,6 +503,6 @@ class Loop:
     def save_last(self) -> None:
         """Save the last completed step, where that is still to be done, and wait for it."""
         self.checkpoints.join()
-        if self.world.main and self.at.step and self.checkpoints.saved != self.at.step:
+        if self.world.main and self.progress.step and self.checkpoints.saved != self.progress.step:
             self._save()
             self.checkpoints.join()

@@ -191,7 +191,7 @@ if sys.argv[1] == "stop":
     log.stop_progress()
     log.say("done")
 else:
-    log.progress.refresh()
+    log.bar.refresh()
 """
 
 
