@@ -44,14 +44,14 @@ class Past(Protocol):
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
         """(B or 1, 1, T, length + T), True where a token may look; None for plain causal."""
 
-    def at(self, layer: int) -> Extend:
+    def extension(self, layer: int) -> Extend:
         """What puts the keys and values of a layer before those of the tokens."""
 
     def advance(self, T: int) -> None:
         """Called when all layers have read the tokens."""
 
 
-class Nothing:
+class NoPast:
     """The Past of a text that the model reads from its beginning."""
 
     length = 0
@@ -62,17 +62,17 @@ class Nothing:
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
         return None if segments is None else causal_mask(T, segments, device)
 
-    def at(self, layer: int) -> Extend:
-        return alone
+    def extension(self, layer: int) -> Extend:
+        return no_extension
 
     def advance(self, T: int) -> None:
         pass
 
 
-NOTHING = Nothing()
+NO_PAST = NoPast()
 
 
-def alone(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def no_extension(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
@@ -116,17 +116,17 @@ class Attention(nn.Module):
         mask: Tensor | None,
         segments: Tensor | None,
         extend: Extend,
-        at: Tensor | None,
+        query_index: Tensor | None,
     ) -> Tensor:
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if self.ops.packed_attention and mask is None and extend is alone:
+        if self.ops.packed_attention and mask is None and extend is no_extension:
             y = self.ops.packed_attention(qkv, segments, dropout)  # (B, T, n_head, head_dim)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
-            if at is not None:
-                q = pick(q.transpose(1, 2), at).transpose(1, 2)
+            if query_index is not None:
+                q = pick(q.transpose(1, 2), query_index).transpose(1, 2)
             y = self.ops.attention(q, *extend(k, v), mask, dropout).transpose(1, 2)
         return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
 
@@ -173,24 +173,24 @@ class Block(nn.Module):
         branch: Tensor | None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        extend: Extend = alone,
-        at: Tensor | None = None,
+        extend: Extend = no_extension,
+        query_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns the residual stream (B, T, n_embd) and the branch to add to it.
 
-        With `at` (B,) it returns these positions alone, (B, 1, n_embd); `mask` is then theirs.
+        With `query_index` (B,) it returns that position of each row, (B, 1, n_embd).
         """
         x, h = self.ln_1(x, branch)
-        branch = self.attn(h, mask, segments, extend, at)
-        if at is not None:
-            x = pick(x, at)
+        branch = self.attn(h, mask, segments, extend, query_index)
+        if query_index is not None:
+            x = pick(x, query_index)
         x, h = self.ln_2(x, branch)
         return x, self.mlp(h)
 
 
-def pick(x: Tensor, at: Tensor) -> Tensor:
-    """x (B, T, ...) at one position of each row, `at` (B,): (B, 1, ...)."""
-    return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, ...) at one position of each row, index (B,): (B, 1, ...)."""
+    return x[torch.arange(len(x), device=x.device), index].unsqueeze(1)
 
 
 class GPT(nn.Module):
@@ -297,14 +297,14 @@ class GPT(nn.Module):
         *,
         segments: Tensor | None = None,
         past: Past | None = None,
-        at: Tensor | None = None,
+        query_index: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the last layer norm (B, T, n_embd). Raises UserError past block_size.
 
-        `at` (B,): the states of these positions alone, (B, 1, n_embd), for which the last block
-        computes little more than keys and values of the others.
+        `query_index` (B,): only this position of each row, (B, 1, n_embd); the last block then
+        computes only keys and values of the others.
         """
-        past = past or (NOTHING if self.prefix is None else self.prefix.past(self))
+        past = past or (NO_PAST if self.prefix is None else self.prefix.past(self))
         T = idx.shape[1]
         positions = past.positions(T, idx.device)
         end = past.length + positions.shape[-1]
@@ -314,13 +314,15 @@ class GPT(nn.Module):
             )
         parts, blocks = self.transformer, self.transformer.h
         x = parts.drop(parts.wte(idx) + parts.wpe(positions)).to(self.dtype)
-        unmasked = self.ops.masks_segments and past is NOTHING
+        unmasked = self.ops.masks_segments and past is NO_PAST
         mask = None if unmasked else past.mask(T, segments, idx.device)
         branch = None
         for layer, block in enumerate(blocks):
-            inputs = (x, branch, mask, segments, past.at(layer))
-            if at is not None and layer == len(blocks) - 1:
-                inputs = (x, branch, mask_at(at, T, segments, past), None, past.at(layer), at)
+            extend = past.extension(layer)
+            inputs = (x, branch, mask, segments, extend)
+            if query_index is not None and layer == len(blocks) - 1:
+                last_mask = query_mask(query_index, T, segments, past)
+                inputs = (x, branch, last_mask, None, extend, query_index)
             if self.config.recompute and self.training:
                 # The backward pass must see these very weights: they may be stand-ins
                 # (engine/precision.py).
@@ -328,8 +330,8 @@ class GPT(nn.Module):
                 x, branch = checkpoint(again, inputs, use_reentrant=False)
             else:
                 x, branch = block(*inputs)
-        if at is not None and not blocks:
-            x = pick(x, at)
+        if query_index is not None and not blocks:
+            x = pick(x, query_index)
         past.advance(T)
         return parts.ln_f(x, branch)[1]
 
@@ -390,10 +392,10 @@ class GPT(nn.Module):
         write_model(Path(folder), self.config, tensors, eot, score, labels)
 
 
-def mask_at(at: Tensor, T: int, segments: Tensor | None, past: Past) -> Tensor:
-    """The mask (B, 1, 1, keys) of one query of each row, at `at` (B,)."""
-    mask = past.mask(T, segments, at.device)
+def query_mask(index: Tensor, T: int, segments: Tensor | None, past: Past) -> Tensor:
+    """The mask (B, 1, 1, keys) of one query of each row, at index (B,)."""
+    mask = past.mask(T, segments, index.device)
     if mask is not None:
-        return pick(mask.expand(len(at), -1, -1, -1).transpose(1, 2), at).transpose(1, 2)
-    keys = torch.arange(past.length + T, device=at.device)
-    return (keys <= past.length + at[:, None])[:, None, None]
+        return pick(mask.expand(len(index), -1, -1, -1).transpose(1, 2), index).transpose(1, 2)
+    keys = torch.arange(past.length + T, device=index.device)
+    return (keys <= past.length + index[:, None])[:, None, None]
