@@ -350,8 +350,8 @@ PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2
 # where fineweb_prep.py is told to write, and where a run without --data looks first
 FINEWEB = "data/fineweb"
 MIN_INTERVAL = 5  # steps between evaluations, by default
-Run = TypeVar("Run", bound=RunConfig)
-Kind = TypeVar("Kind", bound=Resolved)
+RunOptions = TypeVar("RunOptions", bound=RunConfig)
+ResolvedOptions = TypeVar("ResolvedOptions", bound=Resolved)
 Options = TypeVar("Options")  # any dataclass of options
 
 
@@ -368,7 +368,7 @@ def head_dim(cfg: RunConfig) -> int:
     return shape["n_embd"] // shape["n_head"]
 
 
-def resolve(cfg: Run, device_type: str) -> Run:
+def resolve(cfg: RunOptions, device_type: str) -> RunOptions:
     """The options with every None that depends on the machine or on other options filled in, and
     checked.
 
@@ -377,19 +377,19 @@ def resolve(cfg: Run, device_type: str) -> Run:
     gpu = device_type == "cuda"
     scratch = cfg.init == "scratch"
     defaults: dict[str, Any] = {"preset": "gpt2" if gpu else "tiny"} if scratch else {}
-    cfg = _filled(cfg, defaults | {"compile": gpu})
-    cfg = _filled(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
-    cfg = _filled(cfg, {"out": default_out(cfg, device_type)})
+    cfg = _fill_missing(cfg, defaults | {"compile": gpu})
+    cfg = _fill_missing(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
+    cfg = _fill_missing(cfg, {"out": default_out(cfg, device_type)})
     if isinstance(cfg, TrainConfig):
-        cfg = _filled(cfg, _of_pretraining(cfg, gpu))
-    cfg = _filled(cfg, {"data": "toy"})
+        cfg = _fill_missing(cfg, _pretraining_defaults(cfg, gpu))
+    cfg = _fill_missing(cfg, {"data": "toy"})
     cfg.check()
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
 
 
-def _of_pretraining(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
+def _pretraining_defaults(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
     data = cfg.data or (FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib")
     return {
         "data": data,
@@ -407,7 +407,7 @@ def default_out(cfg: RunConfig, device_type: str) -> str:
     return f"runs/{preset if cfg.init == 'scratch' else cfg.preset or Path(cfg.init).name}"
 
 
-def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
+def resolve_steps(cfg: RunOptions, steps: int, epoch: int | None = None) -> RunOptions:
     """The options with the steps of the run and what follows from them; `epoch`: steps of one pass
     over the rows."""
     # An epoch of a few steps is no time to evaluate and save in.
@@ -417,11 +417,11 @@ def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
         "eval_every": often or min(250, max(1, steps // 10)),
         "save_every": often or min(1000, max(1, steps // 5)),
     }
-    cfg = _filled(dataclasses.replace(cfg, steps=steps), defaults)
-    return _filled(cfg, {"sample_every": cfg.eval_every})
+    cfg = _fill_missing(dataclasses.replace(cfg, steps=steps), defaults)
+    return _fill_missing(cfg, {"sample_every": cfg.eval_every})
 
 
-def resolved(cfg: RunConfig, kind: type[Kind]) -> Kind:
+def resolved(cfg: RunConfig, kind: type[ResolvedOptions]) -> ResolvedOptions:
     """`cfg` as resolved options of that kind: the object itself, once nothing in it is left open.
 
     The one place that says so to the type checker. Raises RuntimeError for a None that `kind` does
@@ -431,10 +431,10 @@ def resolved(cfg: RunConfig, kind: type[Kind]) -> Kind:
     required = [name for name, hint in hints if NoneType not in get_args(hint)]
     if left := [name for name in required if getattr(cfg, name) is None]:
         raise RuntimeError(f"options that are not resolved yet: {', '.join(left)}")
-    return cast(Kind, cfg)
+    return cast(ResolvedOptions, cfg)
 
 
-def _filled(cfg: Run, defaults: dict[str, Any]) -> Run:
+def _fill_missing(cfg: RunOptions, defaults: dict[str, Any]) -> RunOptions:
     """The options with `defaults` in the place of those that are None."""
     missing = {name: value for name, value in defaults.items() if getattr(cfg, name) is None}
     return dataclasses.replace(cfg, **missing)
@@ -492,7 +492,7 @@ def expand_paths(cfg: Options, positionals: Mapping[str, str] | None = None) -> 
     for name, found in marks(type(cfg)).items():
         for mark in found:
             if isinstance(mark, PathName):
-                _check_named(cfg, name, (positionals or {}).get(name))
+                _check_not_empty(cfg, name, (positionals or {}).get(name))
                 value = getattr(cfg, name)
                 expanded[name] = (
                     tuple(expand(word, mark.many) for word in value)
@@ -507,7 +507,7 @@ def _replaced(cfg: Options, changes: dict[str, Any]) -> Options:
     return dataclasses.replace(options, **changes)
 
 
-def _check_named(cfg: Any, name: str, positional: str | None) -> None:
+def _check_not_empty(cfg: Any, name: str, positional: str | None) -> None:
     """Raise UserError where a name that was typed is empty."""
     value = getattr(cfg, name)
     words = value if isinstance(value, tuple | list) else (value,)

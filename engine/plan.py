@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from base.console import bytes_text, time_text
-from config import Resolved, Run, RunConfig, UserError, resolve
+from config import Resolved, RunOptions, RunConfig, UserError, resolve
 from engine import processes
 from engine.compiling import compile_unit, compiler_lacks
 from engine.fit import estimate_fits, largest_divisor, peak_memory
@@ -42,7 +42,7 @@ class Choices:
     lost: str | None  # what `auto` had to do without
 
 
-def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
+def settle(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
     """`cfg` resolved for this machine, and the process set up to run it. Raises UserError."""
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -18,14 +18,14 @@ from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
 from engine.data import Data, check_data, check_files, open_data
-from engine.shape import how_it_runs, model_config
+from engine.shape import runtime_fields, model_config
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from storage.checkpoint import locate
 from text.tokenizer_files import has_tokenizer
 
-ON_STDLIB = (
+STDLIB_NOTE = (
     "training on Python's own standard library (--data stdlib). For FineWeb first run:\n"
     "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out "
     "data/fineweb\n"
@@ -46,8 +46,8 @@ class LanguageModelling(Task):
         # told before the data is read, which may take long
         rows_per_rank(cfg, int(os.environ.get("WORLD_SIZE", "1")))
         if cfg.data == "stdlib":
-            say(ON_STDLIB)
-        _check_named(cfg)
+            say(STDLIB_NOTE)
+        _check_data_exists(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
@@ -131,7 +131,7 @@ class LanguageModelling(Task):
     def build_model(self, cfg: TrainConfig) -> nn.Module:
         if cfg.init == "scratch":
             return GPT(self.shape)
-        return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
+        return GPT.from_pretrained(locate(cfg.init), **runtime_fields(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
@@ -222,7 +222,7 @@ def rows_per_rank(cfg: ResolvedTrain, world_size: int) -> int:
     return rows
 
 
-def _check_named(cfg: RunConfig) -> None:
+def _check_data_exists(cfg: RunConfig) -> None:
     """Data that is not there is told before the model and the tokenizer, which a download may
     need."""
     for spec in filter(None, (cfg.data, cfg.val_data)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.options import MethodConfig
-from config import Run, RunConfig, UserError, default_out
+from config import RunOptions, RunConfig, UserError, default_out
 from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
@@ -68,7 +68,7 @@ def _read(path: Path) -> Any:
         return {}
 
 
-def own_options(cfg: Run, typed: Collection[str] | None) -> Run:
+def own_options(cfg: RunOptions, typed: Collection[str] | None) -> RunOptions:
     """`cfg` with the run's own value of each option that was not `typed`. None: all count as typed.
 
     Raises UserError for a stored value that its option cannot have.
@@ -91,7 +91,7 @@ def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
         )
 
 
-def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
+def _with_own(cfg: RunOptions, typed: frozenset[str], earlier: Earlier) -> RunOptions:
     own = earlier.options | {"steps": earlier.record["identity"].get("steps")}
     # a micro-batch is resumed with the checkpoint
     kept = typed | {*OF_A_START, *BY_MACHINE, "device", "micro_batch"}
@@ -133,7 +133,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
 
 
-def _for_this_machine(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
+def _for_this_machine(cfg: RunOptions, typed: frozenset[str], earlier: Earlier) -> RunOptions:
     """Device, precision, kernels and compilation as they were, as far as this machine has them."""
     if "device" not in typed:
         device = earlier.asked.get("device", earlier.options.get("device", "auto"))

@@ -20,10 +20,10 @@ def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
     shape: dict[str, Any] = preset_shape(cfg) | dict(
         tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without
     )
-    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **how_it_runs(cfg))
+    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **runtime_fields(cfg))
 
 
-def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
+def runtime_fields(cfg: RunConfig) -> dict[str, Any]:
     """Fields of GPTConfig that no weight fixes."""
     return {
         "dropout": cfg.dropout,
@@ -64,7 +64,7 @@ def open_pretrained(cfg: RunConfig) -> GPT:
         raise UserError(
             f"--init {cfg.init} is an adapter, not a whole model; {_whole_model(where)}"
         )
-    model = GPT.from_pretrained(where, **how_it_runs(cfg))
+    model = GPT.from_pretrained(where, **runtime_fields(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
             f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of "
