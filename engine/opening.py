@@ -18,23 +18,25 @@ from config import Resolved
 from engine import processes
 from engine.lengths import Extension
 from engine.processes import World
-from engine.resume import Earlier, changes, earlier_start
-from engine.start import Start, claimed, open_run
+from engine.resume import PreviousStart, changes, previous_start
+from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
 
 
 @dataclass
-class Opened:
+class OpenedRun:
     """A run's folder, taken."""
 
     start: Start
     facts: dict[str, Any]  # of this start, as run.json holds them
-    earlier: Earlier | None  # the run's last start
+    previous: PreviousStart | None  # the run's last start
 
     def changes(self, options: dict[str, Any]) -> list[str]:
         """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
-        return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
+        return (
+            list(changes(options, self.facts, self.previous, self.start)) if self.previous else []
+        )
 
 
 def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def open_folder(
     asked: dict[str, Any],
     held: contextlib.ExitStack,
     say: Callable[[str], None],
-) -> Opened:
+) -> OpenedRun:
     """Take --out until `held` ends, and find where the run begins. Raises UserError where it may
     not.
 
@@ -69,14 +71,14 @@ def open_folder(
         "launcher": processes.launcher(),
         "asked": asked,
     }
-    held.enter_context(claimed(folder))
-    earlier = earlier_start(cfg)
-    resume = "auto" if _is_restart(cfg, folder, earlier) else cfg.resume
+    held.enter_context(claim_folder(folder))
+    previous = previous_start(cfg)
+    resume = "auto" if _is_restart(cfg, folder, previous) else cfg.resume
     start = open_run(folder, resume, identity(task, facts, cfg), record, say, _extension(cfg))
     if start.finished:
         results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
         say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
-    return Opened(start, record, earlier)
+    return OpenedRun(start, record, previous)
 
 
 def _extension(cfg: Resolved) -> Extension | None:
@@ -87,10 +89,10 @@ def _extension(cfg: Resolved) -> Extension | None:
     )
 
 
-def _is_restart(cfg: Resolved, folder: Path, earlier: Earlier | None) -> bool:
+def _is_restart(cfg: Resolved, folder: Path, previous: PreviousStart | None) -> bool:
     """Whether torchrun starts this run again, which it began itself: then --resume has been
     obeyed."""
     launcher = processes.launcher()
-    if earlier is None or launcher is None or earlier.record.get("launcher") != launcher:
+    if previous is None or launcher is None or previous.record.get("launcher") != launcher:
         return False
     return cfg.resume == "never" or bool(checkpoint.checkpoints(folder))

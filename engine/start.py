@@ -40,7 +40,7 @@ class Start:
 
 
 @contextlib.contextmanager
-def claimed(run: Path) -> Generator[None]:
+def claim_folder(run: Path) -> Generator[None]:
     """Make a run's folder and keep other processes out of it, the ranks that a killed torchrun left
     behind too."""
     with contextlib.ExitStack() as held:

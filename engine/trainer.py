@@ -34,14 +34,14 @@ from engine.lengths import as_json, spans
 from engine.loader import Loader
 from engine.log import RunLog
 from engine.memory import Heap
-from engine.opening import Opened, identity, open_folder
+from engine.opening import OpenedRun, identity, open_folder
 from engine.plan import Choices, banner, device_peak, disk_of, dry_run, settle
 from engine.processes import StopSignal, World, on_main
 from engine.profiler import profiled
 from engine.progress import Progress
 from engine.rates import Rates, per_second
 from engine.results import Results
-from engine.resume import BY_MACHINE, own_options
+from engine.resume import MACHINE_OPTIONS, restore_options
 from engine.saving import Checkpoints
 from engine.start import Start
 from engine.step import StepResult, TrainStep, check_replicas
@@ -60,8 +60,8 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     `typed`: the options that the user named. A run that goes on keeps its own value of the others;
     None: of none.
     """
-    cfg = own_options(cfg, typed)
-    asked = {name: getattr(cfg, name) for name in (*BY_MACHINE, "device")}
+    cfg = restore_options(cfg, typed)
+    asked = {name: getattr(cfg, name) for name in (*MACHINE_OPTIONS, "device")}
     world = processes.start(cfg.device)
     cfg = processes.gather(world, cfg)[0]  # only rank 0 may see the run's folder
     stop = StopSignal(world)
@@ -106,7 +106,7 @@ class Setup:
 class Run:
     """A run in its open folder, from the banner to the results."""
 
-    def __init__(self, setup: Setup, opened: Opened):
+    def __init__(self, setup: Setup, opened: OpenedRun):
         self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
         self.world, self.stop, self.log = setup.world, setup.stop, setup.log
         self.setup, self.opened = setup, opened

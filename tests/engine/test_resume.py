@@ -22,7 +22,7 @@ from config import TrainConfig, UserError
 from engine import resume
 from engine.lengths import Extension, Length, extend, spans
 from engine.optim import lr_multiplier, span_at
-from engine.resume import own_options
+from engine.resume import restore_options
 from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 from storage import checkpoint
 
@@ -165,7 +165,7 @@ def resumed(run: Path, *words: Any) -> TrainConfig:
     argv = ["--out", str(run), *map(str, words)]
     from base.cli import parse
 
-    return own_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
+    return restore_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
 
 
 def test_a_config_file_counts_as_typed(tmp_path: Path) -> None:
@@ -348,4 +348,4 @@ def test_an_extension_changes_no_rate_that_a_step_had(
 
 def test_every_option_of_a_start_and_machine_exists() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert {*resume.OF_A_START, *resume.BY_MACHINE} <= names
+    assert {*resume.START_OPTIONS, *resume.MACHINE_OPTIONS} <= names

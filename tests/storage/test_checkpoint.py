@@ -441,10 +441,17 @@ def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
 def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
+        with (
+            start.claim_folder(run),
+            pytest.raises(UserError, match="in use"),
+            start.claim_folder(run),
+        ):
             pass
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to --out"), start.claimed(tmp_path / "file"):
+    with (
+        pytest.raises(UserError, match="cannot write to --out"),
+        start.claim_folder(tmp_path / "file"),
+    ):
         pass
 
 
