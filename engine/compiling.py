@@ -26,7 +26,7 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
     return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
 
 
-def compiler_lacks(device_type: str) -> str | None:
+def compiler_problem(device_type: str) -> str | None:
     """What stops torch.compile on this kind of device, as "needs ..."; None where nothing does.
 
     It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first

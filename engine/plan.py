@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, time_text
 from config import Resolved, RunOptions, RunConfig, UserError, resolve
 from engine import processes
-from engine.compiling import compile_unit, compiler_lacks
+from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, numbers, read_log
 from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
@@ -39,10 +39,10 @@ class Choices:
     backends: list[SDPBackend]  # of attention, in the order to try
     attention: str  # what computes it in training
     repeatability: str  # whether its gradients are the same bits in every run
-    lost: str | None  # what `auto` had to do without
+    fallback: str | None  # what `auto` had to do without
 
 
-def settle(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
+def resolve_for_machine(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
     """`cfg` resolved for this machine, and the process set up to run it. Raises UserError."""
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -52,7 +52,7 @@ def settle(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
         check_compiler(world)
     precision, why = choose_precision(cfg.precision, world.device)
     cfg = dataclasses.replace(cfg, precision=precision)
-    kernels, lost = choose(cfg, world.device.type)
+    kernels, fallback = choose(cfg, world.device.type)
     cfg = dataclasses.replace(cfg, kernels=kernels)
     if set_products(precision, world.device, cfg.without):
         why += "; fp32 products by oneDNN"
@@ -68,12 +68,14 @@ def settle(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
     attention = next(
         (f"{name} kernel" for name in named(kernels) if "attention" in name), written_out
     )
-    return cfg, Choices(why, backends, attention, repeatability(attention, cfg, world.device), lost)
+    return cfg, Choices(
+        why, backends, attention, repeatability(attention, cfg, world.device), fallback
+    )
 
 
 def check_compiler(world: World) -> None:
     """Raise UserError on every rank where one of them has no compiler for torch.compile."""
-    reasons = processes.gather(world, compiler_lacks(world.device.type))
+    reasons = processes.gather(world, compiler_problem(world.device.type))
     if reason := next(filter(None, reasons), None):
         raise UserError(f"--compile {reason}; or type --no-compile")
 

@@ -35,7 +35,7 @@ from engine.loader import Loader
 from engine.log import RunLog
 from engine.memory import Heap
 from engine.opening import OpenedRun, identity, open_folder
-from engine.plan import Choices, banner, device_peak, disk_of, dry_run, settle
+from engine.plan import Choices, banner, device_peak, disk_of, dry_run, resolve_for_machine
 from engine.processes import StopSignal, World, on_main
 from engine.profiler import profiled
 from engine.progress import Progress
@@ -69,7 +69,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     log = RunLog(speaks=world.main)
     if advice := processes.restart_advice():
         log.say(advice)
-    cfg, choices = settle(cfg, world)
+    cfg, choices = resolve_for_machine(cfg, world)
     with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
         facts = task.setup(cfg, log.say, dry=cfg.dry_run)
     cfg = resolved(resolve_steps(cfg, *facts.length) if facts.length else cfg, Resolved)
@@ -160,7 +160,7 @@ class Run:
                 start.folder,
             )
         )
-        for warning in (*((choices.lost,) if choices.lost else ()), *self.facts.warnings):
+        for warning in (*((choices.fallback,) if choices.fallback else ()), *self.facts.warnings):
             log.warn(warning)
         for told in tokenizer_files.told.values():
             log.record("warning", {"step": loop.progress.step, "text": told})

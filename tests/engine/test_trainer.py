@@ -281,7 +281,7 @@ def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp
             # as Triton's build of a launcher fails, outside torch.compile
             raise subprocess.CalledProcessError(1, ["gcc", "/tmp/a/main.c", "-O3", "-shared"])
 
-    monkeypatch.setattr("engine.plan.compiler_lacks", lambda device_type: None)
+    monkeypatch.setattr("engine.plan.compiler_problem", lambda device_type: None)
     with pytest.raises(UserError, match="--no-compile"):
         train(Fails([1.0]), whole_run(tmp_path / "run", 1, compile=True))
     with pytest.raises(subprocess.CalledProcessError):
