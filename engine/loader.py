@@ -79,8 +79,8 @@ class Loader:
         spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
         if self.stream:
             batches, spare = self._copied((batches, spare))
-        weights = added(batch.weights for batch in live)
-        amounts = added(batch.amounts for batch in live)
+        weights = sum_by_name(batch.weights for batch in live)
+        amounts = sum_by_name(batch.amounts for batch in live)
         return StepBatches(batches, weights, amounts, spare)
 
     def _copied(self, batches: Any) -> Any:
@@ -106,7 +106,7 @@ class Loader:
         self.futures.clear()
 
 
-def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+def sum_by_name(counts: Iterable[dict[str, float]]) -> dict[str, float]:
     """Sums by name; not all need have all names."""
     total: dict[str, float] = {}
     for count in counts:

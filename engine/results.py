@@ -93,11 +93,11 @@ class Results:
         return Final(checkpoint.part(tensors, "model"), meta["step"], meta["metrics"])
 
     def _write_final(self, final: Final) -> None:
-        double = self.checkpoints.double
+        export_model = self.checkpoints.export_model
 
         def fill(folder: Path) -> None:
-            load_weights(double, dict(self.model.state_dict()) | final.weights, assign=True)
-            self.task.export(double, folder)
+            load_weights(export_model, dict(self.model.state_dict()) | final.weights, assign=True)
+            self.task.export(export_model, folder)
             (folder / "README.md").write_text(
                 self._card(final), encoding="utf-8", errors="backslashreplace"
             )

@@ -25,14 +25,20 @@ class Checkpoints:
         self,
         run: Path,
         task: Task,
-        double: nn.Module,
+        export_model: nn.Module,
         cfg: Resolved,
         log: RunLog,
         saved: int | None,
     ):
-        """`double`: a copy of the model for the writer's thread, without weights; `saved`: the step
+        """`export_model`: a copy of the model for the writer's thread, without weights; `saved`: the step
         of the newest checkpoint there is."""
-        self.run, self.task, self.double, self.cfg, self.log = run, task, double, cfg, log
+        self.run, self.task, self.export_model, self.cfg, self.log = (
+            run,
+            task,
+            export_model,
+            cfg,
+            log,
+        )
         self.saved = saved
         self.saver = Saver(run, self._export, self._report, log.say)
 
@@ -56,8 +62,8 @@ class Checkpoints:
         return self.saver.error
 
     def _export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        load_weights(self.double, weights, self.task.stored, assign=True)
-        self.task.export(self.double, folder, stored_only=True)
+        load_weights(self.export_model, weights, self.task.stored, assign=True)
+        self.task.export(self.export_model, folder, stored_only=True)
 
     def _report(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
         """Called by the writer's thread when a checkpoint stands or has failed."""

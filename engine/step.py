@@ -108,7 +108,7 @@ class TrainStep:
         # of the schedule; more than one where its decay was restarted
         self.spans = [Span(0, cfg.steps)]
         self.signature: Any = None
-        self.stands_at: int | None = (
+        self.weights_step: int | None = (
             0  # steps that the parameters have had; None while they are being updated
         )
         self.module: nn.Module  # computes the task's functions of a batch
@@ -161,7 +161,7 @@ class TrainStep:
         said so half-way."""
         self.assemble(step)
         self.model.train()
-        total, amounts = self._over_ranks(data)
+        total, amounts = self._sum_over_ranks(data)
         factors = {k: self.task.terms[k] / w for k, w in total.items() if w}
         sums = {k: torch.zeros((), device=self.world.device) for k in factors}
         for micro, batch in enumerate(data.batches):
@@ -177,14 +177,14 @@ class TrainStep:
         loss, terms = self._means(sums, total)
         norm, factor, ok = self._clip(loss)
         lr = self.lr(step)
-        self.stands_at = None
+        self.weights_step = None
         self.optimizers.step(lr, factor, ok)
         self.scale.update(ok)
-        self.stands_at = step + 1
+        self.weights_step = step + 1
         self.zero_grad()
         return StepResult(loss, norm, ok, terms, lr, amounts)
 
-    def _over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
+    def _sum_over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
         """The step's weights and amounts over all ranks, in one exchange."""
         both = processes.sum_over_ranks(
             self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights
@@ -206,7 +206,7 @@ class TrainStep:
         # DDP averages over ranks; the objective is a sum.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
         if len(used) < len(self.task.terms):
-            loss = loss + self._touch()
+            loss = loss + self._zero_term()
         (loss * self.scale.scale * float(live)).backward()
         for k in used:
             if live:
@@ -235,7 +235,7 @@ class TrainStep:
         with autocast(self.cfg.precision, self.world.device):
             return module(batch, function)
 
-    def _touch(self) -> Tensor:
+    def _zero_term(self) -> Tensor:
         """0, with a zero gradient for every parameter: the head of an absent term takes part as it
         does elsewhere."""
         return 0.0 * torch.stack([p.sum() for p in self.optimizers.params]).sum()
@@ -292,7 +292,7 @@ class TrainStep:
         load_weights(self.model, checkpoint.part(tensors, "model"), self.task.stored)
         self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
         self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
-        self.stands_at = step
+        self.weights_step = step
         if isinstance(self.module, Cast):
             self.module.refresh()
 

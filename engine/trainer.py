@@ -83,7 +83,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
             opened = on_main(world, take)
             code = 0
             if not opened.start.finished:
-                code = Run(Setup(task, facts, cfg, world, stop, log), opened).train(choices)
+                code = Run(RunContext(task, facts, cfg, world, stop, log), opened).train(choices)
     finally:
         log.close()
         stop.remove()
@@ -92,7 +92,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunContext:
     """What a run works with from its start to its end."""
 
     task: Task
@@ -106,7 +106,7 @@ class Setup:
 class Run:
     """A run in its open folder, from the banner to the results."""
 
-    def __init__(self, setup: Setup, opened: OpenedRun):
+    def __init__(self, setup: RunContext, opened: OpenedRun):
         self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
         self.world, self.stop, self.log = setup.world, setup.stop, setup.log
         self.setup, self.opened = setup, opened
@@ -254,7 +254,7 @@ class Run:
         """The same, on this rank alone, where a signal came and then an error that is likely to be
         its effect."""
         self.log.stop_progress()
-        if self.loop.step.stands_at == self.loop.progress.step:
+        if self.loop.step.weights_step == self.loop.progress.step:
             self.loop.save_last()
         said = next(iter(str(error).splitlines()), "")[:200]
         return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(said)})")
@@ -290,7 +290,7 @@ class Run:
 class Loop:
     """Trains the model from where the run begins: its steps, and what is due between them."""
 
-    def __init__(self, setup: Setup, start: Start, micro_batch: int | None = None):
+    def __init__(self, setup: RunContext, start: Start, micro_batch: int | None = None):
         """`micro_batch` None: the one to find."""
         task, facts, cfg, world = setup.task, setup.facts, setup.cfg, setup.world
         self.task, self.facts, self.cfg = task, facts, cfg
@@ -300,9 +300,9 @@ class Loop:
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})
         torch.manual_seed(cfg.seed)
         self.model = task.build_model(cfg)
-        # The checkpoint writer exports from a double of the model whose weights are the copied
+        # The checkpoint writer exports from a export_model of the model whose weights are the copied
         # ones.
-        double = copy.deepcopy(
+        export_model = copy.deepcopy(
             self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()}
         )
         self.model.to(world.device)
@@ -322,7 +322,7 @@ class Loop:
             saved = self.progress.step if start.folder.parent.parent.samefile(self.folder) else None
             self.step.load_state(tensors, self.progress.step)
         self.loader = Loader(task, world, self.micro_batch, self.steps)
-        self.checkpoints = Checkpoints(self.folder, task, double, cfg, self.log, saved)
+        self.checkpoints = Checkpoints(self.folder, task, export_model, cfg, self.log, saved)
         peak = device_peak(world, cfg.precision)
         self.rates = Rates(facts.cost.flops_per_token, peak and peak * world.size)
 
