@@ -1,6 +1,6 @@
 """What a run says: the banner, the step line, log.jsonl, the progress bar, Weights & Biases.
 
-Only rank 0 speaks; the other ranks hold a RunLog that is silent.
+Only rank 0 enabled; the other ranks hold a RunLog that is silent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class RunLog:
     """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run
     has one)."""
 
-    def __init__(self, speaks: bool):
-        self.speaks = speaks
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.file: Any = None
         self.unwritten = b""  # lines that log.jsonl had no room for
         self.failed = False
-        self.told_lost = False  # that standard output cannot be written
+        self.warned_lost_output = False  # that standard output cannot be written
         self.wandb: Any = None
         self.bar: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
@@ -37,7 +37,7 @@ class RunLog:
     # --- the console
 
     def say(self, text: str = "") -> None:
-        if not self.speaks:
+        if not self.enabled:
             return
         with self.lock:
             if self.bar is not None:
@@ -51,8 +51,8 @@ class RunLog:
     def _note_lost(self) -> None:
         """Log, once, that nobody sees what is said."""
         reason = console.lost()
-        if reason and not self.told_lost and self.file is not None:
-            self.told_lost = True
+        if reason and not self.warned_lost_output and self.file is not None:
+            self.warned_lost_output = True
             text = f"standard output cannot be written ({reason}); training goes on without it"
             self.record("warning", {"step": None, "text": text})
 
@@ -65,7 +65,7 @@ class RunLog:
 
     def start_progress(self, steps: int, done: int) -> None:
         """A live bar where someone watches; elsewhere the step lines alone."""
-        if not self.speaks or not sys.stdout.isatty():
+        if not self.enabled or not sys.stdout.isatty():
             return
         from rich.progress import (
             BarColumn,
@@ -89,7 +89,7 @@ class RunLog:
     def step(self, record: dict[str, Any], steps: int, eta: float, show: bool) -> None:
         """Log one optimizer step; `show` prints its line, `eta` is in seconds."""
         self.record("train", record)
-        if not self.speaks:
+        if not self.enabled:
             return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=record["step"], eta=time_text(eta))
@@ -101,7 +101,7 @@ class RunLog:
     def open(self, folder: Path, keep_until: int | None, done: tuple[str, ...] = ()) -> None:
         """Start or continue folder/log.jsonl, cutting what lies past the checkpoint of step
         `keep_until`."""
-        if not self.speaks:
+        if not self.enabled:
             return
         path = folder / "log.jsonl"
         if path.exists():
@@ -121,7 +121,7 @@ class RunLog:
             return
         line = {"kind": kind, "time": round(time.time(), 3)} | fields
         with self.lock:
-            self.unwritten += json.dumps(finite(line)).encode() + b"\n"
+            self.unwritten += json.dumps(json_safe(line)).encode() + b"\n"
             full = self._write()
             self._to_wandb(line)
         if full:
@@ -165,7 +165,7 @@ class RunLog:
     # --- Weights & Biases, which may never stop a run
 
     def start_wandb(self, folder: Path, config: dict[str, Any]) -> None:
-        if not self.speaks:
+        if not self.enabled:
             return
 
         def start() -> None:
@@ -249,7 +249,7 @@ def _is_step(value: Any) -> bool:
     )
 
 
-def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+def finite_values(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     """The finite values of a field, of the records that have one."""
     values = (record.get(name) for record in records)
     return [float(v) for v in values if _is_number(v)]
@@ -275,13 +275,13 @@ def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def finite(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """`value` as JSON can hold it: null where a number is infinite or none at all."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: json_safe(v) for k, v in value.items()}
+    return [json_safe(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _wandb_id(folder: Path) -> str:

@@ -20,7 +20,7 @@ from config import Resolved, RunOptions, RunConfig, UserError, resolve
 from engine import processes
 from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
-from engine.log import RunLog, numbers, read_log
+from engine.log import RunLog, finite_values, read_log
 from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
@@ -246,7 +246,7 @@ def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float |
         text = (Path(cfg.out) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    speeds = numbers(
+    speeds = finite_values(
         [record for _, record in read_log(text) if record["kind"] == "train"], "tokens_per_second"
     )
     if speeds and (speed := statistics.median(speeds)) > 0:

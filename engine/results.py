@@ -15,7 +15,7 @@ from base import files
 from base.console import time_text
 from config import Resolved, UserError
 from engine import processes
-from engine.log import RunLog, finite
+from engine.log import RunLog, json_safe
 from engine.plan import describe_step
 from engine.progress import Progress, is_better
 from engine.rates import Rates, per_second
@@ -67,7 +67,7 @@ class Results:
             final = self._best_or_last()
             self._write_final(final)
             figures = self._figures(final)
-            files.write_json(self.folder / checkpoint.RESULTS, finite(figures))
+            files.write_json(self.folder / checkpoint.RESULTS, json_safe(figures))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the end of the run could not be written ({error}); free space under "

@@ -66,7 +66,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     cfg = processes.gather(world, cfg)[0]  # only rank 0 may see the run's folder
     stop = StopSignal(world)
     stop.install()
-    log = RunLog(speaks=world.main)
+    log = RunLog(enabled=world.main)
     if advice := processes.restart_advice():
         log.say(advice)
     cfg, choices = resolve_for_machine(cfg, world)

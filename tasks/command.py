@@ -13,7 +13,7 @@ from typing import Any
 from base.files import beside, writable_file, write_json, writing_to
 from base.signals import stopped_by
 from config import UserError
-from engine.log import finite
+from engine.log import json_safe
 from engine.processes import recorded
 from engine.trainer import train
 from storage.checkpoint import locate
@@ -87,7 +87,7 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
         scores = task.answering(cfg, model, print).write(path, print)
         about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
         if scores:
-            write_json(beside(path, ".scores.json"), finite(scores) | about)
+            write_json(beside(path, ".scores.json"), json_safe(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 

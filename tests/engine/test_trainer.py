@@ -28,7 +28,7 @@ from torch import Tensor
 from config import UserError
 from engine.evaluation import evaluate
 from engine.loader import partition
-from engine.log import finite
+from engine.log import json_safe
 from engine.precision import LossScale
 from engine.processes import World
 from engine.progress import Progress
@@ -369,7 +369,7 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
         # what metrics.json says is of the model in final/
         of_final = happened["figures"]["final_is_step"]
-        assert happened["figures"]["score"] == finite(scores[of_final - 1])
+        assert happened["figures"]["score"] == json_safe(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)

@@ -461,7 +461,7 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_delays_the_log_and_loses_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(speaks=True)
+    log = RunLog(enabled=True)
     log.open(tmp_path, None)
     file = log.file
     log.record("train", {"step": 1})
@@ -490,7 +490,7 @@ def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
     for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
-        log = RunLog(speaks=True)
+        log = RunLog(enabled=True)
         log.open(tmp_path, 2, done)
         log.close()
         kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
