@@ -13,12 +13,12 @@ import torch.nn as nn
 from config import Resolved, UserError
 from engine import processes
 from engine.failures import is_out_of_memory
-from engine.memory import Memory, estimate, keeps_freed
+from engine.memory import Memory, estimate, keeps_freed_memory
 from engine.processes import World
 from engine.step import TrainStep
 from engine.task import Facts, Task
 
-SAVES = "add --recompute or lower --seq-len or --preset"  # memory
+MEMORY_ADVICE = "add --recompute or lower --seq-len or --preset"  # memory
 HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, over its estimate
 
 
@@ -37,7 +37,7 @@ def choose_micro_batch(
         return before
     found = largest_micro_batch(task, facts, model, cfg, world, rows)
     if not found:
-        raise UserError(f"not even --micro-batch 1 fits in memory; {SAVES}")
+        raise UserError(f"not even --micro-batch 1 fits in memory; {MEMORY_ADVICE}")
     return found
 
 
@@ -50,17 +50,17 @@ def out_of_memory(
     with torch.compiler.set_stance("force_eager"):
         fits = largest_micro_batch(task, facts, model, cfg, alone, rows)
     fits = largest_divisor(rows, lambda n: n <= min(fits, micro_batch - 1))
-    return too_large(micro_batch, f"lower --micro-batch to {fits}" if fits else SAVES)
+    return too_large(micro_batch, f"lower --micro-batch to {fits}" if fits else MEMORY_ADVICE)
 
 
-def too_large(micro_batch: int, way: str = SAVES) -> UserError:
+def too_large(micro_batch: int, way: str = MEMORY_ADVICE) -> UserError:
     """The line to show where `micro_batch` did not fit; `way`: out of it."""
     return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
 
 
 def heap_limit(facts: Facts, cfg: Resolved, world: World, micro_batch: int) -> float:
     """Resident bytes above which a CPU run trims its heap."""
-    if facts.longest is None or world.device.type != "cpu" or not keeps_freed(cfg):
+    if facts.longest is None or world.device.type != "cpu" or not keeps_freed_memory(cfg):
         return math.inf
     return HEAP_SLACK * peak_memory(facts, cfg, micro_batch, world).total
 

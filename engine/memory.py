@@ -33,7 +33,7 @@ from model import GPT
 BUCKET_BYTES = 25 << 20
 # of activations and logits: what a heap that keeps freed tensors holds beyond those alive
 # (measured)
-HOLES = 0.2
+HEAP_OVERHEAD = 0.2
 # of a CPU process: its matrix products' buffers, and code first touched by a step
 SCRATCH_BYTES = 32 << 20
 MMAP_BYTES = 1 << 20  # allocations from here on are mapped one by one, and unmapped when freed
@@ -74,14 +74,14 @@ def estimate(
     pass. `base`: bytes of the process before it builds a model; by default those of this process on
     the CPU, none elsewhere (they are not the device's).
     """
-    live = _step(cost, cfg.precision, cfg.without, micro_batch, accumulate)
+    live = _peak_by_part(cost, cfg.precision, cfg.without, micro_batch, accumulate)
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(cost, cfg.optimizer, padded=True)
     other = base if base is not None else resident_bytes() if on_cpu else 0
     if on_cpu:
         other += SCRATCH_BYTES
-    if on_cpu and keeps_freed(cfg):
-        other += int(HOLES * (live["activations"] + live["logits"]))
+    if on_cpu and keeps_freed_memory(cfg):
+        other += int(HEAP_OVERHEAD * (live["activations"] + live["logits"]))
     # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
     if on_cpu and cfg.save_every:
         other += live["weights"] + state + _matrix_bytes(_meta(cost.shape))
@@ -108,7 +108,7 @@ def checkpoint_bytes(cost: Cost, optimizer: str, stored: Callable[[str], bool]) 
     return 2 * 4 * weights + optimizer_bytes(cost, optimizer)
 
 
-def keeps_freed(cfg: RunConfig) -> bool:
+def keeps_freed_memory(cfg: RunConfig) -> bool:
     """Whether a run on a CPU keeps what it frees; who recomputes is short of memory."""
     return not cfg.recompute and "kept-memory" not in cfg.without
 
@@ -215,7 +215,7 @@ class _Ledger(TorchDispatchMode):
         self.live[part] -= size
 
 
-def _step(
+def _peak_by_part(
     cost: Cost, precision: str, without: Collection[str], micro_batch: int, accumulate: bool
 ) -> dict[str, int]:
     """Bytes by part at the peak of one micro-batch's forward and backward pass."""
@@ -225,7 +225,7 @@ def _step(
         model = GPT(cost.shape)
         if cost.added:
             cost.added(model)
-        run: nn.Module = _Step(model, cost.loss or _of_language)
+        run: nn.Module = _LossModule(model, cost.loss or _language_loss)
         run = Cast(run, dtype) if dtype and cast_once else run
         ledger.part = "gradients"
         for parameter in model.parameters():
@@ -248,7 +248,7 @@ def _step(
     return ledger.peak
 
 
-class _Step(nn.Module):
+class _LossModule(nn.Module):
     """A model's loss of token ids, as one module."""
 
     def __init__(self, model: GPT, loss: Callable[[GPT, Tensor], Tensor]):
@@ -259,5 +259,5 @@ class _Step(nn.Module):
         return self.loss(self.model, idx)
 
 
-def _of_language(model: GPT, idx: Tensor) -> Tensor:
+def _language_loss(model: GPT, idx: Tensor) -> Tensor:
     return model(idx, idx, reduction="sum")

@@ -21,7 +21,7 @@ from engine import processes
 from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, finite_values, read_log
-from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
+from engine.memory import checkpoint_bytes, keeps_freed_memory, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
@@ -59,8 +59,8 @@ def resolve_for_machine(cfg: RunOptions, world: World) -> tuple[RunOptions, Choi
     if world.device.type == "cuda":
         set_gpu_allocator(cfg)
     # else glibc is left alone
-    if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):
-        set_allocator(keep_freed=keeps_freed(cfg))
+    if world.device.type == "cpu" and (keeps_freed_memory(cfg) or cfg.recompute):
+        set_allocator(keep_freed=keeps_freed_memory(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)
     backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)

@@ -44,11 +44,11 @@ class Cast(nn.Module):
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.module = module
-        self.params = dict(_of_linear_layers(module))
+        self.params = dict(_linear_parameters(module))
         self.copies = {name: p.detach().to(dtype) for name, p in self.params.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stand_ins = {name: _Copy.apply(p, self.copies[name]) for name, p in self.params.items()}
+        stand_ins = {name: _UseCopy.apply(p, self.copies[name]) for name, p in self.params.items()}
         return functional_call(self.module, stand_ins, args, kwargs)
 
     def refresh(self) -> None:
@@ -57,13 +57,13 @@ class Cast(nn.Module):
             torch._foreach_copy_(list(self.copies.values()), list(self.params.values()))
 
 
-def _of_linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _linear_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             yield from layer.named_parameters(prefix, recurse=False)
 
 
-class _Copy(torch.autograd.Function):
+class _UseCopy(torch.autograd.Function):
     """A parameter's copy in its place: the gradient goes to the parameter."""
 
     @staticmethod
