@@ -17,10 +17,12 @@ def main() -> int:
         outlive()
     # torch is imported only now: --help and a mistyped option answer at once.
     from engine.pretraining import LanguageModelling
-    from engine.processes import recorded
+    from engine.processes import record_failures
     from engine.trainer import train
 
-    return recorded(train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:]))
+    return record_failures(
+        train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:])
+    )
 
 
 if __name__ == "__main__":

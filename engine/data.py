@@ -24,7 +24,7 @@ from text import corpus
 from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
 
-READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # in the cache's keys
+TABLE_READER_VERSIONS = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # in the cache's keys
 GPT2_VOCAB = 50257
 
 
@@ -73,7 +73,7 @@ class Data:
 
 
 @dataclass
-class _Opened:
+class _Splits:
     """Shards by the split that their names tell."""
 
     train: TokenDataset | None
@@ -108,8 +108,8 @@ def open_data(
     is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
-    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
-    opened = _open(data, asked, text_column, store, val_data is None, say)
+    requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    opened = _open(data, requested, text_column, store, val_data is None, say)
     train, val, vocabulary = opened.train, opened.val, opened.vocabulary
     if train is None:
         raise UserError(
@@ -153,8 +153,8 @@ def open_whole(
         raise UserError(
             f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer"
         )
-    asked = Vocabulary.of(tokenizer) if tokenizer else None
-    opened = _open(data, asked, text_column, Cache(cache), False, say)
+    requested = Vocabulary.of(tokenizer) if tokenizer else None
+    opened = _open(data, requested, text_column, Cache(cache), False, say)
     whole = opened.val or opened.train
     assert whole is not None
     whole.vocab_size = opened.vocabulary.size
@@ -191,25 +191,25 @@ def _split_tail(
 
 def _open(
     spec: str,
-    asked: Vocabulary | None,
+    requested: Vocabulary | None,
     column: str,
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
     named: bool = True,
-) -> _Opened:
-    """named: whether the user named the vocabulary that is asked for."""
+) -> _Splits:
+    """named: whether the user named the vocabulary that is requested for."""
     path = Path(spec).expanduser()
     if files := _shard_files(path):
-        return _open_shards(path, files, asked, store, named)
+        return _open_shards(path, files, requested, store, named)
     if spec == "stdlib" and not path.exists():
         texts = corpus.stdlib_files()
-        tokenizer = _needed(asked) if asked else stdlib_tokenizer(texts, store, say)
+        tokenizer = _needed(requested) if requested else stdlib_tokenizer(texts, store, say)
         return _open_text(texts, spec, tokenizer, column, store, holdout, say)
     hub = not os.path.exists(path) and corpus.is_hub_id(spec)
     # looked for first: what is not there needs no tokenizer
     texts = [] if hub else corpus.find_files(spec)
-    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     if hub:
         return _open_hub(spec, tokenizer, column, store, holdout, say)
     return _open_text(texts, spec, tokenizer, column, store, holdout, say)
@@ -224,22 +224,22 @@ def check_data(
     """
     for spec in filter(None, (data, val_data)):
         check_files(spec)  # first: what is not there needs no tokenizer
-    asked, lacking = None, None
+    requested, tokenizer_error = None, None
     try:
-        asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+        requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     except UserError as error:  # told only where the data is there: without it no tokenizer helps
-        lacking = error
+        tokenizer_error = error
     store = Cache(cache)
-    _check_there(data, asked, text_column, store)
+    _check_there(data, requested, text_column, store)
     if val_data is not None:
-        _check_there(val_data, asked, text_column, store)
-    if lacking:
-        raise lacking
+        _check_there(val_data, requested, text_column, store)
+    if tokenizer_error:
+        raise tokenizer_error
     path = Path(data).expanduser()
     if files := _shard_files(path):
-        return _open_shards(path, files, asked, store).vocabulary.size
-    if asked:
-        return asked.size
+        return _open_shards(path, files, requested, store).vocabulary.size
+    if requested:
+        return requested.size
     return (
         STDLIB_VOCAB
         if data == "stdlib" and not path.exists()
@@ -249,7 +249,7 @@ def check_data(
 
 def check_files(spec: str) -> None:
     """Raise UserError where `spec` names files, and one of them is not there or cannot be read;
-    whether the hub has a dataset is not asked."""
+    whether the hub has a dataset is not requested."""
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return
@@ -259,24 +259,24 @@ def check_files(spec: str) -> None:
                 file.open("rb").close()
 
 
-def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
+def _check_there(spec: str, requested: Vocabulary | None, column: str, store: Cache) -> None:
     path = Path(spec).expanduser()
     if files := _shard_files(path):
-        _open_shards(path, files, asked, store)
+        _open_shards(path, files, requested, store)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
         check_files(spec)
-    elif not _is_cached(spec, asked, column, store):
+    elif not _is_cached(spec, requested, column, store):
         _hub_dataset(spec, column)
 
 
-def _is_cached(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> bool:
+def _is_cached(spec: str, requested: Vocabulary | None, column: str, store: Cache) -> bool:
     """Whether a hub dataset has been tokenized: then it need not be in reach."""
     if not store.root.is_dir():
         return False
     try:
-        tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+        tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     except UserError:
         return False
     keys = (_hub_key(spec, column, tokenizer, holdout) for holdout in (True, False))
@@ -300,12 +300,12 @@ def _open_text(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
-) -> _Opened:
+) -> _Splits:
     """Text files, tokenized once for one content, column and tokenizer."""
     store.prepare()
     content = store.remember("sha256", files, sha256)
     # Tables were once read by other rules, so what the cache holds of them from then is not used.
-    kinds = [READ_ANEW.get(kind, kind) for kind in map(corpus.suffix_of, files)]
+    kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(corpus.suffix_of, files)]
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
 
     def make(folder: Path) -> None:
@@ -329,7 +329,7 @@ def _open_hub(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
-) -> _Opened:
+) -> _Splits:
     """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to
     fetch it anew."""
 
@@ -367,15 +367,15 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _open_shards(
-    path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True
-) -> _Opened:
-    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked
+    path: Path, files: list[Path], requested: Vocabulary | None, store: Cache, named: bool = True
+) -> _Splits:
+    """Raises UserError for shards that are damaged, or of another tokenizer than the one requested
     for."""
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(folder)
     shards = [read_shard(file) for file in files]
     if manifest:
-        vocabulary = _manifest_vocabulary(folder, manifest, asked, named)
+        vocabulary = _manifest_vocabulary(folder, manifest, requested, named)
         records = _check_records(folder, manifest, shards, whole=path.is_dir())
         max_ids, marks = (
             [r["max_id"] for r in records],
@@ -384,7 +384,7 @@ def _open_shards(
     else:
         max_ids = store.remember("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
-        vocabulary = asked or _assumed_vocabulary(max(max_ids) + 1)
+        vocabulary = requested or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):
         if max_id >= vocabulary.size:
             raise UserError(beyond_vocabulary(file, max_id, vocabulary.size, vocabulary.name))
@@ -394,7 +394,7 @@ def _open_shards(
         identity = digest([marks[i] for i in chosen])
         return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
 
-    return _Opened(split(False), split(True), vocabulary)
+    return _Splits(split(False), split(True), vocabulary)
 
 
 def _assumed_vocabulary(n_ids: int) -> Vocabulary:
@@ -446,10 +446,10 @@ def _check_manifest(manifest: JsonObject) -> None:
 
 
 def _manifest_vocabulary(
-    folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool
+    folder: Path, manifest: dict[str, Any], requested: Vocabulary | None, named: bool
 ) -> Vocabulary:
     made_with = manifest["tokenizer"]
-    vocabulary = asked or _own_vocabulary(folder, manifest)
+    vocabulary = requested or _own_vocabulary(folder, manifest)
     if vocabulary.sha256 != made_with["sha256"]:
         advice = "leave --tokenizer out" if named else "tokenize the text again"
         raise UserError(

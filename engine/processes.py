@@ -90,11 +90,11 @@ def _launcher_store(rank: int, size: int) -> dict[str, Any]:
         return {}
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, size, is_master=False, timeout=TIMEOUT)
-    fresh = dist.PrefixStore(meet(store, rank, size, TIMEOUT.total_seconds()), store)
+    fresh = dist.PrefixStore(rendezvous(store, rank, size, TIMEOUT.total_seconds()), store)
     return {"store": fresh, "rank": rank, "world_size": size}
 
 
-def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+def rendezvous(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     """Agree on a name with the `size` ranks that run now, in a store that may hold what dead ranks
     wrote.
 
@@ -194,7 +194,7 @@ def _nodes_may_join() -> bool:
     return any(low != high for low, high in re.findall(r"--nnodes[= ](\d+):(\d+)", options))
 
 
-def recorded(function: Callable[..., Any], *args: Any) -> Any:
+def record_failures(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, where torchrun shows the traceback of a rank that fails, but none for the
     user's mistake."""
     from torch.distributed.elastic.multiprocessing.errors import record
