@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from base.console import bytes_text, time_text
-from config import Resolved, RunOptions, RunConfig, UserError, resolve
+from config import Resolved, RunConfig, RunOptions, UserError, resolve
 from engine import processes
 from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory

@@ -18,7 +18,7 @@ from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
 from engine.data import Data, check_data, check_files, open_data
-from engine.shape import runtime_fields, model_config
+from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT

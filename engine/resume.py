@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.options import MethodConfig
-from config import RunOptions, RunConfig, UserError, default_out
+from config import RunConfig, RunOptions, UserError, default_out
 from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device

@@ -26,7 +26,7 @@ from engine import memory, trainer  # noqa: F401
 from engine.task import Cost
 from model import GPT
 
-count = memory._step
+count = memory._peak_by_part
 counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 

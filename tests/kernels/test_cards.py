@@ -123,7 +123,7 @@ def test_auto_runs_nothing_that_a_card_lacks(monkeypatch, name):
     major = CARDS[name].capability[0]
     assert cfg.precision == ("bf16" if major >= 8 else "fp16")
     assert ("attention" in cfg.kernels.split(",")) == (major >= 8)
-    assert (choices.lost is None) == (major >= 8)
+    assert (choices.fallback is None) == (major >= 8)
     assert ("CUDNN_ATTENTION" in [b.name for b in choices.backends]) == (major in (9, 10))
     assert ("FLASH_ATTENTION" in [b.name for b in choices.backends]) == (major >= 8)
 
