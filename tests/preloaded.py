@@ -63,7 +63,7 @@ def picture() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
-mock.patch.object(memory, "_step", remembered).start()
+mock.patch.object(memory, "_peak_by_part", remembered).start()
 picture()
 # Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and
 # a forked process is without them.
