@@ -485,7 +485,7 @@ def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, t
 
 def test_patience_without_evaluations_is_refused(untouched, tmp_path):
     with pytest.raises(
-        UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"
+        UserError, match="--patience 2 counts evaluations, but --eval-every 0 turns them off"
     ):
         train(Scripted([1.0]), whole_run(tmp_path / "run", 1, eval_every=0, patience=2))
 
