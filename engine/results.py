@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base import files
 from base.console import time_text
-from config import Resolved, UserError
+from config import UserError
 from engine import processes
 from engine.log import RunLog, json_safe
 from engine.plan import describe_step
@@ -39,7 +39,6 @@ class Results:
 
     def __init__(
         self,
-        cfg: Resolved,
         facts: Facts,
         step: TrainStep,
         micro_batch: int,
@@ -48,15 +47,14 @@ class Results:
         rates: Rates,
         log: RunLog,
     ):
-        self.cfg, self.facts, self.step, self.micro_batch, self.progress = (
-            cfg,
-            facts,
-            step,
-            micro_batch,
-            progress,
-        )
+        self.facts, self.step, self.micro_batch, self.progress = facts, step, micro_batch, progress
         self.checkpoints, self.rates, self.log = checkpoints, rates, log
-        self.task, self.model, self.folder = step.task, step.model, checkpoints.run
+        self.cfg, self.task, self.model, self.folder = (
+            step.cfg,
+            step.task,
+            step.model,
+            checkpoints.run,
+        )
 
     def write(self) -> dict[str, str]:
         """Write final/, then metrics.json, which says that the run is finished. Returns the lines

@@ -1,8 +1,8 @@
-"""The one training loop. It never looks inside a batch, a model or a loss: the Task does.
+"""The training loop, one for all tasks. It never looks inside a batch, a model or a loss.
 
-A run begins (afresh or from a checkpoint), makes optimizer steps (engine/step.py), does what is due
-between them (evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its
-last step saved.
+A run starts from scratch or from a checkpoint and makes optimizer steps (engine/step.py). Between
+steps it evaluates, samples and saves checkpoints when these are due. It ends when it is finished,
+or when a signal stops it; the last completed step is then saved.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from storage import checkpoint
 from text import tokenizer_files
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
-CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
+CHECK_EVERY = 100  # steps between two comparisons of the ranks' parameters
 
 
 def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> int:
-    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError
-    for bad input.
+    """Train `task` with the options `cfg`. Returns the exit code: 0, or 128 plus the number of the
+    signal that stopped the run. Raises UserError for bad input.
 
-    `typed`: the options that the user named. A run that goes on keeps its own value of the others;
-    None: of none.
+    `typed`: the options that the user typed. A resumed run keeps its previous values of the others.
+    None: all options count as typed.
     """
     cfg = restore_options(cfg, typed)
     asked = {name: getattr(cfg, name) for name in (*MACHINE_OPTIONS, "device")}
     world = processes.start(cfg.device)
-    cfg = processes.gather(world, cfg)[0]  # only rank 0 may see the run's folder
+    cfg = processes.gather(world, cfg)[0]  # other ranks may not see the run's folder
     stop = StopSignal(world)
     stop.install()
     log = RunLog(enabled=world.main)
@@ -93,7 +93,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run works with from its start to its end."""
+    """What stays the same during a run."""
 
     task: Task
     facts: Facts
@@ -104,7 +104,7 @@ class RunContext:
 
 
 class Run:
-    """A run in its open folder, from the banner to the results."""
+    """One start of a run, from the banner to the results, in a folder that it has claimed."""
 
     def __init__(self, setup: RunContext, opened: OpenedRun):
         self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
@@ -114,6 +114,7 @@ class Run:
         self.folder = self.loop.folder
 
     def train(self, choices: Choices) -> int:
+        """Run the loop and write the results. Returns the exit code."""
         self._begin(choices)
         may_shrink = self.cfg.micro_batch == "auto" and self.world.size == 1
         try:
@@ -126,7 +127,8 @@ class Run:
             self._finish()
             return 0
         except Exception as error:
-            # it reached the whole group: a compiler, say, that this process then missed
+            # The signal went to the whole process group. It may have killed a child of this
+            # process, a compiler for example, and so caused the error.
             if self.stop.flag:
                 release_frames(error)
                 raise SystemExit(self._stopped_in_error(error)) from None
@@ -142,7 +144,7 @@ class Run:
         finally:
             self.loop.close()
 
-    # --- beginning
+    # --- start
 
     def _begin(self, choices: Choices) -> None:
         """Open the log, print the banner and the warnings, and write config.json."""
@@ -162,15 +164,14 @@ class Run:
         )
         for warning in (*((choices.fallback,) if choices.fallback else ()), *self.facts.warnings):
             log.warn(warning)
-        for told in tokenizer_files.told.values():
-            log.record("warning", {"step": loop.progress.step, "text": told})
+        for warning in tokenizer_files.told.values():  # printed already, but not logged
+            log.record("warning", {"step": loop.progress.step, "text": warning})
         for note in start.notes:
             log.warn(note, loop.progress.step)
         if changed := self.opened.changes(self._options()):
-            log.warn(
-                f"the run goes on with other options: {', '.join(changed)}", loop.progress.step
-            )
-        # after the changes are logged: from here on the next start compares with these
+            text = f"options changed since the last start: {', '.join(changed)}"
+            log.warn(text, loop.progress.step)
+        # Written only now that the changes are logged: the next start compares with this file.
         on_main(world, self._write_options)
         if world.main:
             final = sum(4 * p.numel() for p in loop.model.parameters())
@@ -180,7 +181,7 @@ class Run:
         log.start_progress(loop.steps, loop.progress.step)
 
     def _options(self) -> dict[str, Any]:
-        """The resolved options, with the micro-batch that was found."""
+        """The resolved options, with the micro-batch that `auto` found."""
         return dataclasses.asdict(self.cfg) | {"micro_batch": self.loop.micro_batch}
 
     def _open_log(self) -> None:
@@ -199,11 +200,11 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
 
-    # --- where memory runs out in the first step
+    # --- out of memory in the first step
 
     def _loop_fits(self, may_shrink: bool) -> bool:
-        """Run the loop; False where memory ran out in its first step and a smaller micro-batch may
-        be tried."""
+        """Run the loop. Returns False if its first step ran out of memory and a smaller micro-batch
+        may be tried."""
         first = self.loop.progress.step
         try:
             self.loop.run()
@@ -216,13 +217,13 @@ class Run:
         return True
 
     def _shrink_micro_batch(self) -> None:
-        """Begin again with the next smaller micro-batch: a compiled step may take more than the
-        trial did."""
+        """Start again with the next smaller micro-batch. A compiled step may need more memory than
+        the trial that chose the first one."""
         old, rows = self.loop, self.facts.rows_per_rank(self.world.size)
         smaller = largest_divisor(rows, lambda n: n < old.micro_batch)
         old.release()
         if self.cfg.compile:
-            torch.compiler.reset()  # compiled code holds the model
+            torch.compiler.reset()  # compiled code refers to the old model
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -236,44 +237,43 @@ class Run:
         self.loop.progress, self.loop.signal = old.progress, old.signal
         self._write_options()
         text = (
-            f"the first step ran out of memory with --micro-batch {old.micro_batch}; going on with "
-            f"{smaller}"
+            f"the first step ran out of memory with --micro-batch {old.micro_batch}; continuing "
+            f"with {smaller}"
         )
         self.log.warn(text, self.loop.progress.step)
 
-    # --- ending
+    # --- end
 
     def _stopped(self) -> int:
         """Save the last completed step and return the exit code of the signal."""
         self.loop.save_last()
-        # torchrun kills the others soon after the first of them has left
+        # Wait for all ranks: once one exits, torchrun soon kills the others.
         processes.gather(self.world, None)
         return self._say_stopped(self.loop.signal)
 
     def _stopped_in_error(self, error: Exception) -> int:
-        """The same, on this rank alone, where a signal came and then an error that is likely to be
-        its effect."""
+        """Like `_stopped`, but on this rank only, for an error that a signal probably caused."""
         self.log.stop_progress()
         if self.loop.step.weights_step == self.loop.progress.step:
             self.loop.save_last()
-        said = next(iter(str(error).splitlines()), "")[:200]
-        return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(said)})")
+        message = next(iter(str(error).splitlines()), "")[:200]
+        return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(message)})")
 
     def _say_stopped(self, number: int, why: str = "") -> int:
         step, saved = self.loop.progress.step, self.loop.checkpoints.saved
         self.log.record("warning", {"step": step, "text": f"stopped by signal {number}{why}"})
-        said = "its checkpoint is saved" if saved == step else "nothing new was saved"
+        outcome = "its checkpoint is saved" if saved == step else "nothing new was saved"
         self.log.say(
-            f"stopped by signal {number} after step {step}{why}; {said}; the same command resumes"
+            f"stopped by signal {number} after step {step}{why}; {outcome}; "
+            "the same command resumes"
         )
         return 128 + number
 
     def _finish(self) -> None:
-        """Write the results, and say how it went; nobody leaves before rank 0 has written."""
+        """Write the results on rank 0 while the other ranks wait, and print them."""
         loop = self.loop
         loop.checkpoints.join()
         results = Results(
-            self.cfg,
             self.facts,
             loop.step,
             loop.micro_batch,
@@ -288,20 +288,20 @@ class Run:
 
 
 class Loop:
-    """Trains the model from where the run begins: its steps, and what is due between them."""
+    """Makes the steps of a run, and what is due between them, from where the run starts."""
 
     def __init__(self, setup: RunContext, start: Start, micro_batch: int | None = None):
-        """`micro_batch` None: the one to find."""
+        """`micro_batch`: None to choose it."""
         task, facts, cfg, world = setup.task, setup.facts, setup.cfg, setup.world
         self.task, self.facts, self.cfg = task, facts, cfg
         self.world, self.stop, self.log = world, setup.stop, setup.log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
-        self.signal = 0  # what all ranks agreed to stop for
+        self.signal = 0  # the signal that all ranks agreed to stop for
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})
         torch.manual_seed(cfg.seed)
         self.model = task.build_model(cfg)
-        # The checkpoint writer exports from a export_model of the model whose weights are the copied
-        # ones.
+        # A copy of the model without weights. The checkpoint writer gives it copied weights to
+        # export, while training goes on changing the model's own.
         export_model = copy.deepcopy(
             self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()}
         )
@@ -314,7 +314,7 @@ class Loop:
             compile_model(self.model, cfg, world, facts.cost.loss is None)
         self.step = TrainStep(task, self.model, cfg, world, facts.exact_evaluation)
         self.step.spans = spans(start.lengths)
-        # A checkpoint that an older version wrote lacks some.
+        # The training state holds more than the progress, and an older version's holds less.
         known = {field.name for field in dataclasses.fields(Progress)}
         self.progress = Progress(**{name: value for name, value in meta.items() if name in known})
         saved = None
@@ -327,19 +327,20 @@ class Loop:
         self.rates = Rates(facts.cost.flops_per_token, peak and peak * world.size)
 
     def close(self) -> None:
+        """Stop the loader's thread and wait for the checkpoint that is being written."""
         self.loader.close()
         self.checkpoints.join()
 
     def release(self) -> None:
-        """Let go of the model and of what trains it: the next one needs their memory."""
+        """Free the model and the optimizer, whose memory the next loop needs."""
         self.loader.close()
         del self.model, self.step
 
     # --- steps
 
     def run(self) -> None:
-        """Run the remaining steps, or as many as a signal leaves."""
-        self._after_step()  # what an interrupted run still owed at its last step
+        """Run the remaining steps, or stop early at a signal."""
+        self._after_step()  # what an interruption left undone after the last step
         self.rates.restart_clock()
         first = self.progress.step
         unread: Callable[[], None] | None = None
@@ -349,14 +350,14 @@ class Loop:
                 data = self.loader(self.progress.step)
                 waited = time.perf_counter() - began
                 result = self.step(self.progress.step, data, self.stopping)
-                if unread:  # on a GPU the figures of a step are read while the next one runs
+                if unread:  # on a GPU, read a step's figures while the next step runs
                     unread()
                     unread = None
                 if result is None:
                     break
                 if self.progress.step == first:
                     gc.collect()
-                    gc.freeze()  # what has been built stays: no collection walks it again
+                    gc.freeze()  # collections now skip everything that has been built
                 self.progress.completed()
                 self.heap.after_step()
                 figures = result.copy_to_host()
@@ -375,8 +376,8 @@ class Loop:
         return contextlib.nullcontext(lambda: None)
 
     def stopping(self) -> int:
-        """The signal that all ranks agree to stop for, 0 for none; asked before each (evaluation)
-        micro-batch."""
+        """The signal that all ranks agree to stop for, or 0. Every rank must ask before each
+        micro-batch, of training and of evaluation."""
         self.signal = self.signal or self.stop.agreed()
         return self.signal
 
@@ -410,8 +411,8 @@ class Loop:
 
     def _warn_of_skipped(self, step: int) -> None:
         self.log.warn(
-            f"step {step}: loss or gradient is not finite; update skipped ({self.progress.skipped} so "
-            "far)",
+            f"step {step}: loss or gradient is not finite; update skipped "
+            f"({self.progress.skipped} so far)",
             step,
         )
         if self.progress.skipped_in_a_row == MAX_SKIPPED:
@@ -424,8 +425,7 @@ class Loop:
     # --- between steps
 
     def _ends(self) -> bool:
-        """Whether the step just done is the run's last: as planned, or because nothing got better
-        for too long."""
+        """Whether the last completed step ends the run, as planned or because of --patience."""
         return self.progress.step == self.steps or 0 < self.cfg.patience <= self.progress.not_better
 
     def _due(self, every: int | None) -> bool:
@@ -438,7 +438,7 @@ class Loop:
         return self._ends() or any(self._due(every) for every in periods)
 
     def _after_step(self) -> None:
-        """Whatever is due after the step just done, unless it was done before an interruption."""
+        """Do what is due after the completed step, except what an interrupted run had done."""
         if self._due(CHECK_EVERY):
             check_replicas(self.model, self.world)
         for kind, every, act in (
@@ -450,14 +450,15 @@ class Loop:
                 if self.signal:
                     return
                 self.progress.done.append(kind)
-                # a checkpoint of this step, saved when a signal cut this off, lacks it
+                # A checkpoint that a signal had saved in the middle of this does not count it as
+                # done: save this step again.
                 self.checkpoints.saved = None
         if self._due(self.cfg.save_every) and self.checkpoints.saved != self.progress.step:
             self._save()
         self.rates.restart_clock()
 
     def _evaluate(self) -> None:
-        """Evaluate, and say so where this ends the run; alike on every rank."""
+        """Evaluate, on every rank, and log the metrics and whether --patience now ends the run."""
         began = time.perf_counter()
         metrics = evaluate(self.step, self.micro_batch, self.stopping)
         if metrics is None:
@@ -473,8 +474,8 @@ class Loop:
             self.log.record("stopped_early", {"step": progress.step} | best)
             than = "" if progress.best_so_far is None else f" than {progress.best_so_far:.4f}"
             self.log.say(
-                f"stopped early at step {progress.step}: {progress.not_better} evaluations without a better "
-                f"{name}{than}"
+                f"stopped early at step {progress.step}: {progress.not_better} evaluations "
+                f"without a better {name}{than}"
             )
 
     def _sample(self) -> None:
@@ -496,12 +497,12 @@ class Loop:
             "world_size": self.world.size,
         }
         if not self._due(self.cfg.save_every):
-            # saved for a signal's sake: which model is the best may not depend on it
+            # Saved only because of a signal, which must not affect the choice of the best model.
             facts["best_metric"] = None
         self.checkpoints.save(self.step.state(), facts)
 
     def save_last(self) -> None:
-        """Save the last completed step, where that is still to be done, and wait for it."""
+        """Save the last completed step if it is not saved yet, and wait until it is written."""
         self.checkpoints.join()
         if self.world.main and self.progress.step and self.checkpoints.saved != self.progress.step:
             self._save()
