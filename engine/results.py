@@ -1,5 +1,4 @@
-"""What a finished run leaves: final/ with the best or the last model and its card, and
-metrics.json."""
+"""Writes the results of a finished run: metrics.json, and final/ with the model and its card."""
 
 from __future__ import annotations
 
@@ -27,15 +26,15 @@ from storage import checkpoint
 
 @dataclass
 class Final:
-    """The model that final/ is to hold."""
+    """The model that final/ will hold."""
 
     weights: dict[str, Tensor]
-    step: int  # after which the model had them
-    metrics: dict[str, float]  # of that step's evaluation
+    step: int  # the step after which the model had these weights
+    metrics: dict[str, float]  # from the evaluation after that step
 
 
 class Results:
-    """Writes the results of a run from what the loop holds at its end."""
+    """Writes the results of a run from the final state of its loop."""
 
     def __init__(
         self,
@@ -57,8 +56,8 @@ class Results:
         )
 
     def write(self) -> dict[str, str]:
-        """Write final/, then metrics.json, which says that the run is finished. Returns the lines
-        of the closing banner."""
+        """Write final/, then metrics.json, whose existence marks the run as finished. Returns the
+        lines of the closing banner."""
         try:
             if self.checkpoints.error:
                 raise self.checkpoints.error
@@ -68,13 +67,13 @@ class Results:
             files.write_json(self.folder / checkpoint.RESULTS, json_safe(figures))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the end of the run could not be written ({error}); free space under "
+                f"the results of the run could not be written ({error}); free space under "
                 f"{self.folder} and type the same command again"
             ) from None
         return self._banner(final, figures)
 
     def _best_or_last(self) -> Final:
-        """The best checkpoint's model, where that is better than the last step's."""
+        """The best checkpoint's model if it is better than the last step's, else the latter."""
         last = Final(dict(self.model.state_dict()), self.progress.step, self.progress.metrics)
         mode, now = self.task.best[1], self.progress.best_metric
         best = next(iter(checkpoint.ranked(self.folder, mode)), None)
@@ -83,8 +82,8 @@ class Results:
         reason = checkpoint.fault(best[0])
         if reason is not None:
             self.log.warn(
-                f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last "
-                "step"
+                f"the best checkpoint, {best[0]}, is damaged ({reason}); final/ holds the model of "
+                "the last step"
             )
             return last
         tensors, meta = checkpoint.read_state(best[0])
@@ -128,7 +127,7 @@ class Results:
         return {
             "validation": ", ".join(metrics) or "not evaluated",
             "training loss": loss,
-            # no step was left to measure where all were done before this start
+            # If an earlier start had done all steps, this one has measured none.
             "speed": f"{', '.join(speeds)} (median)" if speeds else "not measured",
             "time": f"{time_text(progress.seconds)} of training, {figures['tokens']:,} tokens",
             "skipped": f"{progress.skipped} updates",
@@ -136,15 +135,15 @@ class Results:
         }
 
     def _card(self, final: Final) -> str:
-        """The model card: YAML that the hub reads, then what the model is and how to load it."""
+        """The model card: YAML for the hub, then what the model is and how to load it."""
         cfg, (hub_class, pipeline) = self.cfg, self.facts.hub_class
         lines = "\n".join(f"- {name}: {value}" for name, value in self.facts.banner.items())
         metrics = "\n".join(f"- {name}: {value:.4f}" for name, value in final.metrics.items())
         step = describe_step(self.facts, self.micro_batch, self.step.world.size)
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [gpt2]\n---\n"
-            f"# {self.folder.name}\n\nA GPT-2 trained by the task `{self.task.name}`, step {final.step} "
-            f"of {cfg.steps}.\n\n"
+            f"# {self.folder.name}\n\n"
+            f"A GPT-2 trained by the task `{self.task.name}`, step {final.step} of {cfg.steps}.\n\n"
             f"{lines}\n- training: {step}, {cfg.optimizer}, {cfg.schedule} schedule, peak "
             f"rate {cfg.lr:g}, precision {cfg.precision}, seed {cfg.seed}\n\n"
             f"Evaluation of this step, in {self.step.eval_precision}:\n{metrics or '- none'}\n\n"

@@ -595,7 +595,7 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert (
-        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out
+        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is damaged" in end.out
     ), end
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
