@@ -1,5 +1,5 @@
-"""How a run takes its folder: it keeps other processes out, finds the checkpoint to resume from,
-and tells what has changed since its last start."""
+"""Opens a run's folder: keeps other processes out, finds the checkpoint to resume from, and
+compares the options with those of the last start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from storage import checkpoint
 
 @dataclass
 class OpenedRun:
-    """A run's folder, taken."""
+    """A run whose folder this process has claimed."""
 
     start: Start
-    facts: dict[str, Any]  # of this start, as run.json holds them
-    previous: PreviousStart | None  # the run's last start
+    facts: dict[str, Any]  # about this start, as run.json holds them
+    previous: PreviousStart | None  # None: the run is new
 
     def changes(self, options: dict[str, Any]) -> list[str]:
         """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
@@ -40,7 +40,7 @@ class OpenedRun:
 
 
 def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
-    """What every start of a run must have in common, by option name."""
+    """What must be the same at every start of a run, by option name."""
     names = ("seed", "optimizer", "schedule", "steps")
     own = {name: getattr(cfg, name) for name in names}
     return {"task": task.name} | own | facts.identity
@@ -55,10 +55,10 @@ def open_folder(
     held: contextlib.ExitStack,
     say: Callable[[str], None],
 ) -> OpenedRun:
-    """Take --out until `held` ends, and find where the run begins. Raises UserError where it may
-    not.
+    """Claim --out until `held` is closed, and find out where the run starts.
 
-    `asked`: options that are chosen for the machine, as they were before that.
+    `asked`: the options that depend on the machine, before they were resolved. Raises UserError if
+    the run may not start there.
     """
     folder = Path(cfg.out)
     record = {
@@ -90,8 +90,8 @@ def _extension(cfg: Resolved) -> Extension | None:
 
 
 def _is_restart(cfg: Resolved, folder: Path, previous: PreviousStart | None) -> bool:
-    """Whether torchrun starts this run again, which it began itself: then --resume has been
-    obeyed."""
+    """Whether torchrun restarts a run that it started itself. That start has already done what
+    --resume asks for, so the restart continues from the run's own checkpoint."""
     launcher = processes.launcher()
     if previous is None or launcher is None or previous.record.get("launcher") != launcher:
         return False

@@ -1,4 +1,5 @@
-"""The options of a run that goes on: what was not typed is as it was, and what changed is told."""
+"""The options of a resumed run: what the user did not type keeps its previous value, and every
+change is reported."""
 
 from __future__ import annotations
 
@@ -20,28 +21,28 @@ from engine.start import Start
 from kernels import choose, named
 from storage.checkpoint import RECORD
 
-# Options that say how one start goes about it, not what the run is.
+# Options that belong to a single start, not to the run.
 START_OPTIONS = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")
-# may have to be chosen anew on another machine
+# Options whose value another machine may not support.
 MACHINE_OPTIONS = ("compile", "precision", "kernels", "cuda_graphs")
-# of run.json, and their names for a user
+# Facts in run.json, and their names for the user.
 FACTS = {"world_size": "ranks", "torch": "torch", "device": "device"}
 
 
 @dataclass(frozen=True)
 class PreviousStart:
-    """What a run's folder says of its last start."""
+    """What a run's folder says about its last start."""
 
-    options: dict[str, Any]  # resolved
+    options: dict[str, Any]  # resolved, from config.json
     record: dict[str, Any]  # run.json
-    # of MACHINE_OPTIONS and device, before they were resolved
+    # MACHINE_OPTIONS and device, before they were resolved
     asked: dict[str, Any] = field(default_factory=dict)
 
 
 def previous_start(cfg: RunConfig) -> PreviousStart | None:
-    """The last start of the run that `cfg` continues; None where it begins a run.
+    """The last start of the run that `cfg` continues. None if the run is new.
 
-    A start that failed before config.json has trained nothing: its options are not the run's.
+    A start that failed before it wrote config.json does not count: it trained nothing.
     """
     run = Path(cfg.out or default_out(cfg, choose_device(cfg.device).type))
     if not (run / RECORD).is_file():
@@ -54,7 +55,7 @@ def previous_start(cfg: RunConfig) -> PreviousStart | None:
         options = _read(run / "config.json")
     except ValueError as error:
         raise UserError(
-            f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; mend it"
+            f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; repair it"
         ) from None
     if not isinstance(record, dict) or not isinstance(options, dict) or not options:
         return None
@@ -69,9 +70,9 @@ def _read(path: Path) -> Any:
 
 
 def restore_options(cfg: RunOptions, typed: Collection[str] | None) -> RunOptions:
-    """`cfg` with the run's own value of each option that was not `typed`. None: all count as typed.
+    """Replace each option that was not `typed` by the run's previous value. None: all are typed.
 
-    Raises UserError for a stored value that its option cannot have.
+    Raises UserError for a stored value that the option cannot have.
     """
     previous = None if typed is None or not cfg.trains else previous_start(cfg)
     if previous is not None and typed is not None:
@@ -82,7 +83,8 @@ def restore_options(cfg: RunOptions, typed: Collection[str] | None) -> RunOption
 
 
 def _check_steps(cfg: RunConfig, previous: PreviousStart) -> None:
-    """Beside --extend-to, --steps may say what the run had; any other number would be lost."""
+    """Raise UserError for --steps beside --extend-to, unless it repeats a number that the run has
+    or will have. Any other number would have no effect."""
     known = {length.steps for length in lengths_of(previous.record)} | {cfg.extend_to}
     if cfg.steps not in known:
         raise UserError(
@@ -93,14 +95,14 @@ def _check_steps(cfg: RunConfig, previous: PreviousStart) -> None:
 
 def _restored(cfg: RunOptions, typed: frozenset[str], previous: PreviousStart) -> RunOptions:
     own = previous.options | {"steps": previous.record["identity"].get("steps")}
-    # a micro-batch is resumed with the checkpoint
+    # The micro-batch is restored with the checkpoint.
     kept = typed | {*START_OPTIONS, *MACHINE_OPTIONS, "device", "micro_batch"}
     if "epochs" in typed:
         kept |= {"steps"}
-    if "init" in typed and cfg.init != own.get("init"):  # the weights fix the shape
+    if "init" in typed and cfg.init != own.get("init"):  # these weights have their own shape
         kept |= {"preset", "n_layer", "n_head", "n_embd"}
     if "method" in typed and getattr(cfg, "method", None) != own.get("method"):
-        # another run, and refused as one
+        # Do not add the old method's options. The new method is refused later, as another run.
         kept |= {f.name for f in dataclasses.fields(MethodConfig)}
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg) if f.name in own and f.name not in kept]
@@ -115,7 +117,7 @@ def _as_option(name: str, value: Any, hint: Any) -> Any:
     if not _has_type(value, hint):
         raise UserError(
             f"config.json of the run has {name} {value!r}, which --{name.replace('_', '-')} cannot "
-            "be; mend it"
+            "be; repair it"
         )
     return value
 
@@ -136,7 +138,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 def _for_this_machine(
     cfg: RunOptions, typed: frozenset[str], previous: PreviousStart
 ) -> RunOptions:
-    """Device, precision, kernels and compilation as they were, as far as this machine has them."""
+    """Restore device, compilation, precision and kernels as far as this machine supports them."""
     if "device" not in typed:
         device = previous.asked.get("device", previous.options.get("device", "auto"))
         cfg = dataclasses.replace(cfg, device=device if _device_exists(device) else "auto")
@@ -162,8 +164,8 @@ def _device_exists(device: str) -> bool:
 
 
 def _device_of(previous: PreviousStart) -> str:
-    """The type of device of a run; told by what it computed with, where an older version wrote no
-    more."""
+    """The type of a run's device. If an older version did not record it, infer it from the kernels
+    and compilation that the run used."""
     known = previous.record.get("device") or previous.options.get("device")
     if known and known != "auto":
         return known
@@ -172,7 +174,8 @@ def _device_of(previous: PreviousStart) -> str:
 
 
 def _is_usable(cfg: RunConfig, name: str, value: Any) -> bool:
-    """Whether an option can have a value here, where those before it in MACHINE_OPTIONS are settled."""
+    """Whether an option can have this value on this machine. The options that precede it in
+    MACHINE_OPTIONS are restored already."""
     device = choose_device(cfg.device)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     try:
@@ -194,8 +197,7 @@ def _is_usable(cfg: RunConfig, name: str, value: Any) -> bool:
 def changes(
     options: dict[str, Any], facts: dict[str, Any], previous: PreviousStart, start: Start
 ) -> Iterator[str]:
-    """`NAME OLD -> NEW` for each of the resolved `options` and `facts` that has changed since the
-    last start."""
+    """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
     left_out = {*START_OPTIONS, "steps"} if start.extended else set(START_OPTIONS)
     for name, new in json.loads(json.dumps(options)).items():
         old = previous.options.get(name, new)

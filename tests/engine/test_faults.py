@@ -197,7 +197,7 @@ def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
     other = small("--log-every", 2)
     end = Launch(folder, other, {}, None, "other").end()
     assert end.code == 2 and end.err.startswith(
-        "error: run is in use by a run that still goes on"
+        "error: run is in use by a run that is still going"
     ), end
     assert process.process.exitcode is None
     process.process.kill()

@@ -186,4 +186,4 @@ def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
 def test_a_damaged_file_in_the_compilers_cache_is_named(path):
     error = InductorError(ImportError(f"{path}: file too short"), None)
     line = str(failures.compiler_error(error))
-    assert line.startswith(f"{path}, which torch.compile keeps, is damaged") and "\n" not in line
+    assert line.startswith(f"{path} in torch.compile's cache is damaged") and "\n" not in line

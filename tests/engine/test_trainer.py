@@ -478,7 +478,7 @@ def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, t
     shutil.rmtree(checkpoint.step_folder(tmp_path / "run", 4))
     assert train(Scripted([]), dataclasses.replace(cfg, extend_to=8)) == 0
     assert (
-        "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+        "the checkpoint of step 4 is gone: the run resumes from step 2\n" in capsys.readouterr().out
     )
     assert [line["step"] for line in log_of(tmp_path / "run", "train")] == list(range(1, 9))
 

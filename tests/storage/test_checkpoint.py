@@ -422,7 +422,7 @@ def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) ->
 def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / ".tmp-mine").write_text("mine")
-    with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
+    with pytest.raises(UserError, match=f"holds a {name} that does not belong to a run"):
         open_run(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         name: "mine",
