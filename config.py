@@ -303,7 +303,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Options of a pretraining run."""
+    """Options of a pretraining run. None stands for a default that depends on the machine or on
+    other options; the banner says what was chosen."""
 
     data: Wheres | None = None
     """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
@@ -564,7 +565,9 @@ def known_names(option: str, given: str | Iterable[str], known: Iterable[str]) -
     names, among = [name.strip() for name in words if name.strip()], list(known)
     for name in names:
         if name not in among:
-            raise UserError(f"{option} {name} is none of {', '.join(among)}{nearest(name, among)}")
+            raise UserError(
+                f"{option} {name} is not one of {', '.join(among)}{nearest(name, among)}"
+            )
     return names
 
 
