@@ -422,7 +422,7 @@ def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) ->
 def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / ".tmp-mine").write_text("mine")
-    with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
+    with pytest.raises(UserError, match=f"holds a {name} that does not belong to a run"):
         open_run(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         name: "mine",
@@ -441,10 +441,17 @@ def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
 def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
+        with (
+            start.claim_folder(run),
+            pytest.raises(UserError, match="in use"),
+            start.claim_folder(run),
+        ):
             pass
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to --out"), start.claimed(tmp_path / "file"):
+    with (
+        pytest.raises(UserError, match="cannot write to --out"),
+        start.claim_folder(tmp_path / "file"),
+    ):
         pass
 
 
@@ -454,7 +461,7 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_delays_the_log_and_loses_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(speaks=True)
+    log = RunLog(enabled=True)
     log.open(tmp_path, None)
     file = log.file
     log.record("train", {"step": 1})
@@ -483,7 +490,7 @@ def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
     for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
-        log = RunLog(speaks=True)
+        log = RunLog(enabled=True)
         log.open(tmp_path, 2, done)
         log.close()
         kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -588,7 +595,7 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert (
-        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out
+        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is damaged" in end.out
     ), end
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
