@@ -36,7 +36,7 @@ from base.errors import reason
 from config import UserError
 from storage.shards import token_dtype
 from text import readers
-from text.readers import SHOWN, LeftOut
+from text.readers import MAX_SHOWN, SkippedRows
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 PATIENCE = 5.0  # seconds for a tokenizing process to end
@@ -68,11 +68,11 @@ def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> 
     """
     sound = errors == "strict"
     try:
-        for text, starts, ends in readers.documents(
+        for text, starts, ends in readers.split_documents(
             readers.text_stream(stream, path, errors), CHUNK_CHARS
         ):
             if not sound and readers.BAD_BYTE.search(text):
-                if readers.encoding_of(readers.sample_of(path)):
+                if readers.encoding_of(readers.encoding_sample(path)):
                     raise readers.not_utf8(str(path), path)
                 sound = True
             yield (text[:-1].removesuffix("\r") if ends and text.endswith("\n") else text), starts
@@ -416,7 +416,7 @@ class _Rows:
         self.waits = (
             False  # whether damage may show later in the file, which would explain the broken rows
         )
-        self.left_out = LeftOut()
+        self.left_out = SkippedRows()
         self._told = 0
 
     def segment(self, where: str, cells: dict[str, Any] | str, name: Path | str) -> Segment | None:
@@ -425,7 +425,7 @@ class _Rows:
         if text is not None:
             self.found = True
             return text, True
-        shown = self.left_out.count < SHOWN
+        shown = self.left_out.count < MAX_SHOWN
         self.left_out.add(f"{where} {readers.fault_of(cells, self.column, name)}" if shown else "")
         if not self.waits:
             self.tell()

@@ -28,7 +28,7 @@ from base.errors import reason
 from config import UserError, nearest
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
-SHOWN = 5  # broken rows that are printed; the others are counted
+MAX_SHOWN = 5  # broken rows that are printed; the others are counted
 SAMPLE = 1 << 22  # characters that tell a table's dialect
 HEAD = 1 << 16  # bytes that tell what a file is
 GZIP = b"\x1f\x8b"  # begins such a file
@@ -48,21 +48,21 @@ class NotUtf8(str):
 BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
-class Torn(str):
+class RaggedRow(str):
     """What is wrong with a table's row whose cells do not match its columns, and the cells that it
     has."""
 
     header: list[str]
     cells: list[str]
 
-    def __new__(cls, header: list[str], cells: list[str]) -> Torn:
+    def __new__(cls, header: list[str], cells: list[str]) -> RaggedRow:
         said = f"has {len(cells)} cells where the first line names {len(header)} columns"
-        torn = super().__new__(cls, said)
-        torn.header, torn.cells = header, cells
-        return torn
+        ragged = super().__new__(cls, said)
+        ragged.header, ragged.cells = header, cells
+        return ragged
 
 
-class LeftOut:
+class SkippedRows:
     """Counts the rows that cannot be read; the first few are for the user to see."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class LeftOut:
 
     def add(self, line: str) -> None:
         self.count += 1
-        if self.count <= SHOWN:
+        if self.count <= MAX_SHOWN:
             self.shown.append(line)
 
     def more(self, what: str) -> str:
         """A line about those that were not printed; "" where there are none."""
-        hidden = self.count - SHOWN
+        hidden = self.count - MAX_SHOWN
         return f"left out: {hidden:,} more broken rows of {what}" if hidden > 0 else ""
 
 
@@ -211,7 +211,7 @@ def encoding_of(sample: bytes) -> str | None:
     return latin if 3 * runs <= sum(high) and 2 * letters >= sum(high) else None
 
 
-def convert(path: Path | str, sample: bytes) -> str:
+def conversion_advice(path: Path | str, sample: bytes) -> str:
     """What to type for a file that is not UTF-8; the command stands at the end and works as it
     is."""
     encoding = encoding_of(sample)
@@ -233,7 +233,7 @@ def convert(path: Path | str, sample: bytes) -> str:
     return f"it seems to be {encoding}; convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
 
 
-def sample_of(path: Path | str) -> bytes:
+def encoding_sample(path: Path | str) -> bytes:
     """The beginning of a file and what is around its first bytes that are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     with opened(Path(path)) as (_, stream):
@@ -265,7 +265,7 @@ def check_text(head: bytes, where: Path | str) -> None:
     if binary and (kind := other_kind(head)):
         raise UserError(f"{where} is not text, but {kind}")
     if wide_encoding(head):
-        raise UserError(f"{where} is not UTF-8 text; {convert(where, head)}")
+        raise UserError(f"{where} is not UTF-8 text; {conversion_advice(where, head)}")
 
 
 def other_kind(head: bytes) -> str:
@@ -275,7 +275,7 @@ def other_kind(head: bytes) -> str:
 
 
 def not_utf8(where: str, path: Path | str) -> UserError:
-    return UserError(f"{where} is not UTF-8 text; {convert(path, sample_of(path))}")
+    return UserError(f"{where} is not UTF-8 text; {conversion_advice(path, encoding_sample(path))}")
 
 
 def text_stream(stream: io.BufferedReader, path: Path, errors: str = "strict") -> io.TextIOWrapper:
@@ -320,7 +320,7 @@ _SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)(?:\r?\n|\Z)")
 SEAM = re.compile(r"\S(?:\n(?=[^\s<])|(?= \S))")
 
 
-def documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
+def split_documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
     """Documents between separator lines; whether the text begins a document, and whether a
     separator follows it.
 
@@ -366,7 +366,7 @@ class Lines:
         check_text(head, path)
         if head.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
-        self._lines = _classic_lines(stream) if _is_classic(head) else _unix_lines(stream)
+        self._lines = _mac_lines(stream) if _has_mac_line_ends(head) else _unix_lines(stream)
         self._ahead: deque[str] = deque()
         self.number = 0  # of the last line that was taken
         self.marked = False  # whether any so far was not UTF-8
@@ -422,7 +422,7 @@ def _decode_line(line: bytes) -> str:
         return NotUtf8(line.decode("utf-8", "surrogateescape"))
 
 
-def _is_classic(head: bytes) -> bool:
+def _has_mac_line_ends(head: bytes) -> bool:
     """Whether lines end as on the classic Mac, with a carriage return alone; quoted cells may hold
     other ends."""
     first = re.match(rb'(?:[^"\r\n]++|"[^"]*+")*+', head)
@@ -433,7 +433,7 @@ def _is_classic(head: bytes) -> bool:
     )
 
 
-def _classic_lines(stream: io.BufferedReader) -> Iterator[str]:
+def _mac_lines(stream: io.BufferedReader) -> Iterator[str]:
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     return (NotUtf8(line) if BAD_BYTE.search(line) else line for line in text)
 
@@ -469,7 +469,7 @@ def read_json(
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise UserError(
-                f"{path} is not valid JSON: {_said(error)}; mend it, or write one object a line"
+                f"{path} is not valid JSON: {_json_error(error)}; mend it, or write one object a line"
             ) from None
         yield from ((f"line {n}", _object(line)) for n, line in enumerate(taken, 1) if line.strip())
         return
@@ -516,7 +516,7 @@ def _object(line: str) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         if isinstance(line, NotUtf8):
             return "is not UTF-8 text"
-        return f"is not valid JSON: {_said(error)}"
+        return f"is not valid JSON: {_json_error(error)}"
     if not isinstance(item, dict):
         return "is not a JSON object"
     return _marked(item) if isinstance(line, NotUtf8) else item
@@ -534,7 +534,7 @@ def _marked(cells: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _said(error: Exception) -> str:
+def _json_error(error: Exception) -> str:
     return (
         "it is nested too deep"
         if isinstance(error, RecursionError)
@@ -545,11 +545,16 @@ def _said(error: Exception) -> str:
 # ---- tables
 
 DELIMITERS = "\t,;|"
-_NONE = "\U0010ffff"  # a character that stands in no text: the delimiter of a table of one column
-_FEW, _MANY = 5, 10  # lines inside one cell that each look like a row, from which on they are rows
+_NO_DELIMITER = (
+    "\U0010ffff"  # a character that stands in no text: the delimiter of a table of one column
+)
+_MIN_NUMBER_LINES, _MIN_WORD_LINES = (
+    5,
+    10,
+)  # lines inside one cell that each look like a row, from which on they are rows
 _NUMBER, _WORD = re.compile(r"[-+]?[\d.]+"), re.compile(r"\S{1,30}")
-_JUDGED = 200  # rows of the sample that are split to choose between delimiters
-_VOTES = 2000  # rows with quotes that tell whether these hold cells together
+_SCORED_ROWS = 200  # rows of the sample that are split to choose between delimiters
+_MAX_VOTES = 2000  # rows with quotes that tell whether these hold cells together
 # the rest of a quoted cell and the quote that ends it
 _INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')
 
@@ -631,12 +636,12 @@ class _Table:
             if not cells:
                 continue  # a blank line
             if isinstance(cells, list) and len(cells) != n:
-                cells = Torn(names, cells)
-            elif isinstance(cells, list) and len(self.taken) > 1 and self.swallowed(n):
+                cells = RaggedRow(names, cells)
+            elif isinstance(cells, list) and len(self.taken) > 1 and self.swallows_rows(n):
                 cells = UNCLOSED
             if held:
                 ahead = (
-                    [*held[2], *self.taken, *self.lines.following(_JUDGED)]
+                    [*held[2], *self.taken, *self.lines.following(_SCORED_ROWS)]
                     if isinstance(cells, str)
                     else []
                 )
@@ -718,20 +723,20 @@ class _Table:
                 return cells
             at = end + 1
 
-    def swallowed(self, n: int) -> bool:
+    def swallows_rows(self, n: int) -> bool:
         """Whether a row of several lines is one line with a quote that means nothing, and then rows
         of their own."""
         inside = self.taken[1:]
         if (
-            len(inside) >= _FEW
+            len(inside) >= _MIN_NUMBER_LINES
             and n > 1
             and _looks_like_rows(inside, self.delimiter, n)
-            and self._alike(inside)
+            and self._share_a_kind_of_cell(inside)
         ):
             return True
         return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
 
-    def _alike(self, inside: Sequence[str]) -> bool:
+    def _share_a_kind_of_cell(self, inside: Sequence[str]) -> bool:
         """Whether some column of these lines has what the row has in it, beside the cell that holds
         the lines: numbers alone, or (which may be chance, so of many lines) single words."""
         first, last = (
@@ -743,7 +748,7 @@ class _Table:
         return any(
             len(inside) >= least and all(kind.fullmatch(cells[at]) for cells in [beside, *rows])
             for at in beside
-            for kind, least in ((_NUMBER, _FEW), (_WORD, _MANY))
+            for kind, least in ((_NUMBER, _MIN_NUMBER_LINES), (_WORD, _MIN_WORD_LINES))
         )
 
 
@@ -754,7 +759,7 @@ def _closed_at(line: str, begin: int) -> int:
     return found.end() if found and found[1] else 0
 
 
-class _Given(Lines):
+class _HeldLines(Lines):
     """Lines that are there already."""
 
     def __init__(self, lines: Iterable[str]):
@@ -766,9 +771,9 @@ def _rows_of(
 ) -> float:
     """The share of the rows in these lines that have n cells; under `even` also none with a quote
     out of place."""
-    table = _Table(_Given(lines), delimiter, quoted)
+    table = _Table(_HeldLines(lines), delimiter, quoted)
     right = rows = 0
-    while rows < _JUDGED and (cells := table.next()) is not None:
+    while rows < _SCORED_ROWS and (cells := table.next()) is not None:
         rows += bool(cells)
         right += isinstance(cells, list) and len(cells) == n and not (even and table.odd)
         if isinstance(cells, str):
@@ -779,7 +784,7 @@ def _rows_of(
 def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
     """Whether line `at`, which begins no sound row, belongs to one if reading begins in the second
     line."""
-    given = _Given(lines[1:])
+    given = _HeldLines(lines[1:])
     table = _Table(given, delimiter, True)
     while (cells := table.next()) is not None:
         right = isinstance(cells, list) and len(cells) == n and not table.odd
@@ -802,13 +807,13 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         if delimiter not in first:
             continue
         quoted = _is_quoted(sample, delimiter)
-        header = _Table(_Given(sample), delimiter, quoted).header()
+        header = _Table(_HeldLines(sample), delimiter, quoted).header()
         if isinstance(header, str) or len(header) < 2:
             continue
         names = set(map(str.strip, header))
         ranked.append((all(names & set(of) for of in needed), delimiter, quoted, len(header)))
     if len(ranked) > 1:
-        rest = sample[1 : 1 + 4 * _JUDGED]
+        rest = sample[1 : 1 + 4 * _SCORED_ROWS]
         ranked.sort(
             key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True
         )
@@ -816,10 +821,10 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         return ranked[0][1:3]
     # No delimiter splits the first line: one column, or a quote in it that is never closed.
     delimiter = max(DELIMITERS, key=first.count)
-    whole = _Table(_Given(sample), _NONE, True).header()
+    whole = _Table(_HeldLines(sample), _NO_DELIMITER, True).header()
     if delimiter in first and not (first.startswith('"') and isinstance(whole, list)):
         return delimiter, _is_quoted(sample, delimiter)
-    return _NONE, _is_quoted(sample, _NONE)
+    return _NO_DELIMITER, _is_quoted(sample, _NO_DELIMITER)
 
 
 def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool | None:
@@ -831,7 +836,7 @@ def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool 
     goes on after its end, and the line has n cells as it is. None where no cell begins with a
     quote.
     """
-    table = _Table(_Given(sample), delimiter, True)
+    table = _Table(_HeldLines(sample), delimiter, True)
     if n is None:
         header = table.header()
         n = (
@@ -840,14 +845,18 @@ def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool 
             else _without_end(sample[0]).count(delimiter) + 1
         )
         if isinstance(header, str):
-            table = _Table(_Given(sample), delimiter, True)
+            table = _Table(_HeldLines(sample), delimiter, True)
     cut = sum(map(len, sample)) >= SAMPLE
     whole = plain = met = 0
-    while whole + plain < _VOTES and (cells := table.next()) is not None:
+    while whole + plain < _MAX_VOTES and (cells := table.next()) is not None:
         line, more = table.taken[0], table.taken[1:]
         opens = table.opens(line)
         met += opens
-        if isinstance(cells, list) and len(cells) in (0, n) and not (more and table.swallowed(n)):
+        if (
+            isinstance(cells, list)
+            and len(cells) in (0, n)
+            and not (more and table.swallows_rows(n))
+        ):
             whole += opens
             continue
         if opens and _looks_like_rows([line], delimiter, n):
@@ -994,7 +1003,9 @@ def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> st
         head = stream.peek(HEAD)[:HEAD]
     if head[:4] == b"PAR1":
         return f"{fault}; mend or remove it"
-    return f"{fault}; {convert(path, head + b' ' + bad.encode('utf-8', 'surrogateescape'))}"
+    return (
+        f"{fault}; {conversion_advice(path, head + b' ' + bad.encode('utf-8', 'surrogateescape'))}"
+    )
 
 
 def no_column(where: str, column: str, found: Sequence[str]) -> str:

@@ -30,15 +30,15 @@ from text.corpus import (
 )
 from text.readers import (
     HEAD,
-    SHOWN,
+    MAX_SHOWN,
     NotUtf8,
+    RaggedRow,
     Reader,
     Record,
-    Torn,
-    documents,
     opened,
     read_records,
     read_text,
+    split_documents,
     text_stream,
     with_advice,
 )
@@ -137,7 +137,7 @@ def read_rows(
                 else cells
             )
             where = f"{name} {place}"
-            if isinstance(fields, str) and (strict or len(broken) < SHOWN):
+            if isinstance(fields, str) and (strict or len(broken) < MAX_SHOWN):
                 fields = with_advice(fields, cells, name)
             if isinstance(fields, dict):
                 rows.append(Row(fields, where))
@@ -159,10 +159,10 @@ def read_rows(
             + (f": {broken[0]}" if broken else "; give other data")
         )
     said = "damaged" if every else "left out"
-    for line in broken[:SHOWN]:
+    for line in broken[:MAX_SHOWN]:
         say(f"{said}: {line}")
-    if len(broken) > SHOWN:
-        say(f"{said}: {len(broken) - SHOWN:,} more broken rows of {spec}")
+    if len(broken) > MAX_SHOWN:
+        say(f"{said}: {len(broken) - MAX_SHOWN:,} more broken rows of {spec}")
     return Rows(rows, sum(bool(row.fault) for row in rows) if every else len(broken))
 
 
@@ -180,7 +180,7 @@ def _kept(
     in a text: columns before the first text count from the left, and those after the last one from
     the right. Bytes that are not UTF-8 become U+FFFD.
     """
-    if isinstance(cells, Torn):
+    if isinstance(cells, RaggedRow):
         cells = _matched(cells, [column for field in needed if (column := chosen[field])])
     known = cells if isinstance(cells, dict) else {}
     fields, lost = {}, not isinstance(cells, dict)
@@ -194,9 +194,9 @@ def _kept(
     return Row(fields, where, wrong if lost else "")
 
 
-def _matched(torn: Torn, texts: Collection[str]) -> dict[str, str]:
-    """The cells of a torn row whose columns can be told."""
-    header, cells = torn.header, torn.cells
+def _matched(ragged: RaggedRow, texts: Collection[str]) -> dict[str, str]:
+    """The cells of a ragged row whose columns can be told."""
+    header, cells = ragged.header, ragged.cells
     if len(cells) < len(header):
         return dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
     at = [header.index(column) for column in texts]
@@ -362,7 +362,7 @@ def read_documents(text: IO[str]) -> Iterator[Record]:
     """The documents between separator lines, as the column "text"; without any, the file is one
     document."""
     document, begin, line = "", 1, 1
-    for piece, starts, ends in documents(text, 1 << 20):
+    for piece, starts, ends in split_documents(text, 1 << 20):
         if starts:
             document, begin = "", line
         document += piece

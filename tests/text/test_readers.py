@@ -500,7 +500,7 @@ def test_the_advice_works_as_typed(
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_get_some_advice(data: bytes) -> None:
-    assert readers.convert("a.txt", data)
+    assert readers.conversion_advice("a.txt", data)
 
 
 def test_utf8_with_a_spoilt_byte_is_not_called_latin(tmp_path: Path) -> None:
