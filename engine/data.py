@@ -343,7 +343,7 @@ def _open_hub(
 def is_validation(name: str) -> bool:
     """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not
     medieval_000000.npy."""
-    return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
+    return not {"val", "validation"}.isdisjoint(corpus.words_in_name(Path(name).stem))
 
 
 def _shard_files(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
 from tasks.finetuning import EXACT, Finetuning
-from text.rows import check_there
+from text.rows import check_exists
 
 # begin the names of files that a run writes by itself
 OWN = ("validation", "config", "log", "metrics", "run")
@@ -59,7 +59,7 @@ def _check_named(task: Description, cfg: Any) -> None:
     """Data that is not there is told before the model of --init, which a download may need."""
     for spec in (*(cfg.training_files() if cfg.trains else ()), cfg.predict):
         if spec and spec != "toy":
-            check_there(spec, task.readers)
+            check_exists(spec, task.readers)
 
 
 def rehearse(task: Finetuning, cfg: Any) -> int:

@@ -649,7 +649,7 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
 
     for chunk, tokens, _ in corpus.tokenize(source(), load_tokenizer(bpe), workers):
         assert chunk.texts == [DOCUMENTS[given_back]] and len(tokens) > 1
-        assert pulled - given_back <= corpus.IN_FLIGHT * workers
+        assert pulled - given_back <= corpus.CHUNKS_PER_WORKER * workers
         given_back += 1
         time.sleep(0.005)
     assert given_back == 40

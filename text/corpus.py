@@ -39,8 +39,8 @@ from text import readers
 from text.readers import MAX_SHOWN, SkippedRows
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
-PATIENCE = 5.0  # seconds for a tokenizing process to end
-IN_FLIGHT = 4  # chunks between reading and writing, for each process
+JOIN_TIMEOUT = 5.0  # seconds for a tokenizing process to end
+CHUNKS_PER_WORKER = 4  # chunks between reading and writing, for each process
 
 # text, and whether it begins a document (or goes on with the one before)
 Segment = tuple[str, bool]
@@ -161,7 +161,7 @@ def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
             raise UserError(
                 f"{at} cannot be listed: {error.strerror}; name its files, or leave it out"
             ) from None
-        for path in (os.path.join(at, name) for name in names if _is_meant(name, pattern)):
+        for path in (os.path.join(at, name) for name in names if _is_included(name, pattern)):
             if os.path.isdir(path):
                 (links if os.path.islink(path) else waiting).append(path)
             else:
@@ -172,7 +172,7 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _is_meant(name: str, pattern: Sequence[str]) -> bool:
+def _is_included(name: str, pattern: Sequence[str]) -> bool:
     named = any(fnmatch.fnmatchcase(name, part) for part in pattern if is_hidden(part))
     return named or not is_hidden(name)
 
@@ -182,7 +182,7 @@ def _glob(pattern: str) -> Iterator[Path]:
     parts = Path(pattern).parts
     if "**" not in parts:
         for path in map(Path, glob.iglob(pattern)):
-            if all(_is_meant(part, parts) for part in path.parts):
+            if all(_is_included(part, parts) for part in path.parts):
                 yield path
         return
     head, tail = parts[: parts.index("**")], parts[parts.index("**") :]
@@ -226,7 +226,7 @@ def file_id(path: Path) -> object:
     return (stat.st_dev, stat.st_ino) if linked else os.path.realpath(path)
 
 
-def words_of(name: str) -> list[str]:
+def words_in_name(name: str) -> list[str]:
     """The words of a file's name in lower case: val and fineweb of fineweb_val_000000.bin, medieval
     of medieval.npy."""
     return re.findall(r"[^\W\d_]+", name.lower())
@@ -372,7 +372,7 @@ class TextFiles:
         """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column; and where
         all rows are broken."""
         first, skip = state or (0, 0)
-        rows = _Rows(self.column, self.say)
+        rows = _RowDocuments(self.column, self.say)
         rows.found = bool(first or skip)
         for index in range(first, len(self.files)):
             self._at = [index, skip]
@@ -385,7 +385,7 @@ class TextFiles:
         self._at = [len(self.files), 0]
         rows.close(", ".join(map(str, self.files[:2])) + (", ..." if len(self.files) > 2 else ""))
 
-    def _read(self, path: Path, skip: int, rows: _Rows) -> Iterator[Segment | None]:
+    def _read(self, path: Path, skip: int, rows: _RowDocuments) -> Iterator[Segment | None]:
         suffix = suffix_of(path)
         reader = _READERS.get(suffix, _read_txt)
         with readers.opened(path) as (self._raw, stream):
@@ -405,10 +405,12 @@ class TextFiles:
                 yield rows.segment(f"{path} {place}", cells, path)
 
 
-class _Rows:
+class _RowDocuments:
     """Rows to documents: those that cannot be read are named, counted and left out."""
 
-    GIVE_UP = 10_000  # broken rows at the beginning, after which no sound one is looked for
+    MAX_BROKEN_START = (
+        10_000  # broken rows at the beginning, after which no sound one is looked for
+    )
 
     def __init__(self, column: str, say: Callable[[str], None]):
         self.column, self.say = column, say
@@ -429,7 +431,7 @@ class _Rows:
         self.left_out.add(f"{where} {readers.fault_of(cells, self.column, name)}" if shown else "")
         if not self.waits:
             self.tell()
-        if not self.found and self.left_out.count == self.GIVE_UP:
+        if not self.found and self.left_out.count == self.MAX_BROKEN_START:
             self.close(str(name))
         return None
 
@@ -508,7 +510,7 @@ class HubDataset:
     def segments(self, state: Any = None) -> Iterator[Segment]:
         if state is not None:
             self.rows.load_state_dict(state)
-        rows = _Rows(self.column, self.say)
+        rows = _RowDocuments(self.column, self.say)
         rows.found = state is not None
         for place, row in self.records():
             if segment := rows.segment(f"{self.name} {place}", row, self.name):
@@ -582,13 +584,13 @@ def tokenize(
     """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in
     this one).
 
-    At most IN_FLIGHT * workers chunks are held at any time.
+    At most CHUNKS_PER_WORKER * workers chunks are held at any time.
     """
     if workers <= 1:
         for chunk in source:
             yield chunk, *encode(tokenizer, chunk.texts, chunk.starts)
         return
-    with _Encoders(tokenizer, workers) as encoders:
+    with _WorkerPool(tokenizer, workers) as encoders:
         numbered = enumerate(source)
         held: dict[int, Chunk] = {}  # read and not yet given back
         unsent: deque[tuple[int, Chunk]] = deque()
@@ -596,7 +598,7 @@ def tokenize(
         for number in itertools.count():
             while number not in done:
                 # one chunk for each process is read ahead, so that none waits for the disk
-                room = len(held) < IN_FLIGHT * workers and len(unsent) < workers
+                room = len(held) < CHUNKS_PER_WORKER * workers and len(unsent) < workers
                 if read := next(numbered, None) if room else None:
                     unsent.append(read)
                     held[read[0]] = read[1]
@@ -608,7 +610,7 @@ def tokenize(
             yield held.pop(number), *done.pop(number)
 
 
-class _Encoders:
+class _WorkerPool:
     """Processes that tokenize, each with one chunk at a time. They end when this one does, however
     it ends."""
 
@@ -624,20 +626,22 @@ class _Encoders:
         self._processes = []
         for _ in range(n):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, ours, tokenizer), daemon=True)
+            process = context.Process(
+                target=_run_worker, args=(theirs, ours, tokenizer), daemon=True
+            )
             process.start()
             theirs.close()  # so that the death of either side is the end of the other's file
             self._processes.append(process)
             self.idle.append(ours)
 
-    def __enter__(self) -> _Encoders:
+    def __enter__(self) -> _WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            process.join(PATIENCE)
+            process.join(JOIN_TIMEOUT)
             if process.is_alive():  # it was forked in a state in which it handles no signal
                 process.kill()
                 process.join()
@@ -650,7 +654,7 @@ class _Encoders:
         try:
             connection.send((chunk.texts, chunk.starts))
         except OSError:
-            raise _died() from None
+            raise _worker_died() from None
 
     def receive(self, block: bool) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
         """The results that are there; with `block`, at least one. Raises RuntimeError where a
@@ -660,7 +664,7 @@ class _Encoders:
             try:
                 result = connection.recv()
             except (EOFError, OSError):
-                raise _died() from None
+                raise _worker_died() from None
             if isinstance(result, str):
                 raise RuntimeError(f"a tokenizing process failed:\n{result}")
             number = self._busy.pop(connection)
@@ -668,11 +672,11 @@ class _Encoders:
             yield number, result
 
 
-def _died() -> RuntimeError:
+def _worker_died() -> RuntimeError:
     return RuntimeError("a tokenizing process died; was memory short?")
 
 
-def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
+def _run_worker(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
     """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to
     act on it."""
     parents.close()  # a fork holds the other end too, and would never see it close

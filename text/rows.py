@@ -26,7 +26,7 @@ from text.corpus import (
     named_files,
     suffix_of,
     unknown_kind,
-    words_of,
+    words_in_name,
 )
 from text.readers import (
     HEAD,
@@ -48,7 +48,7 @@ Columns = Mapping[str, str | tuple[str, ...]]
 Expand = Callable[[Record], Iterator[Record]]
 
 # what bytes that are not UTF-8 become when decoded to be looked at
-_NO_UTF8 = re.compile(r"[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Row:
 
     fields: dict[str, str]
     where: str  # "songs.csv line 12"
-    fault: str = ""  # why it cannot be answered: only a row that is read with `every` has one
+    fault: str = ""  # why it cannot be answered: only a row that is read with `keep_broken` has one
 
     def __getitem__(self, field: str) -> str:
         return self.fields[field]
@@ -69,7 +69,7 @@ class Rows:
     """The rows that could be read, in the order of the files."""
 
     rows: list[Row]
-    skipped: int = 0  # broken ones: left out, or with `every` those that have a fault
+    skipped: int = 0  # broken ones: left out, or with `keep_broken` those that have a fault
 
     @cached_property
     def sha256(self) -> str:
@@ -91,7 +91,7 @@ def read_rows(
     readers: Mapping[str, Reader] | None = None,
     expand: Expand | None = None,
     say: Callable[[str], None] = print,
-    every: bool = False,
+    keep_broken: bool = False,
     nameable: Collection[str] | None = None,
 ) -> Rows:
     """Rows of files (.csv .tsv .txt .json .jsonl .parquet, gzipped or not), globs, folders or hub
@@ -110,8 +110,8 @@ def read_rows(
 
     nameable: fields whose column the user can name with --FIELD-column; None: all.
 
-    every: all rows are wanted, in their order, since each is to be answered. An empty field is no
-    fault then, and a broken row is told and kept with what can be read of it: see `_kept`.
+    keep_broken: all rows are wanted, in their order, since each is to be answered. An empty field is no
+    fault then, and a broken row is told and kept with what can be read of it: see `_salvage`.
     """
     rows: list[Row] = []
     broken: list[str] = []
@@ -120,7 +120,7 @@ def read_rows(
         for field, names in columns.items()
         if field not in optional
     ]
-    for name, records in _sources(spec, split, _Kind(needed, lines, readers or {}, expand)):
+    for name, records in _sources(spec, split, _RowFormat(needed, lines, readers or {}, expand)):
         chosen: dict[str, str | None] = {}
         found = dict.fromkeys(
             column for _, cells in records if isinstance(cells, dict) for column in cells
@@ -132,7 +132,7 @@ def read_rows(
             }
         for place, cells in records:
             fields = (
-                _fields(cells, chosen, columns if every else optional)
+                _fields(cells, chosen, columns if keep_broken else optional)
                 if isinstance(cells, dict)
                 else cells
             )
@@ -145,10 +145,10 @@ def read_rows(
                 raise UserError(f"--strict ends the run at a broken row: {where} {fields}")
             else:
                 broken.append(f"{where} {fields}")
-                if every:
+                if keep_broken:
                     wanted = [field for field in columns if field not in optional]
                     rows.append(
-                        _kept(cells, chosen or dict.fromkeys(columns), wanted, where, fields)
+                        _salvage(cells, chosen or dict.fromkeys(columns), wanted, where, fields)
                     )
     # Where no row is UTF-8, the file is in another encoding, and its answers would be those of
     # other texts.
@@ -158,15 +158,15 @@ def read_rows(
             f"{spec} holds no row that can be read"
             + (f": {broken[0]}" if broken else "; give other data")
         )
-    said = "damaged" if every else "left out"
+    said = "damaged" if keep_broken else "left out"
     for line in broken[:MAX_SHOWN]:
         say(f"{said}: {line}")
     if len(broken) > MAX_SHOWN:
         say(f"{said}: {len(broken) - MAX_SHOWN:,} more broken rows of {spec}")
-    return Rows(rows, sum(bool(row.fault) for row in rows) if every else len(broken))
+    return Rows(rows, sum(bool(row.fault) for row in rows) if keep_broken else len(broken))
 
 
-def _kept(
+def _salvage(
     cells: dict[str, Any] | str,
     chosen: dict[str, str | None],
     needed: Collection[str],
@@ -181,7 +181,7 @@ def _kept(
     the right. Bytes that are not UTF-8 become U+FFFD.
     """
     if isinstance(cells, RaggedRow):
-        cells = _matched(cells, [column for field in needed if (column := chosen[field])])
+        cells = _align_cells(cells, [column for field in needed if (column := chosen[field])])
     known = cells if isinstance(cells, dict) else {}
     fields, lost = {}, not isinstance(cells, dict)
     for field, column in chosen.items():
@@ -194,7 +194,7 @@ def _kept(
     return Row(fields, where, wrong if lost else "")
 
 
-def _matched(ragged: RaggedRow, texts: Collection[str]) -> dict[str, str]:
+def _align_cells(ragged: RaggedRow, texts: Collection[str]) -> dict[str, str]:
     """The cells of a ragged row whose columns can be told."""
     header, cells = ragged.header, ragged.cells
     if len(cells) < len(header):
@@ -244,7 +244,7 @@ def _fields(
             return f"has a {type(value).__name__} in column {column!r}, not text"
         missing = value is None or value != value  # NaN, as pandas writes a missing value
         text = "" if missing else str(value).replace("\r\n", "\n")
-        if _NO_UTF8.search(text):
+        if _SURROGATE.search(text):
             return f"is not UTF-8 text in column {column!r}"
         if not text.strip() and field not in optional:
             return f"has nothing in column {column!r}"
@@ -256,7 +256,7 @@ def _fields(
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _RowFormat:
     """How the rows of a task are read."""
 
     needed: Sequence[Sequence[str]]  # the names that each column may have
@@ -295,10 +295,10 @@ class _Kind:
         return list(itertools.chain.from_iterable(map(self.expand, records)))
 
 
-def check_there(spec: str, readers: Mapping[str, Reader] | None = None) -> None:
+def check_exists(spec: str, readers: Mapping[str, Reader] | None = None) -> None:
     """Raises UserError where `spec` names data that is not there, or that no reader takes; whether
     the hub has a dataset is not asked. For arguments see `read_rows`."""
-    for _ in _named(spec, _Kind((), False, readers or {}, None).suffixes):
+    for _ in _named(spec, _RowFormat((), False, readers or {}, None).suffixes):
         pass
 
 
@@ -316,17 +316,17 @@ def _named(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]
         yield item, files
 
 
-def _sources(spec: str, split: str, kind: _Kind) -> Iterator[tuple[str, list[Record]]]:
+def _sources(spec: str, split: str, row_format: _RowFormat) -> Iterator[tuple[str, list[Record]]]:
     """The name and the records of each file or hub dataset that `spec` names."""
     seen: set[object] = set()
-    for item, files in list(_named(spec, kind.suffixes)):
+    for item, files in list(_named(spec, row_format.suffixes)):
         if not files:
             name, _, config = item.partition(":")
-            yield item, kind.expanded(HubDataset(name, config or None, split).records())
+            yield item, row_format.expanded(HubDataset(name, config or None, split).records())
         folder = Path(item).expanduser()
-        for path in _of_split(files, folder, split) if folder.is_dir() else files:
+        for path in _files_of_split(files, folder, split) if folder.is_dir() else files:
             if (file := file_id(path)) not in seen:
-                yield str(path), kind.read(path)
+                yield str(path), row_format.read(path)
             seen.add(file)
 
 
@@ -334,7 +334,7 @@ _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", 
 _SPLITS |= {"dev": "validation", "test": "test"}
 
 
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Those of a folder's files whose names tell this split, as the hub names them; all where no
     name tells one."""
     told = [_split_of(path.relative_to(folder)) for path in files]
@@ -352,7 +352,7 @@ def _split_of(path: Path) -> str | None:
     """The split that a whole word of a file's name tells, else that of the nearest folder's that
     tells one."""
     for part in reversed(path.parts):
-        for word in words_of(part):
+        for word in words_in_name(part):
             if word in _SPLITS:
                 return _SPLITS[word]
     return None
@@ -386,13 +386,13 @@ def read_lines(text: IO[str]) -> Iterator[Record]:
 
 
 def _marked(text: str) -> str:
-    return NotUtf8(text) if _NO_UTF8.search(text) else text
+    return NotUtf8(text) if _SURROGATE.search(text) else text
 
 
 # ---- training rows and validation rows
 
 
-def _same(text: str) -> str:
+def _normalized(text: str) -> str:
     """Equal for texts that differ in nothing but white space and capitals."""
     return " ".join(text.split()).casefold()
 
@@ -405,7 +405,7 @@ def hold_out(texts: Sequence[str], share: float = 0.1) -> tuple[np.ndarray, np.n
     """
     ids: dict[str, list[int]] = {}
     for id, text in enumerate(texts):
-        ids.setdefault(_same(text), []).append(id)
+        ids.setdefault(_normalized(text), []).append(id)
     if len(ids) < 2:
         raise UserError(
             "nothing can be held out where all rows have the same text; give --val-data"
@@ -422,5 +422,5 @@ def hold_out(texts: Sequence[str], share: float = 0.1) -> tuple[np.ndarray, np.n
 def overlap(train: Sequence[str], val: Sequence[str]) -> int:
     """How many of the training texts are among the validation texts, but for white space and
     capitals."""
-    known = set(map(_same, val))
-    return sum(_same(text) in known for text in train)
+    known = set(map(_normalized, val))
+    return sum(_normalized(text) in known for text in train)

@@ -28,7 +28,7 @@ from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare
-from text.rows import check_there, read_rows
+from text.rows import check_exists, read_rows
 from text.tokenizer import GPT2_SHA256
 
 HIDDEN = [
@@ -527,7 +527,7 @@ def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
 def test_gzip_whose_name_does_not_tell_its_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "noend").write_bytes(gzip.compress(b"some text\n"))
     (tmp_path / "other.dat").write_bytes(b"BZh91AY&SY\0\0")
-    for find in (corpus.find_files, check_there):
+    for find in (corpus.find_files, check_exists):
         with pytest.raises(UserError, match=r"other.dat is compressed by bzip2; unpack it first$"):
             find(str(tmp_path / "other.dat"))
     with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.txt.gz"):
