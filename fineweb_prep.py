@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outlive()
     out = _check(cfg)
     _check_out(cfg, out)
-    with cache.writing("--out", out):
+    with cache.writing_tokens("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "prep.lock").touch()
     with locked(out / "prep.lock", lambda: _say(f"waiting for another process that writes {out}")):
@@ -288,13 +288,13 @@ def _tokenize(
         for chunk, tokens, _ in results:
             part = tokens[skip : skip + limit - written]
             run.begin(chunk.state, skip)
-            with cache.writing("--out", out):
+            with cache.writing_tokens("--out", out):
                 writer.add(part)
             skip, written = 0, written + len(part)
             progress.update(chunk.position, written)
             if written == limit:
                 break
-    with cache.writing("--out", out):
+    with cache.writing_tokens("--out", out):
         writer.close()
 
 

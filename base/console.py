@@ -100,7 +100,7 @@ def outlive() -> None:
     _outlives = True
 
 
-def lost() -> str | None:
+def output_error() -> str | None:
     """Why standard output could not be written, None where all was."""
     outlet = _outlet(sys.stdout)
     return None if outlet is None or outlet.error is None else outlet.error.strerror

@@ -32,7 +32,7 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Generator[Path]:
+def temporary_folder(folder: Path) -> Generator[Path]:
     """A new folder to write into and then to rename; whatever happens, none of this name is left.
 
     What an earlier attempt left under the name is deleted first.
@@ -115,7 +115,7 @@ def writing_to(option: str, folder: Path, more: str = "") -> Generator[None]:
         ) from None
 
 
-def beside(path: Path, ending: str) -> Path:
+def sibling(path: Path, ending: str) -> Path:
     """The file of the same name with another ending; `path` may be any of the files of a set of
     answers."""
     known = path.suffix in (".jsonl", ".csv", ".json", ".txt")

@@ -303,7 +303,7 @@ def _open_text(
 ) -> _Opened:
     """Text files, tokenized once for one content, column and tokenizer."""
     store.prepare()
-    content = store.remember("sha256", files, sha256)
+    content = store.measure_once("sha256", files, sha256)
     # Tables were once read by other rules, so what the cache holds of them from then is not used.
     kinds = [READ_ANEW.get(kind, kind) for kind in map(corpus.suffix_of, files)]
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
@@ -313,12 +313,12 @@ def _open_text(
             corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say
         )
         for path, before, now in zip(
-            files, content, store.remember("sha256", files, sha256), strict=True
+            files, content, store.measure_once("sha256", files, sha256), strict=True
         ):
             if now != before:
                 raise changed_while_read(path)
 
-    folder = store.once(key, make, say)
+    folder = store.get_or_make(key, make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
@@ -336,7 +336,7 @@ def _open_hub(
     def make(folder: Path) -> None:
         tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
 
-    folder = store.once(_hub_key(spec, column, tokenizer, holdout), make, say)
+    folder = store.get_or_make(_hub_key(spec, column, tokenizer, holdout), make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
@@ -382,7 +382,7 @@ def _open_shards(
             [[r["tokens"], r["sha256"]] for r in records],
         )
     else:
-        max_ids = store.remember("max_id", files, _max_id)
+        max_ids = store.measure_once("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
         vocabulary = asked or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):

@@ -50,7 +50,7 @@ class RunLog:
 
     def _note_lost(self) -> None:
         """Log, once, that nobody sees what is said."""
-        reason = console.lost()
+        reason = console.output_error()
         if reason and not self.told_lost and self.file is not None:
             self.told_lost = True
             text = f"standard output cannot be written ({reason}); training goes on without it"

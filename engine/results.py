@@ -79,10 +79,10 @@ class Results:
         """The best checkpoint's model, where that is better than the last step's."""
         last = Final(dict(self.model.state_dict()), self.at.step, self.at.metrics)
         mode, now = self.task.best[1], self.at.best_metric
-        best = next(iter(checkpoint.ranked(self.folder, mode)), None)
+        best = next(iter(checkpoint.rank_by_metric(self.folder, mode)), None)
         if best is None or (now is not None and not is_better(best[1], now, mode)):
             return last
-        reason = checkpoint.fault(best[0])
+        reason = checkpoint.find_damage(best[0])
         if reason is not None:
             self.log.warn(
                 f"the best checkpoint, {best[0]}, is not sound ({reason}); final/ is of the last "
@@ -90,7 +90,7 @@ class Results:
             )
             return last
         tensors, meta = checkpoint.read_state(best[0])
-        return Final(checkpoint.part(tensors, "model"), meta["step"], meta["metrics"])
+        return Final(checkpoint.without_prefix(tensors, "model"), meta["step"], meta["metrics"])
 
     def _write_final(self, final: Final) -> None:
         double = self.checkpoints.double

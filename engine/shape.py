@@ -9,7 +9,7 @@ import kernels
 from config import GPTConfig, RunConfig, UserError, preset_shape
 from model import GPT
 from storage.checkpoint import locate
-from storage.hub import base_of, is_adapter
+from storage.hub import adapter_base, is_adapter
 
 
 def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
@@ -38,7 +38,7 @@ def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
 
 def _whole_model(adapter: str) -> str:
     """What to name in the place of an adapter's folder."""
-    base = base_of(adapter)[0] or "the model that it was made for"
+    base = adapter_base(adapter)[0] or "the model that it was made for"
     run = Path(adapter).absolute().parent.parent
     if (run / "checkpoints").is_dir():
         final, made = run / "final", (run / "final").is_dir() and not is_adapter(run / "final")

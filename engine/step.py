@@ -289,9 +289,9 @@ class TrainStep:
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         self.assemble(step)
-        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.stored)
-        self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
-        self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
+        load_weights(self.model, checkpoint.without_prefix(tensors, "model"), self.task.stored)
+        self.optimizers.load_state(checkpoint.without_prefix(tensors, "optimizer"))
+        self.scale.load_state(checkpoint.without_prefix(tensors, "loss_scale"))
         self.stands_at = step
         if isinstance(self.module, Cast):
             self.module.refresh()

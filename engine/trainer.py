@@ -162,8 +162,8 @@ class Run:
         )
         for warning in (*((choices.lost,) if choices.lost else ()), *self.facts.warnings):
             log.warn(warning)
-        for told in tokenizer_files.told.values():
-            log.record("warning", {"step": loop.at.step, "text": told})
+        for warning in tokenizer_files.dropout_warnings.values():
+            log.record("warning", {"step": loop.at.step, "text": warning})
         for note in start.notes:
             log.warn(note, loop.at.step)
         if changed := self.opened.changes(self._options()):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from base.files import flush, unfinished, write_json, writing_to
+from base.files import flush, temporary_folder, write_json, writing_to
 from base.locks import lock, locked
 from config import UserError
 from storage.shards import reading
@@ -25,7 +25,7 @@ INDICES = ("index.json", "gpt2-index.json")  # of what was measured: the first t
 UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")
 
 
-def writing(option: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+def writing_tokens(option: str, folder: Path) -> contextlib.AbstractContextManager[None]:
     """`writing_to` for a folder of tokens."""
     return writing_to(
         option, folder, f", with room for the tokens (two bytes each): {option} FOLDER"
@@ -86,7 +86,9 @@ class Cache:
         with contextlib.suppress(OSError):
             self.root.mkdir(parents=True, exist_ok=True)
 
-    def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+    def get_or_make(
+        self, key: str, make: Callable[[Path], None], say: Callable[[str], None]
+    ) -> Path:
         """The folder of `key`, which `make` fills if no process has done so before.
 
         It is made beside its place and renamed, so that nothing unfinished is ever seen; of several
@@ -112,7 +114,7 @@ class Cache:
             with self.writing():
                 if alone:
                     self._sweep()
-                new = held.enter_context(unfinished(self.root / f"{name}.tmp"))
+                new = held.enter_context(temporary_folder(self.root / f"{name}.tmp"))
             make(new)
             with self.writing():
                 flush(new)
@@ -124,7 +126,7 @@ class Cache:
                 flush(self.root)
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing("--cache", self.root)
+        return writing_tokens("--cache", self.root)
 
     def _sweep(self) -> None:
         """Remove what killed processes left unfinished, under any key; no folder of another
@@ -139,7 +141,7 @@ class Cache:
                 if lock(file.fileno()):
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def remember(
+    def measure_once(
         self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]
     ) -> list[Any]:
         """`measure` of each file, kept for as long as its stamp stays the same.

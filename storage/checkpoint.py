@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.files import TEMPORARY, flush, sha256, unfinished
+from base.files import TEMPORARY, flush, sha256, temporary_folder
 from config import UserError
 from storage import weights
 from storage.hub import download
@@ -34,8 +34,8 @@ WRITTEN = ("config.json", "log.jsonl", "checkpoints", "final", RESULTS)  # what 
 RECORD = "run.json"  # of a run: written before anything else
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of a checkpoint's folder
-OLD = f"{TEMPORARY}old-"  # begins the name of a folder whose files are about to be deleted
-GONE = f"{TEMPORARY}gone-"  # the same, when nothing in it is the user's any more
+REMOVING = f"{TEMPORARY}old-"  # begins the name of a folder whose files are about to be deleted
+DISCARDED = f"{TEMPORARY}gone-"  # the same, when nothing in it is the user's any more
 
 
 # --- whole folders
@@ -54,7 +54,7 @@ def write_folder(
     An older folder of that name is deleted. What in it is the user's is kept beside, and `say`
     tells where.
     """
-    with unfinished(folder.with_name(TEMPORARY + folder.name)) as temporary:
+    with temporary_folder(folder.with_name(TEMPORARY + folder.name)) as temporary:
         fill(temporary)
         paths = sorted(p for p in temporary.rglob("*") if p.is_file())
         sizes = [path.stat().st_size for path in paths]
@@ -81,13 +81,13 @@ def _remove(folder: Path, say: Callable[[str], None] = _silent) -> None:
     """
     _finish_removal(folder, say)
     if os.path.lexists(folder):
-        folder.rename(folder.with_name(OLD + folder.name))
+        folder.rename(folder.with_name(REMOVING + folder.name))
         _finish_removal(folder, say)
 
 
 def _finish_removal(folder: Path, say: Callable[[str], None]) -> None:
     """Go on with the removal of a folder that has lost its name already."""
-    old, gone = folder.with_name(OLD + folder.name), folder.with_name(GONE + folder.name)
+    old, gone = folder.with_name(REMOVING + folder.name), folder.with_name(DISCARDED + folder.name)
     if os.path.lexists(old):
         _keep_what_is_not_ours(old, folder, say)
     if os.path.lexists(old):
@@ -140,7 +140,7 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
         return None
 
 
-def fault(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Why a written folder cannot be trusted, or None where its manifest verifies."""
     if not (folder / MANIFEST).is_file():
         return "it has no manifest.json"
@@ -191,7 +191,7 @@ def _step_named(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _ours(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
+def _own_checkpoints(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
     """Those of `checkpoints` that a run wrote under their names, with their facts: not a copy or a
     link of the user's."""
     facts = [
@@ -213,10 +213,10 @@ def _facts_of(folder: Path) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Path | None:
+def newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; says which ones it passed over and why."""
     for folder in checkpoints(run):
-        reason = fault(folder) or _other_step(folder)
+        reason = find_damage(folder) or _other_step(folder)
         if reason is None:
             return folder
         say(f"passing over {folder}: {reason}")
@@ -245,15 +245,15 @@ def locate(where: str) -> str:
     if (folder / "final").is_dir():
         folder = folder / "final"
     elif (folder / "checkpoints").is_dir():
-        sound = newest(folder, say=lambda text: None)
+        sound = newest_sound(folder, say=lambda text: None)
         if sound is None:
-            bad = [f"{p.name}: {fault(p)}" for p in checkpoints(folder)]
+            bad = [f"{p.name}: {find_damage(p)}" for p in checkpoints(folder)]
             raise UserError(
                 f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else "")
             )
         folder = sound
     written_here = folder.parent.name == "checkpoints" or (folder / MANIFEST).exists()
-    reason = fault(folder) if folder.is_dir() and written_here else None
+    reason = find_damage(folder) if folder.is_dir() and written_here else None
     if reason is not None:
         raise UserError(
             f"{folder} is not a sound checkpoint: {reason}; take another one of that run"
@@ -273,18 +273,18 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / STATE), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
-def clean(run: Path, say: Callable[[str], None] = _silent) -> None:
+def remove_leftovers(run: Path, say: Callable[[str], None] = _silent) -> None:
     """Remove what a kill in the middle of a save left behind."""
     for name in (RECORD, *WRITTEN):
-        _remove_leftovers(run / name, say)
+        _remove_leftover(run / name, say)
     checkpoints = run / "checkpoints"
     for path in _entries(checkpoints):
         name = re.sub(rf"^{re.escape(TEMPORARY)}(old-|gone-)?", "", path.name)
         if path.name.startswith(TEMPORARY) and STEP_NAME.fullmatch(name):
-            _remove_leftovers(checkpoints / name, say)
+            _remove_leftover(checkpoints / name, say)
 
 
-def _remove_leftovers(path: Path, say: Callable[[str], None]) -> None:
+def _remove_leftover(path: Path, say: Callable[[str], None]) -> None:
     """Remove what was being written under a name, and of what was being deleted there all that is
     ours."""
     unfinished = path.with_name(TEMPORARY + path.name)
@@ -306,17 +306,17 @@ def prune(
 
     Later ones are those that a resumed run passed over: they may not push out a sound one.
     """
-    best = [folder for folder, _ in ranked(run, mode, step)[: max(1, keep_best)]]
-    for folder, _ in _ours(run, step)[max(1, keep) :]:
+    best = [folder for folder, _ in rank_by_metric(run, mode, step)[: max(1, keep_best)]]
+    for folder, _ in _own_checkpoints(run, step)[max(1, keep) :]:
         if folder not in best:
             _remove(folder, say)
 
 
-def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
+def rank_by_metric(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
     """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min"
     or "max"."""
     scored = []
-    for folder, meta in _ours(run, until):
+    for folder, meta in _own_checkpoints(run, until):
         value = meta.get("best_metric")
         if value is not None:
             scored.append((value if mode == "min" else -value, folder, value))
@@ -421,17 +421,17 @@ class Saver:
         )
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.export(part(tensors, "model"), folder)
+        self.export(without_prefix(tensors, "model"), folder)
         weights.save_tensors(tensors, folder / STATE)
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{prefix.name: tensor}; the inverse is `part`."""
+    """{prefix.name: tensor}; the inverse is `without_prefix`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors named `prefix.*`, without the prefix."""
     return {
         n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")

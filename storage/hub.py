@@ -19,7 +19,7 @@ from torch import Tensor
 from base.errors import reason
 from config import GPTConfig, UserError
 from storage.foreign import JsonObject, read_object
-from storage.weights import plain_names, read_weights, save_tensors, state_dict, unpickle
+from storage.weights import load_pickle, plain_names, read_weights, save_tensors, state_dict
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
@@ -46,7 +46,7 @@ def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def read_into(
+def copy_weights(
     weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path
 ) -> None:
     """Copy tensors, as `read_model` returns them, into a model's weights. Raises UserError where
@@ -219,7 +219,7 @@ def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out
     at its option."""
     try:
-        saved: Any = unpickle(file)
+        saved: Any = load_pickle(file)
         tensors, given = (
             plain_names(state_dict(saved["model"]), file),
             JsonObject(file, dict(saved["model_args"])),
@@ -267,7 +267,7 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def base_of(folder: str | Path) -> tuple[str | None, str | None]:
+def adapter_base(folder: str | Path) -> tuple[str | None, str | None]:
     """Where an adapter's base is (as it was named in training) and its weights_sha256; None for
     what is not said."""
     folder = Path(folder)

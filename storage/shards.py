@@ -34,7 +34,7 @@ def reading(path: Path) -> Generator[None]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-class Tokens(Protocol):
+class ShardTokenizer(Protocol):
     """What of a tokenizer a shard's writer needs."""
 
     @property
@@ -143,7 +143,7 @@ class ShardWriter:
         self,
         folder: Path,
         name: Callable[[int], str],
-        tokenizer: Tokens,
+        tokenizer: ShardTokenizer,
         shard_tokens: int,
         finished: Callable[[dict[str, Any], int], None],
         first: int = 0,
@@ -213,7 +213,7 @@ class ShardWriter:
         self.finished(record, consumed)
 
 
-def byte_lengths(tokenizer: Tokens) -> np.ndarray:
+def byte_lengths(tokenizer: ShardTokenizer) -> np.ndarray:
     """(vocab_size,) int64: bytes of text behind each token; none behind end-of-text."""
     lengths = np.array(
         [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64
@@ -223,7 +223,7 @@ def byte_lengths(tokenizer: Tokens) -> np.ndarray:
 
 
 def write_manifest(
-    folder: Path, tokenizer: Tokens, shards: list[dict[str, Any]], **more: Any
+    folder: Path, tokenizer: ShardTokenizer, shards: list[dict[str, Any]], **more: Any
 ) -> None:
     """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside
     them."""

@@ -110,12 +110,14 @@ def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Te
                 stored = tensors.keys()  # it is no dict
                 names = [name for name in stored if wanted(plain_name(name))]
                 return {name: tensors.get_tensor(name) for name in names}
-        return {key: t for key, t in state_dict(unpickle(file)).items() if wanted(plain_name(key))}
+        return {
+            key: t for key, t in state_dict(load_pickle(file)).items() if wanted(plain_name(key))
+        }
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise UserError(f"{file} cannot be read: {reason(error)}") from None
 
 
-def unpickle(file: Path) -> object:
+def load_pickle(file: Path) -> object:
     """A pickle of tensors and plain values; one that would run anything else is refused with
     ValueError."""
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from base.files import sha256
 from base.machine import cores
 from config import UserError
-from storage.cache import Cache, digest, writing
+from storage.cache import Cache, digest, writing_tokens
 from storage.shards import FORMAT, ShardWriter, write_manifest
 from text import corpus
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -55,7 +55,7 @@ def tokenize_to_folder(
         for chunk, ids, lengths in results:
             document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
             held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
-            with writing("--cache", folder.parent):
+            with writing_tokens("--cache", folder.parent):
                 for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
                     writer.add(part)
             documents, tokens, empty = (
@@ -66,7 +66,7 @@ def tokenize_to_folder(
             progress.update(chunk.position, tokens)
     if not documents:
         raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
-    with writing("--cache", folder.parent):
+    with writing_tokens("--cache", folder.parent):
         for writer in writers:
             writer.close()
         write_manifest(
@@ -88,5 +88,5 @@ def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]
         train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
 
     store.prepare()
-    key = digest(store.remember("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
-    return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
+    key = digest(store.measure_once("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
+    return load_tokenizer(str(store.get_or_make(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))

@@ -22,7 +22,7 @@ from typing import Any
 
 from base.machine import cores
 from config import UserError, without_surrogates
-from text.tokenizer_files import ENDOFTEXT, Opened, open_tokenizer
+from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, open_tokenizer
 
 METASPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
@@ -41,7 +41,7 @@ GPT2_SPLIT = (
 GPT2_SHA256 = (
     "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
 )
-PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
+SHORT_TEXT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
 
 # Cutting here changes no token of GPT-2's split: none goes from a visible character into white
 # space, and a run of white space leaves its last character to the word after it. Python counts
@@ -50,7 +50,7 @@ SAFE_CUT = re.compile(
     r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])"
 )
 
-CHUNK = 1 << 16  # characters
+PIECE_CHARS = 1 << 16  # characters
 
 
 class Tokenizer(ABC):
@@ -86,11 +86,11 @@ class Tokenizer(ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
     @abstractmethod
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
         """This tokenizer with `tokens` as special ones at the ids from vocab_size on."""
 
     @abstractmethod
-    def _spells(self, token: str) -> bool:
+    def _has_token(self, token: str) -> bool:
         """Whether the vocabulary writes one of its tokens so."""
 
     @functools.cached_property
@@ -139,13 +139,13 @@ class Tokenizer(ABC):
             self._check_meaning(token)
         if not new:
             return self
-        extended = self._extended(new)
+        extended = self._with_new_tokens(new)
         extended.num_threads = self.num_threads
         return extended
 
     def _check_meaning(self, token: str) -> None:
         ids = self.encode(token)
-        if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
+        if self._has_token(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
             raise UserError(
                 f"{token!r} cannot be a special token of {self.name}: it already is an ordinary "
                 "one; take one that no text holds, such as <answer>"
@@ -225,11 +225,11 @@ class _GPT2Tokenizer(Tokenizer):
         # Working it out rebuilds 50,000 merges: not in every process.
         return super().sha256 if self.special else GPT2_SHA256
 
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
         return _GPT2Tokenizer(self.special + tokens)
 
-    def _spells(self, token: str) -> bool:
-        return _unspell(token) in self._encoding._mergeable_ranks
+    def _has_token(self, token: str) -> bool:
+        return _unicode_to_bytes(token) in self._encoding._mergeable_ranks
 
     def encode(self, text: str) -> list[int]:
         return _tiktoken_encode(self._encoding, text)
@@ -251,9 +251,13 @@ class _GPT2Tokenizer(Tokenizer):
     def _spec(self) -> dict[str, Any]:
         ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
         merges = [
-            [_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1
+            [_bytes_to_unicode(half) for half in _merged_pair(token, ranks)]
+            for token in ranks
+            if len(token) > 1
         ]
-        vocab = {_spell(token): id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
+        vocab = {_bytes_to_unicode(token): id for token, id in ranks.items()} | {
+            ENDOFTEXT: self.eot
+        }
         form = {
             "single_word": False,
             "lstrip": False,
@@ -280,7 +284,7 @@ class HubTokenizer(Tokenizer):
     Batches go through tiktoken where it is sure to give the same ids: it is several times faster.
     """
 
-    def __init__(self, opened: Opened, source: Path, special: tuple[str, ...] = ()):
+    def __init__(self, opened: OpenedTokenizer, source: Path, special: tuple[str, ...] = ()):
         self._opened = opened
         self._tokenizer = tokenizer = opened.tokenizer
         folder = source.parent if source.name == "tokenizer.json" else source
@@ -296,7 +300,7 @@ class HubTokenizer(Tokenizer):
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
 
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
         tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
         tokenizer.add_special_tokens(list(tokens))
         if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
@@ -306,11 +310,11 @@ class HubTokenizer(Tokenizer):
         opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
         return HubTokenizer(opened, Path(self.source), self.special + tokens)
 
-    def _spells(self, token: str) -> bool:
+    def _has_token(self, token: str) -> bool:
         return self._tokenizer.token_to_id(token) is not None
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > PROMPT:
+        if len(text) > SHORT_TEXT:
             return self.encode_batch([text])[0]
         return self._encode([text])[0]
 
@@ -370,7 +374,7 @@ class HubTokenizer(Tokenizer):
     def _token_bytes(self) -> list[bytes]:
         added = self._tokenizer.get_added_tokens_decoder()
         table = [b""] * self.vocab_size
-        spell = _unspell if _is_byte_level_bpe(self._spec) else self._bytes_after_another
+        spell = _unicode_to_bytes if _is_byte_level_bpe(self._spec) else self._bytes_after_another
         for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if id not in added:
                 table[id] = spell(token)
@@ -445,7 +449,7 @@ def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
 
 
 def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
-    if len(text) <= CHUNK:
+    if len(text) <= PIECE_CHARS:
         return encoding.encode_ordinary(text)
     # tiktoken's regular expression overflows its stack on a word after a very long run of white
     # space
@@ -464,7 +468,7 @@ def check_special(special: Sequence[str]) -> None:
         if token in special[:i]:
             raise UserError(f"special token {token!r} is given twice; name it once")
         readable = token.strip() and token == without_surrogates(token)
-        if not readable or METASPACE in token or _unspell(token) != token.encode():
+        if not readable or METASPACE in token or _unicode_to_bytes(token) != token.encode():
             raise UserError(
                 f"{token!r} cannot be a special token; take one of plain characters, such as "
                 "<answer>"
@@ -485,19 +489,19 @@ def _byte_of() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
-def _spell(token: bytes) -> str:
+def _bytes_to_unicode(token: bytes) -> str:
     alphabet = _byte_alphabet()
     return "".join([alphabet[byte] for byte in token])
 
 
-def _unspell(token: str) -> bytes:
+def _unicode_to_bytes(token: str) -> bytes:
     try:
         return bytes([_byte_of()[character] for character in token])
     except KeyError:  # no byte-level token: a decoder takes it as it stands
         return token.encode()
 
 
-def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens whose merge made this one: what the earlier merges leave of it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -523,13 +527,13 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     if not _is_byte_level_bpe(spec) or model.keys() - {"type", "vocab", "merges"}:
         return None
     ranks = {
-        _unspell(token): id
+        _unicode_to_bytes(token): id
         for token, id in sorted(model["vocab"].items(), key=operator.itemgetter(1))
     }
     merged = [token for token in ranks if len(token) > 1]
     if len(ranks) - len(merged) != 256 or len(merged) != len(model["merges"]):
         return None
-    halves = [[_spell(half) for half in _halves(token, ranks)] for token in merged]
+    halves = [[_bytes_to_unicode(half) for half in _merged_pair(token, ranks)] for token in merged]
     return ranks if halves == [list(pair) for pair in model["merges"]] else None
 
 
@@ -575,9 +579,9 @@ def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
+    """Cut a long text every PIECE_CHARS characters or a little later, where GPT-2's split cuts anyway."""
     start = 0
-    while cut := SAFE_CUT.search(text, start + CHUNK):
+    while cut := SAFE_CUT.search(text, start + PIECE_CHARS):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]

@@ -33,10 +33,10 @@ OWN_VOCABULARY = (
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 # what this process has said on standard error of a tokenizer, by its path
-told: dict[str, str] = {}
+dropout_warnings: dict[str, str] = {}
 
 
-class Opened(NamedTuple):
+class OpenedTokenizer(NamedTuple):
     """A tokenizer of the `tokenizers` library, its end token, and what tokenizer_config.json should
     say of it.
 
@@ -56,7 +56,7 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
-def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
+def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
     """The tokenizer of a folder, or of a tokenizer.json with what stands beside it.
 
     `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is
@@ -81,7 +81,7 @@ def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
     _check_ids(path, vocab)
     _leave_out_dropout(path, tokenizer, quiet)
     rows = 1 + max(vocab[token] for token in {*given, end} if token in vocab)
-    return Opened(tokenizer, end, settings.resolved(end), rows)
+    return OpenedTokenizer(tokenizer, end, settings.resolved(end), rows)
 
 
 class _Settings:
@@ -161,11 +161,11 @@ class _Settings:
         for content in older.values:
             flags = dict(special=content in special, normalized=content not in special)
             by_id[older.whole(content)] = _special(content) | flags
-        for entry in self._listed():
+        for entry in self._listed_tokens():
             by_id[entry.whole("id")] = _token(entry, "content", entry.values)
         self.added = {by_id[id]["content"]: by_id[id] for id in sorted(by_id)}
 
-    def _listed(self) -> Iterator[JsonObject]:
+    def _listed_tokens(self) -> Iterator[JsonObject]:
         """The added tokens of tokenizer.json."""
         entries = self.spec.values.get("added_tokens") if self.spec else None
         for i, entry in enumerate(entries or [] if isinstance(entries, list | None) else [entries]):
@@ -380,12 +380,12 @@ def _leave_out_dropout(path: Path, tokenizer: Any, quiet: bool) -> None:
     if not dropout:
         return
     tokenizer.model.dropout = None
-    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in told:
-        told[str(path)] = (
+    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in dropout_warnings:
+        dropout_warnings[str(path)] = (
             f"{path} has BPE dropout {dropout:g}, which is left out: "
             "a text has the same ids each time, and the tokenizers that are written have none"
         )
-        print(f"warning: {told[str(path)]}", file=sys.stderr, flush=True)
+        print(f"warning: {dropout_warnings[str(path)]}", file=sys.stderr, flush=True)
 
 
 def byte_level(model: Any, add_prefix_space: bool) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from base.files import unfinished, writing_to
+from base.files import temporary_folder, writing_to
 from config import UserError, without_surrogates
 from text import corpus
 from text.tokenizer import (
@@ -26,7 +26,7 @@ from text.tokenizer import (
     load_tokenizer,
     pieces_of,
 )
-from text.tokenizer_files import ENDOFTEXT, Opened, byte_level
+from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, byte_level
 
 # SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
 UNKNOWN = "<unk>"
@@ -300,7 +300,7 @@ def _train(
         tempfile.TemporaryFile(dir=out.parent).close()
     tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
     tokenizer.add_special_tokens([ENDOFTEXT])
-    opened = Opened(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
+    opened = OpenedTokenizer(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
     _save_whole(HubTokenizer(opened, out).with_special(special), out)
     return load_tokenizer(str(out))
 
@@ -328,7 +328,7 @@ def check_free(out: Path) -> None:
 
 def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
     try:
-        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as beside:
+        with temporary_folder(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as beside:
             tokenizer.save(beside)
             beside.rename(out)
     except OSError as error:

@@ -1300,7 +1300,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
             key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored
         )
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert hub.base_of(newest) == (
+        assert hub.adapter_base(newest) == (
             str((folder / "base").resolve()),
             weights_of(folder / "base"),
         )

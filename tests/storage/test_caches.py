@@ -201,14 +201,14 @@ def test_a_replaced_file_is_measured_again(
     cache.mkdir()
     file.write_bytes(bytes(size))
     stat = file.stat()
-    first = Cache(cache).remember("sha256", [file], sha256)
+    first = Cache(cache).measure_once("sha256", [file], sha256)
     other = bytearray(size)
     other[data.draw(st.integers(0, size - 1))] = 1
     (folder / "b").write_bytes(other)
     (folder / "b").replace(file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert Cache(cache).remember("sha256", [file], sha256) != first
+    assert Cache(cache).measure_once("sha256", [file], sha256) != first
 
 
 FOREIGN = ['{"version": 3, "notes": ["mine"]}', "[]", "{}", '"x"', "not JSON", "[" * 100_000]
@@ -220,13 +220,15 @@ def test_another_programs_index_is_kept(tmp_path: Path, text: str) -> None:
     file.write_bytes(b"some text")
     cache.mkdir()
     (cache / "index.json").write_text(text)
-    first = Cache(cache).remember("sha256", [file], sha256)
+    first = Cache(cache).measure_once("sha256", [file], sha256)
     assert (cache / "index.json").read_text() == text
-    assert Cache(cache).remember("sha256", [file], lambda path: "measured anew") == first
+    assert Cache(cache).measure_once("sha256", [file], lambda path: "measured anew") == first
     (cache / "gpt2-index.json").write_text(text)
     other = Cache(cache)
-    assert other.remember("sha256", [file], sha256) == first
-    assert other.remember("sha256", [file], lambda path: "anew") == first, "known to this process"
+    assert other.measure_once("sha256", [file], sha256) == first
+    assert other.measure_once("sha256", [file], lambda path: "anew") == first, (
+        "known to this process"
+    )
     assert {path.name for path in cache.glob("*.json")} == {"index.json", "gpt2-index.json"}
     assert (cache / "gpt2-index.json").read_text() == text
 
@@ -248,8 +250,8 @@ def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
 def test_an_unchanged_file_is_not_read_whole(tmp_path: Path) -> None:
     file = write(tmp_path / "a")
     (tmp_path / "cache").mkdir()
-    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1) == [1]
-    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1 / 0) == [1]
+    assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: 1) == [1]
+    assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: 1 / 0) == [1]
 
 
 def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
     old = {f"x {file}": [stat.st_size, stat.st_mtime_ns, "old"]}
     for index in (json.dumps(old), "[]", "3", "{"):
         write(tmp_path / "cache" / "index.json", index)
-        assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
+        assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: "new") == ["new"]
         left = (tmp_path / "cache" / "index.json").read_text()
         assert "new" in left if index[:2] == '{"' else left == index  # another program's stays
 

@@ -52,7 +52,7 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.write_folder(folder, write_texts(a_txt="old", b_txt="old")) == 6
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write_folder(folder, no_room)
-    assert checkpoint.fault(folder) is None and (folder / "a.txt").read_text() == "old"
+    assert checkpoint.find_damage(folder) is None and (folder / "a.txt").read_text() == "old"
     checkpoint.write_folder(folder, write_texts(a_txt="new"))
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "manifest.json"]
     assert [path.name for path in folder.parent.iterdir()] == ["final"], "nothing temporary stays"
@@ -74,7 +74,7 @@ def test_a_file_system_that_flushes_no_folders(
     flushes_files = True
     monkeypatch.setattr(os, "fsync", refuse)
     checkpoint.write_folder(tmp_path / "whole", fill)
-    assert checkpoint.fault(tmp_path / "whole") is None
+    assert checkpoint.find_damage(tmp_path / "whole") is None
     flushes_files = False
     with pytest.raises(OSError, match=re.escape(os.strerror(reason))):
         checkpoint.write_folder(tmp_path / "lost", fill)
@@ -138,10 +138,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_folder_says_why(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "step"
     checkpoint.write_folder(folder, write_texts(a_txt="aaa", b_txt="bbb"))
-    assert checkpoint.fault(folder) is None
+    assert checkpoint.find_damage(folder) is None
     break_it, reason = DAMAGES[damage]
     break_it(folder)
-    assert reason in (checkpoint.fault(folder) or "")
+    assert reason in (checkpoint.find_damage(folder) or "")
 
 
 # --- retention
@@ -158,7 +158,7 @@ def make_run(run: Path, metrics: dict[int, float | None]) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: 3.0, 3: 5.0, 4: None, 5: 4.0, 6: 4.5})
     for mode, best in (("max", 3), ("min", 2)):
-        assert checkpoint.ranked(tmp_path, mode)[0][0].name == f"step-{best:08d}"
+        assert checkpoint.rank_by_metric(tmp_path, mode)[0][0].name == f"step-{best:08d}"
     checkpoint.prune(tmp_path, 5, 2, "max")
     assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], (
         "6 is later than the step: neither kept nor counted"
@@ -179,7 +179,7 @@ def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list
 
 def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
-    assert checkpoint.ranked(tmp_path, "min") == []
+    assert checkpoint.rank_by_metric(tmp_path, "min") == []
 
 
 # --- the user's own files
@@ -225,13 +225,13 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
                 folder / "step-00000003", target_is_directory=True
             )
         told: list[str] = []
-        assert checkpoint.newest(run, told.append) == checkpoint.step_folder(run, 4)
+        assert checkpoint.newest_sound(run, told.append) == checkpoint.step_folder(run, 4)
         assert told == [
             f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"
         ]
-        checkpoint.clean(run)
+        checkpoint.remove_leftovers(run)
         checkpoint.prune(run, 99, keep, "min")
-        assert checkpoint.ranked(run, "max")[-1][0] == checkpoint.step_folder(run, 1), (
+        assert checkpoint.rank_by_metric(run, "max")[-1][0] == checkpoint.step_folder(run, 1), (
             "the best of those kept"
         )
         left = {path.name for path in folder.iterdir()}
@@ -293,7 +293,7 @@ def test_a_removal_cut_off_anywhere_keeps_the_users_files(
         patch.setattr(owner, killed_at, killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint._remove(folder)
-    checkpoint.clean(tmp_path)
+    checkpoint.remove_leftovers(tmp_path)
     (kept,) = tmp_path.rglob("notes.txt")
     assert kept.read_text() == "mine" and not list(tmp_path.rglob(".tmp-*"))
     assert not checkpoint.checkpoints(tmp_path)
@@ -391,7 +391,10 @@ def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_pa
         assert (written.saver.error is not None) == (step == 2)
     assert ["error" in facts for facts in written.facts] == [False, True, False]
     assert "No space left" in written.facts[1]["error"]
-    assert [checkpoint.fault(folder) for folder in checkpoint.checkpoints(tmp_path)] == [None, None]
+    assert [checkpoint.find_damage(folder) for folder in checkpoint.checkpoints(tmp_path)] == [
+        None,
+        None,
+    ]
     assert checkpoint_steps(tmp_path) == [1, 3]
 
 

@@ -357,8 +357,8 @@ class TestGPT2:
     @settings(max_examples=500, deadline=None)
     def test_cutting_long_text_changes_nothing(self, gpt2, text):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenizer, "CHUNK", 3)
-            patch.setattr(tokenizer, "CHUNK", 3)
+            patch.setattr(tokenizer, "PIECE_CHARS", 3)
+            patch.setattr(tokenizer, "PIECE_CHARS", 3)
             assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)
 
     def test_very_long_runs(self, gpt2):
