@@ -817,7 +817,7 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 BAD_FILES = [
-    ("a.txt", "", "is empty: no document in it has any text"),
+    ("a.txt", "", "is empty: none of its documents has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
     (
         "a.txt",
@@ -840,7 +840,7 @@ BAD_FILES = [
     ),
     ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
-    ("a.csv", "", "is empty: no document"),
+    ("a.csv", "", "is empty: none of its documents"),
     ("a.csv", "id,text\n1,a,b", "line 2 has 3 cells where the first line names 2 columns"),
     ("a.tsv", "id:text\n1:a", "has no column 'text'"),
     ("a.parquet", "x", "is not a sound parquet file"),

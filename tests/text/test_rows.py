@@ -333,7 +333,7 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
         ("a.csv", "", "holds no row"),
         ("a.csv", "text,title\nx\n", "holds no row that can be read: .* line 2 has 1 cells"),
         ("a.csv", "text,text,title\nx,y,z\n", "line 1 names the column 'text' twice"),
-        ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, and has a quote"),
+        ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, but has a quote"),
         ("a.csv", "text,title\nx,y\n".encode("utf-16"), "is not UTF-8 text; it seems to be UTF-16; "
                                                         "convert"),
         ("a.json", '[{"text": "x"},', "is not valid JSON"),
@@ -343,7 +343,7 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
         ("a.txt", "a poem\n", "no column 'title' or 'song'.*: text"),
         ("a.parquet", b"PAR1", "not a sound parquet file"),
         ("a.csv.gz", b"\x1f\x8b\x08 torn", "not a sound gzip file"),
-        ("a.xlsx", "x", "is none of .csv"),
+        ("a.xlsx", "x", "has none of the suffixes .csv"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_right(
