@@ -180,7 +180,7 @@ def _is_included(name: str, pattern: Sequence[str]) -> bool:
 
 
 def _glob(pattern: str) -> Iterator[Path]:
-    """The files that match a glob. `**` is expanded here, because glob's own follows link cycles."""
+    """The files that match a glob. `**` is expanded here because glob's own follows link cycles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         for path in map(Path, glob.iglob(pattern)):

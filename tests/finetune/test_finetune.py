@@ -1722,6 +1722,6 @@ def test_new_tokens_of_a_base_with_more_rows_than_its_tokenizer(folder: Path) ->
 
 def test_a_missing_column_is_named_with_an_option_only_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,a text\n")
-    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the one that")):
+    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the column that")):
         with pytest.raises(UserError, match=f"has no column .* {advice}"):
             reader(name).read(str(tmp_path / "rows.csv"), "train")
