@@ -117,7 +117,7 @@ class Tokenizer(ABC):
         return self._decode([self._check(i) for i in ids if i not in left_out])
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes of one token; b"" for a special token. Raises UserError as `decode` does."""
+        """The UTF-8 bytes of a token; b"" for a special token. Raises UserError as `decode` does."""
         return self._token_bytes[self._check(id)]
 
     def special_id(self, token: str) -> int:
@@ -555,7 +555,7 @@ def _vocab(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
-    """The part of a tokenizer.json that decides a text's ids, in one form for all ways to write it."""
+    """The part of a tokenizer.json that decides a text's ids, in one form however it is written."""
     unset = (None, False, "")
     model = {
         key: value for key, value in spec["model"].items() if not any(value is no for no in unset)

@@ -266,7 +266,7 @@ class _Settings:
         return [token for token in (*self.named.values(), *self.own.values()) if token]
 
     def check_end(self, given: set[str]) -> None:
-        """Raises UserError if a file names an end token that is not in `given`, the files' tokens."""
+        """Raises UserError if a file names an end token that is not in `given`, all their tokens."""
         named = self.named["eos_token"]
         if self.names_end_in and named and named["content"] not in given:
             raise UserError(
@@ -289,7 +289,7 @@ class _Settings:
         )
 
     def resolved(self, end: str) -> dict[str, Any]:
-        """The tokenizer_config.json to save, for a tokenizer.json that holds all tokens and flags."""
+        """The tokenizer_config.json to save beside a tokenizer.json with all tokens and flags."""
         left_out = {
             "added_tokens_decoder",
             "additional_special_tokens",

@@ -320,7 +320,7 @@ def _train(
 
 
 def check_free(out: Path) -> None:
-    """Raises UserError unless `out` is an empty folder or can be made. No user's file is replaced."""
+    """Raises UserError unless `out` is empty or can be made. No file of the user is replaced."""
     try:
         file = next((above for above in out.parents if above.exists() and not above.is_dir()), None)
         if file:
