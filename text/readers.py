@@ -807,7 +807,7 @@ def _rows_of(
 
 
 def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
-    """Whether lines[at], which begins no sound row, is part of one if reading starts at lines[1]."""
+    """Whether lines[at], which begins no sound row, is in one if reading starts at lines[1]."""
     given = _HeldLines(lines[1:])
     table = _Table(given, delimiter, True)
     while (cells := table.next()) is not None:

@@ -117,7 +117,7 @@ class Tokenizer(ABC):
         return self._decode([self._check(i) for i in ids if i not in left_out])
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes of a token; b"" for a special token. Raises UserError as `decode` does."""
+        """The UTF-8 bytes of a token; b"" for a special one. Raises UserError as `decode` does."""
         return self._token_bytes[self._check(id)]
 
     def special_id(self, token: str) -> int:

@@ -266,7 +266,8 @@ class _Settings:
         return [token for token in (*self.named.values(), *self.own.values()) if token]
 
     def check_end(self, given: set[str]) -> None:
-        """Raises UserError if a file names an end token that is not in `given`, all their tokens."""
+        """Raises UserError if a file names an end token that is not in `given`, the tokens of all
+        files."""
         named = self.named["eos_token"]
         if self.names_end_in and named and named["content"] not in given:
             raise UserError(

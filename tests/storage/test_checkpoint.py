@@ -227,7 +227,7 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
         told: list[str] = []
         assert checkpoint.newest_sound(run, told.append) == checkpoint.step_folder(run, 4)
         assert told == [
-            f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"
+            f"skipping {folder}/step-00000099: it is a copy of the checkpoint of step 2"
         ]
         checkpoint.remove_leftovers(run)
         checkpoint.prune(run, 99, keep, "min")
@@ -256,7 +256,7 @@ def test_files_that_a_user_put_into_a_checkpoint_are_kept(tmp_path: Path) -> Non
     checkpoint.prune(tmp_path, 2, 1, "min", say=told.append)
     kept = tmp_path / "checkpoints" / "kept-step-00000001"
     assert contents(kept) == {"plots/loss.txt": "mine", "notes.txt": "mine"}
-    assert told == [f"{old} held files that this run did not write: they are in {kept}"]
+    assert told == [f"{old} held files that this run did not write; they are now in {kept}"]
     assert checkpoint_steps(tmp_path) == [2]
 
 
@@ -557,8 +557,8 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
         cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False)
     )
     assert end.code == -signal.SIGKILL and "resumed from step-00000006" in end.out, end
-    assert "passing over run/checkpoints/step-00000012: it has no manifest.json" in end.out
-    assert f"passing over run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
+    assert "skipping run/checkpoints/step-00000012: it has no manifest.json" in end.out
+    assert f"skipping run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
     (end,) = launch(cut_off, small("--keep", 3))
     assert end.code == 0 and "resumed from step-00000009" in end.out, (
         "retention may not prefer the damaged one"
