@@ -222,7 +222,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint without damage, or None. `say` is told which ones are skipped and why."""
+    """The newest undamaged checkpoint, or None. `say` is told which ones are skipped and why."""
     for folder in checkpoints(run):
         reason = find_damage(folder) or _other_step(folder)
         if reason is None:

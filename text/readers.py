@@ -57,6 +57,7 @@ class RaggedRow(str):
     cells: list[str]
 
     def __new__(cls, header: list[str], cells: list[str]) -> RaggedRow:
+        """header: the names of the columns. cells: the cells of the row."""
         error = f"has {len(cells)} cells where the first line names {len(header)} columns"
         ragged = super().__new__(cls, error)
         ragged.header, ragged.cells = header, cells

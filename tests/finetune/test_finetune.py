@@ -1100,8 +1100,8 @@ AHEAD = {  # found before the first step: options, and what the line must hold
     "sentiment --predict toy --answers seven.csv/x.jsonl": [
         "--answers seven.csv/x.jsonl cannot be written"
     ],
-    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also what is read"],
-    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also what is read"],
+    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also an input file"],
+    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also an input file"],
     "sentiment --predict toy --answers x.parquet": [
         "--answers x.parquet: answers are written as .jsonl and .csv"
     ],

@@ -391,7 +391,7 @@ def test_a_text_that_cannot_be_read(
 
 def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) -> None:
     os.mkfifo(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a.bin is a pipe, where a shard is read at any place"):
+    with pytest.raises(UserError, match=r"a.bin is a pipe, but a shard is read in any order"):
         open_data(str(tmp_path), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
 
 
