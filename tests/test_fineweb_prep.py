@@ -383,8 +383,8 @@ def test_a_repository_without_shards(
     ("words", "line"),
     [
         (["--input", "x"], "--out is missing"),
-        (["--out", "x"], "give one of --dataset HUB_ID"),
-        (["--out", "x", "--input", "a", "--dataset", "b/c"], "give one of"),
+        (["--out", "x"], "give either --dataset HUB_ID"),
+        (["--out", "x", "--input", "a", "--dataset", "b/c"], "give either"),
         (["--out", "x", "--input", "a", "--pretokenized"], "--pretokenized needs --dataset"),
         (["--out", "x", "--input", "a", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--out", "x", "--input", "a", "--shard-tokens", "-1"], "--shard-tokens is -1"),
@@ -416,13 +416,13 @@ def test_too_little_disk(
         prepare(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin*"))
     fake_hub(monkeypatch, DOCUMENTS)
-    with pytest.raises(UserError, match=r"free some, give another --out, or fewer tokens"):
+    with pytest.raises(UserError, match=r"free some space, give another --out, or fewer tokens"):
         prepare(tmp_path / "out", "--max-tokens", 9000, source=("--dataset", "org/web"))
 
 
 def test_too_little_text(prepare: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"leaves nothing beside the validation shard; type --shard-tokens \d+,"
+        UserError, match=r"the validation shard leaves none for training; type --shard-tokens \d+,"
     ):
         prepare(tmp_path / "out", "--shard-tokens", 10**6)
     assert (
