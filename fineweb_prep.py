@@ -112,12 +112,12 @@ def _check_out(cfg: PrepConfig, out: Path) -> None:
     is_ours = any(_state(out / name) for name in STATES)
     if not is_ours and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
         raise UserError(f"{out} holds shards that this program did not make; give another --out")
-    beside, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
+    saved, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
     if (
         not is_ours
         and cfg.tokenizer != "gpt2"
-        and beside.exists()
-        and beside not in (given, given.parent)
+        and saved.exists()
+        and saved not in (given, given.parent)
     ):
         raise UserError(
             f"{out / 'tokenizer'} would be replaced by --tokenizer {cfg.tokenizer}; give another "

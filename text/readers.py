@@ -260,7 +260,7 @@ _OTHER_KINDS = {
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"%PDF": "a PDF",
+    b"%PDF": "a PDF; extract its text first",
     b"PAR1": "a parquet file; rename it to .parquet",
 }
 
@@ -378,14 +378,14 @@ class Lines:
         self._lines = _mac_lines(stream) if _has_mac_line_ends(head) else _unix_lines(stream)
         self._ahead: deque[str] = deque()
         self.number = 0  # number of the last line that was taken, from 1
-        self.marked = False  # whether any line so far was not UTF-8
+        self.has_bad_bytes = False  # whether any line so far was not UTF-8
 
     def take(self) -> str | None:
         """The next line; None at the end of the file."""
         line = self._ahead.popleft() if self._ahead else next(self._lines, None)
         if line is not None:
             self.number += 1
-            self.marked = self.marked or line.__class__ is NotUtf8
+            self.has_bad_bytes = self.has_bad_bytes or line.__class__ is NotUtf8
         return line
 
     def give_back(self, lines: Sequence[str]) -> None:
@@ -489,7 +489,7 @@ def read_json(
         items = items["data"] if isinstance(items.get("data"), list) else [items]
     marked = any(isinstance(line, NotUtf8) for line in taken)
     for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-        cells = _marked(item) if marked and isinstance(item, dict) else item
+        cells = _mark_bad_cells(item) if marked and isinstance(item, dict) else item
         yield f"row {number}", cells if isinstance(cells, dict) else "is not a JSON object"
 
 
@@ -533,10 +533,10 @@ def _object(line: str) -> dict[str, Any] | str:
         return f"is not valid JSON: {_json_error(error)}"
     if not isinstance(item, dict):
         return "is not a JSON object"
-    return _marked(item) if isinstance(line, NotUtf8) else item
+    return _mark_bad_cells(item) if isinstance(line, NotUtf8) else item
 
 
-def _marked(cells: dict[str, Any]) -> dict[str, Any]:
+def _mark_bad_cells(cells: dict[str, Any]) -> dict[str, Any]:
     """The cells, where each text with bytes that are not UTF-8 has become a NotUtf8."""
     bad = {
         name for name, value in cells.items() if isinstance(value, str) and BAD_BYTE.search(value)
@@ -601,13 +601,14 @@ def read_table(
         raise UserError(f"{path} line 1 names the column {twice[0][:60]!r} twice; rename one")
     if check:
         check(names)
-    places = {name: at for at, name in reversed(list(enumerate(names)))}
-    places = {name: places[name] for name in names}
+    # the first column of each name, in the order of the table
+    indices = {name: index for index, name in reversed(list(enumerate(names)))}
+    indices = {name: indices[name] for name in names}
     for line, cells in table.rows(names):
         if isinstance(cells, str):
             yield f"line {line}", cells
         else:
-            yield f"line {line}", {name: cells[at] for name, at in places.items()}
+            yield f"line {line}", {name: cells[index] for name, index in indices.items()}
 
 
 class _Table:
@@ -620,7 +621,7 @@ class _Table:
         self.lines, self.delimiter, self.quoted = lines, delimiter, quoted
         self.n: int | None = None  # number of columns
         self.taken: list[str] = []  # the lines of the current row
-        self.odd = False  # whether the current row has a quote inside an unquoted cell
+        self.has_stray_quote = False  # whether the current row has a quote inside an unquoted cell
 
     def opens(self, line: str) -> bool:
         """Whether a cell of this line begins with a quote."""
@@ -659,7 +660,7 @@ class _Table:
                     else []
                 )
                 yield held[:2]
-                if ahead and _reads_on(ahead, len(held[2]), self.delimiter, n):
+                if ahead and _is_inside_row(ahead, len(held[2]), self.delimiter, n):
                     # One of the two rows is broken. Nothing shows which one, so both are kept.
                     self.lines.give_back([*held[2][1:], *self.taken])
                     held = None
@@ -685,7 +686,7 @@ class _Table:
         line, following = self.taken[0], self.lines.following(1)
         if self.delimiter != "\t" or not _looks_like_rows([line, *following], "\t", n):
             return None
-        return self._mark(_without_end(line).split("\t"))
+        return self._mark_cells(_without_end(line).split("\t"))
 
     def next(self) -> list[str] | str | None:
         """The cells of the next row or what is wrong with it; [] for a blank line, None at the end.
@@ -695,17 +696,19 @@ class _Table:
         line = self.lines.take()
         if line is None:
             return None
-        self.taken, self.odd = [line], False
+        self.taken, self.has_stray_quote = [line], False
         if self.quoted is None and self.opens(line):
             self.quoted = _is_quoted([line, *self.lines.peek(SAMPLE)], self.delimiter, self.n)
         if self.quoted is False or '"' not in line:
             body = _without_end(line)
-            return self._mark(body.split(self.delimiter)) if body else []
+            return self._mark_cells(body.split(self.delimiter)) if body else []
         cells = self._split(line)
-        return cells if isinstance(cells, str) else self._mark(cells)
+        return cells if isinstance(cells, str) else self._mark_cells(cells)
 
-    def _mark(self, cells: list[str]) -> list[str]:
-        if not self.lines.marked or not any(isinstance(line, NotUtf8) for line in self.taken):
+    def _mark_cells(self, cells: list[str]) -> list[str]:
+        if not self.lines.has_bad_bytes or not any(
+            isinstance(line, NotUtf8) for line in self.taken
+        ):
             return cells
         return [NotUtf8(cell) if BAD_BYTE.search(cell) else cell for cell in cells]
 
@@ -715,11 +718,11 @@ class _Table:
         Some of its cells may be quoted. A quoted cell may span several lines.
         """
         cells: list[str] = []
-        at, held, take, taken = 0, len(line), self.lines.take, self.taken
+        start, held, take, taken = 0, len(line), self.lines.take, self.taken
         while True:
-            if line.startswith('"', at):
-                parts, begin = [], at + 1
-                while not (end := _closed_at(line, begin) if '"' in line else 0):
+            if line.startswith('"', start):
+                parts, begin = [], start + 1
+                while not (end := _end_of_quoted_cell(line, begin) if '"' in line else 0):
                     parts.append(line[begin:] if begin else line)
                     following = take()
                     if following is None:
@@ -734,13 +737,13 @@ class _Table:
                 cells.append("".join([*parts, line[begin : end - 1]]).replace('""', '"'))
             else:
                 body = _without_end(line)
-                end = body.find(self.delimiter, at)
+                end = body.find(self.delimiter, start)
                 end = len(body) if end < 0 else end
-                cells.append(body[at:end])
-                self.odd |= '"' in cells[-1]
+                cells.append(body[start:end])
+                self.has_stray_quote |= '"' in cells[-1]
             if end >= len(body):
                 return cells
-            at = end + 1
+            start = end + 1
 
     def swallows_rows(self, n: int) -> bool:
         """Whether a row of several lines is really one line with a stray quote, then other rows."""
@@ -752,7 +755,10 @@ class _Table:
             and self._share_a_kind_of_cell(inside)
         ):
             return True
-        return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
+        return (
+            self.has_stray_quote
+            and _share_of_rows(inside, self.delimiter, n, no_stray_quotes=True) == 1
+        )
 
     def _share_a_kind_of_cell(self, inside: Sequence[str]) -> bool:
         """Whether the lines inside a cell share a kind of column with the row around them.
@@ -764,17 +770,17 @@ class _Table:
         first, last = (
             _without_end(line).split(self.delimiter) for line in (self.taken[0], self.taken[-1])
         )
-        opened = max((at for at, cell in enumerate(first) if cell.startswith('"')), default=0)
-        beside = dict(enumerate(first[:opened])) | dict(list(enumerate(last))[opened + 1 :])
+        opening = max((i for i, cell in enumerate(first) if cell.startswith('"')), default=0)
+        around = dict(enumerate(first[:opening])) | dict(list(enumerate(last))[opening + 1 :])
         rows = [_without_end(line).split(self.delimiter) for line in inside]
         return any(
-            len(inside) >= least and all(kind.fullmatch(cells[at]) for cells in [beside, *rows])
-            for at in beside
+            len(inside) >= least and all(kind.fullmatch(cells[i]) for cells in [around, *rows])
+            for i in around
             for kind, least in ((_NUMBER, _MIN_NUMBER_LINES), (_WORD, _MIN_WORD_LINES))
         )
 
 
-def _closed_at(line: str, begin: int) -> int:
+def _end_of_quoted_cell(line: str, begin: int) -> int:
     """The position after the closing quote of the cell whose text continues at `begin`.
 
     0 if the cell does not end in this line.
@@ -787,35 +793,43 @@ class _HeldLines(Lines):
     """Lines that are in memory already."""
 
     def __init__(self, lines: Iterable[str]):
-        self._lines, self._ahead, self.number, self.marked = iter(lines), deque(), 0, False
+        self._lines, self._ahead, self.number, self.has_bad_bytes = iter(lines), deque(), 0, False
 
 
-def _rows_of(
-    lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True
+def _share_of_rows(
+    lines: Sequence[str],
+    delimiter: str,
+    n: int,
+    no_stray_quotes: bool = False,
+    quoted: bool | None = True,
 ) -> float:
     """The share of the rows in these lines that have n cells.
 
-    even: a row with a quote inside an unquoted cell does not count.
+    no_stray_quotes: a row with a quote inside an unquoted cell does not count.
     """
     table = _Table(_HeldLines(lines), delimiter, quoted)
     right = rows = 0
     while rows < _SCORED_ROWS and (cells := table.next()) is not None:
         rows += bool(cells)
-        right += isinstance(cells, list) and len(cells) == n and not (even and table.odd)
+        right += (
+            isinstance(cells, list)
+            and len(cells) == n
+            and not (no_stray_quotes and table.has_stray_quote)
+        )
         if isinstance(cells, str):
             table.lines.give_back(table.taken[1:])
     return right / max(1, rows)
 
 
-def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
-    """Whether lines[at], which begins no sound row, is in one if reading starts at lines[1]."""
+def _is_inside_row(lines: Sequence[str], i: int, delimiter: str, n: int) -> bool:
+    """Whether lines[i], which begins no sound row, is in one if reading starts at lines[1]."""
     given = _HeldLines(lines[1:])
     table = _Table(given, delimiter, True)
     while (cells := table.next()) is not None:
-        right = isinstance(cells, list) and len(cells) == n and not table.odd
-        if given.number >= at and right:
-            return given.number - len(table.taken) < at - 1  # the row began before lines[at]
-        if given.number - len(table.taken) + 1 >= at:
+        right = isinstance(cells, list) and len(cells) == n and not table.has_stray_quote
+        if given.number >= i and right:
+            return given.number - len(table.taken) < i - 1  # the row began before lines[i]
+        if given.number - len(table.taken) + 1 >= i:
             return False
         if not right:
             given.give_back(table.taken[1:])
@@ -838,11 +852,12 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         if isinstance(header, str) or len(header) < 2:
             continue
         names = set(map(str.strip, header))
-        ranked.append((all(names & set(of) for of in needed), delimiter, quoted, len(header)))
+        has_needed = all(names & set(usual) for usual in needed)
+        ranked.append((has_needed, delimiter, quoted, len(header)))
     if len(ranked) > 1:
         rest = sample[1 : 1 + 4 * _SCORED_ROWS]
         ranked.sort(
-            key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True
+            key=lambda c: (c[0], _share_of_rows(rest, c[1], c[3], quoted=c[2])), reverse=True
         )
     if ranked:
         return ranked[0][1:3]

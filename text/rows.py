@@ -205,8 +205,8 @@ def _align_cells(ragged: RaggedRow, texts: Collection[str]) -> dict[str, str]:
     header, cells = ragged.header, ragged.cells
     if len(cells) < len(header):
         return dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
-    at = [header.index(column) for column in texts]
-    first, last = min(at, default=len(header)), max(at, default=-1)
+    indices = [header.index(column) for column in texts]
+    first, last = min(indices, default=len(header)), max(indices, default=-1)
     sure = dict(zip(header[:first], cells))
     return sure | ({} if last < 0 else dict(zip(header[:last:-1], cells[::-1])))
 
@@ -224,9 +224,9 @@ def _choose(
     Raises UserError if a field that needs a column has none.
     """
     names = (given,) if isinstance(given, str) else given
-    there = [name for name in names if name in found]
-    if there or (field in optional and not isinstance(given, str)):
-        return there[0] if there else None
+    present = [name for name in names if name in found]
+    if present or (field in optional and not isinstance(given, str)):
+        return present[0] if present else None
     close = next(filter(None, (nearest(name, found) for name in names)), "")
     listed = ", ".join(map(_shown, filter(None, found[:20]))) or "none with a name"
     option = f"Use --{field.replace('_', '-')}-column NAME"
@@ -392,17 +392,17 @@ def read_documents(text: IO[str]) -> Iterator[Record]:
 
 def _document(text: str, begin: int) -> Iterator[Record]:
     if text.strip():
-        yield f"line {begin}", {"text": _marked(text)}
+        yield f"line {begin}", {"text": _mark_bad_bytes(text)}
 
 
 def read_lines(text: IO[str]) -> Iterator[Record]:
     """Each line that is not blank, as the column "text"."""
     for number, line in enumerate(text.read().split("\n"), 1):
         if line.strip():
-            yield f"line {number}", {"text": _marked(line.rstrip("\r"))}
+            yield f"line {number}", {"text": _mark_bad_bytes(line.rstrip("\r"))}
 
 
-def _marked(text: str) -> str:
+def _mark_bad_bytes(text: str) -> str:
     return NotUtf8(text) if _SURROGATE.search(text) else text
 
 

@@ -341,8 +341,8 @@ def check_free(out: Path) -> None:
 
 def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
     try:
-        with temporary_folder(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as beside:
-            tokenizer.save(beside)
-            beside.rename(out)
+        with temporary_folder(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as temporary:
+            tokenizer.save(temporary)
+            temporary.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
