@@ -1,5 +1,7 @@
-"""Checkpoint folders: whole or absent, verified, pruned, written beside the training; and the log
-that goes with them."""
+"""Checkpoint folders are complete or absent, verified, pruned, and written during training.
+
+The log of a run is tested here too.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_flushes_no_folders(
+def test_a_file_system_may_not_flush_folders(
     reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(descriptor: int) -> None:
@@ -80,7 +82,7 @@ def test_a_file_system_that_flushes_no_folders(
         checkpoint.write_folder(tmp_path / "lost", fill)
 
 
-def test_every_file_is_flushed_before_the_folder_has_its_name(
+def test_files_are_flushed_before_the_folder_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
@@ -92,7 +94,7 @@ def test_every_file_is_flushed_before_the_folder_has_its_name(
     assert flushed == [*inside, "."], "the parent, which holds the new name, comes last"
 
 
-def test_a_removal_that_is_cut_off_leaves_no_half_folder(
+def test_an_interrupted_removal_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "step"
@@ -177,7 +179,7 @@ def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list
     assert checkpoint_steps(tmp_path) == left
 
 
-def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
+def test_checkpoints_without_a_metric_are_not_ranked(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
     assert checkpoint.rank_by_metric(tmp_path, "min") == []
 
@@ -206,16 +208,14 @@ NOT_OURS = (
 
 @given(st.sets(st.sampled_from(NOT_OURS)), st.integers(1, 3), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
-    names, keep, with_link
-) -> None:
+def test_other_folders_are_neither_read_nor_deleted(names, keep, with_link) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary)
         make_run(run, {1: 1.0, 2: 5.0, 3: 4.0, 4: 3.0})
         folder = run / "checkpoints"
         for name in names:
             shutil.copytree(folder / "step-00000002", folder / name)
-        # a copy: it holds another step
+        # a copy of a checkpoint, which holds another step than its name says
         shutil.copytree(folder / "step-00000002", folder / "step-00000099")
         (folder / ".tmp-mine").mkdir()
         (folder / ".tmp-mine" / "a.txt").write_text("mine")
@@ -246,7 +246,7 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
         assert (run / ".tmp-notes").exists()
 
 
-def test_files_that_a_user_put_into_a_checkpoint_are_kept(tmp_path: Path) -> None:
+def test_files_of_a_user_in_a_checkpoint_are_kept(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
     old = checkpoint.step_folder(tmp_path, 1)
     (old / "plots").mkdir()
@@ -273,7 +273,7 @@ def test_a_final_folder_of_the_user_is_moved_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", ["rename", "rmtree"])
-def test_a_removal_cut_off_anywhere_keeps_the_users_files(
+def test_an_interrupted_removal_keeps_files_of_a_user(
     tmp_path: Path, monkeypatch, killed_at: str
 ) -> None:
     make_run(tmp_path, {1: None})
@@ -302,7 +302,7 @@ def test_a_removal_cut_off_anywhere_keeps_the_users_files(
 # --- modes
 
 
-UMASK = 0o026  # no mode that a library would set by itself: 640 and 751
+UMASK = 0o026  # gives the modes 640 and 751, which no library sets by itself
 
 
 def set_umask() -> None:
@@ -382,7 +382,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_older_checkpoints(tmp_path: Path) -> None:
     fails = iter([False, True, False])
     written = Written(tmp_path, lambda _, folder: no_room(folder) if next(fails) else None)
     for step in (1, 2, 3):
@@ -407,7 +407,7 @@ def open_run(run: Path, resume: str = "auto", **changes: object) -> start.Start:
     return start.open_run(run, resume, IDENTITY | changes, {}, lambda text: None)
 
 
-def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_options_that_contradict_the_folder_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     assert open_run(run) == start.Start()
@@ -422,7 +422,7 @@ def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", checkpoint.WRITTEN)
-def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / ".tmp-mine").write_text("mine")
     with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
@@ -433,7 +433,7 @@ def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, nam
     }
 
 
-def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed_at_the_next_start(tmp_path: Path) -> None:
     open_run(tmp_path)
     (tmp_path / ".tmp-run.json").write_text("{")
     (tmp_path / "checkpoints" / ".tmp-step-00000003").mkdir(parents=True)
@@ -441,7 +441,7 @@ def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
         with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
@@ -508,14 +508,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cut_off(finished: Path, tmp_path: Path) -> Path:
-    """The same run, as a kill just before its end leaves it."""
+    """The same run, as after a kill just before its end."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "run" / "metrics.json").unlink()
     return folder
 
 
-def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> None:
+def test_a_checkpoint_has_no_pickle_and_logs_its_cost(finished: Path) -> None:
     run = finished / "run"
     assert checkpoint_steps(run) == [6, 9, 12]
     files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
@@ -548,7 +548,7 @@ def test_a_finished_run_without_checkpoints_says_so_too(finished: Path) -> None:
     assert end.code == 0 and "unsaved is finished" in end.out and "step 1/2" not in end.out
 
 
-def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut_off: Path) -> None:
+def test_damaged_checkpoints_are_skipped_with_the_reason(finished: Path, cut_off: Path) -> None:
     run = cut_off / "run"
     (checkpoint.step_folder(run, 12) / "manifest.json").unlink()
     state = checkpoint.step_folder(run, 9) / checkpoint.STATE
@@ -566,8 +566,8 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
     assert trace(run) == trace(finished / "run")
 
 
-def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -> None:
-    """Step 6 is made the best by hand; then it is damaged, and final/ is of the last step, with a
+def test_final_is_the_best_model_unless_it_is_damaged(cut_off: Path) -> None:
+    """The test makes step 6 the best, then damages it. final/ is then the last step, with a
     warning."""
     run = cut_off / "run"
     best = checkpoint.step_folder(run, 6)
@@ -596,7 +596,7 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
 
-def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:
+def test_a_run_can_continue_in_another_folder(finished: Path, cut_off: Path) -> None:
     (end,) = launch(
         cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1)
     )
@@ -614,7 +614,7 @@ def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -
 # --- the CHECKPOINT of a command line
 
 
-def test_locate(finished: Path, cut_off: Path) -> None:
+def test_locate_finds_checkpoints_and_refuses_bad_ones(finished: Path, cut_off: Path) -> None:
     run = cut_off / "run"
     assert checkpoint.locate(str(run)) == str(run / "final")
     shutil.rmtree(run / "final")
