@@ -258,7 +258,9 @@ def locate(where: str) -> str:
         if sound is None:
             bad = [f"{p.name}: {find_damage(p)}" for p in checkpoints(folder)]
             raise UserError(
-                f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else "")
+                f"{where} has no sound checkpoint yet"
+                + (f" ({'; '.join(bad)})" if bad else "")
+                + "; give another run"
             )
         folder = sound
     written_here = folder.parent.name == "checkpoints" or (folder / MANIFEST).exists()

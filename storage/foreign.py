@@ -34,7 +34,9 @@ def read_value(file: Path) -> Any:
             f"{file} is not UTF-8 text, as JSON must be; save it again in UTF-8"
         ) from None
     except RecursionError:
-        raise UserError(f"{file} is not usable JSON: it is nested too deeply") from None
+        raise UserError(
+            f"{file} is not usable JSON: it is nested too deep; copy it again"
+        ) from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
 
@@ -43,7 +45,7 @@ def read_object(file: Path) -> JsonObject:
     """The JSON object in a file. Raises UserError as `read_value` does, and for any other value."""
     value = read_value(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object: it is {_short(value)}")
+        raise UserError(f"{file} must hold a JSON object, but it holds {_short(value)}")
     return JsonObject(file, value)
 
 

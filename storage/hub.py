@@ -20,8 +20,8 @@ from storage.foreign import JsonObject, read_object
 from storage.weights import load_pickle, plain_names, read_weights, save_tensors, state_dict
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Holds the sha256 of the weights that the adapter belongs to. It is a file of its own because peft
-# warns about keys in adapter_config.json that it does not know.
+# Holds the sha256 of the weights that the adapter belongs to. This is not in adapter_config.json,
+# because peft warns about keys that it does not know.
 ADAPTER_BASE = "base.json"
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -134,7 +134,9 @@ def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
     if kind is None and any(name.startswith("GPT2") for name in hub.texts("architectures")):
         kind = "gpt2"
     if kind != "gpt2":
-        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {kind!r}")
+        raise UserError(
+            f"{where} is not a GPT-2: its config.json says model_type {kind!r}; give a GPT-2"
+        )
     fields: dict[str, Any] = {
         "vocab_size": _size(hub, 50257, "vocab_size"),
         "block_size": _size(hub, 1024, "n_positions", "max_position_embeddings", "n_ctx"),
@@ -174,7 +176,9 @@ def _size(hub: JsonObject, default: int, *names: str) -> int:
 def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config fields and tensors of a folder in the hub's layout, as model.py has them."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: it has no config.json")
+        raise UserError(
+            f"{folder} holds no model: it has no config.json; give a model's folder or a hub id"
+        )
     hub = read_object(folder / "config.json")
     config, tensors = _from_hub_config(hub, folder), read_weights(folder)
     if unmerged := next(

@@ -79,7 +79,8 @@ def read_weights(folder: Path, wanted: Wanted = lambda name: True) -> dict[str, 
                 tensors |= read_tensors(file, wanted)
             return plain_names(tensors, folder)
     raise UserError(
-        f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin"
+        f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin; copy the "
+        "weights into it"
     )
 
 

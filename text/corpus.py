@@ -66,15 +66,15 @@ def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> 
     The newline before a separator is removed. errors: "surrogateescape" keeps single bytes that are
     not UTF-8. A text that seems to be in another encoding raises UserError in any case.
     """
-    sound = errors == "strict"
+    checked = errors == "strict"
     try:
         for text, starts, ends in readers.split_documents(
             readers.text_stream(stream, path, errors), CHUNK_CHARS
         ):
-            if not sound and readers.BAD_BYTE.search(text):
+            if not checked and readers.BAD_BYTE.search(text):
                 if readers.encoding_of(readers.encoding_sample(path)):
                     raise readers.not_utf8(str(path), path)
-                sound = True
+                checked = True
             yield (text[:-1].removesuffix("\r") if ends and text.endswith("\n") else text), starts
     except UnicodeDecodeError:
         raise readers.not_utf8(str(path), path) from None

@@ -199,7 +199,7 @@ class Tokenizer(ABC):
         id = operator.index(id)
         if not 0 <= id < self.vocab_size:
             raise UserError(
-                f"token id {id} is outside the vocabulary of {self.name}: 0 to "
+                f"token id {id} is outside the vocabulary of {self.name}; give ids from 0 to "
                 f"{self.vocab_size - 1}"
             )
         return id
@@ -306,7 +306,8 @@ class HubTokenizer(Tokenizer):
         tokenizer.add_special_tokens(list(tokens))
         if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
             raise UserError(
-                f"{self.source} leaves ids without a token: special tokens cannot be added to it"
+                f"special tokens cannot be added to {self.source}, because some of its ids have no "
+                "token; give another tokenizer"
             )
         opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
         return HubTokenizer(opened, Path(self.source), self.special + tokens)
@@ -339,7 +340,7 @@ class HubTokenizer(Tokenizer):
     def _without_specials(self, ids: list[int]) -> list[int]:
         """Replace the special tokens that the model recognized in the text by their characters.
 
-        A unigram model recognizes them itself, whatever the library is told.
+        A unigram model recognizes them itself, even with encode_special_tokens.
         """
         if self._special.isdisjoint(ids):
             return ids
@@ -469,8 +470,8 @@ def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) ->
 
 
 def check_special(special: Sequence[str]) -> None:
-    """Raises UserError for a special token that is given twice, is invisible, or would not survive
-    decoding."""
+    """Raises UserError for a special token that is given twice, is invisible, or that a decoder
+    would rewrite."""
     for i, token in enumerate(special):
         if token in special[:i]:
             raise UserError(f"special token {token!r} is given twice; name it once")
@@ -484,8 +485,7 @@ def check_special(special: Sequence[str]) -> None:
 
 @functools.cache
 def _byte_alphabet() -> list[str]:
-    """The character for each byte in GPT-2's byte-level vocabulary. Visible ones stand for
-    themselves."""
+    """The character for each byte in a byte-level vocabulary. Visible bytes are their own."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b if b in visible else next(others)) for b in range(256)]

@@ -259,7 +259,8 @@ class _Settings:
                 tokenizer.add_tokens([AddedToken(token["content"], **flags)])
         except (TypeError, ValueError):  # a lone surrogate
             raise UserError(
-                f"{self.folder} names {token['content']!r} as a token, which is not valid text"
+                f"{self.folder} names {token['content']!r} as a token, which is not valid text; "
+                "remove it"
             ) from None
 
     def _named(self) -> list[dict[str, Any]]:

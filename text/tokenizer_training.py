@@ -43,7 +43,7 @@ NEVER = -1e4
 NAME_CHARACTERS = "<>0123456789ABCDEFxunk"
 
 LARGEST_VOCABULARY = 10_000_000  # the trainers allocate memory for the whole vocabulary at once
-NO_TEXT = "there is no text to train a tokenizer on"
+NO_TEXT = "there is no text to train a tokenizer on; give other text"
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
@@ -57,7 +57,7 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
     if vocab_size < least:
         raise UserError(
             f"a vocabulary of {vocab_size} is too small: 256 bytes and {' '.join(special)} make "
-            f"{least}"
+            f"{least}; give at least that"
         )
     tokenizer = byte_level(models.BPE(), add_prefix_space=False)
     trainer = trainers.BpeTrainer(
