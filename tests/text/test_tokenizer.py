@@ -297,7 +297,7 @@ class TestSpecialTokens:
         spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         spec["model"]["vocab"]["fox"] = 500
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-        with pytest.raises(UserError, match="without a token"):
+        with pytest.raises(UserError, match="have no token"):
             load_tokenizer(str(tmp_path)).with_special(["<answer>"])
 
     def test_the_model_grows_with_the_tokenizer(self, trained, tmp_path):
