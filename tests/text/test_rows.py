@@ -183,7 +183,7 @@ def test_a_folder_in_the_hubs_layout_is_read_by_split(tmp_path: Path) -> None:
         rows = read_rows(str(tmp_path), {"text": ("text",), "label": "label"}, split=split)
         assert fields(rows) == [{"text": split, "label": "1"}]
     write(tmp_path / "other" / "test.csv", "text,n\nx,1\n")
-    with pytest.raises(UserError, match="no file of the split 'train'"):
+    with pytest.raises(UserError, match="none of the split 'train'"):
         read_rows(str(tmp_path / "other"), {"text": ("text",)})
 
 
