@@ -830,7 +830,7 @@ BAD_FILES = [
         "too short",
         r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
     ),
-    ("a.pdf", "x", "none of .txt .jsonl"),
+    ("a.pdf", "x", "has none of the suffixes .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
     (
@@ -936,7 +936,7 @@ def truncate(path: Path, size: int) -> None:
 BAD_SHARDS = [
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 1500),
-        "fineweb_train_000002.bin is truncated: 1500 bytes where",
+        "fineweb_train_000002.bin is truncated: it has 1500 bytes, but",
     ),
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 100),

@@ -531,9 +531,9 @@ def test_gzip_with_an_unclear_name_is_refused(tmp_path: Path) -> None:
     for find in (corpus.find_files, check_exists):
         with pytest.raises(UserError, match=r"other.dat is compressed by bzip2; unpack it first$"):
             find(str(tmp_path / "other.dat"))
-    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.txt.gz"):
+    with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.txt.gz"):
         corpus.find_files(str(tmp_path / "noend"))
-    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.csv.gz"):
+    with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.csv.gz"):
         list(corpus.records_of(tmp_path / "noend"))
 
 

@@ -306,7 +306,7 @@ WRONG = [
     ("tokenizer_config.json", {"add_prefix_space": "false"}, "add_prefix_space"),
     ("tokenizer_config.json", {"tokenizer_class": 3}, "tokenizer_class"),
     ("tokenizer_config.json", {"eos_token": "<\ud800>"}, "end token"),
-    ("tokenizer_config.json", {"pad_token": "<\ud800>"}, "no text"),
+    ("tokenizer_config.json", {"pad_token": "<\ud800>"}, "not valid text"),
     ("special_tokens_map.json", {"eos_token": "<nowhere>"}, "'<nowhere>'"),
     ("added_tokens.json", {"<x>": None}, "<x>"),
     ("added_tokens.json", {"<x>": -1}, "<x>"),
