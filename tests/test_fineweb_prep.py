@@ -167,7 +167,7 @@ def test_a_finished_folder_is_left_alone(
     prepare(tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.bin")}
     assert prepare(tmp_path / "out", "--workers", 2) == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.bin")}
     for option, value in (
         ("--shard-tokens", 5000),
@@ -352,7 +352,7 @@ def test_ready_shards_of_the_hub_are_downloaded(
         by_name[name] for name in sorted(names)
     ]
     prepare(tmp_path / "out", source=hub)
-    assert len(fetched) == 3 and "is finished already" in capsys.readouterr().out
+    assert len(fetched) == 3 and "is already finished" in capsys.readouterr().out
 
 
 def test_a_damaged_download_is_refused(
