@@ -53,8 +53,8 @@ def write_folder(
 ) -> int:
     """Create `folder` atomically with the files that `fill` writes. Returns its size in bytes.
 
-    An OSError leaves no folder. An older folder of that name is deleted. The user's files in it are
-    moved to a folder next to it, which `say` names.
+    An OSError leaves no unfinished folder. An older folder of that name is deleted. The user's
+    files in it are moved to a folder next to it, which `say` names.
     """
     with temporary_folder(folder.with_name(TEMPORARY + folder.name)) as temporary:
         fill(temporary)
@@ -99,7 +99,7 @@ def _finish_removal(folder: Path, say: Callable[[str], None]) -> None:
 
 def _keep_files_of_user(old: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Move the files that the manifest of `old` does not list into a folder next to `folder`."""
-    listed = None if old.is_symlink() else _listed(old)
+    listed = None if old.is_symlink() else _read_manifest(old)
     kept = _free_name(folder.with_name(f"kept-{folder.name}"))
     if listed is None:
         old.rename(kept)
@@ -124,7 +124,7 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     """Size in bytes and sha256 of each file that a folder's manifest lists.
 
     None if there is no manifest, or one with another content. Raises OSError if it cannot be read.
@@ -146,7 +146,7 @@ def find_damage(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "it has no manifest.json"
     try:
-        listed = _listed(folder)
+        listed = _read_manifest(folder)
     except OSError:
         listed = None
     if listed is None:
@@ -213,7 +213,7 @@ def _own_checkpoints(run: Path, until: int | None = None) -> list[tuple[Path, di
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     """The content of a checkpoint's META, or None if its manifest does not list this file."""
     try:
-        if META not in (_listed(folder) or {}):
+        if META not in (_read_manifest(folder) or {}):
             return None
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -377,18 +377,18 @@ class TextFiles:
         self.files, self.column, self.say, self.errors = list(files), column, say, errors
         self.sizes = [path.stat().st_size for path in self.files]
         self.total: int | None = sum(self.sizes)
-        self._at = [0, 0]
+        self._state = [0, 0]
         self._raw: IO[bytes] | None = None
 
     @property
     def position(self) -> int:
         """Bytes read so far, compressed ones for a file that is compressed."""
         inside = self._raw.tell() if self._raw and not self._raw.closed else 0
-        return sum(self.sizes[: self._at[0]]) + inside
+        return sum(self.sizes[: self._state[0]]) + inside
 
     def state(self) -> list[int]:
         """The current place: [index of the file, records read of it]."""
-        return list(self._at)
+        return list(self._state)
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
         """The documents from `state` on.
@@ -400,20 +400,20 @@ class TextFiles:
         rows = _RowDocuments(self.column, self.say)
         rows.found = bool(first or skip)
         for index in range(first, len(self.files)):
-            self._at = [index, skip]
+            self._state = [index, skip]
             for segment in self._read(self.files[index], skip, rows):
-                self._at[1] += 1
+                self._state[1] += 1
                 if segment:
                     yield segment
             rows.tell()
             skip = 0
-        self._at = [len(self.files), 0]
+        self._state = [len(self.files), 0]
         rows.close(", ".join(map(str, self.files[:2])) + (", ..." if len(self.files) > 2 else ""))
 
     def _read(self, path: Path, skip: int, rows: _RowDocuments) -> Iterator[Segment | None]:
         suffix = suffix_of(path)
         reader = _READERS.get(suffix, _read_txt)
-        with readers.opened(path) as (self._raw, stream):
+        with readers.open_decompressed(path) as (self._raw, stream):
             if reader:
                 yield from itertools.islice(reader(stream, path, self.errors), skip, None)
                 return
@@ -488,7 +488,7 @@ def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
         suffix = otherwise
     if suffix not in (*readers.ROW_SUFFIXES, ".txt"):
         raise UserError(unknown_kind(path, readers.ROW_SUFFIXES))
-    with readers.opened(path) as (_, stream):
+    with readers.open_decompressed(path) as (_, stream):
         yield from readers.read_records(stream, path, suffix)
 
 

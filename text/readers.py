@@ -96,7 +96,7 @@ def is_gzip(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
+def open_decompressed(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
     """Open a file and yield it twice: as it is, and as a stream of its uncompressed bytes.
 
     Gzip is detected by the file's first bytes, not by its name. Raises UserError for a file that
@@ -242,7 +242,7 @@ def conversion_advice(path: Path | str, sample: bytes) -> str:
 def encoding_sample(path: Path | str) -> bytes:
     """The beginning of a file and the bytes around the first one that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    with opened(Path(path)) as (_, stream):
+    with open_decompressed(Path(path)) as (_, stream):
         head = stream.read(HEAD)
         block = head
         while block:
@@ -293,7 +293,7 @@ def text_stream(stream: io.BufferedReader, path: Path, errors: str = "strict") -
 
 def read_text(path: Path | str) -> str:
     """The whole text of a file, gzipped or not. Raises UserError for one that is not UTF-8."""
-    with opened(Path(path)) as (_, stream):
+    with open_decompressed(Path(path)) as (_, stream):
         try:
             return text_stream(stream, Path(path)).read()
         except UnicodeDecodeError:
@@ -1047,7 +1047,7 @@ def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> st
     if not fault.startswith("is not UTF-8 text") or not (bad or isinstance(cells, str)):
         return fault
     head = b""
-    with contextlib.suppress(UserError), opened(Path(path)) as (_, stream):
+    with contextlib.suppress(UserError), open_decompressed(Path(path)) as (_, stream):
         head = stream.peek(HEAD)[:HEAD]
     if head[:4] == b"PAR1":
         return f"{fault}; repair or remove it"

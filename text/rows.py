@@ -35,7 +35,7 @@ from text.readers import (
     RaggedRow,
     Reader,
     Record,
-    opened,
+    open_decompressed,
     read_records,
     read_text,
     split_documents,
@@ -285,7 +285,7 @@ class _RowFormat:
         suffix = suffix_of(path)
         if suffix in self.readers:
             return self.expanded(self.readers[suffix](read_text(path), str(path)))
-        with opened(path) as (_, stream):
+        with open_decompressed(path) as (_, stream):
             if suffix != ".txt" or self._is_table(stream.peek(HEAD)[:HEAD]):
                 return self.expanded(read_records(stream, path, suffix, self.needed))
             text = text_stream(stream, path, "surrogateescape")

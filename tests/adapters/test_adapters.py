@@ -865,7 +865,11 @@ def cut(folder: Path, key: str) -> None:
             lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}),
             "trainable_token_indices",
         ),
-        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"), "must hold a JSON object"),
+        (
+            "lora",
+            lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"),
+            "must hold a JSON object",
+        ),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):
