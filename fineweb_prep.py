@@ -37,7 +37,7 @@ from storage.shards import token_dtype
 from text import corpus
 from text.tokenizer import Tokenizer, load_tokenizer
 
-TEXT_PER_TOKEN = 4.0  # bytes of English text per GPT-2 token, a little less than measured
+TEXT_PER_TOKEN = 4.0  # bytes of English text per GPT-2 token, rounded down
 STATES = ("manifest.json", "progress.json")  # of a finished folder, and of an unfinished one
 # Settings that both files have in every version of this program.
 OWN_SETTINGS = {"text_column", "tokenizer", "shard_tokens", "pretokenized"}
