@@ -37,6 +37,7 @@ from config import UserError
 from storage.shards import token_dtype
 from text import readers
 from text.readers import SHOWN, LeftOut
+from text.row import Record
 
 CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
 PATIENCE = 5.0  # seconds for a tokenizing process to end
@@ -448,7 +449,7 @@ class _Rows:
             self.say(more)
 
 
-def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
+def records_of(path: Path, otherwise: str = "") -> Iterator[Record]:
     """The rows of a file, with all of their columns; a .txt file is a table.
 
     otherwise: the suffix of a file whose own tells nothing. Raises UserError as the readers do.
@@ -496,7 +497,7 @@ class HubDataset:
     def state(self) -> Any:
         return self.rows.state_dict()
 
-    def records(self) -> Iterator[readers.Record]:
+    def records(self) -> Iterator[Record]:
         """Rows from the state on. Raises UserError where the hub, or the network, gives no more."""
         try:
             for number, row in enumerate(self.rows, 1):

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from base.errors import reason
 from config import UserError, nearest
+from text.row import Record
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
 SHOWN = 5  # broken rows that are printed; the others are counted
@@ -33,12 +34,6 @@ SAMPLE = 1 << 22  # characters that tell a table's dialect
 HEAD = 1 << 16  # bytes that tell what a file is
 GZIP = b"\x1f\x8b"  # begins such a file
 LAYERS = 3  # of gzip around each other: a file may be made that unpacks to itself
-
-# One row: its place in the file ("line 12"), and its cells by column or what is wrong with it.
-Record = tuple[str, dict[str, Any] | str]
-# Takes the text of a file and its name for messages. Raises UserError where the file as a whole is
-# not right.
-Reader = Callable[[str, str], Iterator[Record]]
 
 
 class NotUtf8(str):

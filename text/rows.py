@@ -32,8 +32,6 @@ from text.readers import (
     HEAD,
     SHOWN,
     NotUtf8,
-    Reader,
-    Record,
     Torn,
     documents,
     opened,
@@ -42,26 +40,12 @@ from text.readers import (
     text_stream,
     with_advice,
 )
+from text.row import Expand, Reader, Record, Row
 
 Columns = Mapping[str, str | tuple[str, ...]]
-# Takes a record and gives those that a task makes of it: rows that hold several questions, say.
-Expand = Callable[[Record], Iterator[Record]]
 
 # what bytes that are not UTF-8 become when decoded to be looked at
 _NO_UTF8 = re.compile(r"[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a file says in one row, by the task's names for it; "" for an optional field without a
-    column."""
-
-    fields: dict[str, str]
-    where: str  # "songs.csv line 12"
-    fault: str = ""  # why it cannot be answered: only a row that is read with `every` has one
-
-    def __getitem__(self, field: str) -> str:
-        return self.fields[field]
 
 
 @dataclass(frozen=True)
