@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -102,7 +101,12 @@ def _read_object(file: str) -> dict[str, Any]:
     path = Path(expand(file))
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if path.suffix == ".toml":
+            import tomllib  # most starts read no TOML
+
+            values = tomllib.loads(text)
+        else:
+            values = json.loads(text)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
