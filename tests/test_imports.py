@@ -8,6 +8,8 @@ import graphlib
 import json
 from pathlib import Path
 
+import pytest
+
 from support import REPO, own_lines, project_files
 
 # The import order: a module imports from its own package and from those before it. Commands do not
@@ -151,8 +153,11 @@ def test_importing_has_no_side_effect(run) -> None:
     assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
 
 
-def test_help_answers_without_torch(run) -> None:
-    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help", fresh=True)
+@pytest.mark.parametrize(
+    "command", [[REPO / "train_gpt2.py"], ["-m", "finetune.sentiment"], ["-m", "finetune.sonnets"]]
+)
+def test_help_answers_without_torch_and_numpy(run, command) -> None:
+    done = run("-X", "importtime", *command, "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "config" in imported and "torch" not in imported
+    assert "config" in imported and not imported & {"torch", "numpy"}
