@@ -234,7 +234,7 @@ class RunConfig:
     """auto, torch, triton, or names of kernels, comma-separated. auto: whatever is faster on this
     hardware."""
     without: tuple[str, ...] = ()
-    """Optimizations to leave out, to see what each is worth. The README lists their names."""
+    """Optimizations to leave out, to see what each is worth. docs/options.md lists their names."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
     """What torch.compile compiles as one. auto: each block on a CPU or with several ranks, else
     the whole model."""

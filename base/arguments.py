@@ -150,7 +150,7 @@ def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
     """The usage of a command, and each option with its docstring and its default."""
     import argparse  # only here: other starts of a command do without it
 
-    options, texts, values = options_of(cls), _docstrings(cls), cls(**defaults)
+    options, texts, values = options_of(cls), field_docs(cls), cls(**defaults)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
     positionals = [option.label for option in options if not option.typed]
@@ -182,7 +182,7 @@ def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
     return parser.format_help()
 
 
-def _docstrings(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """The string that stands after each field in the source of a dataclass and of the classes above
     it; that of the most derived class counts."""
     texts = {}

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from base.arguments import options_of
+from base.arguments import field_docs, options_of
 from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
+from docs.options import page
 from docs.packages import source_files
 from support import REPO
 from tasks.description import Description
@@ -459,23 +460,31 @@ def test_help_names_every_option(
         assert all(typed in shown for typed in option.typed)
 
 
+def test_the_page_of_options_is_made_from_the_dataclasses() -> None:
+    committed = (REPO / "docs" / "options.md").read_text(encoding="utf-8")
+    assert committed == page(), "run python docs/options.py"
+    commands = [kind for kind in KINDS if not kind.__module__.startswith("benchmarks")]
+    for option in {option.label for kind in commands for option in options_of(kind)}:
+        assert f"| `{option}` |" in committed
+
+
 def test_help_tells_defaults_and_what_fields_of_classes_above_say(capsys) -> None:
     from finetune.sentiment import SentimentConfig
 
     with pytest.raises(SystemExit):
         parse(SentimentConfig, ["-h"], {"out": "runs/sentiment 100%"})
     shown = " ".join(capsys.readouterr().out.split())
+    docs = field_docs(SentimentConfig)
     for line in (
         "--config FILE Read options from a JSON or TOML file",
-        # of the class itself, of one above it, and of both: the nearer counts
-        "--label-column TEXT Column of the label. Default: sentiment, label or stars.",
-        "--steps INT Optimizer steps of the whole run.",
-        "--dropout FLOAT Dropout on embeddings, attention and residual branches. (default: 0.1)",
-        "--keep INT Newest checkpoints to keep, beside the best. (default: 1)",
-        "--micro-batch INT|auto Sequences in one forward pass on one rank. auto: the largest that "
-        "fits. (default: auto)",
-        "--words [TEXT ...] Under --form word",
-        "--strict, --no-strict End at a row",
+        # A docstring of the class itself, one of a class above it, and defaults of both.
+        f"--label-column TEXT {docs['label_column']}",
+        f"--steps INT {docs['steps']} --",
+        f"--dropout FLOAT {docs['dropout']} (default: 0.1)",
+        f"--keep INT {docs['keep']} (default: 1)",
+        f"--micro-batch INT|auto {docs['micro_batch']} (default: auto)",
+        f"--words [TEXT ...] {docs['words']}",
+        f"--strict, --no-strict {docs['strict']}",
         "Default: runs/PRESET, or runs/TASK.",
     ):
         assert line in shown
