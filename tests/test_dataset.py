@@ -175,7 +175,7 @@ def write_bin(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1000, 12345])
-def test_each_window_once_an_epoch(n: int) -> None:
+def test_every_epoch_has_each_window_once(n: int) -> None:
     for seed, epoch in itertools.product((0, 1337, 2**63 + 5), (0, 1, 1000)):
         ids = window_order(np.arange(epoch * n, (epoch + 1) * n), n, seed)
         assert ids.dtype == np.int64
@@ -401,7 +401,7 @@ def test_few_documents_leave_the_end_of_the_stream(
     )
 
 
-def test_validation_data_of_its_own(
+def test_separate_validation_data(
     tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     texts, val = (
@@ -413,7 +413,7 @@ def test_validation_data_of_its_own(
     assert stream(data.val).tolist() == expected(DOCUMENTS[:9], load_tokenizer(bpe))
 
 
-def test_stdlib_is_there_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_needs_no_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = corpus.stdlib_files()
     assert 5e6 < sum(path.stat().st_size for path in files) < 25e6
     assert not any("site-packages" in str(path) for path in files)
@@ -589,7 +589,7 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # ---- the cache and its processes
 
 
-def test_a_second_start_does_nothing_again(
+def test_a_second_start_reads_the_cache(
     tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
@@ -611,7 +611,7 @@ def test_a_second_start_does_nothing_again(
     assert len(said) == 2
 
 
-def test_what_changes_the_tokens_is_tokenized_anew(
+def test_whatever_changes_the_tokens_is_tokenized_again(
     tmp_path: Path, other_bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
@@ -655,7 +655,7 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
     assert given_back == 40
 
 
-def test_beside_other_threads_the_workers_are_not_forked(bpe: str) -> None:
+def test_workers_are_not_forked_beside_other_threads(bpe: str) -> None:
     chunks = [corpus.Chunk([text], [True], 0, None, 0) for text in DOCUMENTS[:4]]
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
@@ -866,7 +866,7 @@ def test_a_parquet_column_that_is_not_text(
         open_here(path, text_column="tex")
 
 
-def test_data_that_is_not_there(
+def test_missing_data_is_refused(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -994,7 +994,7 @@ def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., data.Da
         open_here(folder)
 
 
-def test_the_largest_id_is_looked_for_once(
+def test_the_largest_id_is_searched_once(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shard_folder(tmp_path)
@@ -1012,7 +1012,7 @@ def made(tmp_path: Path, open_here: Callable[..., data.Data]) -> Path:
     return manifest.parent.rename(tmp_path / "made")
 
 
-def test_another_tokenizer_than_the_shards(
+def test_a_tokenizer_that_did_not_make_the_shards(
     made: Path, other_bpe: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     with pytest.raises(
@@ -1025,7 +1025,9 @@ def test_another_tokenizer_than_the_shards(
         open_here(texts, tokenizer=other_bpe, val_data=str(made))
 
 
-def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.Data]) -> None:
+def test_a_manifest_that_contradicts_the_shards(
+    made: Path, open_here: Callable[..., data.Data]
+) -> None:
     write_bin(made / "train_000001.bin", [1, 2])
     with pytest.raises(UserError, match=r"train_000001.bin is not in .*manifest.json"):
         open_here(made)

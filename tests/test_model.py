@@ -107,7 +107,7 @@ def test_flops_per_token():
         assert GPT(GPTConfig()).flops_per_token(1024) / 1e6 == pytest.approx(855.17, abs=0.005)
 
 
-def test_initialisation():
+def test_the_initial_weights_have_gpt2s_deviations():
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=500, block_size=256, n_layer=3, n_head=4, n_embd=256)
     for name, p in GPT(config).named_parameters():
@@ -148,7 +148,7 @@ def test_dropout_reaches_attention(attention):
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
-def test_padding_is_inside_only(tmp_path, tied_head):
+def test_padding_rows_never_leave_the_model(tmp_path, tied_head):
     model = gpt(tied_head=tied_head)
     assert model.head_weight.shape[0] == 384 and not model.head_weight[331:].any()
     idx = tokens(2, 8)
@@ -175,7 +175,7 @@ def test_padding_takes_no_part_in_the_loss():
         )
 
 
-def test_losses_of_either_path_agree():
+def test_both_loss_paths_agree():
     model, idx, targets = gpt(), tokens(3, 16), tokens(3, 16, seed=5)
     targets[:, ::3] = IGNORE
     losses = model(idx, targets)
@@ -333,7 +333,7 @@ def test_a_config_that_is_not_the_weights_or_not_gpt2(tmp_path, changes, match):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"model_type": "gpt2"}', '{"model_type": "gp'])
-def test_a_config_that_is_none(tmp_path, text):
+def test_a_config_that_is_no_json_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     refused(tmp_path, "config.json")
 
@@ -362,7 +362,7 @@ def test_damaged_pickles(tmp_path, content):
     refused(tmp_path, "not a nanoGPT checkpoint")
 
 
-def test_pickles_of_something_else(tmp_path):
+def test_pickles_of_other_objects(tmp_path):
     hf().config.save_pretrained(tmp_path)
     for content in ([1, 2], {"epoch": 3}, {"state": {"a": torch.zeros(2)}}):
         torch.save(content, tmp_path / "pytorch_model.bin")
@@ -429,7 +429,7 @@ def test_one_segment_is_plain_causal_attention():
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
 @pytest.mark.parametrize("parts", [[32], [1] * 32, [31, 1], [1, 31], [5, 1, 1, 20, 5], [16, 16]])
 @torch.no_grad()
-def test_cache_in_any_split(attention, parts):
+def test_a_cache_gives_the_same_logits_in_any_split(attention, parts):
     model, idx = gpt(attention=attention), tokens(2, 32)
     cache = KVCache(model.config, 2, 32)
     pieces = [model(piece, past=cache) for piece in idx.split(parts, dim=1)]
@@ -465,7 +465,7 @@ def test_cache_select_repeats_rows():
         torch.testing.assert_close(logits[i], model(alone)[0, -2:], atol=1e-5, rtol=1e-5)
 
 
-def test_longer_than_block_size():
+def test_a_sequence_longer_than_block_size_is_refused():
     model = gpt()
     with pytest.raises(UserError, match="33 tokens is longer than block_size 32"):
         model(tokens(1, 33))
@@ -504,7 +504,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_states_of_one_position_are_those_among_all(case, dtype):
+def test_a_query_index_selects_among_all_states(case, dtype):
     """Values, and gradients of all weights; bf16 as autocast has it."""
     model, idx = gpt(**POSITIONS[case]).train(), tokens(3, 12)
     model = (prefixed(model) if case == "prefix" else model).to(
@@ -528,7 +528,7 @@ def test_the_states_of_one_position_are_those_among_all(case, dtype):
         assert (ours - exact).norm() <= rtol * exact.norm()
 
 
-def test_one_position_computes_less_of_the_last_block():
+def test_a_query_index_computes_less_of_the_last_block():
     model, rows = gpt(n_layer=3), []
     for block in model.transformer.h:
         block.mlp.register_forward_hook(lambda _, x, y: rows.append(y.shape))
@@ -536,7 +536,7 @@ def test_one_position_computes_less_of_the_last_block():
     assert rows == [(3, 12, 64), (3, 12, 64), (3, 1, 64)]
 
 
-def test_one_position_after_a_cache_with_padding_at_the_left():
+def test_a_query_index_after_a_left_padded_cache():
     model, pad = gpt(), torch.tensor([2, 0, 5])
     caches = [new_cache(model, 3, 32, pad) for _ in range(2)]
     for cache in caches:
@@ -600,7 +600,7 @@ def test_trains_as_transformers_does(tmp_path):
     assert losses[-1] < losses[0] - 1  # and it was training, not standing still
 
 
-def test_shapes_that_cannot_be():
+def test_impossible_shapes_are_refused():
     for changes in ({"n_head": 5}, {"n_layer": -1}, {"vocab_size": 0}):
         with pytest.raises(UserError) as error:
             dataclasses.replace(SMALL, **changes)
@@ -609,7 +609,7 @@ def test_shapes_that_cannot_be():
         GPTConfig(n_embd=64, n_head=5)
 
 
-def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
+def test_fp8_keeps_the_gelu_kernel_and_only_trains(monkeypatch):
     calls = []
     monkeypatch.setattr(
         "kernels.ops.fp8_linear",
@@ -846,7 +846,7 @@ READ = [
 
 
 @pytest.mark.parametrize("changes", READ, ids=str)
-def test_a_value_that_can_mean_one_thing_is_read(tmp_path, changes):
+def test_an_unambiguous_config_value_is_read(tmp_path, changes):
     model = gpt()
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)

@@ -73,7 +73,7 @@ def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, option
 
 
 @pytest.mark.parametrize("unit", ["model", "block"])
-def test_evaluation_compiles_once_and_leaves_training_alone(traced, monkeypatch, unit):
+def test_evaluation_compiles_once_and_training_not_again(traced, monkeypatch, unit):
     step, loader = make_step(shape=SMALL, precision="bf16", compile=True, compile_unit=unit)
     monkeypatch.setattr(step.task, "rows", lambda split, at: np.arange(16)[:, None])
     monkeypatch.setattr(step.task, "metrics", lambda sums, outputs: sums)

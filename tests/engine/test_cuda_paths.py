@@ -29,7 +29,7 @@ def gradient_addresses(step: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_beside_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
+def test_with_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
     """With accumulation a gradient may not lie in the graph's memory, which the next replay
     overwrites."""
     plain, data = make_step(shape=SMALL, precision=precision, micro_batch=4)
@@ -103,7 +103,7 @@ def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, worker
         assert inductor.compile_threads == workers
 
 
-def test_the_users_number_of_compile_workers_stands(monkeypatch):
+def test_the_users_number_of_compile_workers_is_kept(monkeypatch):
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")

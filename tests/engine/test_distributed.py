@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_whole_batch(pair, batch, at, micro_batch):
         torch.testing.assert_close(mine[name].double(), value, rtol=2e-5, atol=1e-7, msg=name)
 
 
-def test_gradients_are_reduced_once_a_step_whatever_the_accumulation(pair):
+def test_ranks_all_reduce_gradients_once_a_step(pair):
     assert pair[0]["all_reduces"] == pair[1]["all_reduces"] == [1, 1, 1]
 
 
@@ -206,7 +206,7 @@ def test_groups_that_change_at_a_step_train_as_on_one_rank(pair):
         torch.testing.assert_close(pair[0]["trained"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_on_both(pair):
+def test_a_nan_on_one_rank_skips_the_update_on_both(pair):
     assert equal(pair[0]["skipped"], pair[1]["skipped"])
     assert pair[0]["skipped"]["optimizer.tagger.weight.step"].item() == 4
     assert all(value.isfinite().all() for value in pair[0]["skipped"].values())
@@ -224,13 +224,13 @@ def test_ranks_agree_to_stop_at_the_same_call(pair):
     assert pair[0]["agreements"] == pair[1]["agreements"] == [0, 0, 0, 15, 15, 15]
 
 
-def test_host_sums_take_keys_that_one_rank_lacks(pair):
+def test_sums_over_ranks_allow_missing_keys(pair):
     assert (
         pair[0]["host_sums"] == pair[1]["host_sums"] == {"both": 2.0, "only 0": 2.0, "only 1": 2.0}
     )
 
 
-def test_evaluation_over_two_ranks_is_that_of_one(pair):
+def test_evaluation_on_two_ranks_equals_that_on_one(pair):
     task = TwoHeads()
     expected = task.expected_metrics(step_of(task, ALONE).model)
     assert pair[0]["evaluation"] == pair[1]["evaluation"]
@@ -256,7 +256,7 @@ LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
 
 @given(size=st.integers(2, 4), lives=LIVES)
 @settings(max_examples=10, deadline=None)
-def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
+def test_ranks_ignore_what_dead_ranks_left_in_the_store(size, lives):
     """Before them, starts in which only some ranks came before all were killed, or all came."""
     store = dist.HashStore()
     met = set()
@@ -283,7 +283,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
         ({"PET_NNODES": "1:2", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
     ],
 )
-def test_a_run_that_nodes_may_join_is_told_what_to_set(monkeypatch, env, told):
+def test_a_run_that_nodes_may_join_prints_advice(monkeypatch, env, told):
     for name, value in ({"TORCHELASTIC_USE_AGENT_STORE": "True"} | env).items():
         monkeypatch.setenv(name, value)
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (processes.restart_advice() or "")) == told

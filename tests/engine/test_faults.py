@@ -74,7 +74,7 @@ DEATHS = [  # in this order, each in a start of its own
 ]
 
 
-def test_a_run_killed_anywhere_ends_like_one_that_was_not(reference: Path, folder: Path) -> None:
+def test_a_run_killed_at_any_point_ends_like_any_other(reference: Path, folder: Path) -> None:
     for where, nth, before in DEATHS:
         (end,) = launch(folder, small(), functools.partial(die, where, nth, before))
         assert end.code == -signal.SIGKILL, (where, end)
@@ -112,9 +112,7 @@ STOPS = [  # where, the exit code, the step whose checkpoint must stand, what el
 ]
 
 
-def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(
-    reference: Path, folder: Path
-) -> None:
+def test_a_stopped_run_saves_its_last_step_and_resumes(reference: Path, folder: Path) -> None:
     for where, nth, numbers, code, step in STOPS:
         (end,) = launch(folder, small(), functools.partial(receive, where, nth, numbers))
         assert (end.code, end.err) == (code, ""), (where, end)
@@ -153,7 +151,7 @@ FAILURES = [  # where, the exit code, the step whose checkpoint must stand
 ]
 
 
-def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> None:
+def test_an_error_after_a_signal_counts_as_a_stop(reference: Path, folder: Path) -> None:
     for where, nth, number, code, step in FAILURES:
         (end,) = launch(folder, small(), functools.partial(fail_of, where, nth, number))
         assert (end.code, end.err) == (code, ""), (where, end)
@@ -164,7 +162,7 @@ def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(("where", "save_every"), [("micro-batch", 4), ("evaluation", 1)])
-def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
+def test_stopping_a_run_does_not_change_its_best_model(
     folder: Path, where: str, save_every: int
 ) -> None:
     """At a rate that ruins the model step 1 is the best: stopped after it, between two saves, or
@@ -191,7 +189,7 @@ def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
     assert best["step"] == 1 and (trace(folder / "run")["final_is_step"] == 1) == (save_every == 1)
 
 
-def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
+def test_two_runs_cannot_share_a_folder(folder: Path) -> None:
     (process,) = start(folder, small(), slow_steps)
     wait_for_steps(folder / "run", 1)
     other = small("--log-every", 2)
@@ -285,7 +283,7 @@ def fault_on_rank_1() -> None:
     at_call(*point("micro-batch"), 5, act)
 
 
-def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
+def test_torchrun_passes_a_signal_to_every_rank(folder: Path) -> None:
     process = torchrun(
         folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0)
     )
@@ -309,7 +307,7 @@ def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> N
     )
 
 
-def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
+def test_many_ranks_print_a_mistake_once(folder: Path) -> None:
     end = torchrun(folder, "nothing", small("--batch-tokens", 100)).end()
     assert end.code != 0
     lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
@@ -335,9 +333,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(
-    reference: Path, folder: Path, disk: Path
-) -> None:
+def test_a_full_disk_keeps_the_older_checkpoints(reference: Path, folder: Path, disk: Path) -> None:
     (end,) = launch(folder, small("--out", "disk/run", "--keep", 9))
     run = disk / "run"
     assert end.code == 2 and "Traceback" not in end.err, end
@@ -370,7 +366,7 @@ def no_room_for_the_log() -> None:
     at_call(RunLog, "open", 1, fail)
 
 
-def test_a_log_that_cannot_be_opened_is_told_in_one_line(folder: Path) -> None:
+def test_a_log_that_cannot_be_opened_is_a_one_line_error(folder: Path) -> None:
     (end,) = launch(folder, small(), no_room_for_the_log)
     assert (end.code, end.err) == (2, "error: cannot write to --out run: No space left on device\n")
 
@@ -407,7 +403,7 @@ def die_twice() -> None:
         die("micro-batch", (9, 5)[life], on=(1, 0)[life])
 
 
-def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None:
+def test_torchrun_restarts_killed_ranks(folder: Path) -> None:
     words = small("--sample-every", 0)
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]

@@ -26,7 +26,7 @@ def losses(steps: int = 4, **options) -> list[float]:
 
 
 @pytest.mark.parametrize("without", [(), ("cast-once",), ("cast-once", "chunked-head")])
-def test_losses_are_those_of_fp32(without):
+def test_mixed_precision_losses_are_close_to_fp32(without):
     # 8 bits of mantissa a rounding; over a mean of hundreds of targets errors cancel to under 2e-3
     # of the loss.
     assert losses(precision="bf16", without=without) == pytest.approx(
@@ -50,7 +50,7 @@ def test_leaving_an_optimization_out_changes_no_loss(without):
     )
 
 
-def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
+def test_fp32_products_on_a_cpu_are_exact():
     """At shapes of a model's: every way that a product has its operands, against fp64."""
     torch.manual_seed(0)
     by_onednn = set_products("fp32", torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
     )
 
 
-def test_products_that_round_are_not_taken(monkeypatch):
+def test_onednn_is_not_used_if_its_products_round(monkeypatch):
     """As on a CPU with AMX that did not say so."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -89,7 +89,7 @@ def test_products_that_round_are_not_taken(monkeypatch):
     assert not set_products("fp32", torch.device("cpu"))
 
 
-def test_recomputed_activations_are_those_of_the_copies():
+def test_recompute_uses_the_cast_copies():
     assert losses(precision="bf16", recompute=True) == losses(precision="bf16")
 
 
@@ -112,7 +112,7 @@ def test_every_copy_follows_its_parameter():
         assert torch.equal(copy, named[name].bfloat16()), name
 
 
-def test_a_loaded_state_is_computed_with_at_once():
+def test_a_loaded_state_refreshes_the_copies():
     step, loader = make_step(shape=SMALL, precision="bf16")
     step(0, loader(0))
     other, _ = make_step(shape=SMALL, precision="bf16", seed=7)

@@ -62,7 +62,7 @@ def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "n, width, size, micro", [(8, 1, 1, 3), (8, 1, 3, 2), (7, 2, 2, 4), (3, 4, 4, 1), (1, 1, 4, 8)]
 )
-def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, size, micro):
+def test_ranks_and_micro_batches_never_split_a_group(n, width, size, micro):
     groups = np.arange(n * width).reshape(n, width)
     cuts = [partition(groups, rank, size, micro) for rank in range(size)]
     assert len({len(cut) for cut in cuts}) == 1  # DDP: as many passes on every rank
@@ -78,7 +78,7 @@ def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, siz
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 16])
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, step):
+def test_micro_batches_give_the_gradients_of_the_whole_batch(micro_batch, step):
     # step 1 lacks the second term, step 2 has it in one row only; steps 0 and 2 have a group
     # without the first
     task = TwoHeads()
@@ -118,7 +118,7 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     close(found, gradients)
 
 
-def test_a_term_that_no_row_has_moves_its_head_by_decay_alone():
+def test_the_head_of_an_absent_term_only_decays():
     task = TwoHeads()
     train = step_of(task, ALONE)
     before = copy.deepcopy(train.model.state_dict())
@@ -145,7 +145,7 @@ def test_a_batch_without_any_target_changes_nothing():
 # --- what trains may change at a step
 
 
-def test_groups_that_change_keep_the_state_of_what_goes_on_training():
+def test_changed_groups_keep_the_state_of_trained_parameters():
     task = TwoHeads(unfreeze_at=2)
     train = step_of(task, ALONE)
     data = loader(task, ALONE, 4)
@@ -166,7 +166,7 @@ def test_groups_that_change_keep_the_state_of_what_goes_on_training():
     assert not torch.equal(trunk, untouched)
 
 
-def test_state_taken_over_in_the_middle_continues_to_the_bit():
+def test_a_loaded_step_continues_bit_for_bit():
     task = TwoHeads(unfreeze_at=2)
     whole = step_of(task, ALONE)
     data = loader(task, ALONE, 3)
@@ -186,7 +186,7 @@ def test_state_taken_over_in_the_middle_continues_to_the_bit():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_update_that_is_not_finite_is_skipped_to_the_bit(value):
+def test_an_update_that_is_not_finite_changes_no_bit(value):
     task = TwoHeads()
     train = step_of(task, ALONE)
     data = loader(task, ALONE, 4)
@@ -211,7 +211,7 @@ def test_a_step_stopped_half_way_changes_nothing():
     assert all(map(torch.equal, train.model.parameters(), untroubled.model.parameters()))
 
 
-def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
+def test_fp16_overflow_halves_the_scale(monkeypatch):
     monkeypatch.setattr(LossScale, "interval", 2)
     task = TwoHeads()
     train = step_of(task, ALONE, precision="fp16", clip=0)
@@ -257,7 +257,7 @@ def test_dropout_repeats_from_its_seed_wherever_a_run_begins():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 64])
-def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_batch):
+def test_evaluation_counts_every_row_once(micro_batch):
     task = TwoHeads(dropout=0.5)
     train = step_of(task, ALONE)
     train.model.train()
@@ -268,7 +268,7 @@ def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_ba
     assert train.model.training
 
 
-def test_one_rank_has_nobody_to_differ_from():
+def test_a_single_rank_compares_no_parameters():
     check_replicas(step_of(TwoHeads(), ALONE).model, ALONE)
 
 
@@ -359,7 +359,7 @@ def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]
 @example([2.0, 3.0, 1.0, 2.0, 0.0, 1.0, -1.0, 0.0], "min", {"eval_every": 1, "patience": 2})
 @example([2.0, 1.0, 3.0, 2.0, 4.0, 3.0, 3.0, 3.0], "max", {"eval_every": 1, "patience": 2})
 @settings(max_examples=15, deadline=None)
-def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scores, mode, options):
+def test_patience_ends_a_run_at_an_evaluation(untouched, scores, mode, options):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         cfg = whole_run(run, STEPS, save_every=3, sample_every=0, **options)
@@ -395,7 +395,7 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
     [("evaluation", 4, True), ("sample", 4, False)],
 )
 @settings(max_examples=8, deadline=None)
-def test_a_run_that_fell_ends_where_it_would_have(untouched, scores, options, save_every, falls):
+def test_a_killed_run_stops_early_at_the_same_step(untouched, scores, options, save_every, falls):
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "whole", Path(folder) / "fallen"
         whole, fallen = (
@@ -419,7 +419,7 @@ def test_a_run_stopped_early_says_so_and_keeps_its_best_model(untouched, tmp_pat
     assert f"{tmp_path}/run is finished (5 steps): its model is" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_path):
+def test_a_checkpoint_written_before_patience_existed_resumes(untouched, tmp_path):
     task, cfg = (
         Scripted([1.0] * 6),
         whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0),
@@ -471,7 +471,7 @@ def test_a_run_stopped_early_is_extended_only_with_more_patience(untouched, tmp_
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 8
 
 
-def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, tmp_path, capsys):
+def test_a_run_without_its_last_checkpoint_repeats_steps(untouched, tmp_path, capsys):
     options = dict(eval_every=0, save_every=2, sample_every=0, schedule="constant")
     cfg = whole_run(tmp_path / "run", 4, **options)
     assert train(Scripted([]), cfg) == 0
@@ -513,7 +513,7 @@ def test_ranks_end_together(untouched, tmp_path):
 # --- how fast it was
 
 
-def test_rates_of_all_that_batches_hold(untouched, tmp_path, capsys):
+def test_every_amount_in_a_batch_gets_a_rate(untouched, tmp_path, capsys):
     assert train(Scripted([1.0] * 5), whole_run(tmp_path / "run", 5, sample_every=0)) == 0
     lines, figures = (
         log_of(tmp_path / "run", "train"),
