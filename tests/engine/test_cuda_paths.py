@@ -1,5 +1,4 @@
-"""What a CUDA run sets up, as far as it shows without a GPU: calls are recorded in place of a
-device."""
+"""The set-up of a CUDA run, tested without a GPU: fakes record the calls."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def gradient_addresses(step: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_with_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
-    """With accumulation a gradient may not lie in the graph's memory, which the next replay
+    """With accumulation a gradient must not lie in the graph's memory, which the next replay
     overwrites."""
     plain, data = make_step(shape=SMALL, precision=precision, micro_batch=4)
     graphs, _ = make_step(shape=SMALL, precision=precision, micro_batch=4)
@@ -52,7 +51,7 @@ def test_with_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision)
 
 
 def test_the_loader_thread_works_on_the_ranks_own_gpu(monkeypatch):
-    """Else leaving its stream opens a context of half a gigabyte on GPU 0, for every rank."""
+    """Otherwise every rank's thread would create a context of half a gigabyte on GPU 0."""
     calls: list[tuple[str, str]] = []
 
     def record(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""The estimate of --dry-run against the memory that training takes, and the properties that
-choosing by it needs."""
+"""The estimate of --dry-run against the measured memory of training, and the properties that the
+choice of a micro-batch relies on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model import GPT
 
 PLAIN = ("kept-memory", "cast-once")
 TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
-# Narrow, deep and with many rows: much memory for few products.
+# Narrow and deep, for many rows: much memory with little computation.
 MEASURED = GPTConfig(vocab_size=2048, block_size=128, n_layer=6, n_head=4, n_embd=64)
 
-# Two real steps in a process of its own, whose base it prints too: the first on one row, which is
-# enough to leave the optimizer's state. VmHWM and not ru_maxrss: the latter begins at what the
-# parent had taken.
+# Two real steps in a separate process, which also prints its memory before the model. The first
+# step has one row, enough to create the optimizer's state. It reads VmHWM because ru_maxrss starts
+# at the parent's memory.
 TRAIN = """
 import json, re, sys
 import torch
@@ -74,7 +74,7 @@ def test_the_estimate_is_within_15_percent_of_measured(run, changes, micro_batch
     cfg = options(precision, without=("kept-memory", "cast-once"))
     cost = Cost(config, config.block_size)
     estimated = estimate(cost, cfg, rows, "cpu", accumulate=accumulate, base=base).total
-    # without the base, which would hide an error of the step's
+    # Without the base, which would hide an error in the step.
     assert estimated - base == pytest.approx(measured - base, rel=0.15)
 
 
@@ -160,8 +160,8 @@ def test_optimizer_bytes_are_what_torch_keeps(optimizer):
 
 
 def test_estimating_gpt2_needs_little_memory():
-    """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any
-    machine."""
+    """Only shapes are needed: GPT-2 XL at full length, which takes 40 GB to train, is estimated on
+    any machine."""
     config = GPTConfig(**PRESETS["gpt2-xl"])  # ty: ignore[invalid-argument-type]
     memory = estimate(Cost(config, 1024), options("bf16"), 4, "cpu", base=0)
     assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows

@@ -29,7 +29,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
 def test_the_rate_is_between_zero_and_the_peak(schedule, steps, warmup):
     rates = [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in range(steps)]
     assert all(0 < rate <= 1 + 1e-12 for rate in rates)
-    # pure
+    # It depends on nothing else.
     assert (
         rates
         == [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in reversed(range(steps))][::-1]
@@ -135,7 +135,7 @@ def test_fused_adamw_equals_torchs_unfused():
             group["lr"] = lr * scale
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # the fused kernel rounds in another order
+        # The fused kernel rounds in another order.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
@@ -152,8 +152,7 @@ def test_muon_equals_torchs():
         reference.step()
     mine = [p for name, p in ours.named_parameters() if ".h." in name and p.dim() == 2]
     assert all(map(torch.equal, mine, hidden))
-    # one update of AdamW moves an entry by about lr; so must one of Muon's, whatever the matrix's
-    # shape
+    # An update of AdamW moves an entry by about lr. So must one of Muon, for every shape.
     moves = [
         ((p - q) / 3).pow(2).mean().sqrt().item() / 1e-2 for p, q in zip(mine, before, strict=True)
     ]
@@ -192,7 +191,7 @@ def test_a_skipped_update_changes_no_bit_of_the_state(optimizer, steps_before):
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     after = optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    # made by the first call
+    # The first call creates it.
     assert all(not value.any() for name, value in after.items() if name not in state)
 
 

@@ -1,5 +1,4 @@
-"""Memory that runs out: it is recognised in every wording, and the micro-batch that `auto` found
-shrinks."""
+"""Out of memory: every message of it is recognized, and the micro-batch of `auto` shrinks."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ OTHERS = [
 
 
 def wrapped(error: BaseException, explicitly: bool) -> BaseException:
-    """`error` as the compiler passes it on: as the cause, or as what was being handled."""
+    """Wrap `error` as a compiler does: as the cause or as the context of another error."""
     try:
         try:
             raise error
@@ -71,7 +70,7 @@ def test_other_errors_are_not_out_of_memory(error):
 
 
 class Small(Scripted):
-    """A device that holds `room` rows; from step `since` on."""
+    """A task on a device that holds only `room` rows from step `since` on."""
 
     def __init__(self, room: int, since: int = 0, error: type[Exception] = RuntimeError):
         super().__init__([1.0] * 6)

@@ -1,4 +1,4 @@
-"""What a run settles for its machine."""
+"""How a run resolves its options for the machine."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def set_free(size: int) -> None:
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_disk_too_small_is_a_warning_before_the_first_step(dry, tmp_path):
-    """The dry run tells of it too; what suffices is not mentioned."""
+    """The dry run warns of it too. Enough space is not mentioned."""
     write_inputs(tmp_path)
     words = small("--steps", 2, "--save-every", 1, "--sample-every", 0, *["--dry-run"] * dry)
 

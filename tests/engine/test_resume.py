@@ -1,5 +1,5 @@
-"""Runs that go on: what must be as it was, what is as it was unless typed, what is told, and how
-they are made longer."""
+"""Resumed runs: what must not change, which options are restored, what is reported, and how a run
+is extended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(inputs: Path, tmp_path: Path) -> Iterator[Path]:
-    """The same inputs and no run; the tests' own process stands in it."""
+    """The same inputs without a run, as the current folder of the tests."""
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(inputs / name)
     before = Path.cwd()
@@ -46,13 +46,13 @@ def folder(inputs: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def go(folder: Path, *words: Any, kill: tuple[Any, ...] = ()) -> Ended:
-    """A run of exactly these words, killed where `kill` says."""
+    """A run with exactly these words, killed at the point that `kill` names."""
     patch = functools.partial(die, *kill) if kill else None
     return launch(folder, list(map(str, words)), patch)[0]
 
 
 def cut_to(run: Path, step: int) -> None:
-    """Leave a run as a kill after the checkpoint of `step` leaves it."""
+    """Change a run to what a kill after the checkpoint of `step` would have left."""
     for later in [path for path in checkpoint.checkpoints(run) if int(path.name[5:]) > step]:
         shutil.rmtree(later)
     (run / "metrics.json").unlink(missing_ok=True)
@@ -62,7 +62,7 @@ QUIET = ("--sample-every", 0, "--eval-every", 4, "--save-every", 4, "--keep", 9)
 CONSTANT = (*QUIET, "--schedule", "constant")
 
 
-# --- what must be as it was
+# --- what must not change
 
 
 def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
@@ -244,8 +244,8 @@ def test_a_stored_option_of_the_wrong_type_is_an_error(
 def test_an_extended_run_equals_one_planned_that_long(
     folder: Path, schedule: str, first: int
 ) -> None:
-    """wsd is stopped before its decay. The extension is killed too, and goes on with or without its
-    option."""
+    """wsd is stopped before its decay. The extended run is killed too, and resumes with or without
+    --extend-to."""
     words = (*QUIET, "--schedule", schedule, "--warmup-steps", 2, "--save-every", 8)
     assert go(folder, *small(*words, "--steps", 24, "--out", "whole")).code == 0
     end = go(
@@ -282,7 +282,7 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "metrics.json").exists()
     end = go(folder, "--out", "run", "--extend-to", 16, "--reschedule", kill=("retention", 1))
     assert end.code == -signal.SIGKILL, end
-    # the restart is in run.json, wherever it resumes
+    # run.json holds the restart of the decay, wherever the run resumes.
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")
     end = go(folder, "--out", "run")
     assert end.code == 0 and "resumed from step-00000008" in end.out, end
