@@ -1,4 +1,4 @@
-"""GPT-2 as published: sizes, initialisation, and agreement with transformers in values, loading and
+"""GPT-2 as published: sizes, initialization, and agreement with transformers in values, loading and
 training."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=4, n_embd=64)
 
 
 def gpt(**changes: Any) -> GPT:
-    """A small model whose every parameter matters: biases and gains too are random."""
+    """A small model in which biases and gains are random too, so that every parameter matters."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(SMALL, **changes))
     with torch.no_grad():
@@ -226,8 +226,8 @@ def test_loads_shards(tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, prefix):
-    """The hub's own gpt2 has no prefix and carries each layer's causal mask; older files carry
-    masked_bias too."""
+    """The hub's own gpt2 has no prefix and holds each layer's causal mask. Older files also hold
+    masked_bias."""
     theirs = hf()
     theirs.config.save_pretrained(tmp_path)
     state = {
@@ -244,8 +244,8 @@ def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, pref
 
 
 def nanogpt(folder: Path, bias: bool, vocab: int = 331, prefix: str = "_orig_mod.") -> GPT:
-    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice); the
-    same model here."""
+    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice), and
+    return the same model."""
     model = gpt(vocab_size=min(vocab, 50257))
     if not bias:
         for name, p in model.named_parameters():
@@ -281,7 +281,7 @@ def test_loads_nanogpt(tmp_path, bias, vocab, prefix):
 
 
 class Malicious:
-    """Unpickled, it makes a folder: a stand-in for any command."""
+    """Makes a folder when it is unpickled, as an example of arbitrary code."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -406,12 +406,12 @@ def test_documents_do_not_see_each_other(attention):
     changed = idx.clone()
     changed[0, :10], changed[1, :25] = tokens(10, seed=8), tokens(25, seed=9)
     later = model(changed, segments=segments)
-    # the second document is blind to the first
+    # The second document does not depend on the first.
     torch.testing.assert_close(later[0, 10:], logits[0, 10:])
     torch.testing.assert_close(later[1, 25:], logits[1, 25:])
-    # the first is what it is alone
+    # The first document has the same logits without the second.
     torch.testing.assert_close(logits[:1, :10], model(idx[:1, :10]))
-    # The second alone, its positions kept: whatever stands before it is of another document.
+    # So has the second without the first, at the same positions.
     alone = GPT(model.config).eval()
     alone.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -440,7 +440,7 @@ def test_a_cache_gives_the_same_logits_in_any_split(attention, parts):
 @pytest.mark.parametrize("parts", [[16], [1] * 16, [9, 7], [2, 1, 13], [12, 1, 1, 1, 1]])
 @torch.no_grad()
 def test_cache_with_left_padding(parts):
-    """Rows of different lengths, padded at the left: each is what it is alone."""
+    """Rows of different lengths, padded at the left, have the same logits as each row alone."""
     model, idx, pad = gpt(), tokens(3, 16), torch.tensor([0, 3, 11])
     cache = KVCache(model.config, 3, 16, pad=pad)
     logits = torch.cat([model(piece, past=cache) for piece in idx.split(parts, dim=1)], 1)
@@ -475,13 +475,13 @@ def test_a_sequence_longer_than_block_size_is_refused():
         model(tokens(1, 1), past=cache)
 
 
-# --- one position of each row
+# --- a query index: one position of each row
 
 AT = torch.tensor([0, 11, 4])
 
 
 def prefixed(model: GPT, recompute: bool = False) -> GPT:
-    """With random keys and values before the text, as prefix tuning has them."""
+    """Add random keys and values before the text, like prefix tuning."""
     draw = torch.Generator().manual_seed(5)
     drawn = [torch.randn(2, 1, 4, 3, 16, generator=draw) for _ in range(model.config.n_layer)]
     layers = [(keys, values) for keys, values in drawn]
@@ -505,7 +505,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_query_index_selects_among_all_states(case, dtype):
-    """Values, and gradients of all weights; bf16 as autocast has it."""
+    """Compares values and gradients of all weights, in fp64 and in bf16 autocast."""
     model, idx = gpt(**POSITIONS[case]).train(), tokens(3, 12)
     model = (prefixed(model) if case == "prefix" else model).to(
         torch.float64 if dtype == torch.float64 else None
@@ -565,7 +565,7 @@ def test_recompute_gives_equal_gradients(dropout, autocast):
 
 
 def test_trains_as_transformers_does(tmp_path):
-    """From the same weights on the same batches, 200 fp32 steps: the losses stay together to
+    """In 200 fp32 steps from the same weights on the same batches, the losses differ by less than
     1e-4."""
     torch.manual_seed(0)
     ours = GPT(SMALL)
@@ -576,7 +576,7 @@ def test_trains_as_transformers_does(tmp_path):
         torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         for m in models
     ]
-    # A language to learn: each token follows from the one before, with a little noise.
+    # A language that can be learnt: each token follows from the previous one, with some noise.
     follows = torch.randperm(331, generator=torch.Generator().manual_seed(4))
     apart, losses = 0.0, []
     for step in range(200):
@@ -633,7 +633,7 @@ def test_fp8_keeps_the_gelu_kernel_and_only_trains(monkeypatch):
 
 def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
     for tied in (True, False):
-        # beyond the vocabulary, within it, across
+        # Beyond the vocabulary, within it, and across its end.
         for ids in (range(300, 303), range(290, 293), range(299, 301)):
             torch.manual_seed(0)
             model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
@@ -654,7 +654,7 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
             assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)
 
 
-# --- how others save the same weights
+# --- layouts in which others save the same weights
 
 WRAPPED = {
     "plain": lambda name: name,
@@ -707,7 +707,7 @@ def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper)
     tensors = {
         name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"
     }
-    # a buffer of old checkpoints
+    # Old checkpoints hold this buffer.
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["v_head.summary.weight"] = torch.zeros(1, 64)
