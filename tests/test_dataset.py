@@ -637,7 +637,7 @@ def test_bytes_do_not_depend_on_workers(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a fixed number of chunks is between input and output, however slowly results are read."""
+    """However slowly results are read, only a few chunks are between input and output."""
     pulled = given_back = 0
 
     def source():
