@@ -414,11 +414,11 @@ def resolve_steps(cfg: RunOptions, steps: int, epoch: int | None = None) -> RunO
     """Set the steps of the run and the defaults that depend on them. `epoch`: the steps of one
     pass over the rows."""
     # If epochs are short, skip some: evaluating and saving would take most of the time.
-    often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
+    interval = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
     defaults = {
         "warmup_steps": min(700, steps // 50),
-        "eval_every": often or min(250, max(1, steps // 10)),
-        "save_every": often or min(1000, max(1, steps // 5)),
+        "eval_every": interval or min(250, max(1, steps // 10)),
+        "save_every": interval or min(1000, max(1, steps // 5)),
     }
     cfg = _fill_missing(dataclasses.replace(cfg, steps=steps), defaults)
     return _fill_missing(cfg, {"sample_every": cfg.eval_every})
