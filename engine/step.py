@@ -279,7 +279,7 @@ class TrainStep:
             torch._foreach_zero_([p.grad for p in self.optimizers.params if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that a resumed run needs in order to give the same bits as without a stop."""
+        """Every tensor that a resumed run needs to give the same bits as an uninterrupted one."""
         named = checkpoint.with_prefix
         state = named(
             "model", {k: v for k, v in self.model.state_dict().items() if self.task.stored(k)}
