@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from config import GPTConfig, UserError
 from kernels.linear_cross_entropy import IGNORE
 from kernels.ops import Ops, ops_of
-from storage.hub import read_into, read_model, write_model
+from storage.hub import copy_weights, read_model, write_model
 
 # Takes keys and values (B, n_head, T, head_dim) of new tokens, returns all that they attend to.
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -362,7 +362,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # skips initialization: the weights come from the file
             model = cls(GPTConfig(**{**config, **overrides}))
         model.to_empty(device="cpu")
-        read_into(model.weights(), tensors, where)
+        copy_weights(model.weights(), tensors, where)
         model.zero_padding()
         return model
 

@@ -303,7 +303,7 @@ def _open_text(
 ) -> _Splits:
     """Open text files. They are tokenized once for each content, column and tokenizer."""
     store.prepare()
-    content = store.remember("sha256", files, sha256)
+    content = store.measure_once("sha256", files, sha256)
     # Older versions read tables by other rules, so what they cached must not be used.
     kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(corpus.suffix_of, files)]
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
@@ -313,12 +313,12 @@ def _open_text(
             corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say
         )
         for path, before, now in zip(
-            files, content, store.remember("sha256", files, sha256), strict=True
+            files, content, store.measure_once("sha256", files, sha256), strict=True
         ):
             if now != before:
                 raise changed_while_read(path)
 
-    folder = store.once(key, make, say)
+    folder = store.get_or_make(key, make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
@@ -336,14 +336,14 @@ def _open_hub(
     def make(folder: Path) -> None:
         tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
 
-    folder = store.once(_hub_key(spec, column, tokenizer, holdout), make, say)
+    folder = store.get_or_make(_hub_key(spec, column, tokenizer, holdout), make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
 def is_validation(name: str) -> bool:
     """Whether a shard's name contains the whole word val or validation: val.bin and
     fineweb_val_000000.bin do, medieval_000000.npy does not."""
-    return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
+    return not {"val", "validation"}.isdisjoint(corpus.words_in_name(Path(name).stem))
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -380,7 +380,7 @@ def _open_shards(
             [[r["tokens"], r["sha256"]] for r in records],
         )
     else:
-        max_ids = store.remember("max_id", files, _max_id)
+        max_ids = store.measure_once("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
         vocabulary = requested or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):

@@ -51,7 +51,7 @@ class RunLog:
 
     def _note_lost(self) -> None:
         """Log, once, that standard output cannot be written."""
-        reason = console.lost()
+        reason = console.output_error()
         if reason and not self.warned_lost_output and self.file is not None:
             self.warned_lost_output = True
             text = f"standard output cannot be written ({reason}); training goes on without it"

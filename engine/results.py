@@ -76,10 +76,10 @@ class Results:
         """The best checkpoint's model if it is better than the last step's, else the latter."""
         last = Final(dict(self.model.state_dict()), self.progress.step, self.progress.metrics)
         mode, now = self.task.best[1], self.progress.best_metric
-        best = next(iter(checkpoint.ranked(self.folder, mode)), None)
+        best = next(iter(checkpoint.rank_by_metric(self.folder, mode)), None)
         if best is None or (now is not None and not is_better(best[1], now, mode)):
             return last
-        reason = checkpoint.fault(best[0])
+        reason = checkpoint.find_damage(best[0])
         if reason is not None:
             self.log.warn(
                 f"the best checkpoint, {best[0]}, is damaged ({reason}); final/ holds the model of "
@@ -87,7 +87,7 @@ class Results:
             )
             return last
         tensors, meta = checkpoint.read_state(best[0])
-        return Final(checkpoint.part(tensors, "model"), meta["step"], meta["metrics"])
+        return Final(checkpoint.without_prefix(tensors, "model"), meta["step"], meta["metrics"])
 
     def _write_final(self, final: Final) -> None:
         export_model = self.checkpoints.export_model

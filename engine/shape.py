@@ -9,7 +9,7 @@ import kernels
 from config import GPTConfig, RunConfig, UserError, preset_shape
 from model import GPT
 from storage.checkpoint import locate
-from storage.hub import base_of, is_adapter
+from storage.hub import adapter_base, is_adapter
 
 
 def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
@@ -37,7 +37,7 @@ def runtime_fields(cfg: RunConfig) -> dict[str, Any]:
 
 def _whole_model(adapter: str) -> str:
     """Advice on which whole model to name in place of an adapter's folder."""
-    base = base_of(adapter)[0] or "the model that it was trained on"
+    base = adapter_base(adapter)[0] or "the model that it was trained on"
     run = Path(adapter).absolute().parent.parent
     if (run / "checkpoints").is_dir():
         final, made = run / "final", (run / "final").is_dir() and not is_adapter(run / "final")

@@ -20,9 +20,9 @@ from storage.checkpoint import (
     RESULTS,
     WRITTEN,
     checkpoints,
-    clean,
-    fault,
-    newest,
+    find_damage,
+    newest_sound,
+    remove_leftovers,
 )
 
 
@@ -86,7 +86,7 @@ def open_run(
         longer = extension and extension.to != start.lengths[-1].steps
         if _is_finished(run, start.lengths) and not longer:
             return Start(finished=True)
-        clean(run, say)
+        remove_leftovers(run, say)
         start.micro_batch = _micro_batch_of(run)
     if start.folder is None:
         start.folder = _newest_sound(run, say)
@@ -111,7 +111,7 @@ def open_run(
 def _newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from, or None if there is none yet. Raises UserError if all are
     damaged."""
-    folder = newest(run, say)
+    folder = newest_sound(run, say)
     if folder is None and checkpoints(run):
         raise UserError(f"every checkpoint of {run} is damaged; start again with another --out")
     return folder
@@ -207,10 +207,10 @@ def _micro_batch_of(run: Path) -> int | None:
 
 def _resume_from(where: Path, run: Path, say: Callable[[str], None]) -> Path:
     """The checkpoint that --resume FOLDER means: the folder itself, or the newest one of a run."""
-    folder = newest(where, say) if (where / "checkpoints").is_dir() else where
+    folder = newest_sound(where, say) if (where / "checkpoints").is_dir() else where
     if folder is None or not folder.is_dir():
         raise UserError(f"--resume {where}: there is no undamaged checkpoint; check the path")
-    reason = fault(folder)
+    reason = find_damage(folder)
     if reason is not None:
         raise UserError(f"--resume {folder}: {reason}")
     if not (folder / META).exists():

@@ -293,9 +293,9 @@ class TrainStep:
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         """Load what `state` returned after `step` steps."""
         self.assemble(step)
-        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.stored)
-        self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
-        self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
+        load_weights(self.model, checkpoint.without_prefix(tensors, "model"), self.task.stored)
+        self.optimizers.load_state(checkpoint.without_prefix(tensors, "optimizer"))
+        self.scale.load_state(checkpoint.without_prefix(tensors, "loss_scale"))
         self.weights_step = step
         if isinstance(self.module, Cast):
             self.module.refresh()

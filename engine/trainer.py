@@ -164,7 +164,7 @@ class Run:
         )
         for warning in (*((choices.fallback,) if choices.fallback else ()), *self.facts.warnings):
             log.warn(warning)
-        for warning in tokenizer_files.told.values():  # printed already, but not logged
+        for warning in tokenizer_files.dropout_warnings.values():  # printed already, but not logged
             log.record("warning", {"step": loop.progress.step, "text": warning})
         for note in start.notes:
             log.warn(note, loop.progress.step)

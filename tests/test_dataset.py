@@ -648,7 +648,7 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
 
     for chunk, tokens, _ in corpus.tokenize(source(), load_tokenizer(bpe), workers):
         assert chunk.texts == [DOCUMENTS[given_back]] and len(tokens) > 1
-        assert pulled - given_back <= corpus.IN_FLIGHT * workers
+        assert pulled - given_back <= corpus.CHUNKS_PER_WORKER * workers
         given_back += 1
         time.sleep(0.005)
     assert given_back == 40
@@ -816,7 +816,7 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 BAD_FILES = [
-    ("a.txt", "", "is empty: no document in it has any text"),
+    ("a.txt", "", "is empty: none of its documents has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
     (
         "a.txt",
@@ -829,7 +829,7 @@ BAD_FILES = [
         "too short",
         r"is too short: it has \d+ tokens, and a window of --seq-len 16 needs 17; give more data",
     ),
-    ("a.pdf", "x", "none of .txt .jsonl"),
+    ("a.pdf", "x", "has none of the suffixes .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
     (
@@ -839,7 +839,7 @@ BAD_FILES = [
     ),
     ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
-    ("a.csv", "", "is empty: no document"),
+    ("a.csv", "", "is empty: none of its documents"),
     ("a.csv", "id,text\n1,a,b", "line 2 has 3 cells where the first line names 2 columns"),
     ("a.tsv", "id:text\n1:a", "has no column 'text'"),
     ("a.parquet", "x", "is not a sound parquet file"),
@@ -935,7 +935,7 @@ def truncate(path: Path, size: int) -> None:
 BAD_SHARDS = [
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 1500),
-        "fineweb_train_000002.bin is truncated: 1500 bytes where",
+        "fineweb_train_000002.bin is truncated: it has 1500 bytes, but",
     ),
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 100),

@@ -7,8 +7,10 @@ import graphlib
 import json
 import re
 
+import pytest
+
 from docs.packages import COMMANDS, draw, imports, modules
-from support import REPO, own_lines
+from support import OWN_MODULES, REPO, own_lines
 
 # The import order: a module imports from its own package and from those before it. Commands do not
 # import each other.
@@ -80,6 +82,10 @@ def test_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
 
 
+def test_warnings_of_every_module_are_errors_in_tests() -> None:
+    assert all(re.match(OWN_MODULES, name) for name in MODULES)
+
+
 def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
     draw(tmp_path / "packages.svg")
     drawn, committed = (
@@ -133,8 +139,11 @@ def test_importing_has_no_side_effect(run) -> None:
     assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
 
 
-def test_help_answers_without_torch(run) -> None:
-    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help", fresh=True)
+@pytest.mark.parametrize(
+    "command", [[REPO / "train_gpt2.py"], ["-m", "finetune.sentiment"], ["-m", "finetune.sonnets"]]
+)
+def test_help_answers_without_torch_and_numpy(run, command) -> None:
+    done = run("-X", "importtime", *command, "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "config" in imported and "torch" not in imported
+    assert "config" in imported and not imported & {"torch", "numpy"}

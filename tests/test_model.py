@@ -811,7 +811,7 @@ def test_two_models_in_one_file_are_refused(tmp_path):
         tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)},
         "bin",
     )
-    refused(tmp_path, "an adapter that is not merged")
+    refused(tmp_path, "belongs to an unmerged adapter")
     save_as(
         tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin"
     )

@@ -1100,8 +1100,8 @@ AHEAD = {  # found before the first step: options, and what the line must hold
     "sentiment --predict toy --answers seven.csv/x.jsonl": [
         "--answers seven.csv/x.jsonl cannot be written"
     ],
-    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also what is read"],
-    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also what is read"],
+    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also an input file"],
+    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also an input file"],
     "sentiment --predict toy --answers x.parquet": [
         "--answers x.parquet: answers are written as .jsonl and .csv"
     ],
@@ -1300,7 +1300,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
             key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored
         )
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert hub.base_of(newest) == (
+        assert hub.adapter_base(newest) == (
             str((folder / "base").resolve()),
             weights_of(folder / "base"),
         )
@@ -1722,6 +1722,6 @@ def test_new_tokens_of_a_base_with_more_rows_than_its_tokenizer(folder: Path) ->
 
 def test_a_missing_column_is_named_with_an_option_only_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,a text\n")
-    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the one that")):
+    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the column that")):
         with pytest.raises(UserError, match=f"has no column .* {advice}"):
             reader(name).read(str(tmp_path / "rows.csv"), "train")
