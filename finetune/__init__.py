@@ -38,9 +38,9 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     words = sys.argv[1:]
     typed = typed_options(task.config, words)
     cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
-    from engine.resume import own_options  # with torch, which --help can do without
+    from engine.resume import restore_options  # with torch, which --help can do without
 
-    cfg = own_options(cfg, typed)
+    cfg = restore_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     return cfg, typed

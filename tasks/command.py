@@ -13,8 +13,8 @@ from typing import Any
 from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import stopped_by
 from config import UserError
-from engine.log import finite
-from engine.processes import recorded
+from engine.log import json_safe
+from engine.processes import record_failures
 from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
@@ -44,7 +44,7 @@ def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
         return 0
     if cfg.data is None and is_main:
         print(f"no --data: training on the {len(description.toy)} toy rows of the task")
-    code = recorded(train, task, cfg, typed)
+    code = record_failures(train, task, cfg, typed)
     if code or cfg.dry_run or not is_main:
         return code
     task.conclude(str(cfg.out), print)
@@ -87,7 +87,7 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
         scores = task.answering(cfg, model, print).write(path, print)
         about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
         if scores:
-            write_json(sibling(path, ".scores.json"), finite(scores) | about)
+            write_json(sibling(path, ".scores.json"), json_safe(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 

@@ -134,9 +134,11 @@ MISTAKES = {  # options: what the line must hold
         "--seq-len 32 is longer than the 16 positions of --init run",
         "--seq-len 16",
     ],
-    "--out new --init run --preset micro": ["--preset cannot go with --init run"],
+    "--out new --init run --preset micro": [
+        "--init run already determines the shape of the model; leave out --preset"
+    ],
     "--out new --init run --tokenizer gpt2x": ["no folder gpt2x"],
-    "--out new --resume nowhere": ["--resume nowhere: no sound checkpoint there"],
+    "--out new --resume nowhere": ["--resume nowhere: there is no undamaged checkpoint"],
     "--out new --resume shards": ["--resume shards", "manifest.json"],
     "--out new --resume run/final": ["a model without training state", "--init run/final"],
     "--out new --resume run --seed 1": ["seed (was 1337, is 1)"],
@@ -260,9 +262,9 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
             and (folder / "run/metrics.json").unlink()
         ),
         "",
-        ["no checkpoint of run is sound"],
+        ["every checkpoint of run is damaged"],
     ),
-    "run.json": (write("run/run.json", b"[]"), "", ["run.json is not of a run"]),
+    "run.json": (write("run/run.json", b"[]"), "", ["run.json does not belong to a run"]),
     "unknown key": (
         write("c.json", b'{"stepz": 4}'),
         "--config c.json",

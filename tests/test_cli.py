@@ -179,7 +179,7 @@ def test_step_lines_are_printed_every_so_often(inputs):
 BAR = """
 import sys
 from engine.log import RunLog
-log = RunLog(speaks=True)
+log = RunLog(enabled=True)
 log.start_progress(3, 0)
 for step in (1, 2, 3):
     figures = dict(loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=5.0, tokens_per_second=9.0, mfu=None,
@@ -191,7 +191,7 @@ if sys.argv[1] == "stop":
     log.stop_progress()
     log.say("done")
 else:
-    log.progress.refresh()
+    log.bar.refresh()
 """
 
 

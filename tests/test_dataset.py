@@ -828,7 +828,7 @@ BAD_FILES = [
     (
         "a.txt",
         "too short",
-        r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
+        r"is too short: it has \d+ tokens, and a window of --seq-len 16 needs 17; give more data",
     ),
     ("a.pdf", "x", "has none of the suffixes .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
@@ -908,7 +908,7 @@ def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data
         write_txt(tmp_path / "b.txt", DOCUMENTS),
     )
     for path, line in (
-        (few, "the tenth of .* kept for validation is too short"),
+        (few, "the tenth of .* held out for validation is too short"),
         (many, "validation data of .* is too short"),
     ):
         with pytest.raises(UserError, match=line) as error:
@@ -1030,7 +1030,7 @@ def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.
     with pytest.raises(UserError, match=r"train_000001.bin is not in .*manifest.json"):
         open_here(made)
     (made / "train_000001.bin").rename(made / "val_000000.bin")
-    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens where manifest.json says"):
+    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens, but manifest.json says"):
         open_here(made)
     (made / "val_000000.bin").unlink()
     with pytest.raises(UserError, match=r"lacks val_000000.bin"):

@@ -8,7 +8,7 @@ import json
 import re
 
 from docs.packages import COMMANDS, draw, imports, modules
-from support import REPO, own_lines
+from support import OWN_MODULES, REPO, own_lines
 
 # The import order: a module imports from its own package and from those before it. Commands do not
 # import each other.
@@ -78,6 +78,10 @@ def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> No
 
 def test_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
+
+
+def test_warnings_of_every_module_are_errors_in_tests() -> None:
+    assert all(re.match(OWN_MODULES, name) for name in MODULES)
 
 
 def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:

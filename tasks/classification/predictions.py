@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from base.files import sibling, write_json
-from engine.log import finite
+from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import Labels
 from tasks.classification.labels import true_labels
@@ -109,7 +109,7 @@ def write_report(
     validation rows are confusion.png and reliability.png; those of others begin with their name.
     """
     report = about | confusion.report(true, found, labels, seed)
-    write_json(sibling(path, ".report.json"), finite(report))
+    write_json(sibling(path, ".report.json"), json_safe(report))
     name = sibling(path, "").name
     before = "" if name == VALIDATION else f"{name}."
     pictures = chart.draw(report, path.parent, f"{task}: {name}", before)

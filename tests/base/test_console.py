@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.log import kept_lines, numbers, read_log
+from engine.log import finite_values, kept_lines, read_log
 from launch import log_of, receive, small, start, write_inputs
 from support import REPO, own_lines, python_path
 
@@ -208,7 +208,7 @@ def test_foreign_lines_of_a_log_are_skipped() -> None:
 
 def test_only_finite_numbers_of_a_log_count() -> None:
     values = [None, True, "5", [1], math.nan, math.inf, 10**400, 2.5, 3]
-    assert numbers([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
+    assert finite_values([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
 
 
 def test_own_lines_leave_out_the_warnings_of_libraries() -> None:

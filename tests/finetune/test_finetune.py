@@ -1557,11 +1557,11 @@ MISTAKES = {  # a task and options: what the line must hold
     ],
     "sonnets --init base --method prefix --prefix-tokens 160": ["--prefix-tokens"],
     "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
-    "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
+    "sonnets --init base --preset micro": ["--init base already determines", "leave out --preset"],
     "sonnets --init lora/checkpoints/step-00000001": [
         "is an adapter, not a whole model; name ",
-        "/base to begin without the adapter, or ",
-        "/lora/final, where both are",
+        "/base to start without the adapter, or ",
+        "/lora/final, which holds both",
     ],
     # rows with labels
     "sentiment --data typo.csv": [
@@ -1670,7 +1670,7 @@ def test_what_is_said_in_the_place_of_an_adapter_works(mistakes: Path, tmp_path:
     with pytest.raises(UserError) as refused:
         open_pretrained(asked)
     base, final = re.findall(
-        r"name (\S+) to begin without the adapter, or (\S+),", str(refused.value)
+        r"name (\S+) to start without the adapter, or (\S+),", str(refused.value)
     )[0]
     for named in (base, final):
         assert isinstance(open_pretrained(dataclasses.replace(asked, init=named)), GPT)

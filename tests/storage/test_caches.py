@@ -467,7 +467,7 @@ def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     assert end.code == 0, end.err
     assert not (tmp_path / "cache").exists()
     (warning,) = log_of(tmp_path / "run", "warning")
-    assert warning["text"].startswith("training without the tokenizer of the shards (there is no ")
+    assert warning["text"].startswith("training without the shards' tokenizer (there is no ")
     assert not log_of(tmp_path / "run", "sample") and not list(
         (tmp_path / "run").rglob("tokenizer*")
     )

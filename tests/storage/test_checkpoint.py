@@ -425,7 +425,7 @@ def test_options_that_contradict_the_folder_are_refused(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / ".tmp-mine").write_text("mine")
-    with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
+    with pytest.raises(UserError, match=f"holds a {name} that does not belong to a run"):
         open_run(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         name: "mine",
@@ -444,10 +444,17 @@ def test_leftovers_of_a_kill_are_removed_at_the_next_start(tmp_path: Path) -> No
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
+        with (
+            start.claim_folder(run),
+            pytest.raises(UserError, match="in use"),
+            start.claim_folder(run),
+        ):
             pass
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to --out"), start.claimed(tmp_path / "file"):
+    with (
+        pytest.raises(UserError, match="cannot write to --out"),
+        start.claim_folder(tmp_path / "file"),
+    ):
         pass
 
 
@@ -457,7 +464,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_delays_the_log_and_loses_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(speaks=True)
+    log = RunLog(enabled=True)
     log.open(tmp_path, None)
     file = log.file
     log.record("train", {"step": 1})
@@ -486,7 +493,7 @@ def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
     for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
-        log = RunLog(speaks=True)
+        log = RunLog(enabled=True)
         log.open(tmp_path, 2, done)
         log.close()
         kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -591,7 +598,7 @@ def test_final_is_the_best_model_unless_it_is_damaged(cut_off: Path) -> None:
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert (
-        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out
+        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is damaged" in end.out
     ), end
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
