@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -69,6 +69,13 @@ class PathName:
     """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated."""
 
     many: bool = False
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Marks an option that is typed without its name. Help calls it `metavar`."""
+
+    metavar: str
 
 
 LARGEST = 2**31 - 1  # largest count: the integers of all libraries can hold it
@@ -303,8 +310,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Options of a pretraining run. None stands for a default that depends on the machine or on
-    other options; the banner says what was chosen."""
+    """Options of a pretraining run. Where an option's help names no default, the run chooses what
+    suits the machine, and its banner says what."""
 
     data: Wheres | None = None
     """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
@@ -443,17 +450,25 @@ def _fill_missing(cfg: RunOptions, defaults: dict[str, Any]) -> RunOptions:
 
 @functools.cache
 def marks(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The `Range` and `PathName` annotations of a dataclass's options, by option."""
+    """The `Range`, `PathName` and `Positional` annotations of a dataclass's options, by option."""
 
     def inside(hint: Any) -> list[Any]:
         own = [
-            mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range | PathName)
+            mark
+            for mark in getattr(hint, "__metadata__", ())
+            if isinstance(mark, Range | PathName | Positional)
         ]
         return own + [mark for part in get_args(hint) for mark in inside(part)]
 
     return {
         name: tuple(inside(hint)) for name, hint in get_type_hints(cls, include_extras=True).items()
     }
+
+
+def shown_name(cls: type, name: str) -> str:
+    """What messages call an option: `--its-name`, or the metavar of one that is typed without."""
+    metavars = [mark.metavar for mark in marks(cls)[name] if isinstance(mark, Positional)]
+    return metavars[0] if metavars else "--" + name.replace("_", "-")
 
 
 def check_ranges(cfg: Any) -> None:
@@ -463,10 +478,10 @@ def check_ranges(cfg: Any) -> None:
         for limits in found:
             if isinstance(limits, Range):
                 for number in value if isinstance(value, tuple | list) else (value,):
-                    _check_range(name, number, limits)
+                    _check_range(shown_name(type(cfg), name), number, limits)
 
 
-def _check_range(name: str, value: Any, limits: Range) -> None:
+def _check_range(option: str, value: Any, limits: Range) -> None:
     if not isinstance(value, int | float) or limits.least <= value <= limits.most:
         return
     shown = (
@@ -478,20 +493,19 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
     words = f"be at least {limits.least:g}" if value < limits.least else f"be {most}"
     if isinstance(value, float) and not math.isfinite(value):
         words = f"be finite, between {limits.least:g} and {limits.most:g}"
-    raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")
+    raise UserError(f"{option} is {shown}; it must {words}")
 
 
-def expand_paths(cfg: Options, positionals: Mapping[str, str] | None = None) -> Options:
+def expand_paths(cfg: Options) -> Options:
     """Expand a leading `~` or `~user` in every option that names a path (`./~` stays).
 
-    `positionals`: how a positional argument is shown in errors, by option.
     Raises UserError for an empty path. A shell passes one for a variable that is not set.
     """
     expanded = {}
     for name, found in marks(type(cfg)).items():
         for mark in found:
             if isinstance(mark, PathName):
-                _check_not_empty(cfg, name, (positionals or {}).get(name))
+                _check_not_empty(cfg, name)
                 value = getattr(cfg, name)
                 expanded[name] = (
                     tuple(expand(word, mark.many) for word in value)
@@ -506,14 +520,14 @@ def _replaced(cfg: Options, changes: dict[str, Any]) -> Options:
     return dataclasses.replace(options, **changes)
 
 
-def _check_not_empty(cfg: Any, name: str, positional: str | None) -> None:
+def _check_not_empty(cfg: Any, name: str) -> None:
     """Raise UserError if a path that the user typed is empty."""
     value = getattr(cfg, name)
     words = value if isinstance(value, tuple | list) else (value,)
     empty = any(isinstance(word, str) and not word.strip() for word in words)
     default = next(f.default for f in dataclasses.fields(cfg) if f.name == name)
     if empty and value != default:
-        shown = positional or "--" + name.replace("_", "-")
+        shown = shown_name(type(cfg), name)
         raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
 
 

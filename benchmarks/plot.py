@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import UserError, Where
+from config import Positional, UserError, Where
 from engine.log import finite_values, read_log
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ DARK, PALE = "#222222", "#8a8a8a"
 class Options:
     """Options of the picture."""
 
-    runs: Annotated[tuple[Where, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[Where, ...], Positional("RUN ...")] = ()
     """Folders of runs, each with a log.jsonl."""
     out: Where = "runs.png"
     """The PNG to write."""

@@ -36,8 +36,8 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     """The options of a run, and the names of those that were typed; of the others, a run that goes
     on has its own."""
     words = sys.argv[1:]
-    typed = typed_options(task.config, words)
     cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
+    typed = typed_options(task.config, words)
     from engine.resume import restore_options  # with torch, which --help can do without
 
     cfg = restore_options(cfg, typed)

@@ -36,6 +36,7 @@ from config import UserError
 from storage.shards import token_dtype
 from text import readers
 from text.readers import MAX_SHOWN, SkippedRows
+from text.row import Record
 
 CHUNK_CHARS = 1 << 20  # characters that one process tokenizes at a time
 JOIN_TIMEOUT = 5.0  # seconds that a tokenizing process has to end after SIGTERM
@@ -479,7 +480,7 @@ class _RowDocuments:
             self.say(more)
 
 
-def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
+def records_of(path: Path, otherwise: str = "") -> Iterator[Record]:
     """The rows of a file, with all columns. A .txt file is read as a table.
 
     otherwise: the suffix to assume for a file with an unknown one. Raises UserError for an unknown
@@ -529,7 +530,7 @@ class HubDataset:
         """The current place, as the `datasets` library gives it."""
         return self.rows.state_dict()
 
-    def records(self) -> Iterator[readers.Record]:
+    def records(self) -> Iterator[Record]:
         """Rows from the current state on. Raises UserError if the hub or the network fails."""
         try:
             for number, row in enumerate(self.rows, 1):

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from base.errors import reason
 from config import UserError, nearest
+from text.row import Record
 
 SEPARATOR = "<|endoftext|>"  # the line between two documents of a text file
 MAX_SHOWN = 5  # broken rows that are printed; the others are only counted
@@ -36,11 +37,6 @@ SAMPLE = 1 << 22  # characters from which a table's delimiter and quoting are in
 HEAD = 1 << 16  # bytes from which a file's kind is inferred
 GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 LAYERS = 3  # most gzip layers that are unpacked: a file can be crafted that unpacks to itself
-
-# One row: its place in the file ("line 12"), then its cells by column, or what is wrong with it.
-Record = tuple[str, dict[str, Any] | str]
-# Takes the text of a file and the name to use in messages. Raises UserError for a bad file.
-Reader = Callable[[str, str], Iterator[Record]]
 
 
 class NotUtf8(str):

@@ -33,8 +33,6 @@ from text.readers import (
     MAX_SHOWN,
     NotUtf8,
     RaggedRow,
-    Reader,
-    Record,
     open_decompressed,
     read_records,
     read_text,
@@ -42,28 +40,12 @@ from text.readers import (
     text_stream,
     with_advice,
 )
+from text.row import Expand, Reader, Record, Row
 
 Columns = Mapping[str, str | tuple[str, ...]]
-# Turns one record into several, for example a paragraph with several questions.
-Expand = Callable[[Record], Iterator[Record]]
 
 # A lone surrogate, such as surrogateescape makes of each byte that is not UTF-8.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a file: a text for each field of the task.
-
-    An optional field without a column is "".
-    """
-
-    fields: dict[str, str]
-    where: str  # file and place, such as "songs.csv line 12"
-    fault: str = ""  # why it cannot be answered; only set with `keep_broken`
-
-    def __getitem__(self, field: str) -> str:
-        return self.fields[field]
 
 
 @dataclass(frozen=True)

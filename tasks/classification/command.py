@@ -29,7 +29,7 @@ from tasks.classification.task import Also, Classification
 from tasks.command import check_answers
 from tasks.command import command as run
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 

@@ -15,7 +15,7 @@ from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import Labels
 from tasks.classification.labels import true_labels
-from text.rows import Row
+from text.row import Row
 
 VALIDATION = "validation"  # begins the names of the files about those rows
 

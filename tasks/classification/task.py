@@ -40,7 +40,7 @@ from tasks.encoder import padded
 from tasks.finetuning import EXACT, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 
