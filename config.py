@@ -358,7 +358,8 @@ class ResolvedTrain(Resolved, TrainConfig):
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 # The README has fineweb_prep.py write here, and a run without --data looks here first.
 FINEWEB = "data/fineweb"
-MIN_INTERVAL = 5  # a default interval between evaluations is at least this many steps
+# Fine-tuning evaluates and saves after whole epochs, by default after at least this many steps.
+MIN_INTERVAL = 5
 RunOptions = TypeVar("RunOptions", bound=RunConfig)
 ResolvedOptions = TypeVar("ResolvedOptions", bound=Resolved)
 Options = TypeVar("Options")  # any dataclass of options
@@ -419,12 +420,12 @@ def default_out(cfg: RunConfig, device_type: str) -> str:
 def resolve_steps(cfg: RunOptions, steps: int, epoch: int | None = None) -> RunOptions:
     """Set the steps of the run and the defaults that depend on them. `epoch`: the steps of one
     pass over the rows."""
-    # Short epochs are joined: evaluating and saving every few steps would take most of the time.
-    often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
+    # If epochs are short, skip some: evaluating and saving would take most of the time.
+    interval = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
     defaults = {
         "warmup_steps": min(700, steps // 50),
-        "eval_every": often or min(250, max(1, steps // 10)),
-        "save_every": often or min(1000, max(1, steps // 5)),
+        "eval_every": interval or min(250, max(1, steps // 10)),
+        "save_every": interval or min(1000, max(1, steps // 5)),
     }
     cfg = _fill_missing(dataclasses.replace(cfg, steps=steps), defaults)
     return _fill_missing(cfg, {"sample_every": cfg.eval_every})

@@ -82,7 +82,7 @@ def no_extension(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def causal_mask(T: int, segments: Tensor | None, device: torch.device, length: int = 0) -> Tensor:
     """(B or 1, 1, T, length + T): each token attends to the `length` positions of the past and to
-    the tokens up to itself. With segments (B, T), only within its own (length is then 0)."""
+    the tokens up to itself; with segments (B, T), only to equal ones (length is then 0)."""
     key = torch.arange(length + T, device=device)
     mask = (key <= key[length:, None])[None]
     if segments is not None:
@@ -91,7 +91,7 @@ def causal_mask(T: int, segments: Tensor | None, device: torch.device, length: i
 
 
 class Linear(nn.Linear):
-    """A linear layer that trains with the chosen product (say FP8), and evaluates in PyTorch's."""
+    """Training uses the chosen product (FP8, for one), and evaluation always PyTorch's."""
 
     def __init__(self, ops: Ops, width_in: int, width_out: int):
         super().__init__(width_in, width_out)
@@ -102,7 +102,7 @@ class Linear(nn.Linear):
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same with the bias that the caller gives, for kernels that add it themselves."""
+        """x times the weight, plus the given bias. Some kernels pass none and add it later."""
         return (self.ops.linear if self.training else F.linear)(x, self.weight, bias)
 
 
@@ -169,7 +169,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Attention and MLP. The next layer norm adds the output of each to the residual stream."""
+    """Attention and MLP. Each output (branch) is added to the residual stream by the next norm."""
 
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()

@@ -41,7 +41,7 @@ def lr_multiplier(
     falls to 1/32.
 
     A span that begins after step 0 belongs to a restarted decay. It starts at the peak, without a
-    second warm-up.
+    second warm-up (but slanted-triangular rises again).
     """
     begin, steps = (steps.begin, steps.end) if isinstance(steps, Span) else (0, steps)
     if schedule == "slanted-triangular":

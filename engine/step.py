@@ -110,7 +110,7 @@ class TrainStep:
         # of the schedule: more than one if its decay was restarted
         self.spans = [Span(0, cfg.steps)]
         self.signature: Any = None
-        # How many updates the parameters have had. None: an update is in progress.
+        # How many steps the parameters have had. None while an update is in progress.
         self.weights_step: int | None = 0
         self.module: nn.Module  # computes the task's loss or evaluation
         self.synced: nn.Module  # like `module`, but its backward pass also all-reduces gradients
@@ -118,8 +118,8 @@ class TrainStep:
         self.assemble(0)
 
     def assemble(self, step: int) -> None:
-        """Rebuild DDP, the optimizers and the cast copies if the task trains other parameters at
-        this step than before."""
+        """Rebuild DDP, the optimizers and the cast copies if the task's groups of parameters differ
+        at this step from those of the step before."""
         groups = self.task.groups(self.model, step)
         signature = [group.signature() for group in groups]
         if signature == self.signature:
@@ -209,7 +209,7 @@ class TrainStep:
     ) -> None:
         terms = self._call(self.synced, batch, "loss")
         used = [k for k in factors if k in terms]
-        # DDP averages gradients over ranks, but the objective is a sum over ranks.
+        # DDP averages gradients over ranks, but the objective is a sum: so multiply by the ranks.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
         if len(used) < len(self.task.terms):
             loss = loss + self._zero_term()
@@ -279,7 +279,7 @@ class TrainStep:
             torch._foreach_zero_([p.grad for p in self.optimizers.params if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that a resumed run needs to go on exactly as if uninterrupted."""
+        """Every tensor that a resumed run needs to give the same bits as an uninterrupted one."""
         named = checkpoint.with_prefix
         state = named(
             "model", {k: v for k, v in self.model.state_dict().items() if self.task.stored(k)}

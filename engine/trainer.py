@@ -106,11 +106,11 @@ class RunContext:
 class Run:
     """One start of a run, from the banner to the results, in a folder that it has claimed."""
 
-    def __init__(self, setup: RunContext, opened: OpenedRun):
-        self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
-        self.world, self.stop, self.log = setup.world, setup.stop, setup.log
-        self.setup, self.opened = setup, opened
-        self.loop = Loop(setup, opened.start)
+    def __init__(self, context: RunContext, opened: OpenedRun):
+        self.task, self.facts, self.cfg = context.task, context.facts, context.cfg
+        self.world, self.stop, self.log = context.world, context.stop, context.log
+        self.context, self.opened = context, opened
+        self.loop = Loop(context, opened.start)
         self.folder = self.loop.folder
 
     def train(self, choices: Choices) -> int:
@@ -228,7 +228,7 @@ class Run:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            self.loop = Loop(self.setup, self.opened.start, smaller)
+            self.loop = Loop(self.context, self.opened.start, smaller)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -290,11 +290,11 @@ class Run:
 class Loop:
     """Makes the steps of a run, and what is due between them, from where the run starts."""
 
-    def __init__(self, setup: RunContext, start: Start, micro_batch: int | None = None):
+    def __init__(self, context: RunContext, start: Start, micro_batch: int | None = None):
         """`micro_batch`: None to choose it."""
-        task, facts, cfg, world = setup.task, setup.facts, setup.cfg, setup.world
+        task, facts, cfg, world = context.task, context.facts, context.cfg, context.world
         self.task, self.facts, self.cfg = task, facts, cfg
-        self.world, self.stop, self.log = world, setup.stop, setup.log
+        self.world, self.stop, self.log = world, context.stop, context.log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
         self.signal = 0  # the signal that all ranks agreed to stop for
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})

@@ -61,7 +61,7 @@ def test_imports_go_left() -> None:
     assert not wrong, f"imports from packages to the right, or of a command: {wrong}"
 
 
-def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> None:
+def test_pretraining_does_not_import_fine_tuning() -> None:
     seen, waiting = set[str](), ["train_gpt2"]
     while waiting:
         name = waiting.pop()
