@@ -258,7 +258,7 @@ def locate(where: str) -> str:
         if sound is None:
             bad = [f"{p.name}: {find_damage(p)}" for p in checkpoints(folder)]
             raise UserError(
-                f"{where} has no sound checkpoint yet"
+                f"{where} has no undamaged checkpoint yet"
                 + (f" ({'; '.join(bad)})" if bad else "")
                 + "; give another run"
             )
@@ -267,7 +267,7 @@ def locate(where: str) -> str:
     reason = find_damage(folder) if folder.is_dir() and written_here else None
     if reason is not None:
         raise UserError(
-            f"{folder} is not a sound checkpoint: {reason}; give another one of that run"
+            f"the checkpoint {folder} is damaged: {reason}; give another one of that run"
         )
     return str(folder)
 

@@ -243,7 +243,8 @@ def words_in_name(name: str) -> list[str]:
 def find_files(spec: str) -> list[Path]:
     """The text files that a comma-separated `spec` names, in order, each file once.
 
-    Items are files, folders and globs. Raises UserError if an item names no text, or token shards.
+    Items are files, folders and globs. Raises UserError for an item without text, for token shards,
+    and for a file of an unknown kind.
     """
     found: dict[object, Path] = {}
     for item, matches in named_files(spec, TEXT_SUFFIXES):
@@ -304,8 +305,9 @@ def is_hub_id(spec: str) -> bool:
 def stdlib_files() -> list[Path]:
     """The source files of the running Python's standard library, about 10 MB.
 
-    They are the same for each version of Python. Skipped are site-packages, the library's tests,
-    which some distributions do not ship, and its tables of characters, which are no useful text.
+    Two machines with the same version of Python have the same files. Three kinds are skipped:
+    site-packages, the library's tests, which some distributions do not ship, and its tables of
+    characters, which are no useful text.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     outside = {

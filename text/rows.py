@@ -214,8 +214,8 @@ def _choose(
     option = f"Use --{field.replace('_', '-')}-column NAME"
     advice = option if nameable is None or field in nameable else "Rename the column that is meant"
     raise UserError(
-        f"{where} has no column {' or '.join(map(repr, names))}{close}; it has (a table names them "
-        f"in its first line): {listed}. {advice}"
+        f"{where} has no column {' or '.join(map(repr, names))}{close}; it has: {listed}. {advice} "
+        "(a table's first line must name its columns)"
     )
 
 
@@ -233,7 +233,7 @@ def _fields(
         value = cells.get(column) if column is not None else None
         if isinstance(value, list | dict | bytes):
             return f"has a {type(value).__name__} in column {column!r}, not text"
-        missing = value is None or value != value  # NaN: pandas writes it for a missing value
+        missing = value is None or value != value  # NaN, which pandas writes for a missing value
         text = "" if missing else str(value).replace("\r\n", "\n")
         if _SURROGATE.search(text):
             return f"is not UTF-8 text in column {column!r}"

@@ -628,11 +628,11 @@ def test_locate_finds_checkpoints_and_refuses_bad_ones(finished: Path, cut_off: 
     assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 12))
     (checkpoint.step_folder(run, 12) / "config.json").write_text("{}")
     assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 9))
-    with pytest.raises(UserError, match=r"not a sound checkpoint: config\.json has 2 bytes"):
+    with pytest.raises(UserError, match=r"is damaged: config\.json has 2 bytes"):
         checkpoint.locate(str(checkpoint.step_folder(run, 12)))
     for step in (6, 9):
         (checkpoint.step_folder(run, step) / "manifest.json").unlink()
-    with pytest.raises(UserError, match="has no sound checkpoint yet"):
+    with pytest.raises(UserError, match="has no undamaged checkpoint yet"):
         checkpoint.locate(str(run))
     with pytest.raises(UserError, match="no folder someone/gpt2"):
         checkpoint.locate("someone/gpt2")

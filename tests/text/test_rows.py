@@ -330,7 +330,7 @@ def test_only_five_broken_rows_are_printed(tmp_path: Path) -> None:
                                          r"lyric\?\).*: artist, lyric\. Use --text-column"),
         ("a.csv", "text,name\nx,y\n", "no column 'title' or 'song'.*: text, name. Use "
                                       "--title-column NAME"),
-        ("a.csv", "I love you,1\nx,2\n", "names them in its first line.*: I love you, 1"),
+        ("a.csv", "I love you,1\nx,2\n", ": I love you, 1\\. .*first line must name its columns"),
         ("a.csv", "text,title\n", "holds no row that can be read; give other data"),
         ("a.csv", "", "holds no row"),
         ("a.csv", "text,title\nx\n", "holds no row that can be read: .* line 2 has 1 cells"),
