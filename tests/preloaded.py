@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from config import GPTConfig, TrainConfig
 from engine import memory, trainer  # noqa: F401
 from engine.task import Cost
 from model import GPT
+from support import OWN_MODULES
 
 count = memory._step
 counted: dict[tuple[object, ...], dict[str, int]] = {}
@@ -63,6 +65,7 @@ def picture() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
+warnings.filterwarnings("error", module=OWN_MODULES)
 mock.patch.object(memory, "_step", remembered).start()
 picture()
 # Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and

@@ -21,6 +21,11 @@ def python_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+# The modules whose warnings are errors in tests: the project's own.
+OWN_MODULES = (
+    r"(config|model|dataset|adapters|base|benchmarks|decoding|engine|evaluate|finetune|fineweb_prep"
+    r"|generate|kernels|storage|tasks|text|tokenizer|tools|train_gpt2)(\.|$)"
+)
 WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?", re.MULTILINE)
 
 
@@ -28,12 +33,3 @@ def own_lines(stderr: str) -> str:
     """Standard error without Python's warnings, which depend on the libraries' versions, and their
     source lines."""
     return WARNING.sub("", stderr)
-
-
-def project_files() -> list[Path]:
-    """Every Python file of the project but its tests."""
-    folders = [path for path in REPO.iterdir() if path.is_dir() and path.name[0] != "."]
-    packages = [folder for folder in folders if any(folder.glob("*.py")) and folder.name != "tests"]
-    return sorted(
-        [*REPO.glob("*.py"), *(file for folder in packages for file in folder.rglob("*.py"))]
-    )

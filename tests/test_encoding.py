@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from docs.packages import source_files
 from launch import log_of, small, write_inputs
-from support import REPO, project_files
+from support import REPO
 
 TEXT = {"read_text": 0, "write_text": 1}  # arguments before the encoding
 # whose `open` takes no encoding, or reads bytes unless told
@@ -60,7 +61,7 @@ def test_every_text_file_is_opened_with_an_encoding() -> None:
         assert without_encoding(bad) == [1]
     found = {
         file.name: lines
-        for file in project_files()
+        for file in source_files()
         if (lines := without_encoding(file.read_text(encoding="utf-8")))
     }
     assert not found

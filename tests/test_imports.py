@@ -3,12 +3,12 @@ side effect."""
 
 from __future__ import annotations
 
-import ast
 import graphlib
 import json
-from pathlib import Path
+import re
 
-from support import REPO, own_lines, project_files
+from docs.packages import COMMANDS, draw, imports, modules
+from support import OWN_MODULES, REPO, own_lines
 
 # The import order: a module imports from its own package and from those before it. Commands do not
 # import each other.
@@ -33,37 +33,9 @@ ORDER = (
     "tools",
     "benchmarks",
 )
-COMMANDS = {"train_gpt2", "generate", "evaluate", "fineweb_prep", "tokenizer"}
 
 
-def project_modules() -> dict[str, Path]:
-    """Every module of the project but its tests: dotted name to file."""
-    parts = {file: file.relative_to(REPO).with_suffix("").parts for file in project_files()}
-    return {
-        ".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())
-    }
-
-
-MODULES = project_modules()
-
-
-def imports(name: str) -> set[str]:
-    """The project's modules that a module names in an import, at its top or inside a function."""
-    found: set[str] = set()
-    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, base] if base else above)
-            # `from package import name`: name may be a module or something inside the package
-            found.update(
-                f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names
-            )
-    return {module for module in found if module in MODULES} - {name}
+MODULES = modules()
 
 
 def unit(module: str) -> str:
@@ -106,6 +78,20 @@ def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> No
 
 def test_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
+
+
+def test_warnings_of_every_module_are_errors_in_tests() -> None:
+    assert all(re.match(OWN_MODULES, name) for name in MODULES)
+
+
+def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
+    draw(tmp_path / "packages.svg")
+    drawn, committed = (
+        set(re.findall(r">(\w+)</text>", (folder / "packages.svg").read_text(encoding="utf-8")))
+        for folder in (tmp_path, REPO / "docs")
+    )
+    boxes = {unit(name) for name in MODULES} - set(COMMANDS) | {"commands"}
+    assert drawn == committed == boxes, "run python docs/packages.py"
 
 
 # Floor by floor in one process, so that what each import does is its own doing. torch comes after

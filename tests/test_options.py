@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
-from support import REPO, project_files
+from docs.packages import source_files
+from support import REPO
 from tasks.description import Description
 
 TEXTS = {  # options of text that name no file or folder
@@ -51,7 +52,7 @@ def kinds_of_options() -> list[Any]:
     """The dataclass of each command: what its file gives to `parse`, and the `config` of each
     task."""
     found: dict[str, type] = {}
-    for path in project_files():
+    for path in source_files():
         text = path.read_text(encoding="utf-8")
         if "entry_point(" not in text or path.name == "cli.py":
             continue

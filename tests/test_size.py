@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import io
-import tokenize
 
 import pytest
 
+from docs.packages import source_files, tokens
 from engine.task import Cost, Facts, Task
-from support import REPO, project_files
+from support import REPO
 from tasks.classification.description import Labels
 from tasks.generation.description import Texts
 
@@ -26,38 +25,6 @@ SPINE = (
     "engine/trainer.py",
     "engine/optim.py",
 )
-LAYOUT = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}
-FSTRING_START, FSTRING_END = (
-    getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END")
-)
-
-
-def tokens(source: str) -> int:
-    """Tokens of Python source without comments, docstrings and layout."""
-    documentation = {
-        (statement.lineno, statement.col_offset)
-        for node in ast.walk(ast.parse(source))
-        if isinstance(body := getattr(node, "body", None), list)
-        for statement in body
-        if isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    }
-    count = inside = 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        # From Python 3.12 on an f-string is several tokens; it counts as the one that it was.
-        inside -= token.type == FSTRING_END
-        if token.type not in LAYOUT and token.start not in documentation and not inside:
-            count += token.type != FSTRING_END
-        inside += token.type == FSTRING_START
-    return count
 
 
 def test_only_code_is_counted():
@@ -90,7 +57,7 @@ def test_the_seam_is_eleven_methods_and_fifteen_facts():
 def test_no_class_is_longer_than_250_lines():
     lengths = {
         f"{file.relative_to(REPO)}:{node.name}": node.end_lineno - node.lineno + 1
-        for file in project_files()
+        for file in source_files()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef) and node.end_lineno
     }
