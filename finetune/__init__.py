@@ -36,11 +36,11 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     """The options of a run, and the names of those that were typed; of the others, a run that goes
     on has its own."""
     words = sys.argv[1:]
-    typed = typed_options(task.config, words)
     cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
-    from engine.resume import own_options  # with torch, which --help can do without
+    typed = typed_options(task.config, words)
+    from engine.resume import restore_options  # with torch, which --help can do without
 
-    cfg = own_options(cfg, typed)
+    cfg = restore_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     return cfg, typed

@@ -16,7 +16,7 @@ from tasks import metrics
 from tasks.description import Reading
 from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tasks.classification.description import Labels
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts, Special
-from text.rows import Row
+from text.row import Row
 
 SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
 # of GLUE's numbers

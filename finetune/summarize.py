@@ -15,7 +15,7 @@ from tasks import metrics
 from tasks.description import Long, Special
 from tasks.generation.description import Answer, Example, Texts
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 GENERATE = Special("<generate>")
 

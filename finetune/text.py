@@ -15,7 +15,7 @@ from finetune import generate
 from tasks.description import Reading
 from tasks.generation.description import Example, Texts
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 PARTS = 10  # of a document that is alone
 

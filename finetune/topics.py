@@ -16,7 +16,7 @@ from finetune import classify
 from tasks.classification.description import Labels
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tasks.description import Description
 from tasks.order import Turns, padded_lengths, padding_share
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 # of everything that is scored: in bf16 near ties fall otherwise with every other batch
 EXACT = "fp32"

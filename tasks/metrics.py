@@ -12,8 +12,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 REPEATED = 4  # words of the n-grams that the repetition rate counts
 # lines of ABAB CDCD EFEF GG
@@ -134,6 +136,8 @@ def longest_copied(texts: Sequence[str], training: Iterable[str]) -> np.ndarray:
     Exact: runs grow word by word, at every place at once, and only those that both sides have grow
     further.
     """
+    import numpy as np  # here, because a task's --help imports this module
+
     vocabulary: dict[str, int] = {}
     copy, owner = _numbered(texts, vocabulary, end=0)
     # another end: no run goes past the end of a text
@@ -160,6 +164,8 @@ def _numbered(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The words of all texts as numbers from 2 on, each text followed by `end`; and the text of
     each."""
+    import numpy as np
+
     numbers: list[int] = []
     lengths = []
     for text in texts:

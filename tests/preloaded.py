@@ -28,7 +28,7 @@ from engine.task import Cost
 from model import GPT
 from support import OWN_MODULES
 
-count = memory._step
+count = memory._peak_by_part
 counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 
@@ -66,7 +66,7 @@ def picture() -> None:
 
 
 warnings.filterwarnings("error", module=OWN_MODULES)
-mock.patch.object(memory, "_step", remembered).start()
+mock.patch.object(memory, "_peak_by_part", remembered).start()
 picture()
 # Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and
 # a forked process is without them.

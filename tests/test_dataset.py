@@ -649,7 +649,7 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
 
     for chunk, tokens, _ in corpus.tokenize(source(), load_tokenizer(bpe), workers):
         assert chunk.texts == [DOCUMENTS[given_back]] and len(tokens) > 1
-        assert pulled - given_back <= corpus.IN_FLIGHT * workers
+        assert pulled - given_back <= corpus.CHUNKS_PER_WORKER * workers
         given_back += 1
         time.sleep(0.005)
     assert given_back == 40
@@ -817,7 +817,7 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 BAD_FILES = [
-    ("a.txt", "", "is empty: no document in it has any text"),
+    ("a.txt", "", "is empty: none of its documents has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
     (
         "a.txt",
@@ -828,9 +828,9 @@ BAD_FILES = [
     (
         "a.txt",
         "too short",
-        r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
+        r"is too short: it has \d+ tokens, and a window of --seq-len 16 needs 17; give more data",
     ),
-    ("a.pdf", "x", "none of .txt .jsonl"),
+    ("a.pdf", "x", "has none of the suffixes .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
     (
@@ -840,7 +840,7 @@ BAD_FILES = [
     ),
     ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
-    ("a.csv", "", "is empty: no document"),
+    ("a.csv", "", "is empty: none of its documents"),
     ("a.csv", "id,text\n1,a,b", "line 2 has 3 cells where the first line names 2 columns"),
     ("a.tsv", "id:text\n1:a", "has no column 'text'"),
     ("a.parquet", "x", "is not a sound parquet file"),
@@ -908,7 +908,7 @@ def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data
         write_txt(tmp_path / "b.txt", DOCUMENTS),
     )
     for path, line in (
-        (few, "the tenth of .* kept for validation is too short"),
+        (few, "the tenth of .* held out for validation is too short"),
         (many, "validation data of .* is too short"),
     ):
         with pytest.raises(UserError, match=line) as error:
@@ -936,7 +936,7 @@ def truncate(path: Path, size: int) -> None:
 BAD_SHARDS = [
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 1500),
-        "fineweb_train_000002.bin is truncated: 1500 bytes where",
+        "fineweb_train_000002.bin is truncated: it has 1500 bytes, but",
     ),
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 100),
@@ -1030,7 +1030,7 @@ def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.
     with pytest.raises(UserError, match=r"train_000001.bin is not in .*manifest.json"):
         open_here(made)
     (made / "train_000001.bin").rename(made / "val_000000.bin")
-    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens where manifest.json says"):
+    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens, but manifest.json says"):
         open_here(made)
     (made / "val_000000.bin").unlink()
     with pytest.raises(UserError, match=r"lacks val_000000.bin"):

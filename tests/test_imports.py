@@ -7,6 +7,8 @@ import graphlib
 import json
 import re
 
+import pytest
+
 from docs.packages import COMMANDS, draw, imports, modules
 from support import OWN_MODULES, REPO, own_lines
 
@@ -137,8 +139,11 @@ def test_importing_has_no_side_effect(run) -> None:
     assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
 
 
-def test_help_answers_without_torch(run) -> None:
-    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help", fresh=True)
+@pytest.mark.parametrize(
+    "command", [[REPO / "train_gpt2.py"], ["-m", "finetune.sentiment"], ["-m", "finetune.sonnets"]]
+)
+def test_help_answers_without_torch_and_numpy(run, command) -> None:
+    done = run("-X", "importtime", *command, "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "config" in imported and "torch" not in imported
+    assert "config" in imported and not imported & {"torch", "numpy"}

@@ -521,7 +521,7 @@ def test_the_states_of_one_position_are_those_among_all(case, dtype):
         (states.double() * weigh).sum().backward()
         return states.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    (states, gradients), (expected, of_all) = run(at=AT), run()
+    (states, gradients), (expected, of_all) = run(query_index=AT), run()
     assert states.shape == (3, 64) and len(gradients) == len(of_all)
     rtol = 1e-9 if dtype == torch.float64 else 0.05  # a few of bf16's 2^-8
     for ours, exact in ((states, expected), *zip(gradients, of_all, strict=True)):
@@ -532,7 +532,7 @@ def test_one_position_computes_less_of_the_last_block():
     model, rows = gpt(n_layer=3), []
     for block in model.transformer.h:
         block.mlp.register_forward_hook(lambda _, x, y: rows.append(y.shape))
-    model.hidden(tokens(3, 12), at=AT)
+    model.hidden(tokens(3, 12), query_index=AT)
     assert rows == [(3, 12, 64), (3, 12, 64), (3, 1, 64)]
 
 
@@ -542,7 +542,7 @@ def test_one_position_after_a_cache_with_padding_at_the_left():
     for cache in caches:
         model.hidden(tokens(3, 7), past=cache)
     idx = tokens(3, 12, seed=2)
-    found = model.hidden(idx, past=caches[0], at=AT)
+    found = model.hidden(idx, past=caches[0], query_index=AT)
     torch.testing.assert_close(found[:, 0], model.hidden(idx, past=caches[1])[torch.arange(3), AT])
     assert caches[0].length == caches[1].length == 19
 
@@ -811,7 +811,7 @@ def test_two_models_in_one_file_are_refused(tmp_path):
         tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)},
         "bin",
     )
-    refused(tmp_path, "an adapter that is not merged")
+    refused(tmp_path, "belongs to an unmerged adapter")
     save_as(
         tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin"
     )

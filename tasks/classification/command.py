@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from base.files import beside, writable_file, write_json, writing_to
+from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import ends_promptly
 from config import UserError
 from engine.processes import memory_bytes
@@ -29,7 +29,7 @@ from tasks.classification.task import Also, Classification
 from tasks.command import check_answers
 from tasks.command import command as run
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 
@@ -139,7 +139,7 @@ def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
             answers.parent.mkdir(parents=True, exist_ok=True)
             if scores := answer(source.to_answer, answers):
                 write_json(
-                    beside(answers, ".scores.json"),
+                    sibling(answers, ".scores.json"),
                     scores | {"eval_precision": about["eval_precision"]},
                 )
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from tasks.classification.labels import known_labels, label_words
 from tasks.description import Arrange, Description, Parts, special_of
-from text.rows import Row
+from text.row import Row
 
 
 def text_of(row: Row) -> tuple[str, ...]:

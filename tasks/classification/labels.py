@@ -8,11 +8,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from config import UserError, nearest
 from tasks.description import Reading
-from text.rows import Row
-from text.tokenizer import Tokenizer
+from text.row import Row
+
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 MANY_LABELS = 20  # from here on a label a few rows is no label
 # from here on a float is not every whole number, and two labels could become one

@@ -24,7 +24,7 @@ from adapters import heads
 from adapters.heads import Head, Info
 from base.files import write_json
 from config import RunConfig, UserError
-from engine.log import finite
+from engine.log import json_safe
 from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from storage.checkpoint import RESULTS, locate
@@ -40,7 +40,7 @@ from tasks.encoder import padded
 from tasks.finetuning import EXACT, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 
@@ -273,7 +273,7 @@ class Classification(Finetuning):
         rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
         labels, seed = classifier.labels, self.cfg.seed
         figures = write_answers(path, rows, found, self.description, labels, seed, say, about)
-        write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
+        write_json(folder / RESULTS, results | json_safe(figures) | {"eval_precision": EXACT})
 
     def answering(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]

@@ -33,7 +33,7 @@ from tasks.objectives import nll_and_unlikelihood
 from tasks.order import pad_to
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 
 class Generation(Finetuning):

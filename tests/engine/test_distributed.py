@@ -248,7 +248,7 @@ def test_micro_batch_auto_fits_on_every_rank(pair):
 def ranks_meet(store: dist.Store, size: int) -> list[str]:
     """What each rank, all alive, takes as the name of the meeting."""
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: processes.meet(store, rank, size, 20), range(size)))
+        return list(pool.map(lambda rank: processes.rendezvous(store, rank, size, 20), range(size)))
 
 
 LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
@@ -267,7 +267,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
             continue
         for rank in alive:
             with pytest.raises(TimeoutError, match="did not come"):
-                processes.meet(store, rank, size, 0.05)
+                processes.rendezvous(store, rank, size, 0.05)
     names = ranks_meet(store, size)
     assert len(set(names)) == 1 and names[0] not in met
 

@@ -197,7 +197,7 @@ def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
     other = small("--log-every", 2)
     end = Launch(folder, other, {}, None, "other").end()
     assert end.code == 2 and end.err.startswith(
-        "error: run is in use by a run that still goes on"
+        "error: run is in use by a run that is still going"
     ), end
     assert process.process.exitcode is None
     process.process.kill()
@@ -342,7 +342,7 @@ def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(
     run = disk / "run"
     assert end.code == 2 and "Traceback" not in end.err, end
     assert (
-        end.err.startswith("error: the end of the run could not be written")
+        end.err.startswith("error: the results of the run could not be written")
         and end.err.count("\n") == 1
     )
     assert [x["step"] for x in log_of(run, "train")] == list(range(1, 13))

@@ -103,7 +103,7 @@ def test_auto_takes_the_next_divisor_if_step_1_does_not_fit(tmp_path, capsys, er
     task = Small(room=1, error=error)
     assert train(task, options(tmp_path / "a")) == 0
     assert task.tried[:3] == [4, 2, 1]
-    assert "warning: the first step ran out of memory with --micro-batch 4; going on with 2" in (
+    assert "warning: the first step ran out of memory with --micro-batch 4; continuing with 2" in (
         capsys.readouterr().out
     )
     assert train(Small(room=4), options(tmp_path / "b", micro_batch=1)) == 0

@@ -35,14 +35,14 @@ def test_what_becomes_of_freed_memory_on_a_cpu(monkeypatch, options, calls):
     made: list[bool] = []
     monkeypatch.setattr(plan, "set_allocator", lambda keep_freed: made.append(keep_freed))
     given: dict[str, Any] = {"precision": "fp32", "kernels": "torch", **options}
-    plan.settle(TrainConfig(**given), ALONE)
+    plan.resolve_for_machine(TrainConfig(**given), ALONE)
     assert made == calls
 
 
 def test_the_banner_names_what_computes_attention():
     def attention(**options: Any) -> str:
         given: dict[str, Any] = {"precision": "fp32", "kernels": "torch", **options}
-        return plan.settle(TrainConfig(**given), ALONE)[1].attention
+        return plan.resolve_for_machine(TrainConfig(**given), ALONE)[1].attention
 
     assert attention() == "flash_attention"
     assert attention(kernels="cpu_attention") == "cpu_attention kernel"
@@ -66,7 +66,7 @@ def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
     asked: list[Any] = []
     monkeypatch.setattr(plan, "set_products", lambda *args: asked.append(args) or not args[2])
     cfg = TrainConfig(precision="fp32", kernels="torch", without=without)
-    told = plan.settle(cfg, ALONE)[1].precision
+    told = plan.resolve_for_machine(cfg, ALONE)[1].precision
     assert asked == [("fp32", ALONE.device, without)]
     assert told == "asked for" + ("" if without else "; fp32 products by oneDNN")
 
@@ -81,9 +81,11 @@ def test_no_cpp_compiler_is_said_before_the_run(name):
         with pytest.raises(
             UserError, match=r"--compile needs a C\+\+ compiler: .*--no-compile$"
         ) as raised:
-            plan.settle(TrainConfig(compile=True, **given), ALONE)
+            plan.resolve_for_machine(TrainConfig(compile=True, **given), ALONE)
         assert f"({name} does not run)" in str(raised.value)
-        plan.settle(TrainConfig(**given), ALONE)  # a run that does not compile needs none
+        plan.resolve_for_machine(
+            TrainConfig(**given), ALONE
+        )  # a run that does not compile needs none
 
 
 def test_cuda_needs_a_c_compiler_for_triton(monkeypatch, tmp_path):
@@ -184,4 +186,4 @@ def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
 def test_a_damaged_file_in_the_compilers_cache_is_named(path):
     error = InductorError(ImportError(f"{path}: file too short"), None)
     line = str(failures.compiler_error(error))
-    assert line.startswith(f"{path}, which torch.compile keeps, is damaged") and "\n" not in line
+    assert line.startswith(f"{path} in torch.compile's cache is damaged") and "\n" not in line

@@ -22,7 +22,7 @@ from config import TrainConfig, UserError
 from engine import resume
 from engine.lengths import Extension, Length, extend, spans
 from engine.optim import lr_multiplier, span_at
-from engine.resume import own_options
+from engine.resume import restore_options
 from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 from storage import checkpoint
 
@@ -91,7 +91,7 @@ def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
     (folder / "run" / "run.json").write_text(json.dumps({"identity": identity}))
     end = go(folder, *small(*QUIET, "--steps", 8), kill=("micro-batch", 3))
     told = (
-        "begun by an older version, which did not record padded_vocabulary, task, tied_head, "
+        "started by an older version, which did not record padded_vocabulary, task, tied_head, "
         "val_data: not compared"
     )
     assert end.code == -signal.SIGKILL and end.out.count(told) == 1, end
@@ -165,7 +165,7 @@ def resumed(run: Path, *words: Any) -> TrainConfig:
     argv = ["--out", str(run), *map(str, words)]
     from base.cli import parse
 
-    return own_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
+    return restore_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
 
 
 def test_a_config_file_counts_as_typed(tmp_path: Path) -> None:
@@ -296,12 +296,12 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
 def test_a_run_without_a_checkpoint_cannot_be_extended(folder: Path) -> None:
     words = small(*CONSTANT, "--save-every", 0, "--steps", 2)
     end = go(folder, *words, "--extend-to", 4)
-    assert end.code == 2 and "run holds no run to continue" in end.err, end
+    assert end.code == 2 and "run holds no run to extend" in end.err, end
     assert go(folder, *words).code == 0
     end = go(folder, *words, "--extend-to", 4)
     assert (
         end.code == 2
-        and "run has no checkpoint to go on from" in end.err
+        and "run has no checkpoint to resume from" in end.err
         and end.err.count("\n") == 1
     ), end
     assert "run is finished (2 steps)" in go(folder, *words).out
@@ -348,4 +348,4 @@ def test_an_extension_changes_no_rate_that_a_step_had(
 
 def test_every_option_of_a_start_and_machine_exists() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert {*resume.OF_A_START, *resume.BY_MACHINE} <= names
+    assert {*resume.START_OPTIONS, *resume.MACHINE_OPTIONS} <= names

@@ -28,7 +28,7 @@ from torch import Tensor
 from config import UserError
 from engine.evaluation import evaluate
 from engine.loader import partition
-from engine.log import finite
+from engine.log import json_safe
 from engine.precision import LossScale
 from engine.processes import World
 from engine.progress import Progress
@@ -281,7 +281,7 @@ def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp
             # as Triton's build of a launcher fails, outside torch.compile
             raise subprocess.CalledProcessError(1, ["gcc", "/tmp/a/main.c", "-O3", "-shared"])
 
-    monkeypatch.setattr("engine.plan.compiler_lacks", lambda device_type: None)
+    monkeypatch.setattr("engine.plan.compiler_problem", lambda device_type: None)
     with pytest.raises(UserError, match="--no-compile"):
         train(Fails([1.0]), whole_run(tmp_path / "run", 1, compile=True))
     with pytest.raises(subprocess.CalledProcessError):
@@ -369,7 +369,7 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
         # what metrics.json says is of the model in final/
         of_final = happened["figures"]["final_is_step"]
-        assert happened["figures"]["score"] == finite(scores[of_final - 1])
+        assert happened["figures"]["score"] == json_safe(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)
@@ -478,14 +478,14 @@ def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, t
     shutil.rmtree(checkpoint.step_folder(tmp_path / "run", 4))
     assert train(Scripted([]), dataclasses.replace(cfg, extend_to=8)) == 0
     assert (
-        "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+        "the checkpoint of step 4 is gone: the run resumes from step 2\n" in capsys.readouterr().out
     )
     assert [line["step"] for line in log_of(tmp_path / "run", "train")] == list(range(1, 9))
 
 
 def test_patience_without_evaluations_is_refused(untouched, tmp_path):
     with pytest.raises(
-        UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"
+        UserError, match="--patience 2 counts evaluations, but --eval-every 0 turns them off"
     ):
         train(Scripted([1.0]), whole_run(tmp_path / "run", 1, eval_every=0, patience=2))
 

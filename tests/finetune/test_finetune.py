@@ -1100,8 +1100,8 @@ AHEAD = {  # found before the first step: options, and what the line must hold
     "sentiment --predict toy --answers seven.csv/x.jsonl": [
         "--answers seven.csv/x.jsonl cannot be written"
     ],
-    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also what is read"],
-    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also what is read"],
+    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also an input file"],
+    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also an input file"],
     "sentiment --predict toy --answers x.parquet": [
         "--answers x.parquet: answers are written as .jsonl and .csv"
     ],
@@ -1300,7 +1300,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
             key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored
         )
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert hub.base_of(newest) == (
+        assert hub.adapter_base(newest) == (
             str((folder / "base").resolve()),
             weights_of(folder / "base"),
         )
@@ -1557,11 +1557,11 @@ MISTAKES = {  # a task and options: what the line must hold
     ],
     "sonnets --init base --method prefix --prefix-tokens 160": ["--prefix-tokens"],
     "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
-    "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
+    "sonnets --init base --preset micro": ["--init base already determines", "leave out --preset"],
     "sonnets --init lora/checkpoints/step-00000001": [
         "is an adapter, not a whole model; name ",
-        "/base to begin without the adapter, or ",
-        "/lora/final, where both are",
+        "/base to start without the adapter, or ",
+        "/lora/final, which holds both",
     ],
     # rows with labels
     "sentiment --data typo.csv": [
@@ -1670,7 +1670,7 @@ def test_what_is_said_in_the_place_of_an_adapter_works(mistakes: Path, tmp_path:
     with pytest.raises(UserError) as refused:
         open_pretrained(asked)
     base, final = re.findall(
-        r"name (\S+) to begin without the adapter, or (\S+),", str(refused.value)
+        r"name (\S+) to start without the adapter, or (\S+),", str(refused.value)
     )[0]
     for named in (base, final):
         assert isinstance(open_pretrained(dataclasses.replace(asked, init=named)), GPT)
@@ -1722,6 +1722,6 @@ def test_new_tokens_of_a_base_with_more_rows_than_its_tokenizer(folder: Path) ->
 
 def test_a_missing_column_is_named_with_an_option_only_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,a text\n")
-    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the one that")):
+    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the column that")):
         with pytest.raises(UserError, match=f"has no column .* {advice}"):
             reader(name).read(str(tmp_path / "rows.csv"), "train")
