@@ -18,8 +18,8 @@ BLOCK_GRAPHS = 32  # graphs that the blocks may share, see compile_model
 
 
 def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
-    """What torch.compile compiles as one: "model" or "block". `whole`: whether training calls the
-    model's own forward pass.
+    """The part that torch.compile compiles as one: "model" or "block". `whole`: whether training
+    calls the model's own forward pass.
 
     A model compiled as one yields all gradients together at the end, so with several ranks no
     all-reduce overlaps with the backward pass. On a CPU it would split the head's loss, which works
@@ -31,10 +31,10 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
 
 
 def compiler_problem(device_type: str) -> str | None:
-    """What torch.compile is missing on this kind of device, as "needs ...", or None.
+    """The compiler that is missing on this kind of device, as "needs ...", or None.
 
-    It generates Triton kernels for CUDA and C++ for a CPU. By itself it would look for a compiler
-    only in the first step.
+    torch.compile generates Triton kernels for CUDA and C++ for a CPU. By itself it would look for a
+    compiler only in the first step.
     """
     if device_type == "cuda":
         return missing(device_type)

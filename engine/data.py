@@ -61,7 +61,7 @@ class Vocabulary:
 
 @dataclass
 class Data:
-    """What a run trains and validates on."""
+    """The training and validation tokens of a run, and their vocabulary."""
 
     train: TokenDataset
     val: TokenDataset

@@ -1,9 +1,9 @@
 """Estimates the memory and disk space of a run before it starts, and controls the CPU's heap.
 
 The estimate runs one micro-batch forward and backward on fake tensors, which have shapes but no
-bytes, and adds up the storages that are alive. So it follows every change of the model's code. The
-trade-off: it sees neither the scratch memory inside an operation, such as a matrix product's, nor
-what torch.compile saves.
+bytes, and adds up the storages that are alive. It thus follows every change of the model's code.
+The trade-off: it sees neither the scratch memory inside an operation, such as a matrix product's,
+nor what torch.compile saves.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from model import GPT
 
 # DDP's default bucket size. Gradients are views of the buckets, and one more is in flight.
 BUCKET_BYTES = 25 << 20
-# What a heap that keeps freed tensors holds beyond the live ones, as a share of activations and
-# logits (measured).
+# A heap that keeps freed tensors holds this share of activations and logits in addition (measured).
 HEAP_OVERHEAD = 0.2
 # Buffers of a CPU's matrix products, and code pages that the first step loads.
 SCRATCH_BYTES = 32 << 20

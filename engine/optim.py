@@ -72,7 +72,7 @@ class Group:
     optimizer: str = "adamw"
 
     def signature(self) -> tuple[Any, ...]:
-        """What identifies the group. A change of it means that DDP and optimizers are rebuilt."""
+        """Identifies the group. If it changes, DDP and the optimizers are rebuilt."""
         return tuple(self.params), self.weight_decay, self.lr_scale, self.optimizer
 
 

@@ -33,7 +33,7 @@ from storage.checkpoint import checkpoints
 
 @dataclass
 class Choices:
-    """What was chosen for this machine and is not in the options."""
+    """Choices for this machine that are not in the options."""
 
     precision: str  # why this precision was chosen
     backends: list[SDPBackend]  # attention backends in the order to try
@@ -132,7 +132,7 @@ def banner(
 
 
 def describe_step(facts: Facts, micro_batch: int, world_size: int) -> str:
-    """What a step consists of, in words."""
+    """Describes in words the rows or tokens that make up a step."""
     rows = facts.rows_per_rank(world_size)
     if facts.longest is not None:
         return (
@@ -152,7 +152,7 @@ def set_gpu_allocator(cfg: RunConfig) -> None:
     """Let the GPU allocator use expandable segments, which can join freed pieces for a larger
     tensor.
 
-    Thus a micro-batch that fits in the trial also fits in the run, which allocates in another
+    A micro-batch that fits in the trial then also fits in the run, which allocates in another
     order. Not with CUDA graphs, which need addresses that stay. Settings in the environment are the
     user's and have precedence.
     """

@@ -79,8 +79,8 @@ def set_products(precision: str, device: torch.device, without: Collection[str] 
 
     Returns whether oneDNN multiplies them on a CPU. By default PyTorch uses MKL, which on AMD's
     processors uses only 256 of the 512 bits of a vector. It uses oneDNN only if that may round its
-    inputs to bf16 ("medium"), which a processor without AMX does not do. So oneDNN is used where a
-    test shows that its products are exact.
+    inputs to bf16 ("medium"), which a processor without AMX does not do. Therefore oneDNN is used
+    only if a test shows that its products are exact.
     """
     candidate = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     if (

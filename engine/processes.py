@@ -1,7 +1,7 @@
 """The processes of a run: this process's rank and device, and the messages between ranks.
 
-Messages that are not on the GPU use a gloo group of their own. So an agreement on something (a
-batch's target count, whether to stop) never waits for the GPU.
+Messages that are not on the GPU use a gloo group of their own. Ranks therefore agree on
+something (a batch's target count, whether to stop) without waiting for the GPU.
 """
 
 from __future__ import annotations
@@ -274,8 +274,8 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def main_first(world: World) -> Generator[None]:
-    """Run the block on rank 0 first, however long it takes, then on the others. So the others find
-    its files, and only rank 0 prints its progress."""
+    """Run the block on rank 0 first, however long it takes, then on the others. The others then
+    find its files, and only rank 0 prints its progress."""
     if world.size == 1:
         yield
         return

@@ -92,8 +92,8 @@ class StepResult:
 class TrainStep:
     """One optimizer step: forward and backward over micro-batches, all-reduce, clip, update.
 
-    Each loss term is divided by its weight over all micro-batches and ranks. So the update does not
-    depend on how the batch is divided among them.
+    Each loss term is divided by its weight over all micro-batches and ranks. The update therefore
+    does not depend on how the batch is divided among them.
     """
 
     def __init__(

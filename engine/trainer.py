@@ -93,7 +93,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
 
 @dataclass(frozen=True)
 class RunContext:
-    """What stays the same during a run."""
+    """The objects that stay the same during a run."""
 
     task: Task
     facts: Facts

@@ -411,7 +411,7 @@ def test_documents_do_not_see_each_other(attention):
     torch.testing.assert_close(later[1, 25:], logits[1, 25:])
     # The first document has the same logits without the second.
     torch.testing.assert_close(logits[:1, :10], model(idx[:1, :10]))
-    # So has the second without the first, at the same positions.
+    # The second has the same logits without the first, at the same positions.
     alone = GPT(model.config).eval()
     alone.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -53,7 +53,7 @@ def traced(monkeypatch):
     ],
 )
 def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, options):
-    # Of three blocks two share a graph. A whole model is one graph.
+    # Two of the three blocks share a graph. A whole model is one graph.
     layers = 2 if unit == "model" else 3
     options = {"shape": SMALL, "compile": True, "compile_unit": unit} | options
     options["shape"] = dataclasses.replace(options["shape"], n_layer=layers)

@@ -152,7 +152,7 @@ def test_muon_equals_torchs():
         reference.step()
     mine = [p for name, p in ours.named_parameters() if ".h." in name and p.dim() == 2]
     assert all(map(torch.equal, mine, hidden))
-    # An update of AdamW moves an entry by about lr. So must one of Muon, for every shape.
+    # An update of AdamW moves an entry by about lr. Muon's must do the same, for every shape.
     moves = [
         ((p - q) / 3).pow(2).mean().sqrt().item() / 1e-2 for p, q in zip(mine, before, strict=True)
     ]
