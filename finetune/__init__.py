@@ -10,12 +10,12 @@ from typing import Any
 from base.cli import parse, typed_options
 from base.console import outlive
 from config import UserError, nearest
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.description import Description
-from tasks.generation.description import Texts
+from tasks.generation.description import GenerationDescription
 
 
-def classify(task: Labels) -> int:
+def classify(task: ClassificationDescription) -> int:
     """Run a task whose answers are labels, as its command line says; returns the exit code."""
     cfg, typed = options(task)
     from tasks.classification.command import command
@@ -23,7 +23,7 @@ def classify(task: Labels) -> int:
     return command(task, cfg, typed, task_of_labels)
 
 
-def generate(task: Texts) -> int:
+def generate(task: GenerationDescription) -> int:
     """Run a task whose answers are texts, as its command line says; returns the exit code."""
     cfg, typed = options(task)
     from tasks.command import command
@@ -46,13 +46,13 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     return cfg, typed
 
 
-def task_of_labels(asked: str) -> Labels:
+def task_of_labels(asked: str) -> ClassificationDescription:
     """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that
     answers with labels."""
     name = asked.partition(":")[0]
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     module = importlib.import_module(f"finetune.{name}") if name in names else None
     task = getattr(module, "TASK", None)
-    if not isinstance(task, Labels):
+    if not isinstance(task, ClassificationDescription):
         raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, names)}")
     return task

@@ -14,7 +14,7 @@ from config import UserError
 from finetune import generate
 from tasks import metrics
 from tasks.description import Reading
-from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
@@ -73,7 +73,7 @@ def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float
     }
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="lyrics",
     config=LyricsConfig,
     defaults={"epochs": 5, "lr": 1e-4, "eval_rows": 16, "top_p": 0.95, "max_new_tokens": 300},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts, Special
@@ -48,7 +48,7 @@ def prompt(row: Row, form: Form) -> Parts:
     return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="nli",
     config=NliConfig,
     columns={

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts
@@ -46,7 +46,7 @@ def words(labels: Sequence[str]) -> Sequence[str]:
     return ("no", "yes") if tuple(labels) == ("0", "1") else label_words(labels)
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="paraphrase",
     config=ParaphraseConfig,
     columns={

@@ -16,7 +16,7 @@ from base.cli import entry_point
 from finetune import generate
 from tasks import metrics
 from tasks.description import Long, Special
-from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.squad import expand
 from text.rows import Row
@@ -56,7 +56,7 @@ def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float
     return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="qa",
     config=QaConfig,
     defaults={"decode": "greedy", "max_new_tokens": 40},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts
@@ -41,7 +41,7 @@ def prompt(row: Row, form: Form) -> Parts:
     return "Review: ", Long(row["text"].strip()), "\nSentiment:"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="sentiment",
     config=SentimentConfig,
     columns={

@@ -13,7 +13,7 @@ from base.cli import entry_point
 from config import UserError
 from finetune import generate
 from tasks import metrics
-from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Record, Row
 
@@ -71,7 +71,7 @@ def write(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
     path.write_text("--Generated Sonnets-- \n\n" + "".join(poems), encoding="utf-8")
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="sonnets",
     config=GenerationConfig,
     defaults={

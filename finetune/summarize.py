@@ -13,7 +13,7 @@ from base.cli import entry_point
 from finetune import generate
 from tasks import metrics
 from tasks.description import Long, Special
-from tasks.generation.description import Answer, Example, Texts
+from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
@@ -40,7 +40,7 @@ def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float
     return {"rouge_1": rouge["rouge1"], "rouge_2": rouge["rouge2"], "rouge_l": rouge["rougeL"]}
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="summarize",
     config=SummarizeConfig,
     defaults={"decode": "greedy", "max_new_tokens": 100},

@@ -13,7 +13,7 @@ from base.cli import entry_point
 from config import CountOrNone
 from finetune import generate
 from tasks.description import Reading
-from tasks.generation.description import Example, Texts
+from tasks.generation.description import Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
@@ -55,7 +55,7 @@ def beginning(row: Row, cfg: TextConfig) -> Example:
     return Example(prompt=(row["text"],), answer=(), reference="")
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="text",
     config=TextConfig,
     columns={"text": ("text", "document", "sentence", "content")},

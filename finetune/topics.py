@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long, Parts
 from text.rows import Row
@@ -39,7 +39,7 @@ def prompt(row: Row, form: Form) -> Parts:
     return "Article: ", Long(texts(row)[0]), "\nTopic:"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="topics",
     config=TopicsConfig,
     columns={

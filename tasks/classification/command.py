@@ -20,7 +20,7 @@ from config import UserError
 from engine.processes import memory_bytes
 from storage.checkpoint import RECORD, RESULTS
 from tasks.classification.baselines import Kind, fit_text_model
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_of, true_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
@@ -35,7 +35,10 @@ LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 
 
 def command(
-    task: Labels, cfg: ClassificationConfig, typed: Collection[str], find: Callable[[str], Labels]
+    task: ClassificationDescription,
+    cfg: ClassificationConfig,
+    typed: Collection[str],
+    find: Callable[[str], ClassificationDescription],
 ) -> int:
     """Run a task as its options say; returns the exit code. find: gives the task that an item of
     --also names."""
@@ -55,7 +58,9 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
     )
 
 
-def tasks_along(cfg: ClassificationConfig, find: Callable[[str], Labels]) -> list[Also]:
+def tasks_along(
+    cfg: ClassificationConfig, find: Callable[[str], ClassificationDescription]
+) -> list[Also]:
     """The tasks of --also TASK:WEIGHT with their data, each with its own default options."""
     if cfg.also_data and len(cfg.also_data) != len(cfg.also):
         raise UserError(
@@ -80,7 +85,7 @@ def tasks_along(cfg: ClassificationConfig, find: Callable[[str], Labels]) -> lis
     return found
 
 
-def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
+def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: Kind) -> int:
     """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
     same files about them."""
     if os.environ.get("RANK", "0") != "0":

@@ -17,7 +17,7 @@ def text_of(row: Row) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels(Description):
+class ClassificationDescription(Description):
     """Rows with a text or two, and a label in the field "label"."""
 
     best: tuple[str, str] = ("accuracy", "max")

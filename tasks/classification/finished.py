@@ -16,7 +16,7 @@ from decoding.loading import open_model
 from engine.precision import set_products
 from engine.processes import choose_device
 from model import GPT
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import write_answers
@@ -71,7 +71,9 @@ class AnswersOfClassifier:
         return write_answers(path, self.rows, found, task, labels, self.seed, say, about)
 
 
-def open_classifier(where: str, task: Labels, cfg: ClassificationConfig) -> Classifier:
+def open_classifier(
+    where: str, task: ClassificationDescription, cfg: ClassificationConfig
+) -> Classifier:
     """The classifier of a checkpoint, with the labels, form, words and lengths of its run. Raises
     UserError where it is none."""
     found = heads.find(where)

@@ -13,7 +13,7 @@ import numpy as np
 from base.files import beside, write_json
 from engine.log import finite
 from tasks.classification import chart, confusion
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
 from text.rows import Row
 
@@ -31,7 +31,7 @@ def write_answers(
     path: Path,
     rows: Sequence[Row],
     found: np.ndarray,
-    task: Labels,
+    task: ClassificationDescription,
     labels: Sequence[str],
     seed: int,
     say: Callable[[str], None],

@@ -11,7 +11,7 @@ import numpy as np
 
 from adapters.options import Form
 from config import UserError
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import class_weights, find_labels, label_of
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Long
@@ -48,7 +48,7 @@ class Labelled(Split):
 class RowEncoder:
     """A task's rows as tokens under one of the forms."""
 
-    task: Labels
+    task: ClassificationDescription
     form: Form
     encoder: Encoder
 
@@ -114,7 +114,7 @@ def row_encoder(source: Source, trunk: Trunk) -> RowEncoder:
     cfg: ClassificationConfig = source.cfg
     encoder = Encoder(trunk.tokenizer, trunk.seq_len, cfg.cut, cfg.strict)
     task = source.task
-    assert isinstance(task, Labels)
+    assert isinstance(task, ClassificationDescription)
     return RowEncoder(task, cfg.form, encoder)
 
 

@@ -29,7 +29,7 @@ from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.finished import AnswersOfClassifier, open_classifier, scorer_of
 from tasks.classification.labels import composed, true_labels, word_ids
 from tasks.classification.objective import Objective
@@ -49,7 +49,7 @@ CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 class Also:
     """A task of --also, which trains along on a head of its own."""
 
-    task: Labels
+    task: ClassificationDescription
     weight: float  # of its loss
     cfg: ClassificationConfig  # its own options
 
@@ -80,7 +80,7 @@ class Classification(Finetuning):
     info: Info  # what a checkpoint says of itself
     head: dict[str, Tensor]  # the trained head of --init; empty where the head is new
 
-    def __init__(self, description: Labels, also: Sequence[Also] = ()):
+    def __init__(self, description: ClassificationDescription, also: Sequence[Also] = ()):
         super().__init__(description)
         self.also = tuple(also)
 

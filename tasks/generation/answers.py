@@ -8,7 +8,7 @@ from pathlib import Path
 
 from decoding.batched import generate
 from model import GPT
-from tasks.generation.description import Answer, Texts
+from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import Writer
 from text.rows import Row
@@ -19,7 +19,7 @@ from text.tokenizer import Tokenizer
 class Answerer:
     """Decodes a task's answers as its options say."""
 
-    task: Texts
+    task: GenerationDescription
     cfg: GenerationConfig
     tokenizer: Tokenizer
 

@@ -51,7 +51,7 @@ def write_jsonl(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts(Description):
+class GenerationDescription(Description):
     """Rows that become a prompt and an answer. The functions take a row and the options."""
 
     example: Callable[[Row, Any], Example]  # what is learned of a training row

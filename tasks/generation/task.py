@@ -26,7 +26,7 @@ from model import GPT
 from tasks import methods
 from tasks.finetuning import Finetuning
 from tasks.generation.answers import Answerer, AnswersOfModel
-from tasks.generation.description import Answer, Texts
+from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import Sequences, Writer
 from tasks.objectives import nll_and_unlikelihood
@@ -49,7 +49,7 @@ class Generation(Finetuning):
     shown: list[int]  # ids of the validation sequences whose continuation is printed
     decoded: list[int]  # and of those that an evaluation decodes
 
-    def __init__(self, description: Texts):
+    def __init__(self, description: GenerationDescription):
         super().__init__(description)
         self.description = description
 

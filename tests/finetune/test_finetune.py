@@ -35,14 +35,14 @@ from model import GPT
 from storage import hub
 from support import REPO, own_lines
 from tasks.classification.command import as_lstm, fit_words, tasks_along
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification
 from tasks.command import rehearse
 from tasks.description import plain
 from tasks.finetuning import Finetuning
-from tasks.generation.description import Answer, Texts
+from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.task import Generation
 from tasks.options import FinetuneConfig
 from tasks.source import Source
@@ -81,12 +81,12 @@ def kind(name: str) -> Any:
 def family(name: str) -> Any:
     """What trains it."""
     task = kind(name)
-    return Classification(task) if isinstance(task, Labels) else Generation(task)
+    return Classification(task) if isinstance(task, ClassificationDescription) else Generation(task)
 
 
 TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
-GENERATION = [name for name in TASKS if isinstance(kind(name), Texts)]
-CLASSIFICATION = [name for name in TASKS if isinstance(kind(name), Labels)]
+GENERATION = [name for name in TASKS if isinstance(kind(name), GenerationDescription)]
+CLASSIFICATION = [name for name in TASKS if isinstance(kind(name), ClassificationDescription)]
 # Whole runs of these take no path that a run of another task does not; tests in this process have
 # what is their own.
 ALIKE = ("lyrics", "paraphrase", "summarize", "text", "topics")
