@@ -17,10 +17,10 @@ from finetune import classify
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts, Special
+from tasks.description import Parts, SpecialToken, Truncatable
 from text.rows import Row
 
-SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
+SEPARATOR, INFER = SpecialToken("<separator>"), SpecialToken("<infer>")
 # of GLUE's numbers
 WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}
 
@@ -42,7 +42,7 @@ def texts(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    premise, hypothesis = map(Long, texts(row))
+    premise, hypothesis = map(Truncatable, texts(row))
     if form == "word":
         return premise, SEPARATOR, hypothesis, INFER
     return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"

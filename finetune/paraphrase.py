@@ -17,7 +17,7 @@ from finetune import classify
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
+from tasks.description import Parts, Truncatable
 from text.rows import Row
 
 
@@ -38,7 +38,7 @@ def texts(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    first, second = map(Long, texts(row))
+    first, second = map(Truncatable, texts(row))
     return "Sentence1: ", first, "\nSentence2: ", second, "\nAre they paraphrases?"
 
 

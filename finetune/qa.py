@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from finetune import generate
 from tasks import metrics
-from tasks.description import Long, Special
+from tasks.description import SpecialToken, Truncatable
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.squad import expand
 from text.rows import Row
 
-QUESTION, ANSWER = Special("<question>"), Special("<answer>")
+QUESTION, ANSWER = SpecialToken("<question>"), SpecialToken("<answer>")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class QaConfig(GenerationConfig):
 
 
 def example(row: Row, cfg: QaConfig) -> Example:
-    passage, question = Long(row["context"].strip()), row["question"].strip()
+    passage, question = Truncatable(row["context"].strip()), row["question"].strip()
     return Example(
         prompt=(passage, QUESTION, question, ANSWER),
         answer=(row["answer"].strip(),),

@@ -17,7 +17,7 @@ from finetune import classify
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
+from tasks.description import Parts, Truncatable
 from text.rows import Row
 
 WORDS = {
@@ -38,7 +38,7 @@ class SentimentConfig(ClassificationConfig):
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    return "Review: ", Long(row["text"].strip()), "\nSentiment:"
+    return "Review: ", Truncatable(row["text"].strip()), "\nSentiment:"
 
 
 TASK = ClassificationDescription(

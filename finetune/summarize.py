@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from finetune import generate
 from tasks import metrics
-from tasks.description import Long, Special
+from tasks.description import SpecialToken, Truncatable
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
 
-GENERATE = Special("<generate>")
+GENERATE = SpecialToken("<generate>")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SummarizeConfig(GenerationConfig):
 
 
 def example(row: Row, cfg: SummarizeConfig) -> Example:
-    article, summary = Long(row["article"].strip()), row["summary"].strip()
+    article, summary = Truncatable(row["article"].strip()), row["summary"].strip()
     return Example(prompt=(article, GENERATE), answer=(summary,))
 
 

@@ -15,7 +15,7 @@ from base.cli import entry_point
 from finetune import classify
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
+from tasks.description import Parts, Truncatable
 from text.rows import Row
 
 
@@ -36,7 +36,7 @@ def texts(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    return "Article: ", Long(texts(row)[0]), "\nTopic:"
+    return "Article: ", Truncatable(texts(row)[0]), "\nTopic:"
 
 
 TASK = ClassificationDescription(

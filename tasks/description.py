@@ -15,11 +15,11 @@ from text.readers import Reader
 from text.rows import Expand, Row
 
 
-class Special(str):
+class SpecialToken(str):
     """A token of its own between the texts of a sequence."""
 
 
-class Long(str):
+class Truncatable(str):
     """A text that may be cut where its row is longer than the context."""
 
 
@@ -28,13 +28,13 @@ Parts = tuple[str, ...]  # texts, special tokens and long texts
 
 def plain(parts: Parts) -> str:
     """The texts of some parts, special tokens left out."""
-    return "".join(part for part in parts if not isinstance(part, Special))
+    return "".join(part for part in parts if not isinstance(part, SpecialToken))
 
 
-def special_of(rows: Iterable[Parts]) -> tuple[str, ...]:
+def special_tokens(rows: Iterable[Parts]) -> tuple[str, ...]:
     """The special tokens among the parts of rows, in the order in which they first appear."""
     return tuple(
-        dict.fromkeys(part for parts in rows for part in parts if isinstance(part, Special))
+        dict.fromkeys(part for parts in rows for part in parts if isinstance(part, SpecialToken))
     )
 
 

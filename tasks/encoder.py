@@ -11,7 +11,7 @@ import torch
 from adapters.options import Cut
 from config import UserError
 from engine.task import Tensors
-from tasks.description import Long, Special
+from tasks.description import SpecialToken, Truncatable
 from tasks.order import pad_to
 from text.tokenizer import Tokenizer
 
@@ -20,9 +20,9 @@ def encode(tokenizer: Tokenizer, parts: Sequence[str], keep: int | None = None) 
     """Token ids of the parts, the first `keep` of a long text."""
     ids: list[int] = []
     for part in parts:
-        if isinstance(part, Special):
+        if isinstance(part, SpecialToken):
             ids.append(tokenizer.special_id(part))
-        elif isinstance(part, Long):
+        elif isinstance(part, Truncatable):
             ids += tokenizer.encode(part)[:keep]
         else:
             ids += tokenizer.encode(part)
@@ -62,7 +62,7 @@ class Encoder:
         self, where: str, parts: Sequence[str], pieces: list[list[int]], over: int
     ) -> list[list[int]]:
         """Take `over` tokens from the long texts, always from the longest."""
-        long = [n for n, part in enumerate(parts) if isinstance(part, Long)]
+        long = [n for n, part in enumerate(parts) if isinstance(part, Truncatable)]
         keep = {n: len(pieces[n]) for n in long}
         if sum(keep.values()) - over < len(long):
             raise UserError(

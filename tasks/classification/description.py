@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adapters.options import Form
 from tasks.classification.labels import known_labels, label_words
-from tasks.description import Arrange, Description, Parts, special_of
+from tasks.description import Arrange, Description, Parts, special_tokens
 from text.rows import Row
 
 
@@ -38,4 +38,4 @@ class ClassificationDescription(Description):
         """Tokens that the prompts add to the vocabulary, as those of the toy rows show."""
         if form == "plain":
             return ()
-        return special_of(self.prompt(row, form) for row in self.toy_rows())
+        return special_tokens(self.prompt(row, form) for row in self.toy_rows())

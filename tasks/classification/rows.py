@@ -14,7 +14,7 @@ from config import UserError
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import class_weights, find_labels, label_of
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long
+from tasks.description import Truncatable
 from tasks.encoder import Encoder
 from tasks.finetuning import Split
 from tasks.source import Source
@@ -56,7 +56,7 @@ class RowEncoder:
         """The tokens of a row, and whether it had to be cut."""
         if self.form == "plain":
             return self.encoder.tokens(
-                list(map(Long, self.task.texts(row))), row.where, separated=True
+                list(map(Truncatable, self.task.texts(row))), row.where, separated=True
             )
         return self.encoder.tokens(self.task.prompt(row, self.form), row.where)
 

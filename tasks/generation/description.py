@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.description import Description, Parts, plain, special_of
+from tasks.description import Description, Parts, plain, special_tokens
 from text.rows import Row
 
 
@@ -74,4 +74,4 @@ class GenerationDescription(Description):
     def special(self, cfg: Any) -> tuple[str, ...]:
         """Tokens that the rows add to the vocabulary, as the toy rows show."""
         examples = [self.example(row, cfg) for row in self.toy_rows()]
-        return special_of(example.prompt + example.answer for example in examples)
+        return special_tokens(example.prompt + example.answer for example in examples)

@@ -12,7 +12,7 @@ import numpy as np
 
 from config import UserError
 from decoding.window import kept_tokens
-from tasks.description import Long, Parts, plain
+from tasks.description import Parts, Truncatable, plain
 from tasks.encoder import encode
 from tasks.finetuning import Split
 from tasks.generation.description import Example
@@ -86,7 +86,7 @@ class Writer:
         """Whether the answer stood in a long text of the prompt and does not in what is left of
         the prompt."""
         answer = plain(example.answer)
-        stood = any(answer in part for part in example.prompt if isinstance(part, Long))
+        stood = any(answer in part for part in example.prompt if isinstance(part, Truncatable))
         return stood and answer not in self.tokenizer.decode(tokens[1:begin])
 
     def sequences(self, example: Example, where: str) -> tuple[list[tuple[list[int], int]], str]:
@@ -156,4 +156,6 @@ class Writer:
 
     def _long(self, parts: Parts) -> int:
         """Tokens of the long texts among the parts."""
-        return sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
+        return sum(
+            len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Truncatable)
+        )

@@ -39,7 +39,7 @@ from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
 from tasks.classification.rows import row_encoder
 from tasks.classification.task import Also, Classification
-from tasks.description import Long, Parts, Special
+from tasks.description import Parts, SpecialToken, Truncatable
 from tasks.encoder import padded
 from tasks.order import Order
 from text.rows import Row
@@ -48,7 +48,7 @@ from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
-ASK = Special("<ask>")
+ASK = SpecialToken("<ask>")
 WORDS = [
     "the",
     "river",
@@ -81,7 +81,7 @@ def texts_of(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: str) -> Parts:
-    return ("of", *(part for text in texts_of(row) for part in (Long(text), ASK)))
+    return ("of", *(part for text in texts_of(row) for part in (Truncatable(text), ASK)))
 
 
 def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = None) -> GivenLabels:

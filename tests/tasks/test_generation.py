@@ -22,7 +22,7 @@ from torch import Tensor
 from config import UserError, resolve, resolve_steps
 from given import GivenTexts, rows_are_given
 from model import GPT
-from tasks.description import Long, Special, plain
+from tasks.description import SpecialToken, Truncatable, plain
 from tasks.generation.description import Answer, Example
 from tasks.generation.options import GenerationConfig
 from tasks.generation.task import IGNORE, Generation
@@ -31,7 +31,7 @@ from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
-GO = Special("<go>")
+GO = SpecialToken("<go>")
 WORDS = [
     "the",
     "river",
@@ -59,7 +59,7 @@ def given_rows() -> Iterator[None]:
 
 
 def example(row: Row, cfg: GenerationConfig) -> Example:
-    long = (Long(row["long"]),) if row["long"] else ()
+    long = (Truncatable(row["long"]),) if row["long"] else ()
     fixed = (row["fixed"], GO) if row["fixed"] else ()
     return Example((*long, *fixed), (row["answer"],))
 
@@ -230,7 +230,7 @@ def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenize
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
     assert tokens[task.train.learned[0] - 1] == go
     assert task.trunk.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
-    assert plain(("a", GO, Long("b"))) == "ab"
+    assert plain(("a", GO, Truncatable("b"))) == "ab"
 
 
 def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenizer):
