@@ -13,7 +13,7 @@ from base.cli import entry_point
 from config import UserError
 from finetune import generate
 from tasks import metrics
-from tasks.description import Reading
+from tasks.description import PreprocessContext
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
@@ -33,7 +33,7 @@ class LyricsConfig(GenerationConfig):
     """Column of the artist. Default: artist, where there is one."""
 
 
-def check_titles(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+def check_titles(source: PreprocessContext, rows: list[Row], spec: str, split: str) -> list[Row]:
     """Raise UserError where --with-title finds no title."""
     if source.cfg.with_title and not any(row["song"] for row in rows):
         raise UserError(
@@ -50,11 +50,11 @@ def title(row: Row, cfg: LyricsConfig) -> str:
 
 
 def example(row: Row, cfg: LyricsConfig) -> Example:
-    asked = question(row, cfg)
+    asked = eval_example(row, cfg)
     return Example(prompt=(), answer=(*asked.prompt, *asked.answer))
 
 
-def question(row: Row, cfg: LyricsConfig) -> Example:
+def eval_example(row: Row, cfg: LyricsConfig) -> Example:
     """Begins with the title, else with the first line of the words."""
     text = row["text"].strip()
     if named := title(row, cfg):
@@ -79,10 +79,10 @@ TASK = GenerationDescription(
     defaults={"epochs": 5, "lr": 1e-4, "eval_rows": 16, "top_p": 0.95, "max_new_tokens": 300},
     columns={"text": ("text", "lyrics"), "song": ("song", "title"), "artist": ("artist",)},
     optional=("song", "artist"),
-    truth=("text",),
-    arrange=check_titles,
+    answer_fields=("text",),
+    preprocess=check_titles,
     example=example,
-    question=question,
+    eval_example=eval_example,
     scores=scores,
     toy=(
         {

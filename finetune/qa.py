@@ -68,7 +68,7 @@ TASK = GenerationDescription(
         "id": ("id",),
     },
     optional=("answers", "id"),
-    truth=("answer",),
+    answer_fields=("answer",),
     expand=expand,
     group=passage,
     example=example,

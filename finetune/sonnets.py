@@ -42,7 +42,7 @@ def example(row: Row, cfg: GenerationConfig) -> Example:
     return Example(prompt=(), answer=(row["text"],))
 
 
-def question(row: Row, cfg: GenerationConfig) -> Example:
+def eval_example(row: Row, cfg: GenerationConfig) -> Example:
     lines = row["text"].splitlines(keepends=True)
     return Example(prompt=("".join(lines[:GIVEN]),), answer=("".join(lines[GIVEN:]),))
 
@@ -87,7 +87,7 @@ TASK = GenerationDescription(
     readers={".txt": read_poems},
     answer_kinds=(".txt",),
     example=example,
-    question=question,
+    eval_example=eval_example,
     stop_lines=LINES - GIVEN,
     scores=scores,
     best=("chrf", "max"),

@@ -48,7 +48,7 @@ TASK = GenerationDescription(
         "article": ("article", "document", "dialogue", "text"),
         "summary": ("summary", "highlights", "headline", "title"),
     },
-    truth=("summary",),
+    answer_fields=("summary",),
     example=example,
     scores=scores,
     best=("rouge_l", "max"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from config import CountOrNone
 from finetune import generate
-from tasks.description import Reading
+from tasks.description import PreprocessContext
 from tasks.generation.description import Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from text.rows import Row
@@ -32,7 +32,7 @@ class TextConfig(GenerationConfig):
     """Validation texts to decode in an evaluation: they have no score, so none."""
 
 
-def divide(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+def divide(source: PreprocessContext, rows: list[Row], spec: str, split: str) -> list[Row]:
     """One document becomes several, so that one of them can be held out."""
     if len(rows) > 1 or split != "train" or source.cfg.val_data:
         return rows
@@ -59,9 +59,9 @@ TASK = GenerationDescription(
     name="text",
     config=TextConfig,
     columns={"text": ("text", "document", "sentence", "content")},
-    arrange=divide,
+    preprocess=divide,
     example=example,
-    asked=beginning,
+    predict_example=beginning,
     toy=(
         {"text": "Rain is due in the north by noon; the south stays dry."},
         {"text": "The library opens at ten, and on Sundays not at all."},

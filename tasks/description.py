@@ -38,8 +38,8 @@ def special_tokens(rows: Iterable[Parts]) -> tuple[str, ...]:
     )
 
 
-class Reading(Protocol):
-    """What `Description.arrange` may use of the reader of a task's files."""
+class PreprocessContext(Protocol):
+    """What `Description.preprocess` may use of the reader of a task's files."""
 
     cfg: Any
     say: Callable[[str], None]
@@ -48,7 +48,7 @@ class Reading(Protocol):
 
 # Makes of the rows of a file those of the task: it may check, split or leave out. Takes the reader,
 # the rows, the name of the file and the split: "train", "validation" or "test".
-Arrange = Callable[[Reading, list[Row], str, str], list[Row]]
+Preprocess = Callable[[PreprocessContext, list[Row], str, str], list[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class Description:
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
     columns: Mapping[str, tuple[str, ...]]  # fields of a row, and the columns they may come from
     optional: tuple[str, ...] = ()  # fields that a row may lack
-    truth: tuple[str, ...] = ()  # fields that a row of --predict may lack
+    answer_fields: tuple[str, ...] = ()  # fields that a row of --predict may lack
     toy: Sequence[Mapping[str, str]]  # a few rows to try the task with
     readers: Mapping[str, Reader] = field(default_factory=dict)  # of files that only it knows
     expand: Expand | None = None  # makes several rows of a record
-    arrange: Arrange | None = None
+    preprocess: Preprocess | None = None
     answer_kinds: tuple[str, ...] = (".jsonl",)  # endings of the files of answers
     group: Callable[[Row], str] | None = None  # equal for rows that are held out together
 

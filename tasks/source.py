@@ -34,7 +34,7 @@ class Source:
         found = read_rows(
             spec,
             columns,
-            optional=task.optional + (task.truth if answered else ()),
+            optional=task.optional + (task.answer_fields if answered else ()),
             strict=cfg.strict,
             split=split,
             lines=getattr(cfg, "lines", False),
@@ -47,9 +47,9 @@ class Source:
         if found.skipped:
             what = "their answers are empty" if answered else "are left out"
             self.warnings.append(f"{spec}: {found.skipped:,} rows could not be read and {what}")
-        if task.arrange is None:
+        if task.preprocess is None:
             return found.rows
-        return task.arrange(self, found.rows, spec, split)
+        return task.preprocess(self, found.rows, spec, split)
 
     @functools.cached_property
     def to_answer(self) -> list[Row]:

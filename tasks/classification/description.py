@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adapters.options import Form
-from tasks.classification.labels import known_labels, label_words
-from tasks.description import Arrange, Description, Parts, special_tokens
+from tasks.classification.labels import drop_unknown_labels, label_words
+from tasks.description import Description, Parts, Preprocess, special_tokens
 from text.rows import Row
 
 
@@ -21,8 +21,8 @@ class ClassificationDescription(Description):
     """Rows with a text or two, and a label in the field "label"."""
 
     best: tuple[str, str] = ("accuracy", "max")
-    truth: tuple[str, ...] = ("label",)
-    arrange: Arrange | None = known_labels
+    answer_fields: tuple[str, ...] = ("label",)
+    preprocess: Preprocess | None = drop_unknown_labels
     texts: Callable[[Row], tuple[str, ...]] = text_of  # the text of a row, or its two
     # the parts of a row under --form prompt and --form word; the label's word stands after them
     prompt: Callable[[Row, Form], Parts]
@@ -34,7 +34,7 @@ class ClassificationDescription(Description):
     def content(self, row: Row) -> str:
         return "\n".join(self.texts(row))
 
-    def special(self, form: Form) -> tuple[str, ...]:
+    def special_tokens(self, form: Form) -> tuple[str, ...]:
         """Tokens that the prompts add to the vocabulary, as those of the toy rows show."""
         if form == "plain":
             return ()

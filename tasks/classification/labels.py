@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from config import UserError, nearest
-from tasks.description import Reading
+from tasks.description import PreprocessContext
 from text.rows import Row
 from text.tokenizer import Tokenizer
 
@@ -156,7 +156,9 @@ def label_words(
     return [label.replace("_", " ").lower() for label in labels]
 
 
-def known_labels(reading: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
+def drop_unknown_labels(
+    reading: PreprocessContext, rows: list[Row], spec: str, split: str
+) -> list[Row]:
     """The rows whose label is known: one without is neither learned from nor scored. All rows that
     are to be answered stay, an unknown label empty."""
     unknown = [row for row in rows if is_unknown(row["label"])]

@@ -94,7 +94,7 @@ class Classification(Finetuning):
         others = [Source(also.task, also.cfg, say) for also in self.also]
         self.rows_of = [read_labelled(each) for each in (source, *others)]
         self.keys = _distinct([each.task.name for each in (source, *others)])
-        special = self.description.special(cfg.form)
+        special = self.description.special_tokens(cfg.form)
         n_layer = 0 if cfg.model == "lstm" else None  # its embeddings, then the head
         self.trunk = Trunk(cfg, special, self._add_heads, n_layer)
         self.info = self._info()

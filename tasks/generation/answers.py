@@ -60,7 +60,7 @@ class AnswersOfModel:
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
         writer = Writer(self.answerer.tokenizer, model.context, cfg.strict)
         prompts = writer.prompts(
-            rows, lambda row: task.predict(row, cfg).prompt, model.context, say
+            rows, lambda row: task.as_predict_example(row, cfg).prompt, model.context, say
         )
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
         readable = list(prompts)
@@ -68,7 +68,7 @@ class AnswersOfModel:
             some = readable[begin : begin + cfg.batch_size]
             found = self.answerer(model, [prompts[i] for i in some], some)
             for i, texts in zip(some, found, strict=True):
-                answers[i] = Answer(*texts, task.predict(rows[i], cfg).true_answer)
+                answers[i] = Answer(*texts, task.as_predict_example(rows[i], cfg).true_answer)
         task.write(path, rows, [answers[i] for i in range(len(rows))])
         if unread := len(rows) - len(readable):
             say(

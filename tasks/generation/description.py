@@ -55,23 +55,31 @@ class GenerationDescription(Description):
     """Rows that become a prompt and an answer. The functions take a row and the options."""
 
     example: Callable[[Row, Any], Example]  # what is learned of a training row
-    question: Callable[[Row, Any], Example] | None = None  # of a validation row, where it differs
-    asked: Callable[[Row, Any], Example] | None = None  # of a row of --predict, where it differs
+    eval_example: Callable[[Row, Any], Example] | None = (
+        None  # of a validation row, where it differs
+    )
+    predict_example: Callable[[Row, Any], Example] | None = (
+        None  # of a row of --predict, where it differs
+    )
     # metrics of answers to validation rows; the second argument are the training rows, none where
     # they were not read
     scores: Callable[[Sequence[Answer], Sequence[Row]], dict[str, float]] = no_scores
     stop_lines: int = 0  # lines after which an answer ends, where --stop-lines is not given
     write: Callable[[Path, Sequence[Row], Sequence[Answer]], None] = write_jsonl
 
-    def ask(self, row: Row, cfg: Any) -> Example:
+    def as_eval_example(self, row: Row, cfg: Any) -> Example:
         """What is asked of a validation row."""
-        return (self.question or self.example)(row, cfg)
+        return (self.eval_example or self.example)(row, cfg)
 
-    def predict(self, row: Row, cfg: Any) -> Example:
+    def as_predict_example(self, row: Row, cfg: Any) -> Example:
         """What is asked of a row of --predict."""
-        return self.asked(row, cfg) if self.asked else self.ask(row, cfg)
+        return (
+            self.predict_example(row, cfg)
+            if self.predict_example
+            else self.as_eval_example(row, cfg)
+        )
 
-    def special(self, cfg: Any) -> tuple[str, ...]:
+    def special_tokens(self, cfg: Any) -> tuple[str, ...]:
         """Tokens that the rows add to the vocabulary, as the toy rows show."""
         examples = [self.example(row, cfg) for row in self.toy_rows()]
         return special_tokens(example.prompt + example.answer for example in examples)

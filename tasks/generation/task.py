@@ -61,7 +61,7 @@ class Generation(Finetuning):
         if "unlikelihood" in cfg.objective:
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
         self.source = source = Source(self.description, cfg, say)
-        self.trunk = trunk = Trunk(cfg, self.description.special(cfg))
+        self.trunk = trunk = Trunk(cfg, self.description.special_tokens(cfg))
         self.writer = Writer(trunk.tokenizer, trunk.seq_len, cfg.strict)
         train, val = source.training_and_validation()
         self.train = self._sequences(train, "training")
@@ -81,7 +81,7 @@ class Generation(Finetuning):
             self.to_answer = source.to_answer
             self.writer.prompts(
                 self.to_answer,
-                lambda row: self.description.predict(row, cfg).prompt,
+                lambda row: self.description.as_predict_example(row, cfg).prompt,
                 trunk.seq_len,
                 lambda text: None,
             )
@@ -91,7 +91,7 @@ class Generation(Finetuning):
 
     def _sequences(self, rows: Sequence[Row], what: str) -> Sequences:
         task, cfg = self.description, self.cfg
-        example = task.example if what == "training" else task.ask
+        example = task.example if what == "training" else task.as_eval_example
         found, warnings = self.writer.split(rows, lambda row: example(row, cfg), what)
         self.source.warnings += warnings
         return found
@@ -109,7 +109,7 @@ class Generation(Finetuning):
 
     def prompt(self, i: int) -> list[int]:
         """What validation row `i` gives the model to go on from."""
-        parts = self.description.ask(self.val.rows[i], self.cfg).prompt
+        parts = self.description.as_eval_example(self.val.rows[i], self.cfg).prompt
         return self.writer.prompt(parts, self.trunk.seq_len)
 
     def cost(self) -> Cost:

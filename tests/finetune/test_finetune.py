@@ -467,7 +467,7 @@ def gives_back_the_toy_answers(task: Any, final: Path) -> None:
     true: dict[tuple[int, ...], set[str]] = {}
     for i in rows:
         true.setdefault(tuple(prompts[i]), set()).add(
-            plain(task.description.ask(task.val.rows[i], task.cfg).answer)
+            plain(task.description.as_eval_example(task.val.rows[i], task.cfg).answer)
         )
     for prompt, (_, text) in zip(prompts, task.answerer(model, prompts, rows), strict=True):
         assert text in true[tuple(prompt)], text
@@ -701,14 +701,14 @@ def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: 
         task, _ = rows_of("lyrics", inputs, tmp_path / "songs.csv", songs, with_title=with_title)
         about, cfg = task.description, task.cfg
         rows = task.source.read(str(tmp_path / "songs.csv"), "train")
-        found = [about.ask(row, cfg) for row in rows]
+        found = [about.as_eval_example(row, cfg) for row in rows]
         assert [("".join(q.prompt), "".join(q.answer)) for q in found] == expected
         assert ["".join(about.example(row, cfg).answer) for row in rows] == [
             a + b for a, b in expected
         ]
     (tmp_path / "titles.csv").write_text("song,artist\nDawn,Cy\n")
     (row,) = task.source.read(str(tmp_path / "titles.csv"), "test")
-    assert task.description.predict(row, task.cfg).prompt == ("Dawn, by Cy",)
+    assert task.description.as_predict_example(row, task.cfg).prompt == ("Dawn, by Cy",)
 
 
 def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path) -> None:
@@ -732,7 +732,7 @@ def test_rows_to_predict_need_no_answer(inputs: Path, tmp_path: Path) -> None:
         (tmp_path / "asked.csv").write_text(text)
         source, about = reader(name), kind(name)
         (row,) = source.read(str(tmp_path / "asked.csv"), "test")
-        asked = about.predict(row, source.cfg)
+        asked = about.as_predict_example(row, source.cfg)
         assert not asked.true_answer and asked.prompt == about.example(row, source.cfg).prompt
         with pytest.raises(UserError, match=r"has no column '(summary|answer)'"):
             source.read(str(tmp_path / "asked.csv"), "train")
@@ -753,7 +753,7 @@ def test_sonnets_are_read_and_written_in_the_format_of_the_course(
     assert [row["number"] for row in rows] == ["7", "99", "126"]
     assert [row["text"].split("\n") for row in rows] == poems
     asked = task.source.read(str(tmp_path / "poems.txt"), "test")
-    examples = [task.description.predict(row, task.cfg) for row in asked]
+    examples = [task.description.as_predict_example(row, task.cfg) for row in asked]
     assert ["".join(each.prompt) for each in examples] == [
         "\n".join(poem[:3]) + "\n" for poem in poems
     ]
@@ -1435,7 +1435,7 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     model, tokenizer = open_model(str(folder / "run" / "final"), None, CPU, torch.float32)
     vocab_size = load_tokenizer(str(folder / "base")).vocab_size
     assert tokenizer.vocab_size == vocab_size + 2 == model.config.vocab_size
-    assert [tokenizer.special_id(token) for token in kind("qa").special(None)] == [
+    assert [tokenizer.special_id(token) for token in kind("qa").special_tokens(None)] == [
         vocab_size,
         vocab_size + 1,
     ]
