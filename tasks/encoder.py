@@ -12,7 +12,7 @@ from adapters.options import Cut
 from config import UserError
 from engine.task import Tensors
 from tasks.description import SpecialToken, Truncatable
-from tasks.order import pad_to
+from tasks.order import bucket_for
 from text.tokenizer import Tokenizer
 
 
@@ -82,12 +82,12 @@ def _cut(piece: list[int], keep: int, cut: str) -> list[int]:
     return piece[:head] + piece[len(piece) - (keep - head) :]
 
 
-def padded(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Tensors:
+def pad_rows(rows: Sequence[np.ndarray], filler: int, sizes: np.ndarray | None = None) -> Tensors:
     """Rows of tokens as idx (B, T) with `filler` at the right, T the longest or the least of
     `sizes` that holds it, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
-    idx = torch.full((len(rows), longest if sizes is None else pad_to(longest, sizes)), filler)
+    idx = torch.full((len(rows), longest if sizes is None else bucket_for(longest, sizes)), filler)
     for i, row in enumerate(rows):
         idx[i, : len(row)] = torch.from_numpy(row)
     return {"idx": idx, "lengths": lengths}

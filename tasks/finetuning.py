@@ -25,7 +25,7 @@ from engine.task import Cost, Facts, Task
 from model import GPT
 from tasks import methods
 from tasks.description import Description
-from tasks.order import Turns, padded_lengths, padding_share
+from tasks.order import InterleavedOrder, bucket_lengths, padding_share
 from tasks.source import Source
 from tasks.trunk import Trunk
 from text.rows import Row
@@ -68,7 +68,7 @@ class Finetuning(Task):
     source: Source
     to_answer: list[Row] | None = None  # the rows of --predict, where `setup` has read them
     trunk: Trunk
-    order: Turns
+    order: InterleavedOrder
     train: Any  # Split of the family's kind
     val: Any
     # options of the family that all starts of a run must have in common
@@ -94,9 +94,9 @@ class Finetuning(Task):
         """The batches of each step, and the lengths that they are padded to; heads: (n,) the task
         that each training row is of."""
         cfg, lengths = self.cfg, self.train.lengths
-        self.order = Turns(lengths, heads, cfg.batch_size, cfg.seed, group)
+        self.order = InterleavedOrder(lengths, heads, cfg.batch_size, cfg.seed, group)
         both = np.concatenate((lengths, self.val.lengths))
-        self.padded = padded_lengths(both, self.trunk.seq_len)
+        self.buckets = bucket_lengths(both, self.trunk.seq_len)
 
     def amounts(self, split: Split, ids: np.ndarray, idx: Tensor) -> dict[str, float]:
         """What a batch of these rows, padded to idx (B, T), holds."""
@@ -143,7 +143,7 @@ class Finetuning(Task):
         shape = self.trunk.shape
         with torch.device("meta"):
             flops = GPT(shape).flops_per_token(int(self.train.lengths.max()))
-        return Cost(shape, int(self.padded[-1]), flops, self.trunk.added)
+        return Cost(shape, int(self.buckets[-1]), flops, self.trunk.added)
 
     def identity(self) -> dict[str, Any]:
         """What all starts of a run must have in common."""
@@ -175,7 +175,7 @@ class Finetuning(Task):
         model = self.trunk.without_weights
         trained, total = methods.counts(model, self.groups(model, 0))
         padding = padding_share(
-            list(self.order.epoch(0)), train.lengths, self.padded, self.cfg.batch_size
+            list(self.order.epoch(0)), train.lengths, self.buckets, self.cfg.batch_size
         )
         special = " ".join(self.trunk.special)
         return {

@@ -82,7 +82,7 @@ class Order:
         return ids[np.argsort(self.lengths[ids], kind="stable")]
 
 
-class Turns:
+class InterleavedOrder:
     """Which rows each step sees where several tasks train at once, each step those of one task.
 
     In an epoch the first task gives all of its batches; each of the others as many as it has, and
@@ -135,7 +135,7 @@ class Turns:
         return tasks.tolist(), numbers.tolist()
 
 
-def padded_lengths(
+def bucket_lengths(
     lengths: np.ndarray, limit: int, n_buckets: int = 6, multiple: int = 8
 ) -> np.ndarray:
     """The few lengths to pad batches to, ascending, (at most n_buckets,) int64; the last holds the
@@ -161,8 +161,8 @@ def padded_lengths(
     return np.minimum(np.array(chosen[::-1], np.int64) * multiple, limit)
 
 
-def pad_to(length: int, sizes: np.ndarray) -> int:
-    """The least of `sizes` (of `padded_lengths`) that holds `length` tokens. Raises ValueError
+def bucket_for(length: int, sizes: np.ndarray) -> int:
+    """The least of `sizes` (of `bucket_lengths`) that holds `length` tokens. Raises ValueError
     beyond the last."""
     if length > sizes[-1]:
         raise ValueError(f"{length} tokens, where the longest size is {sizes[-1]}")
@@ -178,7 +178,7 @@ def padding_share(
     for ids in (batch.reshape(-1) for batch in batches):
         for begin in range(0, len(ids), micro_batch):
             part = lengths[ids[begin : begin + micro_batch]]
-            computed += len(part) * pad_to(int(part.max()), sizes)
+            computed += len(part) * bucket_for(int(part.max()), sizes)
             real += int(part.sum())
     return 1 - real / computed
 

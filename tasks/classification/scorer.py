@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import GPT, pick
 from tasks.classification.predictions import probabilities
-from tasks.encoder import padded
+from tasks.encoder import pad_rows
 
 PREDICTED_AT_ONCE = 32  # rows in a forward pass of a finished model
 
@@ -66,7 +66,7 @@ class Scorer:
         found: list[np.ndarray] = [np.empty(0)] * len(tokens)
         for begin in range(0, len(order), PREDICTED_AT_ONCE):
             some = order[begin : begin + PREDICTED_AT_ONCE]
-            batch = padded([tokens[i] for i in some], filler)
+            batch = pad_rows([tokens[i] for i in some], filler)
             idx, lengths = batch["idx"].to(device), batch["lengths"].to(device)
             log_p = self.log_p(model, *self.states(model, idx, lengths), 0)
             for i, p in zip(some, probabilities(log_p.double().cpu().numpy()), strict=True):

@@ -36,7 +36,7 @@ from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig, check
 from tasks.classification.predictions import VALIDATION, write_answers
 from tasks.classification.rows import Labelled, encode_rows, join, read_labelled, row_encoder
-from tasks.encoder import padded
+from tasks.encoder import pad_rows
 from tasks.finetuning import EXACT, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
@@ -182,7 +182,7 @@ class Classification(Finetuning):
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val
         tokens = [data.tokens[i] for i in ids]
-        tensors = padded(tokens, self.trunk.tokenizer.eot, self.padded)
+        tensors = pad_rows(tokens, self.trunk.tokenizer.eot, self.buckets)
         tensors |= {
             "labels": torch.from_numpy(data.labels[ids]),
             "weights": torch.from_numpy(data.weights[ids]).float(),

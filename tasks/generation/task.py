@@ -30,7 +30,7 @@ from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import Sequences, Writer
 from tasks.objectives import nll_and_unlikelihood
-from tasks.order import pad_to
+from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
 from text.rows import Row
@@ -129,7 +129,7 @@ class Generation(Finetuning):
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         data = self.train if split == "train" else self.val
-        length = pad_to(int(data.lengths[ids].max()), self.padded)
+        length = bucket_for(int(data.lengths[ids].max()), self.buckets)
         idx = torch.full((len(ids), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
         for row, i in enumerate(ids):

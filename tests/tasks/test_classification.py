@@ -40,7 +40,7 @@ from tasks.classification.predictions import probabilities, write_predictions
 from tasks.classification.rows import row_encoder
 from tasks.classification.task import Also, Classification
 from tasks.description import Parts, SpecialToken, Truncatable
-from tasks.encoder import padded
+from tasks.encoder import pad_rows
 from tasks.order import Order
 from text.rows import Row
 from text.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
 
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
-        batch = padded(rows, filler, np.array([max(map(len, rows)) + more]))
+        batch = pad_rows(rows, filler, np.array([max(map(len, rows)) + more]))
         return task.objective.scorer.log_p(
             model, *task.objective.scorer.states(model, batch["idx"], batch["lengths"]), 0
         )
@@ -238,7 +238,7 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
         longest = max(len(task.train.tokens[i]) for i in ids)
         assert batch["idx"].shape == (
             len(ids),
-            min(size for size in task.padded if size >= longest),
+            min(size for size in task.buckets if size >= longest),
         )
         assert batch["lengths"].tolist() == [len(task.train.tokens[i]) for i in ids]
         for i, tokens, n in zip(ids, batch["idx"].tolist(), batch["lengths"], strict=True):
@@ -1097,7 +1097,7 @@ def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenize
     own = [log_p_of(task, model, tokens) for tokens in task.train.tokens]
     with torch.no_grad():
         for ids in ([0], [3], [1, 0, 3], [*range(7)]):
-            batch = padded([task.train.tokens[i] for i in ids], tokenizer.eot)
+            batch = pad_rows([task.train.tokens[i] for i in ids], tokenizer.eot)
             found = theirs(batch["idx"]).logits
             hidden = model.hidden(batch["idx"])
             torch.testing.assert_close(

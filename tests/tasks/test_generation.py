@@ -298,9 +298,11 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
     task, _ = trained
     made = task.batch("train", np.array(ids))
     batch = made.tensors
-    assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.padded
+    assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.buckets
     # the least that holds
-    assert (task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()).all()
+    assert (
+        task.buckets[task.buckets < batch["idx"].shape[1]] < task.train.lengths[ids].max()
+    ).all()
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
         tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
         for t in range(len(idx)):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from tasks.order import POOL, Order, pad_to, padded_lengths, padding_share
+from tasks.order import POOL, Order, bucket_for, bucket_lengths, padding_share
 
 SST = Path(__file__).resolve().parents[3] / "shared" / "data" / "cs224n" / "ids-sst-train.csv"
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
@@ -104,7 +104,7 @@ def test_the_padded_lengths_are_the_best_there_are(
     lengths: np.ndarray, n_buckets: int, multiple: int
 ) -> None:
     """As found by trying every choice."""
-    sizes = padded_lengths(lengths, 10**6, n_buckets, multiple)
+    sizes = bucket_lengths(lengths, 10**6, n_buckets, multiple)
     assert len(sizes) <= n_buckets and np.all(np.diff(sizes) > 0) and not np.any(sizes % multiple)
     longest = math.ceil(lengths.max() / multiple) * multiple
     assert sizes[-1] == longest
@@ -117,16 +117,16 @@ def test_the_padded_lengths_are_the_best_there_are(
         itertools.combinations(others, k) for k in range(n_buckets)
     )
     assert tokens(tuple(sizes)) == min(tokens((*choice, longest)) for choice in choices)
-    assert [pad_to(int(n), sizes) for n in lengths] == [
+    assert [bucket_for(int(n), sizes) for n in lengths] == [
         min(s for s in sizes if s >= n) for n in lengths
     ]
 
 
 def test_no_size_beyond_the_limit() -> None:
-    sizes = padded_lengths(np.array([3, 50, 100]), limit=100, multiple=8)
+    sizes = bucket_lengths(np.array([3, 50, 100]), limit=100, multiple=8)
     assert sizes.tolist() == [8, 56, 100]
     with pytest.raises(ValueError, match="101 tokens"):
-        pad_to(101, sizes)
+        bucket_for(101, sizes)
 
 
 def test_share_of_padding() -> None:
@@ -142,7 +142,7 @@ def test_sst_takes_a_fraction_of_padding_to_the_longest() -> None:
         lengths = np.array(
             [len(row["sentence"].split()) for row in csv.DictReader(file, delimiter="\t")]
         )
-    sizes, batches = padded_lengths(lengths, 1024), Order(lengths, 64, 1337).epoch(0)
+    sizes, batches = bucket_lengths(lengths, 1024), Order(lengths, 64, 1337).epoch(0)
     share = padding_share(batches, lengths, sizes, 16)
     longest = padding_share(batches, lengths, sizes[-1:], 16)
     assert share < 0.2
