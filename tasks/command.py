@@ -33,12 +33,12 @@ def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     description = task.description
     if not cfg.trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
-    check_answers(description, cfg)
+    answers_path(description, cfg)
     _check_named(description, cfg)
     is_main = os.environ.get("RANK", "0") == "0"
     if not cfg.trains:
         if cfg.dry_run:
-            return rehearse(task, cfg)
+            return dry_run_predict(task, cfg)
         if is_main:
             predict(task, cfg, cfg.init)
         return 0
@@ -47,7 +47,7 @@ def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     code = recorded(train, task, cfg, typed)
     if code or cfg.dry_run or not is_main:
         return code
-    task.conclude(str(cfg.out), print)
+    task.write_reports(str(cfg.out), print)
     if cfg.predict and (number := stopped_by()):
         return 128 + number  # it came too late for the run, which is finished, but not for this
     if cfg.predict:
@@ -62,12 +62,12 @@ def _check_named(task: Description, cfg: Any) -> None:
             check_there(spec, task.readers)
 
 
-def rehearse(task: Finetuning, cfg: Any) -> int:
+def dry_run_predict(task: Finetuning, cfg: Any) -> int:
     """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is
     written."""
     cfg.check()
     if os.environ.get("RANK", "0") == "0":
-        rows = task.answering(cfg, locate(cfg.init), print).rows
+        rows = task.open_predictor(cfg, locate(cfg.init), print).rows
         print(
             f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered "
             f"by {cfg.init})"
@@ -79,12 +79,12 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
     """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed
     and written beside the answers, with the seconds that opening the model and answering took."""
     cfg.check()
-    path = check_answers(task.description, cfg)
+    path = answers_path(task.description, cfg)
     model = locate(where)
     began = time.perf_counter()
     with writing_to("--answers" if cfg.answers else "--out", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scores = task.answering(cfg, model, print).write(path, print)
+        scores = task.open_predictor(cfg, model, print).write(path, print)
         about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
         if scores:
             write_json(beside(path, ".scores.json"), finite(scores) | about)
@@ -92,7 +92,7 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 
 
-def check_answers(task: Description, cfg: Any) -> Path:
+def answers_path(task: Description, cfg: Any) -> Path:
     """The file that the answers to --predict go to. Raises UserError where it cannot be written, or
     should not be."""
     if cfg.answers and not cfg.predict:

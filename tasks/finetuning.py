@@ -48,7 +48,7 @@ class Split:
         return np.array([len(tokens) for tokens in self.tokens])
 
 
-class Answering(Protocol):
+class Predictor(Protocol):
     """A finished model and the rows of --predict that it is to answer."""
 
     @property
@@ -66,7 +66,7 @@ class Finetuning(Task):
     description: Any  # of the family's kind
     cfg: Any  # of the description's kind of options
     source: Source
-    to_answer: list[Row] | None = None  # the rows of --predict, where `setup` has read them
+    predict_rows: list[Row] | None = None  # the rows of --predict, where `setup` has read them
     trunk: Trunk
     order: InterleavedOrder
     train: Any  # Split of the family's kind
@@ -105,20 +105,20 @@ class Finetuning(Task):
 
     # --- what a finished model says
 
-    def conclude(self, run: str, say: Callable[[str], None]) -> None:
+    def write_reports(self, run: str, say: Callable[[str], None]) -> None:
         """Write into the folder of a finished run what is to be known of its model; rank 0
         alone."""
 
-    def answering(self, cfg: Any, where: str, say: Callable[[str], None]) -> Answering:
+    def open_predictor(self, cfg: Any, where: str, say: Callable[[str], None]) -> Predictor:
         """The model of a checkpoint, ready to answer the rows of --predict. Raises UserError for
         what is wrong with either."""
         raise NotImplementedError
 
-    def rows_to_answer(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
+    def read_predict_rows(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
         """The rows of --predict."""
-        if self.to_answer is None:
-            self.to_answer = Source(self.description, cfg, say).to_answer
-        return self.to_answer
+        if self.predict_rows is None:
+            self.predict_rows = Source(self.description, cfg, say).predict_rows
+        return self.predict_rows
 
     # --- what the loop must know
 

@@ -52,7 +52,7 @@ class Source:
         return task.preprocess(self, found.rows, spec, split)
 
     @functools.cached_property
-    def to_answer(self) -> list[Row]:
+    def predict_rows(self) -> list[Row]:
         """Every row of --predict, in order. It is read before training, so that a fault in it costs
         none."""
         return self.read(self.cfg.predict, "test")

@@ -26,7 +26,7 @@ from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
 from tasks.classification.rows import read_labelled
 from tasks.classification.task import Also, Classification
-from tasks.command import check_answers
+from tasks.command import answers_path
 from tasks.command import command as run
 from tasks.source import Source
 from text.rows import Row
@@ -91,7 +91,7 @@ def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: 
     if os.environ.get("RANK", "0") != "0":
         return 0  # there is nothing to divide
     cfg.check()
-    answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
+    answers, about = answers_path(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
     if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
@@ -100,7 +100,7 @@ def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: 
     rows = read_labelled(source)
     labels, train, val = rows.labels, rows.train, rows.val
     if cfg.predict:  # a label that is unknown ends the run before the work is done
-        true_labels(source.to_answer, labels)
+        true_labels(source.predict_rows, labels)
     if cfg.dry_run:
         print(
             f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} "
@@ -142,7 +142,7 @@ def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: 
     if cfg.predict:
         with writing_to("--answers" if cfg.answers else "--out", answers.parent):
             answers.parent.mkdir(parents=True, exist_ok=True)
-            if scores := answer(source.to_answer, answers):
+            if scores := answer(source.predict_rows, answers):
                 write_json(
                     beside(answers, ".scores.json"),
                     scores | {"eval_precision": about["eval_precision"]},

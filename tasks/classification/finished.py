@@ -55,7 +55,7 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class AnswersOfClassifier:
+class LabelPredictor:
     """A finished classifier and the rows of --predict that it is to answer."""
 
     classifier: Classifier

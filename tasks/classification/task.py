@@ -30,7 +30,7 @@ from model import GPT
 from storage.checkpoint import RESULTS, locate
 from tasks import methods
 from tasks.classification.description import ClassificationDescription
-from tasks.classification.finished import AnswersOfClassifier, open_classifier, scorer_of
+from tasks.classification.finished import LabelPredictor, open_classifier, scorer_of
 from tasks.classification.labels import composed, true_labels, word_ids
 from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig, check
@@ -107,8 +107,8 @@ class Classification(Finetuning):
         self.terms = self.objective.terms
         source.warnings += [text for other in others for text in other.warnings]
         if cfg.predict:
-            self.to_answer = source.to_answer
-            self._check_rows_to_answer(self.to_answer)
+            self.predict_rows = source.predict_rows
+            self._check_predict_rows(self.predict_rows)
         for text in self._first_rows():
             say(text)
         self.head = self._trained_head()
@@ -133,7 +133,7 @@ class Classification(Finetuning):
         seq_len = self.trunk.seq_len
         return Info(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
 
-    def _check_rows_to_answer(self, rows: Sequence[Row]) -> None:
+    def _check_predict_rows(self, rows: Sequence[Row]) -> None:
         """Raise UserError for what would end --predict after training: unknown labels, and under
         --strict long rows."""
         true_labels(rows, self.info.labels)
@@ -259,7 +259,7 @@ class Classification(Finetuning):
 
     # --- what a finished model says
 
-    def conclude(self, run: str, say: Callable[[str], None]) -> None:
+    def write_reports(self, run: str, say: Callable[[str], None]) -> None:
         """Score the validation rows with final/, and write what that shows into the run's folder.
 
         metrics.json takes these figures: those of the loop are of the same step and in fp32 too,
@@ -275,15 +275,15 @@ class Classification(Finetuning):
         figures = write_answers(path, rows, found, self.description, labels, seed, say, about)
         write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
 
-    def answering(
+    def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]
-    ) -> AnswersOfClassifier:
+    ) -> LabelPredictor:
         """The classifier of a checkpoint, ready to answer the rows of --predict. Raises UserError
         for what is wrong with either."""
-        rows = self.rows_to_answer(cfg, say)
+        rows = self.read_predict_rows(cfg, say)
         classifier = open_classifier(where, self.description, cfg)
         true_labels(rows, classifier.labels)  # an unknown one ends the run before the work is done
-        return AnswersOfClassifier(classifier, rows, cfg.seed)
+        return LabelPredictor(classifier, rows, cfg.seed)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ class Answerer:
 
 
 @dataclass(frozen=True)
-class AnswersOfModel:
+class TextPredictor:
     """A finished model and the rows of --predict that it is to answer."""
 
     model: GPT

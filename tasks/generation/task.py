@@ -25,7 +25,7 @@ from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
 from tasks.finetuning import Finetuning
-from tasks.generation.answers import Answerer, AnswersOfModel
+from tasks.generation.answers import Answerer, TextPredictor
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import Sequences, Writer
@@ -78,9 +78,9 @@ class Generation(Finetuning):
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
         self.set_order(np.zeros(len(self.train.rows), np.int64))
         if cfg.predict:  # what --strict does not allow ends here
-            self.to_answer = source.to_answer
+            self.predict_rows = source.predict_rows
             self.writer.prompts(
-                self.to_answer,
+                self.predict_rows,
                 lambda row: self.description.as_predict_example(row, cfg).prompt,
                 trunk.seq_len,
                 lambda text: None,
@@ -189,12 +189,12 @@ class Generation(Finetuning):
 
     # --- what a finished model says
 
-    def answering(
+    def open_predictor(
         self, cfg: GenerationConfig, where: str, say: Callable[[str], None]
-    ) -> AnswersOfModel:
+    ) -> TextPredictor:
         """The model of a checkpoint, ready to answer the rows of --predict. Raises UserError for
         what is wrong with either."""
-        rows = self.rows_to_answer(cfg, say)
+        rows = self.read_predict_rows(cfg, say)
         model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
         answerer = Answerer(self.description, cfg, tokenizer)
-        return AnswersOfModel(model, answerer, rows, self.learned_rows)
+        return TextPredictor(model, answerer, rows, self.learned_rows)

@@ -39,7 +39,7 @@ from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.task import Classification
-from tasks.command import rehearse
+from tasks.command import dry_run_predict
 from tasks.description import plain
 from tasks.finetuning import Finetuning
 from tasks.generation.description import Answer, GenerationDescription
@@ -1182,7 +1182,7 @@ def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
 
     def dry(init: str) -> int:
         cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
-        return rehearse(family("sentiment"), cfg)
+        return dry_run_predict(family("sentiment"), cfg)
 
     assert dry("made") == 0
     assert (

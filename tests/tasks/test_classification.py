@@ -114,7 +114,7 @@ class Mood(Classification):
         )
 
     def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
-        return self.answering(cfg, where, say).write(path, say)
+        return self.open_predictor(cfg, where, say).write(path, say)
 
 
 def row(first: str, label: str = "good", second: str = "") -> dict[str, str]:

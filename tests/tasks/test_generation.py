@@ -93,7 +93,7 @@ class Echo(Generation):
         self.given = train
 
     def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
-        return self.answering(cfg, where, say).write(path, say)
+        return self.open_predictor(cfg, where, say).write(path, say)
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +465,7 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
     broken = Echo(rows)
     torn = Row(dict(row("")), "a line 1", "is torn")
-    broken.to_answer = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
+    broken.predict_rows = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
     assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {
         "answered": 3
     }
