@@ -63,13 +63,13 @@ def eval_example(row: Row, cfg: LyricsConfig) -> Example:
     return Example(prompt=(first,), answer=(newline + rest,))
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     texts = [a.text for a in answers]
     return {
         "distinct_1": metrics.distinct(texts, 1),
         "distinct_2": metrics.distinct(texts, 2),
         "repetition": metrics.repetition_rate(texts),
-        **metrics.copied(texts, [row["text"] for row in learned]),
+        **metrics.copied(texts, [row["text"] for row in train_rows]),
     }
 
 

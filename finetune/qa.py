@@ -52,7 +52,7 @@ def passage(row: Row) -> str:
     return row["context"]
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
 
 

@@ -47,7 +47,7 @@ def eval_example(row: Row, cfg: GenerationConfig) -> Example:
     return Example(prompt=("".join(lines[:GIVEN]),), answer=("".join(lines[GIVEN:]),))
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     texts, references = [a.text for a in answers], [a.reference for a in answers]
     poems = [a.prompt + a.text for a in answers]
     return {
@@ -59,7 +59,7 @@ def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float
         **metrics.rhyming_accuracy(poems, given=GIVEN),
         "lines_right": metrics.line_count_accuracy(poems, LINES),
         "repetition": metrics.repetition_rate(texts),
-        **metrics.copied(texts, [row["text"] for row in learned]),
+        **metrics.copied(texts, [row["text"] for row in train_rows]),
     }
 
 

@@ -35,7 +35,7 @@ def example(row: Row, cfg: SummarizeConfig) -> Example:
     return Example(prompt=(article, GENERATE), answer=(summary,))
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     rouge = metrics.rouge([a.text for a in answers], [a.reference for a in answers])
     return {"rouge_1": rouge["rouge1"], "rouge_2": rouge["rouge2"], "rouge_l": rouge["rougeL"]}
 

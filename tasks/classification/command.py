@@ -24,7 +24,7 @@ from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_of, true_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
-from tasks.classification.rows import read_labelled
+from tasks.classification.rows import read_labelled_rows
 from tasks.classification.task import Also, Classification
 from tasks.command import answers_path
 from tasks.command import command as run
@@ -97,7 +97,7 @@ def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: 
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
     writable_file("--out", str(folder / RESULTS), make_folder=True)
     source = Source(task, dataclasses.replace(cfg, data=cfg.data or "toy"), print)
-    rows = read_labelled(source)
+    rows = read_labelled_rows(source)
     labels, train, val = rows.labels, rows.train, rows.val
     if cfg.predict:  # a label that is unknown ends the run before the work is done
         true_labels(source.predict_rows, labels)

@@ -36,7 +36,7 @@ class LabelledRows:
 
 
 @dataclass
-class Labelled(Split):
+class LabelledSplit(Split):
     """Rows as tokens, with what is learned of them."""
 
     labels: np.ndarray  # (n,) int64: the number of each row's label
@@ -61,7 +61,7 @@ class RowEncoder:
         return self.encoder.tokens(self.task.prompt(row, self.form), row.where)
 
 
-def read_labelled(source: Source) -> LabelledRows:
+def read_labelled_rows(source: Source) -> LabelledRows:
     """The rows that the options name. Raises UserError for labels that are no classes, for a label
     that no training row has, and where training rows are validated on."""
     cfg: ClassificationConfig = source.cfg
@@ -99,7 +99,7 @@ def row_weights(
     return weights
 
 
-def encode_rows(rows: LabelledRows, trunk: Trunk) -> tuple[Labelled, Labelled]:
+def encode_rows(rows: LabelledRows, trunk: Trunk) -> tuple[LabelledSplit, LabelledSplit]:
     """The training rows and the validation rows as tokens."""
     encode = row_encoder(rows.source, trunk)
     every = np.ones(len(rows.val))
@@ -120,7 +120,7 @@ def row_encoder(source: Source, trunk: Trunk) -> RowEncoder:
 
 def _encoded(
     of: LabelledRows, rows: list[Row], weights: np.ndarray, what: str, encode: RowEncoder
-) -> Labelled:
+) -> LabelledSplit:
     labels = of.labels
     tokens, was_cut = zip(*map(encode, rows), strict=True)
     if cut := sum(was_cut):
@@ -132,13 +132,13 @@ def _encoded(
     digest = hashlib.sha256(f"{Rows(rows).sha256} {labels} {weights.tolist()}".encode())
     numbers = np.array([label_of(row, labels) for row in rows])
     heads = np.zeros(len(rows), np.int64)
-    return Labelled(rows, list(tokens), digest.hexdigest(), numbers, weights, heads)
+    return LabelledSplit(rows, list(tokens), digest.hexdigest(), numbers, weights, heads)
 
 
-def join(splits: Sequence[Labelled]) -> Labelled:
+def join(splits: Sequence[LabelledSplit]) -> LabelledSplit:
     """The rows of several tasks as one split, each with the number of its task's head."""
     digest = hashlib.sha256(" ".join(split.sha256 for split in splits).encode()).hexdigest()
-    return Labelled(
+    return LabelledSplit(
         [row for split in splits for row in split.rows],
         [row for split in splits for row in split.tokens],
         splits[0].sha256 if len(splits) == 1 else digest,

@@ -35,7 +35,13 @@ from tasks.classification.labels import composed, true_labels, word_ids
 from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig, check
 from tasks.classification.predictions import VALIDATION, write_answers
-from tasks.classification.rows import Labelled, encode_rows, join, read_labelled, row_encoder
+from tasks.classification.rows import (
+    LabelledSplit,
+    encode_rows,
+    join,
+    read_labelled_rows,
+    row_encoder,
+)
 from tasks.encoder import pad_rows
 from tasks.finetuning import EXACT, Finetuning
 from tasks.source import Source
@@ -75,8 +81,8 @@ class Classification(Finetuning):
         "also",
         "augment_weight",
     )
-    train: Labelled
-    val: Labelled
+    train: LabelledSplit
+    val: LabelledSplit
     info: Info  # what a checkpoint says of itself
     head: dict[str, Tensor]  # the trained head of --init; empty where the head is new
 
@@ -92,7 +98,7 @@ class Classification(Finetuning):
         methods.check(cfg)
         self.source = source = Source(self.description, cfg, say)
         others = [Source(also.task, also.cfg, say) for also in self.also]
-        self.rows_of = [read_labelled(each) for each in (source, *others)]
+        self.rows_of = [read_labelled_rows(each) for each in (source, *others)]
         self.keys = _distinct([each.task.name for each in (source, *others)])
         special = self.description.special_tokens(cfg.form)
         n_layer = 0 if cfg.model == "lstm" else None  # its embeddings, then the head

@@ -10,7 +10,7 @@ from decoding.batched import generate
 from model import GPT
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from tasks.generation.sequences import Writer
+from tasks.generation.sequences import SequenceEncoder
 from text.rows import Row
 from text.tokenizer import Tokenizer
 
@@ -52,14 +52,14 @@ class TextPredictor:
     model: GPT
     answerer: Answerer
     rows: list[Row]
-    learned: Sequence[Row]  # the training rows, where they are known
+    train_rows: Sequence[Row]  # the training rows, where they are known
 
     def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
         """Write the answers to all rows, each in its place. Returns the scores of those whose true
         answers are known; a row that cannot be read is not scored."""
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
-        writer = Writer(self.answerer.tokenizer, model.context, cfg.strict)
-        prompts = writer.prompts(
+        encoder = SequenceEncoder(self.answerer.tokenizer, model.context, cfg.strict)
+        prompts = encoder.prompts(
             rows, lambda row: task.as_predict_example(row, cfg).prompt, model.context, say
         )
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
@@ -76,7 +76,7 @@ class TextPredictor:
                 "not scored"
             )
         known = [answers[i] for i in readable if answers[i].reference.strip()]
-        scores = task.scores(known, self.learned) if known else {}
+        scores = task.scores(known, self.train_rows) if known else {}
         if scores and len(known) < len(rows):
             say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
         return scores

@@ -34,7 +34,7 @@ class Answer:
     reference: str
 
 
-def no_scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def no_scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     """A text has no one right continuation."""
     return {}
 

@@ -21,10 +21,10 @@ from text.tokenizer import Tokenizer
 
 
 @dataclass
-class Sequences(Split):
+class SequenceSplit(Split):
     """A long text is several sequences; end-of-text at both ends."""
 
-    learned: list[int]  # place of the first token that is learned
+    answer_starts: list[int]  # place of the first token that is learned
     references: list[str]
 
     @functools.cached_property
@@ -41,7 +41,7 @@ TOO_LONG = {  # what becomes of a row that is too long
 
 
 @dataclass(frozen=True)
-class Writer:
+class SequenceEncoder:
     """Prompts and answers as tokens, of which the model reads at most `seq_len` at once."""
 
     tokenizer: Tokenizer
@@ -50,10 +50,10 @@ class Writer:
 
     def split(
         self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
-    ) -> tuple[Sequences, list[str]]:
+    ) -> tuple[SequenceSplit, list[str]]:
         """The sequences of rows, and warnings about those that are too long; `what` names the rows
         there. Raises UserError where none fits."""
-        split = Sequences([], [], Rows(list(rows)).sha256, [], [])
+        split = SequenceSplit([], [], Rows(list(rows)).sha256, [], [])
         counts: Counter[str] = Counter()
         for row in rows:
             learned = example(row)
@@ -64,7 +64,7 @@ class Writer:
             for tokens, begin in sequences:
                 split.rows.append(row)
                 split.tokens.append(np.array(tokens))
-                split.learned.append(begin)
+                split.answer_starts.append(begin)
                 split.references.append(learned.true_answer)
         if not split.rows:
             raise UserError(

@@ -28,7 +28,7 @@ from tasks.finetuning import Finetuning
 from tasks.generation.answers import Answerer, TextPredictor
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from tasks.generation.sequences import Sequences, Writer
+from tasks.generation.sequences import SequenceEncoder, SequenceSplit
 from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
 from tasks.source import Source
@@ -41,10 +41,10 @@ class Generation(Finetuning):
 
     cfg: GenerationConfig
     choices = ("unlikelihood", "objective")
-    learned_rows: Sequence[Row] = ()  # where `setup` has read them
-    train: Sequences
-    val: Sequences
-    writer: Writer
+    train_rows: Sequence[Row] = ()  # where `setup` has read them
+    train: SequenceSplit
+    val: SequenceSplit
+    encoder: SequenceEncoder
     answerer: Answerer
     shown: list[int]  # ids of the validation sequences whose continuation is printed
     decoded: list[int]  # and of those that an evaluation decodes
@@ -62,10 +62,10 @@ class Generation(Finetuning):
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
         self.source = source = Source(self.description, cfg, say)
         self.trunk = trunk = Trunk(cfg, self.description.special_tokens(cfg))
-        self.writer = Writer(trunk.tokenizer, trunk.seq_len, cfg.strict)
+        self.encoder = SequenceEncoder(trunk.tokenizer, trunk.seq_len, cfg.strict)
         train, val = source.training_and_validation()
         self.train = self._sequences(train, "training")
-        self.learned_rows = self.train.rows
+        self.train_rows = self.train.rows
         self.val = self._sequences(val, "validation")
         if both := source.in_both(train, val):
             source.warnings.append(
@@ -79,7 +79,7 @@ class Generation(Finetuning):
         self.set_order(np.zeros(len(self.train.rows), np.int64))
         if cfg.predict:  # what --strict does not allow ends here
             self.predict_rows = source.predict_rows
-            self.writer.prompts(
+            self.encoder.prompts(
                 self.predict_rows,
                 lambda row: self.description.as_predict_example(row, cfg).prompt,
                 trunk.seq_len,
@@ -89,10 +89,10 @@ class Generation(Finetuning):
             say(text)
         return self.facts()
 
-    def _sequences(self, rows: Sequence[Row], what: str) -> Sequences:
+    def _sequences(self, rows: Sequence[Row], what: str) -> SequenceSplit:
         task, cfg = self.description, self.cfg
         example = task.example if what == "training" else task.as_eval_example
-        found, warnings = self.writer.split(rows, lambda row: example(row, cfg), what)
+        found, warnings = self.encoder.split(rows, lambda row: example(row, cfg), what)
         self.source.warnings += warnings
         return found
 
@@ -100,17 +100,17 @@ class Generation(Finetuning):
         """The first rows of the first batch, what is learned between the marks."""
         texts, decode = [], self.trunk.tokenizer.decode
         for i in self.order(0).reshape(-1)[: self.cfg.show_rows]:
-            tokens, learned = self.train.tokens[i].tolist(), self.train.learned[i]
+            tokens, start = self.train.tokens[i].tolist(), self.train.answer_starts[i]
             texts.append(
-                f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them "
-                f"learned):\n{decode(tokens[:learned])}⟦{decode(tokens[learned:])}⟧\n"
+                f"row {i} ({len(tokens)} tokens, {len(tokens) - start} of them "
+                f"learned):\n{decode(tokens[:start])}⟦{decode(tokens[start:])}⟧\n"
             )
         return texts
 
     def prompt(self, i: int) -> list[int]:
         """What validation row `i` gives the model to go on from."""
         parts = self.description.as_eval_example(self.val.rows[i], self.cfg).prompt
-        return self.writer.prompt(parts, self.trunk.seq_len)
+        return self.encoder.prompt(parts, self.trunk.seq_len)
 
     def cost(self) -> Cost:
         # an objective looks at all logits
@@ -133,9 +133,9 @@ class Generation(Finetuning):
         idx = torch.full((len(ids), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
         for row, i in enumerate(ids):
-            tokens, learned = torch.from_numpy(data.tokens[i]), data.learned[i]
+            tokens, start = torch.from_numpy(data.tokens[i]), data.answer_starts[i]
             idx[row, : len(tokens) - 1] = tokens[:-1]
-            targets[row, learned - 1 : len(tokens) - 1] = tokens[learned:]
+            targets[row, start - 1 : len(tokens) - 1] = tokens[start:]
         tensors = {"idx": idx, "targets": targets, "ids": torch.from_numpy(np.asarray(ids))}
         weights = dict.fromkeys(self.terms, float((targets != IGNORE).sum()))
         return Batch(tensors, weights, self.amounts(data, ids, idx))
@@ -197,4 +197,4 @@ class Generation(Finetuning):
         rows = self.read_predict_rows(cfg, say)
         model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
         answerer = Answerer(self.description, cfg, tokenizer)
-        return TextPredictor(model, answerer, rows, self.learned_rows)
+        return TextPredictor(model, answerer, rows, self.train_rows)

@@ -225,7 +225,7 @@ def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs:
     task = set_up(name, inputs, said.append, show_rows=2)
     assert len(said) == 2
     for text, i in zip(said, task.order(0).reshape(-1), strict=False):
-        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
         read, answer = (
             task.trunk.tokenizer.decode(tokens[:learned]),
             task.trunk.tokenizer.decode(tokens[learned:]),
@@ -273,7 +273,7 @@ def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
     task = set_up(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
     step = step_of(task)
     exact, nll, tokens = step.model.double().eval(), 0.0, 0
-    for ids, learned in zip(task.val.tokens, task.val.learned, strict=True):
+    for ids, learned in zip(task.val.tokens, task.val.answer_starts, strict=True):
         log_p = torch.log_softmax(exact(torch.from_numpy(ids[None, :-1]))[0].double(), -1)
         nll -= sum(float(log_p[t - 1, ids[t]].detach()) for t in range(learned, len(ids)))
         tokens += len(ids) - learned

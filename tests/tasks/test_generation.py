@@ -64,7 +64,7 @@ def example(row: Row, cfg: GenerationConfig) -> Example:
     return Example((*long, *fixed), (row["answer"],))
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     return {"answered": len(answers)}
 
 
@@ -181,7 +181,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
             counts["cannot be cut"] += 1
     for split in (task.train, task.val):
         assert [
-            (t.tolist(), n) for t, n in zip(split.tokens, split.learned, strict=True)
+            (t.tolist(), n) for t, n in zip(split.tokens, split.answer_starts, strict=True)
         ] == expected
         assert split.lengths.max() <= seq_len
     told = [
@@ -204,7 +204,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
 @quick
 def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed, seq_len):
     task = echo(tokenizer, [row("the end"), row(answer, fixed)], [row("a")], seq_len=seq_len)
-    sequences = list(zip(task.train.tokens[1:], task.train.learned[1:], strict=True))
+    sequences = list(zip(task.train.tokens[1:], task.train.answer_starts[1:], strict=True))
     learned = [token for tokens, at in sequences for token in tokens[at:].tolist()]
     assert learned == ([*tokenizer.encode(answer), tokenizer.eot] if sequences else [])
     assert bool(sequences) == (not fixed or len(tokenizer.encode(fixed)) + 2 < seq_len + 1)
@@ -228,7 +228,7 @@ def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenize
     task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
     go, tokens = task.trunk.tokenizer.special_id(GO), task.train.tokens[0].tolist()
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
-    assert tokens[task.train.learned[0] - 1] == go
+    assert tokens[task.train.answer_starts[0] - 1] == go
     assert task.trunk.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
     assert plain(("a", GO, Truncatable("b"))) == "ab"
 
@@ -304,11 +304,11 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
         task.buckets[task.buckets < batch["idx"].shape[1]] < task.train.lengths[ids].max()
     ).all()
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
-        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
         for t in range(len(idx)):
             assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.trunk.tokenizer.eot)
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
-    n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
+    n_learned = sum(len(task.train.tokens[i]) - task.train.answer_starts[i] for i in ids)
     assert made.weights == dict.fromkeys(task.terms, n_learned)
     n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
     assert made.amounts == {
@@ -324,7 +324,7 @@ def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
     with torch.no_grad():
         log_p = F.log_softmax(exact(torch.from_numpy(tokens[None, :-1]))[0], -1)
     sums = dict.fromkeys(task.terms, 0.0)
-    for t in range(task.train.learned[i] - 1, len(tokens) - 1):
+    for t in range(task.train.answer_starts[i] - 1, len(tokens) - 1):
         sums["nll"] -= float(log_p[t, tokens[t + 1]])
         if "unlikelihood" in sums:
             candidates = set(tokens[: t + 1].tolist()) - {int(tokens[t + 1])}
@@ -397,7 +397,7 @@ def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
         assert metrics == pytest.approx(results[0][0], rel=1e-5)
     metrics, outputs = results[0]
     exact = [plain_loss(on_validation(task), model, i)["nll"] for i in range(len(order))]
-    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.learned, strict=True))
+    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.answer_starts, strict=True))
     assert metrics["val_loss"] == pytest.approx(sum(exact) / learned, rel=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(sum(exact) / learned), rel=1e-4)
     assert metrics["answered"] == 3
@@ -429,7 +429,7 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     fixed, go = tokenizer.encode("of a"), task.trunk.tokenizer.special_id(GO)
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
-    assert task.val.learned[0] > 24  # in training the text fills what its answer leaves
+    assert task.val.answer_starts[0] > 24  # in training the text fills what its answer leaves
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
