@@ -20,7 +20,7 @@ def classify(task: ClassificationDescription) -> int:
     cfg, typed = options(task)
     from tasks.classification.command import command
 
-    return command(task, cfg, typed, task_of_labels)
+    return command(task, cfg, typed, find_classification_task)
 
 
 def generate(task: GenerationDescription) -> int:
@@ -46,7 +46,7 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     return cfg, typed
 
 
-def task_of_labels(asked: str) -> ClassificationDescription:
+def find_classification_task(asked: str) -> ClassificationDescription:
     """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that
     answers with labels."""
     name = asked.partition(":")[0]

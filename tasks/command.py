@@ -18,11 +18,11 @@ from engine.processes import recorded
 from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
-from tasks.finetuning import EXACT, Finetuning
+from tasks.finetuning import EVAL_PRECISION, Finetuning
 from text.rows import check_there
 
 # begin the names of files that a run writes by itself
-OWN = ("validation", "config", "log", "metrics", "run")
+RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
 
 
 def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
@@ -85,7 +85,7 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
     with writing_to("--answers" if cfg.answers else "--out", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         scores = task.open_predictor(cfg, model, print).write(path, print)
-        about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
+        about = {"seconds": time.perf_counter() - began, "eval_precision": EVAL_PRECISION}
         if scores:
             write_json(beside(path, ".scores.json"), finite(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -107,7 +107,7 @@ def answers_path(task: Description, cfg: Any) -> Path:
         raise UserError(
             f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file"
         )
-    if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in OWN:
+    if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in RESERVED_NAMES:
         raise UserError(f"--answers {path} is a file of the run itself; name another file")
     read = [
         file

@@ -31,7 +31,7 @@ from tasks.trunk import Trunk
 from text.rows import Row
 
 # of everything that is scored: in bf16 near ties fall otherwise with every other batch
-EXACT = "fp32"
+EVAL_PRECISION = "fp32"
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Finetuning(Task):
         """What a start tells of the task, the model, the tokenizer and the data."""
         shape, tokenizer, train = self.trunk.shape, self.trunk.tokenizer, self.train
         model = self.trunk.without_weights
-        trained, total = methods.counts(model, self.groups(model, 0))
+        trained, total = methods.count_parameters(model, self.groups(model, 0))
         padding = padding_share(
             list(self.order.epoch(0)), train.lengths, self.buckets, self.cfg.batch_size
         )

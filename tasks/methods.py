@@ -29,7 +29,7 @@ from tasks.options import FinetuneConfig
 ULMFIT_DECAY = 1 / 2.6  # of the rate, from each group of layers to the one below
 
 
-def check(cfg: FinetuneConfig) -> None:
+def check_method(cfg: FinetuneConfig) -> None:
     """Raise UserError for options that do not go with cfg.method."""
     mine = METHODS[cfg.method]
     for field in dataclasses.fields(MethodConfig):
@@ -132,7 +132,7 @@ def stored(model: GPT, cfg: MethodConfig) -> set[str]:
     )
 
 
-def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
+def count_parameters(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
     """Parameters that train, and all; the vocabulary's padding is not counted."""
     named = {name: p for group in trained for name, p in group.params.items()}
     padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd

@@ -14,7 +14,7 @@ import numpy as np
 from base.files import writable_file
 from config import UserError
 from tasks.classification.confusion import accuracy, confusion_matrix, macro_f1
-from tasks.classification.labels import composed, is_unknown, label_name
+from tasks.classification.labels import is_unknown, label_name, nfc
 from text.corpus import records_of
 
 SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
@@ -106,8 +106,8 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
             f'{where} has no "prediction" with the "probabilities" of all labels; name the '
             "predictions of a run"
         )
-    shares = {composed(label): share for label, share in given.items()}
-    return cells | {"prediction": composed(cells["prediction"]), "probabilities": shares}
+    shares = {nfc(label): share for label, share in given.items()}
+    return cells | {"prediction": nfc(cells["prediction"]), "probabilities": shares}
 
 
 def _shares(record: dict[str, Any], labels: Sequence[str]) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["naive-bayes", "tf-idf"]
+BaselineKind = Literal["naive-bayes", "tf-idf"]
 Text = tuple[str, ...]  # the one text of a row, or the two
 
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -56,7 +56,7 @@ class TextModel:
 
 
 def fit_text_model(
-    kind: Kind,
+    kind: BaselineKind,
     texts: Sequence[Text],
     labels: np.ndarray,
     n_labels: int,

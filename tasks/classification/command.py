@@ -19,13 +19,13 @@ from base.signals import ends_promptly
 from config import UserError
 from engine.processes import memory_bytes
 from storage.checkpoint import RECORD, RESULTS
-from tasks.classification.baselines import Kind, fit_text_model
+from tasks.classification.baselines import BaselineKind, fit_text_model
 from tasks.classification.description import ClassificationDescription
-from tasks.classification.labels import label_of, true_labels
+from tasks.classification.labels import label_index, true_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
 from tasks.classification.rows import read_labelled_rows
-from tasks.classification.task import Also, Classification
+from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.command import answers_path
 from tasks.command import command as run
 from tasks.source import Source
@@ -43,13 +43,13 @@ def command(
     """Run a task as its options say; returns the exit code. find: gives the task that an item of
     --also names."""
     if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
-        return fit_words(task, cfg, cfg.model)
+        return run_baseline(task, cfg, cfg.model)
     if cfg.model == "lstm" and cfg.trains:
-        cfg = as_lstm(cfg)
-    return run(Classification(task, tasks_along(cfg, find)), cfg, typed)
+        cfg = lstm_config(cfg)
+    return run(Classification(task, auxiliary_tasks(cfg, find)), cfg, typed)
 
 
-def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
+def lstm_config(cfg: ClassificationConfig) -> ClassificationConfig:
     """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
     tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
     width = cfg.n_embd or LSTM_EMBEDDING
@@ -58,9 +58,9 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
     )
 
 
-def tasks_along(
+def auxiliary_tasks(
     cfg: ClassificationConfig, find: Callable[[str], ClassificationDescription]
-) -> list[Also]:
+) -> list[AuxiliaryTask]:
     """The tasks of --also TASK:WEIGHT with their data, each with its own default options."""
     if cfg.also_data and len(cfg.also_data) != len(cfg.also):
         raise UserError(
@@ -81,11 +81,13 @@ def tasks_along(
             )
         options: Any = task.config
         options = options(**{**task.defaults, "data": data})
-        found.append(Also(task, value, options))
+        found.append(AuxiliaryTask(task, value, options))
     return found
 
 
-def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: Kind) -> int:
+def run_baseline(
+    task: ClassificationDescription, cfg: ClassificationConfig, kind: BaselineKind
+) -> int:
     """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
     same files about them."""
     if os.environ.get("RANK", "0") != "0":
@@ -111,7 +113,7 @@ def fit_words(task: ClassificationDescription, cfg: ClassificationConfig, kind: 
         folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with ends_promptly():
-        numbers = np.array([label_of(row, labels) for row in train])
+        numbers = np.array([label_index(row, labels) for row in train])
         texts = [task.texts(row) for row in train]
         model = fit_text_model(kind, texts, numbers, len(labels), cfg.seed, rows.weights)
     seconds = time.perf_counter() - began

@@ -23,7 +23,7 @@ from tasks.classification.predictions import write_answers
 from tasks.classification.rows import RowEncoder
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder
-from tasks.finetuning import EXACT
+from tasks.finetuning import EVAL_PRECISION
 from text.rows import Row
 from text.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ class LabelPredictor:
         """Write the predictions as jsonl with probabilities and as the course's csv. Returns their
         scores where the file has the true labels."""
         found, task = self.classifier.answers(self.rows, say), self.classifier.encode.task
-        about = {"eval_precision": EXACT}
+        about = {"eval_precision": EVAL_PRECISION}
         labels = self.classifier.labels
         return write_answers(path, self.rows, found, task, labels, self.seed, say, about)
 

@@ -27,7 +27,7 @@ def label_name(cell: str) -> str:
     """A cell of a label column as the label's name: numbers without a fraction are whole numbers,
     and a letter with its marks is one character (NFC), since two files may spell one label either
     way."""
-    text = composed(cell.strip())
+    text = nfc(cell.strip())
     if not is_number(text):
         return text
     if _WHOLE.fullmatch(text):
@@ -36,7 +36,7 @@ def label_name(cell: str) -> str:
     return str(int(number)) if number.is_integer() and abs(number) < EXACT_WHOLE else text
 
 
-def composed(text: str) -> str:
+def nfc(text: str) -> str:
     """The text in Unicode's form NFC."""
     return unicodedata.normalize("NFC", text)
 
@@ -81,7 +81,7 @@ def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _order(name: str, spelled: str) -> str:
-    return spelled if composed(spelled) == name else name
+    return spelled if nfc(spelled) == name else name
 
 
 def is_number(name: str) -> bool:
@@ -117,11 +117,11 @@ def class_weights(asked: Sequence[str], rows: Counter[int], labels: Sequence[str
     return weights
 
 
-def label_of(row: Row, labels: Sequence[str]) -> int:
+def label_index(row: Row, labels: Sequence[str]) -> int:
     """The number of a row's label. Raises UserError for one that no training row has."""
     name = label_name(row["label"])
     # a checkpoint's may be spelled with combining marks
-    known = list(map(composed, labels))
+    known = list(map(nfc, labels))
     if name in known:
         return known.index(name)
     numbers = all(map(is_number, labels)) and not is_number(name)
@@ -140,7 +140,7 @@ def true_labels(rows: Sequence[Row], labels: Sequence[str]) -> dict[int, int]:
     """The label's number of those rows that have one and are answered. Raises UserError for one
     that the classifier does not know."""
     return {
-        i: label_of(row, labels)
+        i: label_index(row, labels)
         for i, row in enumerate(rows)
         if not row.fault and not is_unknown(row.fields.get("label", ""))
     }

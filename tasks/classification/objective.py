@@ -79,7 +79,7 @@ class Objective:
             terms["simcse"] = simcse(*pooled, self.cfg.simcse_group, self.cfg.simcse_temperature)
         return terms
 
-    def of_tokens(self, model: GPT, idx: Tensor) -> Tensor:
+    def memory_probe(self, model: GPT, idx: Tensor) -> Tensor:
         """What a step computes, for its memory: idx (B, T) to a loss."""
         idx = idx.repeat(self.passes, 1)
         lengths = torch.full((len(idx),), idx.shape[1])

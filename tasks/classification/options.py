@@ -10,7 +10,7 @@ from config import LARGEST, Positive, Probability, Range, UserError, Weight, Whe
 from tasks.options import FinetuneConfig
 
 Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
-Auxiliary = Literal["rdrop", "simcse"]
+AuxiliaryLoss = Literal["rdrop", "simcse"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ClassificationConfig(FinetuneConfig):
     Default: all alike."""
     label_smoothing: Probability = 0.0
     """Share of a row's target that is spread over all labels."""
-    objective: tuple[Auxiliary, ...] = ()
+    objective: tuple[AuxiliaryLoss, ...] = ()
     """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under
     different dropout."""
     rdrop: Weight = 1.0
@@ -69,7 +69,7 @@ class ClassificationConfig(FinetuneConfig):
         return *super().training_files(), self.augment, *self.also_data
 
 
-def check(cfg: ClassificationConfig) -> None:
+def check_classification(cfg: ClassificationConfig) -> None:
     """Raise UserError for options that do not go together."""
     # of the states, which SimCSE compares
     draws = cfg.dropout or (cfg.method in LORA and cfg.lora_dropout)

@@ -12,7 +12,7 @@ import numpy as np
 from adapters.options import Form
 from config import UserError
 from tasks.classification.description import ClassificationDescription
-from tasks.classification.labels import class_weights, find_labels, label_of
+from tasks.classification.labels import class_weights, find_labels, label_index
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Truncatable
 from tasks.encoder import Encoder
@@ -69,7 +69,7 @@ def read_labelled_rows(source: Source) -> LabelledRows:
     labels = find_labels(train if cfg.val_data else [*train, *val])  # a rare one may be held out
     augmented = source.read(cfg.augment, "train") if cfg.augment else []
     for row in (*augmented, *val):
-        label_of(row, labels)
+        label_index(row, labels)
     train = [*train, *augmented]
     if both := source.in_both(train, val):
         text = (
@@ -88,7 +88,7 @@ def row_weights(
 ) -> np.ndarray:
     """Weight of the loss of each training row, (n,); the last `augmented` are those of
     --augment."""
-    numbers = [label_of(row, labels) for row in rows]
+    numbers = [label_index(row, labels) for row in rows]
     of_class = class_weights(cfg.class_weights, Counter(numbers), labels)
     weights = np.array([of_class[n] for n in numbers])
     weights[len(rows) - augmented :] *= cfg.augment_weight
@@ -130,7 +130,7 @@ def _encoded(
             f"the {encoder.cut} of their text"
         )
     digest = hashlib.sha256(f"{Rows(rows).sha256} {labels} {weights.tolist()}".encode())
-    numbers = np.array([label_of(row, labels) for row in rows])
+    numbers = np.array([label_index(row, labels) for row in rows])
     heads = np.zeros(len(rows), np.int64)
     return LabelledSplit(rows, list(tokens), digest.hexdigest(), numbers, weights, heads)
 

@@ -31,9 +31,9 @@ from storage.checkpoint import RESULTS, locate
 from tasks import methods
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.finished import LabelPredictor, open_classifier, scorer_of
-from tasks.classification.labels import composed, true_labels, word_ids
+from tasks.classification.labels import nfc, true_labels, word_ids
 from tasks.classification.objective import Objective
-from tasks.classification.options import ClassificationConfig, check
+from tasks.classification.options import ClassificationConfig, check_classification
 from tasks.classification.predictions import VALIDATION, write_answers
 from tasks.classification.rows import (
     LabelledSplit,
@@ -43,7 +43,7 @@ from tasks.classification.rows import (
     row_encoder,
 )
 from tasks.encoder import pad_rows
-from tasks.finetuning import EXACT, Finetuning
+from tasks.finetuning import EVAL_PRECISION, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
 from text.rows import Row
@@ -52,7 +52,7 @@ CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 
 
 @dataclass(frozen=True)
-class Also:
+class AuxiliaryTask:
     """A task of --also, which trains along on a head of its own."""
 
     task: ClassificationDescription
@@ -86,7 +86,7 @@ class Classification(Finetuning):
     info: Info  # what a checkpoint says of itself
     head: dict[str, Tensor]  # the trained head of --init; empty where the head is new
 
-    def __init__(self, description: ClassificationDescription, also: Sequence[Also] = ()):
+    def __init__(self, description: ClassificationDescription, also: Sequence[AuxiliaryTask] = ()):
         super().__init__(description)
         self.also = tuple(also)
 
@@ -94,8 +94,8 @@ class Classification(Finetuning):
         self, cfg: ClassificationConfig, say: Callable[[str], None], dry: bool = False
     ) -> Facts:
         self.cfg, say = cfg, (lambda text: None) if dry else say
-        check(cfg)
-        methods.check(cfg)
+        check_classification(cfg)
+        methods.check_method(cfg)
         self.source = source = Source(self.description, cfg, say)
         others = [Source(also.task, also.cfg, say) for also in self.also]
         self.rows_of = [read_labelled_rows(each) for each in (source, *others)]
@@ -126,7 +126,7 @@ class Classification(Finetuning):
         cfg, labels = self.cfg, self.rows_of[0].labels
         words: tuple[str, ...] = ()
         if cfg.form == "word":
-            words = tuple(map(composed, cfg.words)) or tuple(self.description.words(labels))
+            words = tuple(map(nfc, cfg.words)) or tuple(self.description.words(labels))
             if len(words) != len(labels):
                 raise UserError(
                     f"--form word: name {len(labels)} words with --words, for {', '.join(labels)}"
@@ -238,7 +238,7 @@ class Classification(Finetuning):
     def cost(self) -> Cost:
         cost = super().cost()
         flops = (cost.flops_per_token or 0) - self._flops_left_out()
-        return dataclasses.replace(cost, flops_per_token=flops, loss=self.objective.of_tokens)
+        return dataclasses.replace(cost, flops_per_token=flops, loss=self.objective.memory_probe)
 
     def _flops_left_out(self) -> int:
         """Of a token: those of the language model's head, and where only the last token is read,
@@ -275,11 +275,11 @@ class Classification(Finetuning):
         classifier = open_classifier(locate(run), self.description, self.cfg)
         found = classifier.probabilities([self.val.tokens[i] for i in own])
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        about = {"eval_precision": EXACT, "step": results["final_is_step"]}
+        about = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
         rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
         labels, seed = classifier.labels, self.cfg.seed
         figures = write_answers(path, rows, found, self.description, labels, seed, say, about)
-        write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EXACT})
+        write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EVAL_PRECISION})
 
     def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]

@@ -55,7 +55,7 @@ class Generation(Finetuning):
 
     def setup(self, cfg: GenerationConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
         self.cfg, say = cfg, (lambda text: None) if dry else say
-        methods.check(cfg)
+        methods.check_method(cfg)
         # without decoded rows there is no figure but the loss
         self.best = self.description.best if cfg.eval_rows else Task.best
         if "unlikelihood" in cfg.objective:

@@ -29,12 +29,12 @@ from engine.loader import Loader
 from engine.processes import World
 from engine.shape import open_pretrained
 from engine.step import TrainStep
-from finetune import task_of_labels
+from finetune import find_classification_task
 from launch import Ended, checkpoint_steps, die, launch, log_of, trace
 from model import GPT
 from storage import hub
 from support import REPO, own_lines
-from tasks.classification.command import as_lstm, fit_words, tasks_along
+from tasks.classification.command import auxiliary_tasks, lstm_config, run_baseline
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import find_labels
 from tasks.classification.options import ClassificationConfig
@@ -154,8 +154,8 @@ def set_up(
     cfg = task.config(**fixed | options)
     trained = family(name)
     if isinstance(cfg, ClassificationConfig):
-        cfg = as_lstm(cfg) if cfg.model == "lstm" else cfg
-        trained = Classification(task, tasks_along(cfg, task_of_labels))
+        cfg = lstm_config(cfg) if cfg.model == "lstm" else cfg
+        trained = Classification(task, auxiliary_tasks(cfg, find_classification_task))
     cfg = resolve(cfg, "cpu")
     facts = trained.setup(cfg, say)
     assert facts.length
@@ -1125,7 +1125,7 @@ def test_a_dry_run_of_a_model_of_words_writes_nothing(
     model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def dry(**options: Any) -> int:
-        return fit_words(
+        return run_baseline(
             kind("sentiment"), ClassificationConfig(out=str(out), dry_run=True, **options), model
         )
 
@@ -1143,7 +1143,7 @@ def test_a_model_of_words_needs_an_out_that_it_can_write_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(**options: Any) -> int:
-        return fit_words(kind("sentiment"), ClassificationConfig(**options), "naive-bayes")
+        return run_baseline(kind("sentiment"), ClassificationConfig(**options), "naive-bayes")
 
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")

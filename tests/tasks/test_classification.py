@@ -38,7 +38,7 @@ from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
 from tasks.classification.rows import row_encoder
-from tasks.classification.task import Also, Classification
+from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.description import Parts, SpecialToken, Truncatable
 from tasks.encoder import pad_rows
 from tasks.order import Order
@@ -110,7 +110,7 @@ class Mood(Classification):
     ):
         cfg = ClassificationConfig(data="rows", val_data="val", dropout=0.0, allow_overlap=True)
         super().__init__(
-            mood_task(train, val), [Also(mood_task(rows), w, cfg) for rows, w in others]
+            mood_task(train, val), [AuxiliaryTask(mood_task(rows), w, cfg) for rows, w in others]
         )
 
     def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
