@@ -38,7 +38,7 @@ NO_LABEL = ("", "-1")  # of HellaSwag's test rows
 LOGIT_ROWS = 512  # logits held at once: 100 MB in fp32 at GPT-2's vocabulary
 
 Figures = dict[str, float]
-Row = TypeVar("Row")
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -362,9 +362,9 @@ def evaluate_lambada(
 # ---- rows from a file or the hub
 
 
-def read_rows(
-    option: str, where: str, parse_row: Callable[[dict[str, Any]], Row], limit: int | None
-) -> list[Row]:
+def read_benchmark_rows(
+    option: str, where: str, parse_row: Callable[[dict[str, Any]], Parsed], limit: int | None
+) -> list[Parsed]:
     """Rows of a JSONL file, or the hub's of the benchmark that `option` names. Raises UserError for
     foreign ones."""
     rows = (
@@ -458,9 +458,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
         check_files(config.data)
     limit = config.limit
     hellaswag = (
-        read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []
+        read_benchmark_rows("hellaswag", config.hellaswag, hellaswag_row, limit)
+        if config.hellaswag
+        else []
     )
-    lambada = read_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
+    lambada = (
+        read_benchmark_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
+    )
     device = processes.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_products("fp32", device)

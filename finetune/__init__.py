@@ -18,18 +18,18 @@ from tasks.generation.description import GenerationDescription
 def classify(task: ClassificationDescription) -> int:
     """Run a task whose answers are labels, as its command line says; returns the exit code."""
     cfg, typed = options(task)
-    from tasks.classification.command import command
+    from tasks.classification.command import run_classification
 
-    return command(task, cfg, typed, find_classification_task)
+    return run_classification(task, cfg, typed, find_classification_task)
 
 
 def generate(task: GenerationDescription) -> int:
     """Run a task whose answers are texts, as its command line says; returns the exit code."""
     cfg, typed = options(task)
-    from tasks.command import command
+    from tasks.command import run_task
     from tasks.generation.task import Generation
 
-    return command(Generation(task), cfg, typed)
+    return run_task(Generation(task), cfg, typed)
 
 
 def options(task: Description) -> tuple[Any, frozenset[str]]:

@@ -25,7 +25,7 @@ from text.rows import check_there
 RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
 
 
-def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
+def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     """Train `task` as its options say, then answer the rows of --predict; returns the exit code.
 
     typed: the options that stand on the command line.

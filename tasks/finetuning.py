@@ -143,7 +143,7 @@ class Finetuning(Task):
         shape = self.trunk.shape
         with torch.device("meta"):
             flops = GPT(shape).flops_per_token(int(self.train.lengths.max()))
-        return Cost(shape, int(self.buckets[-1]), flops, self.trunk.added)
+        return Cost(shape, int(self.buckets[-1]), flops, self.trunk.with_adapter)
 
     def identity(self) -> dict[str, Any]:
         """What all starts of a run must have in common."""
@@ -172,7 +172,7 @@ class Finetuning(Task):
     def banner(self) -> dict[str, str]:
         """What a start tells of the task, the model, the tokenizer and the data."""
         shape, tokenizer, train = self.trunk.shape, self.trunk.tokenizer, self.train
-        model = self.trunk.without_weights
+        model = self.trunk.meta_model
         trained, total = methods.count_parameters(model, self.groups(model, 0))
         padding = padding_share(
             list(self.order.epoch(0)), train.lengths, self.buckets, self.cfg.batch_size

@@ -68,7 +68,7 @@ class Source:
         kept, held = hold_out([group(row) for row in train])
         return [train[i] for i in kept], [train[i] for i in held]
 
-    def in_both(self, train: Sequence[Row], val: Sequence[Row]) -> int:
+    def count_overlap(self, train: Sequence[Row], val: Sequence[Row]) -> int:
         """How many training rows also stand among the validation rows that the user named."""
         if not self.cfg.val_data:
             return 0

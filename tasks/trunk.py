@@ -90,24 +90,24 @@ class Trunk:
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
             layers.add_tokens(model, self.new_tokens)
-        return self.added(model)
+        return self.with_adapter(model)
 
-    def added(self, model: GPT) -> GPT:
+    def with_adapter(self, model: GPT) -> GPT:
         """The model with its heads and with what its method adds."""
         self.add_heads(model)
         methods.add_adapter(model, self.cfg, self.new_tokens)
         return model
 
     @functools.cached_property
-    def without_weights(self) -> GPT:
+    def meta_model(self) -> GPT:
         """The same model on the meta device: shapes alone."""
         with torch.device("meta"):
-            return self.added(GPT(self.shape))
+            return self.with_adapter(GPT(self.shape))
 
     @functools.cached_property
     def stored(self) -> set[str]:
         """Names of the parameters that a checkpoint must hold."""
-        return methods.stored(self.without_weights, self.cfg)
+        return methods.stored(self.meta_model, self.cfg)
 
     def export(
         self,

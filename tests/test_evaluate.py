@@ -425,7 +425,7 @@ def test_real_rows(tmp_path, monkeypatch) -> None:
     for name, parser in parsers.items():
         file = SHARED / "lm_eval" / f"{name}.jsonl"
         raw[name] = script.file_rows(file, name)[:20]
-        parsed[name] = script.read_rows("lambada", str(file), parser, 20)
+        parsed[name] = script.read_benchmark_rows("lambada", str(file), parser, 20)
     ours = script.evaluate_hellaswag(model, tokenizer, parsed["hellaswag_val"], 1024)
     expected, _ = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
     assert {name: ours[name] for name in expected} == expected

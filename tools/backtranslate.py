@@ -143,7 +143,7 @@ def texts_of(row: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:
     }
 
 
-def there_and_back(to: Translate, back: Translate, texts: Sequence[str]) -> list[str | None]:
+def round_trip(to: Translate, back: Translate, texts: Sequence[str]) -> list[str | None]:
     there = to(texts)
     returned = iter(back([text for text in there if text is not None]))
     return [None if text is None else next(returned) for text in there]
@@ -199,7 +199,7 @@ def translate_all(
     total, done, began, said = sum(lengths.values()), 0, time.monotonic(), 0.0
     for chosen in group_by_length(list(lengths.values()), batch_tokens):
         batch = [todo[i] for i in chosen]
-        journal.add(batch, there_and_back(to, back, batch))
+        journal.add(batch, round_trip(to, back, batch))
         done += sum(lengths[text] for text in batch)
         seconds = time.monotonic() - began
         if seconds - said >= EVERY or done == total:
@@ -211,7 +211,7 @@ def translate_all(
             )
 
 
-def translated(
+def replace_texts(
     rows: Sequence[dict[str, Any]], columns: Sequence[str], done: dict[str, str | None]
 ) -> tuple[list[dict], int, int]:
     """The rows with their new texts; how many came back as they were, and how many have a text that
@@ -258,7 +258,7 @@ def main() -> None:
     )
     journal = Journal(out.with_name(out.name + ".part"), how)
     translate_all(texts, to, back, journal, cfg.batch_tokens)
-    kept, same, long = translated(rows, columns, journal.done)
+    kept, same, long = replace_texts(rows, columns, journal.done)
     write(out, kept)
     journal.path.unlink()
     print(

@@ -54,7 +54,7 @@ class MineConfig:
 
 
 @dataclass(frozen=True)
-class Kind:
+class PairGroup:
     """Rows whose labels say the same, and which of them are hard."""
 
     name: str
@@ -74,12 +74,14 @@ def overlap(first: str, second: str) -> float:
 
 def hardest(
     name: str, rows: Sequence[Row], numbers: Sequence[int], alike: bool, share: float
-) -> Kind:
+) -> PairGroup:
     """Of the rows with these numbers the share with the least overlap if they are alike, else with
     the most."""
     overlaps = {i: overlap(rows[i]["first"], rows[i]["second"]) for i in numbers}
     order = sorted(numbers, key=lambda i: overlaps[i] if alike else -overlaps[i])
-    return Kind(name, {i: overlaps[i] for i in order}, order[: max(1, round(share * len(order)))])
+    return PairGroup(
+        name, {i: overlaps[i] for i in order}, order[: max(1, round(share * len(order)))]
+    )
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def main() -> None:
     print(f"{out}: {sum(len(kind.hard) for kind in kinds):,} of {len(rows):,} rows")
 
 
-def split(rows: Sequence[Row], cfg: MineConfig) -> list[Kind]:
+def split(rows: Sequence[Row], cfg: MineConfig) -> list[PairGroup]:
     """The rows that are alike and the others. Raises UserError where one of the two is empty."""
     names = [label_name(row["label"]).lower() for row in rows]
     alike = {label_name(label).lower() for label in cfg.alike}
@@ -130,7 +132,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows([row["first"], row["second"], row["label"]] for row in rows)
 
 
-def show(kinds: Sequence[Kind], rows: Sequence[Row]) -> None:
+def show(kinds: Sequence[PairGroup], rows: Sequence[Row]) -> None:
     """How many of each kind, their mean overlap beside that of all, and the hardest."""
     table = [["", "rows", "mined", "overlap of all", "of mined"]]
     for kind in kinds:

@@ -17,7 +17,7 @@ from tasks.classification.confusion import accuracy, confusion_matrix, macro_f1
 from tasks.classification.labels import is_unknown, label_name, nfc
 from text.corpus import records_of
 
-SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
+PREDICTION_KEYS = ("prediction", "probabilities")  # what a run added to a row's own fields
 UNKNOWN = -1  # in place of a label, and of the prediction for a row that the run could not read
 
 
@@ -83,7 +83,10 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
     return Predictions(
         file,
         labels,
-        [{name: value for name, value in record.items() if name not in SAID} for record in records],
+        [
+            {name: value for name, value in record.items() if name not in PREDICTION_KEYS}
+            for record in records
+        ],
         np.array([_true(file, record, number) for record in records]),
         np.array([number.get(record["prediction"], UNKNOWN) for record in records]),
         np.array([_shares(record, labels) for record in records], dtype=np.float64),

@@ -26,15 +26,14 @@ from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
 from tasks.classification.rows import read_labelled_rows
 from tasks.classification.task import AuxiliaryTask, Classification
-from tasks.command import answers_path
-from tasks.command import command as run
+from tasks.command import answers_path, run_task
 from tasks.source import Source
 from text.rows import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 
 
-def command(
+def run_classification(
     task: ClassificationDescription,
     cfg: ClassificationConfig,
     typed: Collection[str],
@@ -46,7 +45,7 @@ def command(
         return run_baseline(task, cfg, cfg.model)
     if cfg.model == "lstm" and cfg.trains:
         cfg = lstm_config(cfg)
-    return run(Classification(task, auxiliary_tasks(cfg, find)), cfg, typed)
+    return run_task(Classification(task, auxiliary_tasks(cfg, find)), cfg, typed)
 
 
 def lstm_config(cfg: ClassificationConfig) -> ClassificationConfig:

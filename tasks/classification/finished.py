@@ -103,7 +103,7 @@ def encoder_of(
     return Encoder(tokenizer, seq_len, cut, cfg.strict)
 
 
-def scorer_of(info: Info, keys: Sequence[str], tokenizer: Tokenizer) -> Scorer:
+def scorer_of(info: Info, head_names: Sequence[str], tokenizer: Tokenizer) -> Scorer:
     """Scores by the heads of these names, or by the words of the labels."""
     words = word_ids(tokenizer, info.words) if info.words else []
-    return Scorer(keys, info.pooling == "last", words)
+    return Scorer(head_names, info.pooling == "last", words)

@@ -42,7 +42,7 @@ class Objective:
 
     def term(self, head: int) -> str:
         """The term of the rows of a head."""
-        return self.scorer.keys[head] if head else "nll"
+        return self.scorer.head_names[head] if head else "nll"
 
     def weights(self, batch: Tensors) -> dict[str, float]:
         """What each term's sum is of: the rows' weights, or their number."""
@@ -99,7 +99,7 @@ class Objective:
     def metrics(self, records: Mapping[int, Any]) -> dict[str, float]:
         """The figures of each head's rows; those of other tasks begin with their head's name."""
         found: dict[str, float] = {}
-        for head, key in enumerate(self.scorer.keys):
+        for head, key in enumerate(self.scorer.head_names):
             mine = [records[i][1:] for i in sorted(records) if records[i][0] == head]
             labels, log_p = (np.array(column) for column in zip(*mine, strict=True))
             figures = {"val_loss": float(-log_p[np.arange(len(labels)), labels].mean())}

@@ -71,7 +71,7 @@ def read_labelled_rows(source: Source) -> LabelledRows:
     for row in (*augmented, *val):
         label_index(row, labels)
     train = [*train, *augmented]
-    if both := source.in_both(train, val):
+    if both := source.count_overlap(train, val):
         text = (
             f"{both} of {len(train)} training rows ({both / len(train):.1%}) also stand among the "
             "validation rows"

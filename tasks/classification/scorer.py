@@ -21,7 +21,7 @@ class Scorer:
     """The heads of a model, by their names in model.heads; or its language model's own head, where
     that answers with a label's word."""
 
-    keys: Sequence[str]  # the task's own first
+    head_names: Sequence[str]  # the task's own first
     reads_last: bool  # whether of a row's states only the last token's is read
     word_ids: Sequence[
         int
@@ -33,7 +33,7 @@ class Scorer:
         Those of words are their shares of the whole vocabulary, so that they add up to less than 1.
         """
         if not self.word_ids:
-            return model.heads[self.keys[head]](hidden, lengths).log_softmax(-1)
+            return model.heads[self.head_names[head]](hidden, lengths).log_softmax(-1)
         last = pick(hidden, lengths - 1)[:, 0]
         return model.logits(last).float().log_softmax(-1)[:, list(self.word_ids)]
 
@@ -52,7 +52,7 @@ class Scorer:
         """What SimCSE compares (B, width), fp32: what the head reads, or the state of the last
         token."""
         if not self.word_ids:
-            return model.heads[self.keys[head]].pool(hidden, lengths)
+            return model.heads[self.head_names[head]].pool(hidden, lengths)
         return pick(hidden, lengths - 1)[:, 0].float()
 
     @torch.inference_mode()

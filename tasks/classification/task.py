@@ -99,7 +99,7 @@ class Classification(Finetuning):
         self.source = source = Source(self.description, cfg, say)
         others = [Source(also.task, also.cfg, say) for also in self.also]
         self.rows_of = [read_labelled_rows(each) for each in (source, *others)]
-        self.keys = _distinct([each.task.name for each in (source, *others)])
+        self.head_names = _distinct([each.task.name for each in (source, *others)])
         special = self.description.special_tokens(cfg.form)
         n_layer = 0 if cfg.model == "lstm" else None  # its embeddings, then the head
         self.trunk = Trunk(cfg, special, self._add_heads, n_layer)
@@ -107,8 +107,10 @@ class Classification(Finetuning):
         splits = [encode_rows(rows, self.trunk) for rows in self.rows_of]
         self.train, self.val = (join(parts) for parts in zip(*splits, strict=True))
         self.set_order(self.train.heads, cfg.simcse_group if "simcse" in cfg.objective else 1)
-        weights = {key: also.weight for key, also in zip(self.keys[1:], self.also, strict=True)}
-        scorer = scorer_of(self.info, self.keys, self.trunk.tokenizer)
+        weights = {
+            key: also.weight for key, also in zip(self.head_names[1:], self.also, strict=True)
+        }
+        scorer = scorer_of(self.info, self.head_names, self.trunk.tokenizer)
         self.objective = Objective(cfg, scorer, weights)
         self.terms = self.objective.terms
         source.warnings += [text for other in others for text in other.warnings]
@@ -213,7 +215,7 @@ class Classification(Finetuning):
 
     def _add_heads(self, model: GPT) -> None:
         cfg = self.cfg
-        for key, rows in zip(self.keys, self.rows_of, strict=True):
+        for key, rows in zip(self.head_names, self.rows_of, strict=True):
             if rows.source.cfg.form != "word":
                 model.heads[key] = Head(
                     model.config.n_embd, len(rows.labels), cfg.pooling, cfg.head_dropout

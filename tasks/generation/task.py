@@ -67,7 +67,7 @@ class Generation(Finetuning):
         self.train = self._sequences(train, "training")
         self.train_rows = self.train.rows
         self.val = self._sequences(val, "validation")
-        if both := source.in_both(train, val):
+        if both := source.count_overlap(train, val):
             source.warnings.append(
                 f"{both} of {len(train)} training rows also stand among the validation rows"
             )

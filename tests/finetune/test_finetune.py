@@ -1388,14 +1388,14 @@ def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path)
     assert {v for k, v in figures.items() if k.endswith("accuracy")} == {right}
     assert (
         len([k for k in figures if k.endswith("accuracy")])
-        == len(task.keys)
+        == len(task.head_names)
         == 1 + len(task.cfg.also)
     )
     moved = {name for name, p in step.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {
         name for name in before if re.fullmatch(MOVES.get(task.cfg.method, ".*"), name)
     }
-    assert len(step.model.heads) == (len(task.keys) if task.cfg.form != "word" else 0)
+    assert len(step.model.heads) == (len(task.head_names) if task.cfg.form != "word" else 0)
 
 
 def test_every_method_is_among_the_ways() -> None:

@@ -526,7 +526,7 @@ def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
         seen = [passes_of(task, exact, i) for i in group]
         for i, (log_ps, _) in zip(group, seen, strict=True):
             label, weight = task.train.labels[i], task.train.weights[i]
-            term = task.keys[1] if task.train.heads[i] else "nll"
+            term = task.head_names[1] if task.train.heads[i] else "nll"
             for log_p in log_ps:
                 nll = -(1 - cfg.label_smoothing) * log_p[label] - cfg.label_smoothing * sum(
                     log_p
@@ -566,8 +566,8 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
             hidden[:, -1],
         )
     else:
-        pooled = exact.heads[task.keys[head]].pool(hidden, n)
-        log_p = F.log_softmax(pooled @ exact.heads[task.keys[head]].weight.T, -1)
+        pooled = exact.heads[task.head_names[head]].pool(hidden, n)
+        log_p = F.log_softmax(pooled @ exact.heads[task.head_names[head]].weight.T, -1)
     return log_p.tolist(), list(pooled)
 
 
@@ -581,7 +581,7 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
         ids = groups.reshape(-1)
         weight = float(task.train.weights[ids].sum())
         of = {"simcse": len(ids), "rdrop": weight}
-        expected = {task.keys[1] if task.train.heads[ids[0]] else "nll": weight}
+        expected = {task.head_names[1] if task.train.heads[ids[0]] else "nll": weight}
         assert batch.weights == pytest.approx(
             expected | {name: of[name] for name in task.cfg.objective}
         )
@@ -861,7 +861,7 @@ def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_ch
         seq_len=12,
         class_weights=("1", "2", "3"),
     )
-    assert task.keys == ["mood", "mood-2"] and [rows.labels for rows in task.rows_of] == [
+    assert task.head_names == ["mood", "mood-2"] and [rows.labels for rows in task.rows_of] == [
         LABELS,
         ("no", "yes"),
     ]
