@@ -1,0 +1,203 @@
+"""What a run writes: reports, predictions, and nothing at all in a dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import UserError
+from launch import launch, log_of
+from tasks.classification.command import run_baseline
+from tasks.classification.options import ClassificationConfig
+from tasks.command import dry_run_predict
+from toy_runs import family, finished, kind, run_task, words
+
+
+def test_a_program_of_its_own(run: Any, folder: Path) -> None:
+    """As a user starts it; and --help names the task's own options."""
+    done = run("-m", "finetune.qa", *words("qa", "--steps", 2, "--eval-every", 0), cwd=folder)
+    assert done.returncode == 0 and (folder / "run" / "final" / "model.safetensors").exists(), (
+        done.stderr
+    )
+    (end,) = launch(folder, ["--help"], program="finetune.lyrics")
+    assert end.code == 0 and "--with-title" in end.out and "--text-column" in end.out, end
+
+
+def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
+    """Training in bf16 with the best step not the last: the loop, the report and --predict agree to
+    the last bit."""
+    rows = "".join(
+        f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n"
+        for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)
+    )
+    (folder / "rows.csv").write_text("id,text,label\n" + rows)
+    (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
+    finished(
+        "sentiment",
+        folder,
+        "--data",
+        "rows.csv",
+        "--val-data",
+        "val.csv",
+        "--predict",
+        "val.csv",
+        "--epochs",
+        4,
+        "--precision",
+        "bf16",
+        "--lr",
+        3e-3,
+        "--allow-overlap",
+        "--seq-len",
+        5,
+    )
+    run = folder / "run"
+    metrics, report, scores = (
+        json.loads((run / name).read_text())
+        for name in ("metrics.json", "validation.report.json", "predictions.scores.json")
+    )
+    names = ("accuracy", "macro_f1", "calibration_error")
+    assert [metrics[n] for n in names] == [report[n] for n in names] == [scores[n] for n in names]
+    assert {file["eval_precision"] for file in (metrics, report, scores)} == {"fp32"}
+    assert json.loads((run / "config.json").read_text())["precision"] == "bf16"
+    assert report["step"] == metrics["final_is_step"]
+    (line,) = [line for line in log_of(run, "eval") if line["step"] == report["step"]]
+    assert [line[n] for n in names] == pytest.approx([report[n] for n in names], abs=1e-5)
+    assert metrics["val_loss"] == line["val_loss"]
+    # A later command, which says nothing of --seq-len, answers as the run itself did.
+    finished(
+        "sentiment",
+        folder,
+        "--init",
+        "run",
+        "--epochs",
+        0,
+        "--predict",
+        "val.csv",
+        "--answers",
+        "again.csv",
+        "--out",
+        "other",
+    )
+    assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+
+
+def test_an_lstm_of_a_finished_run_answers_rows_as_the_run_itself_does(
+    inputs: Path, folder: Path
+) -> None:
+    """Its own --model names no file to read: --init alone says what it is."""
+    words = (
+        "--model",
+        "lstm",
+        "--init",
+        "base",
+        "--steps",
+        3,
+        "--lr",
+        "1e-2",
+        "--micro-batch",
+        4,
+        "--predict",
+        "toy",
+    )
+    finished("sentiment", folder, *words, "--answers", "answers.jsonl")
+    for model in (("--model", "lstm"), ()):
+        again = (
+            "--init",
+            "run",
+            *model,
+            "--epochs",
+            0,
+            "--predict",
+            "toy",
+            "--answers",
+            "again.jsonl",
+            "--out",
+            "other",
+        )
+        finished("sentiment", folder, *again)
+        one, other = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for name in ("answers.jsonl", "again.jsonl")
+        )
+        assert [row["prediction"] for row in one] == [row["prediction"] for row in other] and len(
+            one
+        ) == 8
+        for a, b in zip(one, other, strict=True):
+            assert b["probabilities"] == pytest.approx(a["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["naive-bayes", "tf-idf"])
+def test_a_dry_run_of_a_model_of_words_writes_nothing(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(**options: Any) -> int:
+        return run_baseline(
+            kind("sentiment"), ClassificationConfig(out=str(out), dry_run=True, **options), model
+        )
+
+    out, answers = tmp_path / "new" / "run", tmp_path / "deep" / "answers.csv"
+    assert dry(predict="toy", answers=str(answers)) == 0
+    assert "dry run: nothing is started or written" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(predict=f"{tmp_path}/nowhere.csv")
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(data=f"{tmp_path}/nowhere.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished("sentiment", folder, "--epochs", 1, "--out", "made")
+    before = {path for path in folder.rglob("*") if not path.name.startswith("rank0.")}
+    words = ("--epochs", 0, "--init", "made", "--out", "new", "--dry-run")
+    (end,) = run_task("sentiment", folder, *words, "--predict", "nowhere")
+    assert (
+        end.code == 2
+        and end.err.startswith("error: no such data: nowhere")
+        and end.err.count("\n") == 1
+    ), end
+
+    def dry(init: str) -> int:
+        cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
+        return dry_run_predict(family("sentiment"), cfg)
+
+    assert dry("made") == 0
+    assert (
+        "dry run: nothing is written (8 rows of toy would be answered by" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="base is no classifier"):
+        dry("base")
+    assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
+
+
+def test_a_model_of_words_needs_an_out_that_it_can_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(**options: Any) -> int:
+        return run_baseline(kind("sentiment"), ClassificationConfig(**options), "naive-bayes")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")
+    for out, said in (
+        ("file", "cannot be written"),
+        ("file/run", "cannot be written"),
+        ("link", "link to a folder that is not there"),
+    ):
+        with pytest.raises(UserError, match=rf"--out .*{said}"):
+            fit(out=str(tmp_path / out))
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tasks.classification.command.write_json", full)
+    with pytest.raises(
+        UserError, match=r"cannot write to --out .*/run: No space left on device; name a folder"
+    ):
+        fit(out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"cannot write to --out"):
+        fit(out=str(tmp_path / "run"), predict="toy", answers=str(tmp_path / "answers" / "a.csv"))
