@@ -1,5 +1,4 @@
-"""What a task's command does once its options are read: train, then answer the rows of
---predict."""
+"""Runs a task after its options are parsed: trains, then answers the rows of --predict."""
 
 from __future__ import annotations
 
@@ -21,20 +20,20 @@ from tasks.description import Description
 from tasks.finetuning import EVAL_PRECISION, Finetuning
 from text.rows import check_there
 
-# begin the names of files that a run writes by itself
+# Stems of the files that a run writes itself. --answers must not overwrite them.
 RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
 
 
 def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
-    """Train `task` as its options say, then answer the rows of --predict; returns the exit code.
+    """Train `task`, then answer the rows of --predict. Returns the exit code.
 
-    typed: the options that stand on the command line.
+    typed: the names of the options on the command line.
     """
     description = task.description
     if not cfg.trains and not cfg.predict:
-        raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
+        raise UserError("--epochs 0 trains nothing; add --predict FILE to answer its rows")
     answers_path(description, cfg)
-    _check_named(description, cfg)
+    _check_files(description, cfg)
     is_main = os.environ.get("RANK", "0") == "0"
     if not cfg.trains:
         if cfg.dry_run:
@@ -49,22 +48,22 @@ def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
         return code
     task.write_reports(str(cfg.out), print)
     if cfg.predict and (number := stopped_by()):
-        return 128 + number  # it came too late for the run, which is finished, but not for this
+        return 128 + number  # a signal after the last step: the run is finished, --predict is not
     if cfg.predict:
         predict(task, cfg, str(cfg.out))
     return 0
 
 
-def _check_named(task: Description, cfg: Any) -> None:
-    """Data that is not there is told before the model of --init, which a download may need."""
+def _check_files(task: Description, cfg: Any) -> None:
+    """Raise UserError for missing data files before --init may start a download."""
     for spec in (*(cfg.training_files() if cfg.trains else ()), cfg.predict):
         if spec and spec != "toy":
             check_there(spec, task.readers)
 
 
 def dry_run_predict(task: Finetuning, cfg: Any) -> int:
-    """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is
-    written."""
+    """The dry run of `--epochs 0 --predict`: open the model, read the rows, write nothing. Returns
+    the exit code."""
     cfg.check()
     if os.environ.get("RANK", "0") == "0":
         rows = task.open_predictor(cfg, locate(cfg.init), print).rows
@@ -76,8 +75,11 @@ def dry_run_predict(task: Finetuning, cfg: Any) -> int:
 
 
 def predict(task: Finetuning, cfg: Any, where: str) -> None:
-    """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed
-    and written beside the answers, with the seconds that opening the model and answering took."""
+    """Answer the rows of --predict with the model of checkpoint `where`.
+
+    If the rows have true answers, the scores are printed and written to a .scores.json file beside
+    the answers. That file also has the seconds for opening the model and answering.
+    """
     cfg.check()
     path = answers_path(task.description, cfg)
     model = locate(where)
@@ -93,8 +95,8 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
 
 
 def answers_path(task: Description, cfg: Any) -> Path:
-    """The file that the answers to --predict go to. Raises UserError where it cannot be written, or
-    should not be."""
+    """The file for the answers to --predict. Raises UserError if it cannot be written, or if it
+    would overwrite a file that the run reads or writes."""
     if cfg.answers and not cfg.predict:
         raise UserError(
             f"--answers {cfg.answers} belongs to --predict FILE; add it, or leave --answers out"
@@ -105,7 +107,8 @@ def answers_path(task: Description, cfg: Any) -> Path:
         return path
     if path.suffix not in kinds and not (path.suffix in (".json", ".txt", "") and cfg.answers):
         raise UserError(
-            f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file"
+            f"--answers {path}: answers are written as {' and '.join(kinds)}; name a file with "
+            f"{' or '.join(kinds)}"
         )
     if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in RESERVED_NAMES:
         raise UserError(f"--answers {path} is a file of the run itself; name another file")

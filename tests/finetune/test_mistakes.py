@@ -140,7 +140,7 @@ MISTAKES = {  # a task and options: what the line must hold
         "--objective rdrop compares two passes"
     ],
     "sentiment --objective simcse --batch-size 12": [
-        "--batch-size 12 is no multiple of groups of 8 rows; use 16"
+        "--batch-size 12 is not a multiple of groups of 8 rows; use 16"
     ],
     "sentiment --augment-weight 2": ["--augment-weight belongs to --augment FILE"],
     "sentiment --label-smoothing 1": ["--label-smoothing is 1.0; it must be below 1"],

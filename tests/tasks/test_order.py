@@ -86,7 +86,7 @@ def test_batches_are_of_like_length_and_fairly_drawn() -> None:
 
 def test_groups_must_fill_a_batch() -> None:
     with pytest.raises(
-        UserError, match="--batch-size 20 is no multiple of groups of 8 rows; use 24"
+        UserError, match="--batch-size 20 is not a multiple of groups of 8 rows; use 24"
     ):
         Order(np.ones(5), 20, 0, group=8)
 
