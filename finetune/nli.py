@@ -60,7 +60,7 @@ TASK = ClassificationDescription(
     optional=("id",),
     texts=texts,
     prompt=prompt,
-    words=functools.partial(label_words, of_numbers=WORDS),
+    words=functools.partial(label_words, words_by_count=WORDS),
     toy=(
         {
             "premise": "Two dogs run over a field.",

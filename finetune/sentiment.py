@@ -51,7 +51,7 @@ TASK = ClassificationDescription(
     },
     optional=("id",),
     prompt=prompt,
-    words=functools.partial(label_words, of_numbers=WORDS),
+    words=functools.partial(label_words, words_by_count=WORDS),
     csv_header="Predicted_Sentiment",
     toy=(
         {"text": "A warm, funny film that I would gladly see again.", "label": "1"},

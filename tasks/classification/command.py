@@ -1,5 +1,4 @@
-"""The command of a task whose answers are labels: GPT-2, or beside it a model of words on the same
-rows."""
+"""Runs a classification task: fine-tunes GPT-2, or fits a baseline on the same rows."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def run_classification(
     typed: Collection[str],
     find: Callable[[str], ClassificationDescription],
 ) -> int:
-    """Run a task as its options say; returns the exit code. find: gives the task that an item of
-    --also names."""
+    """Run a task and return the exit code. find: returns the task that an item of --also names."""
     if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
         return run_baseline(task, cfg, cfg.model)
     if cfg.model == "lstm" and cfg.trains:
@@ -49,7 +47,7 @@ def run_classification(
 
 
 def lstm_config(cfg: ClassificationConfig) -> ClassificationConfig:
-    """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
+    """The options for `--model lstm`: train from scratch, with the tokenizer of --init."""
     tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
     width = cfg.n_embd or LSTM_EMBEDDING
     return dataclasses.replace(
@@ -60,11 +58,12 @@ def lstm_config(cfg: ClassificationConfig) -> ClassificationConfig:
 def auxiliary_tasks(
     cfg: ClassificationConfig, find: Callable[[str], ClassificationDescription]
 ) -> list[AuxiliaryTask]:
-    """The tasks of --also TASK:WEIGHT with their data, each with its own default options."""
+    """The tasks of --also TASK:WEIGHT with their data and default options. Raises UserError for a
+    task or weight that cannot be used."""
     if cfg.also_data and len(cfg.also_data) != len(cfg.also):
         raise UserError(
             f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give "
-            "one for each"
+            "one file for each task"
         )
     found = []
     for asked, data in zip(cfg.also, cfg.also_data or ("toy",) * len(cfg.also), strict=True):
@@ -87,20 +86,20 @@ def auxiliary_tasks(
 def run_baseline(
     task: ClassificationDescription, cfg: ClassificationConfig, kind: BaselineKind
 ) -> int:
-    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
-    same files about them."""
+    """Fit `--model naive-bayes` or `tf-idf` with scikit-learn and write the same files as a
+    training run. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
-        return 0  # there is nothing to divide
+        return 0  # one process fits the model
     cfg.check()
     answers, about = answers_path(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
-    if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
+    if (folder / RECORD).exists():  # this would overwrite its config.json, log and metrics
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
     writable_file("--out", str(folder / RESULTS), make_folder=True)
     source = Source(task, dataclasses.replace(cfg, data=cfg.data or "toy"), print)
     rows = read_labelled_rows(source)
     labels, train, val = rows.labels, rows.train, rows.val
-    if cfg.predict:  # a label that is unknown ends the run before the work is done
+    if cfg.predict:  # raises for a new label before the work is done
         true_labels(source.predict_rows, labels)
     if cfg.dry_run:
         print(

@@ -1,4 +1,4 @@
-"""A model's answers to prompts: in an evaluation, in samples, and to the rows of --predict."""
+"""Decodes a model's answers: in evaluations, in samples, and for the rows of --predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Answerer:
-    """Decodes a task's answers as its options say."""
+    """Decodes answers with the decoding options of a task."""
 
     task: GenerationDescription
     cfg: GenerationConfig
@@ -26,7 +26,11 @@ class Answerer:
     def __call__(
         self, model: GPT, prompts: Sequence[list[int]], rows: Sequence[int]
     ) -> list[tuple[str, str]]:
-        """Each prompt and its decoded continuation; `rows` number them for their draws."""
+        """Each prompt and the model's answer to it, as texts without special tokens.
+
+        rows: the row numbers of the prompts. They seed the random draws, so that an answer does not
+        depend on the batch.
+        """
         outs = generate(
             model,
             prompts,
@@ -47,16 +51,16 @@ class Answerer:
 
 @dataclass(frozen=True)
 class TextPredictor:
-    """A finished model and the rows of --predict that it is to answer."""
+    """A finished model and the rows of --predict that it will answer."""
 
     model: GPT
     answerer: Answerer
     rows: list[Row]
-    train_rows: Sequence[Row]  # the training rows, where they are known
+    train_rows: Sequence[Row]  # for scores; empty if they were not read
 
     def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers to all rows, each in its place. Returns the scores of those whose true
-        answers are known; a row that cannot be read is not scored."""
+        """Write the answers to all rows, in the order of the file. Returns the scores of the rows
+        with a true answer. A row that cannot be read has an empty answer and is not scored."""
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
         encoder = SequenceEncoder(self.answerer.tokenizer, model.context, cfg.strict)
         prompts = encoder.prompts(
@@ -65,18 +69,18 @@ class TextPredictor:
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
         readable = list(prompts)
         for begin in range(0, len(readable), cfg.batch_size):
-            some = readable[begin : begin + cfg.batch_size]
-            found = self.answerer(model, [prompts[i] for i in some], some)
-            for i, texts in zip(some, found, strict=True):
+            ids = readable[begin : begin + cfg.batch_size]
+            decoded = self.answerer(model, [prompts[i] for i in ids], ids)
+            for i, texts in zip(ids, decoded, strict=True):
                 answers[i] = Answer(*texts, task.as_predict_example(rows[i], cfg).true_answer)
         task.write(path, rows, [answers[i] for i in range(len(rows))])
         if unread := len(rows) - len(readable):
             say(
-                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
-                "not scored"
+                f"{unread:,} of {len(rows):,} rows could not be read. Their answers are empty and "
+                "are not scored"
             )
         known = [answers[i] for i in readable if answers[i].reference.strip()]
         scores = task.scores(known, self.train_rows) if known else {}
         if scores and len(known) < len(rows):
-            say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
+            say(f"{len(known):,} of {len(rows):,} rows have a true answer. Only these are scored")
         return scores

@@ -69,7 +69,7 @@ def test_an_answer_that_is_cut_off_is_counted(inputs: Path, tmp_path: Path) -> N
             "qa", inputs, tmp_path / "cut.jsonl", text, val_data="toy", seq_len=seq_len
         )
         assert any(
-            "rows lose their answer where it is cut off" in text for text in task.source.warnings
+            "rows lose their answer: truncation removes it" in text for text in task.source.warnings
         ) == bool(lost)
         assert not lost or task.source.warnings[1].startswith("2 of 3 ")
 

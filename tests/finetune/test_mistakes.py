@@ -73,13 +73,13 @@ MISTAKES = {  # a task and options: what the line must hold
     ],
     "sentiment --val-data seven.csv": [
         "seven.csv line 3: the label '7' is none of the training rows' labels",
-        "they are 0, 1",
+        "use one of 0, 1",
     ],
     "sentiment --val-data word.csv": [
-        "word.csv line 3: the label 'good' is not a number, as those of the training rows are"
+        "word.csv line 3: the label 'good' is not a number, but those of the training rows are"
     ],
     "sentiment --data mixed.csv": [
-        "mixed.csv line 4: the label 'one' is not a number, as most others are"
+        "mixed.csv line 4: the label 'one' is not a number, but most others are"
     ],
     "sentiment --data one.csv": ["all 3 training rows have the label '1'"],
     "sentiment --data ids.csv": ["30 training rows have 30 labels", "--label-column"],
@@ -89,7 +89,7 @@ MISTAKES = {  # a task and options: what the line must hold
         "--strict",
     ],
     "sentiment --data known.csv --val-data known.csv": [
-        "99 of 99 training rows (100.0%) also stand",
+        "99 of 99 training rows (100.0%) are also validation rows",
         "--allow-overlap",
     ],
     "topics --seq-len 8 --strict": ["toy row 1: ", "tokens too long for --seq-len 8 (--strict)"],
@@ -97,7 +97,7 @@ MISTAKES = {  # a task and options: what the line must hold
         "toy row 1: nothing of its text fits into 8 tokens; raise --seq-len"
     ],
     "sentiment --init base --epochs 0 --predict toy": [
-        "base is no classifier; train one first",
+        "base is not a classifier; train one first",
         "finetune.sentiment",
     ],
     # options of classification
@@ -118,9 +118,11 @@ MISTAKES = {  # a task and options: what the line must hold
     "sentiment --class-weights even": ["--class-weights even: give balanced, or 2 numbers"],
     "sentiment --class-weights 0 0": ["all training rows have the weight 0", "--class-weights"],
     "sentiment --words bad": ["--words belongs to --form word"],
-    "sentiment --form word --words bad": ["--form word: name 2 words with --words, for 0, 1"],
+    "sentiment --form word --words bad": [
+        "--form word: name 2 words with --words, one for each of 0, 1"
+    ],
     "sentiment --form word --words good good": [
-        "of the words good, good two begin with the same token",
+        "two of the words good, good begin with the same token",
         "--words",
     ],
     "sentiment --form word --pooling mean": ["--pooling mean", "--form word", "leave it out"],

@@ -170,7 +170,7 @@ def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
     assert (
         "dry run: nothing is written (8 rows of toy would be answered by" in capsys.readouterr().out
     )
-    with pytest.raises(UserError, match="base is no classifier"):
+    with pytest.raises(UserError, match="base is not a classifier"):
         dry("base")
     assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
 

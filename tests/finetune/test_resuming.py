@@ -215,11 +215,12 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
     )
     for what in ("training", "validation"):
         assert (
-            f"1 of 9 {what} rows are longer than 48 tokens and cannot be cut to fit and are left "
+            f"1 of 9 {what} rows are longer than 48 tokens and cannot be truncated enough and are left "
             "out" in told
         )
         assert any(
-            f"{what} rows are longer than 48 tokens and are cut at the end" in text for text in told
+            f"{what} rows are longer than 48 tokens and are truncated at the end" in text
+            for text in told
         )
 
 

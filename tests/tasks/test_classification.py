@@ -284,9 +284,7 @@ def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
         )
         tokens = task.train.tokens[0].tolist()
         assert len(tokens) == min(seq_len, seq_len + over)
-        what = (
-            f"1 of 2 {{}} rows are longer than {seq_len} tokens and cut at the {cut} of their text"
-        )
+        what = f"1 of 2 {{}} rows are longer than {seq_len} tokens and are truncated at the {cut} of their text"
         told = [text for text in task.source.warnings if "longer than" in text]
         assert told == ([what.format("training"), what.format("validation")] if over > 0 else [])
         kept = parts_of(
@@ -366,18 +364,17 @@ def test_labels_that_are_no_classes():
         return [Row({"label": cell}, f"a.csv line {n}") for n, cell in enumerate(cells, 2)]
 
     with pytest.raises(
-        UserError, match="all 3 training rows have the label '2'; there is nothing to learn"
+        UserError, match="all 3 training rows have the label '2'; give rows with two labels"
     ):
         find_labels(rows("2", "2.0", " 2"))
     with pytest.raises(
-        UserError, match=r"a.csv line 3: the label 'two' is not a number, as most others are"
+        UserError, match=r"a.csv line 3: the label 'two' is not a number, but most others are"
     ):
         find_labels(rows("1", "two", "2", "1"))
     assert find_labels(rows("1", "one", "two", "one")) == ("1", "one", "two")
     many = [f"{n}" for n in range(21)]
     with pytest.raises(
-        UserError,
-        match="22 training rows have 21 labels; name the column of the class: --label-column",
+        UserError, match=r"22 training rows have 21 labels, too many .* with --label-column"
     ):
         find_labels(rows(*many, "1"))
     assert len(find_labels(rows(*many, *many, *many))) == 21
@@ -388,18 +385,18 @@ def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenize
         (
             ("bad", "good"),
             "goood",
-            r"'goood' is none of the training rows' labels \(did you mean good\?\); they are bad, "
+            r"'goood' is none of the training rows' labels \(did you mean good\?\); use one of bad, "
             r"good",
         ),
         (
             ("0", "1"),
             "good",
-            r"'good' is not a number, as those of the training rows are; they are 0, 1",
+            r"'good' is not a number, but those of the training rows are; use one of 0, 1",
         ),
         (
             ("0", "1"),
             "-1",
-            r"'-1' is none of the training rows' labels \(did you mean 1\?\); they are 0, 1",
+            r"'-1' is none of the training rows' labels \(did you mean 1\?\); use one of 0, 1",
         ),
         (("0", "0.5"), "1.5", r"'1.5' is none of the training rows' labels"),
     ):
@@ -416,11 +413,12 @@ def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused
         if both == 3:
             with pytest.raises(
                 UserError,
-                match=re.escape(told) + " also stand among .*; take them out, or .*--allow-overlap",
+                match=re.escape(told)
+                + " are also validation rows; remove them, or .*--allow-overlap",
             ):
                 mood(tokenizer, train, val, allow_overlap=False)
         task = mood(tokenizer, train, val, allow_overlap=both == 3)
-        assert task.source.warnings == [f"{told} also stand among the validation rows"]
+        assert task.source.warnings == [f"{told} are also validation rows"]
 
 
 def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
@@ -462,9 +460,11 @@ def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
         "stone",
     )
     numbers = [row("a", "0"), row("b", "1")]
-    with pytest.raises(UserError, match="--form word: name 2 words with --words, for 0, 1"):
+    with pytest.raises(
+        UserError, match="--form word: name 2 words with --words, one for each of 0, 1"
+    ):
         mood(tokenizer, numbers, form="word")
-    with pytest.raises(UserError, match="of the words rain, rain two begin with the same token"):
+    with pytest.raises(UserError, match="two of the words rain, rain begin with the same token"):
         mood(tokenizer, numbers, form="word", words=("rain", "rain"))
 
 
@@ -649,7 +649,7 @@ def test_the_weights_of_the_terms(learner):
     task, _ = learner
     cfg = task.cfg
     of = {"rdrop": cfg.rdrop / 2, "simcse": cfg.simcse}
-    others = {"mood-2": 0.5} if task.also else {}
+    others = {"mood-2": 0.5} if task.auxiliary else {}
     assert task.terms == {"nll": 1.0} | others | {name: of[name] for name in cfg.objective}
 
 
@@ -959,7 +959,9 @@ def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
     assert (
         asked.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append) == {}
     )
-    assert said == ["1 of 2 rows are longer than 8 tokens and cut at the start of their text"]
+    assert said == [
+        "1 of 2 rows are longer than 8 tokens and are truncated at the start of their text"
+    ]
     assert {file.name for file in tmp_path.glob("answers*")} == {"answers.jsonl", "answers.csv"}
     with pytest.raises(UserError, match="too long for --seq-len 8"):
         asked.predict(
@@ -979,7 +981,7 @@ def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
 def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):
     GPT(mood(tokenizer).trunk.shape).save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"is no classifier; train one first, or name a run of finetune.mood"
+        UserError, match=r"is not a classifier; train one first, or name a run of finetune.mood"
     ):
         Mood(ROWS).predict(
             ClassificationConfig(predict="rows"), str(tmp_path), tmp_path / "answers.jsonl", print
@@ -1031,7 +1033,9 @@ def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer,
         assert told == (
             []
             if taken is not False
-            else [f"--init {tmp_path} has a head for bad, good, so-so (last): this run's is new"]
+            else [
+                f"--init {tmp_path} has a head for bad, good, so-so (last), which does not fit; this run starts with a new head"
+            ]
         )
         known = tokenizer.vocab_size  # the prompts of --form word add a token
         for name, p in model.named_parameters():
@@ -1079,7 +1083,8 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
     )
     task.build_model(task.cfg)
     assert any(
-        "has a head for bad, good, so-so (last): this run's is new" in text
+        "has a head for bad, good, so-so (last), which does not fit; this run starts with a new head"
+        in text
         for text in task.source.warnings
     )
 

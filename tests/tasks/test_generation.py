@@ -190,7 +190,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
         if n
         for what in ("training", "validation")
     ]
-    (known,) = [w for w in task.source.warnings if "also stand among" in w]  # all of them do here
+    (known,) = [w for w in task.source.warnings if "also validation rows" in w]  # here all are
     assert known.startswith(f"{len(rows)} of {len(rows)} ")
     others = [w for w in task.source.warnings if "lose their answer" not in w]
     assert len(others) == len(told) + 1
@@ -462,7 +462,7 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {
         "answered": 3
     }
-    assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
+    assert said[1:] == ["3 of 4 rows have a true answer. Only these are scored"]
     broken = Echo(rows)
     torn = Row(dict(row("")), "a line 1", "is torn")
     broken.predict_rows = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
