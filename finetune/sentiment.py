@@ -1,9 +1,9 @@
-"""Sentiment of a text: SST-5 and CFIMDB in the course's format, NSMC, any file with columns of
-texts and labels.
+"""Sentiment of a text. It reads SST-5 and CFIMDB in CS224N's format, NSMC, and any file with a
+column of texts and a column of labels.
 
 python -m finetune.sentiment --init gpt2 --data ids-sst-train.csv --val-data ids-sst-dev.csv --predict ids-sst-test-student.csv
-With --form prompt the head reads "Review: ... Sentiment:", with --form word the language model
-answers that.
+With --form prompt the head reads "Review: ... Sentiment:". With --form word the language model
+continues it with the label's word.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.classification.options import ClassificationConfig
 from tasks.description import Parts, Truncatable
 from text.rows import Row
 
-WORDS = {
+WORDS = {  # for numeric labels, by the number of labels
     2: ("negative", "positive"),
     3: ("negative", "neutral", "positive"),
     5: ("terrible", "bad", "okay", "good", "great"),
@@ -29,7 +29,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class SentimentConfig(ClassificationConfig):
-    """Options of the task of sentiment."""
+    """Options of the sentiment task."""
 
     text_column: str | None = None
     """Column of the text. Default: sentence, text, document, review or content."""
@@ -38,6 +38,7 @@ class SentimentConfig(ClassificationConfig):
 
 
 def prompt(row: Row, form: Form) -> Parts:
+    """The review, followed by the word that asks for its sentiment."""
     return "Review: ", Truncatable(row["text"].strip()), "\nSentiment:"
 
 

@@ -121,8 +121,8 @@ def _word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def copied(texts: Sequence[str], training: Sequence[str]) -> dict[str, float]:
-    """The longest run of words that any text copies from the training texts, as a metric. {} without
-    training texts."""
+    """The longest run of words that any text copies from the training texts, as a metric. {}
+    without training texts."""
     if not training:
         return {}
     return {"longest_copied": float(longest_copied(texts, training).max(initial=0))}

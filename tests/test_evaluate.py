@@ -382,8 +382,8 @@ def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) 
         (["here", "--lambada", "missing.jsonl"], "missing.jsonl: No such file"),
         (["here", "--lambada", "text"], "line 1 is not valid JSON"),
         (["here", "--lambada", "empty"], "holds no rows"),
-        (["here", "--hellaswag", "foreign"], "row 2 is not one of this benchmark"),
-        (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),
+        (["here", "--hellaswag", "foreign"], "row 2 is not a row of this benchmark"),
+        (["here", "--lambada", "word"], "row 1 is not a row of this benchmark"),
         (["here", "--data", "stdlib", "--batch-size", "0"], "--batch-size is 0"),
         (
             ["{checkpoint}", "--data", "stdlib", "--seq-len", "99"],

@@ -185,8 +185,8 @@ def paired_test(
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's exact test (1947): the two-sided p-value that a fair coin gives counts at least this
-    uneven.
+    """McNemar's exact test (1947): the two-sided probability that a fair coin gives counts at least
+    this uneven.
 
     Every term of the binomial tail is summed. Only rounding limits the result.
     """

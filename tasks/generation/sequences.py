@@ -105,7 +105,7 @@ class SequenceEncoder:
             return [(tokens, 1 + len(prompt))], ""
         truncatable = self._truncatable(example.prompt)
         if not truncatable and 1 + len(prompt) < room:
-            # Each sequence begins with the last token of the previous one, to read but not to learn.
+            # Each sequence starts with the last token of the previous one. It is read, not learned.
             pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
             return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "split"
         if self.strict:

@@ -101,9 +101,9 @@ MISTAKES = {  # a task and options: what the line must hold
         "finetune.sentiment",
     ],
     # options of classification
-    "sentiment --also sonnets": ["--also sonnets: sonnets is no task with labels"],
+    "sentiment --also sonnets": ["--also sonnets: sonnets is not a task with labels"],
     "sentiment --also topic:1": [
-        "--also topic:1: topic is no task with labels (did you mean topics?)"
+        "--also topic:1: topic is not a task with labels (did you mean topics?)"
     ],
     "sentiment --also topics:much": [
         "--also topics:much: the weight must be a number above 0",

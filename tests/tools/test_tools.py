@@ -139,7 +139,7 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
         for n, p in enumerate([(0.5, 0.1, 0.4), (0.0, 0.2, 0.8)])
     ]
     done = tool("ensemble", *files, "--how", "vote", "--out", tmp_path / "out.jsonl")
-    assert done.code == 0 and "not known" in done.out
+    assert done.code == 0 and "without known labels" in done.out
     (row,) = read_jsonl(tmp_path / "out.jsonl")
     assert row["prediction"] == "good" and row["probabilities"] == {
         "bad": 0.5,
@@ -207,7 +207,7 @@ def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> No
         f"{expected['accuracy']['difference']:+.4f}" in done.out
         and f"p {expected['mcnemar_p']:.4g}" in done.out
     )
-    assert f"A alone has {expected['wins']} right and B alone {expected['losses']}" in done.out
+    assert f"only A is right on {expected['wins']}, only B on {expected['losses']}" in done.out
 
 
 def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
@@ -224,7 +224,7 @@ def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
         assert tool("compare", file, file, "--json", file.with_suffix(".json")).code == 0
     figures = [json.loads(file.with_suffix(".json").read_text()) for file in (all_known, some)]
     assert figures[0]["scores"] == figures[1]["scores"] and figures[1]["rows"] == 20
-    refused(tool("compare", none, none), "true label")
+    refused(tool("compare", none, none), "no row with a known label")
 
 
 def test_a_number_is_the_label_it_stands_for(tool, tmp_path) -> None:
@@ -287,7 +287,7 @@ def test_mistyped_predictions_are_refused(tool, runs, tmp_path) -> None:
     refused(tool("compare", a, b, c), "3 files")
     refused(tool("compare", a, tmp_path / "none.jsonl"), "none.jsonl", "No such file")
     refused(tool("compare", a, b, "--json", a), "also what is read")
-    refused(tool("ensemble", a, *out), "two members")
+    refused(tool("ensemble", a, *out), "two runs or more")
     refused(tool("ensemble", a, b), "--out")
     refused(tool("ensemble", a, b, "--out", b), "also what is read")
     refused(tool("ensemble", a, b, "--out", tmp_path / "no" / "out.jsonl"), "no folder")
@@ -368,7 +368,7 @@ def test_labels_that_say_alike_may_be_named(tool, tmp_path) -> None:
     done = tool(
         "mine", "--data", data, "--out", tmp_path / "turned.csv", "--alike", 0, "--share", 0.25
     )
-    assert done.code == 0 and "do these labels say alike?" not in done.out
+    assert done.code == 0 and "name the right labels?" not in done.out
     assert "Where can I swim?" in (tmp_path / "turned.csv").read_text()
     assert "an egg, please?" in (tmp_path / "turned.csv").read_text()
 
@@ -506,8 +506,7 @@ def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> N
     assert done.code == 0, done.err
     assert read_jsonl(out) == BACK
     assert (
-        "2 rows" in done.out
-        and "1 that came back as they were, 1 with more than 8 tokens" in done.out
+        "2 rows" in done.out and "1 that came back unchanged, 1 with more than 8 tokens" in done.out
     )
     assert "6 of 6 texts" in done.err and "0.0 min left" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "rows.csv"]
@@ -597,7 +596,7 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(
     refused(tool("backtranslate", *words, "--beams", 2), "other models or options")
     done = tool("backtranslate", *words)
     assert done.code == 0, done.err
-    assert f"going on: {3 - bool(cut)} of 6 texts are done" in done.err
+    assert f"continuing: {3 - bool(cut)} of 6 texts are done" in done.err
     assert read_jsonl(out) == BACK and not part.exists()
 
 
