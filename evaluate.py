@@ -382,8 +382,8 @@ def read_benchmark_rows(
             parsed.append(parse_row(row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"--{option} {where}: row {number} is not a row of this benchmark ({error!r}); give "
-                "its file, or hub"
+                f"--{option} {where}: row {number} is not a row of this benchmark ({error!r}); "
+                "give its file, or hub"
             ) from None
     return parsed
 

@@ -2,9 +2,9 @@
 answer is learned.
 
 python -m finetune.qa --init gpt2 --data squad_train.json --val-data squad_dev.json --predict questions.csv
-SQuAD can be in its own files' layout or in the hub's. A question without an answer (SQuAD 2) is left
-out of training, but --predict answers it. A passage that is too long for the model is truncated at
-its end. A warning counts the rows that lose their answer by that.
+SQuAD can be in its own files' layout or in the hub's. A question without an answer (SQuAD 2) is
+left out of training, but --predict answers it. A passage that is too long for the model is
+truncated at its end. A warning counts the rows that lose their answer by that.
 """
 
 from __future__ import annotations

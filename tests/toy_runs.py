@@ -1,5 +1,4 @@
-"""Tiny runs of the tasks of finetune/ on their toy rows, in this process and as a user starts
-them."""
+"""Tiny runs of the tasks of finetune/ on their toy rows, in this process or as commands."""
 
 from __future__ import annotations
 
@@ -27,12 +26,8 @@ from tasks.generation.task import Generation
 from tasks.source import Source
 
 CPU = torch.device("cpu")
-
-
 ALONE = World(0, 0, 1, 1, CPU)
-
-
-OPTIONS = {  # of a run on the toy rows, all of them in each step
+OPTIONS = {  # defaults of a tiny run
     "preset": "micro",
     "init": "scratch",
     "tokenizer": "tokenizer",
@@ -51,55 +46,50 @@ OPTIONS = {  # of a run on the toy rows, all of them in each step
 }
 
 
-def kind(name: str) -> Any:
+def description_of(name: str) -> Any:
     """The description of a module's task."""
     return importlib.import_module(f"finetune.{name}").TASK
 
 
-def family(name: str) -> Any:
-    """What trains it."""
-    task = kind(name)
+def task_of(name: str) -> Any:
+    """The Task that trains on the description of a module."""
+    task = description_of(name)
     return Classification(task) if isinstance(task, ClassificationDescription) else Generation(task)
 
 
 TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
+GENERATION = [name for name in TASKS if isinstance(description_of(name), GenerationDescription)]
+CLASSIFICATION = [
+    name for name in TASKS if isinstance(description_of(name), ClassificationDescription)
+]
 
 
-GENERATION = [name for name in TASKS if isinstance(kind(name), GenerationDescription)]
-
-
-CLASSIFICATION = [name for name in TASKS if isinstance(kind(name), ClassificationDescription)]
-
-
-def words(name: str, *more: Any) -> list[str]:
-    """The options of a tiny run of a task, then `more`; of an option that is there twice the later
-    one counts."""
-    chosen = {
-        name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in more
-    }
-    chosen |= {"eval-rows": 0} if name in GENERATION else {}
-    return [
-        *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)),
-        *map(str, more),
-    ]
+def task_options(name: str, *more: Any) -> list[str]:
+    """The words of a tiny run's command: the defaults of a task, then `more`, split at spaces. The
+    last value of a repeated option counts."""
+    typed = " ".join(map(str, more)).split()
+    defaults = {k: v for k, v in OPTIONS.items() if k != "preset" or "--init" not in typed}
+    defaults |= {"eval-rows": 0} if name in GENERATION else {}
+    return [*(str(word) for k, v in defaults.items() for word in (f"--{k}", v)), *typed]
 
 
 def run_task(name: str, folder: Path, *more: Any, **how: Any) -> list[Ended]:
-    return launch(folder, words(name, *more), program=f"finetune.{name}", **how)
+    """Run a task as a command, with task_options. Returns how each rank ended."""
+    return launch(folder, task_options(name, *more), program=f"finetune.{name}", **how)
 
 
-def finished(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
-    """The first rank of a run that ends well."""
+def run_well(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
+    """The first rank of a run that must end with exit code 0."""
     ends = run_task(name, folder, *more, **how)
     assert [end.code for end in ends] == [0] * len(ends), ends
     return ends[0]
 
 
-def set_up(
+def set_up_task(
     name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any
 ) -> Any:
-    """A task on its toy rows, in this process; without dropout, unless the test says so."""
-    task = kind(name)
+    """A task that is set up on its toy rows in this process. The default is no dropout."""
+    task = description_of(name)
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32"
     )
@@ -108,7 +98,7 @@ def set_up(
     )
     fixed |= {"head_dropout": 0.0} if name in CLASSIFICATION else {}
     cfg = task.config(**fixed | options)
-    trained = family(name)
+    trained = task_of(name)
     if isinstance(cfg, ClassificationConfig):
         cfg = lstm_config(cfg) if cfg.model == "lstm" else cfg
         trained = Classification(task, auxiliary_tasks(cfg, find_classification_task))
@@ -119,18 +109,18 @@ def set_up(
     return trained
 
 
-def step_of(task: Finetuning, seed: int = 0) -> TrainStep:
+def train_step(task: Finetuning, seed: int = 0) -> TrainStep:
     torch.manual_seed(seed)
     return TrainStep(task, task.build_model(task.cfg), task.cfg, ALONE)
 
 
-def reader(name: str, say: Any = print, **options: Any) -> Source:
-    """Reads the files of a task."""
-    task = kind(name)
+def source_of(name: str, say: Any = print, **options: Any) -> Source:
+    """The Source that reads the files of a task."""
+    task = description_of(name)
     return Source(task, task.config(init="scratch", **options), say)
 
 
-def agrees_with_transformers(final: Path, ids: list[int]) -> None:
+def check_against_transformers(final: Path, ids: list[int]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(final).eval()
@@ -146,8 +136,9 @@ def agrees_with_transformers(final: Path, ids: list[int]) -> None:
     )
 
 
-def same_second_half(run: Path, branch: Path, step: int) -> None:
-    """Every figure after `step`, and the bits of the last checkpoint and of final/."""
+def check_same_second_half(run: Path, branch: Path, step: int) -> None:
+    """Assert that a resumed run equals the whole run after `step`: every logged figure, and the
+    bits of the last checkpoint and of final/."""
     whole, second = log_of(run, "train"), log_of(branch, "train")
     for key in ("step", "loss", "grad_norm", "lr", "tokens"):
         assert [line[key] for line in second] == [

@@ -15,8 +15,8 @@ class Translator:
     """A sequence-to-sequence model of transformers, from one language to another."""
 
     def __init__(self, where: str, option: str, beams: int, max_tokens: int, device: str):
-        """Loads the model in fp32. option: the option that named it, for errors. Raises UserError if
-        it cannot be loaded."""
+        """Loads the model in fp32. option: the option that named it, for errors. Raises UserError
+        if it cannot be loaded."""
         try:
             from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
         except ImportError:

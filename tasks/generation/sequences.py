@@ -78,8 +78,8 @@ class SequenceEncoder:
         ]
         if counts["lost"]:
             warnings.append(
-                f"{counts['lost']} of {len(rows)} {what} rows lose their answer: truncation removes "
-                "it from their text"
+                f"{counts['lost']} of {len(rows)} {what} rows lose their answer: truncation "
+                "removes it from their text"
             )
         return split, warnings
 

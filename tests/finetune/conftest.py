@@ -13,14 +13,14 @@ from config import GPTConfig
 from model import GPT
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_bpe
-from toy_runs import TASKS, finished, kind
+from toy_runs import TASKS, description_of, run_well
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tokenizer/, trained on all toy rows, and base/, a model of that vocabulary."""
     folder = tmp_path_factory.mktemp("inputs")
-    texts = [text for name in TASKS for row in kind(name).toy for text in row.values()]
+    texts = [text for name in TASKS for row in description_of(name).toy for text in row.values()]
     tokenizer = train_bpe(texts, 400, folder / "tokenizer")
     torch.manual_seed(0)
     base = GPT(
@@ -67,20 +67,7 @@ def mistakes(inputs: Path) -> Path:
     }
     for name, text in write.items():
         (inputs / name).write_text(text)
-    finished(
-        "sonnets",
-        inputs,
-        "--init",
-        "base",
-        "--method",
-        "lora",
-        "--steps",
-        1,
-        "--eval-every",
-        0,
-        "--out",
-        "lora",
-    )
+    run_well("sonnets", inputs, "--init base --method lora --steps 1 --eval-every 0 --out lora")
     odd = json.loads((inputs / "tokenizer" / "tokenizer.json").read_text())
     odd["model"]["vocab"]["<generate>"] = load_tokenizer(str(inputs / "tokenizer")).vocab_size
     (inputs / "odd").mkdir()

@@ -12,7 +12,7 @@ from config import UserError
 from support import REPO
 from tasks.classification.labels import find_labels
 from tasks.generation.description import Answer
-from toy_runs import CLASSIFICATION, kind, reader, set_up
+from toy_runs import CLASSIFICATION, description_of, set_up_task, source_of
 
 SHARED = REPO.parent / "shared" / "data"
 
@@ -20,13 +20,13 @@ SHARED = REPO.parent / "shared" / "data"
 def rows_of(
     name: str, inputs: Path, file: Path, text: str, **options: Any
 ) -> tuple[Any, list[dict[str, str]]]:
-    """A task set up on a file of this text, and all of its rows."""
+    """A task that is set up on a file with this text, and all rows of the file."""
     file.write_text(text)
-    task = set_up(name, inputs, data=str(file), **options)
+    task = set_up_task(name, inputs, data=str(file), **options)
     return task, [row.fields for row in task.source.read(str(file), "validation")]
 
 
-def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None:
+def test_squad_files_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None:
     answers = [{"text": text, "answer_start": 0} for text in ("two men", "men", "two men")]
     asked: list[dict[str, Any]] = [
         {"id": "a", "question": "who", "answers": answers},
@@ -58,7 +58,7 @@ def test_questions_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> None
     assert rows[0] == first
 
 
-def test_an_answer_that_is_cut_off_is_counted(inputs: Path, tmp_path: Path) -> None:
+def test_answers_lost_by_truncation_are_counted(inputs: Path, tmp_path: Path) -> None:
     rows = [
         {"context": "far " * 40 + end, "question": "?", "answer": "here"}
         for end in ("here", "there", "")
@@ -69,12 +69,12 @@ def test_an_answer_that_is_cut_off_is_counted(inputs: Path, tmp_path: Path) -> N
             "qa", inputs, tmp_path / "cut.jsonl", text, val_data="toy", seq_len=seq_len
         )
         assert any(
-            "rows lose their answer: truncation removes it" in text for text in task.source.warnings
+            "rows lose their answer: truncation " in text for text in task.source.warnings
         ) == bool(lost)
         assert not lost or task.source.warnings[1].startswith("2 of 3 ")
 
 
-def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: Path) -> None:
+def test_a_lyrics_prompt_is_the_title_or_the_first_line(inputs: Path, tmp_path: Path) -> None:
     songs = 'artist,song,text\nAda,Ferry,"\none\ntwo\n"\n,Tide,only\nBob,,three\n'
     parts = {
         False: [("one", "\ntwo"), ("only", ""), ("three", "")],
@@ -94,7 +94,7 @@ def test_a_song_begins_with_its_title_or_its_first_line(inputs: Path, tmp_path: 
     assert task.description.as_predict_example(row, task.cfg).prompt == ("Dawn, by Cy",)
 
 
-def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path) -> None:
+def test_text_rows_are_documents_lines_or_parts(inputs: Path, tmp_path: Path) -> None:
     lines = [f"line {n} of it\n" for n in range(25)]
     task, (document,) = rows_of("text", inputs, tmp_path / "one.txt", "".join(lines))
     assert document == {"text": "".join(lines)}
@@ -110,10 +110,10 @@ def test_a_text_is_documents_lines_or_parts_of_one(inputs: Path, tmp_path: Path)
     assert [row["text"] for row in rows] == ["좋아요", "별로"]
 
 
-def test_rows_to_predict_need_no_answer(inputs: Path, tmp_path: Path) -> None:
+def test_predict_rows_need_no_answer(inputs: Path, tmp_path: Path) -> None:
     for name, text in (("summarize", "article\nsome news\n"), ("qa", "context,question\na,b\n")):
         (tmp_path / "asked.csv").write_text(text)
-        source, about = reader(name), kind(name)
+        source, about = source_of(name), description_of(name)
         (row,) = source.read(str(tmp_path / "asked.csv"), "test")
         asked = about.as_predict_example(row, source.cfg)
         assert not asked.true_answer and asked.prompt == about.example(row, source.cfg).prompt
@@ -121,9 +121,7 @@ def test_rows_to_predict_need_no_answer(inputs: Path, tmp_path: Path) -> None:
             source.read(str(tmp_path / "asked.csv"), "train")
 
 
-def test_sonnets_are_read_and_written_in_the_format_of_the_course(
-    inputs: Path, tmp_path: Path
-) -> None:
+def test_sonnets_round_trip_in_the_format_of_cs224n(inputs: Path, tmp_path: Path) -> None:
     poems = [
         [f"{n} the line {i}" for i in range(lines)] for n, lines in ((7, 14), (99, 15), (126, 12))
     ]
@@ -149,7 +147,7 @@ def test_sonnets_are_read_and_written_in_the_format_of_the_course(
     assert again == rows
 
 
-LABELLED = [  # a task, a file, its first lines; what is read of the first row: texts, label, id
+LABELLED_FILES = [  # task, file, its content, and the row that is read: texts, label, id
     (
         "sentiment",
         "sst.csv",
@@ -227,17 +225,19 @@ LABELLED = [  # a task, a file, its first lines; what is read of the first row: 
 ]
 
 
-@pytest.mark.parametrize("case", LABELLED, ids=lambda case: case[1])
-def test_labelled_files_are_read_as_they_come(case: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", LABELLED_FILES, ids=lambda case: case[1])
+def test_labelled_files_of_many_formats_are_read(case: Any, tmp_path: Path) -> None:
     name, file, text, texts, label, id = case
     (tmp_path / file).write_text(text)
-    (row,) = reader(name).read(str(tmp_path / file), "train")
-    assert kind(name).texts(row) == texts and (row["label"], row["id"]) == (label, id)
+    (row,) = source_of(name).read(str(tmp_path / file), "train")
+    assert description_of(name).texts(row) == texts and (row["label"], row["id"]) == (label, id)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path) -> None:
-    fields = {field: names[0] for field, names in kind(name).columns.items() if field != "id"}
+def test_rows_with_unknown_labels_are_left_out(name: str, tmp_path: Path) -> None:
+    fields = {
+        field: names[0] for field, names in description_of(name).columns.items() if field != "id"
+    }
     cells = ["0", "1", "-1", " -1.0 ", "?", "-", "NaN", "1"]
     lines = ["\t".join(fields.values())]
     lines += [
@@ -246,7 +246,7 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
     ]
     (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
     for split in ("train", "validation"):
-        source = reader(name)
+        source = source_of(name)
         found = [row["label"] for row in source.read(str(tmp_path / "rows.tsv"), split)]
         assert found == ["0", "1", "1"]
         (warning,) = source.warnings
@@ -254,14 +254,14 @@ def test_a_label_of_minus_one_is_unknown_in_every_task(name: str, tmp_path: Path
             f"5 of 8 rows of {tmp_path}/rows.tsv have no known label ('-', '-1', '-1.0', '?', "
             "'NaN')"
         )
-    asked = reader(name).read(str(tmp_path / "rows.tsv"), "test")
+    asked = source_of(name).read(str(tmp_path / "rows.tsv"), "test")
     assert [row["label"] for row in asked] == ["0", "1", "", "", "", "", "", "1"]
     (tmp_path / "none.tsv").write_text("\n".join([lines[0], lines[3]]) + "\n")
     with pytest.raises(UserError, match=r"1 of 1 rows of .* have no known label"):
-        reader(name).read(str(tmp_path / "none.tsv"), "validation")
+        source_of(name).read(str(tmp_path / "none.tsv"), "validation")
 
 
-TORN = {  # rows of which some cannot be read: the ids and whether each is answered
+UNREADABLE = {  # files with broken rows: content, the ids of all rows, and which rows are readable
     "rows.csv": (
         "id,text\n7,good\n8,\n9\n9,dull, and long\n,fine\n",
         ["7", "8", "9", "9", ""],
@@ -278,12 +278,12 @@ TORN = {  # rows of which some cannot be read: the ids and whether each is answe
 }
 
 
-@pytest.mark.parametrize("file", TORN)
-def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None:
-    text, ids, answered = TORN[file]
+@pytest.mark.parametrize("file", UNREADABLE)
+def test_unreadable_predict_rows_keep_their_place(file: str, tmp_path: Path) -> None:
+    text, ids, answered = UNREADABLE[file]
     (tmp_path / file).write_text(text)
     said: list[str] = []
-    source = reader("sentiment", said.append)
+    source = source_of("sentiment", said.append)
     rows = source.read(str(tmp_path / file), "test")
     assert [row["id"] for row in rows] == ids
     assert [int(not row.fault) for row in rows] == answered
@@ -293,21 +293,21 @@ def test_every_row_to_predict_keeps_its_place(file: str, tmp_path: Path) -> None
     ]
 
 
-def test_bytes_that_are_no_text_cost_no_row_its_answer(tmp_path: Path) -> None:
+def test_invalid_utf8_does_not_lose_a_predict_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b"id,text\n1,caf\xe9 good\n2,fine\n")
-    first, second = reader("sentiment").read(str(tmp_path / "rows.csv"), "test")
+    first, second = source_of("sentiment").read(str(tmp_path / "rows.csv"), "test")
     assert first["text"] == "caf\ufffd good" and not first.fault and second["text"] == "fine"
 
 
-def test_a_missing_column_is_named_with_an_option_only_where_there_is_one(tmp_path: Path) -> None:
+def test_a_missing_column_names_an_option_only_if_it_exists(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,a text\n")
     for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the one that")):
         with pytest.raises(UserError, match=f"has no column .* {advice}"):
-            reader(name).read(str(tmp_path / "rows.csv"), "train")
+            source_of(name).read(str(tmp_path / "rows.csv"), "train")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-def test_the_real_labelled_files_are_read_whole() -> None:
+def test_real_labelled_files_are_read_completely() -> None:
     three = ("contradiction", "entailment", "neutral")
     expected = {
         ("sentiment", "cs224n/ids-sst-dev.csv"): (881, ("0", "1", "2", "3", "4")),
@@ -326,11 +326,11 @@ def test_the_real_labelled_files_are_read_whole() -> None:
         ),
     }
     for (name, file), (count, labels) in expected.items():
-        source = reader(name)
+        source = source_of(name)
         rows = source.read(str(SHARED / file), "validation")
         assert (len(rows), find_labels(rows)) == (count, labels) and not source.warnings, file
     student = SHARED / "cs224n/ids-sst-test-student.csv"
-    (first, *_) = reader("sentiment").read(str(student), "test")
+    (first, *_) = source_of("sentiment").read(str(student), "test")
     assert first.fields == {
         "text": " Effective but too-tepid biopic",
         "label": "",
@@ -339,7 +339,7 @@ def test_the_real_labelled_files_are_read_whole() -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-def test_the_real_files_are_read_whole() -> None:
+def test_real_text_files_are_read_completely() -> None:
     counts = {
         ("sonnets", "cs224n/sonnets.txt"): 131,
         ("sonnets", "cs224n/TRUE_sonnets_held_out_dev.txt"): 12,
@@ -352,6 +352,6 @@ def test_the_real_files_are_read_whole() -> None:
         ("text", "korean/nsmc_dev.txt"): 2000,
     }
     for (name, file), count in counts.items():
-        source = reader(name)
+        source = source_of(name)
         assert len(source.read(str(SHARED / file), "validation")) == count, file
         assert not source.warnings

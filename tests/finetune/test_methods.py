@@ -26,61 +26,35 @@ from text.tokenizer import load_tokenizer
 from toy_runs import (
     ALONE,
     CPU,
-    agrees_with_transformers,
-    finished,
-    kind,
-    same_second_half,
-    set_up,
-    step_of,
+    check_against_transformers,
+    check_same_second_half,
+    description_of,
+    run_well,
+    set_up_task,
+    train_step,
 )
 
 METHODS = get_args(Method)
 
 
-ONE_TERM = ("full", "last-layer", "dora", "soft-prompt")  # the others also by unlikelihood
+ONE_TERM = ("full", "soft-prompt")  # methods that train here without unlikelihood
 
 
-# the others are stored as full or lora is
+# The other methods are stored like full or lora.
 @pytest.mark.parametrize("method", ["full", "ulmfit", "lora", "prefix", "soft-prompt"])
-def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -> None:
-    more = [
-        "--init",
-        "base",
-        "--method",
-        method,
-        "--steps",
-        8,
-        "--save-every",
-        4,
-        "--eval-every",
-        0,
-        "--dropout",
-        "0.1",
-    ]
-    more += [
-        "--lr",
-        "2e-2" if method in ("bitfit", *ADAPTERS) else "3e-3",
-        "--schedule",
-        "constant",
-    ]
-    more += [] if method in ONE_TERM else ["--objective", "unlikelihood"]
-    more += {"prefix": ["--prefix-width", 32], "last-k": ["--last-k", 1]}.get(method, [])
-    finished("sonnets", folder, *more)
+def test_a_method_learns_stores_its_parameters_and_resumes(method: str, folder: Path) -> None:
+    more = f"--init base --method {method} --steps 8 --save-every 4 --eval-every 0 --dropout 0.1"
+    more += f" --lr {'2e-2' if method in ADAPTERS else '3e-3'} --schedule constant"
+    more += "" if method in ONE_TERM else " --objective unlikelihood"
+    more += " --prefix-width 32" if method == "prefix" else ""
+    run_well("sonnets", folder, more)
     run = folder / "run"
     train = log_of(run, "train")
     nll = [line.get("nll", line["loss"]) for line in train]
     assert min(nll[-2:]) < nll[0] - 0.02, nll
     assert ("unlikelihood" in train[0]) == (method not in ONE_TERM)
-    finished(
-        "sonnets",
-        folder,
-        *more,
-        "--resume",
-        run / "checkpoints" / "step-00000004",
-        "--out",
-        "branch",
-    )
-    same_second_half(run, folder / "branch", 4)
+    run_well("sonnets", folder, more, f"--resume {run}/checkpoints/step-00000004 --out branch")
+    check_same_second_half(run, folder / "branch", 4)
     newest = run / "checkpoints" / "step-00000008"
     stored = {
         key for key in load_file(newest / "training_state.safetensors") if key.startswith("model.")
@@ -105,7 +79,7 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
         (end,) = launch(folder, typed, program="generate")
         assert end.code == 0 and end.out.startswith("The winter") and not own_lines(end.err), end
     else:
-        agrees_with_transformers(run / "final", ids)
+        check_against_transformers(run / "final", ids)
         assert weights_of(run / "final") != unchanged
     model, _ = open_model(str(newest), None, CPU, torch.float32)
     final, _ = open_model(str(run / "final"), None, CPU, torch.float32)
@@ -115,12 +89,12 @@ def test_a_method_learns_stores_its_own_and_resumes(method: str, folder: Path) -
         )
 
 
-A_BASE: dict[str, Any] = dict(
+VARIANT_DEFAULTS: dict[str, Any] = dict(
     preset=None, tokenizer=None, steps=30, batch_size=8, lr=3e-3, schedule="constant"
 )
 
 
-MOVES = {  # by method, the parameters that train
+TRAINED = {  # a pattern of the names that train, by method; without one, all train
     "last-layer": r"heads\..*",
     "last-k": r"heads\..*|transformer\.(h\.1|ln_f)\..*",
     "bitfit": r"heads\..*|.*\.bias",
@@ -129,7 +103,7 @@ MOVES = {  # by method, the parameters that train
 }
 
 
-WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
+VARIANTS: dict[str, dict[str, Any]] = {  # options, by method or by what they vary
     "full": {},
     "last-layer": dict(lr=2e-2),
     "last-k": dict(last_k=1),
@@ -163,22 +137,22 @@ WAYS: dict[str, dict[str, Any]] = {  # to train a classifier
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path) -> None:
-    """And moves what it should: heads train under every method, and might well do without the
-    rest."""
-    options: dict[str, Any] = A_BASE | dict(init=str(inputs / "base")) | WAYS[way]
+@pytest.mark.parametrize("way", VARIANTS)
+def test_a_classifier_variant_solves_the_toy_rows(way: str, inputs: Path) -> None:
+    """It must also change the right parameters: the heads train under every method and could solve
+    the rows without the rest."""
+    options: dict[str, Any] = VARIANT_DEFAULTS | dict(init=str(inputs / "base")) | VARIANTS[way]
     if way in METHODS:
         options["method"] = way
     elif options.get("model") == "lstm":
         options |= dict(init="scratch", tokenizer=str(inputs / "tokenizer"))
-    task = set_up("sentiment", inputs, **options)
-    step = step_of(task)
+    task = set_up_task("sentiment", inputs, **options)
+    step = train_step(task)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     losses = train_all(step, task)
     figures = evaluate(step, 3)
     assert figures is not None and figures["val_loss"] < 0.25 < losses[0], (losses[0], figures)
-    # Biases alone, in a model of random weights, cannot part all eight rows.
+    # In a model of random weights, training only biases cannot separate all eight rows.
     right = 7 / 8 if way == "bitfit" else 1.0
     assert {v for k, v in figures.items() if k.endswith("accuracy")} == {right}
     assert (
@@ -188,17 +162,17 @@ def test_a_way_to_train_a_classifier_solves_the_toy_rows(way: str, inputs: Path)
     )
     moved = {name for name, p in step.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {
-        name for name in before if re.fullmatch(MOVES.get(task.cfg.method, ".*"), name)
+        name for name in before if re.fullmatch(TRAINED.get(task.cfg.method, ".*"), name)
     }
     assert len(step.model.heads) == (len(task.head_names) if task.cfg.form != "word" else 0)
 
 
-def test_every_method_is_among_the_ways() -> None:
-    assert {*METHODS, *get_args(Pooling)} <= WAYS.keys()
+def test_every_method_has_a_variant() -> None:
+    assert {*METHODS, *get_args(Pooling)} <= VARIANTS.keys()
 
 
 def train_all(step: TrainStep, task: Finetuning) -> list[float]:
-    """All steps of a run, in this process; the loss of each."""
+    """Run all steps in this process. Returns the loss of each."""
     data = Loader(task, ALONE, 8, task.cfg.steps)
     results = [step(n, data(n)) for n in range(task.cfg.steps)]
     data.close()
@@ -210,33 +184,20 @@ def weights_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: Path) -> None:
-    more = [
-        "--init",
-        "base",
-        "--method",
-        method,
-        "--steps",
-        3,
-        "--lr",
-        "1e-2",
-        "--predict",
-        "toy",
-        "--save-every",
-        3,
-    ]
-    finished("qa", folder, *more, "--decode", "greedy")
+def test_special_tokens_train_with_an_adapter(method: str, folder: Path) -> None:
+    more = f"--init base --method {method} --steps 3 --lr 1e-2 --predict toy --save-every 3"
+    run_well("qa", folder, more, "--decode", "greedy")
     base = GPT.from_pretrained(folder / "base").head_weight.detach()
     model, tokenizer = open_model(str(folder / "run" / "final"), None, CPU, torch.float32)
     vocab_size = load_tokenizer(str(folder / "base")).vocab_size
     assert tokenizer.vocab_size == vocab_size + 2 == model.config.vocab_size
-    assert [tokenizer.special_id(token) for token in kind("qa").special_tokens(None)] == [
+    assert [tokenizer.special_id(token) for token in description_of("qa").special_tokens(None)] == [
         vocab_size,
         vocab_size + 1,
     ]
     assert torch.equal(model.head_weight[:vocab_size], base[:vocab_size])
     rows = model.head_weight[vocab_size : vocab_size + 2].detach()
-    # they started at the mean, and moved
+    # New rows start at the mean of the table, and training changed them.
     assert (rows - base[:vocab_size].mean(0)).abs().min(1).values.gt(0).all()
     assert (
         json.loads((folder / "run" / "predictions.jsonl").read_text().splitlines()[0])["prediction"]
@@ -244,26 +205,13 @@ def test_special_tokens_of_a_task_train_beside_an_adapter(method: str, folder: P
     )
 
 
-def test_new_tokens_of_a_base_with_more_rows_than_its_tokenizer(folder: Path) -> None:
+def test_new_tokens_use_spare_rows_of_the_base(folder: Path) -> None:
     model = GPT.from_pretrained(folder / "base")
     known = load_tokenizer(str(folder / "base")).vocab_size
-    layers.add_tokens(model, range(known, known + 40))  # rows that no token has
+    layers.add_tokens(model, range(known, known + 40))  # rows without a token
     model.save_pretrained(folder / "wide")
     load_tokenizer(str(folder / "base")).save(folder / "wide")
-    finished(
-        "qa",
-        folder,
-        "--init",
-        "wide",
-        "--method",
-        "lora",
-        "--steps",
-        3,
-        "--eval-rows",
-        0,
-        "--out",
-        "run",
-    )
+    run_well("qa", folder, "--init wide --method lora --steps 3 --eval-rows 0 --out run")
     rows = load_file(folder / "run/checkpoints/step-00000003/adapter_model.safetensors")
     trained = next(tensor for name, tensor in rows.items() if "trainable_tokens" in name)
     both = ("wide", "run/final")

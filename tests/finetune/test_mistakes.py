@@ -16,7 +16,7 @@ from model import GPT
 from tasks.options import FinetuneConfig
 from toy_runs import run_task
 
-MISTAKES = {  # a task and options: what the line must hold
+MISTAKES = {  # a task and options, with fragments of the error line
     "sonnets --data prose.txt": ["prose.txt holds no poems", "line with its number"],
     "sonnets --data nowhere.txt": ["no such data: nowhere.txt"],
     "lyrics --data songs.csv": [
@@ -136,7 +136,7 @@ MISTAKES = {  # a task and options: what the line must hold
         "--objective simcse compares two passes",
         "set --dropout",
     ],
-    # the head's is not its
+    # dropout in the head is not enough for SimCSE
     "sentiment --objective rdrop simcse --dropout 0": ["--objective simcse compares two passes"],
     "sentiment --objective rdrop --form word --dropout 0": [
         "--objective rdrop compares two passes"
@@ -152,18 +152,18 @@ MISTAKES = {  # a task and options: what the line must hold
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line(mistake: str, mistakes: Path) -> None:
+def test_a_mistake_gives_one_error_line(mistake: str, mistakes: Path) -> None:
     name, *options = mistake.split()
-    (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
+    (end,) = run_task(name, mistakes, "--out new --epochs 1", *options)
     assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
     assert "Traceback" not in end.out
-    # nothing was trained or written
+    # Nothing was trained or written.
     assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}
     for part in MISTAKES[mistake]:
         assert part in end.err, end.err
 
 
-AHEAD = {  # found before the first step: options, and what the line must hold
+PREDICT_MISTAKES = {  # a task and options, with fragments of the error before the first step
     "sentiment --predict gone.csv": ["no such data: gone.csv"],
     "sentiment --predict typo.csv": ["typo.csv has no column"],
     "sentiment --predict seven.csv": ["seven.csv line 3: the label '7' is none of"],
@@ -186,17 +186,17 @@ AHEAD = {  # found before the first step: options, and what the line must hold
 }
 
 
-@pytest.mark.parametrize("mistake", AHEAD)
-def test_what_runs_after_training_is_checked_before_it(mistake: str, mistakes: Path) -> None:
+@pytest.mark.parametrize("mistake", PREDICT_MISTAKES)
+def test_predict_options_are_checked_before_training(mistake: str, mistakes: Path) -> None:
     name, *options = mistake.split()
-    (end,) = run_task(name, mistakes, "--out", "new", "--epochs", 1, *options)
+    (end,) = run_task(name, mistakes, "--out new --epochs 1", *options)
     assert end.code == 2 and end.err.startswith("error: ") and end.err.count("\n") == 1, end
     assert {file.name for file in (mistakes / "new").glob("*")} <= {"run.json"}
-    for part in AHEAD[mistake]:
+    for part in PREDICT_MISTAKES[mistake]:
         assert part in end.err, end.err
 
 
-def test_what_is_said_in_the_place_of_an_adapter_works(mistakes: Path, tmp_path: Path) -> None:
+def test_the_advice_for_an_adapter_as_init_works(mistakes: Path, tmp_path: Path) -> None:
     adapter = mistakes / "lora" / "checkpoints" / "step-00000001"
     asked = FinetuneConfig(init=str(adapter))
     with pytest.raises(UserError) as refused:

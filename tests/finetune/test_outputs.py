@@ -13,12 +13,14 @@ from launch import launch, log_of
 from tasks.classification.command import run_baseline
 from tasks.classification.options import ClassificationConfig
 from tasks.command import dry_run_predict
-from toy_runs import family, finished, kind, run_task, words
+from toy_runs import description_of, run_task, run_well, task_of, task_options
 
 
-def test_a_program_of_its_own(run: Any, folder: Path) -> None:
+def test_a_task_runs_as_a_program_with_its_own_help(run: Any, folder: Path) -> None:
     """As a user starts it; and --help names the task's own options."""
-    done = run("-m", "finetune.qa", *words("qa", "--steps", 2, "--eval-every", 0), cwd=folder)
+    done = run(
+        "-m", "finetune.qa", *task_options("qa", "--steps", 2, "--eval-every", 0), cwd=folder
+    )
     assert done.returncode == 0 and (folder / "run" / "final" / "model.safetensors").exists(), (
         done.stderr
     )
@@ -26,7 +28,7 @@ def test_a_program_of_its_own(run: Any, folder: Path) -> None:
     assert end.code == 0 and "--with-title" in end.out and "--text-column" in end.out, end
 
 
-def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
+def test_log_report_and_predict_agree_on_the_metrics(folder: Path) -> None:
     """Training in bf16 with the best step not the last: the loop, the report and --predict agree to
     the last bit."""
     rows = "".join(
@@ -35,24 +37,11 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     )
     (folder / "rows.csv").write_text("id,text,label\n" + rows)
     (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
-    finished(
+    run_well(
         "sentiment",
         folder,
-        "--data",
-        "rows.csv",
-        "--val-data",
-        "val.csv",
-        "--predict",
-        "val.csv",
-        "--epochs",
-        4,
-        "--precision",
-        "bf16",
-        "--lr",
-        3e-3,
-        "--allow-overlap",
-        "--seq-len",
-        5,
+        "--data rows.csv --val-data val.csv --predict val.csv --epochs 4 --precision bf16",
+        "--lr 0.003 --allow-overlap --seq-len 5",
     )
     run = folder / "run"
     metrics, report, scores = (
@@ -67,58 +56,22 @@ def test_one_checkpoint_has_one_accuracy_on_every_path(folder: Path) -> None:
     (line,) = [line for line in log_of(run, "eval") if line["step"] == report["step"]]
     assert [line[n] for n in names] == pytest.approx([report[n] for n in names], abs=1e-5)
     assert metrics["val_loss"] == line["val_loss"]
-    # A later command, which says nothing of --seq-len, answers as the run itself did.
-    finished(
+    # A later command without --seq-len truncates rows as the run did.
+    run_well(
         "sentiment",
         folder,
-        "--init",
-        "run",
-        "--epochs",
-        0,
-        "--predict",
-        "val.csv",
-        "--answers",
-        "again.csv",
-        "--out",
-        "other",
+        "--init run --epochs 0 --predict val.csv --answers again.csv --out other",
     )
     assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
 
 
-def test_an_lstm_of_a_finished_run_answers_rows_as_the_run_itself_does(
-    inputs: Path, folder: Path
-) -> None:
-    """Its own --model names no file to read: --init alone says what it is."""
-    words = (
-        "--model",
-        "lstm",
-        "--init",
-        "base",
-        "--steps",
-        3,
-        "--lr",
-        "1e-2",
-        "--micro-batch",
-        4,
-        "--predict",
-        "toy",
-    )
-    finished("sentiment", folder, *words, "--answers", "answers.jsonl")
+def test_a_finished_lstm_run_predicts_the_same_again(inputs: Path, folder: Path) -> None:
+    """--init alone is enough to open it, with or without --model lstm."""
+    words = "--model lstm --init base --steps 3 --lr 1e-2 --micro-batch 4 --predict toy"
+    run_well("sentiment", folder, words, "--answers", "answers.jsonl")
     for model in (("--model", "lstm"), ()):
-        again = (
-            "--init",
-            "run",
-            *model,
-            "--epochs",
-            0,
-            "--predict",
-            "toy",
-            "--answers",
-            "again.jsonl",
-            "--out",
-            "other",
-        )
-        finished("sentiment", folder, *again)
+        again = "--init run --epochs 0 --predict toy --answers again.jsonl --out other"
+        run_well("sentiment", folder, again, *model)
         one, other = (
             [json.loads(line) for line in (folder / name).read_text().splitlines()]
             for name in ("answers.jsonl", "again.jsonl")
@@ -131,12 +84,14 @@ def test_an_lstm_of_a_finished_run_answers_rows_as_the_run_itself_does(
 
 
 @pytest.mark.parametrize("model", ["naive-bayes", "tf-idf"])
-def test_a_dry_run_of_a_model_of_words_writes_nothing(
+def test_a_dry_run_of_a_baseline_writes_nothing(
     model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def dry(**options: Any) -> int:
         return run_baseline(
-            kind("sentiment"), ClassificationConfig(out=str(out), dry_run=True, **options), model
+            description_of("sentiment"),
+            ClassificationConfig(out=str(out), dry_run=True, **options),
+            model,
         )
 
     out, answers = tmp_path / "new" / "run", tmp_path / "deep" / "answers.csv"
@@ -149,13 +104,13 @@ def test_a_dry_run_of_a_model_of_words_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
+def test_a_dry_run_of_predict_alone_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finished("sentiment", folder, "--epochs", 1, "--out", "made")
+    run_well("sentiment", folder, "--epochs 1 --out made")
     before = {path for path in folder.rglob("*") if not path.name.startswith("rank0.")}
-    words = ("--epochs", 0, "--init", "made", "--out", "new", "--dry-run")
-    (end,) = run_task("sentiment", folder, *words, "--predict", "nowhere")
+    words = "--epochs 0 --init made --out new --dry-run"
+    (end,) = run_task("sentiment", folder, words, "--predict", "nowhere")
     assert (
         end.code == 2
         and end.err.startswith("error: no such data: nowhere")
@@ -164,7 +119,7 @@ def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
 
     def dry(init: str) -> int:
         cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
-        return dry_run_predict(family("sentiment"), cfg)
+        return dry_run_predict(task_of("sentiment"), cfg)
 
     assert dry("made") == 0
     assert (
@@ -175,11 +130,11 @@ def test_a_dry_run_of_answers_alone_checks_and_writes_nothing(
     assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
 
 
-def test_a_model_of_words_needs_an_out_that_it_can_write_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_baseline_needs_a_writable_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(**options: Any) -> int:
-        return run_baseline(kind("sentiment"), ClassificationConfig(**options), "naive-bayes")
+        return run_baseline(
+            description_of("sentiment"), ClassificationConfig(**options), "naive-bayes"
+        )
 
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")

@@ -21,93 +21,55 @@ from toy_runs import (
     CLASSIFICATION,
     CPU,
     GENERATION,
-    agrees_with_transformers,
-    finished,
-    kind,
+    check_against_transformers,
+    check_same_second_half,
+    description_of,
     run_task,
-    same_second_half,
-    set_up,
+    run_well,
+    set_up_task,
 )
 
 # Whole runs of these take no path that a run of another task does not; tests in this process have
 # what is their own.
-ALIKE = ("lyrics", "paraphrase", "summarize", "text", "topics")
+COVERED_BY_OTHERS = ("lyrics", "paraphrase", "summarize", "text", "topics")
 
 
-@pytest.mark.parametrize("name", [name for name in GENERATION if name not in ALIKE])
-def test_a_run_learns_its_rows_answers_them_and_resumes(name: str, folder: Path) -> None:
-    more = (
-        "--steps",
-        60,
-        "--lr",
-        "5e-3",
-        "--eval-every",
-        100,
-        "--save-every",
-        30,
-        "--decode",
-        "greedy",
-        "--micro-batch",
-        "auto",
-    )
-    end = finished(name, folder, *more, "--predict", "toy", "--answers", "answers")
+@pytest.mark.parametrize("name", [name for name in GENERATION if name not in COVERED_BY_OTHERS])
+def test_a_generation_run_learns_answers_and_resumes(name: str, folder: Path) -> None:
+    steps = "--steps 60 --lr 5e-3"
+    more = "--eval-every 100 --save-every 30 --decode greedy --micro-batch auto"
+    end = run_well(name, folder, steps, more, "--predict toy --answers answers")
     run = folder / "run"
     losses = [line["loss"] for line in log_of(run, "train")]
     assert len(losses) == 60 and losses[0] > 4 and losses[-1] < 0.1, (name, losses[-1])
     (evaluation,) = log_of(run, "eval")
     assert evaluation["step"] == 60 and evaluation["val_loss"] < 0.1
-    left_by_a_run(run, [30, 60])
-    agrees_with_transformers(
+    check_run_files(run, [30, 60])
+    check_against_transformers(
         run / "final", load_tokenizer(str(run / "final")).encode("the town council met")
     )
-    gives_back_the_toy_answers(
-        set_up(name, folder, decode="greedy", max_new_tokens=150), run / "final"
-    )
+    check_toy_answers(set_up_task(name, folder, decode="greedy", max_new_tokens=150), run / "final")
     assert "answers to toy: answers" in end.out
-    more = (*more, "--data", "toy")
-    finished(
-        name,
-        folder,
-        "--init",
-        "run",
-        "--epochs",
-        0,
-        *more[4:],
-        "--predict",
-        "toy",
-        "--answers",
-        "again",
-    )
+    more += " --data toy"
+    run_well(name, folder, "--init run --epochs 0", more, "--predict toy --answers again")
     assert (folder / "answers").read_bytes() == (folder / "again").read_bytes()
-    finished(
-        name, folder, *more, "--resume", run / "checkpoints" / "step-00000030", "--out", "branch"
-    )
-    same_second_half(run, folder / "branch", 30)
+    middle = run / "checkpoints" / "step-00000030"
+    run_well(name, folder, steps, more, f"--resume {middle} --out branch")
+    check_same_second_half(run, folder / "branch", 30)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name not in ALIKE])
-def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Path) -> None:
-    more = (
-        "--steps",
-        40,
-        "--lr",
-        "5e-3",
-        "--eval-every",
-        100,
-        "--save-every",
-        20,
-        "--micro-batch",
-        4,
-    )
-    finished(name, folder, *more, "--predict", "toy", "--answers", "answers.jsonl")
+@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name not in COVERED_BY_OTHERS])
+def test_a_classification_run_learns_predicts_and_resumes(name: str, folder: Path) -> None:
+    more = "--steps 40 --lr 5e-3 --eval-every 100 --save-every 20 --micro-batch 4"
+    run_well(name, folder, more, "--predict toy --answers answers.jsonl")
     run = folder / "run"
     losses = [line["loss"] for line in log_of(run, "train")]
     (evaluation,) = log_of(run, "eval")
     assert len(losses) == 40 and losses[0] > 0.5 and losses[-1] < 0.1, (name, losses[-1])
     assert evaluation["step"] == 40 and evaluation["accuracy"] == evaluation["macro_f1"] == 1
     assert 0 < evaluation["val_loss"] < 0.1 and 0 < evaluation["calibration_error"] < 0.1
-    left_by_a_run(run, [20, 40])
-    task = set_up(name, folder)
+    check_run_files(run, [20, 40])
+    task = set_up_task(name, folder)
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [answer["prediction"] for answer in answers] == [answer["label"] for answer in answers]
     assert [
@@ -127,13 +89,12 @@ def test_a_run_learns_its_labels_predicts_them_and_resumes(name: str, folder: Pa
     assert scores["accuracy"] == 1 and scores["calibration_error"] == pytest.approx(
         evaluation["calibration_error"], rel=1e-4
     )
-    finished(
-        name, folder, *more, "--resume", run / "checkpoints" / "step-00000020", "--out", "branch"
-    )
-    same_second_half(run, folder / "branch", 20)
+    middle = run / "checkpoints" / "step-00000020"
+    run_well(name, folder, more, f"--resume {middle} --out branch")
+    check_same_second_half(run, folder / "branch", 20)
 
 
-def left_by_a_run(run: Path, steps: list[int]) -> None:
+def check_run_files(run: Path, steps: list[int]) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["batch_size"] == 4 and config["steps"] == steps[-1] and config["micro_batch"] == 4
     assert checkpoint_steps(run) == steps
@@ -146,7 +107,7 @@ def left_by_a_run(run: Path, steps: list[int]) -> None:
     assert (run / "final" / "README.md").exists() and (run / "final" / "tokenizer.json").exists()
 
 
-def gives_back_the_toy_answers(task: Any, final: Path) -> None:
+def check_toy_answers(task: Any, final: Path) -> None:
     """Greedy decoding from each toy prompt; where several rows have one prompt, one of their
     answers."""
     model, _ = open_model(str(final), None, CPU, torch.float32)
@@ -161,7 +122,7 @@ def gives_back_the_toy_answers(task: Any, final: Path) -> None:
         assert text in true[tuple(prompt)], text
 
 
-def test_ranks_kills_and_warnings(folder: Path) -> None:
+def test_two_ranks_and_a_kill_change_no_figure(folder: Path) -> None:
     """On rows that are broken, cut and left out: two ranks as one, and killed as not; all is told
     in the log."""
     rows = [{"context": f"{n} " * 5 * n, "question": "?", "answer": f"{n}"} for n in range(1, 9)]
@@ -170,37 +131,15 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
         {"context": "a", "question": "?", "answer": "so " * 60},
     ]
     (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
-    more = (
-        "--data",
-        "rows.jsonl",
-        "--val-data",
-        "rows.jsonl",
-        "--seq-len",
-        48,
-        "--steps",
-        6,
-        "--save-every",
-        2,
-    )
-    more += (
-        "--eval-every",
-        3,
-        "--eval-rows",
-        3,
-        "--max-new-tokens",
-        4,
-        "--batch-size",
-        5,
-        "--micro-batch",
-        1,
-    )
-    finished("qa", folder, *more)
-    finished("qa", folder, *more, "--out", "on2", ranks=2)
+    more = "--data rows.jsonl --val-data rows.jsonl --seq-len 48 --steps 6 --save-every 2"
+    more += " --eval-every 3 --eval-rows 3 --max-new-tokens 4 --batch-size 5 --micro-batch 1"
+    run_well("qa", folder, more)
+    run_well("qa", folder, more, "--out", "on2", ranks=2)
     (end,) = run_task(
-        "qa", folder, *more, "--out", "killed", patch=functools.partial(die, "micro-batch", 17)
+        "qa", folder, more, "--out", "killed", patch=functools.partial(die, "micro-batch", 17)
     )
     assert end.code == -signal.SIGKILL
-    finished("qa", folder, *more, "--out", "killed")
+    run_well("qa", folder, more, "--out", "killed")
     assert trace(folder / "killed") == trace(folder / "run")
     for what, keys in (("train", ("loss", "tokens")), ("eval", ("val_loss", "f1"))):
         one, two = log_of(folder / "run", what), log_of(folder / "on2", what)
@@ -215,8 +154,8 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
     )
     for what in ("training", "validation"):
         assert (
-            f"1 of 9 {what} rows are longer than 48 tokens and cannot be truncated enough and are left "
-            "out" in told
+            f"1 of 9 {what} rows are longer than 48 tokens and cannot be truncated enough "
+            "and are left out" in told
         )
         assert any(
             f"{what} rows are longer than 48 tokens and are truncated at the end" in text
@@ -224,52 +163,14 @@ def test_ranks_kills_and_warnings(folder: Path) -> None:
         )
 
 
-ON_TWO_RANKS_ALIKE = (
-    "--steps",
-    5,
-    "--eval-every",
-    2,
-    "--save-every",
-    0,
-    "--lr",
-    "1e-3",
-    "--micro-batch",
-    2,
-)
+TWO_RANKS_COMMON = "--steps 5 --eval-every 2 --save-every 0 --lr 1e-3 --micro-batch 2"
 
 
-# tasks and options; a share of dropout that is nothing lets two passes be, and be the same
+# Options by task. A dropout of 1e-12 allows two passes of a row, and both are the same.
 ON_TWO_RANKS = {
-    "sentiment": (
-        "--also",
-        "topics:0.5",
-        "--objective",
-        "rdrop",
-        "simcse",
-        "--simcse-group",
-        2,
-        "--batch-size",
-        6,
-        "--class-weights",
-        1,
-        2,
-        "--dropout",
-        "1e-12",
-        "--head-dropout",
-        0,
-    ),
-    "nli": (
-        "--form",
-        "word",
-        "--batch-size",
-        5,
-        "--label-smoothing",
-        "0.1",
-        "--dropout",
-        0,
-        "--head-dropout",
-        0,
-    ),
+    "sentiment": "--also topics:0.5 --objective rdrop simcse --simcse-group 2 --batch-size 6 "
+    "--class-weights 1 2 --dropout 1e-12 --head-dropout 0",
+    "nli": "--form word --batch-size 5 --label-smoothing 0.1 --dropout 0 --head-dropout 0",
 }
 
 
@@ -287,9 +188,9 @@ COMPARED = {
 
 
 @pytest.mark.parametrize("name", ON_TWO_RANKS)
-def test_two_ranks_classify_as_one(name: str, folder: Path) -> None:
+def test_two_ranks_train_a_classifier_like_one(name: str, folder: Path) -> None:
     for out, ranks in (("run", 1), ("on2", 2)):
-        finished(name, folder, *ON_TWO_RANKS_ALIKE, *ON_TWO_RANKS[name], "--out", out, ranks=ranks)
+        run_well(name, folder, TWO_RANKS_COMMON, ON_TWO_RANKS[name], "--out", out, ranks=ranks)
     one, two = folder / "run", folder / "on2"
     for what, keys in COMPARED.items():
         first, second = (
@@ -307,59 +208,29 @@ def test_two_ranks_classify_as_one(name: str, folder: Path) -> None:
         [json.loads(line)["prediction"] for line in (run / "validation.jsonl").open()]
         for run in (one, two)
     ]
-    assert predicted[0] == predicted[1] and len(predicted[0]) == len(kind(name).toy)
+    assert predicted[0] == predicted[1] and len(predicted[0]) == len(description_of(name).toy)
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_an_adapter_and_its_head_resume_and_predict_from_a_checkpoint(
-    method: str, folder: Path
-) -> None:
-    more = (
-        "--init",
-        "base",
-        "--method",
-        method,
-        "--pooling",
-        "attention",
-        "--steps",
-        4,
-        "--save-every",
-        2,
-        "--lr",
-        "1e-2",
-    )
-    more += ("--eval-every", 0, "--micro-batch", 4)
-    finished("topics", folder, *more)
+def test_an_adapter_with_a_head_resumes_and_predicts(method: str, folder: Path) -> None:
+    more = f"--init base --method {method} --pooling attention --steps 4 --save-every 2 --lr 1e-2"
+    more += " --eval-every 0 --micro-batch 4"
+    run_well("topics", folder, more)
     run, newest = folder / "run", folder / "run" / "checkpoints" / "step-00000004"
-    finished(
-        "topics",
-        folder,
-        *more,
-        "--resume",
-        run / "checkpoints" / "step-00000002",
-        "--out",
-        "branch",
-    )
-    same_second_half(run, folder / "branch", 2)
+    middle = run / "checkpoints" / "step-00000002"
+    run_well("topics", folder, more, f"--resume {middle} --out branch")
+    check_same_second_half(run, folder / "branch", 2)
     assert hub.is_adapter(newest) and not (newest / "model.safetensors").exists()
     state = load_file(newest / "training_state.safetensors")
     stored = {key for key in state if key.startswith("model.")}
     assert {"model.heads.topics.weight", "model.heads.topics.query"} < stored
     assert all(".lora_" in key or "prefix." in key for key in stored if "heads." not in key)
     (folder / "asked.csv").write_text(
-        "title,text\n" + "".join(f"{row['title']},{row['text']}\n" for row in kind("topics").toy)
+        "title,text\n"
+        + "".join(f"{row['title']},{row['text']}\n" for row in description_of("topics").toy)
     )
-    finished(
-        "topics",
-        folder,
-        "--init",
-        newest,
-        "--epochs",
-        0,
-        "--predict",
-        "asked.csv",
-        "--answers",
-        "answers.jsonl",
+    run_well(
+        "topics", folder, f"--init {newest} --epochs 0 --predict asked.csv --answers answers.jsonl"
     )
     files = (run / "validation.jsonl", folder / "answers.jsonl")
     expected, found = (

@@ -18,12 +18,20 @@ from engine.loader import Loader
 from support import REPO
 from tasks.generation.description import Answer
 from toy import capture_gradients, expected_gradients
-from toy_runs import ALONE, CLASSIFICATION, GENERATION, TASKS, kind, set_up, step_of
+from toy_runs import (
+    ALONE,
+    CLASSIFICATION,
+    GENERATION,
+    TASKS,
+    description_of,
+    set_up_task,
+    train_step,
+)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_is_one_thin_file(name: str) -> None:
-    task, file = kind(name), REPO / "finetune" / f"{name}.py"
+    task, file = description_of(name), REPO / "finetune" / f"{name}.py"
     assert task.name == name and task.toy
     assert len(file.read_text().splitlines()) <= 120
     assert f"python -m finetune.{name} " in (
@@ -35,11 +43,10 @@ def test_a_task_is_one_thin_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_step_does_not_depend_on_how_its_batch_is_cut(name: str, inputs: Path) -> None:
-    """Accumulation over single rows equals one batch: the loss, and every gradient, those of
-    fp64."""
-    task = set_up(name, inputs, clip=0.0)
-    train = step_of(task)
+def test_gradients_do_not_depend_on_the_micro_batch(name: str, inputs: Path) -> None:
+    """Loss and gradients equal those of one fp64 batch, at any micro-batch."""
+    task = set_up_task(name, inputs, clip=0.0)
+    train = train_step(task)
     loss, _, expected = expected_gradients(task, train.model, 0)
     for micro_batch in (1, 3, 4):
         found = capture_gradients(train)
@@ -50,11 +57,11 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(name: str, inputs: Path)
 
 
 @pytest.mark.parametrize("name", GENERATION)
-def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(
-    name: str, inputs: Path
-) -> None:
-    task = set_up(name, inputs, eval_rows=2, max_new_tokens=3, beams=2, candidates=4, seq_len=128)
-    model = step_of(task).model.eval()
+def test_batched_decoding_equals_decoding_row_by_row(name: str, inputs: Path) -> None:
+    task = set_up_task(
+        name, inputs, eval_rows=2, max_new_tokens=3, beams=2, candidates=4, seq_len=128
+    )
+    model = train_step(task).model.eval()
     prompts = [task.prompt(i) for i in task.decoded]
     for decode in get_args(Decode):
         task.cfg = dataclasses.replace(task.cfg, decode=decode)
@@ -70,9 +77,9 @@ def test_every_way_of_decoding_answers_and_a_batch_as_its_rows_alone(
 
 
 @pytest.mark.parametrize("name", GENERATION)
-def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs: Path) -> None:
+def test_show_rows_marks_the_learned_text(name: str, inputs: Path) -> None:
     said: list[str] = []
-    task = set_up(name, inputs, said.append, show_rows=2)
+    task = set_up_task(name, inputs, said.append, show_rows=2)
     assert len(said) == 2
     for text, i in zip(said, task.order(0).reshape(-1), strict=False):
         tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
@@ -88,13 +95,11 @@ def test_the_first_batch_is_shown_with_what_is_learned_marked(name: str, inputs:
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_the_first_rows_are_shown_with_the_label_or_its_word_marked(
-    name: str, inputs: Path
-) -> None:
+def test_show_rows_marks_the_label_or_its_word(name: str, inputs: Path) -> None:
     for form in get_args(Form):
         said: list[str] = []
         other = {"words": ("alpha", "beta", "gamma")} if (name, form) == ("topics", "word") else {}
-        task = set_up(name, inputs, said.append, show_rows=2, form=form, **other)
+        task = set_up_task(name, inputs, said.append, show_rows=2, form=form, **other)
         names = (
             (other.get("words") or task.description.words(task.info.labels))
             if form == "word"
@@ -117,11 +122,10 @@ def test_the_first_rows_are_shown_with_the_label_or_its_word_marked(
 
 
 @pytest.mark.parametrize("name", GENERATION)
-def test_figures_of_an_evaluation(name: str, inputs: Path) -> None:
-    """The loss by a loop over rows and positions, the scores from all answers at once, at any
-    micro-batch."""
-    task = set_up(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
-    step = step_of(task)
+def test_evaluation_matches_a_loop_over_positions(name: str, inputs: Path) -> None:
+    """The loss comes from a loop over rows and positions, the scores from all answers at once."""
+    task = set_up_task(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
+    step = train_step(task)
     exact, nll, tokens = step.model.double().eval(), 0.0, 0
     for ids, learned in zip(task.val.tokens, task.val.answer_starts, strict=True):
         log_p = torch.log_softmax(exact(torch.from_numpy(ids[None, :-1]))[0].double(), -1)
@@ -177,6 +181,6 @@ HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
 
 
 @pytest.mark.parametrize("name", HAND)
-def test_scores_are_those_worked_out_by_hand(name: str) -> None:
+def test_scores_match_values_worked_out_by_hand(name: str) -> None:
     answers, expected = HAND[name]
-    assert kind(name).scores(answers, []) == pytest.approx(expected)
+    assert description_of(name).scores(answers, []) == pytest.approx(expected)

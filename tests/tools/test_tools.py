@@ -364,7 +364,7 @@ def test_the_hardest_are_shown(tool, tmp_path) -> None:
 def test_labels_that_say_alike_may_be_named(tool, tmp_path) -> None:
     """RTE's 0 is entailment; that 1 is not shows in how few words its rows share."""
     data, usual = write_pairs(tmp_path / "pairs.csv"), tmp_path / "usual.csv"
-    assert "do these labels say alike?" in tool("mine", "--data", data, "--out", usual).out
+    assert "name the right labels?" in tool("mine", "--data", data, "--out", usual).out
     done = tool(
         "mine", "--data", data, "--out", tmp_path / "turned.csv", "--alike", 0, "--share", 0.25
     )
