@@ -178,9 +178,7 @@ swag = st.fixed_dictionaries(
 @settings(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_the_four_accuracies_are_those_of_a_plain_loop(
-    model, tokenizer, reference, rows, batch_tokens
-) -> None:
+def test_hellaswag_accuracies_match_a_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
     """Characters, bytes and tokens differ in these words; equal endings go to the first."""
     ours = script.evaluate_hellaswag(
         model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens
@@ -189,7 +187,7 @@ def test_the_four_accuracies_are_those_of_a_plain_loop(
     assert {name: ours[name] for name in expected} == expected
 
 
-def test_official_rows_are_written_as_the_harness_writes_them() -> None:
+def test_official_hellaswag_rows_match_the_harness() -> None:
     official = {
         "activity_label": "Health",
         "ctx_a": "How to nap [title] Find a bed [step] Lie down.",
@@ -204,7 +202,7 @@ def test_official_rows_are_written_as_the_harness_writes_them() -> None:
     assert (row.plain.context, row.plain.endings) == (official["ctx"], tuple(official["endings"]))
 
 
-def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer) -> None:
+def test_rows_without_a_label_are_not_scored(model, tokenizer) -> None:
     rows = [
         script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)
     ]
@@ -215,7 +213,7 @@ def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer
 
 
 @pytest.mark.parametrize("target", ["folder", "rows.jsonl", "/proc/none/figures.json"])
-def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, monkeypatch) -> None:
+def test_an_unwritable_json_is_refused_before_the_work(target, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "rows.jsonl", LAMBADA)
@@ -228,7 +226,7 @@ def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, m
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
-def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_tokens: int) -> None:
+def test_scores_do_not_depend_on_the_batch(model, tokenizer, reference, batch_tokens: int) -> None:
     spans = [
         script.make_span(tokenizer, r["ctx"], " " + e, BLOCK)
         for r in HELLASWAG
@@ -253,7 +251,7 @@ def test_lambada(
     )
 
 
-def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -> None:
+def test_lambada_counts_an_expected_word(model, tokenizer, reference) -> None:
     """Rows whose last word is what the reference itself would write: all of them are right."""
     rows = []
     for seed in range(200):
@@ -327,7 +325,9 @@ def test_a_corpus_shorter_than_a_window(
     )
 
 
-def test_validation_shards_alone(checkpoint, tokenizer, tmp_path, monkeypatch, capsys) -> None:
+def test_only_validation_shards_are_scored(
+    checkpoint, tokenizer, tmp_path, monkeypatch, capsys
+) -> None:
     """A folder's val shards are what is scored, and a single val shard may be named."""
     from text import corpus
 
@@ -410,7 +410,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.skipif(not (SHARED / "lm_eval").is_dir(), reason="needs ../shared/data/lm_eval")
-def test_real_rows(tmp_path, monkeypatch) -> None:
+def test_real_benchmark_rows_are_read(tmp_path, monkeypatch) -> None:
     """Twenty rows of each benchmark with GPT-2's tokenizer and a small random model."""
     monkeypatch.setenv(
         "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))

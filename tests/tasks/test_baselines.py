@@ -37,7 +37,7 @@ def accuracy(model: TextModel, texts: list[tuple[str, ...]], labels: np.ndarray)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_and_its_probabilities_add_up_to_one(kind) -> None:
+def test_a_baseline_learns_and_gives_probabilities(kind) -> None:
     model = fit_text_model(kind, *reviews(100, 1), 2, seed=1)
     texts, labels = reviews(50, 2)
     log_p = model.log_probs(texts)
@@ -48,13 +48,13 @@ def test_it_learns_and_its_probabilities_add_up_to_one(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_is_known_by_what_its_texts_have_in_common(kind) -> None:
+def test_shared_words_identify_a_pair(kind) -> None:
     model = fit_text_model(kind, *pairs(200, 1), 2, seed=1)
     assert accuracy(model, *pairs(100, 2)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_text_is_told_from_the_first(kind) -> None:
+def test_the_order_of_a_pair_matters(kind) -> None:
     """As entailment needs: what the second says beyond the first is not what the first says beyond
     the second."""
     texts = [("a dog runs", "a dog runs fast"), ("a dog runs fast", "a dog runs")] * 20
@@ -68,7 +68,7 @@ def test_the_second_text_is_told_from_the_first(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_end_otherwise_are_known_by_their_characters(kind) -> None:
+def test_character_runs_match_inflected_words(kind) -> None:
     """Korean joins its particles to a word, so that whole words say little of new texts."""
     texts = [
         ("영화는 재미있다",),
@@ -82,7 +82,7 @@ def test_words_that_end_otherwise_are_known_by_their_characters(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_same_again(kind) -> None:
+def test_fitting_is_repeatable(kind) -> None:
     texts, labels = reviews(60, 1)
     labels[::7] ^= 1  # with something to be unsure of
     one, other = (fit_text_model(kind, texts, labels, 2, seed=3).log_probs(texts) for _ in range(2))
@@ -105,7 +105,7 @@ def test_a_row_of_weight_two_is_two_rows(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_label_without_a_row_is_next_to_impossible(kind) -> None:
+def test_a_label_without_rows_is_nearly_impossible(kind) -> None:
     texts, labels = reviews(40, 1)
     p = np.exp(fit_text_model(kind, texts, labels * 2, 4, seed=1).log_probs(texts))
     assert p.shape == (40, 4) and (p[:, [1, 3]] < 1e-8).all() and (p[:, [1, 3]] > 0).all()
@@ -113,7 +113,7 @@ def test_a_label_without_a_row_is_next_to_impossible(kind) -> None:
     assert (p.argmax(1) == labels * 2).all()
 
 
-def test_the_held_out_rows_choose_how_much_is_regularised() -> None:
+def test_held_out_rows_choose_the_penalty() -> None:
     """The better its texts tell the label the less a model is held back; chance alone asks for the
     most."""
     texts, labels = reviews(300, 1)

@@ -207,9 +207,7 @@ def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
     filler=st.integers(0, 300),
 )
 @quick
-def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
-    scorer, ids, more, filler
-):
+def test_scores_do_not_depend_on_batch_or_padding(scorer, ids, more, filler):
     task, model = scorer
     set_products("fp32", ALONE.device)  # as a run does
 
@@ -231,7 +229,7 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
     assert task.cfg.form != "word" or (together.exp().sum(1) < 0.9).all()  # of the whole vocabulary
 
 
-def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
+def test_a_batch_is_padded_to_the_smallest_bucket(tokenizer):
     task = mood(tokenizer)
     for ids in ([0], [4, 0], [3, 1], [5, 2, 0]):
         batch = task.batch("train", np.array(ids)).tensors
@@ -249,7 +247,7 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
 # --- rows to tokens
 
 
-def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer):
+def test_tokens_of_a_row_under_each_form(tokenizer):
     plain, prompt = mood(tokenizer), mood(tokenizer, form="prompt")
     encode, ask = tokenizer.encode, prompt.trunk.tokenizer.special_id(ASK)
     for i, given_row in enumerate(ROWS):
@@ -268,9 +266,7 @@ def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer)
     form=st.sampled_from(["plain", "prompt"]),
 )
 @quick
-def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
-    tokenizer, first, second, seq_len, form
-):
+def test_truncation_shortens_the_longer_text(tokenizer, first, second, seq_len, form):
     whole = [tokenizer.encode(text) for text in (first, second) if text]
     fixed = len(whole) - 1 if form == "plain" else len(whole) + len(tokenizer.encode("of"))
     over = fixed + sum(map(len, whole)) - seq_len
@@ -312,7 +308,7 @@ def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
     return parts
 
 
-def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
+def test_rows_that_cannot_be_truncated_are_refused(tokenizer):
     with pytest.raises(
         UserError, match=r"rows row 3: \d+ tokens too long for --seq-len 14 \(--strict\)"
     ):
@@ -331,7 +327,7 @@ def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
     words=st.lists(st.sampled_from(WORDS), min_size=3),
 )
 @quick
-def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, words):
+def test_labels_are_sorted_as_numbers_or_as_words(numbers, words):
     def labels(cells: list[str]) -> tuple[str, ...]:
         return find_labels([Row({"label": cell}, "") for cell in cells])
 
@@ -341,7 +337,7 @@ def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, w
         assert labels([f"{word} " for word in words] * 3) == tuple(sorted(set(words)))
 
 
-def test_a_label_s_name():
+def test_label_names_are_normalised():
     names = {
         "1.0": "1",
         " 2 ": "2",
@@ -359,7 +355,7 @@ def test_a_label_s_name():
     assert {cell: label_name(cell) for cell in names} == names
 
 
-def test_labels_that_are_no_classes():
+def test_labels_that_are_no_classes_are_refused():
     def rows(*cells: str) -> list[Row]:
         return [Row({"label": cell}, f"a.csv line {n}") for n, cell in enumerate(cells, 2)]
 
@@ -380,7 +376,7 @@ def test_labels_that_are_no_classes():
     assert len(find_labels(rows(*many, *many, *many))) == 21
 
 
-def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenizer):
+def test_an_unseen_label_is_refused_with_the_known_ones(tokenizer):
     for known, found, why in (
         (
             ("bad", "good"),
@@ -406,7 +402,7 @@ def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenize
         assert mood(tokenizer, train, [row("b", f"{known[0]} ")]).val.labels.tolist() == [0]
 
 
-def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused(tokenizer):
+def test_an_overlap_above_one_percent_is_refused(tokenizer):
     train = [row(f"stone {n} of", LABELS[n % 2]) for n in range(200)]
     for both, told in ((2, "2 of 200 training rows (1.0%)"), (3, "3 of 200 training rows (1.5%)")):
         val = [row(f"Stone  {n} OF ") for n in range(both)] + [row("rain")]
@@ -421,7 +417,7 @@ def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused
         assert task.source.warnings == [f"{told} are also validation rows"]
 
 
-def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
+def test_class_weights_and_augment_weight(tokenizer):
     def weights(**options: Any) -> list[float]:
         task = mood(tokenizer, **options)
         assert task.val.weights.tolist() == [1.0] * len(ROWS)
@@ -443,7 +439,7 @@ def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
         weights(class_weights=("1", "2"))
 
 
-def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
+def test_label_words_are_scored_by_their_first_token(tokenizer):
     task = mood(tokenizer, form="word")
     assert task.info.words == LABELS  # a word is its own name
     assert (
@@ -571,7 +567,7 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
     return log_p.tolist(), list(pooled)
 
 
-def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
+def test_loss_terms_match_a_loop_over_rows(learner):
     task, model = learner
     for _, groups in own_steps(task):
         batch = task.batch("train", groups.reshape(-1))
@@ -587,7 +583,7 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
         )
 
 
-def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
+def test_a_block_compiles_few_graphs_for_all_lengths(tokenizer, monkeypatch):
     """Training and evaluation compile no more than once they have met two lengths, and no graph
     breaks."""
     # all but code generation, which takes the time and is not what is asked about
@@ -621,7 +617,7 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
+def test_flops_match_the_matrix_products(tokenizer, pooling):
     """As torch counts them, of attention too where it is written out: forward, and twice as many
     backward."""
     rows = [row(" ".join(WORDS * 8), label) for label in LABELS]
@@ -653,7 +649,7 @@ def test_the_weights_of_the_terms(learner):
     assert task.terms == {"nll": 1.0} | others | {name: of[name] for name in cfg.objective}
 
 
-def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
+def test_gradients_do_not_depend_on_the_micro_batch(learner):
     """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
     not draw."""
     task, model = learner
@@ -674,7 +670,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
                 )
 
 
-def test_two_ranks_have_the_terms_of_one(learner):
+def test_two_ranks_have_the_same_terms_as_one(learner):
     task, model = learner
     for _, groups in own_steps(task):
         whole = task.batch("train", groups.reshape(-1))
@@ -702,7 +698,7 @@ def test_two_ranks_have_the_terms_of_one(learner):
 # --- evaluation
 
 
-def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
+def test_metrics_match_scikit_learn_at_any_micro_batch(tokenizer):
     from sklearn.metrics import accuracy_score, f1_score, log_loss
 
     draw = np.random.default_rng(0)
@@ -768,7 +764,7 @@ sizes = st.integers(2, 12)
     grouped=st.booleans(),
 )
 @quick
-def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
+def test_an_epoch_visits_each_row_of_the_main_task_once(
     tokenizer, own, other, batch, seed, grouped
 ):
     group: dict[str, Any] = (
@@ -803,7 +799,7 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
         assert np.array_equal(again.rows("train", int(step)), steps[step])
 
 
-def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to_epoch(tokenizer):
+def test_auxiliary_steps_are_shuffled_by_seed_and_epoch(tokenizer):
     def turns(seed: int) -> list[list[int]]:
         task = of_two(
             tokenizer,
@@ -823,7 +819,7 @@ def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to
     assert sum(first[0]) == sum(first[1]) == 12
 
 
-def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
+def test_a_single_task_keeps_the_order_of_its_rows(tokenizer):
     task = mood(tokenizer, seed=5)
     alone = Order(task.train.lengths, 4, seed=5)
     assert alone.steps_per_epoch == task.order.steps_per_epoch == 2
@@ -833,7 +829,7 @@ def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
     assert (np.diff(task.val.lengths[val.reshape(-1)]) >= 0).all()
 
 
-def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
+def test_ulmfit_unfreezes_by_epochs_of_all_tasks(tokenizer):
     task = of_two(tokenizer, method="ulmfit")
     model, n = task.build_model(task.cfg), task.order.steps_per_epoch
     assert n == 4 > task.order.orders[0].steps_per_epoch
@@ -853,7 +849,7 @@ def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
     }
 
 
-def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_choices(tokenizer):
+def test_an_auxiliary_task_has_its_own_labels_and_options(tokenizer):
     task = of_two(
         tokenizer,
         ROWS,
@@ -887,7 +883,7 @@ def exported(task: Mood, folder: Path) -> GPT:
     return model
 
 
-def test_a_file_of_predictions_is_the_course_s_and_one_with_probabilities(tmp_path):
+def test_predictions_are_written_as_jsonl_and_csv(tmp_path):
     found = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
     rows = [Row({"text": "one", "id": "x9"}, ""), Row({"text": "둘", "id": ""}, "")]
     write_predictions(tmp_path / "answers.jsonl", rows, found, LABELS, "Predicted_Sentiment")
@@ -918,9 +914,7 @@ def test_probabilities_add_up_to_one(log_p):
 
 
 @pytest.mark.parametrize("reads", READS)
-def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_form_of_the_run(
-    reads, tokenizer, tmp_path
-):
+def test_predict_uses_the_settings_of_the_run(reads, tokenizer, tmp_path):
     asked = [row(" ".join(WORDS[n:][:7]), LABELS[n % 3] if n else "", WORDS[n]) for n in range(9)]
     task = mood(tokenizer, **READS[reads])
     model = exported(task, tmp_path / "model")
@@ -952,7 +946,7 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
     )
 
 
-def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
+def test_predict_rows_may_lack_a_label_or_be_too_long(tokenizer, tmp_path):
     exported(mood(tokenizer, seq_len=8), tmp_path / "model")
     asked, said = Mood([row(" ".join(WORDS), ""), row("stone", "")]), []
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu", cut="start")
@@ -978,7 +972,7 @@ def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
     assert not list(tmp_path.glob("no*"))
 
 
-def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):
+def test_predict_refuses_a_model_without_a_classifier(tokenizer, tmp_path):
     GPT(mood(tokenizer).trunk.shape).save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"is not a classifier; train one first, or name a run of finetune.mood"
@@ -1016,7 +1010,7 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
 # --- one task after another
 
 
-def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer, tmp_path):
+def test_init_keeps_the_head_if_its_labels_match(tokenizer, tmp_path):
     model = exported(mood(tokenizer), tmp_path)
     start: dict[str, Any] = dict(init=str(tmp_path), preset=None, tokenizer=None)
     other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # as many labels
@@ -1034,7 +1028,8 @@ def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer,
             []
             if taken is not False
             else [
-                f"--init {tmp_path} has a head for bad, good, so-so (last), which does not fit; this run starts with a new head"
+                f"--init {tmp_path} has a head for bad, good, so-so (last), which does not fit; "
+                "this run starts with a new head"
             ]
         )
         known = tokenizer.vocab_size  # the prompts of --form word add a token
@@ -1044,7 +1039,7 @@ def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer,
             assert same == (bool(taken) if name.startswith("heads.") else True), name
 
 
-def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
+def test_training_continues_from_a_hub_classifier(tokenizer, tmp_path):
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     task = mood(tokenizer)
@@ -1092,7 +1087,7 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
 # --- what others read
 
 
-def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenizer, tmp_path):
+def test_transformers_gives_the_same_scores(tokenizer, tmp_path):
     from transformers import AutoTokenizer, GPT2ForSequenceClassification, pipeline
 
     task = mood(tokenizer)
@@ -1125,7 +1120,7 @@ def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenize
         )
 
 
-def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp_path):
+def test_final_names_its_padding_token(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer.save(tmp_path / "given")  # another filler would be taken for a row's last token
@@ -1141,9 +1136,7 @@ def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp
 
 
 @pytest.mark.parametrize("reads", ["mean", "attention", "lstm", "word"])
-def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_beside(
-    reads, tokenizer, tmp_path
-):
+def test_other_poolings_export_a_language_model_and_a_head(reads, tokenizer, tmp_path):
     from transformers import GPT2LMHeadModel
 
     task = mood(tokenizer, **READS[reads])
@@ -1165,9 +1158,7 @@ def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_besi
 
 @pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize("reads", ["last", "attention", "word"])
-def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(
-    method, reads, tokenizer, tmp_path
-):
+def test_an_adapter_checkpoint_has_its_head_and_predicts(method, reads, tokenizer, tmp_path):
     GPT(mood(tokenizer).trunk.shape).save_pretrained(tmp_path / "base", eot=tokenizer.eot)
     tokenizer.save(tmp_path / "base")
     options: dict[str, Any] = dict(

@@ -44,7 +44,7 @@ def scored(rows=200, n_labels=3, seed=0, sharpness=1.0):
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @given(labelled())
 @settings(max_examples=80, deadline=None)
-def test_figures_are_scikit_learns(rows):
+def test_metrics_match_scikit_learn(rows):
     from sklearn import metrics
 
     n_labels, true, predicted = rows
@@ -63,7 +63,7 @@ def test_figures_are_scikit_learns(rows):
         np.testing.assert_allclose(found, figure, atol=1e-12)
 
 
-def test_a_label_in_neither_does_not_count():
+def test_macro_f1_ignores_labels_that_never_occur():
     some = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 2)
     more = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 5)
     assert confusion.macro_f1(some) == confusion.macro_f1(more) == pytest.approx(2 / 3)
@@ -100,7 +100,7 @@ def plain_calibration(true, probabilities, bins):
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
+def test_calibration_error_matches_a_loop(seed, rows, n_labels, bins):
     # 0: all labels are equally likely
     true, probabilities = scored(rows, n_labels, seed, sharpness=seed % 5)
     expected = plain_calibration(true, probabilities, bins)
@@ -122,7 +122,7 @@ def test_reliability_by_hand():
     )
 
 
-def test_logarithms_are_not_taken_for_probabilities():
+def test_log_probabilities_are_refused():
     true, probabilities = scored()
     with pytest.raises(ValueError, match="between 0 and 1"):
         confusion.figures(true, np.log(probabilities))
@@ -167,7 +167,7 @@ def pair():
     return true, first, np.where(random.random(300) < 0.5, first, second)
 
 
-def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
+def test_bootstrap_matches_drawing_row_by_row(pair):
     true, first, _ = pair
     found = confusion.bootstrap(true, first, 3, seed=0, resamples=4000)
     expected = intervals_by_rows(true, [first], 4000)
@@ -178,7 +178,7 @@ def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
     assert np.ptp(found["accuracy"]) == pytest.approx(width, rel=0.1)
 
 
-def test_bootstrap_covers_as_often_as_it_says():
+def test_bootstrap_intervals_have_their_coverage():
     random, share, covered = np.random.default_rng(0), 0.8, 0
     for seed in range(200):
         right = random.random(250) < share
@@ -192,7 +192,7 @@ def test_bootstrap_covers_as_often_as_it_says():
 
 @given(labelled(), st.randoms())
 @settings(max_examples=25, deadline=None)
-def test_order_of_rows_is_no_matter(rows, shuffle):
+def test_bootstrap_does_not_depend_on_the_order_of_rows(rows, shuffle):
     n_labels, true, predicted = rows
     order = shuffle.sample(range(len(true)), len(true))
     interval = confusion.bootstrap(true, predicted, n_labels, seed=3, resamples=50)
@@ -202,7 +202,7 @@ def test_order_of_rows_is_no_matter(rows, shuffle):
     )
 
 
-def test_bootstrap_is_the_seeds(pair):
+def test_bootstrap_depends_on_the_seed(pair):
     true, first, _ = pair
     same = [confusion.bootstrap(true, first, 3, seed) for seed in (7, 7, 8)]
     assert same[0] == same[1] != same[2]
@@ -216,7 +216,7 @@ def test_bootstrap_is_the_seeds(pair):
     assert wider == same[0]
 
 
-def test_nothing_to_draw_from():
+def test_bootstrap_without_rows_is_refused():
     with pytest.raises(ValueError, match="no rows"):
         confusion.bootstrap([], [], 2, seed=0)
 
@@ -243,7 +243,7 @@ def test_paired_test_counts(rows):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_paired_intervals_are_those_of_rows_drawn_one_by_one(pair):
+def test_paired_intervals_match_drawing_row_by_row(pair):
     true, first, second = pair
     found = confusion.paired_test(true, first, second, seed=0, resamples=4000)
     expected = intervals_by_rows(true, [first, second], 4000)
@@ -255,7 +255,7 @@ def test_paired_intervals_are_those_of_rows_drawn_one_by_one(pair):
     assert np.ptp(found["accuracy"]["interval"]) < 0.9 * math.hypot(*np.ptp(apart, axis=1))
 
 
-def test_paired_test_turned_around(pair):
+def test_swapping_the_runs_flips_the_paired_test(pair):
     true, first, second = pair
     one, other = (
         confusion.paired_test(true, *of, seed=0, resamples=4000)
@@ -274,7 +274,7 @@ def test_paired_test_turned_around(pair):
         np.testing.assert_allclose(one[name]["interval"], [-high, -low], atol=0.006)
 
 
-def test_a_method_is_no_better_than_itself(pair):
+def test_a_run_does_not_differ_from_itself(pair):
     true, first, _ = pair
     nothing = {"difference": 0.0, "interval": [0.0, 0.0]}
     found = confusion.paired_test(true, first, first, seed=0)
@@ -290,7 +290,7 @@ def test_a_method_is_no_better_than_itself(pair):
 
 @given(st.integers(0, 400), st.integers(0, 400))
 @settings(max_examples=60, deadline=None)
-def test_mcnemar_is_a_plain_sum(wins, losses):
+def test_mcnemar_matches_a_plain_sum(wins, losses):
     n = wins + losses
     tail = Fraction(sum(math.comb(n, i) for i in range(min(wins, losses) + 1)), 2**n)
     assert confusion.mcnemar(wins, losses) == pytest.approx(min(1.0, float(2 * tail)), rel=1e-10)
@@ -309,7 +309,7 @@ def test_mcnemar_of_many_rows():
 # --- the report
 
 
-def test_report_holds_every_figure():
+def test_a_report_has_every_metric():
     true, probabilities = scored(150, 4)
     labels = ["north", "east", "south", "west"]
     found = confusion.report(true, probabilities, labels, seed=2)
@@ -327,7 +327,7 @@ def test_report_holds_every_figure():
         assert [found["per_class"][label][name] for label in labels] == column.tolist()
 
 
-def test_reports_bins_are_those_that_hold_rows():
+def test_a_report_leaves_out_empty_bins():
     true, probabilities = scored(150, 4)
     bins = confusion.report(true, probabilities, list("abcd"), seed=0)["reliability"]
     assert sum(one["rows"] for one in bins) == 150
@@ -336,7 +336,7 @@ def test_reports_bins_are_those_that_hold_rows():
     assert error == pytest.approx(confusion.calibration_error(true, probabilities))
 
 
-def test_labels_are_as_many_as_probabilities():
+def test_labels_must_match_the_probabilities():
     true, probabilities = scored(50, 3)
     with pytest.raises(ValueError):
         confusion.report(true, probabilities, ["a", "b"], seed=0)
@@ -344,7 +344,7 @@ def test_labels_are_as_many_as_probabilities():
         confusion.report(true, probabilities, list("abcd"), seed=0)
 
 
-def test_reports_at_the_edges_are_json():
+def test_reports_of_edge_cases_are_valid_json():
     one_right = confusion.report([1], [[0.0, 1.0]], ["no", "yes"], seed=0)
     assert one_right["intervals"] == {"accuracy": [1.0, 1.0], "macro_f1": [1.0, 1.0]}
     single = np.array([[0.2, 0.8]], dtype=np.float32)  # what a model gives
@@ -370,7 +370,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("n_labels", LABELS)
-def test_pictures_are_drawn_in_silence(n_labels, tmp_path, caplog, capfd):
+def test_charts_are_drawn_without_output(n_labels, tmp_path, caplog, capfd):
     true, probabilities = scored(400, n_labels)
     report = confusion.report(true, probabilities, LABELS[n_labels], seed=0)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
@@ -412,7 +412,7 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
     assert not written
 
 
-def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
+def test_a_font_is_found_for_letters_outside_matplotlibs(monkeypatch):
     from matplotlib.font_manager import fontManager
 
     own = chart.glyphs_of(chart.FONT)
@@ -431,7 +431,7 @@ def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
         assert chart.fonts_for([none_needed_or_none_has]) == ([chart.FONT], own)
 
 
-def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):
+def test_without_matplotlib_there_are_no_charts(tmp_path, monkeypatch):
     true, probabilities = scored(20, 2)
     report = confusion.report(true, probabilities, ["no", "yes"], seed=0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed

@@ -145,7 +145,7 @@ quick = settings(
     seq_len=st.integers(8, 40),
 )
 @quick
-def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, rows, seq_len):
+def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
     rows = [row("the end"), *rows]
     task = echo(tokenizer, rows, rows, seq_len=seq_len)
     go, eot, encode = (
@@ -202,7 +202,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
 
 @given(answer=texts, fixed=st.just("") | texts, seq_len=st.integers(8, 20))
 @quick
-def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed, seq_len):
+def test_every_token_of_a_split_text_is_learned_once(tokenizer, answer, fixed, seq_len):
     task = echo(tokenizer, [row("the end"), row(answer, fixed)], [row("a")], seq_len=seq_len)
     sequences = list(zip(task.train.tokens[1:], task.train.answer_starts[1:], strict=True))
     learned = [token for tokens, at in sequences for token in tokens[at:].tolist()]
@@ -210,7 +210,7 @@ def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed,
     assert bool(sequences) == (not fixed or len(tokenizer.encode(fixed)) + 2 < seq_len + 1)
 
 
-def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
+def test_strict_refuses_a_row_that_is_too_long(tokenizer):
     long = " ".join(WORDS)
     for bad in (row("stone", "a", long), row(long, "a", "the")):
         with pytest.raises(
@@ -224,7 +224,7 @@ def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
         echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
 
 
-def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenizer):
+def test_only_a_special_token_itself_is_one_token(tokenizer):
     task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
     go, tokens = task.trunk.tokenizer.special_id(GO), task.train.tokens[0].tolist()
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
@@ -233,7 +233,7 @@ def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenize
     assert plain(("a", GO, Truncatable("b"))) == "ab"
 
 
-def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenizer):
+def test_show_rows_marks_the_learned_text(tokenizer):
     said: list[str] = []
     rows = [row("stone", "bridge of"), row("rain", "slept in")]
     task = set_up(Echo(rows), tokenizer, said.append, val_data="val", show_rows=1)
@@ -249,7 +249,7 @@ def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenize
 # --- what is held out
 
 
-def test_rows_that_belong_together_are_held_out_together(tokenizer):
+def test_a_group_of_rows_is_held_out_together(tokenizer):
     rows = [row(f"{a} {n}", a) for a in WORDS[:8] for n in range(5)]
     task = Echo(rows)
     task.description = dataclasses.replace(task.description, group=lambda row: row["fixed"])
@@ -294,7 +294,7 @@ ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # one of the six rows
 
 @given(ids=ids)
 @quick
-def test_a_batch_holds_each_row_and_its_targets(trained, ids):
+def test_a_batch_has_each_row_and_its_targets(trained, ids):
     task, _ = trained
     made = task.batch("train", np.array(ids))
     batch = made.tensors
@@ -334,7 +334,7 @@ def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
     return sums
 
 
-def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
+def test_the_loss_of_a_batch_is_the_sum_over_its_rows(trained):
     task, model = trained
     alone = [plain_loss(task, model, i) for i in range(len(task.train.rows))]
     draw = np.random.default_rng(0)
@@ -349,7 +349,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
         )
 
 
-def test_gradients_do_not_see_the_padding(trained):
+def test_padding_does_not_change_gradients(trained):
     task, model = trained
 
     def gradients(ids: list[int]) -> list[Tensor]:
@@ -370,7 +370,7 @@ def test_gradients_do_not_see_the_padding(trained):
 # --- evaluation
 
 
-def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
+def test_evaluation_does_not_depend_on_the_batches(tokenizer):
     rows = [ROWS[5], *ROWS[:5]]  # the first goes on in a second sequence
     task = echo(tokenizer, ROWS, rows, seq_len=24, eval_rows=3, max_new_tokens=6, temperature=1.0)
     torch.manual_seed(1)
@@ -412,7 +412,7 @@ def on_validation(task: Echo) -> Echo:
     return other
 
 
-def test_without_rows_to_decode_the_loss_chooses_the_best(tokenizer):
+def test_without_decoded_rows_the_loss_chooses_the_best(tokenizer):
     for eval_rows, best in ((2, ("answered", "max")), (0, ("val_loss", "min"))):
         task = set_up(
             Echo(ROWS, ROWS, ("answered", "max")), tokenizer, val_data="val", eval_rows=eval_rows
@@ -433,7 +433,7 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
-def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
+def test_every_predict_row_is_answered_in_order(tokenizer, tmp_path):
     rows = [row("stone", "the town slept"), row("rain", "a"), row("bridge", "of stone and")]
     task = echo(tokenizer, ROWS, rows, seq_len=32, decode="greedy", max_new_tokens=4, batch_size=2)
     model = task.build_model(task.cfg)
@@ -477,7 +477,7 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     assert unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "unknown.jsonl", print) == {}
 
 
-def test_prompts_of_the_user_are_sampled(tokenizer):
+def test_samples_answer_the_prompts_option(tokenizer):
     task = echo(tokenizer, ROWS, ROWS, max_new_tokens=3)
     model = task.build_model(task.cfg)
     assert [prompt for prompt, _ in task.samples(model)] == ["the town<go>", "ofa<go>"]
@@ -506,7 +506,7 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
     assert identity(val=ROWS[1:])["data"] != first["data"]
 
 
-def test_a_sequence_longer_than_the_model_has_room_for_is_refused(tokenizer, tmp_path):
+def test_a_seq_len_beyond_the_context_is_refused(tokenizer, tmp_path):
     model = GPT(echo(tokenizer, ROWS, seq_len=32).trunk.shape)
     model.save_pretrained(tmp_path)
     options: dict[str, Any] = dict(init=str(tmp_path), preset=None)

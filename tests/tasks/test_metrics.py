@@ -69,7 +69,7 @@ ENGLISH = st.text(alphabet="abt heHErning'-_.,0", max_size=40)
 
 @given(ENGLISH, ENGLISH)
 @settings(max_examples=80, deadline=None)
-def test_rouge_of_ascii_is_rouge_scores(hypothesis, reference):
+def test_rouge_of_ascii_matches_rouge_score(hypothesis, reference):
     from rouge_score.rouge_scorer import RougeScorer
 
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
@@ -90,7 +90,7 @@ def test_rouge_by_hand():
     assert both == pytest.approx({"rouge1": 50, "rouge2": 100 / 3, "rougeL": 25})
 
 
-def test_rouge_sees_every_script():
+def test_rouge_counts_words_of_every_script():
     assert metrics.words("봄은 café, 日本_ラーメン!") == [
         "봄",
         "은",
@@ -161,7 +161,7 @@ FEW_WORDS = st.lists(
 
 @given(FEW_WORDS, FEW_WORDS)
 @settings(max_examples=100, deadline=None)
-def test_longest_copied_is_the_plain_search(texts, training):
+def test_longest_copied_matches_a_plain_search(texts, training):
     assert metrics.longest_copied(texts, training).tolist() == [
         naive_copied(text, training) for text in texts
     ]
@@ -224,7 +224,7 @@ def test_rhymes_by_hand():
     assert metrics.rhyming_accuracy([]) == {"rhyming_accuracy": 0, "rhyming_coverage": 0}
 
 
-def test_rhymes_are_those_of_the_dictionary():
+def test_rhymes_follow_the_dictionary():
     import pronouncing
 
     for word in ("night", "conditioner", "read", "o'clock"):

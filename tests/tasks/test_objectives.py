@@ -74,7 +74,7 @@ def test_label_nll_is_the_cross_entropy_of_logits(smoothing):
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, of_class, reduction="sum"))
 
 
-def test_a_label_without_probability_costs_the_other_rows_nothing():
+def test_a_label_of_probability_0_leaves_other_rows_finite():
     log_p = torch.tensor([[0.0, -math.inf], [math.log(0.5), math.log(0.5)]])
     assert label_nll(log_p, torch.tensor([0, 1])).item() == pytest.approx(math.log(2))
 
@@ -130,7 +130,7 @@ def test_simcse_equals_the_loop(group, groups, C, seed):
     equal_to_loop(simcse(one, two, group, 0.5), infonce(one, two, group, 0.5), one, two)
 
 
-def test_simcse_of_fewer_rows_than_a_group():
+def test_simcse_with_fewer_rows_than_a_group():
     one, two = draws(3, 4)
     torch.testing.assert_close(simcse(one, two, 8, 0.1), simcse(one, two, 3, 0.1))
     equal_to_loop(simcse(one, two, 8, 0.1), infonce(one, two, 8, 0.1), one, two)
@@ -142,7 +142,7 @@ def test_simcse_of_fewer_rows_than_a_group():
             simcse(one, two, group, 0.1)
 
 
-def test_groups_of_simcse_do_not_see_each_other():
+def test_simcse_groups_are_independent():
     one, two = draws(8, 5)
     parts = [simcse(one[s], two[s], 4, 0.1) for s in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(simcse(one, two, 4, 0.1), torch.stack(parts).sum())
@@ -152,7 +152,7 @@ def test_groups_of_simcse_do_not_see_each_other():
     torch.testing.assert_close(simcse(one[:4], two[:4], 4, 0.1), parts[0])
 
 
-def test_simcse_does_not_depend_on_the_order_or_the_length_of_rows():
+def test_simcse_does_not_depend_on_order_or_vector_length():
     one, two = draws(8, 5)
     order = torch.tensor([2, 0, 3, 1, 4, 7, 6, 5])  # within groups of four
     value = simcse(one, two, 4, 0.1)
@@ -174,7 +174,7 @@ def test_gradients_of_label_objectives_in_fp64():
     } == {torch.float64}
 
 
-def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
+def test_label_objectives_are_computed_in_fp32():
     one, two = draws(8, 16, dtype=torch.bfloat16)
     labels = torch.arange(8)
     wide = one.detach().float(), two.detach().float()
@@ -237,7 +237,7 @@ def check(logits, idx, targets, earlier=None, rtol=1e-5, atol=1e-6):
     st.floats(0, 0.9),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_loop(B, T, V, scale, seed, without):
+def test_unlikelihood_matches_a_loop(B, T, V, scale, seed, without):
     logits, idx, targets = inputs(B, T, V + 1, scale, seed)
     draw = torch.rand(2, B, T, generator=torch.Generator().manual_seed(seed))
     targets[draw[0] < without] = IGNORE
@@ -245,7 +245,7 @@ def test_equals_the_loop(B, T, V, scale, seed, without):
     check(logits, idx, targets)
 
 
-def test_by_hand():
+def test_unlikelihood_by_hand():
     """One position that has read tokens 0, 1 and 0 and must say 1: the one candidate is 0, once."""
     p = torch.tensor([0.5, 0.3, 0.2])
     logits = p.log().expand(1, 3, 3).clone().requires_grad_()
@@ -260,7 +260,7 @@ def test_by_hand():
     )
 
 
-def test_gradients_in_fp64():
+def test_unlikelihood_gradients_in_fp64():
     logits, idx, targets = inputs(scale=2.0, dtype=torch.float64)
     targets[0, :3] = IGNORE
     assert torch.autograd.gradcheck(lambda z: nll_and_unlikelihood(z, idx, targets), logits)
@@ -271,7 +271,7 @@ def test_gradients_in_fp64():
 
 
 @pytest.mark.parametrize("form", [written_out.with_mask, written_out.with_loop])
-def test_equals_the_published_form(form):
+def test_unlikelihood_matches_the_published_form(form):
     logits, idx, targets = inputs(3, 20, 31, scale=2.0)
     targets[1, 4:9] = IGNORE
     ours, theirs = nll_and_unlikelihood(logits, idx, targets), form(logits, idx, targets)
@@ -281,7 +281,7 @@ def test_equals_the_published_form(form):
     )
 
 
-def test_exact_where_a_repeated_token_is_nearly_certain():
+def test_unlikelihood_is_exact_for_p_close_to_1():
     """Where the published clamp at 1e-5 has no gradient left: 1 - p down to 1e-26, in fp32."""
     logits, idx, targets = inputs(2, 6, 11, dtype=torch.float32)
     sure = torch.linspace(5, 60, 12).view(2, 6, 1)
@@ -297,7 +297,7 @@ def test_exact_where_a_repeated_token_is_nearly_certain():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_finite_wherever_logits_are(dtype):
+def test_unlikelihood_is_finite_for_finite_logits(dtype):
     logits, idx, targets = inputs(
         2, 6, 11, scale=1e4 if dtype != torch.float16 else 1e3, dtype=dtype
     )
@@ -322,7 +322,7 @@ def test_bf16_logits_are_summed_in_fp32():
         assert torch.equal(narrow, exact.bfloat16())
 
 
-def test_nothing_to_learn_or_to_avoid():
+def test_unlikelihood_without_targets_or_candidates():
     logits, idx, targets = inputs(B=3, T=1)
     targets[0] = idx[0]  # the one token read is the target: no candidate
     check(logits, idx, targets)
@@ -337,7 +337,7 @@ def test_nothing_to_learn_or_to_avoid():
     )
 
 
-def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
+def test_unlikelihood_adds_up_over_rows_and_chunks(monkeypatch):
     logits, idx, targets = inputs(3, 8, 21, scale=2.0)
     whole = nll_and_unlikelihood(logits, idx, targets)
     dz = gradients(whole, logits)
@@ -352,7 +352,7 @@ def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(gradients(pieces, logits), dz))
 
 
-def test_a_prompt_counts_and_padding_on_the_left_does_not():
+def test_prompt_tokens_are_candidates_and_padding_is_not():
     logits, idx, targets = inputs(1, 5, 9)
     pad = 3
     wide = torch.cat((torch.randn(1, pad, 9), logits.detach()), 1).requires_grad_()
@@ -397,7 +397,7 @@ def test_a_padded_vocabulary_of_gpt2():
     torch.testing.assert_close(gradients(ours, wide), gradients(plain, wide), rtol=1e-4, atol=1e-7)
 
 
-def test_compiles_without_a_break():
+def test_unlikelihood_compiles_without_a_break():
     logits, idx, targets = inputs()
     compiled = torch.compile(nll_and_unlikelihood, fullgraph=True, backend="aot_eager")(
         logits, idx, targets

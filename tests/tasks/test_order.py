@@ -26,7 +26,7 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
     seed=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=120, deadline=None)
-def test_every_row_once_in_an_epoch(
+def test_an_epoch_visits_every_row_once(
     lengths: np.ndarray, groups: int, group: int, seed: int
 ) -> None:
     order, n, batch = Order(lengths, groups * group, seed, group), len(lengths), groups * group
@@ -69,7 +69,7 @@ def test_seeds_and_epochs_differ() -> None:
     )
 
 
-def test_batches_are_of_like_length_and_fairly_drawn() -> None:
+def test_batches_have_similar_lengths_and_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 10_000)
     order = Order(lengths, 10, 7)
     batches = order.epoch(0)
@@ -100,9 +100,7 @@ def test_groups_must_fill_a_batch() -> None:
     multiple=st.sampled_from([8, 16, 5]),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_padded_lengths_are_the_best_there_are(
-    lengths: np.ndarray, n_buckets: int, multiple: int
-) -> None:
+def test_bucket_lengths_are_optimal(lengths: np.ndarray, n_buckets: int, multiple: int) -> None:
     """As found by trying every choice."""
     sizes = bucket_lengths(lengths, 10**6, n_buckets, multiple)
     assert len(sizes) <= n_buckets and np.all(np.diff(sizes) > 0) and not np.any(sizes % multiple)
@@ -122,14 +120,14 @@ def test_the_padded_lengths_are_the_best_there_are(
     ]
 
 
-def test_no_size_beyond_the_limit() -> None:
+def test_no_bucket_exceeds_the_limit() -> None:
     sizes = bucket_lengths(np.array([3, 50, 100]), limit=100, multiple=8)
     assert sizes.tolist() == [8, 56, 100]
     with pytest.raises(ValueError, match="101 tokens"):
         bucket_for(101, sizes)
 
 
-def test_share_of_padding() -> None:
+def test_padding_share() -> None:
     lengths, sizes = np.array([3, 8, 9, 16, 5]), np.array([8, 16])
     batches = [np.array([[0], [1], [2]]), np.array([[3], [4]])]
     # (8 + 8) + 16, then 16 + 16
@@ -137,7 +135,7 @@ def test_share_of_padding() -> None:
 
 
 @pytest.mark.skipif(not SST.is_file(), reason="needs ../shared/data/cs224n")
-def test_sst_takes_a_fraction_of_padding_to_the_longest() -> None:
+def test_buckets_save_most_of_the_padding_on_sst() -> None:
     with SST.open(encoding="utf-8") as file:
         lengths = np.array(
             [len(row["sentence"].split()) for row in csv.DictReader(file, delimiter="\t")]

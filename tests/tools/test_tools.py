@@ -112,7 +112,7 @@ def by_hand(how: str, members: Sequence[Sequence[float]], weights: Sequence[floa
 
 @pytest.mark.parametrize("weights", [(), (0.5, 2, 1)])
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
-def test_an_ensemble_is_its_members_combined(tool, runs, tmp_path, how, weights) -> None:
+def test_an_ensemble_combines_its_members(tool, runs, tmp_path, how, weights) -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
     files, drawn, true = runs
@@ -150,7 +150,7 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
-def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None:
+def test_a_member_of_weight_0_changes_nothing(tool, runs, tmp_path, how) -> None:
     files, drawn, true = runs
     # impossible for it is one label, and that is no matter either
     drawn[2][:, 0], drawn[2][:, 1] = (0, 1)
@@ -174,7 +174,7 @@ def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None
     assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "three.jsonl")
 
 
-def test_labels_in_another_order_are_the_same_labels(tool, runs, tmp_path) -> None:
+def test_the_order_of_labels_may_differ_between_runs(tool, runs, tmp_path) -> None:
     files, drawn, true = runs
     turned = write_jsonl(tmp_path / "turned.jsonl", records(drawn[1][:, ::-1], true, LABELS[::-1]))
     assert tool("ensemble", files[0], files[1], "--out", tmp_path / "one.jsonl").code == 0
@@ -184,7 +184,7 @@ def test_labels_in_another_order_are_the_same_labels(tool, runs, tmp_path) -> No
     assert json.loads((tmp_path / "same.json").read_text())["accuracy"]["difference"] == 0
 
 
-def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> None:
+def test_compare_prints_the_paired_test(tool, runs, tmp_path) -> None:
     from tasks.classification.confusion import paired_test
 
     (a, b, _), drawn, true = runs
@@ -210,7 +210,7 @@ def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> No
     assert f"only A is right on {expected['wins']}, only B on {expected['losses']}" in done.out
 
 
-def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
+def test_compare_ignores_rows_without_a_label(tool, tmp_path) -> None:
     p, true = draw(40, 1), [LABELS[n % 3] for n in range(40)]
     all_known, some, none = (
         write_jsonl(tmp_path / name, records(p[:n], of))
@@ -227,7 +227,7 @@ def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
     refused(tool("compare", none, none), "no row with a known label")
 
 
-def test_a_number_is_the_label_it_stands_for(tool, tmp_path) -> None:
+def test_numeric_labels_match_in_any_spelling(tool, tmp_path) -> None:
     """The course's files say 1.0 where the labels are 0 and 1."""
     p = np.array([[0.9, 0.1], [0.2, 0.8]])
     file = write_jsonl(tmp_path / "a.jsonl", records(p, ["0.0", "1.0"], ("0", "1")))
@@ -323,7 +323,7 @@ def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> Pa
 
 
 @pytest.mark.parametrize(("share", "each"), [(0.5, 2), (0.25, 1), (0.01, 1), (1, 4)])
-def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each) -> None:
+def test_mine_finds_pairs_with_misleading_overlap(tool, tmp_path, share, each) -> None:
     out = tmp_path / "hard.csv"
     done = tool(
         "mine", "--data", write_pairs(tmp_path / "pairs.csv"), "--out", out, "--share", share
@@ -342,7 +342,7 @@ def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each
     assert f"{2 * each} of 8 rows" in done.out
 
 
-def test_overlap_is_of_words_and_not_of_their_order() -> None:
+def test_overlap_ignores_the_order_of_words() -> None:
     assert overlap("A b, c!", "c B a") == 1
     assert overlap("a b c", "b c d") == 2 / 4
     assert overlap("a", "b") == 0
@@ -350,7 +350,7 @@ def test_overlap_is_of_words_and_not_of_their_order() -> None:
     assert overlap("?", "!") == 1  # of nothing all is shared
 
 
-def test_the_hardest_are_shown(tool, tmp_path) -> None:
+def test_mine_prints_the_hardest_pairs(tool, tmp_path) -> None:
     """A line a text, whatever is in it."""
     data, out = write_pairs(tmp_path / "pairs.csv"), tmp_path / "hard.csv"
     done = tool("mine", "--data", data, "--out", out, "--share", 0.5)
@@ -361,7 +361,7 @@ def test_the_hardest_are_shown(tool, tmp_path) -> None:
     assert "Who sang this song?" in others and "Where can I swim?" not in others
 
 
-def test_labels_that_say_alike_may_be_named(tool, tmp_path) -> None:
+def test_alike_names_the_labels_of_similar_pairs(tool, tmp_path) -> None:
     """RTE's 0 is entailment; that 1 is not shows in how few words its rows share."""
     data, usual = write_pairs(tmp_path / "pairs.csv"), tmp_path / "usual.csv"
     assert "name the right labels?" in tool("mine", "--data", data, "--out", usual).out
@@ -490,7 +490,7 @@ def write_table(path: Path, rows: Sequence[dict[str, str]] = ROWS) -> Path:
     return path
 
 
-def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> None:
+def test_backtranslation_changes_only_the_texts(tool, tmp_path, models) -> None:
     """Row 2 comes back as it was, and row 3 has a translation with no end within 8 tokens."""
     out = tmp_path / "back.jsonl"
     done = tool(
@@ -517,7 +517,7 @@ def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> N
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
+def test_translations_do_not_depend_on_the_batch(tool, tmp_path, models, beams) -> None:
     data, words = write_table(tmp_path / "rows.csv"), ["--max-tokens", 8, "--beams", beams, *models]
     for name, size in (("one", 1), ("all", 4096)):
         done = tool(
@@ -534,7 +534,7 @@ def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
     assert read_jsonl(tmp_path / "one.jsonl") == read_jsonl(tmp_path / "all.jsonl") == BACK
 
 
-def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> None:
+def test_a_row_with_a_text_that_is_too_long_is_left_out(tool, tmp_path, models) -> None:
     """3 words and the end are 4 tokens; a song has 4 words."""
     out = tmp_path / "back.jsonl"
     done = tool(
@@ -559,7 +559,7 @@ def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> 
     ] and "2 with more than 4 tokens" in done.out
 
 
-def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
+def test_other_columns_keep_their_values(tool, tmp_path, models) -> None:
     """JSON's numbers and lists; an empty text is none to translate."""
     rows = [
         {"text": "it rains", "title": "", "label": 1, "tags": ["a", 2], "note": None, "score": 0.5}
@@ -572,9 +572,7 @@ def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 5])
-def test_stopped_and_started_again_it_goes_on_where_it_was(
-    tool, tmp_path, models, monkeypatch, cut
-) -> None:
+def test_a_stopped_backtranslation_continues(tool, tmp_path, models, monkeypatch, cut) -> None:
     """Stopped after three texts; `cut`: bytes of the last line that did not get to the disk."""
     data, out = write_table(tmp_path / "rows.csv"), tmp_path / "back.jsonl"
     words = ["--data", data, "--out", out, "--max-tokens", 8, "--batch-tokens", 1, *models]
@@ -661,7 +659,7 @@ def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
     )
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
+def test_a_mistake_gives_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
     for name in ("tools.compare", "finetune.tools.compare"):  # the second is its former name
         done = run("-m", name, runs[0][0], write_pairs(tmp_path / "pairs.csv"))
         refused(Done(done.returncode, done.stdout, done.stderr), "pairs.csv")
