@@ -74,7 +74,7 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 
 def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
-    """What `evaluate.py CHECKPOINT WORDS --json -` prints."""
+    """The output of `evaluate.py CHECKPOINT WORDS --json -`."""
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", *map(str, (checkpoint, *words)), "--json", "-"]
     )
@@ -83,7 +83,7 @@ def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
 
 
 def log_probs(reference, ids: list[int]) -> torch.Tensor:
-    """(len(ids) - 1, vocab_size) fp32"""
+    """Logits (len(ids) - 1, vocab_size) fp32."""
     with torch.no_grad():
         return reference(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
 
@@ -91,7 +91,7 @@ def log_probs(reference, ids: list[int]) -> torch.Tensor:
 def of_continuation(
     reference, before: list[int], after: list[int], block: int
 ) -> tuple[torch.Tensor, bool]:
-    """Log probability of each token of `after`, and whether all of them are the argmax."""
+    """The log-probability of each token of `after`, and whether each is the argmax."""
     ids = (before + after)[-(block + 1) :]
     scores = log_probs(reference, ids)[-len(after) :]
     return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
@@ -100,7 +100,7 @@ def of_continuation(
 def plain_hellaswag(
     reference, tokenizer, rows: list[dict], block: int
 ) -> tuple[dict[str, float], list[float]]:
-    """The four accuracies of rows that both harnesses read alike, and the mean of each ending."""
+    """The four accuracies of rows on which both harnesses agree, and the mean of each ending."""
     right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
     means: list[float] = []
     for row in rows:
@@ -123,7 +123,7 @@ def plain_hellaswag(
 
 
 def plain_lambada(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, float]:
-    """Accuracy, perplexity of a word, perplexity of a token."""
+    """Accuracy, perplexity per word, and perplexity per token."""
     hits, nll, tokens = 0, 0.0, 0
     for row in rows:
         context, word = row["text"].rsplit(" ", 1)
@@ -141,7 +141,7 @@ HELLASWAG: list[dict[str, Any]] = [
         "label": i % 4,
         "endings": [text(100 * i + j, 2 + j) for j in range(4)],
     }
-    for i in range(12)  # the longest contexts exceed block_size
+    for i in range(12)  # The longest contexts exceed block_size.
 ]
 OFFICIAL = [
     {
@@ -179,7 +179,7 @@ swag = st.fixed_dictionaries(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_hellaswag_accuracies_match_a_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
-    """Characters, bytes and tokens differ in these words; equal endings go to the first."""
+    """These words differ in characters, bytes and tokens. The first of equal endings is chosen."""
     ours = script.evaluate_hellaswag(
         model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens
     )
@@ -220,7 +220,7 @@ def test_an_unwritable_json_is_refused_before_the_work(target, tmp_path, monkeyp
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target]
     )
-    # the model, which is not there, is not even looked for
+    # The model does not exist, and nothing looks for it.
     with pytest.raises(UserError, match="--json"):
         script.main()
 
@@ -252,7 +252,7 @@ def test_lambada(
 
 
 def test_lambada_counts_an_expected_word(model, tokenizer, reference) -> None:
-    """Rows whose last word is what the reference itself would write: all of them are right."""
+    """The last word of each row is the reference's own continuation, so all of them are right."""
     rows = []
     for seed in range(200):
         context = text(seed, 6)
@@ -328,7 +328,7 @@ def test_a_corpus_shorter_than_a_window(
 def test_only_validation_shards_are_scored(
     checkpoint, tokenizer, tmp_path, monkeypatch, capsys
 ) -> None:
-    """A folder's val shards are what is scored, and a single val shard may be named."""
+    """Of a folder, only the val shards are scored. A single val shard can be named too."""
     from text import corpus
 
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(text(i, 10) for i in range(200)))

@@ -18,7 +18,7 @@ from toy_runs import TASKS, description_of, run_well
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer/, trained on all toy rows, and base/, a model of that vocabulary."""
+    """tokenizer/, trained on all toy rows, and base/, a model with that vocabulary."""
     folder = tmp_path_factory.mktemp("inputs")
     texts = [text for name in TASKS for row in description_of(name).toy for text in row.values()]
     tokenizer = train_bpe(texts, 400, folder / "tokenizer")
@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(inputs: Path, tmp_path: Path) -> Path:
-    """The same inputs and no run."""
+    """A folder with the same inputs and no run."""
     for name in ("tokenizer", "base"):
         (tmp_path / name).symlink_to(inputs / name)
     return tmp_path
@@ -41,8 +41,7 @@ def folder(inputs: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def mistakes(inputs: Path) -> Path:
-    """Beside the inputs: files that are not what a task wants, an adapter, and a model of other
-    weights."""
+    """The inputs with files that tasks refuse, an adapter, and a model with other weights."""
     write = {
         "prose.txt": "No number stands over these lines.\nNor over these.\n",
         "songs.csv": "singer,words\nA,la la\n",

@@ -17,7 +17,7 @@ from toy_runs import description_of, run_task, run_well, task_of, task_options
 
 
 def test_a_task_runs_as_a_program_with_its_own_help(run: Any, folder: Path) -> None:
-    """As a user starts it; and --help names the task's own options."""
+    """A task runs as a user starts it, and --help names its options."""
     done = run(
         "-m", "finetune.qa", *task_options("qa", "--steps", 2, "--eval-every", 0), cwd=folder
     )
@@ -29,8 +29,8 @@ def test_a_task_runs_as_a_program_with_its_own_help(run: Any, folder: Path) -> N
 
 
 def test_log_report_and_predict_agree_on_the_metrics(folder: Path) -> None:
-    """Training in bf16 with the best step not the last: the loop, the report and --predict agree to
-    the last bit."""
+    """Training is in bf16, and the best step is not the last. The loop, the report and --predict
+    agree."""
     rows = "".join(
         f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n"
         for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)

@@ -29,8 +29,8 @@ from toy_runs import (
     set_up_task,
 )
 
-# Whole runs of these take no path that a run of another task does not; tests in this process have
-# what is their own.
+# Whole runs of these tasks take no path that other tasks do not. Tests in this process cover what
+# is their own.
 COVERED_BY_OTHERS = ("lyrics", "paraphrase", "summarize", "text", "topics")
 
 
@@ -76,7 +76,7 @@ def test_a_classification_run_learns_predicts_and_resumes(name: str, folder: Pat
         {k: answer[k] for k in row}
         for answer, row in zip(answers, task.description.toy, strict=True)
     ] == list(task.description.toy)
-    for suffix in (".jsonl", ".csv"):  # the toy rows are those to validate on, too
+    for suffix in (".jsonl", ".csv"):  # The toy rows are the validation rows too.
         assert (folder / f"answers{suffix}").read_bytes() == (
             run / f"validation{suffix}"
         ).read_bytes()
@@ -108,8 +108,8 @@ def check_run_files(run: Path, steps: list[int]) -> None:
 
 
 def check_toy_answers(task: Any, final: Path) -> None:
-    """Greedy decoding from each toy prompt; where several rows have one prompt, one of their
-    answers."""
+    """Assert that greedy decoding gives the answer to each toy prompt, or one of them if several
+    rows share a prompt."""
     model, _ = open_model(str(final), None, CPU, torch.float32)
     rows = range(len(task.description.toy))
     prompts = [task.prompt(i) for i in rows]
@@ -123,8 +123,8 @@ def check_toy_answers(task: Any, final: Path) -> None:
 
 
 def test_two_ranks_and_a_kill_change_no_figure(folder: Path) -> None:
-    """On rows that are broken, cut and left out: two ranks as one, and killed as not; all is told
-    in the log."""
+    """The rows are broken, truncated or left out. Two ranks give the same figures as one, a killed
+    run the same as a whole run, and the log has all warnings."""
     rows = [{"context": f"{n} " * 5 * n, "question": "?", "answer": f"{n}"} for n in range(1, 9)]
     rows += [
         {"context": "", "question": "?", "answer": "."},

@@ -155,7 +155,7 @@ HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
             "repetition": (1 / 2 + 0) / 2,
         },
     ),
-    "sonnets": (  # the same end in all eleven lines: a word does not rhyme with itself
+    "sonnets": (  # All eleven lines end in the same word, and a word does not rhyme with itself.
         [Answer(f"{LINE}\n" * 3, f"{LINE}\n" * 11, f"{LINE}\n" * 11)],
         {
             "chrf": 100,

@@ -1,5 +1,5 @@
-"""The family of tasks whose answers are labels: rows to tokens, tokens to labels, losses, other
-tasks beside, files."""
+"""Classification tasks: encoding, labels, losses, evaluation, auxiliary tasks, and the files of a
+run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def prompt(row: Row, form: str) -> Parts:
 
 
 def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = None) -> GivenLabels:
-    """Rows of a text or two, and how they feel."""
+    """The description of a task with one or two texts in a row, and their mood."""
     return GivenLabels(
         name="mood",
         config=ClassificationConfig,
@@ -100,7 +100,7 @@ def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = Non
 
 
 class Mood(Classification):
-    """A task on given rows, beside others on theirs."""
+    """A task on given rows, with auxiliary tasks on other given rows."""
 
     def __init__(
         self,
@@ -142,13 +142,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow() -> Iterator[None]:
-    """An LSTM that takes no time."""
+    """A stand-in for an LSTM that takes no time."""
     with mock.patch.object(heads, "LSTM_WIDTH", 16):
         yield
 
 
 def set_up(task: Mood, tokenizer: Tokenizer, /, **options: Any) -> Mood:
-    """The task with its rows read, for a model from scratch, without dropout."""
+    """The task after `setup`, for a model from scratch without dropout."""
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
     )
@@ -168,12 +168,12 @@ def mood(tokenizer: Tokenizer, train: Any = None, val: Any = None, /, **options:
 
 
 def of_two(tokenizer: Tokenizer, train: Any = None, others: Any = None, /, **options: Any) -> Mood:
-    """A task with another beside."""
+    """A task with an auxiliary task."""
     return set_up(Mood(train or ROWS, others=[(others or OTHERS, 0.5)]), tokenizer, **options)
 
 
 def model_of(task: Mood) -> GPT:
-    """With random weights, at a scale where scores differ from row to row."""
+    """A model with random weights, at a scale where scores differ from row to row."""
     torch.manual_seed(1)
     model = task.build_model(task.cfg)
     assert isinstance(model, GPT)
@@ -209,7 +209,7 @@ def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
 @quick
 def test_scores_do_not_depend_on_batch_or_padding(scorer, ids, more, filler):
     task, model = scorer
-    set_products("fp32", ALONE.device)  # as a run does
+    set_products("fp32", ALONE.device)  # as in a run
 
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
@@ -288,7 +288,7 @@ def test_truncation_shortens_the_longer_text(tokenizer, first, second, seq_len, 
         )
         lost = [len(text) - len(part) for text, part in zip(whole, kept, strict=True)]
         assert sum(lost) == max(0, over)
-        if len(whole) > 1:  # none is shorter than the other by what it lost
+        if len(whole) > 1:  # No text that was truncated is shorter than the other.
             a, b = map(len, kept)
             assert (not lost[0] or a >= b - 1) and (not lost[1] or b >= a - 1)
         for part, text in zip(kept, whole, strict=True):
@@ -298,7 +298,7 @@ def test_truncation_shortens_the_longer_text(tokenizer, first, second, seq_len, 
 
 
 def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
-    """What stands between the tokens that part the texts of a row."""
+    """The tokens of a row as lists, split at its special tokens."""
     parts: list[list[int]] = [[]]
     for token in tokens:
         if token in task.trunk.tokenizer.special_ids.values():
@@ -441,7 +441,7 @@ def test_class_weights_and_augment_weight(tokenizer):
 
 def test_label_words_are_scored_by_their_first_token(tokenizer):
     task = mood(tokenizer, form="word")
-    assert task.info.words == LABELS  # a word is its own name
+    assert task.info.words == LABELS  # the word is the label's name
     assert (
         task.objective.scorer.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS]
         and len(set(task.objective.scorer.word_ids)) == 3
@@ -468,7 +468,7 @@ def test_label_words_are_scored_by_their_first_token(tokenizer):
 
 
 class Passes(nn.Module):
-    """In place of dropout: changes the second pass of each row, and always alike."""
+    """Replaces dropout: it changes the second pass of each row, and always in the same way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, pattern = len(x) // 2, torch.arange(x.shape[-1], dtype=x.dtype) % 3
@@ -495,8 +495,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=LOSSES)
 def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
-    """A task with another beside, but under --form word, and its model; two passes differ without
-    any draw."""
+    """A task and its model, with an auxiliary task unless under --form word. The two passes of a
+    row differ without random draws."""
     options: dict[str, Any] = LOSSES[request.param] | (
         dict(dropout=0.1) if "objective" in LOSSES[request.param] else {}
     )
@@ -509,13 +509,13 @@ def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
 
 
 def own_steps(task: Mood) -> Iterator[tuple[int, np.ndarray]]:
-    """The steps of an epoch, with their rows."""
+    """The rows of each step of an epoch."""
     for step in range(task.order.steps_per_epoch):
         yield step, task.rows("train", step)
 
 
 def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
-    """The terms of a step's rows, in plain loops in fp64."""
+    """The loss terms of a step's rows, by plain loops in fp64."""
     exact, cfg = copy.deepcopy(model).double(), task.cfg
     sums: dict[str, float] = defaultdict(float)
     for group in groups:
@@ -549,8 +549,7 @@ def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[torch.Tensor]]:
-    """Of one row alone, unpadded: its log-probabilities in each pass, and what is pooled in
-    each."""
+    """The log-probabilities and the pooled states of one unpadded row, in each pass."""
     tokens, head = torch.from_numpy(task.train.tokens[i])[None], int(task.train.heads[i])
     hidden, n = (
         exact.hidden(tokens.repeat(task.objective.passes, 1)),
@@ -584,9 +583,9 @@ def test_loss_terms_match_a_loop_over_rows(learner):
 
 
 def test_a_block_compiles_few_graphs_for_all_lengths(tokenizer, monkeypatch):
-    """Training and evaluation compile no more than once they have met two lengths, and no graph
-    breaks."""
-    # all but code generation, which takes the time and is not what is asked about
+    """Training and evaluation compile nothing more once they have seen two lengths, and graphs do
+    not break."""
+    # Everything but code generation, which takes long and is not tested here.
     compile = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda m, **options: compile(m, backend="eager", fullgraph=True)
@@ -603,8 +602,8 @@ def test_a_block_compiles_few_graphs_for_all_lengths(tokenizer, monkeypatch):
     for s in range(12):
         step(s, loader(s))
     evaluate(step, 4)
-    # Three kinds of blocks: the first, one after it, and the last, which computes one position.
-    # Each for one length, for any, and for evaluation.
+    # There are three kinds of blocks: the first, those after it, and the last, which computes one
+    # position. Each is compiled for one length, for any length, and for evaluation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     assert len({loader(s).batches[0]["idx"].shape[1] for s in range(12, 30)}) > 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -618,7 +617,7 @@ def test_a_block_compiles_few_graphs_for_all_lengths(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_flops_match_the_matrix_products(tokenizer, pooling):
-    """As torch counts them, of attention too where it is written out: forward, and twice as many
+    """torch counts FLOPs, including those of attention in plain form: forward, and twice as many
     backward."""
     rows = [row(" ".join(WORDS * 8), label) for label in LABELS]
     task = mood(
@@ -635,8 +634,8 @@ def test_flops_match_the_matrix_products(tokenizer, pooling):
     batch = task.batch("train", np.array([0])).tensors
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task.objective.scorer.states(model, batch["idx"][:, :length], batch["lengths"])
-    # Biases and norms are counted as weights by the formula, and the one position's few products
-    # are not.
+    # The formula counts biases and norms as weights, and leaves out the few products of the one
+    # position.
     flops = task.cost().flops_per_token
     assert flops == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
 
@@ -650,8 +649,8 @@ def test_the_weights_of_the_terms(learner):
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(learner):
-    """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
-    not draw."""
+    """Steps are split into micro-batches, groups stay whole, and the replaced dropout does not
+    draw."""
     task, model = learner
     train = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for step, groups in own_steps(task):
@@ -731,7 +730,7 @@ def test_metrics_match_scikit_learn_at_any_micro_batch(tokenizer):
 
 @torch.no_grad()
 def log_p_of(task: Mood, model: GPT, tokens: np.ndarray, head: int = 0) -> np.ndarray:
-    """Of a row alone."""
+    """The scores of one row alone."""
     hidden = model.hidden(torch.from_numpy(tokens)[None])
     return task.objective.scorer.log_p(model, hidden, torch.tensor([len(tokens)]), head)[0].numpy()
 
@@ -750,7 +749,7 @@ def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> flo
     return error
 
 
-# --- other tasks beside
+# --- auxiliary tasks
 
 
 sizes = st.integers(2, 12)
@@ -779,7 +778,7 @@ def test_an_epoch_visits_each_row_of_the_main_task_once(
     n = task.order.steps_per_epoch
     steps = [task.rows("train", step) for step in range(epochs * n)]
     heads_of = [set(task.train.heads[groups.reshape(-1)].tolist()) for groups in steps]
-    assert all(len(found) == 1 for found in heads_of)  # a step's rows are of one task
+    assert all(len(found) == 1 for found in heads_of)  # All rows of a step belong to one task.
     whole = [[g for g, of in zip(steps, heads_of, strict=True) if of == {head}] for head in (0, 1)]
     own_steps = len(whole[0]) // epochs
     for epoch in range(epochs):
@@ -791,7 +790,8 @@ def test_an_epoch_visits_each_row_of_the_main_task_once(
         assert sorted(np.concatenate([g.reshape(-1) for g in mine])) == list(range(own))
     per_pass = task.order.orders[1].steps_per_epoch
     assert n - own_steps == min(own_steps, per_pass) and len(whole[1]) == epochs * (n - own_steps)
-    for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):  # it goes on where it ended
+    # The next epoch continues where this one stopped.
+    for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):
         found = np.concatenate([g.reshape(-1) for g in whole[1][begin : begin + per_pass]])
         assert sorted(found) == list(range(own, own + other))
     again = copy.deepcopy(task)
@@ -835,7 +835,7 @@ def test_ulmfit_unfreezes_by_epochs_of_all_tasks(tokenizer):
     assert n == 4 > task.order.orders[0].steps_per_epoch
 
     def trained(step: int) -> set[str]:
-        """The heads, or h.0, h.1, ..., that train in a step."""
+        """The heads or blocks (h.0, h.1, ...) that train in a step."""
         names = [name for group in task.groups(model, step) for name in group.params]
         return {
             re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names
@@ -918,7 +918,7 @@ def test_predict_uses_the_settings_of_the_run(reads, tokenizer, tmp_path):
     asked = [row(" ".join(WORDS[n:][:7]), LABELS[n % 3] if n else "", WORDS[n]) for n in range(9)]
     task = mood(tokenizer, **READS[reads])
     model = exported(task, tmp_path / "model")
-    # says nothing of the form
+    # nothing about --form
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu", allow_overlap=True)
     other, said = Mood(asked), []
     scores = other.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append)
@@ -935,7 +935,7 @@ def test_predict_uses_the_settings_of_the_run(reads, tokenizer, tmp_path):
             probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0],
             atol=1e-5,
         )
-    # the first has no label
+    # The first row has no label.
     right = [answer["prediction"] == answer["label"] for answer in answers[1:]]
     assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores[
         "accuracy"
@@ -1007,13 +1007,13 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
         assert all(first[name] != other[name] for other in others), name
 
 
-# --- one task after another
+# --- training from a trained model
 
 
 def test_init_keeps_the_head_if_its_labels_match(tokenizer, tmp_path):
     model = exported(mood(tokenizer), tmp_path)
     start: dict[str, Any] = dict(init=str(tmp_path), preset=None, tokenizer=None)
-    other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # as many labels
+    other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # the same number of labels
     for rows, options, taken in (
         (ROWS, {}, True),
         (other, {}, False),
@@ -1032,7 +1032,7 @@ def test_init_keeps_the_head_if_its_labels_match(tokenizer, tmp_path):
                 "this run starts with a new head"
             ]
         )
-        known = tokenizer.vocab_size  # the prompts of --form word add a token
+        known = tokenizer.vocab_size  # The prompts of --form word add a token.
         for name, p in model.named_parameters():
             cut = slice(known if name == "transformer.wte.weight" else None)
             same = name in found and torch.equal(found[name][cut], p[cut])
@@ -1068,7 +1068,7 @@ def test_training_continues_from_a_hub_classifier(tokenizer, tmp_path):
         tmp_path / "a.jsonl",
         print,
     )
-    assert 0 <= scores["accuracy"] <= 1  # it predicts as it is, too
+    assert 0 <= scores["accuracy"] <= 1  # It also predicts without training.
     task = mood(
         tokenizer,
         [row("a", "no"), row("b", "yes")],
@@ -1084,7 +1084,7 @@ def test_training_continues_from_a_hub_classifier(tokenizer, tmp_path):
     )
 
 
-# --- what others read
+# --- what other programs read
 
 
 def test_transformers_gives_the_same_scores(tokenizer, tmp_path):

@@ -1,5 +1,5 @@
-"""Figures of classifications beside scikit-learn's, plain loops and rows drawn one by one; and
-their pictures."""
+"""Classification metrics against scikit-learn, plain loops and row-by-row resampling, and their
+charts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tasks.classification import chart, confusion
 
 @st.composite
 def labelled(draw, predictions=1):
-    """K, and true and predicted labels of some rows; often a label that is in one of them only, or
-    in neither."""
+    """K, and the true and predicted labels of some rows. Some labels are often only true, only
+    predicted, or neither."""
     n_labels = draw(st.integers(1, 6))
     row = st.tuples(*[st.integers(0, n_labels - 1)] * (1 + predictions))
     return n_labels, *np.array(draw(st.lists(row, min_size=1, max_size=40))).T
 
 
 def scored(rows=200, n_labels=3, seed=0, sharpness=1.0):
-    """True labels (N,) and probabilities (N, K) that know something of them."""
+    """True labels (N,) and probabilities (N, K) that predict them better than chance."""
     random = np.random.default_rng(seed)
     true = random.integers(0, n_labels, rows)
     scores = random.normal(size=(rows, n_labels)) + 1.5 * np.eye(n_labels)[true]
@@ -38,7 +38,7 @@ def scored(rows=200, n_labels=3, seed=0, sharpness=1.0):
     return true, odds / odds.sum(1, keepdims=True)
 
 
-# --- beside scikit-learn
+# --- against scikit-learn
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
@@ -67,7 +67,7 @@ def test_macro_f1_ignores_labels_that_never_occur():
     some = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 2)
     more = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 5)
     assert confusion.macro_f1(some) == confusion.macro_f1(more) == pytest.approx(2 / 3)
-    # 2/3, 1 and, of the label that no row has, 0
+    # 2/3, 1, and 0 for the label without rows
     given_only = confusion.confusion_matrix([0, 0, 1], [0, 2, 1], 5)
     assert confusion.macro_f1(given_only) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
@@ -84,7 +84,7 @@ def test_a_label_out_of_range_is_refused(wrong):
 
 
 def plain_calibration(true, probabilities, bins):
-    """Guo et al. (2017), row by row: bin m holds confidences in ((m - 1)/M, m/M]."""
+    """Guo et al. (2017), row by row: bin m has the confidences in ((m - 1)/M, m/M]."""
     error = 0.0
     for m in range(1, bins + 1):
         inside = [
@@ -101,7 +101,7 @@ def plain_calibration(true, probabilities, bins):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
 def test_calibration_error_matches_a_loop(seed, rows, n_labels, bins):
-    # 0: all labels are equally likely
+    # 0: all labels have the same probability
     true, probabilities = scored(rows, n_labels, seed, sharpness=seed % 5)
     expected = plain_calibration(true, probabilities, bins)
     assert confusion.calibration_error(true, probabilities, bins) == pytest.approx(
@@ -111,7 +111,7 @@ def test_calibration_error_matches_a_loop(seed, rows, n_labels, bins):
 
 def test_reliability_by_hand():
     probabilities = np.array([[0.5, 0.5], [0.3, 0.7], [0.1, 0.9], [0.0, 1.0]])
-    # 0.5 is in the second bin, 1 in the last
+    # 0.5 is in the second bin, and 1 in the last
     found = confusion.reliability([0, 0, 1, 1], probabilities, bins=4)
     np.testing.assert_array_equal(found.rows, [0, 1, 1, 2])
     np.testing.assert_allclose(found.confidence, [0, 0.5, 0.7, 0.95])
@@ -130,12 +130,12 @@ def test_log_probabilities_are_refused():
         confusion.figures(true, 2 * probabilities)
 
 
-# --- how sure
+# --- intervals
 
 
 def intervals_by_rows(true, predictions, resamples):
-    """Intervals of accuracy and macro-F1, and of their differences if two are given, of rows drawn
-    one by one."""
+    """Intervals of accuracy and macro-F1 from rows drawn one by one, or of their differences for
+    two predictions."""
     random, n_labels = (
         np.random.default_rng(1),
         1 + max(true.max(), *(of.max() for of in predictions)),
@@ -156,8 +156,8 @@ def intervals_by_rows(true, predictions, resamples):
 
 @pytest.fixture(scope="module")
 def pair():
-    """True labels and two predictions of 300 rows, of labels of unequal numbers, that often
-    agree."""
+    """True labels and two predictions of 300 rows that often agree. The labels differ in
+    frequency."""
     random = np.random.default_rng(5)
     true = random.choice(3, 300, p=[0.7, 0.2, 0.1])
     first, second = (
@@ -186,7 +186,7 @@ def test_bootstrap_intervals_have_their_coverage():
             np.zeros(250), np.where(right, 0, 1), 2, seed, resamples=400
         )["accuracy"]
         covered += low <= share <= high
-    # of 190 expected: four standard deviations of 3.1, less at the top
+    # 190 are expected: the bounds are four standard deviations of 3.1, and fewer at the top.
     assert 178 <= covered <= 199
 
 
@@ -211,7 +211,7 @@ def test_bootstrap_depends_on_the_seed(pair):
         (confusion.accuracy(matrix), confusion.macro_f1(matrix)), same[0].values()
     ):
         assert low < figure < high
-    # labels that no row has or was given change nothing
+    # Labels that are neither true nor predicted change nothing.
     wider = confusion.bootstrap(true, first, 9, 7)
     assert wider == same[0]
 
@@ -221,7 +221,7 @@ def test_bootstrap_without_rows_is_refused():
         confusion.bootstrap([], [], 2, seed=0)
 
 
-# --- two methods
+# --- two predictions
 
 
 @given(labelled(predictions=2))
@@ -250,7 +250,7 @@ def test_paired_intervals_match_drawing_row_by_row(pair):
     np.testing.assert_allclose(
         [found[name]["interval"] for name in ("accuracy", "macro_f1")], expected, atol=0.006
     )
-    # Paired: narrower than of two samples of their own.
+    # Paired intervals are narrower than those of two independent samples.
     apart = [confusion.bootstrap(true, of, 3, seed=0)["accuracy"] for of in (first, second)]
     assert np.ptp(found["accuracy"]["interval"]) < 0.9 * math.hypot(*np.ptp(apart, axis=1))
 
@@ -270,7 +270,7 @@ def test_swapping_the_runs_flips_the_paired_test(pair):
     for name in ("accuracy", "macro_f1"):
         assert one[name]["difference"] == -other[name]["difference"]
         low, high = other[name]["interval"]
-        # of other draws
+        # The seed gives other draws.
         np.testing.assert_allclose(one[name]["interval"], [-high, -low], atol=0.006)
 
 
@@ -298,8 +298,8 @@ def test_mcnemar_matches_a_plain_sum(wins, losses):
 
 
 def test_mcnemar_of_many_rows():
-    # By the normal distribution with the half that corrects for whole numbers: |101000 - 100000| -
-    # 1 over its deviation.
+    # The normal distribution with continuity correction: |101000 - 100000| - 1 over its standard
+    # deviation.
     assert confusion.mcnemar(100_000, 101_000) == pytest.approx(
         math.erfc(999 / math.sqrt(201_000) / math.sqrt(2)), rel=1e-4
     )
@@ -347,11 +347,11 @@ def test_labels_must_match_the_probabilities():
 def test_reports_of_edge_cases_are_valid_json():
     one_right = confusion.report([1], [[0.0, 1.0]], ["no", "yes"], seed=0)
     assert one_right["intervals"] == {"accuracy": [1.0, 1.0], "macro_f1": [1.0, 1.0]}
-    single = np.array([[0.2, 0.8]], dtype=np.float32)  # what a model gives
+    single = np.array([[0.2, 0.8]], dtype=np.float32)  # as a model gives them
     json.dumps([one_right, confusion.report([0], single, ["no", "yes"], seed=0)], allow_nan=False)
 
 
-# --- the pictures
+# --- the charts
 
 
 def size(path) -> tuple[int, int]:
@@ -362,8 +362,8 @@ def size(path) -> tuple[int, int]:
 
 
 LABELS = {
-    2: ["no", r"$\yes$"],  # no formula, and one that cannot be read
-    # letters that fonts lack, one that all lack
+    2: ["no", r"$\yes$"],  # no formula, and one that does not parse
+    # letters that some fonts lack, and one that all fonts lack
     5: ["여행", "경제", "a\nb", "\U0010ffff", "x" * 300],
     42: [f"org:place_of_headquarters_{i}" for i in range(42)],
 }
@@ -377,7 +377,7 @@ def test_charts_are_drawn_without_output(n_labels, tmp_path, caplog, capfd):
         warnings.simplefilter("error")
         paths = chart.draw(report, tmp_path, "a_title $ of 한글 $")
     assert paths == [tmp_path / "confusion.png", tmp_path / "reliability.png"]
-    # A font list that matplotlib writes anew is its own affair.
+    # Ignore what matplotlib says when it rebuilds its font list.
     assert [record.message for record in caplog.records if "font cache" not in record.message] == []
     assert capfd.readouterr().out == ""
     (width, height), (reliability_width, reliability_height) = map(size, paths)
@@ -405,7 +405,7 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
         [0] * 30, np.eye(14)[np.arange(30) % 2], list(map(str, range(14))), seed=0
     )
     chart.draw_confusion(many, tmp_path / "b.png", "")
-    assert written == [(0, 0, "15"), (1, 0, "15")]  # of many labels no zeros
+    assert written == [(0, 0, "15"), (1, 0, "15")]  # With many labels, zeros are not written.
     written.clear()
     many["confusion"] = (np.array(many["confusion"]) * 10**9).tolist()
     chart.draw_confusion(many, tmp_path / "c.png", "")

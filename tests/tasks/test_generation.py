@@ -1,5 +1,4 @@
-"""The family of tasks whose answers are texts: rows to sequences, sequences to batches, batches to
-a loss."""
+"""Generation tasks: encoding rows as sequences, batches, losses, evaluation and --predict."""
 
 from __future__ import annotations
 
@@ -69,7 +68,7 @@ def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, fl
 
 
 class Echo(Generation):
-    """Rows that the test gives: a text that may be cut, one that may not, and an answer."""
+    """A task on given rows: a text that may be truncated, one that may not, and an answer."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def set_up(
     task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None, **options: Any
 ) -> Echo:
-    """The task with its rows read, for a model from scratch."""
+    """The task after `setup`, for a model from scratch."""
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
     )
@@ -120,8 +119,7 @@ def set_up(
 def echo(
     tokenizer: Tokenizer, train: list[dict[str, str]], val: Any = None, **options: Any
 ) -> Echo:
-    """A task that trains on rows and is validated on `val`, or on those that are held out
-    (None)."""
+    """A task that trains on `train` and validates on `val`. None holds out some of `train`."""
     return set_up(
         Echo(train, val), tokenizer, **dict[str, Any](val_data="val" if val else None) | options
     )
@@ -161,7 +159,7 @@ def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
             [*encode(r["fixed"]), go] if r["fixed"] else [],
             encode(r["answer"]),
         )
-        rest = [*fixed, *answer, eot]  # what cannot be cut
+        rest = [*fixed, *answer, eot]  # a text that cannot be truncated
         whole = [eot, *long, *rest]
         over = len(whole) - (seq_len + 1)
         if over <= 0:
@@ -217,7 +215,7 @@ def test_strict_refuses_a_row_that_is_too_long(tokenizer):
             UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"
         ):
             echo(tokenizer, [row("rain"), bad], [row("a")], seq_len=12, strict=True)
-    # nothing of it is lost
+    # The answer is not lost.
     task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)
     assert len(task.train.rows) > 2
     with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
@@ -246,7 +244,7 @@ def test_show_rows_marks_the_learned_text(tokenizer):
     ]
 
 
-# --- what is held out
+# --- holding out
 
 
 def test_a_group_of_rows_is_held_out_together(tokenizer):
@@ -262,7 +260,7 @@ def test_a_group_of_rows_is_held_out_together(tokenizer):
     assert [r.where for r in echo(tokenizer, rows, [row("a")]).val.rows] == ["val row 0"]
 
 
-# --- sequences to batches, batches to a loss
+# --- batches and losses
 
 ROWS = [
     row("slept on", "the town"),
@@ -276,8 +274,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", params=["likelihood", "unlikelihood"])
 def trained(request, tokenizer) -> tuple[Echo, GPT]:
-    """A task and a model with random weights; seed and scale such that its losses differ from row
-    to row."""
+    """A task and a model with random weights, whose losses differ from row to row."""
     objective = ("unlikelihood",) if request.param == "unlikelihood" else ()
     task = echo(tokenizer, ROWS, objective=objective, unlikelihood=0.7, batch_size=4)
     torch.manual_seed(1)
@@ -289,7 +286,7 @@ def trained(request, tokenizer) -> tuple[Echo, GPT]:
     return task, model.train()
 
 
-ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # one of the six rows is held out
+ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # One of the six rows is held out.
 
 
 @given(ids=ids)
@@ -299,7 +296,7 @@ def test_a_batch_has_each_row_and_its_targets(trained, ids):
     made = task.batch("train", np.array(ids))
     batch = made.tensors
     assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.buckets
-    # the least that holds
+    # the smallest bucket that holds them
     assert (
         task.buckets[task.buckets < batch["idx"].shape[1]] < task.train.lengths[ids].max()
     ).all()
@@ -319,7 +316,7 @@ def test_a_batch_has_each_row_and_its_targets(trained, ids):
 
 
 def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
-    """Of training row `i` alone, unpadded, position by position in fp64."""
+    """The loss of training row `i` alone and unpadded, position by position in fp64."""
     exact, tokens = copy.deepcopy(model).double(), task.train.tokens[i]
     with torch.no_grad():
         log_p = F.log_softmax(exact(torch.from_numpy(tokens[None, :-1]))[0], -1)
@@ -371,7 +368,7 @@ def test_padding_does_not_change_gradients(trained):
 
 
 def test_evaluation_does_not_depend_on_the_batches(tokenizer):
-    rows = [ROWS[5], *ROWS[:5]]  # the first goes on in a second sequence
+    rows = [ROWS[5], *ROWS[:5]]  # The first row continues in a second sequence.
     task = echo(tokenizer, ROWS, rows, seq_len=24, eval_rows=3, max_new_tokens=6, temperature=1.0)
     torch.manual_seed(1)
     model = task.build_model(task.cfg).eval()
@@ -379,7 +376,7 @@ def test_evaluation_does_not_depend_on_the_batches(tokenizer):
     assert sorted(order) == list(range(len(task.val.rows)))
     begins = [i for i, tokens in enumerate(task.val.tokens) if tokens[0] == tokenizer.eot]
     assert 1 not in begins and task.decoded == begins[:3]
-    assert sorted(order[:3]) == task.decoded  # together in the first batch
+    assert sorted(order[:3]) == task.decoded  # These are together in the first batch.
     results = []
     for size in (len(order), 2, 1):
         sums: dict[str, float] = {}
@@ -406,7 +403,7 @@ def test_evaluation_does_not_depend_on_the_batches(tokenizer):
 
 
 def on_validation(task: Echo) -> Echo:
-    """The task with its validation rows in the place of those to train on."""
+    """The task with its validation rows as training rows."""
     other = copy.copy(task)
     other.train = task.val
     return other
@@ -429,7 +426,8 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     fixed, go = tokenizer.encode("of a"), task.trunk.tokenizer.special_id(GO)
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
-    assert task.val.answer_starts[0] > 24  # in training the text fills what its answer leaves
+    # In training, the text fills all the room that the answer leaves.
+    assert task.val.answer_starts[0] > 24
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
@@ -458,7 +456,7 @@ def test_every_predict_row_is_answered_in_order(tokenizer, tmp_path):
     ):
         Echo(long).predict(strict, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
     assert not (tmp_path / "other.jsonl").exists()
-    some = Echo([*rows, row("", "the town")])  # the first three have a true answer
+    some = Echo([*rows, row("", "the town")])  # Only the first three have a true answer.
     assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {
         "answered": 3
     }
@@ -485,7 +483,7 @@ def test_samples_answer_the_prompts_option(tokenizer):
     assert [prompt for prompt, _ in task.samples(model)] == ["rain", "", "stone"]
 
 
-# --- what a run must have in common with its continuation
+# --- the identity of a run
 
 
 def test_the_identity_names_what_changes_the_result(tokenizer):

@@ -1,4 +1,4 @@
-"""Which rows a step sees, and what they are padded to."""
+"""The order of rows, and the bucket sizes that batches are padded to."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_seeds_and_epochs_differ() -> None:
         Order(lengths, 8, seed)(epoch * 125).tobytes() for seed in range(4) for epoch in range(4)
     ]
     assert len(set(firsts)) == 16
-    one_pool = np.arange(640)  # sorted, always the same batches
+    one_pool = np.arange(640)  # one sorted pool: only the order of its batches varies
     assert (
         len(
             {
@@ -74,11 +74,12 @@ def test_batches_have_similar_lengths_and_are_shuffled() -> None:
     order = Order(lengths, 10, 7)
     batches = order.epoch(0)
     spread = [np.ptp(lengths[batch]) for batch in batches]
-    assert np.mean(spread) < 2 * 500 / POOL  # a pool of sorted rows is cut into 64 batches
+    assert np.mean(spread) < 2 * 500 / POOL  # a pool of sorted rows is split into 64 batches
     means = np.array([lengths[batch].mean() for batch in batches])
     halves = means[:500].mean() - means[500:].mean()
-    assert abs(halves) < 4 * means.std() * math.sqrt(2 / 500)  # no drift of lengths along the epoch
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # nor from one batch to the next
+    # Lengths drift neither along the epoch nor from one batch to the next.
+    assert abs(halves) < 4 * means.std() * math.sqrt(2 / 500)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
     smaller = Order(lengths, 64, 7)
     lasts = [lengths[smaller.epoch(epoch)[-1]].mean() for epoch in range(40)]
     assert abs(np.mean(lasts) - lengths.mean()) < 4 * lengths.std() / math.sqrt(40 * (10_000 % 64))
@@ -101,7 +102,7 @@ def test_groups_must_fill_a_batch() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_bucket_lengths_are_optimal(lengths: np.ndarray, n_buckets: int, multiple: int) -> None:
-    """As found by trying every choice."""
+    """The best sizes, by trying every choice."""
     sizes = bucket_lengths(lengths, 10**6, n_buckets, multiple)
     assert len(sizes) <= n_buckets and np.all(np.diff(sizes) > 0) and not np.any(sizes % multiple)
     longest = math.ceil(lengths.max() / multiple) * multiple
