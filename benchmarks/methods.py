@@ -143,8 +143,8 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 def task_facts(name: str) -> dict[str, Any]:
     """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file
     of answers if these are texts that have scores."""
-    from tasks.classification.description import Labels
-    from tasks.generation.description import Texts, no_scores
+    from tasks.classification.description import ClassificationDescription
+    from tasks.generation.description import GenerationDescription, no_scores
 
     task = importlib.import_module(f"finetune.{name}").TASK
     defaults = {
@@ -152,9 +152,9 @@ def task_facts(name: str) -> dict[str, Any]:
         for f in dataclasses.fields(task.config)
         if f.default is not dataclasses.MISSING
     }
-    scored = isinstance(task, Texts) and task.scores is not no_scores
+    scored = isinstance(task, GenerationDescription) and task.scores is not no_scores
     return {
-        "family": "classification" if isinstance(task, Labels) else "generation",
+        "family": "classification" if isinstance(task, ClassificationDescription) else "generation",
         "best": list(task.best),
         "defaults": defaults | task.defaults,
         "answers": f"predictions{task.answer_kinds[0]}" if scored else None,

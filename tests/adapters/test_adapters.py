@@ -574,7 +574,7 @@ def test_heads_are_stored_and_counted(method):
         numbers[table] = VOCAB * 64
     trained = rates(model, config(method))
     want = sum(numbers[name] for name in trained), sum(numbers.values())
-    assert methods.counts(model, groups(model, config(method), 0, 10)) == want
+    assert methods.count_parameters(model, groups(model, config(method), 0, 10)) == want
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -653,14 +653,17 @@ def test_vectors_have_no_decay(base):
 def test_counts_leave_the_padding_out(base):
     model = GPT.from_pretrained(base)
     total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
-    assert methods.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
-    assert methods.counts(model, groups(model, config("last-layer"), 0, 1)) == (
+    assert methods.count_parameters(model, groups(model, config("full"), 0, 1)) == (total, total)
+    assert methods.count_parameters(model, groups(model, config("last-layer"), 0, 1)) == (
         VOCAB * 64 + 128,
         total,
     )
     model = adapted(base, "lora")
     extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
-    assert methods.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
+    assert methods.count_parameters(model, groups(model, config("lora"), 0, 1)) == (
+        extra,
+        total + extra,
+    )
 
 
 # --- merged and written
@@ -773,15 +776,15 @@ def test_base_of(base, tmp_path):
 )
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(UserError) as error:
-        methods.check(FinetuneConfig(**options))
+        methods.check_method(FinetuneConfig(**options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_alone_is_fine(method):
-    methods.check(FinetuneConfig(method=method))
+    methods.check_method(FinetuneConfig(method=method))
     if method in ("full", "last-k", *LORA):
-        methods.check(FinetuneConfig(method=method, llrd=0.9))
+        methods.check_method(FinetuneConfig(method=method, llrd=0.9))
 
 
 @pytest.mark.parametrize(

@@ -434,10 +434,10 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
     ]
     (cell,) = cells
     cfg = parse(KINDS[family], cell.words)
-    methods.check(cfg)
+    methods.check_method(cfg)
     cfg.check()
     if family == "classification":
-        classification.check(cfg)
+        classification.check_classification(cfg)
     assert cfg.seed == 5 and cfg.epochs == 3 and cfg.precision == "fp32"
     assert cfg.prompts == (("x", "y z") if family == "generation" else ())
     assert cfg.data == "a.txt" and cfg.out and (cfg.init == "runs/base") == (name != "scratch")
