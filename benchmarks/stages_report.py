@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
 from benchmarks.plot import COLOURS, DARK, PALE, ROWS, chart, short_number, short_numbers, write
-from benchmarks.runs import Column, Row, table
+from benchmarks.table import Column, Row, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import benchmarks.methods as bench_module
-import benchmarks.methods_cells as cells_module
 from base.cli import parse
-from benchmarks import methods_cells
+from benchmarks import methods_cells, store
 from benchmarks.methods import Options, compare, extra_options, make_bench, result_of, usual_rate
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Cell, Decoding, Method
+from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, measured
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import PUBLISHED, rows_of, text_of
 from benchmarks.runs import Failed, TimeUp
+from benchmarks.store import Cell, Store
 from config import UserError
 from model import GPT, GPTConfig
 from tasks import methods
@@ -88,7 +88,7 @@ class Fake:
     def monotonic(self) -> float:
         return self.now
 
-    def execute(self, words: Sequence[str], output: Path, until: float, grace: float = 0.0) -> None:
+    def execute(self, words: Sequence[str], output: Path, until: float, **more: Any) -> None:
         if self.now + self.seconds > until:
             self.now = until
             raise TimeUp
@@ -101,7 +101,7 @@ class Fake:
             {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
         )
         if name in self.failing:
-            raise Failed("error: it broke")
+            raise Failed("error: it broke", 1)
         if "--answers" in options:
             path.with_suffix(".scores.json").write_text(json.dumps({"chrf": 3.0, "seconds": 1.5}))
             return
@@ -155,7 +155,7 @@ def write_labels(folder: Path, predicted: Sequence[int]) -> None:
     (folder / "validation.report.json").write_text(json.dumps({"intervals": intervals}))
 
 
-def bench_of(folder: Path, **changes: Any) -> Bench:
+def bench_of(folder: Path, until: float = math.inf, **changes: Any) -> Bench:
     bench = Bench(
         folder,
         ("task",),
@@ -164,6 +164,7 @@ def bench_of(folder: Path, **changes: Any) -> Bench:
         {"init": "base", "epochs": 3},
         {"n-layer": 2},
         "val.txt",
+        Store(measured, until),
         methods=FEW,
         decodings=TWO,
         seeds=(1, 2, 3),
@@ -178,9 +179,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
-    monkeypatch.setattr(bench_module, "execute", fake.execute)
-    for module in (bench_module, cells_module):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=fake.monotonic))
+    monkeypatch.setattr(store, "execute", fake.execute)
+    monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=fake.monotonic))
     return fake
 
 
@@ -208,7 +208,9 @@ def test_one_seed_for_all_then_more_for_the_best(
         expected += [(name, seed) for name in best]
         expected += [(decoding.name, seed) for decoding in TWO if decoding.of in best]
     assert fake.ran == expected
-    assert not bench.left_out and not bench.failed and bench.rest() == 0
+    assert (
+        not bench.store.left_out and not bench.store.failed and bench.store.rest(bench.cells()) == 0
+    )
     rows = {row["name"]: row["seeds"] for row in result_of(bench, ABOUT)["methods"]}
     assert rows == {name: [1, 2, 3] if name in best else [1] for name in names}
 
@@ -229,7 +231,9 @@ def test_a_failure_loses_one_cell_and_is_tried_again(fake: Fake, tmp_path: Path)
     fake.failing = {"a"}
     bench = bench_of(tmp_path, keep=3)
     compare(bench, silent)
-    assert [(cell.name, why) for cell, why in bench.failed.items()] == [("a", "error: it broke")]
+    assert [(cell.name, why) for cell, why in bench.store.failed.items()] == [
+        ("a", "error: it broke")
+    ]
     # there is nothing of `a` to decode
     assert ("draw", 1) not in fake.ran and ("first", 1) in fake.ran
     assert ("a", 2) not in fake.ran and ("g", 1) in fake.ran
@@ -251,12 +255,12 @@ def test_the_budget_is_kept_and_the_rest_is_named(
         fake = install(patch, Fake(seconds=seconds))
         bench = bench_of(folder, until=fake.now + budget)
         compare(bench, silent)
-        assert fake.now <= bench.until
+        assert fake.now <= bench.store.until
         assert len(fake.ran) in (
             min(17, int(budget / seconds - 1e-6)),
             min(17, int(budget / seconds + 1e-6)),
         )
-        left_out = {cell.label for cell in bench.left_out}
+        left_out = {cell.label for cell in bench.store.left_out}
         assert set(result_of(bench, ABOUT)["left_out"]) == left_out
         assert all(label in text_of(result_of(bench, ABOUT)) for label in left_out)
         compare(bench_of(folder), silent)  # the same command without a limit makes all the others
@@ -371,20 +375,9 @@ def test_usual_time_is_that_of_the_same_method_else_of_its_like(fake: Fake, tmp_
     bench = bench_of(tmp_path, keep=7, until=fake.now + 9 * 10 + 5)
     compare(bench, silent)
     again = bench.run_of(FEW[0], 2)
-    assert bench.usual(again) == 10
-    assert bench.usual(dataclasses.replace(again, name="new")) == 10
-    assert 0 <= bench.rest() <= 5
-
-
-@pytest.mark.parametrize(("running", "shown"), [("a", "abcd"), ("d", "bcde"), ("g", "defg")])
-def test_the_live_table_shows_the_cells_around_the_one_that_runs(
-    fake: Fake, tmp_path: Path, running: str, shown: str
-) -> None:
-    bench = bench_of(tmp_path, only=tuple("abcdefg"), seeds=(1,))
-    bench.running = next(cell for cell in bench.cells() if cell.name == running)
-    rows = list(bench_module.board(bench, height=10).columns[0].cells)
-    assert [str(row)[0] for row in rows] == list(shown)
-    assert str(bench_module.board(bench, height=100).title).startswith("0 of 7 runs")
+    assert bench.store.usual(again) == 10
+    assert bench.store.usual(dataclasses.replace(again, name="new")) == 10
+    assert 0 <= bench.store.rest(bench.cells()) <= 5
 
 
 # --- the command line of a cell
@@ -433,7 +426,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
         bench.decoding_of(decoding, 5) for decoding in bench.decodings if decoding.name == name
     ]
     (cell,) = cells
-    cfg = parse(KINDS[family], cell.words)
+    cfg = parse(KINDS[family], cell.words[3:])  # past python -m finetune.TASK
     methods.check(cfg)
     cfg.check()
     if family == "classification":
@@ -449,7 +442,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
             64,
             "runs/base",
         )
-    if cell.kind == "decodings":
+    if "--answers" in cell.words:
         trained = next(
             method
             for method in METHODS
@@ -463,8 +456,7 @@ def test_every_method_is_a_run_of_its_own() -> None:
     """No two methods of a family differ in name alone."""
     for bench in (real_bench(), real_bench("topics", "classification", **GIVEN)):
         options = [
-            {k: str(v) for k, v in bench.run_of(method, 1).options.items()}
-            for method in bench.methods
+            {k: str(v) for k, v in bench.options_of(method, 1).items()} for method in bench.methods
         ]
         assert all(one != other for n, one in enumerate(options) for other in options[:n])
         assert len({method.name for method in bench.methods}) == len(bench.methods)
@@ -497,7 +489,7 @@ def test_each_family_and_task_has_its_methods() -> None:
     )
     assert not {"full+augment", "full+also"} & {*pairs}
     given = real_bench("paraphrase", "classification", **GIVEN)
-    options = {method.name: given.run_of(method, 1).options for method in given.methods}
+    options = {method.name: given.options_of(method, 1) for method in given.methods}
     assert {name for name, of in options.items() if "augment" in of} == {"full+augment"}
     assert {name for name, of in options.items() if "also" in of} == {"full+also"}
     assert {name for name, of in options.items() if "words" in of} == {"full+word"}
@@ -506,10 +498,10 @@ def test_each_family_and_task_has_its_methods() -> None:
 
 def test_rates_are_multiples_of_one() -> None:
     bench = real_bench(lr=2e-4)
-    rates = {method.name: bench.run_of(method, 1).options["lr"] for method in bench.methods}
+    rates = {method.name: bench.options_of(method, 1)["lr"] for method in bench.methods}
     assert rates["full"] == 2e-4 and rates["lora-attention-8"] == 2e-3
     labels = real_bench("sentiment", "classification", lr=2e-4)
-    heads = {method.name: labels.run_of(method, 1).options.get("lr") for method in labels.methods}
+    heads = {method.name: labels.options_of(method, 1).get("lr") for method in labels.methods}
     # a head is new, a base's last layer is not
     assert heads["last-layer"] > rates["last-layer"] > heads["full"] == 2e-4
     assert heads["tf-idf"] is None
@@ -546,14 +538,14 @@ def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPat
 def test_a_comparison_that_is_told_to_end_writes_what_it_has(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stopped(words: Sequence[str], output: Path, until: float, grace: float = 0.0) -> None:
+    def stopped(words: Sequence[str], output: Path, until: float, **more: Any) -> None:
         if len(fake.ran) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        fake.execute(words[2:], output, until, grace)
+        fake.execute(words[2:], output, until)
 
     seen = {"of_task": facts_of("generation"), "base": ABOUT["base"], "machine": ABOUT["machine"]}
     monkeypatch.setattr(bench_module, "elsewhere", lambda *_: seen)
-    monkeypatch.setattr(bench_module, "execute", stopped)
+    monkeypatch.setattr(store, "execute", stopped)
     monkeypatch.setattr(sys, "argv", ["methods", "--out", str(tmp_path), "--data", "a.txt"])
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -631,9 +623,10 @@ def test_labels_of_two_runs_are_compared_row_by_row(
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
 def test_mean_and_spread(values: list[float]) -> None:
     cells = [
-        {"seed": seed, "metrics": {"x": value}, "seconds": 1.0} for seed, value in enumerate(values)
+        {"seed": seed, "command": "", "metrics": {"x": value}, "seconds": 1.0}
+        for seed, value in enumerate(values)
     ]
-    (row,) = rows_of(["m", "none"], {"m": cells}, {"m": "command"}, ("x", "max"))
+    (row,) = rows_of(["m", "none"], {"m": cells}, ("x", "max"))
     assert row["metrics"]["x"]["mean"] == statistics.fmean(values)
     if len(values) == 1:
         assert row["metrics"]["x"]["spread"] is None
@@ -645,19 +638,24 @@ def test_mean_and_spread(values: list[float]) -> None:
 
 def test_a_figure_that_a_seed_lacks_is_none_of_the_rows() -> None:
     cells = [
-        {"seed": 1, "metrics": {"x": 1.0, "y": 2.0}},
+        {"seed": 1, "command": "", "metrics": {"x": 1.0, "y": 2.0}},
         {"seed": 2, "metrics": {"x": 1.0, "y": None}},
     ]
-    assert list(rows_of(["m"], {"m": cells}, {"m": ""}, ("x", "max"))[0]["metrics"]) == ["x"]
+    assert list(rows_of(["m"], {"m": cells}, ("x", "max"))[0]["metrics"]) == ["x"]
 
 
 @pytest.mark.parametrize(("way", "expected"), [("max", [0.2, 0.4]), ("min", [0.1, 0.3])])
 def test_the_interval_is_of_the_best_seed(way: str, expected: list[float]) -> None:
     cells = [
-        {"seed": seed, "metrics": {"x": x}, "intervals": {"x": [x / 10, x / 10 + 0.2]}}
+        {
+            "seed": seed,
+            "command": "",
+            "metrics": {"x": x},
+            "intervals": {"x": [x / 10, x / 10 + 0.2]},
+        }
         for seed, x in enumerate([1.0, 2.0])
     ]
-    (row,) = rows_of(["m"], {"m": cells}, {"m": ""}, ("x", way))
+    (row,) = rows_of(["m"], {"m": cells}, ("x", way))
     assert row["intervals"]["x"] == pytest.approx(expected)
 
 
