@@ -512,12 +512,10 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         "stages": stage_rows(rungs, records, bench.failed, plan, machine, ceilings, sheet),
         "scaling": scaling_rows(points, most) if points else [],
     }
-    text = text_of(result, plan, machine)
+    text = text_of(result)
     write_report(bench.folder / "stages.json", result, text)
     if importlib.util.find_spec("matplotlib"):
-        draw(
-            result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png"
-        )
+        draw(result, bench.folder / "stages.png")
     else:
         say(
             "matplotlib is not installed: no chart was drawn; the same command draws it where it is"
