@@ -360,11 +360,7 @@ def check(options: Options) -> None:
         raise UserError(
             "--search-rates and --search-epochs belong to --search; add it, or leave them out"
         )
-    if (
-        not options.search_rates
-        or min(options.search_rates) <= 0
-        or min(options.search_epochs, default=1) < 1
-    ):
+    if not options.search_rates or min(options.search_epochs, default=1) < 1:
         raise UserError(
             "--search-rates takes one or more numbers above 0, --search-epochs whole numbers from "
             "1 on"

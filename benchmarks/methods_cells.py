@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods_report import epochs_text
-from benchmarks.plot import records
-from benchmarks.runs import read_json
+from benchmarks.runs import read_json, records
 from benchmarks.store import Cell, Figures, Store, place
 from text.corpus import records_of
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from base.files import replace_text, write_json
 from config import UserError
+from engine.log import read_log
 
 REPO = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds for interrupted commands to end: pytest ends its programs
@@ -172,6 +173,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError
+    without a log."""
+    path = folder / "log.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no log.jsonl that can be read"
+        ) from None
+    return [record for _, record in read_log(text)]
 
 
 def write_report(file: Path, result: Any, text: str) -> None:

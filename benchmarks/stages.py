@@ -45,6 +45,7 @@ from benchmarks.runs import (
     make_folders,
     now,
     read_json,
+    records,
     say,
     side_by_side,
     write_report,
@@ -61,7 +62,6 @@ from benchmarks.stages_report import (
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from benchmarks.store import Cell, Figures, Store, place
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
-from engine.log import read_log
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
@@ -164,7 +164,7 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> tuple[str
 def figures_of(run: Path) -> Figures:
     """What a finished run's log says, and its trace where it has one; the model and the trace,
     which are large, go."""
-    log = [record for _, record in read_log((run / "log.jsonl").read_text(encoding="utf-8"))]
+    log = records(run)
     steps = [line for line in log if line["kind"] == "train"]
     figures: Figures = {
         "step_ms": [step["step_ms"] for step in steps],
