@@ -245,6 +245,11 @@ class Bench:
         return {cell.name: error for cell, error in self.store.failed.items()}
 
 
+def store_of(until: float) -> Store:
+    """Runs whose every step is timed, so that an interrupted one begins anew."""
+    return Store(figures_of, until, anew=True)
+
+
 def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -> Iterator[Cell]:
     """One round: the stages, none on one that failed, then the points of scaling up to `most`
     ranks. What failed in a round before is left out."""
@@ -307,7 +312,7 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
     missing = [cell for cell in cells if not cell.figures()]
     if missing:
         say(f"compiling {len(missing)} stages, {at_once} at a time ...")
-        side_by_side(Store(figures_of, bench.store.until).attempt, missing, at_once)
+        side_by_side(store_of(bench.store.until).attempt, missing, at_once)
 
 
 def compiled_part(settings: Settings) -> Settings:
@@ -421,7 +426,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
     )
     if options.steps is None and until < math.inf:
         plan = dataclasses.replace(
-            plan, steps=affordable_steps(Bench(folder, machine, plan, Store(figures_of, until)))
+            plan, steps=affordable_steps(Bench(folder, machine, plan, store_of(until)))
         )
     write_json(file, {"identity": identity, "plan": dataclasses.asdict(plan)})
     return plan
@@ -578,7 +583,7 @@ def main() -> int:
         f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; "
         f"{limit}"
     )
-    bench = Bench(folder, machine, plan, Store(figures_of, until))
+    bench = Bench(folder, machine, plan, store_of(until))
     most = most if only is None or SCALING in only else 1
     try:
         measure(bench, only, options.rounds, most)

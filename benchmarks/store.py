@@ -3,7 +3,7 @@
 A cell is a command and the place where its run lies. It is done when its note is there: the file
 with its command, its seconds and its figures, which is written after its process has ended. Whoever
 is told anything else is another cell, in another place. So the same command makes what a folder
-lacks, and an interrupted run is made again. A cell that failed keeps its error for the report and
+lacks, and an interrupted run is not taken for a finished one. A cell that failed keeps its error for the report and
 is tried again by the next command. The trade-off: a process for each cell costs some ten seconds.
 """
 
@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import shlex
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,6 +63,7 @@ class Store:
     measure: Callable[[Path], Figures]  # what the run at a place has measured; it may tidy up there
     until: float = math.inf  # of time.monotonic
     grace: float = 0.0  # seconds for a run to save what it has
+    anew: bool = False  # an interrupted run begins anew; else its own command goes on with it
     done: dict[Cell, float] = field(default_factory=dict)  # seconds of each
     failed: dict[Cell, str] = field(default_factory=dict)  # the line that names the error
     left_out: dict[Cell, None] = field(default_factory=dict)  # for want of time
@@ -83,6 +85,8 @@ class Store:
             self.left_out[cell] = None
             return "left out"
         cell.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.anew:
+            shutil.rmtree(cell.path, ignore_errors=True)
         began = time.monotonic()
         output = cell.note.with_suffix(".txt")
         try:
