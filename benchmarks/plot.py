@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
+from benchmarks.runs import records
 from config import Positional, UserError, Where
-from engine.log import finite_values, read_log
+from engine.log import finite_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,19 +75,6 @@ class Curves:
     val_loss: Series
     speed: Series
     grad_norm: Series
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError
-    without a log."""
-    path = folder / "log.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        raise UserError(
-            f"{folder} is not the folder of a run: it has no log.jsonl that can be read"
-        ) from None
-    return [record for _, record in read_log(text)]
 
 
 def curves(folder: Path, x: str, name: str) -> Curves:

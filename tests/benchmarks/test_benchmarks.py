@@ -146,7 +146,7 @@ def test_results_resume_on_the_same_machine_only(tmp_path, capsys) -> None:
     file.write_text(json.dumps(FACTS | {"cases": [{"shape": "a"}]}))  # as earlier versions wrote it
     assert resumed().cases == []
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("is not kept: another machine" in line for line in lines)
+    assert len(lines) == 2 and all("is of another machine" in line for line in lines)
 
 
 # --- other trainers
