@@ -12,7 +12,7 @@ import torch.nn as nn
 from base.machine import cores
 from config import RunConfig
 from engine.processes import World
-from kernels._triton import missing
+from kernels._triton import no_triton_reason
 
 BLOCK_GRAPHS = 32
 
@@ -33,7 +33,7 @@ def compiler_lacks(device_type: str) -> str | None:
     step.
     """
     if device_type == "cuda":
-        return missing(device_type)
+        return no_triton_reason(device_type)
     if device_type != "cpu":
         return None
     import torch._inductor.config as inductor

@@ -17,7 +17,7 @@ from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
 from engine.start import Start
-from kernels import choose, named
+from kernels import choose, operation_names
 from storage.checkpoint import RECORD
 
 # Options that say how one start goes about it, not what the run is.
@@ -165,7 +165,7 @@ def _device_of(earlier: Earlier) -> str:
     known = earlier.record.get("device") or earlier.options.get("device")
     if known and known != "auto":
         return known
-    triton = set(named(earlier.options.get("kernels", "torch"))) - {"cpu_attention"}
+    triton = set(operation_names(earlier.options.get("kernels", "torch"))) - {"cpu_attention"}
     return "cuda" if triton or earlier.options.get("compile") else "cpu"
 
 

@@ -12,13 +12,13 @@ import torch
 from config import RunConfig, TrainConfig, UserError, head_dim, known_names
 from kernels import _card, attention, cpu_attention
 from kernels._card import Card
-from kernels._triton import missing
+from kernels._triton import no_triton_reason
 
 TRITON = ("cross_entropy", "layer_norm", "bias_gelu", "attention", "adamw")
 OPERATIONS = (*TRITON, "cpu_attention")
 SETS = ("auto", "torch", "triton")  # of operations
 # of --without
-PART_OF = {
+WITHOUT_NAMES = {
     "attention": "flash-attention",
     "cpu_attention": "flash-attention",
     "adamw": "fused-adamw",
@@ -27,9 +27,9 @@ PART_OF = {
 FUSED_BY_COMPILER = ("layer_norm", "bias_gelu")
 
 
-def named(kernels: str) -> tuple[str, ...]:
+def operation_names(kernels: str) -> tuple[str, ...]:
     """The operations of a resolved `--kernels`: torch, or names with commas between."""
-    return () if kernels in ("auto", "torch") else tuple(_asked(kernels))
+    return () if kernels in ("auto", "torch") else tuple(_parse_names(kernels))
 
 
 def choose(cfg: RunConfig, device_type: str, card: Card | None = None) -> tuple[str, str | None]:
@@ -45,13 +45,13 @@ def choose(cfg: RunConfig, device_type: str, card: Card | None = None) -> tuple[
         return "torch", None
     auto = cfg.kernels == "auto"
     names = (
-        _asked(cfg.kernels)
+        _parse_names(cfg.kernels)
         if not auto
-        else [n for n in _automatic(cfg, device_type) if not _left_out(n, cfg)]
+        else [n for n in _automatic(cfg, device_type) if not _is_left_out(n, cfg)]
     )
     lacking: dict[str, list[str]] = {}
     for name in names:
-        if reason := _lacking(name, cfg, device_type, card):
+        if reason := _unavailable_reason(name, cfg, device_type, card):
             lacking.setdefault(reason, []).append(name)
     chosen = (
         ",".join(name for name in names if not any(name in lost for lost in lacking.values()))
@@ -70,7 +70,9 @@ def _automatic(cfg: RunConfig, device_type: str) -> list[str]:
     if device_type == "cuda":
         left = FUSED_BY_COMPILER if cfg.compile else ()
         return [
-            name for name in TRITON if name not in left and (name != "attention" or _documents(cfg))
+            name
+            for name in TRITON
+            if name not in left and (name != "attention" or _masks_documents(cfg))
         ]
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     pays = (
@@ -78,39 +80,43 @@ def _automatic(cfg: RunConfig, device_type: str) -> list[str]:
         and "attention-backend" not in cfg.without
         and cpu_attention.pays(dtype)
     )
-    return ["cpu_attention"] if pays and not _lacking("cpu_attention", cfg, "cpu") else []
+    return (
+        ["cpu_attention"] if pays and not _unavailable_reason("cpu_attention", cfg, "cpu") else []
+    )
 
 
-def _left_out(name: str, cfg: RunConfig) -> bool:
-    return PART_OF.get(name) in cfg.without
+def _is_left_out(name: str, cfg: RunConfig) -> bool:
+    return WITHOUT_NAMES.get(name) in cfg.without
 
 
-def _lacking(name: str, cfg: RunConfig, device_type: str, card: Card | None = None) -> str | None:
+def _unavailable_reason(
+    name: str, cfg: RunConfig, device_type: str, card: Card | None = None
+) -> str | None:
     """Why an operation cannot run here; None where it can."""
     if name == "attention" and cfg.dropout:
         return "has no dropout"
-    if _left_out(name, cfg):
-        return f"is not --without {PART_OF[name]}"
+    if _is_left_out(name, cfg):
+        return f"is not --without {WITHOUT_NAMES[name]}"
     if name != "cpu_attention":
-        return missing(device_type) or (
-            _attention_lacks(cfg, card) if name == "attention" else None
+        return no_triton_reason(device_type) or (
+            _attention_unavailable_reason(cfg, card) if name == "attention" else None
         )
     if device_type != "cpu":
         return "needs a CPU"
-    return "has no documents" if _documents(cfg) else None
+    return "has no documents" if _masks_documents(cfg) else None
 
 
-def _attention_lacks(cfg: RunConfig, card: Card | None) -> str | None:
+def _attention_unavailable_reason(cfg: RunConfig, card: Card | None) -> str | None:
     chosen = attention.blocks(card or _card.card(), cfg.precision, head_dim(cfg))
     return chosen if isinstance(chosen, str) else None
 
 
-def _documents(cfg: RunConfig) -> bool:
+def _masks_documents(cfg: RunConfig) -> bool:
     """Whether attention keeps documents apart."""
     return isinstance(cfg, TrainConfig) and cfg.document_mask
 
 
-def _asked(kernels: str) -> list[str]:
+def _parse_names(kernels: str) -> list[str]:
     if kernels == "triton":
         return list(TRITON)
     names = known_names("--kernels", kernels, (*SETS, *OPERATIONS))

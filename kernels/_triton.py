@@ -24,12 +24,12 @@ try:
 except ImportError:  # a machine without a GPU needs none; nothing below runs there
     triton = tl = None
 
-__all__ = ["INTERPRETED", "jit", "missing", "multiprocessors", "on", "tl", "triton"]
+__all__ = ["INTERPRETED", "device_of", "jit", "multiprocessors", "no_triton_reason", "tl", "triton"]
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _mend_interpreter() -> None:
+def _patch_interpreter() -> None:
     """Let loops count to a scalar under Triton 3.6 and numpy 2.4.
 
     That interpreter holds scalars as arrays of one element, and numpy 2.4 no longer converts those
@@ -39,15 +39,15 @@ def _mend_interpreter() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
+    def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 if INTERPRETED and triton.__version__.startswith("3.6."):
-    _mend_interpreter()
+    _patch_interpreter()
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -55,16 +55,16 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def missing(device_type: str) -> str | None:
+def no_triton_reason(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this kind of device; None where they can."""
     if triton is None:
         return "needs Triton, which is not installed (pip install triton)"
     if device_type != "cuda" and not INTERPRETED:
         return f"needs a CUDA GPU and this run is on {device_type}"
-    return None if INTERPRETED else _lacks_compiler()
+    return None if INTERPRETED else _no_compiler_reason()
 
 
-def _lacks_compiler() -> str | None:
+def _no_compiler_reason() -> str | None:
     """What stops Triton from building the code that launches its kernels; None where nothing does.
 
     On Linux it runs $CC, else gcc, else clang. Triton for Windows brings its own compiler.
@@ -92,6 +92,6 @@ def multiprocessors(device: torch.device) -> int:
     )
 
 
-def on(tensor: Tensor) -> Any:
+def device_of(tensor: Tensor) -> Any:
     """The context that launches on the GPU which holds `tensor`."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import jit, on, tl, triton
+from kernels._triton import device_of, jit, tl, triton
 
 # Elements of one program, 16 a thread: four 16-byte loads of each of four tensors in flight, 32 kB.
 # At 123 registers (compiled for sm_90) four programs share a multiprocessor: some stream while
@@ -387,7 +387,7 @@ def adamw(
         [0 if g is None else g.itemsize for g in laid],
     ]
     gradients = _upload(rows, torch.int64, table.device)
-    with on(lr):
+    with device_of(lr):
         _prepare_kernel[(triton.cdiv(n, LANES),)](
             table.columns,
             gradients,
@@ -429,7 +429,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     table = _upload(rows, torch.int64, device)
     blocks = _blocks(tuple(rows[2]), NORM_BLOCK, device)
     partial = torch.empty(len(blocks), device=device)
-    with on(table):
+    with device_of(table):
         _squares_kernel[(len(blocks),)](
             table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS
         )

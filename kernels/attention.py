@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend
 from config import ATTENTION_WIDTH
 from kernels import _card
 from kernels._card import CARDS, Card
-from kernels._triton import INTERPRETED, jit, on, tl, triton
+from kernels._triton import INTERPRETED, device_of, jit, tl, triton
 
 
 def explicit_attention(
@@ -436,7 +436,7 @@ def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | No
     exact = torch.get_float32_matmul_precision() == "highest"
     precision = NAMES.get(qkv.dtype, "fp32" if exact else "tf32")
     kept, walked, warps, stages = getattr(_chosen(qkv, precision), of)
-    with on(qkv):
+    with device_of(qkv):
         kernel[(B * H * triton.cdiv(T, kept),)](
             qkv,
             *tensors,

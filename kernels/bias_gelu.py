@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import jit, multiprocessors, on, tl, triton
+from kernels._triton import device_of, jit, multiprocessors, tl, triton
 
 # One warp a program: its threads hold whole columns, so it sums them without a word to another. 16
 # programs with a tile of bf16 each have 32 KB under way on a multiprocessor (forward; 64 KB
@@ -120,7 +120,7 @@ def _launch(x: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
 def _forward(x: Tensor, bias: Tensor) -> Tensor:
     y = _forward_like(x, bias)
     rows, grid, settings = _launch(x)
-    with on(x):
+    with device_of(x):
         _forward_kernel[grid](x.contiguous(), bias.contiguous(), y, rows, **settings)
     return y
 
@@ -138,7 +138,7 @@ def _backward(
     dx, _ = _backward_like(dy, x, bias, for_x, for_bias)
     rows, grid, settings = _launch(x)
     sums = x.new_empty(grid[1] if for_bias else 0, bias.numel(), dtype=torch.float32)
-    with on(x):
+    with device_of(x):
         _backward_kernel[grid](
             dy.contiguous(), x.contiguous(), bias.contiguous(),
             dx if for_x else None, sums if for_bias else None, rows, **settings,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import jit, on, tl, triton
+from kernels._triton import device_of, jit, tl, triton
 
 IGNORE = -100  # the target that has no loss
 
@@ -152,7 +152,7 @@ def _forward(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, 
     # The logarithm of Z alone would do, but at logits of 1e4 its rounding is 5e-4 of every
     # probability.
     losses, largests, totals = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    with on(logits):
+    with device_of(logits):
         _forward_kernel[(rows,)](
             logits, logits.stride(0), targets, losses, largests, totals, width, vocab_size,
             IN_PLACE=False, IGNORE=IGNORE, **_launch(width),
@@ -180,7 +180,7 @@ def _backward(
     rows, width = logits.shape
     gradients = logits.new_empty(rows, width)
     logits, targets, grad_losses = _rows(logits), targets.contiguous(), grad_losses.contiguous()
-    with on(logits):
+    with device_of(logits):
         _backward_kernel[(rows,)](
             grad_losses,
             logits,
@@ -243,7 +243,7 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor, vocab_size: int) -> 
     """
     rows, width = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
-    with on(logits):
+    with device_of(logits):
         _forward_kernel[(rows,)](
             logits,
             logits.stride(0),

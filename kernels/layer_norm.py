@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import jit, multiprocessors, on, tl, triton
+from kernels._triton import device_of, jit, multiprocessors, tl, triton
 
 # Enough bytes must be under way to cover the memory's latency: at 4.8 TB/s and 0.8 us they are 29
 # KB on each of an H200's 132 multiprocessors. 16 warps with two rows each, of 768 in bf16, ask for
@@ -170,7 +170,7 @@ def _forward(
     outputs = _forward_like(x, branch, weight, bias, eps)
     rows, programs, settings = _launch(x)
     branch = None if branch is None else branch.contiguous()
-    with on(x):
+    with device_of(x):
         _forward_kernel[(programs,)](
             x.contiguous(),
             branch,
@@ -211,7 +211,7 @@ def _backward(
     rows, programs, settings = _launch(total)
     sums = mean.new_empty(2, programs if affine else 0, weight.numel())
     dtotal = None if dtotal is None else dtotal.contiguous()
-    with on(total):
+    with device_of(total):
         _backward_kernel[(programs,)](
             dnormed.contiguous(),
             dtotal,

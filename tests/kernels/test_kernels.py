@@ -57,7 +57,9 @@ def test_triton_is_chosen_whole_or_by_name():
     assert choose("triton", "cuda") == (TRITON, None)
     assert choose("layer_norm,adamw", "cuda") == ("layer_norm,adamw", None)
     assert choose(TRITON, "cuda") == (TRITON, None)  # what a resolved configuration says
-    assert kernels.named("torch") == () and kernels.named(TRITON) == kernels.TRITON
+    assert (
+        kernels.operation_names("torch") == () and kernels.operation_names(TRITON) == kernels.TRITON
+    )
     with pytest.raises(UserError, match="did you mean layer_norm"):
         choose("layernorm", "cuda")
 
