@@ -323,7 +323,7 @@ def attention(place: Place, document: int | None = None) -> Operation:
         return [y.transpose(1, 2).contiguous()]
 
     precision = "fp32" if place.dtype == torch.float32 else "bf16"
-    fitting = kernels.attention.blocks(_card.card(place.device), precision, D)
+    fitting = kernels.attention.choose_tiles(_card.card(place.device), precision, D)
     if isinstance(fitting, str):
         place = dataclasses.replace(place, no_triton=place.no_triton or fitting)
     forms = usual(place, eager, lambda qkv: [kernels.attention.attention(qkv, segments)])

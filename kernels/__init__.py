@@ -107,7 +107,7 @@ def _unavailable_reason(
 
 
 def _attention_unavailable_reason(cfg: RunConfig, card: Card | None) -> str | None:
-    chosen = attention.blocks(card or _card.card(), cfg.precision, head_dim(cfg))
+    chosen = attention.choose_tiles(card or _card.card(), cfg.precision, head_dim(cfg))
     return chosen if isinstance(chosen, str) else None
 
 

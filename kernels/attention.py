@@ -335,7 +335,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Blocks(NamedTuple):
+class KernelTiles(NamedTuple):
     """The tiles of the three kernels."""
 
     forward: Tile
@@ -365,34 +365,37 @@ _TF32 = Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
 _TF32_SHORT = Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)
 _EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
 _EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
-BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
-    ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
+TILES: dict[tuple[str, str, int], tuple[KernelTiles, ...]] = {
+    ("wgmma", "half", 64): (KernelTiles(*_LARGE, 82_944),),
     ("wgmma", "half", 128): (
-        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),
+        KernelTiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),
     ),
-    ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
-    ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
-    ("tcgen05", "half", 64): (Blocks(*_LARGE, 99_392),),
-    ("tcgen05", "half", 128): (Blocks(*_LARGE, 197_696),),
-    ("tcgen05", "tf32", 64): (Blocks(*_TF32, 131_624),),
-    ("tcgen05", "tf32", 128): (Blocks(*_TF32_SHORT, 164_384),),
+    ("wgmma", "tf32", 64): (KernelTiles(*_TF32, 98_816),),
+    ("wgmma", "tf32", 128): (KernelTiles(*_TF32, 196_608),),
+    ("tcgen05", "half", 64): (KernelTiles(*_LARGE, 99_392),),
+    ("tcgen05", "half", 128): (KernelTiles(*_LARGE, 197_696),),
+    ("tcgen05", "tf32", 64): (KernelTiles(*_TF32, 131_624),),
+    ("tcgen05", "tf32", 128): (KernelTiles(*_TF32_SHORT, 164_384),),
     ("mma.sync", "half", 64): (
-        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),
+        KernelTiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),
     ),
     ("mma.sync", "half", 128): (
-        Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),
+        KernelTiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),
     ),
-    ("mma.sync", "tf32", 64): (Blocks(*_TF32_SHORT, 66_560),),
+    ("mma.sync", "tf32", 64): (KernelTiles(*_TF32_SHORT, 66_560),),
     ("mma.sync", "tf32", 128): (
-        Blocks(*_TF32_SHORT, 123_136),
-        Blocks(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), 86_272),
+        KernelTiles(*_TF32_SHORT, 123_136),
+        KernelTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), 86_272),
     ),
-    **{(cores, "fp32", 64): (Blocks(*_EXACT, 37_120),) for cores in TENSOR_CORES.values()},
-    **{(cores, "fp32", 128): (Blocks(*_EXACT_WIDE, 69_632),) for cores in TENSOR_CORES.values()},
+    **{(cores, "fp32", 64): (KernelTiles(*_EXACT, 37_120),) for cores in TENSOR_CORES.values()},
+    **{
+        (cores, "fp32", 128): (KernelTiles(*_EXACT_WIDE, 69_632),)
+        for cores in TENSOR_CORES.values()
+    },
 }
 
 
-def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
+def choose_tiles(card: Card | None, precision: str, head_dim: int) -> KernelTiles | str:
     """The blocks that fit `card`, or the end of a sentence that begins with "attention" and says
     why there are none. Launches and `kernels.choose` both ask here.
 
@@ -410,7 +413,7 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
     if card.capability[0] not in TENSOR_CORES:
         return f"has no blocks for the compute capability of {card.name}, {card.version}"
     kind = precision if precision in ("fp32", "tf32") else "half"
-    candidates = BLOCKS[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
+    candidates = TILES[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
     for candidate in candidates:
         if candidate.shared <= card.shared_memory:
             return candidate
@@ -421,21 +424,21 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
     )
 
 
-def _chosen(qkv: Tensor, precision: str) -> Blocks:
+def _tiles_for(qkv: Tensor, precision: str) -> KernelTiles:
     """Raises ValueError where this kernel cannot run on the GPU that holds qkv."""
-    chosen = blocks(_card.card(qkv.device), precision, qkv.shape[4])
+    chosen = choose_tiles(_card.card(qkv.device), precision, qkv.shape[4])
     if isinstance(chosen, str):
         raise ValueError(f"attention {chosen}")
     return chosen
 
 
-def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
-    """Run the kernel whose tile is the field `of` of Blocks, and which keeps a block of M queries,
+def _launch(kernel: Any, tile: str, kept_axis: str, qkv: Tensor, *tensors: Tensor | None) -> None:
+    """Run the kernel whose tile is the field `of` of KernelTiles, and which keeps a block of M queries,
     or of N keys."""
     B, T, _, H, D = qkv.shape
     exact = torch.get_float32_matmul_precision() == "highest"
     precision = NAMES.get(qkv.dtype, "fp32" if exact else "tf32")
-    kept, walked, warps, stages = getattr(_chosen(qkv, precision), of)
+    kept, walked, warps, stages = getattr(_tiles_for(qkv, precision), tile)
     with device_of(qkv):
         kernel[(B * H * triton.cdiv(T, kept),)](
             qkv,
@@ -446,8 +449,8 @@ def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | No
             H=H,
             D=D,
             WIDTH=max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
-            M=kept if keeps == "M" else walked,
-            N=kept if keeps == "N" else walked,
+            M=kept if kept_axis == "M" else walked,
+            N=kept if kept_axis == "N" else walked,
             PRECISION="ieee" if exact else "tf32",
             WIDEN=INTERPRETED and qkv.dtype == torch.bfloat16,
             num_warps=warps,
