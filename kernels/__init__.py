@@ -75,13 +75,13 @@ def _automatic(cfg: RunConfig, device_type: str) -> list[str]:
             if name not in left and (name != "attention" or _masks_documents(cfg))
         ]
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    pays = (
+    faster = (
         device_type == "cpu"
         and "attention-backend" not in cfg.without
-        and cpu_attention.pays(dtype)
+        and cpu_attention.is_faster(dtype)
     )
     return (
-        ["cpu_attention"] if pays and not _unavailable_reason("cpu_attention", cfg, "cpu") else []
+        ["cpu_attention"] if faster and not _unavailable_reason("cpu_attention", cfg, "cpu") else []
     )
 
 

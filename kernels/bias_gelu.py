@@ -71,11 +71,11 @@ def _forward_kernel(x, bias, y, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, 
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     for start in tl.range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=2):
         row = start + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         value, _ = _gelu(value + shift[None, :])
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -90,14 +90,14 @@ def _backward_kernel(
     dshift = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=2):
         row = start + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)  # 0 past the edges
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)  # 0 past the edges
         _, slope = _gelu(value + shift[None, :])
         d *= slope
         if dx is not None:
-            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=mask)
         if sums is not None:
             dshift += tl.sum(d, 0)
     if sums is not None:

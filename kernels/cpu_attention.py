@@ -42,10 +42,10 @@ from kernels import dropout
 
 # Larger groups share the cost of a call among more heads, until what is in use, 3 KB for each token
 # of a head at head_dim 64, no longer stays in the caches: here 18 MB a thread.
-TOKENS = 6144  # times heads, in a group
+GROUP_TOKENS = 6144  # times heads, in a group
 # Probabilities that are drawn together, whatever the groups. With fewer, the calls are what takes
 # the time.
-DRAWN = 1 << 16
+DRAWN_TOGETHER = 1 << 16
 
 
 def _rows(T: int) -> int:
@@ -54,7 +54,7 @@ def _rows(T: int) -> int:
     return min(T, 64 if T <= 512 else 128)
 
 
-def pays(dtype: torch.dtype) -> bool:
+def is_faster(dtype: torch.dtype) -> bool:
     """Whether this is faster here than scaled_dot_product_attention: asked of the CPU and torch's
     build alone, never of a measurement, so that a run that is resumed on a like machine computes
     the same bits.
@@ -69,15 +69,12 @@ def pays(dtype: torch.dtype) -> bool:
     return libraries and cpu and dtype in (torch.bfloat16, torch.float32)
 
 
-class Draws(NamedTuple):
+class DropoutSeed(NamedTuple):
     """Of a group's dropout. A group's heads follow one another: some of a sequence's, or all of
     several's."""
 
     seed: int
     head: int  # the group's first, counted over all sequences
-
-
-Draw = Draws | None  # none where nothing is dropped
 
 
 class _Block:
@@ -111,17 +108,17 @@ class _Block:
             )
         if self.p:
             self.first, self.draws, self.generator = first, group.draws, group.generator
-            self.words = dropout.words((end - first) * end)  # of 64 bits, for one head
-            self.together = max(1, DRAWN // (4 * self.words))  # heads
+            self.words = dropout.random_words((end - first) * end)  # of 64 bits, for one head
+            self.heads_per_draw = max(1, DRAWN_TOGETHER // (4 * self.words))  # heads
 
-    def forward(self, draw: Draw) -> None:
+    def forward(self, draw: DropoutSeed | None) -> None:
         p = self._round(self._probabilities())
         self._draw(draw)
         torch.baddbmm(
             self.out, self._drop(p), self.narrow[2], beta=0, alpha=self.kept_scale, out=self.out
         )
 
-    def backward(self, draw: Draw) -> None:
+    def backward(self, draw: DropoutSeed | None) -> None:
         """Write dq where the output was; add to dk and dv."""
         q, k, _, grad = self.narrow
         _, _, wide_v, wide_grad = self.wide
@@ -149,24 +146,24 @@ class _Block:
         self.diagonal.add_(self.above)
         return torch.softmax(self.scores, -1, out=self.scores)
 
-    def _draw(self, draw: Draw) -> None:
+    def _draw(self, draw: DropoutSeed | None) -> None:
         """Set what is kept in this block: some of what the heads that draw together with the
         group's first and last do."""
         if draw is None:
             return
         g, rows, keys = self.scores.shape
-        before = draw.head % self.together
-        parts = -(-(before + g) // self.together)
-        draws = self.draws[: parts * self.together * self.words].view(parts, -1)
-        for i, part in enumerate(draws, draw.head // self.together):
-            dropout.draw_(
+        before = draw.head % self.heads_per_draw
+        parts = -(-(before + g) // self.heads_per_draw)
+        draws = self.draws[: parts * self.heads_per_draw * self.words].view(parts, -1)
+        for i, part in enumerate(draws, draw.head // self.heads_per_draw):
+            dropout.fill_random_(
                 part, self.generator.manual_seed(draw.seed + self.length * i + self.first)
             )
         own = draws.view(-1, self.words)[before : before + g]
-        self.keep = dropout.masks_(own, self.p)[:, : rows * keys].view(g, rows, keys)
+        self.keep = dropout.keep_masks_(own, self.p)[:, : rows * keys].view(g, rows, keys)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return dropout.mask_(x, self.keep) if self.p else x
+        return dropout.apply_mask_(x, self.keep) if self.p else x
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self.rounded is None else self.rounded.copy_(x)
@@ -197,19 +194,19 @@ class _Group:
         self.part = None if dtype == wide else torch.empty(g * T * D, dtype=dtype)
         self.above = torch.full((rows, rows), -torch.inf, dtype=wide).triu_(1)  # the diagonal
         self.draws = torch.empty(
-            g * dropout.words(rows * T) + DRAWN // 2 if p else 0, dtype=torch.int64
+            g * dropout.random_words(rows * T) + DRAWN_TOGETHER // 2 if p else 0, dtype=torch.int64
         )
         self.generator = torch.Generator()
         self.blocks = [_Block(self, i, min(i + rows, T)) for i in range(0, T, rows)]
 
-    def forward(self, qkv: Tensor, draw: Draw, out: Tensor) -> None:
+    def forward(self, qkv: Tensor, draw: DropoutSeed | None, out: Tensor) -> None:
         """qkv (b, T, 3, h, D) to out (b, T, h, D)."""
         self._load(qkv, slice(0, 3))
         for block in self.blocks:
             block.forward(draw)
         _store(self.out[None], out.unsqueeze(2))
 
-    def backward(self, qkv: Tensor, draw: Draw, grad: Tensor, dqkv: Tensor) -> None:
+    def backward(self, qkv: Tensor, draw: DropoutSeed | None, grad: Tensor, dqkv: Tensor) -> None:
         """qkv (b, T, 3, h, D) and the output's gradient (b, T, h, D) to dqkv, as qkv."""
         self._load(qkv, slice(0, 3))
         self._load(grad.unsqueeze(2), slice(3, 4))
@@ -238,7 +235,7 @@ def _store(x: Tensor, out: Tensor) -> None:
     out.copy_(x.view(out.shape))
 
 
-def _parts(n: int, most: int) -> list[slice]:
+def _even_slices(n: int, most: int) -> list[slice]:
     """range(n) in parts as even as can be, of at most `most`."""
     size = math.ceil(n / math.ceil(n / most))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -247,8 +244,8 @@ def _parts(n: int, most: int) -> list[slice]:
 def _groups(B: int, T: int, H: int, threads: int) -> list[tuple[slice, slice]]:
     """Sequences and heads that are computed together: some heads of one sequence, or all of
     several."""
-    most = max(1, min(TOKENS // T, B * H // threads))
-    return list(itertools.product(_parts(B, max(1, most // H)), _parts(H, most)))
+    most = max(1, min(GROUP_TOKENS // T, B * H // threads))
+    return list(itertools.product(_even_slices(B, max(1, most // H)), _even_slices(H, most)))
 
 
 @functools.cache
@@ -279,7 +276,10 @@ def _group(*shape: Any) -> _Group:
 
 
 def _for_each_group(
-    qkv: Tensor, seed: Tensor | None, p: float, task: Callable[[_Group, slice, slice, Draw], None]
+    qkv: Tensor,
+    seed: Tensor | None,
+    p: float,
+    task: Callable[[_Group, slice, slice, DropoutSeed | None], None],
 ) -> None:
     """task(group, batch, heads, draw) for all sequences and heads of qkv, on as many threads as
     torch has been given."""
@@ -292,7 +292,7 @@ def _for_each_group(
         with torch.inference_mode():  # a thread begins with gradients on
             for batch, heads in parts:
                 g = (batch.stop - batch.start) * (heads.stop - heads.start)
-                draw = None if first is None else Draws(first, batch.start * H + heads.start)
+                draw = None if first is None else DropoutSeed(first, batch.start * H + heads.start)
                 task(_group(g, T, D, qkv.dtype, p), batch, heads, draw)
 
     if threads == 1:

@@ -51,17 +51,17 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.scale = scale(p)
         n = x.numel()
-        draws = torch.empty(words(n), dtype=torch.int64)
-        keep = masks_(draw_(draws), p)[:n].view(x.shape)
+        draws = torch.empty(random_words(n), dtype=torch.int64)
+        keep = keep_masks_(fill_random_(draws), p)[:n].view(x.shape)
         ctx.save_for_backward(keep)
-        return mask_(x * ctx.scale, keep)
+        return apply_mask_(x * ctx.scale, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return mask_(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
+        return apply_mask_(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
 
 
-def words(n: int) -> int:
+def random_words(n: int) -> int:
     """Draws of 64 bits for n elements."""
     return -(-n // 4)
 
@@ -76,12 +76,12 @@ def scale(p: float) -> float:
     return LEVELS / (LEVELS - _dropped(p))
 
 
-def draw_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def fill_random_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Fill int64 draws with random bits."""
     return draws.random_(-(2**63), None, generator=generator)
 
 
-def masks_(draws: Tensor, p: float) -> Tensor:
+def keep_masks_(draws: Tensor, p: float) -> Tensor:
     """Random int64 (..., n), in place, to int16 (..., 4 n): all bits set where an element is kept,
     none where dropped."""
     level = draws.view(torch.int16).bitwise_right_shift_(1)  # -LEVELS / 2 to LEVELS / 2 - 1
@@ -89,7 +89,7 @@ def masks_(draws: Tensor, p: float) -> Tensor:
     return level.sub_(_dropped(p) - LEVELS // 2).bitwise_right_shift_(15).bitwise_not_()
 
 
-def mask_(x: Tensor, keep: Tensor) -> Tensor:
+def apply_mask_(x: Tensor, keep: Tensor) -> Tensor:
     """x, in place, with zeros where `keep`, int16, has none of its bits set."""
     integers = INTEGERS[x.dtype]
     x.view(integers).bitwise_and_(keep.to(integers))

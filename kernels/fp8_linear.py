@@ -30,7 +30,7 @@ from torch import Tensor
 from config import FP8_MULTIPLE
 
 # an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
-SMALLEST = 2.0**-100
+SMALLEST_AMAX = 2.0**-100
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     An inf or NaN in x is one in the scale, so that no product hides it.
     """
     largest = torch.finfo(dtype).max
-    amax = x.abs().amax().float().clamp(min=SMALLEST)
+    amax = x.abs().amax().float().clamp(min=SMALLEST_AMAX)
     return (x.float() * (largest / amax)).to(
         dtype, memory_format=torch.contiguous_format
     ), amax / largest

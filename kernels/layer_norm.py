@@ -86,15 +86,15 @@ def _forward_kernel(
     # Two stages: the next tile is on its way into shared memory while this one is reduced.
     for start in tl.range(tl.program_id(0) * TILE, rows, tl.num_programs(0) * TILE, num_stages=2):
         row = start + tl.arange(0, TILE)
-        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         if branch is not None:
-            value += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+            value += tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)
             # Rounded before the statistics: they are those of the stream as the next block and the
             # backward read it.
             rounded = value.to(total.dtype.element_ty)
-            tl.store(total + at, rounded, mask=mask)
+            tl.store(total + offsets, rounded, mask=mask)
             value = rounded.to(tl.float32)
         center = tl.sum(value, 1) / WIDTH
         # The variance of what is left without the mean: E[x^2] - E[x]^2 cancels where the mean is
@@ -102,7 +102,7 @@ def _forward_kernel(
         value = tl.where(mask, value - center[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
         value = value * scale[:, None] * gain[None, :] + shift[None, :]
-        tl.store(normed + at, value.to(normed.dtype.element_ty), mask=mask)
+        tl.store(normed + offsets, value.to(normed.dtype.element_ty), mask=mask)
         tl.store(mean + row, center, mask=row < rows)
         tl.store(rstd + row, scale, mask=row < rows)
 
@@ -121,13 +121,13 @@ def _backward_kernel(
     dshift = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(tl.program_id(0) * TILE, rows, tl.num_programs(0) * TILE, num_stages=2):
         row = start + tl.arange(0, TILE)
-        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = (row < rows)[:, None] & inside[None, :]
-        value = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
-        beside = 0.0
+        value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dnormed + offsets, mask=mask, other=0.0).to(tl.float32)
+        residual = 0.0
         if dtotal is not None:  # read here, to be under way with the others
-            beside = tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+            residual = tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32)
         center = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         value = (value - center) * scale
@@ -139,10 +139,10 @@ def _backward_kernel(
             d *= gain[None, :]
             along_mean = tl.sum(d, 1) / WIDTH
             along_scale = tl.sum(d * value, 1) / WIDTH
-            d = (d - along_mean[:, None] - value * along_scale[:, None]) * scale + beside
-            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=mask)
+            d = (d - along_mean[:, None] - value * along_scale[:, None]) * scale + residual
+            tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=mask)
             if dbranch is not None:
-                tl.store(dbranch + at, d.to(dbranch.dtype.element_ty), mask=mask)
+                tl.store(dbranch + offsets, d.to(dbranch.dtype.element_ty), mask=mask)
     if sums is not None:
         mine = sums + tl.program_id(0) * WIDTH + column
         tl.store(mine, dgain, mask=inside)

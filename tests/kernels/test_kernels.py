@@ -79,8 +79,8 @@ def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
         choose("triton", "cuda", dropout=0.1)
 
 
-def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
-    monkeypatch.setattr(kernels.cpu_attention, "pays", lambda dtype: dtype == torch.bfloat16)
+def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(kernels.cpu_attention, "is_faster", lambda dtype: dtype == torch.bfloat16)
     assert choose("auto", "cpu") == ("cpu_attention", None)
     assert choose("auto", "cpu", dropout=0.1) == ("cpu_attention", None)
     for options in ({"precision": "fp32"}, {"document_mask": True}):
