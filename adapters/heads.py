@@ -56,21 +56,21 @@ class Head(nn.Module):
         """(B, width) or (B, LSTM_WIDTH), fp32 (fp64 of fp64)."""
         if self.pooling == "last":  # before the cast: of one position in T
             return pick(hidden, lengths - 1)[:, 0].to(self.weight.dtype)
-        there = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
+        is_token = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
         # Not a product with 0: what is computed of padding may be anything.
-        hidden = hidden.to(self.weight.dtype).masked_fill(~there[:, :, None], 0)
+        hidden = hidden.to(self.weight.dtype).masked_fill(~is_token[:, :, None], 0)
         if self.pooling == "lstm":
             states, _ = self.lstm(hidden)
             return pick(states, lengths - 1)[:, 0]
         if self.pooling == "mean":
             return hidden.sum(1) / lengths[:, None]
         scores = hidden @ self.query / math.sqrt(hidden.shape[2])
-        weights = scores.masked_fill(~there, -torch.inf).softmax(1)
+        weights = scores.masked_fill(~is_token, -torch.inf).softmax(1)
         return (weights[:, :, None] * hidden).sum(1)
 
 
 @dataclass(frozen=True)
-class Info:
+class ClassifierInfo:
     """What a classifier's folder says of itself beside its weights."""
 
     task: str
@@ -84,7 +84,7 @@ class Info:
     cut: Cut = "end"  # where
 
 
-def save(model: GPT, folder: Path, info: Info) -> None:
+def save(model: GPT, folder: Path, info: ClassifierInfo) -> None:
     """Write the heads of a classifier, and what they mean, beside its other files."""
     tensors = {
         name: p.detach().float().cpu().contiguous() for name, p in model.heads.named_parameters()
@@ -96,26 +96,29 @@ def save(model: GPT, folder: Path, info: Info) -> None:
     )
 
 
-def read_info(folder: str | Path) -> Info | None:
+def read_info(folder: str | Path) -> ClassifierInfo | None:
     """None of a folder that holds no classifier of this project."""
     file = Path(folder) / INFO
     if not file.is_file():
         return None
-    said = read_object(file)
-    form, pooling = said.one_of("form", get_args(Form)), said.one_of("pooling", get_args(Pooling))
-    seq_len = said.whole("seq_len", least=1) if said.given("seq_len") else None
-    cut = said.one_of("cut", get_args(Cut)) if said.given("cut") else "end"
-    labels, words = tuple(said.texts("labels")), tuple(said.texts("words"))
-    return Info(said.text("task") or "", labels, form, pooling, words, seq_len, cut)
+    entries = read_object(file)
+    form, pooling = (
+        entries.one_of("form", get_args(Form)),
+        entries.one_of("pooling", get_args(Pooling)),
+    )
+    seq_len = entries.whole("seq_len", least=1) if entries.given("seq_len") else None
+    cut = entries.one_of("cut", get_args(Cut)) if entries.given("cut") else "end"
+    labels, words = tuple(entries.texts("labels")), tuple(entries.texts("words"))
+    return ClassifierInfo(entries.text("task") or "", labels, form, pooling, words, seq_len, cut)
 
 
-def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
+def find(folder: str | Path) -> tuple[ClassifierInfo, dict[str, Tensor]] | None:
     """The head of a classifier's folder, written here or by transformers, and what it is for; None
     where there is none."""
     folder = Path(folder)
     info = read_info(folder)
     if info is None:
-        return _of_hub(folder)
+        return _from_hub(folder)
     if info.form == "word":
         return None
     own = {
@@ -128,7 +131,7 @@ def find(folder: str | Path) -> tuple[Info, dict[str, Tensor]] | None:
     return info, {key.removeprefix(f"{info.task}."): tensor for key, tensor in own.items()}
 
 
-def _of_hub(folder: Path) -> tuple[Info, dict[str, Tensor]] | None:
+def _from_hub(folder: Path) -> tuple[ClassifierInfo, dict[str, Tensor]] | None:
     """Of a GPT2ForSequenceClassification, its weights in any layout."""
     if not (folder / "config.json").is_file():
         return None
@@ -142,6 +145,6 @@ def _of_hub(folder: Path) -> tuple[Info, dict[str, Tensor]] | None:
     labels = [names.text(str(i)) if names.values else f"LABEL_{i}" for i in range(len(score))]
     if None in labels:
         raise config.wrong("id2label", f"the names of all {len(score)} labels")
-    return Info("", tuple(label for label in labels if label is not None), "plain", "last"), {
-        "weight": score.float()
-    }
+    return ClassifierInfo(
+        "", tuple(label for label in labels if label is not None), "plain", "last"
+    ), {"weight": score.float()}

@@ -103,7 +103,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(norms)
 
 
-class Prefixed:
+class PrefixPast:
     """The Past of a text after trained positions: keys and values (1, n_head, P, head_dim) before
     those of each layer. Nothing is kept."""
 
@@ -121,13 +121,13 @@ class Prefixed:
         return causal_mask(T, segments, device, self.length)
 
     def at(self, layer: int) -> Extend:
-        return functools.partial(_put_before, *self.layers[layer])
+        return functools.partial(_prepend, *self.layers[layer])
 
     def advance(self, T: int) -> None:
         pass
 
 
-def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _prepend(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape = (k.shape[0], -1, -1, -1)
     return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat(
         (values.expand(shape).to(v.dtype), v), 2
@@ -163,8 +163,8 @@ class Prefix(nn.Module):
         layers = self.table().view(self.shape).permute(1, 2, 3, 0, 4)
         return [(k[None], v[None]) for k, v in layers]
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.layers(model))
+    def past(self, model: GPT) -> PrefixPast:
+        return PrefixPast(self.layers(model))
 
 
 class SoftPrompt(nn.Module):
@@ -183,8 +183,8 @@ class SoftPrompt(nn.Module):
         """Keys and values of each layer, (1, n_head, P, head_dim) each."""
         return keys_and_values(model, self.vectors)
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.layers(model))
+    def past(self, model: GPT) -> PrefixPast:
+        return PrefixPast(self.layers(model))
 
 
 def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -244,7 +244,7 @@ def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
     return Prefix(config, layers.squeeze(2).permute(3, 0, 1, 2, 4).reshape(P, -1), width=0)
 
 
-def check_room(model: GPT, length: int) -> None:
+def check_prefix_fits(model: GPT, length: int) -> None:
     """Raise UserError where `length` positions before the text leave it none."""
     if length >= model.config.block_size:
         raise UserError(
@@ -253,7 +253,7 @@ def check_room(model: GPT, length: int) -> None:
         )
 
 
-def tables(model: GPT) -> Sequence[str]:
+def used_tables(model: GPT) -> Sequence[str]:
     """Those that a loss depends on: a language model's own head is in none of a classifier's."""
     return TABLES[:1] if model.config.tied_head or model.heads else TABLES
 
@@ -308,7 +308,7 @@ def freeze(model: GPT, trained: Collection[str]) -> None:
 # --- which parameters train
 
 
-def added(model: GPT) -> set[str]:
+def adapter_parameters(model: GPT) -> set[str]:
     """Names of the parameters that are not the model's own but an adapter's; empty where there is
     none."""
     pattern = re.compile(r"^prefix\.|\.lora_|\.parametrizations\.weight\.0\.")
@@ -318,7 +318,7 @@ def added(model: GPT) -> set[str]:
 def always_trained(model: GPT) -> set[str]:
     """Names of the parameters that train under every method: an adapter's, and those of a
     classifier's heads."""
-    return added(model) | {
+    return adapter_parameters(model) | {
         name for name, _ in model.named_parameters() if name.startswith("heads.")
     }
 

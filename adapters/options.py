@@ -49,7 +49,7 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlace:
     """Where a parameter of a model stands."""
 
     name: str
@@ -58,31 +58,31 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Traits:
+class MethodTraits:
     """What a method does with the model's own parameters."""
 
-    trains: Callable[[Place, MethodConfig], bool] = lambda place, cfg: False
+    trains: Callable[[ParameterPlace, MethodConfig], bool] = lambda place, cfg: False
     options: tuple[str, ...] = ()  # that belong to it
     llrd: bool = False  # whether --llrd may set the rates of its blocks
     matrices: bool = False  # whether it trains matrices of the blocks, as Muon needs
 
 
-_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_on")
+_LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_on")
 
 # What trains under each method, of the parameters that the model had before: the heads of a
 # classifier and what an adapter adds always train.
-METHODS: dict[Method, Traits] = {
-    "full": Traits(lambda place, cfg: True, llrd=True, matrices=True),
-    "last-layer": Traits(lambda place, cfg: place.depth == 0),
-    "last-k": Traits(
+METHODS: dict[Method, MethodTraits] = {
+    "full": MethodTraits(lambda place, cfg: True, llrd=True, matrices=True),
+    "last-layer": MethodTraits(lambda place, cfg: place.depth == 0),
+    "last-k": MethodTraits(
         lambda place, cfg: place.depth <= cfg.last_k, ("last_k",), llrd=True, matrices=True
     ),
     # Howard and Ruder (2018): it begins with the head, and each epoch thaws the layer below.
-    "ulmfit": Traits(lambda place, cfg: place.depth <= place.epoch, matrices=True),
+    "ulmfit": MethodTraits(lambda place, cfg: place.depth <= place.epoch, matrices=True),
     # Ben Zaken et al. (2022): the biases alone, those of the norms among them.
-    "bitfit": Traits(lambda place, cfg: place.name.endswith(".bias"), llrd=True),
-    "lora": Traits(options=_OF_LORA, llrd=True),
-    "dora": Traits(options=_OF_LORA, llrd=True),
-    "prefix": Traits(options=("prefix_tokens", "prefix_width")),
-    "soft-prompt": Traits(options=("prefix_tokens",)),
+    "bitfit": MethodTraits(lambda place, cfg: place.name.endswith(".bias"), llrd=True),
+    "lora": MethodTraits(options=_LORA_OPTIONS, llrd=True),
+    "dora": MethodTraits(options=_LORA_OPTIONS, llrd=True),
+    "prefix": MethodTraits(options=("prefix_tokens", "prefix_width")),
+    "soft-prompt": MethodTraits(options=("prefix_tokens",)),
 }

@@ -25,7 +25,7 @@ from adapters.layers import (
     add_rows,
     add_tokens,
     always_trained,
-    check_room,
+    check_prefix_fits,
     freeze,
     loras,
     token_rows,
@@ -37,7 +37,7 @@ from storage.foreign import JsonObject
 from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, base_of
 from storage.weights import plain_names, read_tensors, save_tensors
 
-OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
+LEGACY_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
 NEW_TOKENS = (
     "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
 )
@@ -200,7 +200,7 @@ def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
 def _weights(folder: Path) -> dict[str, Tensor]:
     """By plain names, of PEFT's two forms; the older one is read as weights only."""
     file = next(
-        (folder / name for name in (ADAPTER_WEIGHTS, OLDER_WEIGHTS) if (folder / name).is_file()),
+        (folder / name for name in (ADAPTER_WEIGHTS, LEGACY_WEIGHTS) if (folder / name).is_file()),
         None,
     )
     if file is None:
@@ -219,7 +219,7 @@ def _check_base(model: GPT, folder: Path) -> None:
 
 # What would change the numbers and is not done here: by key of a LoRA's configuration, the values
 # that leave it be.
-PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+SUPPORTED_LORA: dict[str, tuple[Any, ...]] = {
     "use_rslora": (False,),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
@@ -231,7 +231,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 def _lora_from_peft(
     model: GPT, folder: Path, config: JsonObject, tensors: dict[str, Tensor]
 ) -> None:
-    for key, values in PLAIN_LORA.items():
+    for key, values in SUPPORTED_LORA.items():
         if (value := config.values.get(key)) not in (None, *values):
             raise UserError(f"{folder} holds a LoRA with {key} {value!r}, which cannot be read")
     ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -277,7 +277,7 @@ def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Te
             f"{folder}: prompt_embeddings are {tuple(rows.shape)}, and this model's are {width} "
             "wide"
         )
-    check_room(model, len(rows))
+    check_prefix_fits(model, len(rows))
     rows = rows.to(model.transformer.wte.weight)
     return Prefix(config, rows, width=0) if kind == "PREFIX_TUNING" else SoftPrompt(rows)
 
@@ -295,10 +295,10 @@ def _score_from_peft(model: GPT, folder: Path, tensors: dict[str, Tensor]) -> Te
     return score
 
 
-Rows = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
+RowsByTable = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
 
 
-def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> Rows:
+def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> RowsByTable:
     """Taken out of `tensors`."""
     found = {key: tensors.pop(key) for key in list(tensors) if key.endswith(DELTA)}
     indices = config.values.get("trainable_token_indices") or {}
@@ -326,12 +326,12 @@ def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]
     return rows
 
 
-def _rows_beside(tensors: dict[str, Tensor]) -> Rows:
+def _rows_beside(tensors: dict[str, Tensor]) -> RowsByTable:
     names = [name.removesuffix(".ids") for name in tensors if name.endswith(".ids")]
     return {name: (tensors[f"{name}.ids"], tensors[f"{name}.rows"]) for name in names}
 
 
-def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
+def _load_rows(model: GPT, folder: Path, rows: RowsByTable) -> None:
     """On the tables that have them in the file: a classifier's adapter has none for a head that it
     does not use."""
     size = max((int(ids.max()) + 1 for ids, _ in rows.values()), default=0)

@@ -130,7 +130,7 @@ class Trunk:
             base = str(Path(locate(init)).resolve()) if Path(init).exists() else init
             peft.save_adapter(model, folder, base, self.base_sha256, score)
         else:
-            if layers.added(model):
+            if layers.adapter_parameters(model):
                 model = copy.deepcopy(model)  # the loop goes on with this one
                 layers.merge(model)
             model.save_pretrained(folder, self.tokenizer.eot, score, labels)

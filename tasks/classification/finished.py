@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adapters import heads
-from adapters.heads import Head, Info
+from adapters.heads import ClassifierInfo, Head
 from config import UserError
 from decoding.loading import open_model
 from engine.precision import set_products
@@ -93,7 +93,7 @@ def open_classifier(where: str, task: Labels, cfg: ClassificationConfig) -> Clas
 
 
 def encoder_of(
-    info: Info, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
+    info: ClassifierInfo, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
 ) -> Encoder:
     """Cuts a row as the run did, unless the options say otherwise: else its scores were others."""
     seq_len = min(cfg.seq_len or info.seq_len or context, context)
@@ -101,7 +101,7 @@ def encoder_of(
     return Encoder(tokenizer, seq_len, cut, cfg.strict)
 
 
-def scorer_of(info: Info, keys: Sequence[str], tokenizer: Tokenizer) -> Scorer:
+def scorer_of(info: ClassifierInfo, keys: Sequence[str], tokenizer: Tokenizer) -> Scorer:
     """Scores by the heads of these names, or by the words of the labels."""
     words = word_ids(tokenizer, info.words) if info.words else []
     return Scorer(keys, info.pooling == "last", words)

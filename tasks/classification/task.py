@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import heads
-from adapters.heads import Head, Info
+from adapters.heads import ClassifierInfo, Head
 from base.files import write_json
 from config import RunConfig, UserError
 from engine.log import finite
@@ -77,7 +77,7 @@ class Classification(Finetuning):
     )
     train: Labelled
     val: Labelled
-    info: Info  # what a checkpoint says of itself
+    info: ClassifierInfo  # what a checkpoint says of itself
     head: dict[str, Tensor]  # the trained head of --init; empty where the head is new
 
     def __init__(self, description: Labels, also: Sequence[Also] = ()):
@@ -115,7 +115,7 @@ class Classification(Finetuning):
         last = cfg.form != "word" and cfg.pooling == "last"
         return self.facts(CLASSIFIER if last else Facts.hub_class)
 
-    def _info(self) -> Info:
+    def _info(self) -> ClassifierInfo:
         """Raises UserError where --form word has no word for each label."""
         cfg, labels = self.cfg, self.rows_of[0].labels
         words: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class Classification(Finetuning):
                     "with --words"
                 )
         seq_len = self.trunk.seq_len
-        return Info(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
+        return ClassifierInfo(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
 
     def _check_rows_to_answer(self, rows: Sequence[Row]) -> None:
         """Raise UserError for what would end --predict after training: unknown labels, and under

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from adapters.layers import Prefixed
+from adapters.layers import PrefixPast
 from benchmarks.decoding import contrastive_reference
 from config import UserError
 from decoding import batched, sampling
@@ -215,8 +215,8 @@ class Prefix(torch.nn.Module):
     def layers(self, model: GPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.given
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.given)
+    def past(self, model: GPT) -> PrefixPast:
+        return PrefixPast(self.given)
 
 
 @torch.no_grad()
