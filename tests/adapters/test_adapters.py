@@ -289,7 +289,7 @@ def test_scores_of_another_width(base, tmp_path):
         weights_sha256(GPT.from_pretrained(base)),
         model.heads["main"].weight[:, 1:],
     )
-    with pytest.raises(UserError, match=r"\(5, 63\), and this model is 64 wide"):
+    with pytest.raises(UserError, match=r"\(5, 63\), but this model needs 64 columns"):
         load_adapter(GPT.from_pretrained(base), tmp_path)
 
 
@@ -839,19 +839,19 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, r=None), "has no r"),
         ("lora", lambda f: spoil(f, r=5), r"r is 5; .*lora_A.weight is \(3, 64\)"),
         ("lora", lambda f: spoil(f, use_dora=True), "lora_magnitude_vector is missing"),
-        ("dora", lambda f: spoil(f, use_dora=False), "says it is none"),
-        ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no product"),
+        ("dora", lambda f: spoil(f, use_dora=False), "does not set use_dora"),
+        ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no linear layer"),
         ("lora", lambda f: rename(f, "lora_A", "lora_embedding_A"), "no part of a LoRA"),
-        ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
-        ("lora", lambda f: rows_of_the_head(f), "rows of its own for the head"),
+        ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not name the tokens"),
+        ("lora", lambda f: rows_of_the_head(f), "separate rows for the head"),
         ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
         (
             "lora",
             lambda f: cut(f, "trainable_tokens"),
             "trainable_token_indices|the new tokens of transformer.wte",
         ),
-        ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
-        ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
+        ("prefix", lambda f: cut(f, "prompt"), "needs 256 columns"),
+        ("soft-prompt", lambda f: cut(f, "prompt"), "needs 64 columns"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
         (
             "lora",

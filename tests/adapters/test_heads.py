@@ -207,7 +207,7 @@ def test_the_head_of_a_hub_s_classifier(named, tmp_path):
 
 def test_broken_files_of_a_head_are_named(tmp_path):
     heads.save(classifier("last"), tmp_path, ClassifierInfo("own", LABELS, "plain", "last"))
-    with pytest.raises(UserError, match=r"heads.safetensors holds no head of the name third"):
+    with pytest.raises(UserError, match=r"heads.safetensors holds no head named third"):
         rewrite(tmp_path, task="third")
         heads.find(tmp_path)
     for text in ("{", "[]", "{}", json.dumps({"labels": 3, "words": []})):
