@@ -99,7 +99,7 @@ def test_what_is_left_out_is_not_there_as_a_kernel_either():
         not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
     )
     with pytest.raises(
-        UserError, match="adamw is not --without fused-adamw; use --kernels cross_entropy"
+        UserError, match="adamw is turned off by --without fused-adamw; use --kernels cross_entropy"
     ):
         choose("cross_entropy,adamw", "cuda", without=("fused-adamw",))
 
