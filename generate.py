@@ -1,5 +1,5 @@
-"""Text from a checkpoint: prompts on the command line, on standard input, or typed one after
-another.
+"""Generate text from a checkpoint. Prompts come from the command line, from standard input, or
+from a dialogue.
 
 python generate.py CHECKPOINT "prompt" ["another prompt" ...]
 """
@@ -27,44 +27,47 @@ RULE = "-" * 72  # between two texts
 
 @dataclass(frozen=True)
 class GenerateConfig(DecodeConfig):
-    """Continue each prompt with the model of CHECKPOINT. Without a prompt: the lines of a pipe, or
-    a dialogue.
+    """Continue each prompt with the model of CHECKPOINT. Without a prompt, continue each line of
+    standard input, or start a dialogue at a terminal.
 
-    A prompt that begins with a dash goes after a bare --.
+    Put a prompt that begins with a dash after a bare --.
     """
 
     checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
     prompts: Annotated[tuple[str, ...], Positional("PROMPT ...")] = ()
-    """Texts to continue, together in a batch. An empty one begins a document."""
+    """Texts to continue, batched together. An empty prompt starts a new document."""
 
     seed: Seed = 1337
-    """The draws of a text follow from this and its number."""
+    """The random draws of a text depend only on this and the text's number."""
     num_samples: Annotated[int, Range(1, 100_000)] = 1
-    """Texts for each prompt."""
+    """Number of texts for each prompt."""
     batch: Count = 16
-    """Texts that are generated together."""
+    """Number of texts that are generated together."""
 
     tokenizer: Where | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     stream: bool = True
-    """Print a single text as it is made, where it is made token by token."""
+    """Print a single text while it is generated, if its method chooses token by token."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the weights. auto: bf16 on a CUDA GPU that has it, fp32 elsewhere."""
+    """Number format of the weights. auto: bf16 on a CUDA GPU with native bf16, else fp32."""
 
     def __post_init__(self) -> None:
         check_decode(self)
         if self.num_samples > 1 and not self.draws:
             raise UserError(
-                f"--num-samples {self.num_samples} would be one text over again; use --decode "
-                "sample"
+                f"--num-samples {self.num_samples} would be one text repeated, because --decode "
+                f"{self.decode} draws nothing; use --decode sample"
             )
 
 
 class Writer:
-    """A model, its tokenizer and the options; prints continuations."""
+    """Prints continuations by a checkpoint's model and tokenizer, under the given options.
+
+    It imports torch when it is made, so that `--help` and mistyped options answer fast.
+    """
 
     def __init__(self, config: GenerateConfig):
         import torch
@@ -76,7 +79,7 @@ class Writer:
 
         self.config = config
         device = processes.start(config.device).device
-        # Only where bf16 is native: older GPUs emulate it, slower than fp32.
+        # Older GPUs emulate bf16, which is slower than fp32.
         native = (
             config.precision == "auto"
             and device.type == "cuda"
@@ -86,13 +89,13 @@ class Writer:
         self.model, self.tokenizer = open_model(
             locate(config.checkpoint), config.tokenizer, device, dtype
         )
-        self.written = 0  # texts so far: the number of the next one
+        self.written = 0  # texts so far, and so the number of the next one
 
     def write(self, prompts: Sequence[str]) -> None:
-        """Print `num_samples` continued texts for each prompt, a rule between two."""
+        """Print `num_samples` continued texts for each prompt, with a rule between two."""
         texts = [prompt for prompt in prompts for _ in range(self.config.num_samples)]
         if self.config.stream and len(texts) == 1:
-            stream = Stream(self.tokenizer, texts[0])
+            stream = TextStream(self.tokenizer, texts[0])
             self._continue(texts, lambda row, token: stream.add(token))
             stream.close()
             return
@@ -137,9 +140,8 @@ class Writer:
             )
 
 
-class Stream:
-    """Prints a text as its tokens come; a character whose bytes are not all there yet waits for the
-    rest."""
+class TextStream:
+    """Prints a text token by token. A character is printed when the last of its bytes arrives."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str):
         self.tokenizer = tokenizer
@@ -147,18 +149,20 @@ class Stream:
         print(prompt, end="", flush=True)
 
     def add(self, token: int) -> None:
+        """Print the characters that this token completes."""
         print(self.decoder.decode(self.tokenizer.token_bytes(token)), end="", flush=True)
 
     def close(self) -> None:
+        """Print what is left, with U+FFFD for an incomplete character, and end the line."""
         print(self.decoder.decode(b"", final=True), flush=True)
 
 
 def interact(writer: Writer) -> int:
-    """Continue what is typed, line by line, until an empty line, the end of input (0) or Ctrl-C
-    (130)."""
-    with contextlib.suppress(ImportError):  # Windows has none
+    """Continue each typed line. Returns the exit code: 0 after an empty line or the end of input,
+    130 after Ctrl-C."""
+    with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  importing it gives input() editing and history
-    print("Type a prompt; an empty line ends.", file=sys.stderr)
+    print("Type a prompt. An empty line ends the dialogue.", file=sys.stderr)
     try:
         while prompt := input("> "):
             writer.write([prompt])
@@ -171,17 +175,19 @@ def interact(writer: Writer) -> int:
 
 
 def main() -> int:
+    """Run the command. Returns the exit code; raises UserError for the user's mistakes."""
     config = parse(GenerateConfig, sys.argv[1:])
     if not config.checkpoint:
         raise UserError('no checkpoint is named; type python generate.py CHECKPOINT "prompt"')
-    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are no fault
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 must not stop a dialogue
         sys.stdin.reconfigure(errors="replace")
     prompts = config.prompts
     if not prompts and not sys.stdin.isatty():
         prompts = [line.rstrip("\r") for line in _read_stdin().split("\n") if line.strip()]
         if not prompts:
             raise UserError(
-                "no prompt: give one after the checkpoint, or one a line on standard input"
+                "no prompt is given; type one after the checkpoint, or one per line on standard "
+                "input"
             )
     writer = Writer(config)
     if not prompts:
@@ -191,9 +197,9 @@ def main() -> int:
 
 
 def _read_stdin() -> str:
-    """Standard input as text; single bytes that are not UTF-8 become U+FFFD.
+    """Standard input as text. Single bytes that are not UTF-8 become U+FFFD.
 
-    Raises UserError for UTF-16 or UTF-32: read as UTF-8 they would be other prompts.
+    Raises UserError for UTF-16 and UTF-32, which would give wrong prompts if read as UTF-8.
     """
     if not isinstance(sys.stdin, io.TextIOWrapper):
         return sys.stdin.read()

@@ -1,10 +1,9 @@
-"""What is trained: all of a GPT, a part of it, or parameters added to it while its own stay as they
-are.
+"""Adapters: trained parameters added to a GPT whose own parameters are frozen.
 
-An adapter is a module that stands in the model where the model has room for it: in place of a
-product of a block (LoRA, DoRA), before the text (prefix tuning, soft prompt), over the rows of new
-tokens in the table. So the model, the loop and the decoder know nothing of adapters. Their files
-are adapters/peft.py's.
+An adapter is a module at a place that the model leaves open: in place of a linear layer of a block
+(LoRA, DoRA), before the text (prefix tuning, soft prompt), or over the embedding rows of new
+tokens. The model, the loop and the decoder therefore know nothing of adapters. adapters/peft.py
+reads and writes their files.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from config import GPTConfig, UserError
 from kernels.dropout import Dropout
 from model import GPT, Extend, Linear, causal_mask
 
-# the products of a block
+# names of a block's linear layers
 ATTENTION, FEED_FORWARD = (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"))
 LORA_ON = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "both": ATTENTION + FEED_FORWARD}
-# that have a row a token; the second where the head is not tied
+# tables with one row per token; a model with a tied head has only the first
 TABLES = ("transformer.wte", "lm_head")
-# ids whose embeddings a soft prompt may start from: the first of a BPE vocabulary are the commonest
+# A soft prompt starts from embeddings of ids below this: low ids of a BPE vocabulary are common.
 FREQUENT = 5000
 
 
@@ -39,11 +38,11 @@ FREQUENT = 5000
 
 
 class LoRA(Linear):
-    """W x + alpha/r B A dropout(x) with a frozen W (Hu et al. 2021): B starts at 0, and with it the
-    update."""
+    """W x + alpha/r B A dropout(x) with a frozen W (Hu et al. 2021). B starts at 0, so the update
+    does too."""
 
     def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
-        with torch.device("meta"):  # W is the base's
+        with torch.device("meta"):  # allocates nothing: W and the bias are the base's
             super().__init__(base.ops, base.in_features, base.out_features)
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha = rank, alpha
@@ -54,15 +53,17 @@ class LoRA(Linear):
 
     @property
     def scale(self) -> float:
+        """The factor of the update, alpha / rank."""
         return self.alpha / self.rank
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output (..., out) for x (..., in), with the update."""
         update = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B)
         return super().product(x, bias) + self.scale * update
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The one matrix (out, in) that gives the same products, fp32; dropout left aside."""
+        """The single weight (out, in), fp32, that gives the same output without dropout."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.addmm(
                 self.weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scale
@@ -70,11 +71,11 @@ class LoRA(Linear):
 
 
 class DoRA(LoRA):
-    """m (W + alpha/r B A) x with each row of the bracket divided by its norm, and m trained (Liu et
-    al. 2024).
+    """m (W + alpha/r B A) x, with each row of the bracket divided by its norm and a trained m (Liu
+    et al. 2024).
 
-    The norm follows the update but passes no gradient on (section 4.3 of the paper). Dropout is on
-    the update alone.
+    The norm is recomputed with the update, but no gradient flows through it (section 4.3 of the
+    paper). Dropout acts on the update alone.
     """
 
     def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
@@ -82,12 +83,14 @@ class DoRA(LoRA):
         self.lora_magnitude_vector = Magnitude(base.weight.detach().norm(dim=1))
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output (..., out) for x (..., in), each row of the weight rescaled to m."""
         y = super().product(x)
-        scaled = y * self._row_scale()  # in fp32: near 1 bf16 would round away what m learns
+        scaled = y * self._row_scale()  # fp32: bf16 near 1 would round away what m learns
         return (scaled if bias is None else scaled + bias).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
+        """The single weight (out, in), fp32, that gives the same output without dropout."""
         return self._row_scale()[:, None] * super().merged()
 
     def _row_scale(self) -> Tensor:
@@ -95,39 +98,42 @@ class DoRA(LoRA):
 
 
 class Magnitude(nn.Module):
-    """DoRA's m (out,): a module of its own, for a linear layer's own parameters are cast
-    (engine/precision.py)."""
+    """DoRA's m (out,). It is a separate module because engine/precision.py casts the parameters
+    that a linear layer itself holds."""
 
     def __init__(self, norms: Tensor):
         super().__init__()
         self.weight = nn.Parameter(norms)
 
 
-class Prefixed:
-    """The Past of a text after trained positions: keys and values (1, n_head, P, head_dim) before
-    those of each layer. Nothing is kept."""
+class PrefixPast:
+    """The Past of a text that follows trained positions. Each layer's trained keys and values (1,
+    n_head, P, head_dim) come before those of the text, and no others are stored."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
         self.layers = layers
         self.length = layers[0][0].shape[2]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
+        """Positions (T,) of the text, counted after the trained ones."""
         return torch.arange(self.length, self.length + T, device=device)
 
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
-        """For one token None: it sees all."""
+        """The keys that each token may attend to, as of `causal_mask`. None for a single token,
+        which sees all."""
         if segments is None and T == 1:
             return None
         return causal_mask(T, segments, device, self.length)
 
     def extension(self, layer: int) -> Extend:
-        return functools.partial(_put_before, *self.layers[layer])
+        """The function that puts the trained keys and values before those of one layer."""
+        return functools.partial(_prepend, *self.layers[layer])
 
     def advance(self, T: int) -> None:
-        pass
+        """Do nothing: the text's own keys and values are not stored."""
 
 
-def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _prepend(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape = (k.shape[0], -1, -1, -1)
     return torch.cat((keys.expand(shape).to(k.dtype), k), 2), torch.cat(
         (values.expand(shape).to(v.dtype), v), 2
@@ -135,11 +141,11 @@ def _put_before(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
 
 
 class Prefix(nn.Module):
-    """Keys and values of P positions for every layer, trained themselves or made by an MLP (Li and
+    """Keys and values of P positions for every layer, trained directly or through an MLP (Li and
     Liang 2021).
 
-    `rows` (P, n_embd) are what the MLP reads; without one (P, n_layer * 2 * n_embd), the keys and
-    values.
+    `rows` (P, n_embd) are the MLP's input. With a `width` of 0 there is no MLP, and `rows` (P,
+    n_layer * 2 * n_embd) are the keys and values themselves.
     """
 
     def __init__(self, config: GPTConfig, rows: Tensor, width: int):
@@ -153,8 +159,8 @@ class Prefix(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(config.n_embd, width), nn.Tanh(), out)
 
     def table(self) -> Tensor:
-        """(P, n_layer * 2 * n_embd): of each layer its keys, then its values. All that is needed
-        once trained."""
+        """Keys, then values, of each layer in turn: (P, n_layer * 2 * n_embd). A trained prefix
+        needs only these."""
         return self.rows if self.mlp is None else self.mlp(self.rows.to(self.mlp[0].weight.dtype))
 
     def layers(self, model: GPT) -> list[tuple[Tensor, Tensor]]:
@@ -163,15 +169,16 @@ class Prefix(nn.Module):
         layers = self.table().view(self.shape).permute(1, 2, 3, 0, 4)
         return [(k[None], v[None]) for k, v in layers]
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.layers(model))
+    def past(self, model: GPT) -> PrefixPast:
+        """The Past of a text that these positions precede."""
+        return PrefixPast(self.layers(model))
 
 
 class SoftPrompt(nn.Module):
     """P vectors (P, n_embd) that the model reads before the text (Lester et al. 2021).
 
-    What it makes of them is the same for every row, so it reads them once, alone: text sees their
-    keys and values.
+    Their keys and values are the same for every row, so the model computes them once per batch and
+    the text attends to them.
     """
 
     def __init__(self, vectors: Tensor):
@@ -183,13 +190,14 @@ class SoftPrompt(nn.Module):
         """Keys and values of each layer, (1, n_head, P, head_dim) each."""
         return keys_and_values(model, self.vectors)
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.layers(model))
+    def past(self, model: GPT) -> PrefixPast:
+        """The Past of a text that these positions precede."""
+        return PrefixPast(self.layers(model))
 
 
 def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each layer attends to when the model reads `vectors` (P, n_embd) in place of tokens'
-    embeddings."""
+    """Keys and values of each layer, (1, n_head, P, head_dim) each, when the model reads `vectors`
+    (P, n_embd) in place of token embeddings."""
     layers: list[tuple[Tensor, Tensor]] = []
 
     def keep(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,15 +207,14 @@ def keys_and_values(model: GPT, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
     parts = model.transformer
     x, branch = parts.drop(vectors + parts.wpe.weight[: len(vectors)])[None].to(model.dtype), None
     for block in parts.h:
-        # Its forward itself: where blocks are compiled, not for the sake of one row of a few
-        # positions.
+        # block.forward skips a compiled block: compiling for one row of a few positions is a waste.
         x, branch = block.forward(x, branch, extend=keep)
     return layers
 
 
 class TokenRows(nn.Module):
-    """Trained rows (n, n_embd) in place of those of the tokens `ids` (n,) in a frozen table: its
-    parametrization."""
+    """The parametrization of a frozen table whose rows for the tokens `ids` (n,) are trained.
+    `rows` (n, n_embd) replace them."""
 
     def __init__(self, ids: Tensor, rows: Tensor):
         super().__init__()
@@ -215,6 +222,7 @@ class TokenRows(nn.Module):
         self.rows = nn.Parameter(rows)
 
     def forward(self, table: Tensor) -> Tensor:
+        """The table (rows, n_embd) with the trained rows in it."""
         return table.index_copy(0, self.ids, self.rows)
 
 
@@ -224,14 +232,15 @@ class TokenRows(nn.Module):
 def add_lora(
     model: GPT, names: Sequence[str], dora: bool, rank: int, alpha: float, dropout: float
 ) -> None:
-    """LoRA or DoRA in place of the products of these names."""
+    """Replace the linear layers of these names by LoRA or DoRA layers."""
     kind = DoRA if dora else LoRA
     for name in names:
         model.set_submodule(name, kind(model.get_submodule(name), rank, alpha, dropout))
 
 
 def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
-    """Starts from common tokens, as both papers advise; but the MLP's rows are free."""
+    """A prefix or soft prompt that starts from common tokens, as both papers advise. The inputs of
+    a prefix's MLP start at random."""
     config, P = model.config, cfg.prefix_tokens
     if cfg.method == "prefix" and cfg.prefix_width:
         return Prefix(config, torch.randn(P, config.n_embd), cfg.prefix_width)
@@ -244,25 +253,26 @@ def new_prefix(model: GPT, cfg: MethodConfig) -> nn.Module:
     return Prefix(config, layers.squeeze(2).permute(3, 0, 1, 2, 4).reshape(P, -1), width=0)
 
 
-def check_room(model: GPT, length: int) -> None:
-    """Raise UserError where `length` positions before the text leave it none."""
+def check_prefix_fits(model: GPT, length: int) -> None:
+    """Raise UserError if `length` positions before the text leave no position for the text."""
     if length >= model.config.block_size:
         raise UserError(
-            f"{length} positions before the text leave it none of the model's "
+            f"{length} positions before the text leave no room for it: the model has "
             f"{model.config.block_size}; use a smaller --prefix-tokens"
         )
 
 
-def tables(model: GPT) -> Sequence[str]:
-    """Those that a loss depends on: a language model's own head is in none of a classifier's."""
+def used_tables(model: GPT) -> Sequence[str]:
+    """The tables that the loss depends on. A classifier's loss does not use an untied language
+    head."""
     return TABLES[:1] if model.config.tied_head or model.heads else TABLES
 
 
 def add_tokens(model: GPT, ids: range) -> None:
-    """Make room for new token ids; their embeddings start at the mean of those below, which stay as
-    they are.
+    """Grow the vocabulary by the token ids `ids`. Their embeddings start at the mean of all lower
+    ids, which do not change.
 
-    Some may lie within the vocabulary, where it has more rows than the tokenizer had ids.
+    Some of `ids` may already be in the vocabulary, if it has more rows than the tokenizer had ids.
     """
     old = model.config
     model.config = dataclasses.replace(old, vocab_size=max(old.vocab_size, ids.stop))
@@ -279,14 +289,14 @@ def add_tokens(model: GPT, ids: range) -> None:
 
 
 def add_rows(model: GPT, table: str, ids: Tensor) -> None:
-    """TokenRows on a table, of TABLES."""
+    """Make the rows `ids` (n,) of one of TABLES trainable."""
     layer = model.get_submodule(table)
     rows = TokenRows(ids.to(layer.weight.device), layer.weight.detach()[ids].clone())
     parametrize.register_parametrization(layer, "weight", rows)
 
 
 def token_rows(model: GPT) -> dict[str, TokenRows]:
-    """The rows of new tokens, by table."""
+    """The trained rows of new tokens, by the name of their table."""
     return {
         name.removesuffix(".parametrizations.weight.0"): module
         for name, module in model.named_modules()
@@ -295,12 +305,12 @@ def token_rows(model: GPT) -> dict[str, TokenRows]:
 
 
 def loras(model: GPT) -> dict[str, LoRA]:
-    """The products that LoRA or DoRA stands in for, by name."""
+    """The LoRA and DoRA layers, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
 
 
 def freeze(model: GPT, trained: Collection[str]) -> None:
-    """Freeze all but the parameters of these names."""
+    """Freeze all parameters but those named in `trained`."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 
@@ -308,17 +318,16 @@ def freeze(model: GPT, trained: Collection[str]) -> None:
 # --- which parameters train
 
 
-def added(model: GPT) -> set[str]:
-    """Names of the parameters that are not the model's own but an adapter's; empty where there is
-    none."""
+def adapter_parameters(model: GPT) -> set[str]:
+    """Names of the adapter's parameters; empty for a model without an adapter."""
     pattern = re.compile(r"^prefix\.|\.lora_|\.parametrizations\.weight\.0\.")
     return {name for name, _ in model.named_parameters() if pattern.search(name)}
 
 
 def always_trained(model: GPT) -> set[str]:
-    """Names of the parameters that train under every method: an adapter's, and those of a
+    """Names of the parameters that train under every method: those of an adapter and of a
     classifier's heads."""
-    return added(model) | {
+    return adapter_parameters(model) | {
         name for name, _ in model.named_parameters() if name.startswith("heads.")
     }
 
@@ -327,14 +336,14 @@ def always_trained(model: GPT) -> set[str]:
 
 
 def can_merge(model: GPT) -> bool:
-    """Whether plain weights can say the same: not what comes before the text."""
+    """Whether the adapter can become plain weights. A prefix or a soft prompt cannot."""
     return model.prefix is None
 
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
-    """Fold LoRA, DoRA and the rows of new tokens into the weights, in place: the logits stay, the
-    model is plain.
+    """Fold LoRA, DoRA and the rows of new tokens into the weights, in place. The model is then a
+    plain GPT with the same logits.
 
     Raises UserError for a prefix or a soft prompt.
     """

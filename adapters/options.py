@@ -1,7 +1,7 @@
-"""The methods of fine-tuning: their options, and which of a model's parameters each trains.
+"""The fine-tuning methods: their options, and which parameters of a model each method trains.
 
-What adapters add to a model stands in adapters/layers.py. Nothing here imports torch, so that
-`--help` is quick.
+The parameters that adapters add are in adapters/layers.py. This file imports no torch, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -25,64 +25,65 @@ ADAPTERS: tuple[Method, ...] = (*LORA, "prefix", "soft-prompt")  # added to a fr
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Which parameters train, and what is added to the model for it (adapters/layers.py)."""
+    """Which parameters train, and what an adapter adds to the model (adapters/layers.py)."""
 
     method: Method = "full"
-    """What is trained: everything, a part of the model, or parameters added to it."""
+    """What to train: the whole model, a part of it, or an adapter added to it."""
     last_k: Count = 2
-    """Blocks that last-k trains, counted from the end."""
+    """Number of last blocks that last-k trains."""
     lora_rank: Width = 8
-    """Rank of LoRA's and DoRA's updates."""
+    """Rank of the update of LoRA and DoRA."""
     lora_alpha: Weight = 16.0
-    """Scale of LoRA's and DoRA's updates, times 1/rank."""
+    """LoRA and DoRA multiply their update by this over the rank."""
     lora_dropout: Probability = 0.0
-    """Dropout before LoRA's and DoRA's updates."""
+    """Dropout on the input of the update of LoRA and DoRA."""
     lora_on: Literal["attention", "feed-forward", "both"] = "attention"
     """Which matrices of a block LoRA and DoRA update."""
     prefix_tokens: Count = 10
-    """Positions of a prefix or a soft prompt."""
+    """Number of positions of a prefix or a soft prompt."""
     prefix_width: WidthOrNone = 512
-    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: they are
-    trained themselves."""
+    """Hidden width of the MLP that makes a prefix's keys and values in training; 0: train them
+    directly."""
     llrd: Share = 1.0
-    """Layer-wise rate decay: each block's rate is this share of the rate of the block above it."""
+    """Layer-wise learning rate decay: each block's rate is this times the rate of the block
+    above."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter of a model stands."""
+class ParameterPlace:
+    """A parameter's name and depth, and the epoch of the run."""
 
     name: str
-    depth: int  # layers from the top: 0 the head and the last norm, then block by block
-    epoch: int  # of the run
+    depth: int  # 0 for the head and the last norm, then 1 for the last block, and so on
+    epoch: int
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What a method does with the model's own parameters."""
+class MethodTraits:
+    """How a method treats the parameters that the model had before it."""
 
-    trains: Callable[[Place, MethodConfig], bool] = lambda place, cfg: False
-    options: tuple[str, ...] = ()  # that belong to it
+    trains: Callable[[ParameterPlace, MethodConfig], bool] = lambda place, cfg: False
+    options: tuple[str, ...] = ()  # the options of this method alone
     llrd: bool = False  # whether --llrd may set the rates of its blocks
     matrices: bool = False  # whether it trains matrices of the blocks, as Muon needs
 
 
-_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_on")
+_LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_on")
 
-# What trains under each method, of the parameters that the model had before: the heads of a
-# classifier and what an adapter adds always train.
-METHODS: dict[Method, Traits] = {
-    "full": Traits(lambda place, cfg: True, llrd=True, matrices=True),
-    "last-layer": Traits(lambda place, cfg: place.depth == 0),
-    "last-k": Traits(
+# Which of the model's own parameters each method trains. The heads of a classifier and the
+# parameters of an adapter always train.
+METHODS: dict[Method, MethodTraits] = {
+    "full": MethodTraits(lambda place, cfg: True, llrd=True, matrices=True),
+    "last-layer": MethodTraits(lambda place, cfg: place.depth == 0),
+    "last-k": MethodTraits(
         lambda place, cfg: place.depth <= cfg.last_k, ("last_k",), llrd=True, matrices=True
     ),
-    # Howard and Ruder (2018): it begins with the head, and each epoch thaws the layer below.
-    "ulmfit": Traits(lambda place, cfg: place.depth <= place.epoch, matrices=True),
-    # Ben Zaken et al. (2022): the biases alone, those of the norms among them.
-    "bitfit": Traits(lambda place, cfg: place.name.endswith(".bias"), llrd=True),
-    "lora": Traits(options=_OF_LORA, llrd=True),
-    "dora": Traits(options=_OF_LORA, llrd=True),
-    "prefix": Traits(options=("prefix_tokens", "prefix_width")),
-    "soft-prompt": Traits(options=("prefix_tokens",)),
+    # Howard and Ruder (2018): training starts with the head, and each epoch unfreezes one layer.
+    "ulmfit": MethodTraits(lambda place, cfg: place.depth <= place.epoch, matrices=True),
+    # Ben Zaken et al. (2022): only the biases, those of the norms included.
+    "bitfit": MethodTraits(lambda place, cfg: place.name.endswith(".bias"), llrd=True),
+    "lora": MethodTraits(options=_LORA_OPTIONS, llrd=True),
+    "dora": MethodTraits(options=_LORA_OPTIONS, llrd=True),
+    "prefix": MethodTraits(options=("prefix_tokens", "prefix_width")),
+    "soft-prompt": MethodTraits(options=("prefix_tokens",)),
 }

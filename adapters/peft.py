@@ -1,8 +1,8 @@
-"""Adapters on the disk, in PEFT's layout: the `peft` package reads what is written here, and the
-other way round.
+"""Adapter files in PEFT's layout: the `peft` package reads what this writes, and this reads what
+`peft` writes.
 
-Beside PEFT's two files stands what it has no place for: which weights the adapter is for, and rows
-of new tokens.
+Two more files hold what PEFT has no place for: the hash of the base's weights, and the rows of new
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adapters.layers import (
     add_rows,
     add_tokens,
     always_trained,
-    check_room,
+    check_prefix_fits,
     freeze,
     loras,
     token_rows,
@@ -37,23 +37,22 @@ from storage.foreign import JsonObject
 from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base, adapter_config
 from storage.weights import plain_names, read_tensors, save_tensors
 
-OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
-NEW_TOKENS = (
-    "new_tokens.safetensors"  # beside a prefix or soft prompt, where PEFT has no place for them
-)
-ROOT = "base_model.model."  # begins PEFT's names
-# By kind of adapter, PEFT's name of the weights of a classifier's scores.
+LEGACY_WEIGHTS = "adapter_model.bin"  # PEFT's file before version 0.9
+# Rows of new tokens of a prefix or soft prompt, for which PEFT has no place.
+NEW_TOKENS = "new_tokens.safetensors"
+ROOT = "base_model.model."  # PEFT's prefix of parameter names
+# PEFT's name for the weights of a classifier's scores, by kind of adapter.
 SCORES = {"LORA": ROOT + "score.weight"} | dict.fromkeys(
     ("PREFIX_TUNING", "PROMPT_TUNING"), "base_model.score.weight"
 )
-DELTA = ".token_adapter.trainable_tokens_delta"  # ends PEFT's name of the rows of new tokens
+DELTA = ".token_adapter.trainable_tokens_delta"  # PEFT's suffix for the rows of new tokens
 
 
 def weights_sha256(model: GPT) -> str:
-    """Of a plain model's weights: by name, in fp32, without padding; so of what they are, not of
-    the file they are in.
+    """The sha256 of a plain model's weights, in hex.
 
-    A classifier's heads are left aside: they are no part of the base.
+    It covers the tensors by name, in fp32 and without padding, so it does not depend on the file
+    that held them. A classifier's heads do not count, because they are no part of the base.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -67,10 +66,10 @@ def weights_sha256(model: GPT) -> str:
 
 
 def locate_base(folder: str | Path) -> str:
-    """The base of an adapter: a folder as it was named in training, or below the adapter's own;
-    else a hub id.
+    """The base of an adapter: the folder named in training, the same path below the adapter's
+    folder, or a hub id.
 
-    Raises UserError where the adapter names none, or there is none.
+    Raises UserError if the adapter names no base, or if the base does not exist.
     """
     base = adapter_base(folder)[0]
     if not base:
@@ -89,12 +88,12 @@ def locate_base(folder: str | Path) -> str:
 def save_adapter(
     model: GPT, folder: str | Path, base: str, base_sha256: str, score: Tensor | None = None
 ) -> None:
-    """Write the model's adapter in PEFT's layout, fp32. The model's own weights are not looked at.
+    """Write the model's adapter in PEFT's layout, in fp32. The model's own weights are not read.
 
-    `base` names the weights it belongs to, `base_sha256` is their weights_sha256. New tokens go
-    where PEFT has them beside LoRA and DoRA, else into a file beside, `ids` and `rows` by table.
-    With `score` (n_labels, n_embd) it is an adapter for a classifier by the last token, of
-    GPT2ForSequenceClassification.
+    `base` names the base, and `base_sha256` is its weights_sha256. The rows of new tokens go where
+    PEFT stores them for LoRA and DoRA. For a prefix or soft prompt they go into NEW_TOKENS, as
+    `ids` and `rows` of each table. With `score` (n_labels, n_embd) the adapter is for a
+    GPT2ForSequenceClassification, which classifies by the last token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +115,7 @@ def save_adapter(
             save_tensors(_on_cpu(beside), folder / NEW_TOKENS)
     config |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if score is not None:
-        # as PEFT always writes it
+        # PEFT always writes both names
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
         tensors[SCORES[config["peft_type"]]] = score
     save_tensors(_on_cpu(tensors), folder / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -148,7 +147,7 @@ def _lora_to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "lora_dropout": one.lora_dropout.p,
         "use_dora": isinstance(one, DoRA),
         "target_modules": list(layers),
-        "fan_in_fan_out": True,  # the hub's GPT-2 holds its matrices transposed
+        "fan_in_fan_out": True,  # the hub's GPT-2 stores its matrices transposed
     }
     return config, tensors
 
@@ -168,20 +167,20 @@ def _prefix_to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
-    """Put the adapter of a folder, written here or by `peft`, into its base, a plain model; the
-    base is frozen.
+    """Add the adapter of a folder, written by this project or by `peft`, to its base `model`, a
+    plain GPT, and freeze the base.
 
-    Returns the scores' weights (n_labels, n_embd) where it is for a classifier by the last token.
-    The vocabulary grows where the adapter has tokens that the base lacks. Raises UserError for
-    another base, shapes that do not fit, and a kind of adapter that this project does not have.
+    The vocabulary grows by the adapter's new tokens. Returns the weights of the scores (n_labels,
+    n_embd) if the adapter is for a classifier by the last token. Raises UserError for another base,
+    for shapes that do not fit, and for a kind of adapter that this project does not support.
     """
     folder = Path(folder)
     config, tensors = adapter_config(folder), _weights(folder)
     kind = config.text("peft_type")
     if kind not in SCORES:
         raise UserError(
-            f"{folder} holds an adapter of the kind {kind}; LoRA, DoRA, prefix and prompt tuning "
-            "can be read"
+            f"{folder} holds an adapter of the kind {kind}; use one of LoRA, DoRA, prefix or "
+            "prompt tuning"
         )
     _check_base(model, folder)
     score = _score_from_peft(model, folder, tensors)
@@ -198,13 +197,16 @@ def load_adapter(model: GPT, folder: str | Path) -> Tensor | None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """By plain names, of PEFT's two forms; the older one is read as weights only."""
+    """The adapter's tensors by plain names, from either of PEFT's file formats. The older format is
+    read as weights only, so that no code in it runs."""
     file = next(
-        (folder / name for name in (ADAPTER_WEIGHTS, OLDER_WEIGHTS) if (folder / name).is_file()),
+        (folder / name for name in (ADAPTER_WEIGHTS, LEGACY_WEIGHTS) if (folder / name).is_file()),
         None,
     )
     if file is None:
-        raise UserError(f"{folder} is not a whole adapter: it has no {ADAPTER_WEIGHTS}")
+        raise UserError(
+            f"{folder} is not a whole adapter: it has no {ADAPTER_WEIGHTS}; copy the whole folder"
+        )
     return plain_names(read_tensors(file), folder)
 
 
@@ -212,14 +214,14 @@ def _check_base(model: GPT, folder: Path) -> None:
     base, expected = adapter_base(folder)
     if expected is not None and expected != (found := weights_sha256(model)):
         raise UserError(
-            f"{folder} is an adapter for {base} (weights {expected[:12]}), and these are other "
-            f"weights ({found[:12]})"
+            f"{folder} is an adapter for {base} (weights {expected[:12]}), but the weights found "
+            f"are others ({found[:12]}); correct base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
 
 
-# What would change the numbers and is not done here: by key of a LoRA's configuration, the values
-# that leave it be.
-PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+# Settings of PEFT's LoRA that would change its results and are not supported: for each key, the
+# values that change nothing.
+SUPPORTED_LORA: dict[str, tuple[Any, ...]] = {
     "use_rslora": (False,),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
@@ -231,24 +233,33 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 def _lora_from_peft(
     model: GPT, folder: Path, config: JsonObject, tensors: dict[str, Tensor]
 ) -> None:
-    for key, values in PLAIN_LORA.items():
+    for key, values in SUPPORTED_LORA.items():
         if (value := config.values.get(key)) not in (None, *values):
-            raise UserError(f"{folder} holds a LoRA with {key} {value!r}, which cannot be read")
+            raise UserError(
+                f"{folder} holds a LoRA with {key} {value!r}, which is not supported; train it "
+                "without, or merge it into its base with peft"
+            )
     ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.endswith("." + end)), None)
         if end is None:
-            raise UserError(f"{folder} holds {key}, which is no part of a LoRA or DoRA")
+            raise UserError(
+                f"{folder} holds {key}, which is no part of a LoRA or DoRA; only plain LoRA and "
+                "DoRA adapters can be loaded"
+            )
         parts.setdefault(key.removesuffix("." + end), {})[end] = tensor
     rank, alpha = config.whole("r", least=1), config.number("lora_alpha")
     dropout = config.number("lora_dropout", 0.0, least=0, most=1)
     modules = dict(model.named_modules())
     for name in parts:
         if not isinstance(modules.get(name), Linear):
-            raise UserError(f"{folder} adapts {name}, which is no product of a block of this model")
+            raise UserError(
+                f"{folder} adapts {name}, which is no linear layer of a block of this model; use "
+                "the adapter's own base"
+            )
         down = parts[name].get(ends[0])
-        # before matrices of that rank are made
+        # checked before matrices of that rank are allocated
         if down is not None and (down.dim() != 2 or len(down) != rank):
             raise config.wrong(
                 "r", f"the rank of the weights, of which {name}.{ends[0]} is {tuple(down.shape)}"
@@ -260,7 +271,8 @@ def _lora_from_peft(
             own[ends[2]] = layer.lora_magnitude_vector.weight
         if not own.keys() >= parts[name].keys():
             raise UserError(
-                f"{folder} has magnitudes of a DoRA and a {ADAPTER_CONFIG} that says it is none"
+                f"{folder} has magnitudes of a DoRA, but its {ADAPTER_CONFIG} does not set "
+                "use_dora; set it to true"
             )
         for end, parameter in own.items():
             _copy(parameter, parts[name].get(end), f"{folder}: {name}.{end}")
@@ -269,37 +281,39 @@ def _lora_from_peft(
 def _prefix_from_peft(model: GPT, folder: Path, kind: str, tensors: dict[str, Tensor]) -> nn.Module:
     rows = tensors.get("prompt_embeddings")
     if rows is None:
-        raise UserError(f"the weights of {folder} hold no prompt_embeddings")
+        raise UserError(
+            f"the weights of {folder} hold no prompt_embeddings; copy the whole adapter again"
+        )
     config = model.config
     width = config.n_embd * (2 * config.n_layer if kind == "PREFIX_TUNING" else 1)
     if rows.dim() != 2 or rows.shape[1] != width:
         raise UserError(
-            f"{folder}: prompt_embeddings are {tuple(rows.shape)}, and this model's are {width} "
-            "wide"
+            f"{folder}: prompt_embeddings are {tuple(rows.shape)}, but this model needs {width} "
+            "columns; use the adapter's own base"
         )
-    check_room(model, len(rows))
+    check_prefix_fits(model, len(rows))
     rows = rows.to(model.transformer.wte.weight)
     return Prefix(config, rows, width=0) if kind == "PREFIX_TUNING" else SoftPrompt(rows)
 
 
 def _score_from_peft(model: GPT, folder: Path, tensors: dict[str, Tensor]) -> Tensor | None:
-    """Taken out of `tensors`."""
+    """Take the weights of a classifier's scores out of `tensors`."""
     score = tensors.pop("score.weight", None)
     tensors.pop("score.original_module.weight", None)  # what it was before training
     width = model.config.n_embd
     if score is not None and (score.dim() != 2 or score.shape[1] != width):
         raise UserError(
-            f"{folder}: the scores' weights are {tuple(score.shape)}, and this model is {width} "
-            "wide"
+            f"{folder}: the scores' weights are {tuple(score.shape)}, but this model needs {width} "
+            "columns; use the adapter's own base"
         )
     return score
 
 
-Rows = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
+RowsByTable = dict[str, tuple[Tensor, Tensor]]  # by table, ids (n,) and rows (n, n_embd)
 
 
-def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> Rows:
-    """Taken out of `tensors`."""
+def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> RowsByTable:
+    """Take the rows of new tokens out of `tensors`."""
     found = {key: tensors.pop(key) for key in list(tensors) if key.endswith(DELTA)}
     indices = config.values.get("trainable_token_indices") or {}
     rows = {}
@@ -312,7 +326,8 @@ def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]
         )
         if name not in TABLES or ids is None:
             raise UserError(
-                f"{folder} holds {key}, and its {ADAPTER_CONFIG} does not say of which tokens"
+                f"{folder} holds {key}, but its {ADAPTER_CONFIG} does not name the tokens; set "
+                "trainable_token_indices"
             )
         if (
             not isinstance(ids, list)
@@ -326,21 +341,22 @@ def _rows_from_peft(folder: Path, config: JsonObject, tensors: dict[str, Tensor]
     return rows
 
 
-def _rows_beside(tensors: dict[str, Tensor]) -> Rows:
+def _rows_beside(tensors: dict[str, Tensor]) -> RowsByTable:
     names = [name.removesuffix(".ids") for name in tensors if name.endswith(".ids")]
     return {name: (tensors[f"{name}.ids"], tensors[f"{name}.rows"]) for name in names}
 
 
-def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
-    """On the tables that have them in the file: a classifier's adapter has none for a head that it
-    does not use."""
+def _load_rows(model: GPT, folder: Path, rows: RowsByTable) -> None:
+    """Add the rows of new tokens to the tables that the file names. A classifier's adapter has none
+    for a head that it does not use."""
     size = max((int(ids.max()) + 1 for ids, _ in rows.values()), default=0)
     if size > model.config.vocab_size:
         add_tokens(model, range(model.config.vocab_size, size))
     for name, (ids, tensor) in rows.items():
         if name == "lm_head" and model.config.tied_head:
             raise UserError(
-                f"{folder} has rows of its own for the head, and this model's head is its table"
+                f"{folder} has separate rows for the head, but this model's head is tied to its "
+                "embeddings; use the adapter's own base"
             )
         add_rows(model, name, ids)
         _copy(token_rows(model)[name].rows, tensor, f"{folder}: the new tokens of {name}")
@@ -350,5 +366,8 @@ def _load_rows(model: GPT, folder: Path, rows: Rows) -> None:
 def _copy(parameter: Tensor, tensor: Tensor | None, what: str) -> None:
     if tensor is None or tensor.shape != parameter.shape:
         shape = "missing" if tensor is None else str(tuple(tensor.shape))
-        raise UserError(f"{what} is {shape}, and this model's is {tuple(parameter.shape)}")
+        raise UserError(
+            f"{what} is {shape}, but this model needs {tuple(parameter.shape)}; use the adapter's "
+            "own base"
+        )
     parameter.copy_(tensor)

@@ -353,10 +353,10 @@ def limit(case: Case, card: Card) -> int:
     """Bytes of shared memory that a program may take."""
     if case.kernel != "attention":
         return card.shared_memory
-    from kernels.attention import Blocks, blocks
+    from kernels.attention import KernelTiles, choose_tiles
 
-    chosen = blocks(card, case.precision, case.size)
-    assert isinstance(chosen, Blocks)
+    chosen = choose_tiles(card, case.precision, case.size)
+    assert isinstance(chosen, KernelTiles)
     return chosen.shared
 
 

@@ -51,7 +51,7 @@ from engine.failures import is_out_of_memory
 from engine.memory import set_allocator
 from engine.precision import choose_precision
 from kernels import _card
-from kernels._triton import missing
+from kernels._triton import no_triton_reason
 from kernels.attention import attention_backends
 from model import GPT
 
@@ -323,7 +323,7 @@ def attention(place: Place, document: int | None = None) -> Operation:
         return [y.transpose(1, 2).contiguous()]
 
     precision = "fp32" if place.dtype == torch.float32 else "bf16"
-    fitting = kernels.attention.blocks(_card.card(place.device), precision, D)
+    fitting = kernels.attention.choose_tiles(_card.card(place.device), precision, D)
     if isinstance(fitting, str):
         place = dataclasses.replace(place, no_triton=place.no_triton or fitting)
     forms = usual(place, eager, lambda qkv: [kernels.attention.attention(qkv, segments)])
@@ -668,7 +668,7 @@ def here(device: torch.device, quick: bool) -> Place:
         choose_precision("fp8", device)
     except UserError:
         no_fp8 = "needs a GPU with FP8"
-    no_triton = missing("cuda") if gpu else "needs a GPU"
+    no_triton = no_triton_reason("cuda") if gpu else "needs a GPU"
     dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
     return Place(device, dtype, size, no_triton, no_compiler, no_liger, no_fp8)
 

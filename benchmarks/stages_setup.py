@@ -61,7 +61,7 @@ def look(device: str, ranks: int | None) -> Machine:
 
 def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """The kernels that the engine runs here by itself, and why others cannot run."""
-    from kernels import OPERATIONS, choose, named
+    from kernels import OPERATIONS, choose, operation_names
 
     cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=precision)
     lacking = {}
@@ -70,7 +70,7 @@ def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, 
             choose(dataclasses.replace(cfg, kernels=name), device)
         except UserError as error:
             lacking[name] = str(error).partition(";")[0].removeprefix(f"--kernels {name}: {name} ")
-    return named(choose(cfg, device)[0]), lacking
+    return operation_names(choose(cfg, device)[0]), lacking
 
 
 def lacks(device: torch.device, room: int) -> dict[str, str]:
@@ -80,7 +80,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 
     from engine.compiling import compiler_problem
     from engine.precision import choose_precision, set_products
-    from kernels._triton import missing
+    from kernels._triton import no_triton_reason
     from kernels.attention import attention_backends
 
     def refused(precision: str) -> str | None:
@@ -109,7 +109,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
         else None
         if sys.platform == "linux"
         else "needs Linux",
-        "graphs": missing("cuda") if cuda else "needs a CUDA GPU",
+        "graphs": no_triton_reason("cuda") if cuda else "needs a CUDA GPU",
         "fp8": refused("fp8"),
     }
     return {name: reason for name, reason in reasons.items() if reason}

@@ -1,4 +1,4 @@
-"""Text from a model, in every way of decoding: sampled, greedy, beam, contrastive, minimum Bayes
+"""Text from a model by every decoding method: sampling, greedy, beam, contrastive, minimum Bayes
 risk, ensemble."""
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from decoding.options import DecodeConfig, check_decode
-from decoding.sampling import OnToken, Row, Sampled, inference
+from decoding.sampling import OnToken, PromptRow, SamplingDecoder, inference
 from decoding.search import Contrastive, beam_search
 from decoding.similarity import pairwise_chrf
 from model import GPT
 from text.tokenizer import Tokenizer
 
-CANDIDATES_AT_ONCE = (
-    64  # rows of a batch when several texts are made for each prompt: what bounds their cache
-)
+# Rows of a batch when each prompt gets several candidate texts: this bounds the KV cache.
+CANDIDATES_AT_ONCE = 64
 
 
 @torch.inference_mode()
@@ -33,16 +32,19 @@ def generate(
     tokenizer: Tokenizer | None = None,
     stop_lines: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continuation of each prompt (token ids), ended before `eot`, with its last line or after
-    `max_new_tokens`.
+    """The continuation of each prompt (token ids). It ends before `eot`, with the last line asked
+    for, or after `max_new_tokens`.
 
-    `on_token(row, token)` sees each token as it is chosen; where whole texts compete (beam, mbr,
-    ensemble), when all are done. `rows` number the prompts (default 0, 1, ...): the draws of a row
-    follow from (seed, its number) alone, so row i of a batch equals `generate(model, [prompts[i]],
-    ..., rows=[i])`. Ids at and past `vocab_size` (default: the tokenizer's, else the model's) are
-    never chosen. `stop_lines` gives each row its own number of lines in place of the options';
-    lines, mbr and ensemble take the `tokenizer`. Past the model's context the window slides: see
-    Window. Raises UserError for an empty prompt and for options that cannot be.
+    `on_token(row, token)` is called for each token as it is chosen. Methods that compare whole
+    texts (beam, mbr, ensemble) call it when all texts are done.
+
+    `rows` numbers the prompts (default 0, 1, ...). A row's random draws depend on (seed, number)
+    alone, so row i of a batch equals `generate(model, [prompts[i]], ..., rows=[i])`.
+
+    Ids from `vocab_size` on (default: the tokenizer's size, else the model's) are never chosen.
+    `stop_lines` gives each row its own number of lines, in place of `options.stop_lines`. Counting
+    lines, mbr and ensemble need the `tokenizer`. Past the model's context the window slides: see
+    Window. Raises UserError for an empty prompt and for invalid options.
     """
     check_decode(options)
     if not prompts:
@@ -53,15 +55,15 @@ def generate(
     lines = stop_lines if stop_lines is not None else [options.stop_lines] * len(prompts)
     with inference(model):
         return decoder.texts(
-            [Row(*row) for row in zip(prompts, names, lines, strict=True)], on_token
+            [PromptRow(*row) for row in zip(prompts, names, lines, strict=True)], on_token
         )
 
 
-class Decoder(Sampled):
-    """What one call of `generate` is to do, and each way of doing it."""
+class Decoder(SamplingDecoder):
+    """One call of `generate`: its model and options, and a method for each way of decoding."""
 
-    def texts(self, rows: Sequence[Row], on_token: OnToken | None) -> list[list[int]]:
-        """The continuation of each row."""
+    def texts(self, rows: Sequence[PromptRow], on_token: OnToken | None) -> list[list[int]]:
+        """The continuation of each row, by the decoding method of the options."""
         decode = self.options.decode
         if decode in ("sample", "greedy"):
             return self.sampled(rows, on_token)
@@ -70,27 +72,30 @@ class Decoder(Sampled):
         if decode == "beam":
             texts = [beams[0] for beams in self.beams(rows, self.options.beams)]
         else:
-            texts = self.most_alike(rows)
+            texts = self.minimum_bayes_risk(rows)
         if on_token:
             for row, text in enumerate(texts):
                 for token in text:
                     on_token(row, token)
         return texts
 
-    def contrastive(self, rows: Sequence[Row], on_token: OnToken | None = None) -> list[list[int]]:
-        """Tokens that are likely and unlike what stands."""
+    def contrastive(
+        self, rows: Sequence[PromptRow], on_token: OnToken | None = None
+    ) -> list[list[int]]:
+        """The continuation of each row by contrastive search: see `search.Contrastive`."""
         window = self._window(rows, alternatives=min(self.options.contrastive_k, self.vocab_size))
         return self._extend(window, Contrastive(window, self.options), rows, on_token)
 
-    def beams(self, rows: Sequence[Row], count: int) -> list[list[list[int]]]:
-        """For each row the `count` best texts of a beam search, best first."""
+    def beams(self, rows: Sequence[PromptRow], count: int) -> list[list[list[int]]]:
+        """The `count` best texts of each row by beam search, best first."""
         window = self._window([row for row in rows for _ in range(count)])
         return beam_search(window, self.options, count, self._stop(rows))
 
-    def most_alike(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Of each row's candidates the one with the least Bayes risk: see `least_risk`."""
+    def minimum_bayes_risk(self, rows: Sequence[PromptRow]) -> list[list[int]]:
+        """Each row's candidate with the least Bayes risk: see `least_risk`. Raises ValueError
+        without a tokenizer."""
         if self.tokenizer is None:
-            raise ValueError("to compare texts takes the tokenizer")
+            raise ValueError("comparing texts needs the tokenizer; pass tokenizer=...")
         at_once = max(1, CANDIDATES_AT_ONCE // self.options.candidates)
         batches = [rows[begin : begin + at_once] for begin in range(0, len(rows), at_once)]
         return [
@@ -99,17 +104,17 @@ class Decoder(Sampled):
             for texts in self._candidates(batch)
         ]
 
-    def _candidates(self, rows: Sequence[Row]) -> list[list[list[int]]]:
+    def _candidates(self, rows: Sequence[PromptRow]) -> list[list[list[int]]]:
         options = self.options
         if options.decode == "mbr":
-            of = self.beams if options.candidates_by == "beam" else self._samples
-            return of(rows, options.candidates)
+            make = self.beams if options.candidates_by == "beam" else self._samples
+            return make(rows, options.candidates)
         samples = self._samples(rows, options.candidates - options.beams - 1)
         beams = self.beams(rows, options.beams)
         return [[*s, c, *b] for s, c, b in zip(samples, self.contrastive(rows), beams, strict=True)]
 
-    def _samples(self, rows: Sequence[Row], count: int) -> list[list[list[int]]]:
-        """`count` samples for each row; their draws follow from its name."""
+    def _samples(self, rows: Sequence[PromptRow], count: int) -> list[list[list[int]]]:
+        """`count` samples for each row. Their draws depend on the row's name and their number."""
         texts = self.sampled(
             [row._replace(name=f"{row.name} {i}") for row in rows for i in range(count)]
         )
@@ -117,10 +122,10 @@ class Decoder(Sampled):
 
 
 def least_risk(texts: Sequence[list[int]], tokenizer: Tokenizer) -> list[int]:
-    """The text whose chrF against the others, taken for the truth in turns, is highest on average.
+    """The text with the highest mean chrF against all others as references.
 
-    Minimum Bayes risk decoding (Kumar and Byrne 2004), the risk estimated from the candidates
-    themselves.
+    This is minimum Bayes risk decoding (Kumar and Byrne 2004), with the risk estimated from the
+    candidates themselves.
     """
     utility = pairwise_chrf([tokenizer.decode(text, skip_special=True) for text in texts])
     return texts[int((utility.sum(1) - utility.diagonal()).argmax())]

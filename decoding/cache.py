@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of what a batch of texts has shown the model so far."""
+"""The KV cache: keys and values of all tokens that the model has read of a batch of texts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from model import GPT, Extend, causal_mask
 
 class KVCache:
     """Keys and values of every layer for up to `capacity` positions, filled as the model reads
-    tokens. It is the Past of the tokens that come next.
+    tokens. It is the Past of the next tokens.
 
-    `pad` (B,) counts the padding tokens at the left of each row: they are never attended to, and
-    positions begin after them. A prefix stands before the padding.
+    `pad` (B,) counts the padding tokens at the left of each row. No token attends to them, and
+    positions are counted after them. The `prefix` positions come before the padding.
     """
 
     def __init__(
@@ -32,38 +32,40 @@ class KVCache:
         self.capacity = capacity
         self.length = 0  # positions filled
         self.pad = pad
-        self.prefix = prefix  # positions that come before the padding
+        self.prefix = prefix
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """(T,) or, with padding, (B, T)."""
+        """Positions of the next T tokens: (T,) or, with padding, (B, T)."""
         after = torch.arange(self.length, self.length + T, device=device)
         return after if self.pad is None else (after - self.pad[:, None]).clamp(min=self.prefix)
 
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
-        """Where each of T new tokens may look: (B, 1, T, length + T), or None for plain causal."""
+        """The keys that each of T new tokens may attend to: (B, 1, T, length + T) bool, or None
+        for plain causal attention."""
         if segments is None and self.pad is None and (self.length == 0 or T == 1):
             return None
         return self.without_padding(causal_mask(T, segments, device, self.length))
 
     def without_padding(self, mask: Tensor) -> Tensor:
-        """A mask (..., T, keys) with False for the keys that are padding."""
+        """`mask` (..., T, keys), with False where a key is padding."""
         if self.pad is None:
             return mask
         T, keys = mask.shape[-2:]
         key = torch.arange(keys, device=mask.device)
         query = key[keys - T :, None]
         real = (key < self.prefix) | (key >= self.prefix + self.pad[:, None])
-        # A padding query looks at itself: a row of nothing would be NaN.
+        # A padding query attends to itself: the softmax of an empty row would be NaN.
         return mask & (real[:, None] | (key == query))[:, None]
 
     def extension(self, layer: int) -> Extend:
-        """`extend` of one layer."""
+        """The function that one layer calls with its new keys and values: `extend`, bound to the
+        layer."""
         return functools.partial(self.extend, layer)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, n_head, T, head_dim) to a layer; returns all of its keys and values so
-        far."""
+        """Append k, v (B, n_head, T, head_dim) to a layer. Returns all of the layer's keys and
+        values so far, (B, n_head, length + T, head_dim) each."""
         if layer == len(self.layers):
             self.layers.append((k.new_empty(self.shape), v.new_empty(self.shape)))
         end = self.length + k.shape[2]
@@ -73,19 +75,20 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, T: int) -> None:
+        """Count T more positions as filled, after every layer has called `extend`."""
         self.length += T
 
     def keep(self, chosen: Tensor) -> None:
-        """Of the alternatives that were read, keep one of each row, `chosen` (B,): one position
-        more is filled."""
+        """Keep one of the alternatives read for the next position of each row, `chosen` (B,), and
+        count that position as filled."""
         rows = torch.arange(len(chosen), device=chosen.device)
         for t in (t for pair in self.layers for t in pair):
             t[:, :, self.length] = t[rows, :, self.length + chosen]
         self.length += 1
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows of the batch; where their number stays, only those that
-        change are copied."""
+        """Keep these rows of the batch; an index may appear more than once. If the number of rows
+        does not change, only the rows that differ are copied."""
         to = [i for i, row in enumerate(rows) if len(rows) != self.shape[0] or row != i]
         if not to:
             return
@@ -103,22 +106,24 @@ class KVCache:
 
 
 class Alternatives:
-    """The Past of tokens that all stand at a cache's one next position: each sees what the cache
-    holds and itself. The cache then waits for `keep` to say which token it was."""
+    """The Past of several candidates for a cache's next position: each attends to the cache and to
+    itself. The cache counts the position only when `keep` chooses one of them."""
 
     def __init__(self, cache: KVCache):
         self.cache = cache
 
     @property
     def length(self) -> int:
+        """Positions filled in the cache."""
         return self.cache.length
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """(1,) or, with padding, (B, 1)."""
+        """The one position of all candidates: (1,) or, with padding, (B, 1)."""
         return self.cache.positions(1, device)
 
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
-        """(B or 1, 1, T, length + T)."""
+        """The cache's keys and the candidate itself: (B or 1, 1, T, length + T) bool, or None for
+        a single candidate without padding."""
         if self.cache.pad is None and T == 1:
             return None
         key = torch.arange(self.length + T, device=device)
@@ -126,19 +131,20 @@ class Alternatives:
         return self.cache.without_padding(mask[None, None])
 
     def extension(self, layer: int) -> Extend:
+        """As `KVCache.extension`: the candidates are written past the filled positions."""
         return self.cache.extension(layer)
 
     def advance(self, T: int) -> None:
-        pass
+        """Do nothing: `KVCache.keep` counts the position."""
 
 
 def new_cache(
     model: GPT, batch: int, tokens: int, pad: Tensor | None = None, alternatives: int = 1
 ) -> KVCache:
-    """An empty cache for up to `tokens` (at most `model.context`) of each row of a batch, after the
-    prefix if any.
+    """A cache for up to `tokens` (at most `model.context`) of each row of a batch. It holds the
+    model's prefix, if there is one, and nothing else.
 
-    `alternatives`: how many tokens may be read for one position.
+    `alternatives` is the number of tokens that may be read for one position.
     """
     capacity = min(model.context, tokens) + alternatives - 1
     if model.prefix is None:

@@ -1,5 +1,5 @@
-"""A model and its tokenizer, ready for inference, from any folder that a run wrote, the hub's, or
-an adapter's."""
+"""Load a model and its tokenizer for inference from a folder that a run wrote, a folder in the
+hub's layout, or an adapter's."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from text.tokenizer_files import has_tokenizer
 def open_model(
     where: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device` in
-    `dtype`.
+    """The model and tokenizer of `where` (see checkpoint.locate), ready for inference on `device`
+    in `dtype`.
 
-    An adapter's folder gives its base with the adapter in it, and the base's tokenizer if it has
-    none. `tokenizer` names another one than the checkpoint's own. Raises UserError where either
-    cannot be read, or the tokenizer has ids that the model lacks.
+    For an adapter's folder this is the base model with the adapter applied, and the base's
+    tokenizer if the folder has none. `tokenizer` names a tokenizer to use in place of the
+    checkpoint's own. Raises UserError if either cannot be read, or if the tokenizer has ids that
+    the model does not have.
     """
     model = open_weights(where, device, dtype)
     return model, open_tokenizer(where, tokenizer, model)
 
 
 def open_weights(where: str, device: torch.device, dtype: torch.dtype) -> GPT:
-    """The model of `where` alone, ready for inference."""
+    """The model of `where`, ready for inference; an adapter is merged if it can be."""
     base = locate_base(where) if is_adapter(where) else where
     model = GPT.from_pretrained(base)
     if base != where:
@@ -40,16 +41,18 @@ def open_weights(where: str, device: torch.device, dtype: torch.dtype) -> GPT:
 
 
 def tokenizer_folder(where: str) -> str:
-    """Where the tokenizer of `where` lies: with an adapter that has none, its base."""
+    """The folder or hub id that holds the tokenizer of `where`. For an adapter without one, this
+    is its base."""
     return locate_base(where) if is_adapter(where) and not has_tokenizer(where) else where
 
 
 def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
-    """The tokenizer named, else that of `where`."""
+    """The tokenizer that `tokenizer` names, else that of `where`. Raises UserError if it has more
+    ids than the model."""
     loaded = load_tokenizer(tokenizer or tokenizer_folder(where))
     if loaded.rows > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {loaded.name} has {loaded.vocab_size:,} ids and the model of {where} "
-            f"only {model.config.vocab_size:,}; name the model's own with --tokenizer"
+            f"only {model.config.vocab_size:,}; name the model's own tokenizer with --tokenizer"
         )
     return loaded

@@ -16,20 +16,21 @@ from decoding.window import RepetitionPenalty, Stop, Window
 NONE = -math.inf  # log-probability of a beam that holds no text
 
 
-class Growth(NamedTuple):
-    """What a beam becomes: its log-probability, the beam that it grows from, and the token
-    added."""
+class Candidate(NamedTuple):
+    """One possible step of the search: the beam `parent` continued by `token`, with the
+    log-probability `score` of the whole continuation."""
 
     score: float
     parent: int
     token: int
 
 
-def by_length(log_prob: float, length: int, penalty: float) -> tuple[float, float]:
-    """What orders texts as `log_prob / length ** penalty` does (greater is better), where that is
-    too large or small.
+def length_score(log_prob: float, length: int, penalty: float) -> tuple[float, float]:
+    """A key that sorts texts by `log_prob / length ** penalty` (greater is better) even where the
+    power would overflow or the quotient underflow.
 
-    The quotient itself comes second: it orders what the logarithms round to the same.
+    The key is the quotient in logarithms. The quotient itself comes second, to break ties of
+    logarithms that round to the same number.
     """
     if log_prob >= 0:
         return math.inf, log_prob
@@ -39,8 +40,7 @@ def by_length(log_prob: float, length: int, penalty: float) -> tuple[float, floa
 
 
 class Beams:
-    """Beam search of one prompt, the side of it that the host keeps: texts that grow, and texts
-    that have ended."""
+    """The host's side of one prompt's beam search: its running texts and its ended texts."""
 
     def __init__(self, row: int, options: DecodeConfig, width: int, stop: Stop):
         self.row = row
@@ -48,18 +48,18 @@ class Beams:
         self.width = width
         self.stop = stop
         self.texts: list[list[int]] = [[] for _ in range(width)]
-        self.scores = [0.0] + [NONE] * (width - 1)  # the prompt stands once
+        self.scores = [0.0] + [NONE] * (width - 1)  # all beams hold the same prompt: one counts
         self.ended: list[tuple[tuple[float, float], list[int]]] = []  # the best so far, best first
 
-    def grow(self, candidates: Sequence[Growth]) -> list[int]:
-        """Take the best continuations of all beams, best first; the beam that each now grows from,
-        none when done.
+    def advance(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Extend the beams by the best of `candidates` (best first). Returns the parent of each
+        beam, or an empty list when the search is done.
 
-        As in transformers with early_stopping=False: a text that ends counts only among as many
-        candidates as there are beams, and the search is over once none of its running texts, at
-        their length now, beats the worst of a full set of ended ones.
+        This follows transformers with early_stopping=False. A text may end only among the first
+        `width` candidates. The search is done when `width` texts have ended and the best running
+        text, at its present length, scores no better than the worst of them.
         """
-        growing: list[Growth] = []
+        growing: list[Candidate] = []
         for rank, candidate in enumerate(candidates):
             if candidate.score == NONE or len(growing) == self.width:
                 break
@@ -68,7 +68,7 @@ class Beams:
             if ended is None and len(text) < self.options.max_new_tokens:
                 growing.append(candidate)
             elif rank < self.width:
-                score = by_length(candidate.score, len(text), self.options.length_penalty)
+                score = length_score(candidate.score, len(text), self.options.length_penalty)
                 self._end(score, text[:-1] if ended == "before" else text)
         if not growing or self._is_over(growing[0]):
             return []
@@ -79,46 +79,44 @@ class Beams:
         self.ended.sort(key=lambda ended: ended[0], reverse=True)
         del self.ended[self.width :]
 
-    def _is_over(self, best: Growth) -> bool:
+    def _is_over(self, best: Candidate) -> bool:
         if len(self.ended) < self.width:
             return False
         length = len(self.texts[best.parent]) + 1
-        return by_length(best.score, length, self.options.length_penalty) <= self.ended[-1][0]
+        return length_score(best.score, length, self.options.length_penalty) <= self.ended[-1][0]
 
-    def _place(self, growing: list[Growth]) -> list[int]:
-        """The first to grow from a beam stays in its place, the others go where none has: few rows
-        are copied."""
-        places: list[Growth | None] = [None] * self.width
+    def _place(self, growing: list[Candidate]) -> list[int]:
+        """Assign candidates to beams. The first continuation of a beam stays in that beam and the
+        others fill the free ones, so that few cache rows are copied."""
+        places: list[Candidate | None] = [None] * self.width
         others = []
-        for growth in growing:
-            if places[growth.parent] is None:
-                places[growth.parent] = growth
+        for candidate in growing:
+            if places[candidate.parent] is None:
+                places[candidate.parent] = candidate
             else:
-                others.append(growth)
+                others.append(candidate)
         placed = [
-            place or (others.pop() if others else Growth(NONE, i, 0))
+            place or (others.pop() if others else Candidate(NONE, i, 0))
             for i, place in enumerate(places)
         ]
-        self.texts = [[*self.texts[growth.parent], growth.token] for growth in placed]
-        self.scores = [growth.score for growth in placed]
-        return [growth.parent for growth in placed]
+        self.texts = [[*self.texts[candidate.parent], candidate.token] for candidate in placed]
+        self.scores = [candidate.score for candidate in placed]
+        return [candidate.parent for candidate in placed]
 
     def best(self) -> list[list[int]]:
-        """Texts, best first. Where n-gram blocking left no token to go on with, those that
-        stand."""
+        """The ended texts, best first. If n-gram blocking left no token to continue with, the
+        running texts instead."""
         return [text for _, text in self.ended] or [
             text for score, text in zip(self.scores, self.texts, strict=True) if score > NONE
         ]
 
 
 def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> list[list[list[int]]]:
-    """For each prompt up to n continuations, best first, by log-probability over length **
-    length_penalty.
+    """Up to n continuations of each prompt, best first by log_prob / length ** length_penalty.
 
-    The window holds each prompt n times, one after another. Token for token what transformers'
-    generate does.
+    The window holds each prompt n times in a row. The tokens are those of transformers' generate.
     """
-    searches = [Beams(row, options, n, stop) for row in range(len(window.shown) // n)]
+    searches = [Beams(row, options, n, stop) for row in range(len(window.tokens) // n)]
     live = searches
     penalty = RepetitionPenalty(options.repetition_penalty, window)
     blocked = NGramBlock(options.no_repeat_ngram, window)
@@ -128,17 +126,18 @@ def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> li
         log_probs = penalty(logits - logits.logsumexp(-1, keepdim=True))
         top, ids = blocked(log_probs).topk(min(2 * n, window.vocab_size))
         top = (top.view(len(live), n, -1) + scores[:, :, None]).flatten(1)  # (B, n 2n)
-        top, at = top.topk(min(2 * n, top.shape[1]))
-        parents = at // ids.shape[1]
-        chosen = ids.view(len(live), -1).gather(1, at)
-        rows, going = [], []
-        for i, growths in enumerate(
+        top, best = top.topk(min(2 * n, top.shape[1]))
+        parents = best // ids.shape[1]
+        chosen = ids.view(len(live), -1).gather(1, best)
+        rows, unfinished = [], []
+        for i, candidates in enumerate(
             zip(top.tolist(), parents.tolist(), chosen.tolist(), strict=True)
         ):
-            if grown := live[i].grow([Growth(*growth) for growth in zip(*growths, strict=True)]):
-                rows += [i * n + parent for parent in grown]
-                going.append(live[i])
-        live = going
+            ranked = [Candidate(*candidate) for candidate in zip(*candidates, strict=True)]
+            if beams := live[i].advance(ranked):
+                rows += [i * n + parent for parent in beams]
+                unfinished.append(live[i])
+        live = unfinished
         if live:
             for part in (window, penalty, blocked):
                 part.select(rows)
@@ -151,22 +150,22 @@ def beam_search(window: Window, options: DecodeConfig, n: int, stop: Stop) -> li
 
 
 class NGramBlock:
-    """Rules out tokens that would repeat `size` tokens of a row's prompt and continuation; a size
-    of 0 does nothing."""
+    """Forbids tokens that would repeat an n-gram of `size` tokens from a row's prompt or
+    continuation. A size of 0 forbids nothing."""
 
     def __init__(self, size: int, window: Window):
         self.size = size
-        longest = max(map(len, window.shown))
-        padded = [[-1] * (longest - len(row)) + row for row in window.shown]
+        longest = max(map(len, window.tokens))
+        padded = [[-1] * (longest - len(row)) + row for row in window.tokens]
         self.tokens = torch.tensor(padded if size else [], device=window.device)  # (B, T)
 
     def __call__(self, log_probs: Tensor) -> Tensor:
-        """Log-probabilities (B, V) with -inf for what would repeat."""
+        """Log-probabilities (B, V) with -inf for every token that would complete a repeat."""
         if not self.size or self.tokens.shape[1] < self.size:
             return log_probs
         grams = self.tokens.unfold(1, self.size, 1)  # (B, T - size + 1, size)
         newest = self.tokens[:, None, self.tokens.shape[1] + 1 - self.size :]
-        # no row repeats its padding
+        # padding (-1) is no n-gram
         repeats = (grams[..., :-1] == newest).all(-1) & (grams[..., 0] >= 0)
         spare = log_probs.shape[1]
         mask = log_probs.new_zeros(len(log_probs), spare + 1, dtype=torch.bool)
@@ -174,22 +173,24 @@ class NGramBlock:
         return log_probs.masked_fill(mask[:, :spare], -torch.inf)
 
     def add(self, tokens: Tensor) -> None:
-        """The next token (B,) of each row."""
+        """Append the next token (B,) of each row."""
         if self.size:
             self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows."""
+        """Keep these rows; an index may appear more than once."""
         if self.size:
             self.tokens = self.tokens[list(rows)]
 
 
 class Contrastive:
-    """Chooses tokens by contrastive search (Su et al. 2022): likely, and unlike what stands.
+    """Chooses tokens by contrastive search (Su et al. 2022): likely ones whose hidden state is
+    unlike those before it.
 
-    Of the k likeliest tokens v the one with the greatest (1 - alpha) p(v) - alpha s(v), where s is
-    the greatest (or mean) cosine between the last hidden state of v and those of prompt and
-    continuation. The candidates of a row are read in one pass, as alternatives for one position.
+    Among the k likeliest tokens v it takes the one with the greatest (1 - alpha) p(v) - alpha s(v).
+    s is the greatest (or mean) cosine between the last hidden state of v and those of the prompt
+    and continuation. The model reads all candidates of a row in one pass, as alternatives for one
+    position.
     """
 
     def __init__(self, window: Window, options: DecodeConfig):
@@ -198,12 +199,12 @@ class Contrastive:
         self.k = window.alternatives
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
         self.logits = torch.empty(0)  # (B, vocab_size) of the next token
-        # (B, capacity, n_embd) unit hidden states of what the cache holds
+        # (B, capacity, n_embd) unit hidden states of the positions in the cache
         self.past = torch.empty(0)
         self.filled = 0
 
     def choose(self, step: int) -> Tensor:
-        """The next token (B,) of each row."""
+        """The next token (B,) of each row, and read it."""
         if self.window.full:
             self._read()
         logits = self.penalty(self.logits)
@@ -223,7 +224,7 @@ class Contrastive:
         return tokens
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows."""
+        """Keep these rows; an index may appear more than once."""
         self.logits, self.past = self.logits[list(rows)], self.past[list(rows)]
         self.penalty.select(rows)
 
@@ -242,7 +243,7 @@ class Contrastive:
         return self.options.contrastive_alpha * step / max(1, self.options.max_new_tokens - 1)
 
     def _similarity(self, unit: Tensor) -> Tensor:
-        """s (B, k) of candidates' unit hidden states (B, k, n_embd)."""
+        """The penalty s (B, k) of the candidates' unit hidden states (B, k, n_embd)."""
         cosines = unit @ self.past[:, : self.filled].mT  # (B, k, filled)
         cache = self.window.cache
         assert cache is not None

@@ -1,7 +1,7 @@
-"""What every way of decoding shares: the window on a batch of texts, when a text ends, and the
-repetition penalty.
+"""Shared by every decoding method: the window on a batch of texts, the rule that ends a text, and
+the repetition penalty.
 
-Rows of unequal length share a batch by left padding, and a row's tokens never depend on its
+Left padding lets rows of unequal length share a batch. A row's tokens never depend on its
 neighbours: each row has its own place in the sliding window, and leaves the batch when it ends.
 """
 
@@ -18,82 +18,83 @@ from decoding.cache import Alternatives, KVCache, new_cache
 from model import GPT
 from text.tokenizer import Tokenizer
 
-# On a CPU the head's product with one to three rows, most of a small model's step, runs 1.2 to 2
-# times faster on a copy that is contiguous the other way round. The copy costs as much as it saves
-# in about so many tokens.
+# On a CPU, the head's product with one to three rows is most of a small model's step. It runs 1.2
+# to 2 times faster on a transposed copy of the weight. The copy pays for itself after about
+# HEAD_COPY_TOKENS tokens.
 HEAD_COPY_ROWS = 3
 HEAD_COPY_TOKENS = 32
 
 
 def kept_tokens(context: int) -> int:
-    """How many of its newest tokens a row keeps that has outgrown the model's context."""
+    """Number of its newest tokens that a row keeps when it outgrows the model's context."""
     return context - context // 4
 
 
 class Window:
-    """What a batch of rows shows the model: left padding, the KV cache, and the slide past the
-    model's context.
+    """The part of each text that the model sees: left padding, the KV cache, and the slide past
+    the model's context.
 
-    GPT-2's positions are absolute and end. A row that outgrows them keeps its newest three
-    quarters, read afresh from position 0; the quarter freed is how long the cache serves before the
-    next slide. Each row slides by its own length, so a batch slides as its rows would alone. Rows
-    that show the same are read once.
+    GPT-2's positions are absolute and limited. A row that outgrows them keeps its newest three
+    quarters, which the model reads again from position 0. The freed quarter is how many tokens the
+    cache takes before the next slide. Each row slides by its own length, so it slides as it would
+    alone. Rows with the same tokens are read once.
     """
 
     def __init__(
         self,
         model: GPT,
         prompts: Sequence[Sequence[int]],
-        room: int,
+        max_new_tokens: int,
         vocab_size: int | None = None,
         alternatives: int = 0,
     ):
-        """`room` is how many tokens each row may grow by. Of the `vocab_size` first ids are the
-        logits (default: all).
-
-        `alternatives`: how many candidates for its next token each row reads before one is chosen.
+        """Each row may grow by `max_new_tokens`. Logits are those of the first `vocab_size` ids
+        (default: all). `alternatives` is the number of candidates for its next token that a row
+        reads before one is chosen. Raises UserError for a prompt without tokens.
         """
         if not all(prompts):
-            raise UserError("a prompt holds no token; begin with the end-of-text token")
+            raise UserError("a prompt has no tokens; start it with the end-of-text token")
         self.model = model
         self.device = model.head_weight.device
-        self.room = room
+        self.max_new_tokens = max_new_tokens
         self.vocab_size = vocab_size or model.config.vocab_size
         self.alternatives = alternatives
-        # a candidate stands one position further
+        # a candidate takes one more position
         self.longest = model.context - (1 if alternatives else 0)
-        self.shown = [list(prompt) for prompt in prompts]  # the tokens of each row's window
+        self.tokens = [list(prompt) for prompt in prompts]  # of each row's window
         self.cache: KVCache | None = None
-        self.last = torch.empty(0)  # (B, 1) the tokens that the cache has not seen
-        self.head: Tensor | None = None  # (n_embd, vocab_size)
+        self.last = torch.empty(0)  # (B, 1) the newest tokens, not yet in the cache
+        self.head: Tensor | None = None  # (n_embd, vocab_size) copy of the head's weight
         if (
             self.device.type == "cpu"
-            and room >= HEAD_COPY_TOKENS
+            and max_new_tokens >= HEAD_COPY_TOKENS
             and len(prompts) <= HEAD_COPY_ROWS
         ):
             self.head = model.head_weight[: self.vocab_size].t().to(model.dtype).contiguous()
 
     @property
     def full(self) -> bool:
-        """Whether the windows must be read from their beginning, having slid where they have to."""
+        """Whether the cache has no place for the next tokens, so that the windows must be read
+        again from their beginning."""
         return (
             self.cache is None
             or self.cache.length + max(1, self.alternatives) > self.cache.capacity
         )
 
     def read(self) -> Tensor:
-        """Hidden states of what the cache has not seen (B, T, n_embd): the newest tokens, or where
-        full the windows."""
+        """Hidden states (B, T, n_embd) of the tokens that the cache has not seen: the newest ones,
+        or the whole windows when the cache is full."""
         return self._refill() if self.full else self.model.hidden(self.last, past=self.cache)
 
     def read_alternatives(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, k, n_embd) of candidates (B, k) for the next token. `keep` one before
-        reading on."""
+        """Hidden states (B, k, n_embd) of candidates (B, k) for the next token. Call `keep` before
+        the next read."""
         assert self.cache is not None
         return self.model.hidden(ids, past=Alternatives(self.cache))
 
     def keep(self, chosen: Tensor) -> None:
-        """The index (B,) of the candidate of each row that is its next token, to be appended."""
+        """Keep in the cache one candidate of each row: `chosen` (B,) holds its index among the k.
+        The caller appends the token."""
         assert self.cache is not None
         self.cache.keep(chosen)
 
@@ -107,28 +108,29 @@ class Window:
         return self.logits(self.read()[:, -1])
 
     def append(self, chosen: Tensor, tokens: Sequence[int]) -> None:
-        """Each row's next token, on the device (B,) and on the host."""
+        """Append each row's next token, given both on the device (B,) and on the host."""
         self.last = chosen[:, None]
-        for row, token in zip(self.shown, tokens, strict=True):
+        for row, token in zip(self.tokens, tokens, strict=True):
             row.append(token)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows, before the next tokens are appended or after."""
-        self.shown = [list(self.shown[row]) for row in rows]
+        """Keep these rows, before or after the next tokens are appended. An index may appear more
+        than once."""
+        self.tokens = [list(self.tokens[row]) for row in rows]
         if self.last.numel():
             self.last = self.last[list(rows)]
         if self.cache is not None:
             self.cache.select(rows)
 
     def _refill(self) -> Tensor:
-        """Slide, and read all that the windows show into a new cache, padded at the left with token
-        0."""
-        self.shown = [
+        """Slide the windows that are too long, and read all windows into a new cache. Rows are
+        padded at the left with token 0."""
+        self.tokens = [
             row if len(row) <= self.longest else row[-kept_tokens(self.longest) :]
-            for row in self.shown
+            for row in self.tokens
         ]
-        # of rows that differ
-        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.shown)))}
+        # each different row is read once
+        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, self.tokens)))}
         T = max(map(len, place))
         pad = [T - len(row) for row in place]
         idx = torch.tensor(
@@ -136,35 +138,36 @@ class Window:
         )
         padding = torch.tensor(pad, device=self.device) if any(pad) else None
         self.cache = new_cache(
-            self.model, len(pad), T + self.room, padding, max(1, self.alternatives)
+            self.model, len(pad), T + self.max_new_tokens, padding, max(1, self.alternatives)
         )
         x = self.model.hidden(idx, past=self.cache)
-        if len(place) == len(self.shown):
+        if len(place) == len(self.tokens):
             return x
-        rows = [place[tuple(row)] for row in self.shown]
+        rows = [place[tuple(row)] for row in self.tokens]
         self.cache.select(rows)
         return x[rows]
 
 
 class Stop:
-    """When a row's text ends: before the end token, or with its last line, whose newline is not
-    kept.
+    """The rule that ends a row's text: before the end-of-text token, or after the last line asked
+    for, whose newline is dropped.
 
-    Lines are counted in the continuation, those of nothing but blanks left out: a prompt's last
-    line that is still open is none of them, unless the text goes on with it. A token of text and
-    the newline after it stays whole.
+    Only lines of the continuation count, and blank lines do not. Text that completes the prompt's
+    open last line counts as a line. A token that holds both text and a newline is kept whole.
     """
 
     def __init__(self, eot: int | None, lines: Sequence[int], tokenizer: Tokenizer | None):
-        """`lines` of each row; 0: as many as come."""
+        """`lines` is each row's number of lines; 0 means no limit. Raises ValueError when lines
+        are to be counted without a tokenizer."""
         self.eot = eot
         self.lines = lines
         self.tokenizer = tokenizer
         if any(lines) and tokenizer is None:
-            raise ValueError("to count lines takes the tokenizer")
+            raise ValueError("counting lines needs the tokenizer; pass tokenizer=...")
 
     def __call__(self, row: int, tokens: Sequence[int]) -> Literal["before", "after"] | None:
-        """Whether a continuation ends before its newest token, after it, or goes on."""
+        """Whether the continuation `tokens` of a row ends before its newest token, after it, or
+        continues (None)."""
         if tokens[-1] == self.eot:
             return "before"
         if not self.lines[row] or self.tokenizer is None:
@@ -179,15 +182,15 @@ class Stop:
 
 
 class RepetitionPenalty:
-    """Makes the tokens of each row's prompt and continuation less likely; a penalty of 1 does
-    nothing."""
+    """Makes the tokens that a row's prompt or continuation holds less likely. A penalty of 1
+    changes nothing."""
 
     def __init__(self, penalty: float, window: Window):
         self.penalty = penalty
         self.seen: Tensor | None = None  # (B, vocab_size) bool
         if penalty != 1:
-            seen = torch.zeros(len(window.shown), window.vocab_size, dtype=torch.bool)
-            for row, prompt in zip(seen, window.shown, strict=True):
+            seen = torch.zeros(len(window.tokens), window.vocab_size, dtype=torch.bool)
+            for row, prompt in zip(seen, window.tokens, strict=True):
                 row[[token for token in prompt if token < window.vocab_size]] = True
             self.seen = seen.to(window.device)
 
@@ -196,18 +199,18 @@ class RepetitionPenalty:
         return logits if self.seen is None else penalize(logits, self.seen, self.penalty)
 
     def add(self, tokens: Tensor) -> None:
-        """The next token (B,) of each row."""
+        """Add each row's next token (B,) to those penalized."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (and repeat) these rows."""
+        """Keep these rows; an index may appear more than once."""
         if self.seen is not None:
             self.seen = self.seen[list(rows)]
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of `seen` (B, V) bool made less likely where penalty > 1 (CTRL,
+    """Logits (B, V) with the tokens of `seen` (B, V, bool) made less likely if penalty > 1 (CTRL,
     Keskar et al. 2019)."""
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)

@@ -12,7 +12,7 @@ import torch.nn as nn
 from base.machine import cores
 from config import RunConfig
 from engine.processes import World
-from kernels._triton import missing
+from kernels._triton import no_triton_reason
 
 BLOCK_GRAPHS = 32  # graphs that the blocks may share, see compile_model
 
@@ -37,7 +37,7 @@ def compiler_problem(device_type: str) -> str | None:
     compiler only in the first step.
     """
     if device_type == "cuda":
-        return missing(device_type)
+        return no_triton_reason(device_type)
     if device_type != "cpu":
         return None
     import torch._inductor.config as inductor

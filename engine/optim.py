@@ -155,7 +155,7 @@ class Optimizers:
             id(named[name]): copy for name, copy in (copies or {}).items() if name in named
         }
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.triton = "adamw" in kernels.named(cfg.kernels)
+        self.triton = "adamw" in kernels.operation_names(cfg.kernels)
         adam = [_torch_group(group) for group in groups if group.optimizer == "adamw"]
         muon = [_torch_group(group) for group in groups if group.optimizer == "muon"]
         if adam:

@@ -26,7 +26,7 @@ from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
 from engine.task import Facts, Task
-from kernels import choose, named
+from kernels import choose, operation_names
 from kernels.attention import attention_backends
 from storage.checkpoint import checkpoints
 
@@ -69,7 +69,7 @@ def resolve_for_machine(cfg: RunOptions, world: World) -> tuple[RunOptions, Choi
     backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)
     written_out = "explicit" if "flash-attention" in cfg.without else backends[0].name.lower()
     attention = next(
-        (f"{name} kernel" for name in named(kernels) if "attention" in name), written_out
+        (f"{name} kernel" for name in operation_names(kernels) if "attention" in name), written_out
     )
     return cfg, Choices(
         why, backends, attention, repeatability(attention, cfg, world.device), fallback

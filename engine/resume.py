@@ -18,7 +18,7 @@ from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
 from engine.start import Start
-from kernels import choose, named
+from kernels import choose, operation_names
 from storage.checkpoint import RECORD
 
 # Options that belong to a single start, not to the run.
@@ -169,7 +169,7 @@ def _device_of(previous: PreviousStart) -> str:
     known = previous.record.get("device") or previous.options.get("device")
     if known and known != "auto":
         return known
-    triton = set(named(previous.options.get("kernels", "torch"))) - {"cpu_attention"}
+    triton = set(operation_names(previous.options.get("kernels", "torch"))) - {"cpu_attention"}
     return "cuda" if triton or previous.options.get("compile") else "cpu"
 
 

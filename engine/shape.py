@@ -30,7 +30,7 @@ def runtime_fields(cfg: RunConfig) -> dict[str, Any]:
         "padded_vocab": "padded-vocab" not in cfg.without,
         "attention": "explicit" if "flash-attention" in cfg.without else "sdpa",
         "chunked_head": "chunked-head" not in cfg.without,
-        "kernels": kernels.named(cfg.kernels),
+        "kernels": kernels.operation_names(cfg.kernels),
         "fp8": cfg.precision == "fp8",
     }
 

@@ -1,4 +1,5 @@
-"""The GPU that kernels would run on: asked in one place, so that tests can name any card."""
+"""The properties of the GPU that decide which kernels fit. All code asks here, so that tests can
+name any card."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 
 
 class Card(NamedTuple):
-    """What decides whether a kernel fits.
+    """A GPU's name, compute capability, and the shared memory that one program may use.
 
-    shared_memory: bytes that one program may take with opt-in (CUDA C++ Programming Guide,
-    technical specifications per compute capability).
+    shared_memory is in bytes, with opt-in (CUDA C++ Programming Guide, technical specifications per
+    compute capability).
     """
 
     name: str
@@ -21,11 +22,11 @@ class Card(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The compute capability as NVIDIA writes it."""
+        """The compute capability as NVIDIA writes it, such as 9.0."""
         return "{}.{}".format(*self.capability)
 
 
-# Cards to ask about without having one.
+# Known cards, so that tests and the kernels' proof can ask about them without having one.
 CARDS = {
     "T4": Card("Tesla T4", (7, 5), 64 << 10),
     "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 163 << 10),
@@ -40,8 +41,8 @@ CARDS = {
 
 @functools.cache
 def card(device: torch.device | str = "cuda") -> Card | None:
-    """The card of a CUDA device, the current one by default; None where there is no CUDA GPU."""
+    """The card of a CUDA device (default: the current one), or None without a CUDA GPU."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
-    of = torch.cuda.get_device_properties(device)
-    return Card(of.name, (of.major, of.minor), of.shared_memory_per_block_optin)
+    gpu = torch.cuda.get_device_properties(device)
+    return Card(gpu.name, (gpu.major, gpu.minor), gpu.shared_memory_per_block_optin)

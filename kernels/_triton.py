@@ -1,7 +1,6 @@
-"""Triton, where it is installed: what every kernel's file needs of it.
+"""What every kernel file needs from Triton, which may be missing.
 
-With TRITON_INTERPRET=1 in the environment the same kernels run on a CPU, slowly: that is how tests
-reach them.
+With TRITON_INTERPRET=1 in the environment, the same kernels run slowly on a CPU. The tests do this.
 """
 
 from __future__ import annotations
@@ -21,53 +20,54 @@ tl: Any
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a machine without a GPU needs none; nothing below runs there
+except ImportError:  # a machine without a GPU does not need Triton, and launches no kernel
     triton = tl = None
 
-__all__ = ["INTERPRETED", "jit", "missing", "multiprocessors", "on", "tl", "triton"]
+__all__ = ["INTERPRETED", "device_of", "jit", "multiprocessors", "no_triton_reason", "tl", "triton"]
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _mend_interpreter() -> None:
-    """Let loops count to a scalar under Triton 3.6 and numpy 2.4.
+def _patch_interpreter() -> None:
+    """Let loops count to a scalar in the interpreter of Triton 3.6 under numpy 2.4.
 
-    That interpreter holds scalars as arrays of one element, and numpy 2.4 no longer converts those
-    with int(). Later versions of Triton squeeze them first.
+    That interpreter stores scalars as arrays of one element, and int() of numpy 2.4 no longer
+    converts those. Later versions of Triton squeeze them first.
     """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
+    def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 if INTERPRETED and triton.__version__.startswith("3.6."):
-    _mend_interpreter()
+    _patch_interpreter()
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit; the plain function where there is no Triton, so that the file can be imported."""
+    """triton.jit, or the plain function without Triton, so that the file can still be imported."""
     return function if triton is None else triton.jit(function)
 
 
-def missing(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on this kind of device; None where they can."""
+def no_triton_reason(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on this kind of device, as the end of a sentence; None if they
+    can."""
     if triton is None:
         return "needs Triton, which is not installed (pip install triton)"
     if device_type != "cuda" and not INTERPRETED:
         return f"needs a CUDA GPU and this run is on {device_type}"
-    return None if INTERPRETED else _lacks_compiler()
+    return None if INTERPRETED else _no_compiler_reason()
 
 
-def _lacks_compiler() -> str | None:
-    """What stops Triton from building the code that launches its kernels; None where nothing does.
+def _no_compiler_reason() -> str | None:
+    """Why Triton cannot compile the code that launches its kernels; None if it can.
 
-    On Linux it runs $CC, else gcc, else clang. Triton for Windows brings its own compiler.
+    On Linux, Triton runs $CC, else gcc, else clang. Triton for Windows brings its own compiler.
     """
     if sys.platform != "linux" or any(map(shutil.which, _compilers())):
         return None
@@ -84,7 +84,8 @@ def _compilers() -> tuple[str, ...]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a few for the interpreter, so that loops over programs are walked there too."""
+    """Number of the GPU's multiprocessors. The interpreter gets 3, so that the loops over programs
+    are tested too."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -92,6 +93,6 @@ def multiprocessors(device: torch.device) -> int:
     )
 
 
-def on(tensor: Tensor) -> Any:
-    """The context that launches on the GPU which holds `tensor`."""
+def device_of(tensor: Tensor) -> Any:
+    """The context in which kernels launch on the device that holds `tensor`."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")

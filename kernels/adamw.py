@@ -1,20 +1,22 @@
-"""AdamW over all parameters in one pass, and the norm that clips their gradients in another.
+"""AdamW over all parameters in one pass, and the gradient norm for clipping in another.
 
-As separate operations a step's end moves 46 bytes a parameter: the norm reads the gradients (4),
-clipping reads and writes them (8), the update reads weight, gradient and two moments and writes
-three of them (28), and a bf16 copy of the weights costs 6 more. Here the update takes the clip
-factor along and writes the copy: 4 + 30 bytes, and 2 + 28 where gradients are bf16. One launch
-covers all tensors, since a launch apiece would cost more than most of GPT-2's vectors: every
-program looks up in tables on the device which 2048 elements of which tensor are its own. A launch
-of one program per 128 tensors goes before it: it alone may count a tensor's steps, which all of its
-blocks depend on.
+With separate operations the end of a step moves 46 bytes per parameter. The norm reads the
+gradients (4), clipping reads and writes them (8), and the update reads weight, gradient and two
+moments and writes three of them (28). A bf16 copy of the weights costs 6 more. Here the update also
+applies the clip factor and writes the copy: 4 + 30 bytes, and 2 + 28 with bf16 gradients.
 
-The trade-off: tensors are reached through bare addresses, so a `Table` is good for as long as its
-tensors are the ones that train. No operator is registered with torch.library: this runs between
-graphs, never inside a compiled one, and a plain launch is simpler. Gradients are freed and made
-anew every step, so their addresses travel every time: 16 bytes a tensor (2.4 kB for GPT-2 124M) for
-the update and 24 for the norm, in pinned memory that torch's allocator does not hand out again
-before the copy is done. The rest is uploaded once: 64 bytes a tensor, 8 a program (0.5 MB).
+One launch covers all tensors, because a launch for each would cost more than the work on most of
+GPT-2's vectors. Each program looks up in tables on the device which 2048 elements of which tensor
+it updates. A smaller launch before it, one program per 128 tensors, counts each tensor's steps,
+because all blocks of the tensor depend on the count.
+
+The trade-off: tensors are reached through raw addresses, so a `Table` is valid only while its
+tensors stay where they are. No operator is registered with torch.library: this runs between
+compiled graphs, never inside one, and a plain launch is simpler. Gradients are freed and allocated
+again every step, so their addresses are uploaded every time: 16 bytes per tensor for the update
+(2.4 kB for GPT-2 124M) and 24 for the norm. They go through pinned memory, which torch's allocator
+does not reuse before the copy is done. Everything else is uploaded once: 64 bytes per tensor and 8
+per program (0.5 MB).
 """
 
 from __future__ import annotations
@@ -28,25 +30,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import jit, on, tl, triton
+from kernels._triton import device_of, jit, tl, triton
 
-# Elements of one program, 16 a thread: four 16-byte loads of each of four tensors in flight, 32 kB.
-# At 123 registers (compiled for sm_90) four programs share a multiprocessor: some stream while
-# others look up where their tensors lie.
+# 2048 elements per program are 16 per thread: four 16-byte loads of each of four tensors are in
+# flight, 32 kB. At 123 registers (compiled for sm_90) four programs share a multiprocessor, so that
+# some stream data while others look up addresses.
 UPDATE_BLOCK, UPDATE_WARPS = 2048, 4
-NORM_BLOCK, NORM_WARPS = 8192, 8  # of one tensor alone: for as many bytes in flight, larger blocks
-LANES = 128  # tensors of one program that prepares their scalars
+# The norm reads only one tensor: the same bytes in flight need larger blocks.
+NORM_BLOCK, NORM_WARPS = 8192, 8
+LANES = 128  # tensors per program of _prepare_kernel
 GRADIENTS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(eq=False)
 class Table:
-    """Tensors that AdamW updates together: entry i of every list belongs to parameter i.
+    """Tensors that AdamW updates together. Entry i of every list belongs to parameter i.
 
-    params, exp_avgs and exp_avg_sqs are fp32, copies bf16 (what the forward pass reads) or None,
-    all four of one shape and the same order of elements in memory, without gaps. steps are fp32
-    scalars: with the moments they are the state of torch.optim.AdamW(fused=True), to be read from
-    there and left there. Make a new table where a tensor is replaced. Raises ValueError.
+    params, exp_avgs and exp_avg_sqs are fp32. copies are bf16 copies that the forward pass reads,
+    or None. All four have one shape and one order of elements in memory, without gaps. steps are
+    fp32 scalars. The moments and steps are the state of torch.optim.AdamW(fused=True), updated in
+    place. Make a new table whenever a tensor is replaced. Raises ValueError if tensors do not fit.
     """
 
     params: Sequence[Tensor]
@@ -61,7 +64,8 @@ class Table:
         lists = vars(self).values()
         if not self.params or {len(entries) for entries in lists} != {len(self.params)}:
             raise ValueError(
-                f"one entry a parameter is needed in every list, not {[len(e) for e in lists]}"
+                f"lists have {[len(e) for e in lists]} entries; pass one entry per parameter in "
+                "each"
             )
         for param, exp_avg, exp_avg_sq, step, copy in zip(
             self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies
@@ -69,7 +73,7 @@ class Table:
             if not _is_dense(param):
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} is not dense: strides "
-                    f"{param.stride()}"
+                    f"{param.stride()}; pass a contiguous one"
                 )
             for tensor in (param, exp_avg, exp_avg_sq):
                 _check(tensor, param, torch.float32)
@@ -79,13 +83,14 @@ class Table:
         self.device = self.params[0].device
         tensors = self.params, self.exp_avgs, self.exp_avg_sqs, self.copies, self.steps
         rows = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
-        self.addresses = rows[0]  # of the parameters
+        self.addresses = rows[0]  # the parameters', to notice one that has moved
         self.sizes = tuple(p.numel() for p in self.params)
-        # (6, n): addresses, then sizes
+        # (6, n) int64: five rows of addresses, then the sizes
         self.columns = _upload([*rows, self.sizes], torch.int64, self.device)
-        # (2, n)
+        # (2, n) fp64: rate scales and weight decays
         self.scales = _upload([self.lr_scales, self.weight_decays], torch.float64, self.device)
-        self.scalars = torch.empty(3, len(self.params), device=self.device)  # of the step under way
+        # (3, n) fp32, written by _prepare_kernel: decay, step size and the root's factor
+        self.scalars = torch.empty(3, len(self.params), device=self.device)
         self.written = [*self.params, *(copy for copy in self.copies if copy is not None)]
 
 
@@ -98,11 +103,8 @@ def adamw_reference(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019), exactly torch's, with gradients multiplied by
-    `factor`.
-
-    Arguments as for `adamw`.
-    """
+    """One step of AdamW (Loshchilov and Hutter 2019) as torch defines it, with the gradients
+    multiplied by `factor`. Arguments as for `adamw`."""
     beta1, beta2 = betas
     with torch.no_grad():
         for i, grad in enumerate(grads):
@@ -130,8 +132,8 @@ def _prepare_kernel(
     columns, gradients, scales, scalars, lr, ok, n,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Count the step of every tensor that has a gradient, and work out what its blocks share, in
-    fp64."""
+    """Count the step of every tensor that has a gradient, and compute in fp64 the scalars that its
+    blocks share."""
     i = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = i < n
     live = real & (tl.load(gradients + n + i, real, other=0) > 0)
@@ -148,11 +150,11 @@ def _prepare_kernel(
 
 @jit
 def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """`ALIGNED` promises an address that is a multiple of 16, and Triton moves four elements at
-    once.
+    """Pointers to elements at `offsets`. With `ALIGNED` the address is promised to be a multiple of
+    16, so that Triton moves four elements at once.
 
-    Four of bf16 too, though eight would fit: all tensors are then spread over the threads alike,
-    and none has to be passed from thread to thread through shared memory.
+    bf16 also moves four, though eight would fit. All tensors are then spread over the threads in
+    the same way, and no value has to pass between threads through shared memory.
     """
     first = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -172,7 +174,7 @@ def _store(address, values, mask, offsets, DTYPE: tl.constexpr, ALIGNED: tl.cons
 
 @jit
 def _load_gradient(address, itemsize, mask, offsets, ALIGNED: tl.constexpr):
-    """fp32 values of an fp32 or bf16 tensor. Its 16 bits are the upper half of an fp32 number's."""
+    """fp32 values of an fp32 or bf16 tensor. A bf16 number is the upper half of an fp32 number."""
     if itemsize == 2:
         bits = _load(address, mask, offsets, tl.int16, ALIGNED).to(tl.int32) << 16
         values = bits.to(tl.float32, bitcast=True)
@@ -183,11 +185,11 @@ def _load_gradient(address, itemsize, mask, offsets, ALIGNED: tl.constexpr):
 
 @jit
 def _bf16_bits(x):
-    """x rounded to the nearest bf16, ties to even, as torch does; Triton's interpreter would cut
-    the bits off."""
+    """The bits of x rounded to the nearest bf16, ties to even, as torch rounds. Triton's
+    interpreter would truncate."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # a NaN's bits could be carried over into -0
+    # NaN apart: the carry could turn its bits into -0
     return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
 
 
@@ -210,14 +212,14 @@ def _update_block(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """The first `count` elements at these addresses, no more than BLOCK."""
+    """Update the first `count` elements at these addresses, at most BLOCK."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
     g = _load_gradient(grad, itemsize, mask, offsets, ALIGNED) * factor
     p = _load(param, mask, offsets, tl.float32, ALIGNED)
     m = BETA1 * _load(exp_avg, mask, offsets, tl.float32, ALIGNED) + (1 - BETA1) * g
     v = BETA2 * _load(exp_avg_sq, mask, offsets, tl.float32, ALIGNED) + (1 - BETA2) * g * g
-    # Not p * (1 - decay): so small a decay would lose its digits in the difference.
+    # Not p * (1 - decay): a small decay would lose its digits in 1 - decay.
     p -= decay * p
     p -= step_size * m / (tl.sqrt(v) * root + EPS)
     _store(param, p, mask, offsets, tl.float32, ALIGNED)
@@ -291,8 +293,8 @@ def _update_kernel(
 
 @jit
 def _squares_kernel(tensors, blocks, partial, n, BLOCK: tl.constexpr):
-    """partial[program] = the sum of squares of one block; tensors (3, n): addresses, bytes an
-    element, sizes."""
+    """partial[program] = the sum of squares of one block. tensors (3, n) holds addresses, bytes per
+    element and sizes."""
     program = tl.program_id(0)
     i = tl.load(blocks + 2 * program)
     start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
@@ -308,7 +310,7 @@ def _squares_kernel(tensors, blocks, partial, n, BLOCK: tl.constexpr):
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one piece of memory, in whatever order."""
+    """Whether the elements fill one piece of memory without gaps, in any order."""
     return (
         tensor.is_contiguous()
         or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
@@ -316,21 +318,23 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors of one shape keep their elements in one order (strides of a single
-    row say nothing)."""
+    """Whether two dense tensors of one shape store their elements in the same order. Two contiguous
+    ones do, even if the strides of a dimension of size 1 differ."""
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _check(tensor: Tensor, like: Tensor, *dtypes: torch.dtype) -> None:
-    """Raises ValueError where a kernel that visits both in memory's order would read or write
-    astray."""
+    """Raise ValueError unless a kernel that visits both tensors in memory order would pair their
+    elements."""
     if tensor.shape != like.shape or not _same_order(tensor, like):
         raise ValueError(
-            f"shapes {list(tensor.shape)} and {list(like.shape)} or their strides differ"
+            f"shapes {list(tensor.shape)} and {list(like.shape)} or their strides differ; they "
+            "must be equal"
         )
     if tensor.device != like.device or tensor.dtype not in dtypes:
         raise ValueError(
-            f"a tensor is {tensor.dtype} on {tensor.device}; needed is {dtypes[0]} on {like.device}"
+            f"a tensor is {tensor.dtype} on {tensor.device}; it must be {dtypes[0]} on "
+            f"{like.device}"
         )
 
 
@@ -342,7 +346,7 @@ def _laid_out_like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def _upload(values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table on the device, without waiting for it."""
+    """`values` as a tensor on the device. The host does not wait for the copy."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(
         device, non_blocking=True
     )
@@ -350,8 +354,8 @@ def _upload(values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch
 
 @functools.lru_cache(maxsize=16)
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """For each program the tensor that it works on, and which block of it: (programs, 2), int32;
-    (0,) for none."""
+    """The tensor and the block of it for each program: (programs, 2) int32, or (0,) without
+    programs."""
     pairs = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, block))]
     return _upload(pairs, torch.int32, device)
 
@@ -365,16 +369,16 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of torch.optim.AdamW on every tensor of `table` whose gradient is there, and of its
+    """One step of torch.optim.AdamW on every parameter of `table` that has a gradient, and on its
     bf16 copy.
 
-    grads: fp32 or bf16, each of its parameter's shape; one in another order of elements is copied
-    first. On the device: lr (), fp32; factor (), fp32, multiplies the gradients; ok (), bool: where
-    it is False nothing changes, the steps included. Nothing waits for the device. Raises
-    ValueError.
+    grads are fp32 or bf16 in their parameter's shape, or None. A gradient with another order of
+    elements is copied first. lr (), fp32, factor (), fp32, and ok (), bool, are on the device.
+    factor multiplies the gradients. If ok is False, nothing changes, not even the steps. The host
+    does not wait for the device. Raises ValueError if tensors do not fit or a parameter has moved.
     """
     if [p.data_ptr() for p in table.params] != table.addresses:
-        raise ValueError("a parameter has moved since its table was made")
+        raise ValueError("a parameter has moved since its table was made; make a new Table")
     laid = [
         None if g is None else _laid_out_like(g, p)
         for g, p in zip(grads, table.params, strict=True)
@@ -387,7 +391,7 @@ def adamw(
         [0 if g is None else g.itemsize for g in laid],
     ]
     gradients = _upload(rows, torch.int64, table.device)
-    with on(lr):
+    with device_of(lr):
         _prepare_kernel[(triton.cdiv(n, LANES),)](
             table.columns,
             gradients,
@@ -404,16 +408,16 @@ def adamw(
             table.columns, gradients, table.scalars, blocks, factor, ok, n,
             *betas, eps, UPDATE_BLOCK, num_warps=UPDATE_WARPS
         )  # fmt: skip
-    # a graph that saved them must not be walked again
+    # Autograd then refuses a backward pass through a graph that saved the old values.
     torch.autograd.graph.increment_version(table.written)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The l2 norm of all elements of fp32 and bf16 tensors together, (), fp32; 0 where there are
-    none.
+    """The l2 norm of all elements of fp32 and bf16 tensors together, () fp32; 0 without tensors.
 
-    Squares are added in fp32: as torch.nn.utils.get_total_norm's, the result is inf from about
-    1.8e19 on. It repeats bit for bit. Raises ValueError.
+    Squares are summed in fp32, so the result is inf from about 1.8e19 on, as with
+    torch.nn.utils.get_total_norm. It repeats bit for bit. Raises ValueError for other dtypes or
+    several devices.
     """
     if not tensors:
         return torch.zeros(())
@@ -421,7 +425,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         if tensor.device != device or tensor.dtype not in GRADIENTS:
             raise ValueError(
-                f"a tensor is {tensor.dtype} on {tensor.device}; needed are fp32 or bf16, all on "
+                f"a tensor is {tensor.dtype} on {tensor.device}; all must be fp32 or bf16 on "
                 f"{device}"
             )
     dense = [t if _is_dense(t) else t.contiguous() for t in tensors]
@@ -429,7 +433,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     table = _upload(rows, torch.int64, device)
     blocks = _blocks(tuple(rows[2]), NORM_BLOCK, device)
     partial = torch.empty(len(blocks), device=device)
-    with on(table):
+    with device_of(table):
         _squares_kernel[(len(blocks),)](
             table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS
         )

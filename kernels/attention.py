@@ -1,17 +1,16 @@
-"""Causal attention on packed q, k, v: the gradient comes back packed too, and documents need no
-mask.
+"""Causal attention on packed q, k, v. The gradient is packed too, and documents need no mask.
 
-Autograd's way through scaled_dot_product_attention gives dq, dk and dv apart and then joins them:
-at 65,536 tokens of GPT-2's 2304 columns in bf16 that is 0.6 GB more to read and write in every
-layer. Here the backward pass writes where the product after it reads. Documents are two indices a
-token; blocks of keys that no query of a block may see are skipped, forward and backward, so the
-smaller the documents, the less the work.
+Autograd through scaled_dot_product_attention computes dq, dk and dv separately and then joins them.
+At 65,536 tokens of GPT-2's 2304 columns in bf16, joining reads and writes 0.6 GB more in every
+layer. Here the backward pass writes directly where the next product reads. Documents are two
+indices per token. Blocks of keys that no query of a block may see are skipped, forward and
+backward, so smaller documents take less work.
 
-Flash attention 2 (Dao 2023): the (T, T) scores are made a block at a time and never stored. Memory
-traffic is q, k, v and the output, once each way; the time goes into the products and their
-exponentials. The trade-off: the backward pass makes the scores twice, once for dq and once for dk
-and dv, because adding up dq across blocks of keys takes atomics, whose order, and so whose last
-bits, change from run to run. That is 7 products where atomics need 5.
+The algorithm is flash attention 2 (Dao 2023): the (T, T) scores are computed block by block and
+never stored. Memory traffic is q, k, v and the output, once each way, and the time goes into the
+products and exponentials. The trade-off: the backward pass computes the scores twice, once for dq
+and once for dk and dv. Summing dq across blocks of keys would need atomics, whose order, and with
+it the last bits, changes from run to run. This costs 7 products where atomics need 5.
 """
 
 from __future__ import annotations
@@ -27,17 +26,18 @@ from torch.nn.attention import SDPBackend
 from config import ATTENTION_WIDTH
 from kernels import _card
 from kernels._card import CARDS, Card
-from kernels._triton import INTERPRETED, jit, on, tl, triton
+from kernels._triton import INTERPRETED, device_of, jit, tl, triton
 
 
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v with its matrix written out: what the kernels are measured
-    against.
+    """softmax(q k' / sqrt(head_dim)) v with an explicit matrix of scores, as the baseline for the
+    kernels.
 
-    q (B, n_head, T, head_dim), k and v (B, n_head, keys, head_dim); mask (..., T, keys) is True
-    where a query may look. Without one, a query sees the keys up to its own position.
+    q is (B, n_head, T, head_dim), k and v are (B, n_head, keys, head_dim). Returns (B, n_head, T,
+    head_dim). mask (..., T, keys) is True where a query may attend. Without a mask, a query attends
+    to the keys up to its own position.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is None and q.shape[2] > 1:
@@ -50,9 +50,10 @@ def explicit_attention(
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """PyTorch's attention, which never writes the matrix; arguments as of `explicit_attention`."""
-    # One new token sees all keys. In this order: where lengths vary, a compiler makes a symbol of
-    # the comparison, and the operation takes a bool alone.
+    """PyTorch's fused attention, which never stores the scores; shapes as in
+    `explicit_attention`."""
+    # One new token sees all keys. The comparison comes first because the compiler makes it symbolic
+    # for varying lengths, and the operation accepts only a bool.
     causal = q.shape[2] > 1 and mask is None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
@@ -62,9 +63,9 @@ def fused_attention(
 def attention_backends(
     device: torch.device, dtype: torch.dtype, deterministic: bool = False, by_hardware: bool = True
 ) -> list[SDPBackend]:
-    """Fused attention kernels in the order to try; `dtype` is that of the products.
+    """PyTorch's attention backends in the order to try. `dtype` is the dtype of the products.
 
-    `by_hardware`: the one that is fastest on this device first, else PyTorch's flash attention.
+    With `by_hardware` the fastest backend for this device comes first, else flash attention.
     """
     if device.type == "cpu":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -75,7 +76,7 @@ def attention_backends(
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if half and major >= 8:
         backends.insert(0, SDPBackend.FLASH_ATTENTION)
-    # Hopper and Blackwell of data centres (9.0, 10.x); on others cuDNN's has not been shown to be
+    # Data-centre Hopper and Blackwell (9.0, 10.x). Elsewhere cuDNN's has not been shown to be
     # faster.
     if half and major in (9, 10) and by_hardware and not deterministic:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
@@ -83,8 +84,7 @@ def attention_backends(
 
 
 def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v with its (T, T) mask written out; shapes as in
-    `attention`."""
+    """softmax(q k' / sqrt(head_dim)) v with an explicit (T, T) mask; shapes as in `attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
     mask = None
     if segments is not None:
@@ -94,26 +94,27 @@ def attention_reference(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
     return explicit_attention(q, k, v, mask).transpose(1, 2).contiguous()
 
 
-# Kernels. In all of them D is head_dim and WIDTH the power of two that holds it; M queries and N
-# keys make a block. Scores are in units of log 2, so that the exponential is the hardware's exp2.
-# Masks are made only in the blocks where some query may not see some key: by a branch in the one
-# loop, since a loop for each kind of block takes 153 registers a thread for dq where this takes
-# 115, and so one program on a multiprocessor where this has two.
+# Kernels. In all of them D is head_dim and WIDTH is the power of two that holds it. A block has M
+# queries and N keys. Scores are in units of log 2, so that the exponential is the hardware's exp2.
+# Masks are computed only in blocks where some query may not see some key, by a branch in a single
+# loop. A separate loop for each kind of block would take 153 registers per thread for dq instead of
+# 115, and one program would fit a multiprocessor instead of two.
 
 
 @jit
 def _load(base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first to first + ROWS of a (T, D) matrix, as (ROWS, WIDTH): zeros past its edges."""
+    """Rows first to first + ROWS of a (T, D) matrix, as (ROWS, WIDTH), with zeros past its
+    edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    # 500,000 tokens of 4,800 columns are more than an int32 counts
+    # int64: 500,000 tokens of 4,800 columns overflow an int32
     block = base + tl.cast(first, tl.int64) * stride
     return tl.load(block + row * stride + column, mask=(first + row < T) & (column < D), other=0.0)
 
 
 @jit
 def _store(value, base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """The inverse of `_load`, rounded to the memory's dtype."""
+    """Write the (ROWS, WIDTH) block that `_load` reads, rounded to the memory's dtype."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     block = base + tl.cast(first, tl.int64) * stride
@@ -123,7 +124,7 @@ def _store(value, base, first, stride, T, D: tl.constexpr, WIDTH: tl.constexpr, 
 
 @jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b, fp32. WIDEN is for the interpreter, whose product of bf16 reads the bits as
+    """acc + a @ b, fp32. WIDEN is for the interpreter, whose bf16 product takes the bits for
     integers."""
     if WIDEN:
         a = a.to(tl.float32)
@@ -148,9 +149,9 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of M queries of one head: its output, and log2(sum(exp2(score))) of each query."""
+    """For one block of M queries of one head: the output, and log2(sum(exp2(score))) per query."""
     blocks = tl.cdiv(T, M)
-    # the longest rows begin first, so that none ends late
+    # The blocks with the most keys start first, so that none of them ends last.
     first = (blocks - 1 - tl.program_id(0) % blocks) * M
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
     h = tl.program_id(0) // blocks % H
@@ -166,8 +167,8 @@ def _forward_kernel(
 
     q = _load(head, first, stride_t, T, D, WIDTH, M)
     acc = tl.zeros((M, WIDTH), tl.float32)
-    top = tl.full((M,), -float("inf"), tl.float32)  # of the scores so far
-    total = tl.zeros((M,), tl.float32)  # of their exponentials, relative to top
+    top = tl.full((M,), -float("inf"), tl.float32)  # largest score so far
+    total = tl.zeros((M,), tl.float32)  # sum of exponentials relative to top
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     for key in tl.range(begin, end, N):
         k = _load(head + H * D, key, stride_t, T, D, WIDTH, N)
@@ -183,7 +184,7 @@ def _forward_kernel(
             scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         shift = new_top
-        if starts is not None:  # a query whose document has not begun: -inf - -inf would be NaN
+        if starts is not None:  # before a query's document starts, -inf - -inf would be NaN
             shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(top - shift)
@@ -215,8 +216,8 @@ def _dq_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of M queries of one head: its dq, and delta = rowsum(grad * out), which dk and dv
-    need too."""
+    """For one block of M queries of one head: dq, and delta = rowsum(grad * out), which dk and dv
+    also need."""
     blocks = tl.cdiv(T, M)
     first = (blocks - 1 - tl.program_id(0) % blocks) * M
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
@@ -277,8 +278,8 @@ def _dk_dv_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of N keys of one head: its dk and dv. Scores are transposed, (N, M), as both
-    products take them."""
+    """For one block of N keys of one head: dk and dv. Scores are transposed, (N, M), because both
+    products read them so."""
     blocks = tl.cdiv(T, N)
     first = tl.program_id(0) % blocks * N
     b = tl.cast(tl.program_id(0) // blocks // H, tl.int64)
@@ -314,7 +315,7 @@ def _dk_dv_kernel(
             if stops is not None:
                 seen = seen & (rows[None, :] < stop[:, None])
             p = tl.where(seen, p, 0.0)
-        # Queries past T are zeros, and so is what they add to both products: they need no mask.
+        # Queries past T need no mask: they load as zeros and add zeros to both products.
         do = _load(grad, query, H * D, T, D, WIDTH, M)
         dv = _dot(p.to(do.dtype), do, dv, PRECISION, WIDEN)
         row_delta = tl.load(delta + rows, mask=rows < T, other=0.0)
@@ -326,8 +327,8 @@ def _dk_dv_kernel(
 
 
 class Tile(NamedTuple):
-    """Rows of the block that a program keeps and of those it walks over, its warps, and the stages
-    of the pipeline that loads them."""
+    """The rows of the block that a program keeps, the rows of each block that it loops over, its
+    warps, and the stages of the load pipeline."""
 
     kept: int
     walked: int
@@ -335,72 +336,75 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Blocks(NamedTuple):
+class KernelTiles(NamedTuple):
     """The tiles of the three kernels."""
 
     forward: Tile
     dq: Tile
     dk_dv: Tile
-    shared: int  # bytes of shared memory that the hungriest of them takes
+    shared: int  # bytes of shared memory of the kernel that needs most
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Triton's instruction, by major capability
+# Triton's matrix instruction, by major compute capability
 TENSOR_CORES = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}
 
-# By instruction, kind of product and the largest head_dim: the blocks to try, the better first. The
-# proof (benchmarks/gpu_proof.py) compiles them: none spills more than 64 bytes a thread, and none
-# takes more shared memory than is said here. A formula would have to guess what Triton's allocator
-# keeps at the same time.
-# Hopper, half precision: four warps multiply 64 rows at a time, eight 128, and a walk reads memory
-# once for every 128 rows. At 64 columns the forward pass and dq then fit twice on a multiprocessor
-# (121 registers a thread at most, 80 KB), where one program multiplies while the other takes
-# exponentials; dk and dv are two sums and fit once. With three stages ptxas makes each of the plain
-# forward kernel's products wait for the one before it (its note C7515).
-# tf32's tiles take twice the shared memory. Exact fp32 uses no matrix units. dk and dv walk over
+# The tiles to try, best first, by instruction, kind of product and largest head_dim.
+# benchmarks/gpu_proof.py compiles them and proves that none spills more than 64 bytes per thread or
+# takes more shared memory than stated here. A formula would have to guess which buffers Triton's
+# allocator keeps at the same time.
+# Hopper, half precision: four warps multiply 64 rows at a time and eight multiply 128, and a loop
+# reads memory once for every 128 rows. At 64 columns two programs of the forward pass or of dq fit
+# a multiprocessor (at most 121 registers per thread, 80 KB), so that one multiplies while the other
+# takes exponentials. dk and dv are two sums, so only one program fits. With three stages, ptxas
+# makes each product of the plain forward kernel wait for the one before it (its note C7515).
+# tf32 tiles take twice the shared memory. Exact fp32 uses no matrix units. dk and dv loop over
 # shorter blocks where longer ones spill: mma.sync holds operands in registers, and at 128 columns
-# their sums alone take half of Hopper's.
+# the two sums alone take half of Hopper's registers.
 _LARGE = Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
 _TF32 = Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
 _TF32_SHORT = Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)
 _EXACT = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
 _EXACT_WIDE = Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
-BLOCKS: dict[tuple[str, str, int], tuple[Blocks, ...]] = {
-    ("wgmma", "half", 64): (Blocks(*_LARGE, 82_944),),
+TILES: dict[tuple[str, str, int], tuple[KernelTiles, ...]] = {
+    ("wgmma", "half", 64): (KernelTiles(*_LARGE, 82_944),),
     ("wgmma", "half", 128): (
-        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),
+        KernelTiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 163_840),
     ),
-    ("wgmma", "tf32", 64): (Blocks(*_TF32, 98_816),),
-    ("wgmma", "tf32", 128): (Blocks(*_TF32, 196_608),),
-    ("tcgen05", "half", 64): (Blocks(*_LARGE, 99_392),),
-    ("tcgen05", "half", 128): (Blocks(*_LARGE, 197_696),),
-    ("tcgen05", "tf32", 64): (Blocks(*_TF32, 131_624),),
-    ("tcgen05", "tf32", 128): (Blocks(*_TF32_SHORT, 164_384),),
+    ("wgmma", "tf32", 64): (KernelTiles(*_TF32, 98_816),),
+    ("wgmma", "tf32", 128): (KernelTiles(*_TF32, 196_608),),
+    ("tcgen05", "half", 64): (KernelTiles(*_LARGE, 99_392),),
+    ("tcgen05", "half", 128): (KernelTiles(*_LARGE, 197_696),),
+    ("tcgen05", "tf32", 64): (KernelTiles(*_TF32, 131_624),),
+    ("tcgen05", "tf32", 128): (KernelTiles(*_TF32_SHORT, 164_384),),
     ("mma.sync", "half", 64): (
-        Blocks(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),
+        KernelTiles(Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), 81_920),
     ),
     ("mma.sync", "half", 128): (
-        Blocks(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),
+        KernelTiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), 82_432),
     ),
-    ("mma.sync", "tf32", 64): (Blocks(*_TF32_SHORT, 66_560),),
+    ("mma.sync", "tf32", 64): (KernelTiles(*_TF32_SHORT, 66_560),),
     ("mma.sync", "tf32", 128): (
-        Blocks(*_TF32_SHORT, 123_136),
-        Blocks(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), 86_272),
+        KernelTiles(*_TF32_SHORT, 123_136),
+        KernelTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), 86_272),
     ),
-    **{(cores, "fp32", 64): (Blocks(*_EXACT, 37_120),) for cores in TENSOR_CORES.values()},
-    **{(cores, "fp32", 128): (Blocks(*_EXACT_WIDE, 69_632),) for cores in TENSOR_CORES.values()},
+    **{(cores, "fp32", 64): (KernelTiles(*_EXACT, 37_120),) for cores in TENSOR_CORES.values()},
+    **{
+        (cores, "fp32", 128): (KernelTiles(*_EXACT_WIDE, 69_632),)
+        for cores in TENSOR_CORES.values()
+    },
 }
 
 
-def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
-    """The blocks that fit `card`, or the end of a sentence that begins with "attention" and says
-    why there are none. Launches and `kernels.choose` both ask here.
+def choose_tiles(card: Card | None, precision: str, head_dim: int) -> KernelTiles | str:
+    """The tiles that fit `card`, or the reason why none fit, as the end of a sentence that begins
+    with "attention". Launches and `kernels.choose` both ask here.
 
-    precision: fp32 for exact products, tf32, or any other for 16 bits. Without a card (the
-    interpreter) an H100's.
+    `precision` is fp32 for exact products, tf32, or anything else for 16 bits. Without a card (in
+    the interpreter) the tiles are an H100's.
     """
     if not 1 <= head_dim <= ATTENTION_WIDTH:
-        return f"holds heads of up to {ATTENTION_WIDTH}, and these are {head_dim} wide"
+        return f"supports heads up to {ATTENTION_WIDTH} wide, and these are {head_dim} wide"
     card = card or CARDS["H100"]
     if card.capability < (8, 0):
         return (
@@ -408,35 +412,35 @@ def blocks(card: Card | None, precision: str, head_dim: int) -> Blocks | str:
             f"{card.version}"
         )
     if card.capability[0] not in TENSOR_CORES:
-        return f"has no blocks for the compute capability of {card.name}, {card.version}"
+        return f"has no tiles for the compute capability of {card.name}, {card.version}"
     kind = precision if precision in ("fp32", "tf32") else "half"
-    candidates = BLOCKS[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
+    candidates = TILES[TENSOR_CORES[card.capability[0]], kind, 64 if head_dim <= 64 else 128]
     for candidate in candidates:
         if candidate.shared <= card.shared_memory:
             return candidate
     least = min(candidate.shared for candidate in candidates)
     return (
-        f"takes {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in "
+        f"needs {math.ceil(least / 1024)} KiB of shared memory for heads of {head_dim} in "
         f"{precision}, and {card.name} has {card.shared_memory // 1024}"
     )
 
 
-def _chosen(qkv: Tensor, precision: str) -> Blocks:
-    """Raises ValueError where this kernel cannot run on the GPU that holds qkv."""
-    chosen = blocks(_card.card(qkv.device), precision, qkv.shape[4])
+def _tiles_for(qkv: Tensor, precision: str) -> KernelTiles:
+    """The tiles for the GPU that holds qkv. Raises ValueError if the kernel cannot run there."""
+    chosen = choose_tiles(_card.card(qkv.device), precision, qkv.shape[4])
     if isinstance(chosen, str):
         raise ValueError(f"attention {chosen}")
     return chosen
 
 
-def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | None) -> None:
-    """Run the kernel whose tile is the field `of` of Blocks, and which keeps a block of M queries,
-    or of N keys."""
+def _launch(kernel: Any, tile: str, kept_axis: str, qkv: Tensor, *tensors: Tensor | None) -> None:
+    """Run a kernel with the field `tile` of KernelTiles. `kept_axis` is "M" if each program keeps a
+    block of queries, and "N" if it keeps a block of keys."""
     B, T, _, H, D = qkv.shape
     exact = torch.get_float32_matmul_precision() == "highest"
     precision = NAMES.get(qkv.dtype, "fp32" if exact else "tf32")
-    kept, walked, warps, stages = getattr(_chosen(qkv, precision), of)
-    with on(qkv):
+    kept, walked, warps, stages = getattr(_tiles_for(qkv, precision), tile)
+    with device_of(qkv):
         kernel[(B * H * triton.cdiv(T, kept),)](
             qkv,
             *tensors,
@@ -446,8 +450,8 @@ def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | No
             H=H,
             D=D,
             WIDTH=max(16, triton.next_power_of_2(D)),  # a product's sides are at least 16
-            M=kept if keeps == "M" else walked,
-            N=kept if keeps == "N" else walked,
+            M=kept if kept_axis == "M" else walked,
+            N=kept if kept_axis == "N" else walked,
             PRECISION="ieee" if exact else "tf32",
             WIDEN=INTERPRETED and qkv.dtype == torch.bfloat16,
             num_warps=warps,
@@ -456,14 +460,16 @@ def _launch(kernel: Any, of: str, keeps: str, qkv: Tensor, *tensors: Tensor | No
 
 
 def _packed(qkv: Tensor) -> Tensor:
-    """Tokens may lie apart; within one, q, k and v may not."""
+    """qkv, copied unless each token's q, k and v are contiguous. The tokens themselves may have any
+    stride."""
     H, D = qkv.shape[3:]
     return qkv if qkv.stride()[2:] == (H * D, D, 1) else qkv.contiguous()
 
 
 @torch.library.custom_op("gpt2::attention", mutates_args=())
 def _attention(qkv: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (B, T, n_head, head_dim) and log2(sum(exp2(score))) of each row (B, n_head, T) fp32."""
+    """out (B, T, n_head, head_dim), and log2(sum(exp2(score))) of each query, (B, n_head, T)
+    fp32."""
     B, T, _, H, D = qkv.shape
     out = qkv.new_empty(B, T, H, D)
     lse = qkv.new_empty((B, H, T), dtype=torch.float32)
@@ -503,7 +509,7 @@ def _setup_context(
     qkv, bounds = inputs
     ctx.save_for_backward(qkv, *output, bounds)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the statistics' gradient
+    ctx.set_materialize_grads(False)  # allocates no zeros for the statistics' gradient
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
@@ -515,8 +521,8 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _bounds(segments: Tensor) -> Tensor:
-    """Of each token's segment, the first token and one past the last: (2, B, T) int32. The host
-    waits for nothing."""
+    """The first token, and one past the last, of each token's segment: (2, B, T) int32. The host
+    does not wait for the device."""
     segments = segments.contiguous()
     return torch.stack(
         [
@@ -527,18 +533,19 @@ def _bounds(segments: Tensor) -> Tensor:
 
 
 def attention(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v, causal: qkv (B, T, 3, n_head, head_dim), bf16, fp16 or
-    fp32, with head_dim up to 128, to (B, T, n_head, head_dim), contiguous.
+    """Causal softmax(q k' / sqrt(head_dim)) v of qkv (B, T, 3, n_head, head_dim), bf16, fp16 or
+    fp32 with head_dim up to 128. Returns (B, T, n_head, head_dim), contiguous.
 
-    With `segments` (B, T), integers that never fall along T, a query sees only keys of its own
-    number. Under autocast the work is done in autocast's dtype, as by scaled_dot_product_attention.
-    Sums and statistics are fp32; products of fp32 are exact unless
-    torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths.
+    With `segments` (B, T), integers that never decrease along T, a query attends only to keys of
+    its own number. Under autocast it computes in autocast's dtype, like
+    scaled_dot_product_attention. Sums and statistics are fp32. Products of fp32 are exact unless
+    torch.set_float32_matmul_precision allows tf32. Raises ValueError for other widths, and for a
+    GPU that no tiles fit.
     """
     if not 1 <= qkv.shape[4] <= ATTENTION_WIDTH:
         raise ValueError(
-            f"head_dim is {qkv.shape[4]}; this kernel's blocks hold {ATTENTION_WIDTH} columns at "
-            "most"
+            f"head_dim is {qkv.shape[4]}; this kernel supports 1 to {ATTENTION_WIDTH}, use "
+            "--kernels torch"
         )
     device = qkv.device.type
     if torch.is_autocast_enabled(device):

@@ -1,19 +1,21 @@
-"""Cross-entropy of logits that lie in memory: the loss of each row, and the gradient, with one
-program a row.
+"""Cross-entropy of logits in memory: the loss of each row and its gradient, with one program per
+row.
 
-PyTorch's own operations move 36 bytes an element of bf16 logits: to fp32 (6), log-softmax (8), the
-loss's gradient (4), log-softmax's (12), back to bf16 (6). Here:
+PyTorch's own operations move 36 bytes per element of bf16 logits: conversion to fp32 (6),
+log-softmax (8), the loss's gradient (4), log-softmax's gradient (12) and conversion back to bf16
+(6). Here:
 
   cross_entropy           forward reads the logits once (2); backward reads them again and writes the gradient (2 + 2)
   cross_entropy_in_place  one launch for both: reads the row twice and writes its gradient over it (2 + 2 + 2)
 
-In place, the second reading comes from a cache and not from memory: 132 multiprocessors with two
-rows each hold 26 MB of GPT-2's 100 KB rows, the L2 of an H100 or H200 is 50 MB, and the second loop
-begins where the first ended. So 4 of the 6 bytes reach memory. The trade-off: a program holds no
-row whole, because one of 50,304 columns would take all registers of a multiprocessor and leave
-nothing to load while it computes.
+In place, the second read is served by the L2 cache and not by memory. 132 multiprocessors with two
+rows each work on 26 MB of GPT-2's 100 KB rows, the L2 of an H100 or H200 is 50 MB, and the second
+loop starts where the first ended. Only 4 of the 6 bytes reach memory. The trade-off: no program
+keeps a whole row in registers. A row of 50,304 columns would take all registers of a
+multiprocessor, and nothing could be loaded during the computation.
 
-All arithmetic is fp32, whatever the logits' dtype. Online softmax: Milakov and Gimelshein 2018.
+All arithmetic is fp32, whatever the logits' dtype. The softmax is computed online (Milakov and
+Gimelshein 2018).
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import jit, on, tl, triton
+from kernels._triton import device_of, jit, tl, triton
 
-IGNORE = -100  # the target that has no loss
+IGNORE = -100  # a row with this target has no loss
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """-log p(target) of logits (N, V') with V' >= vocab_size, targets (N,) int64: (N,) fp32, 0
-    where it is -100."""
+    """-log p(target), (N,) fp32, of logits (N, V') with V' >= vocab_size and targets (N,) int64. It
+    is 0 where the target is -100."""
     return F.cross_entropy(
         logits[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="none"
     )
@@ -39,8 +41,8 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, vocab_size: int) ->
 
 @jit
 def _load(row, columns, width, vocab_size):
-    # Masked by the row's width, a multiple of 16 where the vocabulary is padded: a mask that ends
-    # at column 50,257 would split the loads of 16 bytes into single elements.
+    # The mask ends at the row's width, a multiple of 16 for a padded vocabulary. A mask that ends
+    # at column 50,257 would split the 16-byte loads into single elements.
     x = tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
     return tl.where(columns < vocab_size, x, float("-inf"))
 
@@ -49,9 +51,9 @@ def _load(row, columns, width, vocab_size):
 def _scan(row, width, vocab_size, BLOCK: tl.constexpr):
     """A row's largest logit, and the sum of exp(logit - largest)."""
     lanes = tl.arange(0, BLOCK)
-    # finite: a block of nothing but -inf must not give inf - inf
+    # finite, so that a block of only -inf does not give inf - inf
     largest = tl.full((), -3.0e38, tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)  # a sum for each lane: reduced once, after the loop
+    sums = tl.zeros((BLOCK,), tl.float32)  # one sum per lane, reduced once after the loop
     for start in range(0, vocab_size, BLOCK):
         x = _load(row, start + lanes, width, vocab_size)
         new = tl.maximum(largest, tl.max(x, 0))
@@ -69,7 +71,7 @@ def _write_gradient(
     target = target.to(tl.int32)
     inverse = 1.0 / total
     last = (width - 1) // BLOCK * BLOCK
-    # from the end: the block read last is the one nearest in the caches
+    # from the end, because the block read last is most likely still cached
     for back in range(0, width, BLOCK):
         columns = last - back + lanes
         p = tl.exp(_load(row, columns, width, vocab_size) - largest) * inverse
@@ -91,7 +93,7 @@ def _forward_kernel(
     IN_PLACE: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    # 49,152 rows of 50,304 are more than an int32 counts
+    # int64: 49,152 rows of 50,304 columns overflow an int32
     row = logits + index.to(tl.int64) * row_stride
     target = tl.load(targets + index)
     if target == IGNORE:
@@ -99,7 +101,7 @@ def _forward_kernel(
         if IN_PLACE:
             _write_zeros(row, width, BLOCK)
     else:
-        # Before the scan, whose barriers part this load from the gradient that is written over it.
+        # Load before the scan: its barriers order this load before the gradient's store.
         known = (target >= 0) & (target < vocab_size)
         at_target = tl.load(row + target, mask=known, other=float("nan")).to(tl.float32)
         largest, total = _scan(row, width, vocab_size, BLOCK)
@@ -129,11 +131,12 @@ def _backward_kernel(
 
 
 def _launch(width: int) -> dict[str, int]:
-    """Sixteen elements a thread, so two loads of 16 bytes in bf16, and for long rows 512 threads.
+    """The block size and warps for rows of `width`: 16 elements per thread (two 16-byte loads in
+    bf16), and 512 threads for long rows.
 
-    Compiled for an H200 it takes 64 registers a thread, so two programs fit a multiprocessor: they
-    keep 32 KB of loads in flight, where 4.8 TB/s at 700 ns of latency asks for 25 KB. Four smaller
-    ones would have more rows on the way than the L2 holds.
+    Compiled for an H200 this takes 64 registers per thread, so two programs fit a multiprocessor.
+    They keep 32 KB of loads in flight; 4.8 TB/s at 700 ns of latency needs 25 KB. Four smaller
+    programs would work on more rows than the L2 holds.
     """
     block = min(8192, triton.next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
@@ -145,14 +148,14 @@ def _rows(logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("gpt2::cross_entropy", mutates_args=())
 def _forward(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, and for the backward pass each row's largest logit and sum of exponentials: (N,) fp32
+    """Losses, and each row's largest logit and sum of exponentials for the backward pass: (N,) fp32
     each."""
     rows, width = logits.shape
     logits, targets = _rows(logits), targets.contiguous()
-    # The logarithm of Z alone would do, but at logits of 1e4 its rounding is 5e-4 of every
-    # probability.
+    # Storing log Z alone would suffice, but with logits of 1e4 its rounding changes every
+    # probability by 5e-4 of itself.
     losses, largests, totals = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    with on(logits):
+    with device_of(logits):
         _forward_kernel[(rows,)](
             logits, logits.stride(0), targets, losses, largests, totals, width, vocab_size,
             IN_PLACE=False, IGNORE=IGNORE, **_launch(width),
@@ -180,7 +183,7 @@ def _backward(
     rows, width = logits.shape
     gradients = logits.new_empty(rows, width)
     logits, targets, grad_losses = _rows(logits), targets.contiguous(), grad_losses.contiguous()
-    with on(logits):
+    with device_of(logits):
         _backward_kernel[(rows,)](
             grad_losses,
             logits,
@@ -226,24 +229,25 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """As `cross_entropy_reference`, in Triton: logits (N, V') fp32, bf16 or fp16, (N,) fp32 out.
+    """`cross_entropy_reference` in Triton: losses (N,) fp32 of logits (N, V') in fp32, bf16 or
+    fp16.
 
-    Columns at and past vocab_size are padding: their values take no part and their gradient is 0. A
-    target that is neither in the vocabulary nor -100 gives NaN (the reference stops the process on
-    a GPU).
+    Columns from vocab_size on are padding: they do not affect the loss, and their gradient is 0. A
+    target that is neither in the vocabulary nor -100 gives NaN (on a GPU, the reference stops the
+    process).
     """
     return _forward(logits, targets, vocab_size)[0]
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """The same losses (N,); overwrites logits (N, V'), whose rows must be contiguous, with their
-    sum's gradient.
+    """The losses (N,) of `cross_entropy`. It overwrites the logits (N, V') with the gradient of the
+    losses' sum. The rows must be contiguous.
 
-    For use inside an operation that owns the logits: autograd sees nothing of it.
+    Autograd does not see this, so only an operation that owns the logits may call it.
     """
     rows, width = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
-    with on(logits):
+    with device_of(logits):
         _forward_kernel[(rows,)](
             logits,
             logits.stride(0),

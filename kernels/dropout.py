@@ -1,10 +1,10 @@
-"""Dropout on a CPU (Srivastava et al. 2014) from 16 random bits an element.
+"""Dropout on a CPU (Srivastava et al. 2014) from 16 random bits per element.
 
-There PyTorch draws a number of double precision for each element, which makes dropout a fifth of a
-bf16 step of a small model, and more of one that trains little besides its head. Here four elements
-share a draw of 64 bits, and a mask of ones or zeros in all bits is laid over the numbers: exact,
-and nothing is converted. The trade-off: the probability is rounded to a multiple of 2^-15. Values
-are divided by what is then kept, so their mean stays.
+On a CPU, PyTorch draws a double-precision number for each element. Dropout then takes a fifth of a
+bf16 step of a small model, and more if little besides the head trains. Here four elements share one
+64-bit draw, and each element is ANDed with a mask of all ones or all zeros. This is exact and
+converts nothing. The trade-off: the probability is rounded to a multiple of 2^-15. The kept values
+are divided by the rounded share that is kept, so the mean does not change.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ INTEGERS = {
 
 
 def dropout_reference(x: Tensor, p: float) -> Tensor:
-    """PyTorch's: other draws of the same distribution, but for the rounding of p."""
+    """PyTorch's dropout: the same distribution but for the rounding of p, from other draws."""
     return F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
-    """x (...) with each number dropped with probability p in training, the others divided by the
-    share that is kept.
-
-    On a CPU the draws are those of this file, from the global generator; elsewhere and compiled,
-    PyTorch's.
-    """
+    """Dropout by this file's draws on a CPU, from the global generator. On other devices, and in
+    compiled code, it is PyTorch's."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (...) with each element zeroed with probability p in training. The others are divided
+        by the share that is kept. Same shape and dtype."""
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -51,46 +49,47 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.scale = scale(p)
         n = x.numel()
-        draws = torch.empty(words(n), dtype=torch.int64)
-        keep = masks_(draw_(draws), p)[:n].view(x.shape)
+        draws = torch.empty(random_words(n), dtype=torch.int64)
+        keep = keep_masks_(fill_random_(draws), p)[:n].view(x.shape)
         ctx.save_for_backward(keep)
-        return mask_(x * ctx.scale, keep)
+        return apply_mask_(x * ctx.scale, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return mask_(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
+        return apply_mask_(grad.contiguous() * ctx.scale, *ctx.saved_tensors), None
 
 
-def words(n: int) -> int:
-    """Draws of 64 bits for n elements."""
+def random_words(n: int) -> int:
+    """Number of 64-bit draws that n elements need."""
     return -(-n // 4)
 
 
 def _dropped(p: float) -> int:
-    """In so many of LEVELS cases an element is dropped, but never in all."""
+    """Of LEVELS equally likely levels, the number that drop an element; never all of them."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def scale(p: float) -> float:
-    """What is kept is multiplied by this."""
+    """The factor of the kept elements, 1 / (1 - p) for the rounded p."""
     return LEVELS / (LEVELS - _dropped(p))
 
 
-def draw_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill int64 draws with random bits."""
+def fill_random_(draws: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill int64 draws (...) with random bits, in place."""
     return draws.random_(-(2**63), None, generator=generator)
 
 
-def masks_(draws: Tensor, p: float) -> Tensor:
-    """Random int64 (..., n), in place, to int16 (..., 4 n): all bits set where an element is kept,
-    none where dropped."""
+def keep_masks_(draws: Tensor, p: float) -> Tensor:
+    """Turn random int64 (..., n) into int16 masks (..., 4 n), in place. A mask has all bits set
+    for an element that is kept and none for one that is dropped."""
     level = draws.view(torch.int16).bitwise_right_shift_(1)  # -LEVELS / 2 to LEVELS / 2 - 1
-    # The sign, in all bits: negative below the level from which on elements are kept.
+    # Elements below a threshold are dropped: there the difference is negative, and the arithmetic
+    # shift copies its sign into all bits.
     return level.sub_(_dropped(p) - LEVELS // 2).bitwise_right_shift_(15).bitwise_not_()
 
 
-def mask_(x: Tensor, keep: Tensor) -> Tensor:
-    """x, in place, with zeros where `keep`, int16, has none of its bits set."""
+def apply_mask_(x: Tensor, keep: Tensor) -> Tensor:
+    """Set x to zero, in place, where the int16 mask `keep` has no bit set."""
     integers = INTEGERS[x.dtype]
     x.view(integers).bitwise_and_(keep.to(integers))
     return x

@@ -1,22 +1,21 @@
-"""A linear layer whose three matrix products run in FP8, with scales computed from the tensors of
-the same step.
+"""A linear layer whose three matrix products run in FP8, with scales from the tensors of the same
+step.
 
-x and the weight become e4m3 (3 bits of mantissa), the incoming gradient e5m2 (2 bits, and the range
-that gradients need); each tensor has one scale, its largest magnitude over the format's largest
-number (Micikevicius et al. 2022). The products accumulate in fp32. The trade-off: a scale is known
-only after a pass over the whole tensor, where a scale kept from earlier steps would need none, but
-a state that a checkpoint must carry and that a spike overruns. torch.compile joins that pass to
-whatever made the tensor, and the operation is meant for it.
+x and the weight become e4m3 (3 bits of mantissa). The incoming gradient becomes e5m2 (2 bits, but
+the range that gradients need). Each tensor has one scale: its largest magnitude over the format's
+largest number (Micikevicius et al. 2022). The products accumulate in fp32. The trade-off: each
+scale needs a pass over its whole tensor. A scale from earlier steps would need none, but a
+checkpoint would have to store it and a spike would overflow it. torch.compile fuses the pass into
+the operation that produced the tensor, and this layer is meant to be compiled.
 
-The weight's gradient is a product in FP8 too, as in Transformer Engine and torchao's per-tensor
-recipe. It sums over rows, tens of thousands of them, whose rounding errors are independent and
-average out, while its result leaves the fp32 accumulator in the weight's own dtype; the optimizer
-then averages over steps. What a short accumulator would lose over so long a sum (DeepSeek-AI 2024,
-section 3.3.2) is why the tensor cores' fast accumulation stays off.
+The weight's gradient is an FP8 product too, as in Transformer Engine and torchao's per-tensor
+recipe. It sums tens of thousands of rows, whose rounding errors are independent and average out.
+The result leaves the fp32 accumulator in the weight's own dtype, and the optimizer averages over
+steps. A short accumulator would lose precision over so long a sum (DeepSeek-AI 2024, section
+3.3.2), so the tensor cores' fast accumulation stays off.
 
-Bytes moved by the conversions of a (M, K) tensor in bf16: 2MK for its scale, 3MK for its copy, and
-in the backward pass 2MK for the transpose, since tensor cores read FP8 along the summed dimension
-only.
+Bytes moved to convert a (M, K) tensor in bf16: 2MK for its scale, 3MK for its copy, and 2MK for the
+transpose in the backward pass, because tensor cores read FP8 only along the summed dimension.
 """
 
 from __future__ import annotations
@@ -29,31 +28,31 @@ from torch import Tensor
 
 from config import FP8_MULTIPLE
 
-# an amax below this counts as this: zeros stay zeros, and no reciprocal overflows fp32
-SMALLEST = 2.0**-100
+# The least amax for a scale: zeros stay zeros, and no reciprocal overflows fp32.
+SMALLEST_AMAX = 2.0**-100
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in FP8, contiguous, and its scale, a scalar in fp32: x is nearly their product.
+    """x in FP8, contiguous, and its fp32 scale (). Their product is x up to rounding.
 
-    An inf or NaN in x is one in the scale, so that no product hides it.
+    An inf or NaN in x makes the scale inf or NaN, so that no product hides it.
     """
     largest = torch.finfo(dtype).max
-    amax = x.abs().amax().float().clamp(min=SMALLEST)
+    amax = x.abs().amax().float().clamp(min=SMALLEST_AMAX)
     return (x.float() * (largest / amax)).to(
         dtype, memory_format=torch.contiguous_format
     ), amax / largest
 
 
 def fp8_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What the forward pass computes, in float64: the product of what x and weight become in FP8.
-    Shapes as below."""
+    """The forward pass in float64: the product of x and weight after rounding to FP8. Shapes as in
+    `fp8_linear`."""
     x, weight = (dequantized(t, torch.float8_e4m3fn) for t in (x, weight))
     return x @ weight.t() if bias is None else x @ weight.t() + bias.bfloat16().double()
 
 
 def dequantized(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as its FP8 form has it, in float64."""
+    """x in float64, after rounding to FP8."""
     x8, scale = quantize(x, dtype)
     return x8.double() * scale.double()
 
@@ -67,7 +66,7 @@ def _product(
     bias: Tensor | None = None,
 ) -> Tensor:
     """a (M, K) times the transpose of b (N, K), both contiguous: (M, N) in `dtype`."""
-    # a CPU's product is made of operations that it would round
+    # On a CPU the product consists of operations that autocast would round.
     with torch.autocast(a.device.type, enabled=False):
         return torch._scaled_mm(
             a, b.t(), a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=False
@@ -107,16 +106,16 @@ class _FP8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K), plus bias (N,): (..., N) in bf16, whatever
-    the inputs' dtypes.
+    """x (..., K) times the transpose of weight (N, K), plus bias (N,). Returns (..., N) in bf16,
+    whatever the inputs' dtypes.
 
-    K and N must be multiples of 16 (GPTConfig sees to it); any number of rows will do. The
-    gradients have the dtypes of x, weight and bias. The bias is added to the fp32 sum and is itself
-    rounded to bf16 first.
+    K and N must be multiples of 16, which GPTConfig checks. The number of rows is free. The
+    gradients have the dtypes of x, weight and bias. The bias is rounded to bf16 and then added to
+    the fp32 sum.
     """
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     missing = -rows.shape[0] % FP8_MULTIPLE
-    if missing:  # the weight's gradient sums over rows: rows of zeros add nothing to it
+    if missing:  # rows of zeros add nothing to the weight's gradient, which sums over rows
         rows = F.pad(rows, (0, 0, 0, missing))
     y = _FP8Linear.apply(rows, weight, bias)
     if missing:

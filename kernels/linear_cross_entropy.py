@@ -1,16 +1,16 @@
-"""The output head joined to its cross-entropy: the logits of a chunk of rows at a time, never all
-of them.
+"""The output head fused with its cross-entropy: it computes the logits of one chunk of rows at a
+time and never holds all of them.
 
-At GPT-2's vocabulary the logits are the largest tensor of a training step (4 x 512 tokens: 412 MB
-in fp32, and as much again for their gradient). Here each chunk's logits become their own gradient
-in place, so the forward pass already leaves the gradients of the hidden states and of the head; the
-backward pass only scales them by the incoming gradient. The trade-off: a forward pass that will not
-be followed by a backward pass must say so (no_grad), else it pays for gradients that nobody uses.
+With GPT-2's vocabulary the logits are the largest tensor of a training step (4 x 512 tokens: 412 MB
+in fp32, and as much again for their gradient). Here the gradient overwrites each chunk's logits, so
+the forward pass already computes the gradients of the hidden states and of the head. The backward
+pass only scales them by the incoming gradient. The trade-off: a forward pass without a backward
+pass must run under no_grad, or it computes gradients that nobody uses.
 
-In Triton a chunk costs five crossings of its logits: written by the head's product, read and
-overwritten by `cross_entropy_in_place`, read by the two products of the gradients. At width 768
-those products are 4,608 operations an element against 10 bytes in bf16, so they, and not memory,
-set the time.
+In Triton the logits of a chunk cross the memory bus five times: the head's product writes them,
+`cross_entropy_in_place` reads and overwrites them, and the two products of the gradients read them.
+At width 768 those products are 4,608 operations per element for 10 bytes in bf16, so they, and not
+memory, set the time.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from torch import Tensor
 
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_in_place
 
-# of logits held at once; every chunk reads and writes the whole gradient of the head
+# Bytes of logits held at once on a CPU. Every chunk reads and writes the head's whole gradient.
 CHUNK_BYTES = 256 << 20
 GPU_CHUNK_BYTES = 1 << 30  # fewer launches, and large enough to fill the device
-# of a chunk, in fp32, that a CPU turns into gradients at once: it stays in the caches
+# fp32 bytes of a chunk that a CPU turns into gradients at a time, so that they stay in the caches
 PIECE_BYTES = 16 << 20
-TILE = 128  # rows that a GPU's products compute at once
+TILE = 128  # rows of a tile in a GPU's products
 
 
 def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = "sum"
 ) -> Tensor:
-    """-log p(target) from hidden states x (N, C), head weight (V', C) with V' >= vocab_size,
+    """-log p(target) from hidden states x (N, C), head weight (V', C) with V' >= vocab_size, and
     targets (N,) int64.
 
-    Columns at and past vocab_size are padding and take no part; targets of -100 give 0. Returns
-    fp32: (N,) for reduction "none", a scalar for "sum".
+    Columns from vocab_size on are padding and do not count. Targets of -100 give 0. Returns fp32:
+    (N,) for reduction "none", a scalar for "sum".
     """
     logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: bool) -> Tensor:
-    """Sum of -log p(target), fp32; with `grad` the logits (rows, V') are overwritten by their
-    gradient."""
+    """The sum of -log p(target), fp32 (). With `grad`, the gradient overwrites the logits (rows,
+    V')."""
     logits[:, vocab_size:] = -torch.inf
     live = (targets != IGNORE).unsqueeze(1)
     column = targets.clamp(min=0).unsqueeze(1)
@@ -55,8 +55,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: b
     if not grad:
         log_z = logits.float().logsumexp(1, keepdim=True)
         return torch.where(live, log_z - at_target, 0.0).sum()
-    # The largest logit's probability is at least 1/V, so its logarithm gives log Z without a second
-    # pass of exp.
+    # The probability of the largest logit is at least 1/V, so its logarithm gives log Z without a
+    # second pass of exp.
     p = logits.softmax(1, dtype=torch.float32)
     log_z = logits.amax(1, keepdim=True).float() - p.amax(1, keepdim=True).log()
     # d loss / d logits = softmax - one_hot(target), on live rows
@@ -74,10 +74,10 @@ def _with_torch(
     grad_x: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum, and its gradients: of x in x's dtype, of weight in fp32; None where not asked
-    for."""
-    # The number of rows is known at once on a CPU alone, and there not to a compiler or a fake
-    # tensor.
+    """The loss, its gradient of x in x's dtype, and its gradient of weight in fp32. A gradient that
+    is not asked for is None. On a CPU, rows without a target are skipped."""
+    # On a GPU, counting the rows would wait for the device. A compiler and fake tensors have no
+    # values to count.
     if x.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling():
         live = (targets != IGNORE).nonzero()[:, 0]
         if len(live) < len(targets):
@@ -101,7 +101,7 @@ def _in_chunks(
     grad_x: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`_with_torch`, with rows that have no target among the others."""
+    """As `_with_torch`, but without skipping the rows that have no target."""
     head = weight.to(dtype)
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if grad_x else None
@@ -118,8 +118,8 @@ def _in_chunks(
         for part, target in zip(
             logits.split(piece), targets[start : start + rows].split(piece), strict=True
         ):
-            # not +=: torch 2.11 compiles a Function that returns what it changed in place to
-            # gradients of zero
+            # Not +=: torch 2.11 compiles a Function that returns a tensor changed in place to
+            # gradients of zero.
             total = total + _loss_and_gradient(part, target, vocab_size, grad)
         if dx is not None:
             dx[start : start + rows] = logits @ head
@@ -138,15 +138,16 @@ def _with_triton(
     grad_x: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_with_torch`, one node of a compiled graph; a gradient that is not asked for is empty."""
+    """As `_with_torch`, as one node of a compiled graph. A gradient that is not asked for is
+    empty."""
     head = weight.to(dtype)
     total = x.new_zeros((), dtype=torch.float32)
     dx = x.new_empty(x.shape if grad_x else 0)
     dweight = x.new_zeros(weight.shape if grad_weight else 0, dtype=torch.float32)
     loss = cross_entropy_in_place if grad_x or grad_weight else cross_entropy
     rows = _chunk_rows(x.shape[0], dtype.itemsize * weight.shape[0])
-    # One buffer for all chunks: with a product that allocates, the last chunk would be alive beside
-    # the next.
+    # One buffer for all chunks: if the product allocated its output, two chunks would be alive at a
+    # time.
     space = head.new_empty(min(rows, x.shape[0]), weight.shape[0])
     for start in range(0, x.shape[0], rows):
         chunk = x[start : start + rows].to(dtype)
@@ -175,8 +176,8 @@ def _(
 
 
 def _chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows of a chunk of at most GPU_CHUNK_BYTES: whole tiles, and a last chunk not much smaller
-    than the others."""
+    """The rows of a chunk of at most GPU_CHUNK_BYTES. Chunks are whole tiles, and the last one is
+    not much smaller than the others."""
     limit = max(1, GPU_CHUNK_BYTES // row_bytes)
     tile = min(limit, TILE)
     chunks = max(1, math.ceil(rows / (limit // tile * tile)))
@@ -184,8 +185,7 @@ def _chunk_rows(rows: int, row_bytes: int) -> int:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
-    """out = beta x out + a @ b; where `out` is fp32 and the others are not, a GPU never rounds the
-    product."""
+    """out = beta x out + a @ b. If only `out` is fp32, a GPU does not round the product first."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.is_cuda and out.dtype == torch.float32:
@@ -222,21 +222,21 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient x scale, rounded once. Not in place: the graph may be kept and walked twice."""
-    # As a vector the scale takes part in type promotion; a scalar would be rounded to the
-    # gradient's dtype first.
+    """gradient x scale, rounded once. Not in place, because a kept graph runs backward twice."""
+    # As a vector the scale takes part in type promotion. A scalar would first be rounded to the
+    # gradient's dtype.
     return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, triton: bool = False
 ) -> Tensor:
-    """Sum over rows of -log p(target), one fp32 scalar; shapes as in
+    """The sum of -log p(target) over rows, one fp32 scalar. Shapes are those of
     `linear_cross_entropy_reference`.
 
-    The products run in autocast's dtype where it is on, else in x's; statistics and the head's
-    gradient are fp32, which is rounded to the head's dtype at the end. With `triton`, loss and
-    gradient of a chunk's logits are one kernel.
+    The products run in autocast's dtype if it is on, else in x's dtype. Statistics are fp32, and so
+    is the head's gradient until it is rounded to the head's dtype at the end. With `triton`, one
+    kernel computes the loss and gradient of a chunk's logits.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,8 +1,7 @@
-"""The operations of GPT-2 that may run on a kernel, chosen once and handed to the model's layers.
+"""The operations of GPT-2 that may run on a kernel, chosen once and passed to the model's layers.
 
-The fields of a plain `Ops()` are PyTorch's own operations and the plain references that stand
-beside the kernels. Kernels are named in GPTConfig.kernels; kernels.choose decides what may be named
-on a machine.
+A plain `Ops()` holds PyTorch's own operations and the plain references from the kernels' files.
+GPTConfig.kernels names the kernels to use, and kernels.choose decides which a machine may name.
 """
 
 from __future__ import annotations
@@ -31,30 +30,31 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Ops:
-    """What a GPT computes with. Shapes are those of the references."""
+    """The operations that a GPT calls. Shapes are those of the references."""
 
     add_norm: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         add_layer_norm_reference
     )
-    """(x + branch, its layer norm) of x, branch, gain, bias and epsilon."""
+    """Takes x, branch, gain, bias and epsilon; returns x + branch and the layer norm of that."""
     linear: Linear = F.linear
-    """The products of a block in training; in evaluation they are always F.linear."""
+    """The linear layers of a block in training. In evaluation they are always F.linear."""
     linear_gelu: Callable[[Product, Tensor, Tensor], Tensor] = linear_gelu_reference
-    """The GELU of product(x, bias)."""
+    """Takes product, x and bias; returns the GELU of product(x, bias)."""
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = fused_attention
-    """Of q, k, v (B, n_head, T, head_dim), a mask or None for plain causal, and the dropout."""
+    """Takes q, k, v (B, n_head, T, head_dim), a mask (None: plain causal) and the dropout."""
     packed_attention: Callable[[Tensor, Tensor | None, float], Tensor] | None = None
-    """The same of whole sequences without a mask: qkv (B, T, 3, n_head, head_dim) as the product
-    left it, segments (B, T) and the dropout. None: `attention` serves them too."""
+    """Attention of whole sequences without a mask. Takes qkv (B, T, 3, n_head, head_dim) as the
+    linear layer wrote it, segments (B, T) and the dropout. If None, `attention` is called."""
     masks_segments: bool = False
-    """Whether packed_attention keeps documents apart by itself, so that they need no mask."""
+    """Whether packed_attention itself keeps documents apart, so that they need no mask."""
     loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy_reference
-    """The summed loss of states (N, n_embd), head weight, targets (N,) and vocabulary size."""
+    """Takes states (N, n_embd), head weight, targets (N,) and vocabulary size; returns the summed
+    loss."""
     dropout: type[nn.Dropout] = nn.Dropout
 
 
 def ops_of(config: GPTConfig) -> Ops:
-    """The operations that a configuration names."""
+    """The operations that a configuration asks for."""
     named = config.kernels
     packed, masks_segments = None, False
     if "attention" in named:
@@ -92,10 +92,11 @@ def _linear_then_bias_gelu(product: Product, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _attention_without_dropout(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
-    """kernels.choose refuses this kernel to a run with dropout."""
+    """Ignores the dropout: kernels.choose refuses this kernel to a run with dropout."""
     return attention(qkv, segments)
 
 
 def _attention_without_segments(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
-    """Documents have a mask here, and with a mask no packed attention is called."""
+    """Ignores the segments: here documents need a mask, and packed attention is never called with
+    one."""
     return cpu_attention(qkv, dropout)

@@ -15,12 +15,12 @@ from adapters.layers import (
     add_lora,
     add_rows,
     always_trained,
-    check_room,
+    check_prefix_fits,
     freeze,
     new_prefix,
-    tables,
+    used_tables,
 )
-from adapters.options import ADAPTERS, LORA, METHODS, MethodConfig, Place
+from adapters.options import ADAPTERS, LORA, METHODS, MethodConfig, ParameterPlace
 from config import UserError
 from engine.optim import Group, default_groups
 from model import GPT
@@ -90,7 +90,7 @@ def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
     return {
         name: decay**depth
         for name, depth in depths.items()
-        if name in always or trains(Place(name, depth, epoch), cfg)
+        if name in always or trains(ParameterPlace(name, depth, epoch), cfg)
     }
 
 
@@ -164,11 +164,11 @@ def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> 
             model, names, cfg.method == "dora", cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
         )
     elif cfg.method in ADAPTERS:
-        check_room(model, cfg.prefix_tokens)
+        check_prefix_fits(model, cfg.prefix_tokens)
         model.prefix = new_prefix(model, cfg)
     trained = _rates(model, cfg, epoch=model.config.n_layer + 1)
     if new_tokens:
-        for table in tables(model):
+        for table in used_tables(model):
             if f"{table}.weight" not in trained:
                 add_rows(model, table, torch.tensor(new_tokens))
     freeze(model, trained.keys() | always_trained(model))

@@ -133,7 +133,7 @@ class Trunk:
             base = str(Path(locate(init)).resolve()) if Path(init).exists() else init
             peft.save_adapter(model, folder, base, self.base_sha256, score)
         else:
-            if layers.added(model):
+            if layers.adapter_parameters(model):
                 model = copy.deepcopy(model)  # the loop keeps training the original
                 layers.merge(model)
             model.save_pretrained(folder, self.tokenizer.eot, score, labels)

@@ -131,7 +131,7 @@ def test_every_way_of_decoding_writes_the_text_it_streams(
 
 def test_a_character_waits_for_its_bytes(tokenizer: Tokenizer, capsys) -> None:
     pieces = []
-    stream = script.Stream(tokenizer, "")
+    stream = script.TextStream(tokenizer, "")
     for byte in "é本".encode():
         token = next(id for id in range(331) if tokenizer.token_bytes(id) == bytes([byte]))
         stream.add(token)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapters.layers import Prefixed, add_tokens
+from adapters.layers import PrefixPast, add_tokens
 from config import PRESETS, GPTConfig, UserError
 from decoding.cache import KVCache, new_cache
 from kernels.linear_cross_entropy import IGNORE
@@ -486,7 +486,7 @@ def prefixed(model: GPT, recompute: bool = False) -> GPT:
     drawn = [torch.randn(2, 1, 4, 3, 16, generator=draw) for _ in range(model.config.n_layer)]
     layers = [(keys, values) for keys, values in drawn]
     model.prefix = torch.nn.Module()
-    model.prefix.past, model.prefix.length = lambda model: Prefixed(layers), 3
+    model.prefix.past, model.prefix.length = lambda model: PrefixPast(layers), 3
     return model
 
 

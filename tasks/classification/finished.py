@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adapters import heads
-from adapters.heads import Head, Info
+from adapters.heads import ClassifierInfo, Head
 from config import UserError
 from decoding.loading import open_model
 from engine.precision import set_products
@@ -95,7 +95,7 @@ def open_classifier(
 
 
 def encoder_of(
-    info: Info, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
+    info: ClassifierInfo, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
 ) -> Encoder:
     """An encoder that truncates like the run did, so that scores agree, unless the options say
     otherwise."""
@@ -104,7 +104,7 @@ def encoder_of(
     return Encoder(tokenizer, seq_len, cut, cfg.strict)
 
 
-def scorer_of(info: Info, head_names: Sequence[str], tokenizer: Tokenizer) -> Scorer:
+def scorer_of(info: ClassifierInfo, head_names: Sequence[str], tokenizer: Tokenizer) -> Scorer:
     """The scorer for the heads of these names, or for the words of the labels."""
     words = word_ids(tokenizer, info.words) if info.words else []
     return Scorer(head_names, info.pooling == "last", words)

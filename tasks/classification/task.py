@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import heads
-from adapters.heads import Head, Info
+from adapters.heads import ClassifierInfo, Head
 from base.files import write_json
 from config import RunConfig, UserError
 from engine.log import json_safe
@@ -82,7 +82,7 @@ class Classification(Finetuning):
     )
     train: LabelledSplit
     val: LabelledSplit
-    info: Info  # the classifier's settings, which each checkpoint stores
+    info: ClassifierInfo  # the classifier's settings, which each checkpoint stores
     head: dict[str, Tensor]  # the trained head of --init; empty for a new head
 
     def __init__(
@@ -126,7 +126,7 @@ class Classification(Finetuning):
         last = cfg.form != "word" and cfg.pooling == "last"
         return self.facts(CLASSIFIER if last else Facts.hub_class)
 
-    def _info(self) -> Info:
+    def _info(self) -> ClassifierInfo:
         """The settings of the classifier. Raises UserError if --form word lacks a distinct word for
         each label."""
         cfg, labels = self.cfg, self.rows_of[0].labels
@@ -144,7 +144,7 @@ class Classification(Finetuning):
                     "with --words"
                 )
         seq_len = self.trunk.seq_len
-        return Info(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
+        return ClassifierInfo(self.name, labels, cfg.form, cfg.pooling, words, seq_len, cfg.cut)
 
     def _check_predict_rows(self, rows: Sequence[Row]) -> None:
         """Raise UserError now for rows that would stop --predict after training: rows with a new

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import layers, peft
 from adapters.heads import Head
-from adapters.layers import added, can_merge, merge
+from adapters.layers import adapter_parameters, can_merge, merge
 from adapters.options import ADAPTERS, LORA, Method, MethodConfig
 from adapters.peft import load_adapter, save_adapter, weights_sha256
 from config import GPTConfig, UserError
@@ -84,7 +84,7 @@ def adapted(
     methods.add_adapter(model, config(method, lora_on), range(VOCAB, VOCAB + new))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if train and name in added(model):
+            if train and name in adapter_parameters(model):
                 parameter += 0.2 * torch.randn_like(parameter)
     return model
 
@@ -194,7 +194,7 @@ def test_what_peft_writes_is_read_here_with_the_same_gradients(base, tmp_path, k
     want.square().mean().backward()
     got.square().mean().backward()
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert own.keys() == added(model)
+    assert own.keys() == adapter_parameters(model)
     if "prefix_projection" in options:  # the gradient goes on to the MLP there
         return
     grads = {here(name, kind): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
@@ -219,7 +219,7 @@ def test_new_rows_for_an_untied_head(tmp_path):
     torch.manual_seed(0)
     GPT(replace(SHAPE, tied_head=False)).save_pretrained(tmp_path / "base")
     model = adapted(tmp_path / "base", "lora", new=NEW)
-    assert {name for name in added(model) if "lora_" not in name} == {
+    assert {name for name in adapter_parameters(model) if "lora_" not in name} == {
         "transformer.wte.parametrizations.weight.0.rows",
         "lm_head.parametrizations.weight.0.rows",
     }
@@ -289,7 +289,7 @@ def test_scores_of_another_width(base, tmp_path):
         weights_sha256(GPT.from_pretrained(base)),
         model.heads["main"].weight[:, 1:],
     )
-    with pytest.raises(UserError, match=r"\(5, 63\), and this model is 64 wide"):
+    with pytest.raises(UserError, match=r"\(5, 63\), but this model needs 64 columns"):
         load_adapter(GPT.from_pretrained(base), tmp_path)
 
 
@@ -299,7 +299,9 @@ def test_new_rows_of_a_classifier_are_its_table_s_alone(tmp_path, method):
     GPT(replace(SHAPE, tied_head=False)).save_pretrained(tmp_path / "base")
     model = adapted(tmp_path / "base", method, new=NEW, head=True)
     assert [
-        name for name in added(model) if name.endswith(".rows") and not name.startswith("prefix.")
+        name
+        for name in adapter_parameters(model)
+        if name.endswith(".rows") and not name.startswith("prefix.")
     ] == ["transformer.wte.parametrizations.weight.0.rows"]
     save_adapter(model, tmp_path, "base", weights_sha256(GPT.from_pretrained(tmp_path / "base")))
     again = GPT.from_pretrained(tmp_path / "base").eval()
@@ -318,7 +320,9 @@ def test_only_what_is_meant_to_train_does(base, method, new):
     model = adapted(base, method, new=new, train=False).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     if not new:
-        assert before.keys() - added(model) == dict(GPT(SHAPE).named_parameters()).keys()
+        assert (
+            before.keys() - adapter_parameters(model) == dict(GPT(SHAPE).named_parameters()).keys()
+        )
     cfg = config(method, weight_decay=0.0)
     optimizer, losses = Optimizers(groups(model, cfg, 0, 10), cfg), []
     idx = tokens(new)
@@ -332,7 +336,7 @@ def test_only_what_is_meant_to_train_does(base, method, new):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.rpartition(".")[0] for name in optimizer.state()} == moved
     if method in ADAPTERS:
-        assert moved == added(model) == stored(model, cfg)
+        assert moved == adapter_parameters(model) == stored(model, cfg)
     else:
         assert stored(model, cfg) == before.keys()
     if new:  # whatever freezes the table
@@ -383,7 +387,9 @@ def test_trains_behind_weights_that_are_cast_once(base, method):
     # rows, prefixes.
     assert not any("magnitude" in name or name.endswith((".rows", ".vectors")) for name in copies)
     optimizer = Optimizers(
-        groups(model, cfg, 0, 1), cfg, {n: c for n, c in copies.items() if n in added(model)}
+        groups(model, cfg, 0, 1),
+        cfg,
+        {n: c for n, c in copies.items() if n in adapter_parameters(model)},
     )
     losses = []
     for _ in range(20):
@@ -535,7 +541,7 @@ def test_heads_train_under_every_method_and_the_language_model_s_under_none(meth
     assert parts(found) == {"heads"} | WITH_HEADS[method]
     assert found.keys() >= of_heads(model) and set(found.values()) == {1.0}
     if method in LORA:
-        assert found.keys() == added(model) | of_heads(model)
+        assert found.keys() == adapter_parameters(model) | of_heads(model)
 
 
 @pytest.mark.parametrize("new", [0, NEW])
@@ -547,7 +553,9 @@ def test_what_trains_beside_heads_has_a_gradient(method, tied, new):
     model = classifier(method, tied, new)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == rates(model, config(method), step=1000).keys()
-    assert added(model) | of_heads(model) <= trained and "lm_head.weight" not in trained
+    assert (
+        adapter_parameters(model) | of_heads(model) <= trained and "lm_head.weight" not in trained
+    )
     idx = tokens(new)
     sum(
         F.cross_entropy(scores(model, head, idx), torch.tensor([1, 3, 2]))
@@ -567,7 +575,7 @@ def test_heads_are_stored_and_counted(method):
     model = classifier(method, tied=False)
     names = {name for name, _ in model.named_parameters()}
     assert stored(model, config(method)) == (
-        added(model) | of_heads(model) if method in ADAPTERS else names
+        adapter_parameters(model) | of_heads(model) if method in ADAPTERS else names
     )
     numbers = {name: p.numel() for name, p in model.named_parameters()}
     for table in ("lm_head.weight", "transformer.wte.weight"):
@@ -696,7 +704,9 @@ def test_heads_stay_when_an_adapter_is_merged(base):
     head = model.heads["main"]
     want = scores(model, head, tokens())
     merge(model)
-    assert model.heads["main"] is head and not added(model) and head.weight.requires_grad
+    assert (
+        model.heads["main"] is head and not adapter_parameters(model) and head.weight.requires_grad
+    )
     torch.testing.assert_close(scores(model, head, tokens()), want, atol=1e-5, rtol=1e-5)
 
 
@@ -832,19 +842,19 @@ def cut(folder: Path, key: str) -> None:
         ("lora", lambda f: spoil(f, r=None), "has no r"),
         ("lora", lambda f: spoil(f, r=5), r"r is 5; .*lora_A.weight is \(3, 64\)"),
         ("lora", lambda f: spoil(f, use_dora=True), "lora_magnitude_vector is missing"),
-        ("dora", lambda f: spoil(f, use_dora=False), "says it is none"),
-        ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no product"),
+        ("dora", lambda f: spoil(f, use_dora=False), "does not set use_dora"),
+        ("lora", lambda f: rename(f, "h.1.", "h.7."), r"h\.7\..*no linear layer"),
         ("lora", lambda f: rename(f, "lora_A", "lora_embedding_A"), "no part of a LoRA"),
-        ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not say of which tokens"),
-        ("lora", lambda f: rows_of_the_head(f), "rows of its own for the head"),
+        ("lora", lambda f: spoil(f, trainable_token_indices=None), "does not name the tokens"),
+        ("lora", lambda f: rows_of_the_head(f), "separate rows for the head"),
         ("lora", lambda f: cut(f, "lora_B"), r"lora_B.weight is"),
         (
             "lora",
             lambda f: cut(f, "trainable_tokens"),
             "trainable_token_indices|the new tokens of transformer.wte",
         ),
-        ("prefix", lambda f: cut(f, "prompt"), "256 wide"),
-        ("soft-prompt", lambda f: cut(f, "prompt"), "64 wide"),
+        ("prefix", lambda f: cut(f, "prompt"), "needs 256 columns"),
+        ("soft-prompt", lambda f: cut(f, "prompt"), "needs 64 columns"),
         ("prefix", lambda f: rename(f, "prompt", "x"), "no prompt_embeddings"),
         (
             "lora",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapters import heads
-from adapters.heads import Head, Info
+from adapters.heads import ClassifierInfo, Head
 from adapters.options import Pooling
 from config import GPTConfig, UserError
 from model import GPT
@@ -159,7 +159,7 @@ def classifier(pooling: Any) -> GPT:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_head_is_found_as_it_was_saved(pooling, tmp_path):
-    model, info = classifier(pooling), Info("own", LABELS, "prompt", pooling)
+    model, info = classifier(pooling), ClassifierInfo("own", LABELS, "prompt", pooling)
     heads.save(model, tmp_path, info)
     found = heads.find(tmp_path)
     assert found is not None and found[0] == info == heads.read_info(tmp_path)
@@ -170,7 +170,7 @@ def test_a_head_is_found_as_it_was_saved(pooling, tmp_path):
 
 
 def test_what_answers_by_words_has_words_and_no_head(tmp_path):
-    info = Info("own", LABELS, "word", "last", ("아니", "몰라", "그래"))
+    info = ClassifierInfo("own", LABELS, "word", "last", ("아니", "몰라", "그래"))
     model = classifier("last")
     model.heads.clear()
     heads.save(model, tmp_path, info)
@@ -199,22 +199,22 @@ def test_the_head_of_a_hub_s_classifier(named, tmp_path):
         )
     found = heads.find(tmp_path)
     assert found is not None
-    assert found[0] == Info(
+    assert found[0] == ClassifierInfo(
         "", LABELS if named else ("LABEL_0", "LABEL_1", "LABEL_2"), "plain", "last"
     )
     assert found[1].keys() == {"weight"} and torch.equal(found[1]["weight"], score)
 
 
 def test_broken_files_of_a_head_are_named(tmp_path):
-    heads.save(classifier("last"), tmp_path, Info("own", LABELS, "plain", "last"))
-    with pytest.raises(UserError, match=r"heads.safetensors holds no head of the name third"):
+    heads.save(classifier("last"), tmp_path, ClassifierInfo("own", LABELS, "plain", "last"))
+    with pytest.raises(UserError, match=r"heads.safetensors holds no head named third"):
         rewrite(tmp_path, task="third")
         heads.find(tmp_path)
     for text in ("{", "[]", "{}", json.dumps({"labels": 3, "words": []})):
         (tmp_path / heads.INFO).write_text(text)
         with pytest.raises(UserError, match=r"classifier.json [^\n]+$"):
             heads.read_info(tmp_path)
-    heads.save(classifier("last"), tmp_path, Info("own", LABELS, "plain", "last"))
+    heads.save(classifier("last"), tmp_path, ClassifierInfo("own", LABELS, "plain", "last"))
     (tmp_path / heads.WEIGHTS).write_bytes(b"broken")
     with pytest.raises(UserError, match=r"heads.safetensors cannot be read: [^\n]+$"):
         heads.find(tmp_path)

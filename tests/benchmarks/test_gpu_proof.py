@@ -18,7 +18,7 @@ from benchmarks.gpu_proof import ARCHS, LAUNCH, Row, judged
 from config import ATTENTION_WIDTH, TrainConfig, UserError, resolve
 from kernels import _card
 from kernels._card import CARDS, Card
-from kernels.attention import Blocks, Tile, blocks
+from kernels.attention import KernelTiles, Tile, choose_tiles
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
@@ -41,8 +41,8 @@ def choose(card: str, asked: str = "auto", **options: Any) -> tuple[list[str], s
     st.integers(-1, 200),
 )
 def test_no_blocks_are_chosen_that_do_not_fit(capability, shared_memory, precision, head_dim):
-    chosen = blocks(Card("a card", capability, shared_memory), precision, head_dim)
-    if isinstance(chosen, Blocks):
+    chosen = choose_tiles(Card("a card", capability, shared_memory), precision, head_dim)
+    if isinstance(chosen, KernelTiles):
         assert chosen.shared <= shared_memory
         assert capability >= (8, 0) and 1 <= head_dim <= ATTENTION_WIDTH
     else:
@@ -53,13 +53,13 @@ def test_no_blocks_are_chosen_that_do_not_fit(capability, shared_memory, precisi
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_card_since_ampere_has_blocks(name, precision):
     for head_dim in (1, 32, 64, 65, 128):
-        assert isinstance(blocks(CARDS[name], precision, head_dim), Blocks)
+        assert isinstance(choose_tiles(CARDS[name], precision, head_dim), KernelTiles)
 
 
 def test_hopper_keeps_the_blocks_it_was_tuned_for():
     for precision in ("bf16", "fp16", "fp8"):
-        chosen = blocks(CARDS["H100"], precision, 64)
-        assert isinstance(chosen, Blocks)
+        chosen = choose_tiles(CARDS["H100"], precision, 64)
+        assert isinstance(chosen, KernelTiles)
         assert chosen[:3] == (Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
 
 
@@ -86,14 +86,18 @@ def test_attention_asked_for_on_a_t4_is_refused():
 )
 def test_wide_heads_get_blocks_that_fit(card, precision):
     assert "attention" in choose(card, n_head=6, precision=precision)[0]
-    narrow, wide = (blocks(CARDS[card], precision, head_dim) for head_dim in (64, 128))
-    assert isinstance(narrow, Blocks) and isinstance(wide, Blocks)
+    narrow, wide = (choose_tiles(CARDS[card], precision, head_dim) for head_dim in (64, 128))
+    assert isinstance(narrow, KernelTiles) and isinstance(wide, KernelTiles)
     assert narrow != wide and wide.shared <= CARDS[card].shared_memory
 
 
 def test_auto_takes_smaller_blocks_where_memory_is_short():
-    large, small = (blocks(CARDS[name], "tf32", 128) for name in ("A100", "RTX 4090"))
-    assert isinstance(large, Blocks) and isinstance(small, Blocks) and small.shared < large.shared
+    large, small = (choose_tiles(CARDS[name], "tf32", 128) for name in ("A100", "RTX 4090"))
+    assert (
+        isinstance(large, KernelTiles)
+        and isinstance(small, KernelTiles)
+        and small.shared < large.shared
+    )
 
 
 def test_auto_leaves_heads_that_no_block_holds_to_pytorch():

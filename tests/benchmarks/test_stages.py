@@ -94,9 +94,9 @@ def test_each_optimization_and_kernel_is_a_stage_once() -> None:
 
 @pytest.mark.parametrize("machine", [H200, CPU])
 def test_the_last_kept_stage_is_what_the_engine_does_by_itself(machine, monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "missing", lambda device: None)
+    monkeypatch.setattr(kernels, "no_triton_reason", lambda device: None)
     engine = resolve(TrainConfig(precision="bf16"), machine.device)
-    chosen = kernels.named(kernels.choose(engine, machine.device)[0])
+    chosen = kernels.operation_names(kernels.choose(engine, machine.device)[0])
     settings = default_settings(dataclasses.replace(machine, kernels=chosen))
     assert settings.kernels == chosen
     assert (settings.compile, settings.clip, settings.cuda_graphs) == (
@@ -166,7 +166,7 @@ def test_every_command_is_one_that_the_engine_takes(machine, tmp_path) -> None:
             rung.settings.clip,
             rung.settings.compile,
         )
-        assert kernels.named(cfg.kernels) == rung.settings.kernels
+        assert kernels.operation_names(cfg.kernels) == rung.settings.kernels
         assert cfg.batch_tokens == 16 * (rung.settings.micro_batch or 2) * (
             rung.settings.accumulation or 4
         )

@@ -21,14 +21,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from adapters.layers import Prefixed
+from adapters.layers import PrefixPast
 from benchmarks.decoding import contrastive_reference
 from config import UserError
 from decoding import batched, sampling
 from decoding.batched import generate, least_risk
 from decoding.cache import new_cache
 from decoding.options import DecodeConfig
-from decoding.sampling import draw, truncate
+from decoding.sampling import draw_tokens, truncate
 from decoding.window import Stop, Window, kept_tokens, penalize
 from model import GPT, GPTConfig
 
@@ -215,8 +215,8 @@ class Prefix(torch.nn.Module):
     def layers(self, model: GPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.given
 
-    def past(self, model: GPT) -> Prefixed:
-        return Prefixed(self.given)
+    def past(self, model: GPT) -> PrefixPast:
+        return PrefixPast(self.given)
 
 
 @torch.no_grad()
@@ -299,9 +299,9 @@ def test_an_empty_prompt_is_refused(model: GPT, options: DecodeConfig) -> None:
         generate(model, [[1], []], options, eot=None, tokenizer=LETTERS)
 
 
-def test_what_takes_a_tokenizer_says_so(model: GPT) -> None:
+def test_a_missing_tokenizer_is_reported(model: GPT) -> None:
     for options in (DecodeConfig(decode="mbr"), DecodeConfig(stop_lines=1)):
-        with pytest.raises(ValueError, match="takes the tokenizer"):
+        with pytest.raises(ValueError, match="needs the tokenizer"):
             generate(model, [[1]], options, None)
 
 
@@ -351,7 +351,7 @@ def test_alternatives_are_each_the_next_token(model: GPT) -> None:
     the cache."""
     candidates = torch.tensor([[1, 2, 3], [200, 5, 2], [9, 8, 300]])
     for gpt in (model, with_prefix([300, 12, 45])):
-        window = Window(gpt, PROMPTS, room=3, alternatives=3)
+        window = Window(gpt, PROMPTS, max_new_tokens=3, alternatives=3)
         with torch.no_grad():
             window.read()
             x = window.read_alternatives(candidates)
@@ -486,10 +486,10 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
     n = 10_000
     uniform = torch.arange(n) / n  # from 0 up
-    drawn = draw(logits.expand(n, -1), uniform).bincount(minlength=5) / n
+    drawn = draw_tokens(logits.expand(n, -1), uniform).bincount(minlength=5) / n
     torch.testing.assert_close(drawn, logits.softmax(-1)[0], atol=2 / n, rtol=0)
     assert drawn[1] == drawn[4] == 0
-    assert draw(logits, torch.tensor([1 - 2**-24])).tolist() == [3]
+    assert draw_tokens(logits, torch.tensor([1 - 2**-24])).tolist() == [3]
 
 
 # --- beam search
@@ -680,10 +680,10 @@ def test_an_ensemble_holds_texts_of_each_kind(model: GPT, monkeypatch) -> None:
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-39, 1e-20, 1e30])
 @pytest.mark.parametrize("top_p", [5e-324, 1.0])
 def test_an_extreme_temperature_is_greedy_or_uniform(temperature: float, top_p: float) -> None:
-    from decoding.sampling import soften
+    from decoding.sampling import apply_temperature
 
     logits = torch.tensor([[-50.0, 3.0, -torch.inf, 2.9999, 0.0]])
-    probs = truncate(soften(logits, temperature), 0, top_p).softmax(-1)[0]
+    probs = truncate(apply_temperature(logits, temperature), 0, top_p).softmax(-1)[0]
     assert probs.isfinite().all() and probs[2] == 0
     greedy = [0.0, 1.0, 0.0, 0.0, 0.0]
     if temperature < 1 or top_p < 1:
@@ -695,19 +695,21 @@ def test_an_extreme_temperature_is_greedy_or_uniform(temperature: float, top_p: 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.0])
 def test_length_penalty_orders_as_the_quotient_does(penalty: float) -> None:
-    from decoding.search import by_length
+    from decoding.search import length_score
 
     draw = random.Random(0)
     texts = [(-draw.uniform(0.01, 300), draw.randint(1, 200)) for _ in range(300)]
     by_quotient = sorted(texts, key=lambda text: text[0] / text[1] ** penalty)
-    assert sorted(texts, key=lambda text: by_length(*text, penalty)) == by_quotient
+    assert sorted(texts, key=lambda text: length_score(*text, penalty)) == by_quotient
 
 
 @pytest.mark.parametrize("penalty", [1000.0, 1e6])
 def test_a_huge_length_penalty_prefers_the_longest(penalty: float) -> None:
-    from decoding.search import by_length
+    from decoding.search import length_score
 
     assert (
-        by_length(-500.0, 90, penalty) > by_length(-0.1, 89, penalty) > by_length(-0.2, 89, penalty)
+        length_score(-500.0, 90, penalty)
+        > length_score(-0.1, 89, penalty)
+        > length_score(-0.2, 89, penalty)
     )
-    assert by_length(0.0, 1, penalty) > by_length(-1e-9, 1000, penalty)
+    assert length_score(0.0, 1, penalty) > length_score(-1e-9, 1000, penalty)

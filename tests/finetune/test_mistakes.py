@@ -219,4 +219,4 @@ def test_an_adapter_over_another_base_is_refused(mistakes: Path) -> None:
         and end.err.startswith("error: moved is an adapter for ")
         and end.err.count("\n") == 1
     ), end
-    assert str(mistakes / "other") in end.err and "these are other weights" in end.err
+    assert str(mistakes / "other") in end.err and "the weights found are others" in end.err

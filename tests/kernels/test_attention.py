@@ -11,10 +11,17 @@ from torch import Tensor
 
 import kernels.attention as module
 from kernels import _card
-from kernels.attention import Blocks, Tile, _bounds, attention, attention_reference, blocks
+from kernels.attention import (
+    KernelTiles,
+    Tile,
+    _bounds,
+    attention,
+    attention_reference,
+    choose_tiles,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNFIT = blocks(_card.card(), "fp32", 64)  # a sentence where no blocks fit this GPU
+UNFIT = choose_tiles(_card.card(), "fp32", 64)  # a sentence where no blocks fit this GPU
 pytestmark = pytest.mark.skipif(isinstance(UNFIT, str), reason=f"attention {UNFIT}")
 
 # fp32 sums of up to a thousand terms, whose rounding errors (6e-8 each) mostly cancel: 1e-5 of the
@@ -28,16 +35,18 @@ UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-9 if DEVICE == "cuda" else 2*
 
 
 @pytest.fixture(autouse=True)
-def blocks_for_the_interpreter(monkeypatch):
+def tiles_for_the_interpreter(monkeypatch):
     """Half precision's blocks for fp32 too: it takes one Python step a block, and exact fp32's are
     1/8 as large."""
     if DEVICE == "cpu":
-        set_blocks(monkeypatch, 128, 64)
+        set_tiles(monkeypatch, 128, 64)
 
 
-def set_blocks(monkeypatch: pytest.MonkeyPatch, kept: int, walked: int) -> None:
+def set_tiles(monkeypatch: pytest.MonkeyPatch, kept: int, walked: int) -> None:
     tiles = [Tile(kept, walked, 4, 2)] * 3
-    monkeypatch.setattr(module, "blocks", lambda card, precision, head_dim: Blocks(*tiles, 0))
+    monkeypatch.setattr(
+        module, "choose_tiles", lambda card, precision, head_dim: KernelTiles(*tiles, 0)
+    )
 
 
 def packed(
@@ -105,7 +114,7 @@ def test_a_head_dim_without_a_block_is_refused(D):
 
 
 def test_a_launch_on_a_card_without_blocks_raises(monkeypatch):
-    monkeypatch.setattr(module, "blocks", blocks)  # not the interpreter's
+    monkeypatch.setattr(module, "choose_tiles", choose_tiles)  # not the interpreter's
     monkeypatch.setattr(_card, "card", lambda device: _card.CARDS["T4"])
     with pytest.raises(ValueError, match="attention needs a GPU of compute capability"):
         attention(packed(1, 4, 1, 16))
@@ -136,7 +145,7 @@ def test_documents(documents):
 def test_any_blocks(monkeypatch, kept, walked, lengths):
     """The bounds of the loops, whichever side of a block is the longer. (32, 32) is what exact fp32
     has on a GPU."""
-    set_blocks(monkeypatch, kept, walked)
+    set_tiles(monkeypatch, kept, walked)
     segments = None if lengths is None else torch.tensor([number(lengths)], device=DEVICE)
     check(packed(1, 101, 1, 16), segments)
 

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import kernels.cpu_attention as module
 from kernels.attention import attention_reference
-from kernels.cpu_attention import _backward, _forward, _groups, _parts, _pool, cpu_attention, pays
+from kernels.cpu_attention import (
+    _backward,
+    _even_slices,
+    _forward,
+    _groups,
+    _pool,
+    cpu_attention,
+    is_faster,
+)
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # Sums of up to a thousand terms, whose rounding errors (6e-8 and 1e-16 each) mostly cancel.
@@ -75,7 +83,7 @@ def test_agrees_with_float64(shape, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 200, 400, 700, 10**6])
 def test_any_groups(monkeypatch, tokens):
-    monkeypatch.setattr(module, "TOKENS", tokens)
+    monkeypatch.setattr(module, "GROUP_TOKENS", tokens)
     check(inputs(3, 100, 5, 16), TOLERANCE[FP32])
 
 
@@ -87,13 +95,13 @@ def test_groups_are_all_heads_once(B, T, H, cores):
     seen = torch.zeros(B, H)
     for batch, heads in _groups(B, T, H, cores):
         seen[batch, heads] += 1
-        assert seen[batch, heads].numel() <= max(1, module.TOKENS // T)
+        assert seen[batch, heads].numel() <= max(1, module.GROUP_TOKENS // T)
     assert (seen == 1).all()
 
 
 def test_parts_are_even():
-    assert [part.stop - part.start for part in _parts(16, 6)] == [6, 6, 4]
-    assert [part.stop - part.start for part in _parts(12, 7)] == [6, 6]
+    assert [part.stop - part.start for part in _even_slices(16, 6)] == [6, 6, 4]
+    assert [part.stop - part.start for part in _even_slices(12, 7)] == [6, 6]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +309,7 @@ def test_each_probability_is_dropped_by_itself(p):
 @pytest.mark.parametrize("tokens", [1, 400, 10**6])
 def test_neither_groups_nor_threads_change_what_is_dropped(monkeypatch, tokens):
     expected = kept(3, 100, 5, 0.3)
-    monkeypatch.setattr(module, "TOKENS", tokens)
+    monkeypatch.setattr(module, "GROUP_TOKENS", tokens)
     assert torch.equal(kept(3, 100, 5, 0.3), expected)
     ours = run(inputs(3, 300, 5, 32), dropping(0.3))
     torch.set_num_threads(2)
@@ -339,9 +347,9 @@ def test_compiles_without_a_break():
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(True, False), (True, True), (False, False)])
-def test_pays_only_where_it_was_measured(monkeypatch, bf16, amx):
+def test_is_faster_only_where_it_was_measured(monkeypatch, bf16, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    assert pays(BF16) == pays(FP32) == (libraries and bf16 and not amx)
-    assert not pays(FP64)
+    assert is_faster(BF16) == is_faster(FP32) == (libraries and bf16 and not amx)
+    assert not is_faster(FP64)

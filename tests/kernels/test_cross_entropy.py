@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import INTERPRETED, missing
+from kernels._triton import INTERPRETED, no_triton_reason
 from kernels.cross_entropy import (
     IGNORE,
     cross_entropy,
@@ -28,7 +28,7 @@ ROUNDED = {
     torch.bfloat16: (2**-8 if INTERPRETED else 2**-9) + FP32,
 }
 
-pytestmark = pytest.mark.skipif(missing(DEVICE) is not None, reason="needs Triton")
+pytestmark = pytest.mark.skipif(no_triton_reason(DEVICE) is not None, reason="needs Triton")
 
 
 def inputs(

@@ -60,7 +60,9 @@ def test_triton_is_chosen_whole_or_by_name():
     assert choose("triton", "cuda") == (TRITON, None)
     assert choose("layer_norm,adamw", "cuda") == ("layer_norm,adamw", None)
     assert choose(TRITON, "cuda") == (TRITON, None)  # what a resolved configuration says
-    assert kernels.named("torch") == () and kernels.named(TRITON) == kernels.TRITON
+    assert (
+        kernels.operation_names("torch") == () and kernels.operation_names(TRITON) == kernels.TRITON
+    )
     with pytest.raises(UserError, match="did you mean layer_norm"):
         choose("layernorm", "cuda")
 
@@ -78,8 +80,8 @@ def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
         choose("triton", "cuda", dropout=0.1)
 
 
-def test_a_cpu_has_its_own_attention_where_it_pays(monkeypatch):
-    monkeypatch.setattr(kernels.cpu_attention, "pays", lambda dtype: dtype == torch.bfloat16)
+def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(kernels.cpu_attention, "is_faster", lambda dtype: dtype == torch.bfloat16)
     assert choose("auto", "cpu") == ("cpu_attention", None)
     assert choose("auto", "cpu", dropout=0.1) == ("cpu_attention", None)
     for options in ({"precision": "fp32"}, {"document_mask": True}):
@@ -98,7 +100,7 @@ def test_what_is_left_out_is_not_there_as_a_kernel_either():
         not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
     )
     with pytest.raises(
-        UserError, match="adamw is not --without fused-adamw; use --kernels cross_entropy"
+        UserError, match="adamw is turned off by --without fused-adamw; use --kernels cross_entropy"
     ):
         choose("cross_entropy,adamw", "cuda", without=("fused-adamw",))
 

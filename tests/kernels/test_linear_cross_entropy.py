@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.linear_cross_entropy as lce
-from kernels._triton import missing
+from kernels._triton import no_triton_reason
 from kernels.linear_cross_entropy import (
     IGNORE,
     linear_cross_entropy,
@@ -26,7 +26,7 @@ FP32 = 1e-5
 # dx once more; so may the head's gradient be.
 BF16 = 5 * 2**-9
 
-needs_triton = pytest.mark.skipif(missing(DEVICE) is not None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(no_triton_reason(DEVICE) is not None, reason="needs Triton")
 BOTH = [False, pytest.param(True, marks=needs_triton)]
 each = pytest.mark.parametrize("triton", BOTH, ids=["torch", "triton"])
 
