@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from base.charts import COLOURS, GREY
 from benchmarks.methods_report import label, number
-from benchmarks.plot import COLOURS, PALE, ROWS, chart, short_number, short_numbers, write
+from benchmarks.plot import ROWS, chart, short_number, short_numbers, write
 from benchmarks.table import Row
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def draw_head(figure: Figure, result: Row) -> None:
     left, inch = 0.012, 1 / figure.get_figheight()
     title = f"{result['task']}: what each way of fine-tuning gives, and what it costs"
     figure.text(left, 1 - 0.3 * inch, title, fontsize=16, fontweight="bold", va="center")
-    figure.text(left, 1 - 0.62 * inch, below_title(result), color=PALE, fontsize=10.5, va="center")
+    figure.text(left, 1 - 0.62 * inch, below_title(result), color=GREY, fontsize=10.5, va="center")
     families = dict.fromkeys(family(row["name"]) for row in result["methods"])
     dot: dict[str, Any] = dict(marker="o", linestyle="", markersize=8)
     handles = [

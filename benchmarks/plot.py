@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from base.charts import COLOURS, DARK, STYLE, save
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.runs import records
@@ -26,29 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by everyone, without their yellow, which white swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
-STYLE = {
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#444444",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-}
 # Of a chart with a row for each thing that is compared.
-ROWS = {"font.size": 11.5, "axes.spines.left": False, "axes.axisbelow": True}
-DARK, PALE = "#222222", "#8a8a8a"
+ROWS = {"font.size": 11.5, "axes.spines.left": False}
 
 
 @dataclass(frozen=True)
@@ -144,11 +124,11 @@ def chart(
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**layout))
         yield figure
-        figure.savefig(out, format="png")
+        save(figure, out)
 
 
 def short_numbers(axis: Axis) -> None:
-    """Write the finite_values of an axis as 1.5M."""
+    """Write the numbers of an axis as 1.5M."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.charts import COLOURS, DARK, GREY
 from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
-from benchmarks.plot import COLOURS, DARK, PALE, ROWS, chart, short_number, short_numbers, write
+from benchmarks.plot import ROWS, chart, short_number, short_numbers, write
 from benchmarks.table import Column, Row, table
 
 if TYPE_CHECKING:
@@ -315,9 +316,9 @@ def draw_row(axes: Axes, y: int, row: Record) -> None:
     """A stage's names, and its bar or why it has none."""
     left: dict[str, Any] = dict(xycoords=axes.get_yaxis_transform(), ha="right", bbox=None)
     write(axes, row["stage"], (0, y), (-8, 6), **left)
-    write(axes, row["adds"], (0, y), (-8, -7), color=PALE, fontsize=8.5, **left)
+    write(axes, row["adds"], (0, y), (-8, -7), color=GREY, fontsize=8.5, **left)
     if "step_ms" not in row:
-        colour = FAILURE if row["status"] == "failed" else PALE
+        colour = FAILURE if row["status"] == "failed" else GREY
         write(axes, note(row), (0, y), (6, 0), color=colour, style="italic")
         return
     value, kept = row["tokens_per_second"], row["status"] == "kept"
@@ -327,7 +328,7 @@ def draw_row(axes: Axes, y: int, row: Record) -> None:
     if row["loss_is"] in ("differs", "not finite"):
         text += f"   {LOSSES[row['loss_is']]}"
     weight = "bold" if kept and (row["x_before"] or 1) >= 1.05 else "normal"
-    colour = DARK if kept else PALE
+    colour = DARK if kept else GREY
     write(axes, text, (row["fastest"], y), (7, 0), color=colour, weight=weight)
 
 
@@ -366,7 +367,7 @@ def finish(axes: Axes, title: str, below: str) -> None:
     axes.set_xlabel("tokens per second, and × the last stage above that is no branch")
     short_numbers(axes.xaxis)
     axes.set_title(title, fontsize=17, pad=30)
-    write(axes, below, (0, 1), (0, 16), xycoords="axes fraction", fontsize=10.5, color=PALE)
+    write(axes, below, (0, 1), (0, 16), xycoords="axes fraction", fontsize=10.5, color=GREY)
     handles = [
         Patch(**KEPT, label="kept"),
         Patch(**BRANCH, label="a branch: not what the engine does here by itself"),

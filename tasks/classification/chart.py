@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base import charts
+from base.charts import COLOURS, DARK, GREY, PALE, save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,18 +21,12 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]  # from confusion.report
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish, and a tint
-BLUE, ORANGE, LIGHT = ("#0072B2", "#D55E00", "#a6cbe3")
-DARK, GREY, PALE = "#222222", "#6a6a6a", "#b0b0b0"
+BLUE, ORANGE, LIGHT = *COLOURS[:2], "#a6cbe3"
 FONT = "DejaVu Sans"  # comes with matplotlib
-STYLE = {
+STYLE = charts.STYLE | {
     "font.size": 11,
+    "axes.grid": False,
     "text.parse_math": False,  # a $ in a label is a dollar sign
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": DARK,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
-    "savefig.dpi": 160,
     "savefig.bbox": "tight",  # the image grows with the labels around its axes
     "savefig.pad_inches": 0.2,
 }
@@ -74,7 +71,7 @@ def draw_confusion(report: Report, path: Path, title: str) -> None:
         name_labels(axes, names, glyphs, side)
         draw_scale(figure, image, side)
         write_title(axes, title, below_title(report))
-        figure.savefig(path, format="png")
+        save(figure, path)
 
 
 def draw_scale(figure: Figure, image: AxesImage, side: float) -> None:
@@ -169,7 +166,7 @@ def draw_reliability(report: Report, path: Path, title: str) -> None:
         )
         name = f"{title}: calibration error {report['calibration_error']:.3f}"
         write_title(accuracy, name, below)
-        figure.savefig(path, format="png")
+        save(figure, path)
 
 
 def draw_bins(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:

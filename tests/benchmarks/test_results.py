@@ -38,3 +38,9 @@ def test_a_chart_is_drawn_of_them(name: str, tmp_path: Path) -> None:
 def test_without_methods_there_is_no_chart(tmp_path: Path) -> None:
     methods_chart.draw(read("methods-sonnets") | {"methods": []}, tmp_path / "chart.png")
     assert not (tmp_path / "chart.png").exists()
+
+
+def test_committed_pictures_are_small() -> None:
+    pictures = [*RESULTS.glob("*.png"), *(REPO / "docs").glob("*.svg")]
+    assert len(pictures) > 5
+    assert not [picture.name for picture in pictures if picture.stat().st_size > 100_000]
