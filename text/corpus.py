@@ -69,14 +69,14 @@ def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> 
     """
     checked = errors == "strict"
     try:
-        for text, starts, ends in readers.split_documents(
-            readers.text_stream(stream, path, errors), CHUNK_CHARS
-        ):
-            if not checked and readers.BAD_BYTE.search(text):
-                if readers.encoding_of(readers.encoding_sample(path)):
-                    raise readers.not_utf8(str(path), path)
-                checked = True
-            yield (text[:-1].removesuffix("\r") if ends and text.endswith("\n") else text), starts
+        with readers.text_stream(stream, path, errors) as decoded:
+            for text, starts, ends in readers.split_documents(decoded, CHUNK_CHARS):
+                if not checked and readers.BAD_BYTE.search(text):
+                    if readers.encoding_of(readers.encoding_sample(path)):
+                        raise readers.not_utf8(str(path), path)
+                    checked = True
+                cut = ends and text.endswith("\n")
+                yield (text[:-1].removesuffix("\r") if cut else text), starts
     except UnicodeDecodeError:
         raise readers.not_utf8(str(path), path) from None
 

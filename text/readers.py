@@ -291,7 +291,8 @@ def read_text(path: Path | str) -> str:
     """The whole text of a file, gzipped or not. Raises UserError for one that is not UTF-8."""
     with open_decompressed(Path(path)) as (_, stream):
         try:
-            return text_stream(stream, Path(path)).read()
+            with text_stream(stream, Path(path)) as text:
+                return text.read()
         except UnicodeDecodeError:
             raise not_utf8(str(path), path) from None
 
@@ -442,8 +443,9 @@ def _has_mac_line_ends(head: bytes) -> bool:
 
 
 def _mac_lines(stream: io.BufferedReader) -> Iterator[str]:
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    return (NotUtf8(line) if BAD_BYTE.search(line) else line for line in text)
+    with io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as text:
+        for line in text:
+            yield NotUtf8(line) if BAD_BYTE.search(line) else line
 
 
 def _without_end(line: str) -> str:

@@ -270,8 +270,8 @@ class _RowFormat:
         with open_decompressed(path) as (_, stream):
             if suffix != ".txt" or self._is_table(stream.peek(HEAD)[:HEAD]):
                 return self.expanded(read_records(stream, path, suffix, self.needed))
-            text = text_stream(stream, path, "surrogateescape")
-            return self.expanded(read_lines(text) if self.lines else read_documents(text))
+            with text_stream(stream, path, "surrogateescape") as text:
+                return self.expanded(read_lines(text) if self.lines else read_documents(text))
 
     def _is_table(self, head: bytes) -> bool:
         """Whether a text file is a table: its first line names all needed columns, with tabs."""
