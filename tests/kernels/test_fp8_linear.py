@@ -169,7 +169,7 @@ def test_leading_dimensions_and_no_bias():
     assert torch.equal(fp8_linear(x[0], weight).detach(), fp8_linear(x[:1], weight).detach()[0])
 
 
-def test_rows_that_are_no_multiple_of_16_are_rows_of_zeros_more():
+def test_rows_are_padded_to_a_multiple_of_16():
     x, weight, bias, dy = inputs(37, 48, 16)
     more, more_dy = F.pad(x.detach(), (0, 0, 0, 11)).requires_grad_(), F.pad(dy, (0, 0, 0, 11))
     y, dx, dweight, dbias = results(x, weight, bias, dy)
@@ -252,7 +252,7 @@ def test_the_operands_lie_as_tensor_cores_read_them(rows, without_data):
         assert y.shape == (rows, 32) and dx.shape == (rows, 64) and dweight.shape == (32, 64)
 
 
-def test_widths_that_the_tensor_cores_refuse_are_refused_beforehand(without_data):
+def test_widths_not_a_multiple_of_16_are_refused(without_data):
     GPTConfig(n_embd=48, n_head=3, fp8=True)
     with pytest.raises(UserError, match="multiple of 16, and n_embd is 40; use --precision bf16"):
         GPTConfig(n_embd=40, n_head=1, fp8=True)

@@ -53,12 +53,12 @@ def test_triton_is_chosen_whole_or_by_name():
         choose("layernorm", "cuda")
 
 
-def test_auto_leaves_to_the_compiler_what_it_can_do():
+def test_auto_leaves_fusible_operations_to_the_compiler():
     assert choose("auto", "cuda")[0] == "cross_entropy,adamw"
     assert choose("auto", "cuda", compile=False)[0] == "cross_entropy,layer_norm,bias_gelu,adamw"
 
 
-def test_documents_are_kept_apart_by_the_kernel_but_under_dropout():
+def test_auto_masks_documents_by_kernel_without_dropout():
     assert "attention" in choose("auto", "cuda", document_mask=True)[0].split(",")
     chosen, lost = choose("auto", "cuda", document_mask=True, dropout=0.1)
     assert "attention" not in chosen and lost is not None and "dropout" in lost
@@ -81,7 +81,7 @@ def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
         choose("cpu_attention,adamw", "cuda")
 
 
-def test_what_is_left_out_is_not_there_as_a_kernel_either():
+def test_without_turns_a_kernel_off():
     assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy", None)
     assert (
         "attention"

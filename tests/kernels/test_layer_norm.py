@@ -122,7 +122,7 @@ def test_large_mean(triton):
 
 
 @both
-def test_norm_is_of_the_sum_as_it_was_rounded(triton):
+def test_statistics_are_those_of_the_rounded_sum(triton):
     """At 64 bf16 rounds by up to 1/4: the statistics must be those of what later blocks and the
     backward pass read."""
     x, branch, weight, bias = inputs(9, 48, x=BF16, branch=BF16, affine=BF16)
@@ -245,7 +245,7 @@ def test_rows_out_of_reach_of_32_bits():
     assert all(close(a, b, TOLERANCE[BF16]) for a, b in pairs)
 
 
-def test_gradients_of_gain_and_bias_add_up_over_many_rows_of_bf16():
+def test_gain_and_bias_gradients_add_up_over_bf16_rows():
     """PyTorch's own norm in bf16 loses 8% of them on a CPU, where it adds them up in bf16."""
     torch.manual_seed(0)
     x, dnormed = (torch.randn(8192, 16, device=DEVICE, dtype=BF16) for _ in range(2))
