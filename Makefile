@@ -1,17 +1,23 @@
 # make train       set up and run the main job on this machine       make train ARGS="--steps 100"
 # make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-k floors"
+# make fast        the same with the tests that start no program: under two minutes
+# make lint        set up, lint, check types
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
 #   WHEELS=FOLDER      with what that folder has of packages that are missing here; no .venv, no network
 # make wheels      download those wheels for Python 3.12 on x86-64 Linux (into wheels/, or WHEELS=FOLDER)
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
+# TORCH=2.11.0 after any of them makes .venv with that PyTorch in place of the lock's.
 
 # Two processes: most of the tests' time is spent in programs that they start.
 PYTEST_ARGS = -n 2 --dist worksteal
 # The Python that will install the wheels.
 TARGET = 3.12
+# Another PyTorch than the lock's, and the Triton that belongs to it.
+TORCH =
+TRITON = $(if $(filter 2.11.%,$(TORCH)),3.6.0,3.7.1)
 
-.PHONY: train test gpu-check gpu-proof wheels lint setup clean
+.PHONY: train test fast gpu-check gpu-proof wheels lint setup clean
 .SILENT:
 
 ifeq ($(origin PYTHON),command line)
@@ -26,7 +32,7 @@ endif
 
 # What a sound .venv has in .venv/installed: the sum of what it was made from and how many files that gave.
 # An interrupted set-up, a deletion or a new lock makes the next make start it afresh.
-SUM = cat pyproject.toml constraints.txt | cksum
+SUM = { cat pyproject.toml constraints.txt; echo "$(TORCH)"; } | cksum
 FILES = find .venv -type f ! -name '*.pyc' | wc -l
 
 train: $(SETUP)
@@ -35,6 +41,9 @@ train: $(SETUP)
 
 test: lint
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+fast: lint
+	$(PYTHON) -m pytest $(PYTEST_ARGS) -m "not program"
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check --quiet .
@@ -67,7 +76,10 @@ setup:
 		{ echo "Python 3.11 or newer is needed; python3 here is: $$(python3 --version 2>&1)" >&2; exit 1; }; \
 	echo "Setting up .venv (once, some minutes)"; \
 	python3 -m venv --clear .venv; \
-	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	if [ -z "$(TORCH)" ]; then cp constraints.txt .venv/lock; else \
+		grep -vE '^(torch|triton|setuptools|nvidia-[a-z0-9-]*|cuda-[a-z]*)==' constraints.txt > .venv/lock; \
+		printf 'torch==%s\ntriton==%s\n' "$(TORCH)" "$(TRITON)" >> .venv/lock; fi; \
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c .venv/lock -e '.[dev]'; \
 	{ $(SUM); $(FILES); } > .venv/setting-up; mv .venv/setting-up .venv/installed
 
 clean:

@@ -1,4 +1,4 @@
-"""A checkpoint's figures: loss on any data, HellaSwag and LAMBADA.
+"""Evaluates a checkpoint: loss on any data, HellaSwag and LAMBADA.
 
 python evaluate.py CHECKPOINT [--data WHAT] [--hellaswag FILE] [--lambada FILE]
 """
@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from tyro.conf import Positional, arg
-
 from base.cli import entry_point, parse
 from base.files import writable_file
-from config import Count, UserError, Where, Wheres
+from config import Count, Positional, UserError, Where, Wheres
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,60 +32,61 @@ HUB = {
     "hellaswag": ("Rowan/hellaswag", "validation"),
     "lambada": ("EleutherAI/lambada_openai", "test"),
 }
-NO_LABEL = ("", "-1")  # of HellaSwag's test rows
-LOGIT_ROWS = 512  # logits held at once: 100 MB in fp32 at GPT-2's vocabulary
+NO_LABEL = ("", "-1")  # labels of HellaSwag's test rows
+LOGIT_ROWS = 512  # positions whose logits are held at once: 100 MB in fp32 for GPT-2
 
-Figures = dict[str, float]
-Row = TypeVar("Row")
+Figures = dict[str, float]  # metrics by name
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Score the model of CHECKPOINT on one or more of --data, --hellaswag and --lambada."""
 
-    checkpoint: Annotated[Positional[Where], arg(metavar="CHECKPOINT")] = ""
+    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
 
     data: Wheres | None = None
-    """Loss, perplexity and bits per byte on token shards (those named val, if any are), text, a hub
-    dataset or stdlib."""
+    """Data for loss, perplexity and bits per byte: token shards (those named val, if there are
+    any), text, a hub dataset or stdlib."""
     hellaswag: Where | None = None
-    """Accuracy on this JSONL file, or on the hub's validation rows: hub."""
+    """JSONL file for HellaSwag's accuracy, or hub for the hub's validation rows."""
     lambada: Where | None = None
-    """Last-word accuracy and perplexity on this JSONL file, or on the hub's test rows: hub."""
+    """JSONL file for LAMBADA's last-word accuracy and perplexity, or hub for the hub's test
+    rows."""
     limit: Count | None = None
-    """Score only the first rows of --hellaswag and --lambada."""
+    """Number of first rows of --hellaswag and --lambada to score. Default: all."""
     seq_len: Count | None = None
     """Tokens in a window of --data. Default: the model's block_size."""
     batch_size: Count | None = None
-    """Windows in a forward pass; short rows share as many tokens. Default: 32 on CUDA, 4
+    """Windows in a forward pass. Rows of the benchmarks fill as many tokens. Default: 32 on CUDA, 4
     elsewhere."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
     cache: Where = "data/cache"
-    """Folder of tokenized text."""
+    """Folder for tokenized text."""
     tokenizer: Where | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the weights."""
     json: Where | None = None
-    """Write the figures to this file too; - prints them in place of the table."""
+    """Also write the figures to this file. - prints JSON instead of the table."""
 
 
-# ---- a corpus
+# ---- loss on a corpus
 
 
 def evaluate_data(
     model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_len: int, batch_size: int
 ) -> Figures:
-    """Loss (nats a token), perplexity and bits per byte of all tokens but the first, each predicted
+    """Loss (nats per token), perplexity and bits per byte. Every token but the first is predicted
     once.
 
-    Windows of seq_len tokens do not overlap, so a token sees at most seq_len - 1 others before it;
-    the last one is as long as what is left. `n_bytes`: of the text; None where unknown. Raises
-    UserError for a corpus of fewer than two tokens.
+    Windows of seq_len tokens do not overlap, so a prediction sees at most seq_len tokens. The last
+    window may be shorter. n_bytes: length of the text in bytes, None if unknown. Raises UserError
+    for a corpus of fewer than two tokens.
     """
     import torch
 
@@ -95,7 +94,7 @@ def evaluate_data(
 
     tokens = dataset.n_tokens - 1
     if tokens < 1:
-        raise UserError("--data holds a single token: there is nothing to predict")
+        raise UserError("--data holds a single token, so there is nothing to predict; give more")
     began, nll = time.perf_counter(), 0.0
     device = model.head_weight.device
     with torch.inference_mode(), progress("data", tokens) as advance:
@@ -103,20 +102,21 @@ def evaluate_data(
             idx, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
             nll += float(model(idx, targets, reduction="sum"))
             advance(targets.numel())
-    of_bytes = (
+    per_byte = (
         {} if n_bytes is None else {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes}
     )
     return {
         "loss": nll / tokens,
         "perplexity": perplexity(nll, tokens),
-        **of_bytes,
+        **per_byte,
         "tokens": tokens,
         "seconds": time.perf_counter() - began,
     }
 
 
 def batches_of_windows(dataset: TokenDataset, seq_len: int, batch_size: int) -> Iterator[Tensor]:
-    """Windows (B, T + 1) int64 over the whole corpus: T is seq_len, and less in the last one."""
+    """Windows (B, T + 1) int64 over the whole corpus. T is seq_len, and the last window may be
+    shorter."""
     import numpy as np
     import torch
 
@@ -129,51 +129,55 @@ def batches_of_windows(dataset: TokenDataset, seq_len: int, batch_size: int) -> 
         yield torch.from_numpy(tail.windows(np.zeros(1, np.int64), tail.n_tokens - 1))
 
 
-# ---- rows of a context and what follows it
+# ---- scores of continuations
 
 
 @dataclass(frozen=True)
 class Span:
-    """Token ids of a context and its continuation, which begins at `start` and is what counts."""
+    """Token ids of a context and its continuation. Only the continuation, from `start`, is
+    scored."""
 
     ids: tuple[int, ...]
     start: int
 
 
 def make_span(tokenizer: Tokenizer, context: str, continuation: str, block_size: int) -> Span:
-    """Encoded apart, as the continuation begins a word; the context loses its head where both
-    exceed block_size."""
+    """The token ids of a context and a continuation, which are encoded separately because the
+    continuation begins a word.
+
+    The beginning of the context is truncated if both exceed block_size. Raises UserError for a
+    continuation that is empty or does not fit.
+    """
     before = tokenizer.encode(context) or [tokenizer.eot]
     after = tokenizer.encode(continuation)
     if not 0 < len(after) <= block_size:
         raise UserError(
-            f"{continuation[:40]!r} has {len(after)} tokens, where 1 to block_size {block_size} "
-            "can be scored"
+            f"{continuation[:40]!r} has {len(after)} tokens, but only 1 to block_size {block_size} "
+            "can be scored; remove the row"
         )
-    ids = (*before, *after)[-(block_size + 1) :]  # the last one is only a target
+    ids = (*before, *after)[-(block_size + 1) :]  # the last token is only a target
     return Span(ids, len(ids) - len(after))
 
 
 def spaces_to_word(context: str, continuation: str) -> tuple[str, str]:
-    """Both texts, white space at the end of the context moved to the word after it, as
-    lm-evaluation-harness does."""
+    """Both texts, with white space at the end of the context moved to the continuation, as in
+    lm-evaluation-harness."""
     text = context.rstrip()
     return (text, context[len(text) :] + continuation) if text else (context, continuation)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation: nats in all, its number of tokens, and whether each of them was the
-    likeliest."""
+    """The score of a continuation."""
 
-    nll: float
+    nll: float  # nats, summed over tokens
     tokens: int
-    greedy: bool
+    greedy: bool  # whether each token is the likeliest
 
 
 def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> list[Score]:
-    """The continuation of each span, in order. Spans of like length go together, padded at the
-    right."""
+    """The score of each span's continuation, in order. Spans of similar length share a batch,
+    padded at the right."""
     import torch
 
     from tasks.order import group_by_length
@@ -188,7 +192,8 @@ def score(model: GPT, spans: Sequence[Span], batch_tokens: int, label: str) -> l
 
 
 def score_batch(model: GPT, batch: Sequence[Span]) -> list[Score]:
-    """Logits are computed at the continuations' positions alone."""
+    """The score of each span of a batch. Logits are only computed at the continuations'
+    positions."""
     import torch
     import torch.nn.functional as F
 
@@ -217,7 +222,7 @@ def score_batch(model: GPT, batch: Sequence[Span]) -> list[Score]:
 
 @dataclass(frozen=True)
 class Choices:
-    """A context and the endings to choose from, each without the space that goes before it."""
+    """A context and the endings to choose from, each without a leading space."""
 
     context: str
     endings: tuple[str, ...]
@@ -225,17 +230,16 @@ class Choices:
 
 @dataclass(frozen=True)
 class HellaSwagRow:
-    """The two texts that are made of a row; of rows with nothing but ctx, endings and label both
-    are the same."""
+    """A row in two forms. They are equal for rows that only have ctx, endings and label."""
 
-    plain: Choices  # as the row has it, which is what llm.c reads
-    harness: Choices  # as lm-evaluation-harness writes it
-    label: int | None  # number of the right ending; None where it is not known
+    plain: Choices  # the row's own text, which llm.c scores
+    harness: Choices  # the text that lm-evaluation-harness makes of it
+    label: int | None  # index of the right ending, None if unknown
 
 
 def hellaswag_row(row: dict[str, Any]) -> HellaSwagRow:
-    """From the official file or one of only ctx, endings and label. Raises KeyError, TypeError or
-    ValueError."""
+    """A row of the official file, or of a file with only ctx, endings and label. Raises KeyError,
+    TypeError or ValueError for any other row."""
     context = row["ctx"] if "ctx" in row else f"{row['ctx_a']} {row['ctx_b']}"
     endings = row["endings"]
     if (
@@ -259,8 +263,7 @@ def hellaswag_row(row: dict[str, Any]) -> HellaSwagRow:
 
 
 def _without_markup(text: str) -> str:
-    """WikiHow's marks ([title], [step], ...) taken out, as lm-evaluation-harness does it for
-    HellaSwag."""
+    """The text without WikiHow's markup ([title], [step], ...), as in lm-evaluation-harness."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -270,16 +273,16 @@ def evaluate_hellaswag(
 ) -> Figures:
     """HellaSwag (Zellers et al. 2019): how often the right ending has the highest log-probability.
 
-    acc, acc_norm and acc_bytes are lm-evaluation-harness's: the ending's log-probability in all, by
-    its characters and by its bytes, both without the space before it, on the harness's text.
-    acc_tokens is llm.c's: by the ending's tokens, on the text as the row has it. Of equal endings
-    the first is chosen. Rows without a label are not scored.
+    acc, acc_norm and acc_bytes are those of lm-evaluation-harness, on its text: the log-probability
+    of the ending, divided by 1, by its characters or by its bytes (without the leading space).
+    acc_tokens is that of llm.c, on the row's own text: divided by the ending's tokens. The first of
+    equal endings is chosen. Rows without a label are not scored.
     """
     began = time.perf_counter()
     known = [row for row in rows if row.label is not None]
     if not known:
-        raise UserError("no row of --hellaswag has a label; there is nothing to score")
-    # the same text is scored once, so that equal endings are equal to the last bit
+        raise UserError("no row of --hellaswag has a label; give rows with labels")
+    # Each text is scored once, so that equal endings get equal scores to the last bit.
     places: dict[Span, int] = {}
 
     def place(context: str, ending: str) -> int:
@@ -287,7 +290,7 @@ def evaluate_hellaswag(
             make_span(tokenizer, context, ending, model.config.block_size), len(places)
         )
 
-    of_rows = [
+    spans_of_rows = [
         (
             [place(row.plain.context, " " + end) for end in row.plain.endings],
             [place(*spaces_to_word(row.harness.context, " " + end)) for end in row.harness.endings],
@@ -296,18 +299,18 @@ def evaluate_hellaswag(
     ]
     scores = score(model, list(places), batch_tokens, "hellaswag")
     right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
-    for row, (plain, harness) in zip(known, of_rows, strict=True):
+    for row, (plain, harness) in zip(known, spans_of_rows, strict=True):
         nlls = [scores[n].nll for n in harness]
-        lengths = {
+        divisors = {
             "acc": [1] * len(nlls),
             "acc_norm": [len(end) for end in row.harness.endings],
             "acc_bytes": [len(end.encode()) for end in row.harness.endings],
         }
-        for name, of in lengths.items():
-            right[name] += row.label == _least([nll / n for nll, n in zip(nlls, of, strict=True)])
-        right["acc_tokens"] += row.label == _least(
-            [scores[n].nll / scores[n].tokens for n in plain]
-        )
+        for name, each in divisors.items():
+            per_unit = [nll / n for nll, n in zip(nlls, each, strict=True)]
+            right[name] += row.label == _argmin(per_unit)
+        per_token = [scores[n].nll / scores[n].tokens for n in plain]
+        right["acc_tokens"] += row.label == _argmin(per_token)
     return {
         **{name: count / len(known) for name, count in right.items()},
         "rows": len(known),
@@ -316,19 +319,19 @@ def evaluate_hellaswag(
     }
 
 
-def _least(values: Sequence[float]) -> int:
-    """The place of the least value, the first of equal ones."""
+def _argmin(values: Sequence[float]) -> int:
+    """The index of the smallest value, the first of equal ones."""
     return min(range(len(values)), key=values.__getitem__)
 
 
 # ---- LAMBADA
 
 
-LambadaRow = tuple[str, str]  # the text before its last space, and the last word with that space
+LambadaRow = tuple[str, str]  # the text up to its last space, and the last word with that space
 
 
 def lambada_row(row: dict[str, Any]) -> LambadaRow:
-    """Raises KeyError, AttributeError or ValueError for a foreign row."""
+    """A row of LAMBADA. Raises KeyError, AttributeError or ValueError for any other row."""
     context, space, word = row["text"].rstrip().rpartition(" ")
     if not space:
         raise ValueError("the text has a single word")
@@ -338,11 +341,10 @@ def lambada_row(row: dict[str, Any]) -> LambadaRow:
 def evaluate_lambada(
     model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow], batch_tokens: int
 ) -> Figures:
-    """LAMBADA (Paperno et al. 2016): the last word is right where each of its tokens is the
+    """LAMBADA (Paperno et al. 2016): the last word counts as right if each of its tokens is the
     likeliest.
 
-    `perplexity` is a word's, as GPT-2's paper reports it: exp of the mean over rows of the whole
-    word's nats.
+    "perplexity" is per word, as in GPT-2's paper: exp of the mean over rows of the word's nats.
     """
     from engine.pretraining import perplexity
 
@@ -362,11 +364,11 @@ def evaluate_lambada(
 # ---- rows from a file or the hub
 
 
-def read_rows(
-    option: str, where: str, parse_row: Callable[[dict[str, Any]], Row], limit: int | None
-) -> list[Row]:
-    """Rows of a JSONL file, or the hub's of the benchmark that `option` names. Raises UserError for
-    foreign ones."""
+def read_benchmark_rows(
+    option: str, where: str, parse_row: Callable[[dict[str, Any]], Parsed], limit: int | None
+) -> list[Parsed]:
+    """The first `limit` rows of a file, or of the hub's dataset for the benchmark `option`. Raises
+    UserError for rows of another kind."""
     rows = (
         hub_rows(*HUB[option]) if where == "hub" else file_rows(Path(where), f"--{option} {where}")
     )
@@ -378,14 +380,15 @@ def read_rows(
             parsed.append(parse_row(row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"--{option} {where}: row {number} is not one of this benchmark: {error!r}"
+                f"--{option} {where}: row {number} is not a row of this benchmark ({error!r}); "
+                "give its file, or hub"
             ) from None
     return parsed
 
 
 def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
-    """Rows of a file of any kind. Raises UserError for one that cannot be read: without it the
-    score were another's."""
+    """All rows of a file. Raises UserError for a row that cannot be read, because a score without
+    it could not be compared with others."""
     from text.corpus import records_of
     from text.readers import with_advice
 
@@ -393,7 +396,7 @@ def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{what}: No such file; give a file of rows (.jsonl .json .csv .tsv .parquet), or hub"
         )
-    # all, so that damage of the file comes before what it made of a row
+    # Read all rows first: damage of the file is reported before a row that suffers from it.
     records = list(records_of(path, ".jsonl"))
     for place, cells in records:
         if isinstance(cells, str):
@@ -404,6 +407,7 @@ def file_rows(path: Path, what: str) -> list[dict[str, Any]]:
 
 
 def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """All rows of a split of a hub dataset."""
     from text.corpus import HubDataset
 
     return [row for _, row in HubDataset(name, split=split).records() if isinstance(row, dict)]
@@ -413,12 +417,13 @@ def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
 
 
 def say(text: str) -> None:
+    """Report progress on stderr, so that stdout has only the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Generator[Callable[[int], None]]:
-    """A bar with the time left, on a terminal."""
+    """A progress bar with the time left, on a terminal only. Yields a function that advances it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -443,7 +448,8 @@ def progress(label: str, total: int) -> Generator[Callable[[int], None]]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
-    """Figures by benchmark: data, hellaswag, lambada."""
+    """The figures of each benchmark: data, hellaswag, lambada. Raises UserError for options or
+    files that cannot be used."""
     import torch
 
     from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
@@ -453,20 +459,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     from storage.checkpoint import locate
     from text.tokenizer_files import has_tokenizer
 
-    # Rows are read before the model: what is wrong with them is said at once.
+    # Rows are read before the model, so that their errors appear at once.
     if config.data:
         check_files(config.data)
     limit = config.limit
     hellaswag = (
-        read_rows("hellaswag", config.hellaswag, hellaswag_row, limit) if config.hellaswag else []
+        read_benchmark_rows("hellaswag", config.hellaswag, hellaswag_row, limit)
+        if config.hellaswag
+        else []
     )
-    lambada = read_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
+    lambada = (
+        read_benchmark_rows("lambada", config.lambada, lambada_row, limit) if config.lambada else []
+    )
     device = processes.start(config.device).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_products("fp32", device)
     where = locate(config.checkpoint)
     model = open_weights(where, device, dtype)
-    # Token shards alone can be scored without one.
+    # Token shards can be scored without a tokenizer.
     needed = bool(
         config.tokenizer or hellaswag or lambada or has_tokenizer(tokenizer_folder(where))
     )
@@ -475,16 +485,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     seq_len = config.seq_len or model.config.block_size
     if seq_len > model.config.block_size:
         raise UserError(
-            f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}"
+            f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}; "
+            "use a shorter one"
         )
     figures: dict[str, Figures] = {}
     if config.data:
         dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
         if tokenizer is None and (dataset.vocab_size or 0) > model.config.vocab_size:
             raise UserError(
-                f"--data {config.data} has {dataset.vocab_size:,} token ids and the model of "
-                f"{config.checkpoint} only "
-                f"{model.config.vocab_size:,}; give shards that its tokenizer made"
+                f"--data {config.data} has {dataset.vocab_size:,} token ids, but the model of "
+                f"{config.checkpoint} has only {model.config.vocab_size:,}; give shards that its "
+                "tokenizer made"
             )
         figures["data"] = evaluate_data(model, dataset, dataset.n_bytes, seq_len, batch_size)
     batch_tokens = batch_size * model.config.block_size
@@ -496,7 +507,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
 
 
 def show(figures: dict[str, Figures]) -> None:
-    """One line a figure."""
+    """Print one line per figure."""
     for benchmark, values in figures.items():
         print(benchmark)
         for name, value in values.items():
@@ -504,6 +515,7 @@ def show(figures: dict[str, Figures]) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     config = parse(EvaluateConfig, sys.argv[1:])
     if not config.checkpoint:
         raise UserError("no checkpoint is named; type python evaluate.py CHECKPOINT --data WHAT")
@@ -516,8 +528,8 @@ def main() -> None:
         writable_file("--json", config.json, read)
     figures = evaluate(config)
     finite = {
-        name: {k: v if math.isfinite(v) else None for k, v in of.items()}
-        for name, of in figures.items()
+        name: {k: v if math.isfinite(v) else None for k, v in values.items()}
+        for name, values in figures.items()
     }
     about = {"config": dataclasses.asdict(config), "eval_precision": config.precision}
     record = json.dumps(about | finite, indent=2)

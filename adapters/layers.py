@@ -125,7 +125,7 @@ class PrefixPast:
             return None
         return causal_mask(T, segments, device, self.length)
 
-    def at(self, layer: int) -> Extend:
+    def extension(self, layer: int) -> Extend:
         """The function that puts the trained keys and values before those of one layer."""
         return functools.partial(_prepend, *self.layers[layer])
 

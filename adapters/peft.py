@@ -34,7 +34,7 @@ from config import UserError
 from model import GPT, Linear
 from storage.checkpoint import locate
 from storage.foreign import JsonObject
-from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, base_of
+from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base, adapter_config
 from storage.weights import plain_names, read_tensors, save_tensors
 
 LEGACY_WEIGHTS = "adapter_model.bin"  # PEFT's file before version 0.9
@@ -71,7 +71,7 @@ def locate_base(folder: str | Path) -> str:
 
     Raises UserError if the adapter names no base, or if the base does not exist.
     """
-    base = base_of(folder)[0]
+    base = adapter_base(folder)[0]
     if not base:
         raise UserError(
             f"{folder} is an adapter that does not name its base: set base_model_name_or_path in "
@@ -211,7 +211,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_base(model: GPT, folder: Path) -> None:
-    base, expected = base_of(folder)
+    base, expected = adapter_base(folder)
     if expected is not None and expected != (found := weights_sha256(model)):
         raise UserError(
             f"{folder} is an adapter for {base} (weights {expected[:12]}), but the weights found "

@@ -212,12 +212,12 @@ def options_of(case: Fit) -> SentimentConfig:
 def engine_of(cfg: SentimentConfig) -> Engine:
     """The sentiment task as trainer.train sets it up."""
     from engine import processes
-    from engine.plan import settle
+    from engine.plan import resolve_for_machine
     from finetune.sentiment import TASK
     from tasks.classification.task import Classification
 
     world = processes.start(cfg.device)
-    cfg, choices = settle(cfg, world)
+    cfg, choices = resolve_for_machine(cfg, world)
     task = Classification(TASK)
     found = task.setup(cfg, lambda text: None)
     assert found.length
@@ -284,7 +284,7 @@ def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
     drawn = [rows[i : i + task.cfg.batch_size] for i in range(0, len(rows), task.cfg.batch_size)]
     any_length = np.arange(1, longest_of(task) + 1)
     return {
-        OURS: padded_to(task, ordered, task.padded),
+        OURS: padded_to(task, ordered, task.buckets),
         SET: padded_to(task, ordered, any_length[-1:]),
         RANDOM: padded_to(task, drawn, any_length),
         OWN: padded_to(task, ordered, any_length),
@@ -295,7 +295,7 @@ def padded_to(task: Any, batches: Sequence[np.ndarray], sizes: np.ndarray) -> li
     """Batches of row ids, each padded to the least of `sizes` that holds it."""
     from engine.loader import StepBatches
 
-    task.padded = sizes
+    task.buckets = sizes
     made = [task.batch("train", ids) for ids in batches]
     return [StepBatches([b.tensors], b.weights, b.amounts, b.tensors) for b in made]
 

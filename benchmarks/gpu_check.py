@@ -11,33 +11,38 @@ The trade-off: every part starts Python anew, some ten seconds each.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from base.files import write_json
-from benchmarks.runs import REPO, end, now, read_json, start, write_report
+from benchmarks.harness import Results
+from benchmarks.runs import (
+    GRACE,
+    REPO,
+    Failed,
+    TimeUp,
+    execute,
+    make_folders,
+    read_json,
+    side_by_side,
+)
 from benchmarks.table import markdown
 from config import Positive, Where
 
 SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
 PATIENCE = 2.5  # a part is ended after this many times its expected seconds: it hangs
 CALLS = 3  # that the plan shows
-# seconds for a command to end when it is interrupted: pytest ends its programs
-GRACE = 10.0
 TAIL = 4000  # characters of a part's output that are kept in the JSON file
 CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
 AT_ONCE = 5  # tests at most: the GPU's memory is shared
@@ -46,7 +51,7 @@ REHEARSAL = (
 )
 
 
-NEEDED = ("numpy", "tyro", "safetensors")
+NEEDED = ("numpy", "safetensors")
 OF_PROGRAMS = ("tokenizers", "tiktoken", "rich")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -235,47 +240,21 @@ def forecast(parts: Sequence[Part], seconds: float, at_once: int, calls: int = C
 class Check:
     """Runs parts and keeps gpu-check.json, .md and .log, which a later call goes on from."""
 
-    def __init__(
-        self,
-        out: Path,
-        facts: dict[str, Any],
-        cache: Path | None = None,
-        rehearse: bool = False,
-        at_once: int = 1,
-    ):
-        self.out, self.facts, self.rehearse = (
-            out.resolve(),
-            facts | {"rehearsal": rehearse},
-            rehearse,
-        )
-        self.cache = cache.resolve() if cache else self.out / "cache"
-        self.stem = "gpu-check-rehearsal" if rehearse else "gpu-check"
-        self.at_once = at_once
+    def __init__(self, options: Options, facts: dict[str, Any], at_once: int = 1):
+        self.out, self.rehearse, self.at_once = Path(options.out), options.rehearse, at_once
+        self.cache = Path(options.cache or self.out / "cache").resolve()
+        make_folders(self.cache, (".",))
+        stem = "gpu-check-rehearsal" if self.rehearse else "gpu-check"
         self.engine = str(facts.get("engine", "engine"))
-        self.running: set[subprocess.Popen[bytes]] = set()
+        self.log = self.out / f"{stem}.log"
+        self.results = Results(self.out / f"{stem}.json", facts, options, report)
+        # --out may be emptied between two calls
+        self.copy = self.cache / f"{stem}.json"
+        if self.copy.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.copy, self.out / f"{stem}.json")
+        self.results.resume()
         self.lock = threading.Lock()
-        for folder in (self.out, self.cache):
-            folder.mkdir(parents=True, exist_ok=True)
-        (self.cache / ".gitignore").write_text("*\n", encoding="utf-8")
-        self.records = self._earlier()
-
-    def _earlier(self) -> dict[str, Any]:
-        """What earlier calls did on such a machine with these versions, by part.
-
-        The cache has a copy: --out may be emptied between two calls. What another machine did is
-        kept beside.
-        """
-        name = f"{self.stem}.json"
-        before = read_json(self.cache / name) or read_json(self.out / name)
-        if before is None:
-            return {}
-        known = {key: value for key, value in self.facts.items() if key not in ("date", "engine")}
-        if all(before.get(key) == value for key, value in known.items()):
-            return {record["part"]: record for record in before["parts"]}
-        write_json(
-            self.out / f"{self.stem}-{before.get('date', 'before')[:10]}-before.json", before
-        )
-        return {}
 
     def run(self, parts: Sequence[Part], minutes: float, again: bool = False) -> bool:
         """Run `parts` that are not done, in turn, for `minutes`; whether all are done."""
@@ -284,34 +263,32 @@ class Check:
         for part in todo:
             if again:
                 shutil.rmtree(self._folder(part), ignore_errors=True)
-            if again or part.name not in self.records:
-                self.records[part.name] = record_of(part, "not run", output=lack(part))
+            if again or not self.results.find({"part": part.name}):
+                self._put(part, NOT_RUN | {"output": lack(part)})
+        self._write()
         todo = [part for part in todo if not lack(part)]
-        first = todo[:1]
-        try:
-            for batch in batches(todo):
-                with (
-                    ThreadPoolExecutor(self.at_once if batch[0].beside else 1) as pool,
-                    self._ended_with_this(),
-                ):
-                    list(pool.map(lambda part: self._take(part, ends, part in first), batch))
-        finally:
-            self.write()
+        for batch in batches(todo):
+            side_by_side(
+                lambda part: self._take(part, ends, part == todo[0]),
+                batch,
+                self.at_once if batch[0].beside else 1,
+            )
         return all(map(self.done, parts))
 
-    @contextlib.contextmanager
-    def _ended_with_this(self) -> Generator[None]:
-        """End the commands when this process is interrupted: a pool waits for them before it lets
-        an error through."""
-        try:
-            yield
-        except BaseException:
-            for process in list(self.running):
-                end(process, signal.SIGINT, GRACE)
-            raise
-
     def done(self, part: Part) -> bool:
-        return self.records.get(part.name, record_of(part, "not run"))["result"] == "done"
+        return self._record(part)["result"] == "done"
+
+    def _record(self, part: Part) -> dict[str, Any]:
+        return self.results.find({"part": part.name}) or NOT_RUN
+
+    def _put(self, part: Part, figures: dict[str, Any]) -> None:
+        with self.lock:
+            self.results.put({"part": part.name, "group": part.group}, figures)
+            self._write()
+
+    def _write(self) -> None:
+        self.results.write()
+        write_json(self.copy, self.results.record)
 
     def _folder(self, part: Part) -> Path:
         return self.cache / "parts" / part.name
@@ -322,14 +299,11 @@ class Check:
         if left < part.least and not (first and left > 0):
             return
         limit = left if part.unfinished is not None else min(left, PATIENCE * part.seconds)
-        record = self._attempt(part, limit)
-        with self.lock:
-            self.records[part.name] = record
-            self.write()
+        self._put(part, self._attempt(part, limit))
 
     def _attempt(self, part: Part, limit: float) -> dict[str, Any]:
         """Run a part once; its record, with what its tries before have cost."""
-        folder, before = self._folder(part), self.records[part.name]
+        folder, before = self._folder(part), self._record(part)
         folder.mkdir(parents=True, exist_ok=True)
         restore(folder, before["files"])
         words = (*part.words, *(part.rehearsal if self.rehearse else ()))
@@ -337,44 +311,40 @@ class Check:
         values = {"{out}": str(folder), "{minutes}": minutes, "{engine}": self.engine}
         command = [sys.executable, *(filled(word, values) for word in words)]
         print(f"{part.name}: {shlex.join(['python', *command[1:]])}", flush=True)
-        began = time.monotonic()
-        code = self._execute(command, part, folder / "log.txt", limit)
+        began, log = time.monotonic(), folder / "log.txt"
+        result, code = "done", 0
+        try:
+            execute(
+                command,
+                log,
+                began + limit,
+                environment=self._environment(part),
+                first=signal.SIGINT,
+                grace=GRACE,
+            )
+        except Failed as error:
+            result, code = "failed", error.code
+        except TimeUp:
+            result, code = "timed out", None
         seconds = round(time.monotonic() - began, 1)
-        output = (folder / "log.txt").read_text(errors="replace", encoding="utf-8")
-        result = "timed out" if code is None else "failed" if code else "done"
+        output = log.read_text(errors="replace", encoding="utf-8")
         if result == "done" and part.unfinished and part.unfinished in output:
             result = "timed out"
         tail = output[-TAIL:]
-        print(
-            f"{part.name}: {result} after {seconds:.0f} s"
-            + ("" if result == "done" else f"\n{tail}"),
-            flush=True,
-        )
-        with self.lock, (self.out / f"{self.stem}.log").open("a", encoding="utf-8") as log:
-            log.write(
-                f"==== {part.name}: {result} after {seconds:.0f} s: "
-                f"{shlex.join(command)}\n{output}\n"
-            )
-        return record_of(part, result, tail, json_files(folder)) | {
+        went = f"{part.name}: {result} after {seconds:.0f} s"
+        print(went + ("" if result == "done" else f"\n{tail}"), flush=True)
+        with self.lock, self.log.open("a", encoding="utf-8") as everything:
+            everything.write(f"==== {went}: {shlex.join(command)}\n{output}\n")
+        return {
+            "result": result,
             "command": shlex.join(command),
             "exit_code": code,
             "seconds": round(before["seconds"] + seconds, 1),
             "tries": before["tries"] + 1,
             "engine": self.engine,
+            "output": tail,
+            "files": json_files(folder),
         }
-
-    def _execute(self, command: list[str], part: Part, log: Path, seconds: float) -> int | None:
-        """Run a command with its output in `log`; its exit code, or None where its time was up and
-        it was ended."""
-        process = start(command, log, environment=self._environment(part), folder=REPO)
-        self.running.add(process)
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            end(process, signal.SIGINT, GRACE)
-            self.running.discard(process)
 
     def _environment(self, part: Part) -> dict[str, str]:
         """Compilers keep what they make from one part to the next, and leave cores to the tests
@@ -390,26 +360,29 @@ class Check:
             more |= {"CUDA_VISIBLE_DEVICES": "", "GPU_TESTS_DEVICE": "cpu"}
         return os.environ | more
 
-    def write(self) -> None:
-        result = self.facts | {"parts": list(self.records.values())}
-        write_json(self.cache / f"{self.stem}.json", result)
-        write_report(self.out, self.stem, result, self.table())
 
-    def table(self) -> str:
-        """One row a part, with the last line of what it printed."""
-        rows = [["part", "result", "seconds", "its last line"]]
-        for of in self.records.values():
-            lines = [line.strip(" =|") for line in of["output"].splitlines() if line.strip(" =|")]
-            rows.append(
-                [
-                    of["part"],
-                    of["result"],
-                    f"{of['seconds']:.0f}",
-                    lines[-1].replace("|", ",") if lines else "",
-                ]
-            )
-        title = f"This was {REHEARSAL}.\n\n" if self.rehearse else ""
-        return f"{title}{markdown(rows[0], rows[1:], words=(0, 1, 3))}\n"
+# of a part; its result comes to be done, failed or timed out
+NOT_RUN: dict[str, Any] = {
+    "result": "not run",
+    "command": "",
+    "exit_code": None,
+    "seconds": 0.0,
+    "tries": 0,
+    "output": "",
+    "files": {},
+}
+
+
+def report(record: dict[str, Any]) -> str:
+    """One row a part, with the last line of what it printed."""
+    rows = []
+    for case in record["cases"]:
+        lines = [line.strip(" =|") for line in case["output"].splitlines() if line.strip(" =|")]
+        last = lines[-1].replace("|", ",") if lines else ""
+        rows.append([case["part"], case["result"], f"{case['seconds']:.0f}", last])
+    head = ("part", "result", "seconds", "its last line")
+    title = f"This was {REHEARSAL}.\n\n" if record["options"]["rehearse"] else ""
+    return title + markdown(head, rows, words=(0, 1, 3))
 
 
 def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
@@ -428,23 +401,6 @@ def filled(word: str, values: dict[str, str]) -> str:
     for name, value in values.items():
         word = word.replace(name, value)
     return word
-
-
-def record_of(
-    part: Part, result: str, output: str = "", files: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """A part's entry in gpu-check.json; `result`: done, failed, timed out, not run."""
-    return {
-        "part": part.name,
-        "group": part.group,
-        "result": result,
-        "command": "",
-        "exit_code": None,
-        "seconds": 0.0,
-        "tries": 0,
-        "output": output,
-        "files": files or {},
-    }
 
 
 def json_files(folder: Path) -> dict[str, Any]:
@@ -493,8 +449,7 @@ def main() -> int:
     from base.cli import parse
     from base.console import outlive
     from base.machine import cores
-    from benchmarks.machine import elsewhere, facts
-    from benchmarks.stages import engine_hash
+    from benchmarks.machine import elsewhere, engine_hash, facts
     from config import UserError
 
     # a background job ignores it, and so would its children
@@ -509,10 +464,9 @@ def main() -> int:
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
     known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
-    known |= {"date": now(), "engine": engine_hash()}
-    cache = Path(options.cache) if options.cache else None
+    known |= {"engine": engine_hash()}
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
-    check = Check(Path(options.out), known, cache, options.rehearse, at_once)
+    check = Check(options, known, at_once)
     for part in parts:
         if reason := lack(part):
             print(f"{part.name} will not run; {reason}", flush=True)
@@ -525,17 +479,17 @@ def main() -> int:
         "\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True
     )
     done = check.run(parts, options.minutes, options.again)
-    print(check.table())
+    print(check.results.text())
     if not done:
         print("the same command goes on with what is not done")
     return int(not done)
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("tyro") is None or importlib.util.find_spec("numpy") is None:
+    if importlib.util.find_spec("numpy") is None:
         print(
-            "error: tyro and numpy are not installed and every part needs them; run `make wheels` "
-            "on a machine with a network and `make gpu-check WHEELS=FOLDER` here",
+            "error: numpy is not installed and every part needs it; run `make wheels` on a machine "
+            "with a network and `make gpu-check WHEELS=FOLDER` here",
             file=sys.stderr,
         )
         sys.exit(2)

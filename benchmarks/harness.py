@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from base.files import replace_text, write_json
-from benchmarks.runs import now, read_json, say
+from base.files import write_json
+from benchmarks.runs import now, read_json, say, write_report
 
 OURS = "this engine"
 MACHINE = ("device", "hardware", "driver", "versions", "settings")  # facts that --resume compares
@@ -137,14 +137,20 @@ class Results:
         }
 
     def resume(self) -> None:
-        """Keep the cases that the file has of this machine with these versions."""
+        """Keep the cases that the file has of this machine with these versions; another one's file
+        is kept beside."""
         before = read_json(self.path) if self.path else None
-        if not before:
+        if not before or not self.path:
             return
-        if "options" in before and all(before.get(k) == self.record[k] for k in MACHINE):
+        if "options" in before and all(before.get(k) == self.record.get(k) for k in MACHINE):
             self.cases += before["cases"]
-        else:
-            say(f"{self.path} is not kept: another machine, other versions or an older layout")
+            return
+        aside = self.path.with_stem(f"{self.path.stem}-{before.get('date', '')[:10]}-before")
+        write_json(aside, before)
+        say(
+            f"{self.path} is of another machine, other versions or an older layout; it is kept as "
+            f"{aside.name}"
+        )
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The case that has all of `key`."""
@@ -158,10 +164,11 @@ class Results:
             self.cases.append(key | figures)
         else:
             self.cases[self.cases.index(before)] = key | figures
+        self.write()
+
+    def write(self) -> None:
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.record)
-            replace_text(self.path.with_suffix(".md"), self.text())
+            write_report(self.path, self.record, self.text())
 
     def text(self) -> str:
         return f"{title(self.record)}\n\n{self.report(self.record)}\n"

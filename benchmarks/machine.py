@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from base.machine import total_bytes
+from benchmarks.runs import REPO
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
 SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that move figures
@@ -61,6 +63,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def engine_hash() -> str:
+    """Of the source that runs of the engine run."""
+    packages = ("base", "storage", "kernels", "text", "decoding", "engine")
+    files = [file for name in packages for file in (REPO / name).glob("*.py")]
+    files = sorted([*REPO.glob("*.py"), *files])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def driver() -> str | None:

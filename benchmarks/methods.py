@@ -11,50 +11,29 @@ times a factor a method); --search tries others too, as many for each method.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive, time_text
-from base.files import write_json
 from benchmarks.machine import elsewhere, facts
-from benchmarks.methods_cells import (
-    DECODINGS,
-    METHODS,
-    Bench,
-    Cell,
-    Decoding,
-    Method,
-    compared,
-    wall_of,
-)
+from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, compared, measured
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import rows_of, text_of
-from benchmarks.plot import records
-from benchmarks.runs import (
-    REPO,
-    Failed,
-    TimeUp,
-    at_least,
-    execute,
-    make_folders,
-    now,
-    say,
-    write_report,
-)
+from benchmarks.runs import REPO, at_least, make_folders, now, say, write_report
+from benchmarks.store import Figures, Store
 from config import (
     Count,
     CountOrNone,
@@ -68,16 +47,12 @@ from config import (
     known_names,
 )
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 GIVEN = ("augment", "also", "also-data", "words")  # options that go to some methods alone
 SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
 # parameters below which a base takes so many times the rate of GPT-2
 SMALL, SMALL_RATE = (50_000_000, 3)
 RATES = (1.0, 0.3, 3.0)  # of a search
-BORDER = 6  # lines of the live table that are no cell
 GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
 
 
@@ -143,8 +118,8 @@ def look(task: str, init: str, device: str) -> dict[str, Any]:
 def task_facts(name: str) -> dict[str, Any]:
     """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file
     of answers if these are texts that have scores."""
-    from tasks.classification.description import Labels
-    from tasks.generation.description import Texts, no_scores
+    from tasks.classification.description import ClassificationDescription
+    from tasks.generation.description import GenerationDescription, no_scores
 
     task = importlib.import_module(f"finetune.{name}").TASK
     defaults = {
@@ -152,9 +127,9 @@ def task_facts(name: str) -> dict[str, Any]:
         for f in dataclasses.fields(task.config)
         if f.default is not dataclasses.MISSING
     }
-    scored = isinstance(task, Texts) and task.scores is not no_scores
+    scored = isinstance(task, GenerationDescription) and task.scores is not no_scores
     return {
-        "family": "classification" if isinstance(task, Labels) else "generation",
+        "family": "classification" if isinstance(task, ClassificationDescription) else "generation",
         "best": list(task.best),
         "defaults": defaults | task.defaults,
         "answers": f"predictions{task.answer_kinds[0]}" if scored else None,
@@ -188,102 +163,14 @@ def base_facts(init: str) -> dict[str, Any]:
 # --- running
 
 
-def attempt(bench: Bench, cell: Cell) -> str:
-    """Make a cell that the folder lacks, if there is time for it; returns how it went, in words."""
-    if cell.note.exists():
-        bench.done[cell] = wall_of(cell)
-        return "found in the folder"
-    if time.monotonic() + bench.usual(cell) > bench.until:
-        bench.left_out[cell] = None
-        return "left out"
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
-    words, began = [*bench.program, *cell.words], time.monotonic()
-    bench.running = cell
-    try:
-        execute(words, cell.note.with_suffix(".txt"), bench.until, grace=GRACE)
-    except Failed as error:
-        bench.failed[cell] = str(error)
-        return f"failed: {error}"
-    except TimeUp:
-        bench.left_out[cell] = None
-        return "cut off: the time is up"
-    finally:
-        bench.running = None
-    seconds = time.monotonic() - began
-    write_json(cell.note, {"command": shlex.join(words), "wall_seconds": seconds})
-    if cell.kind == "methods":
-        # final/ is all that is needed from here on
-        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
-    bench.done[cell] = seconds
-    return f"{seconds:.0f} s"
-
-
 def compare(bench: Bench, write: Callable[[], object]) -> None:
     """Make what the folder lacks, and `write()` what there is after each cell."""
-    with watched(bench):
-        for cell in bench.cells():
-            how = attempt(bench, cell)
-            if cell in bench.left_out:
-                continue
-            write()
-            found = score_text(bench, cell)
-            found = f"{bench.best[0]} {found}, " if found else ""
-            say(f"{cell.label:<32} {found}{how}; about {time_text(bench.rest())} left")
-
-
-def score_text(bench: Bench, cell: Cell) -> str:
-    """The metric that ranks, of a cell that is done."""
-    value = bench.score(cell)
-    return "" if value is None else f"{value:.4g}"
-
-
-@contextlib.contextmanager
-def watched(bench: Bench) -> Generator[None]:
-    """A live table where someone watches; elsewhere the lines alone."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(stderr=True)
-    with Live(
-        console=console,
-        get_renderable=lambda: board(bench, console.height),
-        refresh_per_second=2,
-        transient=True,
-    ):
-        yield
-
-
-def board(bench: Bench, height: int) -> Table:
-    """How far each cell is, in so many lines: those around the one that runs."""
-    from rich.table import Table
-
-    cells, rows = list(bench.cells()), max(1, height - BORDER)
-    title = (
-        f"{sum(map(bench.settled, cells))} of {len(cells)} runs, about "
-        f"{time_text(bench.rest())} left"
-    )
-    table = Table("cell", bench.best[0], "state", title=title)
-    of_state = {"done": bench.done, "failed": bench.failed, "left out": bench.left_out}
-    states = {cell: state for state, of in of_state.items() for cell in list(of)}
-    at = next((n for n, cell in enumerate(cells) if cell == bench.running), 0)
-    begin = max(0, min(at - rows // 2, len(cells) - rows))
-    for cell in cells[begin : begin + rows]:
-        state = progress_of(cell.path) if cell == bench.running else states.get(cell, "")
-        table.add_row(cell.label, score_text(bench, cell), state)
-    return table
-
-
-def progress_of(run: Path) -> str:
-    """Of a run that goes on: steps done and to do."""
-    try:
-        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
-        done = max(line["step"] for line in records(run) if line["kind"] == "train")
-    except (OSError, ValueError, UserError):
-        return "running"
-    return f"step {done} of {steps}"
+    for cell, how in bench.store.make(bench.cells()):
+        write()
+        score = bench.score(cell)
+        found = "" if score is None else f"{bench.best[0]} {score:.4g}, "
+        left = time_text(bench.store.rest(bench.cells()))
+        say(f"{cell.label:<32} {found}{how}; about {left} left")
 
 
 # --- the command
@@ -364,6 +251,7 @@ def make_bench(
         common,
         {"tokenizer": options.init, "seq-len": base["block_size"]} | shape,
         predict if task["answers"] else None,
+        Store(measured, until, GRACE),
         Path(task["answers"] or "").suffix,
         methods,
         decodings,
@@ -371,7 +259,6 @@ def make_bench(
         options.seeds,
         search if options.search else (),
         options.best,
-        until,
     )
 
 
@@ -403,43 +290,36 @@ def extra_options(text: str) -> dict[str, Any]:
 
 def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     """What methods.json holds."""
-    grouped: dict[str, dict[str, list[dict[str, Any]]]] = {"methods": {}, "decodings": {}}
-    commands: dict[str, str] = {}
+    found: dict[str, list[Figures]] = defaultdict(list)
     for seed in bench.seeds:
         cells = [bench.run_of(bench.chosen(method), seed) for method in bench.methods]
-        cells += (
-            [bench.decoding_of(decoding, seed) for decoding in bench.decodings]
-            if bench.predict
-            else []
-        )
+        decodings = bench.decodings if bench.predict else ()
+        cells += [bench.decoding_of(decoding, seed) for decoding in decodings]
         for cell in cells:
             if figures := cell.figures():
-                grouped[cell.kind].setdefault(cell.name, []).append(figures | {"seed": seed})
-                commands.setdefault(cell.name, shlex.join([*bench.program, *cell.words]))
-    order = {"methods": bench.methods, "decodings": bench.decodings}
-    names = {kind: [each.name for each in of_kind] for kind, of_kind in order.items()}
-    rows = {kind: rows_of(names[kind], grouped[kind], commands, bench.best) for kind in order}
-    for row in rows["methods"]:
-        row["against_full"] = against_full(bench, row["name"])
+                found[cell.name].append(figures | {"seed": seed})
+    methods, decodings = (
+        rows_of([each.name for each in of_kind], found, bench.best)
+        for of_kind in (bench.methods, bench.decodings)
+    )
+    runs = {
+        method.name: bench.run_of(bench.chosen(method), bench.seeds[0]) for method in bench.methods
+    }
+    full = runs.get("full")
+    for row in methods:
+        run = runs[row["name"]]
+        both = full and run != full and run.figures() and full.figures()
+        row["against_full"] = compared(run.path, full.path) if full and both else None
     return dict(about) | {
         "date": now(),
-        "best": list(bench.best), "seeds": list(bench.seeds), **rows, "trials": trials_of(bench),
-        "failed": {cell.label: reason for cell, reason in bench.failed.items()},
-        "left_out": [cell.label for cell in bench.left_out],
-    }  # fmt: skip
-
-
-def against_full(bench: Bench, name: str) -> dict[str, Any] | None:
-    """A method's labels beside those of `full`, of the first seed; None where one of the two has
-    none."""
-    cells = [
-        bench.run_of(bench.chosen(method), bench.seeds[0])
-        for wanted in (name, "full")
-        for method in bench.methods
-        if method.name == wanted
-    ]
-    both = name != "full" and len(cells) == 2 and all(cell.figures() for cell in cells)
-    return compared(cells[0].path, cells[1].path) if both else None
+        "best": list(bench.best),
+        "seeds": list(bench.seeds),
+        "methods": methods,
+        "decodings": decodings,
+        "trials": trials_of(bench),
+        "failed": {cell.label: reason for cell, reason in bench.store.failed.items()},
+        "left_out": [cell.label for cell in bench.store.left_out],
+    }
 
 
 def trials_of(bench: Bench) -> list[dict[str, Any]]:
@@ -449,17 +329,16 @@ def trials_of(bench: Bench) -> list[dict[str, Any]]:
         if method.rate is None or not bench.wanted(method.name):
             continue
         chosen = bench.chosen(method)
-        for (rate, _), trial in zip(bench.search, bench.trials(method)):
-            cell = bench.run_of(trial, bench.seeds[0])
-            setting = {"rate": rate, "lr": cell.options["lr"], "epochs": cell.options["epochs"]}
-            found.append(
-                {
-                    "name": method.name,
-                    **setting,
-                    "score": bench.score(cell),
-                    "chosen": trial == chosen,
-                }
-            )
+        for (rate, epochs), trial in zip(bench.search, bench.trials(method)):
+            row = {
+                "name": method.name,
+                "rate": rate,
+                "lr": bench.options_of(trial, bench.seeds[0])["lr"],
+                "epochs": epochs,
+                "score": bench.score(bench.run_of(trial, bench.seeds[0])),
+                "chosen": trial == chosen,
+            }
+            found.append(row)
     return found
 
 
@@ -468,7 +347,7 @@ def report(bench: Bench, about: Mapping[str, Any]) -> str:
     second."""
     result = result_of(bench, about)
     text = text_of(result)
-    write_report(bench.folder, "methods", result, text)
+    write_report(bench.folder / "methods.json", result, text)
     return text
 
 
@@ -481,11 +360,7 @@ def check(options: Options) -> None:
         raise UserError(
             "--search-rates and --search-epochs belong to --search; add it, or leave them out"
         )
-    if (
-        not options.search_rates
-        or min(options.search_rates) <= 0
-        or min(options.search_epochs, default=1) < 1
-    ):
+    if not options.search_rates or min(options.search_epochs, default=1) < 1:
         raise UserError(
             "--search-rates takes one or more numbers above 0, --search-epochs whole numbers from "
             "1 on"
@@ -522,14 +397,12 @@ def main() -> int:
             bench.folder / "methods.png",
         )
     print(text)
-    for cell, reason in bench.failed.items():
+    for cell, reason in bench.store.failed.items():
         say(f"{cell.label} failed: {reason}")
-    if bench.left_out:
-        say(
-            f"left out: {', '.join(cell.label for cell in bench.left_out)}; the same command makes "
-            "them"
-        )
-    return 1 if bench.failed else 0
+    if bench.store.left_out:
+        labels = ", ".join(cell.label for cell in bench.store.left_out)
+        say(f"left out: {labels}; the same command makes them")
+    return 1 if bench.store.failed else 0
 
 
 if __name__ == "__main__":

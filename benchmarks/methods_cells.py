@@ -1,23 +1,23 @@
-"""The cells of benchmarks.methods: the methods, the decodings, where each run lies, and in which
-order they come."""
+"""The cells of benchmarks.methods: the methods, the decodings, what a finished run measured, and in
+which order they come."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
+import shutil
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.methods_report import epochs_text
-from benchmarks.plot import records
+from benchmarks.runs import read_json, records
+from benchmarks.store import Cell, Figures, Store, place
 from text.corpus import records_of
 
 NO_METRICS = ("kind", "time", "step", "seconds")  # of an evaluation's record
@@ -104,57 +104,12 @@ DECODINGS = (  # sampling is the task's own
 )
 
 
-# --- cells
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run, or a decoding of one. Told anything else it is another cell, of another path."""
-
-    kind: Literal["methods", "decodings"]
-    name: str
-    seed: int
-    options: Mapping[str, Any] = field(compare=False)
-    path: Path  # a run's folder, or a file of answers
-    setting: str = field(default="", compare=False)  # what is tried, in a search
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}{self.setting} ({self.seed})"
-
-    @property
-    def note(self) -> Path:
-        """The file for its command and time, whose presence says that it is done: written when its
-        process has ended."""
-        return self.path.with_name(self.path.stem + ".cell.json")
-
-    @property
-    def words(self) -> list[str]:
-        """The options as command-line words."""
-        where = {"out": self.path} if self.kind == "methods" else {"answers": self.path}
-        found: list[str] = []
-        for name, value in (dict(self.options) | where).items():
-            found += [f"--{name}"] if value is True else [f"--{name}", *str(value).split("\0")]
-        return found
-
-    def figures(self) -> dict[str, Any] | None:
-        """What was measured, or None where the cell is not done."""
-        if not self.note.exists():
-            return None
-        if self.kind == "methods":
-            return figures_of(self.path)
-        scores = json.loads(self.path.with_suffix(".scores.json").read_text(encoding="utf-8"))
-        return {
-            "metrics": {name: value for name, value in scores.items() if name != "eval_precision"}
-        }
-
-
-# --- all of them
+# --- all cells
 
 
 @dataclass
 class Bench:
-    """What there is to run, where it lies, how long it may take, and how far it is."""
+    """What there is to run, where it lies, and in which order."""
 
     folder: Path
     program: Sequence[str]  # the command of the task, without options
@@ -163,6 +118,7 @@ class Bench:
     common: Mapping[str, Any]  # options of every run
     scratch: Mapping[str, Any]  # options that give a model from scratch the base's shape
     predict: str | None  # the rows that decodings answer
+    store: Store
     answers: str = ".txt"  # suffix of a file of answers
     methods: Sequence[Method] = METHODS
     decodings: Sequence[Decoding] = DECODINGS
@@ -171,40 +127,43 @@ class Bench:
     # settings to try with the first seed: times a method's rate, and epochs
     search: Sequence[tuple[float, int]] = ()
     keep: int = 5  # methods that are run with every seed
-    until: float = math.inf  # of time.monotonic
-    failed: dict[Cell, str] = field(default_factory=dict)  # the last line of each that did
-    left_out: dict[Cell, None] = field(default_factory=dict)
-    # seconds that each took, where they are known
-    done: dict[Cell, float | None] = field(default_factory=dict)
-    running: Cell | None = None
+
+    def options_of(self, method: Method, seed: int) -> dict[str, Any]:
+        """Those of the task for a method and a seed."""
+        lr = {} if method.rate is None else {"lr": float(f"{method.rate * self.rate:.3g}")}
+        options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
+        return {**options, **(self.scratch if options["init"] == "scratch" else {})}
 
     def run_of(self, method: Method, seed: int) -> Cell:
         """The cell of a method and a seed."""
-        lr = {} if method.rate is None else {"lr": float(f"{method.rate * self.rate:.3g}")}
-        options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
-        options |= self.scratch if options["init"] == "scratch" else {}
-        path = self._path("runs", method.name, seed, options)
-        return Cell(
-            "methods",
-            method.name,
-            seed,
-            options,
-            path,
-            f", {setting(options)}" if self.search and lr else "",
-        )
+        options = self.options_of(method, seed)
+        path = place(self.folder / "runs", method.name, seed, options)
+        searched = self.search and method.rate is not None
+        setting = f", rate {options['lr']:g}, {epochs_text(options['epochs'])}" if searched else ""
+        return self._cell(method.name + setting, method.name, seed, options, path, {"out": path})
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell of a decoding of the run of its method with that seed."""
-        run = self.run_of(self.chosen(self.method_of(decoding)), seed)
-        options = dict(run.options) | {"predict": self.predict} | dict(decoding.options)
-        path = self._path("decodings", decoding.name, seed, options).with_suffix(self.answers)
-        return Cell("decodings", decoding.name, seed, options | {"out": run.path}, path)
+        method = self.chosen(self.method_of(decoding))
+        options = self.options_of(method, seed) | {"predict": self.predict, **decoding.options}
+        path = place(self.folder / "decodings", decoding.name, seed, options)
+        path = path.with_suffix(self.answers)
+        where = {"out": self.run_of(method, seed).path, "answers": path}
+        return self._cell(decoding.name, decoding.name, seed, options, path, where)
 
-    def _path(self, kind: str, name: str, seed: int, options: Mapping[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[
-            :8
-        ]
-        return self.folder / kind / f"{name}-{seed}-{key}"
+    def _cell(
+        self,
+        label: str,
+        name: str,
+        seed: int,
+        options: Mapping[str, Any],
+        path: Path,
+        where: Mapping[str, Path],
+    ) -> Cell:
+        words = list(self.program)
+        for option, value in {**options, **where}.items():
+            words += [f"--{option}"] if value is True else [f"--{option}", *str(value).split("\0")]
+        return Cell(name, seed, path, tuple(words), f"{label} ({seed})", work=options["epochs"])
 
     def wanted(self, name: str) -> bool:
         return self.only is None or name in self.only
@@ -251,71 +210,43 @@ class Bench:
             merit = max(map(self.merit, cells))
             if merit > -math.inf:
                 ranked.append((-merit, method))
-            elif not all(cell.note.exists() or self.settled(cell) for cell in cells):
+            elif not all(map(self.store.settled, cells)):
                 waiting.append(method)
         return [method for _, method in sorted(ranked, key=lambda pair: pair[0])] + waiting
 
     def cells(self) -> Iterator[Cell]:
         """All there is to do, in order; what comes later depends on what the earlier ones gave."""
         first = [method for method in self.methods if self.wanted(method.name)]
-        yield from self._in_turn([self.trials(method) for method in first])
+        # The first trial of each method, then the second of each: when time runs out, all have had
+        # about as many.
+        for of_all in itertools.zip_longest(*map(self.trials, first)):
+            yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
         for number, seed in enumerate(self.seeds):
             methods = self.ranking()[: self.keep] if number else first
             yield from (self.run_of(self.chosen(method), seed) for method in methods if number)
             for decoding in self.decodings if self.predict else ():
                 method = self.method_of(decoding)
                 run = self.run_of(self.chosen(method), seed)
-                to_come = method in methods and not self.settled(run)
-                if self.wanted(decoding.name) and (to_come or run.note.exists()):
+                to_come = method in methods and not self.store.settled(run)
+                if self.wanted(decoding.name) and (to_come or run.figures()):
                     yield self.decoding_of(decoding, seed)
-
-    def _in_turn(self, trials: Sequence[Sequence[Method]]) -> Iterator[Cell]:
-        """The first trial of each method, then the second of each: when time runs out, all have had
-        about as many."""
-        for of_all in itertools.zip_longest(*trials):
-            yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
-
-    def settled(self, cell: Cell) -> bool:
-        """Whether a cell has had its turn."""
-        return cell in self.failed or cell in self.left_out or cell in self.done
-
-    # --- time
-
-    def usual(self, cell: Cell) -> float:
-        """Seconds that a cell may take: as long an epoch as it took with other seeds, or as its
-        like did."""
-        walls = [
-            (other.name, wall / other.options["epochs"] * cell.options["epochs"])
-            for other, wall in list(self.done.items())  # the live table asks from another thread
-            if wall is not None and other.kind == cell.kind
-        ]
-        same = [wall for name, wall in walls if name == cell.name]
-        return statistics.median(same or [wall for _, wall in walls] or [0.0])
-
-    def rest(self) -> float:
-        """Seconds until the last cell is done, or the time is up."""
-        left = sum(self.usual(cell) for cell in self.cells() if not self.settled(cell))
-        return min(left, self.until - time.monotonic())
-
-
-def setting(options: Mapping[str, Any]) -> str:
-    """What a search varies, in words."""
-    return f"rate {options['lr']:g}, {epochs_text(options['epochs'])}"
-
-
-def wall_of(cell: Cell) -> float | None:
-    """Seconds that the process of a done cell took, where this command has noted them."""
-    try:
-        return json.loads(cell.note.read_text(encoding="utf-8"))["wall_seconds"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 # --- what a finished run measured
 
 
-@functools.cache
-def figures_of(run: Path) -> dict[str, Any]:
+def measured(path: Path) -> Figures:
+    """The figures of a run's folder or of a file of answers. Of a run its final/ is all that is
+    needed from here on."""
+    if path.suffix:
+        scores = json.loads(path.with_suffix(".scores.json").read_text(encoding="utf-8"))
+        return {"metrics": {name: of for name, of in scores.items() if name != "eval_precision"}}
+    figures = figures_of(path)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    return figures
+
+
+def figures_of(run: Path) -> Figures:
     """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the
     cost."""
     results, config = (
@@ -329,7 +260,8 @@ def figures_of(run: Path) -> dict[str, Any]:
     return {
         "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
         "between_epochs": unrest([line for line in evals if 2 * line["step"] > results["steps"]]),
-        "intervals": report_of(run).get("intervals", {}),
+        # what the predictions of the validation rows come to, where the answers are labels
+        "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
         **(
             course(results, config, log, evals)
             if config["steps"]
@@ -378,12 +310,6 @@ def course(
 
 
 # --- predictions of labels
-
-
-def report_of(run: Path) -> dict[str, Any]:
-    """What the predictions of the validation rows come to; nothing where the answers are texts."""
-    file = run / "validation.report.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 @functools.cache

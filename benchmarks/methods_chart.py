@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.methods_report import label, number
 from benchmarks.plot import COLOURS, PALE, ROWS, chart, short_number, short_numbers, write
-from benchmarks.runs import Row
+from benchmarks.table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

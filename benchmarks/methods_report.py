@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.console import bytes_text
-from benchmarks.runs import Column, Row, table
+from benchmarks.table import Column, Row, table
 
 LABELS = {
     "val_loss": "val loss",
@@ -104,10 +104,7 @@ def stat(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def rows_of(
-    names: Sequence[str],
-    found: Mapping[str, Sequence[Row]],
-    commands: Mapping[str, str],
-    best: Sequence[str],
+    names: Sequence[str], found: Mapping[str, Sequence[Row]], best: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a
     seed has none.
@@ -130,7 +127,7 @@ def rows_of(
         best_cell = best_of(cells, best, lambda cell, metric: cell["metrics"].get(metric))
         row["intervals"] = best_cell.get("intervals", {}) if best_cell else {}
         row["warnings"] = sorted({text for cell in cells for text in cell.get("warnings", ())})
-        rows.append(row | {"command": commands[name]})
+        rows.append(row | {"command": cells[0]["command"]})
     return rows
 
 

@@ -1,5 +1,5 @@
-"""What benchmarks that start commands share: a command within a limit, how it failed, and the
-files of a report."""
+"""Commands that benchmarks start: within a limit, some at a time, and how one failed; and the files
+of a report."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from base.files import write_json
-from benchmarks.table import markdown
+from base.files import replace_text, write_json
 from config import UserError
+from engine.log import read_log
 
 REPO = Path(__file__).resolve().parent.parent
+GRACE = 10.0  # seconds for interrupted commands to end: pytest ends its programs
 REAPED = 10.0  # seconds to wait for a killed command: a driver may hold it for good
+
+Item = TypeVar("Item")
 
 
 class Failed(Exception):
-    """A command failed: the line that names its error."""
+    """A command failed: the line that names its error, and its exit code."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line)
+        self.code = code
 
 
 class TimeUp(Exception):
@@ -51,47 +59,47 @@ def at_least(options: Any, **least: float) -> None:
 
 # --- commands
 
+_running: set[subprocess.Popen[bytes]] = set()  # in all threads of this process
+
 
 def execute(
-    words: Sequence[str], output: Path, until: float, cores: int | None = None, grace: float = 0.0
+    words: Sequence[str],
+    output: Path,
+    until: float,
+    *,
+    cores: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    first: signal.Signals = signal.SIGTERM,
+    grace: float = 0.0,
 ) -> None:
     """Run a command to its end, its output in a file.
 
-    Raises Failed, or TimeUp at `until` (of time.monotonic), when it first gets SIGTERM and has
-    `grace` seconds to save what it has.
+    It has a session of its own, `cores` of the cores (None: all), and REPO for its folder where its
+    environment is given. Raises Failed, or TimeUp at `until` (of time.monotonic), when it gets the
+    signal `first` and has `grace` seconds to save what it has.
     """
-    process = start(words, output, cores)
-    try:
-        code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise TimeUp from None
-    finally:
-        end(process, signal.SIGTERM, grace)
-    if code < 0:
-        raise Failed(f"killed by {signal.Signals(-code).name}")
-    if code:
-        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code))
-
-
-def start(
-    words: Sequence[str],
-    output: Path,
-    cores: int | None = None,
-    environment: Mapping[str, str] | None = None,
-    folder: Path | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, on some of the cores or all, its output in a
-    file."""
     with output.open("w", encoding="utf-8") as file, on_cores(cores):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words,
-            cwd=folder,
+            cwd=REPO if environment else None,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             start_new_session=True,
         )
+    _running.add(process)
+    try:
+        code = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise TimeUp from None
+    finally:
+        end(process, first, grace)
+        _running.discard(process)
+    if code < 0:
+        raise Failed(f"killed by {signal.Signals(-code).name}", code)
+    if code:
+        raise Failed(last_error(output.read_text(errors="replace", encoding="utf-8"), code), code)
 
 
 def end(process: subprocess.Popen[bytes], first: signal.Signals, grace: float) -> None:
@@ -103,6 +111,22 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals, grace: float) -
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
+
+
+def side_by_side(work: Callable[[Item], object], items: Sequence[Item], at_once: int) -> None:
+    """Do the work of each item in threads, so many at a time.
+
+    When this process is interrupted, no more is begun and the commands under way are ended: a pool
+    waits for them before it lets an error through.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                end(process, signal.SIGINT, GRACE)
+            raise
 
 
 @contextlib.contextmanager
@@ -151,20 +175,21 @@ def read_json(path: Path) -> Any:
         return None
 
 
-Row = Mapping[str, Any]  # the figures of one row of a table
-Column = tuple[str, Callable[[Row], str]]  # its head, and the text of a row's cell
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError
+    without a log."""
+    path = folder / "log.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no log.jsonl that can be read"
+        ) from None
+    return [record for _, record in read_log(text)]
 
 
-def table(columns: Sequence[Column], rows: Sequence[Row], words: Collection[str] = ()) -> str:
-    """A Markdown table without the columns that are empty in all rows. `words` are the heads of the
-    columns, besides the first, that hold no numbers."""
-    cells = {head: [cell(row) for row in rows] for head, cell in columns}
-    cells = {head: texts for head, texts in cells.items() if any(texts)}
-    left = [n for n, head in enumerate(cells) if n == 0 or head in words]
-    return markdown(list(cells), zip(*cells.values(), strict=True), left)
-
-
-def write_report(folder: Path, stem: str, result: Any, text: str) -> None:
-    """Write stem.json and stem.md."""
-    write_json(folder / f"{stem}.json", result)
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+def write_report(file: Path, result: Any, text: str) -> None:
+    """Write a JSON file and, beside it, Markdown for people."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    replace_text(file.with_suffix(".md"), text)

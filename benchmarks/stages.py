@@ -10,23 +10,18 @@ a process for each run costs some ten seconds of start-up, so a run is only a fe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
-import shlex
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,19 +38,16 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
-from benchmarks.machine import elsewhere
+from benchmarks.machine import elsewhere, engine_hash
 from benchmarks.runs import (
     REPO,
-    Failed,
-    TimeUp,
     at_least,
-    end,
-    execute,
     make_folders,
     now,
     read_json,
+    records,
     say,
-    start,
+    side_by_side,
     write_report,
 )
 from benchmarks.stages_report import (
@@ -68,8 +60,8 @@ from benchmarks.stages_report import (
     text_of,
 )
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
+from benchmarks.store import Cell, Figures, Store, place
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
-from engine.log import read_log
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
@@ -125,7 +117,7 @@ class Options:
 # --- one run
 
 
-def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]:
+def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> tuple[str, ...]:
     """train_gpt2.py with a stage's options, through torchrun where there are several ranks."""
     ranks = settings.ranks or plan.ranks
     micro_batch = settings.micro_batch or plan.micro_batch
@@ -165,25 +157,26 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> list[str]
     ]
     words.append("--compile" if settings.compile else "--no-compile")
     words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
-    return words + (["--without", *settings.without] if settings.without else [])
+    words += ["--without", *settings.without] if settings.without else []
+    return tuple(words)
 
 
-def figures_of(run: Path, warm_up: int) -> dict[str, Any]:
-    """What a finished run's log, and its trace where it has one, say; without the first steps."""
-    log = [record for _, record in read_log((run / "log.jsonl").read_text(encoding="utf-8"))]
+def figures_of(run: Path) -> Figures:
+    """What a finished run's log says, and its trace where it has one; the model and the trace,
+    which are large, go."""
+    log = records(run)
     steps = [line for line in log if line["kind"] == "train"]
-    figures: dict[str, Any] = {
-        "step_ms": [step["step_ms"] for step in steps[warm_up:]],
+    figures: Figures = {
+        "step_ms": [step["step_ms"] for step in steps],
         "tokens_per_step": steps[0]["tokens"],
         "memory_bytes": steps[-1]["memory_bytes"],
         "loss": steps[-1]["loss"],
         "warnings": [line["text"] for line in log if line["kind"] == "warning"],
     }
-    trace = run / "profile" / "trace.json"
-    if trace.exists():
-        figures["communication"] = communication_share(
-            json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-        )
+    if trace := read_json(run / "profile" / "trace.json"):
+        figures["communication"] = communication_share(trace["traceEvents"])
+    for large in ("final", "profile"):
+        shutil.rmtree(run / large, ignore_errors=True)
     return figures
 
 
@@ -223,124 +216,80 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 @dataclass
 class Bench:
-    """Where the runs lie, how long it may take, and how far it is."""
+    """The cells of a ladder: its runs by stage and round, and what is known of them."""
 
     folder: Path
     machine: Machine
     plan: Plan
-    until: float = math.inf  # of time.monotonic
-    failed: dict[str, str] = field(default_factory=dict)  # the last line of each run that did
-    total: int = 0  # runs of this invocation
-    done: int = 0
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of the last run of each name
+    store: Store
 
-    def path(self, name: str, number: int) -> Path:
-        return self.folder / "runs" / f"{name}-{number}"
+    def cell(self, name: str, number: int, settings: Settings, cores: int | None = None) -> Cell:
+        path = place(self.folder / "runs", name, number, dataclasses.asdict(settings))
+        words = command(settings, self.plan, self.folder / "cache", path)
+        return Cell(name, number, path, words, name, cores=cores)
 
-    def command(self, name: str, number: int, settings: Settings) -> list[str]:
-        return command(settings, self.plan, self.folder / "cache", self.path(name, number))
+    def record(self, name: str, number: int, settings: Settings) -> Figures | None:
+        """What was measured without the steps that warm up, or None."""
+        figures = self.cell(name, number, settings).figures()
+        warm_up = WARM_UP[self.machine.device] if settings.steps is None else 1
+        return figures and figures | {"step_ms": figures["step_ms"][warm_up:]}
 
-    def record(self, name: str, number: int, settings: Settings) -> dict[str, Any] | None:
-        """What was measured of just this run before, or None."""
-        record = read_json(self.path(name, number).with_suffix(".json"))
-        return record if record and record["settings"] == as_json(settings) else None
-
-    def records(self, name: str, settings: Settings) -> list[dict[str, Any]]:
+    def records(self, name: str, settings: Settings) -> list[Figures]:
         """Of rounds 1, 2, ... as far as there are any."""
-        found = map(lambda number: self.record(name, number, settings), itertools.count(1))
+        found = (self.record(name, number, settings) for number in itertools.count(1))
         return [record for record in itertools.takewhile(bool, found) if record]
 
-    def run(
-        self, name: str, number: int, settings: Settings, cores: int | None = None
-    ) -> dict[str, Any]:
-        """Make a run and store its figures. Raises Failed and TimeUp."""
-        path, words = self.path(name, number), self.command(name, number, settings)
-        shutil.rmtree(path, ignore_errors=True)
-        began = time.monotonic()
-        execute(words, path.with_suffix(".txt"), self.until, cores)
-        seconds = time.monotonic() - began
-        warm_up = WARM_UP[self.machine.device] if settings.steps is None else 1
-        record = {
-            "settings": as_json(settings),
-            "command": shlex.join(words),
-            "wall_seconds": seconds,
-        }
-        record |= figures_of(path, warm_up)
-        # a model of a few steps, and the trace, which has been read
-        for large in ("final", "profile"):
-            shutil.rmtree(path / large, ignore_errors=True)
-        write_json(path.with_suffix(".json"), record)
-        return record
-
-    def attempt(self, name: str, number: int, settings: Settings, cores: int | None = None) -> None:
-        """Make a run that the folder lacks and say how it went; one that fails is noted. Raises
-        TimeUp."""
-        if name in self.failed:
-            self.total -= 1
-            return
-        record, took = self.record(name, number, settings), "found in the folder"
-        if record is None:
-            self.make_room(name)
-            try:
-                record = self.run(name, number, settings, cores)
-                took = f"{record['wall_seconds']:.0f} s"
-            except Failed as error:
-                self.failed[name] = str(error)
-        self.done += 1
-        if record:
-            self.spent[name] = record["wall_seconds"]
-        text = (
-            f"{rate(record):>10,.0f} tokens/s, {took}" if record else f"failed: {self.failed[name]}"
-        )
-        say(f"[{self.done}/{self.total}] {name:<22} {text}; about {time_text(self.rest())} left")
-
-    def make_room(self, name: str) -> None:
-        """Raise TimeUp where a run would not be done in time."""
-        usual = statistics.median(self.spent.values()) if self.spent else 0.0
-        if time.monotonic() + self.spent.get(name, usual) > self.until:
-            raise TimeUp
-
-    def rest(self) -> float:
-        """Seconds until the last run is done, or the time is up."""
-        mean = statistics.fmean(self.spent.values()) if self.spent else 0.0
-        return min((self.total - self.done) * mean, self.until - time.monotonic())
+    @property
+    def failed(self) -> dict[str, str]:
+        """The error of each stage and point that failed: later rounds leave it out."""
+        return {cell.name: error for cell, error in self.store.failed.items()}
 
 
-def as_json(settings: Settings) -> dict[str, Any]:
-    """Settings as they are read back from a file."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
+def store_of(until: float) -> Store:
+    """Runs whose every step is timed, so that an interrupted one begins anew."""
+    return Store(figures_of, until, anew=True)
+
+
+def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -> Iterator[Cell]:
+    """One round: the stages, none on one that failed, then the points of scaling up to `most`
+    ranks. What failed in a round before is left out."""
+    for stage in LADDER:
+        # asked anew for each: what has failed since is built on no more
+        rungs = ladder(bench.machine, only, bench.failed)
+        rung = next((rung for rung in rungs if rung.stage == stage and not rung.skipped), None)
+        if rung and is_due(bench, cell := bench.cell(stage.name, number, rung.settings)):
+            yield cell
+    for point in distinct_points(most):
+        if is_due(bench, cell := point_cell(bench, point, number, most)):
+            yield cell
+    for point in distinct_points(most) if number == 1 else ():
+        if point[0] > 1:
+            yield point_cell(bench, point, TRACE, most)
+
+
+def is_due(bench: Bench, cell: Cell) -> bool:
+    return cell.name not in bench.failed or cell in bench.store.failed
 
 
 def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) -> None:
-    """Make the runs that the folder lacks, round by round, until the time is up; scaling up to
-    `most` ranks."""
-    wanted = [rung for rung in ladder(bench.machine, only) if rung.skipped is None]
-    points = distinct_points(most)
-    bench.total = rounds * (len(wanted) + len(points)) + sum(ranks > 1 for ranks, _ in points)
-    with contextlib.suppress(TimeUp):
-        compile_ahead(bench, wanted)
-        for number in range(1, rounds + 1):
-            measure_ceilings(bench, number)
-            for name in [rung.stage.name for rung in wanted]:
-                # asked anew each time: what has failed since is built on no more
-                rung = next(
-                    rung
-                    for rung in ladder(bench.machine, only, bench.failed)
-                    if rung.stage.name == name
-                )
-                bench.attempt(name, number, rung.settings)
-            for point in points:
-                attempt_point(bench, most, point, number)
-            for point in points if number == 1 else ():
-                if point[0] > 1:
-                    attempt_point(bench, most, point, TRACE)
+    """Make the runs that the folder lacks, round by round, and say how each went."""
+    compile_ahead(bench, [rung for rung in ladder(bench.machine, only) if not rung.skipped])
+    numbers = range(1, rounds + 1)
+    for number in numbers:
+        measure_ceilings(bench, number)
+        for cell, how in bench.store.make(cells_of(bench, only, number, most)):
+            every = [cell for n in numbers for cell in cells_of(bench, only, n, most)]
+            figures = cell.figures()
+            speed = f"{rate(figures):>10,.0f} tokens/s, " if figures else ""
+            left = time_text(bench.store.rest(every))
+            settled = sum(map(bench.store.settled, every))
+            say(f"[{settled}/{len(every)}] {cell.name:<22} {speed}{how}; about {left} left")
 
 
 def measure_ceilings(bench: Bench, number: int) -> None:
     """How fast large matrix products are, measured in each round anew."""
-    path = bench.path("ceilings", number).with_suffix(".json")
-    if not path.exists():
-        bench.make_room("ceilings")
+    path = bench.folder / "runs" / f"ceilings-{number}.json"
+    if not path.exists() and time.monotonic() < bench.store.until:
         names = [name for name in ("fp32", "tf32", "bf16") if name not in bench.machine.lacks]
         write_json(path, elsewhere(product_ceilings, bench.machine.device, names))
 
@@ -355,37 +304,15 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
     at_once = min(4, machine.cores // 4, machine.memory // (32 << 30))
     if machine.device != "cuda" or at_once < 2:
         return
-    distinct: dict[Settings, Rung] = {}
+    distinct: dict[Settings, str] = {}
     for rung in rungs:
         if rung.settings.compile and rung.settings.ranks == 1:
-            distinct.setdefault(compiled_part(rung.settings), rung)
-    waiting = {f"compile-{rung.stage.name}": settings for settings, rung in distinct.items()}
-    waiting = {name: of for name, of in waiting.items() if not bench.record(name, 0, of)}
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    if waiting:
-        say(f"compiling {len(waiting)} stages, {at_once} at a time ...")
-    try:
-        todo = iter(waiting.items())
-        while True:
-            for name, settings in itertools.islice(todo, at_once - len(running)):
-                shutil.rmtree(bench.path(name, 0), ignore_errors=True)
-                running[name] = start(
-                    bench.command(name, 0, settings), bench.path(name, 0).with_suffix(".txt")
-                )
-            if not running:
-                return
-            time.sleep(0.2)
-            if time.monotonic() > bench.until:
-                raise TimeUp
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                del running[name]
-                shutil.rmtree(bench.path(name, 0), ignore_errors=True)
-                write_json(
-                    bench.path(name, 0).with_suffix(".json"), {"settings": as_json(waiting[name])}
-                )
-    finally:
-        for process in running.values():
-            end(process, signal.SIGTERM, 0)
+            distinct.setdefault(compiled_part(rung.settings), rung.stage.name)
+    cells = [bench.cell(f"compile-{name}", 0, settings) for settings, name in distinct.items()]
+    missing = [cell for cell in cells if not cell.figures()]
+    if missing:
+        say(f"compiling {len(missing)} stages, {at_once} at a time ...")
+        side_by_side(store_of(bench.store.until).attempt, missing, at_once)
 
 
 def compiled_part(settings: Settings) -> Settings:
@@ -421,12 +348,12 @@ def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Se
     )
 
 
-def attempt_point(bench: Bench, most: int, point: tuple[int, int], number: int) -> None:
+def point_cell(bench: Bench, point: tuple[int, int], number: int, most: int) -> Cell:
     """A run of a point. On a CPU each rank has the same number of cores, however many ranks there
     are."""
     name, settings = point_of(bench, point, number)
     cores = bench.machine.cores // most * point[0] if bench.machine.device == "cpu" else None
-    bench.attempt(name, number, settings, cores)
+    return bench.cell(name, number, settings, cores)
 
 
 # --- the plan, and what it has in common with an earlier invocation
@@ -464,15 +391,6 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     )
 
 
-def engine_hash() -> str:
-    """Of the source that the runs run."""
-    packages = ("base", "storage", "kernels", "text", "decoding", "engine")
-    files = sorted(
-        [*REPO.glob("*.py"), *(f for name in packages for f in (REPO / name).glob("*.py"))]
-    )
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
 def identity_of(options: Options, machine: Machine, shape: Mapping[str, Any]) -> dict[str, Any]:
     """What the figures of one table have in common, by name."""
     known = {
@@ -508,7 +426,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
     )
     if options.steps is None and until < math.inf:
         plan = dataclasses.replace(
-            plan, steps=affordable_steps(Bench(folder, machine, plan, until))
+            plan, steps=affordable_steps(Bench(folder, machine, plan, store_of(until)))
         )
     write_json(file, {"identity": identity, "plan": dataclasses.asdict(plan)})
     return plan
@@ -538,14 +456,17 @@ def affordable_steps(bench: Bench) -> int:
     """Steps of a run with which two rounds fit, judged by a short run of the baseline."""
     warm_up = WARM_UP[bench.machine.device]
     say("a short run, to see how long steps take ...")
-    try:
-        record = bench.run("probe", 0, Settings(device=bench.machine.device, steps=warm_up + 1))
-    except (Failed, TimeUp):
+    probe = Settings(device=bench.machine.device, steps=warm_up + 1)
+    cell = bench.cell("probe", 0, probe)
+    bench.store.attempt(cell)
+    record = bench.record("probe", 0, probe)
+    if record is None:
         return warm_up + TIMED[0]  # the baseline's own run will say what is wrong
     step = statistics.median(record["step_ms"]) / 1e3
-    start_up = record["wall_seconds"] - (warm_up + 1) * step
+    start_up = bench.store.done[cell] - (warm_up + 1) * step
     runs = 2 * sum(rung.skipped is None for rung in ladder(bench.machine))
-    return steps_for((bench.until - time.monotonic()) / runs, start_up, LIKELY_STEP * step, warm_up)
+    seconds = (bench.store.until - time.monotonic()) / runs
+    return steps_for(seconds, start_up, LIKELY_STEP * step, warm_up)
 
 
 def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int:
@@ -580,7 +501,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         name: peak_flops(machine.name, name) if machine.device == "cuda" else None
         for name in ceilings
     }
-    points: dict[tuple[int, int], tuple[list[dict[str, Any]], dict[str, Any] | None]] = {
+    points = {
         point: (bench.records(*point_of(bench, point, 1)), trace_of(bench, point))
         for point in distinct_points(most)
     }
@@ -596,12 +517,10 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
         "stages": stage_rows(rungs, records, bench.failed, plan, machine, ceilings, sheet),
         "scaling": scaling_rows(points, most) if points else [],
     }
-    text = text_of(result, plan, machine)
-    write_report(bench.folder, "stages", result, text)
+    text = text_of(result)
+    write_report(bench.folder / "stages.json", result, text)
     if importlib.util.find_spec("matplotlib"):
-        draw(
-            result, f"{describe(plan, machine)}, {result['date'][:10]}", bench.folder / "stages.png"
-        )
+        draw(result, bench.folder / "stages.png")
     else:
         say(
             "matplotlib is not installed: no chart was drawn; the same command draws it where it is"
@@ -609,7 +528,7 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     return text
 
 
-def trace_of(bench: Bench, point: tuple[int, int]) -> dict[str, Any] | None:
+def trace_of(bench: Bench, point: tuple[int, int]) -> Figures | None:
     name, settings = point_of(bench, point, TRACE)
     return bench.record(name, TRACE, settings)
 
@@ -628,14 +547,16 @@ def make_folder(folder: Path) -> None:
 
 def ended(bench: Bench) -> int:
     """Say what went wrong or was left out; returns the exit code."""
+    store = bench.store
     for name, line in bench.failed.items():
         say(f"{name} failed: {line}")
-    if bench.done < bench.total:
+    if store.left_out:
+        made = len(store.done) + len(store.failed)
         say(
-            f"the time was up after {bench.done} of {bench.total} runs; the same command makes the "
-            "others"
+            f"the time was up after {made} of {made + len(store.left_out)} runs; the same command "
+            "makes the others"
         )
-    return 1 if bench.failed else 0
+    return 1 if store.failed else 0
 
 
 def main() -> int:
@@ -662,7 +583,7 @@ def main() -> int:
         f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; "
         f"{limit}"
     )
-    bench = Bench(folder, machine, plan, until)
+    bench = Bench(folder, machine, plan, store_of(until))
     most = most if only is None or SCALING in only else 1
     try:
         measure(bench, only, options.rounds, most)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
 from benchmarks.plot import COLOURS, DARK, PALE, ROWS, chart, short_number, short_numbers, write
-from benchmarks.runs import Column, Row, table
+from benchmarks.table import Column, Row, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -222,8 +222,14 @@ def describe(plan: Plan, machine: Machine) -> str:
     )
 
 
-def text_of(result: Record, plan: Plan, machine: Machine) -> str:
+def plan_of(result: Record) -> tuple[Plan, Machine]:
+    """What stages.json says of the plan and the machine."""
+    return Plan(**result["plan"]), Machine(**result["machine"])
+
+
+def text_of(result: Record) -> str:
     """stages.md"""
+    plan, machine = plan_of(result)
     versions = ", ".join(
         f"{name} {version}" for name, version in machine.facts["versions"].items() if version
     )
@@ -270,7 +276,7 @@ KEPT: dict[str, Any] = {"color": COLOURS[0]}
 BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch": "////"}
 
 
-def draw(result: Record, title: str, out: Path) -> None:
+def draw(result: Record, out: Path) -> None:
     """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone
     would set."""
     rows = joined(result["stages"])
@@ -282,7 +288,8 @@ def draw(result: Record, title: str, out: Path) -> None:
         for y, row in enumerate(rows):
             draw_row(axes, y, row)
         draw_ceilings(axes, rows, result)
-        finish(axes, headline(rows), title)
+        below = f"{describe(*plan_of(result))}, {result['date'][:10]}"
+        finish(axes, headline(rows), below)
 
 
 def joined(rows: Sequence[Record]) -> list[Record]:

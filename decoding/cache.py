@@ -58,7 +58,7 @@ class KVCache:
         # A padding query attends to itself: the softmax of an empty row would be NaN.
         return mask & (real[:, None] | (key == query))[:, None]
 
-    def at(self, layer: int) -> Extend:
+    def extension(self, layer: int) -> Extend:
         """The function that one layer calls with its new keys and values: `extend`, bound to the
         layer."""
         return functools.partial(self.extend, layer)
@@ -130,9 +130,9 @@ class Alternatives:
         mask = (key < self.length) | (key == key[self.length :, None])
         return self.cache.without_padding(mask[None, None])
 
-    def at(self, layer: int) -> Extend:
-        """As `KVCache.at`: the candidates are written past the filled positions."""
-        return self.cache.at(layer)
+    def extension(self, layer: int) -> Extend:
+        """As `KVCache.extension`: the candidates are written past the filled positions."""
+        return self.cache.extension(layer)
 
     def advance(self, T: int) -> None:
         """Do nothing: `KVCache.keep` counts the position."""

@@ -1,4 +1,5 @@
-"""Fine-tuning: each module is a task, `python -m finetune.TASK`; all run on the one loop."""
+"""Fine-tuning tasks. Each module describes one task for `python -m finetune.TASK`, and all of them
+share the training loop."""
 
 from __future__ import annotations
 
@@ -10,49 +11,54 @@ from typing import Any
 from base.cli import parse, typed_options
 from base.console import outlive
 from config import UserError, nearest
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.description import Description
-from tasks.generation.description import Texts
+from tasks.generation.description import GenerationDescription
 
 
-def classify(task: Labels) -> int:
-    """Run a task whose answers are labels, as its command line says; returns the exit code."""
+def classify(task: ClassificationDescription) -> int:
+    """Run a classification task with the options of the command line. Returns the exit code."""
     cfg, typed = options(task)
-    from tasks.classification.command import command
+    from tasks.classification.command import run_classification
 
-    return command(task, cfg, typed, task_of_labels)
+    return run_classification(task, cfg, typed, find_classification_task)
 
 
-def generate(task: Texts) -> int:
-    """Run a task whose answers are texts, as its command line says; returns the exit code."""
+def generate(task: GenerationDescription) -> int:
+    """Run a generation task with the options of the command line. Returns the exit code."""
     cfg, typed = options(task)
-    from tasks.command import command
+    from tasks.command import run_task
     from tasks.generation.task import Generation
 
-    return command(Generation(task), cfg, typed)
+    return run_task(Generation(task), cfg, typed)
 
 
 def options(task: Description) -> tuple[Any, frozenset[str]]:
-    """The options of a run, and the names of those that were typed; of the others, a run that goes
-    on has its own."""
-    words = sys.argv[1:]
-    typed = typed_options(task.config, words)
-    cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
-    from engine.resume import own_options  # with torch, which --help can do without
+    """The options of a run, and the names of the options that were typed.
 
-    cfg = own_options(cfg, typed)
+    A run that resumes keeps its own values for options that were not typed.
+    """
+    words = sys.argv[1:]
+    cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
+    typed = typed_options(task.config, words)
+    from engine.resume import restore_options  # imported late: it loads torch, which slows --help
+
+    cfg = restore_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     return cfg, typed
 
 
-def task_of_labels(asked: str) -> Labels:
-    """The task that --also TASK:WEIGHT names. Raises UserError where this package has none that
-    answers with labels."""
-    name = asked.partition(":")[0]
+def find_classification_task(item: str) -> ClassificationDescription:
+    """The task that an item TASK:WEIGHT of --also names. Raises UserError if it is not a
+    classification task of this package."""
+    name = item.partition(":")[0]
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     module = importlib.import_module(f"finetune.{name}") if name in names else None
     task = getattr(module, "TASK", None)
-    if not isinstance(task, Labels):
-        raise UserError(f"--also {asked}: {name} is no task with labels{nearest(name, names)}")
+    if not isinstance(task, ClassificationDescription):
+        raise UserError(
+            f"--also {item}: {name} is not a task with labels{nearest(name, names)}; use a task "
+            "like topics"
+        )
     return task

@@ -1,9 +1,9 @@
-"""Inference: does a premise entail a hypothesis, contradict it, or neither? RTE, SICK, MultiNLI,
-XNLI in any language.
+"""Natural language inference: a premise entails a hypothesis, contradicts it, or neither. It reads
+RTE, SICK, MultiNLI and XNLI, in any language.
 
 python -m finetune.nli --init gpt2 --data sick_train.tsv --val-data sick_dev.tsv
---form word: premise, <separator>, hypothesis, <infer>, and the language model answers with the
-label's word.
+With --form word a row reads premise, <separator>, hypothesis, <infer>, and the language model
+answers with the label's word.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts, Special
-from text.rows import Row
+from tasks.description import Parts, SpecialToken, Truncatable
+from text.row import Row
 
-SEPARATOR, INFER = Special("<separator>"), Special("<infer>")
-# of GLUE's numbers
+SEPARATOR, INFER = SpecialToken("<separator>"), SpecialToken("<infer>")
+# words for GLUE's numeric labels, by the number of labels
 WORDS = {2: ("entailment", "not entailment"), 3: ("entailment", "neutral", "contradiction")}
 
 
 @dataclass(frozen=True)
 class NliConfig(ClassificationConfig):
-    """Options of the task of inference."""
+    """Options of the inference task."""
 
     premise_column: str | None = None
     """Column of the premise. Default: premise, sentence1 or sentence_A."""
@@ -38,17 +38,19 @@ class NliConfig(ClassificationConfig):
 
 
 def texts(row: Row) -> tuple[str, ...]:
+    """Premise and hypothesis."""
     return row["premise"].strip(), row["hypothesis"].strip()
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    premise, hypothesis = map(Long, texts(row))
+    """Two special tokens separate the texts under --form word. Under prompt, words do."""
+    premise, hypothesis = map(Truncatable, texts(row))
     if form == "word":
         return premise, SEPARATOR, hypothesis, INFER
     return "Premise: ", premise, "\nHypothesis: ", hypothesis, "\nDoes it follow?"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="nli",
     config=NliConfig,
     columns={
@@ -60,7 +62,7 @@ TASK = Labels(
     optional=("id",),
     texts=texts,
     prompt=prompt,
-    words=functools.partial(label_words, of_numbers=WORDS),
+    words=functools.partial(label_words, words_by_count=WORDS),
     toy=(
         {
             "premise": "Two dogs run over a field.",

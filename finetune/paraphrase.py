@@ -1,9 +1,9 @@
-"""Whether two sentences say the same: Quora's question pairs, MRPC, any file with two columns of
-texts and a label.
+"""Paraphrases: whether two sentences mean the same. It reads Quora's question pairs, MRPC, and any
+file with two columns of texts and a label.
 
 python -m finetune.paraphrase --init gpt2 --data quora-train.csv --val-data quora-dev.csv
---form plain: a head over the pair; prompt: a head over the pair in a question; word: the language
-model answers yes or no.
+With --form plain a head reads the pair. With --form prompt it reads a question on the pair. With
+--form word the language model answers that question with yes or no.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
-from text.rows import Row
+from tasks.description import Parts, Truncatable
+from text.row import Row
 
 
 @dataclass(frozen=True)
 class ParaphraseConfig(ClassificationConfig):
-    """Options of the task of paraphrases."""
+    """Options of the paraphrase task."""
 
     first_column: str | None = None
     """Column of the first sentence. Default: sentence1, question1, text1 or #1 String."""
@@ -34,19 +34,22 @@ class ParaphraseConfig(ClassificationConfig):
 
 
 def texts(row: Row) -> tuple[str, ...]:
+    """The two sentences."""
     return row["first"].strip(), row["second"].strip()
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    first, second = map(Long, texts(row))
+    """A question on the two sentences."""
+    first, second = map(Truncatable, texts(row))
     return "Sentence1: ", first, "\nSentence2: ", second, "\nAre they paraphrases?"
 
 
 def words(labels: Sequence[str]) -> Sequence[str]:
+    """no and yes for the labels 0 and 1, else the labels' names."""
     return ("no", "yes") if tuple(labels) == ("0", "1") else label_words(labels)
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="paraphrase",
     config=ParaphraseConfig,
     columns={

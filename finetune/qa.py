@@ -1,10 +1,10 @@
-"""Questions on a passage: the passage, <question>, a question, <answer>, its answer; the answer
-alone is learned.
+"""Questions on a passage: a row reads passage, <question>, question, <answer>, answer. Only the
+answer is learned.
 
 python -m finetune.qa --init gpt2 --data squad_train.json --val-data squad_dev.json --predict questions.csv
-SQuAD is read as its own files have it and as the hub has it; a question without an answer (SQuAD 2)
-is not learned from, but is answered. A passage that is too long for the model is cut at its end;
-where that takes the answer away, the row is counted.
+SQuAD can be in its own files' layout or in the hub's. A question without an answer (SQuAD 2) is
+left out of training, but --predict answers it. A passage that is too long for the model is
+truncated at its end. A warning counts the rows that lose their answer by that.
 """
 
 from __future__ import annotations
@@ -15,48 +15,51 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from finetune import generate
 from tasks import metrics
-from tasks.description import Long, Special
-from tasks.generation.description import Answer, Example, Texts
+from tasks.description import SpecialToken, Truncatable
+from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.squad import expand
-from text.rows import Row
+from text.row import Row
 
-QUESTION, ANSWER = Special("<question>"), Special("<answer>")
+QUESTION, ANSWER = SpecialToken("<question>"), SpecialToken("<answer>")
 
 
 @dataclass(frozen=True)
 class QaConfig(GenerationConfig):
-    """Options of the task of questions."""
+    """Options of the question-answering task."""
 
     context_column: str | None = None
     """Column of the passage. Default: context or passage."""
     question_column: str | None = None
     """Column of the question. Default: question."""
     answer_column: str | None = None
-    """Column of the answer that is learned. Default: answer."""
+    """Column of the answer to learn. Default: answer."""
     answers_column: str | None = None
-    """Column of all answers that are right, one a line. Default: answers, where there is one."""
+    """Column of all accepted answers, one a line. Default: answers, if the file has it."""
 
 
 def example(row: Row, cfg: QaConfig) -> Example:
-    passage, question = Long(row["context"].strip()), row["question"].strip()
+    """Passage and question are the prompt. The passage may be truncated."""
+    passage, question = Truncatable(row["context"].strip()), row["question"].strip()
     return Example(
         prompt=(passage, QUESTION, question, ANSWER),
         answer=(row["answer"].strip(),),
-        reference=row["answers"] or row["answer"],  # all right answers, one a line
+        reference=row["answers"] or row["answer"],  # all accepted answers, one a line
     )
 
 
 def passage(row: Row) -> str:
-    """All questions on a passage are held out together: no passage is known from training."""
+    """The passage of a row. All questions on a passage are held out together, so that training
+    never shows a validation passage."""
     return row["context"]
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
+    """Exact match and F1, against the best of the accepted answers."""
     return metrics.squad([a.text for a in answers], [a.reference.split("\n") for a in answers])
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="qa",
     config=QaConfig,
     defaults={"decode": "greedy", "max_new_tokens": 40},
@@ -68,7 +71,7 @@ TASK = Texts(
         "id": ("id",),
     },
     optional=("answers", "id"),
-    truth=("answer",),
+    answer_fields=("answer",),
     expand=expand,
     group=passage,
     example=example,

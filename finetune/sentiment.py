@@ -1,9 +1,9 @@
-"""Sentiment of a text: SST-5 and CFIMDB in the course's format, NSMC, any file with columns of
-texts and labels.
+"""Sentiment of a text. It reads SST-5 and CFIMDB in CS224N's format, NSMC, and any file with a
+column of texts and a column of labels.
 
 python -m finetune.sentiment --init gpt2 --data ids-sst-train.csv --val-data ids-sst-dev.csv --predict ids-sst-test-student.csv
-With --form prompt the head reads "Review: ... Sentiment:", with --form word the language model
-answers that.
+With --form prompt the head reads "Review: ... Sentiment:". With --form word the language model
+continues it with the label's word.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
-from text.rows import Row
+from tasks.description import Parts, Truncatable
+from text.row import Row
 
-WORDS = {
+WORDS = {  # for numeric labels, by the number of labels
     2: ("negative", "positive"),
     3: ("negative", "neutral", "positive"),
     5: ("terrible", "bad", "okay", "good", "great"),
@@ -29,7 +29,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class SentimentConfig(ClassificationConfig):
-    """Options of the task of sentiment."""
+    """Options of the sentiment task."""
 
     text_column: str | None = None
     """Column of the text. Default: sentence, text, document, review or content."""
@@ -38,10 +38,11 @@ class SentimentConfig(ClassificationConfig):
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    return "Review: ", Long(row["text"].strip()), "\nSentiment:"
+    """The review, followed by the word that asks for its sentiment."""
+    return "Review: ", Truncatable(row["text"].strip()), "\nSentiment:"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="sentiment",
     config=SentimentConfig,
     columns={
@@ -51,7 +52,7 @@ TASK = Labels(
     },
     optional=("id",),
     prompt=prompt,
-    words=functools.partial(label_words, of_numbers=WORDS),
+    words=functools.partial(label_words, words_by_count=WORDS),
     csv_header="Predicted_Sentiment",
     toy=(
         {"text": "A warm, funny film that I would gladly see again.", "label": "1"},

@@ -1,5 +1,5 @@
-"""Any text: documents, or with --lines each line of a file, between two end-of-text tokens; any
-language.
+"""Any text in any language: each document, or with --lines each line of a file, is learned between
+two end-of-text tokens.
 
 python -m finetune.text --init gpt2 --data notes.txt
 python -m finetune.text --init FOLDER --data nsmc_train.txt --text-column document
@@ -12,28 +12,29 @@ from dataclasses import dataclass
 from base.cli import entry_point
 from config import CountOrNone
 from finetune import generate
-from tasks.description import Reading
-from tasks.generation.description import Example, Texts
+from tasks.description import PreprocessContext
+from tasks.generation.description import Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
-PARTS = 10  # of a document that is alone
+PARTS = 10  # parts that a single document is split into
 
 
 @dataclass(frozen=True)
 class TextConfig(GenerationConfig):
-    """Options of the task of any text."""
+    """Options of the text task."""
 
     lines: bool = False
-    """Each line of a text file is a row, rather than each document."""
+    """Read each line of a text file as a row, instead of each document."""
     text_column: str | None = None
     """Column of the text. Default: text, document, sentence or content."""
     eval_rows: CountOrNone = 0
-    """Validation texts to decode in an evaluation: they have no score, so none."""
+    """Number of validation texts to decode in an evaluation. They have no score, so the default is
+    0."""
 
 
-def divide(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]:
-    """One document becomes several, so that one of them can be held out."""
+def divide(source: PreprocessContext, rows: list[Row], spec: str, split: str) -> list[Row]:
+    """Split a single training document into parts, so that some of them can be held out."""
     if len(rows) > 1 or split != "train" or source.cfg.val_data:
         return rows
     lines = rows[0]["text"].splitlines(keepends=True)
@@ -41,27 +42,29 @@ def divide(source: Reading, rows: list[Row], spec: str, split: str) -> list[Row]
     parts = ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]
     parts = [part for part in parts if part.strip()]
     source.say(
-        f"{spec} is one document: it is read as {len(parts)}, so that one of them can be held out"
+        f"{spec} is one document. It is split into {len(parts)}, so that one of them can be held "
+        "out"
     )
     return [Row({"text": part}, rows[0].where) for part in parts]
 
 
 def example(row: Row, cfg: TextConfig) -> Example:
-    return Example(prompt=(), answer=(row["text"],), reference="")  # nothing is the one right text
+    """The whole text is learned. It has no reference, because no continuation is the right one."""
+    return Example(prompt=(), answer=(row["text"],), reference="")
 
 
 def beginning(row: Row, cfg: TextConfig) -> Example:
-    """A row of --predict is the beginning of a text."""
+    """A row of --predict is the beginning of a text, which the model continues."""
     return Example(prompt=(row["text"],), answer=(), reference="")
 
 
-TASK = Texts(
+TASK = GenerationDescription(
     name="text",
     config=TextConfig,
     columns={"text": ("text", "document", "sentence", "content")},
-    arrange=divide,
+    preprocess=divide,
     example=example,
-    asked=beginning,
+    predict_example=beginning,
     toy=(
         {"text": "Rain is due in the north by noon; the south stays dry."},
         {"text": "The library opens at ten, and on Sundays not at all."},

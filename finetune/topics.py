@@ -1,9 +1,9 @@
-"""The topic of a document: AG News, BBC News, the News Category Dataset, any file with a column of
-texts and a label.
+"""The topic of a document. It reads AG News, BBC News, the News Category Dataset, and any file with
+a column of texts and a column of labels.
 
 python -m finetune.topics --init gpt2 --data ag_news_train.csv --val-data ag_news_dev.csv
-Beside GPT-2 on the same rows: --model naive-bayes, tf-idf or lstm; --method last-layer --pooling
-lstm is an LSTM over the sequence of GPT-2's frozen states.
+Baselines on the same rows are --model naive-bayes, tf-idf and lstm. With --method last-layer
+--pooling lstm, an LSTM reads GPT-2's frozen states.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from adapters.options import Form
 from base.cli import entry_point
 from finetune import classify
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.options import ClassificationConfig
-from tasks.description import Long, Parts
-from text.rows import Row
+from tasks.description import Parts, Truncatable
+from text.row import Row
 
 
 @dataclass(frozen=True)
 class TopicsConfig(ClassificationConfig):
-    """Options of the task of topics."""
+    """Options of the topic task."""
 
     title_column: str | None = None
-    """Column of the title, read before the text. Default: title or headline, where there is one."""
+    """Column of the title, which is read before the text. Default: title or headline, if the file
+    has one."""
     text_column: str | None = None
     """Column of the text. Default: text, description, short_description, article or content."""
     label_column: str | None = None
@@ -32,14 +33,16 @@ class TopicsConfig(ClassificationConfig):
 
 
 def texts(row: Row) -> tuple[str, ...]:
+    """Title and text as one text."""
     return ("\n".join(part for part in (row["title"].strip(), row["text"].strip()) if part),)
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    return "Article: ", Long(texts(row)[0]), "\nTopic:"
+    """The document, followed by the word that asks for its topic."""
+    return "Article: ", Truncatable(texts(row)[0]), "\nTopic:"
 
 
-TASK = Labels(
+TASK = ClassificationDescription(
     name="topics",
     config=TopicsConfig,
     columns={
@@ -48,7 +51,7 @@ TASK = Labels(
         "text": ("text", "description", "short_description", "article", "content"),
         "id": ("id", "idx"),
     },
-    optional=("title", "text", "id"),  # some headlines of the News Category Dataset stand alone
+    optional=("title", "text", "id"),  # the News Category Dataset has headlines without text
     texts=texts,
     prompt=prompt,
     toy=(

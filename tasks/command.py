@@ -1,5 +1,4 @@
-"""What a task's command does once its options are read: train, then answer the rows of
---predict."""
+"""Runs a task after its options are parsed: trains, then answers the rows of --predict."""
 
 from __future__ import annotations
 
@@ -10,64 +9,64 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from base.files import beside, writable_file, write_json, writing_to
+from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import stopped_by
 from config import UserError
-from engine.log import finite
-from engine.processes import recorded
+from engine.log import json_safe
+from engine.processes import record_failures
 from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
-from tasks.finetuning import EXACT, Finetuning
-from text.rows import check_there
+from tasks.finetuning import EVAL_PRECISION, Finetuning
+from text.rows import check_exists
 
-# begin the names of files that a run writes by itself
-OWN = ("validation", "config", "log", "metrics", "run")
+# Stems of the files that a run writes itself. --answers must not overwrite them.
+RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
 
 
-def command(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
-    """Train `task` as its options say, then answer the rows of --predict; returns the exit code.
+def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
+    """Train `task`, then answer the rows of --predict. Returns the exit code.
 
-    typed: the options that stand on the command line.
+    typed: the names of the options on the command line.
     """
     description = task.description
     if not cfg.trains and not cfg.predict:
-        raise UserError("--epochs 0 trains nothing: add --predict FILE to have its rows answered")
-    check_answers(description, cfg)
-    _check_named(description, cfg)
+        raise UserError("--epochs 0 trains nothing; add --predict FILE to answer its rows")
+    answers_path(description, cfg)
+    _check_files(description, cfg)
     is_main = os.environ.get("RANK", "0") == "0"
     if not cfg.trains:
         if cfg.dry_run:
-            return rehearse(task, cfg)
+            return dry_run_predict(task, cfg)
         if is_main:
             predict(task, cfg, cfg.init)
         return 0
     if cfg.data is None and is_main:
         print(f"no --data: training on the {len(description.toy)} toy rows of the task")
-    code = recorded(train, task, cfg, typed)
+    code = record_failures(train, task, cfg, typed)
     if code or cfg.dry_run or not is_main:
         return code
-    task.conclude(str(cfg.out), print)
+    task.write_reports(str(cfg.out), print)
     if cfg.predict and (number := stopped_by()):
-        return 128 + number  # it came too late for the run, which is finished, but not for this
+        return 128 + number  # a signal after the last step: the run is finished, --predict is not
     if cfg.predict:
         predict(task, cfg, str(cfg.out))
     return 0
 
 
-def _check_named(task: Description, cfg: Any) -> None:
-    """Data that is not there is told before the model of --init, which a download may need."""
+def _check_files(task: Description, cfg: Any) -> None:
+    """Raise UserError for missing data files before --init may start a download."""
     for spec in (*(cfg.training_files() if cfg.trains else ()), cfg.predict):
         if spec and spec != "toy":
-            check_there(spec, task.readers)
+            check_exists(spec, task.readers)
 
 
-def rehearse(task: Finetuning, cfg: Any) -> int:
-    """`--dry-run` of answering alone: open the model of --init and read the rows; nothing is
-    written."""
+def dry_run_predict(task: Finetuning, cfg: Any) -> int:
+    """The dry run of `--epochs 0 --predict`: open the model, read the rows, write nothing. Returns
+    the exit code."""
     cfg.check()
     if os.environ.get("RANK", "0") == "0":
-        rows = task.answering(cfg, locate(cfg.init), print).rows
+        rows = task.open_predictor(cfg, locate(cfg.init), print).rows
         print(
             f"dry run: nothing is written ({len(rows):,} rows of {cfg.predict} would be answered "
             f"by {cfg.init})"
@@ -76,25 +75,28 @@ def rehearse(task: Finetuning, cfg: Any) -> int:
 
 
 def predict(task: Finetuning, cfg: Any, where: str) -> None:
-    """Answer the rows of --predict with the model of `where`; scores, if there are any, are printed
-    and written beside the answers, with the seconds that opening the model and answering took."""
+    """Answer the rows of --predict with the model of checkpoint `where`.
+
+    If the rows have true answers, the scores are printed and written to a .scores.json file beside
+    the answers. That file also has the seconds for opening the model and answering.
+    """
     cfg.check()
-    path = check_answers(task.description, cfg)
+    path = answers_path(task.description, cfg)
     model = locate(where)
     began = time.perf_counter()
     with writing_to("--answers" if cfg.answers else "--out", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scores = task.answering(cfg, model, print).write(path, print)
-        about = {"seconds": time.perf_counter() - began, "eval_precision": EXACT}
+        scores = task.open_predictor(cfg, model, print).write(path, print)
+        about = {"seconds": time.perf_counter() - began, "eval_precision": EVAL_PRECISION}
         if scores:
-            write_json(beside(path, ".scores.json"), finite(scores) | about)
+            write_json(sibling(path, ".scores.json"), json_safe(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 
 
-def check_answers(task: Description, cfg: Any) -> Path:
-    """The file that the answers to --predict go to. Raises UserError where it cannot be written, or
-    should not be."""
+def answers_path(task: Description, cfg: Any) -> Path:
+    """The file for the answers to --predict. Raises UserError if it cannot be written, or if it
+    would overwrite a file that the run reads or writes."""
     if cfg.answers and not cfg.predict:
         raise UserError(
             f"--answers {cfg.answers} belongs to --predict FILE; add it, or leave --answers out"
@@ -105,9 +107,13 @@ def check_answers(task: Description, cfg: Any) -> Path:
         return path
     if path.suffix not in kinds and not (path.suffix in (".json", ".txt", "") and cfg.answers):
         raise UserError(
-            f"--answers {path}: answers are written as {' and '.join(kinds)}; name such a file"
+            f"--answers {path}: answers are written as {' and '.join(kinds)}; name a file with "
+            f"{' or '.join(kinds)}"
         )
-    if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in OWN:
+    if (
+        path.parent.resolve() == Path(cfg.out).resolve()
+        and sibling(path, "").name in RESERVED_NAMES
+    ):
         raise UserError(f"--answers {path} is a file of the run itself; name another file")
     read = [
         file
@@ -116,7 +122,7 @@ def check_answers(task: Description, cfg: Any) -> Path:
         for item in spec.split(",")
         for file in (glob(item) or [item])
     ]
-    files = [path, *(beside(path, kind) for kind in kinds)] if len(kinds) > 1 else [path]
+    files = [path, *(sibling(path, kind) for kind in kinds)] if len(kinds) > 1 else [path]
     for file in dict.fromkeys(files):
         writable_file("--answers" if cfg.answers else "--out", str(file), read, make_folder=True)
     return path

@@ -1,7 +1,7 @@
-"""What both families of fine-tuning hand to the loop: a model that is the trunk with what its
-method adds, batches of rows of like length, and the facts of a run.
+"""The part of the task seam that classification and generation share: the model with its adapter,
+the order of rows, and the facts of a run.
 
-A row becomes a sequence of tokens, padded at the right, where causal attention sees nothing of it.
+A row becomes a sequence of tokens, padded at the right. Causal attention never reads that padding.
 """
 
 from __future__ import annotations
@@ -25,53 +25,57 @@ from engine.task import Cost, Facts, Task
 from model import GPT
 from tasks import methods
 from tasks.description import Description
-from tasks.order import Turns, padded_lengths, padding_share
+from tasks.order import InterleavedOrder, bucket_lengths, padding_share
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
-# of everything that is scored: in bf16 near ties fall otherwise with every other batch
-EXACT = "fp32"
+# Scores are computed in fp32. In bf16, near ties change with the batch that a row is in.
+EVAL_PRECISION = "fp32"
 
 
 @dataclass
 class Split:
-    """Sequences of a split, by row id."""
+    """The token sequences of a split. The index into the lists is the row id."""
 
     rows: list[Row]
     tokens: list[np.ndarray]  # int64
-    sha256: str
+    sha256: str  # of everything that training depends on, to refuse a resume on other rows
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens that the model reads of each."""
+        """Number of tokens that the model reads of each sequence, (n,) int64."""
         return np.array([len(tokens) for tokens in self.tokens])
 
 
-class Answering(Protocol):
-    """A finished model and the rows of --predict that it is to answer."""
+class Predictor(Protocol):
+    """A finished model and the rows of --predict that it will answer."""
 
     @property
-    def rows(self) -> list[Row]: ...
+    def rows(self) -> list[Row]:
+        """The rows of --predict, in the order of the file."""
+        ...
 
     def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers to all rows; returns their scores where the file has the true ones."""
+        """Write the answers to all rows. Returns their scores, or {} if no true answer is known."""
         ...
 
 
 class Finetuning(Task):
-    """A task of the loop that follows a description. A family reads the rows in `setup` and says
-    what a batch, its loss and its metrics are."""
+    """A Task that follows a description.
 
-    description: Any  # of the family's kind
-    cfg: Any  # of the description's kind of options
+    Each family (Classification, Generation) implements `setup`, `batch`, `loss` and the metrics.
+    """
+
+    description: Any  # a ClassificationDescription or a GenerationDescription
+    cfg: Any  # an instance of description.config
     source: Source
-    to_answer: list[Row] | None = None  # the rows of --predict, where `setup` has read them
+    predict_rows: list[Row] | None = None  # the rows of --predict, once they are read
     trunk: Trunk
-    order: Turns
-    train: Any  # Split of the family's kind
+    order: InterleavedOrder
+    train: Any  # the family's subclass of Split
     val: Any
-    # options of the family that all starts of a run must have in common
+    # options of the family that must not change when a run is resumed
     choices: tuple[str, ...] = ()
 
     def __init__(self, description: Description):
@@ -80,50 +84,57 @@ class Finetuning(Task):
         self.defaults, self.best = description.defaults, description.best
 
     def build_model(self, cfg: RunConfig) -> GPT:
+        """The base of --init with heads and adapter, on the CPU."""
         self.cfg = cfg
         return self.trunk.build()
 
     def groups(self, model: nn.Module, step: int) -> list[Group]:
+        """The parameters that --method trains in this step, with their rates."""
         assert isinstance(model, GPT)
         return methods.groups(model, self.cfg, step, self.order.steps_per_epoch)
 
     def stored(self, name: str) -> bool:
+        """Whether a checkpoint stores this parameter. An adapter's frozen base is not stored."""
         return name in self.trunk.stored
 
     def set_order(self, heads: np.ndarray, group: int = 1) -> None:
-        """The batches of each step, and the lengths that they are padded to; heads: (n,) the task
-        that each training row is of."""
+        """Set the order of the training rows and the lengths that batches are padded to.
+
+        heads: (n,) int64, the number of each training row's task. group: rows that stay together.
+        """
         cfg, lengths = self.cfg, self.train.lengths
-        self.order = Turns(lengths, heads, cfg.batch_size, cfg.seed, group)
+        self.order = InterleavedOrder(lengths, heads, cfg.batch_size, cfg.seed, group)
         both = np.concatenate((lengths, self.val.lengths))
-        self.padded = padded_lengths(both, self.trunk.seq_len)
+        self.buckets = bucket_lengths(both, self.trunk.seq_len)
 
     def amounts(self, split: Split, ids: np.ndarray, idx: Tensor) -> dict[str, float]:
-        """What a batch of these rows, padded to idx (B, T), holds."""
+        """The amounts that the log counts for the rows `ids` of a split, padded to idx (B, T)."""
         tokens = float(split.lengths[ids].sum())
         return {"tokens": tokens, "padded_tokens": idx.numel(), "rows": len(ids)}
 
-    # --- what a finished model says
+    # --- the finished model
 
-    def conclude(self, run: str, say: Callable[[str], None]) -> None:
-        """Write into the folder of a finished run what is to be known of its model; rank 0
-        alone."""
+    def write_reports(self, run: str, say: Callable[[str], None]) -> None:
+        """Write reports on the final model into the folder of a finished run. Rank 0 only."""
 
-    def answering(self, cfg: Any, where: str, say: Callable[[str], None]) -> Answering:
-        """The model of a checkpoint, ready to answer the rows of --predict. Raises UserError for
-        what is wrong with either."""
+    def open_predictor(self, cfg: Any, where: str, say: Callable[[str], None]) -> Predictor:
+        """The model of checkpoint `where`, ready to answer the rows of --predict.
+
+        Raises UserError if the checkpoint or the rows cannot be used.
+        """
         raise NotImplementedError
 
-    def rows_to_answer(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
-        """The rows of --predict."""
-        if self.to_answer is None:
-            self.to_answer = Source(self.description, cfg, say).to_answer
-        return self.to_answer
+    def read_predict_rows(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
+        """The rows of --predict. Reads the file only if `setup` has not read it."""
+        if self.predict_rows is None:
+            self.predict_rows = Source(self.description, cfg, say).predict_rows
+        return self.predict_rows
 
-    # --- what the loop must know
+    # --- facts for the loop
 
     def facts(self, hub_class: tuple[str, str] = Facts.hub_class) -> Facts:
-        """Once trunk, rows and order are there."""
+        """The facts of the run. Call it at the end of `setup`, when trunk, rows and order are
+        set."""
         epoch, size = self.order.steps_per_epoch, self.cfg.batch_size
         return Facts(
             identity=self.identity(),
@@ -133,20 +144,20 @@ class Finetuning(Task):
             cost=self.cost(),
             length=(self.cfg.steps or self.cfg.epochs * epoch, epoch),
             longest=np.argsort(-self.train.lengths, kind="stable"),
-            exact_evaluation=True,  # as --predict, whose figures are to be the same
+            exact_evaluation=True,  # so that evaluation and --predict report the same figures
             hub_class=hub_class,
             warnings=tuple(self.source.warnings),
         )
 
     def cost(self) -> Cost:
-        """What a step takes."""
+        """The cost of the longest row, for the planner."""
         shape = self.trunk.shape
         with torch.device("meta"):
             flops = GPT(shape).flops_per_token(int(self.train.lengths.max()))
-        return Cost(shape, int(self.padded[-1]), flops, self.trunk.added)
+        return Cost(shape, int(self.buckets[-1]), flops, self.trunk.with_adapter)
 
     def identity(self) -> dict[str, Any]:
-        """What all starts of a run must have in common."""
+        """Everything that must not change when a run is resumed, by option name."""
         names = ["batch_size", "method", "llrd", *self.choices]
         names += METHODS[self.cfg.method].options
         config = {name: getattr(self.cfg, name) for name in names}
@@ -170,12 +181,12 @@ class Finetuning(Task):
         }
 
     def banner(self) -> dict[str, str]:
-        """What a start tells of the task, the model, the tokenizer and the data."""
+        """The lines on task, model, tokenizer and data that a run prints at its start."""
         shape, tokenizer, train = self.trunk.shape, self.trunk.tokenizer, self.train
-        model = self.trunk.without_weights
-        trained, total = methods.counts(model, self.groups(model, 0))
+        model = self.trunk.meta_model
+        trained, total = methods.count_parameters(model, self.groups(model, 0))
         padding = padding_share(
-            list(self.order.epoch(0)), train.lengths, self.padded, self.cfg.batch_size
+            list(self.order.epoch(0)), train.lengths, self.buckets, self.cfg.batch_size
         )
         special = " ".join(self.trunk.special)
         return {
@@ -185,7 +196,7 @@ class Finetuning(Task):
             f"{self.trunk.seq_len}, "
             f"start: {self.cfg.init}",
             "tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
-            + (f", of them {special}" if special else ""),
+            + (f", including {special}" if special else ""),
             "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on "
             f"({train.lengths.sum():,} tokens, "
             f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",

@@ -1,4 +1,4 @@
-"""Which parameters a method of fine-tuning trains, and at what share of the rate."""
+"""Which parameters a fine-tuning method trains, and at which fraction of the learning rate."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ from engine.optim import Group, default_groups
 from model import GPT
 from tasks.options import FinetuneConfig
 
-ULMFIT_DECAY = 1 / 2.6  # of the rate, from each group of layers to the one below
+ULMFIT_DECAY = 1 / 2.6  # ratio of a layer's rate to that of the layer above
 
 
-def check(cfg: FinetuneConfig) -> None:
-    """Raise UserError for options that do not go with cfg.method."""
-    mine = METHODS[cfg.method]
+def check_method(cfg: FinetuneConfig) -> None:
+    """Raise UserError for options that cannot be combined with cfg.method."""
+    traits = METHODS[cfg.method]
     for field in dataclasses.fields(MethodConfig):
-        owners = [method for method, of in METHODS.items() if field.name in of.options]
+        owners = [method for method, its in METHODS.items() if field.name in its.options]
         if owners and cfg.method not in owners and getattr(cfg, field.name) != field.default:
             raise UserError(
                 f"--{field.name.replace('_', '-')} belongs to --method {' or '.join(owners)}, not "
                 f"to {cfg.method}; leave it out"
             )
-    if cfg.llrd != 1 and not mine.llrd:
+    if cfg.llrd != 1 and not traits.llrd:
         why = "sets them itself" if cfg.method == "ulmfit" else "does not train these"
         raise UserError(
             f"--llrd sets the rates of the model's blocks, and --method {cfg.method} {why}; leave "
             "it out"
         )
-    if cfg.optimizer == "muon" and not mine.matrices:
+    if cfg.optimizer == "muon" and not traits.matrices:
         raise UserError(
             "--optimizer muon is for the matrices of the model's blocks, which --method "
             f"{cfg.method} does not train; use --optimizer adamw"
         )
     if cfg.init == "scratch" and cfg.method in ADAPTERS:
         raise UserError(
-            f"--method {cfg.method} adds to trained weights; name some with --init, or use "
-            "--method full"
+            f"--method {cfg.method} adds to trained weights, but there are none without --init; "
+            "name a model with --init, or use --method full"
         )
 
 
 def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> list[Group]:
-    """The parameters that train in `step`, as optim.default_groups but with the rate of each layer.
-    Pure in step.
+    """The parameters that train in `step`: optim.default_groups, split by the layers' rates. Pure
+    in step.
 
-    ulmfit (Howard and Ruder 2018) begins with the head, and each epoch thaws the layer below; a
-    layer's rate is 1/2.6 of that of the layer above. Where there are heads of a classifier, they
-    train under every method, and a language model's head of its own, which has no loss then, under
-    none.
+    ulmfit (Howard and Ruder 2018) trains the head in the first epoch and unfreezes one more layer
+    below in each epoch. A layer's rate is 1/2.6 of the rate of the layer above. The heads of a
+    classifier train under every method. An untied language-model head has no loss in a classifier,
+    so no method trains it there.
     """
     rates = _rates(model, cfg, step // steps_per_epoch)
     found = []
@@ -81,7 +81,8 @@ def groups(model: GPT, cfg: FinetuneConfig, step: int, steps_per_epoch: int) -> 
 
 
 def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
-    """Names of the parameters that train in an epoch, with their share of the learning rate."""
+    """Names of the parameters that train in an epoch, each with its fraction of the learning
+    rate."""
     trains = METHODS[cfg.method].trains
     decay = ULMFIT_DECAY if cfg.method == "ulmfit" else cfg.llrd
     depths = _depths(model, from_head=cfg.method in ("last-layer", "ulmfit"))
@@ -94,12 +95,12 @@ def _rates(model: GPT, cfg: MethodConfig, epoch: int) -> dict[str, float]:
 
 
 def _depths(model: GPT, from_head: bool) -> dict[str, int]:
-    """Layers from the top to each parameter that can train: 0 the head and the last norm, then
-    block by block, last the embeddings. What is added has the depth of its block, outside of blocks
-    0.
+    """The depth of each parameter that can train, counted from the top: 0 for the head and the last
+    norm, 1 for the last block, and n_layer + 1 for the embeddings. Adapters in a block have the
+    depth of the block, other adapters have depth 0.
 
-    Where `from_head`, a table that is both embedding and head is the head; a classifier's heads are
-    above the last norm, which goes with the last block.
+    from_head: a tied embedding table counts as the head. In a classifier, only the heads have depth
+    0, and the last norm belongs to the last block.
     """
     n_layer, new, classifier = model.config.n_layer, always_trained(model), len(model.heads) > 0
     top_table = (
@@ -123,8 +124,8 @@ def _depths(model: GPT, from_head: bool) -> dict[str, int]:
 
 
 def stored(model: GPT, cfg: MethodConfig) -> set[str]:
-    """Names of the parameters that a checkpoint must hold: what is new to the model, where the base
-    is elsewhere."""
+    """Names of the parameters that a checkpoint stores: all of them, or for an adapter only those
+    that the base lacks."""
     return (
         always_trained(model)
         if cfg.method in ADAPTERS
@@ -132,8 +133,9 @@ def stored(model: GPT, cfg: MethodConfig) -> set[str]:
     )
 
 
-def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
-    """Parameters that train, and all; the vocabulary's padding is not counted."""
+def count_parameters(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
+    """The number of parameters that train, and of all parameters. Padding rows of the vocabulary
+    are not counted."""
     named = {name: p for group in trained for name, p in group.params.items()}
     padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
     padded = sum(f"{name}.weight" in named for name in TABLES)
@@ -141,15 +143,16 @@ def counts(model: GPT, trained: Sequence[Group]) -> tuple[int, int]:
 
 
 def add_adapter(model: GPT, cfg: MethodConfig, new_tokens: range = range(0)) -> None:
-    """Add to `model`, in place, what cfg.method trains, drawn from the global random state; freeze
-    the rest.
+    """Add the adapter of cfg.method to `model`, in place, and freeze all that does not train. New
+    weights are drawn from the global random state.
 
-    `new_tokens` are ids that are new to a pretrained model: their rows train under every method,
-    those that freeze the table too. Raises UserError where method and model do not fit.
+    new_tokens: ids that a pretrained model lacks. Their embedding rows train under every method,
+    even if it freezes the table. Raises UserError if the method does not fit the model.
     """
     if cfg.method == "last-k" and cfg.last_k > model.config.n_layer:
         raise UserError(
-            f"--last-k {cfg.last_k}: the model has {model.config.n_layer} blocks; use --method full"
+            f"--last-k {cfg.last_k}: the model has only {model.config.n_layer} blocks; use fewer, "
+            "or --method full"
         )
     if cfg.method in LORA:
         names = [

@@ -1,4 +1,4 @@
-"""Options of every fine-tuning run."""
+"""The options that every fine-tuning run has."""
 
 from __future__ import annotations
 
@@ -10,39 +10,45 @@ from config import Count, CountOrNone, RunConfig, Where, Wheres
 
 @dataclass(frozen=True)
 class FinetuneConfig(MethodConfig, RunConfig):
-    """Options of a fine-tuning run. None means: what suits the machine (the banner says what was
-    chosen)."""
+    """Options of a fine-tuning run. None means a value that suits the machine. The banner shows
+    the value that was chosen."""
 
     init: Where = "gpt2"
-    """Start from: a hub id, a folder in the hub's GPT-2 layout or written by a run, or scratch."""
+    """Where the weights come from: a hub id, a folder in the hub's GPT-2 layout, a run's folder, or
+    scratch (random weights)."""
     data: Wheres | None = None
-    """Files of rows, comma-separated or globs, a hub dataset id, or toy: the task's own few rows
-    (the default)."""
+    """Training rows: files (comma-separated or globs), a hub dataset id, or toy, a few rows that
+    the task brings. Default: toy."""
     val_data: Wheres | None = None
-    """Validation rows, in the same forms. Default: a fixed tenth of the rows."""
+    """Validation rows, in the same forms as --data. Default: a fixed tenth of --data is held
+    out."""
     seq_len: Count | None = None
-    """Longest row in tokens. Default: what the model has room for (from scratch 256)."""
+    """Longest row in tokens. Default: what the model has room for (256 from scratch)."""
     epochs: CountOrNone = 3
-    """Passes over the rows; --steps sets the length of the run in place of it."""
+    """Passes over the training rows. --steps overrides it. 0 trains nothing and only answers
+    --predict."""
     batch_size: Count = 16
     """Rows in an optimizer step, over all ranks."""
     keep: Count = 1
-    """Newest checkpoints to keep, beside the best."""
+    """Newest checkpoints to keep, in addition to the best."""
     keep_best: Count = 3
     """Best checkpoints to keep, by the metric that also chooses the final model."""
     strict: bool = False
-    """End at a row that cannot be read or does not fit, in place of counting and leaving it out."""
+    """Stop with an error at a row that cannot be read or does not fit. Without it such rows are
+    left out or truncated, and counted in a warning."""
     show_rows: CountOrNone = 2
-    """Rows of the first batch to print, what is learned marked."""
+    """Rows of the first batch to print. The text that the model learns is marked."""
     predict: Wheres | None = None
-    """When trained, answer the rows of this file; scores too, where it holds the true answers."""
+    """Answer the rows of this file after training. They are also scored if the file has the true
+    answers."""
     answers: Where | None = None
-    """File to write those answers to. Default: predictions.* in the run's folder."""
+    """File for the answers to --predict. Default: predictions.* in the run's folder."""
 
     @property
     def trains(self) -> bool:
+        """Whether the run trains at all. `--epochs 0` without --steps only answers --predict."""
         return bool(self.epochs or self.steps)
 
     def training_files(self) -> tuple[str | None, ...]:
-        """What is read to train and to validate."""
+        """The files that training and validation read, so that --answers overwrites none."""
         return self.data, self.val_data

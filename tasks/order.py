@@ -1,7 +1,6 @@
-"""Rows to the batches of each step: rows of like length together, padded to few fixed lengths.
+"""The order of training rows: batches of rows with similar lengths, padded to a few bucket sizes.
 
-The order is pure in (seed, step); that rows of like length meet costs some of its randomness, and
-saves padding.
+The order is pure in (seed, step). Sorting rows by length makes it less random and saves padding.
 """
 
 from __future__ import annotations
@@ -18,82 +17,78 @@ POOL = 64  # batches whose rows are sorted together
 
 
 class Order:
-    """Which rows each training step sees; every row once in an epoch.
+    """The rows of each training step. Each epoch visits every row exactly once.
 
-    An epoch is a random permutation of the rows. Pools of it are sorted by length and cut into
-    batches, and the batches of all pools are shuffled. The last n mod batch_size rows of the
-    permutation make a smaller batch, the epoch's last: none is left out and none comes twice.
+    An epoch is a random permutation of the rows. The permutation is split into pools, each pool is
+    sorted by length and split into batches, and the batches of all pools are shuffled. The last
+    n mod batch_size rows of the permutation form a smaller batch at the end of the epoch.
 
-    Rows come in groups that are never split. Where n is not divisible by `group`, the last n mod
-    group rows of the permutation are one shorter group, in a batch of its own at the end.
+    Rows come in groups that are never split. If n is not divisible by `group`, the last n mod group
+    rows of the permutation form one shorter group, alone in a batch at the end.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, group: int = 1):
-        """lengths: (n,) tokens of each row. Raises UserError where a batch is no whole number of
-        groups."""
+        """lengths: (n,) tokens of each row. Raises UserError if batch_size is not a multiple of
+        `group`."""
         if batch_size % group:
             more = math.ceil(batch_size / group) * group
             raise UserError(
-                f"--batch-size {batch_size} is no multiple of groups of {group} rows; use {more}"
+                f"--batch-size {batch_size} is not a multiple of groups of {group} rows; use {more}"
             )
-        self.lengths, self.batch_size, self.seed, self.group = (
-            np.asarray(lengths),
-            batch_size,
-            seed,
-            group,
-        )
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed, self.group = batch_size, seed, group
         n = len(self.lengths)
-        # rows in whole batches, in whole groups
-        self._even, self._grouped = (n - n % batch_size, n - n % group)
-        self.steps_per_epoch = math.ceil(self._grouped / batch_size) + (self._grouped < n)
-        self._known: tuple[int, list[np.ndarray]] = -1, []
+        self._in_batches = n - n % batch_size  # rows in full batches
+        self._in_groups = n - n % group  # rows in full groups
+        self.steps_per_epoch = math.ceil(self._in_groups / batch_size) + (self._in_groups < n)
+        self._cached: tuple[int, list[np.ndarray]] = -1, []  # an epoch and its batches
 
     def __call__(self, step: int) -> np.ndarray:
-        """Ids of the global batch of a 0-based step, (groups, rows of a group) int64."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        number, batches = self._known
-        if number != epoch:
+        """Row ids of the global batch of a step (from 0), (groups, rows of a group) int64."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        cached, batches = self._cached
+        if cached != epoch:
             batches = self.epoch(epoch)
-            self._known = epoch, batches
-        return batches[at]
+            self._cached = epoch, batches
+        return batches[index]
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of a 0-based epoch."""
+        """The batches of an epoch (from 0), each as from __call__."""
         n, size = len(self.lengths), self.batch_size
         shuffled = window_order(epoch * n + np.arange(n), n, self.seed)
         batches = []
-        for begin in range(0, self._even, POOL * size):
-            pool = self._sorted(shuffled[begin : min(begin + POOL * size, self._even)])
+        for begin in range(0, self._in_batches, POOL * size):
+            pool = self._sorted(shuffled[begin : min(begin + POOL * size, self._in_batches)])
             batches += list(pool.reshape(-1, size // self.group, self.group))
         if batches:
             places = window_order(
                 epoch * len(batches) + np.arange(len(batches)), len(batches), self.seed + 1
             )
             batches = [batches[place] for place in places]
-        if self._even < self._grouped:
-            batches.append(
-                self._sorted(shuffled[self._even : self._grouped]).reshape(-1, self.group)
-            )
-        if self._grouped < n:
-            batches.append(shuffled[None, self._grouped :])
+        if self._in_batches < self._in_groups:
+            rest = self._sorted(shuffled[self._in_batches : self._in_groups])
+            batches.append(rest.reshape(-1, self.group))
+        if self._in_groups < n:
+            batches.append(shuffled[None, self._in_groups :])
         return batches
 
     def _sorted(self, ids: np.ndarray) -> np.ndarray:
         return ids[np.argsort(self.lengths[ids], kind="stable")]
 
 
-class Turns:
-    """Which rows each step sees where several tasks train at once, each step those of one task.
+class InterleavedOrder:
+    """The rows of each step when several tasks train at once. Each step has rows of one task.
 
-    In an epoch the first task gives all of its batches; each of the others as many as it has, and
-    never more than that, goes on in the next where it ended, and has its places by the seed.
+    An epoch has all batches of the first task. Each other task contributes all of its batches too,
+    but at most as many as the first task, and continues in the next epoch where it stopped. The
+    seed shuffles which task comes at which step.
     """
 
     def __init__(
         self, lengths: np.ndarray, tasks: np.ndarray, batch_size: int, seed: int, group: int = 1
     ):
-        """lengths, tasks: (n,) tokens of each row and the number of its task, the rows of a task
-        one after another."""
+        """lengths: (n,) tokens of each row. tasks: (n,) int64, the number of each row's task. The
+        rows of a task are consecutive."""
         self.seed = seed
         self.orders: list[Order] = []
         self.offsets: list[int] = []
@@ -103,29 +98,30 @@ class Turns:
             self.orders.append(Order(lengths[ids], batch_size, seed + task, group))
         own = self.orders[0].steps_per_epoch
         self.shares = [min(own, order.steps_per_epoch) for order in self.orders]
-        self._known: tuple[int, list[int], list[int]] = -1, [], []
+        self._cached: tuple[int, list[int], list[int]] = -1, [], []  # an epoch and its schedule
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps in an epoch, over all tasks."""
         return sum(self.shares)
 
     def __call__(self, step: int) -> np.ndarray:
-        """Ids of the global batch of a 0-based step, (groups, rows of a group) int64."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if self._known[0] != epoch:
-            self._known = epoch, *self._turns(epoch)
-        _, tasks, numbers = self._known
-        task = tasks[at]
+        """Row ids of the global batch of a step (from 0), (groups, rows of a group) int64."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._cached[0] != epoch:
+            self._cached = epoch, *self._schedule(epoch)
+        _, tasks, numbers = self._cached
+        task = tasks[index]
         order = self.orders[task]
-        return order(epoch * self.shares[task] + numbers[at]) + self.offsets[task]
+        return order(epoch * self.shares[task] + numbers[index]) + self.offsets[task]
 
     def epoch(self, epoch: int) -> Iterator[np.ndarray]:
-        """The batches of a 0-based epoch."""
+        """The batches of an epoch (from 0), each as from __call__."""
         first = epoch * self.steps_per_epoch
         return map(self, range(first, first + self.steps_per_epoch))
 
-    def _turns(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The task of each step of an epoch, and how many steps of that task come before it."""
+    def _schedule(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The task of each step of an epoch, and how many of the task's steps come before it."""
         tasks = np.repeat(np.arange(len(self.shares)), self.shares)
         if len(self.shares) > 1:
             tasks = np.random.default_rng([self.seed, epoch]).permutation(tasks)
@@ -135,20 +131,20 @@ class Turns:
         return tasks.tolist(), numbers.tolist()
 
 
-def padded_lengths(
+def bucket_lengths(
     lengths: np.ndarray, limit: int, n_buckets: int = 6, multiple: int = 8
 ) -> np.ndarray:
-    """The few lengths to pad batches to, ascending, (at most n_buckets,) int64; the last holds the
-    longest row.
+    """The bucket sizes to pad batches to: ascending, (at most n_buckets,) int64.
 
-    Multiples of `multiple`, at most `limit`, such that rows, each padded to the nearest, have the
-    fewest tokens: best[k, j], the fewest of the rows up to size j with k lengths of which j is the
-    last, by dynamic programming. lengths: (n,) tokens of each row, 1 to limit.
+    lengths: (n,) tokens of each row, 1 to limit. The sizes are multiples of `multiple`, cut off at
+    `limit`, and the last one holds the longest row. They minimise the tokens of all rows, each
+    padded to the next size, by dynamic programming over the fewest tokens of the rows up to size j
+    that k sizes can reach, j being the largest of them.
     """
     units = -(-np.asarray(lengths, np.int64) // multiple)
-    below = np.cumsum(np.bincount(units))  # rows of at most j units
+    below = np.cumsum(np.bincount(units))  # number of rows with at most j units
     j = np.arange(len(below))
-    # of the rows between i and j, padded to j
+    # cost[i, j]: units of the rows longer than i and at most j, each padded to j
     cost = np.where(j[:, None] < j, (below - below[:, None]) * j, np.inf)
     best, came_from = [cost[0]], []
     for _ in range(min(n_buckets, len(np.unique(units))) - 1):
@@ -161,31 +157,31 @@ def padded_lengths(
     return np.minimum(np.array(chosen[::-1], np.int64) * multiple, limit)
 
 
-def pad_to(length: int, sizes: np.ndarray) -> int:
-    """The least of `sizes` (of `padded_lengths`) that holds `length` tokens. Raises ValueError
-    beyond the last."""
+def bucket_for(length: int, sizes: np.ndarray) -> int:
+    """The smallest of the bucket `sizes` that holds `length` tokens. Raises ValueError if none
+    does."""
     if length > sizes[-1]:
-        raise ValueError(f"{length} tokens, where the longest size is {sizes[-1]}")
+        raise ValueError(f"{length} tokens do not fit into the largest bucket of {sizes[-1]}")
     return int(sizes[np.searchsorted(sizes, length)])
 
 
 def padding_share(
     batches: Sequence[np.ndarray], lengths: np.ndarray, sizes: np.ndarray, micro_batch: int
 ) -> float:
-    """How much of what is computed over these batches is padding, each micro-batch being padded on
-    its own."""
+    """The fraction of padding among all computed tokens, 0 to 1. Each micro-batch is padded by
+    itself."""
     computed = real = 0
     for ids in (batch.reshape(-1) for batch in batches):
         for begin in range(0, len(ids), micro_batch):
             part = lengths[ids[begin : begin + micro_batch]]
-            computed += len(part) * pad_to(int(part.max()), sizes)
+            computed += len(part) * bucket_for(int(part.max()), sizes)
             real += int(part.sum())
     return 1 - real / computed
 
 
 def group_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first (what does not fit in memory fails at once), padded to at most
-    batch_tokens."""
+    """Batches of indices of at most `batch_tokens` tokens after padding. The longest come first, so
+    that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, batch_tokens // max(1, lengths[order[0]]))

@@ -1,4 +1,4 @@
-"""The rows that a task's options name: to train on, to validate on and to answer."""
+"""Reads the rows that a task's options name: training, validation and --predict rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from text.rows import Row, hold_out, overlap, read_rows
 class Source:
     """Reads the files of --data, --val-data and --predict for a task.
 
-    Warnings about them gather in `warnings`.
+    `warnings` collects what the user should know about the files. The log records them at the
+    start of the run.
     """
 
     def __init__(self, task: Description, cfg: Any, say: Callable[[str], None]):
@@ -21,11 +22,15 @@ class Source:
         self.warnings: list[str] = []
 
     def read(self, spec: str, split: str) -> list[Row]:
-        """Rows of a file; split: "train", "validation" or "test" (rows to answer)."""
+        """The rows of a file.
+
+        split: "train", "validation" or "test". "test" means --predict: no row is dropped, and a
+        row that cannot be read has a fault instead. Raises UserError for data that cannot be used.
+        """
         task, cfg = self.task, self.cfg
         if spec == "toy":
             return task.toy_rows()
-        # --FIELD-column names the column of a field.
+        # The option --FIELD-column names the column of a field.
         columns = {
             name: getattr(cfg, f"{name}_column", None) or usual
             for name, usual in task.columns.items()
@@ -34,31 +39,31 @@ class Source:
         found = read_rows(
             spec,
             columns,
-            optional=task.optional + (task.truth if answered else ()),
+            optional=task.optional + (task.answer_fields if answered else ()),
             strict=cfg.strict,
             split=split,
             lines=getattr(cfg, "lines", False),
             readers=task.readers,
             expand=task.expand,
             say=self.say,
-            every=answered,
+            keep_broken=answered,
             nameable=[name for name in task.columns if hasattr(cfg, f"{name}_column")],
         )
         if found.skipped:
             what = "their answers are empty" if answered else "are left out"
             self.warnings.append(f"{spec}: {found.skipped:,} rows could not be read and {what}")
-        if task.arrange is None:
+        if task.preprocess is None:
             return found.rows
-        return task.arrange(self, found.rows, spec, split)
+        return task.preprocess(self, found.rows, spec, split)
 
     @functools.cached_property
-    def to_answer(self) -> list[Row]:
-        """Every row of --predict, in order. It is read before training, so that a fault in it costs
-        none."""
+    def predict_rows(self) -> list[Row]:
+        """Every row of --predict, in order. Tasks read it before training, so that a mistake in the
+        file does not waste a training run."""
         return self.read(self.cfg.predict, "test")
 
     def training_and_validation(self) -> tuple[list[Row], list[Row]]:
-        """The rows of --data and --val-data, or of --data with a tenth held out."""
+        """The training and validation rows. Without --val-data, a tenth of --data is held out."""
         cfg, group = self.cfg, self.task.group or self.task.content
         train = self.read(cfg.data, "train")
         if cfg.val_data:
@@ -68,8 +73,8 @@ class Source:
         kept, held = hold_out([group(row) for row in train])
         return [train[i] for i in kept], [train[i] for i in held]
 
-    def in_both(self, train: Sequence[Row], val: Sequence[Row]) -> int:
-        """How many training rows also stand among the validation rows that the user named."""
+    def count_overlap(self, train: Sequence[Row], val: Sequence[Row]) -> int:
+        """How many training rows are also in --val-data (0 without --val-data)."""
         if not self.cfg.val_data:
             return 0
         return overlap(*([self.task.content(row) for row in rows] for rows in (train, val)))

@@ -1,5 +1,5 @@
-"""The model that a task fine-tunes: where it comes from, what its method adds to it, and how it is
-written."""
+"""The model that a task fine-tunes: loads the base and its tokenizer, adds heads and adapter, and
+writes checkpoints."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tasks import methods
 from tasks.options import FinetuneConfig
 from text.tokenizer import load_tokenizer
 
-SCRATCH_CONTEXT = 256  # tokens, of a model from scratch without --seq-len
+SCRATCH_CONTEXT = 256  # tokens: the context of a model from scratch without --seq-len
 
 
 class Trunk:
-    """The base of --init, or the shape of a model from scratch, and its tokenizer."""
+    """The base model of --init (or the shape of a model from scratch) with its tokenizer."""
 
     def __init__(
         self,
@@ -35,18 +35,21 @@ class Trunk:
         add_heads: Callable[[GPT], object] = lambda model: None,
         n_layer: int | None = None,
     ):
-        """special: tokens that the task adds to the vocabulary; add_heads: puts a task's heads on a
-        model; n_layer: in place of the shape's own. Raises UserError where tokenizer and model do
-        not fit together."""
+        """Loads the base and the tokenizer.
+
+        special: tokens that the task adds to the vocabulary. add_heads: puts the task's heads on a
+        model. n_layer: replaces the number of blocks of the shape. Raises UserError if tokenizer
+        and model do not fit together.
+        """
         self.cfg, self.special, self.add_heads = cfg, tuple(special), add_heads
         where = cfg.init if cfg.init == "scratch" else locate(cfg.init)
         given = cfg.tokenizer or ("gpt2" if cfg.init == "scratch" else where)
         base = load_tokenizer(given if given == "gpt2" else locate(given))
         self.tokenizer = base.with_special(self.special) if special else base
-        # until `build` takes it
+        # `build` takes the base and sets this to None.
         self.base: GPT | None = None if cfg.init == "scratch" else open_pretrained(cfg)
         self.base_sha256 = peft.weights_sha256(self.base) if self.base else ""
-        # Tokens that are only named, and that the model has no row for, are new to it.
+        # Ids are new to the base if its own tokenizer or its embedding lacks them.
         known = self.tokenizer.vocab_size
         if self.base:
             known = min(base.vocab_size, self.base.config.vocab_size)
@@ -58,8 +61,8 @@ class Trunk:
         )
         if base.rows > shape.vocab_size:
             raise UserError(
-                f"the tokenizer has {base.vocab_size} ids and the model of --init {cfg.init} only "
-                f"{shape.vocab_size}; leave --tokenizer out or name the model's own"
+                f"the tokenizer has {base.vocab_size} ids, but the model of --init {cfg.init} has "
+                f"only {shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
         size = max(shape.vocab_size, self.tokenizer.vocab_size)
         blocks = shape.n_layer if n_layer is None else n_layer
@@ -67,47 +70,46 @@ class Trunk:
         self.seq_len = self._longest_row()
 
     def _longest_row(self) -> int:
-        """Tokens of the longest row: as asked for, else all that the model has room for. Raises
-        UserError where there is no such room."""
+        """Tokens of the longest row: --seq-len, or all positions that the prefix leaves free.
+        Raises UserError if the model has too few positions."""
         cfg = self.cfg
         before = cfg.prefix_tokens if cfg.method in ("prefix", "soft-prompt") else 0
         limit = self.shape.block_size - before
         if limit < 1:
             raise UserError(
-                f"--prefix-tokens {cfg.prefix_tokens} leaves the text none of the model's "
+                f"--prefix-tokens {cfg.prefix_tokens} leaves no room for text in the model's "
                 f"{self.shape.block_size} positions; use fewer"
             )
         if cfg.seq_len and cfg.seq_len > limit:
             raise UserError(
                 f"--seq-len {cfg.seq_len} is longer than the {limit} tokens that the model has "
-                "room for"
+                f"room for; use at most {limit}"
             )
         return cfg.seq_len or limit
 
     def build(self) -> GPT:
-        """The model to train; the heads and what the method adds are drawn from the global random
-        state."""
+        """The model to train. Draws heads and adapter from the global random state."""
         model, self.base = self.base or GPT(self.shape), None
         if self.new_tokens:
             layers.add_tokens(model, self.new_tokens)
-        return self.added(model)
+        return self.with_adapter(model)
 
-    def added(self, model: GPT) -> GPT:
-        """The model with its heads and with what its method adds."""
+    def with_adapter(self, model: GPT) -> GPT:
+        """Adds the task's heads and the method's adapter to `model`, in place, and returns it."""
         self.add_heads(model)
         methods.add_adapter(model, self.cfg, self.new_tokens)
         return model
 
     @functools.cached_property
-    def without_weights(self) -> GPT:
-        """The same model on the meta device: shapes alone."""
+    def meta_model(self) -> GPT:
+        """The same model on the meta device, which has shapes but no weights."""
         with torch.device("meta"):
-            return self.added(GPT(self.shape))
+            return self.with_adapter(GPT(self.shape))
 
     @functools.cached_property
     def stored(self) -> set[str]:
-        """Names of the parameters that a checkpoint must hold."""
-        return methods.stored(self.without_weights, self.cfg)
+        """Names of the parameters that a checkpoint stores."""
+        return methods.stored(self.meta_model, self.cfg)
 
     def export(
         self,
@@ -118,20 +120,21 @@ class Trunk:
         score: Tensor | None = None,
         labels: Sequence[str] = (),
     ) -> None:
-        """Write the model in the hub's layout, or what was added to a base that is elsewhere in
-        PEFT's, and the tokenizer.
+        """Write the model in the hub's layout, or only the adapter in PEFT's layout, and the
+        tokenizer.
 
-        stored_only: as a checkpoint stores it. pads: whether the hub's class must know what fills a
-        batch. With `score` (n_labels, n_embd) it is a classifier by the last token.
+        stored_only: write what a checkpoint stores, which for an adapter leaves out its base.
+        pads: whether the hub's class must know the padding token. score: the head (n_labels,
+        n_embd) of a classifier that reads the last token.
         """
-        apart = self.cfg.method in ADAPTERS if stored_only else not layers.can_merge(model)
-        if apart:
-            init = self.cfg.init  # a path, else a hub id
+        adapter_only = self.cfg.method in ADAPTERS if stored_only else not layers.can_merge(model)
+        if adapter_only:
+            init = self.cfg.init  # a path or a hub id
             base = str(Path(locate(init)).resolve()) if Path(init).exists() else init
             peft.save_adapter(model, folder, base, self.base_sha256, score)
         else:
             if layers.adapter_parameters(model):
-                model = copy.deepcopy(model)  # the loop goes on with this one
+                model = copy.deepcopy(model)  # the loop keeps training the original
                 layers.merge(model)
             model.save_pretrained(folder, self.tokenizer.eot, score, labels)
         self.tokenizer.save(folder, pads)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch import fork_python
-from support import OFFLINE, ONE_THREAD, REPO, python_path
+from support import OFFLINE, ONE_THREAD, OWN_MODULES, REPO, python_path
 
 os.environ.update(OFFLINE)
 # Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before Triton
@@ -35,11 +35,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", f"error:::{OWN_MODULES}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "GPU_TESTS_DEVICE" in os.environ:  # a rehearsal: one case of each test shows that it works
         cases = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         config.hook.pytest_deselected(items=[item for item in items if item not in cases.values()])
         items[:] = reversed(cases.values())
+    for item in items:
+        if {"run", "untouched"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("program")  # `make fast` leaves it out
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     rehearsed = "GPU_TESTS_DEVICE" in os.environ
     for item in gpu if not torch.cuda.is_available() else ():

@@ -7,10 +7,10 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from unittest import mock
 
-from tasks.classification.description import Labels
-from tasks.generation.description import Texts
+from tasks.classification.description import ClassificationDescription
+from tasks.generation.description import GenerationDescription
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenLabels(Given, Labels):
+class GivenLabels(Given, ClassificationDescription):
     """A task of labels on given rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenTexts(Given, Texts):
+class GivenTexts(Given, GenerationDescription):
     """A task of texts on given rows."""
 
 

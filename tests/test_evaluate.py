@@ -74,7 +74,7 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 
 def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
-    """What `evaluate.py CHECKPOINT WORDS --json -` prints."""
+    """The output of `evaluate.py CHECKPOINT WORDS --json -`."""
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", *map(str, (checkpoint, *words)), "--json", "-"]
     )
@@ -83,7 +83,7 @@ def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
 
 
 def log_probs(reference, ids: list[int]) -> torch.Tensor:
-    """(len(ids) - 1, vocab_size) fp32"""
+    """Logits (len(ids) - 1, vocab_size) fp32."""
     with torch.no_grad():
         return reference(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
 
@@ -91,7 +91,7 @@ def log_probs(reference, ids: list[int]) -> torch.Tensor:
 def of_continuation(
     reference, before: list[int], after: list[int], block: int
 ) -> tuple[torch.Tensor, bool]:
-    """Log probability of each token of `after`, and whether all of them are the argmax."""
+    """The log-probability of each token of `after`, and whether each is the argmax."""
     ids = (before + after)[-(block + 1) :]
     scores = log_probs(reference, ids)[-len(after) :]
     return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
@@ -100,7 +100,7 @@ def of_continuation(
 def plain_hellaswag(
     reference, tokenizer, rows: list[dict], block: int
 ) -> tuple[dict[str, float], list[float]]:
-    """The four accuracies of rows that both harnesses read alike, and the mean of each ending."""
+    """The four accuracies of rows on which both harnesses agree, and the mean of each ending."""
     right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
     means: list[float] = []
     for row in rows:
@@ -123,7 +123,7 @@ def plain_hellaswag(
 
 
 def plain_lambada(reference, tokenizer, rows: list[dict], block: int) -> tuple[float, float, float]:
-    """Accuracy, perplexity of a word, perplexity of a token."""
+    """Accuracy, perplexity per word, and perplexity per token."""
     hits, nll, tokens = 0, 0.0, 0
     for row in rows:
         context, word = row["text"].rsplit(" ", 1)
@@ -141,7 +141,7 @@ HELLASWAG: list[dict[str, Any]] = [
         "label": i % 4,
         "endings": [text(100 * i + j, 2 + j) for j in range(4)],
     }
-    for i in range(12)  # the longest contexts exceed block_size
+    for i in range(12)  # The longest contexts exceed block_size.
 ]
 OFFICIAL = [
     {
@@ -178,10 +178,8 @@ swag = st.fixed_dictionaries(
 @settings(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_the_four_accuracies_are_those_of_a_plain_loop(
-    model, tokenizer, reference, rows, batch_tokens
-) -> None:
-    """Characters, bytes and tokens differ in these words; equal endings go to the first."""
+def test_hellaswag_accuracies_match_a_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
+    """These words differ in characters, bytes and tokens. The first of equal endings is chosen."""
     ours = script.evaluate_hellaswag(
         model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens
     )
@@ -189,7 +187,7 @@ def test_the_four_accuracies_are_those_of_a_plain_loop(
     assert {name: ours[name] for name in expected} == expected
 
 
-def test_official_rows_are_written_as_the_harness_writes_them() -> None:
+def test_official_hellaswag_rows_match_the_harness() -> None:
     official = {
         "activity_label": "Health",
         "ctx_a": "How to nap [title] Find a bed [step] Lie down.",
@@ -204,7 +202,7 @@ def test_official_rows_are_written_as_the_harness_writes_them() -> None:
     assert (row.plain.context, row.plain.endings) == (official["ctx"], tuple(official["endings"]))
 
 
-def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer) -> None:
+def test_rows_without_a_label_are_not_scored(model, tokenizer) -> None:
     rows = [
         script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)
     ]
@@ -215,20 +213,20 @@ def test_rows_of_the_hidden_test_set_are_counted_and_not_scored(model, tokenizer
 
 
 @pytest.mark.parametrize("target", ["folder", "rows.jsonl", "/proc/none/figures.json"])
-def test_a_place_that_cannot_be_written_ends_before_the_work(target, tmp_path, monkeypatch) -> None:
+def test_an_unwritable_json_is_refused_before_the_work(target, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "rows.jsonl", LAMBADA)
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", "nowhere", "--lambada", "rows.jsonl", "--json", target]
     )
-    # the model, which is not there, is not even looked for
+    # The model does not exist, and nothing looks for it.
     with pytest.raises(UserError, match="--json"):
         script.main()
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
-def test_scores_are_those_of_each_row_alone(model, tokenizer, reference, batch_tokens: int) -> None:
+def test_scores_do_not_depend_on_the_batch(model, tokenizer, reference, batch_tokens: int) -> None:
     spans = [
         script.make_span(tokenizer, r["ctx"], " " + e, BLOCK)
         for r in HELLASWAG
@@ -253,8 +251,8 @@ def test_lambada(
     )
 
 
-def test_a_word_that_the_model_expects_is_counted(model, tokenizer, reference) -> None:
-    """Rows whose last word is what the reference itself would write: all of them are right."""
+def test_lambada_counts_an_expected_word(model, tokenizer, reference) -> None:
+    """The last word of each row is the reference's own continuation, so all of them are right."""
     rows = []
     for seed in range(200):
         context = text(seed, 6)
@@ -327,8 +325,10 @@ def test_a_corpus_shorter_than_a_window(
     )
 
 
-def test_validation_shards_alone(checkpoint, tokenizer, tmp_path, monkeypatch, capsys) -> None:
-    """A folder's val shards are what is scored, and a single val shard may be named."""
+def test_only_validation_shards_are_scored(
+    checkpoint, tokenizer, tmp_path, monkeypatch, capsys
+) -> None:
+    """Of a folder, only the val shards are scored. A single val shard can be named too."""
     from text import corpus
 
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(text(i, 10) for i in range(200)))
@@ -382,8 +382,8 @@ def test_table_and_json_file(checkpoint: Path, tmp_path: Path, repo: Path, run) 
         (["here", "--lambada", "missing.jsonl"], "missing.jsonl: No such file"),
         (["here", "--lambada", "text"], "line 1 is not valid JSON"),
         (["here", "--lambada", "empty"], "holds no rows"),
-        (["here", "--hellaswag", "foreign"], "row 2 is not one of this benchmark"),
-        (["here", "--lambada", "word"], "row 1 is not one of this benchmark"),
+        (["here", "--hellaswag", "foreign"], "row 2 is not a row of this benchmark"),
+        (["here", "--lambada", "word"], "row 1 is not a row of this benchmark"),
         (["here", "--data", "stdlib", "--batch-size", "0"], "--batch-size is 0"),
         (
             ["{checkpoint}", "--data", "stdlib", "--seq-len", "99"],
@@ -410,7 +410,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.skipif(not (SHARED / "lm_eval").is_dir(), reason="needs ../shared/data/lm_eval")
-def test_real_rows(tmp_path, monkeypatch) -> None:
+def test_real_benchmark_rows_are_read(tmp_path, monkeypatch) -> None:
     """Twenty rows of each benchmark with GPT-2's tokenizer and a small random model."""
     monkeypatch.setenv(
         "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
@@ -425,7 +425,7 @@ def test_real_rows(tmp_path, monkeypatch) -> None:
     for name, parser in parsers.items():
         file = SHARED / "lm_eval" / f"{name}.jsonl"
         raw[name] = script.file_rows(file, name)[:20]
-        parsed[name] = script.read_rows("lambada", str(file), parser, 20)
+        parsed[name] = script.read_benchmark_rows("lambada", str(file), parser, 20)
     ours = script.evaluate_hellaswag(model, tokenizer, parsed["hellaswag_val"], 1024)
     expected, _ = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
     assert {name: ours[name] for name in expected} == expected

@@ -1,4 +1,4 @@
-"""What a person reads in an afternoon stays that: the spine's size, the seam's, the model's."""
+"""Limits on size, so that a person can read the spine in an afternoon: spine, seam and model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from docs.packages import source_files, tokens
 from engine.task import Cost, Facts, Task
 from support import REPO
-from tasks.classification.description import Labels
-from tasks.generation.description import Texts
+from tasks.classification.description import ClassificationDescription
+from tasks.generation.description import GenerationDescription
 
 SPINE_TOKENS = 17_500
 SPINE = (
@@ -65,8 +65,10 @@ def test_no_class_is_longer_than_250_lines():
     assert not {name: n for name, n in lengths.items() if n > 250}
 
 
-@pytest.mark.parametrize("kind", [Labels, Texts])
-def test_a_description_of_a_task_has_at_most_25_names(kind: type[Labels | Texts]) -> None:
+@pytest.mark.parametrize("kind", [ClassificationDescription, GenerationDescription])
+def test_a_description_of_a_task_has_at_most_25_names(
+    kind: type[ClassificationDescription | GenerationDescription],
+) -> None:
     fields = {field.name for field in dataclasses.fields(kind)}
     names = fields | {name for name in dir(kind) if not name.startswith("_")}
     assert len(names) <= 25, sorted(names)

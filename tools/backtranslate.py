@@ -1,10 +1,9 @@
-"""More rows for `--augment`: the texts of a file translated into another language and back, their
-labels kept.
+"""Back-translation for `--augment`: translates the texts of a file into another language and back,
+and keeps their labels.
 
 python -m tools.backtranslate --data quora-train.csv --out back.jsonl
     --to Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en
-Killed and started again it goes on where it was: what is translated stands in OUT.part, on the disk
-after each batch.
+Each batch of translations is flushed to OUT.part. A run that was killed continues from that file.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from base.files import replace_text
 from config import Count, Few, UserError, Where, nearest
 from tasks.order import group_by_length
 from text.corpus import records_of
-from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
+from text.readers import MAX_SHOWN, NotUtf8, SkippedRows, with_advice
 from tools.predictions import check_out
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # the module loads torch
     from tools.translator import Translator
 
-TEXTS = (
+TEXT_COLUMNS = (  # usual names of columns that hold texts
     "sentence",
     "text",
     "document",
@@ -56,43 +55,43 @@ TEXTS = (
 )
 EVERY = 5  # seconds between lines of progress
 
-# None of a text that is too long to be translated whole
+# Gives None for a text that is too long to be translated completely.
 Translate = Callable[[Sequence[str]], list[str | None]]
 
 
 @dataclass(frozen=True)
 class BacktranslateConfig:
-    """Translate the texts of --data with the model --to, and what comes of it with the model
+    """Translate the texts of --data with the model --to, and the translations with the model
     --back."""
 
     data: Where = ""
-    """The file of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
+    """File of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
     to: Where = "Helsinki-NLP/opus-mt-en-de"
-    """Translation model from the language of the texts, from one language to one other: a hub id or
-    a folder."""
+    """Translation model from the texts' language into one other language: a hub id or a folder."""
     back: Where = "Helsinki-NLP/opus-mt-de-en"
-    """The model for the way back."""
+    """Translation model back into the texts' language: a hub id or a folder."""
     out: Where = ""
-    """File to write: .jsonl, the columns of --data."""
+    """File to write: .jsonl, with the columns of --data."""
     columns: tuple[str, ...] = ()
-    """Columns to translate. Default: those with a usual name of a text."""
+    """Columns to translate. Default: those with a usual name for a text."""
     beams: Few = 1
-    """Translations that beam search keeps; 1: always the likeliest next token."""
+    """Beams in beam search. 1 is greedy decoding."""
     max_tokens: Count = 256
-    """Longest text and longest translation. Rows with a longer one are left out: half a text may
-    have another label."""
+    """Longest text and longest translation, in tokens. Rows with a longer one are left out, because
+    a truncated text may have another label."""
     batch_tokens: Count = 4096
-    """Tokens in a batch: fewer need less memory."""
+    """Tokens in a batch. Fewer tokens need less memory."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
 
 
 # --- the rows
 
 
 def read_cells(file: str) -> list[dict[str, Any]]:
-    """The rows of a file with all of their columns; those that are broken are told and left out."""
-    rows, left_out = [], LeftOut()
+    """The rows of a file with all their columns. Broken rows are reported and left out. Raises
+    UserError if no row can be read."""
+    rows, left_out = [], SkippedRows()
     for place, cells in list(records_of(Path(file))):
         fault = cells if isinstance(cells, str) else ""
         if isinstance(cells, dict):
@@ -107,7 +106,7 @@ def read_cells(file: str) -> list[dict[str, Any]]:
         if not fault:
             rows.append(cells)
             continue
-        if left_out.count < SHOWN:
+        if left_out.count < MAX_SHOWN:
             fault = with_advice(fault, cells, file)
             say(f"left out: {file} {place} {fault}")
         left_out.add(f"{place} {fault}")
@@ -115,55 +114,57 @@ def read_cells(file: str) -> list[dict[str, Any]]:
         say(more)
     if not rows:
         first = f": {left_out.shown[0]}" if left_out.count else "; give other data"
-        raise UserError(f"{file} holds no row that can be read{first}")
+        raise UserError(f"{file} has no row that can be read{first}")
     return rows
 
 
-def text_columns(rows: Sequence[dict[str, Any]], asked: Sequence[str], file: str) -> list[str]:
-    """The columns to translate. Raises UserError where there are none."""
+def text_columns(rows: Sequence[dict[str, Any]], named: Sequence[str], file: str) -> list[str]:
+    """The columns to translate: those `named` by --columns, or the usual ones. Raises UserError if
+    there are none."""
     found = list(dict.fromkeys(name for row in rows for name in row))
-    if missing := [name for name in asked if name not in found]:
+    if missing := [name for name in named if name not in found]:
         raise UserError(
             f"{file} has no column {missing[0]!r}{nearest(missing[0], found)}; it has "
             f"{', '.join(found)}"
         )
-    columns = [name for name in found if name in (asked or TEXTS)]
+    columns = [name for name in found if name in (named or TEXT_COLUMNS)]
     if not columns:
         raise UserError(
-            f"{file} has no column with a usual name of a text; name some with --columns: "
-            f"{', '.join(found)}"
+            f"{file} has no column with a usual name for a text; name some of these with "
+            f"--columns: {', '.join(found)}"
         )
     return columns
 
 
 def texts_of(row: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:
-    """By column, where the row has one that is not empty."""
+    """The texts of a row that are not empty, by column."""
     return {
         name: row[name] for name in columns if isinstance(row.get(name), str) and row[name].strip()
     }
 
 
-def there_and_back(to: Translate, back: Translate, texts: Sequence[str]) -> list[str | None]:
+def round_trip(to: Translate, back: Translate, texts: Sequence[str]) -> list[str | None]:
+    """The back-translation of each text, or None for a text that is too long on either way."""
     there = to(texts)
     returned = iter(back([text for text in there if text is not None]))
     return [None if text is None else next(returned) for text in there]
 
 
-# --- what is done
+# --- the translations
 
 
 class Journal:
-    """The translations so far, one JSON object a line, under a first line that says how they are
-    made."""
+    """The translations so far, in a file with one JSON object a line. The first line has the
+    settings."""
 
     def __init__(self, path: Path, how: dict[str, Any]):
-        """Raises UserError where the file is of translations made otherwise."""
+        """how: the settings. Raises UserError if the file has translations with other settings."""
         written = path.read_bytes() if path.is_file() else b""
-        whole = written[: written.rfind(b"\n") + 1]  # a line that was cut short is written anew
+        whole = written[: written.rfind(b"\n") + 1]  # drops an incomplete last line
         first, *lines = whole.splitlines() or [json.dumps(how).encode()]
         if first != json.dumps(how).encode():
             raise UserError(
-                f"{path} is of other models or options; remove it, or give another --out"
+                f"{path} was written with other models or options; remove it, or give another --out"
             )
         records = map(json.loads, lines)
         self.done: dict[str, str | None] = {record["text"]: record["back"] for record in records}
@@ -173,7 +174,7 @@ class Journal:
             self._append([how])
 
     def add(self, texts: Sequence[str], back: Sequence[str | None]) -> None:
-        """On the disk when this returns."""
+        """Add the back-translations of texts. They are on the disk when this returns."""
         self._append([{"text": one, "back": other} for one, other in zip(texts, back, strict=True)])
         self.done |= zip(texts, back, strict=True)
 
@@ -184,26 +185,27 @@ class Journal:
 
 
 def say(text: str) -> None:
+    """Report progress on stderr, so that stdout has only the result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def translate_all(
     texts: Sequence[str], to: Translator, back: Translator, journal: Journal, batch_tokens: int
 ) -> None:
-    """Put the translation of every text into the journal; says how far it is, and the time left by
-    the tokens left."""
+    """Add the back-translation of every text to the journal. Reports progress, and the time left,
+    estimated from the tokens left."""
     todo = [text for text in texts if text not in journal.done]
     if len(todo) < len(texts):
-        say(f"going on: {len(texts) - len(todo):,} of {len(texts):,} texts are done")
+        say(f"continuing: {len(texts) - len(todo):,} of {len(texts):,} texts are done")
     lengths = dict(zip(todo, to.lengths(todo), strict=True))
-    total, done, began, said = sum(lengths.values()), 0, time.monotonic(), 0.0
+    total, done, began, reported = sum(lengths.values()), 0, time.monotonic(), 0.0
     for chosen in group_by_length(list(lengths.values()), batch_tokens):
         batch = [todo[i] for i in chosen]
-        journal.add(batch, there_and_back(to, back, batch))
+        journal.add(batch, round_trip(to, back, batch))
         done += sum(lengths[text] for text in batch)
         seconds = time.monotonic() - began
-        if seconds - said >= EVERY or done == total:
-            said, rate = seconds, done / max(1e-9, seconds)
+        if seconds - reported >= EVERY or done == total:
+            reported, rate = seconds, done / max(1e-9, seconds)
             left = (total - done) / max(1e-9, rate) / 60
             say(
                 f"{len(journal.done):,} of {len(texts):,} texts, {rate:,.0f} tokens/s, {left:.1f} "
@@ -211,11 +213,11 @@ def translate_all(
             )
 
 
-def translated(
+def replace_texts(
     rows: Sequence[dict[str, Any]], columns: Sequence[str], done: dict[str, str | None]
 ) -> tuple[list[dict], int, int]:
-    """The rows with their new texts; how many came back as they were, and how many have a text that
-    is too long."""
+    """The rows with their new texts, the number of rows that came back unchanged, and the number of
+    rows with a text that is too long. Only the first have changed texts and are kept."""
     kept, same, long = [], 0, 0
     for row in rows:
         texts = texts_of(row, columns)
@@ -230,11 +232,12 @@ def translated(
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All of the file or none of it."""
+    """Write the rows as jsonl, atomically."""
     replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main() -> None:
+    """Run the command."""
     cfg = parse(BacktranslateConfig, sys.argv[1:])
     outlive()
     if not cfg.data:
@@ -243,12 +246,12 @@ def main() -> None:
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: name a .jsonl file")
     if out.exists():
-        print(f"{out} is there already: nothing is left to do. To translate anew remove it")
+        print(f"{out} already exists: there is nothing to do. Remove it to translate again")
         return
     rows = read_cells(cfg.data)
     columns = text_columns(rows, cfg.columns, cfg.data)
     texts = list(dict.fromkeys(text for row in rows for text in texts_of(row, columns).values()))
-    # torch is imported only now: --help and a mistyped option answer at once.
+    # Imported late: torch would slow down --help and the error for a mistyped option.
     from tools.translator import Translator
 
     how = {"to": cfg.to, "back": cfg.back, "beams": cfg.beams, "max_tokens": cfg.max_tokens}
@@ -258,12 +261,12 @@ def main() -> None:
     )
     journal = Journal(out.with_name(out.name + ".part"), how)
     translate_all(texts, to, back, journal, cfg.batch_tokens)
-    kept, same, long = translated(rows, columns, journal.done)
+    kept, same, long = replace_texts(rows, columns, journal.done)
     write(out, kept)
     journal.path.unlink()
     print(
-        f"{out}: {len(kept):,} rows, {' and '.join(columns)} back from {cfg.to}; left out: "
-        f"{same:,} that came back as they were, {long:,} with more than "
+        f"{out}: {len(kept):,} rows, {' and '.join(columns)} back from {cfg.to}. Left out: "
+        f"{same:,} that came back unchanged, {long:,} with more than "
         f"{min(to.max_tokens, back.max_tokens)} tokens or no end"
     )
 

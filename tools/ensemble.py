@@ -1,4 +1,4 @@
-"""Several runs as one: their predictions of the same rows, averaged or put to the vote.
+"""Ensembles of runs: averages their predictions for the same rows, or lets them vote.
 
 python -m tools.ensemble runs/*/validation.jsonl --out ensemble.jsonl
 """
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from tyro.conf import Positional, arg
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import UserError, Weight, Where
+from config import Positional, UserError, Weight, Where
 from tools.predictions import UNKNOWN, Predictions, check_out, read_predictions, show_table
 
 How = Literal["mean", "geometric", "vote"]
@@ -26,61 +25,60 @@ How = Literal["mean", "geometric", "vote"]
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """Combine the predictions of several runs of the same rows."""
+    """Combine the predictions of several runs for the same rows."""
 
-    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="FILE")] = ()
+    files: Annotated[tuple[Where, ...], Positional("FILE ...")] = ()
     """Two or more files of predictions: the runs' validation.jsonl, or their predictions.jsonl."""
     out: Where = ""
-    """File of the ensemble's predictions, in the same form."""
+    """File to write the ensemble's predictions to, in the same format."""
     how: How = "mean"
-    """mean: of the probabilities; geometric: of their logarithms, where one that is sure counts for
-    more; vote: the label that most runs predict, of as many the likelier one; a label's probability
-    is then its share of the votes."""
+    """mean: the mean of the probabilities. geometric: the mean of their logarithms, in which a
+    confident run counts more. vote: the label that most runs predict, and in a tie the likelier
+    one. A label's probability is then its fraction of the votes."""
     weights: tuple[Weight, ...] = ()
-    """Weight of each run, in the order of the files. Default: all alike."""
+    """Weight of each run, in the order of the files. Default: 1 for all."""
 
 
 def combine(
     members: Sequence[Predictions], weights: Sequence[float], how: How
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the ensemble says of the n rows: probabilities (n, K) float64, and the label it predicts
-    (n,) int64."""
-    share, given = (
-        np.array(weights) / sum(weights),
-        np.stack([member.probabilities for member in members]),
-    )
-    mean = np.einsum("m,mnk->nk", share, given)
+    """The ensemble's probabilities (n, K) float64, and the labels it predicts (n,) int64."""
+    shares = np.array(weights) / sum(weights)
+    probabilities = np.stack([member.probabilities for member in members])
+    mean = np.einsum("m,mnk->nk", shares, probabilities)
     if how == "mean":
         return mean, mean.argmax(1)
     if how == "geometric":
-        log_p = np.einsum("m,mnk->nk", share, np.log(np.maximum(given, np.finfo(float).tiny)))
+        logs = np.log(np.maximum(probabilities, np.finfo(float).tiny))
+        log_p = np.einsum("m,mnk->nk", shares, logs)
         p = np.exp(log_p - log_p.max(1, keepdims=True))
         return p / p.sum(1, keepdims=True), log_p.argmax(1)
-    labels = np.eye(given.shape[2])  # 1 at the label
-    votes = np.einsum("m,mnk->nk", share, labels[[member.predicted for member in members]])
+    one_hot = np.eye(probabilities.shape[2])
+    votes = np.einsum("m,mnk->nk", shares, one_hot[[member.predicted for member in members]])
     most = np.isclose(votes, votes.max(1, keepdims=True))
     return votes, np.where(most, mean, -1).argmax(1)
 
 
 def write(path: Path, run: Predictions, probabilities: np.ndarray, predicted: np.ndarray) -> None:
-    """The rows of `run` with what the ensemble says of them."""
+    """Write the rows of `run` with the ensemble's predictions."""
     with path.open("w", encoding="utf-8") as file:
         for fields, p, label in zip(run.fields, probabilities.tolist(), predicted, strict=True):
-            said: dict[str, Any] = {"prediction": None, "probabilities": None}
+            answer: dict[str, Any] = {"prediction": None, "probabilities": None}
             if label != UNKNOWN:
-                said = {
+                answer = {
                     "prediction": run.labels[label],
                     "probabilities": dict(zip(run.labels, p, strict=True)),
                 }
-            file.write(json.dumps(fields | said, ensure_ascii=False) + "\n")
+            file.write(json.dumps(fields | answer, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
+    """Run the command."""
     cfg = parse(EnsembleConfig, sys.argv[1:])
     outlive()
     if len(cfg.files) < 2:
         raise UserError(
-            "an ensemble has two members or more; type python -m tools.ensemble A.jsonl B.jsonl "
+            "an ensemble needs two runs or more; type python -m tools.ensemble A.jsonl B.jsonl "
             "--out FILE"
         )
     weights = cfg.weights or (1.0,) * len(cfg.files)
@@ -90,7 +88,8 @@ def main() -> None:
         or not sum(weights)
     ):
         raise UserError(
-            f"--weights: give {len(cfg.files)} numbers, one a file; none below 0, and not all 0"
+            f"--weights: give {len(cfg.files)} numbers, one for each file, none below 0 and not "
+            "all 0"
         )
     out = check_out(cfg.out, cfg.files)
     members = read_predictions(cfg.files)
@@ -99,8 +98,8 @@ def main() -> None:
     predicted = np.where(unread, UNKNOWN, predicted)
     if unread.any():
         print(
-            f"{unread.sum():,} of {len(unread):,} rows could not be read by a run, and have no "
-            "answer here either"
+            f"{unread.sum():,} of {len(unread):,} rows could not be read by one of the runs. The "
+            "ensemble does not answer them either"
         )
     write(out, members[0], probabilities, predicted)
     if members[0].known.any():
@@ -113,7 +112,7 @@ def main() -> None:
             ]
         )
     else:
-        print(f"{out}: {len(predicted):,} rows, their true labels not known")
+        print(f"{out}: {len(predicted):,} rows without known labels")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Hard examples out of a training file of pairs, for `--augment`: where counting common words gives
-the wrong answer.
+"""Mines hard examples for `--augment` from a training file of pairs: rows for which counting common
+words gives the wrong answer.
 
 python -m tools.mine --data quora-train.csv --out hard.csv
 """
@@ -25,23 +25,23 @@ COLUMNS = {
     "second": ("sentence2", "question2", "hypothesis", "text2", "#2 String", "sentence_B"),
     "label": ("is_duplicate", "label", "Quality", "gold_label", "entailment_judgment"),
 }
-SHOWN = 3  # of the hardest of a kind
+SHOWN = 3  # hardest rows of each kind to print
 
 
 @dataclass(frozen=True)
 class MineConfig:
-    """Write the hardest rows of a file of pairs: those alike with few words in common, and the
-    others with many."""
+    """Write the hardest rows of a file of pairs: similar pairs with few words in common, and other
+    pairs with many."""
 
     data: Wheres = ""
-    """Files of pairs with labels, as for training."""
+    """Files of labelled pairs, as for training."""
     out: Where = ""
     """File to write: csv with the columns sentence1, sentence2 and label."""
     share: Share = 0.2
-    """Share of the rows of each of the two kinds to take."""
+    """Fraction of the rows to take from each of the two kinds."""
     alike: tuple[str, ...] = ("1", "entailment")
-    """Labels that say the two texts mean the same, or the second follows. 1 is 1.0 too; for RTE's
-    numbers type 0."""
+    """Labels of pairs whose texts mean the same, or whose second text follows from the first. 1
+    matches 1.0 too. For RTE's numbers type 0."""
     first_column: str | None = None
     """Column of the first text. Default: sentence1, question1, premise, text1, #1 String or
     sentence_A."""
@@ -54,35 +54,38 @@ class MineConfig:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Rows whose labels say the same, and which of them are hard."""
+class PairGroup:
+    """The pairs of one kind, alike or not, and the hardest of them."""
 
     name: str
-    overlaps: dict[int, float]  # by number of row, the hardest first
+    overlaps: dict[int, float]  # by row number, the hardest row first
     hard: list[int]
 
     def mean(self, numbers: Collection[int]) -> float:
+        """The mean overlap of the rows with these numbers."""
         return sum(self.overlaps[i] for i in numbers) / len(numbers)
 
 
 def overlap(first: str, second: str) -> float:
-    """Jaccard's index of two texts' words, 0 to 1: those in both over those in either; 1 where
-    neither has any."""
+    """The Jaccard index of two texts' words, 0 to 1. It is 1 if neither text has words."""
     one, other = set(words(first)), set(words(second))
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
 def hardest(
     name: str, rows: Sequence[Row], numbers: Sequence[int], alike: bool, share: float
-) -> Kind:
-    """Of the rows with these numbers the share with the least overlap if they are alike, else with
-    the most."""
+) -> PairGroup:
+    """The rows with these numbers as a PairGroup. Its hardest fraction `share` has the least
+    overlap for pairs that are alike, else the most."""
     overlaps = {i: overlap(rows[i]["first"], rows[i]["second"]) for i in numbers}
     order = sorted(numbers, key=lambda i: overlaps[i] if alike else -overlaps[i])
-    return Kind(name, {i: overlaps[i] for i in order}, order[: max(1, round(share * len(order)))])
+    return PairGroup(
+        name, {i: overlaps[i] for i in order}, order[: max(1, round(share * len(order)))]
+    )
 
 
 def main() -> None:
+    """Run the command."""
     cfg = parse(MineConfig, sys.argv[1:])
     outlive()
     if not cfg.data:
@@ -104,18 +107,19 @@ def main() -> None:
     print(f"{out}: {sum(len(kind.hard) for kind in kinds):,} of {len(rows):,} rows")
 
 
-def split(rows: Sequence[Row], cfg: MineConfig) -> list[Kind]:
-    """The rows that are alike and the others. Raises UserError where one of the two is empty."""
+def split(rows: Sequence[Row], cfg: MineConfig) -> list[PairGroup]:
+    """The pairs that are alike, and the others. Raises UserError if one of the two is empty."""
     names = [label_name(row["label"]).lower() for row in rows]
     alike = {label_name(label).lower() for label in cfg.alike}
     numbers = {
-        of: [i for i, name in enumerate(names) if (name in alike) == of] for of in (True, False)
+        kind: [i for i, name in enumerate(names) if (name in alike) == kind]
+        for kind in (True, False)
     }
     if not numbers[True] or not numbers[False]:
         few = "no row" if not numbers[True] else "every row"
         raise UserError(
-            f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name some of "
-            f"these: {', '.join(sorted(set(names))[:20])}"
+            f"{few} of {cfg.data} has a label of --alike {' '.join(cfg.alike)}; name some, but not "
+            f"all, of these: {', '.join(sorted(set(names))[:20])}"
         )
     return [
         hardest("alike, few words in common", rows, numbers[True], True, cfg.share),
@@ -124,24 +128,25 @@ def split(rows: Sequence[Row], cfg: MineConfig) -> list[Kind]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write the pairs as csv, with column names that finetune.paraphrase and finetune.nli read."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["sentence1", "sentence2", "label"])
         writer.writerows([row["first"], row["second"], row["label"]] for row in rows)
 
 
-def show(kinds: Sequence[Kind], rows: Sequence[Row]) -> None:
-    """How many of each kind, their mean overlap beside that of all, and the hardest."""
+def show(kinds: Sequence[PairGroup], rows: Sequence[Row]) -> None:
+    """Print a table of the two kinds with their mean overlap, and the hardest rows of each."""
     table = [["", "rows", "mined", "overlap of all", "of mined"]]
     for kind in kinds:
-        means = [f"{kind.mean(of):.3f}" for of in (kind.overlaps, kind.hard)]
+        means = [f"{kind.mean(numbers):.3f}" for numbers in (kind.overlaps, kind.hard)]
         table.append([kind.name, f"{len(kind.overlaps):,}", f"{len(kind.hard):,}", *means])
     show_table(table)
-    # as 1 does in RTE's numbers
+    # In RTE's numbers, 1 means "not entailment".
     if kinds[0].mean(kinds[0].overlaps) < kinds[1].mean(kinds[1].overlaps):
         print(
-            "those alike share fewer words than the others: do these labels say alike? Name those "
-            "that do with --alike"
+            "the pairs that are alike share fewer words than the others. Does --alike name the "
+            "right labels?"
         )
     for kind in kinds:
         print(f"\n{kind.name}:")

@@ -1,5 +1,4 @@
-"""Files of predictions that a classification writes, a table of them on the terminal, and what
---out may name."""
+"""Reads the prediction files of classification runs, prints tables, and checks --out."""
 
 from __future__ import annotations
 
@@ -14,32 +13,32 @@ import numpy as np
 from base.files import writable_file
 from config import UserError
 from tasks.classification.confusion import accuracy, confusion_matrix, macro_f1
-from tasks.classification.labels import composed, is_unknown, label_name
+from tasks.classification.labels import is_unknown, label_name, nfc
 from text.corpus import records_of
 
-SAID = ("prediction", "probabilities")  # what a run added to a row's own fields
-UNKNOWN = -1  # in place of a label, and of the prediction for a row that the run could not read
+PREDICTION_KEYS = ("prediction", "probabilities")  # keys that a run adds to a row's own fields
+UNKNOWN = -1  # an unknown label, or the prediction for a row that the run could not read
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one run said of n rows: labels by their number, 0 to K - 1."""
+    """One run's predictions for n rows. Labels are indices from 0 to K - 1."""
 
     where: str
     labels: tuple[str, ...]
-    fields: list[dict[str, Any]]  # of each row, as the data has them
-    true: np.ndarray  # (n,) int64, UNKNOWN where the row does not say
-    predicted: np.ndarray  # (n,) int64, UNKNOWN where the run could not read the row
-    probabilities: np.ndarray  # (n, K) float64, nan in such a row
+    fields: list[dict[str, Any]]  # the fields of each row in the data
+    true: np.ndarray  # (n,) int64, UNKNOWN for a row without a known label
+    predicted: np.ndarray  # (n,) int64, UNKNOWN for a row that the run could not read
+    probabilities: np.ndarray  # (n, K) float64, nan for such a row
 
     @property
     def known(self) -> np.ndarray:
-        """Rows (n,) bool that can be scored: the true label is known, and there is a prediction."""
+        """The rows that can be scored, (n,) bool: they have a known label and a prediction."""
         return (self.true != UNKNOWN) & (self.predicted != UNKNOWN)
 
     def scores(self, predicted: np.ndarray | None = None) -> tuple[float, float]:
-        """Accuracy and macro-F1, 0 to 1, of these predictions (or of others) where the true label
-        is known."""
+        """Accuracy and macro-F1, 0 to 1, over the known rows. predicted: other predictions to score
+        instead, (n,) int64."""
         known = self.known
         predicted = self.predicted if predicted is None else predicted
         matrix = confusion_matrix(self.true[known], predicted[known], len(self.labels))
@@ -47,11 +46,10 @@ class Predictions:
 
 
 def read_predictions(files: Sequence[str]) -> list[Predictions]:
-    """The files of predictions of several runs, all of the same rows in the same order and with the
-    same labels.
+    """The predictions of several runs, for the same rows in the same order with the same labels.
 
-    The order of the labels is the first file's. Raises UserError for a file that is none, and where
-    files disagree.
+    The first file sets the order of the labels. Raises UserError for a file that has no
+    predictions, and for files that disagree on rows or labels.
     """
     first = _read(files[0])
     return [first, *(_same_rows(first, _read(file, first)) for file in files[1:])]
@@ -63,7 +61,7 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
     ]
     if not records:
         raise UserError(
-            f"{file} holds no predictions; name a validation.jsonl or predictions.jsonl of a run"
+            f"{file} has no predictions; name a validation.jsonl or predictions.jsonl of a run"
         )
     answered = [record for record in records if record["prediction"] is not None]
     if not answered:
@@ -74,16 +72,19 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
     labels = first.labels if first else tuple(answered[0]["probabilities"])
     for record in answered:
         if set(record["probabilities"]) != set(labels):
-            beside = f"{first.where} has" if first else "its first row has"
+            other = f"{first.where} has" if first else "its first row has"
             raise UserError(
-                f"{file} has the labels {', '.join(record['probabilities'])}, and {beside} "
-                f"{', '.join(labels)}"
+                f"{file} has the labels {', '.join(record['probabilities'])}, but {other} "
+                f"{', '.join(labels)}; give predictions with the same labels"
             )
     number = {label: n for n, label in enumerate(labels)}
     return Predictions(
         file,
         labels,
-        [{name: value for name, value in record.items() if name not in SAID} for record in records],
+        [
+            {name: value for name, value in record.items() if name not in PREDICTION_KEYS}
+            for record in records
+        ],
         np.array([_true(file, record, number) for record in records]),
         np.array([number.get(record["prediction"], UNKNOWN) for record in records]),
         np.array([_shares(record, labels) for record in records], dtype=np.float64),
@@ -91,7 +92,7 @@ def _read(file: str, first: Predictions | None = None) -> Predictions:
 
 
 def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
-    """A row of predictions, if it is one."""
+    """A line of a prediction file. Raises UserError for a line without a prediction."""
     if isinstance(cells, str):
         raise UserError(f"{where} {cells}; name the predictions of a run")
     given = cells.get("probabilities")
@@ -106,12 +107,12 @@ def _record(where: str, cells: dict[str, Any] | str) -> dict[str, Any]:
             f'{where} has no "prediction" with the "probabilities" of all labels; name the '
             "predictions of a run"
         )
-    shares = {composed(label): share for label, share in given.items()}
-    return cells | {"prediction": composed(cells["prediction"]), "probabilities": shares}
+    shares = {nfc(label): share for label, share in given.items()}
+    return cells | {"prediction": nfc(cells["prediction"]), "probabilities": shares}
 
 
 def _shares(record: dict[str, Any], labels: Sequence[str]) -> list[float]:
-    """The labels' probabilities; nan where there is no prediction."""
+    """The labels' probabilities, or nan without a prediction."""
     return [
         math.nan if record["prediction"] is None else record["probabilities"][label]
         for label in labels
@@ -127,35 +128,35 @@ def _true(file: str, record: dict[str, Any], number: dict[str, int]) -> int:
     name = "" if label is None or is_unknown(str(label)) else label_name(str(label))
     if name and name not in number:
         raise UserError(
-            f"{file} has a row with the label {name[:60]!r}, and predictions for "
-            f"{', '.join(number)}"
+            f"{file} has a row with the label {name[:60]!r}, but predictions only for "
+            f"{', '.join(number)}; give predictions of a run on these labels"
         )
     return number.get(name, UNKNOWN)
 
 
 def _same_rows(first: Predictions, other: Predictions) -> Predictions:
     if len(first.fields) != len(other.fields):
-        counts = f"{len(other.fields):,} rows, and {first.where} {len(first.fields):,}"
+        counts = f"{len(other.fields):,} rows, but {first.where} has {len(first.fields):,}"
         raise UserError(f"{other.where} has {counts}; give predictions of the same file")
     for number, (ours, theirs) in enumerate(zip(first.fields, other.fields, strict=True), 1):
         if ours != theirs:
             raise UserError(
-                f"row {number} of {other.where} is not that of {first.where}; give predictions of "
-                "the same file"
+                f"row {number} of {other.where} differs from that of {first.where}; give "
+                "predictions of the same file"
             )
     return other
 
 
 def check_out(out: str, read: Sequence[str], option: str = "--out") -> Path:
-    """The file to write. Raises UserError where none is named, it has no folder, or is one that is
-    read."""
+    """The file to write. Raises UserError if none is named, if it cannot be written, or if it is a
+    file that is read."""
     if not out:
-        raise UserError(f"{option} FILE is missing: where to write")
+        raise UserError(f"{option} FILE is missing; name the file to write")
     return writable_file(option, out, read)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their longest cell: the first to the left, the others to the right."""
+    """Print a table. The first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         print(

@@ -1,4 +1,4 @@
-"""A translation model of transformers, as tools.backtranslate uses two of them."""
+"""A translation model of transformers, for tools.backtranslate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Translator:
     """A sequence-to-sequence model of transformers, from one language to another."""
 
     def __init__(self, where: str, option: str, beams: int, max_tokens: int, device: str):
-        """`option` is the one that named the model. Raises UserError where it cannot be loaded."""
+        """Loads the model in fp32. option: the option that named it, for errors. Raises UserError
+        if it cannot be loaded."""
         try:
             from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
         except ImportError:
@@ -29,14 +30,15 @@ class Translator:
             model = AutoModelForSeq2SeqLM.from_pretrained(where, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
-                f"{option} {where} is no translation model here: {reason(error)}"
+                f"{option} {where} is not a translation model that can be loaded here: "
+                f"{reason(error)}"
             ) from None
         self.model, self.beams = model.eval().to(choose_device(device)), beams
         room = getattr(model.config, "max_position_embeddings", None) or max_tokens
         self.max_tokens = min(max_tokens, room, self.tokenizer.model_max_length)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """In tokens."""
+        """The lengths of texts in tokens."""
         return (
             [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
             if texts
@@ -45,8 +47,8 @@ class Translator:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """Translations; None of a text that is too long, and where no end came within as many
-        tokens."""
+        """The translations of texts. None for a text of more than `max_tokens` tokens, and for a
+        translation that does not end within as many."""
         fits = [n for n, length in enumerate(self.lengths(texts)) if length <= self.max_tokens]
         found: list[str | None] = [None] * len(texts)
         if not fits:
@@ -61,8 +63,8 @@ class Translator:
             num_beams=self.beams,
             do_sample=False,
         )
-        # The first token is the decoder's start; an end in the last place may be there because the
-        # room was.
+        # The first token starts the decoder. An end in the last place does not count: generate may
+        # have forced it at the length limit.
         ended = (ids[:, 1 : self.max_tokens] == self.tokenizer.eos_token_id).any(1).tolist()
         for n, end, text in zip(
             fits, ended, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True

@@ -1,10 +1,8 @@
-"""What stands beside GPT-2 on the same rows: scikit-learn's naive Bayes, and a linear model on
-TF-IDF.
+"""Baselines for the same rows as GPT-2: scikit-learn's naive Bayes, and a linear model on TF-IDF.
 
-Both see a text as a bag of what occurs in it. Such a bag of two texts could not compare them, so
-that a pair is described by where each thing stands: in both texts, in the first alone or in the
-second alone. Nothing here knows a language: what has no words between spaces is known by its
-characters.
+Both see a text as a bag of features. A joint bag could not compare the two texts of a pair, so each
+feature of a pair says where it occurs: in both texts, only in the first or only in the second.
+Nothing depends on a language. Runs of characters describe languages without spaces.
 """
 
 from __future__ import annotations
@@ -17,14 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["naive-bayes", "tf-idf"]
-Text = tuple[str, ...]  # the one text of a row, or the two
+BaselineKind = Literal["naive-bayes", "tf-idf"]
+Text = tuple[str, ...]  # the one or two texts of a row
 
 WORD = re.compile(r"\w+|[^\w\s]")
-CHARACTERS = (2, 3, 4)  # lengths of the runs of characters that count
-# of which a tenth of the rows chooses: the best one lies within, on all data tried
+CHARACTERS = (2, 3, 4)  # lengths of the runs of characters
+# Candidates for logistic regression's C. On all data tried, the best one is not at either end.
 INVERSE_PENALTIES = (0.3, 1.0, 3.0, 10.0)
-FEW = 3.0  # the one for rows so few that no label has a tenth
+DEFAULT_INVERSE_PENALTY = 3.0  # if no label has enough rows to hold out a tenth
 TENTH = 10
 UNSEEN = 1e-9  # probability of a label that no training row has
 
@@ -39,15 +37,15 @@ class TextModel:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that were fitted, without the weights of TF-IDF."""
+        """Number of fitted parameters, without the weights of TF-IDF."""
         names = ("coef_", "intercept_", "feature_log_prob_", "class_log_prior_")
         return sum(
             getattr(self.classifier, name).size for name in names if hasattr(self.classifier, name)
         )
 
     def log_probs(self, texts: Sequence[Text]) -> np.ndarray:
-        """Log-probabilities of the labels (n, K), float64; a label that no training row had has
-        next to none."""
+        """Log-probabilities of the labels (n, K), float64. They are log(UNSEEN) for a label without
+        training rows."""
         found = np.full((len(texts), self.n_labels), np.log(UNSEEN))
         found[:, self.classifier.classes_] = self.classifier.predict_log_proba(
             self.features.transform(texts)
@@ -56,20 +54,20 @@ class TextModel:
 
 
 def fit_text_model(
-    kind: Kind,
+    kind: BaselineKind,
     texts: Sequence[Text],
     labels: np.ndarray,
     n_labels: int,
     seed: int,
     sample_weight: np.ndarray | None = None,
 ) -> TextModel:
-    """Fit a classifier to n rows of one text, or of two, with labels (n,) int64 of at least two
-    kinds from 0 to K - 1.
+    """Fit a classifier to n rows of one or two texts, with labels (n,) int64 from 0 to K - 1, of
+    which at least two occur.
 
-    naive-bayes: multinomial, over counts of words. tf-idf: logistic regression (L2) on TF-IDF of
-    words, pairs of neighbouring words and runs of 2 to 4 characters within a word; how much it is
-    regularised, a tenth of the rows of each label that is held out once decides by its loss, drawn
-    by `seed`. sample_weight: of each row's loss, (n,).
+    naive-bayes: multinomial, over counts of words. tf-idf: logistic regression (L2) on the TF-IDF
+    of words, pairs of neighbouring words, and runs of 2 to 4 characters within a word. Its penalty
+    is the one with the lowest loss on a held-out tenth of each label's rows, drawn with `seed`.
+    sample_weight: (n,) weights of the rows' losses, None for ones.
     """
     weights = np.ones(len(labels)) if sample_weight is None else sample_weight
     fit = _fit_naive_bayes if kind == "naive-bayes" else functools.partial(_fit_tf_idf, seed=seed)
@@ -93,11 +91,11 @@ def _fit_tf_idf(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_union
 
-    # A union of two and not one bag: each has the norm 1, else the many runs of characters would
-    # drown the words.
-    of = (functools.partial(_placed, grams) for grams in (_words_and_pairs, _character_runs))
+    # Words and character runs are two bags of norm 1 each. In a single bag, the many character runs
+    # would outweigh the words.
+    analyzers = (functools.partial(_placed, grams) for grams in (_words_and_pairs, _character_runs))
     features = make_union(
-        *(TfidfVectorizer(analyzer=analyzer, sublinear_tf=True) for analyzer in of)
+        *(TfidfVectorizer(analyzer=analyzer, sublinear_tf=True) for analyzer in analyzers)
     )
     x = features.fit_transform(texts)
 
@@ -113,13 +111,13 @@ def _fit_tf_idf(
         ).sum()
 
     held, kinds = _tenth_of_each(labels, seed), np.unique(labels)
-    best = min(INVERSE_PENALTIES, key=loss) if held.any() else FEW
+    best = min(INVERSE_PENALTIES, key=loss) if held.any() else DEFAULT_INVERSE_PENALTY
     return features, fit(np.ones(len(labels), bool), best)
 
 
 def _tenth_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A tenth of the rows of each label, rounded down, (n,) bool: every label is among the other
-    rows too."""
+    """A tenth of the rows of each label, rounded down, (n,) bool. The other rows have every label
+    too."""
     generator, held = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
@@ -127,15 +125,15 @@ def _tenth_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
     return held
 
 
-# --- what occurs in a text
+# --- features of a text
 
 
 def _placed(grams: Callable[[str], list[str]], text: Text) -> list[str]:
-    """What occurs in a text; of two, each thing that does, marked by where: in both, in the first,
-    in the second."""
+    """The features of a row. Those of a pair of texts are distinct and say where they occur: in
+    both texts, in the first or in the second."""
     if len(text) == 1:
         return grams(text[0])
-    # sets that keep the order of the text
+    # dict.fromkeys is a set that keeps the order of the text
     first, second = (dict.fromkeys(grams(part)) for part in text)
     both = [f"both:{gram}" for gram in first if gram in second]
     alone = [f"first:{gram}" for gram in first if gram not in second]
@@ -143,7 +141,7 @@ def _placed(grams: Callable[[str], list[str]], text: Text) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Runs of letters and digits, and each other sign by itself."""
+    """Runs of letters and digits, and every other character by itself, in lower case."""
     return WORD.findall(text.lower())
 
 
@@ -153,7 +151,9 @@ def _words_and_pairs(text: str) -> list[str]:
 
 
 def _character_runs(text: str) -> list[str]:
-    """With a space at either end of a word, so that its beginning and its end are told from its
-    middle."""
-    ends = [f" {word} " for word in _words(text)]
-    return [word[i : i + n] for word in ends for n in CHARACTERS for i in range(len(word) - n + 1)]
+    """Character runs of each word. A space at both ends of the word makes runs at its beginning and
+    end differ from those in its middle."""
+    spaced = [f" {word} " for word in _words(text)]
+    return [
+        word[i : i + n] for word in spaced for n in CHARACTERS for i in range(len(word) - n + 1)
+    ]

@@ -1,8 +1,6 @@
-"""The report of a classification as two pictures: what is confused with what, and whether
-confidence can be believed.
+"""Two charts of a classification report: the confusion matrix and the reliability diagram.
 
-matplotlib draws them, which the project does not require: without it there are no pictures, and
-nothing else is lost.
+They need matplotlib. Without it the charts are left out, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -18,32 +16,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Report = Mapping[str, Any]  # confusion.report's
+Report = Mapping[str, Any]  # from confusion.report
 
-# told apart by everyone: Okabe and Ito's, and a tint
+# Okabe and Ito's colours, which colour-blind readers can distinguish, and a tint
 BLUE, ORANGE, LIGHT = ("#0072B2", "#D55E00", "#a6cbe3")
 DARK, GREY, PALE = "#222222", "#6a6a6a", "#b0b0b0"
-FONT = "DejaVu Sans"  # matplotlib's own
+FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE = {
     "font.size": 11,
-    "text.parse_math": False,  # a label's $ is a dollar
+    "text.parse_math": False,  # a $ in a label is a dollar sign
     "axes.edgecolor": "#999999",
     "axes.labelcolor": DARK,
     "xtick.color": DARK,
     "ytick.color": DARK,
     "savefig.dpi": 160,
-    "savefig.bbox": "tight",  # the picture grows with the labels around its axes
+    "savefig.bbox": "tight",  # the image grows with the labels around its axes
     "savefig.pad_inches": 0.2,
 }
-LONGEST = 24  # characters of a label
-FEW = 12  # labels: up to here every cell has its number, 0 too
-SMALLEST = 5.0  # points: smaller numbers are not written
-NUMBERED = "labels by their number, from 0: no font of this machine has their letters"
+LONGEST = 24  # characters to which a label is shortened
+FEW = 12  # up to this many labels, cells with 0 show their number too
+SMALLEST = 5.0  # points; counts that would be smaller are left out
+NUMBERED = "numbers from 0, because no font of this machine has the labels' letters"
 
 
 def draw(report: Report, folder: Path, title: str, before: str = "") -> list[Path]:
-    """Write confusion.png and reliability.png into the folder, with `before` before their names:
-    which were written, none where matplotlib is missing."""
+    """Write confusion.png and reliability.png into the folder, with the prefix `before`. Returns
+    their paths, or [] without matplotlib."""
     try:
         importlib.import_module("matplotlib")
     except ImportError:
@@ -54,19 +52,19 @@ def draw(report: Report, folder: Path, title: str, before: str = "") -> list[Pat
     return paths
 
 
-# --- what was confused with what
+# --- the confusion matrix
 
 
 def draw_confusion(report: Report, path: Path, title: str) -> None:
-    """The confusion matrix: rows are true labels, columns predicted ones, the colour is the share
-    of the true label."""
+    """Draw the confusion matrix. Rows are true labels and columns are predicted labels. The colour
+    is the fraction of the true label's rows."""
     import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
+    from matplotlib.figure import Figure  # not pyplot, which looks for a window system
 
     counts, names = report["confusion"], [shortened(label) for label in report["labels"]]
     side = max(3.4, min(0.8 * len(names), 3.4 + 0.2 * len(names)))  # inches
     fonts, glyphs = fonts_for(names)
-    style: Any = STYLE | {"font.family": fonts}  # its parameter is typed as every key there is
+    style: Any = STYLE | {"font.family": fonts}  # matplotlib types it as a Literal of all keys
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(side, side))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -80,7 +78,7 @@ def draw_confusion(report: Report, path: Path, title: str) -> None:
 
 
 def draw_scale(figure: Figure, image: AxesImage, side: float) -> None:
-    """What the colours mean, at the right of the matrix."""
+    """Draw the colour scale, at the right of the matrix."""
     scale = figure.colorbar(image, cax=figure.add_axes((1 + 0.15 / side, 0, 0.13 / side, 1)))
     scale.set_label("share of the true label's rows", color=GREY)
     scale.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -91,7 +89,7 @@ def draw_scale(figure: Figure, image: AxesImage, side: float) -> None:
 def write_counts(
     axes: Axes, counts: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], side: float
 ) -> None:
-    """Each count in its cell, as large as the cell and the longest of them allow."""
+    """Write each count into its cell, as large as the cell and the longest count allow."""
     cell = 72 * side / len(counts)  # points
     digits = len(str(max(max(row) for row in counts)))
     size = min(15.0, 0.45 * cell, 0.85 * cell / (0.65 * digits))
@@ -105,8 +103,8 @@ def write_counts(
 
 
 def name_labels(axes: Axes, names: Sequence[str], glyphs: set[int], side: float) -> None:
-    """The labels along both axes, upright ones where they fit side by side; numbers for those that
-    no font can write."""
+    """Write the labels along both axes, horizontally below if they fit. Labels that no font can
+    write become numbers."""
     written = [name if known(name, glyphs) else f"#{number}" for number, name in enumerate(names)]
     cell = 72 * side / len(names)
     size = max(7.0, min(11.0, 0.6 * cell))
@@ -127,6 +125,7 @@ def name_labels(axes: Axes, names: Sequence[str], glyphs: set[int], side: float)
 
 
 def below_title(report: Report) -> str:
+    """The lines under the title of the confusion matrix."""
     figures = [
         with_interval(report, "accuracy", "accuracy"),
         with_interval(report, "macro_f1", "macro-F1"),
@@ -135,15 +134,16 @@ def below_title(report: Report) -> str:
 
 
 def with_interval(report: Report, name: str, label: str) -> str:
+    """A metric with its 95 % interval in brackets."""
     low, high = report["intervals"][name]
     return f"{label} {report[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-# --- whether confidence can be believed
+# --- the reliability diagram
 
 
 def draw_reliability(report: Report, path: Path, title: str) -> None:
-    """Accuracy of the rows by how confident the model was of them, and how many rows that are."""
+    """Draw the accuracy and the number of rows for each bin of confidence."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -173,7 +173,7 @@ def draw_reliability(report: Report, path: Path, title: str) -> None:
 
 
 def draw_bins(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
-    """A bar of accuracy for each bin, and the gap between its end and the bin's mean confidence, by
+    """Draw a bar of accuracy for each bin, and the gap to the bin's mean confidence in a colour for
     its direction."""
     over = [max(0.0, one["confidence"] - one["accuracy"]) for one in bins]
     under = [max(0.0, one["accuracy"] - one["confidence"]) for one in bins]
@@ -202,6 +202,7 @@ def draw_bins(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
 
 
 def draw_rows(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
+    """Draw the number of rows in each bin."""
     from matplotlib.ticker import MaxNLocator
 
     draw_bars(axes, bins, [one["rows"] for one in bins], color=PALE)
@@ -213,7 +214,7 @@ def draw_rows(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
 def draw_bars(
     axes: Axes, bins: Sequence[Mapping[str, float]], heights: Sequence[float], **more: Any
 ) -> None:
-    """One over each bin, as wide as it."""
+    """Draw one bar for each bin, as wide as the bin."""
     widths = [one["high"] - one["low"] for one in bins]
     axes.bar(
         [one["low"] for one in bins],
@@ -226,17 +227,17 @@ def draw_bars(
     )
 
 
-# --- words
+# --- text
 
 
 def write_title(axes: Axes, title: str, below: str) -> None:
-    """In bold, and the lines `below` it."""
+    """Write the title in bold, and the lines `below` under it."""
     glyphs, lines = glyphs_of(FONT), below.count("\n") + 1
     title = "".join(c if known(c, glyphs) else "□" for c in title)
-    at: dict[str, Any] = dict(
+    position: dict[str, Any] = dict(
         xy=(0, 1), xycoords="axes fraction", textcoords="offset points", va="bottom"
     )
-    axes.annotate(below, xytext=(0, 8), color=GREY, fontsize=10, **at)
+    axes.annotate(below, xytext=(0, 8), color=GREY, fontsize=10, **position)
     axes.annotate(
         title,
         xytext=(0, 13 + 12 * lines),
@@ -244,12 +245,12 @@ def write_title(axes: Axes, title: str, below: str) -> None:
         fontsize=13,
         fontfamily=FONT,
         fontweight="bold",
-        **at,
+        **position,
     )
 
 
 def shortened(label: str) -> str:
-    """On one line; of a long one its beginning and its end, which is where labels tend to
+    """A label on one line. A long label keeps its beginning and its end, where labels tend to
     differ."""
     label = " ".join(label.split())
     half = LONGEST // 2
@@ -257,19 +258,20 @@ def shortened(label: str) -> str:
 
 
 def width(text: str) -> float:
-    """About how wide it is drawn, in sizes of its font."""
+    """The approximate width of a text, in font sizes."""
     return sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.62 for c in text)
 
 
 def known(text: str, glyphs: set[int]) -> bool:
+    """Whether a font with these glyphs can write the text."""
     return all(ord(c) in glyphs for c in text)
 
 
 def fonts_for(names: Sequence[str]) -> tuple[list[str], set[int]]:
-    """matplotlib's own font and, if a name needs one, the first of the machine's that has all that
-    is missing there.
+    """The names of the fonts to use, and the code points that they draw.
 
-    The names of the fonts, and the code points that they draw.
+    matplotlib's own font comes first. If it lacks characters of the names, the second font is the
+    first one of this machine that has all of these characters.
     """
     from matplotlib.font_manager import fontManager
 
@@ -279,15 +281,15 @@ def fonts_for(names: Sequence[str]) -> tuple[list[str], set[int]]:
         font for font in fontManager.ttflist if font.weight == 400 and font.style == "normal"
     )
     for font in upright if missing else ():
-        # The last resort draws a box that stands for a whole script.
+        # The font Last Resort draws one box for a whole script.
         if "Last Resort" not in font.name and missing <= (more := glyphs_of(font.name)):
             return [FONT, font.name], glyphs | more
     return [FONT], glyphs
 
 
 def glyphs_of(font: str) -> set[int]:
-    """The code points that it draws."""
+    """The code points that a font draws."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    # In a list it is a name; by itself it would be a pattern, in which a hyphen means something.
+    # A list makes it a name. A plain string would be a pattern, in which a hyphen has a meaning.
     return set(get_font(findfont(FontProperties(family=[font]))).get_charmap())

@@ -1,5 +1,4 @@
-"""The command of a task whose answers are labels: GPT-2, or beside it a model of words on the same
-rows."""
+"""Runs a classification task: fine-tunes GPT-2, or fits a baseline on the same rows."""
 
 from __future__ import annotations
 
@@ -14,40 +13,41 @@ from typing import Any
 import numpy as np
 import torch
 
-from base.files import beside, writable_file, write_json, writing_to
+from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import ends_promptly
 from config import UserError
 from engine.processes import memory_bytes
 from storage.checkpoint import RECORD, RESULTS
-from tasks.classification.baselines import Kind, fit_text_model
-from tasks.classification.description import Labels
-from tasks.classification.labels import label_of, true_labels
+from tasks.classification.baselines import BaselineKind, fit_text_model
+from tasks.classification.description import ClassificationDescription
+from tasks.classification.labels import label_index, true_labels
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_answers
-from tasks.classification.rows import read_labelled
-from tasks.classification.task import Also, Classification
-from tasks.command import check_answers
-from tasks.command import command as run
+from tasks.classification.rows import read_labelled_rows
+from tasks.classification.task import AuxiliaryTask, Classification
+from tasks.command import answers_path, run_task
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 
 
-def command(
-    task: Labels, cfg: ClassificationConfig, typed: Collection[str], find: Callable[[str], Labels]
+def run_classification(
+    task: ClassificationDescription,
+    cfg: ClassificationConfig,
+    typed: Collection[str],
+    find: Callable[[str], ClassificationDescription],
 ) -> int:
-    """Run a task as its options say; returns the exit code. find: gives the task that an item of
-    --also names."""
+    """Run a task and return the exit code. find: returns the task that an item of --also names."""
     if cfg.model == "naive-bayes" or cfg.model == "tf-idf":
-        return fit_words(task, cfg, cfg.model)
+        return run_baseline(task, cfg, cfg.model)
     if cfg.model == "lstm" and cfg.trains:
-        cfg = as_lstm(cfg)
-    return run(Classification(task, tasks_along(cfg, find)), cfg, typed)
+        cfg = lstm_config(cfg)
+    return run_task(Classification(task, auxiliary_tasks(cfg, find)), cfg, typed)
 
 
-def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
-    """The options of `--model lstm`: from scratch, with the tokenizer that --init would have."""
+def lstm_config(cfg: ClassificationConfig) -> ClassificationConfig:
+    """The options for `--model lstm`: train from scratch, with the tokenizer of --init."""
     tokenizer = cfg.tokenizer or (None if cfg.init == "scratch" else cfg.init)
     width = cfg.n_embd or LSTM_EMBEDDING
     return dataclasses.replace(
@@ -55,12 +55,15 @@ def as_lstm(cfg: ClassificationConfig) -> ClassificationConfig:
     )
 
 
-def tasks_along(cfg: ClassificationConfig, find: Callable[[str], Labels]) -> list[Also]:
-    """The tasks of --also TASK:WEIGHT with their data, each with its own default options."""
+def auxiliary_tasks(
+    cfg: ClassificationConfig, find: Callable[[str], ClassificationDescription]
+) -> list[AuxiliaryTask]:
+    """The tasks of --also TASK:WEIGHT with their data and default options. Raises UserError for a
+    task or weight that cannot be used."""
     if cfg.also_data and len(cfg.also_data) != len(cfg.also):
         raise UserError(
             f"--also names {len(cfg.also)} tasks and --also-data {len(cfg.also_data)} files; give "
-            "one for each"
+            "one file for each task"
         )
     found = []
     for asked, data in zip(cfg.also, cfg.also_data or ("toy",) * len(cfg.also), strict=True):
@@ -76,26 +79,28 @@ def tasks_along(cfg: ClassificationConfig, find: Callable[[str], Labels]) -> lis
             )
         options: Any = task.config
         options = options(**{**task.defaults, "data": data})
-        found.append(Also(task, value, options))
+        found.append(AuxiliaryTask(task, value, options))
     return found
 
 
-def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
-    """`--model naive-bayes` and `tf-idf`: scikit-learn's classifiers on the same rows, with the
-    same files about them."""
+def run_baseline(
+    task: ClassificationDescription, cfg: ClassificationConfig, kind: BaselineKind
+) -> int:
+    """Fit `--model naive-bayes` or `tf-idf` with scikit-learn and write the same files as a
+    training run. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
-        return 0  # there is nothing to divide
+        return 0  # one process fits the model
     cfg.check()
-    answers, about = check_answers(task, cfg), {"eval_precision": "fp64", "step": 1}
+    answers, about = answers_path(task, cfg), {"eval_precision": "fp64", "step": 1}
     folder = Path(str(cfg.out))
-    if (folder / RECORD).exists():  # its config.json, log.jsonl and metrics.json would be replaced
+    if (folder / RECORD).exists():  # this would overwrite its config.json, log and metrics
         raise UserError(f"{folder} already holds a run of another model; choose another --out")
     writable_file("--out", str(folder / RESULTS), make_folder=True)
     source = Source(task, dataclasses.replace(cfg, data=cfg.data or "toy"), print)
-    rows = read_labelled(source)
+    rows = read_labelled_rows(source)
     labels, train, val = rows.labels, rows.train, rows.val
-    if cfg.predict:  # a label that is unknown ends the run before the work is done
-        true_labels(source.to_answer, labels)
+    if cfg.predict:  # raises for a new label before the work is done
+        true_labels(source.predict_rows, labels)
     if cfg.dry_run:
         print(
             f"dry run: nothing is started or written ({kind} on {len(train):,} rows, {len(val):,} "
@@ -106,7 +111,7 @@ def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with ends_promptly():
-        numbers = np.array([label_of(row, labels) for row in train])
+        numbers = np.array([label_index(row, labels) for row in train])
         texts = [task.texts(row) for row in train]
         model = fit_text_model(kind, texts, numbers, len(labels), cfg.seed, rows.weights)
     seconds = time.perf_counter() - began
@@ -137,9 +142,9 @@ def fit_words(task: Labels, cfg: ClassificationConfig, kind: Kind) -> int:
     if cfg.predict:
         with writing_to("--answers" if cfg.answers else "--out", answers.parent):
             answers.parent.mkdir(parents=True, exist_ok=True)
-            if scores := answer(source.to_answer, answers):
+            if scores := answer(source.predict_rows, answers):
                 write_json(
-                    beside(answers, ".scores.json"),
+                    sibling(answers, ".scores.json"),
                     scores | {"eval_precision": about["eval_precision"]},
                 )
     return 0

@@ -1,11 +1,11 @@
-"""Figures of a classification, of all of its rows together: what was confused with what, how sure,
-and how surely.
+"""Metrics of a classification: the confusion matrix, calibration, confidence intervals and paired
+tests.
 
-Rows are those of every rank, gathered first, so that every figure is exact. Labels are numbers, 0
-to K - 1. Shares are 0 to 1; a share of nothing is 0. Intervals come of the bootstrap (Efron 1979):
-the rows drawn anew, with replacement, from the rows there are. A figure depends on how many rows
-are of each kind alone, so that many of each kind are drawn: the same distribution as drawing row by
-row, at a cost that does not grow with the rows.
+The rows of all ranks are gathered first, so every metric is exact. Labels are numbers from 0 to
+K - 1. Fractions are 0 to 1, and a fraction of nothing is 0. Intervals come from the bootstrap
+(Efron 1979), which draws rows with replacement. A metric depends only on the number of rows of each
+kind (true and predicted label). The bootstrap therefore draws these numbers: the distribution is
+the same as row by row, and the cost does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-BINS = 15  # of confidence, as Guo et al. have it
+BINS = 15  # bins of confidence, as in Guo et al. (2017)
 RESAMPLES = 1000
-INTERVAL = (0.025, 0.975)  # the quantiles that hold 95 % between them
+INTERVAL = (0.025, 0.975)  # quantiles that bound a 95 % interval
 
 
 class Counts(NamedTuple):
-    """Of each label, (..., K): rows that have it and were given it, rows that have it, rows that
-    were given it."""
+    """The number of rows for each label, (..., K)."""
 
-    right: np.ndarray
-    rows: np.ndarray
-    given: np.ndarray
+    correct: np.ndarray  # with this label, predicted correctly
+    true: np.ndarray  # with this label
+    predicted: np.ndarray  # for which this label is predicted
 
 
 class Reliability(NamedTuple):
-    """Of each bin of confidence, (bins,): how many rows, their mean confidence and their accuracy;
-    0 without rows."""
+    """The number of rows in each bin of confidence, their mean confidence and their accuracy,
+    (bins,). All are 0 for an empty bin."""
 
     rows: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
 
 
-# --- the confusion matrix, and what is read off it
+# --- the confusion matrix and its metrics
 
 
 def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_labels: int) -> np.ndarray:
-    """How many rows of each true label were given each label, (K, K) int64: [true, predicted].
+    """The number of rows with each pair [true, predicted] of labels, (K, K) int64.
 
-    ValueError for a label that is not one of the K.
+    Raises ValueError for a label that is not one of the K.
     """
     kinds, rows = _kinds((true, predicted), n_labels)
     matrix = np.zeros((n_labels, n_labels), dtype=np.int64)
@@ -55,21 +54,23 @@ def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_labels: int) -> np
 
 
 def accuracy(matrix: np.ndarray) -> float:
+    """The fraction of rows that are predicted correctly, from a confusion matrix."""
     return float(_accuracy(_counts(matrix)))
 
 
 def macro_f1(matrix: np.ndarray) -> float:
-    """Mean F1 of the labels that some row has or was given; one that is in neither does not count:
-    scikit-learn's."""
+    """The mean F1 over labels, as in scikit-learn. A label that is neither true nor predicted
+    anywhere does not count."""
     return float(_macro_f1(_counts(matrix)))
 
 
 def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Of each label, (K,): "precision", "recall" and "f1", float64, and "rows", how many have it,
-    int64."""
+    """For each label (K,): "precision", "recall" and "f1" (float64), and "rows", the number of rows
+    with the label (int64)."""
     counts = _counts(matrix)
-    precision, recall = _share(counts.right, counts.given), _share(counts.right, counts.rows)
-    return {"precision": precision, "recall": recall, "f1": _f1(counts), "rows": counts.rows}
+    precision = _ratio(counts.correct, counts.predicted)
+    recall = _ratio(counts.correct, counts.true)
+    return {"precision": precision, "recall": recall, "f1": _f1(counts), "rows": counts.true}
 
 
 def _counts(matrix: np.ndarray) -> Counts:
@@ -77,20 +78,21 @@ def _counts(matrix: np.ndarray) -> Counts:
 
 
 def _accuracy(counts: Counts) -> np.ndarray:
-    """(..., K) to (...)."""
-    return _share(counts.right.sum(-1), counts.rows.sum(-1))
+    """Counts of shape (..., K) to accuracies of shape (...)."""
+    return _ratio(counts.correct.sum(-1), counts.true.sum(-1))
 
 
 def _macro_f1(counts: Counts) -> np.ndarray:
-    """(..., K) to (...)."""
-    return _share(_f1(counts).sum(-1), (counts.rows + counts.given > 0).sum(-1))
+    """Counts of shape (..., K) to macro-F1 of shape (...)."""
+    return _ratio(_f1(counts).sum(-1), (counts.true + counts.predicted > 0).sum(-1))
 
 
 def _f1(counts: Counts) -> np.ndarray:
-    return _share(2 * counts.right, counts.rows + counts.given)
+    return _ratio(2 * counts.correct, counts.true + counts.predicted)
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole for counts, 0 if both are 0."""
     return part / np.maximum(whole, 1)
 
 
@@ -98,22 +100,22 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(true: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> float:
-    """How far confidence is from accuracy: the expected calibration error of Guo et al. (2017).
+    """The expected calibration error (Guo et al. 2017): how far confidence is from accuracy.
 
-    Rows (N,) and their probabilities (N, K) in bins of the highest one, all of the same width: the
-    mean over rows of their bin's |accuracy - mean confidence|.
+    true (N,), probabilities (N, K). Rows are binned by their highest probability, in bins of equal
+    width. The result is the mean over rows of their bin's |accuracy - mean confidence|.
     """
     return _calibration_error(reliability(true, probabilities, bins))
 
 
 def reliability(true: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> Reliability:
-    """Accuracy by confidence, in `bins` bins of equal width over 0 to 1; a bin's upper edge is in
-    it, its lower is not.
+    """Accuracy by confidence, in `bins` bins of equal width from 0 to 1. A bin includes its upper
+    edge and excludes its lower edge.
 
-    ValueError for what cannot be probabilities.
+    Raises ValueError if probabilities are not between 0 and 1.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
-    if (probabilities < 0).any() or (probabilities > 1.001).any():  # a sum of roundings may pass 1
+    if (probabilities < 0).any() or (probabilities > 1.001).any():  # rounding may exceed 1 slightly
         raise ValueError("probabilities must be between 0 and 1")
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(true)
     bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
@@ -121,19 +123,19 @@ def reliability(true: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> 
     confident, correct = (
         np.bincount(bin_of, weights=of, minlength=bins) for of in (confidence, right)
     )
-    return Reliability(rows, _share(confident, rows), _share(correct, rows))
+    return Reliability(rows, _ratio(confident, rows), _ratio(correct, rows))
 
 
 def _calibration_error(found: Reliability) -> float:
     gaps = np.abs(found.accuracy - found.confidence)
-    return float(_share((found.rows * gaps).sum(), found.rows.sum()))
+    return float(_ratio((found.rows * gaps).sum(), found.rows.sum()))
 
 
 def figures(true: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """ "accuracy", "macro_f1" and "calibration_error" of rows (N,) whose labels have these
-    probabilities (N, K).
+    """The metrics "accuracy", "macro_f1" and "calibration_error" of rows.
 
-    The label with the highest probability is the one predicted, the first of equal ones.
+    true (N,), probabilities (N, K). The predicted label is the one with the highest probability,
+    and the first of equal ones.
     """
     probabilities = np.asarray(probabilities)
     matrix = confusion_matrix(true, probabilities.argmax(1), probabilities.shape[1])
@@ -144,17 +146,16 @@ def figures(true: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
     }
 
 
-# --- how sure the figures are
+# --- intervals and tests
 
 
 def bootstrap(
     true: ArrayLike, predicted: ArrayLike, n_labels: int, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, list[float]]:
-    """95 % percentile intervals [low, high] of "accuracy" and "macro_f1", the same for the same
-    seed.
+    """95 % percentile intervals [low, high] of "accuracy" and "macro_f1", pure in `seed`.
 
-    In a resample a label that none of its rows has or was given does not count, as in `macro_f1`.
-    ValueError of no rows.
+    In each resample, macro-F1 ignores labels that are neither true nor predicted, as `macro_f1`
+    does. Raises ValueError without rows.
     """
     (drawn,) = _resampled(true, [predicted], n_labels, seed, resamples)
     return {"accuracy": _interval(_accuracy(drawn)), "macro_f1": _interval(_macro_f1(drawn))}
@@ -163,12 +164,12 @@ def bootstrap(
 def paired_test(
     true: ArrayLike, first: ArrayLike, second: ArrayLike, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
-    """Two predictions of the same rows (N,) compared, in what can be written as JSON.
+    """Compare two predictions of the same rows (N,). The result can be written as JSON.
 
-    "accuracy" and "macro_f1": {"difference": the first's less the second's, "interval": its 95 %
-    percentile interval, both predictions of a row drawn together}. "wins" and "losses": rows that
-    the first alone has right, and the second alone; "mcnemar_p" is of these two, see `mcnemar`.
-    "rows": all of them.
+    "accuracy" and "macro_f1" each have "difference" (first minus second) and "interval", its 95 %
+    percentile interval from resamples that keep both predictions of a row together. "wins" and
+    "losses" count the rows that only the first, or only the second, predicts correctly, and
+    "mcnemar_p" tests these two, see `mcnemar`. "rows" is N.
     """
     true, first, second = (np.asarray(labels, dtype=np.int64) for labels in (true, first, second))
     n_labels = 1 + int(max(labels.max(initial=0) for labels in (true, first, second)))
@@ -184,17 +185,16 @@ def paired_test(
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's test (1947) in its exact form: the two-sided p of a fair coin that comes up so
-    unevenly, or more so.
+    """McNemar's exact test (1947): the two-sided probability that a fair coin gives counts at least
+    this uneven.
 
-    Every term of the binomial tail is summed, whatever the counts; nothing is approximated but the
-    last few digits.
+    Every term of the binomial tail is summed. Only rounding limits the result.
     """
     n, rarer = wins + losses, min(wins, losses)
     log_last = (
         math.lgamma(n + 1) - math.lgamma(rarer + 1) - math.lgamma(n - rarer + 1) - n * math.log(2)
     )
-    # from the last term of the tail, its largest, down to that of 0 times
+    # From the largest term of the tail, for `rarer`, down to the term for 0.
     fewer = np.arange(rarer, 0, -1)
     tail = math.exp(log_last) * (1 + np.cumprod(fewer / (n - fewer + 1)).sum())
     return min(1.0, 2 * float(tail))
@@ -203,26 +203,27 @@ def mcnemar(wins: int, losses: int) -> float:
 def _resampled(
     true: ArrayLike, predictions: Sequence[ArrayLike], n_labels: int, seed: int, resamples: int
 ) -> list[Counts]:
-    """Of each prediction the counts (resamples, K) of rows drawn anew, the same rows for all
-    predictions."""
+    """The Counts (resamples, K) of each prediction in bootstrap resamples. All predictions share
+    the resampled rows."""
     kinds, rows = _kinds((true, *predictions), n_labels)
     if not len(rows):
         raise ValueError("there are no rows to draw from")
     draws = np.random.default_rng(seed).multinomial(
-        rows.sum(), _share(rows, rows.sum()), size=resamples
+        rows.sum(), _ratio(rows, rows.sum()), size=resamples
     )
-    # (resamples, kinds): the product of floats is the fast one, and exact here
+    # (resamples, kinds). Products of floats use BLAS, and they are exact for such counts.
     draws = draws.astype(np.float64)
-    labels = [np.eye(n_labels)[of] for of in kinds]  # (kinds, K): 1 at the label
-    has, *given = [draws @ label for label in labels]
-    return [Counts(draws @ (labels[0] * label), has, of) for label, of in zip(labels[1:], given)]
+    one_hot = [np.eye(n_labels)[kind] for kind in kinds]  # (kinds, K) each
+    is_true, *is_predicted = one_hot
+    true_counts = draws @ is_true
+    return [Counts(draws @ (is_true * each), true_counts, draws @ each) for each in is_predicted]
 
 
 def _kinds(labels: Sequence[ArrayLike], n_labels: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The different combinations that the labels of a row make, one array a place, and how many
-    rows have each."""
+    """The distinct combinations of labels that rows have, as one array per element of `labels`, and
+    the number of rows with each combination."""
     shape = (n_labels,) * len(labels)
-    numbers = np.ravel_multi_index([np.asarray(of, dtype=np.int64) for of in labels], shape)
+    numbers = np.ravel_multi_index([np.asarray(each, dtype=np.int64) for each in labels], shape)
     kinds, rows = np.unique(numbers, return_counts=True)
     return np.unravel_index(kinds, shape), rows
 
@@ -231,17 +232,18 @@ def _interval(values: np.ndarray) -> list[float]:
     return np.quantile(values, INTERVAL).tolist()
 
 
-# --- all of it
+# --- the report
 
 
 def report(
     true: ArrayLike, probabilities: ArrayLike, labels: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Every figure of one set of predictions, in what can be written as JSON.
+    """All metrics of one set of predictions. The result can be written as JSON.
 
-    true (N,), probabilities (N, K) of the K `labels` in their order. "rows", `figures`, "intervals"
-    (`bootstrap`), "labels", "per_class" by label, "confusion" [true][predicted], and "reliability":
-    the bins that hold rows, each with its edges "low" and "high".
+    true (N,), probabilities (N, K) of the K `labels` in their order. The keys are "rows", those of
+    `figures`, "intervals" (see `bootstrap`), "labels", "per_class" by label, "confusion"
+    [true][predicted], and "reliability": the bins that have rows, each with its edges "low" and
+    "high".
     """
     probabilities = np.asarray(probabilities)
     predicted = probabilities.argmax(1)
@@ -265,4 +267,4 @@ def _records(columns: dict[str, np.ndarray], labels: Sequence[str]) -> dict[str,
 def _bins(found: Reliability) -> list[dict[str, float]]:
     edges = np.linspace(0, 1, len(found.rows) + 1).tolist()
     bins = zip(edges, edges[1:], *(column.tolist() for column in found))
-    return [dict(zip(("low", "high", *found._fields), of)) for of in bins if of[2]]
+    return [dict(zip(("low", "high", *found._fields), values)) for values in bins if values[2]]

@@ -1,4 +1,4 @@
-"""A classifier's checkpoint, opened to answer rows."""
+"""Opens the checkpoint of a classifier to answer rows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from decoding.loading import open_model
 from engine.precision import set_products
 from engine.processes import choose_device
 from model import GPT
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import write_answers
 from tasks.classification.rows import RowEncoder
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder
-from tasks.finetuning import EXACT
-from text.rows import Row
+from tasks.finetuning import EVAL_PRECISION
+from text.row import Row
 from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that answers the rows of a task, in fp32."""
+    """A finished classifier for the rows of a task. It computes in fp32."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -39,46 +39,48 @@ class Classifier:
     scorer: Scorer
 
     def probabilities(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Of the labels, for rows of tokens: (n, K) float64."""
+        """Probabilities of the labels for rows of tokens, (n, K) float64."""
         return self.scorer.probabilities(self.model, tokens, self.tokenizer.eot)
 
     def answers(self, rows: Sequence[Row], say: Callable[[str], None]) -> np.ndarray:
-        """Probabilities (n, K) of the labels of rows; says how many had to be cut."""
+        """Probabilities (n, K) float64 of the labels of rows. Reports how many were truncated."""
         tokens, was_cut = zip(*map(self.encode, rows), strict=True) if rows else ((), ())
         if cut := sum(was_cut):
             encoder = self.encode.encoder
             say(
-                f"{cut} of {len(rows)} rows are longer than {encoder.seq_len} tokens and cut at "
-                f"the {encoder.cut} of their text"
+                f"{cut} of {len(rows)} rows are longer than {encoder.seq_len} tokens and are "
+                f"truncated at the {encoder.cut} of their text"
             )
         return self.probabilities(tokens)
 
 
 @dataclass(frozen=True)
-class AnswersOfClassifier:
-    """A finished classifier and the rows of --predict that it is to answer."""
+class LabelPredictor:
+    """A finished classifier and the rows of --predict that it will answer."""
 
     classifier: Classifier
     rows: list[Row]
-    seed: int  # of the confidence intervals
+    seed: int  # of the resamples for confidence intervals
 
     def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the predictions as jsonl with probabilities and as the course's csv. Returns their
-        scores where the file has the true labels."""
+        """Write the predictions as jsonl with probabilities and as CS224N's csv. Returns the scores
+        of the rows with a known label."""
         found, task = self.classifier.answers(self.rows, say), self.classifier.encode.task
-        about = {"eval_precision": EXACT}
+        about = {"eval_precision": EVAL_PRECISION}
         labels = self.classifier.labels
         return write_answers(path, self.rows, found, task, labels, self.seed, say, about)
 
 
-def open_classifier(where: str, task: Labels, cfg: ClassificationConfig) -> Classifier:
-    """The classifier of a checkpoint, with the labels, form, words and lengths of its run. Raises
-    UserError where it is none."""
+def open_classifier(
+    where: str, task: ClassificationDescription, cfg: ClassificationConfig
+) -> Classifier:
+    """The classifier of checkpoint `where`, with the labels, form, words and lengths of its run.
+    Raises UserError if the checkpoint is not a classifier."""
     found = heads.find(where)
     info = found[0] if found else heads.read_info(where)
     if info is None:
         raise UserError(
-            f"{where} is no classifier; train one first, or name a run of finetune.{task.name}"
+            f"{where} is not a classifier; train one first, or name a run of finetune.{task.name}"
         )
     device = choose_device(cfg.device)
     set_products("fp32", device)
@@ -95,13 +97,14 @@ def open_classifier(where: str, task: Labels, cfg: ClassificationConfig) -> Clas
 def encoder_of(
     info: ClassifierInfo, tokenizer: Tokenizer, context: int, cfg: ClassificationConfig
 ) -> Encoder:
-    """Cuts a row as the run did, unless the options say otherwise: else its scores were others."""
+    """An encoder that truncates like the run did, so that scores agree, unless the options say
+    otherwise."""
     seq_len = min(cfg.seq_len or info.seq_len or context, context)
     cut = cfg.cut if cfg.cut != ClassificationConfig.cut else info.cut
     return Encoder(tokenizer, seq_len, cut, cfg.strict)
 
 
-def scorer_of(info: ClassifierInfo, keys: Sequence[str], tokenizer: Tokenizer) -> Scorer:
-    """Scores by the heads of these names, or by the words of the labels."""
+def scorer_of(info: ClassifierInfo, head_names: Sequence[str], tokenizer: Tokenizer) -> Scorer:
+    """The scorer for the heads of these names, or for the words of the labels."""
     words = word_ids(tokenizer, info.words) if info.words else []
-    return Scorer(keys, info.pooling == "last", words)
+    return Scorer(head_names, info.pooling == "last", words)

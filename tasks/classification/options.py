@@ -1,4 +1,4 @@
-"""Options of tasks whose answers are labels."""
+"""Options of classification tasks."""
 
 from __future__ import annotations
 
@@ -10,75 +10,77 @@ from config import LARGEST, Positive, Probability, Range, UserError, Weight, Whe
 from tasks.options import FinetuneConfig
 
 Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
-Auxiliary = Literal["rdrop", "simcse"]
+AuxiliaryLoss = Literal["rdrop", "simcse"]
 
 
 @dataclass(frozen=True)
 class ClassificationConfig(FinetuneConfig):
-    """Options of a task whose answers are labels."""
+    """Options of a classification task."""
 
     model: Classifier = "gpt2"
-    """What classifies: gpt2; or, beside it on the same rows, naive-bayes, tf-idf (a linear model on
-    it), lstm (on embeddings of its own)."""
+    """The classifier: gpt2, or a baseline on the same rows: naive-bayes, tf-idf (a linear model) or
+    lstm (on embeddings that it learns itself)."""
     form: Form = "plain"
-    """plain: a head over the text; prompt: a head over a prompt with the text in it; word: the
+    """plain: a head reads the text. prompt: a head reads a prompt with the text in it. word: the
     language model's own head answers the prompt with a label's word."""
     words: tuple[str, ...] = ()
-    """Under --form word, the labels' words in the labels' order. Default: the task's, else the
+    """The labels' words under --form word, in the labels' order. Default: the task's words, or the
     labels themselves."""
     pooling: Pooling = "last"
-    """What a head reads: the state of the last token, the mean of all, a mean with learned weights,
-    or an LSTM over them."""
+    """What a head reads: the state of the last token, the mean of all states, a mean with learned
+    weights, or an LSTM over all states."""
     cut: Cut = "end"
-    """Where a text that is too long is cut."""
+    """Where to truncate a text that is too long."""
     dropout: Probability = 0.1
     """Dropout on embeddings, attention and residual branches."""
     head_dropout: Probability = 0.1
-    """Dropout on what a head has pooled."""
+    """Dropout on the pooled states that a head reads."""
     class_weights: tuple[str, ...] = ()
-    """Weight of the rows of each label, in the labels' order; or balanced: by how rare a label is.
-    Default: all alike."""
+    """One weight for the rows of each label, in the labels' order, or balanced, which weights rare
+    labels more. Default: 1 for all."""
     label_smoothing: Probability = 0.0
-    """Share of a row's target that is spread over all labels."""
-    objective: tuple[Auxiliary, ...] = ()
-    """Loss terms besides the labels': rdrop, simcse. Both compare two passes of a row under
-    different dropout."""
+    """Fraction of a row's target that is spread over all labels."""
+    objective: tuple[AuxiliaryLoss, ...] = ()
+    """Loss terms in addition to the labels' loss: rdrop, simcse. Both compare two passes of a row
+    under different dropout."""
     rdrop: Weight = 1.0
     """Weight alpha of R-Drop's divergence."""
     simcse: Weight = 0.1
     """Weight of SimCSE's contrastive loss."""
     simcse_temperature: Positive = 0.05
-    """Divides SimCSE's cosine similarities."""
+    """Temperature that divides SimCSE's cosine similarities."""
     simcse_group: Annotated[int, Range(2, LARGEST)] = 8
-    """Rows whose texts are each other's negatives in SimCSE: fixed groups, whatever the
-    micro-batch."""
+    """Rows in a group. In SimCSE, the rows of a group are each other's negatives. The micro-batch
+    never splits a group."""
     also: tuple[str, ...] = ()
-    """Other tasks to train at once, each with a head of its own: TASK:WEIGHT, the weight of its
-    loss."""
+    """Auxiliary tasks to train at the same time, each on its own head: TASK:WEIGHT, where WEIGHT
+    multiplies the task's loss."""
     also_data: tuple[Wheres, ...] = ()
-    """Their training rows, in the same order. Default: their toy rows."""
+    """Training rows of the auxiliary tasks, in the order of --also. Default: their toy rows."""
     augment: Wheres | None = None
-    """More training rows, in the form of --data: back-translations, paraphrases, hard examples."""
+    """Additional training rows, in the form of --data: back-translations, paraphrases, hard
+    examples."""
     augment_weight: Weight = 1.0
-    """Weight of each of those rows' losses."""
+    """Weight of the loss of each --augment row."""
     allow_overlap: bool = False
-    """Go on where more than a hundredth of the training rows also stand among the validation
-    rows."""
+    """Allow more than 1 % of the training rows to be validation rows too."""
 
     def training_files(self) -> tuple[str | None, ...]:
+        """As for every task, with the files of --augment and --also-data."""
         return *super().training_files(), self.augment, *self.also_data
 
 
-def check(cfg: ClassificationConfig) -> None:
-    """Raise UserError for options that do not go together."""
-    # of the states, which SimCSE compares
-    draws = cfg.dropout or (cfg.method in LORA and cfg.lora_dropout)
-    of_head = cfg.head_dropout and cfg.form != "word"
+def check_classification(cfg: ClassificationConfig) -> None:
+    """Raise UserError for options that cannot be combined."""
+    # SimCSE compares hidden states, so it needs dropout below the head. R-Drop compares the
+    # outputs, so dropout in the head is enough.
+    in_states = cfg.dropout or (cfg.method in LORA and cfg.lora_dropout)
+    in_head = cfg.head_dropout and cfg.form != "word"
     for objective in cfg.objective:
-        if not draws and not (objective == "rdrop" and of_head):
+        if not in_states and not (objective == "rdrop" and in_head):
             raise UserError(
                 f"--objective {objective} compares two passes of a row under different dropout; "
-                "set --dropout"
+                "set --dropout above 0"
             )
     if cfg.compile_unit == "model":
         raise UserError(
@@ -86,22 +88,22 @@ def check(cfg: ClassificationConfig) -> None:
         )
     if cfg.model == "lstm" and (cfg.form == "word" or cfg.method != "full"):
         raise UserError(
-            "--model lstm has no language model's head and no blocks: leave out --form word and "
+            "--model lstm has no blocks and no language-model head; leave out --form word and "
             "--method"
         )
     if cfg.form == "word" and cfg.pooling != "last":
         raise UserError(
-            f"--pooling {cfg.pooling} is for a head, and under --form word there is none; leave it "
-            "out"
+            f"--pooling {cfg.pooling} is for a classifier's head, and --form word has none; leave "
+            "it out"
         )
     if cfg.form == "word" and cfg.also:
         raise UserError(
-            "--also trains heads, and --form word the language model's own: use another form, or "
-            "leave --also out"
+            "--also trains heads, but --form word answers with the language model's own head; use "
+            "another form, or leave --also out"
         )
     if cfg.words and cfg.form != "word":
         raise UserError("--words belongs to --form word; add it, or leave --words out")
     if cfg.augment_weight != 1 and not cfg.augment:
         raise UserError(
-            "--augment-weight belongs to --augment FILE; add it, or leave the weight out"
+            "--augment-weight belongs to --augment FILE; add it, or leave --augment-weight out"
         )

@@ -1,5 +1,5 @@
-"""What a classifier says of rows, as files: predictions with probabilities, a report where the
-labels are known, pictures."""
+"""Writes a classifier's files: predictions with probabilities, and for rows with known labels a
+report and charts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from base.files import beside, write_json
-from engine.log import finite
+from base.files import sibling, write_json
+from engine.log import json_safe
 from tasks.classification import chart, confusion
-from tasks.classification.description import Labels
+from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
-from text.rows import Row
+from text.row import Row
 
-VALIDATION = "validation"  # begins the names of the files about those rows
+VALIDATION = "validation"  # stem of the files about the validation rows
 
 
 def probabilities(log_p: np.ndarray) -> np.ndarray:
-    """Log-probabilities (n, K), of which some may be elsewhere, to probabilities that add up to
-    1."""
+    """Probabilities (n, K) that add up to 1, from log-probabilities that may add up to less."""
     p = np.exp(log_p - log_p.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
 
@@ -31,24 +30,24 @@ def write_answers(
     path: Path,
     rows: Sequence[Row],
     found: np.ndarray,
-    task: Labels,
+    task: ClassificationDescription,
     labels: Sequence[str],
     seed: int,
     say: Callable[[str], None],
     about: dict[str, Any],
 ) -> dict[str, float]:
-    """The predictions of rows, probabilities (n, K), and the report on those whose labels are
-    known; returns its figures.
+    """Write the predictions of rows, and a report on the rows with known labels. Returns the
+    report's metrics, or {} if no label is known.
 
-    `about` goes into the report: what the probabilities were computed in, and of which step's
-    model.
+    found: probabilities (n, K). about: entries for the report, such as the precision and the step
+    of the model.
     """
     true = true_labels(rows, labels)
     write_predictions(path, rows, found, labels, task.csv_header)
     if unread := sum(bool(row.fault) for row in rows):
         say(
-            f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and not "
-            "scored"
+            f"{unread:,} of {len(rows):,} rows could not be read. Their answers are empty and are "
+            "not scored"
         )
     if not true:
         return {}
@@ -59,13 +58,13 @@ def write_answers(
 def write_predictions(
     path: Path, rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], csv_header: str
 ) -> None:
-    """A prediction for each of the rows, with probabilities (n, K): jsonl, and beside it the
-    course's csv.
+    """Write a prediction for each row: a jsonl file with probabilities (n, K), and beside it a csv
+    in CS224N's format.
 
-    `path` names one of the two. A row with a fault has an empty prediction: null, and "unreadable"
-    says why.
+    path: the name of one of the two files. For a row with a fault, the prediction is null and
+    "unreadable" is the reason.
     """
-    jsonl = beside(path, ".jsonl") if path.suffix == ".csv" else path
+    jsonl = sibling(path, ".jsonl") if path.suffix == ".csv" else path
     predicted = [
         None if row.fault else labels[i] for row, i in zip(rows, found.argmax(1), strict=True)
     ]
@@ -78,15 +77,15 @@ def write_predictions(
             if row.fault:
                 record |= {"probabilities": None, "unreadable": row.fault}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with beside(path, ".csv").open("w", encoding="utf-8", newline="") as file:
+    with sibling(path, ".csv").open("w", encoding="utf-8", newline="") as file:
         file.write(f"id \t {csv_header} \n")
         for id, label in zip(ids_of(rows), predicted, strict=True):
             file.write(f"{id} , {label or ''} \n")
 
 
 def ids_of(rows: Sequence[Row]) -> list[str]:
-    """What names each row in the course's csv: its id; without one its number from 0, unless
-    another row's id is that."""
+    """The name of each row in CS224N's csv: its id, or its number from 0. A number that is another
+    row's id is left empty."""
     ids = [row.fields.get("id", "").strip() for row in rows]
     taken = set(ids)
     return [id or ("" if str(n) in taken else str(n)) for n, id in enumerate(ids)]
@@ -102,15 +101,15 @@ def write_report(
     say: Callable[[str], None],
     about: dict[str, Any],
 ) -> dict[str, float]:
-    """Beside the predictions of `path` all that can be said of rows whose labels (n,) are known;
-    returns the figures.
+    """Write a report and charts beside the predictions of `path`. Returns the main metrics.
 
-    `about`: how the probabilities came about, which the report names first. The pictures of the
-    validation rows are confusion.png and reliability.png; those of others begin with their name.
+    true: the label indices (n,). found: probabilities (n, K). about: the report's first entries.
+    The charts of the validation rows are confusion.png and reliability.png. Those of other rows
+    have the stem of `path` in front.
     """
     report = about | confusion.report(true, found, labels, seed)
-    write_json(beside(path, ".report.json"), finite(report))
-    name = beside(path, "").name
+    write_json(sibling(path, ".report.json"), json_safe(report))
+    name = sibling(path, "").name
     before = "" if name == VALIDATION else f"{name}."
     pictures = chart.draw(report, path.parent, f"{task}: {name}", before)
     say(summary(report, path, pictures))
@@ -118,7 +117,7 @@ def write_report(
 
 
 def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str:
-    """What a report comes to, in a few lines."""
+    """A few lines that summarise a report."""
     low, high = report["intervals"]["accuracy"]
     lines = [
         f"{path.stem}: accuracy {report['accuracy']:.4f} (95% {low:.4f} to {high:.4f}), macro-F1 "
@@ -130,5 +129,5 @@ def summary(report: dict[str, Any], path: Path, pictures: Sequence[Path]) -> str
             f"  {name:<20} precision {figures['precision']:.3f}  recall {figures['recall']:.3f}  "
             f"F1 {figures['f1']:.3f}  rows {figures['rows']:,}"
         )
-    lines.append(", ".join(str(file) for file in pictures) or "no pictures: pip install matplotlib")
+    lines.append(", ".join(str(file) for file in pictures) or "no charts: pip install matplotlib")
     return "\n".join(lines)

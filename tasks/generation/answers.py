@@ -1,4 +1,4 @@
-"""A model's answers to prompts: in an evaluation, in samples, and to the rows of --predict."""
+"""Decodes a model's answers: in evaluations, in samples, and for the rows of --predict."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from pathlib import Path
 
 from decoding.batched import generate
 from model import GPT
-from tasks.generation.description import Answer, Texts
+from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from tasks.generation.sequences import Writer
-from text.rows import Row
+from tasks.generation.sequences import SequenceEncoder
+from text.row import Row
 from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """Decodes a task's answers as its options say."""
+    """Decodes answers with the decoding options of a task."""
 
-    task: Texts
+    task: GenerationDescription
     cfg: GenerationConfig
     tokenizer: Tokenizer
 
     def __call__(
         self, model: GPT, prompts: Sequence[list[int]], rows: Sequence[int]
     ) -> list[tuple[str, str]]:
-        """Each prompt and its decoded continuation; `rows` number them for their draws."""
+        """Each prompt and the model's answer to it, as texts without special tokens.
+
+        rows: the row numbers of the prompts. They seed the random draws, so that an answer does not
+        depend on the batch.
+        """
         outs = generate(
             model,
             prompts,
@@ -46,37 +50,37 @@ class Answerer:
 
 
 @dataclass(frozen=True)
-class AnswersOfModel:
-    """A finished model and the rows of --predict that it is to answer."""
+class TextPredictor:
+    """A finished model and the rows of --predict that it will answer."""
 
     model: GPT
     answerer: Answerer
     rows: list[Row]
-    learned: Sequence[Row]  # the training rows, where they are known
+    train_rows: Sequence[Row]  # for scores; empty if they were not read
 
     def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers to all rows, each in its place. Returns the scores of those whose true
-        answers are known; a row that cannot be read is not scored."""
+        """Write the answers to all rows, in the order of the file. Returns the scores of the rows
+        with a true answer. A row that cannot be read has an empty answer and is not scored."""
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
-        writer = Writer(self.answerer.tokenizer, model.context, cfg.strict)
-        prompts = writer.prompts(
-            rows, lambda row: task.predict(row, cfg).prompt, model.context, say
+        encoder = SequenceEncoder(self.answerer.tokenizer, model.context, cfg.strict)
+        prompts = encoder.prompts(
+            rows, lambda row: task.as_predict_example(row, cfg).prompt, model.context, say
         )
         answers = dict.fromkeys(range(len(rows)), Answer("", "", ""))
         readable = list(prompts)
         for begin in range(0, len(readable), cfg.batch_size):
-            some = readable[begin : begin + cfg.batch_size]
-            found = self.answerer(model, [prompts[i] for i in some], some)
-            for i, texts in zip(some, found, strict=True):
-                answers[i] = Answer(*texts, task.predict(rows[i], cfg).true_answer)
+            ids = readable[begin : begin + cfg.batch_size]
+            decoded = self.answerer(model, [prompts[i] for i in ids], ids)
+            for i, texts in zip(ids, decoded, strict=True):
+                answers[i] = Answer(*texts, task.as_predict_example(rows[i], cfg).true_answer)
         task.write(path, rows, [answers[i] for i in range(len(rows))])
         if unread := len(rows) - len(readable):
             say(
-                f"{unread:,} of {len(rows):,} rows could not be read: their answers are empty and "
-                "not scored"
+                f"{unread:,} of {len(rows):,} rows could not be read. Their answers are empty and "
+                "are not scored"
             )
         known = [answers[i] for i in readable if answers[i].reference.strip()]
-        scores = task.scores(known, self.learned) if known else {}
+        scores = task.scores(known, self.train_rows) if known else {}
         if scores and len(known) < len(rows):
-            say(f"{len(known):,} of {len(rows):,} rows have a true answer; these are scored")
+            say(f"{len(known):,} of {len(rows):,} rows have a true answer. Only these are scored")
         return scores

@@ -1,4 +1,4 @@
-"""Options of tasks whose answers are texts."""
+"""Options of generation tasks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ Objective = Literal["unlikelihood"]
 
 @dataclass(frozen=True)
 class GenerationConfig(DecodeConfig, FinetuneConfig):
-    """Options of a task whose answers are texts."""
+    """Options of a generation task."""
 
     objective: tuple[Objective, ...] = ()
-    """Loss terms besides the likelihood: unlikelihood."""
+    """Loss terms in addition to the likelihood: unlikelihood."""
     unlikelihood: Weight = 1.0
     """Weight of the unlikelihood term."""
     eval_rows: CountOrNone = 64
-    """Validation rows to decode in an evaluation, from the first on; 0: none (the loss is always of
-    all)."""
+    """Number of validation rows to decode in an evaluation, from the first row on. The validation
+    loss always uses all rows."""
 
     def check(self) -> None:
+        """Raise UserError for options that cannot be combined, including those of decoding."""
         super().check()
         check_decode(self)

@@ -1,5 +1,4 @@
-"""Rows whose answers are texts, as sequences of tokens: end-of-text, the prompt, the answer,
-end-of-text."""
+"""Encodes rows as sequences of tokens: end-of-text, the prompt, the answer, end-of-text."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from config import UserError
 from decoding.window import kept_tokens
-from tasks.description import Long, Parts, plain
+from tasks.description import Parts, Truncatable, plain
 from tasks.encoder import encode
 from tasks.finetuning import Split
 from tasks.generation.description import Example
@@ -21,55 +20,56 @@ from text.tokenizer import Tokenizer
 
 
 @dataclass
-class Sequences(Split):
-    """A long text is several sequences; end-of-text at both ends."""
+class SequenceSplit(Split):
+    """Rows as token sequences. A long text may become several sequences."""
 
-    learned: list[int]  # place of the first token that is learned
-    references: list[str]
+    answer_starts: list[int]  # index of the first token that is learned, for each sequence
+    references: list[str]  # the true answer of each sequence's row
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens that the model reads of each: the last is only written."""
+        """Number of tokens that the model reads of each sequence, (n,) int64. The last token is
+        only a target."""
         return np.array([len(tokens) - 1 for tokens in self.tokens])
 
 
-TOO_LONG = {  # what becomes of a row that is too long
-    "cut": "are cut at the end of their text",
-    "dropped": "cannot be cut to fit and are left out",
-    "continued": "go on in further sequences",
+TOO_LONG = {  # how a row that is too long is handled, and how a warning says it
+    "truncated": "are truncated at the end of their text",
+    "dropped": "cannot be truncated enough and are left out",
+    "split": "are split into several sequences",
 }
 
 
 @dataclass(frozen=True)
-class Writer:
-    """Prompts and answers as tokens, of which the model reads at most `seq_len` at once."""
+class SequenceEncoder:
+    """Encodes prompts and answers. The model reads at most `seq_len` tokens of a sequence."""
 
     tokenizer: Tokenizer
     seq_len: int
-    strict: bool  # whether a row that is too long is an error
+    strict: bool  # raise for a row that is too long instead of truncating it
 
     def split(
         self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
-    ) -> tuple[Sequences, list[str]]:
-        """The sequences of rows, and warnings about those that are too long; `what` names the rows
-        there. Raises UserError where none fits."""
-        split = Sequences([], [], Rows(list(rows)).sha256, [], [])
+    ) -> tuple[SequenceSplit, list[str]]:
+        """The sequences of rows, and warnings about rows that are too long.
+
+        what: "training" or "validation", for the warnings. Raises UserError if no row fits.
+        """
+        split = SequenceSplit([], [], Rows(list(rows)).sha256, [], [])
         counts: Counter[str] = Counter()
         for row in rows:
-            learned = example(row)
-            sequences, happened = self.sequences(learned, row.where)
-            counts[happened] += 1
-            if happened == "cut" and self._loses_answer(learned, *sequences[0]):
+            encoded = example(row)
+            sequences, how = self.sequences(encoded, row.where)
+            counts[how] += 1
+            if how == "truncated" and self._loses_answer(encoded, *sequences[0]):
                 counts["lost"] += 1
-            for tokens, begin in sequences:
+            for tokens, start in sequences:
                 split.rows.append(row)
                 split.tokens.append(np.array(tokens))
-                split.learned.append(begin)
-                split.references.append(learned.true_answer)
+                split.answer_starts.append(start)
+                split.references.append(encoded.true_answer)
         if not split.rows:
-            raise UserError(
-                f"there is no {what} row that fits into {self.seq_len} tokens; raise --seq-len"
-            )
+            raise UserError(f"no {what} row fits into {self.seq_len} tokens; raise --seq-len")
         warnings = [
             f"{counts[name]} of {len(rows)} {what} rows are longer than {self.seq_len} tokens and "
             f"{text}"
@@ -78,73 +78,78 @@ class Writer:
         ]
         if counts["lost"]:
             warnings.append(
-                f"{counts['lost']} of {len(rows)} {what} rows lose their answer where it is cut off"
+                f"{counts['lost']} of {len(rows)} {what} rows lose their answer: truncation "
+                "removes it from their text"
             )
         return split, warnings
 
-    def _loses_answer(self, example: Example, tokens: list[int], begin: int) -> bool:
-        """Whether the answer stood in a long text of the prompt and does not in what is left of
-        the prompt."""
+    def _loses_answer(self, example: Example, tokens: list[int], start: int) -> bool:
+        """Whether a truncatable text of the prompt contained the answer, and the truncated prompt
+        does not."""
         answer = plain(example.answer)
-        stood = any(answer in part for part in example.prompt if isinstance(part, Long))
-        return stood and answer not in self.tokenizer.decode(tokens[1:begin])
+        had = any(answer in part for part in example.prompt if isinstance(part, Truncatable))
+        return had and answer not in self.tokenizer.decode(tokens[1:start])
 
     def sequences(self, example: Example, where: str) -> tuple[list[tuple[list[int], int]], str]:
-        """(tokens, place of the first that is learned) of a row, and what had to be done to make it
-        fit."""
+        """The sequences of a row, and the key in TOO_LONG that says how it was made to fit ("" if
+        it fits).
+
+        Each sequence is a pair of tokens and the index of the first token that is learned.
+        """
         eot = self.tokenizer.eot
-        room = self.seq_len + 1  # the last token is not read
+        room = self.seq_len + 1  # the last token is only a target
         prompt, answer = (encode(self.tokenizer, part) for part in (example.prompt, example.answer))
-        over = 2 + len(prompt) + len(answer) - room
+        excess = 2 + len(prompt) + len(answer) - room
         tokens = [eot, *prompt, *answer, eot]
-        if over <= 0:
+        if excess <= 0:
             return [(tokens, 1 + len(prompt))], ""
-        long = self._long(example.prompt)
-        if not long and 1 + len(prompt) < room:
-            # Each piece begins with the last token of the one before, which it reads and does not
-            # learn.
+        truncatable = self._truncatable(example.prompt)
+        if not truncatable and 1 + len(prompt) < room:
+            # Each sequence starts with the last token of the previous one. It is read, not learned.
             pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
-            return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "continued"
+            return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "split"
         if self.strict:
             raise UserError(
-                f"{where}: {over} tokens too long for --seq-len {self.seq_len} (--strict)"
+                f"{where}: {excess} tokens too long for --seq-len {self.seq_len} (--strict); raise "
+                "--seq-len or leave --strict out"
             )
-        if over > long:
+        if excess > truncatable:
             return [], "dropped"
-        prompt = encode(self.tokenizer, example.prompt, keep=long - over)
-        return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "cut"
+        prompt = encode(self.tokenizer, example.prompt, keep=truncatable - excess)
+        return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "truncated"
 
     def prompt(self, parts: Parts, context: int) -> list[int]:
-        """What a row gives the model to go on from: a long text is cut to leave the answer a
-        quarter of the context."""
+        """The prompt from which the model writes the answer. A truncatable text is truncated so
+        that the answer has a quarter of the context."""
         ids = [self.tokenizer.eot, *encode(self.tokenizer, parts)]
-        over, long = len(ids) - (context - context // 4), self._long(parts)
-        if over > 0 and long:
-            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep=max(0, long - over))]
+        excess, truncatable = len(ids) - (context - context // 4), self._truncatable(parts)
+        if excess > 0 and truncatable:
+            keep = max(0, truncatable - excess)
+            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep)]
         return ids
 
     def prompts(
         self,
         rows: Sequence[Row],
-        asked: Callable[[Row], Parts],
+        parts: Callable[[Row], Parts],
         context: int,
         say: Callable[[str], None],
     ) -> dict[int, list[int]]:
-        """What each row that can be read gives the model to go on from, by its number; `asked`: its
-        parts.
+        """The prompts of the rows without a fault, by row number. parts: gives the parts of a row's
+        prompt.
 
-        Of a prompt longer than the context the newest tokens are read, and that is told. Raises
-        UserError for it where strict.
+        The model reads only the last tokens of a prompt that is longer than the context. `say`
+        reports that, or under `strict` it raises UserError.
         """
         prompts = {
-            i: self.prompt(asked(row), context) for i, row in enumerate(rows) if not row.fault
+            i: self.prompt(parts(row), context) for i, row in enumerate(rows) if not row.fault
         }
         long = [i for i, ids in prompts.items() if len(ids) > context]
         if long and self.strict:
             length, where = len(prompts[long[0]]), rows[long[0]].where
             raise UserError(
                 f"{where}: a prompt of {length} tokens is too long for a context of {context} "
-                "(--strict)"
+                "(--strict); shorten it, or leave --strict out"
             )
         if long:
             say(
@@ -154,6 +159,8 @@ class Writer:
             )
         return prompts
 
-    def _long(self, parts: Parts) -> int:
-        """Tokens of the long texts among the parts."""
-        return sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Long))
+    def _truncatable(self, parts: Parts) -> int:
+        """Number of tokens in the truncatable texts among the parts."""
+        return sum(
+            len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Truncatable)
+        )

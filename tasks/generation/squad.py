@@ -1,17 +1,21 @@
-"""SQuAD's layouts to rows: its own files' articles and paragraphs, and the hub's rows."""
+"""Reads SQuAD's layouts: the nested articles and paragraphs of its own files, and the hub's flat
+rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from text.readers import Record
+from text.row import Record
 
 
 def expand(record: Record) -> Iterator[Record]:
-    """The questions of a row in one of SQuAD's layouts: an article with paragraphs, a paragraph
-    with questions (qas), or as the hub has it, a question whose answers are {"text": [...],
-    "answer_start": [...]}; other rows with whatever answers they have as texts."""
+    """The questions in a record of one of SQuAD's layouts.
+
+    A record is an article with "paragraphs", a paragraph with "qas" (questions), or the hub's
+    single question with answers {"text": [...], "answer_start": [...]}. Other records are kept, and
+    their answers become texts.
+    """
     place, cells = record
     if not isinstance(cells, dict):
         yield record
@@ -40,15 +44,15 @@ def _questions(place: str, paragraph: Any) -> Iterator[Record]:
 
 
 def _not_squad(error: Exception) -> str:
-    return f"is not as SQuAD has them ({type(error).__name__}: {error})"
+    return f"is not in SQuAD's layout ({type(error).__name__}: {error})"
 
 
 def _answers(cells: dict[str, Any]) -> dict[str, Any]:
-    """The first answer, which is learned, and all of them, where the row has them otherwise than as
-    two texts.
+    """New cells "answer" (the first answer, which is learned) and "answers" (all, one a line) for a
+    record that has them in another form than two texts.
 
-    Both are empty for a question without one (SQuAD 2). What cannot be read is left as it is, and
-    so the row is named.
+    Both are empty for a question without an answer (SQuAD 2). Cells that cannot be read are not
+    replaced, so that the reader reports the row.
     """
     one, several = (_texts(cells.get(name)) for name in ("answer", "answers"))
     if one is None or several is None:
@@ -67,8 +71,7 @@ def _first(texts: list[str]) -> str:
 
 
 def _texts(value: Any) -> list[str] | None:
-    """The texts in any of a list, an object with a "text", and one in the other; None for
-    others."""
+    """The texts in a list or in an object with a "text", at any depth. None for other values."""
     if isinstance(value, dict) and "text" in value:
         return _texts(value["text"])
     if isinstance(value, list):

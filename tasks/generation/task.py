@@ -1,9 +1,8 @@
-"""Fine-tuning on rows whose answers are texts: the family of tasks that a language model's own head
-can do.
+"""Fine-tuning for generation: the language model's own head writes an answer after a prompt.
 
-A row becomes one sequence: end-of-text, the prompt, the answer, end-of-text. Only the answer and
-the end after it are learned. Sequences are padded at the right, where causal attention sees nothing
-of it.
+A row becomes a sequence: end-of-text, the prompt, the answer, end-of-text. Only the answer and the
+final end-of-text are learned. Sequences are padded at the right. Causal attention never reads that
+padding.
 """
 
 from __future__ import annotations
@@ -25,63 +24,64 @@ from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
 from tasks.finetuning import Finetuning
-from tasks.generation.answers import Answerer, AnswersOfModel
-from tasks.generation.description import Answer, Texts
+from tasks.generation.answers import Answerer, TextPredictor
+from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from tasks.generation.sequences import Sequences, Writer
+from tasks.generation.sequences import SequenceEncoder, SequenceSplit
 from tasks.objectives import nll_and_unlikelihood
-from tasks.order import pad_to
+from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 
 class Generation(Finetuning):
-    """Learns to write the answers of a task."""
+    """Learns to write the answers to a task's rows."""
 
     cfg: GenerationConfig
     choices = ("unlikelihood", "objective")
-    learned_rows: Sequence[Row] = ()  # where `setup` has read them
-    train: Sequences
-    val: Sequences
-    writer: Writer
+    train_rows: Sequence[Row] = ()  # one for each training sequence, once `setup` has read them
+    train: SequenceSplit
+    val: SequenceSplit
+    encoder: SequenceEncoder
     answerer: Answerer
-    shown: list[int]  # ids of the validation sequences whose continuation is printed
-    decoded: list[int]  # and of those that an evaluation decodes
+    shown: list[int]  # ids of the validation sequences whose answers are printed as samples
+    decoded: list[int]  # ids of the validation sequences whose answers an evaluation decodes
 
-    def __init__(self, description: Texts):
+    def __init__(self, description: GenerationDescription):
         super().__init__(description)
         self.description = description
 
     def setup(self, cfg: GenerationConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
+        """Read tokenizer and rows, and encode the rows as sequences."""
         self.cfg, say = cfg, (lambda text: None) if dry else say
-        methods.check(cfg)
-        # without decoded rows there is no figure but the loss
+        methods.check_method(cfg)
+        # Without decoded rows, the loss is the only metric.
         self.best = self.description.best if cfg.eval_rows else Task.best
         if "unlikelihood" in cfg.objective:
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
         self.source = source = Source(self.description, cfg, say)
-        self.trunk = trunk = Trunk(cfg, self.description.special(cfg))
-        self.writer = Writer(trunk.tokenizer, trunk.seq_len, cfg.strict)
+        self.trunk = trunk = Trunk(cfg, self.description.special_tokens(cfg))
+        self.encoder = SequenceEncoder(trunk.tokenizer, trunk.seq_len, cfg.strict)
         train, val = source.training_and_validation()
         self.train = self._sequences(train, "training")
-        self.learned_rows = self.train.rows
+        self.train_rows = self.train.rows
         self.val = self._sequences(val, "validation")
-        if both := source.in_both(train, val):
+        if overlap := source.count_overlap(train, val):
             source.warnings.append(
-                f"{both} of {len(train)} training rows also stand among the validation rows"
+                f"{overlap} of {len(train)} training rows are also validation rows"
             )
-        # A sequence that goes on with a text does not begin with the end-of-text token.
+        # Only the first sequence of a row begins with the end-of-text token.
         eot = trunk.tokenizer.eot
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
         self.set_order(np.zeros(len(self.train.rows), np.int64))
-        if cfg.predict:  # what --strict does not allow ends here
-            self.to_answer = source.to_answer
-            self.writer.prompts(
-                self.to_answer,
-                lambda row: self.description.predict(row, cfg).prompt,
+        if cfg.predict:  # encode the prompts now, so that --strict raises before training
+            self.predict_rows = source.predict_rows
+            self.encoder.prompts(
+                self.predict_rows,
+                lambda row: self.description.as_predict_example(row, cfg).prompt,
                 trunk.seq_len,
                 lambda text: None,
             )
@@ -89,31 +89,32 @@ class Generation(Finetuning):
             say(text)
         return self.facts()
 
-    def _sequences(self, rows: Sequence[Row], what: str) -> Sequences:
+    def _sequences(self, rows: Sequence[Row], what: str) -> SequenceSplit:
         task, cfg = self.description, self.cfg
-        example = task.example if what == "training" else task.ask
-        found, warnings = self.writer.split(rows, lambda row: example(row, cfg), what)
+        example = task.example if what == "training" else task.as_eval_example
+        found, warnings = self.encoder.split(rows, lambda row: example(row, cfg), what)
         self.source.warnings += warnings
         return found
 
     def _first_rows(self) -> list[str]:
-        """The first rows of the first batch, what is learned between the marks."""
+        """The first rows of the first batch for --show-rows, with the learned text between ⟦ and
+        ⟧."""
         texts, decode = [], self.trunk.tokenizer.decode
         for i in self.order(0).reshape(-1)[: self.cfg.show_rows]:
-            tokens, learned = self.train.tokens[i].tolist(), self.train.learned[i]
+            tokens, start = self.train.tokens[i].tolist(), self.train.answer_starts[i]
             texts.append(
-                f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them "
-                f"learned):\n{decode(tokens[:learned])}⟦{decode(tokens[learned:])}⟧\n"
+                f"row {i} ({len(tokens)} tokens, {len(tokens) - start} of them "
+                f"learned):\n{decode(tokens[:start])}⟦{decode(tokens[start:])}⟧\n"
             )
         return texts
 
     def prompt(self, i: int) -> list[int]:
-        """What validation row `i` gives the model to go on from."""
-        parts = self.description.ask(self.val.rows[i], self.cfg).prompt
-        return self.writer.prompt(parts, self.trunk.seq_len)
+        """The prompt of validation sequence `i`, as token ids."""
+        parts = self.description.as_eval_example(self.val.rows[i], self.cfg).prompt
+        return self.encoder.prompt(parts, self.trunk.seq_len)
 
     def cost(self) -> Cost:
-        # an objective looks at all logits
+        """The cost of the longest row. The unlikelihood objective needs all logits at once."""
         chunked = self.trunk.shape.chunked_head and not self.cfg.objective
         shape = dataclasses.replace(self.trunk.shape, chunked_head=chunked)
         return dataclasses.replace(super().cost(), shape=shape)
@@ -121,26 +122,30 @@ class Generation(Finetuning):
     # --- a step
 
     def rows(self, split: str, step: int) -> np.ndarray:
+        """Row ids of a step, (rows, 1) int64. Validation rows are sorted by length, and those to
+        decode come first, so that they share batches."""
         if split == "train":
             return self.order(step)
-        # Rows of like length in a batch; those to decode first, that they are decoded together.
         others = ~np.isin(np.arange(len(self.val.rows)), self.decoded)
         return np.lexsort((self.val.lengths, others))[:, None]
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
+        """Rows as "idx" and "targets" (B, T) int64, and "ids" (B,). A target is -100 where nothing
+        is learned."""
         data = self.train if split == "train" else self.val
-        length = pad_to(int(data.lengths[ids].max()), self.padded)
+        length = bucket_for(int(data.lengths[ids].max()), self.buckets)
         idx = torch.full((len(ids), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
         for row, i in enumerate(ids):
-            tokens, learned = torch.from_numpy(data.tokens[i]), data.learned[i]
+            tokens, start = torch.from_numpy(data.tokens[i]), data.answer_starts[i]
             idx[row, : len(tokens) - 1] = tokens[:-1]
-            targets[row, learned - 1 : len(tokens) - 1] = tokens[learned:]
+            targets[row, start - 1 : len(tokens) - 1] = tokens[start:]
         tensors = {"idx": idx, "targets": targets, "ids": torch.from_numpy(np.asarray(ids))}
         weights = dict.fromkeys(self.terms, float((targets != IGNORE).sum()))
         return Batch(tensors, weights, self.amounts(data, ids, idx))
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
+        """The sum of each term over the batch, fp32 scalars."""
         if "unlikelihood" not in self.terms:
             return {"nll": model(batch["idx"], batch["targets"], reduction="sum")}
         nll, unlikelihood = nll_and_unlikelihood(
@@ -151,7 +156,7 @@ class Generation(Finetuning):
     # --- evaluation
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
-        """Loss and tokens, and the answers to the rows that are decoded."""
+        """The sums of loss and tokens, and an Answer for each row that is decoded."""
         assert isinstance(model, GPT)
         targets = batch["targets"]
         nll = model(batch["idx"], targets, reduction="sum")
@@ -163,6 +168,7 @@ class Generation(Finetuning):
         return {"nll": nll, "tokens": (targets != IGNORE).sum()}, records
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
+        """Loss and perplexity, and the task's scores of the decoded answers."""
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         if not records:
@@ -171,6 +177,7 @@ class Generation(Finetuning):
         return metrics | self.description.scores(answers, self.train.rows)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Answers to --prompts, or to the first two validation rows."""
         assert isinstance(model, GPT)
         tokenizer = self.trunk.tokenizer
         if self.cfg.prompts:
@@ -178,23 +185,26 @@ class Generation(Finetuning):
         else:
             prompts = [self.prompt(i) for i in self.shown]
         answers = self.answerer(model, prompts, range(len(prompts)))
-        # Special tokens spelled out, unlike in an answer that is scored.
+        # The printed prompt spells out its special tokens, unlike an answer that is scored.
         return [
             (tokenizer.decode(p[1:]), text) for p, (_, text) in zip(prompts, answers, strict=True)
         ]
 
     def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
+        """Write the model and its tokenizer, or under `stored_only` what a checkpoint stores."""
         assert isinstance(model, GPT)
         self.trunk.export(model, folder, stored_only, pads=False)
 
-    # --- what a finished model says
+    # --- the finished model
 
-    def answering(
+    def open_predictor(
         self, cfg: GenerationConfig, where: str, say: Callable[[str], None]
-    ) -> AnswersOfModel:
-        """The model of a checkpoint, ready to answer the rows of --predict. Raises UserError for
-        what is wrong with either."""
-        rows = self.rows_to_answer(cfg, say)
+    ) -> TextPredictor:
+        """The model of checkpoint `where`, ready to answer the rows of --predict.
+
+        Raises UserError if the checkpoint or the rows cannot be used.
+        """
+        rows = self.read_predict_rows(cfg, say)
         model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
         answerer = Answerer(self.description, cfg, tokenizer)
-        return AnswersOfModel(model, answerer, rows, self.learned_rows)
+        return TextPredictor(model, answerer, rows, self.train_rows)

@@ -582,7 +582,7 @@ def test_heads_are_stored_and_counted(method):
         numbers[table] = VOCAB * 64
     trained = rates(model, config(method))
     want = sum(numbers[name] for name in trained), sum(numbers.values())
-    assert methods.counts(model, groups(model, config(method), 0, 10)) == want
+    assert methods.count_parameters(model, groups(model, config(method), 0, 10)) == want
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -661,14 +661,17 @@ def test_vectors_have_no_decay(base):
 def test_counts_leave_the_padding_out(base):
     model = GPT.from_pretrained(base)
     total = sum(p.numel() for p in GPT(replace(SHAPE, padded_vocab=False)).parameters())
-    assert methods.counts(model, groups(model, config("full"), 0, 1)) == (total, total)
-    assert methods.counts(model, groups(model, config("last-layer"), 0, 1)) == (
+    assert methods.count_parameters(model, groups(model, config("full"), 0, 1)) == (total, total)
+    assert methods.count_parameters(model, groups(model, config("last-layer"), 0, 1)) == (
         VOCAB * 64 + 128,
         total,
     )
     model = adapted(base, "lora")
     extra = LAYERS * 3 * ((64 + 192) + (64 + 64))
-    assert methods.counts(model, groups(model, config("lora"), 0, 1)) == (extra, total + extra)
+    assert methods.count_parameters(model, groups(model, config("lora"), 0, 1)) == (
+        extra,
+        total + extra,
+    )
 
 
 # --- merged and written
@@ -752,10 +755,10 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
 
 def test_base_of(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
-    assert hub_files.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert hub_files.adapter_base(tmp_path) == ("somewhere", "5" * 64)
     assert hub_files.is_adapter(tmp_path) and not hub_files.is_adapter(base)
     (tmp_path / hub_files.ADAPTER_BASE).unlink()
-    assert hub_files.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+    assert hub_files.adapter_base(tmp_path) == ("somewhere", None)  # one that peft wrote
 
 
 # --- refusals
@@ -783,15 +786,15 @@ def test_base_of(base, tmp_path):
 )
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(UserError) as error:
-        methods.check(FinetuneConfig(**options))
+        methods.check_method(FinetuneConfig(**options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_alone_is_fine(method):
-    methods.check(FinetuneConfig(method=method))
+    methods.check_method(FinetuneConfig(method=method))
     if method in ("full", "last-k", *LORA):
-        methods.check(FinetuneConfig(method=method, llrd=0.9))
+        methods.check_method(FinetuneConfig(method=method, llrd=0.9))
 
 
 @pytest.mark.parametrize(
@@ -875,7 +878,11 @@ def cut(folder: Path, key: str) -> None:
             lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}),
             "trainable_token_indices",
         ),
-        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"), "no JSON object"),
+        (
+            "lora",
+            lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"),
+            "must hold a JSON object",
+        ),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):

@@ -24,16 +24,11 @@ import torch
 import conftest
 from benchmarks import gpu_check
 from benchmarks.contenders import CONTENDERS, OURS
-from benchmarks.gpu_check import Check, Part, all_parts, asked_for, begun_in, forecast
+from benchmarks.gpu_check import Check, Options, Part, all_parts, asked_for, begun_in, forecast
 from config import UserError
 from support import REPO, python_path
 
-FACTS = {
-    "hardware": {"gpu": "none such"},
-    "driver": "1",
-    "versions": {"torch": "2"},
-    "date": "today",
-}
+FACTS = {"hardware": {"gpu": "none such"}, "driver": "1", "versions": {"torch": "2"}}
 
 
 def part(
@@ -43,14 +38,14 @@ def part(
     return Part("tests", name, ("-c", code), packages, seconds, **more)
 
 
-def check(folder: Path, **facts: Any) -> Check:
-    return Check(folder, FACTS | facts)
+def check(folder: Path, at_once: int = 1, rehearse: bool = False, **facts: Any) -> Check:
+    return Check(Options(out=str(folder), rehearse=rehearse), FACTS | facts, at_once)
 
 
 def written(folder: Path) -> dict[str, Any]:
     """gpu-check.json, its parts by name."""
     result = json.loads((folder / "gpu-check.json").read_text())
-    return result | {"parts": {record["part"]: record for record in result["parts"]}}
+    return result | {"parts": {record["part"]: record for record in result["cases"]}}
 
 
 COUNT = "open('{out}/runs', 'a').write('x')\n"  # a letter for each time that a part ran
@@ -68,14 +63,16 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path, capsys) -
     parts = [part("bad", "print('so', 'it is'); raise SystemExit(3)"), part("good", FIGURES)]
     assert not check(tmp_path).run(parts, minutes=1)
     result = written(tmp_path)
-    assert result["hardware"] == FACTS["hardware"] and result["date"] == "today"
+    assert result["hardware"] == FACTS["hardware"]
     bad, good = result["parts"]["bad"], result["parts"]["good"]
     assert (bad["result"], bad["exit_code"], bad["output"]) == ("failed", 3, "so it is\n")
     assert (good["result"], good["exit_code"]) == ("done", 0) and good["command"].startswith(
         sys.executable
     )
     assert good["files"] == {"a.json": f"{tmp_path}/cache/triton"}
-    table = (tmp_path / "gpu-check.md").read_text().splitlines()
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert text.startswith("Measured on none such, ")
+    table = [line for line in text.splitlines() if "|" in line]
     assert len(table) == 4 and len({len(row) for row in table}) == 1
     assert (
         table[2].startswith("| bad  | failed |")
@@ -95,7 +92,8 @@ def test_done_parts_are_not_run_again(tmp_path) -> None:
     assert set(written(tmp_path)["parts"]) == {"bad", "good"}
     check(tmp_path, driver="2").run(parts, minutes=1)  # other figures
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (3, 2)
-    assert json.loads((tmp_path / "gpu-check-today-before.json").read_text())["driver"] == "1"
+    (before,) = tmp_path.glob("gpu-check-20*-before.json")
+    assert json.loads(before.read_text())["driver"] == "1"
     check(tmp_path, driver="2").run(parts, minutes=1, again=True)  # from the beginning
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (1, 1)
 
@@ -146,7 +144,8 @@ def test_another_machine_goes_on_from_the_record(tmp_path) -> None:
 def test_an_emptied_results_folder_comes_back_from_the_cache(tmp_path) -> None:
     done = part("done", COUNT)
     for _ in range(2):
-        assert Check(tmp_path / "out", FACTS, tmp_path / "cache").run([done], minutes=1)
+        options = Options(out=str(tmp_path / "out"), cache=str(tmp_path / "cache"))
+        assert Check(options, FACTS).run([done], minutes=1)
         assert {"gpu-check.json", "gpu-check.md"} <= {
             path.name for path in (tmp_path / "out").iterdir()
         }
@@ -159,7 +158,7 @@ def test_tests_run_beside_one_another_and_measurements_alone(tmp_path) -> None:
     stamps = "import time\nopen('{out}/a', 'w').write(str(time.time()))\ntime.sleep(1.5)\n"
     stamps += "open('{out}/b', 'w').write(str(time.time()))"
     parts = [part("x", stamps, beside=True), part("y", stamps, beside=True), part("alone", stamps)]
-    assert Check(tmp_path, FACTS, at_once=2).run(parts, minutes=1)
+    assert check(tmp_path, at_once=2).run(parts, minutes=1)
     spans = {
         p.name: [float((tmp_path / "cache/parts" / p.name / n).read_text()) for n in "ab"]
         for p in parts
@@ -191,9 +190,9 @@ def test_a_rehearsal_says_so_and_runs_on_the_cpu(tmp_path) -> None:
         "import os, sys; print(sys.argv[1:], os.environ['GPU_TESTS_DEVICE'])",
         rehearsal=("--tiny",),
     )
-    assert Check(tmp_path, FACTS, rehearse=True).run([told], minutes=1)
+    assert check(tmp_path, rehearse=True).run([told], minutes=1)
     text = (tmp_path / "gpu-check-rehearsal.md").read_text()
-    assert text.startswith("This was a rehearsal") and "['--tiny'] cpu" in text
+    assert "This was a rehearsal" in text and "['--tiny'] cpu" in text
     assert not (tmp_path / "gpu-check.json").exists()
 
 
@@ -219,9 +218,9 @@ def test_a_rehearsal_runs_one_case_of_each_test(monkeypatch) -> None:
 def test_a_rehearsal_of_a_real_part_leaves_its_record(tmp_path) -> None:
     (real,) = (p for p in all_parts() if p.name == "kernels-first")
     tiny = dataclasses.replace(real, rehearsal=(*real.rehearsal, "--only", "bias_gelu"))
-    rehearsed = Check(tmp_path, FACTS, rehearse=True)
-    assert rehearsed.run([tiny], minutes=2), rehearsed.table()
-    (record,) = json.loads((tmp_path / "gpu-check-rehearsal.json").read_text())["parts"]
+    rehearsed = check(tmp_path, rehearse=True)
+    assert rehearsed.run([tiny], minutes=2), rehearsed.results.text()
+    (record,) = json.loads((tmp_path / "gpu-check-rehearsal.json").read_text())["cases"]
     assert (record["part"], record["result"], record["exit_code"], record["tries"]) == (
         "kernels-first",
         "done",
@@ -245,8 +244,8 @@ def test_a_part_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch) -> N
 
 
 def test_an_interrupt_ends_the_part_and_begins_no_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.runs.GRACE", 0.2)
     monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
-
     this = threading.get_ident()
 
     def interrupt() -> None:
@@ -268,7 +267,10 @@ def test_an_interrupt_ends_the_part_and_begins_no_other(tmp_path, monkeypatch) -
 def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
     checked = check(tmp_path)
     assert not checked.run([part("late", COUNT)], minutes=0)
-    assert "| late | not run |" in checked.table() and not (tmp_path / "cache/parts/late").exists()
+    assert (
+        "| late | not run |" in checked.results.text()
+        and not (tmp_path / "cache/parts/late").exists()
+    )
 
 
 def test_a_missing_package_costs_its_parts_only(tmp_path) -> None:
@@ -277,14 +279,17 @@ def test_a_missing_package_costs_its_parts_only(tmp_path) -> None:
         [part("poor", COUNT, packages=("json", "no_such")), part("good", COUNT)], minutes=1
     )
     assert (
-        "not installed: no_such" in checked.table() and not (tmp_path / "cache/parts/poor").exists()
+        "not installed: no_such" in checked.results.text()
+        and not (tmp_path / "cache/parts/poor").exists()
     )
     assert written(tmp_path)["parts"]["good"]["result"] == "done"
 
 
 def test_the_caches_stay_out_of_git(tmp_path) -> None:
-    check(tmp_path).run([], minutes=1)
-    assert (tmp_path / "cache/.gitignore").read_text() == "*\n"
+    check(tmp_path).run([part("done", COUNT)], minutes=1)
+    ignored = "git init -q && git status --porcelain --untracked-files=all"
+    done = subprocess.run(["bash", "-c", ignored], cwd=tmp_path, capture_output=True, text=True)
+    assert "gpu-check.json" in done.stdout and "cache/" not in done.stdout
 
 
 def test_only_names_parts_or_groups() -> None:
@@ -292,7 +297,7 @@ def test_only_names_parts_or_groups() -> None:
     assert [p.name for p in asked_for("speed, a", parts)] == ["a", "c"]
     assert asked_for(None, parts) == parts
     with pytest.raises(
-        UserError, match=r"--only sped is none of tests, speed, a, b, c \(did you mean speed\?\)"
+        UserError, match=r"--only sped is not one of tests, speed, a, b, c \(did you mean speed\?\)"
     ):
         asked_for("sped", parts)
 

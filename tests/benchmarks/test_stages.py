@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kernels
 from base.cli import parse
-from benchmarks import stages, stages_report
+from benchmarks import stages, stages_report, store
 from benchmarks.ladder import (
     LADDER,
     Machine,
@@ -209,7 +211,7 @@ def test_losses_are_compared_within_the_precision(
     assert stages_report.compare_loss(loss, before, precisions, by_design) == expected
 
 
-def made_up(machine: Machine = CPU) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def made_up(machine: Machine = CPU) -> list[dict[str, Any]]:
     """Rows of a ladder in which each stage is a tenth faster, flash attention changes the loss, and
     clip failed."""
     failed = {"clip": "RuntimeError: a | b " + 100 * "x"}
@@ -219,18 +221,12 @@ def made_up(machine: Machine = CPU) -> tuple[list[dict[str, Any]], dict[str, Any
         if not rung.skipped and rung.stage.name != "kept-memory":
             loss = 5.5 if rung.stage.name == "flash-attention" else 5.0
             records[rung.stage.name] = [record(100 * 1.1**i, loss), record(90 * 1.1**i, loss)]
-    ceilings = {"fp32": 1e9, "bf16": 2e9}
-    rows = stages_report.stage_rows(
-        rungs, records, failed, PLAN, machine, ceilings, {"fp32": None, "bf16": 4e9}
-    )
-    extra = dict(
-        date="2026-11-20T12:00", ceilings=ceilings, warm_up=2, tolerance=stages_report.TOLERANCE
-    )
-    return rows, extra | {"stages": rows, "plan": dataclasses.asdict(PLAN), "scaling": []}
+    ceilings, sheet = {"fp32": 1e9, "bf16": 2e9}, {"fp32": None, "bf16": 4e9}
+    return stages_report.stage_rows(rungs, records, failed, PLAN, machine, ceilings, sheet)
 
 
 def test_rows_say_what_each_stage_was() -> None:
-    rows = {row["stage"]: row for row in made_up()[0]}
+    rows = {row["stage"]: row for row in made_up()}
     assert rows["baseline"]["x_first"] == 1 and rows["baseline"]["x_before"] is None
     assert rows["tied-head"]["x_before"] == pytest.approx(1.1)
     assert (
@@ -250,32 +246,22 @@ def test_rows_say_what_each_stage_was() -> None:
 
 
 def test_a_row_beside_the_gpu_has_no_share_of_its_ceiling() -> None:
-    rows = {row["stage"]: row for row in made_up(H200)[0]}
+    rows = {row["stage"]: row for row in made_up(H200)}
     assert rows["cpu"]["mfu_measured"] is None and rows["cpu"]["loss_is"] == ""
     assert rows["baseline"]["x_before"] == pytest.approx(1.1)
     assert rows["fp8"]["mfu_measured"] is None  # no ceiling was measured in it
 
 
-def test_table_reads_as_plain_text_and_as_markdown() -> None:
-    text = stages_report.text_of(made_up()[1], PLAN, CPU)
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(made_up()[0]) and len({len(line) for line in table}) == 1
-    assert len({line.count("|") for line in table}) == 1  # none in a cell
-    by_stage = {line.split("|")[1].strip(): line for line in table}
-    assert "LOSS DIFFERS" in by_stage["flash-attention"] and "branch" in by_stage["compile"]
-    assert "skipped: no" in by_stage["tf32"] and "failed: RuntimeError: a / b" in by_stage["clip"]
-    assert "torch 2.13.0." in text and "None" not in text
+def test_a_note_says_what_went_wrong_in_one_cell() -> None:
+    rows = {row["stage"]: stages_report.note(row) for row in made_up()}
+    assert rows["flash-attention"] == "LOSS DIFFERS" and rows["compile"] == "branch"
+    assert rows["tf32"] == "skipped: no" and rows["kept-memory"] == "not reached"
+    assert rows["clip"].startswith("failed: RuntimeError: a / b x") and len(rows["clip"]) == 90
 
 
-def test_chart_is_drawn_with_every_kind_of_row(tmp_path) -> None:
-    rows, result = made_up()
-    stages_report.draw(result, "title", tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    drawn = [row["stage"] for row in stages_report.joined(rows)]
-    assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn  # skipped alike, in one row
-    stages_report.draw(
-        result | {"stages": rows[3:4], "ceilings": {}}, "only a skipped one", tmp_path / "b.png"
-    )
+def test_stages_skipped_alike_share_a_row_of_the_chart() -> None:
+    drawn = [row["stage"] for row in stages_report.joined(made_up())]
+    assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn
 
 
 def test_scaling_is_over_one_rank_at_the_same_work() -> None:
@@ -302,25 +288,27 @@ def event(name: str, category: str, begin: float, end: float) -> dict[str, Any]:
     return {"ph": "X", "name": name, "cat": category, "ts": begin, "dur": end - begin}
 
 
+STEPS = [
+    event("ProfilerStep#2", "user_annotation", 0, 60),
+    event("ProfilerStep#3", "user_annotation", 60, 100),
+]
+TRACED = [  # on a CPU
+    *STEPS,
+    event("gloo:all_reduce", "user_annotation", 10, 40),
+    event("aten::mm", "cpu_op", 0, 20),
+    event("aten::mm", "cpu_op", 15, 30),
+    {"ph": "M", "name": "x"},
+]
+
+
 def test_communication_counts_only_where_nothing_is_computed() -> None:
-    steps = [
-        event("ProfilerStep#2", "user_annotation", 0, 60),
-        event("ProfilerStep#3", "user_annotation", 60, 100),
-    ]
     gpu = [
         event("ncclDevKernel_AllReduce", "kernel", 10, 40),
         event("gemm", "kernel", 0, 20),
         event("aten::mm", "cpu_op", 0, 99),
     ]
-    assert stages.communication_share(steps + gpu) == pytest.approx(0.2)
-    cpu = [
-        event("gloo:all_reduce", "user_annotation", 10, 40),
-        event("aten::mm", "cpu_op", 0, 20),
-        event("aten::mm", "cpu_op", 15, 30),
-    ]
-    assert stages.communication_share([*steps, *cpu, {"ph": "M", "name": "x"}]) == pytest.approx(
-        0.1
-    )
+    assert stages.communication_share(STEPS + gpu) == pytest.approx(0.2)
+    assert stages.communication_share(TRACED) == pytest.approx(0.1)
 
 
 # --- runs
@@ -337,27 +325,31 @@ def test_steps_are_those_that_the_time_allows() -> None:
 def bench(tmp_path, monkeypatch) -> Bench:
     """A bench without ceilings whose runs are made up: see `runs`."""
     monkeypatch.setattr(stages, "measure_ceilings", lambda bench, number: None)
-    bench = Bench(tmp_path, CPU, PLAN)
-    (tmp_path / "runs").mkdir()
-    return bench
+    return bench_of(tmp_path)
+
+
+def bench_of(folder: Path, machine: Machine = CPU) -> Bench:
+    return Bench(folder, machine, PLAN, stages.store_of(math.inf))
 
 
 @pytest.fixture
-def runs(bench, monkeypatch) -> list[tuple[str, int]]:
+def runs(monkeypatch) -> list[tuple[str, int]]:
     """The runs made, in order; that of `flash-attention` fails."""
     made: list[tuple[str, int]] = []
 
-    def run(
-        self: Bench, name: str, number: int, settings: Settings, cores: int | None = None
-    ) -> dict[str, Any]:
-        made.append((name, number))
+    def execute(words: Sequence[str], output: Path, until: float, **more: Any) -> None:
+        path = Path(words[words.index("--out") + 1])
+        name, number, _key = path.name.rsplit("-", 2)
+        made.append((name, int(number)))
         if name == "flash-attention":
-            raise Failed("RuntimeError: boom")
-        figures = record(100, settings=stages.as_json(settings), wall_seconds=1.0)
-        self.path(name, number).with_suffix(".json").write_text(json.dumps(figures))
-        return figures
+            raise Failed("RuntimeError: boom", 1)
+        (path / "profile").mkdir(parents=True)
+        step = {"kind": "train", "step_ms": 10.0, "tokens": 1000, "memory_bytes": 1, "loss": 5.0}
+        (path / "log.jsonl").write_text((json.dumps(step) + "\n") * 5)
+        if "--profile" in words:
+            (path / "profile/trace.json").write_text(json.dumps({"traceEvents": TRACED}))
 
-    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(store, "execute", execute)
     return made
 
 
@@ -366,83 +358,59 @@ ONLY = ["baseline", "flash-attention", "clip"]
 
 def test_rounds_go_round_the_ladder_and_past_a_failure(bench, runs, capsys) -> None:
     stages.measure(bench, ONLY, rounds=2, most=1)
-    assert runs == [
-        ("baseline", 1),
-        ("flash-attention", 1),
-        ("clip", 1),
-        ("baseline", 2),
-        ("clip", 2),
-    ]
-    assert (
-        bench.failed == {"flash-attention": "RuntimeError: boom"} and bench.done == bench.total == 5
-    )
-    stored = json.loads(bench.path("clip", 1).with_suffix(".json").read_text())
-    assert "flash-attention" in stored["settings"]["without"]  # not built on
-    assert "[2/6] flash-attention        failed: RuntimeError: boom" in capsys.readouterr().err
+    first = [("baseline", 1), ("flash-attention", 1), ("clip", 1)]
+    assert runs == [*first, ("baseline", 2), ("clip", 2)]
+    assert bench.failed == {"flash-attention": "RuntimeError: boom"}
+    clip = rungs_of(CPU, failed=["flash-attention"])["clip"].settings
+    assert "flash-attention" in clip.without  # not built on
+    assert [len(record["step_ms"]) for record in bench.records("clip", clip)] == [3, 3]
+    assert "[2/5] flash-attention        failed: RuntimeError: boom" in capsys.readouterr().err
 
 
 def test_a_second_call_makes_only_what_is_missing(bench, runs) -> None:
     stages.measure(bench, ["baseline"], rounds=1, most=1)
-    again = Bench(bench.folder, CPU, PLAN)
-    stages.measure(again, ["baseline", "clip"], rounds=2, most=1)
+    stages.measure(bench_of(bench.folder), ["baseline", "clip"], rounds=2, most=1)
     assert runs == [("baseline", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
-    bench.path("clip", 2).with_suffix(".json").write_text('{"torn')
-    stages.measure(Bench(bench.folder, CPU, PLAN), ["baseline", "clip"], rounds=2, most=1)
+    (note,) = bench.folder.glob("runs/clip-2-*.cell.json")
+    note.write_text('{"torn')  # and its run's folder is there
+    stages.measure(bench_of(bench.folder), ["baseline", "clip"], rounds=2, most=1)
     assert runs[4:] == [("clip", 2)]
 
 
-def test_no_run_begins_that_would_not_be_done_in_time(bench, runs) -> None:
-    bench.until = time.monotonic() - 1
+def test_no_run_begins_that_would_not_be_done_in_time(bench, runs, capsys) -> None:
+    bench.store.until = time.monotonic() - 1
     stages.measure(bench, ONLY, rounds=1, most=1)
-    assert runs == [] and bench.done == 0 and bench.total == 3
+    assert runs == [] and stages.ended(bench) == 0
+    assert "the time was up after 0 of 3 runs; the same command" in capsys.readouterr().err
+
+
+def test_a_failure_is_said_and_is_the_exit_code(bench, runs, capsys) -> None:
+    stages.measure(bench, ONLY, rounds=1, most=1)
+    assert stages.ended(bench) == 1
+    assert "flash-attention failed: RuntimeError: boom" in capsys.readouterr().err
 
 
 def test_scaling_runs_each_point_and_traces_those_of_several_ranks(bench, runs) -> None:
     stages.measure(bench, ["scaling"], rounds=2, most=2)
     timed = ["ranks-1-each-1", "ranks-2-each-1", "ranks-1-each-2"]
-    assert runs == [
-        *((n, 1) for n in timed),
-        ("ranks-2-each-1", stages.TRACE),
-        *((n, 2) for n in timed),
-    ]
-    trace = json.loads(bench.path("ranks-2-each-1", stages.TRACE).with_suffix(".json").read_text())[
-        "settings"
-    ]
-    assert trace["profile"] and trace["ranks"] == 2 and trace["accumulation"] == 2
+    traced = ("ranks-2-each-1", stages.TRACE)
+    assert runs == [*((n, 1) for n in timed), traced, *((n, 2) for n in timed)]
+    found = stages.trace_of(bench, (2, 1))
+    assert found and found["communication"] == pytest.approx(0.1) and len(found["step_ms"]) == 4
+    assert not list(bench.folder.glob("runs/*/profile"))  # traces are large
 
 
-def test_each_compiled_graph_is_made_once_ahead(tmp_path, monkeypatch, capsys) -> None:
-    made: list[Settings] = []
-
-    def command(settings: Settings, *_: Any) -> list[str]:
-        made.append(settings)
-        return [sys.executable, "-c", "raise SystemExit(len('one fails') % 2)"]
-
-    monkeypatch.setattr(stages, "command", command)
-    bench = Bench(tmp_path, H200, PLAN)
-    (tmp_path / "runs").mkdir()
+def test_each_compiled_graph_is_made_once_ahead(tmp_path, runs) -> None:
     rungs = [rung for rung in ladder(H200) if rung.skipped is None]
+    compiled = {rung.stage.name for rung in rungs if rung.settings.compile}
+    # these change no graph, or run on several ranks
+    distinct = compiled - {"clip", "adamw", "accumulation", "ddp", "triton-adamw"}
+    bench = bench_of(tmp_path, H200)
     stages.compile_ahead(bench, rungs)
-    distinct = {
-        "compile",
-        "flash-attention",
-        "padded-vocab",
-        "attention-backend",
-        "cast-once",
-        "chunked-head",
-    }
-    distinct |= {
-        "triton-cross-entropy",
-        "triton-layer-norm",
-        "triton-bias-gelu",
-        "triton-attention",
-        "cuda-graphs",
-        "fp8",
-    }
-    assert len(made) == len(set(made)) == len(distinct)
-    assert all(settings.steps == settings.accumulation == 1 for settings in made)
+    assert {name for name, _ in runs} == {f"compile-{name}" for name in distinct}
+    assert len(runs) == len(distinct)
     stages.compile_ahead(bench, rungs)
-    assert len(made) == len(distinct)  # their code is in the cache
+    assert len(runs) == len(distinct)  # their code is in the cache
 
 
 def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
@@ -457,7 +425,7 @@ def test_a_wrong_name_is_said_before_anything_is_made(monkeypatch, tmp_path) -> 
     words = ["stages", "--only", "baseline,flash-attn", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(stages, "outlive", lambda: None)
-    with pytest.raises(UserError, match="--only flash-attn is none of cpu, baseline, ") as error:
+    with pytest.raises(UserError, match="--only flash-attn is not one of cpu, baseline, ") as error:
         stages.main()
     assert "(did you mean flash-attention?)" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -487,46 +455,20 @@ def test_a_number_out_of_range_is_refused(monkeypatch) -> None:
             stages.main()
 
 
-def test_how_it_ended_is_said_and_is_the_exit_code(bench, capsys) -> None:
-    bench.done, bench.total = 3, 3
-    assert stages.ended(bench) == 0 and capsys.readouterr().err == ""
-    bench.total = 5
-    assert (
-        stages.ended(bench) == 0
-        and "after 3 of 5 runs; the same command" in capsys.readouterr().err
-    )
-    bench.failed["bf16"] = "RuntimeError: boom"
-    assert stages.ended(bench) == 1 and "bf16 failed: RuntimeError: boom" in capsys.readouterr().err
-
-
 @pytest.fixture
 def small(run, tmp_path) -> Callable[[], Any]:
     """The whole program on three stages of a tiny model, where it can be called again."""
     write_inputs(tmp_path)
-    words = [
-        "--preset",
-        "micro",
-        "--quick",
-        "--device",
-        "cpu",
-        "--seq-len",
-        "16",
-        "--micro-batch",
-        "2",
-        "--steps",
-        "4",
-    ]
-    words += [
-        "--rounds",
-        "1",
-        "--only",
-        "baseline,tied-head,accumulation",
-        "--data",
-        "text.txt",
-        "--tokenizer",
-        "tokenizer",
-    ]
-    return lambda: run("-m", "benchmarks.stages", *words, "--out", "ladder")
+    words = (
+        "--preset micro --quick --device cpu --seq-len 16 --micro-batch 2 --steps 4 --rounds 1 "
+        "--only baseline,tied-head,accumulation --data text.txt --tokenizer tokenizer --out ladder"
+    )
+    return lambda: run("-m", "benchmarks.stages", *words.split())
+
+
+def only(out: Path, pattern: str) -> Path:
+    (path,) = out.glob(f"runs/{pattern}")
+    return path
 
 
 def test_it_measures_writes_and_goes_on(small, tmp_path) -> None:
@@ -538,14 +480,14 @@ def test_it_measures_writes_and_goes_on(small, tmp_path) -> None:
     assert list(rows) == ["baseline", "tied-head", "accumulation"]
     log = [
         json.loads(line)
-        for line in (out / "runs/accumulation-1/log.jsonl").read_text().splitlines()
+        for line in only(out, "accumulation-1-*/log.jsonl").read_text().splitlines()
     ]
     assert rows["accumulation"]["loss"] == log[-1]["loss"] and len(log) == 4
     assert rows["accumulation"]["step_ms"] == pytest.approx(
         (log[2]["step_ms"] + log[3]["step_ms"]) / 2
     )
     assert rows["accumulation"]["tokens_per_step"] == 128 == 4 * rows["baseline"]["tokens_per_step"]
-    config = json.loads((out / "runs/baseline-1/config.json").read_text())
+    config = json.loads(only(out, "baseline-1-*/config.json").read_text())
     assert (
         set(config["without"]) == set(OPTIMIZATIONS)
         and config["precision"] == "fp32"

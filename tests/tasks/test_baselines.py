@@ -1,5 +1,4 @@
-"""What stands beside GPT-2: classifiers that know nothing but which words and characters occur in a
-text, or in two."""
+"""The baselines beside GPT-2 classify texts and pairs by their words and character runs."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ NOUNS = ("film", "story", "cast", "song", "plot", "ending", "scene", "hero")
 
 
 def reviews(n: int, seed: int) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """n texts about anything, and whether their adjectives are good."""
+    """n texts about anything, and whether their adjectives are positive."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 2, n)
     words = [
@@ -24,7 +23,7 @@ def reviews(n: int, seed: int) -> tuple[list[tuple[str, ...]], np.ndarray]:
 
 
 def pairs(n: int, seed: int) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """n pairs of texts, and whether both have the same words: no word alone says which."""
+    """n pairs of texts, and whether both have the same words. No single word predicts the label."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 2, n)
     nouns = [generator.permutation(NOUNS) for _ in range(n)]
@@ -37,7 +36,7 @@ def accuracy(model: TextModel, texts: list[tuple[str, ...]], labels: np.ndarray)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_and_its_probabilities_add_up_to_one(kind) -> None:
+def test_a_baseline_learns_and_gives_probabilities(kind) -> None:
     model = fit_text_model(kind, *reviews(100, 1), 2, seed=1)
     texts, labels = reviews(50, 2)
     log_p = model.log_probs(texts)
@@ -48,15 +47,15 @@ def test_it_learns_and_its_probabilities_add_up_to_one(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_is_known_by_what_its_texts_have_in_common(kind) -> None:
+def test_shared_words_identify_a_pair(kind) -> None:
     model = fit_text_model(kind, *pairs(200, 1), 2, seed=1)
     assert accuracy(model, *pairs(100, 2)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_text_is_told_from_the_first(kind) -> None:
-    """As entailment needs: what the second says beyond the first is not what the first says beyond
-    the second."""
+def test_the_order_of_a_pair_matters(kind) -> None:
+    """Entailment needs this: extra words in the second text differ from extra words in the
+    first."""
     texts = [("a dog runs", "a dog runs fast"), ("a dog runs fast", "a dog runs")] * 20
     model = fit_text_model(kind, texts, np.array([0, 1] * 20), 2, seed=1)
     assert (
@@ -68,8 +67,8 @@ def test_the_second_text_is_told_from_the_first(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_end_otherwise_are_known_by_their_characters(kind) -> None:
-    """Korean joins its particles to a word, so that whole words say little of new texts."""
+def test_character_runs_match_inflected_words(kind) -> None:
+    """Korean attaches particles to words, so whole words match little of new texts."""
     texts = [
         ("영화는 재미있다",),
         ("영화가 재미있어서",),
@@ -78,20 +77,20 @@ def test_words_that_end_otherwise_are_known_by_their_characters(kind) -> None:
     ] * 5
     model = fit_text_model(kind, texts, np.array([1, 1, 0, 0] * 5), 2, seed=1)
     right = accuracy(model, [("재미있네요",), ("지루하네요",)], np.array([1, 0]))
-    assert right == (1 if kind == "tf-idf" else 0.5)  # naive Bayes has whole words alone
+    assert right == (1 if kind == "tf-idf" else 0.5)  # naive Bayes only knows whole words
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_same_again(kind) -> None:
+def test_fitting_is_repeatable(kind) -> None:
     texts, labels = reviews(60, 1)
-    labels[::7] ^= 1  # with something to be unsure of
+    labels[::7] ^= 1  # wrong labels, so that the model is uncertain
     one, other = (fit_text_model(kind, texts, labels, 2, seed=3).log_probs(texts) for _ in range(2))
     np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_weight_two_is_two_rows(kind) -> None:
-    """With too few rows to hold any out, lest a row and its copy stand on both sides."""
+    """The rows are too few to hold any out. Otherwise a row and its copy could be on both sides."""
     texts = [("warm film",), ("dull film",), ("warm song",), ("dull song",), ("warm dull",)]
     labels = np.array([1, 0, 1, 0, 1])
     doubled = fit_text_model(kind, [*texts, texts[4]], np.append(labels, 1), 2, seed=1)
@@ -99,13 +98,13 @@ def test_a_row_of_weight_two_is_two_rows(kind) -> None:
         kind, texts, labels, 2, seed=1, sample_weight=np.array([1.0, 1, 1, 1, 2])
     )
     plain = fit_text_model(kind, texts, labels, 2, seed=1)
-    if kind == "naive-bayes":  # TF-IDF counts in how many rows a word is, whatever they weigh
+    if kind == "naive-bayes":  # TF-IDF ignores weights when it counts the rows of a word
         np.testing.assert_allclose(weighed.log_probs(texts), doubled.log_probs(texts), rtol=1e-12)
     assert (weighed.log_probs(texts)[:, 1] > plain.log_probs(texts)[:, 1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_label_without_a_row_is_next_to_impossible(kind) -> None:
+def test_a_label_without_rows_is_nearly_impossible(kind) -> None:
     texts, labels = reviews(40, 1)
     p = np.exp(fit_text_model(kind, texts, labels * 2, 4, seed=1).log_probs(texts))
     assert p.shape == (40, 4) and (p[:, [1, 3]] < 1e-8).all() and (p[:, [1, 3]] > 0).all()
@@ -113,9 +112,9 @@ def test_a_label_without_a_row_is_next_to_impossible(kind) -> None:
     assert (p.argmax(1) == labels * 2).all()
 
 
-def test_the_held_out_rows_choose_how_much_is_regularised() -> None:
-    """The better its texts tell the label the less a model is held back; chance alone asks for the
-    most."""
+def test_held_out_rows_choose_the_penalty() -> None:
+    """The better the texts predict the label, the smaller the penalty. For random labels it is the
+    largest."""
     texts, labels = reviews(300, 1)
     chance = np.random.default_rng(0).integers(0, 2, 300)
     clear, noise = (
@@ -125,9 +124,9 @@ def test_the_held_out_rows_choose_how_much_is_regularised() -> None:
 
 
 def test_parameters_are_counted() -> None:
-    """Two words: of naive Bayes their probability under each label and that of each label; a linear
-    model's weights."""
+    """Naive Bayes has the probabilities of two words under each label and of each label. A linear
+    model has its weights."""
     texts, labels = [("a a",), ("b",)], np.array([0, 1])
     assert fit_text_model("naive-bayes", texts, labels, 2, seed=1).n_parameters == 2 * 2 + 2
-    # Features: the words a and b, the pair "a a", and of each word its runs " a", "a ", " a ".
+    # Features: the words a and b, the pair "a a", and the runs " a", "a " and " a " of each word.
     assert fit_text_model("tf-idf", texts, labels, 2, seed=1).n_parameters == 3 + 6 + 1

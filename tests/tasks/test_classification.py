@@ -1,5 +1,5 @@
-"""The family of tasks whose answers are labels: rows to tokens, tokens to labels, losses, other
-tasks beside, files."""
+"""Classification tasks: encoding, labels, losses, evaluation, auxiliary tasks, and the files of a
+run."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tasks.classification.labels import find_labels, label_name, word_ids
 from tasks.classification.options import ClassificationConfig
 from tasks.classification.predictions import probabilities, write_predictions
 from tasks.classification.rows import row_encoder
-from tasks.classification.task import Also, Classification
-from tasks.description import Long, Parts, Special
-from tasks.encoder import padded
+from tasks.classification.task import AuxiliaryTask, Classification
+from tasks.description import Parts, SpecialToken, Truncatable
+from tasks.encoder import pad_rows
 from tasks.order import Order
 from text.rows import Row
 from text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ from text.tokenizer_training import train_bpe
 from toy import capture_gradients, expected_gradients
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
-ASK = Special("<ask>")
+ASK = SpecialToken("<ask>")
 WORDS = [
     "the",
     "river",
@@ -81,11 +81,11 @@ def texts_of(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: str) -> Parts:
-    return ("of", *(part for text in texts_of(row) for part in (Long(text), ASK)))
+    return ("of", *(part for text in texts_of(row) for part in (Truncatable(text), ASK)))
 
 
 def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = None) -> GivenLabels:
-    """Rows of a text or two, and how they feel."""
+    """The description of a task with one or two texts in a row, and their mood."""
     return GivenLabels(
         name="mood",
         config=ClassificationConfig,
@@ -100,7 +100,7 @@ def mood_task(rows: list[dict[str, str]], val: list[dict[str, str]] | None = Non
 
 
 class Mood(Classification):
-    """A task on given rows, beside others on theirs."""
+    """A task on given rows, with auxiliary tasks on other given rows."""
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class Mood(Classification):
     ):
         cfg = ClassificationConfig(data="rows", val_data="val", dropout=0.0, allow_overlap=True)
         super().__init__(
-            mood_task(train, val), [Also(mood_task(rows), w, cfg) for rows, w in others]
+            mood_task(train, val), [AuxiliaryTask(mood_task(rows), w, cfg) for rows, w in others]
         )
 
     def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
-        return self.answering(cfg, where, say).write(path, say)
+        return self.open_predictor(cfg, where, say).write(path, say)
 
 
 def row(first: str, label: str = "good", second: str = "") -> dict[str, str]:
@@ -142,13 +142,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow() -> Iterator[None]:
-    """An LSTM that takes no time."""
+    """A stand-in for an LSTM that takes no time."""
     with mock.patch.object(heads, "LSTM_WIDTH", 16):
         yield
 
 
 def set_up(task: Mood, tokenizer: Tokenizer, /, **options: Any) -> Mood:
-    """The task with its rows read, for a model from scratch, without dropout."""
+    """The task after `setup`, for a model from scratch without dropout."""
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
     )
@@ -168,12 +168,12 @@ def mood(tokenizer: Tokenizer, train: Any = None, val: Any = None, /, **options:
 
 
 def of_two(tokenizer: Tokenizer, train: Any = None, others: Any = None, /, **options: Any) -> Mood:
-    """A task with another beside."""
+    """A task with an auxiliary task."""
     return set_up(Mood(train or ROWS, others=[(others or OTHERS, 0.5)]), tokenizer, **options)
 
 
 def model_of(task: Mood) -> GPT:
-    """With random weights, at a scale where scores differ from row to row."""
+    """A model with random weights, at a scale where scores differ from row to row."""
     torch.manual_seed(1)
     model = task.build_model(task.cfg)
     assert isinstance(model, GPT)
@@ -207,15 +207,13 @@ def scorer(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
     filler=st.integers(0, 300),
 )
 @quick
-def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
-    scorer, ids, more, filler
-):
+def test_scores_do_not_depend_on_batch_or_padding(scorer, ids, more, filler):
     task, model = scorer
-    set_products("fp32", ALONE.device)  # as a run does
+    set_products("fp32", ALONE.device)  # as in a run
 
     def scores(ids: list[int], filler: int, more: int) -> torch.Tensor:
         rows = [task.train.tokens[i] for i in ids]
-        batch = padded(rows, filler, np.array([max(map(len, rows)) + more]))
+        batch = pad_rows(rows, filler, np.array([max(map(len, rows)) + more]))
         return task.objective.scorer.log_p(
             model, *task.objective.scorer.states(model, batch["idx"], batch["lengths"]), 0
         )
@@ -231,14 +229,14 @@ def test_a_row_has_the_scores_that_it_has_alone_in_any_batch_with_any_padding(
     assert task.cfg.form != "word" or (together.exp().sum(1) < 0.9).all()  # of the whole vocabulary
 
 
-def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
+def test_a_batch_is_padded_to_the_smallest_bucket(tokenizer):
     task = mood(tokenizer)
     for ids in ([0], [4, 0], [3, 1], [5, 2, 0]):
         batch = task.batch("train", np.array(ids)).tensors
         longest = max(len(task.train.tokens[i]) for i in ids)
         assert batch["idx"].shape == (
             len(ids),
-            min(size for size in task.padded if size >= longest),
+            min(size for size in task.buckets if size >= longest),
         )
         assert batch["lengths"].tolist() == [len(task.train.tokens[i]) for i in ids]
         for i, tokens, n in zip(ids, batch["idx"].tolist(), batch["lengths"], strict=True):
@@ -249,7 +247,7 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer):
 # --- rows to tokens
 
 
-def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer):
+def test_tokens_of_a_row_under_each_form(tokenizer):
     plain, prompt = mood(tokenizer), mood(tokenizer, form="prompt")
     encode, ask = tokenizer.encode, prompt.trunk.tokenizer.special_id(ASK)
     for i, given_row in enumerate(ROWS):
@@ -268,9 +266,7 @@ def test_a_plain_row_is_its_texts_and_a_prompt_has_its_special_tokens(tokenizer)
     form=st.sampled_from(["plain", "prompt"]),
 )
 @quick
-def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
-    tokenizer, first, second, seq_len, form
-):
+def test_truncation_shortens_the_longer_text(tokenizer, first, second, seq_len, form):
     whole = [tokenizer.encode(text) for text in (first, second) if text]
     fixed = len(whole) - 1 if form == "plain" else len(whole) + len(tokenizer.encode("of"))
     over = fixed + sum(map(len, whole)) - seq_len
@@ -284,9 +280,7 @@ def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
         )
         tokens = task.train.tokens[0].tolist()
         assert len(tokens) == min(seq_len, seq_len + over)
-        what = (
-            f"1 of 2 {{}} rows are longer than {seq_len} tokens and cut at the {cut} of their text"
-        )
+        what = f"1 of 2 {{}} rows are longer than {seq_len} tokens and are truncated at the {cut} of their text"
         told = [text for text in task.source.warnings if "longer than" in text]
         assert told == ([what.format("training"), what.format("validation")] if over > 0 else [])
         kept = parts_of(
@@ -294,7 +288,7 @@ def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
         )
         lost = [len(text) - len(part) for text, part in zip(whole, kept, strict=True)]
         assert sum(lost) == max(0, over)
-        if len(whole) > 1:  # none is shorter than the other by what it lost
+        if len(whole) > 1:  # No text that was truncated is shorter than the other.
             a, b = map(len, kept)
             assert (not lost[0] or a >= b - 1) and (not lost[1] or b >= a - 1)
         for part, text in zip(kept, whole, strict=True):
@@ -304,7 +298,7 @@ def test_what_is_too_long_loses_from_its_longer_text_at_the_end_that_is_said(
 
 
 def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
-    """What stands between the tokens that part the texts of a row."""
+    """The tokens of a row as lists, split at its special tokens."""
     parts: list[list[int]] = [[]]
     for token in tokens:
         if token in task.trunk.tokenizer.special_ids.values():
@@ -314,7 +308,7 @@ def parts_of(tokens: list[int], task: Mood) -> list[list[int]]:
     return parts
 
 
-def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
+def test_rows_that_cannot_be_truncated_are_refused(tokenizer):
     with pytest.raises(
         UserError, match=r"rows row 3: \d+ tokens too long for --seq-len 14 \(--strict\)"
     ):
@@ -333,7 +327,7 @@ def test_rows_of_which_nothing_fits_and_strict_ones_end_the_run(tokenizer):
     words=st.lists(st.sampled_from(WORDS), min_size=3),
 )
 @quick
-def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, words):
+def test_labels_are_sorted_as_numbers_or_as_words(numbers, words):
     def labels(cells: list[str]) -> tuple[str, ...]:
         return find_labels([Row({"label": cell}, "") for cell in cells])
 
@@ -343,7 +337,7 @@ def test_labels_are_numbers_in_their_order_or_words_in_the_alphabet_s(numbers, w
         assert labels([f"{word} " for word in words] * 3) == tuple(sorted(set(words)))
 
 
-def test_a_label_s_name():
+def test_label_names_are_normalised():
     names = {
         "1.0": "1",
         " 2 ": "2",
@@ -361,45 +355,44 @@ def test_a_label_s_name():
     assert {cell: label_name(cell) for cell in names} == names
 
 
-def test_labels_that_are_no_classes():
+def test_labels_that_are_no_classes_are_refused():
     def rows(*cells: str) -> list[Row]:
         return [Row({"label": cell}, f"a.csv line {n}") for n, cell in enumerate(cells, 2)]
 
     with pytest.raises(
-        UserError, match="all 3 training rows have the label '2'; there is nothing to learn"
+        UserError, match="all 3 training rows have the label '2'; give rows with two labels"
     ):
         find_labels(rows("2", "2.0", " 2"))
     with pytest.raises(
-        UserError, match=r"a.csv line 3: the label 'two' is not a number, as most others are"
+        UserError, match=r"a.csv line 3: the label 'two' is not a number, but most others are"
     ):
         find_labels(rows("1", "two", "2", "1"))
     assert find_labels(rows("1", "one", "two", "one")) == ("1", "one", "two")
     many = [f"{n}" for n in range(21)]
     with pytest.raises(
-        UserError,
-        match="22 training rows have 21 labels; name the column of the class: --label-column",
+        UserError, match=r"22 training rows have 21 labels, too many .* with --label-column"
     ):
         find_labels(rows(*many, "1"))
     assert len(find_labels(rows(*many, *many, *many))) == 21
 
 
-def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenizer):
+def test_an_unseen_label_is_refused_with_the_known_ones(tokenizer):
     for known, found, why in (
         (
             ("bad", "good"),
             "goood",
-            r"'goood' is none of the training rows' labels \(did you mean good\?\); they are bad, "
+            r"'goood' is none of the training rows' labels \(did you mean good\?\); use one of bad, "
             r"good",
         ),
         (
             ("0", "1"),
             "good",
-            r"'good' is not a number, as those of the training rows are; they are 0, 1",
+            r"'good' is not a number, but those of the training rows are; use one of 0, 1",
         ),
         (
             ("0", "1"),
             "-1",
-            r"'-1' is none of the training rows' labels \(did you mean 1\?\); they are 0, 1",
+            r"'-1' is none of the training rows' labels \(did you mean 1\?\); use one of 0, 1",
         ),
         (("0", "0.5"), "1.5", r"'1.5' is none of the training rows' labels"),
     ):
@@ -409,21 +402,22 @@ def test_a_label_that_training_has_not_seen_is_named_with_what_there_is(tokenize
         assert mood(tokenizer, train, [row("b", f"{known[0]} ")]).val.labels.tolist() == [0]
 
 
-def test_rows_that_stand_on_both_sides_are_counted_and_above_a_hundredth_refused(tokenizer):
+def test_an_overlap_above_one_percent_is_refused(tokenizer):
     train = [row(f"stone {n} of", LABELS[n % 2]) for n in range(200)]
     for both, told in ((2, "2 of 200 training rows (1.0%)"), (3, "3 of 200 training rows (1.5%)")):
         val = [row(f"Stone  {n} OF ") for n in range(both)] + [row("rain")]
         if both == 3:
             with pytest.raises(
                 UserError,
-                match=re.escape(told) + " also stand among .*; take them out, or .*--allow-overlap",
+                match=re.escape(told)
+                + " are also validation rows; remove them, or .*--allow-overlap",
             ):
                 mood(tokenizer, train, val, allow_overlap=False)
         task = mood(tokenizer, train, val, allow_overlap=both == 3)
-        assert task.source.warnings == [f"{told} also stand among the validation rows"]
+        assert task.source.warnings == [f"{told} are also validation rows"]
 
 
-def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
+def test_class_weights_and_augment_weight(tokenizer):
     def weights(**options: Any) -> list[float]:
         task = mood(tokenizer, **options)
         assert task.val.weights.tolist() == [1.0] * len(ROWS)
@@ -445,9 +439,9 @@ def test_weights_of_classes_and_of_rows_that_were_added(tokenizer):
         weights(class_weights=("1", "2"))
 
 
-def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
+def test_label_words_are_scored_by_their_first_token(tokenizer):
     task = mood(tokenizer, form="word")
-    assert task.info.words == LABELS  # a word is its own name
+    assert task.info.words == LABELS  # the word is the label's name
     assert (
         task.objective.scorer.word_ids == [tokenizer.encode(f" {word}")[0] for word in LABELS]
         and len(set(task.objective.scorer.word_ids)) == 3
@@ -462,9 +456,11 @@ def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
         "stone",
     )
     numbers = [row("a", "0"), row("b", "1")]
-    with pytest.raises(UserError, match="--form word: name 2 words with --words, for 0, 1"):
+    with pytest.raises(
+        UserError, match="--form word: name 2 words with --words, one for each of 0, 1"
+    ):
         mood(tokenizer, numbers, form="word")
-    with pytest.raises(UserError, match="of the words rain, rain two begin with the same token"):
+    with pytest.raises(UserError, match="two of the words rain, rain begin with the same token"):
         mood(tokenizer, numbers, form="word", words=("rain", "rain"))
 
 
@@ -472,7 +468,7 @@ def test_words_of_labels_are_the_tokens_that_they_begin_with(tokenizer):
 
 
 class Passes(nn.Module):
-    """In place of dropout: changes the second pass of each row, and always alike."""
+    """Replaces dropout: it changes the second pass of each row, and always in the same way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, pattern = len(x) // 2, torch.arange(x.shape[-1], dtype=x.dtype) % 3
@@ -499,8 +495,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=LOSSES)
 def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
-    """A task with another beside, but under --form word, and its model; two passes differ without
-    any draw."""
+    """A task and its model, with an auxiliary task unless under --form word. The two passes of a
+    row differ without random draws."""
     options: dict[str, Any] = LOSSES[request.param] | (
         dict(dropout=0.1) if "objective" in LOSSES[request.param] else {}
     )
@@ -513,20 +509,20 @@ def learner(request: Any, tokenizer: Tokenizer) -> tuple[Mood, GPT]:
 
 
 def own_steps(task: Mood) -> Iterator[tuple[int, np.ndarray]]:
-    """The steps of an epoch, with their rows."""
+    """The rows of each step of an epoch."""
     for step in range(task.order.steps_per_epoch):
         yield step, task.rows("train", step)
 
 
 def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
-    """The terms of a step's rows, in plain loops in fp64."""
+    """The loss terms of a step's rows, by plain loops in fp64."""
     exact, cfg = copy.deepcopy(model).double(), task.cfg
     sums: dict[str, float] = defaultdict(float)
     for group in groups:
         seen = [passes_of(task, exact, i) for i in group]
         for i, (log_ps, _) in zip(group, seen, strict=True):
             label, weight = task.train.labels[i], task.train.weights[i]
-            term = task.keys[1] if task.train.heads[i] else "nll"
+            term = task.head_names[1] if task.train.heads[i] else "nll"
             for log_p in log_ps:
                 nll = -(1 - cfg.label_smoothing) * log_p[label] - cfg.label_smoothing * sum(
                     log_p
@@ -553,8 +549,7 @@ def by_hand(task: Mood, model: GPT, groups: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[torch.Tensor]]:
-    """Of one row alone, unpadded: its log-probabilities in each pass, and what is pooled in
-    each."""
+    """The log-probabilities and the pooled states of one unpadded row, in each pass."""
     tokens, head = torch.from_numpy(task.train.tokens[i])[None], int(task.train.heads[i])
     hidden, n = (
         exact.hidden(tokens.repeat(task.objective.passes, 1)),
@@ -566,12 +561,12 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
             hidden[:, -1],
         )
     else:
-        pooled = exact.heads[task.keys[head]].pool(hidden, n)
-        log_p = F.log_softmax(pooled @ exact.heads[task.keys[head]].weight.T, -1)
+        pooled = exact.heads[task.head_names[head]].pool(hidden, n)
+        log_p = F.log_softmax(pooled @ exact.heads[task.head_names[head]].weight.T, -1)
     return log_p.tolist(), list(pooled)
 
 
-def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
+def test_loss_terms_match_a_loop_over_rows(learner):
     task, model = learner
     for _, groups in own_steps(task):
         batch = task.batch("train", groups.reshape(-1))
@@ -581,16 +576,16 @@ def test_the_terms_of_a_step_are_those_of_its_rows_by_hand(learner):
         ids = groups.reshape(-1)
         weight = float(task.train.weights[ids].sum())
         of = {"simcse": len(ids), "rdrop": weight}
-        expected = {task.keys[1] if task.train.heads[ids[0]] else "nll": weight}
+        expected = {task.head_names[1] if task.train.heads[ids[0]] else "nll": weight}
         assert batch.weights == pytest.approx(
             expected | {name: of[name] for name in task.cfg.objective}
         )
 
 
-def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
-    """Training and evaluation compile no more than once they have met two lengths, and no graph
-    breaks."""
-    # all but code generation, which takes the time and is not what is asked about
+def test_a_block_compiles_few_graphs_for_all_lengths(tokenizer, monkeypatch):
+    """Training and evaluation compile nothing more once they have seen two lengths, and graphs do
+    not break."""
+    # Everything but code generation, which takes long and is not tested here.
     compile = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda m, **options: compile(m, backend="eager", fullgraph=True)
@@ -607,8 +602,8 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
     for s in range(12):
         step(s, loader(s))
     evaluate(step, 4)
-    # Three kinds of blocks: the first, one after it, and the last, which computes one position.
-    # Each for one length, for any, and for evaluation.
+    # There are three kinds of blocks: the first, those after it, and the last, which computes one
+    # position. Each is compiled for one length, for any length, and for evaluation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     assert len({loader(s).batches[0]["idx"].shape[1] for s in range(12, 30)}) > 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -621,8 +616,8 @@ def test_a_block_has_a_few_graphs_whatever_the_lengths(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
-    """As torch counts them, of attention too where it is written out: forward, and twice as many
+def test_flops_match_the_matrix_products(tokenizer, pooling):
+    """torch counts FLOPs, including those of attention in plain form: forward, and twice as many
     backward."""
     rows = [row(" ".join(WORDS * 8), label) for label in LABELS]
     task = mood(
@@ -639,8 +634,8 @@ def test_flops_are_those_of_the_products_that_are_made(tokenizer, pooling):
     batch = task.batch("train", np.array([0])).tensors
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task.objective.scorer.states(model, batch["idx"][:, :length], batch["lengths"])
-    # Biases and norms are counted as weights by the formula, and the one position's few products
-    # are not.
+    # The formula counts biases and norms as weights, and leaves out the few products of the one
+    # position.
     flops = task.cost().flops_per_token
     assert flops == pytest.approx(3 * counter.get_total_flops() / length, rel=0.03)
 
@@ -649,13 +644,13 @@ def test_the_weights_of_the_terms(learner):
     task, _ = learner
     cfg = task.cfg
     of = {"rdrop": cfg.rdrop / 2, "simcse": cfg.simcse}
-    others = {"mood-2": 0.5} if task.also else {}
+    others = {"mood-2": 0.5} if task.auxiliary else {}
     assert task.terms == {"nll": 1.0} | others | {name: of[name] for name in cfg.objective}
 
 
-def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
-    """Into micro-batches, the tasks in turns; groups stay whole, and the dropout that there is does
-    not draw."""
+def test_gradients_do_not_depend_on_the_micro_batch(learner):
+    """Steps are split into micro-batches, groups stay whole, and the replaced dropout does not
+    draw."""
     task, model = learner
     train = TrainStep(task, model, resolved(task.cfg, Resolved), ALONE)
     for step, groups in own_steps(task):
@@ -674,7 +669,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(learner):
                 )
 
 
-def test_two_ranks_have_the_terms_of_one(learner):
+def test_two_ranks_have_the_same_terms_as_one(learner):
     task, model = learner
     for _, groups in own_steps(task):
         whole = task.batch("train", groups.reshape(-1))
@@ -702,7 +697,7 @@ def test_two_ranks_have_the_terms_of_one(learner):
 # --- evaluation
 
 
-def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
+def test_metrics_match_scikit_learn_at_any_micro_batch(tokenizer):
     from sklearn.metrics import accuracy_score, f1_score, log_loss
 
     draw = np.random.default_rng(0)
@@ -735,7 +730,7 @@ def test_figures_are_scikit_learn_s_at_any_micro_batch(tokenizer):
 
 @torch.no_grad()
 def log_p_of(task: Mood, model: GPT, tokens: np.ndarray, head: int = 0) -> np.ndarray:
-    """Of a row alone."""
+    """The scores of one row alone."""
     hidden = model.hidden(torch.from_numpy(tokens)[None])
     return task.objective.scorer.log_p(model, hidden, torch.tensor([len(tokens)]), head)[0].numpy()
 
@@ -754,7 +749,7 @@ def calibration_by_hand(labels: list[int], p: np.ndarray, bins: int = 15) -> flo
     return error
 
 
-# --- other tasks beside
+# --- auxiliary tasks
 
 
 sizes = st.integers(2, 12)
@@ -768,7 +763,7 @@ sizes = st.integers(2, 12)
     grouped=st.booleans(),
 )
 @quick
-def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
+def test_an_epoch_visits_each_row_of_the_main_task_once(
     tokenizer, own, other, batch, seed, grouped
 ):
     group: dict[str, Any] = (
@@ -783,7 +778,7 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
     n = task.order.steps_per_epoch
     steps = [task.rows("train", step) for step in range(epochs * n)]
     heads_of = [set(task.train.heads[groups.reshape(-1)].tolist()) for groups in steps]
-    assert all(len(found) == 1 for found in heads_of)  # a step's rows are of one task
+    assert all(len(found) == 1 for found in heads_of)  # All rows of a step belong to one task.
     whole = [[g for g, of in zip(steps, heads_of, strict=True) if of == {head}] for head in (0, 1)]
     own_steps = len(whole[0]) // epochs
     for epoch in range(epochs):
@@ -795,7 +790,8 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
         assert sorted(np.concatenate([g.reshape(-1) for g in mine])) == list(range(own))
     per_pass = task.order.orders[1].steps_per_epoch
     assert n - own_steps == min(own_steps, per_pass) and len(whole[1]) == epochs * (n - own_steps)
-    for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):  # it goes on where it ended
+    # The next epoch continues where this one stopped.
+    for begin in range(0, len(whole[1]) - per_pass + 1, per_pass):
         found = np.concatenate([g.reshape(-1) for g in whole[1][begin : begin + per_pass]])
         assert sorted(found) == list(range(own, own + other))
     again = copy.deepcopy(task)
@@ -803,7 +799,7 @@ def test_an_epoch_has_every_own_row_once_and_no_more_of_the_others(
         assert np.array_equal(again.rows("train", int(step)), steps[step])
 
 
-def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to_epoch(tokenizer):
+def test_auxiliary_steps_are_shuffled_by_seed_and_epoch(tokenizer):
     def turns(seed: int) -> list[list[int]]:
         task = of_two(
             tokenizer,
@@ -823,7 +819,7 @@ def test_the_places_of_other_tasks_follow_from_the_seed_and_change_from_epoch_to
     assert sum(first[0]) == sum(first[1]) == 12
 
 
-def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
+def test_a_single_task_keeps_the_order_of_its_rows(tokenizer):
     task = mood(tokenizer, seed=5)
     alone = Order(task.train.lengths, 4, seed=5)
     assert alone.steps_per_epoch == task.order.steps_per_epoch == 2
@@ -833,13 +829,13 @@ def test_an_alone_task_has_the_order_of_its_rows(tokenizer):
     assert (np.diff(task.val.lengths[val.reshape(-1)]) >= 0).all()
 
 
-def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
+def test_ulmfit_unfreezes_by_epochs_of_all_tasks(tokenizer):
     task = of_two(tokenizer, method="ulmfit")
     model, n = task.build_model(task.cfg), task.order.steps_per_epoch
     assert n == 4 > task.order.orders[0].steps_per_epoch
 
     def trained(step: int) -> set[str]:
-        """The heads, or h.0, h.1, ..., that train in a step."""
+        """The heads or blocks (h.0, h.1, ...) that train in a step."""
         names = [name for group in task.groups(model, step) for name in group.params]
         return {
             re.sub(r"^transformer\.|(?<=h\.\d)\..*$|\.weight$|\.bias$", "", name) for name in names
@@ -853,7 +849,7 @@ def test_ulmfit_thaws_by_epochs_of_all_tasks(tokenizer):
     }
 
 
-def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_choices(tokenizer):
+def test_an_auxiliary_task_has_its_own_labels_and_options(tokenizer):
     task = of_two(
         tokenizer,
         ROWS,
@@ -861,7 +857,7 @@ def test_another_task_has_its_own_labels_and_warnings_and_none_of_the_first_s_ch
         seq_len=12,
         class_weights=("1", "2", "3"),
     )
-    assert task.keys == ["mood", "mood-2"] and [rows.labels for rows in task.rows_of] == [
+    assert task.head_names == ["mood", "mood-2"] and [rows.labels for rows in task.rows_of] == [
         LABELS,
         ("no", "yes"),
     ]
@@ -887,7 +883,7 @@ def exported(task: Mood, folder: Path) -> GPT:
     return model
 
 
-def test_a_file_of_predictions_is_the_course_s_and_one_with_probabilities(tmp_path):
+def test_predictions_are_written_as_jsonl_and_csv(tmp_path):
     found = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
     rows = [Row({"text": "one", "id": "x9"}, ""), Row({"text": "둘", "id": ""}, "")]
     write_predictions(tmp_path / "answers.jsonl", rows, found, LABELS, "Predicted_Sentiment")
@@ -918,13 +914,11 @@ def test_probabilities_add_up_to_one(log_p):
 
 
 @pytest.mark.parametrize("reads", READS)
-def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_form_of_the_run(
-    reads, tokenizer, tmp_path
-):
+def test_predict_uses_the_settings_of_the_run(reads, tokenizer, tmp_path):
     asked = [row(" ".join(WORDS[n:][:7]), LABELS[n % 3] if n else "", WORDS[n]) for n in range(9)]
     task = mood(tokenizer, **READS[reads])
     model = exported(task, tmp_path / "model")
-    # says nothing of the form
+    # nothing about --form
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu", allow_overlap=True)
     other, said = Mood(asked), []
     scores = other.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append)
@@ -941,7 +935,7 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
             probabilities(log_p_of(task, model, tokens)[None].astype(np.float64))[0],
             atol=1e-5,
         )
-    # the first has no label
+    # The first row has no label.
     right = [answer["prediction"] == answer["label"] for answer in answers[1:]]
     assert scores.keys() == {"accuracy", "macro_f1", "calibration_error"} and scores[
         "accuracy"
@@ -952,14 +946,16 @@ def test_rows_to_predict_are_answered_in_their_order_with_the_labels_words_and_f
     )
 
 
-def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
+def test_predict_rows_may_lack_a_label_or_be_too_long(tokenizer, tmp_path):
     exported(mood(tokenizer, seq_len=8), tmp_path / "model")
     asked, said = Mood([row(" ".join(WORDS), ""), row("stone", "")]), []
     cfg = ClassificationConfig(init="other", predict="rows", device="cpu", cut="start")
     assert (
         asked.predict(cfg, str(tmp_path / "model"), tmp_path / "answers.jsonl", said.append) == {}
     )
-    assert said == ["1 of 2 rows are longer than 8 tokens and cut at the start of their text"]
+    assert said == [
+        "1 of 2 rows are longer than 8 tokens and are truncated at the start of their text"
+    ]
     assert {file.name for file in tmp_path.glob("answers*")} == {"answers.jsonl", "answers.csv"}
     with pytest.raises(UserError, match="too long for --seq-len 8"):
         asked.predict(
@@ -976,10 +972,10 @@ def test_rows_to_predict_need_no_label_and_may_be_too_long(tokenizer, tmp_path):
     assert not list(tmp_path.glob("no*"))
 
 
-def test_what_is_no_classifier_cannot_predict(tokenizer, tmp_path):
+def test_predict_refuses_a_model_without_a_classifier(tokenizer, tmp_path):
     GPT(mood(tokenizer).trunk.shape).save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"is no classifier; train one first, or name a run of finetune.mood"
+        UserError, match=r"is not a classifier; train one first, or name a run of finetune.mood"
     ):
         Mood(ROWS).predict(
             ClassificationConfig(predict="rows"), str(tmp_path), tmp_path / "answers.jsonl", print
@@ -1011,13 +1007,13 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
         assert all(first[name] != other[name] for other in others), name
 
 
-# --- one task after another
+# --- training from a trained model
 
 
-def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer, tmp_path):
+def test_init_keeps_the_head_if_its_labels_match(tokenizer, tmp_path):
     model = exported(mood(tokenizer), tmp_path)
     start: dict[str, Any] = dict(init=str(tmp_path), preset=None, tokenizer=None)
-    other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # as many labels
+    other = [r | {"label": f"not {r['label']}"} for r in ROWS]  # the same number of labels
     for rows, options, taken in (
         (ROWS, {}, True),
         (other, {}, False),
@@ -1031,16 +1027,19 @@ def test_a_trunk_goes_on_and_its_head_where_it_is_for_the_same_labels(tokenizer,
         assert told == (
             []
             if taken is not False
-            else [f"--init {tmp_path} has a head for bad, good, so-so (last): this run's is new"]
+            else [
+                f"--init {tmp_path} has a head for bad, good, so-so (last), which does not fit; "
+                "this run starts with a new head"
+            ]
         )
-        known = tokenizer.vocab_size  # the prompts of --form word add a token
+        known = tokenizer.vocab_size  # The prompts of --form word add a token.
         for name, p in model.named_parameters():
             cut = slice(known if name == "transformer.wte.weight" else None)
             same = name in found and torch.equal(found[name][cut], p[cut])
             assert same == (bool(taken) if name.startswith("heads.") else True), name
 
 
-def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
+def test_training_continues_from_a_hub_classifier(tokenizer, tmp_path):
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     task = mood(tokenizer)
@@ -1069,7 +1068,7 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
         tmp_path / "a.jsonl",
         print,
     )
-    assert 0 <= scores["accuracy"] <= 1  # it predicts as it is, too
+    assert 0 <= scores["accuracy"] <= 1  # It also predicts without training.
     task = mood(
         tokenizer,
         [row("a", "no"), row("b", "yes")],
@@ -1079,15 +1078,16 @@ def test_a_classifier_of_the_hub_is_gone_on_with(tokenizer, tmp_path):
     )
     task.build_model(task.cfg)
     assert any(
-        "has a head for bad, good, so-so (last): this run's is new" in text
+        "has a head for bad, good, so-so (last), which does not fit; this run starts with a new head"
+        in text
         for text in task.source.warnings
     )
 
 
-# --- what others read
+# --- what other programs read
 
 
-def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenizer, tmp_path):
+def test_transformers_gives_the_same_scores(tokenizer, tmp_path):
     from transformers import AutoTokenizer, GPT2ForSequenceClassification, pipeline
 
     task = mood(tokenizer)
@@ -1097,7 +1097,7 @@ def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenize
     own = [log_p_of(task, model, tokens) for tokens in task.train.tokens]
     with torch.no_grad():
         for ids in ([0], [3], [1, 0, 3], [*range(7)]):
-            batch = padded([task.train.tokens[i] for i in ids], tokenizer.eot)
+            batch = pad_rows([task.train.tokens[i] for i in ids], tokenizer.eot)
             found = theirs(batch["idx"]).logits
             hidden = model.hidden(batch["idx"])
             torch.testing.assert_close(
@@ -1120,7 +1120,7 @@ def test_transformers_gives_the_same_scores_alone_and_in_padded_batches(tokenize
         )
 
 
-def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp_path):
+def test_final_names_its_padding_token(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer.save(tmp_path / "given")  # another filler would be taken for a row's last token
@@ -1136,9 +1136,7 @@ def test_batches_are_filled_with_what_the_model_takes_for_filling(tokenizer, tmp
 
 
 @pytest.mark.parametrize("reads", ["mean", "attention", "lstm", "word"])
-def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_beside(
-    reads, tokenizer, tmp_path
-):
+def test_other_poolings_export_a_language_model_and_a_head(reads, tokenizer, tmp_path):
     from transformers import GPT2LMHeadModel
 
     task = mood(tokenizer, **READS[reads])
@@ -1160,9 +1158,7 @@ def test_what_the_hub_has_no_classifier_for_is_a_language_model_with_a_head_besi
 
 @pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize("reads", ["last", "attention", "word"])
-def test_a_checkpoint_of_an_adapter_is_adapter_and_head_and_predicts(
-    method, reads, tokenizer, tmp_path
-):
+def test_an_adapter_checkpoint_has_its_head_and_predicts(method, reads, tokenizer, tmp_path):
     GPT(mood(tokenizer).trunk.shape).save_pretrained(tmp_path / "base", eot=tokenizer.eot)
     tokenizer.save(tmp_path / "base")
     options: dict[str, Any] = dict(

@@ -1,5 +1,5 @@
-"""Figures of classifications beside scikit-learn's, plain loops and rows drawn one by one; and
-their pictures."""
+"""Classification metrics against scikit-learn, plain loops and row-by-row resampling, and their
+charts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tasks.classification import chart, confusion
 
 @st.composite
 def labelled(draw, predictions=1):
-    """K, and true and predicted labels of some rows; often a label that is in one of them only, or
-    in neither."""
+    """K, and the true and predicted labels of some rows. Some labels are often only true, only
+    predicted, or neither."""
     n_labels = draw(st.integers(1, 6))
     row = st.tuples(*[st.integers(0, n_labels - 1)] * (1 + predictions))
     return n_labels, *np.array(draw(st.lists(row, min_size=1, max_size=40))).T
 
 
 def scored(rows=200, n_labels=3, seed=0, sharpness=1.0):
-    """True labels (N,) and probabilities (N, K) that know something of them."""
+    """True labels (N,) and probabilities (N, K) that predict them better than chance."""
     random = np.random.default_rng(seed)
     true = random.integers(0, n_labels, rows)
     scores = random.normal(size=(rows, n_labels)) + 1.5 * np.eye(n_labels)[true]
@@ -38,13 +38,13 @@ def scored(rows=200, n_labels=3, seed=0, sharpness=1.0):
     return true, odds / odds.sum(1, keepdims=True)
 
 
-# --- beside scikit-learn
+# --- against scikit-learn
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @given(labelled())
 @settings(max_examples=80, deadline=None)
-def test_figures_are_scikit_learns(rows):
+def test_metrics_match_scikit_learn(rows):
     from sklearn import metrics
 
     n_labels, true, predicted = rows
@@ -63,11 +63,11 @@ def test_figures_are_scikit_learns(rows):
         np.testing.assert_allclose(found, figure, atol=1e-12)
 
 
-def test_a_label_in_neither_does_not_count():
+def test_macro_f1_ignores_labels_that_never_occur():
     some = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 2)
     more = confusion.confusion_matrix([0, 0, 1], [0, 1, 1], 5)
     assert confusion.macro_f1(some) == confusion.macro_f1(more) == pytest.approx(2 / 3)
-    # 2/3, 1 and, of the label that no row has, 0
+    # 2/3, 1, and 0 for the label without rows
     given_only = confusion.confusion_matrix([0, 0, 1], [0, 2, 1], 5)
     assert confusion.macro_f1(given_only) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
@@ -84,7 +84,7 @@ def test_a_label_out_of_range_is_refused(wrong):
 
 
 def plain_calibration(true, probabilities, bins):
-    """Guo et al. (2017), row by row: bin m holds confidences in ((m - 1)/M, m/M]."""
+    """Guo et al. (2017), row by row: bin m has the confidences in ((m - 1)/M, m/M]."""
     error = 0.0
     for m in range(1, bins + 1):
         inside = [
@@ -100,8 +100,8 @@ def plain_calibration(true, probabilities, bins):
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
-    # 0: all labels are equally likely
+def test_calibration_error_matches_a_loop(seed, rows, n_labels, bins):
+    # 0: all labels have the same probability
     true, probabilities = scored(rows, n_labels, seed, sharpness=seed % 5)
     expected = plain_calibration(true, probabilities, bins)
     assert confusion.calibration_error(true, probabilities, bins) == pytest.approx(
@@ -111,7 +111,7 @@ def test_calibration_error_is_that_of_a_plain_loop(seed, rows, n_labels, bins):
 
 def test_reliability_by_hand():
     probabilities = np.array([[0.5, 0.5], [0.3, 0.7], [0.1, 0.9], [0.0, 1.0]])
-    # 0.5 is in the second bin, 1 in the last
+    # 0.5 is in the second bin, and 1 in the last
     found = confusion.reliability([0, 0, 1, 1], probabilities, bins=4)
     np.testing.assert_array_equal(found.rows, [0, 1, 1, 2])
     np.testing.assert_allclose(found.confidence, [0, 0.5, 0.7, 0.95])
@@ -122,7 +122,7 @@ def test_reliability_by_hand():
     )
 
 
-def test_logarithms_are_not_taken_for_probabilities():
+def test_log_probabilities_are_refused():
     true, probabilities = scored()
     with pytest.raises(ValueError, match="between 0 and 1"):
         confusion.figures(true, np.log(probabilities))
@@ -130,12 +130,12 @@ def test_logarithms_are_not_taken_for_probabilities():
         confusion.figures(true, 2 * probabilities)
 
 
-# --- how sure
+# --- intervals
 
 
 def intervals_by_rows(true, predictions, resamples):
-    """Intervals of accuracy and macro-F1, and of their differences if two are given, of rows drawn
-    one by one."""
+    """Intervals of accuracy and macro-F1 from rows drawn one by one, or of their differences for
+    two predictions."""
     random, n_labels = (
         np.random.default_rng(1),
         1 + max(true.max(), *(of.max() for of in predictions)),
@@ -156,8 +156,8 @@ def intervals_by_rows(true, predictions, resamples):
 
 @pytest.fixture(scope="module")
 def pair():
-    """True labels and two predictions of 300 rows, of labels of unequal numbers, that often
-    agree."""
+    """True labels and two predictions of 300 rows that often agree. The labels differ in
+    frequency."""
     random = np.random.default_rng(5)
     true = random.choice(3, 300, p=[0.7, 0.2, 0.1])
     first, second = (
@@ -167,7 +167,7 @@ def pair():
     return true, first, np.where(random.random(300) < 0.5, first, second)
 
 
-def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
+def test_bootstrap_matches_drawing_row_by_row(pair):
     true, first, _ = pair
     found = confusion.bootstrap(true, first, 3, seed=0, resamples=4000)
     expected = intervals_by_rows(true, [first], 4000)
@@ -178,7 +178,7 @@ def test_bootstrap_is_that_of_rows_drawn_one_by_one(pair):
     assert np.ptp(found["accuracy"]) == pytest.approx(width, rel=0.1)
 
 
-def test_bootstrap_covers_as_often_as_it_says():
+def test_bootstrap_intervals_have_their_coverage():
     random, share, covered = np.random.default_rng(0), 0.8, 0
     for seed in range(200):
         right = random.random(250) < share
@@ -186,13 +186,13 @@ def test_bootstrap_covers_as_often_as_it_says():
             np.zeros(250), np.where(right, 0, 1), 2, seed, resamples=400
         )["accuracy"]
         covered += low <= share <= high
-    # of 190 expected: four standard deviations of 3.1, less at the top
+    # 190 are expected: the bounds are four standard deviations of 3.1, and fewer at the top.
     assert 178 <= covered <= 199
 
 
 @given(labelled(), st.randoms())
 @settings(max_examples=25, deadline=None)
-def test_order_of_rows_is_no_matter(rows, shuffle):
+def test_bootstrap_does_not_depend_on_the_order_of_rows(rows, shuffle):
     n_labels, true, predicted = rows
     order = shuffle.sample(range(len(true)), len(true))
     interval = confusion.bootstrap(true, predicted, n_labels, seed=3, resamples=50)
@@ -202,7 +202,7 @@ def test_order_of_rows_is_no_matter(rows, shuffle):
     )
 
 
-def test_bootstrap_is_the_seeds(pair):
+def test_bootstrap_depends_on_the_seed(pair):
     true, first, _ = pair
     same = [confusion.bootstrap(true, first, 3, seed) for seed in (7, 7, 8)]
     assert same[0] == same[1] != same[2]
@@ -211,17 +211,17 @@ def test_bootstrap_is_the_seeds(pair):
         (confusion.accuracy(matrix), confusion.macro_f1(matrix)), same[0].values()
     ):
         assert low < figure < high
-    # labels that no row has or was given change nothing
+    # Labels that are neither true nor predicted change nothing.
     wider = confusion.bootstrap(true, first, 9, 7)
     assert wider == same[0]
 
 
-def test_nothing_to_draw_from():
+def test_bootstrap_without_rows_is_refused():
     with pytest.raises(ValueError, match="no rows"):
         confusion.bootstrap([], [], 2, seed=0)
 
 
-# --- two methods
+# --- two predictions
 
 
 @given(labelled(predictions=2))
@@ -243,19 +243,19 @@ def test_paired_test_counts(rows):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_paired_intervals_are_those_of_rows_drawn_one_by_one(pair):
+def test_paired_intervals_match_drawing_row_by_row(pair):
     true, first, second = pair
     found = confusion.paired_test(true, first, second, seed=0, resamples=4000)
     expected = intervals_by_rows(true, [first, second], 4000)
     np.testing.assert_allclose(
         [found[name]["interval"] for name in ("accuracy", "macro_f1")], expected, atol=0.006
     )
-    # Paired: narrower than of two samples of their own.
+    # Paired intervals are narrower than those of two independent samples.
     apart = [confusion.bootstrap(true, of, 3, seed=0)["accuracy"] for of in (first, second)]
     assert np.ptp(found["accuracy"]["interval"]) < 0.9 * math.hypot(*np.ptp(apart, axis=1))
 
 
-def test_paired_test_turned_around(pair):
+def test_swapping_the_runs_flips_the_paired_test(pair):
     true, first, second = pair
     one, other = (
         confusion.paired_test(true, *of, seed=0, resamples=4000)
@@ -270,11 +270,11 @@ def test_paired_test_turned_around(pair):
     for name in ("accuracy", "macro_f1"):
         assert one[name]["difference"] == -other[name]["difference"]
         low, high = other[name]["interval"]
-        # of other draws
+        # The seed gives other draws.
         np.testing.assert_allclose(one[name]["interval"], [-high, -low], atol=0.006)
 
 
-def test_a_method_is_no_better_than_itself(pair):
+def test_a_run_does_not_differ_from_itself(pair):
     true, first, _ = pair
     nothing = {"difference": 0.0, "interval": [0.0, 0.0]}
     found = confusion.paired_test(true, first, first, seed=0)
@@ -290,7 +290,7 @@ def test_a_method_is_no_better_than_itself(pair):
 
 @given(st.integers(0, 400), st.integers(0, 400))
 @settings(max_examples=60, deadline=None)
-def test_mcnemar_is_a_plain_sum(wins, losses):
+def test_mcnemar_matches_a_plain_sum(wins, losses):
     n = wins + losses
     tail = Fraction(sum(math.comb(n, i) for i in range(min(wins, losses) + 1)), 2**n)
     assert confusion.mcnemar(wins, losses) == pytest.approx(min(1.0, float(2 * tail)), rel=1e-10)
@@ -298,8 +298,8 @@ def test_mcnemar_is_a_plain_sum(wins, losses):
 
 
 def test_mcnemar_of_many_rows():
-    # By the normal distribution with the half that corrects for whole numbers: |101000 - 100000| -
-    # 1 over its deviation.
+    # The normal distribution with continuity correction: |101000 - 100000| - 1 over its standard
+    # deviation.
     assert confusion.mcnemar(100_000, 101_000) == pytest.approx(
         math.erfc(999 / math.sqrt(201_000) / math.sqrt(2)), rel=1e-4
     )
@@ -309,7 +309,7 @@ def test_mcnemar_of_many_rows():
 # --- the report
 
 
-def test_report_holds_every_figure():
+def test_a_report_has_every_metric():
     true, probabilities = scored(150, 4)
     labels = ["north", "east", "south", "west"]
     found = confusion.report(true, probabilities, labels, seed=2)
@@ -327,7 +327,7 @@ def test_report_holds_every_figure():
         assert [found["per_class"][label][name] for label in labels] == column.tolist()
 
 
-def test_reports_bins_are_those_that_hold_rows():
+def test_a_report_leaves_out_empty_bins():
     true, probabilities = scored(150, 4)
     bins = confusion.report(true, probabilities, list("abcd"), seed=0)["reliability"]
     assert sum(one["rows"] for one in bins) == 150
@@ -336,7 +336,7 @@ def test_reports_bins_are_those_that_hold_rows():
     assert error == pytest.approx(confusion.calibration_error(true, probabilities))
 
 
-def test_labels_are_as_many_as_probabilities():
+def test_labels_must_match_the_probabilities():
     true, probabilities = scored(50, 3)
     with pytest.raises(ValueError):
         confusion.report(true, probabilities, ["a", "b"], seed=0)
@@ -344,14 +344,14 @@ def test_labels_are_as_many_as_probabilities():
         confusion.report(true, probabilities, list("abcd"), seed=0)
 
 
-def test_reports_at_the_edges_are_json():
+def test_reports_of_edge_cases_are_valid_json():
     one_right = confusion.report([1], [[0.0, 1.0]], ["no", "yes"], seed=0)
     assert one_right["intervals"] == {"accuracy": [1.0, 1.0], "macro_f1": [1.0, 1.0]}
-    single = np.array([[0.2, 0.8]], dtype=np.float32)  # what a model gives
+    single = np.array([[0.2, 0.8]], dtype=np.float32)  # as a model gives them
     json.dumps([one_right, confusion.report([0], single, ["no", "yes"], seed=0)], allow_nan=False)
 
 
-# --- the pictures
+# --- the charts
 
 
 def size(path) -> tuple[int, int]:
@@ -362,22 +362,22 @@ def size(path) -> tuple[int, int]:
 
 
 LABELS = {
-    2: ["no", r"$\yes$"],  # no formula, and one that cannot be read
-    # letters that fonts lack, one that all lack
+    2: ["no", r"$\yes$"],  # no formula, and one that does not parse
+    # letters that some fonts lack, and one that all fonts lack
     5: ["여행", "경제", "a\nb", "\U0010ffff", "x" * 300],
     42: [f"org:place_of_headquarters_{i}" for i in range(42)],
 }
 
 
 @pytest.mark.parametrize("n_labels", LABELS)
-def test_pictures_are_drawn_in_silence(n_labels, tmp_path, caplog, capfd):
+def test_charts_are_drawn_without_output(n_labels, tmp_path, caplog, capfd):
     true, probabilities = scored(400, n_labels)
     report = confusion.report(true, probabilities, LABELS[n_labels], seed=0)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         paths = chart.draw(report, tmp_path, "a_title $ of 한글 $")
     assert paths == [tmp_path / "confusion.png", tmp_path / "reliability.png"]
-    # A font list that matplotlib writes anew is its own affair.
+    # Ignore what matplotlib says when it rebuilds its font list.
     assert [record.message for record in caplog.records if "font cache" not in record.message] == []
     assert capfd.readouterr().out == ""
     (width, height), (reliability_width, reliability_height) = map(size, paths)
@@ -405,14 +405,14 @@ def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
         [0] * 30, np.eye(14)[np.arange(30) % 2], list(map(str, range(14))), seed=0
     )
     chart.draw_confusion(many, tmp_path / "b.png", "")
-    assert written == [(0, 0, "15"), (1, 0, "15")]  # of many labels no zeros
+    assert written == [(0, 0, "15"), (1, 0, "15")]  # With many labels, zeros are not written.
     written.clear()
     many["confusion"] = (np.array(many["confusion"]) * 10**9).tolist()
     chart.draw_confusion(many, tmp_path / "c.png", "")
     assert not written
 
 
-def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
+def test_a_font_is_found_for_letters_outside_matplotlibs(monkeypatch):
     from matplotlib.font_manager import fontManager
 
     own = chart.glyphs_of(chart.FONT)
@@ -431,7 +431,7 @@ def test_a_font_is_found_for_letters_that_matplotlibs_own_lacks(monkeypatch):
         assert chart.fonts_for([none_needed_or_none_has]) == ([chart.FONT], own)
 
 
-def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):
+def test_without_matplotlib_there_are_no_charts(tmp_path, monkeypatch):
     true, probabilities = scored(20, 2)
     report = confusion.report(true, probabilities, ["no", "yes"], seed=0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed

@@ -1,5 +1,4 @@
-"""The family of tasks whose answers are texts: rows to sequences, sequences to batches, batches to
-a loss."""
+"""Generation tasks: encoding rows as sequences, batches, losses, evaluation and --predict."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from config import UserError, resolve, resolve_steps
 from given import GivenTexts, rows_are_given
 from model import GPT
-from tasks.description import Long, Special, plain
+from tasks.description import SpecialToken, Truncatable, plain
 from tasks.generation.description import Answer, Example
 from tasks.generation.options import GenerationConfig
 from tasks.generation.task import IGNORE, Generation
@@ -31,7 +30,7 @@ from text.rows import Row
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
-GO = Special("<go>")
+GO = SpecialToken("<go>")
 WORDS = [
     "the",
     "river",
@@ -59,17 +58,17 @@ def given_rows() -> Iterator[None]:
 
 
 def example(row: Row, cfg: GenerationConfig) -> Example:
-    long = (Long(row["long"]),) if row["long"] else ()
+    long = (Truncatable(row["long"]),) if row["long"] else ()
     fixed = (row["fixed"], GO) if row["fixed"] else ()
     return Example((*long, *fixed), (row["answer"],))
 
 
-def scores(answers: Sequence[Answer], learned: Sequence[Row]) -> dict[str, float]:
+def scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str, float]:
     return {"answered": len(answers)}
 
 
 class Echo(Generation):
-    """Rows that the test gives: a text that may be cut, one that may not, and an answer."""
+    """A task on given rows: a text that may be truncated, one that may not, and an answer."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class Echo(Generation):
         self.given = train
 
     def predict(self, cfg: Any, where: str, path: Path, say: Any) -> dict[str, float]:
-        return self.answering(cfg, where, say).write(path, say)
+        return self.open_predictor(cfg, where, say).write(path, say)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def set_up(
     task: Echo, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None, **options: Any
 ) -> Echo:
-    """The task with its rows read, for a model from scratch."""
+    """The task after `setup`, for a model from scratch."""
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=tokenizer.source, precision="fp32"
     )
@@ -120,8 +119,7 @@ def set_up(
 def echo(
     tokenizer: Tokenizer, train: list[dict[str, str]], val: Any = None, **options: Any
 ) -> Echo:
-    """A task that trains on rows and is validated on `val`, or on those that are held out
-    (None)."""
+    """A task that trains on `train` and validates on `val`. None holds out some of `train`."""
     return set_up(
         Echo(train, val), tokenizer, **dict[str, Any](val_data="val" if val else None) | options
     )
@@ -145,7 +143,7 @@ quick = settings(
     seq_len=st.integers(8, 40),
 )
 @quick
-def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, rows, seq_len):
+def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
     rows = [row("the end"), *rows]
     task = echo(tokenizer, rows, rows, seq_len=seq_len)
     go, eot, encode = (
@@ -161,7 +159,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
             [*encode(r["fixed"]), go] if r["fixed"] else [],
             encode(r["answer"]),
         )
-        rest = [*fixed, *answer, eot]  # what cannot be cut
+        rest = [*fixed, *answer, eot]  # a text that cannot be truncated
         whole = [eot, *long, *rest]
         over = len(whole) - (seq_len + 1)
         if over <= 0:
@@ -181,7 +179,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
             counts["cannot be cut"] += 1
     for split in (task.train, task.val):
         assert [
-            (t.tolist(), n) for t, n in zip(split.tokens, split.learned, strict=True)
+            (t.tolist(), n) for t, n in zip(split.tokens, split.answer_starts, strict=True)
         ] == expected
         assert split.lengths.max() <= seq_len
     told = [
@@ -190,7 +188,7 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
         if n
         for what in ("training", "validation")
     ]
-    (known,) = [w for w in task.source.warnings if "also stand among" in w]  # all of them do here
+    (known,) = [w for w in task.source.warnings if "also validation rows" in w]  # here all are
     assert known.startswith(f"{len(rows)} of {len(rows)} ")
     others = [w for w in task.source.warnings if "lose their answer" not in w]
     assert len(others) == len(told) + 1
@@ -202,38 +200,38 @@ def test_every_row_is_whole_cut_continued_or_left_out_and_counted(tokenizer, row
 
 @given(answer=texts, fixed=st.just("") | texts, seq_len=st.integers(8, 20))
 @quick
-def test_a_text_that_goes_on_is_learned_once_and_whole(tokenizer, answer, fixed, seq_len):
+def test_every_token_of_a_split_text_is_learned_once(tokenizer, answer, fixed, seq_len):
     task = echo(tokenizer, [row("the end"), row(answer, fixed)], [row("a")], seq_len=seq_len)
-    sequences = list(zip(task.train.tokens[1:], task.train.learned[1:], strict=True))
+    sequences = list(zip(task.train.tokens[1:], task.train.answer_starts[1:], strict=True))
     learned = [token for tokens, at in sequences for token in tokens[at:].tolist()]
     assert learned == ([*tokenizer.encode(answer), tokenizer.eot] if sequences else [])
     assert bool(sequences) == (not fixed or len(tokenizer.encode(fixed)) + 2 < seq_len + 1)
 
 
-def test_strict_ends_at_a_row_that_does_not_fit_whole(tokenizer):
+def test_strict_refuses_a_row_that_is_too_long(tokenizer):
     long = " ".join(WORDS)
     for bad in (row("stone", "a", long), row(long, "a", "the")):
         with pytest.raises(
             UserError, match=r"rows row 1: \d+ tokens too long for --seq-len 12 \(--strict\)"
         ):
             echo(tokenizer, [row("rain"), bad], [row("a")], seq_len=12, strict=True)
-    # nothing of it is lost
+    # The answer is not lost.
     task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)
     assert len(task.train.rows) > 2
     with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
         echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
 
 
-def test_a_special_token_is_one_token_and_its_spelling_in_a_text_is_not(tokenizer):
+def test_only_a_special_token_itself_is_one_token(tokenizer):
     task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
     go, tokens = task.trunk.tokenizer.special_id(GO), task.train.tokens[0].tolist()
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
-    assert tokens[task.train.learned[0] - 1] == go
+    assert tokens[task.train.answer_starts[0] - 1] == go
     assert task.trunk.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
-    assert plain(("a", GO, Long("b"))) == "ab"
+    assert plain(("a", GO, Truncatable("b"))) == "ab"
 
 
-def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenizer):
+def test_show_rows_marks_the_learned_text(tokenizer):
     said: list[str] = []
     rows = [row("stone", "bridge of"), row("rain", "slept in")]
     task = set_up(Echo(rows), tokenizer, said.append, val_data="val", show_rows=1)
@@ -246,10 +244,10 @@ def test_the_first_rows_are_shown_with_the_marks_around_what_is_learned(tokenize
     ]
 
 
-# --- what is held out
+# --- holding out
 
 
-def test_rows_that_belong_together_are_held_out_together(tokenizer):
+def test_a_group_of_rows_is_held_out_together(tokenizer):
     rows = [row(f"{a} {n}", a) for a in WORDS[:8] for n in range(5)]
     task = Echo(rows)
     task.description = dataclasses.replace(task.description, group=lambda row: row["fixed"])
@@ -262,7 +260,7 @@ def test_rows_that_belong_together_are_held_out_together(tokenizer):
     assert [r.where for r in echo(tokenizer, rows, [row("a")]).val.rows] == ["val row 0"]
 
 
-# --- sequences to batches, batches to a loss
+# --- batches and losses
 
 ROWS = [
     row("slept on", "the town"),
@@ -276,8 +274,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", params=["likelihood", "unlikelihood"])
 def trained(request, tokenizer) -> tuple[Echo, GPT]:
-    """A task and a model with random weights; seed and scale such that its losses differ from row
-    to row."""
+    """A task and a model with random weights, whose losses differ from row to row."""
     objective = ("unlikelihood",) if request.param == "unlikelihood" else ()
     task = echo(tokenizer, ROWS, objective=objective, unlikelihood=0.7, batch_size=4)
     torch.manual_seed(1)
@@ -289,24 +286,26 @@ def trained(request, tokenizer) -> tuple[Echo, GPT]:
     return task, model.train()
 
 
-ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # one of the six rows is held out
+ids = st.lists(st.integers(0, 4), min_size=1, max_size=8)  # One of the six rows is held out.
 
 
 @given(ids=ids)
 @quick
-def test_a_batch_holds_each_row_and_its_targets(trained, ids):
+def test_a_batch_has_each_row_and_its_targets(trained, ids):
     task, _ = trained
     made = task.batch("train", np.array(ids))
     batch = made.tensors
-    assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.padded
-    # the least that holds
-    assert (task.padded[task.padded < batch["idx"].shape[1]] < task.train.lengths[ids].max()).all()
+    assert batch["idx"].shape == batch["targets"].shape and batch["idx"].shape[1] in task.buckets
+    # the smallest bucket that holds them
+    assert (
+        task.buckets[task.buckets < batch["idx"].shape[1]] < task.train.lengths[ids].max()
+    ).all()
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
-        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
         for t in range(len(idx)):
             assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.trunk.tokenizer.eot)
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
-    n_learned = sum(len(task.train.tokens[i]) - task.train.learned[i] for i in ids)
+    n_learned = sum(len(task.train.tokens[i]) - task.train.answer_starts[i] for i in ids)
     assert made.weights == dict.fromkeys(task.terms, n_learned)
     n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
     assert made.amounts == {
@@ -317,12 +316,12 @@ def test_a_batch_holds_each_row_and_its_targets(trained, ids):
 
 
 def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
-    """Of training row `i` alone, unpadded, position by position in fp64."""
+    """The loss of training row `i` alone and unpadded, position by position in fp64."""
     exact, tokens = copy.deepcopy(model).double(), task.train.tokens[i]
     with torch.no_grad():
         log_p = F.log_softmax(exact(torch.from_numpy(tokens[None, :-1]))[0], -1)
     sums = dict.fromkeys(task.terms, 0.0)
-    for t in range(task.train.learned[i] - 1, len(tokens) - 1):
+    for t in range(task.train.answer_starts[i] - 1, len(tokens) - 1):
         sums["nll"] -= float(log_p[t, tokens[t + 1]])
         if "unlikelihood" in sums:
             candidates = set(tokens[: t + 1].tolist()) - {int(tokens[t + 1])}
@@ -332,7 +331,7 @@ def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
     return sums
 
 
-def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
+def test_the_loss_of_a_batch_is_the_sum_over_its_rows(trained):
     task, model = trained
     alone = [plain_loss(task, model, i) for i in range(len(task.train.rows))]
     draw = np.random.default_rng(0)
@@ -347,7 +346,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(trained):
         )
 
 
-def test_gradients_do_not_see_the_padding(trained):
+def test_padding_does_not_change_gradients(trained):
     task, model = trained
 
     def gradients(ids: list[int]) -> list[Tensor]:
@@ -368,8 +367,8 @@ def test_gradients_do_not_see_the_padding(trained):
 # --- evaluation
 
 
-def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
-    rows = [ROWS[5], *ROWS[:5]]  # the first goes on in a second sequence
+def test_evaluation_does_not_depend_on_the_batches(tokenizer):
+    rows = [ROWS[5], *ROWS[:5]]  # The first row continues in a second sequence.
     task = echo(tokenizer, ROWS, rows, seq_len=24, eval_rows=3, max_new_tokens=6, temperature=1.0)
     torch.manual_seed(1)
     model = task.build_model(task.cfg).eval()
@@ -377,7 +376,7 @@ def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
     assert sorted(order) == list(range(len(task.val.rows)))
     begins = [i for i, tokens in enumerate(task.val.tokens) if tokens[0] == tokenizer.eot]
     assert 1 not in begins and task.decoded == begins[:3]
-    assert sorted(order[:3]) == task.decoded  # together in the first batch
+    assert sorted(order[:3]) == task.decoded  # These are together in the first batch.
     results = []
     for size in (len(order), 2, 1):
         sums: dict[str, float] = {}
@@ -395,7 +394,7 @@ def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
         assert metrics == pytest.approx(results[0][0], rel=1e-5)
     metrics, outputs = results[0]
     exact = [plain_loss(on_validation(task), model, i)["nll"] for i in range(len(order))]
-    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.learned, strict=True))
+    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.answer_starts, strict=True))
     assert metrics["val_loss"] == pytest.approx(sum(exact) / learned, rel=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(sum(exact) / learned), rel=1e-4)
     assert metrics["answered"] == 3
@@ -404,13 +403,13 @@ def test_validation_loss_and_answers_do_not_depend_on_the_batches(tokenizer):
 
 
 def on_validation(task: Echo) -> Echo:
-    """The task with its validation rows in the place of those to train on."""
+    """The task with its validation rows as training rows."""
     other = copy.copy(task)
     other.train = task.val
     return other
 
 
-def test_without_rows_to_decode_the_loss_chooses_the_best(tokenizer):
+def test_without_decoded_rows_the_loss_chooses_the_best(tokenizer):
     for eval_rows, best in ((2, ("answered", "max")), (0, ("val_loss", "min"))):
         task = set_up(
             Echo(ROWS, ROWS, ("answered", "max")), tokenizer, val_data="val", eval_rows=eval_rows
@@ -427,11 +426,12 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     fixed, go = tokenizer.encode("of a"), task.trunk.tokenizer.special_id(GO)
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
-    assert task.val.learned[0] > 24  # in training the text fills what its answer leaves
+    # In training, the text fills all the room that the answer leaves.
+    assert task.val.answer_starts[0] > 24
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
-def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
+def test_every_predict_row_is_answered_in_order(tokenizer, tmp_path):
     rows = [row("stone", "the town slept"), row("rain", "a"), row("bridge", "of stone and")]
     task = echo(tokenizer, ROWS, rows, seq_len=32, decode="greedy", max_new_tokens=4, batch_size=2)
     model = task.build_model(task.cfg)
@@ -456,14 +456,14 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     ):
         Echo(long).predict(strict, str(tmp_path / "model"), tmp_path / "other.jsonl", print)
     assert not (tmp_path / "other.jsonl").exists()
-    some = Echo([*rows, row("", "the town")])  # the first three have a true answer
+    some = Echo([*rows, row("", "the town")])  # Only the first three have a true answer.
     assert some.predict(cfg, str(tmp_path / "model"), tmp_path / "some.jsonl", said.append) == {
         "answered": 3
     }
-    assert said[1:] == ["3 of 4 rows have a true answer; these are scored"]
+    assert said[1:] == ["3 of 4 rows have a true answer. Only these are scored"]
     broken = Echo(rows)
     torn = Row(dict(row("")), "a line 1", "is torn")
-    broken.to_answer = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
+    broken.predict_rows = [torn, *Source(broken.description, cfg, print).read("rows", "test")]
     assert broken.predict(cfg, str(tmp_path / "model"), tmp_path / "broken.jsonl", said.append) == {
         "answered": 3
     }
@@ -475,7 +475,7 @@ def test_every_row_to_predict_is_answered_in_its_place(tokenizer, tmp_path):
     assert unknown.predict(cfg, str(tmp_path / "model"), tmp_path / "unknown.jsonl", print) == {}
 
 
-def test_prompts_of_the_user_are_sampled(tokenizer):
+def test_samples_answer_the_prompts_option(tokenizer):
     task = echo(tokenizer, ROWS, ROWS, max_new_tokens=3)
     model = task.build_model(task.cfg)
     assert [prompt for prompt, _ in task.samples(model)] == ["the town<go>", "ofa<go>"]
@@ -483,7 +483,7 @@ def test_prompts_of_the_user_are_sampled(tokenizer):
     assert [prompt for prompt, _ in task.samples(model)] == ["rain", "", "stone"]
 
 
-# --- what a run must have in common with its continuation
+# --- the identity of a run
 
 
 def test_the_identity_names_what_changes_the_result(tokenizer):
@@ -504,7 +504,7 @@ def test_the_identity_names_what_changes_the_result(tokenizer):
     assert identity(val=ROWS[1:])["data"] != first["data"]
 
 
-def test_a_sequence_longer_than_the_model_has_room_for_is_refused(tokenizer, tmp_path):
+def test_a_seq_len_beyond_the_context_is_refused(tokenizer, tmp_path):
     model = GPT(echo(tokenizer, ROWS, seq_len=32).trunk.shape)
     model.save_pretrained(tmp_path)
     options: dict[str, Any] = dict(init=str(tmp_path), preset=None)

@@ -1,4 +1,4 @@
-"""Metrics against hand-computed cases, and against the libraries of the field."""
+"""Metrics against values worked out by hand, and against the libraries of the field."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from engine import pretraining
 from support import own_lines
 from tasks import metrics
 
-# Few characters, so that n-grams repeat within a text and between texts; white space of several
-# kinds; no Latin too.
+# Few characters, so that n-grams repeat within a text and between texts, with several kinds of
+# white space and with other scripts than Latin.
 TEXTS = st.lists(st.text(alphabet="ab \n\u3000한é", max_size=14), min_size=1, max_size=5)
 
 
@@ -33,8 +33,8 @@ def test_pairwise_chrf_is_sacrebleus_sentence_chrf(texts):
 
 
 def test_pairwise_chrf_by_hand():
-    # Order 1: 1 of the 2 characters of "ab", 1 of the 1 of "a"; higher orders take no part. 5PR /
-    # (4P + R).
+    # Order 1: 1 of the 2 characters of "ab", and the 1 of "a". Higher orders do not count.
+    # F = 5PR / (4P + R).
     np.testing.assert_allclose(
         similarity.pairwise_chrf(["ab", "a"]), [[100, 250 / 3], [500 / 9, 100]]
     )
@@ -55,7 +55,7 @@ def test_pairwise_chrf_follows_the_order_of_its_texts(texts, random):
 def test_chrf_of_a_corpus():
     references = ["From fairest creatures we desire increase,", "봄은 온다", "x"]
     assert metrics.chrf(references, references) == pytest.approx(100)
-    # One text alone: the corpus's score is the sentence's.
+    # For a single text, the corpus score is the sentence score.
     assert metrics.chrf(["ab"], ["a"]) == pytest.approx(250 / 3)
     half = metrics.chrf(["From fairest creatures", "봄", "y"], references)
     assert 0 < half < 100
@@ -69,7 +69,7 @@ ENGLISH = st.text(alphabet="abt heHErning'-_.,0", max_size=40)
 
 @given(ENGLISH, ENGLISH)
 @settings(max_examples=80, deadline=None)
-def test_rouge_of_ascii_is_rouge_scores(hypothesis, reference):
+def test_rouge_of_ascii_matches_rouge_score(hypothesis, reference):
     from rouge_score.rouge_scorer import RougeScorer
 
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
@@ -80,17 +80,18 @@ def test_rouge_of_ascii_is_rouge_scores(hypothesis, reference):
 
 
 def test_rouge_by_hand():
-    # Stems: "the cat run" and "the cat run fast"; 3 of 3 and 3 of 4, bigrams 2 of 2 and 2 of 3.
+    # Stems: "the cat run" and "the cat run fast". Unigrams 3 of 3 and 3 of 4, bigrams 2 of 2 and
+    # 2 of 3.
     assert metrics.rouge(["The cats, running"], ["the cat runs fast"]) == pytest.approx(
         {"rouge1": 600 / 7, "rouge2": 400 / 5, "rougeL": 600 / 7}
     )
-    assert metrics.rouge(["bus"], ["bu"])["rouge1"] == 0  # three letters keep their ending
-    # The longest common subsequence of a b c d and c d a b has 2 words; the mean is over texts.
+    assert metrics.rouge(["bus"], ["bu"])["rouge1"] == 0  # Words of three letters are not stemmed.
+    # The longest common subsequence of a b c d and c d a b has 2 words. The mean is over texts.
     both = metrics.rouge(["a b c d", "x"], ["c d a b", "y"])
     assert both == pytest.approx({"rouge1": 50, "rouge2": 100 / 3, "rougeL": 25})
 
 
-def test_rouge_sees_every_script():
+def test_rouge_counts_words_of_every_script():
     assert metrics.words("봄은 café, 日本_ラーメン!") == [
         "봄",
         "은",
@@ -108,14 +109,14 @@ def test_rouge_sees_every_script():
 
 def test_squad_by_hand():
     answers = [["The Norman dukes", "Normans"], ["1066"], ["in Paris, France"]]
-    # Equal but for article, case and punctuation; no word in common; 1 word of 1 and of 3.
+    # Equal without article, case and punctuation; no common word; 1 word of 1 and of 3.
     scores = metrics.squad(
         ["an norman-dukes!", "in 1067", "Paris"], [["The normandukes"], *answers[1:]]
     )
     assert scores == pytest.approx({"exact_match": 100 / 3, "f1": (100 + 0 + 50) / 3})
-    # the best of the answers
+    # The best answer counts.
     assert metrics.squad(["normans"], answers[:1]) == {"exact_match": 100, "f1": 100}
-    # nothing left: so the official script
+    # Both texts are empty after normalisation, as in the official script.
     assert metrics.squad(["the"], [["A!"]]) == {"exact_match": 100, "f1": 0}
 
 
@@ -128,7 +129,7 @@ def test_squad_takes_the_best_answer_and_any_order_of_words(prediction, answers,
     each = [metrics.squad([prediction], [[answer]]) for answer in answers]
     scores = metrics.squad([prediction], [answers])
     assert scores == {kind: max(score[kind] for score in each) for kind in scores}
-    assert scores["f1"] == 100 or scores["exact_match"] == 0 or not metrics._plain(prediction)
+    assert scores["f1"] == 100 or scores["exact_match"] == 0 or not metrics._normalised(prediction)
     shuffled = " ".join(random.sample(prediction.split(), len(prediction.split())))
     assert metrics.squad([shuffled], [answers])["f1"] == scores["f1"]
     assert metrics.squad(answers[:1], [[prediction]]) == each[0]
@@ -161,7 +162,7 @@ FEW_WORDS = st.lists(
 
 @given(FEW_WORDS, FEW_WORDS)
 @settings(max_examples=100, deadline=None)
-def test_longest_copied_is_the_plain_search(texts, training):
+def test_longest_copied_matches_a_plain_search(texts, training):
     assert metrics.longest_copied(texts, training).tolist() == [
         naive_copied(text, training) for text in texts
     ]
@@ -210,26 +211,26 @@ def test_rhymes_by_hand():
         "love",
         "prove",
     )
-    # The same word is no rhyme, an unknown one does not count, love and prove only look alike.
+    # A word does not rhyme with itself, unknown words do not count, love and prove only look alike.
     assert metrics.rhyming_accuracy([worse]) == pytest.approx(
         {"rhyming_accuracy": 4 / 6, "rhyming_coverage": 6 / 7}
     )
-    # Without the last two lines; without the pair that the three lines of a prompt make.
+    # Without the last two lines, and without the pair within the prompt's three lines.
     assert metrics.rhyming_accuracy([poem(*GOOD[:12])])["rhyming_accuracy"] == pytest.approx(6 / 7)
     given = metrics.rhyming_accuracy([poem("day", "light", "grass", "stone", *GOOD[4:])], given=3)
     assert given == pytest.approx({"rhyming_accuracy": 5 / 6, "rhyming_coverage": 1})
-    # Pairs of all poems together; blank lines are none.
+    # The pairs of all poems count together, and blank lines are skipped.
     two = metrics.rhyming_accuracy([poem(*GOOD).replace("\n", "\n\n"), ""])
     assert two == {"rhyming_accuracy": 0.5, "rhyming_coverage": 1}
     assert metrics.rhyming_accuracy([]) == {"rhyming_accuracy": 0, "rhyming_coverage": 0}
 
 
-def test_rhymes_are_those_of_the_dictionary():
+def test_rhymes_follow_the_dictionary():
     import pronouncing
 
     for word in ("night", "conditioner", "read", "o'clock"):
         assert all(metrics._rhyme(word, other) for other in pronouncing.rhymes(word)[:50])
-    assert metrics._rhyme("late", "congregate")  # a second stress rhymes with a first
+    assert metrics._rhyme("late", "congregate")  # Secondary stress rhymes with primary stress.
     assert metrics._rhyme("night", "day") is False and metrics._rhyme("night", "mak'st") is None
     assert metrics._last_word("And tender churl, mak’st o’er-- ") == "o'er"
 
@@ -241,7 +242,7 @@ def test_true_sonnets_rhyme_and_shuffled_lines_do_not(repo):
     poems = [
         poem.strip() for poem in re.split(r"\n\s*\d+\s*\n", file.read_text(encoding="utf-8"))[1:]
     ]
-    # one sonnet has 15 lines and one 12
+    # One sonnet has 15 lines and one has 12.
     assert metrics.line_count_accuracy(poems) == pytest.approx(129 / 131)
     true = metrics.rhyming_accuracy(poems)
     assert true["rhyming_accuracy"] > 0.75 and true["rhyming_coverage"] > 0.9
@@ -272,7 +273,7 @@ metrics.chrf([text], [text]), metrics.rouge([text], [text]), metrics.rhyming_acc
 
 
 def test_the_libraries_print_nothing_and_need_no_network(run, tmp_path):
-    # No proxy answers at a port that is closed, and a home that is new has no data of NLTK's.
+    # The proxy's port is closed, and a new home folder has no data of NLTK.
     nowhere = {
         "HOME": str(tmp_path),
         "NLTK_DATA": str(tmp_path),

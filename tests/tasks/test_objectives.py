@@ -1,5 +1,5 @@
-"""The objectives against plain loops in fp64, with their gradients, and where probabilities are
-extreme."""
+"""The objectives and their gradients against plain loops in fp64, including extreme
+probabilities."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def draws(*shape, seed=0, n=2, dtype=torch.float32, scale=2.0):
 
 
 def labelled(B, K, seed=0, dtype=torch.float32):
-    """log_p whose rows add up to less than 1, labels, weights."""
+    """log_p whose rows add up to less than 1, labels and weights."""
     [logits], generator = (
         draws(B, K + 1, seed=seed, n=1, dtype=dtype),
         torch.Generator().manual_seed(seed),
     )
-    # the last column is the other words
+    # The last column stands for all other words.
     log_p = logits.detach().log_softmax(1)[:, :K].clone().requires_grad_()
     weights = torch.rand(B, generator=generator)
     return log_p, torch.randint(K, (B,), generator=generator), weights
@@ -74,7 +74,7 @@ def test_label_nll_is_the_cross_entropy_of_logits(smoothing):
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, of_class, reduction="sum"))
 
 
-def test_a_label_without_probability_costs_the_other_rows_nothing():
+def test_a_label_of_probability_0_leaves_other_rows_finite():
     log_p = torch.tensor([[0.0, -math.inf], [math.log(0.5), math.log(0.5)]])
     assert label_nll(log_p, torch.tensor([0, 1])).item() == pytest.approx(math.log(2))
 
@@ -98,14 +98,14 @@ def test_rdrop_is_a_symmetric_divergence_of_distributions(B, K, seed):
     one, two = draws(B, K, seed=seed)
     value = rdrop(one, two)
     assert value >= 0 and value == rdrop(two, one)
-    # renormalised
+    # Rows are renormalised.
     torch.testing.assert_close(rdrop(one + 1.7, two - 0.3), value, rtol=1e-4, atol=1e-5)
     assert rdrop(one, one).item() == 0
-    assert rdrop(one, one + 1e-6 * two) >= 0  # where 1e-12 is left of it
+    assert rdrop(one, one + 1e-6 * two) >= 0  # about 1e-12
 
 
 def infonce(first, second, group, temperature):
-    """Row by row in fp64."""
+    """A loop over rows in fp64."""
     loss = 0.0 * (first + second).double().sum()
     for i in range(len(first)):
         begin = i - i % group
@@ -130,7 +130,7 @@ def test_simcse_equals_the_loop(group, groups, C, seed):
     equal_to_loop(simcse(one, two, group, 0.5), infonce(one, two, group, 0.5), one, two)
 
 
-def test_simcse_of_fewer_rows_than_a_group():
+def test_simcse_with_fewer_rows_than_a_group():
     one, two = draws(3, 4)
     torch.testing.assert_close(simcse(one, two, 8, 0.1), simcse(one, two, 3, 0.1))
     equal_to_loop(simcse(one, two, 8, 0.1), infonce(one, two, 8, 0.1), one, two)
@@ -138,13 +138,11 @@ def test_simcse_of_fewer_rows_than_a_group():
     assert simcse(one[:0], two[:0], 8, 0.1).item() == 0
     for rows, group in ((3, 2), (9, 8)):
         one, two = draws(rows, 4)
-        with pytest.raises(
-            ValueError, match=f"{rows} rows are no whole number of groups of {group}"
-        ):
+        with pytest.raises(ValueError, match=f"{rows} rows cannot be split into groups of {group}"):
             simcse(one, two, group, 0.1)
 
 
-def test_groups_of_simcse_do_not_see_each_other():
+def test_simcse_groups_are_independent():
     one, two = draws(8, 5)
     parts = [simcse(one[s], two[s], 4, 0.1) for s in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(simcse(one, two, 4, 0.1), torch.stack(parts).sum())
@@ -154,7 +152,7 @@ def test_groups_of_simcse_do_not_see_each_other():
     torch.testing.assert_close(simcse(one[:4], two[:4], 4, 0.1), parts[0])
 
 
-def test_simcse_does_not_depend_on_the_order_or_the_length_of_rows():
+def test_simcse_does_not_depend_on_order_or_vector_length():
     one, two = draws(8, 5)
     order = torch.tensor([2, 0, 3, 1, 4, 7, 6, 5])  # within groups of four
     value = simcse(one, two, 4, 0.1)
@@ -176,7 +174,7 @@ def test_gradients_of_label_objectives_in_fp64():
     } == {torch.float64}
 
 
-def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
+def test_label_objectives_are_computed_in_fp32():
     one, two = draws(8, 16, dtype=torch.bfloat16)
     labels = torch.arange(8)
     wide = one.detach().float(), two.detach().float()
@@ -191,8 +189,7 @@ def test_label_objectives_are_computed_in_fp32_whatever_the_precision():
 
 
 def loop(logits, idx, targets, earlier=None):
-    """Both sums in fp64 by definition: -log(1 - p) is that of the probability of all other
-    tokens."""
+    """Both sums in fp64 by definition. 1 - p is the total probability of all other tokens."""
     log_p = logits.double().log_softmax(-1)
     nll = unlikelihood = torch.zeros((), dtype=torch.float64)
     for b, t in (targets != IGNORE).nonzero().tolist():
@@ -213,7 +210,7 @@ def inputs(B=2, T=7, V=9, scale=1.0, seed=0, dtype=torch.float32):
 
 
 def gradients(sums, logits):
-    """Of each sum by itself; zero where it does not depend on the logits."""
+    """The gradients of each sum by itself. Zero if it does not depend on the logits."""
     found = [
         torch.autograd.grad(s, logits, retain_graph=True)[0] if s.requires_grad else None
         for s in sums
@@ -239,7 +236,7 @@ def check(logits, idx, targets, earlier=None, rtol=1e-5, atol=1e-6):
     st.floats(0, 0.9),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_loop(B, T, V, scale, seed, without):
+def test_unlikelihood_matches_a_loop(B, T, V, scale, seed, without):
     logits, idx, targets = inputs(B, T, V + 1, scale, seed)
     draw = torch.rand(2, B, T, generator=torch.Generator().manual_seed(seed))
     targets[draw[0] < without] = IGNORE
@@ -247,8 +244,9 @@ def test_equals_the_loop(B, T, V, scale, seed, without):
     check(logits, idx, targets)
 
 
-def test_by_hand():
-    """One position that has read tokens 0, 1 and 0 and must say 1: the one candidate is 0, once."""
+def test_unlikelihood_by_hand():
+    """One position has read the tokens 0, 1 and 0, and its target is 1. The only candidate is 0,
+    once."""
     p = torch.tensor([0.5, 0.3, 0.2])
     logits = p.log().expand(1, 3, 3).clone().requires_grad_()
     idx, targets = torch.tensor([[0, 1, 0]]), torch.tensor([[IGNORE, IGNORE, 1]])
@@ -256,13 +254,13 @@ def test_by_hand():
     assert nll.item() == pytest.approx(-math.log(0.3)) and unlikelihood.item() == pytest.approx(
         -math.log(0.5)
     )
-    # The odds of 0 are 1: its logit gets 1 - p, the others lose p.
+    # The odds of 0 are 1: its logit gets 1 - p, and the others lose p.
     torch.testing.assert_close(
         gradients([unlikelihood], logits)[0][0, 2], torch.tensor([0.5, -0.3, -0.2])
     )
 
 
-def test_gradients_in_fp64():
+def test_unlikelihood_gradients_in_fp64():
     logits, idx, targets = inputs(scale=2.0, dtype=torch.float64)
     targets[0, :3] = IGNORE
     assert torch.autograd.gradcheck(lambda z: nll_and_unlikelihood(z, idx, targets), logits)
@@ -273,7 +271,7 @@ def test_gradients_in_fp64():
 
 
 @pytest.mark.parametrize("form", [written_out.with_mask, written_out.with_loop])
-def test_equals_the_published_form(form):
+def test_unlikelihood_matches_the_published_form(form):
     logits, idx, targets = inputs(3, 20, 31, scale=2.0)
     targets[1, 4:9] = IGNORE
     ours, theirs = nll_and_unlikelihood(logits, idx, targets), form(logits, idx, targets)
@@ -283,14 +281,14 @@ def test_equals_the_published_form(form):
     )
 
 
-def test_exact_where_a_repeated_token_is_nearly_certain():
-    """Where the published clamp at 1e-5 has no gradient left: 1 - p down to 1e-26, in fp32."""
+def test_unlikelihood_is_exact_for_p_close_to_1():
+    """The published clamp at 1e-5 has no gradient here: 1 - p goes down to 1e-26, in fp32."""
     logits, idx, targets = inputs(2, 6, 11, dtype=torch.float32)
     sure = torch.linspace(5, 60, 12).view(2, 6, 1)
     with torch.no_grad():
         logits.scatter_add_(2, idx[..., None], sure)
     check(logits, idx, targets)
-    # The certain token is the target: what is left to learn is as small as 1 - p, and none of it is
+    # The certain token is the target. The remaining gradient is as small as 1 - p, and it is not
     # rounded away.
     p = logits.detach().double().softmax(-1).scatter_(2, idx[..., None], 0)
     expected = p.scatter(2, idx[..., None], -p.sum(-1, keepdim=True))
@@ -299,14 +297,14 @@ def test_exact_where_a_repeated_token_is_nearly_certain():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_finite_wherever_logits_are(dtype):
+def test_unlikelihood_is_finite_for_finite_logits(dtype):
     logits, idx, targets = inputs(
         2, 6, 11, scale=1e4 if dtype != torch.float16 else 1e3, dtype=dtype
     )
     sums = nll_and_unlikelihood(logits, idx, targets)
     assert all(torch.isfinite(s) and s.dtype == torch.float32 for s in sums)
-    # only one token a position can be certain
-    assert sums[1] <= -math.log(objectives.LEAST) * idx.numel() * 1.001
+    # Only one token per position can be certain.
+    assert sums[1] <= -math.log(objectives.MIN_REST) * idx.numel() * 1.001
     for gradient in gradients([s * 2.0**14 for s in sums], logits):
         assert gradient.dtype == dtype
         assert gradient.isfinite().all()
@@ -324,9 +322,9 @@ def test_bf16_logits_are_summed_in_fp32():
         assert torch.equal(narrow, exact.bfloat16())
 
 
-def test_nothing_to_learn_or_to_avoid():
+def test_unlikelihood_without_targets_or_candidates():
     logits, idx, targets = inputs(B=3, T=1)
-    targets[0] = idx[0]  # the one token read is the target: no candidate
+    targets[0] = idx[0]  # the only token read is the target, so there is no candidate
     check(logits, idx, targets)
     ours = nll_and_unlikelihood(logits, idx, torch.full_like(targets, IGNORE))
     assert [s.item() for s in ours] == [0, 0]
@@ -339,7 +337,7 @@ def test_nothing_to_learn_or_to_avoid():
     )
 
 
-def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
+def test_unlikelihood_adds_up_over_rows_and_chunks(monkeypatch):
     logits, idx, targets = inputs(3, 8, 21, scale=2.0)
     whole = nll_and_unlikelihood(logits, idx, targets)
     dz = gradients(whole, logits)
@@ -347,18 +345,18 @@ def test_rows_add_up_and_pieces_change_nothing(monkeypatch):
         nll_and_unlikelihood(*(x[b : b + 1] for x in (logits, idx, targets))) for b in range(3)
     ]
     torch.testing.assert_close(list(whole), [torch.stack(s).sum() for s in zip(*alone)])
-    # five positions, over the ends of rows
+    # five positions per chunk, across the ends of rows
     monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * 21 * 5)
     pieces = nll_and_unlikelihood(logits, idx, targets)
     torch.testing.assert_close(pieces, whole)
     assert all(torch.equal(a, b) for a, b in zip(gradients(pieces, logits), dz))
 
 
-def test_a_prompt_counts_and_padding_on_the_left_does_not():
+def test_prompt_tokens_are_candidates_and_padding_is_not():
     logits, idx, targets = inputs(1, 5, 9)
     pad = 3
     wide = torch.cat((torch.randn(1, pad, 9), logits.detach()), 1).requires_grad_()
-    # padding that is a token of the text too
+    # The padding token also occurs in the text.
     padded = torch.cat((idx.new_full((1, pad), int(idx[0, 1])), idx), 1)
     wanted = torch.cat((targets.new_full((1, pad), IGNORE), targets), 1)
     earlier = torch.arange(pad + 5)[None] >= pad
@@ -379,8 +377,8 @@ def test_first_occurrences(tokens):
 
 
 def test_a_padded_vocabulary_of_gpt2():
-    """Logits as the model gives them, a view that leaves padding columns out; nothing as large is
-    kept for backward."""
+    """The logits are a view that leaves out padding columns, as from the model. Nothing else of
+    that size is kept for backward."""
     torch.manual_seed(0)
     wide = torch.randn(2, 12, 50304, requires_grad=True)
     idx, targets = torch.randint(50257, (2, 2, 12))
@@ -399,7 +397,7 @@ def test_a_padded_vocabulary_of_gpt2():
     torch.testing.assert_close(gradients(ours, wide), gradients(plain, wide), rtol=1e-4, atol=1e-7)
 
 
-def test_compiles_without_a_break():
+def test_unlikelihood_compiles_without_a_break():
     logits, idx, targets = inputs()
     compiled = torch.compile(nll_and_unlikelihood, fullgraph=True, backend="aot_eager")(
         logits, idx, targets

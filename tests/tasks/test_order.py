@@ -1,4 +1,4 @@
-"""Which rows a step sees, and what they are padded to."""
+"""The order of rows, and the bucket sizes that batches are padded to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from tasks.order import POOL, Order, pad_to, padded_lengths, padding_share
+from tasks.order import POOL, Order, bucket_for, bucket_lengths, padding_share
 
 SST = Path(__file__).resolve().parents[3] / "shared" / "data" / "cs224n" / "ids-sst-train.csv"
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
@@ -26,7 +26,7 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300).map(np.array)
     seed=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=120, deadline=None)
-def test_every_row_once_in_an_epoch(
+def test_an_epoch_visits_every_row_once(
     lengths: np.ndarray, groups: int, group: int, seed: int
 ) -> None:
     order, n, batch = Order(lengths, groups * group, seed, group), len(lengths), groups * group
@@ -56,7 +56,7 @@ def test_seeds_and_epochs_differ() -> None:
         Order(lengths, 8, seed)(epoch * 125).tobytes() for seed in range(4) for epoch in range(4)
     ]
     assert len(set(firsts)) == 16
-    one_pool = np.arange(640)  # sorted, always the same batches
+    one_pool = np.arange(640)  # one sorted pool: only the order of its batches varies
     assert (
         len(
             {
@@ -69,16 +69,17 @@ def test_seeds_and_epochs_differ() -> None:
     )
 
 
-def test_batches_are_of_like_length_and_fairly_drawn() -> None:
+def test_batches_have_similar_lengths_and_are_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 10_000)
     order = Order(lengths, 10, 7)
     batches = order.epoch(0)
     spread = [np.ptp(lengths[batch]) for batch in batches]
-    assert np.mean(spread) < 2 * 500 / POOL  # a pool of sorted rows is cut into 64 batches
+    assert np.mean(spread) < 2 * 500 / POOL  # a pool of sorted rows is split into 64 batches
     means = np.array([lengths[batch].mean() for batch in batches])
     halves = means[:500].mean() - means[500:].mean()
-    assert abs(halves) < 4 * means.std() * math.sqrt(2 / 500)  # no drift of lengths along the epoch
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # nor from one batch to the next
+    # Lengths drift neither along the epoch nor from one batch to the next.
+    assert abs(halves) < 4 * means.std() * math.sqrt(2 / 500)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
     smaller = Order(lengths, 64, 7)
     lasts = [lengths[smaller.epoch(epoch)[-1]].mean() for epoch in range(40)]
     assert abs(np.mean(lasts) - lengths.mean()) < 4 * lengths.std() / math.sqrt(40 * (10_000 % 64))
@@ -86,7 +87,7 @@ def test_batches_are_of_like_length_and_fairly_drawn() -> None:
 
 def test_groups_must_fill_a_batch() -> None:
     with pytest.raises(
-        UserError, match="--batch-size 20 is no multiple of groups of 8 rows; use 24"
+        UserError, match="--batch-size 20 is not a multiple of groups of 8 rows; use 24"
     ):
         Order(np.ones(5), 20, 0, group=8)
 
@@ -100,11 +101,9 @@ def test_groups_must_fill_a_batch() -> None:
     multiple=st.sampled_from([8, 16, 5]),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_padded_lengths_are_the_best_there_are(
-    lengths: np.ndarray, n_buckets: int, multiple: int
-) -> None:
-    """As found by trying every choice."""
-    sizes = padded_lengths(lengths, 10**6, n_buckets, multiple)
+def test_bucket_lengths_are_optimal(lengths: np.ndarray, n_buckets: int, multiple: int) -> None:
+    """The best sizes, by trying every choice."""
+    sizes = bucket_lengths(lengths, 10**6, n_buckets, multiple)
     assert len(sizes) <= n_buckets and np.all(np.diff(sizes) > 0) and not np.any(sizes % multiple)
     longest = math.ceil(lengths.max() / multiple) * multiple
     assert sizes[-1] == longest
@@ -117,19 +116,19 @@ def test_the_padded_lengths_are_the_best_there_are(
         itertools.combinations(others, k) for k in range(n_buckets)
     )
     assert tokens(tuple(sizes)) == min(tokens((*choice, longest)) for choice in choices)
-    assert [pad_to(int(n), sizes) for n in lengths] == [
+    assert [bucket_for(int(n), sizes) for n in lengths] == [
         min(s for s in sizes if s >= n) for n in lengths
     ]
 
 
-def test_no_size_beyond_the_limit() -> None:
-    sizes = padded_lengths(np.array([3, 50, 100]), limit=100, multiple=8)
+def test_no_bucket_exceeds_the_limit() -> None:
+    sizes = bucket_lengths(np.array([3, 50, 100]), limit=100, multiple=8)
     assert sizes.tolist() == [8, 56, 100]
     with pytest.raises(ValueError, match="101 tokens"):
-        pad_to(101, sizes)
+        bucket_for(101, sizes)
 
 
-def test_share_of_padding() -> None:
+def test_padding_share() -> None:
     lengths, sizes = np.array([3, 8, 9, 16, 5]), np.array([8, 16])
     batches = [np.array([[0], [1], [2]]), np.array([[3], [4]])]
     # (8 + 8) + 16, then 16 + 16
@@ -137,12 +136,12 @@ def test_share_of_padding() -> None:
 
 
 @pytest.mark.skipif(not SST.is_file(), reason="needs ../shared/data/cs224n")
-def test_sst_takes_a_fraction_of_padding_to_the_longest() -> None:
+def test_buckets_save_most_of_the_padding_on_sst() -> None:
     with SST.open(encoding="utf-8") as file:
         lengths = np.array(
             [len(row["sentence"].split()) for row in csv.DictReader(file, delimiter="\t")]
         )
-    sizes, batches = padded_lengths(lengths, 1024), Order(lengths, 64, 1337).epoch(0)
+    sizes, batches = bucket_lengths(lengths, 1024), Order(lengths, 64, 1337).epoch(0)
     share = padding_share(batches, lengths, sizes, 16)
     longest = padding_share(batches, lengths, sizes[-1:], 16)
     assert share < 0.2

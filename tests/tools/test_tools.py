@@ -1,5 +1,5 @@
-"""The tools around fine-tuning, by what they write: hard pairs, back-translations, ensembles,
-comparisons."""
+"""The files and output of the tools around fine-tuning: mine, backtranslate, ensemble and
+compare."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tool = Callable[..., Done]
 
 @pytest.fixture
 def tool(monkeypatch, capsys) -> Tool:
-    """`tool(NAME, *words)`: the command in this process, where starting costs nothing."""
+    """`tool(NAME, *words)` runs a command in this process, which saves its start-up time."""
 
     def tool(name: str, *words: object) -> Done:
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
@@ -48,7 +48,7 @@ def tool(monkeypatch, capsys) -> Tool:
 
 
 def refused(done: Done, *said: str) -> None:
-    """The user's mistake: one line, and exit code 2."""
+    """Assert one line of error and exit code 2."""
     assert done.code == 2 and not done.out
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert all(text in done.err for text in said), done.err
@@ -74,7 +74,7 @@ def draw(n: int, seed: int, sure: float = 1.0) -> np.ndarray:
 def records(
     p: np.ndarray, true: Sequence[str | None], labels: Sequence[str] = LABELS
 ) -> list[dict[str, Any]]:
-    """As a run writes them."""
+    """Lines of a prediction file, as a run writes them."""
     said = [
         {"prediction": labels[of.argmax()], "probabilities": dict(zip(labels, of.tolist()))}
         for of in p
@@ -88,7 +88,7 @@ def records(
 
 @pytest.fixture
 def runs(tmp_path) -> tuple[list[Path], list[np.ndarray], list[str]]:
-    """Three files of predictions of 60 rows, their probabilities, and the true labels."""
+    """Three prediction files of 60 rows, their probabilities, and the true labels."""
     true = [LABELS[k] for k in np.random.default_rng(0).integers(0, 3, 60)]
     drawn = [draw(60, seed) for seed in (1, 2, 3)]
     files = [
@@ -98,7 +98,7 @@ def runs(tmp_path) -> tuple[list[Path], list[np.ndarray], list[str]]:
 
 
 def by_hand(how: str, members: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """Of one row."""
+    """The scores of one prediction."""
     total = sum(weights)
     if how == "mean":
         return [sum(w * p[k] for w, p in zip(weights, members)) / total for k in range(3)]
@@ -112,7 +112,7 @@ def by_hand(how: str, members: Sequence[Sequence[float]], weights: Sequence[floa
 
 @pytest.mark.parametrize("weights", [(), (0.5, 2, 1)])
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
-def test_an_ensemble_is_its_members_combined(tool, runs, tmp_path, how, weights) -> None:
+def test_an_ensemble_combines_its_members(tool, runs, tmp_path, how, weights) -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
     files, drawn, true = runs
@@ -139,7 +139,7 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
         for n, p in enumerate([(0.5, 0.1, 0.4), (0.0, 0.2, 0.8)])
     ]
     done = tool("ensemble", *files, "--how", "vote", "--out", tmp_path / "out.jsonl")
-    assert done.code == 0 and "not known" in done.out
+    assert done.code == 0 and "without known labels" in done.out
     (row,) = read_jsonl(tmp_path / "out.jsonl")
     assert row["prediction"] == "good" and row["probabilities"] == {
         "bad": 0.5,
@@ -150,9 +150,9 @@ def test_a_tie_of_votes_goes_to_the_likelier_label(tool, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("how", ["mean", "geometric", "vote"])
-def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None:
+def test_a_member_of_weight_0_changes_nothing(tool, runs, tmp_path, how) -> None:
     files, drawn, true = runs
-    # impossible for it is one label, and that is no matter either
+    # This member even gives a label the probability 0, whose logarithm is not finite.
     drawn[2][:, 0], drawn[2][:, 1] = (0, 1)
     write_jsonl(files[2], records(drawn[2], true))
     assert tool("ensemble", *files[:2], "--how", how, "--out", tmp_path / "two.jsonl").code == 0
@@ -174,7 +174,7 @@ def test_a_member_without_weight_says_nothing(tool, runs, tmp_path, how) -> None
     assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "three.jsonl")
 
 
-def test_labels_in_another_order_are_the_same_labels(tool, runs, tmp_path) -> None:
+def test_the_order_of_labels_may_differ_between_runs(tool, runs, tmp_path) -> None:
     files, drawn, true = runs
     turned = write_jsonl(tmp_path / "turned.jsonl", records(drawn[1][:, ::-1], true, LABELS[::-1]))
     assert tool("ensemble", files[0], files[1], "--out", tmp_path / "one.jsonl").code == 0
@@ -184,12 +184,12 @@ def test_labels_in_another_order_are_the_same_labels(tool, runs, tmp_path) -> No
     assert json.loads((tmp_path / "same.json").read_text())["accuracy"]["difference"] == 0
 
 
-def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> None:
+def test_compare_prints_the_paired_test(tool, runs, tmp_path) -> None:
     from tasks.classification.confusion import paired_test
 
     (a, b, _), drawn, true = runs
     numbers = np.array([LABELS.index(label) for label in true])
-    drawn[0][np.arange(30), numbers[:30]] += 1  # the first half of a's are right now
+    drawn[0][np.arange(30), numbers[:30]] += 1  # The first half of a's predictions is correct now.
     write_jsonl(a, records(drawn[0] / drawn[0].sum(1, keepdims=True), true))
     done = tool("compare", a, b, "--seed", 5, "--json", tmp_path / "out.json")
     assert done.code == 0, done.err
@@ -207,10 +207,10 @@ def test_a_comparison_says_what_the_paired_test_says(tool, runs, tmp_path) -> No
         f"{expected['accuracy']['difference']:+.4f}" in done.out
         and f"p {expected['mcnemar_p']:.4g}" in done.out
     )
-    assert f"A alone has {expected['wins']} right and B alone {expected['losses']}" in done.out
+    assert f"only A is right on {expected['wins']}, only B on {expected['losses']}" in done.out
 
 
-def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
+def test_compare_ignores_rows_without_a_label(tool, tmp_path) -> None:
     p, true = draw(40, 1), [LABELS[n % 3] for n in range(40)]
     all_known, some, none = (
         write_jsonl(tmp_path / name, records(p[:n], of))
@@ -224,11 +224,11 @@ def test_rows_without_a_true_label_are_not_compared(tool, tmp_path) -> None:
         assert tool("compare", file, file, "--json", file.with_suffix(".json")).code == 0
     figures = [json.loads(file.with_suffix(".json").read_text()) for file in (all_known, some)]
     assert figures[0]["scores"] == figures[1]["scores"] and figures[1]["rows"] == 20
-    refused(tool("compare", none, none), "true label")
+    refused(tool("compare", none, none), "no row with a known label")
 
 
-def test_a_number_is_the_label_it_stands_for(tool, tmp_path) -> None:
-    """The course's files say 1.0 where the labels are 0 and 1."""
+def test_numeric_labels_match_in_any_spelling(tool, tmp_path) -> None:
+    """CS224N's files write 1.0 for the label 1."""
     p = np.array([[0.9, 0.1], [0.2, 0.8]])
     file = write_jsonl(tmp_path / "a.jsonl", records(p, ["0.0", "1.0"], ("0", "1")))
     assert tool("compare", file, file, "--json", tmp_path / "out.json").code == 0
@@ -236,7 +236,7 @@ def test_a_number_is_the_label_it_stands_for(tool, tmp_path) -> None:
 
 
 def change(rows: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
-    """Predictions that do not go with the others."""
+    """Predictions that do not match the other runs."""
     first = dict(rows[0])
     if how == "fewer":
         return rows[1:]
@@ -286,10 +286,10 @@ def test_mistyped_predictions_are_refused(tool, runs, tmp_path) -> None:
     refused(tool("compare", a), "A.jsonl B.jsonl")
     refused(tool("compare", a, b, c), "3 files")
     refused(tool("compare", a, tmp_path / "none.jsonl"), "none.jsonl", "No such file")
-    refused(tool("compare", a, b, "--json", a), "also what is read")
-    refused(tool("ensemble", a, *out), "two members")
+    refused(tool("compare", a, b, "--json", a), "also an input file")
+    refused(tool("ensemble", a, *out), "two runs or more")
     refused(tool("ensemble", a, b), "--out")
-    refused(tool("ensemble", a, b, "--out", b), "also what is read")
+    refused(tool("ensemble", a, b, "--out", b), "also an input file")
     refused(tool("ensemble", a, b, "--out", tmp_path / "no" / "out.jsonl"), "no folder")
     refused(tool("ensemble", a, b, *out, "--weights", 1, 2, 3), "2 numbers")
     refused(tool("ensemble", a, b, *out, "--weights", 1, -1), "at least 0")
@@ -323,13 +323,13 @@ def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> Pa
 
 
 @pytest.mark.parametrize(("share", "each"), [(0.5, 2), (0.25, 1), (0.01, 1), (1, 4)])
-def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each) -> None:
+def test_mine_finds_pairs_with_misleading_overlap(tool, tmp_path, share, each) -> None:
     out = tmp_path / "hard.csv"
     done = tool(
         "mine", "--data", write_pairs(tmp_path / "pairs.csv"), "--out", out, "--share", share
     )
     assert done.code == 0, done.err
-    # as --augment does
+    # as --augment reads it
     rows = read_rows(str(out), PARAPHRASE.columns, optional=PARAPHRASE.optional).rows
     mined = [(row["first"], row["second"], row["label"]) for row in rows]
     assert set(mined) <= set(PAIRS) and [pair for pair in PAIRS if pair in mined] == mined
@@ -342,16 +342,16 @@ def test_the_hard_pairs_are_those_that_words_deceive(tool, tmp_path, share, each
     assert f"{2 * each} of 8 rows" in done.out
 
 
-def test_overlap_is_of_words_and_not_of_their_order() -> None:
+def test_overlap_ignores_the_order_of_words() -> None:
     assert overlap("A b, c!", "c B a") == 1
     assert overlap("a b c", "b c d") == 2 / 4
     assert overlap("a", "b") == 0
     assert overlap("a a a b", "a b b") == 1
-    assert overlap("?", "!") == 1  # of nothing all is shared
+    assert overlap("?", "!") == 1  # Texts without words have overlap 1.
 
 
-def test_the_hardest_are_shown(tool, tmp_path) -> None:
-    """A line a text, whatever is in it."""
+def test_mine_prints_the_hardest_pairs(tool, tmp_path) -> None:
+    """Each text is printed on one line, whatever it contains."""
     data, out = write_pairs(tmp_path / "pairs.csv"), tmp_path / "hard.csv"
     done = tool("mine", "--data", data, "--out", out, "--share", 0.5)
     alike, others = done.out.split("\nnot alike, many in common:\n")
@@ -361,14 +361,14 @@ def test_the_hardest_are_shown(tool, tmp_path) -> None:
     assert "Who sang this song?" in others and "Where can I swim?" not in others
 
 
-def test_labels_that_say_alike_may_be_named(tool, tmp_path) -> None:
-    """RTE's 0 is entailment; that 1 is not shows in how few words its rows share."""
+def test_alike_names_the_labels_of_similar_pairs(tool, tmp_path) -> None:
+    """RTE's 0 means entailment. The low overlap of rows with label 1 shows that 1 does not."""
     data, usual = write_pairs(tmp_path / "pairs.csv"), tmp_path / "usual.csv"
-    assert "do these labels say alike?" in tool("mine", "--data", data, "--out", usual).out
+    assert "name the right labels?" in tool("mine", "--data", data, "--out", usual).out
     done = tool(
         "mine", "--data", data, "--out", tmp_path / "turned.csv", "--alike", 0, "--share", 0.25
     )
-    assert done.code == 0 and "do these labels say alike?" not in done.out
+    assert done.code == 0 and "name the right labels?" not in done.out
     assert "Where can I swim?" in (tmp_path / "turned.csv").read_text()
     assert "an egg, please?" in (tmp_path / "turned.csv").read_text()
 
@@ -378,7 +378,7 @@ def test_mistyped_mining_is_refused(tool, tmp_path) -> None:
     base = ["--data", data, "--out", tmp_path / "hard.csv"]
     refused(tool("mine", "--out", tmp_path / "hard.csv"), "--data")
     refused(tool("mine", "--data", data), "--out")
-    refused(tool("mine", "--data", data, "--out", data), "also what is read")
+    refused(tool("mine", "--data", data, "--out", data), "also an input file")
     refused(tool("mine", *base, "--share", 0), "--share")
     refused(tool("mine", *base, "--share", 1.5), "--share")
     refused(
@@ -404,7 +404,7 @@ ENGLISH = {
 
 
 def save_translator(folder: Path, dictionary: dict[str, str]) -> None:
-    """A model that has learned these texts by heart."""
+    """A translation model that has memorised these texts."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
@@ -490,8 +490,8 @@ def write_table(path: Path, rows: Sequence[dict[str, str]] = ROWS) -> Path:
     return path
 
 
-def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> None:
-    """Row 2 comes back as it was, and row 3 has a translation with no end within 8 tokens."""
+def test_backtranslation_changes_only_the_texts(tool, tmp_path, models) -> None:
+    """Row 2 comes back unchanged. Row 3 has a translation that does not end within 8 tokens."""
     out = tmp_path / "back.jsonl"
     done = tool(
         "backtranslate",
@@ -506,8 +506,7 @@ def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> N
     assert done.code == 0, done.err
     assert read_jsonl(out) == BACK
     assert (
-        "2 rows" in done.out
-        and "1 that came back as they were, 1 with more than 8 tokens" in done.out
+        "2 rows" in done.out and "1 that came back unchanged, 1 with more than 8 tokens" in done.out
     )
     assert "6 of 6 texts" in done.err and "0.0 min left" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "rows.csv"]
@@ -518,7 +517,7 @@ def test_texts_go_there_and_back_and_all_else_stays(tool, tmp_path, models) -> N
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
+def test_translations_do_not_depend_on_the_batch(tool, tmp_path, models, beams) -> None:
     data, words = write_table(tmp_path / "rows.csv"), ["--max-tokens", 8, "--beams", beams, *models]
     for name, size in (("one", 1), ("all", 4096)):
         done = tool(
@@ -535,8 +534,8 @@ def test_batches_change_nothing(tool, tmp_path, models, beams) -> None:
     assert read_jsonl(tmp_path / "one.jsonl") == read_jsonl(tmp_path / "all.jsonl") == BACK
 
 
-def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> None:
-    """3 words and the end are 4 tokens; a song has 4 words."""
+def test_a_row_with_a_text_that_is_too_long_is_left_out(tool, tmp_path, models) -> None:
+    """3 words and the end are 4 tokens. The lyrics have 4 words."""
     out = tmp_path / "back.jsonl"
     done = tool(
         "backtranslate",
@@ -560,8 +559,8 @@ def test_a_text_that_is_too_long_takes_its_row_along(tool, tmp_path, models) -> 
     ] and "2 with more than 4 tokens" in done.out
 
 
-def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
-    """JSON's numbers and lists; an empty text is none to translate."""
+def test_other_columns_keep_their_values(tool, tmp_path, models) -> None:
+    """JSON's numbers and lists are kept, and an empty text is not translated."""
     rows = [
         {"text": "it rains", "title": "", "label": 1, "tags": ["a", 2], "note": None, "score": 0.5}
     ]
@@ -573,10 +572,8 @@ def test_other_values_stay_what_they_are(tool, tmp_path, models) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 5])
-def test_stopped_and_started_again_it_goes_on_where_it_was(
-    tool, tmp_path, models, monkeypatch, cut
-) -> None:
-    """Stopped after three texts; `cut`: bytes of the last line that did not get to the disk."""
+def test_a_stopped_backtranslation_continues(tool, tmp_path, models, monkeypatch, cut) -> None:
+    """Stopped after three texts. `cut`: bytes of the last line that did not reach the disk."""
     data, out = write_table(tmp_path / "rows.csv"), tmp_path / "back.jsonl"
     words = ["--data", data, "--out", out, "--max-tokens", 8, "--batch-tokens", 1, *models]
     batches, sync = 0, os.fsync
@@ -585,7 +582,7 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(
         nonlocal batches
         sync(descriptor)
         batches += 1
-        if batches == 1 + 3:  # the first line of the journal, then a batch of one text each
+        if batches == 1 + 3:  # the first line of the journal, then one text per batch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -597,7 +594,7 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(
     refused(tool("backtranslate", *words, "--beams", 2), "other models or options")
     done = tool("backtranslate", *words)
     assert done.code == 0, done.err
-    assert f"going on: {3 - bool(cut)} of 6 texts are done" in done.err
+    assert f"continuing: {3 - bool(cut)} of 6 texts are done" in done.err
     assert read_jsonl(out) == BACK and not part.exists()
 
 
@@ -621,12 +618,12 @@ def test_mistyped_translations_are_refused(tool, tmp_path, models, monkeypatch) 
     )
     plain = write_table(tmp_path / "plain.csv", [{"a": "x", "b": "y"}])
     refused(tool("backtranslate", "--data", plain, *out), "--columns", "a, b")
-    monkeypatch.setitem(sys.modules, "transformers", None)  # not installed
+    monkeypatch.setitem(sys.modules, "transformers", None)  # transformers is not installed
     refused(tool("backtranslate", "--data", data, *out, *models), "pip install transformers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.csv", "rows.csv"]
 
 
-# ---- as a user starts them
+# ---- as commands
 
 ONE_AFTER_ANOTHER = """
 import json, runpy, sys
@@ -641,7 +638,8 @@ for name, words in json.loads(sys.argv[1]).items():
 
 
 def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
-    """As `python -m` runs them, but in one process: importing torch is most of what each takes."""
+    """Runs each tool like `python -m`, but in one process, because importing torch takes most of
+    the time."""
     (a, b, _), _, _ = runs
     pairs, table = write_pairs(tmp_path / "pairs.csv"), write_table(tmp_path / "rows.csv")
     commands = {
@@ -662,7 +660,7 @@ def test_every_tool_is_a_command(run, runs, models, tmp_path) -> None:
     )
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
-    for name in ("tools.compare", "finetune.tools.compare"):  # the second is its former name
+def test_a_mistake_gives_one_line_and_exit_code_2(run, runs, tmp_path) -> None:
+    for name in ("tools.compare", "finetune.tools.compare"):  # The second name is the old one.
         done = run("-m", name, runs[0][0], write_pairs(tmp_path / "pairs.csv"))
         refused(Done(done.returncode, done.stdout, done.stderr), "pairs.csv")

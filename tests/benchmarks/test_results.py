@@ -1,0 +1,40 @@
+"""The committed reports are what the code of today makes of their committed figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import methods_chart, methods_report, stages_report
+from support import REPO
+
+RESULTS = REPO / "benchmarks/results"
+FILES = [*RESULTS.glob("methods-*.json"), RESULTS / "stages-cpu.json"]
+DRAWN = ("methods-sonnets", "methods-ag", "stages-cpu")  # texts, a search of labels, a ladder
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_report_is_what_its_figures_give(file: Path) -> None:
+    module = stages_report if file.stem.startswith("stages") else methods_report
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == module.text_of(read(file.stem))
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_chart_is_drawn_of_them(name: str, tmp_path: Path) -> None:
+    draw: Callable[..., None] = (stages_report if "stages" in name else methods_chart).draw
+    draw(read(name), tmp_path / "chart.png")
+    png = (tmp_path / "chart.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+def test_without_methods_there_is_no_chart(tmp_path: Path) -> None:
+    methods_chart.draw(read("methods-sonnets") | {"methods": []}, tmp_path / "chart.png")
+    assert not (tmp_path / "chart.png").exists()

@@ -1,0 +1,158 @@
+"""What a run writes: reports, predictions, and nothing at all in a dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import UserError
+from launch import launch, log_of
+from tasks.classification.command import run_baseline
+from tasks.classification.options import ClassificationConfig
+from tasks.command import dry_run_predict
+from toy_runs import description_of, run_task, run_well, task_of, task_options
+
+
+def test_a_task_runs_as_a_program_with_its_own_help(run: Any, folder: Path) -> None:
+    """A task runs as a user starts it, and --help names its options."""
+    done = run(
+        "-m", "finetune.qa", *task_options("qa", "--steps", 2, "--eval-every", 0), cwd=folder
+    )
+    assert done.returncode == 0 and (folder / "run" / "final" / "model.safetensors").exists(), (
+        done.stderr
+    )
+    (end,) = launch(folder, ["--help"], program="finetune.lyrics")
+    assert end.code == 0 and "--with-title" in end.out and "--text-column" in end.out, end
+
+
+def test_log_report_and_predict_agree_on_the_metrics(folder: Path) -> None:
+    """Training is in bf16, and the best step is not the last. The loop, the report and --predict
+    agree."""
+    rows = "".join(
+        f"{i},{a} {b} {i % 7},{(i * 7) % 3}\n"
+        for i, (a, b) in enumerate([("good", "film"), ("dull", "play")] * 20)
+    )
+    (folder / "rows.csv").write_text("id,text,label\n" + rows)
+    (folder / "val.csv").write_text("id,text,label\n" + rows.replace("film", "song"))
+    run_well(
+        "sentiment",
+        folder,
+        "--data rows.csv --val-data val.csv --predict val.csv --epochs 4 --precision bf16",
+        "--lr 0.003 --allow-overlap --seq-len 5",
+    )
+    run = folder / "run"
+    metrics, report, scores = (
+        json.loads((run / name).read_text())
+        for name in ("metrics.json", "validation.report.json", "predictions.scores.json")
+    )
+    names = ("accuracy", "macro_f1", "calibration_error")
+    assert [metrics[n] for n in names] == [report[n] for n in names] == [scores[n] for n in names]
+    assert {file["eval_precision"] for file in (metrics, report, scores)} == {"fp32"}
+    assert json.loads((run / "config.json").read_text())["precision"] == "bf16"
+    assert report["step"] == metrics["final_is_step"]
+    (line,) = [line for line in log_of(run, "eval") if line["step"] == report["step"]]
+    assert [line[n] for n in names] == pytest.approx([report[n] for n in names], abs=1e-5)
+    assert metrics["val_loss"] == line["val_loss"]
+    # A later command without --seq-len truncates rows as the run did.
+    run_well(
+        "sentiment",
+        folder,
+        "--init run --epochs 0 --predict val.csv --answers again.csv --out other",
+    )
+    assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+
+
+def test_a_finished_lstm_run_predicts_the_same_again(inputs: Path, folder: Path) -> None:
+    """--init alone is enough to open it, with or without --model lstm."""
+    words = "--model lstm --init base --steps 3 --lr 1e-2 --micro-batch 4 --predict toy"
+    run_well("sentiment", folder, words, "--answers", "answers.jsonl")
+    for model in (("--model", "lstm"), ()):
+        again = "--init run --epochs 0 --predict toy --answers again.jsonl --out other"
+        run_well("sentiment", folder, again, *model)
+        one, other = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for name in ("answers.jsonl", "again.jsonl")
+        )
+        assert [row["prediction"] for row in one] == [row["prediction"] for row in other] and len(
+            one
+        ) == 8
+        for a, b in zip(one, other, strict=True):
+            assert b["probabilities"] == pytest.approx(a["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["naive-bayes", "tf-idf"])
+def test_a_dry_run_of_a_baseline_writes_nothing(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(**options: Any) -> int:
+        return run_baseline(
+            description_of("sentiment"),
+            ClassificationConfig(out=str(out), dry_run=True, **options),
+            model,
+        )
+
+    out, answers = tmp_path / "new" / "run", tmp_path / "deep" / "answers.csv"
+    assert dry(predict="toy", answers=str(answers)) == 0
+    assert "dry run: nothing is started or written" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(predict=f"{tmp_path}/nowhere.csv")
+    with pytest.raises(UserError, match=r"no such data: .*nowhere"):
+        dry(data=f"{tmp_path}/nowhere.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_predict_alone_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_well("sentiment", folder, "--epochs 1 --out made")
+    before = {path for path in folder.rglob("*") if not path.name.startswith("rank0.")}
+    words = "--epochs 0 --init made --out new --dry-run"
+    (end,) = run_task("sentiment", folder, words, "--predict", "nowhere")
+    assert (
+        end.code == 2
+        and end.err.startswith("error: no such data: nowhere")
+        and end.err.count("\n") == 1
+    ), end
+
+    def dry(init: str) -> int:
+        cfg = ClassificationConfig(init=str(folder / init), predict="toy", epochs=0, dry_run=True)
+        return dry_run_predict(task_of("sentiment"), cfg)
+
+    assert dry("made") == 0
+    assert (
+        "dry run: nothing is written (8 rows of toy would be answered by" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="base is not a classifier"):
+        dry("base")
+    assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
+
+
+def test_a_baseline_needs_a_writable_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(**options: Any) -> int:
+        return run_baseline(
+            description_of("sentiment"), ClassificationConfig(**options), "naive-bayes"
+        )
+
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "run")
+    for out, said in (
+        ("file", "cannot be written"),
+        ("file/run", "cannot be written"),
+        ("link", "link to a folder that is not there"),
+    ):
+        with pytest.raises(UserError, match=rf"--out .*{said}"):
+            fit(out=str(tmp_path / out))
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tasks.classification.command.write_json", full)
+    with pytest.raises(
+        UserError, match=r"cannot write to --out .*/run: No space left on device; name a folder"
+    ):
+        fit(out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"cannot write to --out"):
+        fit(out=str(tmp_path / "run"), predict="toy", answers=str(tmp_path / "answers" / "a.csv"))
