@@ -96,7 +96,7 @@ def test_without_turns_a_kernel_off():
 
 def test_a_head_too_wide_for_the_kernel_is_refused():
     GPTConfig(n_embd=512, n_head=4, kernels=("attention",))
-    with pytest.raises(UserError, match="up to 128, and these are 256 wide"):
+    with pytest.raises(UserError, match="128 at most, and these are 256 wide"):
         GPTConfig(n_embd=512, n_head=2, kernels=("attention",))
 
 
