@@ -404,7 +404,7 @@ def choose_tiles(card: Card | None, precision: str, head_dim: int) -> KernelTile
     the interpreter) the tiles are an H100's.
     """
     if not 1 <= head_dim <= ATTENTION_WIDTH:
-        return f"supports heads up to {ATTENTION_WIDTH} wide, and these are {head_dim} wide"
+        return f"takes heads of width {ATTENTION_WIDTH} at most, and these are {head_dim} wide"
     card = card or CARDS["H100"]
     if card.capability < (8, 0):
         return (

@@ -43,7 +43,7 @@ from kernels import dropout
 # memory in use, 3 KB per token and head at head_dim 64, no longer fits the caches: here 18 MB per
 # thread.
 GROUP_TOKENS = 6144
-# Probabilities that share one draw, whatever the groups. With fewer, the cost of the calls dominates.
+# Probabilities that share one draw, whatever the groups. With fewer, calls take most of the time.
 DRAWN_TOGETHER = 1 << 16
 
 

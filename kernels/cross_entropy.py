@@ -5,8 +5,10 @@ PyTorch's own operations move 36 bytes per element of bf16 logits: conversion to
 log-softmax (8), the loss's gradient (4), log-softmax's gradient (12) and conversion back to bf16
 (6). Here:
 
-  cross_entropy           forward reads the logits once (2); backward reads them again and writes the gradient (2 + 2)
-  cross_entropy_in_place  one launch for both: reads the row twice and writes its gradient over it (2 + 2 + 2)
+  cross_entropy           forward reads the logits (2); backward reads them again and writes the
+                          gradient (2 + 2)
+  cross_entropy_in_place  one launch for both: reads a row twice and overwrites it with its
+                          gradient (2 + 2 + 2)
 
 In place, the second read is served by the L2 cache and not by memory. 132 multiprocessors with two
 rows each work on 26 MB of GPT-2's 100 KB rows, the L2 of an H100 or H200 is 50 MB, and the second

@@ -206,7 +206,7 @@ def _backward(
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx if `stream`, dx in the dtype `branch` if that is given, and the gradients of weight and
-    bias, (2, C) fp32, if `affine`. dx and its copy are empty, and the gradients zeros, otherwise."""
+    bias, (2, C) fp32, if `affine`. Otherwise dx and its copy are empty, and the gradients zeros."""
     dx, dbranch = _streams_like(total, stream, branch)
     rows, programs, settings = _launch(total)
     sums = mean.new_empty(2, programs if affine else 0, weight.numel())
@@ -287,8 +287,8 @@ def add_layer_norm(
     ) or not weight.shape == bias.shape == x.shape[-1:]:
         shapes = [None if t is None else tuple(t.shape) for t in (x, branch, weight, bias)]
         raise ValueError(
-            f"shapes {shapes} of x, branch, weight and bias do not fit; the first two must be equal, "
-            f"and the others {tuple(x.shape[-1:])}"
+            f"shapes {shapes} of x, branch, weight and bias do not fit; the first two must be "
+            f"equal, and the others {tuple(x.shape[-1:])}"
         )
     total, normed, *_ = _forward(x, branch, weight, bias, eps)
     return x if branch is None else total, normed

@@ -535,7 +535,7 @@ WITH_HEADS = {  # what trains in the first epoch
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_heads_train_under_every_method_and_the_language_model_s_under_none(method, tied):
+def test_classifier_heads_train_under_every_method(method, tied):
     model = classifier(method, tied)
     found = rates(model, config(method))
     assert parts(found) == {"heads"} | WITH_HEADS[method]

@@ -606,9 +606,7 @@ def test_contrastive_search_is_its_definition(model: GPT, reference, options: di
 
 
 @pytest.mark.parametrize("without", [dict(contrastive_k=1), dict(contrastive_alpha=0.0)], ids=str)
-def test_without_a_choice_or_a_weight_contrastive_search_is_greedy(
-    model: GPT, without: dict
-) -> None:
+def test_contrastive_search_with_k_1_or_alpha_0_is_greedy(model: GPT, without: dict) -> None:
     greedy = generate(model, PROMPTS, DecodeConfig(decode="greedy", max_new_tokens=40), eot=None)
     assert (
         generate(

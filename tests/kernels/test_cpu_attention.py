@@ -3,7 +3,6 @@ awkward shapes."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -134,44 +133,11 @@ def test_no_token_sees_a_later_one():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_same_bits_twice(dtype):
-    qkv = inputs(3, 300, 5, 32, dtype=dtype)
-    out = cpu_attention(qkv)
-    first = torch.autograd.grad(out.square().sum(), qkv, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(out.square().sum(), qkv)[0])
-    assert all(torch.equal(a, b) for a, b in zip(run(qkv), run(qkv)))
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_same_bits_with_any_number_of_threads(dtype):
     qkv = inputs(3, 300, 5, 32, dtype=dtype)
     ours = run(qkv)
     torch.set_num_threads(2)
     assert all(torch.equal(a, b) for a, b in zip(ours, run(qkv)))
-
-
-def test_without_gradients():
-    qkv = inputs(2, 100, 3, 16)
-    out = cpu_attention(qkv)
-    with torch.no_grad():
-        assert torch.equal(cpu_attention(qkv), out) and not cpu_attention(qkv).requires_grad
-    with torch.inference_mode():
-        assert torch.equal(cpu_attention(qkv), out) and torch.equal(cpu_attention(qkv + 0), out)
-    assert not cpu_attention(qkv.detach()).requires_grad
-
-
-def test_not_contiguous():
-    qkv = inputs(2, 100, 3, 16)
-    out, grad = run(qkv)
-    whole = torch.zeros(100, 3, 3, 2, 33)
-    view = whole.permute(3, 0, 2, 1, 4)[..., 1::2].copy_(qkv.detach()).detach().requires_grad_()
-    assert not view.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(run(view), (out, grad)))
-    # the gradient of a sum is one number, expanded
-    expanded = torch.autograd.grad(cpu_attention(qkv).sum(), qkv)[0]
-    assert torch.equal(
-        expanded, torch.autograd.grad(cpu_attention(qkv), qkv, torch.ones_like(out))[0]
-    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -330,20 +296,6 @@ def test_operations_keep_their_promises(p):
     qkv, seed = inputs(2, 9, 3, 16), torch.tensor(7) if p else None
     torch.library.opcheck(_forward, (qkv, seed, p))
     torch.library.opcheck(_backward, (qkv.detach(), seed, p, torch.randn(2, 9, 3, 16)))
-
-
-@pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
-)
-def test_compiles_without_a_break():
-    def loss(qkv: Tensor) -> Tensor:
-        return (cpu_attention(qkv * 2.0) * 3.0).sum()
-
-    qkv = inputs(2, 9, 3, 16)
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(qkv), qkv), torch.autograd.grad(loss(qkv), qkv)
-    )
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(True, False), (True, True), (False, False)])

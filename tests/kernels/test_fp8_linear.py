@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 
 import pytest
 import torch
@@ -170,29 +169,13 @@ def test_leading_dimensions_and_no_bias():
     assert torch.equal(fp8_linear(x[0], weight).detach(), fp8_linear(x[:1], weight).detach()[0])
 
 
-def test_rows_that_are_no_multiple_of_16_are_rows_of_zeros_more():
+def test_rows_are_padded_to_a_multiple_of_16():
     x, weight, bias, dy = inputs(37, 48, 16)
     more, more_dy = F.pad(x.detach(), (0, 0, 0, 11)).requires_grad_(), F.pad(dy, (0, 0, 0, 11))
     y, dx, dweight, dbias = results(x, weight, bias, dy)
     padded = results(more, weight, bias, more_dy)
     assert torch.equal(y, padded[0][:37]) and torch.equal(dx, padded[1][:37])
     assert torch.equal(dweight, padded[2]) and torch.equal(dbias, padded[3])
-
-
-def test_inputs_that_are_not_contiguous():
-    x, weight, bias, dy = inputs(32, 48, 64)
-    plain = results(x, weight, bias, dy)
-    turned = [t.detach().t().contiguous().t().requires_grad_() for t in (x, weight)]
-    assert turned[0].stride() == (1, 32)
-    for ours, expected in zip(results(*turned, bias, dy.t().contiguous().t()), plain):
-        assert torch.equal(ours, expected)
-    ones = torch.ones((), dtype=torch.bfloat16, device=DEVICE)
-    for ours, expected in zip(
-        results(x, weight, bias, ones.expand(32, 64)), results(x, weight, bias, ones.repeat(32, 64))
-    ):
-        assert torch.equal(ours, expected)
-    every_other = torch.autograd.grad(fp8_linear(x[::2], weight).float().sum(), x)[0]
-    assert every_other[::2].all() and not every_other[1::2].any()
 
 
 def test_used_twice():
@@ -205,15 +188,6 @@ def test_used_twice():
     # two uses of one weight
     chained = torch.autograd.grad(fp8_linear(fp8_linear(x, weight), weight), weight, dy)[0]
     assert chained.isfinite().all() and chained.any()
-
-
-def test_backward_twice():
-    x, weight, bias, dy = inputs(32, 48, 16)
-    y = fp8_linear(x, weight, bias)
-    first = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, (x, weight, bias), dy))
-    )
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
@@ -229,13 +203,6 @@ def test_one_input_frozen(frozen):
     assert (saved[0] is None, saved[2] is None) == (frozen == "weight", frozen == "x")
     for name, gradient in zip(live, torch.autograd.grad(y, tuple(live.values()), dy)):
         assert torch.equal(gradient, expected[name])
-
-
-def test_no_grad_keeps_no_graph():
-    x, weight, bias, _ = inputs(32, 48, 16)
-    with torch.no_grad():
-        y = fp8_linear(x, weight, bias)
-    assert not y.requires_grad and torch.equal(y, fp8_linear(x, weight, bias))
 
 
 def test_the_output_may_be_changed_in_place():
@@ -285,7 +252,7 @@ def test_the_operands_lie_as_tensor_cores_read_them(rows, without_data):
         assert y.shape == (rows, 32) and dx.shape == (rows, 64) and dweight.shape == (32, 64)
 
 
-def test_widths_that_the_tensor_cores_refuse_are_refused_beforehand(without_data):
+def test_widths_not_a_multiple_of_16_are_refused(without_data):
     GPTConfig(n_embd=48, n_head=3, fp8=True)
     with pytest.raises(UserError, match="multiple of 16, and n_embd is 40; use --precision bf16"):
         GPTConfig(n_embd=40, n_head=1, fp8=True)
@@ -300,16 +267,3 @@ def test_devices_without_fp8_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(UserError, match="Hopper generation or newer"):
         choose_precision("fp8", torch.device("cuda"))
-
-
-@pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs C++"
-)
-def test_compiles_without_a_break():
-    x, weight, bias, dy = inputs(37, 48, 16)
-    compiled = torch.compile(fp8_linear, fullgraph=True)
-    y = compiled(x, weight, bias)
-    ours = y, *torch.autograd.grad(y, (x, weight, bias), dy)
-    for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, results(x, weight, bias, dy)):
-        # the same FP8 numbers; only sums may be in another order
-        assert off(a, b.double()) < 1e-5, name

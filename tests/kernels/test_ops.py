@@ -31,7 +31,7 @@ REFERENCES: set[Any] = {
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_a_plain_model_runs_its_own_lines_and_the_plain_references(reduction):
+def test_a_plain_model_calls_only_the_plain_references(reduction):
     model, idx = GPT(SMALL), torch.randint(331, (2, 32))
     model(idx)  # what is imported or worked out at the first use
     elsewhere: set[tuple[str, str]] = set()
