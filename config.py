@@ -1,5 +1,7 @@
-"""Every choice a user can make, as dataclasses: no torch in here, so that `--help` and a mistyped
-option answer at once."""
+"""The options of a run and the shape of a model, as dataclasses.
+
+This file imports no torch, so that `--help` and a mistyped option are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +11,44 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
-# What --without leaves out again, one by one: the engine's optimizations that no other option
-# names.
+# The optimizations that --without can leave out one by one. Those that have an option of their own
+# are not in it.
 OPTIMIZATIONS = {
     "tied-head": "the output head is the token embedding: a third fewer parameters",
     "scaled-init": "weights start at 0.02, residual projections smaller with depth",
     "flash-attention": "attention that never writes its (T, T) matrix",
-    "padded-vocab": "the embedding padded to a multiple of 128, so that its products run at full "
-    "rate",
+    "padded-vocab": "the embedding is padded to a multiple of 128, so that its products run at "
+    "full rate",
     "decay-groups": "no weight decay on gains and biases",
     "fused-adamw": "the optimizer in one kernel, not a dozen operations a parameter",
     "attention-backend": "the fastest attention for the hardware, not PyTorch's flash attention",
-    "chunked-head": "head and cross-entropy a chunk of rows at a time: the logits are never held "
-    "whole",
-    "cpu-products": "on a CPU, fp32 products by oneDNN where MKL, which Intel made, leaves half of "
-    "the vectors unused",
-    "kept-memory": "on a CPU, freed memory is kept for the next step, not given back and faulted "
-    "in anew",
-    "cast-once": "weights cast to the products' format once a step, activations in it throughout; "
-    "else autocast",
+    "chunked-head": "head and cross-entropy on a chunk of rows at a time: the whole logits are "
+    "never in memory",
+    "cpu-products": "on a CPU, fp32 products by oneDNN where Intel's MKL leaves half of each "
+    "vector unused",
+    "kept-memory": "on a CPU, freed memory is kept for the next step, not returned and faulted in "
+    "again",
+    "cast-once": "weights are cast to the products' format once a step, and activations stay in "
+    "it; without it: autocast",
 }
 
-ATTENTION_WIDTH = 128  # of a head that the Triton kernel can hold
-FP8_MULTIPLE = 16  # of every width that the tensor cores see in FP8
-VOCAB_MULTIPLE = (
-    128  # the embedding is padded inside to this, so that its matrix products run at full rate
-)
+ATTENTION_WIDTH = 128  # widest head that the Triton attention kernel can hold
+FP8_MULTIPLE = 16  # FP8 tensor cores need widths that are multiples of this
+# The embedding is padded to a multiple of this, so that its matrix products run at full rate.
+VOCAB_MULTIPLE = 128
 
 
 class UserError(Exception):
-    """The user's mistake: one line that says what is wrong and what to type. Exit code 2.
+    """A mistake of the user, in one line: what is wrong and what to type. The exit code is 2.
 
-    `local` marks an error that only this rank may have seen (out of memory, a missing file on one
-    node); the others happen alike on every rank, and only rank 0 prints them.
+    `local` marks an error that perhaps only this rank has seen (out of memory, a file missing on
+    one node). All other errors happen on every rank, and only rank 0 prints them.
     """
 
     def __init__(self, message: str, local: bool = False):
@@ -57,8 +58,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest value of an option, beside its type: `Annotated[int,
-    Range(1)]`."""
+    """Smallest and largest value of an option: `Annotated[int, Range(1, 10)]`."""
 
     least: float
     most: float
@@ -66,26 +66,32 @@ class Range:
 
 @dataclass(frozen=True)
 class PathName:
-    """Marks an option that names a path, whose `~` stands for a home; `many`: several,
-    comma-separated."""
+    """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated."""
 
     many: bool = False
 
 
-LARGEST = 2**31 - 1  # of a count: it fits every integer of the libraries
+@dataclass(frozen=True)
+class Positional:
+    """Marks an option that is typed without its name. Help calls it `metavar`."""
+
+    metavar: str
+
+
+LARGEST = 2**31 - 1  # largest count: the integers of all libraries can hold it
 BELOW_ONE = 0.9999999
 Count = Annotated[int, Range(1, LARGEST)]
-CountOrNone = Annotated[int, Range(0, LARGEST)]  # 0 turns the thing off
+CountOrNone = Annotated[int, Range(0, LARGEST)]  # 0 turns it off
 Tokens = Annotated[int, Range(1, 2**62)]
 TokensOrAll = Annotated[int, Range(0, 2**62)]
-Width = Annotated[int, Range(1, 1 << 17)]  # of a matrix
+Width = Annotated[int, Range(1, 1 << 17)]  # size of a matrix
 WidthOrNone = Annotated[int, Range(0, 1 << 17)]
-Few = Annotated[int, Range(1, 4096)]  # of what is held or started all at once
+Few = Annotated[int, Range(1, 4096)]  # things that are all in memory or started at once
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Rate = Annotated[float, Range(0, 1000)]
 Weight = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
-Probability = Annotated[float, Range(0, BELOW_ONE)]  # of dropping, which keeps something
+Probability = Annotated[float, Range(0, BELOW_ONE)]  # of dropping something: never everything
 Positive = Annotated[float, Range(1e-6, 1e6)]
 Where = Annotated[str, PathName()]
 Wheres = Annotated[str, PathName(many=True)]
@@ -93,7 +99,7 @@ Wheres = Annotated[str, PathName(many=True)]
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2 and the choices that the stage ladder switches."""
+    """The shape of a GPT-2 and how it computes. Raises UserError for a shape that cannot be."""
 
     vocab_size: int = 50257
     block_size: int = 1024
@@ -102,13 +108,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
-    tied_head: bool = True  # the output head is the token embedding
+    tied_head: bool = True  # the output head shares the token embedding's weights
     scaled_init: bool = True  # residual projections start smaller by 1/sqrt(2 n_layer)
     padded_vocab: bool = True  # pad the embedding to a multiple of VOCAB_MULTIPLE
-    attention: Literal["sdpa", "explicit"] = "sdpa"
-    chunked_head: bool = False  # in training, logits a chunk of rows at a time
-    kernels: tuple[str, ...] = ()  # operations of kernels/ that run in place of PyTorch's
-    fp8: bool = False  # in training, the blocks' products in FP8
+    attention: Literal["sdpa", "explicit"] = "sdpa"  # fused, or with the (T, T) matrix in memory
+    chunked_head: bool = False  # in training, compute logits for a chunk of rows at a time
+    kernels: tuple[str, ...] = ()  # operations that kernels/ computes in place of PyTorch
+    fp8: bool = False  # in training, compute the blocks' products in FP8
     recompute: bool = False  # recompute each block's activations in the backward pass
 
     def __post_init__(self) -> None:
@@ -126,8 +132,8 @@ class GPTConfig:
         if "attention" in self.kernels and self.n_embd // self.n_head > ATTENTION_WIDTH:
             wide = self.n_embd // self.n_head
             raise UserError(
-                f"the attention kernel holds heads of up to {ATTENTION_WIDTH}, and these are "
-                f"{wide} wide; use --kernels torch or raise --n-head"
+                f"the attention kernel takes heads of width {ATTENTION_WIDTH} at most, and these "
+                f"are {wide} wide; use --kernels torch or raise --n-head"
             )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
@@ -137,6 +143,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory, padding included."""
         if not self.padded_vocab:
             return self.vocab_size
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -159,74 +166,78 @@ Schedule = Literal["cosine", "linear", "wsd", "constant", "slanted-triangular"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of every run, whatever it trains. None means: what suits the machine (the banner says
-    what was chosen)."""
+    """Options that every run has, whatever it trains.
+
+    None stands for a default that depends on the machine or on other options; the banner says what
+    was chosen.
+    """
 
     # what is trained
     preset: Preset | None = None
     """Shape of a model from scratch. Default: gpt2 on a CUDA GPU, tiny elsewhere."""
     n_layer: Few | None = None
-    """Number of blocks, in place of the preset's."""
+    """Number of blocks. Default: the preset's."""
     n_head: Width | None = None
-    """Attention heads, in place of the preset's."""
+    """Number of attention heads. Default: the preset's."""
     n_embd: Width | None = None
-    """Width, in place of the preset's."""
+    """Width of the model. Default: the preset's."""
     dropout: Probability = 0.0
     """Dropout on embeddings, attention and residual branches."""
     init: Where = "scratch"
-    """Start from: scratch, a hub id, or a folder in the hub's GPT-2 layout or written by a run."""
+    """What to start from: scratch, a hub id, or a folder that a run wrote or that has the hub's
+    GPT-2 layout."""
 
     # data
     data: Wheres | None = None
     """Training data."""
     val_data: Wheres | None = None
-    """Validation data, in the same forms. Default: a fixed part of the training data."""
+    """Validation data, in the same forms. Default: a fixed part of the training data, held out."""
     tokenizer: Where | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the data's or the checkpoint's own; gpt2 for
-    text."""
+    """gpt2, a folder, or a tokenizer.json. Default: the tokenizer of the data or the checkpoint;
+    gpt2 for text."""
 
     # how long and how large
     steps: Count | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps in the whole run."""
     seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere."""
     micro_batch: Count | Literal["auto"] = "auto"
-    """Sequences in one forward pass on one rank. auto: the largest that fits."""
+    """Sequences in one forward pass on one rank. auto: the largest number that fits."""
 
     # optimization
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the hidden matrices with Muon and the rest with AdamW."""
+    """muon trains the blocks' matrices with Muon and the rest with AdamW."""
     lr: Rate | None = None
     """Peak learning rate. Default: 6e-4 at GPT-2's size, 2e-3 for the small presets, 5e-5 with
     --init."""
     schedule: Schedule = "cosine"
-    """Shape of the learning rate over the run."""
+    """Curve of the learning rate over the run."""
     warmup_steps: CountOrNone | None = None
     """Steps of linear warm-up. Default: a fiftieth of the run, at most 700."""
     min_lr: Share = 0.1
-    """Where cosine, linear and wsd end, as a share of the peak."""
+    """Learning rate at the end of cosine, linear and wsd, as a share of the peak."""
     weight_decay: Rate = 0.1
-    """Decay of matrices; gains, biases and other vectors have none."""
+    """Weight decay of matrices. Gains, biases and other vectors have none."""
     beta1: Probability = 0.9
     """AdamW's first-moment decay."""
     beta2: Probability = 0.95
     """AdamW's second-moment decay."""
     clip: Annotated[float, Range(0, 1e30)] = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Largest gradient norm. 0 turns clipping off."""
 
-    # how it runs
+    # how the model is computed
     precision: Precision = "auto"
-    """Number format of the matrix products; weights and optimizer stay fp32."""
+    """Number format of the matrix products. Weights and optimizer stay fp32."""
     compile: bool | None = None
-    """torch.compile the model. Default: on CUDA yes, elsewhere no."""
+    """torch.compile the model. Default: only on CUDA."""
     kernels: str = "auto"
-    """auto, torch, triton, or names of kernels, comma-separated. auto: what is faster on this
+    """auto, torch, triton, or names of kernels, comma-separated. auto: whatever is faster on this
     hardware."""
     without: tuple[str, ...] = ()
-    """Optimizations to leave out, to see what each is worth: names in README."""
+    """Optimizations to leave out, to see what each is worth. docs/options.md lists their names."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
-    """What torch.compile takes at once. auto: the model; its blocks on a CPU, and with several
-    ranks."""
+    """What torch.compile compiles as one. auto: each block on a CPU or with several ranks, else
+    the whole model."""
     cuda_graphs: bool = False
     """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False
@@ -236,17 +247,17 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     seed: Seed = 1337
-    """Names the run: weights, data order and every random draw follow from it."""
+    """Determines the initial weights, the data order and every random draw."""
 
-    # what is written and when (an interval of 0 turns that thing off)
+    # what is written and when (an interval of 0 turns it off)
     out: Where | None = None
     """Folder of the run. Default: runs/PRESET, or runs/TASK."""
     resume: Where = "auto"
-    """auto: the newest sound checkpoint in --out; never; or a folder to resume from."""
+    """auto: from the newest undamaged checkpoint in --out; never; or a folder to resume from."""
     extend_to: Count | None = None
-    """Continue the run in --out past its planned end, to this many steps in all."""
+    """Continue the run in --out past its planned end, to this many steps in total."""
     reschedule: bool = False
-    """With --extend-to: restart the decay of the learning rate where the run goes on."""
+    """With --extend-to: restart the decay of the learning rate where the run resumes."""
     eval_every: CountOrNone | None = None
     """Steps between evaluations. Default: a tenth of the run, at most 250; fine-tuning: every
     epoch."""
@@ -254,76 +265,74 @@ class RunConfig:
     """Steps between checkpoints. Default: a fifth of the run, at most 1000; fine-tuning: every
     epoch."""
     sample_every: CountOrNone | None = None
-    """Steps between samples. Default: that of the evaluations."""
+    """Steps between samples. Default: the same as --eval-every."""
     log_every: CountOrNone = 1
-    """Steps between printed step lines; log.jsonl has every step."""
+    """Steps between printed step lines. log.jsonl has every step."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
     keep: Count = 3
-    """Newest checkpoints to keep, beside the best."""
+    """How many of the newest checkpoints to keep, besides the best."""
     keep_best: Count = 1
-    """Best checkpoints to keep, by the metric that also chooses the final model."""
+    """How many of the best checkpoints to keep, by the metric that also chooses the final model."""
     patience: CountOrNone = 0
-    """Evaluations without a better one after which the run ends; 0: it goes on to its last step."""
+    """End the run after this many evaluations in a row without improvement. 0: never."""
     wandb: bool = False
-    """Log to Weights & Biases too (offline where there is no key or network)."""
+    """Log to Weights & Biases too (offline if there is no key or network)."""
     profile: bool = False
     """Write a trace and a memory snapshot of three steps."""
     dry_run: bool = False
-    """Print the memory, time and disk the run would take, and start nothing."""
+    """Print the memory, time and disk space that the run would take, and start nothing."""
 
     @property
     def trains(self) -> bool:
-        """Whether the run makes any step."""
+        """Whether the run takes any optimizer step."""
         return True
 
     def check(self) -> None:
-        """Raise UserError for a number out of its range, a name that is none, or options that
-        contradict each other."""
+        """Raise UserError for a number out of range, an unknown name, or a contradiction."""
         known_names("--without", self.without, OPTIMIZATIONS)
         check_ranges(self)
         if self.patience and self.eval_every == 0:
             raise UserError(
-                f"--patience {self.patience} counts evaluations, and --eval-every 0 makes none; "
-                "leave one of them out"
+                f"--patience {self.patience} counts evaluations, but --eval-every 0 turns them "
+                "off; leave one of them out"
             )
         if self.reschedule and not self.extend_to:
             raise UserError(
-                "--reschedule restarts the decay of a run that goes on for longer; add --extend-to "
-                "STEPS"
+                "--reschedule restarts the decay of a run that is extended; add --extend-to STEPS"
             )
         if self.extend_to and self.resume == "never":
             raise UserError(
-                f"--extend-to {self.extend_to} continues a run; leave --resume never out"
+                f"--extend-to {self.extend_to} continues a run, and --resume never forbids that; "
+                "leave one of them out"
             )
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Options of a pretraining run. None means: what suits the machine (the banner says what was
-    chosen)."""
+    """Options of a pretraining run. Where an option's help names no default, the run chooses what
+    suits the machine, and its banner says what."""
 
     data: Wheres | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if
-    prepared, else stdlib."""
+    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
+    has been prepared, else stdlib."""
     val_data: Wheres | None = None
-    """Validation data, in the same forms. Default: a fixed hundredth of the documents."""
+    """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
     cache: Where = "data/cache"
-    """Folder of tokenized text."""
+    """Folder that keeps tokenized text."""
     document_mask: bool = False
-    """Keep attention from crossing documents."""
+    """Keep attention within a document."""
     batch_tokens: Count | None = None
     """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
     eval_tokens: TokensOrAll | None = None
-    """Validation tokens of one evaluation. Default: 10485760 on CUDA, 65536 elsewhere; 0 for all
-    there are."""
+    """Validation tokens in one evaluation. 0: all of them. Default: 10485760 on CUDA, 65536
+    elsewhere."""
 
 
 class Resolved(RunConfig):
-    """Options of a run that is about to begin: `resolve` and `resolve_steps` have filled these
-    in."""
+    """The types of a run's options after `resolve` and `resolve_steps` have replaced each None."""
 
     data: str
     steps: int
@@ -337,63 +346,64 @@ class Resolved(RunConfig):
 
 
 class ResolvedTrain(Resolved, TrainConfig):
-    """The same of a pretraining run."""
+    """Like Resolved, for a pretraining run."""
 
     seq_len: int
     batch_tokens: int
     eval_tokens: int
 
 
-# Peak learning rates: GPT-3's table for GPT-2's sizes (Brown et al. 2020, table 2.1), more for
-# smaller ones.
+# Peak learning rates of GPT-3's models of these sizes (Brown et al. 2020, table 2.1). Smaller
+# models get a higher one.
 PEAK_LR = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
-# where fineweb_prep.py is told to write, and where a run without --data looks first
+# The README has fineweb_prep.py write here, and a run without --data looks here first.
 FINEWEB = "data/fineweb"
-MIN_INTERVAL = 5  # steps between evaluations, by default
-Run = TypeVar("Run", bound=RunConfig)
-Kind = TypeVar("Kind", bound=Resolved)
+# Fine-tuning evaluates and saves after whole epochs, by default after at least this many steps.
+MIN_INTERVAL = 5
+RunOptions = TypeVar("RunOptions", bound=RunConfig)
+ResolvedOptions = TypeVar("ResolvedOptions", bound=Resolved)
 Options = TypeVar("Options")  # any dataclass of options
 
 
 def preset_shape(cfg: RunConfig) -> dict[str, int]:
-    """n_layer, n_head and n_embd of the preset and its overrides; GPT-2's where weights fix the
-    shape."""
+    """n_layer, n_head and n_embd of the preset, with the user's overrides. Without a preset (the
+    weights of --init fix the shape) GPT-2's."""
     shape = PRESETS[cfg.preset or "gpt2"]
     return {name: getattr(cfg, name) or size for name, size in shape.items()}
 
 
 def head_dim(cfg: RunConfig) -> int:
-    """Width of an attention head of `preset_shape`."""
+    """Width of one attention head in `preset_shape`."""
     shape = preset_shape(cfg)
     return shape["n_embd"] // shape["n_head"]
 
 
-def resolve(cfg: Run, device_type: str) -> Run:
-    """The options with every None that depends on the machine or on other options filled in, and
-    checked.
+def resolve(cfg: RunOptions, device_type: str) -> RunOptions:
+    """Replace each None that depends on the machine or on other options, and check the result.
 
-    The steps of a fine-tuning run, and what depends on them, wait for its rows: `resolve_steps`.
+    The steps of a fine-tuning run depend on how many rows it has. `resolve_steps` fills them in
+    later, with what depends on them.
     """
     gpu = device_type == "cuda"
     scratch = cfg.init == "scratch"
     defaults: dict[str, Any] = {"preset": "gpt2" if gpu else "tiny"} if scratch else {}
-    cfg = _filled(cfg, defaults | {"compile": gpu})
-    cfg = _filled(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
-    cfg = _filled(cfg, {"out": default_out(cfg, device_type)})
+    cfg = _fill_missing(cfg, defaults | {"compile": gpu})
+    cfg = _fill_missing(cfg, {"lr": PEAK_LR.get(cfg.preset or "", 2e-3) if scratch else 5e-5})
+    cfg = _fill_missing(cfg, {"out": default_out(cfg, device_type)})
     if isinstance(cfg, TrainConfig):
-        cfg = _filled(cfg, _of_pretraining(cfg, gpu))
-    cfg = _filled(cfg, {"data": "toy"})
+        cfg = _fill_missing(cfg, _pretraining_defaults(cfg, gpu))
+    cfg = _fill_missing(cfg, {"data": "toy"})
     cfg.check()
     if cfg.cuda_graphs and not (gpu and cfg.compile):
         raise UserError("--cuda-graphs needs a CUDA GPU and --compile; leave it out here")
     return cfg if cfg.steps is None else resolve_steps(cfg, cfg.steps)
 
 
-def _of_pretraining(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
+def _pretraining_defaults(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
     data = cfg.data or (FINEWEB if (Path(FINEWEB) / "manifest.json").is_file() else "stdlib")
     return {
         "data": data,
-        # 19,073 steps are 10B tokens
+        # 19,073 steps of 524,288 tokens are 10 billion tokens
         "steps": 500 if data == "stdlib" else 19073 if gpu else 1000,
         "batch_tokens": 524288 if gpu else 8192,
         "eval_tokens": 10 << 20 if gpu else 1 << 16,
@@ -402,52 +412,52 @@ def _of_pretraining(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
 
 
 def default_out(cfg: RunConfig, device_type: str) -> str:
-    """The folder of a run that names none."""
+    """The --out of a run that does not name one: runs/PRESET, or runs/ and the name of --init."""
     preset = cfg.preset or ("gpt2" if device_type == "cuda" else "tiny")
     return f"runs/{preset if cfg.init == 'scratch' else cfg.preset or Path(cfg.init).name}"
 
 
-def resolve_steps(cfg: Run, steps: int, epoch: int | None = None) -> Run:
-    """The options with the steps of the run and what follows from them; `epoch`: steps of one pass
-    over the rows."""
-    # An epoch of a few steps is no time to evaluate and save in.
-    often = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
+def resolve_steps(cfg: RunOptions, steps: int, epoch: int | None = None) -> RunOptions:
+    """Set the steps of the run and the defaults that depend on them. `epoch`: the steps of one
+    pass over the rows."""
+    # If epochs are short, skip some: evaluating and saving would take most of the time.
+    interval = epoch and min(steps, epoch * math.ceil(MIN_INTERVAL / epoch))
     defaults = {
         "warmup_steps": min(700, steps // 50),
-        "eval_every": often or min(250, max(1, steps // 10)),
-        "save_every": often or min(1000, max(1, steps // 5)),
+        "eval_every": interval or min(250, max(1, steps // 10)),
+        "save_every": interval or min(1000, max(1, steps // 5)),
     }
-    cfg = _filled(dataclasses.replace(cfg, steps=steps), defaults)
-    return _filled(cfg, {"sample_every": cfg.eval_every})
+    cfg = _fill_missing(dataclasses.replace(cfg, steps=steps), defaults)
+    return _fill_missing(cfg, {"sample_every": cfg.eval_every})
 
 
-def resolved(cfg: RunConfig, kind: type[Kind]) -> Kind:
-    """`cfg` as resolved options of that kind: the object itself, once nothing in it is left open.
+def resolved(cfg: RunConfig, kind: type[ResolvedOptions]) -> ResolvedOptions:
+    """Return `cfg` itself, typed as resolved options of that kind, for the type checker.
 
-    The one place that says so to the type checker. Raises RuntimeError for a None that `kind` does
-    not allow.
+    Raises RuntimeError for a None that `kind` does not allow.
     """
     hints = get_type_hints(kind).items()
     required = [name for name, hint in hints if NoneType not in get_args(hint)]
     if left := [name for name in required if getattr(cfg, name) is None]:
         raise RuntimeError(f"options that are not resolved yet: {', '.join(left)}")
-    return cast(Kind, cfg)
+    return cast(ResolvedOptions, cfg)
 
 
-def _filled(cfg: Run, defaults: dict[str, Any]) -> Run:
-    """The options with `defaults` in the place of those that are None."""
+def _fill_missing(cfg: RunOptions, defaults: dict[str, Any]) -> RunOptions:
+    """Replace each None by its value in `defaults`."""
     missing = {name: value for name, value in defaults.items() if getattr(cfg, name) is None}
     return dataclasses.replace(cfg, **missing)
 
 
 @functools.cache
 def marks(cls: type) -> dict[str, tuple[Any, ...]]:
-    """What stands beside the types of a dataclass's options: their `Range` and `PathName`, by
-    option."""
+    """The `Range`, `PathName` and `Positional` annotations of a dataclass's options, by option."""
 
     def inside(hint: Any) -> list[Any]:
         own = [
-            mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range | PathName)
+            mark
+            for mark in getattr(hint, "__metadata__", ())
+            if isinstance(mark, Range | PathName | Positional)
         ]
         return own + [mark for part in get_args(hint) for mark in inside(part)]
 
@@ -456,17 +466,23 @@ def marks(cls: type) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def shown_name(cls: type, name: str) -> str:
+    """What messages call an option: `--its-name`, or the metavar of one that is typed without."""
+    metavars = [mark.metavar for mark in marks(cls)[name] if isinstance(mark, Positional)]
+    return metavars[0] if metavars else "--" + name.replace("_", "-")
+
+
 def check_ranges(cfg: Any) -> None:
-    """Raise UserError for a number out of its range, in any dataclass of options."""
+    """Raise UserError if a number in a dataclass of options is out of its `Range`."""
     for name, found in marks(type(cfg)).items():
         value = getattr(cfg, name)
         for limits in found:
             if isinstance(limits, Range):
                 for number in value if isinstance(value, tuple | list) else (value,):
-                    _check_range(name, number, limits)
+                    _check_range(shown_name(type(cfg), name), number, limits)
 
 
-def _check_range(name: str, value: Any, limits: Range) -> None:
+def _check_range(option: str, value: Any, limits: Range) -> None:
     if not isinstance(value, int | float) or limits.least <= value <= limits.most:
         return
     shown = (
@@ -478,21 +494,19 @@ def _check_range(name: str, value: Any, limits: Range) -> None:
     words = f"be at least {limits.least:g}" if value < limits.least else f"be {most}"
     if isinstance(value, float) and not math.isfinite(value):
         words = f"be finite, between {limits.least:g} and {limits.most:g}"
-    raise UserError(f"--{name.replace('_', '-')} is {shown}; it must {words}")
+    raise UserError(f"{option} is {shown}; it must {words}")
 
 
-def expand_paths(cfg: Options, positionals: Mapping[str, str] | None = None) -> Options:
-    """The options with the home in the place of a leading `~` or `~user` in every one that names a
-    path; `./~` stays.
+def expand_paths(cfg: Options) -> Options:
+    """Expand a leading `~` or `~user` in every option that names a path (`./~` stays).
 
-    positionals: by option, how one is called that is typed without its name.
-    Raises UserError for an empty name, as a shell makes it of a variable that is not set.
+    Raises UserError for an empty path. A shell passes one for a variable that is not set.
     """
     expanded = {}
     for name, found in marks(type(cfg)).items():
         for mark in found:
             if isinstance(mark, PathName):
-                _check_named(cfg, name, (positionals or {}).get(name))
+                _check_not_empty(cfg, name)
                 value = getattr(cfg, name)
                 expanded[name] = (
                     tuple(expand(word, mark.many) for word in value)
@@ -507,23 +521,22 @@ def _replaced(cfg: Options, changes: dict[str, Any]) -> Options:
     return dataclasses.replace(options, **changes)
 
 
-def _check_named(cfg: Any, name: str, positional: str | None) -> None:
-    """Raise UserError where a name that was typed is empty."""
+def _check_not_empty(cfg: Any, name: str) -> None:
+    """Raise UserError if a path that the user typed is empty."""
     value = getattr(cfg, name)
     words = value if isinstance(value, tuple | list) else (value,)
     empty = any(isinstance(word, str) and not word.strip() for word in words)
     default = next(f.default for f in dataclasses.fields(cfg) if f.name == name)
     if empty and value != default:
-        shown = positional or "--" + name.replace("_", "-")
+        shown = shown_name(type(cfg), name)
         raise UserError(f"{shown} is empty; give a name, or leave {shown} out")
 
 
 def replace_surrogates(cfg: Options) -> tuple[Options, list[str]]:
-    """The options with text that can be encoded in each, but for paths, which are bytes; and the
-    names of those that changed.
+    """Replace lone surrogates, which cannot be encoded, and return the names of changed options.
 
-    Python hands over the bytes of a command line that are not UTF-8 as lone surrogates; JSON may
-    hold some too.
+    Python passes bytes of a command line that are not UTF-8 as lone surrogates, and JSON may hold
+    some too. Paths keep them: a file's name may be any bytes.
     """
     paths = {
         name
@@ -543,12 +556,12 @@ def replace_surrogates(cfg: Options) -> tuple[Options, list[str]]:
 
 
 def without_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate; a surrogate pair becomes its character."""
+    """Replace each lone surrogate by U+FFFD and each surrogate pair by its character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def expand(value: Any, many: bool = False) -> Any:
-    """A path with its home in place of `~`; anything that is not text as it is."""
+    """Expand `~` in a path, or in each of `many`. A value that is not text is returned as it is."""
     if not isinstance(value, str):
         return value
     if many:
@@ -562,17 +575,18 @@ def expand(value: Any, many: bool = False) -> Any:
 
 
 def known_names(option: str, given: str | Iterable[str], known: Iterable[str]) -> list[str]:
-    """The names in a comma-separated text or among words. Raises UserError for one that is not
-    known."""
+    """The names in a comma-separated text or a list. Raises UserError for an unknown one."""
     words = given.split(",") if isinstance(given, str) else given
     names, among = [name.strip() for name in words if name.strip()], list(known)
     for name in names:
         if name not in among:
-            raise UserError(f"{option} {name} is none of {', '.join(among)}{nearest(name, among)}")
+            raise UserError(
+                f"{option} {name} is not one of {', '.join(among)}{nearest(name, among)}"
+            )
     return names
 
 
 def nearest(word: str, among: Sequence[str]) -> str:
-    """` (did you mean X?)`, or nothing where no word is near."""
+    """` (did you mean X?)` for the most similar word, or nothing if none is similar."""
     match = difflib.get_close_matches(word, among, n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""

@@ -1,7 +1,7 @@
-"""Token shards to training windows, in an order that is a pure function of (seed, position).
+"""Training windows cut from token shards, in an order that depends only on (seed, position).
 
-Shards are memory-mapped, so a corpus may exceed memory; a window is a copy of a slice, at any place
-of the stream.
+Shards are memory-mapped, so a corpus may be larger than memory. A window copies one slice of the
+token stream.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from storage.shards import Shard
 
 
 class TokenDataset:
-    """A stream of tokens over shards, from token `start` to `stop`. Pickles as file names; maps are
-    opened on use."""
+    """One stream of tokens over several shards, or a part of it.
+
+    Shards are mapped when they are first read, and a pickle holds only their file names.
+    """
 
     def __init__(
         self, shards: Sequence[Shard], identity: str, manifest: dict[str, Any] | None = None
     ):
-        """identity: names the content of `shards`. manifest: what made them, where known."""
+        """`identity`: a hash of the shards' content. `manifest`: their manifest.json, if any."""
         manifest = manifest or {}
         tokenizer = manifest.get("tokenizer", {})
         self.shards = list(shards)
@@ -42,7 +44,7 @@ class TokenDataset:
         return self.__dict__ | {"_maps": {}}
 
     def part(self, begin: int, end: int, n_bytes: int | None) -> TokenDataset:
-        """The tokens from `begin` to `end`, behind which are `n_bytes` of text."""
+        """The tokens from `begin` to `end`, which encode `n_bytes` of text (None: unknown)."""
         part = object.__new__(TokenDataset)
         part.__dict__ |= self.__getstate__()
         part._start, part.n_tokens, part.n_bytes = self._start + begin, end - begin, n_bytes
@@ -50,12 +52,12 @@ class TokenDataset:
         return part
 
     def n_windows(self, seq_len: int) -> int:
-        """Windows of seq_len tokens and the one after; they do not overlap, and run over the
-        borders of shards."""
+        """How many windows of seq_len + 1 tokens there are. Neighbours share one token: the last
+        target of a window is the next one's first input. A window may span several shards."""
         return max(0, (self.n_tokens - 1) // seq_len)
 
     def windows(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
-        """ids: (B,) window ids. Returns (B, seq_len + 1) int64, the tokens from id * seq_len on.
+        """Window ids (B,) to tokens (B, seq_len + 1) int64; window i begins at token i * seq_len.
 
         Raises IndexError for an id outside [0, n_windows(seq_len)).
         """
@@ -67,7 +69,7 @@ class TokenDataset:
         return out
 
     def count_bytes(self, lengths: np.ndarray) -> int:
-        """Bytes of text behind all tokens. lengths: (vocab_size,) bytes behind each."""
+        """Bytes of text that all tokens encode. lengths (vocab_size,): the bytes of each id."""
         total, buffer = 0, np.empty(1 << 20, np.int64)
         for begin in range(0, self.n_tokens, len(buffer)):
             part = buffer[: self.n_tokens - begin]
@@ -76,12 +78,12 @@ class TokenDataset:
         return total
 
     def _read(self, begin: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `begin` on."""
-        at, filled = self._start + begin, 0
-        index = int(np.searchsorted(self._ends, at, side="right"))
+        """Fill `out` with the tokens that start at `begin`."""
+        first, filled = self._start + begin, 0  # in the stream of all shards
+        index = int(np.searchsorted(self._ends, first, side="right"))
         while filled < len(out):
             tokens = self._map(index)
-            offset = at + filled - (int(self._ends[index]) - len(tokens))
+            offset = first + filled - (int(self._ends[index]) - len(tokens))
             part = tokens[offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
@@ -97,21 +99,21 @@ class TokenDataset:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: uint64 to uint64, every bit of the input moving every bit of the
-    output."""
+    """splitmix64's finalizer, uint64 to uint64: each input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def window_order(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Window id at each position of the endless stream: positions e*n .. e*n+n-1 hold a permutation
-    of range(n).
+    """The id of the window at each position of an endless shuffled stream.
 
-    positions: (P,) non-negative integers. Returns (P,) int64, pure in (position, n, seed), in O(P)
-    time and memory. A Feistel network keyed by (seed, epoch) permutes the smallest 4**k >= n;
-    values outside range(n) are fed back until they fall inside (Black and Rogaway 2002, "Ciphers
-    with Arbitrary Finite Domains").
+    Epoch e covers positions e*n to e*n + n - 1, which hold a permutation of range(n).
+
+    positions: (P,) non-negative integers. Returns (P,) int64, which depend only on (position, n,
+    seed), in O(P) time and memory. A Feistel network keyed by (seed, epoch) permutes range(4**k),
+    the smallest that has n values. Values outside range(n) are fed back until they fall inside
+    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     positions = np.asarray(positions, np.uint64)
     half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
@@ -124,7 +126,8 @@ def window_order(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, rounds: int = 8) -> np.ndarray:
-    """A permutation of the numbers of 2 * half bits, chosen by each key. All uint64, (P,)."""
+    """Apply to each value, a number of 2 * half bits, the permutation that its key selects.
+    Everything is uint64; values, keys and the result are (P,)."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for i in range(rounds):

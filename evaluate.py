@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from tyro.conf import Positional, arg
-
 from base.cli import entry_point, parse
 from base.files import writable_file
-from config import Count, UserError, Where, Wheres
+from config import Count, Positional, UserError, Where, Wheres
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +43,7 @@ Parsed = TypeVar("Parsed")
 class EvaluateConfig:
     """Score the model of CHECKPOINT on one or more of --data, --hellaswag and --lambada."""
 
-    checkpoint: Annotated[Positional[Where], arg(metavar="CHECKPOINT")] = ""
+    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
 
     data: Wheres | None = None

@@ -1,11 +1,12 @@
-"""FineWeb, or any text, to token shards: the first for validation, the others for training.
+"""Tokenizes FineWeb or any other text into token shards. The first one is for validation.
 
     python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb
     python fineweb_prep.py --input "texts/*.parquet" --out data/mine
-    python fineweb_prep.py --dataset kjj0/fineweb10B-gpt2 --pretokenized --max-shards 9 --out data/fineweb
+    python fineweb_prep.py --dataset kjj0/fineweb10B-gpt2 --pretokenized --max-shards 9 \
+        --out data/fineweb
 
-Killed and started again, it goes on after the last whole shard; the bytes are those of an
-uninterrupted run, with any number of workers.
+After a kill, the same command continues after the last complete shard. The shards have the same
+bytes as those of an uninterrupted run, with any number of workers.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from storage.shards import token_dtype
 from text import corpus
 from text.tokenizer import Tokenizer, load_tokenizer
 
-TEXT_PER_TOKEN = 4.0  # bytes of English behind a GPT-2 token, a little less than it is
-STATES = ("manifest.json", "progress.json")  # of a finished folder, and of one begun
-# some that both hold in every version
+TEXT_PER_TOKEN = 4.0  # bytes of English text per GPT-2 token, rounded down
+STATES = ("manifest.json", "progress.json")  # of a finished folder, and of an unfinished one
+# Settings that both files have in every version of this program.
 OWN_SETTINGS = {"text_column", "tokenizer", "shard_tokens", "pretokenized"}
-PACKED = 2  # text bytes behind each byte of a parquet or gzip file, other columns counted in
+PACKED = 2  # text bytes per byte of a parquet or gzip file, whose other columns count too
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PrepConfig:
     split: str = "train"
     """The dataset's split."""
     input: Wheres | None = None
-    """Local text in place of a dataset: files, folders or globs, separated by commas."""
+    """Local text instead of a dataset: files, folders or globs, separated by commas."""
     text_column: str = "text"
     """Column that holds the text."""
     tokenizer: Where = "gpt2"
@@ -64,23 +65,26 @@ class PrepConfig:
     shard_tokens: Tokens = 100_000_000
     """Tokens in a shard."""
     max_tokens: Tokens | None = None
-    """Stop after so many tokens. Default: all there are."""
+    """Stop after this many tokens. Default: tokenize all text."""
     workers: Few | None = None
-    """Tokenizing processes. Default: one for each core."""
+    """Tokenizing processes. Default: one per core."""
     pretokenized: bool = False
-    """The dataset is a repository of ready .bin shards: fetch them."""
+    """The dataset is a repository of ready .bin shards: download them."""
     max_shards: Count | None = None
-    """Of a pretokenized dataset, fetch so many training shards. Default: all."""
+    """Number of training shards to download with --pretokenized. Default: all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Raises UserError for bad options, bad input, a folder made with other settings, or too little
-    disk."""
+    """Run the command and return its exit code.
+
+    Raises UserError for bad options, bad input, a folder made with other settings, or too little
+    disk space.
+    """
     cfg = parse(PrepConfig, sys.argv[1:] if argv is None else argv)
     outlive()
     out = _check(cfg)
     _check_out(cfg, out)
-    with cache.writing("--out", out):
+    with cache.writing_tokens("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "prep.lock").touch()
     with locked(out / "prep.lock", lambda: _say(f"waiting for another process that writes {out}")):
@@ -97,26 +101,23 @@ def _check(cfg: PrepConfig) -> Path:
             "--out is missing: name the folder of the shards, for example --out data/fineweb"
         )
     if (cfg.dataset is None) == (cfg.input is None):
-        raise UserError(
-            "give one of --dataset HUB_ID (HuggingFaceFW/fineweb-edu) and --input FILES"
-        )
+        raise UserError("give either --dataset HUB_ID (HuggingFaceFW/fineweb-edu) or --input FILES")
     if cfg.pretokenized and cfg.dataset is None:
         raise UserError("--pretokenized needs --dataset HUB_ID (kjj0/fineweb10B-gpt2)")
     return Path(cfg.out)
 
 
 def _check_out(cfg: PrepConfig, out: Path) -> None:
-    """UserError where the folder holds files of other programs under the names of ours: they would
-    be lost."""
-    begun = [name for name in STATES if _state(out / name)]
-    if not begun and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
+    """Raises UserError if this program would overwrite files of other programs in the folder."""
+    is_ours = any(_state(out / name) for name in STATES)
+    if not is_ours and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
         raise UserError(f"{out} holds shards that this program did not make; give another --out")
-    beside, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
+    saved, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
     if (
-        not begun
+        not is_ours
         and cfg.tokenizer != "gpt2"
-        and beside.exists()
-        and beside not in (given, given.parent)
+        and saved.exists()
+        and saved not in (given, given.parent)
     ):
         raise UserError(
             f"{out / 'tokenizer'} would be replaced by --tokenizer {cfg.tokenizer}; give another "
@@ -125,8 +126,10 @@ def _check_out(cfg: PrepConfig, out: Path) -> None:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """What this program wrote of its work, empty where there is no such file. Raises UserError for
-    a foreign file."""
+    """The content of one of the STATES; empty if there is no such file.
+
+    Raises UserError for a file that another program wrote.
+    """
     if not os.path.lexists(file):
         return {}
     value = read_value(file)
@@ -160,18 +163,18 @@ def _prepare(cfg: PrepConfig, out: Path) -> None:
     source = _source(cfg, files, run)
     _check_disk(cfg, out, tokenizer, files, run)
     if run.shards:
-        _say(f"going on after {run.shards[-1]['name']}: {run.tokens:,} tokens are done")
+        _say(f"continuing after {run.shards[-1]['name']}: {run.tokens:,} tokens are done")
     workers = cfg.workers or cores()
     _say(
         f"tokenizing {cfg.input or cfg.dataset} with {tokenizer.name}, {workers} workers, to {out}"
     )
-    run.save(run.skip)  # from here on the folder is known as ours, and as unfinished
+    run.save(run.skip)  # progress.json marks the folder as unfinished, and as this program's
     _tokenize(cfg, out, source, tokenizer, run, workers)
     if len(run.shards) < 2:
         run.remove()
         raise UserError(
-            f"{cfg.input or cfg.dataset} holds {run.tokens:,} tokens, which leaves nothing beside "
-            "the validation shard; "
+            f"{cfg.input or cfg.dataset} holds {run.tokens:,} tokens, so the validation shard "
+            "leaves none for training; "
             f"type --shard-tokens {max(1, run.tokens // 10)}, or give more text"
         )
     shards.write_manifest(out, tokenizer, run.shards, settings=settings)
@@ -180,8 +183,11 @@ def _prepare(cfg: PrepConfig, out: Path) -> None:
 
 
 def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:
-    """All that decides the bytes. Files count by name, size and a few blocks: hashing terabytes
-    would double the work."""
+    """All settings that decide the bytes of the shards.
+
+    Files are identified by name, size and a few blocks, because hashing terabytes would double the
+    work.
+    """
     names = [[path.name, path.stat().st_size] for path in files]
     return {
         "dataset": cfg.dataset,
@@ -203,13 +209,12 @@ def _settings(cfg: PrepConfig, tokenizer: Tokenizer, files: list[Path]) -> dict[
 
 
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is complete. Raises UserError where it was made, or begun, with other
-    settings."""
+    """Whether `out` is complete. Raises UserError if it was made or begun with other settings."""
     finished = (out / "manifest.json").exists()
     for saved in (_state(out / name) for name in STATES):
         made_with = saved.get("settings", {})
         for name, value in settings.items() if saved.get("shards") else ():
-            if name in made_with and made_with[name] != value:  # older versions knew fewer
+            if name in made_with and made_with[name] != value:  # older versions saved fewer names
                 option, before, now = (
                     "--" + name.replace("_", "-"),
                     str(made_with.get(name))[:40],
@@ -221,12 +226,12 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
                 )
     if finished:
         (out / "progress.json").unlink(missing_ok=True)
-        _say(f"{out} is finished already: nothing to do")
+        _say(f"{out} is already finished: nothing to do")
     return finished
 
 
 class _Run:
-    """Which shards are finished, and where in the input the next one begins: progress.json."""
+    """The content of progress.json: the finished shards, and where in the input the next begins."""
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.settings = out, settings
@@ -234,29 +239,32 @@ class _Run:
         saved = _state(self.file)
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         saved = saved if self.shards else {}
-        # of the source, before the chunk in which the next shard begins
+        # state of the source before the chunk in which the next shard begins
         self.state: Any = saved.get("state")
         self.skip: int = saved.get("skip", 0)  # tokens of that chunk that are on disk already
-        self.revision: str | None = saved.get("revision")  # of the dataset on the hub
+        self.revision: str | None = saved.get("revision")  # commit of the dataset on the hub
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in the finished shards."""
         return sum(shard["tokens"] for shard in self.shards)
 
     def begin(self, state: Any, skip: int) -> None:
-        """The tokens given to the writer from now on are those of the chunk at `state`, from `skip`
-        on."""
+        """Note that the writer gets the tokens of the chunk at `state` next, from `skip` on."""
         self.state, self.skip = state, skip
 
     def finished(self, shard: dict[str, Any], consumed: int) -> None:
+        """Record a finished shard. consumed: tokens of the current part that are on disk."""
         self.shards.append(shard)
         self.save(self.skip + consumed)
 
     def save(self, skip: int) -> None:
+        """Write progress.json. skip: tokens of the current chunk that are on disk."""
         saved = dict(settings=self.settings, shards=self.shards, revision=self.revision)
         write_json(self.file, saved | dict(state=self.state, skip=skip))
 
     def remove(self) -> None:
+        """Delete the shards and progress.json."""
         for shard in self.shards:
             (self.out / shard["name"]).unlink()
         self.file.unlink(missing_ok=True)
@@ -288,20 +296,23 @@ def _tokenize(
         for chunk, tokens, _ in results:
             part = tokens[skip : skip + limit - written]
             run.begin(chunk.state, skip)
-            with cache.writing("--out", out):
+            with cache.writing_tokens("--out", out):
                 writer.add(part)
             skip, written = 0, written + len(part)
             progress.update(chunk.position, written)
             if written == limit:
                 break
-    with cache.writing("--out", out):
+    with cache.writing_tokens("--out", out):
         writer.close()
 
 
 def _check_disk(
     cfg: PrepConfig, out: Path, tokenizer: Tokenizer, files: list[Path], run: _Run
 ) -> None:
-    """Before anything is written: is there room for the tokens that the input should give?"""
+    """Raises UserError if the disk has too little room for the tokens that the input should give.
+
+    This runs before anything is written. The size of a hub dataset without --max-tokens is unknown.
+    """
     tokens = cfg.max_tokens or sys.maxsize
     if files:
         packed = [path.suffix in (".gz", ".parquet") for path in files]
@@ -321,7 +332,7 @@ def _require(out: Path, size: int) -> None:
         raise UserError(
             f"the shards will take about {size / 1e9:,.1f} GB and {out} has {free / 1e9:,.1f} GB "
             "free; "
-            f"free some, give another --out, or fewer tokens (--max-tokens N, or --max-shards N)"
+            "free some space, give another --out, or fewer tokens (--max-tokens N, --max-shards N)"
         )
 
 
@@ -329,8 +340,7 @@ def _require(out: Path, size: int) -> None:
 
 
 def _fetch(cfg: PrepConfig, out: Path) -> None:
-    """Download the .bin files of a repository, check each, and write the manifest that they
-    lack."""
+    """Download the .bin files of a repository, check each one, and write a manifest for them."""
     import huggingface_hub
 
     assert cfg.dataset is not None
@@ -343,7 +353,7 @@ def _fetch(cfg: PrepConfig, out: Path) -> None:
     _require(out, sum(size for name, size in sizes.items() if not (out / name).exists()))
     records = []
     for i, name in enumerate(sizes, 1):
-        _say(f"fetching {name} ({i} of {len(sizes)})")
+        _say(f"downloading {name} ({i} of {len(sizes)})")
         huggingface_hub.hf_hub_download(
             cfg.dataset, name, repo_type="dataset", revision=revision, local_dir=out
         )
@@ -354,14 +364,14 @@ def _fetch(cfg: PrepConfig, out: Path) -> None:
 
 
 def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
-    """The repository's revision, and the size of each shard that is wanted."""
+    """The repository's commit, and the size in bytes of each wanted shard by its name."""
     import huggingface_hub
 
     assert cfg.dataset is not None
     try:
         info = huggingface_hub.dataset_info(cfg.dataset, files_metadata=True, timeout=10)
     except Exception as error:
-        # whatever HTTP client the library has today; the line says what it said
+        # The kind of error depends on the library's HTTP client, which changes.
         raise corpus.no_hub_data(cfg.dataset, error) from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     shards = sorted(name for name in sizes if name.endswith(".bin") and "/" not in name)
@@ -376,7 +386,7 @@ def _list_shards(cfg: PrepConfig) -> tuple[str | None, dict[str, int]]:
 
 
 def _record(shard: shards.Shard, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest's entry of a finished shard. Raises UserError for ids beyond the vocabulary."""
+    """The manifest's entry for a shard. Raises UserError for ids outside the vocabulary."""
     lengths, counts = shards.byte_lengths(tokenizer), np.zeros(0, np.int64)
     tokens = shard.map()
     for begin in range(0, len(tokens), 1 << 24):

@@ -14,10 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
-
 from base.cli import entry_point, parse
-from config import Count, Range, Seed, UserError, Where
+from config import Count, Positional, Range, Seed, UserError, Where
 from decoding.options import DecodeConfig, check_decode
 from text.readers import HEAD, decode_input, wide_encoding
 
@@ -35,9 +33,9 @@ class GenerateConfig(DecodeConfig):
     A prompt that begins with a dash goes after a bare --.
     """
 
-    checkpoint: Annotated[Positional[Where], arg(metavar="CHECKPOINT")] = ""
+    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
+    prompts: Annotated[tuple[str, ...], Positional("PROMPT ...")] = ()
     """Texts to continue, together in a batch. An empty one begins a document."""
 
     seed: Seed = 1337

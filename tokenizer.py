@@ -1,4 +1,4 @@
-"""Train a tokenizer, and try one:  python tokenizer.py train|encode|decode"""
+"""Command to train a tokenizer and to try one:  python tokenizer.py train|encode|decode"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe")
 
 
 def _train_command(options: argparse.Namespace) -> None:
-    # not above: no other command here needs it, and numpy with it
+    # imported here because the other commands need neither this module nor numpy
     from text import tokenizer_training as training
 
     outlive()
@@ -33,19 +33,19 @@ def _train_command(options: argparse.Namespace) -> None:
         flush=True,
     )
     start = time.perf_counter()
-    how = (text, options.vocab_size, Path(options.out))
+    arguments = (text, options.vocab_size, Path(options.out))
     with ends_promptly():
         if options.model == "byte-bpe":
-            tokenizer = training.train_bpe(*how, special=options.special)
+            tokenizer = training.train_bpe(*arguments, special=options.special)
         else:
             kind = "unigram" if options.model == "unigram" else "bpe"
-            tokenizer = training.train_sentencepiece(*how, kind=kind, special=options.special)
+            tokenizer = training.train_sentencepiece(*arguments, kind=kind, special=options.special)
     seconds = time.perf_counter() - start
     print(
         f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8"
     )
     if tokenizer.vocab_size < options.vocab_size:
-        print(f"the text gives only {tokenizer.vocab_size:,} tokens: no other pair is in it twice")
+        print(f"the text gives only {tokenizer.vocab_size:,} tokens: no other pair occurs twice")
     ratio = len(text.first) / len(tokenizer.encode(text.first))
     print(
         f"{options.out}: vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s, {ratio:.2f} "
@@ -77,8 +77,10 @@ def _read_stdin() -> str:
 
 
 def _named(word: str) -> str:
-    """The type of an option that names a file or folder; a shell makes "" of a variable that is not
-    set."""
+    """The argparse type of an option that names a file or folder. Raises an error for "".
+
+    A shell passes "" for a variable that is not set.
+    """
     if not word.strip():
         raise argparse.ArgumentTypeError("it is empty; give a name")
     return expand(word)
@@ -111,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         required=True,
         metavar="N",
-        help="tokens in all, the special ones too",
+        help="size of the vocabulary, including the special tokens",
     )
     train.add_argument(
         "--special",
         nargs="+",
         default=(),
         metavar="TOKEN",
-        help="a task's own tokens, after the others",
+        help="special tokens of a task; they get the last ids",
     )
     train.add_argument(
         "--out", required=True, type=_named, metavar="FOLDER", help="new folder for the tokenizer"
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Run the command of the command line. Raises UserError for bad options or bad input."""
     options = _parser().parse_args()
     options.command(options)
 

@@ -1,6 +1,8 @@
-"""Pretrain GPT-2:
+"""Pretrain GPT-2 on one process or many:
 
-torchrun --standalone --nproc_per_node=N train_gpt2.py [options]   (or plain python)"""
+python train_gpt2.py [options]
+torchrun --standalone --nproc_per_node=N train_gpt2.py [options]
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from config import TrainConfig
 
 
 def main() -> int:
+    """Parse the command line, train, and return the exit code."""
     cfg = parse(TrainConfig, sys.argv[1:])
     if not cfg.dry_run:
         outlive()
-    # torch is imported only now: --help and a mistyped option answer at once.
+    # Importing torch takes seconds, so --help and a mistyped option are answered before it.
     from engine.pretraining import LanguageModelling
-    from engine.processes import recorded
+    from engine.processes import record_failures
     from engine.trainer import train
 
-    return recorded(train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:]))
+    return record_failures(
+        train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:])
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Prefixed:
             return None
         return causal_mask(T, segments, device, self.length)
 
-    def at(self, layer: int) -> Extend:
+    def extension(self, layer: int) -> Extend:
         return functools.partial(_put_before, *self.layers[layer])
 
     def advance(self, T: int) -> None:

@@ -34,7 +34,7 @@ from config import UserError
 from model import GPT, Linear
 from storage.checkpoint import locate
 from storage.foreign import JsonObject
-from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, base_of
+from storage.hub import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base, adapter_config
 from storage.weights import plain_names, read_tensors, save_tensors
 
 OLDER_WEIGHTS = "adapter_model.bin"  # as PEFT wrote them before version 0.9
@@ -72,7 +72,7 @@ def locate_base(folder: str | Path) -> str:
 
     Raises UserError where the adapter names none, or there is none.
     """
-    base = base_of(folder)[0]
+    base = adapter_base(folder)[0]
     if not base:
         raise UserError(
             f"{folder} is an adapter that does not name its base: set base_model_name_or_path in "
@@ -209,7 +209,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_base(model: GPT, folder: Path) -> None:
-    base, expected = base_of(folder)
+    base, expected = adapter_base(folder)
     if expected is not None and expected != (found := weights_sha256(model)):
         raise UserError(
             f"{folder} is an adapter for {base} (weights {expected[:12]}), and these are other "

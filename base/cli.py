@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
-import io
+import itertools
 import json
 import os
-import re
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
-
-import tyro
+from typing import Any, NoReturn, TypeVar
 
 from base import console, signals
+from base.arguments import CONFIG, Option, help_text, options_of, read_words
 from base.console import printable
-from config import UserError, check_ranges, expand, expand_paths, nearest, replace_surrogates
+from config import (
+    UserError,
+    check_ranges,
+    expand,
+    expand_paths,
+    nearest,
+    replace_surrogates,
+    shown_name,
+)
 
 # What a path can have against it, wherever it is used, that is no fault of this code.
 OF_THE_MACHINE = {
@@ -32,14 +35,7 @@ OF_THE_MACHINE = {
     errno.EISDIR,
 }
 
-TEXTS = (str, str | None)  # types of an option that takes any text
-
 Config = TypeVar("Config")  # any dataclass of options
-
-
-def option_names(cls: Any) -> list[str]:
-    """Fields of a dataclass of options, as attributes."""
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
@@ -48,35 +44,13 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad
     file.
     """
-    argv, file = _take_config(list(argv))
-    texts, from_file = _from_file(cls, file)
-    base = cls(**((defaults or {}) | texts))
-    if "-h" in argv or "--help" in argv:
-        print(
-            "--config FILE: read options from a JSON or TOML file (a run's own config.json too); "
-            "others override it.\n"
-        )
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config, unknown = tyro.cli(
-                cls,
-                args=from_file + argv,
-                default=base,
-                return_unknown_args=True,
-                # `bool | None` becomes a pair of flags whose default is None
-                config=(tyro.conf.DisallowNone,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_one_line(errors.getvalue())) from None
-    if unknown:
-        raise UserError(_unknown_option(cls, unknown[0]))
-    positionals = _positionals(cls)
-    config, replaced = replace_surrogates(expand_paths(config, positionals))
+    defaults = defaults or {}
+    if {"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", argv)):
+        print(help_text(cls, defaults), end="")
+        raise SystemExit(0)
+    config, replaced = replace_surrogates(expand_paths(cls(**defaults | _given(cls, argv))))
     for name in replaced:
-        warn_of_replaced(positionals.get(name, "--" + name.replace("_", "-")))
+        warn_of_replaced(shown_name(cls, name))
     check_ranges(config)
     return config
 
@@ -93,16 +67,57 @@ def warn_of_replaced(what: str) -> None:
 def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
     """Options that a command line names, or the file of its --config: the others have their
     defaults."""
-    argv, file = _take_config(list(argv))
-    texts, from_file = _from_file(cls, file)
-    heads = {
-        word.partition("=")[0][2:].replace("-", "_")
-        for word in from_file + argv
-        if word.startswith("--")
-    }
-    return frozenset(
-        name for name in option_names(cls) if name in texts or heads & {name, f"no_{name}"}
-    )
+    return frozenset(_given(cls, argv))
+
+
+def _given(cls: Any, argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the options that a command line names, or the file of its --config."""
+    options = options_of(cls)
+    words = read_words([CONFIG, *options], argv)
+    file = words.pop(CONFIG.name, None)
+    if file is not None and not file.strip():
+        raise UserError("--config is empty; give a file, or leave --config out")
+    return words if file is None else _read_config(options, file) | words
+
+
+def _read_config(options: Sequence[Option], file: str) -> dict[str, Any]:
+    """Values of the options that a config file names."""
+    named = {option.name: option for option in options}
+    given = {}
+    for key, value in _read_object(file).items():
+        name = key.replace("-", "_")
+        if name not in named:
+            close = nearest(name, list(named))
+            raise UserError(
+                f"--config {file} has the key {key[:60]!r}, which is no option here{close}"
+            )
+        if value is not None:
+            values = value if named[name].most > 1 and isinstance(value, list) else [value]
+            given[name] = named[name].convert(f"--config {file}: {key}", values)
+    return given
+
+
+def _read_object(file: str) -> dict[str, Any]:
+    path = Path(expand(file))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".toml":
+            import tomllib  # most starts read no TOML
+
+            values = tomllib.loads(text)
+        else:
+            values = json.loads(text)
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--config {file} holds no options; it should be an object of names and values"
+        )
+    return values
 
 
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
@@ -175,111 +190,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "allocate memory" in str(error) or "overflow" in str(error)
     )
-
-
-def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """Split `--config FILE` off a command line."""
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                raise UserError("--config needs a file")
-            return argv[:i] + argv[i + 2 :], argv[i + 1]
-        if word.startswith("--config="):
-            return argv[:i] + argv[i + 1 :], word.partition("=")[2]
-    return argv, None
-
-
-def _read_config(file: str) -> dict[str, Any]:
-    path = Path(expand(file))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--config {file} is not valid {path.suffix[1:] or 'JSON'}: {error}"
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"--config {file} holds no options; it should be an object of names and values"
-        )
-    return values
-
-
-def _from_file(cls: Any, file: str | None) -> tuple[dict[str, Any], list[str]]:
-    """What a config file says: its texts by name, and the rest as words of a command line.
-
-    The parser of the command line checks the words. A text needs no check, and as a word it could
-    be taken for another thing: it may begin with a dash, and a positional has no name to give it
-    by.
-    """
-    texts: dict[str, Any] = {}
-    words: list[str] = []
-    hints = get_type_hints(cls)
-    for key, value in _read_config(file).items() if file else ():
-        name, option = key.replace("-", "_"), "--" + key.replace("_", "-")
-        if name not in option_names(cls):
-            close = nearest(name, option_names(cls))
-            raise UserError(
-                f"--config {file} has the key {key[:60]!r}, which is no option here{close}"
-            )
-        if value is None:
-            continue
-        if hints[name] in TEXTS:
-            texts[name] = _text(f"--config {file}: {key}", value)
-        elif hints[name] == tuple[str, ...]:
-            items = value if isinstance(value, list) else [value]
-            texts[name] = tuple(_text(f"--config {file}: {key}", item) for item in items)
-        elif isinstance(value, bool):
-            words.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list):
-            words += [option, *map(str, value)] if value else []
-        else:
-            words += [option, str(value)]
-    return texts, words
-
-
-def _text(where: str, value: Any) -> str:
-    if isinstance(value, bool | list | dict):
-        raise UserError(f"{where} is {json.dumps(value)[:60]}; it must be text")
-    return str(value)
-
-
-def _one_line(box: str) -> str:
-    """The message inside tyro's box, on one line."""
-    lines = [re.sub(r"[│╭╮╰╯─━┃]+", " ", line).strip() for line in box.splitlines()[1:]]
-    body = []
-    for line in lines:
-        if not line or line.startswith(("Argument helptext", "For full helptext")):
-            if body:
-                break
-            continue
-        body.append(line)
-    return " ".join(body) or box.strip()
-
-
-def _unknown_option(cls: Any, word: str) -> str:
-    if not word.startswith("-"):
-        return f"unexpected word {word!r}; options are written --name value (see --help)"
-    word = word.partition("=")[0]
-    positionals = _positionals(cls)
-    if shown := positionals.get(word[2:].replace("-", "_")):
-        return f"{word} is no option: {shown} is typed without a name (see --help)"
-    names = [name for name in option_names(cls) if name not in positionals]
-    return (
-        "unknown option "
-        f"{word}{nearest(word, ['--config', *('--' + n.replace('_', '-') for n in names)])}"
-    )
-
-
-def _positionals(cls: Any) -> dict[str, str]:
-    """The options that are typed without their names, and how the help shows them."""
-    found = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        notes = getattr(hint, "__metadata__", ())
-        if tyro.conf.Positional in notes:
-            found[name] = next(
-                (shown for note in notes if (shown := getattr(note, "metavar", None))), name.upper()
-            )
-    return found

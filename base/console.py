@@ -1,10 +1,10 @@
-"""The console of a process: standard streams that no print can end a run by.
+"""Standard streams on which a failing print does not end a run.
 
-A terminal closes, the reader of a pipe leaves, a disk fills, an encoding lacks a character.
-`open_console` puts streams of ours in the place of Python's, so that every `print`, progress bar
-and library of the process is safe. What the encoding lacks is escaped. What cannot be written is
-dropped, and then there are two kinds of command: one whose output is its result ends with
-`OutputLost`; one that has called `outlive` goes on, and says so once.
+A terminal may close, the reader of a pipe may exit, a disk may fill up, an encoding may not have a
+character. `open_console` replaces Python's standard streams, so that every `print`, progress bar
+and library of the process is safe. A character that the encoding does not have is escaped. Text
+that cannot be written is dropped. A command whose output is its result then ends with `OutputLost`.
+A command that has called `outlive` warns once and continues.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ import sys
 import warnings
 from typing import Any
 
-# they encode anything
+# Error handlers that can encode any text.
 FORGIVING = ("replace", "ignore", "backslashreplace", "namereplace", "xmlcharrefreplace")
 
 
 class OutputLost(Exception):
-    """Standard output could not be written, in a command whose output is its result. Its text says
-    why."""
+    """Standard output could not be written, in a command whose output is its result.
+
+    Its text is the reason.
+    """
 
     def __init__(self, error: OSError):
         super().__init__(error.strerror)
-        # head has read what it wanted: no fault
+        # True for a reader such as `head`, which has read enough. Then it is not an error.
         self.reader_left = isinstance(error, BrokenPipeError)
 
 
 class _Outlet(io.RawIOBase):
-    """The bytes of a standard stream. After the first write that fails, no other raises."""
+    """The raw bytes of a standard stream. Only the first write that fails may raise an error."""
 
     def __init__(self, raw: Any, number: int):
-        self.raw = raw  # None: the stream was closed when the process began
-        self.number = number
-        self.error: OSError | None = None  # the first that occurred
+        self.raw = raw  # None: the stream was closed when the process started
+        self.number = number  # the file descriptor
+        self.error: OSError | None = None  # the first error
 
     def writable(self) -> bool:
         return True
@@ -49,7 +51,11 @@ class _Outlet(io.RawIOBase):
         return self.raw is not None and os.isatty(self.number)
 
     def write(self, data: Any) -> int:
-        """Write all of `data` or drop the rest of it; in both cases its length is returned."""
+        """Write all of `data`, or drop the rest of it after an error.
+
+        Returns the length of `data` in both cases. Raises OutputLost at the first error of standard
+        output, unless `outlive` was called.
+        """
         rest = memoryview(data).cast("B")
         length = len(rest)
         try:
@@ -61,9 +67,9 @@ class _Outlet(io.RawIOBase):
 
     def _write_some(self, data: memoryview) -> int:
         if self.raw is None:
-            return os.write(-1, data)  # raises what a closed descriptor raises
+            return os.write(-1, data)  # raises the OSError of a closed descriptor
         count = self.raw.write(data)
-        # another process has made the terminal or pipe non-blocking, and it is full
+        # None: another process has made the terminal or pipe non-blocking, and it is full.
         if count is None:
             select.select([], [self.number], [])
         return count or 0
@@ -88,26 +94,26 @@ def open_console() -> None:
         if stream is None:
             _occupy(number)
         if number == 0:
-            # for the life of the process
+            # stays open until the process ends
             sys.stdin = stream or open(os.devnull, encoding="utf-8")  # noqa: SIM115
         elif stream is None or _is_standard(stream, number):
             setattr(sys, name, _safe(stream, number))
 
 
 def outlive() -> None:
-    """From now on this command goes on without its standard output: what it makes is in files."""
+    """Let this command continue if standard output fails, because its results are in files."""
     global _outlives
     _outlives = True
 
 
-def lost() -> str | None:
-    """Why standard output could not be written, None where all was."""
+def output_error() -> str | None:
+    """Why standard output could not be written, or None if it could."""
     outlet = _outlet(sys.stdout)
     return None if outlet is None or outlet.error is None else outlet.error.strerror
 
 
 def _safe(stream: Any, number: int) -> io.TextIOWrapper:
-    """`stream` again, on an outlet."""
+    """A stream with the settings of `stream` on an _Outlet. stream: None if it was closed."""
     if stream is None:
         return io.TextIOWrapper(
             io.BufferedWriter(_Outlet(None, number)), "utf-8", "backslashreplace"
@@ -123,8 +129,7 @@ def _safe(stream: Any, number: int) -> io.TextIOWrapper:
 
 
 def _is_standard(stream: Any, number: int) -> bool:
-    """Whether `stream` is Python's own on this descriptor, not one that a test or a notebook has
-    put there."""
+    """Whether `stream` is Python's own for this descriptor, not one of a test or a notebook."""
     try:
         return (
             isinstance(stream, io.TextIOWrapper)
@@ -141,8 +146,10 @@ def _outlet(stream: Any) -> _Outlet | None:
 
 
 def _occupy(number: int) -> None:
-    """Open a closed descriptor, so that no file opened later gets its number and another library's
-    prints."""
+    """Open a closed standard descriptor on the null device.
+
+    Otherwise the next file that is opened would get its number, and prints of libraries in it.
+    """
     try:
         os.fstat(number)
     except OSError:
@@ -154,23 +161,23 @@ def _occupy(number: int) -> None:
 
 def _say_lost(error: OSError) -> None:
     print(
-        f"warning: standard output cannot be written ({error.strerror}); this goes on without it",
+        f"warning: standard output cannot be written ({error.strerror}); continuing without it",
         file=sys.stderr,
     )
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what other libraries say there and no user can act on, message by
-    message."""
+    """Hide a few messages of other libraries that no user can act on."""
     for message in ("Guards may run slower on Python 3.13.0",):
         warnings.filterwarnings("ignore", message)
-    # inductor looks for CUDA's compiler, also in a run on the CPU
+    # inductor looks for CUDA's compiler even in a run on the CPU
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda r: "No CUDA runtime is found" not in r.getMessage()
     )
 
 
 def bytes_text(n: float) -> str:
+    """A number of bytes in the largest suitable unit, up to GiB."""
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -179,6 +186,7 @@ def bytes_text(n: float) -> str:
 
 
 def time_text(seconds: float) -> str:
+    """A duration as m:ss, h:mm:ss or Nd h:mm:ss."""
     seconds = int(max(0, seconds))
     days, rest = divmod(seconds, 86400)
     clock = (
@@ -190,6 +198,6 @@ def time_text(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out: an untrained model writes them, and a terminal
-    would obey."""
+    """`text` with control characters escaped. An untrained model may generate them, and a terminal
+    would execute them."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Files that survive a crash: flushed to the disk, replaced in one step, known by their hash."""
+"""Writes files that survive a crash, and checks output paths before the work starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from typing import Any
 
 from config import UserError
 
-TEMPORARY = ".tmp-"  # begins the name of what is still being written
+TEMPORARY = ".tmp-"  # prefix of the name of a file or folder that is still being written
 
 
 def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk. Some file systems flush no folders: that is
-    no error."""
+    """Force a file, or a folder's entries, to the disk.
+
+    A file system that cannot flush folders is no error.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,10 +34,10 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Generator[Path]:
-    """A new folder to write into and then to rename; whatever happens, none of this name is left.
+def temporary_folder(folder: Path) -> Generator[Path]:
+    """A new folder to write into and then to rename. Afterwards no folder of this name is left.
 
-    What an earlier attempt left under the name is deleted first.
+    A folder that an earlier attempt left under the name is deleted first.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -46,42 +48,42 @@ def unfinished(folder: Path) -> Generator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of the whole file, in hex."""
+    """sha256 of the whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` in one step, as `replace_text` does."""
+    """Write `value` as JSON. It replaces `path` in one step, as `replace_text` does."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace `path` in one step; a crash leaves the old file or the new one."""
-    beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(text, encoding="utf-8")
-    flush(beside)
-    os.replace(beside, path)
+    """Replace `path` in one step. A crash leaves the old file or the new one."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
     flush(path.parent)
 
 
 def writable_file(
     option: str, where: str, read: Sequence[str | Path] = (), make_folder: bool = False
 ) -> Path:
-    """The file that `option` names, found out before the work whose result it is to hold; nothing
-    is left there.
+    """The path `where` that `option` names, after a check that it can be written.
 
-    Raises UserError where it is a folder, is one of the files that are `read`, or cannot be
-    written; and where it has no folder, unless that is to be made.
+    The check runs before the work whose result the file will hold, and leaves no file. read: files
+    that must not be overwritten. make_folder: the file's folder will be made. Raises UserError if
+    the path is a folder, is in `read`, cannot be written, or has no folder and none will be made.
     """
     path = Path(where)
     if not path.name or path.is_dir():
         raise UserError(f"{option} {where} is a folder; name a file in it")
     if path.resolve() in [Path(file).resolve() for file in read]:
-        raise UserError(f"{option} {where} is also what is read; name another file")
+        raise UserError(f"{option} {where} is also an input file; name another file")
     folder = path.parent
     if not make_folder and not folder.is_dir():
-        raise UserError(f"{option} {where}: there is no folder {folder}")
+        raise UserError(f"{option} {where}: there is no folder {folder}; make it, or name another")
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -98,8 +100,10 @@ def writable_file(
 
 @contextlib.contextmanager
 def writing_to(option: str, folder: Path, more: str = "") -> Generator[None]:
-    """Turn an OSError of what is written under the folder that `option` names into a UserError,
-    whose advice ends with `more`."""
+    """Turn an OSError from writing into the folder that `option` names into a UserError.
+
+    more: the end of the advice in its message.
+    """
     try:
         yield
     except OSError as error:
@@ -115,8 +119,10 @@ def writing_to(option: str, folder: Path, more: str = "") -> Generator[None]:
         ) from None
 
 
-def beside(path: Path, ending: str) -> Path:
-    """The file of the same name with another ending; `path` may be any of the files of a set of
-    answers."""
+def sibling(path: Path, ending: str) -> Path:
+    """The path with another ending, such as the .scores.json of answers in a .csv.
+
+    A suffix that is not one of a set of answers is part of the name and stays.
+    """
     known = path.suffix in (".jsonl", ".csv", ".json", ".txt")
     return path.with_name((path.stem if known else path.name) + ending)

@@ -1,5 +1,4 @@
-"""Locks between processes, on Unix and on Windows. The system frees the lock of a process that was
-killed."""
+"""Locks between processes, on Unix and on Windows. The system frees a killed process's locks."""
 
 from __future__ import annotations
 
@@ -12,18 +11,18 @@ from typing import Any
 
 try:
     import fcntl as _fcntl
-except ImportError:  # Windows, which has msvcrt in its place
+except ImportError:  # Windows, which has msvcrt instead
     _fcntl = None
 
 fcntl: Any = _fcntl
 
-POLL = 0.1  # seconds between two tries, where the system cannot wait by itself
+POLL = 0.1  # seconds between two attempts on Windows, which cannot wait for a lock
 
 
 def lock(file: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. Returns False where the file system has no locks.
+    """Lock an open file until it is closed. Returns False if the file system has no locks.
 
-    Raises BlockingIOError where another process holds the lock, unless `wait` is given.
+    Raises BlockingIOError if another process holds the lock, unless `wait` is true.
     """
     try:
         _lock_unix(file, wait) if fcntl else _lock_windows(file, wait)
@@ -46,7 +45,7 @@ def _lock_windows(file: int, wait: bool) -> None:
     while True:
         try:
             os.lseek(file, 0, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # the first byte stands for the file
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # the lock of the first byte locks the file
             return
         except OSError as error:
             if not wait:
@@ -56,14 +55,14 @@ def _lock_windows(file: int, wait: bool) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[bool]:
-    """Hold the lock file `path`; `busy` is called before waiting for another process that holds it.
+    """Hold the lock file `path`. busy() is called before waiting for another process.
 
-    Yields False where the file system has no locks. Raises OSError where the file cannot be made.
+    Yields False if the file system has no locks. Raises OSError if the file cannot be made.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
-        file = os.open(path, os.O_RDONLY)  # another user's
+        file = os.open(path, os.O_RDONLY)  # a file of another user can still be locked
     try:
         try:
             alone = lock(file)
@@ -77,9 +76,9 @@ def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Generator[boo
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Generator[None]:
-    """Hold the lock of a folder. Raises BlockingIOError where another process holds it.
+    """Hold the lock of a folder. Raises BlockingIOError if another process holds it.
 
-    On Unix the folder itself is locked. Windows cannot open one, so a file in it stands for it.
+    On Unix the folder itself is locked. Windows cannot open a folder, so a file in it is locked.
     """
     file = (
         os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""The machine below PyTorch: its cores and its memory, on Linux, macOS and Windows."""
+"""The machine's CPU cores and memory, on Linux, macOS and Windows."""
 
 from __future__ import annotations
 
@@ -11,42 +11,39 @@ try:
 except ImportError:  # Windows
     resource = None
 
-UNKNOWN_MEMORY = 8 << 30  # bytes that a machine is taken to have where the system does not say
+UNKNOWN_MEMORY = 8 << 30  # bytes that are assumed if the system does not tell
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resident_bytes() -> int:
-    """Memory that this process occupies now (where the system does not say, the most it has
-    occupied)."""
+    """Resident memory of this process in bytes. If the system does not tell it, the peak."""
     return _statm(1) or _max_rss()
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has occupied."""
-    # Linux's getrusage may give the peak of the process that started this one, so its status file
-    # is asked first.
+    """Peak resident memory of this process in bytes."""
+    # Linux's getrusage may return the peak of the parent process, so the status file is read first.
     return _kilobytes("/proc/self/status", "VmHWM") or _max_rss()
 
 
 def available_bytes() -> int:
-    """Memory of the machine that is free, or can be freed at once."""
+    """Bytes of the machine's memory that are free or can be freed at once."""
     return _kilobytes("/proc/meminfo", "MemAvailable") or total_bytes() // 2
 
 
 def total_bytes() -> int:
-    """Memory of the machine."""
+    """Bytes of memory that the machine has."""
     if not hasattr(os, "sysconf"):  # Windows
         return UNKNOWN_MEMORY
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def address_space_left() -> int | None:
-    """Bytes that this process may still map under its limit (ulimit -v); None where it has no
-    limit."""
+    """Bytes that this process may still map under its limit (ulimit -v); None without a limit."""
     if resource is None:
         return None
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -54,8 +51,10 @@ def address_space_left() -> int | None:
 
 
 def _statm(field: int) -> int:
-    """Bytes of a field of /proc/self/statm: 0, the address space; 1, what is resident. 0 where
-    there is none."""
+    """Bytes in a field of /proc/self/statm: 0 is the address space, 1 the resident memory.
+
+    Returns 0 if there is no such file.
+    """
     try:
         return int(
             Path("/proc/self/statm").read_text(encoding="utf-8").split()[field]
@@ -65,7 +64,7 @@ def _statm(field: int) -> int:
 
 
 def _kilobytes(file: str, key: str) -> int:
-    """Bytes that a line `key: N kB` of a file under /proc says; 0 where there is none."""
+    """Bytes in the line `key: N kB` of a file under /proc; 0 if there is no such line."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The signals that stop a command, and how soon they do."""
+"""Handles the signals that stop a command, and makes sure that they stop it soon."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import threading
 from collections.abc import Generator
 from types import FrameType
 
-GRACE = 1.0  # seconds that Python code has to end the process by itself
+GRACE = 1.0  # seconds that Python code gets to end the process after a signal
 _stopped_by = 0
 
 
 def watch_signals() -> None:
-    """From now on SIGINT and SIGTERM end this process by an exception, and `stopped_by` tells that
-    one came."""
+    """Let SIGINT and SIGTERM end this process by an exception, and record them for `stopped_by`."""
     global _stopped_by
     _stopped_by = 0
     if threading.current_thread() is threading.main_thread():
@@ -32,24 +31,26 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def note_signal(number: int) -> None:
-    """For a handler: this process was told to stop."""
+    """Record that a signal told this process to stop. For other signal handlers."""
     global _stopped_by
     _stopped_by = _stopped_by or number
 
 
 def stopped_by() -> int:
-    """The first signal that told this process to stop, 0 for none.
+    """The number of the first signal that told this process to stop; 0 for none.
 
-    Whatever error comes after one may only be its effect: a library wraps the exception, or a
-    process of the same group, as a compiler is, has received it too.
+    An error after a signal may only be its effect. A library may have wrapped the exception, or a
+    process of the same group, such as a compiler, may have received the signal too.
     """
     return _stopped_by
 
 
 @contextlib.contextmanager
 def ends_promptly() -> Generator[None]:
-    """Let a signal end the process soon, though a library keeps the main thread from Python code
-    for minutes."""
+    """Let a signal end the process within GRACE seconds, even inside a long call of a library.
+
+    Python runs signal handlers only between bytecodes of the main thread, which may take minutes.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     left = threading.Event()

@@ -212,12 +212,12 @@ def options_of(case: Fit) -> SentimentConfig:
 def engine_of(cfg: SentimentConfig) -> Engine:
     """The sentiment task as trainer.train sets it up."""
     from engine import processes
-    from engine.plan import settle
+    from engine.plan import resolve_for_machine
     from finetune.sentiment import TASK
     from tasks.classification.task import Classification
 
     world = processes.start(cfg.device)
-    cfg, choices = settle(cfg, world)
+    cfg, choices = resolve_for_machine(cfg, world)
     task = Classification(TASK)
     found = task.setup(cfg, lambda text: None)
     assert found.length

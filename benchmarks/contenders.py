@@ -140,7 +140,7 @@ def ours(case: Case, **options: Any) -> Step:
     import numpy as np
 
     from engine import processes
-    from engine.plan import settle
+    from engine.plan import resolve_for_machine
     from engine.pretraining import LanguageModelling, packed
     from engine.task import Batch
 
@@ -166,7 +166,7 @@ def ours(case: Case, **options: Any) -> Step:
         **known,
     )
     world = processes.start(case.device)
-    settled, choices = settle(cfg, world)
+    settled, choices = resolve_for_machine(cfg, world)
     task = RandomTokens()
     task.cfg = resolved(settled, ResolvedTrain)
     return Engine(task, task.cfg, world, choices).on_first_batch(case.shape.rows)

@@ -46,7 +46,7 @@ REHEARSAL = (
 )
 
 
-NEEDED = ("numpy", "tyro", "safetensors")
+NEEDED = ("numpy", "safetensors")
 OF_PROGRAMS = ("tokenizers", "tiktoken", "rich")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -532,10 +532,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("tyro") is None or importlib.util.find_spec("numpy") is None:
+    if importlib.util.find_spec("numpy") is None:
         print(
-            "error: tyro and numpy are not installed and every part needs them; run `make wheels` "
-            "on a machine with a network and `make gpu-check WHEELS=FOLDER` here",
+            "error: numpy is not installed and every part needs it; run `make wheels` on a machine "
+            "with a network and `make gpu-check WHEELS=FOLDER` here",
             file=sys.stderr,
         )
         sys.exit(2)

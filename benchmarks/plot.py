@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import UserError, Where
-from engine.log import numbers, read_log
+from config import Positional, UserError, Where
+from engine.log import finite_values, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +54,7 @@ DARK, PALE = "#222222", "#8a8a8a"
 class Options:
     """Options of the picture."""
 
-    runs: Annotated[tuple[Where, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[Where, ...], Positional("RUN ...")] = ()
     """Folders of runs, each with a log.jsonl."""
     out: Where = "runs.png"
     """The PNG to write."""
@@ -94,7 +92,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def curves(folder: Path, x: str, name: str) -> Curves:
     """UserError where no step has been logged yet."""
     log = records(folder)
-    steps = [r for r in log if r["kind"] == "train" and r.get("step") and numbers([r], "tokens")]
+    steps = [
+        r for r in log if r["kind"] == "train" and r.get("step") and finite_values([r], "tokens")
+    ]
     if not steps:
         raise UserError(f"{folder}/log.jsonl has no training step yet")
     at = {r["step"]: r["tokens" if x == "tokens" else "step"] for r in steps} | {0: 0}
@@ -102,7 +102,9 @@ def curves(folder: Path, x: str, name: str) -> Curves:
 
     def series(rows: list[dict[str, Any]], key: str) -> Series:
         # a number that was not finite is null in the log
-        return [(at[r["step"]], r[key]) for r in rows if numbers([r], key) and r.get("step") in at]
+        return [
+            (at[r["step"]], r[key]) for r in rows if finite_values([r], key) and r.get("step") in at
+        ]
 
     return Curves(
         name, series(steps, "loss"), series(evals, "val_loss"), series(steps, "tokens_per_second"),
@@ -158,7 +160,7 @@ def chart(
 
 
 def short_numbers(axis: Axis) -> None:
-    """Write the numbers of an axis as 1.5M."""
+    """Write the finite_values of an axis as 1.5M."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

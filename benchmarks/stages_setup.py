@@ -78,7 +78,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     ranks."""
     import torch
 
-    from engine.compiling import compiler_lacks
+    from engine.compiling import compiler_problem
     from engine.precision import choose_precision, set_products
     from kernels._triton import missing
     from kernels.attention import attention_backends
@@ -101,7 +101,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
         else "is for CPUs where it is faster than MKL",
         "tf32": refused("tf32"),
         "bf16": None if native == "bf16" else why,
-        "compiler": compiler_lacks(device.type),
+        "compiler": compiler_problem(device.type),
         "ranks": None if room > 1 else f"there is one {'GPU' if cuda else 'core'}",
         "backend": None if best != plain else f"{best.name.lower()} is the best here already",
         "heap": "about a CPU's memory"

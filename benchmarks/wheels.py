@@ -48,7 +48,6 @@ WANTED = (
     "numpy",
     "safetensors",
     "tokenizers",
-    "tyro",
     "rich",
     "tiktoken",
     "pytest",

@@ -57,7 +57,7 @@ class KVCache:
         # A padding query looks at itself: a row of nothing would be NaN.
         return mask & (real[:, None] | (key == query))[:, None]
 
-    def at(self, layer: int) -> Extend:
+    def extension(self, layer: int) -> Extend:
         """`extend` of one layer."""
         return functools.partial(self.extend, layer)
 
@@ -125,8 +125,8 @@ class Alternatives:
         mask = (key < self.length) | (key == key[self.length :, None])
         return self.cache.without_padding(mask[None, None])
 
-    def at(self, layer: int) -> Extend:
-        return self.cache.at(layer)
+    def extension(self, layer: int) -> Extend:
+        return self.cache.extension(layer)
 
     def advance(self, T: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What torch.compile is given: the whole model or its blocks, and whether it can work here."""
+"""torch.compile: whether it works here, and whether it compiles the model or each block."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ from config import RunConfig
 from engine.processes import World
 from kernels._triton import missing
 
-BLOCK_GRAPHS = 32
+BLOCK_GRAPHS = 32  # graphs that the blocks may share, see compile_model
 
 
 def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
-    """model or block; `whole`: whether what runs is the model's own forward pass. Compiled whole, a
-    model has all its gradients at once, and no all-reduce overlaps with them; and on a CPU the
-    head's loss, which works on pieces that stay in the caches, is taken apart into whole passes."""
+    """The part that torch.compile compiles as one: "model" or "block". `whole`: whether training
+    calls the model's own forward pass.
+
+    A model compiled as one yields all gradients together at the end, so with several ranks no
+    all-reduce overlaps with the backward pass. On a CPU it would split the head's loss, which works
+    on chunks that fit the caches, into passes over the whole logits.
+    """
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
     return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
 
 
-def compiler_lacks(device_type: str) -> str | None:
-    """What stops torch.compile on this kind of device, as "needs ..."; None where nothing does.
+def compiler_problem(device_type: str) -> str | None:
+    """The compiler that is missing on this kind of device, as "needs ...", or None.
 
-    It writes Triton kernels for CUDA and C++ for a CPU, and finds a compiler only in the first
-    step.
+    torch.compile generates Triton kernels for CUDA and C++ for a CPU. By itself it would look for a
+    compiler only in the first step.
     """
     if device_type == "cuda":
         return missing(device_type)
@@ -41,7 +45,7 @@ def compiler_lacks(device_type: str) -> str | None:
 
     try:
         get_cpp_compiler()
-    except (RuntimeError, OSError):  # OSError: $CXX is a folder, or may not be run
+    except (RuntimeError, OSError):  # OSError: $CXX is a folder or not executable
         name = os.environ.get("CXX", "cl") if sys.platform == "win32" else inductor.cpp.cxx[-1]
         way = {"linux": " (apt install g++)", "darwin": " (xcode-select --install)"}.get(
             sys.platform, ""
@@ -51,22 +55,22 @@ def compiler_lacks(device_type: str) -> str | None:
 
 
 def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
-    """torch.compile the model in place; its blocks are the members of its module lists."""
-    # here: a run that does not compile does without its second of imports
+    """torch.compile the model in place. Its blocks are the members of its module lists."""
+    # Imported here, because it takes a second that other runs save.
     import torch._inductor.config as inductor
 
-    # Each rank starts these processes, by default one for each of the machine's cores.
+    # Each rank starts this many processes. By default it would start one for every core.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         inductor.compile_threads = min(32, max(1, cores() // world.local_size))
-    # The run has chosen its products, and its banner names them.
+    # The run has chosen the precision of products already, and its banner names it.
     warnings.filterwarnings(
         "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
     )
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
-        # All blocks share one function's graphs: of the first, a middle and the last one, for one
-        # length and for any, in training and in evaluation. Past the limit, 8 by default, they
-        # would run uncompiled.
+        # All blocks share the graphs of one function: for the first, a middle and the last block,
+        # for one length and any length, in training and evaluation. Above the limit, by default 8,
+        # blocks would run uncompiled.
         torch._dynamo.config.recompile_limit = BLOCK_GRAPHS  # ty: ignore[invalid-assignment]
         units = [
             block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part

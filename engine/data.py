@@ -1,8 +1,8 @@
-"""What --data may be: token shards, text, `stdlib` or a dataset on the hub. Text is tokenized once,
-into the cache.
+"""Opens --data: token shards, text, `stdlib` or a dataset on the hub. Text is tokenized once, into
+the cache.
 
-Shards are known by their manifest, or by their size and ends; a vocabulary by its tokenizer, where
-that is here.
+Shards are identified by the hashes in their manifest, or without one by size, first and last bytes.
+A vocabulary is identified by the hash of its tokenizer, if that is known.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from text import corpus
 from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
 
-READ_ANEW = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # in the cache's keys
+TABLE_READER_VERSIONS = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # part of the cache's keys
 GPT2_VOCAB = 50257
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What training has to know of its token ids. Token shards need no more: their tokenizer may be
-    elsewhere."""
+    """What training needs to know about token ids. For token shards that is enough, even if their
+    tokenizer is not on this machine."""
 
     size: int
     name: str  # of the tokenizer
-    source: str  # what load_tokenizer takes
-    eot: int | None  # id that begins a document, where known
-    sha256: str | None  # of the tokenizer, where known
-    tokenizer: Tokenizer | None  # None where it is not on this machine
-    missing: str = ""  # why it is not
+    source: str  # the argument of load_tokenizer
+    eot: int | None  # the id that begins each document; None: unknown
+    sha256: str | None  # of the tokenizer; None: unknown
+    tokenizer: Tokenizer | None  # None: not on this machine
+    missing: str = ""  # why it is not on this machine
 
     @property
     def rows(self) -> int:
-        """How many a model's table must have."""
+        """How many rows the embedding of a model must have."""
         return self.tokenizer.rows if self.tokenizer else self.size
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
+        """The vocabulary of a tokenizer that is on this machine."""
         return Vocabulary(
             tokenizer.vocab_size,
             tokenizer.name,
@@ -60,7 +61,7 @@ class Vocabulary:
 
 @dataclass
 class Data:
-    """What a run trains and validates on."""
+    """The training and validation tokens of a run, and their vocabulary."""
 
     train: TokenDataset
     val: TokenDataset
@@ -68,13 +69,13 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where it is not on this machine."""
+        """The tokenizer. Raises UserError if it is not on this machine."""
         return _needed(self.vocabulary)
 
 
 @dataclass
-class _Opened:
-    """Shards by the split that their names tell."""
+class _Splits:
+    """Opened data, divided into splits by the names of its shards. None: there is no such shard."""
 
     train: TokenDataset | None
     val: TokenDataset | None
@@ -84,8 +85,8 @@ class _Opened:
 def _needed(vocabulary: Vocabulary) -> Tokenizer:
     if vocabulary.tokenizer is None:
         raise UserError(
-            f"the tokenizer of the token shards is not known here ({vocabulary.missing}); name it: "
-            "--tokenizer"
+            f"the tokenizer of the shards is not on this machine ({vocabulary.missing}); name it "
+            "with --tokenizer"
         )
     return vocabulary.tokenizer
 
@@ -99,22 +100,22 @@ def open_data(
     seq_len: int,
     say: Callable[[str], None] = print,
 ) -> Data:
-    """Training and validation tokens of whatever `data` names: shards, text, `stdlib`, or a dataset
-    on the hub.
+    """Open the training and validation tokens that `data` names: shards, text, `stdlib`, or a
+    dataset on the hub.
 
-    Without `val_data`, validation is the shards whose names have the word val or validation; of
-    text, each hundredth document; and where there is neither (fewer than 100 documents), the last
-    hundredth of the stream, at least one window and at most a tenth. Raises UserError for data that
-    is missing, damaged, empty, too short or of another tokenizer.
+    Without `val_data` a part of `data` is held out: the shards whose names contain the word val or
+    validation, or every hundredth document of a text. If there is neither (fewer than 100
+    documents), it is the last hundredth of the stream, at least one window and at most a tenth.
+    Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
-    asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
-    opened = _open(data, asked, text_column, store, val_data is None, say)
+    requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    opened = _open(data, requested, text_column, store, val_data is None, say)
     train, val, vocabulary = opened.train, opened.val, opened.vocabulary
     if train is None:
         raise UserError(
             f"{data} holds only validation shards (val or validation in their names); give a "
-            "folder with others too"
+            "folder that holds others too"
         )
     if val_data is not None:
         unknown = vocabulary.sha256 is None
@@ -122,7 +123,7 @@ def open_data(
             val_data, None if unknown else vocabulary, text_column, store, False, say, named=False
         )
         val = other.val or other.train
-        if unknown:  # then its size is one more than the largest id
+        if unknown:  # its size is then only known from the largest id
             vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
     elif val is None:
         train, val = _split_tail(train, vocabulary, seq_len, data)
@@ -143,18 +144,17 @@ def open_whole(
     cache: Path,
     say: Callable[[str], None] = print,
 ) -> TokenDataset:
-    """All of `data`, nothing held out, with the bytes of its text; of shards, those named val if
-    there are any.
+    """Open all of `data`, with nothing held out, and count the bytes of its text. If shards are
+    named val, only these are opened.
 
-    Without a tokenizer only shards can be opened, and the bytes are those of their manifest, if
-    any.
+    Without a tokenizer only shards can be opened, and the bytes are only known from their manifest.
     """
     if tokenizer is None and not _shard_files(Path(data).expanduser()):
         raise UserError(
-            f"--data {data} is text, and the checkpoint has no tokenizer; name it: --tokenizer"
+            f"--data {data} is text, and the checkpoint has no tokenizer; name it with --tokenizer"
         )
-    asked = Vocabulary.of(tokenizer) if tokenizer else None
-    opened = _open(data, asked, text_column, Cache(cache), False, say)
+    requested = Vocabulary.of(tokenizer) if tokenizer else None
+    opened = _open(data, requested, text_column, Cache(cache), False, say)
     whole = opened.val or opened.train
     assert whole is not None
     whole.vocab_size = opened.vocabulary.size
@@ -166,20 +166,20 @@ def open_whole(
 def _too_short(what: str, n_tokens: int, seq_len: int, fits: int) -> str:
     advice = f"try --seq-len {fits}, or more data" if fits > 0 else "give more data"
     return (
-        f"{what} is too short: {n_tokens:,} tokens, where a window of --seq-len {seq_len} "
-        f"takes {seq_len + 1}; {advice}"
+        f"{what} is too short: it has {n_tokens:,} tokens, and a window of --seq-len {seq_len} "
+        f"needs {seq_len + 1}; {advice}"
     )
 
 
 def _split_tail(
     whole: TokenDataset, vocabulary: Vocabulary, seq_len: int, data: str
 ) -> tuple[TokenDataset, TokenDataset]:
-    """The last hundredth of the stream is validation: at least one window, at most a tenth."""
+    """Hold out the last hundredth of the stream: at least one window, at most a tenth."""
     most = whole.n_tokens // 10
     size = max(seq_len + 1, whole.n_tokens // HOLDOUT)
     if size > most:
         raise UserError(
-            _too_short(f"the tenth of {data} kept for validation", most, seq_len, most - 1)
+            _too_short(f"the tenth of {data} held out for validation", most, seq_len, most - 1)
         )
     border = whole.n_tokens - size
     val = whole.part(border, whole.n_tokens, None)
@@ -191,25 +191,25 @@ def _split_tail(
 
 def _open(
     spec: str,
-    asked: Vocabulary | None,
+    requested: Vocabulary | None,
     column: str,
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
     named: bool = True,
-) -> _Opened:
-    """named: whether the user named the vocabulary that is asked for."""
+) -> _Splits:
+    """Open what `spec` names. `named`: whether the user chose the requested vocabulary."""
     path = Path(spec).expanduser()
     if files := _shard_files(path):
-        return _open_shards(path, files, asked, store, named)
+        return _open_shards(path, files, requested, store, named)
     if spec == "stdlib" and not path.exists():
         texts = corpus.stdlib_files()
-        tokenizer = _needed(asked) if asked else stdlib_tokenizer(texts, store, say)
+        tokenizer = _needed(requested) if requested else stdlib_tokenizer(texts, store, say)
         return _open_text(texts, spec, tokenizer, column, store, holdout, say)
     hub = not os.path.exists(path) and corpus.is_hub_id(spec)
-    # looked for first: what is not there needs no tokenizer
+    # Find the files before a tokenizer is loaded: if they are missing, it is of no use.
     texts = [] if hub else corpus.find_files(spec)
-    tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+    tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     if hub:
         return _open_hub(spec, tokenizer, column, store, holdout, say)
     return _open_text(texts, spec, tokenizer, column, store, holdout, say)
@@ -218,28 +218,28 @@ def _open(
 def check_data(
     data: str, val_data: str | None, tokenizer: str | None, text_column: str, cache: Path
 ) -> int:
-    """The size of the vocabulary that `open_data` would find, with nothing tokenized or written.
+    """The size of the vocabulary that `open_data` would return. Tokenizes and writes nothing.
 
-    Raises UserError where it would find no data or no tokenizer; and for damaged shards.
+    Raises UserError if the data or the tokenizer is missing, or shards are damaged.
     """
     for spec in filter(None, (data, val_data)):
-        check_files(spec)  # first: what is not there needs no tokenizer
-    asked, lacking = None, None
+        check_files(spec)  # before the tokenizer: if files are missing, it is of no use
+    requested, tokenizer_error = None, None
     try:
-        asked = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
-    except UserError as error:  # told only where the data is there: without it no tokenizer helps
-        lacking = error
+        requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    except UserError as error:  # raised below, after errors about the data
+        tokenizer_error = error
     store = Cache(cache)
-    _check_there(data, asked, text_column, store)
+    _check_there(data, requested, text_column, store)
     if val_data is not None:
-        _check_there(val_data, asked, text_column, store)
-    if lacking:
-        raise lacking
+        _check_there(val_data, requested, text_column, store)
+    if tokenizer_error:
+        raise tokenizer_error
     path = Path(data).expanduser()
     if files := _shard_files(path):
-        return _open_shards(path, files, asked, store).vocabulary.size
-    if asked:
-        return asked.size
+        return _open_shards(path, files, requested, store).vocabulary.size
+    if requested:
+        return requested.size
     return (
         STDLIB_VOCAB
         if data == "stdlib" and not path.exists()
@@ -248,8 +248,8 @@ def check_data(
 
 
 def check_files(spec: str) -> None:
-    """Raise UserError where `spec` names files, and one of them is not there or cannot be read;
-    whether the hub has a dataset is not asked."""
+    """Raise UserError if `spec` names files of which one is missing or cannot be read. The hub is
+    not asked about a dataset."""
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return
@@ -259,24 +259,24 @@ def check_files(spec: str) -> None:
                 file.open("rb").close()
 
 
-def _check_there(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> None:
+def _check_there(spec: str, requested: Vocabulary | None, column: str, store: Cache) -> None:
     path = Path(spec).expanduser()
     if files := _shard_files(path):
-        _open_shards(path, files, asked, store)
+        _open_shards(path, files, requested, store)
     elif spec == "stdlib" and not path.exists():
         corpus.stdlib_files()
     elif os.path.exists(path) or not corpus.is_hub_id(spec):
         check_files(spec)
-    elif not _is_cached(spec, asked, column, store):
+    elif not _is_cached(spec, requested, column, store):
         _hub_dataset(spec, column)
 
 
-def _is_cached(spec: str, asked: Vocabulary | None, column: str, store: Cache) -> bool:
-    """Whether a hub dataset has been tokenized: then it need not be in reach."""
+def _is_cached(spec: str, requested: Vocabulary | None, column: str, store: Cache) -> bool:
+    """Whether a hub dataset is tokenized already, so that the network is not needed."""
     if not store.root.is_dir():
         return False
     try:
-        tokenizer = _needed(asked) if asked else load_tokenizer("gpt2")
+        tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     except UserError:
         return False
     keys = (_hub_key(spec, column, tokenizer, holdout) for holdout in (True, False))
@@ -300,12 +300,12 @@ def _open_text(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
-) -> _Opened:
-    """Text files, tokenized once for one content, column and tokenizer."""
+) -> _Splits:
+    """Open text files. They are tokenized once for each content, column and tokenizer."""
     store.prepare()
-    content = store.remember("sha256", files, sha256)
-    # Tables were once read by other rules, so what the cache holds of them from then is not used.
-    kinds = [READ_ANEW.get(kind, kind) for kind in map(corpus.suffix_of, files)]
+    content = store.measure_once("sha256", files, sha256)
+    # Older versions read tables by other rules, so what they cached must not be used.
+    kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(corpus.suffix_of, files)]
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
 
     def make(folder: Path) -> None:
@@ -313,12 +313,12 @@ def _open_text(
             corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say
         )
         for path, before, now in zip(
-            files, content, store.remember("sha256", files, sha256), strict=True
+            files, content, store.measure_once("sha256", files, sha256), strict=True
         ):
             if now != before:
                 raise changed_while_read(path)
 
-    folder = store.once(key, make, say)
+    folder = store.get_or_make(key, make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
@@ -329,33 +329,32 @@ def _open_hub(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
-) -> _Opened:
-    """A hub dataset, streamed and tokenized once under its name; remove its folder in the cache to
-    fetch it anew."""
+) -> _Splits:
+    """Open a hub dataset. It is streamed and tokenized once for each name, column and tokenizer. To
+    fetch it again, remove its folder in the cache."""
 
     def make(folder: Path) -> None:
         tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
 
-    folder = store.once(_hub_key(spec, column, tokenizer, holdout), make, say)
+    folder = store.get_or_make(_hub_key(spec, column, tokenizer, holdout), make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
 def is_validation(name: str) -> bool:
-    """Whether a whole word of a shard's name says so: val.bin, fineweb_val_000000.bin, but not
-    medieval_000000.npy."""
-    return not {"val", "validation"}.isdisjoint(corpus.words_of(Path(name).stem))
+    """Whether a shard's name contains the whole word val or validation: val.bin and
+    fineweb_val_000000.bin do, medieval_000000.npy does not."""
+    return not {"val", "validation"}.isdisjoint(corpus.words_in_name(Path(name).stem))
 
 
 def _shard_files(path: Path) -> list[Path]:
-    """The token shards that `path` is or holds, in order; none where it holds none."""
+    """The token shards in a folder, in the order of their names, or the one that `path` is."""
     if os.path.isfile(path):
         return [path] if path.suffix in (".bin", ".npy") else []
     if not os.path.isdir(path):
         return []
     if (path / "progress.json").exists() and not (path / "manifest.json").exists():
         raise UserError(
-            f"{path} is unfinished: type the fineweb_prep.py command that began it again, and it "
-            "goes on"
+            f"{path} is unfinished: type the same fineweb_prep.py command again, which continues it"
         )
     with reading(path):
         files = sorted(path.iterdir())
@@ -367,24 +366,23 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _open_shards(
-    path: Path, files: list[Path], asked: Vocabulary | None, store: Cache, named: bool = True
-) -> _Opened:
-    """Raises UserError for shards that are damaged, or of another tokenizer than the one asked
-    for."""
+    path: Path, files: list[Path], requested: Vocabulary | None, store: Cache, named: bool = True
+) -> _Splits:
+    """Open shards. Raises UserError if they are damaged, or not of the requested vocabulary."""
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(folder)
     shards = [read_shard(file) for file in files]
     if manifest:
-        vocabulary = _manifest_vocabulary(folder, manifest, asked, named)
+        vocabulary = _manifest_vocabulary(folder, manifest, requested, named)
         records = _check_records(folder, manifest, shards, whole=path.is_dir())
         max_ids, marks = (
             [r["max_id"] for r in records],
             [[r["tokens"], r["sha256"]] for r in records],
         )
     else:
-        max_ids = store.remember("max_id", files, _max_id)
+        max_ids = store.measure_once("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
-        vocabulary = asked or _assumed_vocabulary(max(max_ids) + 1)
+        vocabulary = requested or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):
         if max_id >= vocabulary.size:
             raise UserError(beyond_vocabulary(file, max_id, vocabulary.size, vocabulary.name))
@@ -394,13 +392,13 @@ def _open_shards(
         identity = digest([marks[i] for i in chosen])
         return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
 
-    return _Opened(split(False), split(True), vocabulary)
+    return _Splits(split(False), split(True), vocabulary)
 
 
 def _assumed_vocabulary(n_ids: int) -> Vocabulary:
-    """Of shards that do not say what made them: GPT-2's, where their ids are all in it."""
+    """The vocabulary of shards without a manifest: GPT-2's, if it has all their ids."""
     if n_ids > GPT2_VOCAB:
-        reason = f"they hold ids up to {n_ids - 1:,}, beyond GPT-2's, and no manifest.json"
+        reason = f"they have ids up to {n_ids - 1:,}, more than GPT-2's, and no manifest.json"
         return Vocabulary(n_ids, "unknown", "unknown", None, None, None, reason)
     try:
         return Vocabulary.of(load_tokenizer("gpt2"))
@@ -409,7 +407,7 @@ def _assumed_vocabulary(n_ids: int) -> Vocabulary:
 
 
 def beyond_vocabulary(path: Path, max_id: int, size: int, name: str) -> str:
-    """What is wrong with a shard that holds `max_id`, and what to type."""
+    """The error message for a shard that holds `max_id`, which the vocabulary does not have."""
     return (
         f"{path} holds token id {max_id}, beyond the {size:,} of tokenizer {name}; "
         f"name the tokenizer that made it with --tokenizer"
@@ -417,7 +415,7 @@ def beyond_vocabulary(path: Path, max_id: int, size: int, name: str) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What this project wrote beside the shards; None where they come from elsewhere."""
+    """The manifest beside shards that this project wrote. None for other shards."""
     file = folder / "manifest.json"
     if not file.is_file():
         return None
@@ -429,7 +427,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: JsonObject) -> None:
-    """UserError where someone's editor left a value that a run would stumble over later."""
+    """Raise UserError for a wrong value, which an editor may have left, before a run depends on
+    it."""
     manifest.whole("vocab_size", default=1, least=1)
     tokenizer, shards = manifest.nested("tokenizer"), manifest.values.get("shards")
     if any(tokenizer.text(key) is None for key in ("source", "sha256")):
@@ -446,10 +445,10 @@ def _check_manifest(manifest: JsonObject) -> None:
 
 
 def _manifest_vocabulary(
-    folder: Path, manifest: dict[str, Any], asked: Vocabulary | None, named: bool
+    folder: Path, manifest: dict[str, Any], requested: Vocabulary | None, named: bool
 ) -> Vocabulary:
     made_with = manifest["tokenizer"]
-    vocabulary = asked or _own_vocabulary(folder, manifest)
+    vocabulary = requested or _own_vocabulary(folder, manifest)
     if vocabulary.sha256 != made_with["sha256"]:
         advice = "leave --tokenizer out" if named else "tokenize the text again"
         raise UserError(
@@ -461,7 +460,7 @@ def _manifest_vocabulary(
 
 
 def _own_vocabulary(folder: Path, manifest: dict[str, Any]) -> Vocabulary:
-    """With the tokenizer, where it is on this machine."""
+    """The vocabulary that the manifest describes, with its tokenizer if it is on this machine."""
     beside, made_with = folder / "tokenizer", manifest["tokenizer"]
     where = str(beside) if beside.is_dir() else made_with["source"]
     reason = f"there is no {where}"
@@ -486,7 +485,7 @@ def _own_vocabulary(folder: Path, manifest: dict[str, Any]) -> Vocabulary:
 def _check_records(
     folder: Path, manifest: dict[str, Any], shards: list[Shard], whole: bool
 ) -> list[dict[str, Any]]:
-    """The manifest's entry of each shard. Raises UserError where the two disagree."""
+    """The manifest's entry for each shard. Raises UserError if the two disagree."""
     records = {record["name"]: record for record in manifest["shards"]}
     if whole and (missing := sorted(set(records) - {shard.path.name for shard in shards})):
         raise UserError(
@@ -496,11 +495,11 @@ def _check_records(
         name = shard.path.name
         if name not in records:
             raise UserError(
-                f"{shard.path} is not in {folder / 'manifest.json'}; remove the one or the other"
+                f"{shard.path} is not in {folder / 'manifest.json'}; remove one of the two"
             )
         if shard.n_tokens != records[name]["tokens"]:
             raise UserError(
-                f"{shard.path} holds {shard.n_tokens:,} tokens where manifest.json says "
+                f"{shard.path} holds {shard.n_tokens:,} tokens, but manifest.json says "
                 f"{records[name]['tokens']:,}; copy or make it again"
             )
     return [records[shard.path.name] for shard in shards]
@@ -512,8 +511,8 @@ def _max_id(path: Path) -> int:
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    """Name, size, head and tail of a shard without a manifest: quick, and enough to tell corpora
-    apart."""
+    """Name, size, and a hash of the first and last bytes of a shard without a manifest. That is
+    quick, and enough to tell corpora apart."""
     size, ends = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
         ends.update(file.read(1 << 16))

@@ -1,4 +1,4 @@
-"""A task's metrics over its whole validation split, exact on any number of ranks."""
+"""Evaluation over the whole validation split, exact on any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from engine.step import TrainStep
 def evaluate(
     step: TrainStep, micro_batch: int, stop: Callable[[], int] = lambda: 0
 ) -> dict[str, float] | None:
-    """The metrics of the model as it stands; None where `stop()` said so between two
-    micro-batches."""
+    """The metrics of the current model, on every rank. None if `stop()`, which is asked before each
+    micro-batch, returned true."""
     task, model, world = step.task, step.model, step.world
     was_training = model.training
     model.eval()
@@ -32,7 +32,7 @@ def evaluate(
                 continue
             counts, found = step.evaluate(task.batch("val", ids).tensors)
             records |= found
-            # MPS has no fp64: the host adds up there
+            # MPS has no fp64, so its sums are kept on the host.
             device = torch.device("cpu") if world.device.type == "mps" else world.device
             for key, value in counts.items():
                 count = torch.as_tensor(value, device=device)

@@ -1,4 +1,4 @@
-"""What fits in memory: the micro-batch of a run, and what to advise where none fits."""
+"""Finds the micro-batch that fits in memory, and advises the user if none does."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch.nn as nn
 from config import Resolved, UserError
 from engine import processes
 from engine.failures import is_out_of_memory
-from engine.memory import Memory, estimate, keeps_freed
+from engine.memory import Memory, estimate, keeps_freed_memory
 from engine.processes import World
 from engine.step import TrainStep
 from engine.task import Facts, Task
 
-SAVES = "add --recompute or lower --seq-len or --preset"  # memory
-HEAP_SLACK = 1.25  # resident bytes of a CPU run before its heap is trimmed, over its estimate
+MEMORY_ADVICE = "add --recompute or lower --seq-len or --preset"
+HEAP_SLACK = 1.25  # a CPU run trims its heap above this multiple of its estimated memory
 
 
 def choose_micro_batch(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, before: int | None
 ) -> int:
-    """The one that was asked for, else the one from `before` an interruption, else the largest that
-    fits. Raises UserError where none fits."""
+    """The micro-batch of --micro-batch. For `auto` it is the one from `before` an interruption, or
+    else the largest that fits. Raises UserError if none fits."""
     rows = facts.rows_per_rank(world.size)
     if cfg.micro_batch != "auto":
-        # on a GPU the first step tries it
+        # No estimate on a GPU: the first step shows whether it fits.
         if world.device.type != "cuda" and not estimate_fits(facts, cfg, world)(cfg.micro_batch):
             raise out_of_memory(task, facts, model, cfg, world, cfg.micro_batch)
         return cfg.micro_batch
@@ -37,30 +37,30 @@ def choose_micro_batch(
         return before
     found = largest_micro_batch(task, facts, model, cfg, world, rows)
     if not found:
-        raise UserError(f"not even --micro-batch 1 fits in memory; {SAVES}")
+        raise UserError(f"even --micro-batch 1 does not fit in memory; {MEMORY_ADVICE}")
     return found
 
 
 def out_of_memory(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, micro_batch: int
 ) -> UserError:
-    """The error to raise where `micro_batch` did not fit; it names a smaller one that does."""
+    """The error to raise because `micro_batch` did not fit. It names a smaller one that does."""
     rows = facts.rows_per_rank(world.size)
-    alone = dataclasses.replace(world, size=1)  # the other ranks may be anywhere
+    one_rank = dataclasses.replace(world, size=1)  # the others may not be ready to communicate
     with torch.compiler.set_stance("force_eager"):
-        fits = largest_micro_batch(task, facts, model, cfg, alone, rows)
+        fits = largest_micro_batch(task, facts, model, cfg, one_rank, rows)
     fits = largest_divisor(rows, lambda n: n <= min(fits, micro_batch - 1))
-    return too_large(micro_batch, f"lower --micro-batch to {fits}" if fits else SAVES)
+    return too_large(micro_batch, f"lower --micro-batch to {fits}" if fits else MEMORY_ADVICE)
 
 
-def too_large(micro_batch: int, way: str = SAVES) -> UserError:
-    """The line to show where `micro_batch` did not fit; `way`: out of it."""
-    return UserError(f"out of memory with --micro-batch {micro_batch}; {way}", local=True)
+def too_large(micro_batch: int, advice: str = MEMORY_ADVICE) -> UserError:
+    """The error to show because `micro_batch` did not fit, with advice."""
+    return UserError(f"out of memory with --micro-batch {micro_batch}; {advice}", local=True)
 
 
 def heap_limit(facts: Facts, cfg: Resolved, world: World, micro_batch: int) -> float:
-    """Resident bytes above which a CPU run trims its heap."""
-    if facts.longest is None or world.device.type != "cpu" or not keeps_freed(cfg):
+    """Resident bytes above which a CPU run trims its heap; inf: never."""
+    if facts.longest is None or world.device.type != "cpu" or not keeps_freed_memory(cfg):
         return math.inf
     return HEAP_SLACK * peak_memory(facts, cfg, micro_batch, world).total
 
@@ -68,8 +68,8 @@ def heap_limit(facts: Facts, cfg: Resolved, world: World, micro_batch: int) -> f
 def largest_micro_batch(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World, rows: int
 ) -> int:
-    """The largest divisor of `rows` that fits on every rank, 0 if none does: tried on a GPU,
-    estimated elsewhere."""
+    """The largest divisor of `rows` that fits on every rank, or 0. A GPU tries it; elsewhere it is
+    estimated."""
     fits = (
         _gpu_fits(task, facts, model, cfg, world)
         if world.device.type == "cuda"
@@ -79,8 +79,8 @@ def largest_micro_batch(
 
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` that fits, 0 if none does; whatever is smaller than one that
-    fits does too."""
+    """The largest divisor of `rows` that fits, or 0. A binary search: if a number fits, so must all
+    smaller ones."""
     small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
     divisors = sorted({*small, *(rows // n for n in small)})
     low, high = 0, len(divisors)
@@ -91,26 +91,27 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 def peak_memory(facts: Facts, cfg: Resolved, micro_batch: int, world: World) -> Memory:
-    """The estimate of a rank's peak."""
+    """The estimated peak memory of a rank."""
     accumulate = micro_batch < facts.rows_per_rank(world.size)
     return estimate(facts.cost, cfg, micro_batch, world.device.type, world.size, accumulate)
 
 
 def estimate_fits(facts: Facts, cfg: Resolved, world: World) -> Callable[[int], bool]:
+    """A function that estimates whether a micro-batch fits in 0.8 of the free memory."""
     room = 0.8 * processes.available_memory(world.device, world.local_size)
-    held = processes.memory_bytes(world.device)  # already taken, and counted in the estimate
-    return lambda n: peak_memory(facts, cfg, n, world).total - held <= room
+    used = processes.memory_bytes(world.device)  # the estimate counts what is already in use
+    return lambda n: peak_memory(facts, cfg, n, world).total - used <= room
 
 
 def _gpu_fits(
     task: Task, facts: Facts, model: nn.Module, cfg: Resolved, world: World
 ) -> Callable[[int], bool]:
-    """One real forward and backward pass and one evaluation batch, with room kept for the
-    optimizer's moments."""
+    """A function that tries a micro-batch on the GPU: a forward and backward pass and an evaluation
+    batch. It adds the memory that the optimizer's moments and DDP will need."""
     device = world.device
     step = TrainStep(task, model, cfg, dataclasses.replace(world, size=1), facts.exact_evaluation)
-    kept = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
-    kept += kept // 2 if world.size > 1 else 0  # DDP's buckets
+    reserved = 2 * sum(p.numel() * p.element_size() for p in step.optimizers.params)  # moments
+    reserved += reserved // 2 if world.size > 1 else 0  # DDP's buckets
     room = processes.available_memory(device, 1) + torch.cuda.memory_allocated(device)
 
     def fits(n: int) -> bool:
@@ -133,7 +134,7 @@ def _gpu_fits(
             peak = math.inf
         step.zero_grad()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is not to be this one
-        return peak + kept <= 0.94 * room
+        torch.cuda.reset_peak_memory_stats(device)  # keep the trial out of the run's own peak
+        return peak + reserved <= 0.94 * room
 
     return fits

@@ -1,4 +1,4 @@
-"""How long a run is planned to be, and how --extend-to and --reschedule change that."""
+"""The planned length of a run, and how --extend-to and --reschedule change it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from engine.optim import Span, lr_multiplier, span_at
 
 @dataclass(frozen=True)
 class Length:
-    """A plan of a run: from step `at` on it has `steps` steps in all."""
+    """A plan for a run, made at step `at`: it will have `steps` steps in total."""
 
     at: int
     steps: int
-    rescheduled: bool = False  # whether the decay of the learning rate restarts at that step
+    rescheduled: bool = False  # whether the decay of the learning rate restarts at step `at`
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What --extend-to asks for, and the options that decide whether a run may go on like that."""
+    """The value of --extend-to, and the options that decide whether the run may be extended so."""
 
     to: int
     reschedule: bool
@@ -33,7 +33,7 @@ class Extension:
 
 
 def lengths_of(record: dict[str, Any]) -> list[Length]:
-    """The plans of a run, the oldest first, as run.json or a checkpoint holds them."""
+    """The plans of a run, oldest first, from run.json or a checkpoint's JSON."""
     stored: list[dict[str, Any]] = record.get("lengths") or [
         {"at": 0, "steps": record["identity"].get("steps", 0)}
     ]
@@ -41,12 +41,12 @@ def lengths_of(record: dict[str, Any]) -> list[Length]:
 
 
 def as_json(lengths: Sequence[Length]) -> list[dict[str, Any]]:
+    """The plans as `lengths_of` reads them."""
     return [dataclasses.asdict(length) for length in lengths]
 
 
 def spans(lengths: Sequence[Length]) -> list[Span]:
-    """The steps over which a schedule runs: one span, and one more for each restart of the
-    decay."""
+    """The spans of the learning-rate schedule: one, and one more for each restart of the decay."""
     found: list[Span] = []
     for length in lengths:
         if not found or length.rescheduled:
@@ -57,9 +57,10 @@ def spans(lengths: Sequence[Length]) -> list[Span]:
 
 
 def extend(lengths: Sequence[Length], step: int, wanted: Extension) -> list[Length]:
-    """The plans of a run that has made `step` steps and is to have `wanted.to`.
+    """Add a plan of `wanted.to` steps to the plans of a run that has made `step` steps.
 
-    Raises UserError where that would shorten it, or change rates that the steps already had.
+    Raises UserError if that would shorten the run, or change the learning rate of steps that are
+    done.
     """
     planned = lengths[-1].steps
     if wanted.to < planned:
@@ -77,20 +78,20 @@ def extend(lengths: Sequence[Length], step: int, wanted: Extension) -> list[Leng
     ):
         return longer
     other = (
-        ", or go on from a checkpoint before it: --resume FOLDER --out ANOTHER"
+        ", or resume from a checkpoint before the decay: --resume FOLDER --out ANOTHER"
         if wanted.schedule == "wsd"
         else ""
     )
     raise UserError(
-        f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned} "
-        f"and has begun to at step {step}; add --reschedule, which restarts the decay there{other}"
+        f"--extend-to {wanted.to}: the {wanted.schedule} schedule decays towards step {planned}, "
+        f"and at step {step} the decay has begun; add --reschedule to restart it there{other}"
     )
 
 
 def _same_rates(
     before: Sequence[Length], after: Sequence[Length], step: int, wanted: Extension
 ) -> bool:
-    """Whether the first `step` steps had the rates that they have under the longer plan."""
+    """Whether the first `step` steps have the same learning rates under both plans."""
 
     def rates(lengths: Sequence[Length]) -> list[float]:
         over = spans(lengths)

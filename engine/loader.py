@@ -1,4 +1,4 @@
-"""The batches of coming steps, read ahead of the step that is computed."""
+"""Loads the batches of coming steps while the current step is computed."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from engine.task import Task
 def partition(
     groups: np.ndarray, rank: int, size: int, micro_batch: int
 ) -> list[np.ndarray | None]:
-    """This rank's micro-batches of row ids: a strided slice of the groups (n, rows), micro_batch
-    rows at a time.
+    """Row ids of this rank's micro-batches, micro_batch rows in each: a strided slice of the groups
+    (n, rows in a group).
 
-    Every rank gets the same number of micro-batches; None stands where it has no rows left.
+    Every rank gets the same number of micro-batches. A rank without rows left gets None.
     """
-    per = max(1, micro_batch // groups.shape[1])
+    n_groups = max(1, micro_batch // groups.shape[1])  # in a micro-batch
     mine = groups[rank::size]
-    count = math.ceil(math.ceil(len(groups) / size) / per)
-    parts = [mine[i * per : (i + 1) * per].reshape(-1) for i in range(count)]
+    count = math.ceil(math.ceil(len(groups) / size) / n_groups)
+    parts = [mine[i * n_groups : (i + 1) * n_groups].reshape(-1) for i in range(count)]
     return [part if len(part) else None for part in parts]
 
 
 @dataclass
 class StepBatches:
-    """What one rank reads in one optimizer step."""
+    """The batches of one rank in one optimizer step."""
 
     batches: list[Any]  # None: this rank has no rows left
-    weights: dict[str, float]  # of this rank alone
-    amounts: dict[str, float]  # the same
-    spare: Any  # a batch to run for nothing where there is none
+    weights: dict[str, float]  # of this rank only
+    amounts: dict[str, float]  # of this rank only
+    spare: Any  # a batch to compute, with weight zero, in place of a None
 
 
 class Loader:
-    """Collates the batches of coming steps in a thread, and copies them to a GPU while it works on
-    this one.
+    """Builds the batches of coming steps in a thread, and copies them to the GPU while it computes
+    the current step.
 
-    Its whole state is the step it is asked for.
+    It has no state to save: the step number determines its batches.
     """
 
     def __init__(self, task: Task, world: World, micro_batch: int, steps: int, ahead: int = 2):
@@ -58,13 +58,14 @@ class Loader:
             steps,
             ahead,
         )
-        # A new thread works on GPU 0, and whatever it does there opens a context of half a gigabyte
-        # on that GPU.
+        # A new thread uses GPU 0 by default, where its first operation would create a context of
+        # half a gigabyte.
         self.pool = ThreadPoolExecutor(1, "loader", processes.use_device, (world.device,))
         self.futures: dict[int, Future[StepBatches]] = {}
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def __call__(self, step: int) -> StepBatches:
+        """Wait for the batches of this step, and start to load those of the next `ahead` steps."""
         for s in range(step, min(step + 1 + self.ahead, self.steps)):
             if s not in self.futures:
                 self.futures[s] = self.pool.submit(self._load, s)
@@ -79,12 +80,12 @@ class Loader:
         spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
         if self.stream:
             batches, spare = self._copied((batches, spare))
-        weights = added(batch.weights for batch in live)
-        amounts = added(batch.amounts for batch in live)
+        weights = sum_by_name(batch.weights for batch in live)
+        amounts = sum_by_name(batch.amounts for batch in live)
         return StepBatches(batches, weights, amounts, spare)
 
     def _copied(self, batches: Any) -> Any:
-        """`batches` on the GPU. Only this thread waits for the copy."""
+        """Copy to the GPU on a stream of its own; only this thread waits for it."""
         assert self.stream
         computing = torch.cuda.default_stream(self.world.device)
 
@@ -92,7 +93,7 @@ class Loader:
             if not isinstance(value, Tensor):
                 return value
             value = value.pin_memory().to(self.world.device, non_blocking=True)
-            # its memory is not used again before the computation is through with it
+            # Keeps the allocator from reusing this memory before the computing stream is done.
             value.record_stream(computing)
             return value
 
@@ -102,12 +103,13 @@ class Loader:
         return batches
 
     def close(self) -> None:
+        """Drop the batches that are loaded or being loaded."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.futures.clear()
 
 
-def added(counts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Sums by name; not all need have all names."""
+def sum_by_name(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Add up numbers of the same name. A name may be missing in some of the dicts."""
     total: dict[str, float] = {}
     for count in counts:
         for name, number in count.items():

@@ -1,6 +1,6 @@
-"""What a run says: the banner, the step line, log.jsonl, the progress bar, Weights & Biases.
+"""The output of a run: banner, step lines, log.jsonl, progress bar, Weights & Biases.
 
-Only rank 0 speaks; the other ranks hold a RunLog that is silent.
+Only rank 0 prints and writes. The other ranks have a RunLog that does nothing.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from base.files import replace_text
 
 
 class RunLog:
-    """Console and log.jsonl of one run. `folder` is None on every rank but 0 (and before the run
-    has one)."""
+    """Console and log.jsonl of one run. Records are written from `open` on, and only if
+    `enabled`."""
 
-    def __init__(self, speaks: bool):
-        self.speaks = speaks
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.file: Any = None
-        self.unwritten = b""  # lines that log.jsonl had no room for
+        self.unwritten = b""  # lines that could not be written yet, on a full disk
         self.failed = False
-        self.told_lost = False  # that standard output cannot be written
+        self.warned_lost_output = False
         self.wandb: Any = None
-        self.progress: Any = None
+        self.bar: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
 
     # --- the console
 
     def say(self, text: str = "") -> None:
-        if not self.speaks:
+        """Print a line, above the progress bar if there is one."""
+        if not self.enabled:
             return
         with self.lock:
-            if self.progress is not None:
-                self.progress.console.print(
+            if self.bar is not None:
+                self.bar.console.print(
                     text, markup=False, emoji=False, highlight=False, soft_wrap=True
                 )
             else:
@@ -49,23 +50,23 @@ class RunLog:
         self._note_lost()
 
     def _note_lost(self) -> None:
-        """Log, once, that nobody sees what is said."""
-        reason = console.lost()
-        if reason and not self.told_lost and self.file is not None:
-            self.told_lost = True
+        """Log, once, that standard output cannot be written."""
+        reason = console.output_error()
+        if reason and not self.warned_lost_output and self.file is not None:
+            self.warned_lost_output = True
             text = f"standard output cannot be written ({reason}); training goes on without it"
             self.record("warning", {"step": None, "text": text})
 
     def banner(self, rows: Mapping[str, str]) -> None:
-        """Names and values, aligned."""
+        """Print names and values in two aligned columns."""
         width = max(map(len, rows))
         for name, value in rows.items():
             self.say(f"  {name:<{width}}  {value}")
         self.say()
 
     def start_progress(self, steps: int, done: int) -> None:
-        """A live bar where someone watches; elsewhere the step lines alone."""
-        if not self.speaks or not sys.stdout.isatty():
+        """Show a progress bar, if standard output is a terminal."""
+        if not self.enabled or not sys.stdout.isatty():
             return
         from rich.progress import (
             BarColumn,
@@ -75,7 +76,7 @@ class RunLog:
             TimeElapsedColumn,
         )
 
-        self.progress = Progress(
+        self.bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -83,27 +84,25 @@ class RunLog:
             TextColumn("eta {task.fields[eta]}"),
             transient=True,
         )
-        self.progress.add_task("steps", total=steps, completed=done, eta="-")
-        self.progress.start()
+        self.bar.add_task("steps", total=steps, completed=done, eta="-")
+        self.bar.start()
 
     def step(self, record: dict[str, Any], steps: int, eta: float, show: bool) -> None:
-        """Log one optimizer step; `show` prints its line, `eta` is in seconds."""
+        """Log one optimizer step, and print its line if `show`. `eta` is in seconds."""
         self.record("train", record)
-        if not self.speaks:
+        if not self.enabled:
             return
-        if self.progress is not None:
-            self.progress.update(
-                self.progress.task_ids[0], completed=record["step"], eta=time_text(eta)
-            )
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=record["step"], eta=time_text(eta))
         if show:
             self.say(step_line(record, steps, eta))
 
     # --- the files
 
     def open(self, folder: Path, keep_until: int | None, done: tuple[str, ...] = ()) -> None:
-        """Start or continue folder/log.jsonl, cutting what lies past the checkpoint of step
-        `keep_until`."""
-        if not self.speaks:
+        """Start folder/log.jsonl, or continue it after its lines up to step `keep_until`, that of
+        the checkpoint (see `kept_lines`). None: delete all old lines."""
+        if not self.enabled:
             return
         path = folder / "log.jsonl"
         if path.exists():
@@ -118,22 +117,22 @@ class RunLog:
         self.file = path.open("ab", buffering=0)
 
     def record(self, kind: str, fields: dict[str, Any]) -> None:
-        """One line of log.jsonl; numbers that JSON cannot hold become null."""
+        """Write one line of log.jsonl. Numbers that JSON cannot hold become null."""
         if self.file is None:
             return
         line = {"kind": kind, "time": round(time.time(), 3)} | fields
         with self.lock:
-            self.unwritten += json.dumps(finite(line)).encode() + b"\n"
+            self.unwritten += json.dumps(json_safe(line)).encode() + b"\n"
             full = self._write()
             self._to_wandb(line)
         if full:
             self.say(
-                f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can"
+                f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can be"
             )
 
     def _write(self) -> OSError | None:
-        """Write what log.jsonl lacks; the error where that begins to fail (a full disk may not end
-        a run)."""
+        """Write the pending lines. A full disk must not end a run, so an error is returned, and
+        only the first in a row."""
         failed, self.failed = self.failed, False
         try:
             while self.unwritten:
@@ -144,30 +143,33 @@ class RunLog:
         return None
 
     def warn(self, text: str, step: int | None = None) -> None:
-        """A fallback, a skipped update, anything that the user should know: printed and logged."""
+        """Print and log a warning, such as a fallback or a skipped update."""
         self.say(f"warning: {text}")
         self.record("warning", {"step": step, "text": text})
 
     def stop_progress(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        """Remove the progress bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
     def close(self) -> None:
+        """Finish the bar, wandb and log.jsonl. Warn if lines of it could not be written."""
         self.stop_progress()
         if self.wandb is not None:
             self._guard(self.wandb.finish)
         if self.file is not None:
             self._write()
             if self.unwritten:
-                self.say("warning: log.jsonl lacks its last lines")
+                self.say("warning: the last lines of log.jsonl could not be written")
             self.file.close()
             self.file = None
 
-    # --- Weights & Biases, which may never stop a run
+    # --- Weights & Biases, whose errors must never stop a run
 
     def start_wandb(self, folder: Path, config: dict[str, Any]) -> None:
-        if not self.speaks:
+        """Log to wandb too: offline without a key, and to the same wandb run after a resume."""
+        if not self.enabled:
             return
 
         def start() -> None:
@@ -203,7 +205,7 @@ class RunLog:
     def _guard(self, call: Any) -> None:
         try:
             call()
-        except Exception as error:  # whatever wandb does, training goes on without it
+        except Exception as error:  # any error of wandb's
             self.wandb = None
             self.warn(
                 f"wandb stopped ({type(error).__name__}: {error}); training goes on without it"
@@ -211,6 +213,7 @@ class RunLog:
 
 
 def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
+    """The printed line of a step's record, with `eta` in seconds."""
     step, mfu = record["step"], record["mfu"]
     parts = [
         f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
@@ -228,8 +231,8 @@ def step_line(record: Mapping[str, Any], steps: int, eta: float) -> str:
 
 
 def read_log(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Lines of a log.jsonl and the records in them, without what is torn by a kill or not of this
-    project."""
+    """The lines of a log.jsonl with their records. Leaves out lines that a kill cut short or that
+    this project did not write."""
     found = []
     for line in text.split("\n"):
         try:
@@ -251,8 +254,8 @@ def _is_step(value: Any) -> bool:
     )
 
 
-def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    """The finite values of a field, of the records that have one."""
+def finite_values(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    """The values of one field in all records that have a finite number there."""
     values = (record.get(name) for record in records)
     return [float(v) for v in values if _is_number(v)]
 
@@ -260,13 +263,13 @@ def numbers(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 def _is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    # false for what is not a number too, and no integer too large to be a float passes
+    # False for NaN, and for an integer that is too large for a float.
     return abs(value) < 1e300
 
 
 def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
-    """The whole lines of a log up to step `until`; of that step's evaluation and sample only what
-    was `done`."""
+    """The lines of a log up to step `until`. Its evaluation and sample after that step are kept
+    only if `done` names them, for otherwise they are repeated."""
     kept = []
     for line, record in read_log(text):
         step = record.get("step") or 0
@@ -277,17 +280,17 @@ def kept_lines(text: str, until: int, done: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def finite(value: Any) -> Any:
-    """`value` as JSON can hold it: null where a number is infinite or none at all."""
+def json_safe(value: Any) -> Any:
+    """Replace infinities and NaN by None, also inside dicts, lists and tuples."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: json_safe(v) for k, v in value.items()}
+    return [json_safe(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _wandb_id(folder: Path) -> str:
-    """The same run folder continues the same wandb run."""
+    """An id that depends on the folder, so that a resumed run continues its wandb run."""
     import hashlib
 
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]

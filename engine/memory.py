@@ -1,9 +1,9 @@
-"""What a run will hold in memory and write to disk, counted before anything is spent.
+"""Estimates the memory and disk space of a run before it starts, and controls the CPU's heap.
 
-One micro-batch goes forward and backward on fake tensors, which have shapes but no bytes, while a
-ledger adds up the storages that are alive: the count follows the model's code by itself. The
-trade-off: what an operation takes and gives back inside itself (a matrix product's scratch) is not
-seen, and neither is what torch.compile saves.
+The estimate runs one micro-batch forward and backward on fake tensors, which have shapes but no
+bytes, and adds up the storages that are alive. It thus follows every change of the model's code.
+The trade-off: it sees neither the scratch memory inside an operation, such as a matrix product's,
+nor what torch.compile saves.
 """
 
 from __future__ import annotations
@@ -29,33 +29,31 @@ from engine.precision import DTYPES, Cast, casts_once
 from engine.task import Cost
 from model import GPT
 
-# DDP's default; the gradients are views of the buckets, one more is in flight
+# DDP's default bucket size. Gradients are views of the buckets, and one more is in flight.
 BUCKET_BYTES = 25 << 20
-# of activations and logits: what a heap that keeps freed tensors holds beyond those alive
-# (measured)
-HOLES = 0.2
-# of a CPU process: its matrix products' buffers, and code first touched by a step
+# A heap that keeps freed tensors holds this share of activations and logits in addition (measured).
+HEAP_OVERHEAD = 0.2
+# Buffers of a CPU's matrix products, and code pages that the first step loads.
 SCRATCH_BYTES = 32 << 20
-MMAP_BYTES = 1 << 20  # allocations from here on are mapped one by one, and unmapped when freed
+MMAP_BYTES = 1 << 20  # larger allocations are mapped one by one, and unmapped when freed
 
 
 @dataclass
 class Memory:
-    """Bytes of one rank at the moment of a training step when it holds the most."""
+    """Bytes that one rank holds at the peak of a training step."""
 
     weights: int
-    # those there are at that moment: few, where a step is one micro-batch and the peak its forward
-    # pass
+    # few if a step is one micro-batch and the peak is in its forward pass
     gradients: int
     optimizer: int
     activations: int
-    # the head and its loss: a chunk of logits, and the gradients that the loss leaves for the
-    # backward pass
+    # of the head and its loss: a chunk of logits, and gradients kept for the backward pass
     logits: int
     other: int  # the process itself, communication, the checkpoint being written
 
     @property
     def total(self) -> int:
+        """All of these bytes."""
         return sum(dataclasses.astuple(self))
 
 
@@ -70,19 +68,19 @@ def estimate(
 ) -> Memory:
     """Peak memory of a rank that trains on micro-batches of (micro_batch, cost.length) tokens.
 
-    `accumulate`: a step has several micro-batches, so all gradients are there during a forward
-    pass. `base`: bytes of the process before it builds a model; by default those of this process on
-    the CPU, none elsewhere (they are not the device's).
+    `accumulate`: a step has several micro-batches, so all gradients exist during a forward pass.
+    `base`: bytes of the process before it builds a model. By default those of this process on the
+    CPU, and 0 on other devices, whose memory they do not use.
     """
-    live = _step(cost, cfg.precision, cfg.without, micro_batch, accumulate)
+    live = _peak_by_part(cost, cfg.precision, cfg.without, micro_batch, accumulate)
     on_cpu = device_type == "cpu"
     state = optimizer_bytes(cost, cfg.optimizer, padded=True)
     other = base if base is not None else resident_bytes() if on_cpu else 0
     if on_cpu:
         other += SCRATCH_BYTES
-    if on_cpu and keeps_freed(cfg):
-        other += int(HOLES * (live["activations"] + live["logits"]))
-    # a copy of the state, and the matrices transposed for the hub; elsewhere not on the device
+    if on_cpu and keeps_freed_memory(cfg):
+        other += int(HEAP_OVERHEAD * (live["activations"] + live["logits"]))
+    # Saving copies the state and transposes matrices for the hub. A GPU's copy is on the host.
     if on_cpu and cfg.save_every:
         other += live["weights"] + state + _matrix_bytes(_meta(cost.shape))
     if world_size > 1:
@@ -91,8 +89,8 @@ def estimate(
 
 
 def optimizer_bytes(cost: Cost, optimizer: str, padded: bool = False) -> int:
-    """fp32 moments: two a parameter, but one for the hidden matrices under Muon. `padded`: as held,
-    not as saved."""
+    """Bytes of the fp32 moments: two for each parameter, but one for the blocks' matrices with
+    Muon. `padded`: with the vocabulary's padding, as in memory; without it, as in a checkpoint."""
     shape = cost.shape
     shape = dataclasses.replace(shape, padded_vocab=padded and shape.padded_vocab)
     model = _meta(shape, cost.added)
@@ -101,25 +99,25 @@ def optimizer_bytes(cost: Cost, optimizer: str, padded: bool = False) -> int:
 
 
 def checkpoint_bytes(cost: Cost, optimizer: str, stored: Callable[[str], bool]) -> int:
-    """Bytes on disk of one checkpoint: the parameters that it stores in the hub's or PEFT's layout
-    and as fp32 master weights, and the moments."""
+    """Bytes of one checkpoint on disk: stored parameters twice, in the hub's or PEFT's layout and
+    as fp32 master weights, and the moments."""
     model = _meta(dataclasses.replace(cost.shape, padded_vocab=False), cost.added)
     weights = sum(p.numel() for name, p in model.named_parameters() if stored(name))
     return 2 * 4 * weights + optimizer_bytes(cost, optimizer)
 
 
-def keeps_freed(cfg: RunConfig) -> bool:
-    """Whether a run on a CPU keeps what it frees; who recomputes is short of memory."""
+def keeps_freed_memory(cfg: RunConfig) -> bool:
+    """Whether a CPU run keeps freed memory for later steps. Not with --recompute, which asks for
+    little memory."""
     return not cfg.recompute and "kept-memory" not in cfg.without
 
 
 def set_allocator(keep_freed: bool) -> None:
-    """Tell glibc what becomes of freed tensors on the CPU: kept for the next step, or given back at
-    once.
+    """Tell glibc to keep freed tensors for the next step, or to return them to the system at once.
 
-    Left to itself it does both by halves: what is above 32 MiB is given back and faulted in again
-    every step (a sixth of a step of GPT-2's size), and the rest stays in a heap full of holes (a
-    run with --recompute held 1.4 GB where 0.8 GB were alive). Nothing is done where there is no
+    By default glibc does something between: it returns tensors above 32 MiB, which are faulted in
+    again in every step (a sixth of the time of a step at GPT-2's size), and keeps the others in a
+    heap full of holes (a run with --recompute held 1.4 GB with 0.8 GB alive). Does nothing without
     glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -134,29 +132,28 @@ def set_allocator(keep_freed: bool) -> None:
 
 
 class Heap:
-    """Gives back to the system what a CPU process keeps and does not need: holes that no tensor
-    fits into.
+    """Returns free pages of a CPU process's heap to the system when it exceeds `limit` bytes.
 
-    A heap that keeps what is freed suits steps that are all alike. Where their batches differ in
-    length it goes on growing (5.0 GB after 700 steps of a model that needs 0.6), so above `limit`
-    bytes its free pages are returned, to be faulted in again where they are used.
+    Keeping freed memory suits steps that all allocate the same sizes. If the lengths of batches
+    differ, holes that no tensor fits into make the heap grow (to 5.0 GB after 700 steps of a model
+    that needs 0.6).
     """
 
-    every = 10  # steps between looks, and so between returns
+    every = 10  # steps between two checks
 
     def __init__(self, limit: float):
         self.limit = limit
         self.steps = 0
 
     def after_step(self) -> None:
+        """Count a step, and at every tenth trim the heap if it is too large."""
         self.steps += 1
         if self.steps % self.every == 0 and resident_bytes() > self.limit:
             trim()
 
 
 def trim() -> None:
-    """Return the free pages of the heap to the system, those in its middle too. Nothing is done
-    where there is no glibc."""
+    """Return all free pages of the heap to the system. Does nothing without glibc."""
     malloc_trim = (
         getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     )
@@ -165,7 +162,7 @@ def trim() -> None:
 
 
 def _matrix_bytes(model: GPT) -> int:
-    """fp32 bytes of those of the blocks' matrices that train."""
+    """fp32 bytes of the blocks' matrices that train."""
     return 4 * sum(
         p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad
     )
@@ -180,11 +177,11 @@ def _meta(config: GPTConfig, added: Callable[[GPT], object] | None = None) -> GP
 
 
 class _Ledger(TorchDispatchMode):
-    """Bytes of the storages alive, by part, and how they stood when their sum was largest."""
+    """Counts the bytes of live storages by part, and remembers the counts at the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = "activations"  # of what is allocated from now on
+        self.part = "activations"  # where new storages are counted
         self.live = dict.fromkeys(("weights", "gradients", "activations", "logits"), 0)
         self.peak = dict(self.live)
         self.entries: dict[int, tuple[weakref.ref, str, int]] = {}  # by the storage's address
@@ -199,7 +196,7 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor, part: str | None = None) -> None:
-        """Enter a tensor's storage, or move it to `part` where it is entered already."""
+        """Count a tensor's storage, or move it to `part` if it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.entries:
@@ -215,17 +212,17 @@ class _Ledger(TorchDispatchMode):
         self.live[part] -= size
 
 
-def _step(
+def _peak_by_part(
     cost: Cost, precision: str, without: Collection[str], micro_batch: int, accumulate: bool
 ) -> dict[str, int]:
-    """Bytes by part at the peak of one micro-batch's forward and backward pass."""
+    """Bytes of each part at the peak of one micro-batch's forward and backward pass."""
     dtype, cast_once = DTYPES.get(precision), casts_once(precision, without)
     with FakeTensorMode(), _Ledger() as ledger:
         ledger.part = "weights"
         model = GPT(cost.shape)
         if cost.added:
             cost.added(model)
-        run: nn.Module = _Step(model, cost.loss or _of_language)
+        run: nn.Module = _LossModule(model, cost.loss or _language_loss)
         run = Cast(run, dtype) if dtype and cast_once else run
         ledger.part = "gradients"
         for parameter in model.parameters():
@@ -248,16 +245,17 @@ def _step(
     return ledger.peak
 
 
-class _Step(nn.Module):
-    """A model's loss of token ids, as one module."""
+class _LossModule(nn.Module):
+    """A model with its loss as the forward pass."""
 
     def __init__(self, model: GPT, loss: Callable[[GPT, Tensor], Tensor]):
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) to a scalar."""
         return self.loss(self.model, idx)
 
 
-def _of_language(model: GPT, idx: Tensor) -> Tensor:
+def _language_loss(model: GPT, idx: Tensor) -> Tensor:
     return model(idx, idx, reduction="sum")

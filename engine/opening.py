@@ -1,5 +1,5 @@
-"""How a run takes its folder: it keeps other processes out, finds the checkpoint to resume from,
-and tells what has changed since its last start."""
+"""Opens a run's folder: keeps other processes out, finds the checkpoint to resume from, and
+compares the options with those of the last start."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from config import Resolved
 from engine import processes
 from engine.lengths import Extension
 from engine.processes import World
-from engine.resume import Earlier, changes, earlier_start
-from engine.start import Start, claimed, open_run
+from engine.resume import PreviousStart, changes, previous_start
+from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
 
 
 @dataclass
-class Opened:
-    """A run's folder, taken."""
+class OpenedRun:
+    """A run whose folder this process has claimed."""
 
     start: Start
-    facts: dict[str, Any]  # of this start, as run.json holds them
-    earlier: Earlier | None  # the run's last start
+    facts: dict[str, Any]  # about this start, as run.json holds them
+    previous: PreviousStart | None  # None: the run is new
 
     def changes(self, options: dict[str, Any]) -> list[str]:
         """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
-        return list(changes(options, self.facts, self.earlier, self.start)) if self.earlier else []
+        return (
+            list(changes(options, self.facts, self.previous, self.start)) if self.previous else []
+        )
 
 
 def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
-    """What every start of a run must have in common, by option name."""
+    """What must be the same at every start of a run, by option name."""
     names = ("seed", "optimizer", "schedule", "steps")
     own = {name: getattr(cfg, name) for name in names}
     return {"task": task.name} | own | facts.identity
@@ -52,11 +54,11 @@ def open_folder(
     asked: dict[str, Any],
     held: contextlib.ExitStack,
     say: Callable[[str], None],
-) -> Opened:
-    """Take --out until `held` ends, and find where the run begins. Raises UserError where it may
-    not.
+) -> OpenedRun:
+    """Claim --out until `held` is closed, and find out where the run starts.
 
-    `asked`: options that are chosen for the machine, as they were before that.
+    `asked`: the options that depend on the machine, before they were resolved. Raises UserError if
+    the run may not start there.
     """
     folder = Path(cfg.out)
     record = {
@@ -69,14 +71,14 @@ def open_folder(
         "launcher": processes.launcher(),
         "asked": asked,
     }
-    held.enter_context(claimed(folder))
-    earlier = earlier_start(cfg)
-    resume = "auto" if _is_restart(cfg, folder, earlier) else cfg.resume
+    held.enter_context(claim_folder(folder))
+    previous = previous_start(cfg)
+    resume = "auto" if _is_restart(cfg, folder, previous) else cfg.resume
     start = open_run(folder, resume, identity(task, facts, cfg), record, say, _extension(cfg))
     if start.finished:
         results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
         say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
-    return Opened(start, record, earlier)
+    return OpenedRun(start, record, previous)
 
 
 def _extension(cfg: Resolved) -> Extension | None:
@@ -87,10 +89,10 @@ def _extension(cfg: Resolved) -> Extension | None:
     )
 
 
-def _is_restart(cfg: Resolved, folder: Path, earlier: Earlier | None) -> bool:
-    """Whether torchrun starts this run again, which it began itself: then --resume has been
-    obeyed."""
+def _is_restart(cfg: Resolved, folder: Path, previous: PreviousStart | None) -> bool:
+    """Whether torchrun restarts a run that it started itself. That start has already done what
+    --resume asks for, so the restart continues from the run's own checkpoint."""
     launcher = processes.launcher()
-    if earlier is None or launcher is None or earlier.record.get("launcher") != launcher:
+    if previous is None or launcher is None or previous.record.get("launcher") != launcher:
         return False
     return cfg.resume == "never" or bool(checkpoint.checkpoints(folder))

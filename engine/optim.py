@@ -1,4 +1,4 @@
-"""What changes the weights: learning-rate schedules, parameter groups, AdamW, Muon."""
+"""Learning-rate schedules, parameter groups, AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from kernels.adamw import Table, adamw, global_norm
 
 @dataclass(frozen=True)
 class Span:
-    """The steps over which a schedule runs, from `begin` to `end` (exclusive)."""
+    """The steps that one schedule covers, from `begin` to `end` (exclusive). A run has several if
+    its decay was restarted."""
 
     begin: int
     end: int
 
 
 def span_at(step: int, spans: Sequence[Span]) -> Span:
-    """The span that a step belongs to: the last one that has begun."""
+    """The span that covers a step: the last one that has begun."""
     return next(span for span in reversed(spans) if span.begin <= step or span.begin == 0)
 
 
 def lr_multiplier(
     step: int, steps: int | Span, warmup: int, schedule: str, end: float = 0.1
 ) -> float:
-    """Share of the peak rate at `step` (0-based) of `steps`. Pure in its arguments.
+    """The learning rate at `step` (0-based) of `steps`, as a share of the peak.
 
-    A span that begins after step 0 is that of a restarted decay: no second warm-up, the peak, and
-    down to `end`.
+    After a linear warm-up, cosine and linear fall to `end`. wsd (warmup, stable, decay: Hu et al.
+    2024) stays at 1 and falls linearly to `end` over the last fifth. constant stays at 1.
+    slanted-triangular (Howard and Ruder 2018) ignores `warmup`: it rises over the first tenth and
+    falls to 1/32.
 
-    After a linear warm-up: cosine and linear fall to `end`; wsd (warmup, stable, decay: Hu et al.
-    2024) stays at 1 and falls linearly over the last fifth; slanted-triangular (Howard and Ruder
-    2018) rises over a tenth of the run, whatever `warmup` says, and falls to 1/32.
+    A span that begins after step 0 belongs to a restarted decay. It starts at the peak, without a
+    second warm-up (but slanted-triangular rises again).
     """
     begin, steps = (steps.begin, steps.end) if isinstance(steps, Span) else (0, steps)
     if schedule == "slanted-triangular":
@@ -62,7 +64,7 @@ def lr_multiplier(
 
 @dataclass
 class Group:
-    """Parameters, by name, that train alike."""
+    """Parameters, by name, that train with the same optimizer, rate scale and decay."""
 
     params: dict[str, nn.Parameter]
     weight_decay: float = 0.0
@@ -70,12 +72,13 @@ class Group:
     optimizer: str = "adamw"
 
     def signature(self) -> tuple[Any, ...]:
+        """Identifies the group. If it changes, DDP and the optimizers are rebuilt."""
         return tuple(self.params), self.weight_decay, self.lr_scale, self.optimizer
 
 
 def default_groups(model: nn.Module, cfg: RunConfig) -> list[Group]:
-    """All parameters: matrices with decay, vectors without; under Muon the blocks' matrices
-    apart."""
+    """Groups of all parameters: matrices with decay, vectors without. With --optimizer muon the
+    blocks' matrices are a group of their own."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if p.dim() >= 2}
     vectors = {name: p for name, p in named.items() if p.dim() < 2}
@@ -94,17 +97,16 @@ def default_groups(model: nn.Module, cfg: RunConfig) -> list[Group]:
 
 
 class TritonAdamW(torch.optim.AdamW):
-    """torch's AdamW, its groups and its state, with kernels/adamw.py for the update."""
+    """torch's AdamW with its groups and state, whose update is the kernel in kernels/adamw.py."""
 
-    table: Table | None = (
-        None  # of addresses: to be dropped where a tensor of the state is replaced
-    )
+    # Holds addresses of tensors, so it must be dropped when a tensor of the state is replaced.
+    table: Table | None = None
 
     def update(
         self, lr: float, factor: Tensor | None, ok: Tensor, copies: dict[int, Tensor]
     ) -> None:
-        """One step with rate `lr` times each group's scale, gradients times `factor`; the copies
-        are written too."""
+        """One step with rate `lr` times each group's scale and gradients times `factor`, skipped if
+        `ok` is false. The kernel also writes each parameter's copy, found by id(parameter)."""
         params = [p for group in self.param_groups for p in group["params"]]
         self.table = self.table or self._make_table(params, copies)
         device = params[0].device
@@ -137,9 +139,10 @@ class TritonAdamW(torch.optim.AdamW):
 
 
 class Optimizers:
-    """AdamW (fused) and, where a group asks for it, Muon (Jordan et al. 2024), stepped as one.
+    """AdamW and, for groups that ask for it, Muon (Jordan et al. 2024), stepped together.
 
-    `copies`: by name, what the products read in place of a parameter; each follows its parameter.
+    `copies`: cast copies of parameters by name, which matrix products read (engine/precision.py).
+    Each step updates them with their parameters.
     """
 
     def __init__(
@@ -163,19 +166,19 @@ class Optimizers:
                 kind(adam, lr=0.0, betas=betas, eps=1e-8, fused=fused, foreach=False)
             )
         if muon:
-            # The update is scaled to AdamW's size, so that one learning rate serves both.
+            # Scale Muon's updates to the size of AdamW's, so that one learning rate suits both.
             self.optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
 
     def norm(self) -> Tensor:
-        """Of all gradients together, (), fp32."""
+        """The norm of all gradients together, an fp32 scalar."""
         grads = [p.grad for p in self.params if p.grad is not None]
         return global_norm(grads) if self.triton else torch.nn.utils.get_total_norm(grads)
 
     def step(self, lr: float, factor: Tensor | None, ok: Tensor) -> None:
-        """Update with rate `lr` (times each group's scale) and gradients times `factor`, or do
-        nothing at all where `ok` is false.
+        """Update with rate `lr` (times each group's scale) and gradients times `factor`. Change
+        nothing if `ok`, a bool scalar on the device, is false.
 
-        Fused AdamW looks at `ok` on the device; the others cannot, so they cost a wait for the GPU.
+        Fused AdamW reads `ok` on the device. The other optimizers cannot, so they wait for the GPU.
         """
         for optimizer in self.optimizers:
             if isinstance(optimizer, TritonAdamW):
@@ -192,7 +195,7 @@ class Optimizers:
         if factor is not None:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         if optimizer.defaults.get("fused"):
-            # the fused kernel skips the update where it is 1
+            # The fused kernel skips the update if this is 1.
             vars(optimizer)["found_inf"] = (~ok).float()
             optimizer.step()
         elif bool(ok):
@@ -203,7 +206,7 @@ class Optimizers:
                 torch._foreach_copy_([self.copies[id(p)] for p in copied], copied)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state, as `parameter.key`."""
+        """Every tensor of the state, by `parameter.key`."""
         return {
             f"{self.names[id(p)]}.{key}": value
             for optimizer in self.optimizers
@@ -212,7 +215,7 @@ class Optimizers:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the state of those parameters that are trained here; others' is passed over."""
+        """Load the state of the parameters that train here, and ignore that of others."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")

@@ -1,5 +1,5 @@
-"""What is decided before a run and told in its banner: what suits the machine, and with --dry-run
-what the run would cost."""
+"""Decisions before a run that its banner reports: precision, kernels and attention for this
+machine, and what --dry-run prints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from base.console import bytes_text, time_text
-from config import Resolved, Run, RunConfig, UserError, resolve
+from config import Resolved, RunConfig, RunOptions, UserError, resolve
 from engine import processes
-from engine.compiling import compile_unit, compiler_lacks
+from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
-from engine.log import RunLog, numbers, read_log
-from engine.memory import checkpoint_bytes, keeps_freed, set_allocator
+from engine.log import RunLog, finite_values, read_log
+from engine.memory import checkpoint_bytes, keeps_freed_memory, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
 from engine.roofline import peak_flops
@@ -33,17 +33,20 @@ from storage.checkpoint import checkpoints
 
 @dataclass
 class Choices:
-    """What was chosen for this machine, beyond what the configuration says."""
+    """Choices for this machine that are not in the options."""
 
-    precision: str  # why it is that
-    backends: list[SDPBackend]  # of attention, in the order to try
-    attention: str  # what computes it in training
+    precision: str  # why this precision was chosen
+    backends: list[SDPBackend]  # attention backends in the order to try
+    attention: str  # what computes attention in training
     repeatability: str  # whether its gradients are the same bits in every run
-    lost: str | None  # what `auto` had to do without
+    fallback: str | None  # a warning: which kernels `auto` cannot use, and why
 
 
-def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
-    """`cfg` resolved for this machine, and the process set up to run it. Raises UserError."""
+def resolve_for_machine(cfg: RunOptions, world: World) -> tuple[RunOptions, Choices]:
+    """Resolve the options for this machine, and set this process up accordingly.
+
+    Raises UserError for options that contradict each other or that the machine cannot fulfil.
+    """
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -52,15 +55,15 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
         check_compiler(world)
     precision, why = choose_precision(cfg.precision, world.device)
     cfg = dataclasses.replace(cfg, precision=precision)
-    kernels, lost = choose(cfg, world.device.type)
+    kernels, fallback = choose(cfg, world.device.type)
     cfg = dataclasses.replace(cfg, kernels=kernels)
     if set_products(precision, world.device, cfg.without):
         why += "; fp32 products by oneDNN"
     if world.device.type == "cuda":
         set_gpu_allocator(cfg)
-    # else glibc is left alone
-    if world.device.type == "cpu" and (keeps_freed(cfg) or cfg.recompute):
-        set_allocator(keep_freed=keeps_freed(cfg))
+    # With --without kept-memory and no --recompute, glibc keeps its own defaults.
+    if world.device.type == "cpu" and (keeps_freed_memory(cfg) or cfg.recompute):
+        set_allocator(keep_freed=keeps_freed_memory(cfg))
     by_hardware = "attention-backend" not in cfg.without
     dtype = DTYPES.get(precision, torch.float32)
     backends = attention_backends(world.device, dtype, cfg.deterministic, by_hardware)
@@ -68,22 +71,24 @@ def settle(cfg: Run, world: World) -> tuple[Run, Choices]:
     attention = next(
         (f"{name} kernel" for name in named(kernels) if "attention" in name), written_out
     )
-    return cfg, Choices(why, backends, attention, repeatability(attention, cfg, world.device), lost)
+    return cfg, Choices(
+        why, backends, attention, repeatability(attention, cfg, world.device), fallback
+    )
 
 
 def check_compiler(world: World) -> None:
-    """Raise UserError on every rank where one of them has no compiler for torch.compile."""
-    reasons = processes.gather(world, compiler_lacks(world.device.type))
+    """Raise UserError on every rank if torch.compile lacks a compiler on one of them."""
+    reasons = processes.gather(world, compiler_problem(world.device.type))
     if reason := next(filter(None, reasons), None):
         raise UserError(f"--compile {reason}; or type --no-compile")
 
 
 def repeatability(attention: str, cfg: RunConfig, device: torch.device) -> str:
-    """Whether attention's gradients are the same bits in every run, in words; `attention` as the
-    banner names it.
+    """Says whether attention's gradients are the same bits in every run. `attention` is its name in
+    the banner.
 
-    On CUDA, cuDNN's and PyTorch's fused kernels add up dq in whatever order their blocks end.
-    PyTorch's keep an order under --deterministic, which leaves cuDNN's out.
+    On CUDA the fused kernels of cuDNN and PyTorch add up dq in the order in which their blocks
+    finish. With --deterministic PyTorch's use a fixed order, and cuDNN's are not used.
     """
     ordered = attention in ("attention kernel", "explicit", "math")
     if device.type != "cuda" or ordered or cfg.deterministic:
@@ -101,7 +106,7 @@ def banner(
     done: int,
     resumed_from: Path | None,
 ) -> dict[str, str]:
-    """What a run begins with, of which `done` steps are made."""
+    """The lines of the opening banner. `done`: how many steps are done already."""
     device, flops = processes.device_name(world.device), facts.cost.flops_per_token
     threads = f", threads a rank: {torch.get_num_threads()}" if world.device.type == "cpu" else ""
     compiled = "not compiled"
@@ -127,7 +132,7 @@ def banner(
 
 
 def describe_step(facts: Facts, micro_batch: int, world_size: int) -> str:
-    """What a step consists of."""
+    """Describes in words the rows or tokens that make up a step."""
     rows = facts.rows_per_rank(world_size)
     if facts.longest is not None:
         return (
@@ -144,12 +149,12 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the u
 
 
 def set_gpu_allocator(cfg: RunConfig) -> None:
-    """Let the GPU's allocator grow its segments, so that memory freed in pieces serves a larger
-    tensor later.
+    """Let the GPU allocator use expandable segments, which can join freed pieces for a larger
+    tensor.
 
-    A micro-batch that fitted in a trial then also fits in the run, whose allocations come in
-    another order. CUDA graphs keep addresses, which such segments may not. Settings in the
-    environment are the user's and stand.
+    A micro-batch that fits in the trial then also fits in the run, which allocates in another
+    order. Not with CUDA graphs, which need addresses that stay. Settings in the environment are the
+    user's and have precedence.
     """
     chosen_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     if sys.platform == "linux" and not (cfg.cuda_graphs or chosen_by_user):
@@ -158,19 +163,20 @@ def set_gpu_allocator(cfg: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Disk:
-    """What a run writes into --out."""
+    """The disk space that a run takes in --out."""
 
-    kept: int  # checkpoints that stay
-    size: int  # bytes of one
+    kept: int  # checkpoints that are kept
+    size: int  # bytes of one checkpoint
     final: int  # bytes of final/
 
     def needed(self, there: int = 0) -> int:
-        """Bytes at most, one more checkpoint being written, where `there` are some already."""
+        """Bytes that the run may still write if `there` checkpoints exist. One more than is kept
+        exists while it is being written."""
         return (max(0, self.kept - there) + 1) * self.size * bool(self.kept) + self.final
 
     def shortage(self, folder: Path) -> str | None:
-        """What to tell where `folder`, with the run's checkpoints so far, has too little room for
-        the others."""
+        """A warning if the disk of `folder`, which may hold checkpoints already, has too little
+        space; else None."""
         there = next(
             path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path)
         )
@@ -191,7 +197,7 @@ class Disk:
 
 
 def disk_of(task: Task, facts: Facts, cfg: Resolved, final: int) -> Disk:
-    """`final`: bytes of the whole model in fp32."""
+    """The disk space that a run takes. `final`: bytes of the whole model in fp32."""
     kept = (
         min(cfg.keep + cfg.keep_best, math.ceil(cfg.steps / cfg.save_every))
         if cfg.save_every
@@ -201,7 +207,7 @@ def disk_of(task: Task, facts: Facts, cfg: Resolved, final: int) -> Disk:
 
 
 def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) -> None:
-    """Print what the run would take of memory, time and disk."""
+    """Print the memory, time and disk space that the run would take."""
     rows, fits = facts.rows_per_rank(world.size), estimate_fits(facts, cfg, world)
     asked = cfg.micro_batch
     micro_batch = (largest_divisor(rows, fits) or 1) if asked == "auto" else asked
@@ -239,12 +245,12 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
 
 
 def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float | None, str]:
-    """Tokens per second of a run like this and how they are known."""
+    """Tokens per second of such a run, or None if unknown, and where the figure comes from."""
     try:
         text = (Path(cfg.out) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    speeds = numbers(
+    speeds = finite_values(
         [record for _, record in read_log(text) if record["kind"] == "train"], "tokens_per_second"
     )
     if speeds and (speed := statistics.median(speeds)) > 0:
@@ -256,6 +262,7 @@ def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float |
 
 
 def device_peak(world: World, precision: str) -> float | None:
+    """Peak FLOP/s of this rank's GPU; None on other devices, or if it is unknown."""
     return (
         peak_flops(processes.device_name(world.device), precision)
         if world.device.type == "cuda"

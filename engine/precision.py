@@ -1,5 +1,4 @@
-"""In which number format a model is computed; its parameters, their gradients and the optimizer
-stay fp32."""
+"""The number formats of a run's computation. Parameters, gradients and optimizer stay fp32."""
 
 from __future__ import annotations
 
@@ -14,57 +13,57 @@ from torch.func import functional_call
 
 from config import UserError
 
-# Of activations; the products of fp8 are narrower.
+# The format of activations. With fp8 only the blocks' products are narrower.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 CAST_ONCE = ("bf16", "fp8")  # fp16's range is too small for a residual stream
 
 
 def casts_once(precision: str, without: Collection[str]) -> bool:
-    """Whether a run's products read copies of the weights that are cast once a step."""
+    """Whether matrix products read copies of the weights that are cast once a step."""
     return precision in CAST_ONCE and "cast-once" not in without
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context of a forward pass in `precision`; nothing for fp32 and tf32."""
+    """The autocast context of a forward pass; an empty context for fp32 and tf32."""
     dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 class Cast(nn.Module):
-    """`module` with the weights of its products cast to their format once, when `refresh` is
-    called, not in every use.
+    """Wraps a module so that its linear layers read copies of their parameters in a lower
+    precision, cast once per update (`refresh`) and not in every use.
 
-    The module sees the copies in place of its linear layers' parameters, and computes in their
-    format; a parameter gets its gradient in fp32. Embeddings and norms stay as they are: their
-    gradients are sums of many, and a table is too large for what little of it is read. The
-    trade-off against autocast: half the bytes in every operation that is not a product, for one
-    more copy of the weights in half their size.
+    The module computes in the copies' format, and each parameter gets an fp32 gradient. Embeddings
+    and norms are not copied: their gradients are sums of many terms, and most of a table is not
+    read in a step. The trade-off against autocast: every operation that is not a product moves half
+    the bytes, but the copies take memory (half of the linear layers' weights).
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.module = module
-        self.params = dict(_of_linear_layers(module))
+        self.params = dict(_linear_parameters(module))
         self.copies = {name: p.detach().to(dtype) for name, p in self.params.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stand_ins = {name: _Copy.apply(p, self.copies[name]) for name, p in self.params.items()}
+        """Call the module with the copies in place of its linear layers' parameters."""
+        stand_ins = {name: _UseCopy.apply(p, self.copies[name]) for name, p in self.params.items()}
         return functional_call(self.module, stand_ins, args, kwargs)
 
     def refresh(self) -> None:
-        """Cast the parameters anew: after every change of them."""
+        """Cast the parameters again. Call this whenever they have changed."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), list(self.params.values()))
 
 
-def _of_linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _linear_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             yield from layer.named_parameters(prefix, recurse=False)
 
 
-class _Copy(torch.autograd.Function):
-    """A parameter's copy in its place: the gradient goes to the parameter."""
+class _UseCopy(torch.autograd.Function):
+    """Returns the copy in the forward pass, and passes its gradient to the parameter, in fp32."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
@@ -76,13 +75,12 @@ class _Copy(torch.autograd.Function):
 
 
 def set_products(precision: str, device: torch.device, without: Collection[str] = ()) -> bool:
-    """Set how this process multiplies fp32 matrices: exactly, but in TF32 where `precision` says
-    so.
+    """Set how this process multiplies fp32 matrices: in TF32 if `precision` says so, else exactly.
 
-    Returns whether a CPU's are oneDNN's. PyTorch gives them to MKL, which on AMD's processors uses
-    vectors of 256 bits of the 512 that there are, and to oneDNN only where it may round its inputs
-    to bf16 ("medium"): leave that a processor without AMX has no use for. So it is taken where its
-    products are seen to be exact.
+    Returns whether oneDNN multiplies them on a CPU. By default PyTorch uses MKL, which on AMD's
+    processors uses only 256 of the 512 bits of a vector. It uses oneDNN only if that may round its
+    inputs to bf16 ("medium"), which a processor without AMX does not do. Therefore oneDNN is used
+    only if a test shows that its products are exact.
     """
     candidate = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     if (
@@ -100,7 +98,7 @@ def set_products(precision: str, device: torch.device, without: Collection[str] 
 
 @contextlib.contextmanager
 def exact_products() -> Generator[None]:
-    """fp32 products on a GPU are exact in here, in a run of --precision tf32 too."""
+    """Compute fp32 products exactly inside this context, even in a run with --precision tf32."""
     before = torch.get_float32_matmul_precision()
     if before == "high":
         torch.set_float32_matmul_precision("highest")
@@ -111,7 +109,7 @@ def exact_products() -> Generator[None]:
 
 
 def _products_are_exact(n: int = 256) -> bool:
-    """Of numbers that bf16 lacks, but whose sums fp32 has."""
+    """Multiply numbers that bf16 would round, but whose sums fp32 represents exactly."""
     ones, near = torch.ones(n, n), torch.full((n, n), 1 + 2.0**-12)
     return all(
         bool((product == n * (1 + 2.0**-12)).all())
@@ -120,7 +118,8 @@ def _products_are_exact(n: int = 256) -> bool:
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why) for `--precision`. Raises UserError for one that the device lacks."""
+    """The precision to use for `--precision`, and why. Raises UserError if the device does not
+    have the one asked for."""
     cuda = device.type == "cuda"
     major = torch.cuda.get_device_capability(device)[0] if cuda else 0
     lacks = {
@@ -149,6 +148,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for bf16, according to /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             words = set(
@@ -160,10 +160,10 @@ def cpu_has_bf16() -> bool:
 
 
 class LossScale:
-    """The factor that keeps fp16 gradients from vanishing; constant 1 in the other precisions.
+    """Scales the loss so that fp16 gradients do not underflow; always 1 in other precisions.
 
-    Halved where an update had to be skipped, doubled after `interval` good ones (Micikevicius et
-    al. 2018). It lives on the device, so nothing waits for it.
+    A skipped update halves the scale, and `interval` good updates in a row double it (Micikevicius
+    et al. 2018). It stays on the device, so nothing waits for it.
     """
 
     interval = 2000
@@ -171,9 +171,10 @@ class LossScale:
     def __init__(self, on: bool, device: torch.device):
         self.on = on
         self.scale = torch.tensor(2.0**16 if on else 1.0, device=device)
-        self.good = torch.tensor(0.0, device=device)  # updates since the last change
+        self.good = torch.tensor(0.0, device=device)  # good updates since the last change
 
     def update(self, ok: Tensor) -> None:
+        """Adapt the scale to an update that was made (`ok`, a bool scalar) or skipped."""
         if not self.on:
             return
         grow = ok & (self.good + 1 >= self.interval)
@@ -181,11 +182,12 @@ class LossScale:
         self.good.copy_(torch.where(ok & ~grow, self.good + 1, 0.0))
 
     def state(self) -> dict[str, Tensor]:
+        """The tensors for a checkpoint."""
         return {"scale": self.scale, "good": self.good}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the scale of a run in fp16; one of another precision, constant 1, is left where
-        it was."""
+        """Load the scale of an fp16 run. A checkpoint of another precision holds the constant 1,
+        which is ignored."""
         if self.on and (float(tensors["scale"]) != 1 or float(tensors["good"]) != 0):
             self.scale.copy_(tensors["scale"])
             self.good.copy_(tensors["good"])

@@ -1,4 +1,4 @@
-"""Pretraining: predict each next token of packed text, from scratch or from a checkpoint."""
+"""Pretraining: predict every next token of packed text, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
 from engine.data import Data, check_data, check_files, open_data
-from engine.shape import how_it_runs, model_config
+from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from storage.checkpoint import locate
 from text.tokenizer_files import has_tokenizer
 
-ON_STDLIB = (
+STDLIB_NOTE = (
     "training on Python's own standard library (--data stdlib). For FineWeb first run:\n"
     "  python fineweb_prep.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out "
     "data/fineweb\n"
@@ -33,8 +33,7 @@ ON_STDLIB = (
 
 
 class LanguageModelling(Task):
-    """Predict each next token of packed text: pretraining, and continued pretraining from a
-    checkpoint."""
+    """The task of pretraining. Rows are windows of one token stream, so none needs padding."""
 
     name = "pretrain"
     config = TrainConfig
@@ -42,12 +41,13 @@ class LanguageModelling(Task):
     data: Data
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
+        """Open the data, or with `dry` only look up the vocabulary's size. See Task.setup."""
         self.cfg = cfg = resolved(cfg, ResolvedTrain)
-        # told before the data is read, which may take long
+        # Reading the data may take long, so check first whether the batch divides.
         rows_per_rank(cfg, int(os.environ.get("WORLD_SIZE", "1")))
         if cfg.data == "stdlib":
-            say(ON_STDLIB)
-        _check_named(cfg)
+            say(STDLIB_NOTE)
+        _check_data_exists(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
@@ -73,20 +73,21 @@ class LanguageModelling(Task):
         vocabulary = self.data.vocabulary
         if cfg.document_mask and vocabulary.eot is None:
             raise UserError(
-                "--document-mask needs the id that ends a document; name the shards' --tokenizer"
+                "--document-mask needs the end-of-text id, and these shards do not name it; give "
+                "their --tokenizer"
             )
         if self.shape.vocab_size < vocabulary.rows:
             raise UserError(
-                f"the tokenizer has {vocabulary.size} ids and the model of --init {cfg.init} only "
-                f"{self.shape.vocab_size}; leave --tokenizer out or name the model's own"
+                f"the tokenizer has {vocabulary.size} ids, but the model of --init {cfg.init} has "
+                f"only {self.shape.vocab_size}; leave --tokenizer out or name the model's own"
             )
 
     def _warnings(self) -> tuple[str, ...]:
         if self.data.vocabulary.tokenizer:
             return ()
         return (
-            f"training without the tokenizer of the shards ({self.data.vocabulary.missing}): no "
-            "samples are printed, and the model is written without a tokenizer",
+            f"training without the shards' tokenizer ({self.data.vocabulary.missing}): no samples "
+            "are printed, and the model is saved without a tokenizer",
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -129,11 +130,13 @@ class LanguageModelling(Task):
         }
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
+        """A GPT from scratch, or the one that --init names."""
         if cfg.init == "scratch":
             return GPT(self.shape)
-        return GPT.from_pretrained(locate(cfg.init), **how_it_runs(cfg))
+        return GPT.from_pretrained(locate(cfg.init), **runtime_fields(cfg))
 
     def rows(self, split: str, step: int) -> np.ndarray:
+        """Window ids (n, 1): each window is a group of its own."""
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
@@ -146,25 +149,29 @@ class LanguageModelling(Task):
         return np.arange(windows)[:, None]
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
+        """idx and targets (B, T) int64, and with --document-mask also segments (B, T)."""
         data = self.data.train if split == "train" else self.data.val
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
-            # A document begins with the end-of-text token, so the count of them so far names the
-            # document.
+            # Every document begins with the end-of-text token, so the number of these tokens so far
+            # identifies the document.
             eot = self.data.vocabulary.eot
-            assert eot is not None  # `setup` saw to it
+            assert eot is not None  # `setup` has checked
             tensors["segments"] = (tensors["idx"] == eot).cumsum(1)
         return packed(tensors)
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
+        """The summed cross-entropy in nats."""
         return {"nll": model(**batch, reduction="sum")}
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
+        """The summed cross-entropy in nats and the number of targets. No records."""
         nll = model(**batch, reduction="sum")
         return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
+        """Loss per token in nats, perplexity and, if the text's size is known, bits per byte."""
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         val = self.data.val
@@ -173,6 +180,7 @@ class LanguageModelling(Task):
         return metrics
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Sampled continuations (top-k 50) of --prompts; none if there is no tokenizer here."""
         assert isinstance(model, GPT)
         tokenizer = self.data.vocabulary.tokenizer
         if tokenizer is None:
@@ -187,6 +195,7 @@ class LanguageModelling(Task):
         return list(zip(prompts, texts, strict=True))
 
     def export(self, model: nn.Module, folder: Path, stored_only: bool = False) -> None:
+        """Write the model, and the tokenizer if it is here. Every parameter is stored."""
         assert isinstance(model, GPT)
         vocabulary = self.data.vocabulary
         model.save_pretrained(folder, eot=vocabulary.eot)
@@ -195,16 +204,15 @@ class LanguageModelling(Task):
 
 
 def packed(tensors: Tensors) -> Batch:
-    """A batch of whole windows: idx and targets (B, T), and segments where documents are kept
-    apart."""
+    """A batch of whole windows, from idx and targets (B, T) and perhaps segments (B, T)."""
     targets = tensors["targets"]
-    learned = float((targets != IGNORE).sum())
-    return Batch(tensors, {"nll": learned}, {"tokens": targets.numel()})
+    n_targets = float((targets != IGNORE).sum())
+    return Batch(tensors, {"nll": n_targets}, {"tokens": targets.numel()})
 
 
 def rows_per_rank(cfg: ResolvedTrain, world_size: int) -> int:
-    """Windows of a step on one rank. Raises UserError where they, or the micro-batches, do not
-    divide."""
+    """Windows in a step on one rank. Raises UserError unless --batch-tokens divides evenly into
+    them, and they into micro-batches."""
     unit = cfg.seq_len * world_size
     if cfg.batch_tokens % unit:
         nearest = max(1, round(cfg.batch_tokens / unit)) * unit
@@ -222,16 +230,15 @@ def rows_per_rank(cfg: ResolvedTrain, world_size: int) -> int:
     return rows
 
 
-def _check_named(cfg: RunConfig) -> None:
-    """Data that is not there is told before the model and the tokenizer, which a download may
-    need."""
+def _check_data_exists(cfg: RunConfig) -> None:
+    """Raise UserError for missing data, before a model or a tokenizer is downloaded."""
     for spec in filter(None, (cfg.data, cfg.val_data)):
         check_files(spec)
 
 
 def _tokenizer_named(cfg: RunConfig) -> str | None:
-    """What load_tokenizer takes for --tokenizer, else for the checkpoint of --init; None leaves it
-    to the data."""
+    """The argument of load_tokenizer for --tokenizer, or else for the checkpoint of --init. None:
+    the data determines the tokenizer."""
     if cfg.tokenizer:
         return cfg.tokenizer if cfg.tokenizer == "gpt2" else locate(cfg.tokenizer)
     if cfg.init == "scratch":
@@ -241,8 +248,7 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
 
 
 def perplexity(nll: float, count: float) -> float:
-    """exp(nll / count) of a sum of nats over `count` tokens (or words); inf where that
-    overflows."""
+    """exp(nll / count) for a sum of nats over `count` tokens (or words); inf on overflow."""
     try:
         return math.exp(nll / count)
     except OverflowError:
@@ -250,5 +256,5 @@ def perplexity(nll: float, count: float) -> float:
 
 
 def bits_per_byte(nll: float, n_bytes: float) -> float:
-    """A sum of nats as bits per byte of the text: comparable between tokenizers."""
+    """Convert a sum of nats to bits per byte of text, comparable between tokenizers."""
     return nll / math.log(2) / n_bytes

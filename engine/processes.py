@@ -1,8 +1,7 @@
-"""The processes of a run: who am I, on which device, and the few things that ranks say to one
-another.
+"""The processes of a run: this process's rank and device, and the messages between ranks.
 
-Host-side messages travel over a gloo group of their own, so that agreeing on something (a batch's
-target count, whether to stop) never waits for the GPU.
+Messages that are not on the GPU use a gloo group of their own. Ranks therefore agree on
+something (a batch's target count, whether to stop) without waiting for the GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from base import machine
 from base.signals import note_signal
 from config import UserError
 
-TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs ends the run after this
-POLL_SECONDS = 0.02  # between two looks into the launcher's store
+TIMEOUT = timedelta(minutes=10)  # of a collective: if a rank hangs for so long, the run ends
+POLL_SECONDS = 0.02  # between two reads of the launcher's store
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `control` is the gloo group for host-side messages (None when
-    alone)."""
+    """This process's place among the processes of the run. `control` is the gloo group for messages
+    that are not on the GPU, None for a single process."""
 
     rank: int
     local_rank: int
@@ -47,11 +46,12 @@ class World:
 
     @property
     def main(self) -> bool:
+        """Whether this is rank 0, which prints and writes the files."""
         return self.rank == 0
 
 
 def start(device: str) -> World:
-    """Join torchrun's processes (or be the only one) on `device`: auto, cpu, cuda or mps."""
+    """Join torchrun's processes, if there are any, on `device`: auto, cpu, cuda or mps."""
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
         for name, default in (
@@ -80,27 +80,26 @@ def start(device: str) -> World:
 
 def _launcher_store(rank: int, size: int) -> dict[str, Any]:
     """Arguments that make init_process_group use a part of torchrun's store that no earlier start
-    has written to.
+    has written to. Empty if the ranks make a store of their own.
 
-    torchrun keeps one store over all its restarts (pytorch#135712). Ranks that were restarted would read in it the
-    addresses of the ranks that died, and wait for those. Empty where the ranks make a store of
-    their own.
+    torchrun keeps one store over all its restarts (pytorch#135712). Restarted ranks would read the
+    addresses of dead ranks in it, and wait for those.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, size, is_master=False, timeout=TIMEOUT)
-    fresh = dist.PrefixStore(meet(store, rank, size, TIMEOUT.total_seconds()), store)
+    fresh = dist.PrefixStore(rendezvous(store, rank, size, TIMEOUT.total_seconds()), store)
     return {"store": fresh, "rank": rank, "world_size": size}
 
 
-def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """Agree on a name with the `size` ranks that run now, in a store that may hold what dead ranks
-    wrote.
+def rendezvous(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """Agree on a random name with the `size` ranks that run now, through a store that may still
+    hold what dead ranks wrote.
 
-    Each rank writes a random name of its own. Rank 0 invites the names that it finds; a rank
-    accepts an invitation that lists its name, and rank 0 opens the one that all have accepted. The
-    dead accept nothing, so no rank can go on with what they left. Raises TimeoutError after
+    Each rank writes a random name of its own. Rank 0 invites the names that it finds. A rank
+    accepts an invitation that lists its name, and rank 0 opens the meeting when all have accepted.
+    Dead ranks accept nothing, so nobody can continue with what they left. Raises TimeoutError after
     `seconds`, naming the ranks that did not come.
     """
     store = dist.PrefixStore("meeting", store)
@@ -141,7 +140,7 @@ def _accept(store: dist.Store, rank: int, own: str, deadline: float) -> str:
 
 
 def _read(store: dist.Store, key: str) -> str:
-    """The value of a key, "" where it has none: `Store.get` would wait for it."""
+    """The value of a key, or "". `Store.get` alone would wait until there is one."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -154,17 +153,17 @@ def _wait(deadline: float, whom: str) -> None:
 
 
 def launcher() -> str | None:
-    """Names the torchrun that started this process, the same in all its restarts; None where there
-    is none."""
+    """A name for the torchrun that started this process, the same after its restarts. None without
+    torchrun."""
     return f"{platform.node()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def restart_advice() -> str | None:
-    """What a user of torchrun must set so that ranks can start again after a node has joined or
-    left.
+    """What a user of torchrun must set so that ranks can restart after a node has joined or left.
+    None if no node can do so.
 
-    torchrun's agents then disagree about whose store it is, and no rank can mend that. None where
-    no node can join.
+    Without the setting torchrun's agents then disagree about which of them hosts the store, and no
+    rank can repair that.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -174,14 +173,14 @@ def restart_advice() -> str | None:
     ):
         return None
     return (
-        "note: if a node joins or leaves this run, its ranks can only start again where the "
-        "environment of torchrun has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts "
-        "on the same nodes need nothing"
+        "note: if a node joins or leaves this run, its ranks can only restart if torchrun's "
+        "environment has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; restarts on the same "
+        "nodes do not need it"
     )
 
 
 def _nodes_may_join() -> bool:
-    """Whether this process's launcher was told --nnodes MIN:MAX."""
+    """Whether torchrun was started with --nnodes MIN:MAX."""
     try:
         words = (
             Path(f"/proc/{os.getppid()}/cmdline")
@@ -194,9 +193,9 @@ def _nodes_may_join() -> bool:
     return any(low != high for low, high in re.findall(r"--nnodes[= ](\d+):(\d+)", options))
 
 
-def recorded(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, where torchrun shows the traceback of a rank that fails, but none for the
-    user's mistake."""
+def record_failures(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function(*args)` and let torchrun show the traceback if it fails, except for a
+    UserError, which is the user's mistake."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     def attempt() -> Any:
@@ -212,16 +211,16 @@ def recorded(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def finish(world: World) -> None:
-    """Leave the group; only after a run that ended alike on every rank."""
+    """Leave the process group. Every rank must call this, after a run that ended normally."""
     if world.size > 1:
         dist.destroy_process_group()
 
 
 def threads_per_rank(local_size: int) -> int:
-    """CPU threads of one rank: this machine's cores, shared.
+    """CPU threads of one rank: an equal share of this machine's cores.
 
-    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; any other value is the user's and
-    stands.
+    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle, so that is ignored. Any other value is
+    the user's and is used.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (asked != "1" or "TORCHELASTIC_RUN_ID" not in os.environ):
@@ -230,13 +229,13 @@ def threads_per_rank(local_size: int) -> int:
 
 
 def use_device(device: torch.device) -> None:
-    """Let the calling thread work on this rank's GPU; nothing for other devices."""
+    """Make the calling thread use this rank's GPU. Does nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device that `--device` means for a rank. Raises UserError for one that is not there."""
+    """The device that `--device` means for a rank. Raises UserError if it does not exist."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if cuda else "mps" if mps else "cpu"
@@ -251,7 +250,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def gather(world: World, value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank (host side, pickled)."""
+    """Every rank's value, in the order of ranks, on every rank. Values are pickled."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -260,7 +259,7 @@ def gather(world: World, value: Any) -> list[Any]:
 
 
 def on_main(world: World, function: Callable[[], Any]) -> Any:
-    """What rank 0's `function` returns, on every rank; its UserError is every rank's."""
+    """Call `function` on rank 0, and return its result, or raise its UserError, on every rank."""
     result: Any = None
     if world.main:
         try:
@@ -275,8 +274,8 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def main_first(world: World) -> Generator[None]:
-    """Rank 0 runs the block before the others do, however long it takes: they find its work done,
-    and it speaks."""
+    """Run the block on rank 0 first, however long it takes, then on the others. The others then
+    find its files, and only rank 0 prints its progress."""
     if world.size == 1:
         yield
         return
@@ -291,11 +290,11 @@ def main_first(world: World) -> Generator[None]:
 
 
 def sum_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:
-    """Sums of host numbers, in fp64. Ranks may lack keys that others have; sums run in rank
-    order."""
+    """Add up numbers by key over ranks, in fp64 and in the order of ranks. Not every rank needs to
+    have every key."""
     total: dict[str, float] = {}
-    for of_rank in gather(world, values):
-        for key, value in of_rank.items():
+    for part in gather(world, values):
+        for key, value in part.items():
             total[key] = total.get(key, 0.0) + value
     return total
 
@@ -307,7 +306,7 @@ def all_reduce_sum(world: World, tensor: Tensor) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself: "NVIDIA H200", "AMD EPYC"."""
+    """The hardware's own name, such as "NVIDIA H200" or "AMD EPYC"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -321,15 +320,15 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on a GPU, resident in a CPU process."""
+    """Peak memory so far in bytes: allocated on the GPU, or resident on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return machine.peak_resident_bytes()
 
 
 def available_memory(device: torch.device, local_size: int) -> int:
-    """Bytes that one rank may still take: free on its GPU, or its share of what the machine has
-    free."""
+    """Bytes that one rank may still use: the free memory of its GPU, or its share of the machine's
+    free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -338,13 +337,12 @@ def available_memory(device: torch.device, local_size: int) -> int:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGHUP, turned into an agreement of all ranks to stop at the same point.
+    """Turns SIGTERM, SIGINT and SIGHUP into an agreement of all ranks to stop at the same point.
 
-    Until `defer()` a signal ends the process at once (there is nothing to save yet); from then on
-    it only raises a flag, however often it comes. `agreed()` is called by every rank at the same
-    points: each call starts a tiny asynchronous all-reduce of the flags and returns the result of
-    the one that the call before started, so all ranks see the same answer at the same point, and
-    none waits.
+    Before `defer()` a signal ends the process at once, because there is nothing to save yet.
+    Afterwards it only sets a flag, however often it comes. Every rank calls `agreed()` at the same
+    points. Each call starts a tiny asynchronous all-reduce of the flags and returns the result of
+    the previous call's, so all ranks get the same answer at the same point and hardly wait.
     """
 
     def __init__(self, world: World):
@@ -355,21 +353,21 @@ class StopSignal:
         self.before: dict[int, Any] = {}  # handlers, by signal
 
     def install(self) -> None:
-        # the last: the terminal has closed; Windows lacks it
+        """Handle the signals. SIGHUP stays ignored if nohup has set that."""
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            # nohup
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and (
                 name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
             ):
                 self.before[number] = signal.signal(number, self._received)
 
     def remove(self) -> None:
-        """Give the signals back: what follows the run is ended by them at once."""
+        """Restore the previous handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def defer(self) -> None:
+        """From now on let a signal only set the flag."""
         self.deferred = True
 
     def _received(self, number: int, frame: FrameType | None) -> None:
@@ -379,7 +377,7 @@ class StopSignal:
         self.flag = self.flag or number
 
     def agreed(self) -> int:
-        """The signal that some rank had received by the last call, on every rank alike; 0 for
+        """The signal that some rank had received by the previous call, the same on every rank; 0:
         none."""
         if self.world.size == 1:
             return self.flag

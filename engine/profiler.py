@@ -1,4 +1,4 @@
-"""With --profile: a trace and a memory snapshot of three steps after two to warm up."""
+"""--profile: writes a trace and a memory snapshot of three steps, after two steps of warm-up."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WAIT, WARM_UP, RECORDED = 1, 1, 3  # steps
 def profiled(
     run: Path, device: torch.device, log: RunLog, rates: Rates
 ) -> Generator[Callable[[], None]]:
-    """Profile the block, which calls the function it is given after each step; write into
-    `run`/profile."""
-    # else the profiler announces itself on stderr
+    """Profile the block and write the results into `run`/profile. The block must call the function
+    that it gets after each step."""
+    # Keeps the profiler's own messages off stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     folder = run / "profile"
     folder.mkdir(exist_ok=True)

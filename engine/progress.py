@@ -1,49 +1,48 @@
-"""Where a run stands: step, tokens, metrics and losses so far."""
+"""The progress of a run: its step, tokens, metrics and losses so far."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-LAST_LOSSES = 10  # steps over which a run's training loss is the mean
+LAST_LOSSES = 10  # a run's training loss is the mean over this many last steps
 
 
 @dataclass
 class Progress:
-    """A checkpoint's JSON holds it, beside the tensors; a resumed run goes on from there."""
+    """Counts and figures that a checkpoint holds as JSON, and that a resumed run continues."""
 
     step: int = 0  # optimizer steps done
     tokens: float = 0
-    skipped: int = 0  # updates that were not finite
+    skipped: int = 0  # updates that were skipped because they were not finite
     skipped_in_a_row: int = 0
-    done: list[str] = field(default_factory=list)  # of this step's evaluation and sample
+    done: list[str] = field(default_factory=list)  # "eval" and "sample", if done after this step
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
-    best_metric: float | None = None  # of this very step, where it was evaluated
-    best_so_far: float | None = None  # of the metrics of all evaluations
-    not_better: int = 0  # evaluations since that one, none of them better
-    # of the last steps, whose mean is the run's result
-    losses: list[float] = field(default_factory=list)
+    best_metric: float | None = None  # the task's metric after this step, if it was evaluated
+    best_so_far: float | None = None  # the best value of that metric in all evaluations
+    not_better: int = 0  # evaluations since the best one
+    losses: list[float] = field(default_factory=list)  # of the last steps
     seconds: float = 0.0  # spent in optimizer steps
 
     def completed(self) -> None:
-        """One more step is done, and nothing of what is due after it."""
+        """Count a completed step, after which nothing has been done yet."""
         self.step += 1
         self.done, self.best_metric = [], None
 
     def measured(self, loss: float, tokens: float, seconds: float) -> None:
-        """Add the figures of a step."""
+        """Add the loss, tokens and seconds of a step."""
         self.tokens += tokens
         self.seconds += seconds
         self.losses = [*self.losses, loss][-LAST_LOSSES:]
 
     def updated(self, ok: bool) -> None:
-        """Count the step's update; `ok` False: it was not finite and so was skipped."""
+        """Count whether the step's update was skipped (not `ok`)."""
         self.skipped += not ok
         self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
 
     def evaluated(self, metrics: dict[str, float], name: str, mode: str) -> None:
-        """Note this step's metrics, and whether the one of that name is the best so far ("min" or
-        "max")."""
+        """Record this step's metrics, and whether metrics[name] is the best so far. `mode` is "min"
+        or "max"."""
         self.metrics = metrics
         now = metrics[name]
         self.best_metric = now if math.isfinite(now) else None
@@ -56,5 +55,5 @@ class Progress:
 
 
 def is_better(value: float, than: float, mode: str) -> bool:
-    """Of two figures of a metric whose best is its "min" or its "max"."""
+    """Whether a metric's value is better than another, by its mode "min" or "max"."""
     return value < than if mode == "min" else value > than

@@ -1,4 +1,5 @@
-"""The options of a run that goes on: what was not typed is as it was, and what changed is told."""
+"""The options of a resumed run: what the user did not type keeps its previous value, and every
+change is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.options import MethodConfig
-from config import Run, RunConfig, UserError, default_out
+from config import RunConfig, RunOptions, UserError, default_out
 from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
@@ -20,28 +21,28 @@ from engine.start import Start
 from kernels import choose, named
 from storage.checkpoint import RECORD
 
-# Options that say how one start goes about it, not what the run is.
-OF_A_START = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")
-# may have to be chosen anew on another machine
-BY_MACHINE = ("compile", "precision", "kernels", "cuda_graphs")
-# of run.json, and their names for a user
+# Options that belong to a single start, not to the run.
+START_OPTIONS = ("out", "resume", "extend_to", "reschedule", "dry_run", "profile")
+# Options whose value another machine may not support.
+MACHINE_OPTIONS = ("compile", "precision", "kernels", "cuda_graphs")
+# Facts in run.json, and their names for the user.
 FACTS = {"world_size": "ranks", "torch": "torch", "device": "device"}
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """What a run's folder says of its last start."""
+class PreviousStart:
+    """What a run's folder says about its last start."""
 
-    options: dict[str, Any]  # resolved
+    options: dict[str, Any]  # resolved, from config.json
     record: dict[str, Any]  # run.json
-    # of BY_MACHINE and device, before they were resolved
+    # MACHINE_OPTIONS and device, before they were resolved
     asked: dict[str, Any] = field(default_factory=dict)
 
 
-def earlier_start(cfg: RunConfig) -> Earlier | None:
-    """The last start of the run that `cfg` continues; None where it begins a run.
+def previous_start(cfg: RunConfig) -> PreviousStart | None:
+    """The last start of the run that `cfg` continues. None if the run is new.
 
-    A start that failed before config.json has trained nothing: its options are not the run's.
+    A start that failed before it wrote config.json does not count: it trained nothing.
     """
     run = Path(cfg.out or default_out(cfg, choose_device(cfg.device).type))
     if not (run / RECORD).is_file():
@@ -54,11 +55,11 @@ def earlier_start(cfg: RunConfig) -> Earlier | None:
         options = _read(run / "config.json")
     except ValueError as error:
         raise UserError(
-            f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; mend it"
+            f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; repair it"
         ) from None
     if not isinstance(record, dict) or not isinstance(options, dict) or not options:
         return None
-    return Earlier(options, record, record.get("asked") or {})
+    return PreviousStart(options, record, record.get("asked") or {})
 
 
 def _read(path: Path) -> Any:
@@ -68,22 +69,23 @@ def _read(path: Path) -> Any:
         return {}
 
 
-def own_options(cfg: Run, typed: Collection[str] | None) -> Run:
-    """`cfg` with the run's own value of each option that was not `typed`. None: all count as typed.
+def restore_options(cfg: RunOptions, typed: Collection[str] | None) -> RunOptions:
+    """Replace each option that was not `typed` by the run's previous value. None: all are typed.
 
-    Raises UserError for a stored value that its option cannot have.
+    Raises UserError for a stored value that the option cannot have.
     """
-    earlier = None if typed is None or not cfg.trains else earlier_start(cfg)
-    if earlier is not None and typed is not None:
+    previous = None if typed is None or not cfg.trains else previous_start(cfg)
+    if previous is not None and typed is not None:
         if cfg.extend_to and "steps" in typed:
-            _check_steps(cfg, earlier)
-        cfg = _with_own(cfg, frozenset(typed), earlier)
+            _check_steps(cfg, previous)
+        cfg = _restored(cfg, frozenset(typed), previous)
     return dataclasses.replace(cfg, steps=cfg.extend_to) if cfg.extend_to else cfg
 
 
-def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
-    """Beside --extend-to, --steps may say what the run had; any other number would be lost."""
-    known = {length.steps for length in lengths_of(earlier.record)} | {cfg.extend_to}
+def _check_steps(cfg: RunConfig, previous: PreviousStart) -> None:
+    """Raise UserError for --steps beside --extend-to, unless it repeats a number that the run has
+    or will have. Any other number would have no effect."""
+    known = {length.steps for length in lengths_of(previous.record)} | {cfg.extend_to}
     if cfg.steps not in known:
         raise UserError(
             f"--steps {cfg.steps} and --extend-to {cfg.extend_to} contradict each other; leave "
@@ -91,67 +93,69 @@ def _check_steps(cfg: RunConfig, earlier: Earlier) -> None:
         )
 
 
-def _with_own(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
-    own = earlier.options | {"steps": earlier.record["identity"].get("steps")}
-    # a micro-batch is resumed with the checkpoint
-    kept = typed | {*OF_A_START, *BY_MACHINE, "device", "micro_batch"}
+def _restored(cfg: RunOptions, typed: frozenset[str], previous: PreviousStart) -> RunOptions:
+    own = previous.options | {"steps": previous.record["identity"].get("steps")}
+    # The micro-batch is restored with the checkpoint.
+    kept = typed | {*START_OPTIONS, *MACHINE_OPTIONS, "device", "micro_batch"}
     if "epochs" in typed:
         kept |= {"steps"}
-    if "init" in typed and cfg.init != own.get("init"):  # the weights fix the shape
+    if "init" in typed and cfg.init != own.get("init"):  # these weights have their own shape
         kept |= {"preset", "n_layer", "n_head", "n_embd"}
     if "method" in typed and getattr(cfg, "method", None) != own.get("method"):
-        # another run, and refused as one
+        # Do not add the old method's options. The new method is refused later, as another run.
         kept |= {f.name for f in dataclasses.fields(MethodConfig)}
     hints = typing.get_type_hints(type(cfg))
     names = [f.name for f in dataclasses.fields(cfg) if f.name in own and f.name not in kept]
     cfg = dataclasses.replace(
         cfg, **{name: _as_option(name, own[name], hints[name]) for name in names}
     )
-    return _for_this_machine(cfg, typed, earlier)
+    return _for_this_machine(cfg, typed, previous)
 
 
 def _as_option(name: str, value: Any, hint: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
-    if not _fits(value, hint):
+    if not _has_type(value, hint):
         raise UserError(
             f"config.json of the run has {name} {value!r}, which --{name.replace('_', '-')} cannot "
-            "be; mend it"
+            "be; repair it"
         )
     return value
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(_has_type(value, part) for part in parts)
     if origin is typing.Literal:
         return value in parts
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(part, parts[0]) for part in value)
+        return isinstance(value, tuple) and all(_has_type(part, parts[0]) for part in value)
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
 
 
-def _for_this_machine(cfg: Run, typed: frozenset[str], earlier: Earlier) -> Run:
-    """Device, precision, kernels and compilation as they were, as far as this machine has them."""
+def _for_this_machine(
+    cfg: RunOptions, typed: frozenset[str], previous: PreviousStart
+) -> RunOptions:
+    """Restore device, compilation, precision and kernels as far as this machine supports them."""
     if "device" not in typed:
-        device = earlier.asked.get("device", earlier.options.get("device", "auto"))
-        cfg = dataclasses.replace(cfg, device=device if _is_there(device) else "auto")
-    same = choose_device(cfg.device).type == _device_of(earlier)
-    for name in BY_MACHINE:
-        if name not in typed and name in earlier.options:
-            sources = ([earlier.options] if same else []) + [earlier.asked]
+        device = previous.asked.get("device", previous.options.get("device", "auto"))
+        cfg = dataclasses.replace(cfg, device=device if _device_exists(device) else "auto")
+    same = choose_device(cfg.device).type == _device_of(previous)
+    for name in MACHINE_OPTIONS:
+        if name not in typed and name in previous.options:
+            sources = ([previous.options] if same else []) + [previous.asked]
             usable = (
                 source[name]
                 for source in sources
-                if name in source and _works(cfg, name, source[name])
+                if name in source and _is_usable(cfg, name, source[name])
             )
             cfg = dataclasses.replace(cfg, **{name: next(usable, getattr(cfg, name))})
     return cfg
 
 
-def _is_there(device: str) -> bool:
+def _device_exists(device: str) -> bool:
     try:
         choose_device(device)
     except UserError:
@@ -159,18 +163,19 @@ def _is_there(device: str) -> bool:
     return True
 
 
-def _device_of(earlier: Earlier) -> str:
-    """The type of device of a run; told by what it computed with, where an older version wrote no
-    more."""
-    known = earlier.record.get("device") or earlier.options.get("device")
+def _device_of(previous: PreviousStart) -> str:
+    """The type of a run's device. If an older version did not record it, infer it from the kernels
+    and compilation that the run used."""
+    known = previous.record.get("device") or previous.options.get("device")
     if known and known != "auto":
         return known
-    triton = set(named(earlier.options.get("kernels", "torch"))) - {"cpu_attention"}
-    return "cuda" if triton or earlier.options.get("compile") else "cpu"
+    triton = set(named(previous.options.get("kernels", "torch"))) - {"cpu_attention"}
+    return "cuda" if triton or previous.options.get("compile") else "cpu"
 
 
-def _works(cfg: RunConfig, name: str, value: Any) -> bool:
-    """Whether an option can have a value here, where those before it in BY_MACHINE are settled."""
+def _is_usable(cfg: RunConfig, name: str, value: Any) -> bool:
+    """Whether an option can have this value on this machine. The options that precede it in
+    MACHINE_OPTIONS are restored already."""
     device = choose_device(cfg.device)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     try:
@@ -190,17 +195,16 @@ def _works(cfg: RunConfig, name: str, value: Any) -> bool:
 
 
 def changes(
-    options: dict[str, Any], facts: dict[str, Any], earlier: Earlier, start: Start
+    options: dict[str, Any], facts: dict[str, Any], previous: PreviousStart, start: Start
 ) -> Iterator[str]:
-    """`NAME OLD -> NEW` for each of the resolved `options` and `facts` that has changed since the
-    last start."""
-    left_out = {*OF_A_START, "steps"} if start.extended else set(OF_A_START)
+    """`NAME OLD -> NEW` for each option and fact that has changed since the last start."""
+    left_out = {*START_OPTIONS, "steps"} if start.extended else set(START_OPTIONS)
     for name, new in json.loads(json.dumps(options)).items():
-        old = earlier.options.get(name, new)
+        old = previous.options.get(name, new)
         if old != new and name not in left_out:
             yield f"{name.replace('_', '-')} {_shown(old)} -> {_shown(new)}"
     for name, title in FACTS.items():
-        old, new = earlier.record.get(name), facts.get(name)
+        old, new = previous.record.get(name), facts.get(name)
         if old is not None and new is not None and old != new:
             yield f"{title} {old} -> {new}"
 

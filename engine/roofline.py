@@ -1,14 +1,13 @@
-"""What a device can do at best: its data sheet, and the rate of a large product as it is measured
-here."""
+"""The peak speed of a device: from its data sheet, or measured with a large matrix product."""
 
 from __future__ import annotations
 
 import re
 import time
 
-# Dense peak of the matrix units in FLOP/s, with sums in fp32, from the makers' data sheets: words
-# of the device's name, in order, then bf16 or fp16, then tf32. The first row whose words are all
-# there counts.
+# Dense peaks of the matrix units in FLOP/s with fp32 accumulation, from the makers' data sheets:
+# words of the device's name, the peak for bf16 and fp16, and that for tf32. The first row applies
+# whose words are all in the name.
 PEAKS = (
     ("H200", 989e12, 494e12),
     ("GH200", 989e12, 494e12),
@@ -37,12 +36,12 @@ PEAKS = (
     ("V100", 125e12, None),
     ("T4", 65e12, None),
 )
-# words of a name that sell less than the data sheet of the rest
+# Words that mark a variant slower than the data sheet of the device without that word.
 SLOWER = ("Laptop", "Max-Q", "D", "MIG")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device in a precision, or None where it is unknown (then MFU is null)."""
+    """Peak FLOP/s of a device in a precision. None if it is unknown; MFU is then null."""
     words = re.split(r"[\s-]+", device_name)
     if precision not in ("bf16", "fp16", "tf32") or any(word in words for word in SLOWER):
         return None
@@ -53,8 +52,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def product_ceiling(device: str, precision: str, seconds: float = 2.0) -> float:
-    """FLOP/s of a large square product of random matrices: the best of several rounds. Zeros would
-    be faster."""
+    """Measured FLOP/s of a large square product: the best of several rounds. The matrices are
+    random, because zeros would be faster."""
     import torch
 
     from engine import processes

@@ -1,5 +1,5 @@
-"""Checkpoints of a run: the loop hands over its state, a thread writes it and prunes older ones,
-and the log tells whether it succeeded."""
+"""Checkpoints of a run. A thread writes the loop's state and prunes older checkpoints, and the log
+tells whether that succeeded."""
 
 from __future__ import annotations
 
@@ -19,26 +19,32 @@ from storage.checkpoint import Saver
 
 
 class Checkpoints:
-    """Writes and prunes them; rank 0 alone calls `save`."""
+    """Writes and prunes the checkpoints of a run, on rank 0."""
 
     def __init__(
         self,
         run: Path,
         task: Task,
-        double: nn.Module,
+        export_model: nn.Module,
         cfg: Resolved,
         log: RunLog,
         saved: int | None,
     ):
-        """`double`: a copy of the model for the writer's thread, without weights; `saved`: the step
-        of the newest checkpoint there is."""
-        self.run, self.task, self.double, self.cfg, self.log = run, task, double, cfg, log
+        """`export_model`: a copy of the model without weights, for the writer. `saved`: the
+        step of the newest checkpoint, if there is one."""
+        self.run, self.task, self.export_model, self.cfg, self.log = (
+            run,
+            task,
+            export_model,
+            cfg,
+            log,
+        )
         self.saved = saved
         self.saver = Saver(run, self._export, self._report, log.say)
 
     def save(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Have them written as the checkpoint of the step facts["step"]; returns once `state` is
-        copied."""
+        """Write the checkpoint of step facts["step"] in the background. Returns when `state` has
+        been copied."""
 
         def prune() -> None:
             cfg, mode = self.cfg, self.task.best[1]
@@ -47,23 +53,23 @@ class Checkpoints:
         self.saver.save(state, facts, prune)
 
     def join(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait until the current checkpoint is written."""
         self.saver.join()
 
     @property
     def error(self) -> BaseException | None:
-        """Why the newest checkpoint could not be written."""
+        """Why the newest checkpoint could not be written, or None."""
         return self.saver.error
 
     def _export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        load_weights(self.double, weights, self.task.stored, assign=True)
-        self.task.export(self.double, folder, stored_only=True)
+        load_weights(self.export_model, weights, self.task.stored, assign=True)
+        self.task.export(self.export_model, folder, stored_only=True)
 
     def _report(self, step: int, folder: str, error: str | None = None, **facts: float) -> None:
-        """Called by the writer's thread when a checkpoint stands or has failed."""
+        """Log that a checkpoint was written or has failed. The writer's thread calls this."""
         if error:
             self.log.warn(
-                f"the checkpoint of step {step} could not be written ({error}); older ones stand",
+                f"the checkpoint of step {step} could not be written ({error}); older ones remain",
                 step,
             )
             return

@@ -1,4 +1,4 @@
-"""The shape of the model that a run trains: that of the options, or of the checkpoint of --init."""
+"""The shape of the model to train, from the options or from the checkpoint of --init."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ import kernels
 from config import GPTConfig, RunConfig, UserError, preset_shape
 from model import GPT
 from storage.checkpoint import locate
-from storage.hub import base_of, is_adapter
+from storage.hub import adapter_base, is_adapter
 
 
 def model_config(cfg: RunConfig, vocab_size: int, block_size: int) -> GPTConfig:
-    """The shape to train: of the preset and its overrides, or of the checkpoint that --init
-    names."""
+    """The shape to train, from the preset with its overrides, or from the checkpoint of --init."""
     if cfg.init != "scratch":
         return open_pretrained(cfg).config
     shape: dict[str, Any] = preset_shape(cfg) | dict(
         tied_head="tied-head" not in cfg.without, scaled_init="scaled-init" not in cfg.without
     )
-    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **how_it_runs(cfg))
+    return GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape, **runtime_fields(cfg))
 
 
-def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
-    """Fields of GPTConfig that no weight fixes."""
+def runtime_fields(cfg: RunConfig) -> dict[str, Any]:
+    """The fields of GPTConfig that say how a model runs, and that no weights determine."""
     return {
         "dropout": cfg.dropout,
         "recompute": cfg.recompute,
@@ -37,19 +36,19 @@ def how_it_runs(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _whole_model(adapter: str) -> str:
-    """What to name in the place of an adapter's folder."""
-    base = base_of(adapter)[0] or "the model that it was made for"
+    """Advice on which whole model to name in place of an adapter's folder."""
+    base = adapter_base(adapter)[0] or "the model that it was trained on"
     run = Path(adapter).absolute().parent.parent
     if (run / "checkpoints").is_dir():
         final, made = run / "final", (run / "final").is_dir() and not is_adapter(run / "final")
-        both = f"{final}, where both are" if made else "its run's final/, once that has ended"
+        both = f"{final}, which holds both" if made else "its run's final/ once the run has ended"
     else:
-        both = "a folder where PEFT's merge_and_unload() has put both"
-    return f"name {base} to begin without the adapter, or {both}"
+        both = "a folder into which PEFT's merge_and_unload() was saved"
+    return f"name {base} to start without the adapter, or {both}"
 
 
 def open_pretrained(cfg: RunConfig) -> GPT:
-    """The model of --init. Raises UserError where other options contradict its shape."""
+    """The model of --init. Raises UserError if other options contradict its shape."""
     given = [
         f"--{name.replace('_', '-')}"
         for name in ("n_layer", "n_head", "n_embd", "preset")
@@ -57,14 +56,15 @@ def open_pretrained(cfg: RunConfig) -> GPT:
     ]
     if given:
         raise UserError(
-            f"{' and '.join(given)} cannot go with --init {cfg.init}: the weights fix the shape"
+            f"--init {cfg.init} already determines the shape of the model; leave out "
+            f"{' and '.join(given)}"
         )
     where = locate(cfg.init)
     if is_adapter(where):
         raise UserError(
             f"--init {cfg.init} is an adapter, not a whole model; {_whole_model(where)}"
         )
-    model = GPT.from_pretrained(where, **how_it_runs(cfg))
+    model = GPT.from_pretrained(where, **runtime_fields(cfg))
     if cfg.seq_len and cfg.seq_len > model.config.block_size:
         raise UserError(
             f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} positions of "

@@ -1,4 +1,4 @@
-"""How a run begins: whose its folder is, and which checkpoint it goes on from."""
+"""Decides how a run starts: whether its folder is free, and which checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from storage.checkpoint import (
     RESULTS,
     WRITTEN,
     checkpoints,
-    clean,
-    fault,
-    newest,
+    find_damage,
+    newest_sound,
+    remove_leftovers,
 )
 
 
 @dataclass
 class Start:
-    """How a run begins: afresh (no folder), from a checkpoint, or not at all."""
+    """How a run starts: from scratch, from a checkpoint, or not at all because it is finished."""
 
-    folder: Path | None = None
+    folder: Path | None = None  # the checkpoint to resume from
     finished: bool = False
-    micro_batch: int | None = None  # of the interrupted run: the same one gives the same bits
-    # how long it is planned to be
+    micro_batch: int | None = None  # the interrupted run's; only the same one gives the same bits
+    # the plans of the run, oldest first
     lengths: list[Length] = field(default_factory=list, compare=False)
-    extended: bool = field(default=False, compare=False)  # whether this start made it longer
-    notes: list[str] = field(default_factory=list, compare=False)  # what the log should hold of it
+    extended: bool = field(default=False, compare=False)  # whether --extend-to made the run longer
+    notes: list[str] = field(default_factory=list, compare=False)  # warnings to print and log
 
 
 @contextlib.contextmanager
-def claimed(run: Path) -> Generator[None]:
-    """Make a run's folder and keep other processes out of it, the ranks that a killed torchrun left
-    behind too."""
+def claim_folder(run: Path) -> Generator[None]:
+    """Create a run's folder and lock it against other processes, including ranks that a killed
+    torchrun left behind."""
     with contextlib.ExitStack() as held:
         try:
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked_folder(run))
         except BlockingIOError:
             raise UserError(
-                f"{run} is in use by a run that still goes on; end it, or choose another --out"
+                f"{run} is in use by a run that is still going; stop it, or choose another --out"
             ) from None
         except OSError as error:
             raise UserError(f"cannot write to --out {run}: {error.strerror}") from None
@@ -64,12 +64,11 @@ def open_run(
     say: Callable[[str], None],
     extension: Extension | None = None,
 ) -> Start:
-    """Find where a run begins and say whose its folder is. Raises UserError where that would lose
-    or mix anything.
+    """Find where a run starts, and write run.json, which makes the folder this run's.
 
-    `identity` holds, by option name, what a resumed run must have in common with the checkpoint;
-    `facts` (options, versions) are stored beside it in run.json. Under an `extension` its steps may
-    be more than they were.
+    `identity`: what a resumed run must have in common with the checkpoint, by option name. `facts`
+    (versions, the command and so on) are stored with it in run.json. With an `extension` the steps
+    may be more than before. Raises UserError if files would be lost or two runs mixed.
     """
     start = Start()
     before = _record_of(run)
@@ -87,7 +86,7 @@ def open_run(
         longer = extension and extension.to != start.lengths[-1].steps
         if _is_finished(run, start.lengths) and not longer:
             return Start(finished=True)
-        clean(run, say)
+        remove_leftovers(run, say)
         start.micro_batch = _micro_batch_of(run)
     if start.folder is None:
         start.folder = _newest_sound(run, say)
@@ -95,8 +94,8 @@ def open_run(
     if start.folder is not None:
         meta = json.loads((start.folder / META).read_text(encoding="utf-8"))
         start.lengths = start.lengths or lengths_of(meta)
-        lacking = _same_run(identity, meta["identity"], start.folder, start.lengths, extension)
-        start.notes += lacking if before is None else []
+        unrecorded = _same_run(identity, meta["identity"], start.folder, start.lengths, extension)
+        start.notes += unrecorded if before is None else []
         start.micro_batch = meta["micro_batch"]
     if extension:
         _extend(start, run, meta, extension, say)
@@ -110,11 +109,11 @@ def open_run(
 
 
 def _newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, None where there is none yet. Raises UserError where all are
+    """The checkpoint to resume from, or None if there is none yet. Raises UserError if all are
     damaged."""
-    folder = newest(run, say)
+    folder = newest_sound(run, say)
     if folder is None and checkpoints(run):
-        raise UserError(f"no checkpoint of {run} is sound; begin again with another --out")
+        raise UserError(f"every checkpoint of {run} is damaged; start again with another --out")
     return folder
 
 
@@ -125,31 +124,30 @@ def _extend(
     extension: Extension,
     say: Callable[[str], None],
 ) -> None:
-    """Make a run longer from its checkpoint on. Raises UserError where it cannot go on from
-    there."""
+    """Extend a run from its checkpoint. Raises UserError if that is not possible."""
     if not start.lengths:
         raise UserError(
-            f"--extend-to {extension.to}: {run} holds no run to continue; begin one with --steps"
+            f"--extend-to {extension.to}: {run} holds no run to extend; start one with --steps"
         )
     planned, results = start.lengths[-1].steps, _results_of(run)
     if extension.to == planned:
         return
     if meta is None and results is not None:
         raise UserError(
-            f"--extend-to {extension.to}: {run} has no checkpoint to go on from (its --save-every "
-            "was 0, or they were "
-            f"removed); begin a longer run with --out ANOTHER --steps {extension.to}"
+            f"--extend-to {extension.to}: {run} has no checkpoint to resume from (its --save-every "
+            "was 0, or they were removed); start a longer run with --out ANOTHER --steps "
+            f"{extension.to}"
         )
     step = meta["step"] if meta else 0
     if meta and 0 < extension.patience <= meta.get("not_better", 0):
         raise UserError(
             f"--extend-to {extension.to}: the run stopped early, after {meta['not_better']} "
-            "evaluations without a better "
-            f"one; add --patience {meta['not_better'] + extension.patience}, or 0 for none"
+            "evaluations without a better one; add --patience "
+            f"{meta['not_better'] + extension.patience}, or --patience 0 to never stop early"
         )
     start.lengths, start.extended = extend(start.lengths, step, extension), True
     if results and step < results.get("steps", 0):
-        say(f"the checkpoint of step {results['steps']} is gone: the run goes on from step {step}")
+        say(f"the checkpoint of step {results['steps']} is gone: the run resumes from step {step}")
     restarted = (
         f"; the decay of the {extension.schedule} schedule restarts there"
         if start.lengths[-1].rescheduled
@@ -159,7 +157,7 @@ def _extend(
 
 
 def _results_of(run: Path) -> dict[str, Any] | None:
-    """metrics.json of a run that has ended, or None."""
+    """metrics.json of a finished run. None if the run is not finished; {} if it is unreadable."""
     if not (run / "final" / MANIFEST).exists():
         return None
     try:
@@ -172,7 +170,7 @@ def _results_of(run: Path) -> dict[str, Any] | None:
 
 
 def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
-    """Whether a run has ended, and has not been made longer since; an older version wrote no
+    """Whether a run has ended and has not been extended since. An older version wrote no
     planned_steps."""
     results = _results_of(run)
     return (
@@ -181,25 +179,26 @@ def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
 
 
 def _record_of(run: Path) -> dict[str, Any] | None:
-    """run.json of the run in a folder; None where there is no run."""
+    """run.json of a run's folder. None if the folder holds no run. Raises UserError if it holds
+    something else."""
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
         record["identity"].get("steps")
         lengths_of(record)
         return record
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{run / RECORD} is not of a run; choose another --out") from None
+        raise UserError(f"{run / RECORD} does not belong to a run; choose another --out") from None
     except OSError:
         foreign = [name for name in WRITTEN if (run / name).exists()]
         if foreign:
             raise UserError(
-                f"{run} holds a {foreign[0]} that is not of a run; choose another --out"
+                f"{run} holds a {foreign[0]} that does not belong to a run; choose another --out"
             ) from None
         return None
 
 
 def _micro_batch_of(run: Path) -> int | None:
-    """The micro-batch that a run without a checkpoint had already settled on."""
+    """The micro-batch in config.json, for a run that had started but has no checkpoint."""
     try:
         return json.loads((run / "config.json").read_text(encoding="utf-8"))["micro_batch"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -207,11 +206,11 @@ def _micro_batch_of(run: Path) -> int | None:
 
 
 def _resume_from(where: Path, run: Path, say: Callable[[str], None]) -> Path:
-    """The checkpoint that --resume FOLDER means: itself, or the newest of a run."""
-    folder = newest(where, say) if (where / "checkpoints").is_dir() else where
+    """The checkpoint that --resume FOLDER means: the folder itself, or the newest one of a run."""
+    folder = newest_sound(where, say) if (where / "checkpoints").is_dir() else where
     if folder is None or not folder.is_dir():
-        raise UserError(f"--resume {where}: no sound checkpoint there")
-    reason = fault(folder)
+        raise UserError(f"--resume {where}: there is no undamaged checkpoint; check the path")
+    reason = find_damage(folder)
     if reason is not None:
         raise UserError(f"--resume {folder}: {reason}")
     if not (folder / META).exists():
@@ -233,14 +232,14 @@ def _same_run(
     lengths: Sequence[Length],
     extension: Extension | None,
 ) -> list[str]:
-    """Raise UserError where two identities differ. Returns a note on what an older version did not
-    write.
+    """Raise UserError if two identities differ. Returns notes on what an older version did not
+    record and so cannot be compared.
 
     A checkpoint may have been written under any of the run's `lengths`.
     """
-    lacking = sorted(set(now) - set(then))
+    unrecorded = sorted(set(now) - set(then))
     differ = [
-        name for name in now | then if name not in lacking and now.get(name) != then.get(name)
+        name for name in now | then if name not in unrecorded and now.get(name) != then.get(name)
     ]
     planned = {length.steps for length in lengths}
     if (
@@ -254,11 +253,11 @@ def _same_run(
             f"{name} (was {_short(then.get(name))}, is {_short(now.get(name))})" for name in differ
         )
         raise UserError(f"{folder} is of another run: {listed}; {_advice(differ, now, lengths)}")
-    if not lacking:
+    if not unrecorded:
         return []
     return [
-        f"the run was begun by an older version, which did not record {', '.join(lacking)}: not "
-        "compared"
+        "the run was started by an older version, which did not record "
+        f"{', '.join(unrecorded)}: not compared"
     ]
 
 
@@ -270,8 +269,8 @@ def _advice(differ: list[str], now: dict[str, Any], lengths: Sequence[Length]) -
         return f"leave --steps out, or give --steps {planned} or another --out"
     return (
         f"to continue it past its planned end give --extend-to {now['steps']} in place of the "
-        "longer --steps or --epochs "
-        f"(with --reschedule, where the schedule has begun to decay), or another --out"
+        "longer --steps or --epochs (with --reschedule if the schedule has begun to decay), or "
+        "another --out"
     )
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step. It never looks inside a batch, a model or a loss."""
+"""One optimizer step. This code never looks inside a batch, a model or a loss: the Task does."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ from storage import checkpoint
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
+    """Copy every tensor of a batch to the device, without waiting for the copies."""
     return tree_map(
         lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, batch
     )
 
 
 def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
-    """Every random draw of a micro-batch follows from these four numbers, whatever was drawn
-    before."""
-    drawn = int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
+    """Seed the generators from these four numbers, so that a micro-batch draws the same numbers
+    after a resume."""
+    mixed = int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
     if torch.accelerator.is_available():
-        torch.manual_seed(drawn)
-    else:  # which would format its caller's stack for each kind of accelerator: a millisecond
-        torch.default_generator.manual_seed(drawn)
+        torch.manual_seed(mixed)
+    else:  # manual_seed would format the call stack for each kind of accelerator: a millisecond
+        torch.default_generator.manual_seed(mixed)
 
 
 # --- one optimizer step
 
-AMOUNT = "amount "  # before an amount's name, where it travels with the weights
+AMOUNT = "amount "  # prefix of an amount's key in the dict that ranks exchange with the weights
 
 
 class TaskModule(nn.Module):
-    """The model with the task's functions of it as its forward pass: what DDP wraps, so that it
-    sees every use."""
+    """The module that DDP wraps: its forward pass is a method of the task applied to the model, so
+    DDP sees every use of a parameter."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
@@ -56,22 +57,23 @@ class TaskModule(nn.Module):
         self.task = task
 
     def forward(self, batch: Any, function: str) -> Any:
+        """Call the task's `loss` or `evaluate`, named by `function`, with the model and a batch."""
         return getattr(self.task, function)(self.model, batch)
 
 
 @dataclass
 class StepResult:
-    """Figures of one optimizer step; the tensors are scalars on the device, not waited for."""
+    """Figures of one optimizer step. The tensors are scalars that the device may still compute."""
 
     loss: Tensor
     grad_norm: Tensor  # before clipping
-    ok: Tensor  # False: not finite, so nothing was updated
-    terms: dict[str, Tensor]  # mean of each loss term
+    ok: Tensor  # False: loss or gradient is not finite, so the update was skipped
+    terms: dict[str, Tensor]  # the mean of each loss term
     lr: float
-    amounts: dict[str, float]  # what the step's batches held, over all ranks
+    amounts: dict[str, float]  # of the step's batches, summed over all ranks
 
     def copy_to_host(self) -> Callable[[], list[float]]:
-        """Start copying loss, grad_norm, ok and the terms; the function returned waits for them."""
+        """Start to copy loss, grad_norm, ok and the terms. The returned function waits for them."""
         figures = torch.stack([self.loss, self.grad_norm, self.ok, *self.terms.values()]).float()
         if not figures.is_cuda:
             return figures.tolist
@@ -90,8 +92,8 @@ class StepResult:
 class TrainStep:
     """One optimizer step: forward and backward over micro-batches, all-reduce, clip, update.
 
-    Divides every loss term by its global weight, so the update does not depend on how the batch was
-    cut.
+    Each loss term is divided by its weight over all micro-batches and ranks. The update therefore
+    does not depend on how the batch is divided among them.
     """
 
     def __init__(
@@ -105,19 +107,19 @@ class TrainStep:
         self.task, self.model, self.cfg, self.world = task, model, cfg, world
         self.exact_evaluation = exact_evaluation
         self.scale = LossScale(cfg.precision == "fp16", world.device)
-        # of the schedule; more than one where its decay was restarted
+        # of the schedule: more than one if its decay was restarted
         self.spans = [Span(0, cfg.steps)]
         self.signature: Any = None
-        self.stands_at: int | None = (
-            0  # steps that the parameters have had; None while they are being updated
-        )
-        self.module: nn.Module  # computes the task's functions of a batch
-        self.synced: nn.Module  # the same, but that its backward pass sums gradients over ranks
+        # How many steps the parameters have had. None while an update is in progress.
+        self.weights_step: int | None = 0
+        self.module: nn.Module  # computes the task's loss or evaluation
+        self.synced: nn.Module  # like `module`, but its backward pass also all-reduces gradients
         self.optimizers: Optimizers
         self.assemble(0)
 
     def assemble(self, step: int) -> None:
-        """Build what depends on which parameters train, if that differs from the step before."""
+        """Rebuild DDP, the optimizers and the cast copies if the task's groups of parameters differ
+        at this step from those of the step before."""
         groups = self.task.groups(self.model, step)
         signature = [group.signature() for group in groups]
         if signature == self.signature:
@@ -125,8 +127,8 @@ class TrainStep:
         trained = {name for group in groups for name in group.params}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
-            parameter.grad = None  # under DDP a view of the old buckets
-        # lets go of an old DDP before there is a new one
+            parameter.grad = None  # under DDP it is a view of the old buckets
+        # Overwrites the old DDP, whose memory the new one needs.
         self.module = self.synced = TaskModule(self.task, self.model)
         copies = None
         if casts_once(self.cfg.precision, self.cfg.without):
@@ -144,12 +146,13 @@ class TrainStep:
                 self.module, device_ids=ids, gradient_as_bucket_view=True
             )
         elif self.cfg.cuda_graphs:
-            # A gradient that the graph's backward pass returns lies in the graph's memory, which
-            # the next replay overwrites. In buffers of their own the gradients are added up.
+            # A gradient that a CUDA graph returns lies in the graph's memory, which the next replay
+            # overwrites. Gradients that exist already are added to in place.
             for parameter in self.optimizers.params:
                 parameter.grad = torch.zeros_like(parameter)
 
     def lr(self, step: int) -> float:
+        """The learning rate of a step (0-based), before each group's scale."""
         cfg = self.cfg
         span = span_at(step, self.spans)
         return cfg.lr * lr_multiplier(step, span, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
@@ -157,11 +160,14 @@ class TrainStep:
     def __call__(
         self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0
     ) -> StepResult | None:
-        """Update the model with step `step` (0-based); None, and nothing changed, where `stop()`
-        said so half-way."""
+        """Update the model with step `step` (0-based).
+
+        `stop` is asked before each micro-batch. If it returns true, nothing is updated and the
+        result is None.
+        """
         self.assemble(step)
         self.model.train()
-        total, amounts = self._over_ranks(data)
+        total, amounts = self._sum_over_ranks(data)
         factors = {k: self.task.terms[k] / w for k, w in total.items() if w}
         sums = {k: torch.zeros((), device=self.world.device) for k in factors}
         for micro, batch in enumerate(data.batches):
@@ -170,22 +176,22 @@ class TrainStep:
                 return None
             seed_draws(self.cfg.seed, step, micro, self.world.rank)
             with self._sync_gradients(last=micro == len(data.batches) - 1):
-                # A rank without rows left runs another batch for nothing, since DDP waits for its
-                # gradients.
+                # A rank that has no rows left computes a spare batch with weight zero, because DDP
+                # waits for every rank's gradients.
                 live = batch is not None
                 self._backward(batch if live else data.spare, live, factors, sums)
         loss, terms = self._means(sums, total)
         norm, factor, ok = self._clip(loss)
         lr = self.lr(step)
-        self.stands_at = None
+        self.weights_step = None
         self.optimizers.step(lr, factor, ok)
         self.scale.update(ok)
-        self.stands_at = step + 1
+        self.weights_step = step + 1
         self.zero_grad()
         return StepResult(loss, norm, ok, terms, lr, amounts)
 
-    def _over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
-        """The step's weights and amounts over all ranks, in one exchange."""
+    def _sum_over_ranks(self, data: StepBatches) -> tuple[dict[str, float], dict[str, float]]:
+        """The step's weights and amounts, summed over all ranks in one exchange."""
         both = processes.sum_over_ranks(
             self.world, {AMOUNT + k: n for k, n in data.amounts.items()} | data.weights
         )
@@ -193,7 +199,7 @@ class TrainStep:
         return both, amounts
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """DDP all-reduces gradients in the last micro-batch's backward pass only."""
+        """Make DDP all-reduce the gradients only in the last micro-batch's backward pass."""
         if isinstance(self.synced, DistributedDataParallel) and not last:
             return self.synced.no_sync()
         return contextlib.nullcontext()
@@ -203,10 +209,10 @@ class TrainStep:
     ) -> None:
         terms = self._call(self.synced, batch, "loss")
         used = [k for k in factors if k in terms]
-        # DDP averages over ranks; the objective is a sum.
+        # DDP averages gradients over ranks, but the objective is a sum: so multiply by the ranks.
         loss = sum(factors[k] * self.world.size * terms[k] for k in used)
         if len(used) < len(self.task.terms):
-            loss = loss + self._touch()
+            loss = loss + self._zero_term()
         (loss * self.scale.scale * float(live)).backward()
         for k in used:
             if live:
@@ -214,11 +220,11 @@ class TrainStep:
 
     @property
     def eval_precision(self) -> str:
-        """What evaluations compute in."""
+        """The number format of evaluations: fp32 or the run's precision."""
         return "fp32" if self.exact_evaluation else self.cfg.precision
 
     def evaluate(self, batch: Any) -> tuple[dict[str, Tensor | float], dict[int, Any]]:
-        """What the task finds in a batch, in `eval_precision`."""
+        """The task's sums and records for a batch, computed in `eval_precision`."""
         if not self.exact_evaluation:
             return self._call(self.module, batch, "evaluate")
         batch = to_device(batch, self.world.device)
@@ -227,24 +233,22 @@ class TrainStep:
 
     def _call(self, module: nn.Module, batch: Any, function: str) -> Any:
         batch = to_device(batch, self.world.device)
-        # what the last batch left in the graphs' memory may be overwritten
-        if self.cfg.cuda_graphs:
+        if self.cfg.cuda_graphs:  # results of the last replay may now be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         if isinstance(self.module, Cast):
             return module(batch, function)
         with autocast(self.cfg.precision, self.world.device):
             return module(batch, function)
 
-    def _touch(self) -> Tensor:
-        """0, with a zero gradient for every parameter: the head of an absent term takes part as it
-        does elsewhere."""
+    def _zero_term(self) -> Tensor:
+        """A zero that depends on every parameter. It gives a zero gradient to the head of a term
+        that is absent here, for DDP expects one from every parameter."""
         return 0.0 * torch.stack([p.sum() for p in self.optimizers.params]).sum()
 
     def _means(
         self, sums: dict[str, Tensor], total: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective and the mean of each term, over ranks; NaN where the whole batch had no
-        target."""
+        """The objective and the mean of each term over all ranks. NaN if no rank had a target."""
         if not sums:
             return torch.full((), math.nan, device=self.world.device), {}
         means = torch.stack([sums[k] / total[k] for k in sums])
@@ -253,8 +257,8 @@ class TrainStep:
         return torch.stack([self.task.terms[k] * mean for k, mean in terms.items()]).sum(), terms
 
     def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The gradients' norm without the loss scale, what to multiply them with, and whether all
-        is finite."""
+        """Returns the gradients' norm without the loss scale, the factor that clips and unscales
+        them (None: 1), and whether loss and norm are finite."""
         norm = self.optimizers.norm() / self.scale.scale
         ok = torch.isfinite(norm) & torch.isfinite(loss)
         if not self.cfg.clip and not self.scale.on:
@@ -267,8 +271,7 @@ class TrainStep:
         return norm, factor / self.scale.scale, ok
 
     def zero_grad(self) -> None:
-        """Forget the gradients: in place where they are views of DDP's buckets or stay beside a
-        CUDA graph."""
+        """Clear the gradients: in place if DDP's buckets or CUDA graphs refer to their memory."""
         if self.world.size == 1 and not self.cfg.cuda_graphs:
             for p in self.optimizers.params:
                 p.grad = None
@@ -276,7 +279,7 @@ class TrainStep:
             torch._foreach_zero_([p.grad for p in self.optimizers.params if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that an uninterrupted run would have here at this step."""
+        """Every tensor that a resumed run needs to give the same bits as an uninterrupted one."""
         named = checkpoint.with_prefix
         state = named(
             "model", {k: v for k, v in self.model.state_dict().items() if self.task.stored(k)}
@@ -288,11 +291,12 @@ class TrainStep:
         )
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Load what `state` returned after `step` steps."""
         self.assemble(step)
-        load_weights(self.model, checkpoint.part(tensors, "model"), self.task.stored)
-        self.optimizers.load_state(checkpoint.part(tensors, "optimizer"))
-        self.scale.load_state(checkpoint.part(tensors, "loss_scale"))
-        self.stands_at = step
+        load_weights(self.model, checkpoint.without_prefix(tensors, "model"), self.task.stored)
+        self.optimizers.load_state(checkpoint.without_prefix(tensors, "optimizer"))
+        self.scale.load_state(checkpoint.without_prefix(tensors, "loss_scale"))
+        self.weights_step = step
         if isinstance(self.module, Cast):
             self.module.refresh()
 
@@ -303,18 +307,21 @@ def load_weights(
     stored: Callable[[str], bool] = lambda name: True,
     assign: bool = False,
 ) -> None:
-    """Load what is `stored` of a model's state, all of it and nothing else; `assign`: the tensors
-    themselves."""
+    """Load weights into the model. They must be exactly the parameters that are `stored`.
+
+    With `assign` the model takes the tensors themselves, not copies. Raises RuntimeError if weights
+    are missing or unexpected.
+    """
     wrong = model.load_state_dict(weights, strict=False, assign=assign)
     missing = [name for name in wrong.missing_keys if stored(name)]
     if missing or wrong.unexpected_keys:
         raise RuntimeError(
-            f"a checkpoint's weights lack {missing} and have {wrong.unexpected_keys} too many"
+            f"the weights of a checkpoint lack {missing} and have {wrong.unexpected_keys} too many"
         )
 
 
 def check_replicas(model: nn.Module, world: World) -> None:
-    """Stop where the ranks' parameters are no longer the same bits."""
+    """Raise RuntimeError if the ranks' parameters are not bit for bit the same."""
     if world.size == 1:
         return
     bits = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]

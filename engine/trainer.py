@@ -1,8 +1,8 @@
-"""The one training loop. It never looks inside a batch, a model or a loss: the Task does.
+"""The training loop, one for all tasks. It never looks inside a batch, a model or a loss.
 
-A run begins (afresh or from a checkpoint), makes optimizer steps (engine/step.py), does what is due
-between them (evaluation, samples, checkpoints), and ends: finished, or stopped by a signal with its
-last step saved.
+A run starts from scratch or from a checkpoint and makes optimizer steps (engine/step.py). Between
+steps it evaluates, samples and saves checkpoints when these are due. It ends when it is finished,
+or when a signal stops it; the last completed step is then saved.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from engine.lengths import as_json, spans
 from engine.loader import Loader
 from engine.log import RunLog
 from engine.memory import Heap
-from engine.opening import Opened, identity, open_folder
-from engine.plan import Choices, banner, device_peak, disk_of, dry_run, settle
+from engine.opening import OpenedRun, identity, open_folder
+from engine.plan import Choices, banner, device_peak, disk_of, dry_run, resolve_for_machine
 from engine.processes import StopSignal, World, on_main
 from engine.profiler import profiled
 from engine.progress import Progress
 from engine.rates import Rates, per_second
 from engine.results import Results
-from engine.resume import BY_MACHINE, own_options
+from engine.resume import MACHINE_OPTIONS, restore_options
 from engine.saving import Checkpoints
 from engine.start import Start
 from engine.step import StepResult, TrainStep, check_replicas
@@ -50,26 +50,26 @@ from storage import checkpoint
 from text import tokenizer_files
 
 MAX_SKIPPED = 10  # non-finite updates in a row that end a run
-CHECK_EVERY = 100  # steps between comparisons of the ranks' parameters
+CHECK_EVERY = 100  # steps between two comparisons of the ranks' parameters
 
 
 def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> int:
-    """Train `task` as `cfg` says; returns the exit code of the contract (0, 130, 143). UserError
-    for bad input.
+    """Train `task` with the options `cfg`. Returns the exit code: 0, or 128 plus the number of the
+    signal that stopped the run. Raises UserError for bad input.
 
-    `typed`: the options that the user named. A run that goes on keeps its own value of the others;
-    None: of none.
+    `typed`: the options that the user typed. A resumed run keeps its previous values of the others.
+    None: all options count as typed.
     """
-    cfg = own_options(cfg, typed)
-    asked = {name: getattr(cfg, name) for name in (*BY_MACHINE, "device")}
+    cfg = restore_options(cfg, typed)
+    asked = {name: getattr(cfg, name) for name in (*MACHINE_OPTIONS, "device")}
     world = processes.start(cfg.device)
-    cfg = processes.gather(world, cfg)[0]  # only rank 0 may see the run's folder
+    cfg = processes.gather(world, cfg)[0]  # other ranks may not see the run's folder
     stop = StopSignal(world)
     stop.install()
-    log = RunLog(speaks=world.main)
+    log = RunLog(enabled=world.main)
     if advice := processes.restart_advice():
         log.say(advice)
-    cfg, choices = settle(cfg, world)
+    cfg, choices = resolve_for_machine(cfg, world)
     with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
         facts = task.setup(cfg, log.say, dry=cfg.dry_run)
     cfg = resolved(resolve_steps(cfg, *facts.length) if facts.length else cfg, Resolved)
@@ -83,7 +83,7 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
             opened = on_main(world, take)
             code = 0
             if not opened.start.finished:
-                code = Run(Setup(task, facts, cfg, world, stop, log), opened).train(choices)
+                code = Run(RunContext(task, facts, cfg, world, stop, log), opened).train(choices)
     finally:
         log.close()
         stop.remove()
@@ -92,8 +92,8 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run works with from its start to its end."""
+class RunContext:
+    """The objects that stay the same during a run."""
 
     task: Task
     facts: Facts
@@ -104,16 +104,17 @@ class Setup:
 
 
 class Run:
-    """A run in its open folder, from the banner to the results."""
+    """One start of a run, from the banner to the results, in a folder that it has claimed."""
 
-    def __init__(self, setup: Setup, opened: Opened):
-        self.task, self.facts, self.cfg = setup.task, setup.facts, setup.cfg
-        self.world, self.stop, self.log = setup.world, setup.stop, setup.log
-        self.setup, self.opened = setup, opened
-        self.loop = Loop(setup, opened.start)
+    def __init__(self, context: RunContext, opened: OpenedRun):
+        self.task, self.facts, self.cfg = context.task, context.facts, context.cfg
+        self.world, self.stop, self.log = context.world, context.stop, context.log
+        self.context, self.opened = context, opened
+        self.loop = Loop(context, opened.start)
         self.folder = self.loop.folder
 
     def train(self, choices: Choices) -> int:
+        """Run the loop and write the results. Returns the exit code."""
         self._begin(choices)
         may_shrink = self.cfg.micro_batch == "auto" and self.world.size == 1
         try:
@@ -126,7 +127,8 @@ class Run:
             self._finish()
             return 0
         except Exception as error:
-            # it reached the whole group: a compiler, say, that this process then missed
+            # The signal went to the whole process group. It may have killed a child of this
+            # process, a compiler for example, and so caused the error.
             if self.stop.flag:
                 release_frames(error)
                 raise SystemExit(self._stopped_in_error(error)) from None
@@ -142,7 +144,7 @@ class Run:
         finally:
             self.loop.close()
 
-    # --- beginning
+    # --- start
 
     def _begin(self, choices: Choices) -> None:
         """Open the log, print the banner and the warnings, and write config.json."""
@@ -156,36 +158,37 @@ class Run:
                 world,
                 choices,
                 loop.micro_batch,
-                loop.at.step,
+                loop.progress.step,
                 start.folder,
             )
         )
-        for warning in (*((choices.lost,) if choices.lost else ()), *self.facts.warnings):
+        for warning in (*((choices.fallback,) if choices.fallback else ()), *self.facts.warnings):
             log.warn(warning)
-        for told in tokenizer_files.told.values():
-            log.record("warning", {"step": loop.at.step, "text": told})
+        for warning in tokenizer_files.dropout_warnings.values():  # printed already, but not logged
+            log.record("warning", {"step": loop.progress.step, "text": warning})
         for note in start.notes:
-            log.warn(note, loop.at.step)
+            log.warn(note, loop.progress.step)
         if changed := self.opened.changes(self._options()):
-            log.warn(f"the run goes on with other options: {', '.join(changed)}", loop.at.step)
-        # after the changes are logged: from here on the next start compares with these
+            text = f"options changed since the last start: {', '.join(changed)}"
+            log.warn(text, loop.progress.step)
+        # Written only now that the changes are logged: the next start compares with this file.
         on_main(world, self._write_options)
         if world.main:
             final = sum(4 * p.numel() for p in loop.model.parameters())
             disk = disk_of(self.task, self.facts, cfg, final)
             if shortage := disk.shortage(self.folder):
-                log.warn(shortage, loop.at.step)
-        log.start_progress(loop.steps, loop.at.step)
+                log.warn(shortage, loop.progress.step)
+        log.start_progress(loop.steps, loop.progress.step)
 
     def _options(self) -> dict[str, Any]:
-        """The resolved options, with the micro-batch that was found."""
+        """The resolved options, with the micro-batch that `auto` found."""
         return dataclasses.asdict(self.cfg) | {"micro_batch": self.loop.micro_batch}
 
     def _open_log(self) -> None:
-        at = self.loop.at
-        resumed_at = at.step if self.opened.start.folder else None
+        progress = self.loop.progress
+        resumed_at = progress.step if self.opened.start.folder else None
         try:
-            self.log.open(self.folder, resumed_at, tuple(at.done))
+            self.log.open(self.folder, resumed_at, tuple(progress.done))
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         if self.cfg.wandb:
@@ -197,16 +200,16 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
 
-    # --- where memory runs out in the first step
+    # --- out of memory in the first step
 
     def _loop_fits(self, may_shrink: bool) -> bool:
-        """Run the loop; False where memory ran out in its first step and a smaller micro-batch may
-        be tried."""
-        first = self.loop.at.step
+        """Run the loop. Returns False if its first step ran out of memory and a smaller micro-batch
+        may be tried."""
+        first = self.loop.progress.step
         try:
             self.loop.run()
         except (RuntimeError, MemoryError) as error:
-            in_first_step = self.loop.at.step == first and is_out_of_memory(error)
+            in_first_step = self.loop.progress.step == first and is_out_of_memory(error)
             if not (may_shrink and in_first_step) or self.loop.micro_batch == 1:
                 raise
             release_frames(error)
@@ -214,68 +217,67 @@ class Run:
         return True
 
     def _shrink_micro_batch(self) -> None:
-        """Begin again with the next smaller micro-batch: a compiled step may take more than the
-        trial did."""
+        """Start again with the next smaller micro-batch. A compiled step may need more memory than
+        the trial that chose the first one."""
         old, rows = self.loop, self.facts.rows_per_rank(self.world.size)
         smaller = largest_divisor(rows, lambda n: n < old.micro_batch)
         old.release()
         if self.cfg.compile:
-            torch.compiler.reset()  # compiled code holds the model
+            torch.compiler.reset()  # compiled code refers to the old model
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            self.loop = Loop(self.setup, self.opened.start, smaller)
+            self.loop = Loop(self.context, self.opened.start, smaller)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             release_frames(error)
             raise too_large(smaller) from None
-        self.loop.at, self.loop.signal = old.at, old.signal
+        self.loop.progress, self.loop.signal = old.progress, old.signal
         self._write_options()
         text = (
-            f"the first step ran out of memory with --micro-batch {old.micro_batch}; going on with "
-            f"{smaller}"
+            f"the first step ran out of memory with --micro-batch {old.micro_batch}; continuing "
+            f"with {smaller}"
         )
-        self.log.warn(text, self.loop.at.step)
+        self.log.warn(text, self.loop.progress.step)
 
-    # --- ending
+    # --- end
 
     def _stopped(self) -> int:
         """Save the last completed step and return the exit code of the signal."""
         self.loop.save_last()
-        # torchrun kills the others soon after the first of them has left
+        # Wait for all ranks: once one exits, torchrun soon kills the others.
         processes.gather(self.world, None)
         return self._say_stopped(self.loop.signal)
 
     def _stopped_in_error(self, error: Exception) -> int:
-        """The same, on this rank alone, where a signal came and then an error that is likely to be
-        its effect."""
+        """Like `_stopped`, but on this rank only, for an error that a signal probably caused."""
         self.log.stop_progress()
-        if self.loop.step.stands_at == self.loop.at.step:
+        if self.loop.step.weights_step == self.loop.progress.step:
             self.loop.save_last()
-        said = next(iter(str(error).splitlines()), "")[:200]
-        return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(said)})")
+        message = next(iter(str(error).splitlines()), "")[:200]
+        return self._say_stopped(self.stop.flag, f" ({type(error).__name__}: {printable(message)})")
 
     def _say_stopped(self, number: int, why: str = "") -> int:
-        step, saved = self.loop.at.step, self.loop.checkpoints.saved
+        step, saved = self.loop.progress.step, self.loop.checkpoints.saved
         self.log.record("warning", {"step": step, "text": f"stopped by signal {number}{why}"})
-        said = "its checkpoint is saved" if saved == step else "nothing new was saved"
+        outcome = "its checkpoint is saved" if saved == step else "nothing new was saved"
         self.log.say(
-            f"stopped by signal {number} after step {step}{why}; {said}; the same command resumes"
+            f"stopped by signal {number} after step {step}{why}; {outcome}; "
+            "the same command resumes"
         )
         return 128 + number
 
     def _finish(self) -> None:
-        """Write the results, and say how it went; nobody leaves before rank 0 has written."""
+        """Write the results on rank 0 while the other ranks wait, and print them."""
         loop = self.loop
         loop.checkpoints.join()
         results = Results(
-            self.cfg,
             self.facts,
             loop.step,
             loop.micro_batch,
-            loop.at,
+            loop.progress,
             loop.checkpoints,
             loop.rates,
             self.log,
@@ -286,21 +288,21 @@ class Run:
 
 
 class Loop:
-    """Trains the model from where the run begins: its steps, and what is due between them."""
+    """Makes the steps of a run, and what is due between them, from where the run starts."""
 
-    def __init__(self, setup: Setup, start: Start, micro_batch: int | None = None):
-        """`micro_batch` None: the one to find."""
-        task, facts, cfg, world = setup.task, setup.facts, setup.cfg, setup.world
+    def __init__(self, context: RunContext, start: Start, micro_batch: int | None = None):
+        """`micro_batch`: None to choose it."""
+        task, facts, cfg, world = context.task, context.facts, context.cfg, context.world
         self.task, self.facts, self.cfg = task, facts, cfg
-        self.world, self.stop, self.log = world, setup.stop, setup.log
+        self.world, self.stop, self.log = world, context.stop, context.log
         self.folder, self.steps, self.lengths = Path(cfg.out), cfg.steps, start.lengths
-        self.signal = 0  # what all ranks agreed to stop for
+        self.signal = 0  # the signal that all ranks agreed to stop for
         tensors, meta = checkpoint.read_state(start.folder) if start.folder else ({}, {})
         torch.manual_seed(cfg.seed)
         self.model = task.build_model(cfg)
-        # The checkpoint writer exports from a double of the model whose weights are the copied
-        # ones.
-        double = copy.deepcopy(
+        # A copy of the model without weights. The checkpoint writer gives it copied weights to
+        # export, while training goes on changing the model's own.
+        export_model = copy.deepcopy(
             self.model, {id(p): nn.Parameter(p.to("meta")) for p in self.model.parameters()}
         )
         self.model.to(world.device)
@@ -312,53 +314,56 @@ class Loop:
             compile_model(self.model, cfg, world, facts.cost.loss is None)
         self.step = TrainStep(task, self.model, cfg, world, facts.exact_evaluation)
         self.step.spans = spans(start.lengths)
-        # A checkpoint that an older version wrote lacks some.
+        # The training state holds more than the progress, and an older version's holds less.
         known = {field.name for field in dataclasses.fields(Progress)}
-        self.at = Progress(**{name: value for name, value in meta.items() if name in known})
+        self.progress = Progress(**{name: value for name, value in meta.items() if name in known})
         saved = None
         if start.folder:
-            saved = self.at.step if start.folder.parent.parent.samefile(self.folder) else None
-            self.step.load_state(tensors, self.at.step)
+            saved = self.progress.step if start.folder.parent.parent.samefile(self.folder) else None
+            self.step.load_state(tensors, self.progress.step)
         self.loader = Loader(task, world, self.micro_batch, self.steps)
-        self.checkpoints = Checkpoints(self.folder, task, double, cfg, self.log, saved)
+        self.checkpoints = Checkpoints(self.folder, task, export_model, cfg, self.log, saved)
         peak = device_peak(world, cfg.precision)
         self.rates = Rates(facts.cost.flops_per_token, peak and peak * world.size)
 
     def close(self) -> None:
+        """Stop the loader's thread and wait for the checkpoint that is being written."""
         self.loader.close()
         self.checkpoints.join()
 
     def release(self) -> None:
-        """Let go of the model and of what trains it: the next one needs their memory."""
+        """Free the model and the optimizer, whose memory the next loop needs."""
         self.loader.close()
         del self.model, self.step
 
     # --- steps
 
     def run(self) -> None:
-        """Run the remaining steps, or as many as a signal leaves."""
-        self._after_step()  # what an interrupted run still owed at its last step
+        """Run the remaining steps, or stop early at a signal."""
+        self._after_step()  # what an interruption left undone after the last step
         self.rates.restart_clock()
-        first = self.at.step
+        first = self.progress.step
         unread: Callable[[], None] | None = None
         with self._profiled() as profile_step:
             while not self._ends() and not self.signal:
                 began = time.perf_counter()
-                data = self.loader(self.at.step)
+                data = self.loader(self.progress.step)
                 waited = time.perf_counter() - began
-                result = self.step(self.at.step, data, self.stopping)
-                if unread:  # on a GPU the figures of a step are read while the next one runs
+                result = self.step(self.progress.step, data, self.stopping)
+                if unread:  # on a GPU, read a step's figures while the next step runs
                     unread()
                     unread = None
                 if result is None:
                     break
-                if self.at.step == first:
+                if self.progress.step == first:
                     gc.collect()
-                    gc.freeze()  # what has been built stays: no collection walks it again
-                self.at.completed()
+                    gc.freeze()  # collections now skip everything that has been built
+                self.progress.completed()
                 self.heap.after_step()
                 figures = result.copy_to_host()
-                unread = functools.partial(self._log_step, self.at.step, result, figures, waited)
+                unread = functools.partial(
+                    self._log_step, self.progress.step, result, figures, waited
+                )
                 if self.world.device.type != "cuda" or self._is_anything_due():
                     unread()
                     unread = None
@@ -371,8 +376,8 @@ class Loop:
         return contextlib.nullcontext(lambda: None)
 
     def stopping(self) -> int:
-        """The signal that all ranks agree to stop for, 0 for none; asked before each (evaluation)
-        micro-batch."""
+        """The signal that all ranks agree to stop for, or 0. Every rank must ask before each
+        micro-batch, of training and of evaluation."""
         self.signal = self.signal or self.stop.agreed()
         return self.signal
 
@@ -382,13 +387,13 @@ class Loop:
         loss, grad_norm, ok, *terms = figures()
         seconds, rates = self.rates.step(result.amounts)
         tokens = result.amounts["tokens"]
-        self.at.measured(loss, tokens, seconds)
+        self.progress.measured(loss, tokens, seconds)
         record = {
             "step": step,
             "loss": loss,
             "lr": result.lr,
             "grad_norm": grad_norm,
-            "tokens": int(self.at.tokens),
+            "tokens": int(self.progress.tokens),
             **per_second(rates),
             "mfu": self.rates.mfu(rates["tokens"]),
             "step_ms": 1e3 * seconds,
@@ -400,17 +405,17 @@ class Loop:
         every = self.cfg.log_every
         shown = bool(every) and (step % every == 0 or step == self.steps)
         self.log.step(record, self.steps, self.rates.eta(self.steps - step, tokens), shown)
-        self.at.updated(bool(ok))
+        self.progress.updated(bool(ok))
         if not ok:
             self._warn_of_skipped(step)
 
     def _warn_of_skipped(self, step: int) -> None:
         self.log.warn(
-            f"step {step}: loss or gradient is not finite; update skipped ({self.at.skipped} so "
-            "far)",
+            f"step {step}: loss or gradient is not finite; update skipped "
+            f"({self.progress.skipped} so far)",
             step,
         )
-        if self.at.skipped_in_a_row == MAX_SKIPPED:
+        if self.progress.skipped_in_a_row == MAX_SKIPPED:
             raise RuntimeError(
                 f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; lower "
                 "--lr or raise --warmup-steps, and start again from an earlier checkpoint with "
@@ -420,12 +425,11 @@ class Loop:
     # --- between steps
 
     def _ends(self) -> bool:
-        """Whether the step just done is the run's last: as planned, or because nothing got better
-        for too long."""
-        return self.at.step == self.steps or 0 < self.cfg.patience <= self.at.not_better
+        """Whether the last completed step ends the run, as planned or because of --patience."""
+        return self.progress.step == self.steps or 0 < self.cfg.patience <= self.progress.not_better
 
     def _due(self, every: int | None) -> bool:
-        step = self.at.step
+        step = self.progress.step
         return bool(every) and step > 0 and (step % every == 0 or self._ends())
 
     def _is_anything_due(self) -> bool:
@@ -434,69 +438,72 @@ class Loop:
         return self._ends() or any(self._due(every) for every in periods)
 
     def _after_step(self) -> None:
-        """Whatever is due after the step just done, unless it was done before an interruption."""
+        """Do what is due after the completed step, except what an interrupted run had done."""
         if self._due(CHECK_EVERY):
             check_replicas(self.model, self.world)
         for kind, every, act in (
             ("eval", self.cfg.eval_every, self._evaluate),
             ("sample", self.cfg.sample_every, self._sample),
         ):
-            if self._due(every) and kind not in self.at.done:
+            if self._due(every) and kind not in self.progress.done:
                 act()
                 if self.signal:
                     return
-                self.at.done.append(kind)
-                # a checkpoint of this step, saved when a signal cut this off, lacks it
+                self.progress.done.append(kind)
+                # A checkpoint that a signal had saved in the middle of this does not count it as
+                # done: save this step again.
                 self.checkpoints.saved = None
-        if self._due(self.cfg.save_every) and self.checkpoints.saved != self.at.step:
+        if self._due(self.cfg.save_every) and self.checkpoints.saved != self.progress.step:
             self._save()
         self.rates.restart_clock()
 
     def _evaluate(self) -> None:
-        """Evaluate, and say so where this ends the run; alike on every rank."""
+        """Evaluate, on every rank, and log the metrics and whether --patience now ends the run."""
         began = time.perf_counter()
         metrics = evaluate(self.step, self.micro_batch, self.stopping)
         if metrics is None:
             return
-        at, (name, mode) = self.at, self.task.best
-        at.evaluated(metrics, name, mode)
+        progress, (name, mode) = self.progress, self.task.best
+        progress.evaluated(metrics, name, mode)
         seconds = time.perf_counter() - began
-        self.log.record("eval", {"step": at.step, **metrics, "seconds": seconds})
+        self.log.record("eval", {"step": progress.step, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.log.say(f"evaluation at step {at.step}: {figures} ({seconds:.1f} s)")
-        if self._ends() and at.step < self.steps:
-            best = {"metric": name, "best": at.best_so_far}
-            self.log.record("stopped_early", {"step": at.step} | best)
-            than = "" if at.best_so_far is None else f" than {at.best_so_far:.4f}"
+        self.log.say(f"evaluation at step {progress.step}: {figures} ({seconds:.1f} s)")
+        if self._ends() and progress.step < self.steps:
+            best = {"metric": name, "best": progress.best_so_far}
+            self.log.record("stopped_early", {"step": progress.step} | best)
+            than = "" if progress.best_so_far is None else f" than {progress.best_so_far:.4f}"
             self.log.say(
-                f"stopped early at step {at.step}: {at.not_better} evaluations without a better "
-                f"{name}{than}"
+                f"stopped early at step {progress.step}: {progress.not_better} evaluations "
+                f"without a better {name}{than}"
             )
 
     def _sample(self) -> None:
         if not self.world.main:
             return
         for prompt, text in self.task.samples(self.model):
-            self.log.record("sample", {"step": self.at.step, "prompt": prompt, "text": text})
-            self.log.say(f"--- sample at step {self.at.step}\n{printable(prompt + text)}\n---")
+            self.log.record("sample", {"step": self.progress.step, "prompt": prompt, "text": text})
+            self.log.say(
+                f"--- sample at step {self.progress.step}\n{printable(prompt + text)}\n---"
+            )
 
     def _save(self) -> None:
         if not self.world.main:
             return
-        facts = dataclasses.asdict(self.at) | {
+        facts = dataclasses.asdict(self.progress) | {
             "identity": identity(self.task, self.facts, self.cfg),
             "lengths": as_json(self.lengths),
             "micro_batch": self.micro_batch,
             "world_size": self.world.size,
         }
         if not self._due(self.cfg.save_every):
-            # saved for a signal's sake: which model is the best may not depend on it
+            # Saved only because of a signal, which must not affect the choice of the best model.
             facts["best_metric"] = None
         self.checkpoints.save(self.step.state(), facts)
 
     def save_last(self) -> None:
-        """Save the last completed step, where that is still to be done, and wait for it."""
+        """Save the last completed step if it is not saved yet, and wait until it is written."""
         self.checkpoints.join()
-        if self.world.main and self.at.step and self.checkpoints.saved != self.at.step:
+        if self.world.main and self.progress.step and self.checkpoints.saved != self.progress.step:
             self._save()
             self.checkpoints.join()

@@ -39,11 +39,11 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
     A run that resumes keeps its own values for options that were not typed.
     """
     words = sys.argv[1:]
-    typed = typed_options(task.config, words)
     cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
-    from engine.resume import own_options  # imported late: it loads torch, which slows --help
+    typed = typed_options(task.config, words)
+    from engine.resume import restore_options  # imported late: it loads torch, which slows --help
 
-    cfg = own_options(cfg, typed)
+    cfg = restore_options(cfg, typed)
     if not cfg.dry_run:
         outlive()
     return cfg, typed

@@ -17,7 +17,7 @@ from tasks import metrics
 from tasks.description import PreprocessContext
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tasks.description import SpecialToken, Truncatable
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.squad import expand
-from text.rows import Row
+from text.row import Row
 
 QUESTION, ANSWER = SpecialToken("<question>"), SpecialToken("<answer>")
 

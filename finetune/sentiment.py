@@ -18,7 +18,7 @@ from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_words
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Parts, Truncatable
-from text.rows import Row
+from text.row import Row
 
 WORDS = {  # for numeric labels, by the number of labels
     2: ("negative", "positive"),

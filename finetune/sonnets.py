@@ -15,7 +15,7 @@ from finetune import generate
 from tasks import metrics
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from text.rows import Record, Row
+from text.row import Record, Row
 
 LINES = 14
 GIVEN = 3  # lines in a prompt

@@ -15,7 +15,7 @@ from tasks import metrics
 from tasks.description import SpecialToken, Truncatable
 from tasks.generation.description import Answer, Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 GENERATE = SpecialToken("<generate>")
 

@@ -15,7 +15,7 @@ from finetune import generate
 from tasks.description import PreprocessContext
 from tasks.generation.description import Example, GenerationDescription
 from tasks.generation.options import GenerationConfig
-from text.rows import Row
+from text.row import Row
 
 PARTS = 10  # parts that a single document is split into
 

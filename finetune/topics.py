@@ -16,7 +16,7 @@ from finetune import classify
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.options import ClassificationConfig
 from tasks.description import Parts, Truncatable
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""The token cache: folders named by the content they were made from, and what was once measured of
-a file."""
+"""The token cache: folders named by the content they were made from, and measurements of files."""
 
 from __future__ import annotations
 
@@ -14,38 +13,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from base.files import flush, unfinished, write_json, writing_to
+from base.files import flush, temporary_folder, write_json, writing_to
 from base.locks import lock, locked
 from config import UserError
 from storage.shards import reading
 
-SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # blocks of a file that are looked at to see whether it changed
-INDICES = ("index.json", "gpt2-index.json")  # of what was measured: the first that no one else has
-# folders of the cache, under their locks
+SAMPLES, SAMPLE_BYTES = 8, 16 << 10  # number and size of the blocks that show a file's change
+# Names of the file with the measurements. The first one is used that is free or was written here.
+INDICES = ("index.json", "gpt2-index.json")
+# Names of the temporary folders in which the cache's folders are made.
 UNFINISHED = re.compile(r"([0-9a-f]{32}|bpe-[0-9a-f]{24})\.tmp")
 
 
-def writing(option: str, folder: Path) -> contextlib.AbstractContextManager[None]:
-    """`writing_to` for a folder of tokens."""
+def writing_tokens(option: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+    """`writing_to` for a folder of tokens, with advice on the room that it needs."""
     return writing_to(
         option, folder, f", with room for the tokens (two bytes each): {option} FOLDER"
     )
 
 
-Stamp = list[Any]  # of a file: [size, times of change, number, sha256 of sampled blocks]
+Stamp = list[Any]  # [size, mtime, ctime, inode number, sha256 of sampled blocks] of a file
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes when a file is changed or replaced, from at most SAMPLES blocks of it. Raises
-    UserError."""
+    """A value that differs when a file is changed or replaced. It reads at most SAMPLES blocks.
+
+    Raises UserError if the file cannot be read.
+    """
     with reading(path):
         stat = path.stat()
         return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample(path)]
 
 
 def sample(path: Path) -> str:
-    """sha256 of a file's first and last block and some between; of all of a small one. Raises
-    OSError."""
+    """sha256 of a file's first and last blocks and some between, or of all of a small file.
+
+    Raises OSError if the file cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
@@ -57,13 +61,14 @@ def sample(path: Path) -> str:
 
 
 def changed_while_read(path: Path | str) -> UserError:
+    """The error for a file that another program wrote to during reading."""
     return UserError(
-        f"{path} changed while it was read; type the same command again when nothing writes to it"
+        f"{path} changed while it was read; run the same command again when nothing writes to it"
     )
 
 
 def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
-    """The stamp of a file and `measure` of it. Raises UserError where it changes over and over."""
+    """A file's stamp and the result of `measure(path)`. Raises UserError if it keeps changing."""
     for _ in range(2):
         before = stamp(path)
         with reading(path):
@@ -74,24 +79,28 @@ def measured(path: Path, measure: Callable[[Path], Any]) -> tuple[Stamp, Any]:
 
 
 class Cache:
-    """Folders named by the content they were made from, and what was once measured of a file."""
+    """Folders named by the content they were made from, and measurements of files."""
 
     def __init__(self, root: Path):
         self.root = Path(os.path.abspath(root.expanduser()))
-        self._measured: dict[str, Any] = {}  # by this process, whether or not it could be written
+        self._measured: dict[str, Any] = {}  # by this process, also what could not be written
 
     def prepare(self) -> None:
-        """Make the cache's folder, so that what is measured is kept. Another user's may hold all
-        that is needed."""
+        """Make the cache's folder, so that measurements are kept.
+
+        An error is ignored: a folder of another user may already hold all that is needed.
+        """
         with contextlib.suppress(OSError):
             self.root.mkdir(parents=True, exist_ok=True)
 
-    def once(self, key: str, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
-        """The folder of `key`, which `make` fills if no process has done so before.
+    def get_or_make(
+        self, key: str, make: Callable[[Path], None], say: Callable[[str], None]
+    ) -> Path:
+        """The folder of `key`. `make(folder)` fills it if no process has done so before.
 
-        It is made beside its place and renamed, so that nothing unfinished is ever seen; of several
-        processes one makes it and the others wait. A killed maker's lock falls with it. Raises
-        UserError where it cannot be written.
+        It is made under a temporary name and then renamed, so that no process sees an unfinished
+        one. One process makes it and the others wait. The system frees the lock of a process that
+        is killed. Raises UserError if the folder cannot be written.
         """
         folder = self.root / key
         if os.path.isdir(folder):
@@ -106,13 +115,17 @@ class Cache:
         return folder
 
     def _make(self, folder: Path, make: Callable[[Path], None], alone: bool) -> None:
-        """alone: nobody else makes this folder now. Elsewise the first to finish wins."""
+        """Make a folder and rename it.
+
+        alone: this process holds the lock. On a file system without locks several processes may
+        make the folder, and the first one to finish wins.
+        """
         name = folder.name if alone else f"{folder.name}.{platform.node()}-{os.getpid()}"
         with contextlib.ExitStack() as held:
             with self.writing():
                 if alone:
                     self._sweep()
-                new = held.enter_context(unfinished(self.root / f"{name}.tmp"))
+                new = held.enter_context(temporary_folder(self.root / f"{name}.tmp"))
             make(new)
             with self.writing():
                 flush(new)
@@ -124,34 +137,35 @@ class Cache:
                 flush(self.root)
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing("--cache", self.root)
+        """Turn an OSError of writing to the cache into a UserError."""
+        return writing_tokens("--cache", self.root)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left unfinished, under any key; no folder of another
-        name."""
+        """Remove the unfinished folders of killed processes, and no folder with another name."""
         for leftover in filter(Path.is_dir, self.root.glob("*.tmp")):
             if not UNFINISHED.fullmatch(leftover.name):
                 continue
             with (
-                contextlib.suppress(OSError),  # in use, or another user's
+                contextlib.suppress(OSError),  # it is in use or belongs to another user
                 (self.root / f"{leftover.stem}.lock").open("a", encoding="utf-8") as file,
             ):
                 if lock(file.fileno()):
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def remember(
+    def measure_once(
         self, what: str, paths: Sequence[Path], measure: Callable[[Path], Any]
     ) -> list[Any]:
-        """`measure` of each file, kept for as long as its stamp stays the same.
+        """The result of `measure(path)` for each file. It is kept until the file's stamp changes.
 
-        Where the folder is not there or cannot be written, each start measures again.
+        what: the name of the measurement. If the cache's folder does not exist or cannot be
+        written, each process measures again.
         """
         index = self._index() | self._measured
         known, fresh = [], {}
         for path in paths:
             key = f"{what} {path.absolute()}"
             entry = index.get(key)
-            # An entry of before there were stamps, [size, time of change, value], is no proof.
+            # Older versions wrote no stamps but [size, mtime, value], which does not prove enough.
             if not isinstance(entry, dict) or entry.get("stamp") != stamp(path):
                 now, value = measured(path, measure)
                 entry = fresh[key] = {"stamp": now, "value": value}
@@ -164,7 +178,10 @@ class Cache:
         return known
 
     def _index_file(self) -> Path | None:
-        """The index, there or to be made; None where both names are of files that others wrote."""
+        """The file with the measurements, which may not exist yet.
+
+        None if other programs have written files under both names.
+        """
         files = (self.root / name for name in INDICES)
         return next((file for file in files if not os.path.lexists(file) or _entries(file)), None)
 
@@ -174,7 +191,7 @@ class Cache:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """What an index holds; empty for a file that is not there, or not from here."""
+    """The content of a measurements file; empty if there is none or another program wrote it."""
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -185,11 +202,14 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def _is_entry(key: str, value: Any) -> bool:
-    """Whether this was written here: `WHAT PATH`, and a stamp with a value or the older list of
-    three."""
-    of_now = isinstance(value, dict) and value.keys() == {"stamp", "value"}
-    return " " in key and (of_now or (isinstance(value, list) and len(value) == 3))
+    """Whether the cache wrote this entry: `WHAT PATH`, with a stamp and a value.
+
+    The older form, a list of three, counts too.
+    """
+    is_current = isinstance(value, dict) and value.keys() == {"stamp", "value"}
+    return " " in key and (is_current or (isinstance(value, list) and len(value) == 3))
 
 
 def digest(*parts: Any) -> str:
+    """sha256, in hex, of some JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,9 +1,10 @@
-"""Folders that are whole or are not there: writing, verifying, finding and pruning checkpoints.
+"""Writes, verifies, finds and prunes checkpoints. Their folders are complete or do not exist.
 
-A checkpoint is written under a temporary name, every file flushed, its manifest (sizes and sha256)
-last, then renamed, then the parent flushed. A kill at any instant leaves either the finished folder
-or a temporary one that the next start removes. Nothing is ever pickled. What a manifest does not
-list is the user's: it is never deleted.
+A checkpoint is written into a temporary folder. Every file is flushed, the manifest with sizes and
+sha256 comes last, then the folder is renamed and its parent flushed. A kill at any moment leaves
+the finished folder, or a temporary one that the next start removes.
+
+Nothing is pickled. A file that the manifest does not list belongs to the user and is never deleted.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.files import TEMPORARY, flush, sha256, unfinished
+from base.files import TEMPORARY, flush, sha256, temporary_folder
 from config import UserError
 from storage import weights
 from storage.hub import download
 
 STATE = "training_state.safetensors"
 META = "training_state.json"
-RESULTS = "metrics.json"  # of a run: written last of all, so a run that has it is finished
+RESULTS = "metrics.json"  # a run writes it last, so a run that has it is finished
 WRITTEN = ("config.json", "log.jsonl", "checkpoints", "final", RESULTS)  # what else a run writes
-RECORD = "run.json"  # of a run: written before anything else
+RECORD = "run.json"  # a run writes it before anything else
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of a checkpoint's folder
-OLD = f"{TEMPORARY}old-"  # begins the name of a folder whose files are about to be deleted
-GONE = f"{TEMPORARY}gone-"  # the same, when nothing in it is the user's any more
+STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # name of a checkpoint's folder
+# Prefixes of a folder's name during its removal: while it may hold files of the user, and after
+# these have been moved out.
+REMOVING = f"{TEMPORARY}old-"
+DISCARDED = f"{TEMPORARY}gone-"
 
 
 # --- whole folders
@@ -48,13 +51,12 @@ def _silent(text: str) -> None:
 def write_folder(
     folder: Path, fill: Callable[[Path], None], say: Callable[[str], None] = _silent
 ) -> int:
-    """Create `folder` with what `fill` writes into it, atomically; returns its bytes. An OSError
-    leaves nothing.
+    """Create `folder` atomically with the files that `fill` writes. Returns its size in bytes.
 
-    An older folder of that name is deleted. What in it is the user's is kept beside, and `say`
-    tells where.
+    An OSError leaves no unfinished folder. An older folder of that name is deleted. The user's
+    files in it are moved to a folder next to it, which `say` names.
     """
-    with unfinished(folder.with_name(TEMPORARY + folder.name)) as temporary:
+    with temporary_folder(folder.with_name(TEMPORARY + folder.name)) as temporary:
         fill(temporary)
         paths = sorted(p for p in temporary.rglob("*") if p.is_file())
         sizes = [path.stat().st_size for path in paths]
@@ -67,37 +69,37 @@ def write_folder(
         )
         for path in [*paths, temporary / MANIFEST, temporary]:
             flush(path)
-        _remove(folder, say)  # of an earlier attempt at the same step, or an older final/
+        _remove(folder, say)  # left by an earlier attempt at the same step, or an older final/
         temporary.rename(folder)
         flush(folder.parent)
     return sum(sizes)
 
 
 def _remove(folder: Path, say: Callable[[str], None] = _silent) -> None:
-    """Delete a folder that we wrote, if it is there; a kill half-way leaves no half of it under its
-    name.
+    """Delete a folder that a run wrote, if it exists. A kill leaves no part of it under its name.
 
-    What its manifest does not list is moved aside: everything, where it has no manifest of ours.
+    Files that its manifest does not list are moved aside. Without a valid manifest, all files are.
     """
     _finish_removal(folder, say)
     if os.path.lexists(folder):
-        folder.rename(folder.with_name(OLD + folder.name))
+        folder.rename(folder.with_name(REMOVING + folder.name))
         _finish_removal(folder, say)
 
 
 def _finish_removal(folder: Path, say: Callable[[str], None]) -> None:
-    """Go on with the removal of a folder that has lost its name already."""
-    old, gone = folder.with_name(OLD + folder.name), folder.with_name(GONE + folder.name)
+    """Continue the removal of a folder that has been renamed already."""
+    old, gone = folder.with_name(REMOVING + folder.name), folder.with_name(DISCARDED + folder.name)
     if os.path.lexists(old):
-        _keep_what_is_not_ours(old, folder, say)
+        _keep_files_of_user(old, folder, say)
     if os.path.lexists(old):
         shutil.rmtree(gone, ignore_errors=True)
         old.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _keep_what_is_not_ours(old: Path, folder: Path, say: Callable[[str], None]) -> None:
-    listed = None if old.is_symlink() else _listed(old)
+def _keep_files_of_user(old: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Move the files that the manifest of `old` does not list into a folder next to `folder`."""
+    listed = None if old.is_symlink() else _read_manifest(old)
     kept = _free_name(folder.with_name(f"kept-{folder.name}"))
     if listed is None:
         old.rename(kept)
@@ -111,22 +113,21 @@ def _keep_what_is_not_ours(old: Path, folder: Path, say: Callable[[str], None]) 
         for name in others:
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
             (old / name).rename(kept / name)
-    say(f"{folder} held files that this run did not write: they are in {kept}")
+    say(f"{folder} held files that this run did not write; they are now in {kept}")
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that is not taken."""
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
     names = itertools.chain(
         [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     )
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Bytes and sha256 of each file that a folder's manifest lists; None where it has no manifest
-    of ours.
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Size in bytes and sha256 of each file that a folder's manifest lists.
 
-    Raises OSError where the manifest cannot be read.
+    None if there is no manifest, or one with another content. Raises OSError if it cannot be read.
     """
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -140,12 +141,12 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
         return None
 
 
-def fault(folder: Path) -> str | None:
-    """Why a written folder cannot be trusted, or None where its manifest verifies."""
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, or None if all files match its manifest."""
     if not (folder / MANIFEST).is_file():
         return "it has no manifest.json"
     try:
-        listed = _listed(folder)
+        listed = _read_manifest(folder)
     except OSError:
         listed = None
     if listed is None:
@@ -165,12 +166,15 @@ def fault(folder: Path) -> str | None:
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """Where a run writes the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(run: Path, until: int | None = None) -> list[Path]:
-    """Folders named as checkpoints of a run up to step `until`, newest first, whatever is in
-    them."""
+    """The folders that are named like checkpoints of a run up to step `until`, newest first.
+
+    Their content is not checked.
+    """
     steps = {
         path: step
         for path in _entries(run / "checkpoints")
@@ -191,21 +195,25 @@ def _step_named(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _ours(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """Those of `checkpoints` that a run wrote under their names, with their facts: not a copy or a
-    link of the user's."""
-    facts = [
-        (folder, _facts_of(folder)) for folder in checkpoints(run, until) if not folder.is_symlink()
+def _own_checkpoints(run: Path, until: int | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders of `checkpoints` that the run itself wrote, each with its META.
+
+    Links and copies that the user made are left out.
+    """
+    metas = [
+        (folder, _read_meta(folder))
+        for folder in checkpoints(run, until)
+        if not folder.is_symlink()
     ]
     return [
-        (folder, meta) for folder, meta in facts if meta and meta.get("step") == _step_named(folder)
+        (folder, meta) for folder, meta in metas if meta and meta.get("step") == _step_named(folder)
     ]
 
 
-def _facts_of(folder: Path) -> dict[str, Any] | None:
-    """The facts of a checkpoint whose manifest lists them, or None."""
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """The content of a checkpoint's META, or None if its manifest does not list this file."""
     try:
-        if META not in (_listed(folder) or {}):
+        if META not in (_read_manifest(folder) or {}):
             return None
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -213,19 +221,19 @@ def _facts_of(folder: Path) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; says which ones it passed over and why."""
+def newest_sound(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint, or None. `say` is told which ones are skipped and why."""
     for folder in checkpoints(run):
-        reason = fault(folder) or _other_step(folder)
+        reason = find_damage(folder) or _other_step(folder)
         if reason is None:
             return folder
-        say(f"passing over {folder}: {reason}")
+        say(f"skipping {folder}: {reason}")
     return None
 
 
 def _other_step(folder: Path) -> str | None:
-    """What is wrong with a sound folder that does not hold the step of its name."""
-    meta = _facts_of(folder)
+    """The error of an undamaged folder that does not hold the step of its name, else None."""
+    meta = _read_meta(folder)
     if meta is None:
         return f"its manifest.json lists no {META}"
     step = meta.get("step")
@@ -233,11 +241,12 @@ def _other_step(folder: Path) -> str | None:
 
 
 def locate(where: str) -> str:
-    """CHECKPOINT of the command line to a path that GPT.from_pretrained and load_tokenizer take.
+    """Turn a CHECKPOINT argument into a path for GPT.from_pretrained and load_tokenizer.
 
-    A run gives its final/ or newest sound checkpoint, a checkpoint is verified first, any other
-    path is returned as it is, and what is no path is fetched from the hub. Raises UserError for a
-    run without checkpoints, for a damaged one, and for a name that the hub does not know.
+    A run's folder becomes its final/, or else its newest undamaged checkpoint. A checkpoint is
+    verified. Any other path is returned without changes. A name that is no path is downloaded from
+    the hub. Raises UserError for a run without checkpoints, a damaged checkpoint, and a name that
+    the hub does not know.
     """
     folder = Path(where)
     if not folder.exists():
@@ -245,25 +254,29 @@ def locate(where: str) -> str:
     if (folder / "final").is_dir():
         folder = folder / "final"
     elif (folder / "checkpoints").is_dir():
-        sound = newest(folder, say=lambda text: None)
+        sound = newest_sound(folder, say=lambda text: None)
         if sound is None:
-            bad = [f"{p.name}: {fault(p)}" for p in checkpoints(folder)]
+            bad = [f"{p.name}: {find_damage(p)}" for p in checkpoints(folder)]
             raise UserError(
-                f"{where} has no sound checkpoint yet" + (f" ({'; '.join(bad)})" if bad else "")
+                f"{where} has no undamaged checkpoint yet"
+                + (f" ({'; '.join(bad)})" if bad else "")
+                + "; give another run"
             )
         folder = sound
     written_here = folder.parent.name == "checkpoints" or (folder / MANIFEST).exists()
-    reason = fault(folder) if folder.is_dir() and written_here else None
+    reason = find_damage(folder) if folder.is_dir() and written_here else None
     if reason is not None:
         raise UserError(
-            f"{folder} is not a sound checkpoint: {reason}; take another one of that run"
+            f"the checkpoint {folder} is damaged: {reason}; give another one of that run"
         )
     return str(folder)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Training state of a verified checkpoint: its tensors, by name, and its facts (step, identity,
-    ...)."""
+    """The training state of a verified checkpoint: its tensors by name, and the content of META.
+
+    META holds the step, the run's identity and more. Raises UserError if there is no such state.
+    """
     from safetensors.torch import load_file
 
     if not (folder / STATE).is_file():
@@ -273,20 +286,19 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / STATE), json.loads((folder / META).read_text(encoding="utf-8"))
 
 
-def clean(run: Path, say: Callable[[str], None] = _silent) -> None:
-    """Remove what a kill in the middle of a save left behind."""
+def remove_leftovers(run: Path, say: Callable[[str], None] = _silent) -> None:
+    """Remove what a kill during a save left behind."""
     for name in (RECORD, *WRITTEN):
-        _remove_leftovers(run / name, say)
+        _remove_leftover(run / name, say)
     checkpoints = run / "checkpoints"
     for path in _entries(checkpoints):
         name = re.sub(rf"^{re.escape(TEMPORARY)}(old-|gone-)?", "", path.name)
         if path.name.startswith(TEMPORARY) and STEP_NAME.fullmatch(name):
-            _remove_leftovers(checkpoints / name, say)
+            _remove_leftover(checkpoints / name, say)
 
 
-def _remove_leftovers(path: Path, say: Callable[[str], None]) -> None:
-    """Remove what was being written under a name, and of what was being deleted there all that is
-    ours."""
+def _remove_leftover(path: Path, say: Callable[[str], None]) -> None:
+    """Remove the unfinished new version of `path`, and finish the removal of an older one."""
     unfinished = path.with_name(TEMPORARY + path.name)
     unfinished.unlink(missing_ok=True) if unfinished.is_file() else shutil.rmtree(
         unfinished, ignore_errors=True
@@ -302,35 +314,38 @@ def prune(
     keep_best: int = 1,
     say: Callable[[str], None] = _silent,
 ) -> None:
-    """Of the checkpoints up to `step`, delete all but the newest `keep` and the best `keep_best`.
+    """Delete checkpoints up to `step`, except the newest `keep` and the best `keep_best`.
 
-    Later ones are those that a resumed run passed over: they may not push out a sound one.
+    At least one of each is kept. Checkpoints after `step` do not count: a resumed run skipped them
+    as damaged, so they must not displace a sound one.
     """
-    best = [folder for folder, _ in ranked(run, mode, step)[: max(1, keep_best)]]
-    for folder, _ in _ours(run, step)[max(1, keep) :]:
+    best = [folder for folder, _ in rank_by_metric(run, mode, step)[: max(1, keep_best)]]
+    for folder, _ in _own_checkpoints(run, step)[max(1, keep) :]:
         if folder not in best:
             _remove(folder, say)
 
 
-def ranked(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
-    """Checkpoints up to step `until` and the `best_metric` recorded in each, the best first: "min"
-    or "max"."""
+def rank_by_metric(run: Path, mode: str, until: int | None = None) -> list[tuple[Path, float]]:
+    """The checkpoints up to step `until`, each with its `best_metric`, the best one first.
+
+    mode: whether the smallest or the largest value is the best, "min" or "max".
+    """
     scored = []
-    for folder, meta in _ours(run, until):
+    for folder, meta in _own_checkpoints(run, until):
         value = meta.get("best_metric")
         if value is not None:
             scored.append((value if mode == "min" else -value, folder, value))
     return [(folder, value) for _, folder, value in sorted(scored)]
 
 
-# --- writing them, off the training thread
+# --- writing them in a thread
 
 
 class Saver:
-    """Writes checkpoints in a thread. The training thread waits only while the state is copied.
+    """Writes checkpoints in a thread. Training waits only while the state is copied.
 
-    The copy goes into buffers that live as long as the run, so a save allocates nothing after the
-    first one.
+    The copy goes into buffers that are kept for the whole run, so only the first save allocates
+    them.
     """
 
     def __init__(
@@ -340,10 +355,10 @@ class Saver:
         done: Callable[..., None],
         say: Callable[[str], None] = _silent,
     ):
-        """`export(model_tensors, folder)` writes the model in its public layout; `done(**facts)`
-        hears of the end.
+        """export(model_tensors, folder): writes the model in its public layout.
 
-        `say` is told what of the user's was moved aside.
+        done(**facts): is called in the thread after each save, with its figures or its `error`.
+        say: is told where files of the user were moved.
         """
         self.run, self.export, self.done, self.say = run, export, done, say
         self.buffers: dict[str, Tensor] = {}
@@ -353,11 +368,11 @@ class Saver:
     def save(
         self, tensors: dict[str, Tensor], meta: dict[str, Any], after: Callable[[], None]
     ) -> None:
-        """Copy `tensors` and write them, `meta` and the exported model as the checkpoint of
-        meta["step"].
+        """Copy `tensors`, then write them with `meta` and the exported model in the thread.
 
-        `tensors` are named `model.*`, `optimizer.*`, `loss_scale.*`; `after()` runs in the thread
-        once it stands.
+        The checkpoint is that of meta["step"]. An unfinished save is waited for first. tensors:
+        named `model.*`, `optimizer.*` and `loss_scale.*`. after(): runs in the thread when the
+        checkpoint is complete.
         """
         began = time.perf_counter()
         self.join()
@@ -369,7 +384,7 @@ class Saver:
         self.thread.start()
 
     def join(self) -> None:
-        """Wait for the save under way."""
+        """Wait for the save in progress, if there is one."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -404,7 +419,7 @@ class Saver:
             )
             after()
         except Exception as error:
-            # a full disk, most likely: training goes on, older checkpoints stand
+            # Most likely the disk is full. Training continues, and older checkpoints are kept.
             self.error = error
             self.done(
                 step=meta["step"], folder=str(folder), error=f"{type(error).__name__}: {error}"
@@ -421,18 +436,18 @@ class Saver:
         )
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.export(part(tensors, "model"), folder)
+        self.export(without_prefix(tensors, "model"), folder)
         weights.save_tensors(tensors, folder / STATE)
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{prefix.name: tensor}; the inverse is `part`."""
+    """The tensors under the names `prefix.name`. The inverse is `without_prefix`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors named `prefix.*`, without the prefix."""
+def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors named `prefix.*`, with the prefix removed from their names."""
     return {
         n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")
     }

@@ -1,9 +1,8 @@
-"""JSON that other programs and people write, read with its types checked: a wrong value is one
-line, at once.
+"""Reads JSON files that other programs or people wrote, and checks the type of every value.
 
-One reader for every such file (config.json, adapter_config.json, tokenizer_config.json, manifests
-...). Many writers put a number into quotes, 12.0 for 12, or 0 for false: what can only mean one
-thing is read so.
+Every such file is read here: config.json, adapter_config.json, tokenizer_config.json, manifests and
+others. A wrong value raises a one-line error at once. Many programs write a number in quotes, 12.0
+for 12, or 0 for false. A value that can mean only one thing is accepted.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import Any
 from config import UserError
 
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
-LARGEST = (1 << 63) - 1  # what a tensor's size can be
+LARGEST = (1 << 63) - 1  # the largest size that a tensor can have
 REQUIRED: Any = object()
 
 
 def read_value(file: Path) -> Any:
     """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a BOM.
 
-    Raises UserError where the file is not there, cannot be read, or holds no JSON.
+    Raises UserError if the file does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(file.read_bytes())
@@ -32,29 +31,30 @@ def read_value(file: Path) -> Any:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(
-            f"{file} is not text in UTF-8, as JSON must be; save it again in UTF-8"
+            f"{file} is not UTF-8 text, as JSON must be; save it again in UTF-8"
         ) from None
     except RecursionError:
-        raise UserError(f"{file} is not usable JSON: it is nested too deeply") from None
+        raise UserError(
+            f"{file} is not usable JSON: it is nested too deep; copy it again"
+        ) from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
 
 
 def read_object(file: Path) -> JsonObject:
-    """The JSON object in a file. Raises UserError like `read_value`, and where it holds something
-    else."""
+    """The JSON object in a file. Raises UserError as `read_value` does, and for any other value."""
     value = read_value(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object: it is {_short(value)}")
+        raise UserError(f"{file} must hold a JSON object, but it holds {_short(value)}")
     return JsonObject(file, value)
 
 
 class JsonObject:
-    """A JSON object whose values are checked as they are read.
+    """A JSON object whose values are checked when they are read.
 
-    Every method raises UserError, naming file and key, for a value that cannot be what it asks for,
-    and for a key that is not there unless a default is given. `inside` is the path of keys that
-    leads to this object.
+    Every method that reads a value raises UserError, which names the file and the key, if the value
+    has another type, or if the key is missing and there is no default. inside: the path of keys
+    that leads to this object, such as "model.".
     """
 
     def __init__(self, file: Path, values: dict[str, Any], inside: str = ""):
@@ -64,11 +64,11 @@ class JsonObject:
         return key in self.values
 
     def given(self, key: str) -> bool:
-        """Whether the key has a value, and not null."""
+        """Whether the key has a value that is not null."""
         return self.values.get(key) is not None
 
     def wrong(self, key: str, must: str) -> UserError:
-        """The error for the value of `key`: what it must be."""
+        """The error for the value of `key`. must: what the value must be."""
         if key not in self.values:
             return UserError(f"{self.file} has no {self.inside}{key}; it must be {must}")
         return UserError(
@@ -76,7 +76,7 @@ class JsonObject:
         )
 
     def whole(self, key: str, default: int = REQUIRED, least: int = 0, most: int = LARGEST) -> int:
-        """A whole number in [least, most]; 12.0 and "12" are 12."""
+        """A whole number in [least, most]. 12.0 and "12" are read as 12."""
         if key not in self.values and default is not REQUIRED:
             return default
         number = _number(self.values.get(key))
@@ -93,7 +93,7 @@ class JsonObject:
         least: float = -math.inf,
         most: float = math.inf,
     ) -> float:
-        """A finite number greater than `above`, in [least, most]; "1e-05" is 1e-05."""
+        """A finite number greater than `above`, in [least, most]. "1e-05" is read as 1e-05."""
         if key not in self.values and default is not REQUIRED:
             return default
         number = _number(self.values.get(key))
@@ -104,7 +104,7 @@ class JsonObject:
         return float(number)
 
     def yes_no(self, key: str, default: bool = REQUIRED) -> bool:
-        """true or false; 1 is true and 0 is false."""
+        """true or false. 1 is read as true and 0 as false."""
         if key not in self.values and default is not REQUIRED:
             return default
         value = self.values.get(key)
@@ -113,21 +113,21 @@ class JsonObject:
         return bool(value)
 
     def text(self, key: str) -> str | None:
-        """A string; None for null and where the key is not there."""
+        """A string; None for null or a missing key."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
             raise self.wrong(key, "a string")
         return value
 
     def one_of(self, key: str, options: tuple[str, ...]) -> Any:
-        """One of some strings."""
+        """A string that is one of `options`."""
         value = self.values.get(key)
         if not isinstance(value, str) or value not in options:
             raise self.wrong(key, f"one of {', '.join(options)}")
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings; empty for null and where the key is not there."""
+        """A list of strings; empty for null or a missing key."""
         value = self.values.get(key)
         if value is not None and not (
             isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -136,7 +136,7 @@ class JsonObject:
         return value or []
 
     def nested(self, key: str) -> JsonObject:
-        """A JSON object; empty for null and where the key is not there."""
+        """A JSON object; empty for null or a missing key."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "a JSON object")
@@ -144,7 +144,7 @@ class JsonObject:
 
 
 def _number(value: Any) -> int | float | None:
-    """What a JSON value says as a finite number; None where it says none."""
+    """A JSON value as a finite number, also from a string; None if it is not one."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         whole = re.fullmatch(r"\s*[+-]?\d{1,100}\s*", value)
         value = int(value) if whole else float(value)
@@ -154,7 +154,7 @@ def _number(value: Any) -> int | float | None:
 
 
 def _short(value: Any) -> str:
-    """A JSON value as it is written, cut where it is long."""
+    """A JSON value for a message: as it is written, shortened to 60 characters."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "a JSON object"
     text = repr(value) if isinstance(value, str) else json.dumps(value)

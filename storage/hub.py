@@ -1,8 +1,6 @@
-"""The hub's GPT-2 layout: its config.json as fields of GPTConfig and back, its weights as named
-tensors, downloads.
+"""Reads and writes GPT-2 models in the hub's layout, and downloads them. Reads nanoGPT's too.
 
-Nothing here knows the model: what is read is a dict of config fields and {name: tensor}. nanoGPT's
-ckpt.pt is read too.
+This module does not import the model. It returns a dict of GPTConfig fields and {name: tensor}.
 """
 
 from __future__ import annotations
@@ -19,10 +17,11 @@ from torch import Tensor
 from base.errors import reason
 from config import GPTConfig, UserError
 from storage.foreign import JsonObject, read_object
-from storage.weights import plain_names, read_weights, save_tensors, state_dict, unpickle
+from storage.weights import load_pickle, plain_names, read_weights, save_tensors, state_dict
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# beside them: which weights the adapter is for, by content (peft warns of keys it does not know)
+# Holds the sha256 of the weights that the adapter belongs to. This is not in adapter_config.json,
+# because peft warns about keys that it does not know.
 ADAPTER_BASE = "base.json"
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -30,11 +29,10 @@ _BIASLESS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight
 
 
 def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fields of GPTConfig and {name: tensor}, named and laid out as model.py's, of a GPT-2.
+    """The GPTConfig fields and the tensors of a GPT-2, with the names and shapes of model.py.
 
-    `where`: a hub id, a folder in the hub's layout, or nanoGPT's ckpt.pt or its folder. Raises
-    UserError where there is no such model, it is not a GPT-2, or its weights are not those of its
-    config.
+    where: a hub id, a folder in the hub's layout, or nanoGPT's ckpt.pt or its folder. Raises
+    UserError if there is no such model, it is not a GPT-2, or its weights do not match its config.
     """
     path = Path(where)
     if path.is_file() or (path / "ckpt.pt").is_file():
@@ -46,11 +44,13 @@ def read_model(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def read_into(
+def copy_weights(
     weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path
 ) -> None:
-    """Copy tensors, as `read_model` returns them, into a model's weights. Raises UserError where
-    one is missing or does not fit."""
+    """Copy the tensors that `read_model` returns into a model's weights.
+
+    Raises UserError if a tensor is missing, quantized, or has another shape than its weight.
+    """
     for name, weight in weights.items():
         if name not in tensors:
             raise UserError(f"{where} is not a complete GPT-2: it has no {name}")
@@ -59,7 +59,8 @@ def read_into(
             raise UserError(f"{where}: {name} is {tensor.dtype}; quantized weights cannot be read")
         if tensor.shape != weight.shape:
             raise UserError(
-                f"{where}: {name} is {tuple(tensor.shape)}, its config says {tuple(weight.shape)}"
+                f"{where}: {name} is {tuple(tensor.shape)}, but its config says "
+                f"{tuple(weight.shape)}"
             )
         weight.copy_(tensor)
 
@@ -72,10 +73,11 @@ def write_model(
     score: Tensor | None = None,
     labels: Sequence[str] = (),
 ) -> None:
-    """Write config.json and model.safetensors in the hub's layout; the inverse of `read_model`.
+    """Write config.json and model.safetensors in the hub's layout. The inverse is `read_model`.
 
-    eot: id of the end-of-text token. With `score` (n_labels, n_embd) the model is a classifier by
-    the last token, GPT2ForSequenceClassification.
+    eot: id of the end-of-text token. score: weight of a classification head, (n_labels, n_embd).
+    With it the model is a GPT2ForSequenceClassification, which classifies by the last token.
+    labels: the names of the classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
@@ -98,7 +100,7 @@ def write_model(
 
 
 def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
-    """GPTConfig as the hub's config.json."""
+    """The content of the hub's config.json for a GPTConfig. eot: id of the end-of-text token."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -123,17 +125,18 @@ def hub_config(config: GPTConfig, eot: int | None = None) -> dict[str, Any]:
 
 
 def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
-    """The hub's config.json as fields of GPTConfig. Raises UserError for anything that is not exact
-    GPT-2.
+    """The fields of GPTConfig from the hub's config.json.
 
-    Keys that are missing have transformers' defaults, and its other names of the sizes are read
-    too.
+    Missing keys get transformers' defaults, and its alternative names of the sizes are accepted.
+    Raises UserError for a model that is not exactly a GPT-2.
     """
     kind = hub.text("model_type")
     if kind is None and any(name.startswith("GPT2") for name in hub.texts("architectures")):
         kind = "gpt2"
     if kind != "gpt2":
-        raise UserError(f"{where} is not a GPT-2: its config.json says model_type {kind!r}")
+        raise UserError(
+            f"{where} is not a GPT-2: its config.json says model_type {kind!r}; give a GPT-2"
+        )
     fields: dict[str, Any] = {
         "vocab_size": _size(hub, 50257, "vocab_size"),
         "block_size": _size(hub, 1024, "n_positions", "max_position_embeddings", "n_ctx"),
@@ -165,30 +168,31 @@ def _from_hub_config(hub: JsonObject, where: str | Path) -> dict[str, Any]:
 
 
 def _size(hub: JsonObject, default: int, *names: str) -> int:
-    """A size by the first of its names that the config has."""
+    """A size under the first of its names that the config has, or the default."""
     given = [key for key in names if key in hub]
     return hub.whole(given[0], least=0 if "n_layer" in names else 1) if given else default
 
 
 def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors, named and laid out as this model's, of a folder in the hub's
-    layout."""
+    """The config fields and tensors of a folder in the hub's layout, as model.py has them."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: it has no config.json")
+        raise UserError(
+            f"{folder} holds no model: it has no config.json; give a model's folder or a hub id"
+        )
     hub = read_object(folder / "config.json")
     config, tensors = _from_hub_config(hub, folder), read_weights(folder)
     if unmerged := next(
         (name for name in tensors if ".lora_" in name or ".base_layer." in name), None
     ):
         raise UserError(
-            f"{folder} holds {unmerged}, of an adapter that is not merged; merge it, or save it by "
-            "itself"
+            f"{folder} holds {unmerged}, which belongs to an unmerged adapter; merge the adapter, "
+            "or save it separately"
         )
     head, table = "lm_head.weight", "transformer.wte.weight"
     if config["tied_head"] and head in tensors:
-        tensors.setdefault(table, tensors[head])  # either name may stand for both
+        tensors.setdefault(table, tensors[head])  # the tied tensor may have either name
     if not config["tied_head"] and head not in tensors:
-        # A classifier's checkpoint has no such head, whatever its config says.
+        # A classifier's checkpoint never has this head, even if its config says that it is untied.
         config["tied_head"] = "GPT2ForSequenceClassification" in hub.texts("architectures")
     return config, {
         name: t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
@@ -197,7 +201,10 @@ def _read_hub(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str | Path) -> None:
-    """UserError where a config is not of these weights, before a model of its size is made."""
+    """Raises UserError if config and weights do not match.
+
+    This is checked before a model of the config's size, which may be huge, is allocated.
+    """
     blocks = {
         int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))
     }
@@ -210,29 +217,32 @@ def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], where: str |
             raise UserError(f"{where} is not a complete GPT-2: it has no transformer.{name}.weight")
         if tensor.shape != (rows, config["n_embd"]):
             raise UserError(
-                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, its config says "
+                f"{where}: transformer.{name}.weight is {tuple(tensor.shape)}, but its config says "
                 f"{(rows, config['n_embd'])}"
             )
 
 
 def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """nanoGPT's ckpt.pt: this model's orientation, prefixes where it was wrapped, biases left out
-    at its option."""
+    """The config fields and tensors of nanoGPT's ckpt.pt.
+
+    Its matrices have the orientation of model.py. Names may have a wrapper's prefix. Its bias
+    option may leave out biases, which become zeros here.
+    """
     try:
-        saved: Any = unpickle(file)
+        saved: Any = load_pickle(file)
         tensors, given = (
             plain_names(state_dict(saved["model"]), file),
             JsonObject(file, dict(saved["model_args"])),
         )
     except UserError:
         raise
-    except Exception as error:  # a damaged file raises half a dozen kinds
+    except Exception as error:  # a damaged file raises many kinds of errors
         raise UserError(f"{file} is not a nanoGPT checkpoint: {reason(error)}") from None
     config = {
         key: given.whole(key, least=1)
         for key in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size")
     }
-    if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 itself
+    if config["vocab_size"] == 50304:  # nanoGPT pads GPT-2's 50257 to this size
         config["vocab_size"] = 50257
         tables = {"transformer.wte.weight", "lm_head.weight"} & tensors.keys()
         tensors |= {name: tensors[name][:50257] for name in tables}
@@ -243,11 +253,14 @@ def _read_nanogpt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def download(hub_id: str) -> Path:
-    """The files of a hub model, from the network or the local cache."""
+    """The local folder with a hub model's files, downloaded unless they are cached already.
+
+    Raises UserError if the hub does not provide it.
+    """
     from huggingface_hub import snapshot_download
 
     wanted = [
-        "*.json",  # of the model, its shards, its tokenizer in any layout, an adapter, a classifier
+        "*.json",  # of model, shards, tokenizer in any layout, adapter and classifier
         "*.safetensors",
         "merges.txt",
     ]
@@ -256,20 +269,24 @@ def download(hub_id: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
     except Exception as error:
-        # the hub's client raises many kinds: no network, no such id, no access
+        # The hub's client raises many kinds of errors: no network, no such id, no access.
         raise UserError(
-            f"no folder {hub_id}, and the hub did not give it as an id either: {reason(error)}"
+            f"there is no folder {hub_id}, and the hub has no such id: {reason(error)}; check the "
+            "name and the network"
         ) from None
     return folder
 
 
 def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's layout."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def base_of(folder: str | Path) -> tuple[str | None, str | None]:
-    """Where an adapter's base is (as it was named in training) and its weights_sha256; None for
-    what is not said."""
+def adapter_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """The base model of an adapter, as it was named in training, and the sha256 of its weights.
+
+    Each is None if the adapter's files do not tell it.
+    """
     folder = Path(folder)
     sha256 = (
         read_object(folder / ADAPTER_BASE).text("weights_sha256")
@@ -280,6 +297,7 @@ def base_of(folder: str | Path) -> tuple[str | None, str | None]:
 
 
 def adapter_config(folder: Path) -> JsonObject:
+    """The adapter_config.json of a folder. Raises UserError if it has none."""
     if not is_adapter(folder):
-        raise UserError(f"{folder} is not a whole adapter: it has no {ADAPTER_CONFIG}")
+        raise UserError(f"{folder} is not a complete adapter: it has no {ADAPTER_CONFIG}")
     return read_object(folder / ADAPTER_CONFIG)

@@ -1,7 +1,7 @@
-"""Token shards on disk: reading every layout, writing llm.c's.
+"""Reads token shards in every common layout, and writes them in llm.c's.
 
-Read: llm.c's and modded-nanogpt's .bin, build-nanogpt's .npy, nanoGPT's train.bin and val.bin.
-A shard is memory-mapped, so a corpus may exceed memory.
+The layouts are the .bin of llm.c and modded-nanogpt, the .npy of build-nanogpt, and the train.bin
+and val.bin of nanoGPT. A shard is memory-mapped, so a corpus may be larger than memory.
 """
 
 from __future__ import annotations
@@ -18,49 +18,72 @@ import numpy as np
 from base.files import sha256, write_json
 from config import UserError
 
-FORMAT = 1  # of the manifest and the cache; a change makes the cache's older entries unused
+FORMAT = 1  # version of manifest and cache; after a change the cache's older entries are ignored
 HEADER_INTS = 256
-# (magic, version)
+# dtype of the tokens, by (magic, version) of the header
 LAYOUTS = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}
-BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's, which have no header
+BARE_NAMES = ("train.bin", "val.bin")  # nanoGPT's files, which have no header
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn an OSError of reading `path` into a UserError."""
+    """Turn an OSError from reading `path` into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-class Tokens(Protocol):
-    """What of a tokenizer a shard's writer needs."""
+class ShardTokenizer(Protocol):
+    """The part of a tokenizer that is needed to write shards. See text.tokenizer.Tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        ...
+
     @property
-    def eot(self) -> int: ...
+    def eot(self) -> int:
+        """Id of the token that ends a document."""
+        ...
+
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """What load_tokenizer takes: "gpt2" or a path."""
+        ...
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name for the manifest and messages."""
+        ...
+
     @property
-    def special(self) -> Sequence[str]: ...
+    def special(self) -> Sequence[str]:
+        """Special tokens that were added to those of `source`."""
+        ...
+
     @property
-    def sha256(self) -> str: ...
-    def token_bytes(self, id: int) -> bytes: ...
-    def save(self, folder: Path) -> None: ...
+    def sha256(self) -> str:
+        """Hash of all that decides a text's ids."""
+        ...
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes of one token; b"" for a special token."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files in the hub's layout."""
+        ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16, or uint32 where the vocabulary exceeds 65,536."""
+    """uint16, or uint32 for a vocabulary of more than 65,536 tokens."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where the tokens of one file are."""
+    """One file of tokens, and where in it the tokens are."""
 
     path: Path
     n_tokens: int
@@ -68,17 +91,20 @@ class Shard:
     offset: int  # bytes before the first token
 
     def map(self) -> np.ndarray:
+        """The tokens as a read-only memory map, (n_tokens,) of `dtype`."""
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.n_tokens,))
 
 
 def read_shard(path: Path) -> Shard:
-    """What the header of `path` says, checked against the file's size. Raises UserError: foreign,
-    truncated or empty."""
+    """The shard in a file, whose header is checked against the file's size.
+
+    Raises UserError for a file of another kind, and for a truncated or empty one.
+    """
     with reading(path):
         size = path.stat().st_size
-        if path.is_fifo():  # which would wait for somebody to write
+        if path.is_fifo():  # opening it would wait until somebody writes to it
             raise UserError(
-                f"{path} is a pipe, where a shard is read at any place; write it to a file"
+                f"{path} is a pipe, but a shard is read in any order; write it to a file"
             )
         path.open("rb").close()
     shard = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, size)
@@ -86,8 +112,8 @@ def read_shard(path: Path) -> Shard:
     if size != expected:
         what = "truncated" if size < expected else "damaged"
         raise UserError(
-            f"{path} is {what}: {size} bytes where its header promises {expected}; make or copy it "
-            "again"
+            f"{path} is {what}: it has {size} bytes, but its header says {expected}; make or copy "
+            "it again"
         )
     if not shard.n_tokens:
         raise UserError(f"{path} holds no tokens; remove it or make it again")
@@ -101,18 +127,19 @@ def _read_bin(path: Path, size: int) -> Shard:
     if path.name in BARE_NAMES and (not len(header) or header[0] not in dict(LAYOUTS)):
         if size % 2:
             raise UserError(
-                f"{path} is truncated: {size} bytes are no whole number of uint16 tokens; make or "
-                "copy it again"
+                f"{path} is truncated: {size} bytes are not a whole number of uint16 tokens; make "
+                "or copy it again"
             )
         return Shard(path, size // 2, np.dtype(np.uint16), 0)
     if len(header) and header[0] in [magic for magic, _ in LAYOUTS]:
         raise UserError(
-            f"{path} is truncated or of another version: its header is not whole; make or copy it "
-            "again"
+            f"{path} is truncated or of another version: its header is not complete; make or copy "
+            "it again"
         )
     raise UserError(
-        f"{path} is a foreign shard: neither llm.c's header, nor .npy, nor nanoGPT's train.bin or "
-        "val.bin; tokenize the text again with `python fineweb_prep.py --input FILES --out FOLDER`"
+        f"{path} is a foreign shard: it has no llm.c header and is neither .npy nor nanoGPT's "
+        "train.bin or val.bin; tokenize the text again with `python fineweb_prep.py --input FILES "
+        "--out FOLDER`"
     )
 
 
@@ -121,29 +148,30 @@ def _read_npy(path: Path) -> Shard:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(
-            f"{path} is truncated or no .npy file: {error}; make or copy it again"
+            f"{path} is truncated or not a .npy file: {error}; make or copy it again"
         ) from None
     if array.dtype not in LAYOUTS.values() or array.ndim != 1:
         raise UserError(
-            f"{path} is a foreign shard: {array.ndim}-d {array.dtype} where 1-d uint16 or uint32 "
-            "is read"
+            f"{path} is a foreign shard: {array.ndim}-d {array.dtype}; save it as 1-d uint16 or "
+            "uint32"
         )
     assert isinstance(array, np.memmap)
     return Shard(path, len(array), array.dtype, array.offset)
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into .bin shards, each flushed and renamed before the next begins.
+    """Cuts a stream of tokens into .bin shards. Each is flushed and renamed before the next begins.
 
-    name: of the shard with a given number. finished(record, n): called after each shard with its
-    entry for the manifest, and how many tokens of the array in `add` are on disk by then.
+    name(number): the file's name for a shard. finished(record, n): is called after each shard with
+    its entry for the manifest, and with how many tokens of the array given to `add` are on disk.
+    first: number of the first shard.
     """
 
     def __init__(
         self,
         folder: Path,
         name: Callable[[int], str],
-        tokenizer: Tokens,
+        tokenizer: ShardTokenizer,
         shard_tokens: int,
         finished: Callable[[dict[str, Any], int], None],
         first: int = 0,
@@ -168,7 +196,7 @@ class ShardWriter:
         return self.folder / (self.name(self._number) + ".tmp")
 
     def add(self, tokens: np.ndarray) -> None:
-        """tokens: (n,) of any unsigned dtype."""
+        """Append tokens, (n,) of any unsigned dtype, and finish the shards that they fill."""
         begin, self._given = 0, len(tokens)
         while begin < len(tokens):
             part = tokens[begin : begin + self.shard_tokens - self._tokens]
@@ -213,8 +241,8 @@ class ShardWriter:
         self.finished(record, consumed)
 
 
-def byte_lengths(tokenizer: Tokens) -> np.ndarray:
-    """(vocab_size,) int64: bytes of text behind each token; none behind end-of-text."""
+def byte_lengths(tokenizer: ShardTokenizer) -> np.ndarray:
+    """The number of text bytes of each token, (vocab_size,) int64. End-of-text has 0."""
     lengths = np.array(
         [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64
     )
@@ -223,10 +251,13 @@ def byte_lengths(tokenizer: Tokens) -> np.ndarray:
 
 
 def write_manifest(
-    folder: Path, tokenizer: Tokens, shards: list[dict[str, Any]], **more: Any
+    folder: Path, tokenizer: ShardTokenizer, shards: list[dict[str, Any]], **more: Any
 ) -> None:
-    """Name what the shards of `folder` are, and put a tokenizer that only this machine has beside
-    them."""
+    """Write manifest.json, which describes the shards of `folder`.
+
+    Any tokenizer except plain gpt2 is saved next to them, because other machines may not have it.
+    more: further keys of the manifest.
+    """
     if tokenizer.source != "gpt2" or tokenizer.special:
         tokenizer.save(folder / "tokenizer")
     manifest = dict(

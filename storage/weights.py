@@ -1,9 +1,8 @@
-"""A GPT-2's weights in every layout that people hand on, as {name: tensor} with the hub's plain
-names.
+"""Reads a GPT-2's weights from the usual layouts, as {name: tensor} with the hub's plain names.
 
-Layouts: safetensors or pickles, whole or in shards with an index. What saved them wraps names:
-torch.compile, DDP and FSDP, PEFT, Lightning. Pickles are read as weights only: nothing in them is
-run.
+The layouts are safetensors and pickles, in one file or in shards with an index. torch.compile, DDP,
+FSDP, PEFT and Lightning add their own parts to the names, which are removed here. Pickles are read
+as weights only, so that no code in them runs.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from base.errors import reason
 from config import UserError
 from storage.foreign import read_object
 
-# Parts of a name that a wrapper puts anywhere, and those that may stand before a GPT-2's own name.
+# WRAPPERS are parts that a wrapper may put anywhere in a name. HOLDERS may only precede the name
+# that the weight has in a GPT-2.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HOLDERS = {"model", "base_model", "pretrained_model", "net"}
 TRUNK = {"h", "wte", "wpe", "ln_f"}
-# keys under which trainers keep the weights
+# Keys under which trainers save the weights.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 
-# What PEFT puts into names while an adapter is in memory: the adapter's own name, and copies of
-# trained modules.
+# PEFT adds these to names while an adapter is in memory: the adapter's name, and the name of the
+# wrapper around modules that are trained whole.
 ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?=\.weight$)")
 SAVED_MODULE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)")
 
@@ -36,8 +36,10 @@ Wanted = Callable[[str], bool]
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers added: `transformer.h.0...`, `lm_head.weight`,
-    `score.weight`."""
+    """A parameter's name without the parts that wrappers added.
+
+    Examples are `transformer.h.0...`, `lm_head.weight` and `score.weight`.
+    """
     name = ADAPTER_NAME.sub(r".\1", SAVED_MODULE.sub("", name))
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] in HOLDERS:
@@ -46,7 +48,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(tensors: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    """The tensors by their plain names. Raises UserError where two different ones have the same."""
+    """The tensors by their plain names. Raises UserError if two different tensors share a name."""
     found: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         plain = plain_name(name)
@@ -59,9 +61,10 @@ def plain_names(tensors: dict[str, Tensor], where: str | Path) -> dict[str, Tens
 
 
 def read_weights(folder: Path, wanted: Wanted = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of a model's folder by their plain names, those that are `wanted`.
+    """The tensors of a model's folder by their plain names.
 
-    Raises UserError where the folder holds no weights, lacks a shard, or a file is damaged.
+    wanted: tells by the plain name whether a tensor is read. Raises UserError if the folder holds
+    no weights, a shard is missing, or a file is damaged.
     """
     for name in (
         "model.safetensors",
@@ -76,7 +79,8 @@ def read_weights(folder: Path, wanted: Wanted = lambda name: True) -> dict[str, 
                 tensors |= read_tensors(file, wanted)
             return plain_names(tensors, folder)
     raise UserError(
-        f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin"
+        f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin; copy the "
+        "weights into it"
     )
 
 
@@ -98,37 +102,45 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_tensors(file: Path, wanted: Wanted = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of one file, safetensors or a pickle, by the names that it has. Raises UserError
-    like `read_weights`."""
+    """The tensors of one file, safetensors or a pickle, by their names in the file.
+
+    wanted: see `read_weights`. Raises UserError if the file cannot be read or is damaged.
+    """
     from safetensors import safe_open
 
     try:
-        # safetensors calls a file that may not be read one that is not there
+        # For a file without read permission, safetensors would say that it does not exist.
         file.open("rb").close()
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                stored = tensors.keys()  # it is no dict
+                stored = tensors.keys()  # `tensors` is not a dict and cannot be iterated
                 names = [name for name in stored if wanted(plain_name(name))]
                 return {name: tensors.get_tensor(name) for name in names}
-        return {key: t for key, t in state_dict(unpickle(file)).items() if wanted(plain_name(key))}
-    except Exception as error:  # a damaged file raises half a dozen kinds
+        return {
+            key: t for key, t in state_dict(load_pickle(file)).items() if wanted(plain_name(key))
+        }
+    except Exception as error:  # a damaged file raises many kinds of errors
         raise UserError(f"{file} cannot be read: {reason(error)}") from None
 
 
-def unpickle(file: Path) -> object:
-    """A pickle of tensors and plain values; one that would run anything else is refused with
-    ValueError."""
+def load_pickle(file: Path) -> object:
+    """The content of a pickle of tensors and plain values.
+
+    Raises ValueError for a pickle that holds anything else, because loading it could run code.
+    """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own text advises to load it regardless
+    except pickle.UnpicklingError:  # its own text advises to load the file anyway
         raise ValueError(
             f"{file.name} is damaged or holds something other than weights, and was not run"
         ) from None
 
 
 def state_dict(value: object) -> dict[str, Tensor]:
-    """The weights in what a trainer saved: itself, or what it keeps under a usual key. Raises
-    ValueError for neither."""
+    """The weights in the object that a trainer saved: the object itself, or one under a NESTED key.
+
+    Raises ValueError if neither is a dictionary of tensors.
+    """
     while isinstance(value, dict) and not all(
         isinstance(tensor, Tensor) for tensor in value.values()
     ):
@@ -146,11 +158,13 @@ def state_dict(value: object) -> dict[str, Tensor]:
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the mode that the umask allows; safetensors 0.8 lets only its
-    owner read it."""
+    """Write a safetensors file with the file mode that the umask gives to new files.
+
+    safetensors 0.8 would make it readable for its owner only.
+    """
     from safetensors.torch import save_file
 
-    path.touch()  # the mode that an ordinary file gets here, or that the file had before
+    path.touch()  # gives a new file the usual mode; an existing file keeps its mode
     mode = path.stat().st_mode & 0o777
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)

@@ -9,16 +9,16 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from base.files import beside, writable_file, write_json, writing_to
+from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import stopped_by
 from config import UserError
-from engine.log import finite
-from engine.processes import recorded
+from engine.log import json_safe
+from engine.processes import record_failures
 from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
 from tasks.finetuning import EVAL_PRECISION, Finetuning
-from text.rows import check_there
+from text.rows import check_exists
 
 # Stems of the files that a run writes itself. --answers must not overwrite them.
 RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
@@ -43,7 +43,7 @@ def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
         return 0
     if cfg.data is None and is_main:
         print(f"no --data: training on the {len(description.toy)} toy rows of the task")
-    code = recorded(train, task, cfg, typed)
+    code = record_failures(train, task, cfg, typed)
     if code or cfg.dry_run or not is_main:
         return code
     task.write_reports(str(cfg.out), print)
@@ -58,7 +58,7 @@ def _check_files(task: Description, cfg: Any) -> None:
     """Raise UserError for missing data files before --init may start a download."""
     for spec in (*(cfg.training_files() if cfg.trains else ()), cfg.predict):
         if spec and spec != "toy":
-            check_there(spec, task.readers)
+            check_exists(spec, task.readers)
 
 
 def dry_run_predict(task: Finetuning, cfg: Any) -> int:
@@ -89,7 +89,7 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
         scores = task.open_predictor(cfg, model, print).write(path, print)
         about = {"seconds": time.perf_counter() - began, "eval_precision": EVAL_PRECISION}
         if scores:
-            write_json(beside(path, ".scores.json"), finite(scores) | about)
+            write_json(sibling(path, ".scores.json"), json_safe(scores) | about)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
 
@@ -110,7 +110,10 @@ def answers_path(task: Description, cfg: Any) -> Path:
             f"--answers {path}: answers are written as {' and '.join(kinds)}; name a file with "
             f"{' or '.join(kinds)}"
         )
-    if path.parent.resolve() == Path(cfg.out).resolve() and beside(path, "").name in RESERVED_NAMES:
+    if (
+        path.parent.resolve() == Path(cfg.out).resolve()
+        and sibling(path, "").name in RESERVED_NAMES
+    ):
         raise UserError(f"--answers {path} is a file of the run itself; name another file")
     read = [
         file
@@ -119,7 +122,7 @@ def answers_path(task: Description, cfg: Any) -> Path:
         for item in spec.split(",")
         for file in (glob(item) or [item])
     ]
-    files = [path, *(beside(path, kind) for kind in kinds)] if len(kinds) > 1 else [path]
+    files = [path, *(sibling(path, kind) for kind in kinds)] if len(kinds) > 1 else [path]
     for file in dict.fromkeys(files):
         writable_file("--answers" if cfg.answers else "--out", str(file), read, make_folder=True)
     return path

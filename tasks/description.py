@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tasks.options import FinetuneConfig
-from text.readers import Reader
-from text.rows import Expand, Row
+from text.row import Expand, Reader, Row
 
 
 class SpecialToken(str):

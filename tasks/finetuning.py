@@ -28,7 +28,7 @@ from tasks.description import Description
 from tasks.order import InterleavedOrder, bucket_lengths, padding_share
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 # Scores are computed in fp32. In bf16, near ties change with the batch that a row is in.
 EVAL_PRECISION = "fp32"

@@ -12,8 +12,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 REPETITION_N = 4  # the n of the n-grams in the repetition rate
 # pairs of rhyming lines, from 0, in the scheme ABAB CDCD EFEF GG
@@ -135,6 +137,8 @@ def longest_copied(texts: Sequence[str], training: Iterable[str]) -> np.ndarray:
     Exact. All runs grow by one word at a time, at every start at once. A run that only one side has
     is dropped.
     """
+    import numpy as np  # here, because a task's --help imports this module
+
     vocabulary: dict[str, int] = {}
     copy, owner = _numbered(texts, vocabulary, end=0)
     # The two sides have different ends, so no run goes past the end of a text.
@@ -161,6 +165,8 @@ def _numbered(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The words of all texts as numbers from 2, with `end` after each text, and the number of the
     text that each belongs to."""
+    import numpy as np
+
     numbers: list[int] = []
     lengths = []
     for text in texts:

@@ -46,7 +46,7 @@ class Source:
             readers=task.readers,
             expand=task.expand,
             say=self.say,
-            every=answered,
+            keep_broken=answered,
             nameable=[name for name in task.columns if hasattr(cfg, f"{name}_column")],
         )
         if found.skipped:

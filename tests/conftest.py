@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch import fork_python
-from support import OFFLINE, ONE_THREAD, REPO, python_path
+from support import OFFLINE, ONE_THREAD, OWN_MODULES, REPO, python_path
 
 os.environ.update(OFFLINE)
 # Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before Triton
@@ -33,6 +33,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", f"error:::{OWN_MODULES}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 from tasks.classification.description import ClassificationDescription
 from tasks.generation.description import GenerationDescription
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -25,8 +26,9 @@ from config import GPTConfig, TrainConfig
 from engine import memory, trainer  # noqa: F401
 from engine.task import Cost
 from model import GPT
+from support import OWN_MODULES
 
-count = memory._step
+count = memory._peak_by_part
 counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 
@@ -63,7 +65,8 @@ def picture() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
-mock.patch.object(memory, "_step", remembered).start()
+warnings.filterwarnings("error", module=OWN_MODULES)
+mock.patch.object(memory, "_peak_by_part", remembered).start()
 picture()
 # Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and
 # a forked process is without them.

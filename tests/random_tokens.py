@@ -14,7 +14,7 @@ from engine.compiling import compile_model
 from engine.loader import Loader
 from engine.pretraining import LanguageModelling, packed
 from engine.processes import World
-from engine.shape import how_it_runs
+from engine.shape import runtime_fields
 from engine.step import TrainStep
 from engine.task import Batch
 from model import GPT
@@ -53,7 +53,7 @@ def make_step(
     world = World(0, 0, 1, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     task = RandomTokens(shape, cfg)
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(shape, **how_it_runs(cfg))).to(world.device)
+    model = GPT(dataclasses.replace(shape, **runtime_fields(cfg))).to(world.device)
     if cfg.compile:
         compile_model(model, cfg, world)
     assert isinstance(cfg.micro_batch, int)

@@ -21,6 +21,11 @@ def python_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+# The modules whose warnings are errors in tests: the project's own.
+OWN_MODULES = (
+    r"(config|model|dataset|adapters|base|benchmarks|decoding|engine|evaluate|finetune|fineweb_prep"
+    r"|generate|kernels|storage|tasks|text|tokenizer|tools|train_gpt2)(\.|$)"
+)
 WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?", re.MULTILINE)
 
 

@@ -99,7 +99,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --micro-batch 0": ["--micro-batch is 0"],
     # numbers and words
     "--out new --steps 0": ["--steps is 0; it must be at least 1"],
-    "--out new --steps many": ["--steps", "many"],
+    "--out new --steps many": ["--steps is 'many'; it must be a whole number"],
     "--out new --seq-len -5": ["--seq-len is -5"],
     "--out new --lr nan": ["--lr is nan"],
     "--out new --lr inf": ["--lr is inf", "finite"],
@@ -109,7 +109,7 @@ MISTAKES = {  # options: what the line must hold
     "--out new --optimizer sgd": ["--optimizer", "sgd", "adamw"],
     "--out new --preset huge": ["--preset", "huge", "gpt2-xl"],
     "--out new --stpes 5": ["unknown option --stpes", "did you mean --steps?"],
-    "--out new --lr": ["--lr"],
+    "--out new --lr": ["--lr needs a value"],
     "stray": ["unexpected word 'stray'"],
     # what the machine lacks
     "--out new --precision fp16": ["--precision fp16 needs a CUDA GPU", "bf16"],
@@ -126,7 +126,7 @@ MISTAKES = {  # options: what the line must hold
     # --config
     "--config nowhere.json": ["--config nowhere.json: No such file"],
     "--config text.txt": ["--config text.txt is not valid"],
-    "--config": ["--config needs a file"],
+    "--config": ["--config needs a value"],
     # models and runs
     "--out new --init nowhere": ["no folder nowhere"],
     "--out new --init shards": ["shards"],
@@ -134,9 +134,11 @@ MISTAKES = {  # options: what the line must hold
         "--seq-len 32 is longer than the 16 positions of --init run",
         "--seq-len 16",
     ],
-    "--out new --init run --preset micro": ["--preset cannot go with --init run"],
+    "--out new --init run --preset micro": [
+        "--init run already determines the shape of the model; leave out --preset"
+    ],
     "--out new --init run --tokenizer gpt2x": ["no folder gpt2x"],
-    "--out new --resume nowhere": ["--resume nowhere: no sound checkpoint there"],
+    "--out new --resume nowhere": ["--resume nowhere: there is no undamaged checkpoint"],
     "--out new --resume shards": ["--resume shards", "manifest.json"],
     "--out new --resume run/final": ["a model without training state", "--init run/final"],
     "--out new --resume run --seed 1": ["seed (was 1337, is 1)"],
@@ -260,9 +262,9 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
             and (folder / "run/metrics.json").unlink()
         ),
         "",
-        ["no checkpoint of run is sound"],
+        ["every checkpoint of run is damaged"],
     ),
-    "run.json": (write("run/run.json", b"[]"), "", ["run.json is not of a run"]),
+    "run.json": (write("run/run.json", b"[]"), "", ["run.json does not belong to a run"]),
     "unknown key": (
         write("c.json", b'{"stepz": 4}'),
         "--config c.json",
@@ -274,9 +276,13 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
     "wrong kind": (
         write("c.json", b'{"warmup_steps": "many"}'),
         "--config c.json",
-        ["--warmup-steps", "many"],
+        ["c.json: warmup_steps is 'many'; it must be a whole number"],
     ),
-    "wrong list": (write("c.json", b'{"warmup_steps": [1, 2]}'), "--config c.json", ["2"]),
+    "wrong list": (
+        write("c.json", b'{"warmup_steps": [1, 2]}'),
+        "--config c.json",
+        ["c.json: warmup_steps is [1, 2]"],
+    ),
     "binary": (write("c.json", b"\xff\xfe\0\1"), "--config c.json", ["c.json is not valid json"]),
 }
 

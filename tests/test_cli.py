@@ -3,6 +3,7 @@ do."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -21,7 +22,6 @@ import pytest
 import torch
 
 from base import cli
-from base.cli import option_names
 from base.console import bytes_text, printable, time_text
 from config import ResolvedTrain, TrainConfig, UserError, resolve, resolved
 from engine import fit, processes, step
@@ -81,7 +81,7 @@ def test_help_names_every_option_without_torch(repo, run):
     seconds, torch_too = done.stderr.split(" s ")
     assert torch_too.strip() == "False"
     assert float(seconds) < 2
-    for name in [*option_names(TrainConfig), "config"]:
+    for name in [*(field.name for field in dataclasses.fields(TrainConfig)), "config"]:
         assert f"--{name.replace('_', '-')}" in done.stdout
 
 
@@ -179,7 +179,7 @@ def test_step_lines_are_printed_every_so_often(inputs):
 BAR = """
 import sys
 from engine.log import RunLog
-log = RunLog(speaks=True)
+log = RunLog(enabled=True)
 log.start_progress(3, 0)
 for step in (1, 2, 3):
     figures = dict(loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=5.0, tokens_per_second=9.0, mfu=None,
@@ -191,7 +191,7 @@ if sys.argv[1] == "stop":
     log.stop_progress()
     log.say("done")
 else:
-    log.progress.refresh()
+    log.bar.refresh()
 """
 
 

@@ -1,4 +1,4 @@
-"""Text to shards, shards to windows, windows in order; and every bad input by its one line."""
+"""Text to shards, shards to windows, the order of windows, and the error line of each bad input."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sentences(rng: np.random.Generator, n: int) -> str:
 
 
 def make_documents(n: int, seed: int = 0) -> list[str]:
-    """Texts with everything that a format could spoil: quotes, commas, tabs, blank lines, other
+    """Texts with everything that a format could damage: quotes, commas, tabs, blank lines, other
     scripts."""
     rng = np.random.default_rng(seed)
     odd = [
@@ -175,7 +175,7 @@ def write_bin(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1000, 12345])
-def test_each_window_once_an_epoch(n: int) -> None:
+def test_every_epoch_has_each_window_once(n: int) -> None:
     for seed, epoch in itertools.product((0, 1337, 2**63 + 5), (0, 1, 1000)):
         ids = window_order(np.arange(epoch * n, (epoch + 1) * n), n, seed)
         assert ids.dtype == np.int64
@@ -198,7 +198,7 @@ def test_order_is_pure_and_elementwise(n: int, seed: int, data: st.DataObject) -
 
 
 def test_order_never_changes() -> None:
-    """A run resumed under another version of the code must go on with the same rows."""
+    """A run that another version of the code resumes must continue with the same rows."""
     assert window_order(np.arange(12), 5, 1337).tolist() == [1, 3, 0, 2, 4, 4, 1, 3, 2, 0, 3, 1]
 
 
@@ -222,10 +222,10 @@ def test_order_looks_random(n: int) -> None:
         assert (ids == place).sum() <= 8 and (ids == later).sum() <= 8 and (ids == other).sum() <= 8
 
 
-# beyond 1 in 100,000
+# A true uniform order exceeds these limits once in 100,000 times.
 @pytest.mark.parametrize(("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)])
 def test_small_orders_are_uniform(n: int, chi2_limit: float) -> None:
-    """Over many epochs, each window comes at each place equally often."""
+    """Over many epochs, each window comes equally often at each place."""
     epochs = 4000
     ids = window_order(np.arange(n * epochs), n, 1).reshape(epochs, n)
     counts = np.array([np.bincount(column, minlength=n) for column in ids.T])
@@ -312,7 +312,7 @@ def read_txt(text: str, block: int) -> list[str]:
 
 
 def split_by_line(text: str) -> list[str]:
-    """The plain rule that `_read_txt` follows block by block."""
+    """The simple rule that `_read_txt` applies block by block."""
     documents, lines = [], []
     *whole, last = text.split("\n")
     for line in whole:
@@ -401,7 +401,7 @@ def test_few_documents_leave_the_end_of_the_stream(
     )
 
 
-def test_validation_data_of_its_own(
+def test_separate_validation_data(
     tmp_path: Path, bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     texts, val = (
@@ -413,7 +413,7 @@ def test_validation_data_of_its_own(
     assert stream(data.val).tolist() == expected(DOCUMENTS[:9], load_tokenizer(bpe))
 
 
-def test_stdlib_is_there_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_needs_no_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = corpus.stdlib_files()
     assert 5e6 < sum(path.stat().st_size for path in files) < 25e6
     assert not any("site-packages" in str(path) for path in files)
@@ -433,7 +433,7 @@ def test_stdlib_is_there_without_anything(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Streamed:
-    """The part of a streamed hub dataset that is used."""
+    """A fake of a streamed hub dataset, with the methods that are used."""
 
     def __init__(self, rows: list[dict[str, object]]):
         self.rows, self.at = rows, 0
@@ -480,14 +480,14 @@ def test_a_dataset_on_the_hub(
         open_here("org/name:small", text_column="txt")
 
 
-# ---- shards of others
+# ---- other projects' shards
 
 
 TOKENS = np.random.default_rng(0).integers(0, 380, 3000)
 
 
 def write_layout(folder: Path, layout: str) -> Path:
-    """TOKENS over the files of one project's layout; 2500 for training."""
+    """Write TOKENS as files in one project's layout, 2500 of them for training."""
     folder.mkdir()
     train, val = TOKENS[:2500], TOKENS[2500:]
     if layout == "llm.c":
@@ -589,7 +589,7 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # ---- the cache and its processes
 
 
-def test_a_second_start_does_nothing_again(
+def test_a_second_start_reads_the_cache(
     tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
@@ -611,7 +611,7 @@ def test_a_second_start_does_nothing_again(
     assert len(said) == 2
 
 
-def test_what_changes_the_tokens_is_tokenized_anew(
+def test_whatever_changes_the_tokens_is_tokenized_again(
     tmp_path: Path, other_bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
@@ -637,8 +637,7 @@ def test_bytes_do_not_depend_on_workers(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the reader of the results is, only so many chunks are between input and
-    output."""
+    """However slowly results are read, only a few chunks are between input and output."""
     pulled = given_back = 0
 
     def source():
@@ -649,13 +648,13 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
 
     for chunk, tokens, _ in corpus.tokenize(source(), load_tokenizer(bpe), workers):
         assert chunk.texts == [DOCUMENTS[given_back]] and len(tokens) > 1
-        assert pulled - given_back <= corpus.IN_FLIGHT * workers
+        assert pulled - given_back <= corpus.CHUNKS_PER_WORKER * workers
         given_back += 1
         time.sleep(0.005)
     assert given_back == 40
 
 
-def test_beside_other_threads_the_workers_are_not_forked(bpe: str) -> None:
+def test_workers_are_not_forked_beside_other_threads(bpe: str) -> None:
     chunks = [corpus.Chunk([text], [True], 0, None, 0) for text in DOCUMENTS[:4]]
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
@@ -696,7 +695,7 @@ def test_progress_on_a_terminal_and_elsewhere(
 
 def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
-    # forked, so that the workers see the next line
+    # One thread, so workers are forked and see the next line.
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
@@ -807,7 +806,7 @@ def test_two_processes_tokenize_once(tmp_path: Path, bpe: str) -> None:
     assert lines[0][-1] == lines[1][-1]
 
 
-# ---- bad input, each by its line
+# ---- bad input, and its error line
 
 
 def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -817,7 +816,7 @@ def bad_text(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 BAD_FILES = [
-    ("a.txt", "", "is empty: no document in it has any text"),
+    ("a.txt", "", "is empty: none of its documents has any text"),
     ("a.txt", "\n<|endoftext|>\n \n", "2 empty ones"),
     (
         "a.txt",
@@ -828,9 +827,9 @@ BAD_FILES = [
     (
         "a.txt",
         "too short",
-        r"is too short: \d+ tokens, where a window of --seq-len 16 takes 17; give more data",
+        r"is too short: it has \d+ tokens, and a window of --seq-len 16 needs 17; give more data",
     ),
-    ("a.pdf", "x", "none of .txt .jsonl"),
+    ("a.pdf", "x", "has none of the suffixes .txt .jsonl"),
     ("a.jsonl", '{"text": ', "holds no row that can be read: .*a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", '["b"]\n["c"]', "line 1 is not a JSON object"),
     (
@@ -840,7 +839,7 @@ BAD_FILES = [
     ),
     ("a.jsonl", '{"text": 3}', "row 1 holds int in column 'text', not text"),
     ("a.csv", "id,body\n1,a", "has no column 'text'; it has: id, body. Use --text-column"),
-    ("a.csv", "", "is empty: no document"),
+    ("a.csv", "", "is empty: none of its documents"),
     ("a.csv", "id,text\n1,a,b", "line 2 has 3 cells where the first line names 2 columns"),
     ("a.tsv", "id:text\n1:a", "has no column 'text'"),
     ("a.parquet", "x", "is not a sound parquet file"),
@@ -866,7 +865,7 @@ def test_a_parquet_column_that_is_not_text(
         open_here(path, text_column="tex")
 
 
-def test_data_that_is_not_there(
+def test_missing_data_is_refused(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -908,7 +907,7 @@ def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data
         write_txt(tmp_path / "b.txt", DOCUMENTS),
     )
     for path, line in (
-        (few, "the tenth of .* kept for validation is too short"),
+        (few, "the tenth of .* held out for validation is too short"),
         (many, "validation data of .* is too short"),
     ):
         with pytest.raises(UserError, match=line) as error:
@@ -936,7 +935,7 @@ def truncate(path: Path, size: int) -> None:
 BAD_SHARDS = [
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 1500),
-        "fineweb_train_000002.bin is truncated: 1500 bytes where",
+        "fineweb_train_000002.bin is truncated: it has 1500 bytes, but",
     ),
     (
         lambda f: truncate(f / "fineweb_train_000002.bin", 100),
@@ -994,7 +993,7 @@ def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., data.Da
         open_here(folder)
 
 
-def test_the_largest_id_is_looked_for_once(
+def test_the_largest_id_is_searched_once(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shard_folder(tmp_path)
@@ -1012,7 +1011,7 @@ def made(tmp_path: Path, open_here: Callable[..., data.Data]) -> Path:
     return manifest.parent.rename(tmp_path / "made")
 
 
-def test_another_tokenizer_than_the_shards(
+def test_a_tokenizer_that_did_not_make_the_shards(
     made: Path, other_bpe: str, tmp_path: Path, open_here: Callable[..., data.Data]
 ) -> None:
     with pytest.raises(
@@ -1025,12 +1024,14 @@ def test_another_tokenizer_than_the_shards(
         open_here(texts, tokenizer=other_bpe, val_data=str(made))
 
 
-def test_a_manifest_that_does_not_fit(made: Path, open_here: Callable[..., data.Data]) -> None:
+def test_a_manifest_that_contradicts_the_shards(
+    made: Path, open_here: Callable[..., data.Data]
+) -> None:
     write_bin(made / "train_000001.bin", [1, 2])
     with pytest.raises(UserError, match=r"train_000001.bin is not in .*manifest.json"):
         open_here(made)
     (made / "train_000001.bin").rename(made / "val_000000.bin")
-    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens where manifest.json says"):
+    with pytest.raises(UserError, match=r"val_000000.bin holds 2 tokens, but manifest.json says"):
         open_here(made)
     (made / "val_000000.bin").unlink()
     with pytest.raises(UserError, match=r"lacks val_000000.bin"):

@@ -1,5 +1,4 @@
-"""Text to shards by fineweb_prep.py: the bytes, whatever the workers and however often it was
-killed."""
+"""fineweb_prep.py writes the same shards for any number of workers and after any kill."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three parquet files with small row groups, an empty document in each."""
+    """Three parquet files with small row groups and one empty document each."""
     import pyarrow
     from pyarrow import parquet
 
@@ -112,7 +111,7 @@ def tokens(out: Path) -> list[int]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, texts: Path, bpe: str) -> Path:
-    """What an uninterrupted run in one process writes."""
+    """The output of an uninterrupted run in one process."""
     out = tmp_path_factory.mktemp("out") / "whole"
     options = [
         "--input",
@@ -147,7 +146,7 @@ def test_the_stream_is_cut_into_shards(whole: Path, bpe: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_bytes_do_not_depend_on_workers(
+def test_shards_do_not_depend_on_workers(
     workers: int, whole: Path, prepare: Callable[..., int], tmp_path: Path
 ) -> None:
     prepare(tmp_path / "out", "--workers", workers)
@@ -155,7 +154,9 @@ def test_bytes_do_not_depend_on_workers(
 
 
 @pytest.mark.parametrize("limit", [9000, 8000])
-def test_max_tokens(limit: int, prepare: Callable[..., int], tmp_path: Path, bpe: str) -> None:
+def test_max_tokens_limits_the_shards(
+    limit: int, prepare: Callable[..., int], tmp_path: Path, bpe: str
+) -> None:
     prepare(tmp_path / "out", "--max-tokens", limit)
     assert tokens(tmp_path / "out") == expected(bpe)[:limit]
 
@@ -166,7 +167,7 @@ def test_a_finished_folder_is_left_alone(
     prepare(tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.bin")}
     assert prepare(tmp_path / "out", "--workers", 2) == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.bin")}
     for option, value in (
         ("--shard-tokens", 5000),
@@ -183,11 +184,11 @@ class Killed(BaseException):
     pass
 
 
-def test_interrupted_after_any_shard(
+def test_an_interrupted_run_resumes_after_any_shard(
     whole: Path, prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped at each shard in turn, before or after its entry is written: each start does at least
-    one more."""
+    """Every start stops at a shard, before or after its entry is written, and does at least one
+    more."""
     plain, out = fineweb_prep._Run.finished, tmp_path / "out"
     n = len(contents(whole))
 
@@ -228,7 +229,7 @@ fineweb_prep.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_started_again(
+def test_a_killed_run_resumes(
     how: int, whole: Path, texts: Path, bpe: str, prepare: Callable[..., int], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -282,7 +283,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[str]) -> list[dict[str,
     return asked
 
 
-def test_a_hub_dataset_goes_on_where_it_stopped(
+def test_a_hub_dataset_resumes_where_it_stopped(
     prepare: Callable[..., int], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, hub = fake_hub(monkeypatch, DOCUMENTS), ("--dataset", "org/web", "--name", "sample")
@@ -310,7 +311,7 @@ def test_a_hub_dataset_goes_on_where_it_stopped(
 
 
 def fake_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub repository with what is in `folder`; returns the names that are fetched."""
+    """A fake hub repository with the files of `folder`. Returns the names that are downloaded."""
     import huggingface_hub
 
     fetched: list[str] = []
@@ -329,7 +330,7 @@ def fake_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return fetched
 
 
-def test_shards_ready_on_the_hub(
+def test_ready_shards_of_the_hub_are_downloaded(
     whole: Path,
     prepare: Callable[..., int],
     tmp_path: Path,
@@ -351,10 +352,10 @@ def test_shards_ready_on_the_hub(
         by_name[name] for name in sorted(names)
     ]
     prepare(tmp_path / "out", source=hub)
-    assert len(fetched) == 3 and "is finished already" in capsys.readouterr().out
+    assert len(fetched) == 3 and "is already finished" in capsys.readouterr().out
 
 
-def test_a_damaged_download_is_no_data(
+def test_a_damaged_download_is_refused(
     whole: Path, prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoiled = Path(shutil.copytree(whole, tmp_path / "spoiled"))
@@ -370,7 +371,7 @@ def test_a_damaged_download_is_no_data(
         prepare(tmp_path / "out", source=("--dataset", "org/shards", "--pretokenized"))
 
 
-def test_a_repository_without_shards(
+def test_a_repository_without_shards_is_refused(
     prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -383,8 +384,8 @@ def test_a_repository_without_shards(
     ("words", "line"),
     [
         (["--input", "x"], "--out is missing"),
-        (["--out", "x"], "give one of --dataset HUB_ID"),
-        (["--out", "x", "--input", "a", "--dataset", "b/c"], "give one of"),
+        (["--out", "x"], "give either --dataset HUB_ID"),
+        (["--out", "x", "--input", "a", "--dataset", "b/c"], "give either"),
         (["--out", "x", "--input", "a", "--pretokenized"], "--pretokenized needs --dataset"),
         (["--out", "x", "--input", "a", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--out", "x", "--input", "a", "--shard-tokens", "-1"], "--shard-tokens is -1"),
@@ -400,7 +401,7 @@ def test_a_repository_without_shards(
         ),
     ],
 )
-def test_bad_options(
+def test_bad_options_are_refused(
     words: list[str], line: str, bpe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -408,7 +409,7 @@ def test_bad_options(
         fineweb_prep.main([bpe if word == "BPE" else word for word in words])
 
 
-def test_too_little_disk(
+def test_too_little_disk_is_refused(
     prepare: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -416,13 +417,13 @@ def test_too_little_disk(
         prepare(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin*"))
     fake_hub(monkeypatch, DOCUMENTS)
-    with pytest.raises(UserError, match=r"free some, give another --out, or fewer tokens"):
+    with pytest.raises(UserError, match=r"free some space, give another --out, or fewer tokens"):
         prepare(tmp_path / "out", "--max-tokens", 9000, source=("--dataset", "org/web"))
 
 
-def test_too_little_text(prepare: Callable[..., int], tmp_path: Path) -> None:
+def test_too_little_text_is_refused(prepare: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"leaves nothing beside the validation shard; type --shard-tokens \d+,"
+        UserError, match=r"the validation shard leaves none for training; type --shard-tokens \d+,"
     ):
         prepare(tmp_path / "out", "--shard-tokens", 10**6)
     assert (
@@ -434,7 +435,7 @@ def test_too_little_text(prepare: Callable[..., int], tmp_path: Path) -> None:
         prepare(tmp_path / "out", source=("--input", tmp_path / "empty.txt"))
 
 
-def test_shards_of_someone_else_are_not_touched(
+def test_shards_of_other_programs_are_not_touched(
     prepare: Callable[..., int], tmp_path: Path
 ) -> None:
     (tmp_path / "train.bin").write_bytes(b"1234")
@@ -450,7 +451,7 @@ def test_shards_of_someone_else_are_not_touched(
                                                               '"shards": []}', "[1]",
      "null", "{}", "", '{"settings": 1}', "not json", b"\xff\xfe\x00"],
 )  # fmt: skip
-def test_state_files_of_other_programs_stay(
+def test_state_files_of_other_programs_are_kept(
     name: str, content: str | bytes, prepare: Callable[..., int], tmp_path: Path
 ) -> None:
     file = tmp_path / name
@@ -462,7 +463,7 @@ def test_state_files_of_other_programs_stay(
     assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_bytes() == before
 
 
-def test_a_foreign_progress_beside_a_finished_folder_stays(
+def test_a_foreign_progress_file_is_kept(
     whole: Path, prepare: Callable[..., int], tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "out"))
@@ -474,7 +475,7 @@ def test_a_foreign_progress_beside_a_finished_folder_stays(
     assert (out / "progress.json").read_text() == '{"chapter": 3}'
 
 
-def test_a_tokenizer_of_someone_else_is_not_replaced(
+def test_another_tokenizer_is_not_replaced(
     prepare: Callable[..., int], bpe: str, tmp_path: Path
 ) -> None:
     shutil.copytree(bpe, tmp_path / "tokenizer")
@@ -489,7 +490,7 @@ def test_a_tokenizer_of_someone_else_is_not_replaced(
     assert prepare(tmp_path, "--tokenizer", tmp_path / "tokenizer") == 0
 
 
-def test_an_input_that_cannot_be_read(
+def test_an_unreadable_input_is_refused(
     prepare: Callable[..., int], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *rest: object, **more: object) -> object:
@@ -503,7 +504,7 @@ def test_an_input_that_cannot_be_read(
         prepare(tmp_path / "out")
 
 
-def test_exit_codes(
+def test_exit_codes_follow_the_contract(
     run: Callable[..., subprocess.CompletedProcess[str]], texts: Path, bpe: str, tmp_path: Path
 ) -> None:
     words = [REPO / "fineweb_prep.py", "--input", texts, "--tokenizer", bpe, "--shard-tokens", 4000]

@@ -7,8 +7,10 @@ import graphlib
 import json
 import re
 
+import pytest
+
 from docs.packages import COMMANDS, draw, imports, modules
-from support import REPO, own_lines
+from support import OWN_MODULES, REPO, own_lines
 
 # The import order: a module imports from its own package and from those before it. Commands do not
 # import each other.
@@ -59,7 +61,7 @@ def test_imports_go_left() -> None:
     assert not wrong, f"imports from packages to the right, or of a command: {wrong}"
 
 
-def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> None:
+def test_pretraining_does_not_import_fine_tuning() -> None:
     seen, waiting = set[str](), ["train_gpt2"]
     while waiting:
         name = waiting.pop()
@@ -78,6 +80,10 @@ def test_pretraining_imports_neither_fine_tuning_nor_search_nor_adapters() -> No
 
 def test_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
+
+
+def test_warnings_of_every_module_are_errors_in_tests() -> None:
+    assert all(re.match(OWN_MODULES, name) for name in MODULES)
 
 
 def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
@@ -133,8 +139,11 @@ def test_importing_has_no_side_effect(run) -> None:
     assert json.loads(done.stdout) == {}  # a module that prints breaks the JSON
 
 
-def test_help_answers_without_torch(run) -> None:
-    done = run("-X", "importtime", REPO / "train_gpt2.py", "--help", fresh=True)
+@pytest.mark.parametrize(
+    "command", [[REPO / "train_gpt2.py"], ["-m", "finetune.sentiment"], ["-m", "finetune.sonnets"]]
+)
+def test_help_answers_without_torch_and_numpy(run, command) -> None:
+    done = run("-X", "importtime", *command, "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "config" in imported and "torch" not in imported
+    assert "config" in imported and not imported & {"torch", "numpy"}

@@ -1,4 +1,4 @@
-"""GPT-2 as published: sizes, initialisation, and agreement with transformers in values, loading and
+"""GPT-2 as published: sizes, initialization, and agreement with transformers in values, loading and
 training."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=4, n_embd=64)
 
 
 def gpt(**changes: Any) -> GPT:
-    """A small model whose every parameter matters: biases and gains too are random."""
+    """A small model in which biases and gains are random too, so that every parameter matters."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(SMALL, **changes))
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_flops_per_token():
         assert GPT(GPTConfig()).flops_per_token(1024) / 1e6 == pytest.approx(855.17, abs=0.005)
 
 
-def test_initialisation():
+def test_the_initial_weights_have_gpt2s_deviations():
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=500, block_size=256, n_layer=3, n_head=4, n_embd=256)
     for name, p in GPT(config).named_parameters():
@@ -148,7 +148,7 @@ def test_dropout_reaches_attention(attention):
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
-def test_padding_is_inside_only(tmp_path, tied_head):
+def test_padding_rows_never_leave_the_model(tmp_path, tied_head):
     model = gpt(tied_head=tied_head)
     assert model.head_weight.shape[0] == 384 and not model.head_weight[331:].any()
     idx = tokens(2, 8)
@@ -175,7 +175,7 @@ def test_padding_takes_no_part_in_the_loss():
         )
 
 
-def test_losses_of_either_path_agree():
+def test_both_loss_paths_agree():
     model, idx, targets = gpt(), tokens(3, 16), tokens(3, 16, seed=5)
     targets[:, ::3] = IGNORE
     losses = model(idx, targets)
@@ -226,8 +226,8 @@ def test_loads_shards(tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, prefix):
-    """The hub's own gpt2 has no prefix and carries each layer's causal mask; older files carry
-    masked_bias too."""
+    """The hub's own gpt2 has no prefix and holds each layer's causal mask. Older files also hold
+    masked_bias."""
     theirs = hf()
     theirs.config.save_pretrained(tmp_path)
     state = {
@@ -244,8 +244,8 @@ def test_loads_keys_with_and_without_prefix_and_old_buffers(tmp_path, file, pref
 
 
 def nanogpt(folder: Path, bias: bool, vocab: int = 331, prefix: str = "_orig_mod.") -> GPT:
-    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice); the
-    same model here."""
+    """Write ckpt.pt as nanoGPT does (torch.nn.Linear's orientation, tied head listed twice), and
+    return the same model."""
     model = gpt(vocab_size=min(vocab, 50257))
     if not bias:
         for name, p in model.named_parameters():
@@ -281,7 +281,7 @@ def test_loads_nanogpt(tmp_path, bias, vocab, prefix):
 
 
 class Malicious:
-    """Unpickled, it makes a folder: a stand-in for any command."""
+    """Makes a folder when it is unpickled, as an example of arbitrary code."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -333,7 +333,7 @@ def test_a_config_that_is_not_the_weights_or_not_gpt2(tmp_path, changes, match):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"model_type": "gpt2"}', '{"model_type": "gp'])
-def test_a_config_that_is_none(tmp_path, text):
+def test_a_config_that_is_no_json_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     refused(tmp_path, "config.json")
 
@@ -362,7 +362,7 @@ def test_damaged_pickles(tmp_path, content):
     refused(tmp_path, "not a nanoGPT checkpoint")
 
 
-def test_pickles_of_something_else(tmp_path):
+def test_pickles_of_other_objects(tmp_path):
     hf().config.save_pretrained(tmp_path)
     for content in ([1, 2], {"epoch": 3}, {"state": {"a": torch.zeros(2)}}):
         torch.save(content, tmp_path / "pytorch_model.bin")
@@ -406,12 +406,12 @@ def test_documents_do_not_see_each_other(attention):
     changed = idx.clone()
     changed[0, :10], changed[1, :25] = tokens(10, seed=8), tokens(25, seed=9)
     later = model(changed, segments=segments)
-    # the second document is blind to the first
+    # The second document does not depend on the first.
     torch.testing.assert_close(later[0, 10:], logits[0, 10:])
     torch.testing.assert_close(later[1, 25:], logits[1, 25:])
-    # the first is what it is alone
+    # The first document has the same logits without the second.
     torch.testing.assert_close(logits[:1, :10], model(idx[:1, :10]))
-    # The second alone, its positions kept: whatever stands before it is of another document.
+    # The second has the same logits without the first, at the same positions.
     alone = GPT(model.config).eval()
     alone.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -429,7 +429,7 @@ def test_one_segment_is_plain_causal_attention():
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
 @pytest.mark.parametrize("parts", [[32], [1] * 32, [31, 1], [1, 31], [5, 1, 1, 20, 5], [16, 16]])
 @torch.no_grad()
-def test_cache_in_any_split(attention, parts):
+def test_a_cache_gives_the_same_logits_in_any_split(attention, parts):
     model, idx = gpt(attention=attention), tokens(2, 32)
     cache = KVCache(model.config, 2, 32)
     pieces = [model(piece, past=cache) for piece in idx.split(parts, dim=1)]
@@ -440,7 +440,7 @@ def test_cache_in_any_split(attention, parts):
 @pytest.mark.parametrize("parts", [[16], [1] * 16, [9, 7], [2, 1, 13], [12, 1, 1, 1, 1]])
 @torch.no_grad()
 def test_cache_with_left_padding(parts):
-    """Rows of different lengths, padded at the left: each is what it is alone."""
+    """Rows of different lengths, padded at the left, have the same logits as each row alone."""
     model, idx, pad = gpt(), tokens(3, 16), torch.tensor([0, 3, 11])
     cache = KVCache(model.config, 3, 16, pad=pad)
     logits = torch.cat([model(piece, past=cache) for piece in idx.split(parts, dim=1)], 1)
@@ -465,7 +465,7 @@ def test_cache_select_repeats_rows():
         torch.testing.assert_close(logits[i], model(alone)[0, -2:], atol=1e-5, rtol=1e-5)
 
 
-def test_longer_than_block_size():
+def test_a_sequence_longer_than_block_size_is_refused():
     model = gpt()
     with pytest.raises(UserError, match="33 tokens is longer than block_size 32"):
         model(tokens(1, 33))
@@ -475,13 +475,13 @@ def test_longer_than_block_size():
         model(tokens(1, 1), past=cache)
 
 
-# --- one position of each row
+# --- a query index: one position of each row
 
 AT = torch.tensor([0, 11, 4])
 
 
 def prefixed(model: GPT, recompute: bool = False) -> GPT:
-    """With random keys and values before the text, as prefix tuning has them."""
+    """Add random keys and values before the text, like prefix tuning."""
     draw = torch.Generator().manual_seed(5)
     drawn = [torch.randn(2, 1, 4, 3, 16, generator=draw) for _ in range(model.config.n_layer)]
     layers = [(keys, values) for keys, values in drawn]
@@ -504,8 +504,8 @@ POSITIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_states_of_one_position_are_those_among_all(case, dtype):
-    """Values, and gradients of all weights; bf16 as autocast has it."""
+def test_a_query_index_selects_among_all_states(case, dtype):
+    """Compares values and gradients of all weights, in fp64 and in bf16 autocast."""
     model, idx = gpt(**POSITIONS[case]).train(), tokens(3, 12)
     model = (prefixed(model) if case == "prefix" else model).to(
         torch.float64 if dtype == torch.float64 else None
@@ -521,28 +521,28 @@ def test_the_states_of_one_position_are_those_among_all(case, dtype):
         (states.double() * weigh).sum().backward()
         return states.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    (states, gradients), (expected, of_all) = run(at=AT), run()
+    (states, gradients), (expected, of_all) = run(query_index=AT), run()
     assert states.shape == (3, 64) and len(gradients) == len(of_all)
     rtol = 1e-9 if dtype == torch.float64 else 0.05  # a few of bf16's 2^-8
     for ours, exact in ((states, expected), *zip(gradients, of_all, strict=True)):
         assert (ours - exact).norm() <= rtol * exact.norm()
 
 
-def test_one_position_computes_less_of_the_last_block():
+def test_a_query_index_computes_less_of_the_last_block():
     model, rows = gpt(n_layer=3), []
     for block in model.transformer.h:
         block.mlp.register_forward_hook(lambda _, x, y: rows.append(y.shape))
-    model.hidden(tokens(3, 12), at=AT)
+    model.hidden(tokens(3, 12), query_index=AT)
     assert rows == [(3, 12, 64), (3, 12, 64), (3, 1, 64)]
 
 
-def test_one_position_after_a_cache_with_padding_at_the_left():
+def test_a_query_index_after_a_left_padded_cache():
     model, pad = gpt(), torch.tensor([2, 0, 5])
     caches = [new_cache(model, 3, 32, pad) for _ in range(2)]
     for cache in caches:
         model.hidden(tokens(3, 7), past=cache)
     idx = tokens(3, 12, seed=2)
-    found = model.hidden(idx, past=caches[0], at=AT)
+    found = model.hidden(idx, past=caches[0], query_index=AT)
     torch.testing.assert_close(found[:, 0], model.hidden(idx, past=caches[1])[torch.arange(3), AT])
     assert caches[0].length == caches[1].length == 19
 
@@ -565,7 +565,7 @@ def test_recompute_gives_equal_gradients(dropout, autocast):
 
 
 def test_trains_as_transformers_does(tmp_path):
-    """From the same weights on the same batches, 200 fp32 steps: the losses stay together to
+    """In 200 fp32 steps from the same weights on the same batches, the losses differ by less than
     1e-4."""
     torch.manual_seed(0)
     ours = GPT(SMALL)
@@ -576,7 +576,7 @@ def test_trains_as_transformers_does(tmp_path):
         torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         for m in models
     ]
-    # A language to learn: each token follows from the one before, with a little noise.
+    # A language that can be learnt: each token follows from the previous one, with some noise.
     follows = torch.randperm(331, generator=torch.Generator().manual_seed(4))
     apart, losses = 0.0, []
     for step in range(200):
@@ -600,7 +600,7 @@ def test_trains_as_transformers_does(tmp_path):
     assert losses[-1] < losses[0] - 1  # and it was training, not standing still
 
 
-def test_shapes_that_cannot_be():
+def test_impossible_shapes_are_refused():
     for changes in ({"n_head": 5}, {"n_layer": -1}, {"vocab_size": 0}):
         with pytest.raises(UserError) as error:
             dataclasses.replace(SMALL, **changes)
@@ -609,7 +609,7 @@ def test_shapes_that_cannot_be():
         GPTConfig(n_embd=64, n_head=5)
 
 
-def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
+def test_fp8_keeps_the_gelu_kernel_and_only_trains(monkeypatch):
     calls = []
     monkeypatch.setattr(
         "kernels.ops.fp8_linear",
@@ -633,7 +633,7 @@ def test_fp8_keeps_the_gelu_kernel_and_is_for_training_alone(monkeypatch):
 
 def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
     for tied in (True, False):
-        # beyond the vocabulary, within it, across
+        # Beyond the vocabulary, within it, and across its end.
         for ids in (range(300, 303), range(290, 293), range(299, 301)):
             torch.manual_seed(0)
             model = GPT(GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=32, tied_head=tied))
@@ -654,7 +654,7 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
             assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)
 
 
-# --- how others save the same weights
+# --- layouts in which others save the same weights
 
 WRAPPED = {
     "plain": lambda name: name,
@@ -707,7 +707,7 @@ def test_weights_are_read_in_every_layout_and_wrapper(tmp_path, layout, wrapper)
     tensors = {
         name: t.clone() for name, t in theirs.state_dict().items() if name != "lm_head.weight"
     }
-    # a buffer of old checkpoints
+    # Old checkpoints hold this buffer.
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["v_head.summary.weight"] = torch.zeros(1, 64)
@@ -811,7 +811,7 @@ def test_two_models_in_one_file_are_refused(tmp_path):
         tensors | {"transformer.h.0.attn.c_attn.lora_A.default.weight": torch.zeros(2, 64)},
         "bin",
     )
-    refused(tmp_path, "an adapter that is not merged")
+    refused(tmp_path, "belongs to an unmerged adapter")
     save_as(
         tmp_path, tensors | {"transformer.ln_f.weight": torch.zeros(64, dtype=torch.int8)}, "bin"
     )
@@ -846,7 +846,7 @@ READ = [
 
 
 @pytest.mark.parametrize("changes", READ, ids=str)
-def test_a_value_that_can_mean_one_thing_is_read(tmp_path, changes):
+def test_an_unambiguous_config_value_is_read(tmp_path, changes):
     model = gpt()
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.arguments import field_docs, options_of
 from base.cli import parse, typed_options
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
+from docs.options import page
 from docs.packages import source_files
 from support import REPO
 from tasks.description import Description
@@ -333,3 +336,155 @@ def test_a_config_file_that_cannot_be_meant_is_one_line(
     (tmp_path / "c.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=told):
         parse(GenerateConfig, ["--config", str(tmp_path / "c.json")])
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--n_layer 3", {"n_layer": 3}),
+        ("--n_layer=3 --n-head=2", {"n_layer": 3, "n_head": 2}),
+        ("--compile --no-compile", {"compile": False}),
+        ("--no_compile --cuda_graphs", {"compile": False, "cuda_graphs": True}),
+        ("--steps many --steps 6", {"steps": 6}),
+        ("--micro-batch 8 --lr 1e-3", {"micro_batch": 8, "lr": 1e-3}),
+        ("--micro-batch auto", {"micro_batch": "auto"}),
+        ("--prompts a '' -1 -.5 - --steps 5", {"prompts": ("a", "", "-1", "-.5", "-"), "steps": 5}),
+        ("--prompts=-a b", {"prompts": ("-a", "b")}),
+        ("--prompts a --prompts b", {"prompts": ("b",)}),
+        ("--prompts", {"prompts": ()}),
+        ("--out=-x", {"out": "-x"}),
+        ("--out a=b --", {"out": "a=b"}),
+    ],
+)
+def test_options_are_typed_in_many_ways(words: str, options: dict[str, Any]) -> None:
+    typed = shlex.split(words)
+    cfg = parse(TrainConfig, typed)
+    assert {name: getattr(cfg, name) for name in options} == options
+    assert cfg == dataclasses.replace(TrainConfig(), **options)
+    assert typed_options(TrainConfig, typed) == set(options)
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        ("m a --top-k 2 b --no-stream c", ("a", "b", "c")),
+        ("--top-k 2 m", ()),
+        ("m a --top-k 2 -- -b --seed --", ("a", "-b", "--seed", "--")),
+        ("-- m --help", ("--help",)),
+        ("m '' -1 -1e5 '- a dash'", ("", "-1", "-1e5", "- a dash")),
+    ],
+)
+def test_prompts_stand_anywhere_between_options(words: str, prompts: tuple[str, ...]) -> None:
+    from generate import GenerateConfig
+
+    cfg = parse(GenerateConfig, shlex.split(words))
+    assert (cfg.checkpoint, cfg.prompts, cfg.seed) == ("m", prompts, 1337)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lr abc", "--lr is 'abc'; it must be a number"),
+        ("--lr ''", "--lr is ''; it must be a number"),
+        ("--steps 5.0", "--steps is '5.0'; it must be a whole number"),
+        (
+            f"--steps {'9' * 5000}",
+            f"--steps is '{'9' * 59}... (5002 characters); it must be a whole number",
+        ),
+        (
+            "--micro-batch outo",
+            "--micro-batch is 'outo'; it must be a whole number or auto (did you mean auto?)",
+        ),
+        (
+            "--schedule cosin",
+            "--schedule is 'cosin'; it must be cosine, linear, wsd, constant or "
+            "slanted-triangular (did you mean cosine?)",
+        ),
+        ("--steps", "--steps needs a value"),
+        ("--steps --lr 1", "--steps needs a value"),
+        ("--out -x", "--out needs a value"),
+        ("--compile=yes", "--compile takes no value; type --compile or --no-compile alone"),
+        ("--step 5", "unknown option --step (did you mean --steps?)"),
+        ("-steps 5", "unknown option -steps (did you mean --steps?)"),
+        ("--no-compil", "unknown option --no-compil (did you mean --no-compile?)"),
+        ("--prompts a -- b", "unexpected word 'b'; options are written --name value (see --help)"),
+        ("--config", "--config needs a value"),
+        ("--config ''", "--config is empty; give a file, or leave --config out"),
+    ],
+)
+def test_a_word_that_cannot_be_meant_is_one_line(words: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, shlex.split(words))
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"steps": true}', "steps is true; it must be a whole number"),
+        ('{"steps": [1]}', "steps is [1]; it must be a whole number"),
+        ('{"steps": 1.5}', "steps is 1.5; it must be a whole number"),
+        ('{"compile": 1}', "compile is 1; it must be true or false"),
+        ('{"lr": "--x"}', "lr is '--x'; it must be a number"),
+        ('{"optimizer": "sgd"}', "optimizer is 'sgd'; it must be adamw or muon"),
+    ],
+)
+def test_a_config_file_s_value_of_the_wrong_kind_is_one_line(
+    text: str, told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, ["--config", str(file)])
+    assert str(error.value) == f"--config {file}: {told}"
+
+
+# --- help
+
+
+@pytest.mark.parametrize("columns", ["1", "80"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_help_names_every_option(
+    kind: Any, columns: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as end:
+        parse(kind, ["--seed", "abc", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for option in options_of(kind):
+        assert option.label in shown
+        assert all(typed in shown for typed in option.typed)
+
+
+def test_the_page_of_options_is_made_from_the_dataclasses() -> None:
+    committed = (REPO / "docs" / "options.md").read_text(encoding="utf-8")
+    assert committed == page(), "run python docs/options.py"
+    commands = [kind for kind in KINDS if not kind.__module__.startswith("benchmarks")]
+    for option in {option.label for kind in commands for option in options_of(kind)}:
+        assert f"| `{option}` |" in committed
+
+
+def test_help_tells_defaults_and_what_fields_of_classes_above_say(capsys) -> None:
+    from finetune.sentiment import SentimentConfig
+
+    with pytest.raises(SystemExit):
+        parse(SentimentConfig, ["-h"], {"out": "runs/sentiment 100%"})
+    shown = " ".join(capsys.readouterr().out.split())
+    docs = field_docs(SentimentConfig)
+    for line in (
+        "--config FILE Read options from a JSON or TOML file",
+        # A docstring of the class itself, one of a class above it, and defaults of both.
+        f"--label-column TEXT {docs['label_column']}",
+        f"--steps INT {docs['steps']} --",
+        f"--dropout FLOAT {docs['dropout']} (default: 0.1)",
+        f"--keep INT {docs['keep']} (default: 1)",
+        f"--micro-batch INT|auto {docs['micro_batch']} (default: auto)",
+        f"--words [TEXT ...] {docs['words']}",
+        f"--strict, --no-strict {docs['strict']}",
+        "Default: runs/PRESET, or runs/TASK.",
+    ):
+        assert line in shown

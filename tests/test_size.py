@@ -1,4 +1,4 @@
-"""What a person reads in an afternoon stays that: the spine's size, the seam's, the model's."""
+"""Limits on size, so that a person can read the spine in an afternoon: spine, seam and model."""
 
 from __future__ import annotations
 

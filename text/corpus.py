@@ -1,9 +1,8 @@
-"""Documents to tokens: text files or a hub dataset, read in a fixed order, tokenized by several
-processes.
+"""Reads documents from text files or a hub dataset, and tokenizes them with several processes.
 
-Results come back in the order of the input, so what is written never depends on the number of
-processes; the price is that one slow chunk holds back those behind it, up to a small bound that
-keeps memory flat.
+Documents are read in a fixed order, and results come back in that order. The output therefore never
+depends on the number of processes. The price is that one slow chunk delays those behind it. At most
+CHUNKS_PER_WORKER chunks per process wait, so memory use is bounded.
 """
 
 from __future__ import annotations
@@ -36,52 +35,54 @@ from base.errors import reason
 from config import UserError
 from storage.shards import token_dtype
 from text import readers
-from text.readers import SHOWN, LeftOut
+from text.readers import MAX_SHOWN, SkippedRows
+from text.row import Record
 
-CHUNK_CHARS = 1 << 20  # what one process tokenizes at a time
-PATIENCE = 5.0  # seconds for a tokenizing process to end
-IN_FLIGHT = 4  # chunks between reading and writing, for each process
+CHUNK_CHARS = 1 << 20  # characters that one process tokenizes at a time
+JOIN_TIMEOUT = 5.0  # seconds that a tokenizing process has to end after SIGTERM
+CHUNKS_PER_WORKER = 4  # chunks in memory between reading and writing, for each process
 
-# text, and whether it begins a document (or goes on with the one before)
+# A text, and whether it begins a document. False: it continues the one before.
 Segment = tuple[str, bool]
 
 
 class Encoder(Protocol):
-    """What of a tokenizer is needed here."""
+    """The part of a tokenizer that is used here."""
 
     vocab_size: int
     eot: int
     num_threads: int | None
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without an end-of-text token."""
+        ...
 
 
 # ---- files to documents
 
 
 def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> Iterator[Segment]:
-    """Documents between separator lines; one longer than a chunk comes in pieces. The last newline
-    is the separator's.
+    """Documents between separator lines. One that is longer than a chunk comes in pieces.
 
-    errors: "surrogateescape" lets single bytes pass that are not UTF-8, but no text of another
-    encoding.
+    The newline before a separator is removed. errors: "surrogateescape" keeps single bytes that are
+    not UTF-8. A text that seems to be in another encoding raises UserError in any case.
     """
-    sound = errors == "strict"
+    checked = errors == "strict"
     try:
-        for text, starts, ends in readers.documents(
+        for text, starts, ends in readers.split_documents(
             readers.text_stream(stream, path, errors), CHUNK_CHARS
         ):
-            if not sound and readers.BAD_BYTE.search(text):
-                if readers.encoding_of(readers.sample_of(path)):
+            if not checked and readers.BAD_BYTE.search(text):
+                if readers.encoding_of(readers.encoding_sample(path)):
                     raise readers.not_utf8(str(path), path)
-                sound = True
+                checked = True
             yield (text[:-1].removesuffix("\r") if ends and text.endswith("\n") else text), starts
     except UnicodeDecodeError:
         raise readers.not_utf8(str(path), path) from None
 
 
 def _read_python(stream: io.BufferedReader, path: Path, errors: str) -> Iterator[Segment]:
-    """A source file is one document, in the encoding that it declares."""
+    """A Python file as one document, decoded with the encoding that it declares."""
     data = stream.read()
     try:
         encoding, _ = python_source.detect_encoding(io.BytesIO(data).readline)
@@ -90,21 +91,21 @@ def _read_python(stream: io.BufferedReader, path: Path, errors: str) -> Iterator
         raise UserError(f"{path} is not Python in the encoding that it declares: {error}") from None
 
 
-# None: a file of rows
+# By suffix. None: a file of rows, which text/readers.py reads.
 _READERS: dict[str, Callable[..., Iterator[Segment]] | None] = {
     ".txt": _read_txt,
     ".py": _read_python,
 } | dict.fromkeys(readers.ROW_SUFFIXES)
-# of the files that a folder is searched for
+# Suffixes of the files that are picked from a folder.
 TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def suffix_of(path: Path) -> str:
-    """`.jsonl` for both a.jsonl and a.jsonl.gz."""
+    """The suffix in lower case, without .gz: `.jsonl` for both a.jsonl and a.jsonl.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-# Names that a system or an editor gives to files of its own: .ipynb_checkpoints, ._a.txt, #a.txt#,
+# Names that systems and editors give to their own files: .ipynb_checkpoints, ._a.txt, #a.txt#,
 # a.txt~.
 _HIDDEN = re.compile(
     r"\..*|~\$.*|.*~|#.*#|__MACOSX|\$RECYCLE\.BIN|System Volume Information|lost\+found"
@@ -112,16 +113,16 @@ _HIDDEN = re.compile(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is left out wherever nobody named it."""
+    """Whether a file or folder of this name is skipped unless the user names it."""
     return bool(_HIDDEN.fullmatch(name))
 
 
 def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
-    """Each item of a comma-separated `spec` with the files it names: a file, a glob's, or those in
-    and below a folder with one of the suffixes.
+    """Each item of a comma-separated `spec`, with the files that it names.
 
-    Hidden files and folders count only where the item names them. Raises UserError for a folder
-    that cannot be listed, and for a link in it that leads nowhere.
+    An item is a file, a glob or a folder. A folder names all files in and below it that have one of
+    the suffixes. Hidden files and folders are skipped unless the item names them. Raises UserError
+    for a folder that cannot be listed, and for a broken link.
     """
     for item in _items(spec):
         path = os.path.expanduser(item)
@@ -132,36 +133,38 @@ def named_files(spec: str, suffixes: Sequence[str]) -> Iterator[tuple[str, list[
         for file in files:
             if file.is_symlink() and not os.path.exists(file):
                 raise UserError(
-                    f"{file} is a link to a file that is not there; mend or remove the link"
+                    f"{file} is a link to a file that is not there; repair or remove the link"
                 )
         yield item, [file for file in files if os.path.isfile(file)]
 
 
 def _items(spec: str) -> list[str]:
-    """The items of `spec`; a path that exists is one item, commas or not."""
+    """The comma-separated items of `spec`. A path that exists is one item, even with commas."""
     whole = os.path.exists(os.path.expanduser(spec))
     return [spec] if whole else list(filter(None, map(str.strip, spec.split(","))))
 
 
 def _walk(folder: str, pattern: Sequence[str] = ()) -> Iterator[Path]:
-    """All in and below a folder but its folders, links followed, each folder once. Hidden names are
-    left out unless a hidden part of the `pattern` matches them."""
+    """All files in and below a folder. Links are followed, and each folder is visited once.
+
+    Hidden names are skipped unless a hidden part of the `pattern` matches them.
+    """
     top, seen = os.path.realpath(folder), set[str]()
     waiting, links = [folder], list[str]()
     while waiting or links:
-        # a folder counts under its own name rather than a link's
-        at = waiting.pop() if waiting else links.pop()
-        real = os.path.realpath(at)
+        # links come last, so that a folder is found under its own name rather than a link's
+        current = waiting.pop() if waiting else links.pop()
+        real = os.path.realpath(current)
         if real in seen or _is_below(top, real):
-            continue  # a link that leads back, or up
+            continue  # a link to a folder that was visited, or to one above
         seen.add(real)
         try:
-            names = sorted(os.listdir(at), reverse=True)
+            names = sorted(os.listdir(current), reverse=True)
         except OSError as error:
             raise UserError(
-                f"{at} cannot be listed: {error.strerror}; name its files, or leave it out"
+                f"{current} cannot be listed: {error.strerror}; name its files, or leave it out"
             ) from None
-        for path in (os.path.join(at, name) for name in names if _is_meant(name, pattern)):
+        for path in (os.path.join(current, name) for name in names if _is_included(name, pattern)):
             if os.path.isdir(path):
                 (links if os.path.islink(path) else waiting).append(path)
             else:
@@ -172,17 +175,17 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _is_meant(name: str, pattern: Sequence[str]) -> bool:
+def _is_included(name: str, pattern: Sequence[str]) -> bool:
     named = any(fnmatch.fnmatchcase(name, part) for part in pattern if is_hidden(part))
     return named or not is_hidden(name)
 
 
 def _glob(pattern: str) -> Iterator[Path]:
-    """What matches a pattern. glob's own ** would follow links in circles."""
+    """The files that match a glob. `**` is expanded here because glob's own follows link cycles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         for path in map(Path, glob.iglob(pattern)):
-            if all(_is_meant(part, parts) for part in path.parts):
+            if all(_is_included(part, parts) for part in path.parts):
                 yield path
         return
     head, tail = parts[: parts.index("**")], parts[parts.index("**") :]
@@ -207,34 +210,42 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def unknown_kind(path: Path, known: Sequence[str]) -> str:
-    """What is wrong with a file whose name does not say how to read it, and what to type."""
+    """The error for a file whose suffix is not one of `known`, and what to type."""
     if readers.is_gzip(path):
         return (
-            f"{path} is gzip, and its name does not say what is in it; give it a name that does, "
-            f"such as {path.name.removesuffix('.gz')}{known[0]}.gz"
+            f"{path} is gzip, and its name does not say what is in it; rename it, for example to "
+            f"{path.name.removesuffix('.gz')}{known[0]}.gz"
         )
     with contextlib.suppress(OSError), path.open("rb") as file:
         if kind := readers.other_kind(file.read(readers.HEAD)):
             return f"{path} is {kind}"
-    return f"{path} is none of {' '.join(known)} (or these with .gz)"
+    return (
+        f"{path} has none of the suffixes {' '.join(known)} (or these with .gz); convert or rename "
+        "it"
+    )
 
 
 def file_id(path: Path) -> object:
-    """Equal for two names of one file: links, hard links, other spellings of its path."""
+    """A value that is equal for two names of one file: links, hard links, spellings of its path."""
     stat = path.stat()
-    linked = stat.st_nlink > 1 and stat.st_ino  # some file systems number no files
+    linked = stat.st_nlink > 1 and stat.st_ino  # some file systems have no inode numbers
     return (stat.st_dev, stat.st_ino) if linked else os.path.realpath(path)
 
 
-def words_of(name: str) -> list[str]:
-    """The words of a file's name in lower case: val and fineweb of fineweb_val_000000.bin, medieval
-    of medieval.npy."""
+def words_in_name(name: str) -> list[str]:
+    """The words in a file's name, in lower case: fineweb and val in fineweb_val_000000.bin.
+
+    medieval.npy has the one word medieval, and so does not count as validation.
+    """
     return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def find_files(spec: str) -> list[Path]:
-    """The text files that `spec` names: files, folders and globs, separated by commas; in order,
-    each once."""
+    """The text files that a comma-separated `spec` names, in order, each file once.
+
+    Items are files, folders and globs. Raises UserError for an item without text, for token shards,
+    and for a file of an unknown kind.
+    """
     found: dict[object, Path] = {}
     for item, matches in named_files(spec, TEXT_SUFFIXES):
         if not matches:
@@ -253,7 +264,7 @@ def find_files(spec: str) -> list[Path]:
 
 
 def no_such_data(item: str) -> str:
-    """What is wrong and what to type where `item` does not exist."""
+    """The error for an item of --data that does not exist or holds no data, and what to type."""
     path = Path(item).expanduser()
     if os.path.exists(path) and not os.path.isdir(path):
         return f"{item} is neither a file nor a folder; give text files or a folder of token shards"
@@ -269,7 +280,7 @@ def no_such_data(item: str) -> str:
 
 
 def no_hub_data(what: str, error: Exception) -> UserError:
-    """What was asked of the hub, what it said, and what to type."""
+    """The error for a failed request to the hub: what was asked, the hub's answer, what to type."""
     return UserError(
         f"cannot get {what} from the hub: {reason(error, whole=True)}; check the name and the "
         "network, or use text files of your own"
@@ -277,8 +288,11 @@ def no_hub_data(what: str, error: Exception) -> UserError:
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub, not
-    like a lost file."""
+    """Whether a name that is no path looks like `org/name` or `org/name:config` on the hub.
+
+    A name that looks like a missing file does not count: one in data/ or in a folder that exists,
+    or one with the suffix of a data file.
+    """
     owner = spec.partition("/")[0]
     lost = (
         owner == "data"
@@ -289,11 +303,11 @@ def is_hub_id(spec: str) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """The source of the running Python's standard library: about 10 MB, the same for one version of
-    Python.
+    """The source files of the running Python's standard library, about 10 MB.
 
-    Left out: what is not the library (site-packages), its tests, which not every Python is shipped
-    with, and tables of characters, which are no text to learn from.
+    Two machines with the same version of Python have the same files. Three kinds are skipped:
+    site-packages, the library's tests, which some distributions do not ship, and its tables of
+    characters, which are no useful text.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     outside = {
@@ -318,32 +332,39 @@ def stdlib_files() -> list[Path]:
         ]
     if not found:
         raise UserError(
-            f"the source of Python's standard library is not in {root}; give --data text files "
-            "instead"
+            f"the source of Python's standard library is not in {root}; give text files with "
+            "--data instead"
         )
     return sorted(found)
 
 
-# ---- sources: what can be read from any place on
+# ---- sources, which can resume at any document
 
 
 class Source(Protocol):
-    """Documents in a fixed order. `state` is JSON: given to `segments`, reading goes on from
-    there."""
+    """Documents in a fixed order, which can be read from any of them on."""
 
-    total: int | None  # bytes, where known
+    total: int | None  # size in bytes, or None if it is not known
 
     @property
-    def position(self) -> int: ...  # bytes read so far
+    def position(self) -> int:
+        """Bytes read so far."""
+        ...
 
-    def segments(self, state: Any = None) -> Iterator[Segment]: ...
+    def segments(self, state: Any = None) -> Iterator[Segment]:
+        """The documents from `state` on, in pieces. None: from the first one on."""
+        ...
 
-    def state(self) -> Any: ...
+    def state(self) -> Any:
+        """The current place, as JSON. `segments` takes it to resume reading there."""
+        ...
 
 
 class TextFiles:
-    """Documents of text files, in the order given. Its state is [file, records read of it, broken
-    ones too]."""
+    """Documents of text files, in the given order.
+
+    Its state is [index of the file, records read of it]. Broken records count too.
+    """
 
     def __init__(
         self,
@@ -352,43 +373,50 @@ class TextFiles:
         say: Callable[[str], None] = print,
         errors: str = "strict",
     ):
-        """say: is told of the rows that cannot be read and are left out. errors: of the bytes of a
-        .txt file."""
+        """say: is called with a line for each row that is left out because it cannot be read.
+
+        errors: how a .txt file is decoded, "strict" or "surrogateescape".
+        """
         self.files, self.column, self.say, self.errors = list(files), column, say, errors
         self.sizes = [path.stat().st_size for path in self.files]
         self.total: int | None = sum(self.sizes)
-        self._at = [0, 0]
+        self._state = [0, 0]
         self._raw: IO[bytes] | None = None
 
     @property
     def position(self) -> int:
+        """Bytes read so far, compressed ones for a file that is compressed."""
         inside = self._raw.tell() if self._raw and not self._raw.closed else 0
-        return sum(self.sizes[: self._at[0]]) + inside
+        return sum(self.sizes[: self._state[0]]) + inside
 
     def state(self) -> list[int]:
-        return list(self._at)
+        """The current place: [index of the file, records read of it]."""
+        return list(self._state)
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
-        """Raises UserError for a file that is damaged, is not UTF-8 or lacks the column; and where
-        all rows are broken."""
+        """The documents from `state` on.
+
+        Raises UserError for a file that is damaged, is not UTF-8 or has no such column, and if all
+        rows are broken.
+        """
         first, skip = state or (0, 0)
-        rows = _Rows(self.column, self.say)
+        rows = _RowDocuments(self.column, self.say)
         rows.found = bool(first or skip)
         for index in range(first, len(self.files)):
-            self._at = [index, skip]
+            self._state = [index, skip]
             for segment in self._read(self.files[index], skip, rows):
-                self._at[1] += 1
+                self._state[1] += 1
                 if segment:
                     yield segment
             rows.tell()
             skip = 0
-        self._at = [len(self.files), 0]
+        self._state = [len(self.files), 0]
         rows.close(", ".join(map(str, self.files[:2])) + (", ..." if len(self.files) > 2 else ""))
 
-    def _read(self, path: Path, skip: int, rows: _Rows) -> Iterator[Segment | None]:
+    def _read(self, path: Path, skip: int, rows: _RowDocuments) -> Iterator[Segment | None]:
         suffix = suffix_of(path)
         reader = _READERS.get(suffix, _read_txt)
-        with readers.opened(path) as (self._raw, stream):
+        with readers.open_decompressed(path) as (self._raw, stream):
             if reader:
                 yield from itertools.islice(reader(stream, path, self.errors), skip, None)
                 return
@@ -405,42 +433,46 @@ class TextFiles:
                 yield rows.segment(f"{path} {place}", cells, path)
 
 
-class _Rows:
-    """Rows to documents: those that cannot be read are named, counted and left out."""
+class _RowDocuments:
+    """Turns rows into documents. Rows that cannot be read are named, counted and left out."""
 
-    GIVE_UP = 10_000  # broken rows at the beginning, after which no sound one is looked for
+    # After this many broken rows at the beginning, the file is given up.
+    MAX_BROKEN_START = 10_000
 
     def __init__(self, column: str, say: Callable[[str], None]):
         self.column, self.say = column, say
-        self.found = False  # whether there was any sound one
-        self.waits = (
-            False  # whether damage may show later in the file, which would explain the broken rows
-        )
-        self.left_out = LeftOut()
-        self._told = 0
+        self.found = False  # whether any row could be read
+        # Whether the broken rows are named only at the end of the file: a compressed file may turn
+        # out to be damaged, and that error explains them better.
+        self.waits = False
+        self.left_out = SkippedRows()
+        self._named = 0  # rows of left_out.shown that were printed
 
     def segment(self, where: str, cells: dict[str, Any] | str, name: Path | str) -> Segment | None:
-        """The document of a row; None for a broken one."""
+        """The document of a row; None for a broken row."""
         text = readers.text_of(cells, self.column)
         if text is not None:
             self.found = True
             return text, True
-        shown = self.left_out.count < SHOWN
+        shown = self.left_out.count < MAX_SHOWN
         self.left_out.add(f"{where} {readers.fault_of(cells, self.column, name)}" if shown else "")
         if not self.waits:
             self.tell()
-        if not self.found and self.left_out.count == self.GIVE_UP:
+        if not self.found and self.left_out.count == self.MAX_BROKEN_START:
             self.close(str(name))
         return None
 
     def tell(self) -> None:
-        """Name those that were not named yet, once there is a sound row beside them."""
-        for line in self.left_out.shown[self._told :] if self.found else ():
+        """Print the broken rows that were not printed yet, once any row could be read.
+
+        Until then they wait, because `close` may raise one error for all of them.
+        """
+        for line in self.left_out.shown[self._named :] if self.found else ():
             self.say(f"left out: {line}")
-            self._told += 1
+            self._named += 1
 
     def close(self, what: str) -> None:
-        """Tell how many were left out. Raises UserError where there was nothing else."""
+        """Print how many more were left out. Raises UserError if no row could be read."""
         if self.left_out.count and not self.found:
             raise UserError(f"{what} holds no row that can be read: {self.left_out.shown[0]}")
         self.tell()
@@ -448,22 +480,23 @@ class _Rows:
             self.say(more)
 
 
-def records_of(path: Path, otherwise: str = "") -> Iterator[readers.Record]:
-    """The rows of a file, with all of their columns; a .txt file is a table.
+def records_of(path: Path, otherwise: str = "") -> Iterator[Record]:
+    """The rows of a file, with all columns. A .txt file is read as a table.
 
-    otherwise: the suffix of a file whose own tells nothing. Raises UserError as the readers do.
+    otherwise: the suffix to assume for a file with an unknown one. Raises UserError for an unknown
+    kind of file, and as the readers do.
     """
     suffix = suffix_of(path)
     if otherwise and suffix not in readers.ROW_SUFFIXES:
         suffix = otherwise
     if suffix not in (*readers.ROW_SUFFIXES, ".txt"):
         raise UserError(unknown_kind(path, readers.ROW_SUFFIXES))
-    with readers.opened(path) as (_, stream):
+    with readers.open_decompressed(path) as (_, stream):
         yield from readers.read_records(stream, path, suffix)
 
 
 class HubDataset:
-    """Rows of a dataset on the hub, streamed. Its state is that of the `datasets` library."""
+    """Rows of a dataset on the hub, streamed. The `datasets` library defines its state."""
 
     total: int | None = None
 
@@ -476,7 +509,7 @@ class HubDataset:
         revision: str | None = None,
         say: Callable[[str], None] = print,
     ):
-        """Raises UserError where the hub has no such dataset, or is out of reach."""
+        """Raises UserError if the hub has no such dataset or cannot be reached."""
         import datasets
         import huggingface_hub
 
@@ -484,31 +517,34 @@ class HubDataset:
         self.position = 0
         self.what = f"{name}{f':{config}' if config else ''} ({split})"
         try:
-            # asked first because the library below retries for half a minute before it gives up
+            # asked first, because load_dataset retries for half a minute before it gives up
             self.revision = revision or huggingface_hub.dataset_info(name, timeout=10).sha
             self.rows: Any = datasets.load_dataset(
                 name, config, split=split, revision=self.revision, streaming=True
             )
         except Exception as error:
-            # whatever HTTP client the library has today; the line says what it said
+            # The kind of error depends on the library's HTTP client, which changes.
             raise no_hub_data(self.what, error) from None
 
     def state(self) -> Any:
+        """The current place, as the `datasets` library gives it."""
         return self.rows.state_dict()
 
-    def records(self) -> Iterator[readers.Record]:
-        """Rows from the state on. Raises UserError where the hub, or the network, gives no more."""
+    def records(self) -> Iterator[Record]:
+        """Rows from the current state on. Raises UserError if the hub or the network fails."""
         try:
             for number, row in enumerate(self.rows, 1):
                 yield f"row {number}", row
         except Exception as error:
-            # as above, and whatever a damaged file on the hub makes the library raise
+            # as above, and a damaged file on the hub makes the library raise other kinds
             raise no_hub_data(self.what, error) from None
 
     def segments(self, state: Any = None) -> Iterator[Segment]:
+        """The documents from `state` on; None: from the first one on. Raises UserError as `records`
+        does, and if all rows are broken."""
         if state is not None:
             self.rows.load_state_dict(state)
-        rows = _Rows(self.column, self.say)
+        rows = _RowDocuments(self.column, self.say)
         rows.found = state is not None
         for place, row in self.records():
             if segment := rows.segment(f"{self.name} {place}", row, self.name):
@@ -520,7 +556,10 @@ class HubDataset:
 def open_text(
     spec: str, column: str = "text", say: Callable[[str], None] = print, config: str | None = None
 ) -> Source:
-    """Whatever text `spec` names: files, folders and globs, a dataset on the hub, or `stdlib`."""
+    """The source of the text that `spec` names: files, folders and globs, a hub id, or `stdlib`.
+
+    Raises UserError if there is no such text.
+    """
     path = Path(spec).expanduser()
     if spec == "stdlib" and not path.exists():
         return TextFiles(stdlib_files(), column, say)
@@ -535,19 +574,22 @@ def open_text(
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some segments to tokenize together."""
+    """Some segments that one process tokenizes together."""
 
     texts: list[str]
-    starts: list[bool]
-    empty: int  # documents without text, left out
-    state: Any  # of the source, before the first of these
-    position: int  # of the source, after the last of these
+    starts: list[bool]  # whether each text begins a document
+    empty: int  # documents without text, which are left out
+    state: Any  # state of the source before the first segment
+    position: int  # position of the source after the last segment
 
 
 def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
-    """Group what `source` holds from `state` on; documents without text are left out and
-    counted."""
-    texts, starts, empty, size, at = [], [], 0, 0, state if state is not None else source.state()
+    """Group the segments of `source` from `state` on into chunks of about CHUNK_CHARS characters.
+
+    Documents without text are left out and counted.
+    """
+    texts, starts, empty, size = [], [], 0, 0
+    before = state if state is not None else source.state()
     for text, start in source.segments(state):
         if text.strip():
             texts.append(text)
@@ -556,18 +598,21 @@ def chunks(source: Source, state: Any = None) -> Iterator[Chunk]:
         else:
             empty += start
         if size >= CHUNK_CHARS:
-            yield Chunk(texts, starts, empty, at, source.position)
-            texts, starts, empty, size, at = [], [], 0, 0, source.state()
+            yield Chunk(texts, starts, empty, before, source.position)
+            texts, starts, empty, size, before = [], [], 0, 0, source.state()
     if texts or empty:
-        yield Chunk(texts, starts, empty, at, source.position)
+        yield Chunk(texts, starts, empty, before, source.position)
 
 
 def encode(
     tokenizer: Encoder, texts: list[str], starts: list[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all texts in one array, with end-of-text before each that begins a document; and
-    the length of each."""
-    # not encode_batch, whose threads the processes stand for
+    """The tokens of all texts in one array, and each text's number of tokens, (n_texts,) int64.
+
+    An end-of-text token precedes each text that begins a document, and counts as a token of it. The
+    dtype is that of `token_dtype`.
+    """
+    # one by one: the worker processes already provide the parallelism of encode_batch
     ids = [tokenizer.encode(text) for text in texts]
     lengths = np.array([len(row) + start for row, start in zip(ids, starts, strict=True)], np.int64)
     tokens = np.full(lengths.sum(), tokenizer.eot, token_dtype(tokenizer.vocab_size))
@@ -579,24 +624,24 @@ def encode(
 def tokenize(
     source: Iterator[Chunk], tokenizer: Encoder, workers: int
 ) -> Generator[tuple[Chunk, np.ndarray, np.ndarray]]:
-    """Chunks in their order, each with what `encode` makes of it, from `workers` processes (1: in
-    this one).
+    """Each chunk with its tokens and lengths as `encode` returns them, in the order of the source.
 
-    At most IN_FLIGHT * workers chunks are held at any time.
+    workers: number of processes; 1 tokenizes in this process. At most CHUNKS_PER_WORKER * workers
+    chunks are in memory at any time.
     """
     if workers <= 1:
         for chunk in source:
             yield chunk, *encode(tokenizer, chunk.texts, chunk.starts)
         return
-    with _Encoders(tokenizer, workers) as encoders:
+    with _WorkerPool(tokenizer, workers) as encoders:
         numbered = enumerate(source)
-        held: dict[int, Chunk] = {}  # read and not yet given back
+        held: dict[int, Chunk] = {}  # chunks that were read and not yet yielded
         unsent: deque[tuple[int, Chunk]] = deque()
         done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for number in itertools.count():
             while number not in done:
-                # one chunk for each process is read ahead, so that none waits for the disk
-                room = len(held) < IN_FLIGHT * workers and len(unsent) < workers
+                # one chunk is read ahead for each process, so that none waits for the disk
+                room = len(held) < CHUNKS_PER_WORKER * workers and len(unsent) < workers
                 if read := next(numbered, None) if room else None:
                     unsent.append(read)
                     held[read[0]] = read[1]
@@ -608,13 +653,12 @@ def tokenize(
             yield held.pop(number), *done.pop(number)
 
 
-class _Encoders:
-    """Processes that tokenize, each with one chunk at a time. They end when this one does, however
-    it ends."""
+class _WorkerPool:
+    """Processes that tokenize one chunk at a time each. They also end if this process is killed."""
 
     def __init__(self, tokenizer: Encoder, n: int):
-        # Forking is quick, but unsafe beside other threads; elsewhere a fresh interpreter imports
-        # the tokenizer.
+        # Forking is fast, but unsafe in a process with other threads. A spawned interpreter has to
+        # import the tokenizer first.
         fork = sys.platform == "linux" and threading.active_count() == 1
         context = (
             multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
@@ -624,43 +668,48 @@ class _Encoders:
         self._processes = []
         for _ in range(n):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, ours, tokenizer), daemon=True)
+            process = context.Process(
+                target=_run_worker, args=(theirs, ours, tokenizer), daemon=True
+            )
             process.start()
-            theirs.close()  # so that the death of either side is the end of the other's file
+            theirs.close()  # so that either side sees the end of file when the other one dies
             self._processes.append(process)
             self.idle.append(ours)
 
-    def __enter__(self) -> _Encoders:
+    def __enter__(self) -> _WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            process.join(PATIENCE)
-            if process.is_alive():  # it was forked in a state in which it handles no signal
+            process.join(JOIN_TIMEOUT)
+            if process.is_alive():  # forked in a state in which it does not handle signals
                 process.kill()
                 process.join()
         for connection in [*self.idle, *self._busy]:
             connection.close()
 
     def send(self, number: int, chunk: Chunk) -> None:
+        """Give chunk `number` to an idle process. Raises RuntimeError if that process has died."""
         connection = self.idle.pop()
         self._busy[connection] = number
         try:
             connection.send((chunk.texts, chunk.starts))
         except OSError:
-            raise _died() from None
+            raise _worker_died() from None
 
     def receive(self, block: bool) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """The results that are there; with `block`, at least one. Raises RuntimeError where a
-        process failed."""
+        """The results that are ready, each as (number, (tokens, lengths)).
+
+        block: wait for at least one. Raises RuntimeError if a process failed.
+        """
         for connection in wait(list(self._busy), None if block else 0):
             assert isinstance(connection, Connection)
             try:
                 result = connection.recv()
             except (EOFError, OSError):
-                raise _died() from None
+                raise _worker_died() from None
             if isinstance(result, str):
                 raise RuntimeError(f"a tokenizing process failed:\n{result}")
             number = self._busy.pop(connection)
@@ -668,19 +717,21 @@ class _Encoders:
             yield number, result
 
 
-def _died() -> RuntimeError:
-    return RuntimeError("a tokenizing process died; was memory short?")
+def _worker_died() -> RuntimeError:
+    return RuntimeError("a tokenizing process died; did the machine run out of memory?")
 
 
-def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
-    """The life of a tokenizing process. Ctrl-C reaches the whole group: the parent is the one to
-    act on it."""
-    parents.close()  # a fork holds the other end too, and would never see it close
+def _run_worker(connection: Connection, parents: Connection, tokenizer: Encoder) -> None:
+    """The main loop of a tokenizing process.
+
+    Ctrl-C reaches the whole process group. Only the parent acts on it.
+    """
+    parents.close()  # a fork inherits the other end too, and would never see it close
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer.num_threads = 1
-    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
             texts, starts = connection.recv()
             try:
@@ -691,16 +742,17 @@ def _serve(connection: Connection, parents: Connection, tokenizer: Encoder) -> N
 
 
 class Progress:
-    """A bar with MB/s and the time left on a terminal; a plain line every few seconds elsewhere."""
+    """Shows MB/s and the time left: as a bar on a terminal, else as a line every few seconds."""
 
-    EVERY = 5.0  # seconds between plain lines
+    EVERY = 5.0  # seconds between lines
 
     def __init__(self, label: str, total: int | None, say: Callable[[str], None]):
+        """total: bytes of input, or None if unknown."""
         self.label, self.total, self.say = label, total, say
-        self._said = time.monotonic()
-        self._first: tuple[int, float] | None = (
-            None  # position and time of the first update: a resumed run's rate
-        )
+        self._last_line = time.monotonic()
+        # Position and time of the first update. The rate counts from there, because a resumed run
+        # begins in the middle of the input.
+        self._first: tuple[int, float] | None = None
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -714,7 +766,7 @@ class Progress:
                 BarColumn(),
                 TextColumn("{task.fields[figures]}"),
             )
-            # no refreshing thread: it would forbid the quick fork of the tokenizing processes
+            # auto_refresh would start a thread, and then the worker processes could not be forked
             self._bar = Bar(
                 *columns, console=Console(stderr=True), auto_refresh=False, transient=True
             )
@@ -727,14 +779,14 @@ class Progress:
             self._bar.stop()
 
     def update(self, position: int, tokens: int) -> None:
-        """`position`: bytes of input done; `tokens`: written so far."""
+        """position: bytes of input done. tokens: tokens written so far."""
         figures = self._figures(position, tokens)
         if self._bar:
             self._bar.update(
                 self._bar.task_ids[0], completed=position, figures=figures, refresh=True
             )
-        elif time.monotonic() - self._said >= self.EVERY:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._last_line >= self.EVERY:
+            self._last_line = time.monotonic()
             share = f"{position / self.total:4.0%} " if self.total else ""
             self.say(f"{self.label}: {share}{figures}")
 

@@ -1,4 +1,4 @@
-"""Documents to token shards in the cache; and a tokenizer for Python's own standard library."""
+"""Writes documents as token shards into the cache, and trains the tokenizer of `--data stdlib`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from base.files import sha256
 from base.machine import cores
 from config import UserError
-from storage.cache import Cache, digest, writing
+from storage.cache import Cache, digest, writing_tokens
 from storage.shards import FORMAT, ShardWriter, write_manifest
 from text import corpus
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -20,8 +20,8 @@ from text.tokenizer_training import train_bpe
 
 CACHE_SHARD_TOKENS = 100_000_000
 STDLIB_VOCAB = 4096
-HOLDOUT = 100  # one document in so many, or that share of the stream, is for validation
-SMALL = 4 << 20  # bytes of text that one process tokenizes sooner than several can start
+HOLDOUT = 100  # one document in this many is held out; for ready shards, one token in this many
+SMALL = 4 << 20  # bytes of text below which one process is faster than starting several
 
 
 def tokenize_to_folder(
@@ -32,8 +32,11 @@ def tokenize_to_folder(
     holdout: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Write the documents of `source` as shards and a manifest; with `holdout`, each hundredth goes
-    to val."""
+    """Write the documents of `source` as token shards and a manifest.
+
+    holdout: every HOLDOUT-th document goes to the val shards instead of the train shards. Raises
+    UserError if no document has any text.
+    """
     records: list[dict[str, Any]] = []
     writers = [
         ShardWriter(
@@ -53,9 +56,9 @@ def tokenize_to_folder(
         corpus.Progress(f"tokenizing {label}", source.total, say) as progress,
     ):
         for chunk, ids, lengths in results:
-            document = documents - 1 + np.cumsum(chunk.starts)  # of each segment
+            document = documents - 1 + np.cumsum(chunk.starts)  # number of each segment's document
             held_out = np.repeat(document % HOLDOUT == HOLDOUT - 1, lengths) & holdout
-            with writing("--cache", folder.parent):
+            with writing_tokens("--cache", folder.parent):
                 for writer, part in zip(writers, (ids[~held_out], ids[held_out]), strict=True):
                     writer.add(part)
             documents, tokens, empty = (
@@ -65,8 +68,11 @@ def tokenize_to_folder(
             )
             progress.update(chunk.position, tokens)
     if not documents:
-        raise UserError(f"{label} is empty: no document in it has any text ({empty} empty ones)")
-    with writing("--cache", folder.parent):
+        raise UserError(
+            f"{label} is empty: none of its documents has any text ({empty} empty ones); "
+            "give other data"
+        )
+    with writing_tokens("--cache", folder.parent):
         for writer in writers:
             writer.close()
         write_manifest(
@@ -80,7 +86,7 @@ def tokenize_to_folder(
 
 
 def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]) -> Tokenizer:
-    """A byte-pair tokenizer trained on the files, once."""
+    """The byte-level BPE tokenizer of the files. It is trained once and then kept in the cache."""
 
     def make(folder: Path) -> None:
         say(f"training a tokenizer of {STDLIB_VOCAB} tokens on Python's standard library")
@@ -88,5 +94,5 @@ def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]
         train_bpe(texts, STDLIB_VOCAB, folder / "stdlib-bpe")
 
     store.prepare()
-    key = digest(store.remember("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
-    return load_tokenizer(str(store.once(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
+    key = digest(store.measure_once("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
+    return load_tokenizer(str(store.get_or_make(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))

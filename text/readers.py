@@ -1,11 +1,14 @@
-"""The one reader of text files: bytes, encodings, tables and JSON, for every command that takes
-data.
+"""Readers of gzip, text, JSON, tables and parquet. Every command reads its data through them.
 
-Everything is read as a stream, so memory stays flat however long a file is; only a .json file that
-is one whole document is held in memory. What a table's cells lie between is decided from the first
-SAMPLE characters (for quotes, from the first SAMPLE characters after a cell that begins with one),
-so it never depends on where reading begins. A row that cannot be read is one record that says what
-is wrong with it; it never takes another row with it.
+Files are streamed, so memory use does not grow with their length. The one exception is a .json file
+that holds a single document: it is read into memory whole.
+
+The first SAMPLE characters decide a table's delimiter. The first SAMPLE characters after a cell
+that begins with a quote decide whether quotes hold cells together. Neither depends on where reading
+begins.
+
+A row that cannot be read becomes one record that says what is wrong with it. The rows around it are
+still read.
 """
 
 from __future__ import annotations
@@ -26,57 +29,53 @@ from typing import IO, Any
 
 from base.errors import reason
 from config import UserError, nearest
+from text.row import Record
 
-SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a text file
-SHOWN = 5  # broken rows that are printed; the others are counted
-SAMPLE = 1 << 22  # characters that tell a table's dialect
-HEAD = 1 << 16  # bytes that tell what a file is
-GZIP = b"\x1f\x8b"  # begins such a file
-LAYERS = 3  # of gzip around each other: a file may be made that unpacks to itself
-
-# One row: its place in the file ("line 12"), and its cells by column or what is wrong with it.
-Record = tuple[str, dict[str, Any] | str]
-# Takes the text of a file and its name for messages. Raises UserError where the file as a whole is
-# not right.
-Reader = Callable[[str, str], Iterator[Record]]
+SEPARATOR = "<|endoftext|>"  # the line between two documents of a text file
+MAX_SHOWN = 5  # broken rows that are printed; the others are only counted
+SAMPLE = 1 << 22  # characters from which a table's delimiter and quoting are inferred
+HEAD = 1 << 16  # bytes from which a file's kind is inferred
+GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
+LAYERS = 3  # most gzip layers that are unpacked: a file can be crafted that unpacks to itself
 
 
 class NotUtf8(str):
-    """A text with bytes that are not UTF-8, each as surrogateescape leaves it."""
+    """A text with bytes that are not UTF-8. Each is a lone surrogate, as by surrogateescape."""
 
 
-BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # a byte that is not UTF-8, as surrogateescape decodes it
 
 
-class Torn(str):
-    """What is wrong with a table's row whose cells do not match its columns, and the cells that it
-    has."""
+class RaggedRow(str):
+    """The error of a table's row with too few or too many cells. It also keeps these cells."""
 
     header: list[str]
     cells: list[str]
 
-    def __new__(cls, header: list[str], cells: list[str]) -> Torn:
-        said = f"has {len(cells)} cells where the first line names {len(header)} columns"
-        torn = super().__new__(cls, said)
-        torn.header, torn.cells = header, cells
-        return torn
+    def __new__(cls, header: list[str], cells: list[str]) -> RaggedRow:
+        """header: the names of the columns. cells: the cells of the row."""
+        error = f"has {len(cells)} cells where the first line names {len(header)} columns"
+        ragged = super().__new__(cls, error)
+        ragged.header, ragged.cells = header, cells
+        return ragged
 
 
-class LeftOut:
-    """Counts the rows that cannot be read; the first few are for the user to see."""
+class SkippedRows:
+    """Counts the rows that cannot be read, and keeps the first few to print."""
 
     def __init__(self) -> None:
         self.count = 0
         self.shown: list[str] = []
 
     def add(self, line: str) -> None:
+        """Count one row. `line` says what is wrong with it; only the first MAX_SHOWN are kept."""
         self.count += 1
-        if self.count <= SHOWN:
+        if self.count <= MAX_SHOWN:
             self.shown.append(line)
 
     def more(self, what: str) -> str:
-        """A line about those that were not printed; "" where there are none."""
-        hidden = self.count - SHOWN
+        """A line that counts the rows which were not printed; "" if there are none."""
+        hidden = self.count - MAX_SHOWN
         return f"left out: {hidden:,} more broken rows of {what}" if hidden > 0 else ""
 
 
@@ -84,7 +83,7 @@ class LeftOut:
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether a file that can be read begins as gzip does."""
+    """Whether the file begins with gzip's magic bytes. False for a file that cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(GZIP)) == GZIP
@@ -93,12 +92,11 @@ def is_gzip(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
-    """The file, and its bytes uncompressed: gzip is known by its first bytes, not by the file's
-    name.
+def open_decompressed(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
+    """Open a file and yield it twice: as it is, and as a stream of its uncompressed bytes.
 
-    Raises UserError, on opening or while it is read inside the `with`, where the file cannot be
-    read or is damaged.
+    Gzip is detected by the file's first bytes, not by its name. Raises UserError for a file that
+    cannot be read or is damaged, on opening and also while the `with` block reads.
     """
     try:
         with path.open("rb", buffering=HEAD) as file, contextlib.ExitStack() as stack:
@@ -121,8 +119,8 @@ def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
                 and not _is_plain(head)
             ):
                 raise UserError(
-                    f"{path} is not a sound gzip file: it does not begin as one; copy or make it "
-                    "again"
+                    f"{path} is not a sound gzip file: it lacks gzip's first bytes; copy or make "
+                    "it again"
                 )
             yield file, stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -134,7 +132,7 @@ def opened(path: Path) -> Generator[tuple[IO[bytes], io.BufferedReader]]:
 
 
 def _is_plain(head: bytes) -> bool:
-    """Whether a file named .gz was unpacked on its way here, as downloads often are."""
+    """Whether a file named .gz is not compressed: many downloads unpack it and keep the name."""
     return head[:4] == b"PAR1" or (b"\0" not in head and _decodes(head, "utf-8") is not None)
 
 
@@ -142,8 +140,10 @@ def _is_plain(head: bytes) -> bool:
 
 
 def _decodes(data: bytes, encoding: str) -> str | None:
-    """The text of some bytes, of which the last character may be cut; None where it is not this
-    encoding."""
+    """The decoded text, or None if the bytes are not in this encoding.
+
+    The last character may be incomplete.
+    """
     try:
         return codecs.getincrementaldecoder(encoding)("strict").decode(data)
     except UnicodeDecodeError:
@@ -151,8 +151,10 @@ def _decodes(data: bytes, encoding: str) -> str | None:
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """iconv's name of an encoding in units of two or four bytes, by its mark or by its zero bytes;
-    else None."""
+    """iconv's name of the UTF-16 or UTF-32 encoding of some bytes, or None for any other encoding.
+
+    The byte order mark decides, or else the share of zero bytes.
+    """
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -164,7 +166,8 @@ def wide_encoding(head: bytes) -> str | None:
     for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
         text = _decodes(head, name)
         if text and sum(map(_is_of_text, text)) >= 0.95 * len(text):
-            # Read the wrong way round, the ASCII of a text (its spaces at least) is something rare.
+            # Every text has ASCII, if only its spaces. The wrong byte order turns it into rare
+            # characters.
             share = sum(character < "\x7f" for character in text) / len(text)
             best, most = (name, share) if share > most else (best, most)
     return best
@@ -174,9 +177,9 @@ def _is_of_text(character: str) -> bool:
     return character.isprintable() or character in "\t\n\r\ufeff"
 
 
-# Encodings of several bytes a letter, and of another alphabet: iconv's name, a pattern of the
-# script, and the least share of the letters beyond ASCII that are of it. Decoding alone proves
-# little, since most bytes mean something.
+# Multi-byte and non-Latin encodings: iconv's name, a pattern of the script, and the smallest share
+# of the non-ASCII letters that must match it. Decoding without an error proves little, because most
+# byte sequences are valid in these encodings.
 _SCRIPTS = (
     ("CP949", re.compile("[가-힣ㄱ-ㆎ]"), 0.85),
     ("EUC-JP", re.compile("[ぁ-ヿ]"), 0.3),
@@ -188,14 +191,14 @@ _SCRIPTS = (
 
 
 def encoding_of(sample: bytes) -> str | None:
-    """iconv's name of the encoding of bytes that are not UTF-8; None where it cannot be told."""
+    """iconv's name of the encoding of bytes that are not UTF-8, or None if it is unclear."""
     if wide := wide_encoding(sample):
         return wide
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(sample)
     bad = len(BAD_BYTE.findall(text))
     utf8 = sum(character > "\x7f" for character in text) - bad
     if not bad or 2 * utf8 > bad or any(byte < 32 and byte not in b"\t\n\r\f" for byte in sample):
-        return None  # UTF-8 in which some bytes are spoilt, or no text at all
+        return None  # UTF-8 with a few damaged bytes, or no text at all
     high = [byte > 0x7F for byte in sample]
     runs = sum(1 for pair in itertools.pairwise(high) if all(pair))
     if 2 * runs >= sum(high):
@@ -205,18 +208,17 @@ def encoding_of(sample: bytes) -> str | None:
             if letters and len(script.findall("".join(letters))) >= share * len(letters):
                 return name
     latin = "WINDOWS-1252" if any(0x80 <= byte < 0xA0 for byte in sample) else "ISO-8859-1"
-    # An accented letter stands among others of ASCII, seldom beside another.
+    # In Latin text an accented letter has ASCII neighbours and rarely follows another one.
     found = _decodes(sample, latin) or ""
     letters = sum(character.isalpha() for character in found if character > "\x7f")
     return latin if 3 * runs <= sum(high) and 2 * letters >= sum(high) else None
 
 
-def convert(path: Path | str, sample: bytes) -> str:
-    """What to type for a file that is not UTF-8; the command stands at the end and works as it
-    is."""
+def conversion_advice(path: Path | str, sample: bytes) -> str:
+    """What to type for a file that is not UTF-8. A command comes last, ready to be pasted."""
     encoding = encoding_of(sample)
     if encoding is None:
-        return "mend it, or save the file as UTF-8 (its encoding cannot be told)"
+        return "repair it, or save the file as UTF-8 (its encoding was not recognized)"
     path = Path(path)
     name = path.name.removesuffix(".gz")
     suffix = Path(name).suffix
@@ -233,10 +235,10 @@ def convert(path: Path | str, sample: bytes) -> str:
     return f"it seems to be {encoding}; convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
 
 
-def sample_of(path: Path | str) -> bytes:
-    """The beginning of a file and what is around its first bytes that are not UTF-8."""
+def encoding_sample(path: Path | str) -> bytes:
+    """The beginning of a file and the bytes around the first one that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    with opened(Path(path)) as (_, stream):
+    with open_decompressed(Path(path)) as (_, stream):
         head = stream.read(HEAD)
         block = head
         while block:
@@ -254,39 +256,40 @@ _OTHER_KINDS = {
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"%PDF": "a PDF",
+    b"%PDF": "a PDF; extract its text first",
     b"PAR1": "a parquet file; rename it to .parquet",
 }
 
 
 def check_text(head: bytes, where: Path | str) -> None:
-    """Raises UserError where a file's first bytes tell that it is no UTF-8 text."""
+    """Raises UserError if a file's first bytes show that it is not UTF-8 text."""
     binary = b"\0" in head or _decodes(head, "utf-8") is None
     if binary and (kind := other_kind(head)):
         raise UserError(f"{where} is not text, but {kind}")
     if wide_encoding(head):
-        raise UserError(f"{where} is not UTF-8 text; {convert(where, head)}")
+        raise UserError(f"{where} is not UTF-8 text; {conversion_advice(where, head)}")
 
 
 def other_kind(head: bytes) -> str:
-    """What a file is that no reader takes, by its first bytes, and what to do; "" for any other."""
+    """What kind of unsupported file begins so, with what to do about it; "" for any other file."""
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
     return kind if ";" in kind or not kind else f"{kind}; unpack it first"
 
 
 def not_utf8(where: str, path: Path | str) -> UserError:
-    return UserError(f"{where} is not UTF-8 text; {convert(path, sample_of(path))}")
+    """The error for text of `path` that is not UTF-8, with the command that converts the file."""
+    return UserError(f"{where} is not UTF-8 text; {conversion_advice(path, encoding_sample(path))}")
 
 
 def text_stream(stream: io.BufferedReader, path: Path, errors: str = "strict") -> io.TextIOWrapper:
-    """The text of a file without its byte order mark, with its own line ends."""
+    """Decode UTF-8 without the byte order mark. Line ends stay as they are in the file."""
     check_text(stream.peek(HEAD)[:HEAD], path)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors, newline="")
 
 
 def read_text(path: Path | str) -> str:
     """The whole text of a file, gzipped or not. Raises UserError for one that is not UTF-8."""
-    with opened(Path(path)) as (_, stream):
+    with open_decompressed(Path(path)) as (_, stream):
         try:
             return text_stream(stream, Path(path)).read()
         except UnicodeDecodeError:
@@ -294,8 +297,10 @@ def read_text(path: Path | str) -> str:
 
 
 def decode_input(raw: bytes, what: str) -> str:
-    """The text of standard input, without a byte order mark. Raises UserError where it is not
-    UTF-8."""
+    """The text of standard input, without a byte order mark. Raises UserError if it is not UTF-8.
+
+    what: the name of the input in the message.
+    """
     try:
         if wide_encoding(raw[:HEAD]):
             raise ValueError
@@ -312,20 +317,20 @@ def decode_input(raw: bytes, what: str) -> str:
 # ---- documents of a text file
 
 
-# A line of its own. The newline before it belongs to it, not to the document.
+# Matches only a whole line. The newline before it belongs to the separator, not to the document.
 _SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)(?:\r?\n|\Z)")
-# GPT-2's pre-tokenizer never joins the end of a line to the start of the next, nor a word to a
-# single space behind it, so tokenizing on both sides of such a place gives the ids of the whole.
-# `<` may begin a separator.
+# Places where a text can be cut without changing its ids. GPT-2's pre-tokenizer never joins the end
+# of a line to the start of the next line, nor a word to a single space after it. A place before `<`
+# does not count, because a separator may begin there.
 SEAM = re.compile(r"\S(?:\n(?=[^\s<])|(?= \S))")
 
 
-def documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
-    """Documents between separator lines; whether the text begins a document, and whether a
-    separator follows it.
+def split_documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
+    """Split a text at its separator lines. Yields (text, begins, ends).
 
-    The newline before a separator is still there. A document longer than `size` characters comes in
-    pieces, cut at seams.
+    begins: whether the text begins a document. ends: whether a separator follows it. The newline
+    before a separator is not removed. A document longer than `size` characters comes in pieces,
+    which are cut at seams.
     """
     buffer, starts = "", True
     while True:
@@ -334,7 +339,7 @@ def documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
         begin = 0
         while found := _SEPARATOR.search(buffer, begin):
             if block and found.end() == len(buffer):
-                break  # the next block decides whether this is a whole line
+                break  # only the next block shows whether this is a whole line
             yield buffer[begin : found.start()], starts, True
             begin, starts = found.end(), True
         buffer = buffer[begin:]
@@ -347,7 +352,7 @@ def documents(stream: IO[str], size: int) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _last_seam(text: str) -> int:
-    """Where the last seam is; 0 if there is none."""
+    """The position of the last seam, or 0 if there is none."""
     for begin in (max(0, len(text) - 4096), 0):
         ends = [found.end() for found in SEAM.finditer(text, begin)]
         if ends:
@@ -359,41 +364,42 @@ def _last_seam(text: str) -> int:
 
 
 class Lines:
-    """The lines of a file with their ends, those ahead of the reader too."""
+    """The lines of a file, with their ends. Lines can be looked at ahead, and given back."""
 
     def __init__(self, stream: io.BufferedReader, path: Path | str):
         head = stream.peek(HEAD)[:HEAD]
         check_text(head, path)
         if head.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
-        self._lines = _classic_lines(stream) if _is_classic(head) else _unix_lines(stream)
+        self._lines = _mac_lines(stream) if _has_mac_line_ends(head) else _unix_lines(stream)
         self._ahead: deque[str] = deque()
-        self.number = 0  # of the last line that was taken
-        self.marked = False  # whether any so far was not UTF-8
+        self.number = 0  # number of the last line that was taken, from 1
+        self.has_bad_bytes = False  # whether any line so far was not UTF-8
 
     def take(self) -> str | None:
-        """The next line; None at the end."""
+        """The next line; None at the end of the file."""
         line = self._ahead.popleft() if self._ahead else next(self._lines, None)
         if line is not None:
             self.number += 1
-            self.marked = self.marked or line.__class__ is NotUtf8
+            self.has_bad_bytes = self.has_bad_bytes or line.__class__ is NotUtf8
         return line
 
     def give_back(self, lines: Sequence[str]) -> None:
-        """Lines that were taken last, to be taken again."""
+        """Put back the lines that were taken last, so that they are taken again."""
         self._ahead.extendleft(reversed(lines))
         self.number -= len(lines)
 
     def following(self, n: int) -> list[str]:
-        """The next n lines; fewer at the end of the file."""
+        """Look at the next n lines without taking them; fewer at the end of the file."""
         self._ahead.extend(itertools.islice(self._lines, max(0, n - len(self._ahead))))
         return list(itertools.islice(self._ahead, n))
 
     def is_done(self) -> bool:
+        """Whether no line is left."""
         return not self.following(1)
 
     def peek(self, characters: int) -> list[str]:
-        """So much of what comes next, in whole lines; less at the end of the file."""
+        """Look at the next lines, at least `characters` in all; fewer at the end of the file."""
         held = sum(map(len, self._ahead))
         while held < characters and (line := next(self._lines, None)) is not None:
             self._ahead.append(line)
@@ -402,7 +408,7 @@ class Lines:
 
 
 def _unix_lines(stream: io.BufferedReader) -> Iterator[str]:
-    """Lines that end with a newline, decoded many at a time, which is quicker."""
+    """Lines that end with a newline. A block of lines is decoded at once, which is faster."""
 
     def blocks() -> Iterator[Iterable[str]]:
         while data := stream.read(1 << 18):
@@ -422,9 +428,11 @@ def _decode_line(line: bytes) -> str:
         return NotUtf8(line.decode("utf-8", "surrogateescape"))
 
 
-def _is_classic(head: bytes) -> bool:
-    """Whether lines end as on the classic Mac, with a carriage return alone; quoted cells may hold
-    other ends."""
+def _has_mac_line_ends(head: bytes) -> bool:
+    """Whether lines end with a carriage return alone, as on the classic Mac.
+
+    Quoted cells are ignored, because they may hold other line ends.
+    """
     first = re.match(rb'(?:[^"\r\n]++|"[^"]*+")*+', head)
     assert first
     end = head[first.end() : first.end() + 2]
@@ -433,7 +441,7 @@ def _is_classic(head: bytes) -> bool:
     )
 
 
-def _classic_lines(stream: io.BufferedReader) -> Iterator[str]:
+def _mac_lines(stream: io.BufferedReader) -> Iterator[str]:
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     return (NotUtf8(line) if BAD_BYTE.search(line) else line for line in text)
 
@@ -451,10 +459,9 @@ def _without_end(line: str) -> str:
 def read_json(
     stream: io.BufferedReader, path: Path | str, suffix: str = ".json"
 ) -> Iterator[Record]:
-    """An object a line; or a list of objects, alone or as {"data": [...]}, which is held in memory
-    whole.
+    """Rows of JSON: one object a line, a list of objects, or a list as {"data": [...]}.
 
-    Raises UserError for a list that is not valid JSON.
+    A list is read into memory whole. Raises UserError for a list that is not valid JSON.
     """
     lines = Lines(stream, path)
     if not _is_one_document(lines, suffix == ".jsonl"):
@@ -469,7 +476,8 @@ def read_json(
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise UserError(
-                f"{path} is not valid JSON: {_said(error)}; mend it, or write one object a line"
+                f"{path} is not valid JSON: {_json_error(error)}; repair it, or write one object "
+                "a line"
             ) from None
         yield from ((f"line {n}", _object(line)) for n, line in enumerate(taken, 1) if line.strip())
         return
@@ -477,13 +485,15 @@ def read_json(
         items = items["data"] if isinstance(items.get("data"), list) else [items]
     marked = any(isinstance(line, NotUtf8) for line in taken)
     for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-        cells = _marked(item) if marked and isinstance(item, dict) else item
+        cells = _mark_bad_cells(item) if marked and isinstance(item, dict) else item
         yield f"row {number}", cells if isinstance(cells, dict) else "is not a JSON object"
 
 
 def _is_one_document(lines: Lines, named_lines: bool) -> bool:
-    """Whether a file is one JSON document rather than an object a line, by its first two lines that
-    hold something."""
+    """Whether a file is one JSON document rather than one object a line.
+
+    Its first two lines that are not blank decide. named_lines: the file's name ends with .jsonl.
+    """
     size = 1 << 12
     first, second = "", ""
     while True:
@@ -495,7 +505,7 @@ def _is_one_document(lines: Lines, named_lines: bool) -> bool:
     if isinstance(_object(first), dict) or not second:
         return not second
     if first.lstrip().startswith("[") and not _is_json(first):
-        return True  # a list over several lines
+        return True  # a list that spans several lines
     if isinstance(_object(second), dict):
         return False
     return not named_lines or first.strip() == "{"
@@ -510,20 +520,20 @@ def _is_json(line: str) -> bool:
 
 
 def _object(line: str) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it."""
+    """The JSON object of a line, or what is wrong with the line."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
         if isinstance(line, NotUtf8):
             return "is not UTF-8 text"
-        return f"is not valid JSON: {_said(error)}"
+        return f"is not valid JSON: {_json_error(error)}"
     if not isinstance(item, dict):
         return "is not a JSON object"
-    return _marked(item) if isinstance(line, NotUtf8) else item
+    return _mark_bad_cells(item) if isinstance(line, NotUtf8) else item
 
 
-def _marked(cells: dict[str, Any]) -> dict[str, Any]:
-    """The cells, those with bytes that are not UTF-8 marked."""
+def _mark_bad_cells(cells: dict[str, Any]) -> dict[str, Any]:
+    """The cells, where each text with bytes that are not UTF-8 has become a NotUtf8."""
     bad = {
         name for name, value in cells.items() if isinstance(value, str) and BAD_BYTE.search(value)
     }
@@ -534,7 +544,7 @@ def _marked(cells: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _said(error: Exception) -> str:
+def _json_error(error: Exception) -> str:
     return (
         "it is nested too deep"
         if isinstance(error, RecursionError)
@@ -545,12 +555,15 @@ def _said(error: Exception) -> str:
 # ---- tables
 
 DELIMITERS = "\t,;|"
-_NONE = "\U0010ffff"  # a character that stands in no text: the delimiter of a table of one column
-_FEW, _MANY = 5, 10  # lines inside one cell that each look like a row, from which on they are rows
+# The delimiter of a table with one column: a noncharacter, which no text holds.
+_NO_DELIMITER = "\U0010ffff"
+# When the lines inside one quoted cell each look like a row and share a column of numbers, or of
+# single words, they are taken for rows from this many lines on.
+_MIN_NUMBER_LINES, _MIN_WORD_LINES = 5, 10
 _NUMBER, _WORD = re.compile(r"[-+]?[\d.]+"), re.compile(r"\S{1,30}")
-_JUDGED = 200  # rows of the sample that are split to choose between delimiters
-_VOTES = 2000  # rows with quotes that tell whether these hold cells together
-# the rest of a quoted cell and the quote that ends it
+_SCORED_ROWS = 200  # rows of the sample that are split to compare delimiters
+_MAX_VOTES = 2000  # rows with quotes that vote on whether quotes hold cells together
+# The rest of a quoted cell, and the quote that ends it.
 _INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+(")?')
 
 UNCLOSED = "has a quote that is not closed where its cell ends"
@@ -562,12 +575,12 @@ def read_table(
     needed: Sequence[Sequence[str]] = (),
     check: Callable[[list[str]], None] | None = None,
 ) -> Iterator[Record]:
-    """Rows of cells between the delimiter that the first line, the names of the columns, has most
-    of.
+    """Rows of a table whose first line names the columns.
 
-    needed: for each column that is wanted, the names that it may have; they decide between two
-    delimiters. check: is called with the names of the columns, and may raise. Raises UserError
-    where the first line does not name columns.
+    needed: for each wanted column, the names that it may have. Of the delimiters that split the
+    first line, one that yields these names wins, then the one by which most rows have as many cells
+    as the first line. check: is called with the names of the columns, and may raise. Raises
+    UserError if the first line names no columns, or names a wanted column twice.
     """
     lines = Lines(stream, path)
     if lines.is_done():
@@ -577,37 +590,41 @@ def read_table(
     table = _Table(lines, *_dialect(lines, needed))
     header = table.header()
     if isinstance(header, str):
-        raise UserError(f"{path} line 1 should name the columns, and {header}")
+        raise UserError(f"{path} line 1 should name the columns, but {header}")
     names = list(map(str.strip, header))
     wanted = set(itertools.chain.from_iterable(needed))
     if twice := [name for name in names if name in wanted and names.count(name) > 1]:
         raise UserError(f"{path} line 1 names the column {twice[0][:60]!r} twice; rename one")
     if check:
         check(names)
-    places = {name: at for at, name in reversed(list(enumerate(names)))}
-    places = {name: places[name] for name in names}
+    # the first column of each name, in the order of the table
+    indices = {name: index for index, name in reversed(list(enumerate(names)))}
+    indices = {name: indices[name] for name in names}
     for line, cells in table.rows(names):
         if isinstance(cells, str):
             yield f"line {line}", cells
         else:
-            yield f"line {line}", {name: cells[at] for name, at in places.items()}
+            yield f"line {line}", {name: cells[index] for name, index in indices.items()}
 
 
 class _Table:
-    """Splits lines into the cells of rows, as Python's csv module writes them."""
+    """Splits lines into rows of cells. The format is what Python's csv module writes.
+
+    quoted: whether quotes hold cells together; None until a cell begins with a quote.
+    """
 
     def __init__(self, lines: Lines, delimiter: str, quoted: bool | None):
         self.lines, self.delimiter, self.quoted = lines, delimiter, quoted
-        self.n: int | None = None  # cells of the header
-        self.taken: list[str] = []  # the lines of the row
-        self.odd = False  # whether the row has a quote inside a cell that is not quoted
+        self.n: int | None = None  # number of columns
+        self.taken: list[str] = []  # the lines of the current row
+        self.has_stray_quote = False  # whether the current row has a quote inside an unquoted cell
 
     def opens(self, line: str) -> bool:
         """Whether a cell of this line begins with a quote."""
         return '"' in line and (line[0] == '"' or self.delimiter + '"' in line)
 
     def header(self) -> list[str] | str:
-        """The first row that is not blank."""
+        """The first row that is not blank, or what is wrong with the table."""
         while (row := self.next()) is not None:
             if row:
                 self.n = len(row)
@@ -615,34 +632,32 @@ class _Table:
         return "has nothing"
 
     def rows(self, names: list[str]) -> Iterator[tuple[int, list[str] | str]]:
-        """The number of the first line of each row, and its cells, one a column, or what is wrong
-        with it.
+        """Each row as the number of its first line, and its cells or what is wrong with it.
 
-        After a row that is broken, or that runs over lines which are rows themselves, reading goes
-        on in its second line: its quote has run on to some later one by then, over rows that are
-        whole.
+        After a broken row, reading continues in its second line. The same holds for a row whose
+        quoted cell contains whole rows. In both cases a stray quote has run on to some later quote,
+        across rows that are fine.
         """
         n = len(names)
-        held: tuple[int, list[str], list[str]] | None = (
-            None  # a row of several lines, until the next one is sound
-        )
+        # a row of several lines, which is held back until the next row has been checked
+        held: tuple[int, list[str], list[str]] | None = None
         while (cells := self.next()) is not None:
             line = self.lines.number - len(self.taken) + 1
             if not cells:
                 continue  # a blank line
             if isinstance(cells, list) and len(cells) != n:
-                cells = Torn(names, cells)
-            elif isinstance(cells, list) and len(self.taken) > 1 and self.swallowed(n):
+                cells = RaggedRow(names, cells)
+            elif isinstance(cells, list) and len(self.taken) > 1 and self.swallows_rows(n):
                 cells = UNCLOSED
             if held:
                 ahead = (
-                    [*held[2], *self.taken, *self.lines.following(_JUDGED)]
+                    [*held[2], *self.taken, *self.lines.following(_SCORED_ROWS)]
                     if isinstance(cells, str)
                     else []
                 )
                 yield held[:2]
-                if ahead and _reads_on(ahead, len(held[2]), self.delimiter, n):
-                    # One of the two is broken and nothing tells which, so both readings are kept.
+                if ahead and _is_inside_row(ahead, len(held[2]), self.delimiter, n):
+                    # One of the two rows is broken. Nothing shows which one, so both are kept.
                     self.lines.give_back([*held[2][1:], *self.taken])
                     held = None
                     continue
@@ -658,44 +673,52 @@ class _Table:
             yield held[:2]
 
     def _unquoted(self, n: int) -> list[str] | None:
-        """The cells of a line between tabs that is no row under quoting and is one without it; None
-        for others.
+        """The cells of a tab-separated line that is a row only if its quotes mean nothing.
 
-        Only between tabs, since such files are mostly written without quoting; and only where the
-        next line could be a row too, else the cell may go on there.
+        None for any other line. Other delimiters are left out, because only files with tabs are
+        mostly written without quoting. The next line must look like a row too. Otherwise the cell
+        may continue there.
         """
         line, following = self.taken[0], self.lines.following(1)
         if self.delimiter != "\t" or not _looks_like_rows([line, *following], "\t", n):
             return None
-        return self._mark(_without_end(line).split("\t"))
+        return self._mark_cells(_without_end(line).split("\t"))
 
     def next(self) -> list[str] | str | None:
+        """The cells of the next row or what is wrong with it; [] for a blank line, None at the end.
+
+        The row's lines are in `taken` afterwards.
+        """
         line = self.lines.take()
         if line is None:
             return None
-        self.taken, self.odd = [line], False
+        self.taken, self.has_stray_quote = [line], False
         if self.quoted is None and self.opens(line):
             self.quoted = _is_quoted([line, *self.lines.peek(SAMPLE)], self.delimiter, self.n)
         if self.quoted is False or '"' not in line:
             body = _without_end(line)
-            return self._mark(body.split(self.delimiter)) if body else []
+            return self._mark_cells(body.split(self.delimiter)) if body else []
         cells = self._split(line)
-        return cells if isinstance(cells, str) else self._mark(cells)
+        return cells if isinstance(cells, str) else self._mark_cells(cells)
 
-    def _mark(self, cells: list[str]) -> list[str]:
-        if not self.lines.marked or not any(isinstance(line, NotUtf8) for line in self.taken):
+    def _mark_cells(self, cells: list[str]) -> list[str]:
+        if not self.lines.has_bad_bytes or not any(
+            isinstance(line, NotUtf8) for line in self.taken
+        ):
             return cells
         return [NotUtf8(cell) if BAD_BYTE.search(cell) else cell for cell in cells]
 
     def _split(self, line: str) -> list[str] | str:
-        """The cells of the row that begins with `line`, some of which are quoted; or what is wrong
-        with it."""
+        """The cells of the row that begins with `line`, or what is wrong with it.
+
+        Some of its cells may be quoted. A quoted cell may span several lines.
+        """
         cells: list[str] = []
-        at, held, take, taken = 0, len(line), self.lines.take, self.taken
+        start, held, take, taken = 0, len(line), self.lines.take, self.taken
         while True:
-            if line.startswith('"', at):
-                parts, begin = [], at + 1
-                while not (end := _closed_at(line, begin) if '"' in line else 0):
+            if line.startswith('"', start):
+                parts, begin = [], start + 1
+                while not (end := _end_of_quoted_cell(line, begin) if '"' in line else 0):
                     parts.append(line[begin:] if begin else line)
                     following = take()
                     if following is None:
@@ -703,89 +726,106 @@ class _Table:
                     taken.append(following)
                     line, begin, held = following, 0, held + len(following)
                     if held > SAMPLE * 4:
-                        return UNCLOSED  # no cell is so long, and memory must stay flat
+                        return UNCLOSED  # no real cell is so long, and memory use is bounded
                 body = _without_end(line)
                 if end < len(body) and line[end] != self.delimiter:
                     return UNCLOSED
                 cells.append("".join([*parts, line[begin : end - 1]]).replace('""', '"'))
             else:
                 body = _without_end(line)
-                end = body.find(self.delimiter, at)
+                end = body.find(self.delimiter, start)
                 end = len(body) if end < 0 else end
-                cells.append(body[at:end])
-                self.odd |= '"' in cells[-1]
+                cells.append(body[start:end])
+                self.has_stray_quote |= '"' in cells[-1]
             if end >= len(body):
                 return cells
-            at = end + 1
+            start = end + 1
 
-    def swallowed(self, n: int) -> bool:
-        """Whether a row of several lines is one line with a quote that means nothing, and then rows
-        of their own."""
+    def swallows_rows(self, n: int) -> bool:
+        """Whether a row of several lines is really one line with a stray quote, then other rows."""
         inside = self.taken[1:]
         if (
-            len(inside) >= _FEW
+            len(inside) >= _MIN_NUMBER_LINES
             and n > 1
             and _looks_like_rows(inside, self.delimiter, n)
-            and self._alike(inside)
+            and self._share_a_kind_of_cell(inside)
         ):
             return True
-        return self.odd and _rows_of(inside, self.delimiter, n, even=True) == 1
+        return (
+            self.has_stray_quote
+            and _share_of_rows(inside, self.delimiter, n, no_stray_quotes=True) == 1
+        )
 
-    def _alike(self, inside: Sequence[str]) -> bool:
-        """Whether some column of these lines has what the row has in it, beside the cell that holds
-        the lines: numbers alone, or (which may be chance, so of many lines) single words."""
+    def _share_a_kind_of_cell(self, inside: Sequence[str]) -> bool:
+        """Whether the lines inside a cell share a kind of column with the row around them.
+
+        A column counts if the row and all lines have a number in it, or all have a single word.
+        Single words may be chance, so they need more lines. The cell that holds the lines is left
+        out.
+        """
         first, last = (
             _without_end(line).split(self.delimiter) for line in (self.taken[0], self.taken[-1])
         )
-        opened = max((at for at, cell in enumerate(first) if cell.startswith('"')), default=0)
-        beside = dict(enumerate(first[:opened])) | dict(list(enumerate(last))[opened + 1 :])
+        opening = max((i for i, cell in enumerate(first) if cell.startswith('"')), default=0)
+        around = dict(enumerate(first[:opening])) | dict(list(enumerate(last))[opening + 1 :])
         rows = [_without_end(line).split(self.delimiter) for line in inside]
         return any(
-            len(inside) >= least and all(kind.fullmatch(cells[at]) for cells in [beside, *rows])
-            for at in beside
-            for kind, least in ((_NUMBER, _FEW), (_WORD, _MANY))
+            len(inside) >= least and all(kind.fullmatch(cells[i]) for cells in [around, *rows])
+            for i in around
+            for kind, least in ((_NUMBER, _MIN_NUMBER_LINES), (_WORD, _MIN_WORD_LINES))
         )
 
 
-def _closed_at(line: str, begin: int) -> int:
-    """Where the quoted cell ends whose text goes on at `begin`, its quote included; 0 where it does
-    not."""
+def _end_of_quoted_cell(line: str, begin: int) -> int:
+    """The position after the closing quote of the cell whose text continues at `begin`.
+
+    0 if the cell does not end in this line.
+    """
     found = _INSIDE.match(line, begin)
     return found.end() if found and found[1] else 0
 
 
-class _Given(Lines):
-    """Lines that are there already."""
+class _HeldLines(Lines):
+    """Lines that are in memory already."""
 
     def __init__(self, lines: Iterable[str]):
-        self._lines, self._ahead, self.number, self.marked = iter(lines), deque(), 0, False
+        self._lines, self._ahead, self.number, self.has_bad_bytes = iter(lines), deque(), 0, False
 
 
-def _rows_of(
-    lines: Sequence[str], delimiter: str, n: int, even: bool = False, quoted: bool | None = True
+def _share_of_rows(
+    lines: Sequence[str],
+    delimiter: str,
+    n: int,
+    no_stray_quotes: bool = False,
+    quoted: bool | None = True,
 ) -> float:
-    """The share of the rows in these lines that have n cells; under `even` also none with a quote
-    out of place."""
-    table = _Table(_Given(lines), delimiter, quoted)
+    """The share of the rows in these lines that have n cells.
+
+    no_stray_quotes: a row with a quote inside an unquoted cell does not count.
+    """
+    table = _Table(_HeldLines(lines), delimiter, quoted)
     right = rows = 0
-    while rows < _JUDGED and (cells := table.next()) is not None:
+    while rows < _SCORED_ROWS and (cells := table.next()) is not None:
         rows += bool(cells)
-        right += isinstance(cells, list) and len(cells) == n and not (even and table.odd)
+        right += (
+            isinstance(cells, list)
+            and len(cells) == n
+            and not (no_stray_quotes and table.has_stray_quote)
+        )
         if isinstance(cells, str):
             table.lines.give_back(table.taken[1:])
     return right / max(1, rows)
 
 
-def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
-    """Whether line `at`, which begins no sound row, belongs to one if reading begins in the second
-    line."""
-    given = _Given(lines[1:])
+def _is_inside_row(lines: Sequence[str], i: int, delimiter: str, n: int) -> bool:
+    """Whether lines[i], which begins no sound row, is in one if reading starts at lines[1]."""
+    given = _HeldLines(lines[1:])
     table = _Table(given, delimiter, True)
     while (cells := table.next()) is not None:
-        right = isinstance(cells, list) and len(cells) == n and not table.odd
-        if given.number >= at and right:
-            return given.number - len(table.taken) < at - 1  # it began before
-        if given.number - len(table.taken) + 1 >= at:
+        right = isinstance(cells, list) and len(cells) == n and not table.has_stray_quote
+        if given.number >= i and right:
+            return given.number - len(table.taken) < i - 1  # the row began before lines[i]
+        if given.number - len(table.taken) + 1 >= i:
             return False
         if not right:
             given.give_back(table.taken[1:])
@@ -793,8 +833,10 @@ def _reads_on(lines: Sequence[str], at: int, delimiter: str, n: int) -> bool:
 
 
 def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool | None]:
-    """The delimiter of a table, and whether quotes hold its cells together (None: no cell began
-    with one so far)."""
+    """The delimiter of a table, and whether quotes hold its cells together.
+
+    The latter is None if no cell of the sample begins with a quote.
+    """
     sample = lines.peek(SAMPLE)
     first = next((line for line in sample if _without_end(line)), "")
     ranked = []
@@ -802,36 +844,36 @@ def _dialect(lines: Lines, needed: Sequence[Sequence[str]]) -> tuple[str, bool |
         if delimiter not in first:
             continue
         quoted = _is_quoted(sample, delimiter)
-        header = _Table(_Given(sample), delimiter, quoted).header()
+        header = _Table(_HeldLines(sample), delimiter, quoted).header()
         if isinstance(header, str) or len(header) < 2:
             continue
         names = set(map(str.strip, header))
-        ranked.append((all(names & set(of) for of in needed), delimiter, quoted, len(header)))
+        has_needed = all(names & set(usual) for usual in needed)
+        ranked.append((has_needed, delimiter, quoted, len(header)))
     if len(ranked) > 1:
-        rest = sample[1 : 1 + 4 * _JUDGED]
+        rest = sample[1 : 1 + 4 * _SCORED_ROWS]
         ranked.sort(
-            key=lambda one: (one[0], _rows_of(rest, one[1], one[3], quoted=one[2])), reverse=True
+            key=lambda c: (c[0], _share_of_rows(rest, c[1], c[3], quoted=c[2])), reverse=True
         )
     if ranked:
         return ranked[0][1:3]
-    # No delimiter splits the first line: one column, or a quote in it that is never closed.
+    # No delimiter splits the first line. It is a single column, or has a quote that never closes.
     delimiter = max(DELIMITERS, key=first.count)
-    whole = _Table(_Given(sample), _NONE, True).header()
+    whole = _Table(_HeldLines(sample), _NO_DELIMITER, True).header()
     if delimiter in first and not (first.startswith('"') and isinstance(whole, list)):
         return delimiter, _is_quoted(sample, delimiter)
-    return _NONE, _is_quoted(sample, _NONE)
+    return _NO_DELIMITER, _is_quoted(sample, _NO_DELIMITER)
 
 
 def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool | None:
-    """Whether quotes hold a table's cells together (RFC 4180), judged by the rows in which a cell
-    begins with one.
+    """Whether quotes hold a table's cells together (RFC 4180). None if no cell begins with a quote.
 
-    They do where such a row is mostly one of n cells only if they do (n: those of the first row,
-    unless given). Where they mean nothing, as in MRPC, a cell that opens with a quotation mostly
-    goes on after its end, and the line has n cells as it is. None where no cell begins with a
-    quote.
+    Each row in which a cell begins with a quote votes. It votes yes if it has n cells when its
+    quotes hold cells together. It votes no if only the plain line has n cells. In tables such as
+    MRPC quotes are ordinary characters: a cell that opens with a quotation mostly continues after
+    it. n: the number of cells of the first row, unless given.
     """
-    table = _Table(_Given(sample), delimiter, True)
+    table = _Table(_HeldLines(sample), delimiter, True)
     if n is None:
         header = table.header()
         n = (
@@ -840,18 +882,22 @@ def _is_quoted(sample: list[str], delimiter: str, n: int | None = None) -> bool 
             else _without_end(sample[0]).count(delimiter) + 1
         )
         if isinstance(header, str):
-            table = _Table(_Given(sample), delimiter, True)
+            table = _Table(_HeldLines(sample), delimiter, True)
     cut = sum(map(len, sample)) >= SAMPLE
     whole = plain = met = 0
-    while whole + plain < _VOTES and (cells := table.next()) is not None:
+    while whole + plain < _MAX_VOTES and (cells := table.next()) is not None:
         line, more = table.taken[0], table.taken[1:]
         opens = table.opens(line)
         met += opens
-        if isinstance(cells, list) and len(cells) in (0, n) and not (more and table.swallowed(n)):
+        if (
+            isinstance(cells, list)
+            and len(cells) in (0, n)
+            and not (more and table.swallows_rows(n))
+        ):
             whole += opens
             continue
         if opens and _looks_like_rows([line], delimiter, n):
-            # A cell that the sample ends in is no sign, unless rows follow its first line.
+            # The sample may end inside a cell. That is no vote unless rows follow its first line.
             plain += not (cut and table.lines.is_done()) or _looks_like_rows(more[:3], delimiter, n)
         table.lines.give_back(more)
     return whole >= plain if met else None
@@ -871,9 +917,10 @@ def read_parquet(
     columns: Sequence[str] | None = None,
     skip: int = 0,
 ) -> Iterator[Record]:
-    """Rows from `skip` on, a few hundred in memory at a time; of all columns, or of those named.
+    """Rows from number `skip` on, with all columns or only `columns`.
 
-    Raises UserError where the file is damaged, wherever that shows.
+    A few hundred rows are in memory at a time. check: is called with the names of the columns, and
+    may raise. Raises UserError for a damaged file, also when the damage shows only in later rows.
     """
     import pyarrow
     from pyarrow import parquet
@@ -888,7 +935,7 @@ def read_parquet(
             if skip >= rows:
                 skip -= rows
                 continue
-            # one group at a time: over several, the library reads far ahead
+            # one group at a time, because pyarrow reads far ahead over several groups
             for batch in file.iter_batches(
                 256, row_groups=[group], columns=columns, use_threads=False
             ):
@@ -904,8 +951,10 @@ def read_parquet(
 
 
 def _values(column: Any) -> list[Any]:
-    """Python's values of a column; text that is not UTF-8 is marked, what Python has no value for
-    becomes text."""
+    """The values of a column. Text that is not UTF-8 becomes NotUtf8.
+
+    A value without a Python equivalent becomes text.
+    """
     import pyarrow
 
     try:
@@ -923,7 +972,7 @@ def _value(cell: Any) -> Any:
         try:
             return NotUtf8(cell.cast(pyarrow.binary()).as_py().decode("utf-8", "surrogateescape"))
         except pyarrow.ArrowException:
-            return b""  # inside a list: no text in any case
+            return b""  # it is inside a list, which is no text anyway
     except (ValueError, OverflowError, pyarrow.ArrowException):
         with contextlib.suppress(pyarrow.ArrowException):
             return cell.cast(pyarrow.string()).as_py()
@@ -944,8 +993,10 @@ def read_records(
     columns: Sequence[str] | None = None,
     skip: int = 0,
 ) -> Iterator[Record]:
-    """The rows of an open file from the record `skip` on, by its suffix; see the reader of each
-    kind."""
+    """The rows of an open file from number `skip` on.
+
+    The suffix selects the reader. See each reader for the other arguments.
+    """
     if suffix == ".parquet":
         return read_parquet(stream, path, check, columns, skip)
     records = (
@@ -957,8 +1008,10 @@ def read_records(
 
 
 def text_of(cells: dict[str, Any] | str, column: str) -> str | None:
-    """The text of a row; None where it has none that can be read: `fault_of` says why. A missing
-    value is no text."""
+    """The text of a row; "" for a missing value.
+
+    None if the row has no text in this column that can be read. `fault_of` says why.
+    """
     value = cells.get(column, cells.get(column.strip(), b"")) if isinstance(cells, dict) else b""
     if value is None:
         return ""
@@ -966,7 +1019,7 @@ def text_of(cells: dict[str, Any] | str, column: str) -> str | None:
 
 
 def fault_of(cells: dict[str, Any] | str, column: str, path: Path | str) -> str:
-    """Why a row has no text in the column, and what to type."""
+    """Why `text_of` found no text in a row, and what to type."""
     if isinstance(cells, str):
         return with_advice(cells, cells, path)
     if column not in cells and column.strip() not in cells:
@@ -981,7 +1034,7 @@ def fault_of(cells: dict[str, Any] | str, column: str, path: Path | str) -> str:
 
 
 def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> str:
-    """What is wrong with a row and, where its bytes are not UTF-8, what to type."""
+    """`fault`, and what to type if the fault is bytes that are not UTF-8."""
     bad = (
         next((v for v in cells.values() if isinstance(v, NotUtf8)), "")
         if isinstance(cells, dict)
@@ -990,15 +1043,17 @@ def with_advice(fault: str, cells: dict[str, Any] | str, path: Path | str) -> st
     if not fault.startswith("is not UTF-8 text") or not (bad or isinstance(cells, str)):
         return fault
     head = b""
-    with contextlib.suppress(UserError), opened(Path(path)) as (_, stream):
+    with contextlib.suppress(UserError), open_decompressed(Path(path)) as (_, stream):
         head = stream.peek(HEAD)[:HEAD]
     if head[:4] == b"PAR1":
-        return f"{fault}; mend or remove it"
-    return f"{fault}; {convert(path, head + b' ' + bad.encode('utf-8', 'surrogateescape'))}"
+        return f"{fault}; repair or remove it"
+    return (
+        f"{fault}; {conversion_advice(path, head + b' ' + bad.encode('utf-8', 'surrogateescape'))}"
+    )
 
 
 def no_column(where: str, column: str, found: Sequence[str]) -> str:
-    """What is wrong with a row or a file that lacks a column, and what to type."""
+    """The error for a row or a file without the column, and what to type."""
     names = ", ".join(found) or "none"
     return (
         f"{where} has no column {column!r}{nearest(column, found)}; it has: {names}. Use "

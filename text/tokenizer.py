@@ -1,9 +1,9 @@
-"""Text to token ids and back: GPT-2's own tokenizer, any tokenizer.json, and training one.
+"""Text to token ids and back, with GPT-2's own tokenizer or any tokenizer.json.
 
-tiktoken runs GPT-2's vocabulary (several times faster than `tokenizers` on it), `tokenizers`
-everything else. Both are seen through one class and written in the hub's layout, so a checkpoint
-carries its tokenizer. The libraries are imported where they are used: importing this module costs
-nothing.
+tiktoken runs GPT-2's vocabulary, several times faster than `tokenizers` would. `tokenizers` runs
+everything else. Both have the interface of one class, and both are saved in the hub's layout, so
+that a checkpoint carries its tokenizer. The libraries are imported where they are used, so that
+importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 from base.machine import cores
 from config import UserError, without_surrogates
-from text.tokenizer_files import ENDOFTEXT, Opened, open_tokenizer
+from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, open_tokenizer
 
-METASPACE = "▁"  # how SentencePiece writes a space
-BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells a byte
+METASPACE = "▁"  # SentencePiece writes it for a space
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # the name of a byte's token in byte fallback
 
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -33,35 +33,39 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": True,
 }
-# GPT-2's split into words, written so that it hardly ever steps back: a run of white space at the
-# end of the text is taken whole, any other takes each character that no visible one follows
+# GPT-2's split into words, written so that the matcher hardly ever backtracks. A run of white space
+# at the end of the text is one word. Any other run ends before its last character.
 GPT2_SPLIT = (
     r"'(?:s|t|d|m|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|(?:\s(?!\S))++|\s"
 )
-GPT2_SHA256 = (
-    "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"  # Tokenizer.sha256 of "gpt2"
-)
-PROMPT = 1000  # characters: up to here, encoding costs less than making ready for tiktoken
+# Tokenizer.sha256 of "gpt2"
+GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"
+# Characters up to which encoding a text costs less than building the tiktoken encoding.
+SHORT_TEXT = 1000
 
-# Cutting here changes no token of GPT-2's split: none goes from a visible character into white
-# space, and a run of white space leaves its last character to the word after it. Python counts
-# \x1c-\x1f as white space, the split does not.
+# Places where a text can be cut without changing its ids. No word of GPT-2's split extends from a
+# visible character into white space, and a run of white space leaves its last character to the word
+# after it. Python counts \x1c-\x1f as white space. GPT-2's split does not.
 SAFE_CUT = re.compile(
     r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])|(?<=[^\S\x1c-\x1f])(?=[^\S\x1c-\x1f][\S\x1c-\x1f])"
 )
 
-CHUNK = 1 << 16  # characters
+PIECE_CHARS = 1 << 16  # least length of the pieces that a long text is cut into
 
 
 class Tokenizer(ABC):
-    """Text to ids in [0, vocab_size) and back. Pickles as its source, so it is cheap to hand to a
-    worker.
+    """Text to ids in [0, vocab_size) and back.
 
-    name: "gpt2", or the folder's name. source: what load_tokenizer() takes to give this tokenizer
-    again, but for `special`: what with_special() added. eot: id of the token that ends a document.
-    special_ids: every special token's id, the end token's too. rows: how many a model's table must
-    have; fewer than vocab_size where special tokens are named that no model was trained on.
-    num_threads: of encode_batch; None takes every core.
+    It pickles as its source, so it is cheap to send to a worker process.
+
+    name: "gpt2", or the folder's name.
+    source: the argument with which load_tokenizer() returns this tokenizer, without `special`.
+    eot: id of the token that ends a document.
+    special: the tokens that with_special() added.
+    special_ids: the id of every special token, including the end token.
+    rows: how many rows a model's embedding table must have. This is less than vocab_size if the
+        files name special tokens that no model was trained on.
+    num_threads: threads of encode_batch; None uses every core.
     """
 
     name: str
@@ -75,8 +79,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. What spells a special token is ordinary text; a lone surrogate becomes
-        U+FFFD."""
+        """The ids of a text. Special tokens are not recognized in it: they are ordinary text.
+
+        A lone surrogate becomes U+FFFD.
+        """
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -86,12 +92,12 @@ class Tokenizer(ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
     @abstractmethod
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
-        """This tokenizer with `tokens` as special ones at the ids from vocab_size on."""
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
+        """This tokenizer with `tokens` as special tokens, which get the ids from vocab_size on."""
 
     @abstractmethod
-    def _spells(self, token: str) -> bool:
-        """Whether the vocabulary writes one of its tokens so."""
+    def _has_token(self, token: str) -> bool:
+        """Whether the vocabulary has an ordinary token that is written like `token`."""
 
     @functools.cached_property
     @abstractmethod
@@ -103,22 +109,19 @@ class Tokenizer(ABC):
     def _token_bytes(self) -> list[bytes]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of the ids, special tokens spelled out or left out; bytes that are not UTF-8 become
-        U+FFFD.
+        """The text of the ids, with special tokens unless `skip_special`.
 
-        Raises UserError for an id outside [0, vocab_size).
+        Bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside [0, vocab_size).
         """
         left_out = set(self.special_ids.values()) if skip_special else ()
         return self._decode([self._check(i) for i in ids if i not in left_out])
 
     def token_bytes(self, id: int) -> bytes:
-        """UTF-8 bytes that one token stands for, b"" for a special one. Raises UserError like
-        `decode`."""
+        """The UTF-8 bytes of a token; b"" for a special one. Raises UserError as `decode` does."""
         return self._token_bytes[self._check(id)]
 
     def special_id(self, token: str) -> int:
-        """Id of a special token. Raises UserError where this tokenizer has none that is written
-        so."""
+        """The id of a special token. Raises UserError if this tokenizer has no such token."""
         if token not in self.special_ids:
             raise UserError(
                 f"{self.name} has no special token {token!r}; it has {' '.join(self.special_ids)}"
@@ -126,12 +129,11 @@ class Tokenizer(ABC):
         return self.special_ids[token]
 
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """This tokenizer with each of `tokens` as one special token; new ones take the ids from
-        vocab_size on.
+        """This tokenizer with each of `tokens` as a special token.
 
-        The ids of a text stay as they are: a text that spells a special token is still text. Raises
-        UserError for a string that is given twice, has no visible character, or is an ordinary
-        token of the vocabulary.
+        New tokens get the ids from vocab_size on. The ids of a text do not change, even if it
+        contains the name of a special token. Raises UserError for a token that is given twice, has
+        no visible character, or is an ordinary token of the vocabulary.
         """
         check_special(tokens)
         new = tuple(token for token in tokens if token not in self.special_ids)
@@ -139,13 +141,13 @@ class Tokenizer(ABC):
             self._check_meaning(token)
         if not new:
             return self
-        extended = self._extended(new)
+        extended = self._with_new_tokens(new)
         extended.num_threads = self.num_threads
         return extended
 
     def _check_meaning(self, token: str) -> None:
         ids = self.encode(token)
-        if self._spells(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
+        if self._has_token(token) or (len(ids) == 1 and self.token_bytes(ids[0]) == token.encode()):
             raise UserError(
                 f"{token!r} cannot be a special token of {self.name}: it already is an ordinary "
                 "one; take one that no text holds, such as <answer>"
@@ -153,10 +155,9 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Identity of what this tokenizer does to a text: vocabulary, merges, normalizer, split,
-        end token.
+        """Hash of all that decides a text's ids: vocabulary, merges, normalizer, split, end token.
 
-        The same for GPT-2 through tiktoken, from its tokenizer.json and from vocab.json with
+        GPT-2 has the same hash from tiktoken, from its tokenizer.json, and from its vocab.json with
         merges.txt.
         """
         return hashlib.sha256(
@@ -164,11 +165,10 @@ class Tokenizer(ABC):
         ).hexdigest()
 
     def save(self, folder: Path, pads: bool = False) -> None:
-        """Write the hub's layout into `folder`: AutoTokenizer.from_pretrained(folder) encodes
-        alike.
+        """Write the hub's layout into `folder`. AutoTokenizer.from_pretrained(folder) gives the
+        same ids.
 
-        `pads`: it fills batches with the end token, as a classifier that is told so by its config
-        expects.
+        pads: name the end token as the padding token too, as transformers needs for a classifier.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ class Tokenizer(ABC):
 
     def _config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
-        # the class that takes tokenizer.json as it is, in every version of transformers
+        # In every version of transformers this class uses tokenizer.json without changes.
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= dict.fromkeys(("bos_token", "eos_token"), self._end)
         return config | ({"additional_special_tokens": list(self.special)} if self.special else {})
@@ -199,7 +199,7 @@ class Tokenizer(ABC):
         id = operator.index(id)
         if not 0 <= id < self.vocab_size:
             raise UserError(
-                f"token id {id} is outside the vocabulary of {self.name}: 0 to "
+                f"token id {id} is outside the vocabulary of {self.name}; give ids from 0 to "
                 f"{self.vocab_size - 1}"
             )
         return id
@@ -222,14 +222,14 @@ class _GPT2Tokenizer(Tokenizer):
 
     @functools.cached_property
     def sha256(self) -> str:
-        # Working it out rebuilds 50,000 merges: not in every process.
+        # Computing the hash rebuilds 50,000 merges, which is too slow for every process.
         return super().sha256 if self.special else GPT2_SHA256
 
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
         return _GPT2Tokenizer(self.special + tokens)
 
-    def _spells(self, token: str) -> bool:
-        return _unspell(token) in self._encoding._mergeable_ranks
+    def _has_token(self, token: str) -> bool:
+        return _unicode_to_bytes(token) in self._encoding._mergeable_ranks
 
     def encode(self, text: str) -> list[int]:
         return _tiktoken_encode(self._encoding, text)
@@ -251,9 +251,13 @@ class _GPT2Tokenizer(Tokenizer):
     def _spec(self) -> dict[str, Any]:
         ranks = {token: id for id, token in enumerate(self._token_bytes) if token}
         merges = [
-            [_spell(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1
+            [_bytes_to_unicode(half) for half in _merged_pair(token, ranks)]
+            for token in ranks
+            if len(token) > 1
         ]
-        vocab = {_spell(token): id for token, id in ranks.items()} | {ENDOFTEXT: self.eot}
+        vocab = {_bytes_to_unicode(token): id for token, id in ranks.items()} | {
+            ENDOFTEXT: self.eot
+        }
         form = {
             "single_word": False,
             "lstrip": False,
@@ -275,18 +279,19 @@ class _GPT2Tokenizer(Tokenizer):
 
 
 class HubTokenizer(Tokenizer):
-    """Any tokenizer of `tokenizers`. `opened.config` is what tokenizer_config.json is to say.
+    """Any tokenizer of the `tokenizers` library.
 
-    Batches go through tiktoken where it is sure to give the same ids: it is several times faster.
+    Batches and long texts go through tiktoken if it is certain to give the same ids, because it is
+    several times faster.
     """
 
-    def __init__(self, opened: Opened, source: Path, special: tuple[str, ...] = ()):
+    def __init__(self, opened: OpenedTokenizer, source: Path, special: tuple[str, ...] = ()):
         self._opened = opened
         self._tokenizer = tokenizer = opened.tokenizer
         folder = source.parent if source.name == "tokenizer.json" else source
         self.name, self.source = folder.name.removesuffix(".json"), str(source)
         tokenizer.add_special_tokens([opened.end])
-        tokenizer.encode_special_tokens = True  # which means: as ordinary text
+        tokenizer.encode_special_tokens = True  # the library's name for: as ordinary text
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -296,25 +301,28 @@ class HubTokenizer(Tokenizer):
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special}
 
-    def _extended(self, tokens: tuple[str, ...]) -> Tokenizer:
+    def _with_new_tokens(self, tokens: tuple[str, ...]) -> Tokenizer:
         tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
         tokenizer.add_special_tokens(list(tokens))
         if tokenizer.token_to_id(tokens[0]) != self.vocab_size:
             raise UserError(
-                f"{self.source} leaves ids without a token: special tokens cannot be added to it"
+                f"special tokens cannot be added to {self.source}, because some of its ids have no "
+                "token; give another tokenizer"
             )
         opened = self._opened._replace(tokenizer=tokenizer, rows=self.vocab_size + len(tokens))
         return HubTokenizer(opened, Path(self.source), self.special + tokens)
 
-    def _spells(self, token: str) -> bool:
+    def _has_token(self, token: str) -> bool:
         return self._tokenizer.token_to_id(token) is not None
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > PROMPT:
+        """See Tokenizer.encode. A long text goes through tiktoken if possible."""
+        if len(text) > SHORT_TEXT:
             return self.encode_batch([text])[0]
         return self._encode([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See Tokenizer.encode_batch. It goes through tiktoken if possible."""
         if self._encoding:
             return _tiktoken_batch(self._encoding, texts, self.num_threads)
         if self.num_threads == 1:
@@ -324,14 +332,16 @@ class HubTokenizer(Tokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:  # a str with a lone surrogate has no UTF-8
+        except TypeError:  # a str with a lone surrogate cannot be encoded as UTF-8
             texts = [without_surrogates(text) for text in texts]
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._without_specials(encoding.ids) for encoding in encodings]
 
     def _without_specials(self, ids: list[int]) -> list[int]:
-        """Spell out the special tokens that the model itself read in the text, as a unigram model
-        does."""
+        """Replace the special tokens that the model recognized in the text by their characters.
+
+        A unigram model recognizes them itself, even with encode_special_tokens.
+        """
         if self._special.isdisjoint(ids):
             return ids
         return [
@@ -344,7 +354,7 @@ class HubTokenizer(Tokenizer):
 
     @functools.cached_property
     def _special(self) -> set[int]:
-        """Ids of the special tokens but the unknown one, which stands for text."""
+        """Ids of the special tokens without the unknown token, which stands for ordinary text."""
         settings = self._spec["model"]
         unknown = settings.get(
             "unk_id", self._tokenizer.token_to_id(settings.get("unk_token") or "")
@@ -353,7 +363,7 @@ class HubTokenizer(Tokenizer):
 
     @functools.cached_property
     def _encoding(self) -> Any:
-        """This tokenizer as a tiktoken encoding, or None where tiktoken could give other ids."""
+        """This tokenizer as a tiktoken encoding, or None if tiktoken could give other ids."""
         ranks = _ranks(self._spec)
         if ranks is None:
             return None
@@ -370,7 +380,7 @@ class HubTokenizer(Tokenizer):
     def _token_bytes(self) -> list[bytes]:
         added = self._tokenizer.get_added_tokens_decoder()
         table = [b""] * self.vocab_size
-        spell = _unspell if _is_byte_level_bpe(self._spec) else self._bytes_after_another
+        spell = _unicode_to_bytes if _is_byte_level_bpe(self._spec) else self._bytes_after_another
         for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if id not in added:
                 table[id] = spell(token)
@@ -379,8 +389,10 @@ class HubTokenizer(Tokenizer):
         return table
 
     def _bytes_after_another(self, token: str) -> bytes:
-        """What a token adds to the text when it does not come first: decoders drop a leading
-        space."""
+        """The bytes that a token adds to a text in which it is not the first token.
+
+        The first one would not do, because some decoders drop a leading space.
+        """
         if byte := BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         id = self._tokenizer.token_to_id(token)
@@ -394,17 +406,17 @@ class HubTokenizer(Tokenizer):
         config = super()._config() | self._opened.config
         if not self.special:
             return config
-        new_name = isinstance(config.get("extra_special_tokens"), list)  # since transformers 5
+        new_name = isinstance(config.get("extra_special_tokens"), list)  # transformers 5 and later
         name = "extra_special_tokens" if new_name else "additional_special_tokens"
         return config | {name: [*config.get(name, []), *self.special]}
 
 
 def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:
-    """The tokenizer of "gpt2", a folder (tokenizer.json, or vocab.json and merges.txt), or a
-    tokenizer.json.
+    """The tokenizer named "gpt2", of a folder, or of a tokenizer.json.
 
-    `quiet`: leave BPE dropout out without a word. Raises UserError where there is none, or it
-    cannot be read, or it has no end token.
+    A folder holds tokenizer.json, or vocab.json and merges.txt. num_threads: see Tokenizer. quiet:
+    do not warn that BPE dropout is left out. Raises UserError if there is no tokenizer, it cannot
+    be read, or it has no end token.
     """
     if where == "gpt2":
         tokenizer: Tokenizer = _GPT2Tokenizer()
@@ -416,18 +428,18 @@ def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = Fal
 
 
 def _restore(source: str, num_threads: int | None, special: tuple[str, ...]) -> Tokenizer:
-    # in another process: the first one has spoken of what is odd
+    # This is another process. The first one has printed the warnings already.
     return load_tokenizer(source, num_threads, quiet=True).with_special(special)
 
 
 def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
-    """tiktoken's gpt2, with `special` as the special tokens after its own."""
+    """tiktoken's gpt2 encoding, with `special` as further special tokens after its own."""
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):
-        # no network (requests' errors are OSErrors), or a spoiled download
+        # There is no network (requests' errors are OSErrors), or a download is damaged.
         raise UserError(
             "GPT-2's tokenizer is not on this machine and cannot be downloaded: set "
             "TIKTOKEN_CACHE_DIR to a folder with tiktoken's two gpt2 files, or give --tokenizer "
@@ -445,10 +457,10 @@ def _tiktoken_gpt2(special: tuple[str, ...]) -> Any:
 
 
 def _tiktoken_encode(encoding: Any, text: str) -> list[int]:
-    if len(text) <= CHUNK:
+    if len(text) <= PIECE_CHARS:
         return encoding.encode_ordinary(text)
-    # tiktoken's regular expression overflows its stack on a word after a very long run of white
-    # space
+    # On a word after a very long run of white space, tiktoken's regular expression would overflow
+    # its stack.
     return [id for piece in pieces_of(text) for id in encoding.encode_ordinary(piece)]
 
 
@@ -458,13 +470,13 @@ def _tiktoken_batch(encoding: Any, texts: list[str], num_threads: int | None) ->
 
 
 def check_special(special: Sequence[str]) -> None:
-    """UserError for a special token that is there twice, is not to be seen, or that a decoder would
-    rewrite."""
+    """Raises UserError for a special token that is given twice, is invisible, or that a decoder
+    would rewrite."""
     for i, token in enumerate(special):
         if token in special[:i]:
             raise UserError(f"special token {token!r} is given twice; name it once")
         readable = token.strip() and token == without_surrogates(token)
-        if not readable or METASPACE in token or _unspell(token) != token.encode():
+        if not readable or METASPACE in token or _unicode_to_bytes(token) != token.encode():
             raise UserError(
                 f"{token!r} cannot be a special token; take one of plain characters, such as "
                 "<answer>"
@@ -473,8 +485,7 @@ def check_special(special: Sequence[str]) -> None:
 
 @functools.cache
 def _byte_alphabet() -> list[str]:
-    """The character that spells each byte in a byte-level vocabulary: itself where it is
-    visible."""
+    """The character for each byte in a byte-level vocabulary. Visible bytes are their own."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b if b in visible else next(others)) for b in range(256)]
@@ -485,20 +496,20 @@ def _byte_of() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
-def _spell(token: bytes) -> str:
+def _bytes_to_unicode(token: bytes) -> str:
     alphabet = _byte_alphabet()
     return "".join([alphabet[byte] for byte in token])
 
 
-def _unspell(token: str) -> bytes:
+def _unicode_to_bytes(token: str) -> bytes:
     try:
         return bytes([_byte_of()[character] for character in token])
-    except KeyError:  # no byte-level token: a decoder takes it as it stands
+    except KeyError:  # it is not a byte-level token, and a decoder does not change it
         return token.encode()
 
 
-def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens whose merge made this one: what the earlier merges leave of it."""
+def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge made this one: the merges before it reduce its bytes to them."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
@@ -508,12 +519,11 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
-    """Ids by token bytes, if GPT-2's algorithm on them gives the ids that this tokenizer.json
-    gives.
+    """tiktoken's ranks for a tokenizer.json: ids by token bytes. None if it could give other ids.
 
-    It does where every word is split as in GPT-2 and each merge makes the next id from the two
-    halves that the earlier ids alone would lead to: then joining the pair of lowest id is joining
-    by the first merge.
+    tiktoken joins the pair whose result has the lowest id. `tokenizers` joins the pair of the first
+    merge. Both are the same if words are split as in GPT-2, merges have ids in their order, and
+    each merge joins the two tokens to which the earlier merges reduce its result.
     """
     form = _canonical(spec, eot=0)
     model = form.pop("model")
@@ -523,13 +533,13 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     if not _is_byte_level_bpe(spec) or model.keys() - {"type", "vocab", "merges"}:
         return None
     ranks = {
-        _unspell(token): id
+        _unicode_to_bytes(token): id
         for token, id in sorted(model["vocab"].items(), key=operator.itemgetter(1))
     }
     merged = [token for token in ranks if len(token) > 1]
     if len(ranks) - len(merged) != 256 or len(merged) != len(model["merges"]):
         return None
-    halves = [[_spell(half) for half in _halves(token, ranks)] for token in merged]
+    halves = [[_bytes_to_unicode(half) for half in _merged_pair(token, ranks)] for token in merged]
     return ranks if halves == [list(pair) for pair in model["merges"]] else None
 
 
@@ -545,8 +555,7 @@ def _vocab(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
-    """What of a tokenizer.json decides the ids of a text, in one form however the file spells
-    it."""
+    """The part of a tokenizer.json that decides a text's ids, in one form however it is written."""
     unset = (None, False, "")
     model = {
         key: value for key, value in spec["model"].items() if not any(value is no for no in unset)
@@ -555,7 +564,7 @@ def _canonical(spec: dict[str, Any], eot: int) -> dict[str, Any]:
     if isinstance(model["vocab"], dict):
         model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in added}
     if _is_byte_level_bpe(spec):
-        model.pop("unk_token", None)  # no text has a byte that is not in the vocabulary
+        model.pop("unk_token", None)  # unused, because the vocabulary has every byte
     split = _split(spec["pre_tokenizer"] or {})
     return {
         "model": model,
@@ -575,9 +584,9 @@ def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Cut a long text every CHUNK characters or a little later, where GPT-2's split cuts anyway."""
+    """Cut a long text after every PIECE_CHARS characters or a little later, at a SAFE_CUT."""
     start = 0
-    while cut := SAFE_CUT.search(text, start + CHUNK):
+    while cut := SAFE_CUT.search(text, start + PIECE_CHARS):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]

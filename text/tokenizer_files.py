@@ -1,12 +1,15 @@
-"""A tokenizer's folder in any of the hub's layouts, opened as transformers' AutoTokenizer opens it.
+"""Opens a tokenizer's folder in any of the hub's layouts, as transformers' AutoTokenizer does.
 
-The layouts: tokenizer.json, or vocab.json with merges.txt; beside either tokenizer_config.json and,
-from older versions, added_tokens.json and special_tokens_map.json. Which file has the last word,
-and which id an added token gets, is as in transformers 5: checkpoints trained there keep their ids
-here. Three things differ. A named end token that the vocabulary does not have is refused, for no
-model was trained on it. An added token that would share its id with another token is refused. And a
-tokenizer.json without byte-level BPE (KoGPT2's) is taken as it is where transformers, by the name
-of the class alone, would put its vocabulary into GPT-2's pipeline and read nothing right.
+A folder holds tokenizer.json, or vocab.json with merges.txt. It may also hold tokenizer_config.json
+and, from older versions, added_tokens.json and special_tokens_map.json. The precedence of these
+files and the ids of added tokens are those of transformers 5, so that checkpoints trained there
+keep their ids here.
+
+Three things differ from transformers:
+- A named end token that is not in the vocabulary is refused, because no model was trained on it.
+- An added token that would share its id with another token is refused.
+- A tokenizer.json without byte-level BPE (KoGPT2's) is used without changes. transformers goes by
+  the name of the class alone, puts the vocabulary into GPT-2's pipeline, and gives wrong ids.
 """
 
 from __future__ import annotations
@@ -24,25 +27,25 @@ from storage.foreign import JsonObject, read_object
 
 ENDOFTEXT = "<|endoftext|>"
 
-# The end token of a folder that names none: the first of these that it has.
+# If a folder names no end token, the first of these that its vocabulary has is used.
 END_TOKENS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OWN_VOCABULARY = (
-    "GPT2Tokenizer"  # the class that takes a file's vocabulary and merges and nothing else of it
-)
+# The class that uses only the vocabulary and the merges of a tokenizer.json.
+OWN_VOCABULARY = "GPT2Tokenizer"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-# what this process has said on standard error of a tokenizer, by its path
-told: dict[str, str] = {}
+# The warnings about BPE dropout that this process has printed, by path of the tokenizer.
+dropout_warnings: dict[str, str] = {}
 
 
-class Opened(NamedTuple):
-    """A tokenizer of the `tokenizers` library, its end token, and what tokenizer_config.json should
-    say of it.
+class OpenedTokenizer(NamedTuple):
+    """A tokenizer of the `tokenizers` library, with what its folder says about it.
 
-    rows: how many a model's table must have. Special tokens that are only named, so that
-    transformers makes them up at the end of the vocabulary, are not counted: no model was trained
-    on them, and no text holds them.
+    end: the end token.
+    config: the content that tokenizer_config.json should have when the tokenizer is saved.
+    rows: how many rows a model's embedding table must have. transformers appends special tokens
+        that are named but not in the vocabulary. They do not count, because no model was trained on
+        them and no text holds them.
     """
 
     tokenizer: Any
@@ -56,11 +59,11 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
-def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
-    """The tokenizer of a folder, or of a tokenizer.json with what stands beside it.
+def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
+    """The tokenizer of a folder, or of a tokenizer.json and the files next to it.
 
-    `quiet`: say nothing of BPE dropout, which is always left out. Raises UserError where there is
-    no tokenizer, a file cannot be read, or no end token can be told.
+    quiet: do not warn about BPE dropout, which is always left out. Raises UserError if there is no
+    tokenizer, a file cannot be read, or no end token is found.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
@@ -81,15 +84,19 @@ def open_tokenizer(path: Path, quiet: bool = False) -> Opened:
     _check_ids(path, vocab)
     _leave_out_dropout(path, tokenizer, quiet)
     rows = 1 + max(vocab[token] for token in {*given, end} if token in vocab)
-    return Opened(tokenizer, end, settings.resolved(end), rows)
+    return OpenedTokenizer(tokenizer, end, settings.resolved(end), rows)
 
 
 class _Settings:
-    """What the files beside a vocabulary say, merged: `named` tokens by key, `extra` special ones,
-    and `added` ones.
+    """The merged settings of the files next to a vocabulary.
 
-    A token is a dictionary of its `content` and FLAGS. `own` are a model's named tokens beside the
-    common ones. `added` maps content to token, in the order of the ids that the files give.
+    A token is a dictionary of its `content` and FLAGS.
+
+    named: the common named tokens (NAMED), by key.
+    own: a model's own named tokens, such as image_token, by key.
+    extra: special tokens without a name.
+    added: added tokens by content, in the order of the ids that the files give.
+    names_end_in: the last file that names the end token.
     """
 
     def __init__(self, folder: Path, file: Path):
@@ -114,8 +121,8 @@ class _Settings:
             self._read_older_files()
 
     def _own_vocabulary(self) -> bool:
-        """Whether to build GPT-2's pipeline around the vocabulary, whatever else tokenizer.json
-        says."""
+        """Whether to build GPT-2's pipeline around the vocabulary and ignore the rest of
+        tokenizer.json."""
         model = _beside(self.folder, "config.json")
         named = self.config.text("tokenizer_class") or model.text("tokenizer_class")
         if self.spec is None:
@@ -146,8 +153,10 @@ class _Settings:
             self.added[token["content"]] = token
 
     def _read_older_files(self) -> None:
-        """special_tokens_map.json, whose names win over the config's; added_tokens.json; the list
-        of tokenizer.json."""
+        """Read special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json.
+
+        Names in special_tokens_map.json override those in tokenizer_config.json.
+        """
         names = _beside(self.folder, "special_tokens_map.json")
         self._read_names(names)
         self.own = _own_names(names) | self.own
@@ -161,11 +170,11 @@ class _Settings:
         for content in older.values:
             flags = dict(special=content in special, normalized=content not in special)
             by_id[older.whole(content)] = _special(content) | flags
-        for entry in self._listed():
+        for entry in self._listed_tokens():
             by_id[entry.whole("id")] = _token(entry, "content", entry.values)
         self.added = {by_id[id]["content"]: by_id[id] for id in sorted(by_id)}
 
-    def _listed(self) -> Iterator[JsonObject]:
+    def _listed_tokens(self) -> Iterator[JsonObject]:
         """The added tokens of tokenizer.json."""
         entries = self.spec.values.get("added_tokens") if self.spec else None
         for i, entry in enumerate(entries or [] if isinstance(entries, list | None) else [entries]):
@@ -175,7 +184,8 @@ class _Settings:
             yield JsonObject(self.spec.file, entry, f"added_tokens[{i}].")
 
     def backend(self) -> Any:
-        """The tokenizer before the tokens of the other files are added."""
+        """The tokenizer without the tokens that the other files add. Raises UserError if a file
+        cannot be read."""
         from tokenizers import Tokenizer, models
 
         source = self.file if self.spec else self.folder / "vocab.json"
@@ -192,7 +202,7 @@ class _Settings:
             return byte_level(model, self.config.yes_no("add_prefix_space", False))
         except UserError:
             raise
-        except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        except Exception as error:  # the library raises plain Exception for any bad file
             raise UserError(f"{source} is not a tokenizer: {reason(error)}") from None
 
     def _vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -229,8 +239,10 @@ class _Settings:
         return [(left, right) for left, _, right in (line.partition(" ") for _, line in numbered)]
 
     def add_tokens(self, tokenizer: Any) -> None:
-        """Add what the files list, then the named and the extra special tokens that are not there
-        yet."""
+        """Add the tokens that the files list, then the named and extra ones that are still missing.
+
+        Raises UserError for a token that is not valid text.
+        """
         from tokenizers import AddedToken
 
         tokens = list(self.added.values())
@@ -247,15 +259,16 @@ class _Settings:
                 tokenizer.add_tokens([AddedToken(token["content"], **flags)])
         except (TypeError, ValueError):  # a lone surrogate
             raise UserError(
-                f"{self.folder} names {token['content']!r} as a token, which is no text"
+                f"{self.folder} names {token['content']!r} as a token, which is not valid text; "
+                "remove it"
             ) from None
 
     def _named(self) -> list[dict[str, Any]]:
         return [token for token in (*self.named.values(), *self.own.values()) if token]
 
     def check_end(self, given: set[str]) -> None:
-        """UserError where a file names an end token that is not among `given`, the tokens that the
-        files hold."""
+        """Raises UserError if a file names an end token that is not in `given`, the tokens of all
+        files."""
         named = self.named["eos_token"]
         if self.names_end_in and named and named["content"] not in given:
             raise UserError(
@@ -264,8 +277,10 @@ class _Settings:
             )
 
     def end(self, vocab: dict[str, int]) -> str:
-        """The end token: the one that is named, else the first of END_TOKENS that the vocabulary
-        has."""
+        """The end token: the named one, or else the first of END_TOKENS in the vocabulary.
+
+        Raises UserError if there is none.
+        """
         named = self.named["eos_token"]
         for token in (named["content"] if named else None, *END_TOKENS):
             if token in vocab:
@@ -276,8 +291,7 @@ class _Settings:
         )
 
     def resolved(self, end: str) -> dict[str, Any]:
-        """tokenizer_config.json of the merged settings, for a tokenizer.json that holds every token
-        and its flags."""
+        """The tokenizer_config.json to save beside a tokenizer.json with all tokens and flags."""
         left_out = {
             "added_tokens_decoder",
             "additional_special_tokens",
@@ -299,7 +313,7 @@ class _Settings:
 
 
 def _beside(folder: Path, name: str) -> JsonObject:
-    """An optional file; empty where it is not there."""
+    """The object in an optional file; empty if there is no such file."""
     file = folder / name
     return read_object(file) if file.is_file() else JsonObject(file, {})
 
@@ -322,7 +336,7 @@ def _own_names(source: JsonObject) -> dict[str, dict[str, Any]]:
 
 
 def _extra(source: JsonObject) -> list[dict[str, Any]] | None:
-    """Special tokens without a name; None where the file does not say."""
+    """The special tokens without a name; None if the file has no list of them."""
     key = (
         "extra_special_tokens"
         if source.values.get("extra_special_tokens")
@@ -338,18 +352,20 @@ def _extra(source: JsonObject) -> list[dict[str, Any]] | None:
 
 def _id(source: JsonObject, key: str) -> int:
     if not key.isdecimal():
-        raise UserError(f"{source.file}: {source.inside}{key} is no id; it must be a whole number")
+        raise UserError(
+            f"{source.file}: {source.inside}{key} is not an id; it must be a whole number"
+        )
     return int(key)
 
 
 def _token(source: JsonObject, key: str, value: Any) -> dict[str, Any]:
-    """A token as its files write it: a string, or an object of its content and flags."""
+    """A token from a file, which writes it as a string or as an object with content and flags."""
     if isinstance(value, str) and not key.isdecimal():
         return _special(value)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise source.wrong(key, "a token: a string, or an object with its content")
     entry = JsonObject(source.file, value, f"{source.inside}{key}.")
-    # a name, or an entry of a list of special tokens, says so by where it stands
+    # A named token and an entry of a list of special tokens are special because of their place.
     special = entry.yes_no("special", not key.isdecimal() and key != "content")
     flags = {name: entry.yes_no(name, False) for name in ("single_word", "lstrip", "rstrip")}
     return flags | {
@@ -360,8 +376,7 @@ def _token(source: JsonObject, key: str, value: Any) -> dict[str, Any]:
 
 
 def _check_ids(path: Path, vocab: dict[str, int]) -> None:
-    """UserError where an added token has the id of another one: the library gives ids without
-    looking."""
+    """Raises UserError if an added token has the id of another token, which the library allows."""
     owner: dict[int, str] = {}
     for token, id in sorted(vocab.items()):
         if owner.setdefault(id, token) != token:
@@ -372,24 +387,25 @@ def _check_ids(path: Path, vocab: dict[str, int]) -> None:
 
 
 def _leave_out_dropout(path: Path, tokenizer: Any, quiet: bool) -> None:
-    """BPE dropout (Provilkov et al. 2020) gives a text other ids each time: the cache, the
-    processes and a run's continuation would each see another corpus. It warns once a process, of
-    the ranks only on the first.
+    """Turn BPE dropout (Provilkov et al. 2020) off, and warn about it.
+
+    With dropout a text gets other ids each time. The cache, the worker processes and a resumed run
+    would each see another corpus. The warning is printed once per process, and only on rank 0.
     """
     dropout = getattr(tokenizer.model, "dropout", None)
     if not dropout:
         return
     tokenizer.model.dropout = None
-    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in told:
-        told[str(path)] = (
+    if not quiet and os.environ.get("RANK", "0") == "0" and str(path) not in dropout_warnings:
+        dropout_warnings[str(path)] = (
             f"{path} has BPE dropout {dropout:g}, which is left out: "
-            "a text has the same ids each time, and the tokenizers that are written have none"
+            "a text gets the same ids each time, and the tokenizers that are written have none"
         )
-        print(f"warning: {told[str(path)]}", file=sys.stderr, flush=True)
+        print(f"warning: {dropout_warnings[str(path)]}", file=sys.stderr, flush=True)
 
 
 def byte_level(model: Any, add_prefix_space: bool) -> Any:
-    """A `tokenizers` pipeline like GPT-2's around a BPE model."""
+    """A tokenizer with GPT-2's pipeline around a BPE model of the `tokenizers` library."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 
     tokenizer = Tokenizer(model)

@@ -1,6 +1,6 @@
-"""Vocabularies made from text: byte-level BPE by `tokenizers`, unigram and BPE by SentencePiece.
+"""Trains tokenizers: byte-level BPE with `tokenizers`, unigram and BPE with SentencePiece.
 
-The libraries are imported where they are used.
+The libraries are imported where they are used, so that importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from base.files import unfinished, writing_to
+from base.files import temporary_folder, writing_to
 from config import UserError, without_surrogates
 from text import corpus
 from text.tokenizer import (
@@ -26,28 +26,30 @@ from text.tokenizer import (
     load_tokenizer,
     pieces_of,
 )
-from text.tokenizer_files import ENDOFTEXT, Opened, byte_level
+from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, byte_level
 
-# SentencePiece wants one; no text needs it, since bytes stand for what is not in the vocabulary
+# SentencePiece requires an unknown token. No text uses it, because byte tokens spell everything
+# that is not in the vocabulary.
 UNKNOWN = "<unk>"
-BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # a byte that is not UTF-8, as surrogateescape decodes it
 
-LONGEST_WORD = 256  # bytes: training slows with the square of a word's length
-LONGEST_LINE = 1000  # characters: SentencePiece leaves out lines above 4,192 bytes
+LONGEST_WORD = 256  # bytes, because training time grows with the square of a word's length
+LONGEST_LINE = 1000  # characters, because SentencePiece skips lines above 4,192 bytes
 
-# `tokenizers` would read "<0x41>" and "<unk>" in a text as the pieces of that name: a score below
-# that of any spelling forbids it, where each of their characters is a piece.
+# `tokenizers` would read "<0x41>" and "<unk>" in a text as the pieces of that name. To prevent it,
+# these pieces get a score below that of any other spelling, and each character of their names is
+# made a piece.
 NEVER = -1e4
 NAME_CHARACTERS = "<>0123456789ABCDEFxunk"
 
-LARGEST_VOCABULARY = 10_000_000  # the trainers make room for all of it beforehand
-NO_TEXT = "there is no text to train a tokenizer on"
+LARGEST_VOCABULARY = 10_000_000  # the trainers allocate memory for the whole vocabulary at once
+NO_TEXT = "there is no text to train a tokenizer on; give other text"
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
-    """Byte-level BPE with GPT-2's split; ids: the 256 bytes, the merges in order.
+    """A `tokenizers` tokenizer with byte-level BPE. Its ids are the 256 bytes, then the merges.
 
-    `vocab_size` counts the `special` tokens, which come later. See train_bpe.
+    vocab_size includes the `special` tokens, which the caller adds. See train_bpe.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -55,7 +57,7 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
     if vocab_size < least:
         raise UserError(
             f"a vocabulary of {vocab_size} is too small: 256 bytes and {' '.join(special)} make "
-            f"{least}"
+            f"{least}; give at least that"
         )
     tokenizer = byte_level(models.BPE(), add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -76,9 +78,9 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, special: Sequence[st
 def train_pieces(
     texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
 ) -> Any:
-    """SentencePiece's unigram model or BPE; ids: <unk>, the 256 bytes, the pieces.
+    """A `tokenizers` tokenizer with SentencePiece's model. Its ids are <unk>, 256 bytes, pieces.
 
-    `vocab_size` counts the `special` tokens, which come later. See train_sentencepiece.
+    vocab_size includes the `special` tokens, which the caller adds. See train_sentencepiece.
     """
     return sentencepiece_pipeline(sentencepiece_model(texts, vocab_size, special, kind), kind)
 
@@ -86,8 +88,11 @@ def train_pieces(
 def sentencepiece_model(
     texts: Iterable[str], vocab_size: int, special: Sequence[str], kind: Literal["unigram", "bpe"]
 ) -> Any:
-    """SentencePieceProcessor of a model trained on the texts' lines; `vocab_size` and `special` as
-    above."""
+    """A SentencePieceProcessor whose model is trained on the lines of the texts.
+
+    vocab_size and special: see `train_pieces`. Raises UserError for a size that the text does not
+    allow.
+    """
     import sentencepiece
 
     lines = [line for piece in training_pieces(texts, special) for line in _lines(piece)]
@@ -100,7 +105,7 @@ def sentencepiece_model(
             vocab_size=max(1, vocab_size - len(special)),
             byte_fallback=True,
             required_chars=NAME_CHARACTERS if kind == "unigram" else "",
-            # Text comes out as it went in.
+            # These three let decoding return the text without changes.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -116,14 +121,16 @@ def sentencepiece_model(
 
 
 def sentencepiece_pipeline(processor: Any, kind: Literal["unigram", "bpe"]) -> Any:
-    """A model trained as above, run by `tokenizers`: the same ids, but where two ways of a unigram
-    are as likely."""
+    """A model of `sentencepiece_model` as a `tokenizers` tokenizer, with the same ids.
+
+    The ids may differ only if a unigram model finds two splits of a text equally likely.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     pieces = [
         (processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.vocab_size())
     ]
-    first = 257  # after <unk> and the bytes
+    first = 257  # the first piece comes after <unk> and the 256 bytes
     if kind == "unigram":
         scores = [
             (piece, score if id >= first else NEVER) for id, (piece, score) in enumerate(pieces)
@@ -144,16 +151,20 @@ def sentencepiece_pipeline(processor: Any, kind: Literal["unigram", "bpe"]) -> A
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes another, in the order of what they make: SentencePiece joins
-    any of them."""
+    """Every pair of pieces that joins to another piece, in the order of the joined pieces.
+
+    SentencePiece joins any such pair, while `tokenizers` needs them listed as merges.
+    """
     known = set(pieces)
     halves = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
     return [(left, right) for left, right in halves if left in known and right in known]
 
 
 def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
-    """What SentencePiece found wrong, in one line. Raises the error again where it is no mistake of
-    the user's."""
+    """SentencePiece's error as one line for the user. Raises any other error again.
+
+    reserved: number of special tokens, which SentencePiece does not count.
+    """
     message = str(error)
     if found := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", message):
         least = int(found[1]) + reserved
@@ -173,10 +184,9 @@ def _complaint(error: RuntimeError, vocab_size: int, reserved: int) -> str:
 
 
 def training_pieces(texts: Iterable[str], special: Sequence[str]) -> Iterator[str]:
-    """The texts in pieces, so that all cores count words, without the special tokens that they
-    hold.
+    """The texts in pieces, so that all cores count words. Special tokens in them are removed.
 
-    Raises UserError at the end where there was nothing.
+    Raises UserError at the end if there was no text.
     """
     at_special = re.compile("|".join(map(re.escape, special)) or "(?!)")
     characters = 0
@@ -195,15 +205,16 @@ def _lines(text: str) -> Iterator[str]:
 
 @dataclass
 class TrainingText:
-    """The documents of some sources of text, one after another; counts what it reads. Bytes that
-    are not UTF-8 become U+FFFD."""
+    """The documents of several sources, one after another. It counts what it reads.
 
-    sources: list[Any]  # of corpus.Source
+    Bytes that are not UTF-8 become U+FFFD.
+    """
+
+    sources: list[Any]  # of type corpus.Source
     characters: int = 0
     bad_bytes: int = 0
-    first: str = (
-        ""  # the first document that holds text, or its first piece, to measure the tokenizer on
-    )
+    # The first piece of text that is not empty. The trained tokenizer is measured on it.
+    first: str = ""
 
     def __iter__(self) -> Iterator[str]:
         for source in self.sources:
@@ -216,10 +227,10 @@ class TrainingText:
 
 
 def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) -> TrainingText:
-    """What --input names: all that --data may name but token shards, and any other file as plain
-    text.
+    """The text that --input names.
 
-    Raises UserError for what is not there or is no text.
+    It takes what --data takes, except token shards. A file of any other kind is read as plain text.
+    Raises UserError for files that do not exist or hold no text.
     """
     files: dict[Path, None] = {}
     sources: list[Any] = []
@@ -230,14 +241,15 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
         for name, found in corpus.named_files(item, corpus.TEXT_SUFFIXES):
             if not found and Path(name).expanduser().is_dir():
                 raise UserError(
-                    f"--input {name} is a folder without text ({' '.join(corpus.TEXT_SUFFIXES)})"
+                    f"--input {name} is a folder without text files "
+                    f"({' '.join(corpus.TEXT_SUFFIXES)}); name other files or folders"
                 )
             if not found:
-                raise UserError(f"--input {name}: no such file")
+                raise UserError(f"--input {name}: no such file; name files or folders of text")
             if shards := [path for path in found if path.suffix in (".bin", ".npy")]:
                 raise UserError(
                     f"--input {shards[0]} holds tokens, not text; give the text that they were "
-                    "made of"
+                    "made from"
                 )
             files |= dict.fromkeys(found)
     if files:
@@ -248,14 +260,16 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
 def train_bpe(
     texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()
 ) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's split and write it to the new folder `out`, whole or not
-    at all.
+    """Train a byte-level BPE with GPT-2's split, and write it to the new folder `out`.
 
-    Ids: the 256 bytes, the merges in order, <|endoftext|>, then the `special` tokens, which no
-    other token holds in part. A pair is merged only when it is seen twice, so little text gives
-    fewer than `vocab_size` tokens. Two runs on one text write the same bytes. Raises UserError for
-    a vocabulary below 257 and the special tokens or above LARGEST_VOCABULARY, an empty text,
-    special tokens as with_special does, or a folder that holds something.
+    The folder is written whole or not at all. The ids are the 256 bytes, the merges in order,
+    <|endoftext|>, then the `special` tokens. Special tokens in the text are not trained on. A pair
+    is merged only if it occurs twice, so a short text may give fewer than `vocab_size` tokens. Two
+    runs on one text write the same bytes.
+
+    Raises UserError for a vocabulary that is smaller than 257 plus the special tokens or larger
+    than LARGEST_VOCABULARY, an empty text, a folder that is not empty, and for special tokens as
+    with_special does.
     """
     return _train(train_byte_level, texts, vocab_size, out, special, {})
 
@@ -267,14 +281,14 @@ def train_sentencepiece(
     kind: Literal["unigram", "bpe"] = "unigram",
     special: Sequence[str] = (),
 ) -> Tokenizer:
-    """Train SentencePiece's unigram model (Kudo 2018) or its BPE and write it to the new folder
+    """Train SentencePiece's unigram model (Kudo 2018) or its BPE, and write it to the new folder
     `out`.
 
-    Every text comes out as it went in (but for U+2581, which comes out as a space): no
-    normalisation, no space before the text, bytes for the characters that have no piece. Ids:
-    <unk>, the 256 bytes, the pieces, <|endoftext|>, the `special` tokens: `vocab_size` in all. Two
-    runs on one text write the same bytes. Raises UserError for a vocabulary too small or too large
-    for the text, and as train_bpe does.
+    Decoding returns every text without changes, except that U+2581 becomes a space. There is no
+    normalization and no space before the text, and characters without a piece are spelled as bytes.
+    The ids are <unk>, the 256 bytes, the pieces, <|endoftext|>, then the `special` tokens, together
+    `vocab_size`. Two runs on one text write the same bytes. Raises UserError for a vocabulary that
+    is too small or too large for the text, and as train_bpe does.
     """
     train = functools.partial(train_pieces, kind=kind)
     return _train(train, texts, vocab_size, out, special, {"unk_token": UNKNOWN})
@@ -300,14 +314,13 @@ def _train(
         tempfile.TemporaryFile(dir=out.parent).close()
     tokenizer = train(texts, vocab_size, tuple(dict.fromkeys((ENDOFTEXT, *special))))
     tokenizer.add_special_tokens([ENDOFTEXT])
-    opened = Opened(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
+    opened = OpenedTokenizer(tokenizer, ENDOFTEXT, config, tokenizer.get_vocab_size())
     _save_whole(HubTokenizer(opened, out).with_special(special), out)
     return load_tokenizer(str(out))
 
 
 def check_free(out: Path) -> None:
-    """UserError unless `out` can be made or is an empty folder: nothing of the user's is
-    replaced."""
+    """Raises UserError unless `out` is empty or can be made. No file of the user is replaced."""
     try:
         file = next((above for above in out.parents if above.exists() and not above.is_dir()), None)
         if file:
@@ -328,8 +341,8 @@ def check_free(out: Path) -> None:
 
 def _save_whole(tokenizer: Tokenizer, out: Path) -> None:
     try:
-        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as beside:
-            tokenizer.save(beside)
-            beside.rename(out)
+        with temporary_folder(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as temporary:
+            tokenizer.save(temporary)
+            temporary.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None

@@ -23,7 +23,7 @@ from base.files import replace_text
 from config import Count, Few, UserError, Where, nearest
 from tasks.order import group_by_length
 from text.corpus import records_of
-from text.readers import SHOWN, LeftOut, NotUtf8, with_advice
+from text.readers import MAX_SHOWN, NotUtf8, SkippedRows, with_advice
 from tools.predictions import check_out
 
 if TYPE_CHECKING:  # the module loads torch
@@ -91,7 +91,7 @@ class BacktranslateConfig:
 def read_cells(file: str) -> list[dict[str, Any]]:
     """The rows of a file with all their columns. Broken rows are reported and left out. Raises
     UserError if no row can be read."""
-    rows, left_out = [], LeftOut()
+    rows, left_out = [], SkippedRows()
     for place, cells in list(records_of(Path(file))):
         fault = cells if isinstance(cells, str) else ""
         if isinstance(cells, dict):
@@ -106,7 +106,7 @@ def read_cells(file: str) -> list[dict[str, Any]]:
         if not fault:
             rows.append(cells)
             continue
-        if left_out.count < SHOWN:
+        if left_out.count < MAX_SHOWN:
             fault = with_advice(fault, cells, file)
             say(f"left out: {file} {place} {fault}")
         left_out.add(f"{place} {fault}")

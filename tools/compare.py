@@ -10,11 +10,9 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import Positional, arg
-
 from base.cli import entry_point, parse
 from base.files import write_json
-from config import Seed, UserError, Where
+from config import Positional, Seed, UserError, Where
 from tasks.classification.confusion import paired_test
 from tools.predictions import check_out, read_predictions, show_table
 
@@ -23,7 +21,7 @@ from tools.predictions import check_out, read_predictions, show_table
 class CompareConfig:
     """Compare the predictions of two runs, A and B, for the same rows with known labels."""
 
-    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="A B")] = ()
+    files: Annotated[tuple[Where, ...], Positional("A B")] = ()
     """Two files of predictions: a run's validation.jsonl, or its predictions.jsonl where the labels
     are known."""
     seed: Seed = 1337

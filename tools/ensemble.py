@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from tyro.conf import Positional, arg
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import UserError, Weight, Where
+from config import Positional, UserError, Weight, Where
 from tools.predictions import UNKNOWN, Predictions, check_out, read_predictions, show_table
 
 How = Literal["mean", "geometric", "vote"]
@@ -28,7 +27,7 @@ How = Literal["mean", "geometric", "vote"]
 class EnsembleConfig:
     """Combine the predictions of several runs for the same rows."""
 
-    files: Annotated[Positional[tuple[Where, ...]], arg(metavar="FILE")] = ()
+    files: Annotated[tuple[Where, ...], Positional("FILE ...")] = ()
     """Two or more files of predictions: the runs' validation.jsonl, or their predictions.jsonl."""
     out: Where = ""
     """File to write the ensemble's predictions to, in the same format."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from base.files import beside, writable_file, write_json, writing_to
+from base.files import sibling, writable_file, write_json, writing_to
 from base.signals import ends_promptly
 from config import UserError
 from engine.processes import memory_bytes
@@ -27,7 +27,7 @@ from tasks.classification.rows import read_labelled_rows
 from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.command import answers_path, run_task
 from tasks.source import Source
-from text.rows import Row
+from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
 
@@ -144,7 +144,7 @@ def run_baseline(
             answers.parent.mkdir(parents=True, exist_ok=True)
             if scores := answer(source.predict_rows, answers):
                 write_json(
-                    beside(answers, ".scores.json"),
+                    sibling(answers, ".scores.json"),
                     scores | {"eval_precision": about["eval_precision"]},
                 )
     return 0

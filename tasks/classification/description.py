@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.options import Form
 from tasks.classification.labels import drop_unknown_labels, label_words
 from tasks.description import Description, Parts, Preprocess, special_tokens
-from text.rows import Row
+from text.row import Row
 
 
 def text_of(row: Row) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from tasks.classification.rows import RowEncoder
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder
 from tasks.finetuning import EVAL_PRECISION
-from text.rows import Row
+from text.row import Row
 from text.tokenizer import Tokenizer
 
 

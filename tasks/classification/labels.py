@@ -9,11 +9,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from config import UserError, nearest
 from tasks.description import PreprocessContext
-from text.rows import Row
-from text.tokenizer import Tokenizer
+from text.row import Row
+
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 MANY_LABELS = 20  # with more labels, each must have three rows on average, or it is no class
 EXACT_WHOLE = 1 << 53  # from here on floats skip whole numbers, and two labels could become one

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from base.files import beside, write_json
-from engine.log import finite
+from base.files import sibling, write_json
+from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
-from text.rows import Row
+from text.row import Row
 
 VALIDATION = "validation"  # stem of the files about the validation rows
 
@@ -64,7 +64,7 @@ def write_predictions(
     path: the name of one of the two files. For a row with a fault, the prediction is null and
     "unreadable" is the reason.
     """
-    jsonl = beside(path, ".jsonl") if path.suffix == ".csv" else path
+    jsonl = sibling(path, ".jsonl") if path.suffix == ".csv" else path
     predicted = [
         None if row.fault else labels[i] for row, i in zip(rows, found.argmax(1), strict=True)
     ]
@@ -77,7 +77,7 @@ def write_predictions(
             if row.fault:
                 record |= {"probabilities": None, "unreadable": row.fault}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with beside(path, ".csv").open("w", encoding="utf-8", newline="") as file:
+    with sibling(path, ".csv").open("w", encoding="utf-8", newline="") as file:
         file.write(f"id \t {csv_header} \n")
         for id, label in zip(ids_of(rows), predicted, strict=True):
             file.write(f"{id} , {label or ''} \n")
@@ -108,8 +108,8 @@ def write_report(
     have the stem of `path` in front.
     """
     report = about | confusion.report(true, found, labels, seed)
-    write_json(beside(path, ".report.json"), finite(report))
-    name = beside(path, "").name
+    write_json(sibling(path, ".report.json"), json_safe(report))
+    name = sibling(path, "").name
     before = "" if name == VALIDATION else f"{name}."
     pictures = chart.draw(report, path.parent, f"{task}: {name}", before)
     say(summary(report, path, pictures))

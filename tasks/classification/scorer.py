@@ -43,7 +43,7 @@ class Scorer:
         the last token is read, else (B, T, n_embd).
         """
         if self.reads_last:
-            return model.hidden(idx, at=lengths - 1), torch.ones_like(lengths)
+            return model.hidden(idx, query_index=lengths - 1), torch.ones_like(lengths)
         return model.hidden(idx), lengths
 
     def pooled(self, model: GPT, hidden: Tensor, lengths: Tensor, head: int) -> Tensor:

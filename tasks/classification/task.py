@@ -23,7 +23,7 @@ from adapters import heads
 from adapters.heads import Head, Info
 from base.files import write_json
 from config import RunConfig, UserError
-from engine.log import finite
+from engine.log import json_safe
 from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from storage.checkpoint import RESULTS, locate
@@ -45,7 +45,7 @@ from tasks.encoder import pad_rows
 from tasks.finetuning import EVAL_PRECISION, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
 
@@ -297,7 +297,9 @@ class Classification(Finetuning):
         rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
         labels, seed = classifier.labels, self.cfg.seed
         figures = write_answers(path, rows, found, self.description, labels, seed, say, about)
-        write_json(folder / RESULTS, results | finite(figures) | {"eval_precision": EVAL_PRECISION})
+        write_json(
+            folder / RESULTS, results | json_safe(figures) | {"eval_precision": EVAL_PRECISION}
+        )
 
     def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]

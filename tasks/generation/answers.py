@@ -11,7 +11,7 @@ from model import GPT
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import SequenceEncoder
-from text.rows import Row
+from text.row import Row
 from text.tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.description import Description, Parts, plain, special_tokens
-from text.rows import Row
+from text.row import Row
 
 
 @dataclass(frozen=True)

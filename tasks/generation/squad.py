@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from text.readers import Record
+from text.row import Record
 
 
 def expand(record: Record) -> Iterator[Record]:

@@ -32,7 +32,7 @@ from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.rows import Row
+from text.row import Row
 
 
 class Generation(Finetuning):

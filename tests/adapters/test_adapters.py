@@ -745,10 +745,10 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(base, tmp_path):
 
 def test_base_of(base, tmp_path):
     save_adapter(adapted(base, "lora"), tmp_path, "somewhere", "5" * 64)
-    assert hub_files.base_of(tmp_path) == ("somewhere", "5" * 64)
+    assert hub_files.adapter_base(tmp_path) == ("somewhere", "5" * 64)
     assert hub_files.is_adapter(tmp_path) and not hub_files.is_adapter(base)
     (tmp_path / hub_files.ADAPTER_BASE).unlink()
-    assert hub_files.base_of(tmp_path) == ("somewhere", None)  # one that peft wrote
+    assert hub_files.adapter_base(tmp_path) == ("somewhere", None)  # one that peft wrote
 
 
 # --- refusals
@@ -868,7 +868,11 @@ def cut(folder: Path, key: str) -> None:
             lambda f: spoil(f, trainable_token_indices={"wte": ["a"]}),
             "trainable_token_indices",
         ),
-        ("lora", lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"), "no JSON object"),
+        (
+            "lora",
+            lambda f: (f / hub_files.ADAPTER_CONFIG).write_text("[]"),
+            "must hold a JSON object",
+        ),
     ],
 )
 def test_folders_that_cannot_be_loaded(base, tmp_path, method, damage, words):

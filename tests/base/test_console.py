@@ -1,5 +1,4 @@
-"""No print ends a run: standard streams that are full, closed, left by their reader, or lack
-characters."""
+"""No print ends a run, even if a standard stream is full, closed, without a reader, or ASCII."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.log import kept_lines, numbers, read_log
+from engine.log import finite_values, kept_lines, read_log
 from launch import log_of, receive, small, start, write_inputs
 from support import REPO, own_lines, python_path
 
@@ -33,7 +32,7 @@ entry_point(main)
 
 
 def program(tmp_path: Path, kind: str, redirect: str, **env: str) -> tuple[int, str, bool]:
-    """Exit code, standard error, and whether PROGRAM came to its end; `redirect` is the shell's."""
+    """Exit code, standard error, and whether PROGRAM finished. redirect: of the shell."""
     (tmp_path / "p.py").write_text(PROGRAM, encoding="utf-8")
     words = f"{sys.executable} p.py {kind} reached {redirect}; exit ${{PIPESTATUS[0]}}"
     whole = os.environ | {"PYTHONPATH": python_path(REPO)} | env
@@ -55,7 +54,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("redirect", BROKEN)
-def test_a_run_goes_on_without_its_console(tmp_path: Path, redirect: str) -> None:
+def test_a_run_continues_without_its_console(tmp_path: Path, redirect: str) -> None:
     code, err, reached = program(tmp_path, "run", redirect)
     assert code == 0 and reached
     if "2" not in redirect.replace("-2", "") and "&2" not in redirect:
@@ -71,7 +70,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path, redirect: s
     )
 
 
-def test_a_reader_that_has_enough_ends_a_result_quietly(tmp_path: Path) -> None:
+def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
     code, err, reached = program(tmp_path, "result", "| head -2")
     assert (code, err, reached) == (0, "", False)
 
@@ -79,7 +78,7 @@ def test_a_reader_that_has_enough_ends_a_result_quietly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "encoding", ["cp949", "latin-1", "ascii", "ascii:strict", "utf-8:strict", "utf-8:replace"]
 )
-def test_characters_that_an_encoding_lacks_are_escaped(tmp_path: Path, encoding: str) -> None:
+def test_characters_outside_the_encoding_are_escaped(tmp_path: Path, encoding: str) -> None:
     code, err, reached = program(tmp_path, "result", "> out", PYTHONIOENCODING=encoding)
     assert (code, err, reached) == (0, "end\n", True)
     lines = (tmp_path / "out").read_bytes().splitlines()
@@ -87,7 +86,7 @@ def test_characters_that_an_encoding_lacks_are_escaped(tmp_path: Path, encoding:
     assert all((b"\\udcff" in line) != encoding.endswith(":replace") for line in lines)
 
 
-def test_a_pipe_that_does_not_block_gets_every_line(tmp_path: Path) -> None:
+def test_a_nonblocking_pipe_gets_every_line(tmp_path: Path) -> None:
     slow = "| (sleep 0.5; cat > out)"
     blocking = (
         "import os,sys; os.set_blocking(1, False); os.execv(sys.executable, "
@@ -103,7 +102,7 @@ def test_a_pipe_that_does_not_block_gets_every_line(tmp_path: Path) -> None:
     assert len((tmp_path / "out").read_bytes().splitlines()) == 3000
 
 
-def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
+def test_training_finishes_without_a_reader(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     words = " ".join(small("--steps", "6", "--sample-every", "2", "--prompts", "한글"))
     command = f"{sys.executable} {REPO}/train_gpt2.py {words} | head -3; exit ${{PIPESTATUS[0]}}"
@@ -121,11 +120,11 @@ def test_training_ends_whole_where_nobody_reads_it(tmp_path: Path) -> None:
 
 
 def hang_up() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here: under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     receive("micro-batch", 10, (signal.SIGHUP,))
 
 
-def test_a_terminal_that_closes_saves_the_run(tmp_path: Path) -> None:
+def test_a_run_is_saved_when_its_terminal_closes(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     (launched,) = start(tmp_path, small("--save-every", "100"), hang_up)
     end = launched.end()
@@ -147,7 +146,7 @@ def main():
         import hashlib, threading
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         with ends_promptly():
-            # minutes, without a look at signals
+            # takes minutes, and handles no signals
             hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)
     try:
         os.kill(os.getpid(), number)
@@ -180,7 +179,7 @@ def test_a_signal_decides_the_exit_code_of_any_command(
     assert (done.returncode, done.stderr) == (code, b"")
 
 
-# --- a log with lines that are not ours
+# --- a log with lines of other programs
 
 FOREIGN = [
     "[]",
@@ -200,7 +199,7 @@ FOREIGN = [
 ]
 
 
-def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
+def test_foreign_lines_of_a_log_are_skipped() -> None:
     ours = [json.dumps({"kind": "train", "step": n, "loss": 1.0}) for n in (1, 2, 3)]
     text = "\n".join([FOREIGN[0], ours[0], *FOREIGN[1:7], ours[1], *FOREIGN[7:], ours[2]])
     assert [line for line, _ in read_log(text)] == ours
@@ -209,7 +208,7 @@ def test_lines_of_a_log_that_are_not_ours_are_passed_over() -> None:
 
 def test_only_finite_numbers_of_a_log_count() -> None:
     values = [None, True, "5", [1], math.nan, math.inf, 10**400, 2.5, 3]
-    assert numbers([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
+    assert finite_values([{"x": value} for value in values] + [{}], "x") == [2.5, 3.0]
 
 
 def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
@@ -227,7 +226,7 @@ def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_model_of_words_is_fitted_whole_where_nobody_reads_it(tmp_path: Path) -> None:
+def test_a_word_baseline_finishes_without_a_reader(tmp_path: Path) -> None:
     words = "-m finetune.sentiment --model naive-bayes --out run"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(REPO)}
     done = subprocess.run(

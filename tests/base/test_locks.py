@@ -1,4 +1,4 @@
-"""One process at a time, on Unix and, as far as a stand-in for its module shows, on Windows."""
+"""Locks admit one process at a time, on Unix and on Windows. A fake module stands for Windows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from base import locks
 
 
 class Windows(types.ModuleType):
-    """msvcrt's locks: on a byte of an open file, refused while another descriptor has it."""
+    """A fake of msvcrt's locks: a byte of an open file is locked for one descriptor at a time."""
 
     LK_NBLCK = 2
 
     def __init__(self) -> None:
         super().__init__("msvcrt")
-        self.held: dict[int, int] = {}  # file's number to the descriptor that locked it
+        self.held: dict[int, int] = {}  # inode number to the descriptor that holds the lock
 
     def locking(self, file: int, mode: int, n_bytes: int) -> None:
         assert mode == self.LK_NBLCK and n_bytes == 1 and os.lseek(file, 0, os.SEEK_CUR) == 0
@@ -71,7 +71,7 @@ def test_a_held_lock_is_refused_or_waited_for(system: str, tmp_path: Path) -> No
     assert order == ["busy", "first", "second"]
 
 
-def test_a_folder_is_held_by_one(system: str, tmp_path: Path) -> None:
+def test_a_folder_is_held_by_one_process(system: str, tmp_path: Path) -> None:
     held = locks.locked_folder(tmp_path)
     with held, pytest.raises(BlockingIOError), locks.locked_folder(tmp_path):
         pass

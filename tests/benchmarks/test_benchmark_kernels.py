@@ -55,7 +55,7 @@ def test_only_names_the_nearest(run) -> None:
     done = run("-m", "benchmarks.kernels", "--only", "adamw", "layernorm")
     assert done.returncode == 2
     assert done.stderr.startswith(
-        f"error: --only layernorm is none of {', '.join(bench.OPERATIONS)} "
+        f"error: --only layernorm is not one of {', '.join(bench.OPERATIONS)} "
     )
     assert done.stderr.endswith("(did you mean layer_norm?)\n") and done.stderr.count("\n") == 1
 

@@ -293,10 +293,10 @@ def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
 
 def test_peers_names_what_is_nearest() -> None:
     with pytest.raises(
-        UserError, match=r"--shape 124 is none of micro, 10M, 124M \(did you mean 124M\?\)"
+        UserError, match=r"--shape 124 is not one of micro, 10M, 124M \(did you mean 124M\?\)"
     ):
         peers.asked_for(peers.Options(shape="124"), "cpu")
-    with pytest.raises(UserError, match="--against this engine fp8 is none of"):
+    with pytest.raises(UserError, match="--against this engine fp8 is not one of"):
         peers.asked_for(peers.Options(against=f"{OURS} fp8"), "cpu")
     shapes, against, _ = peers.asked_for(peers.Options(), "cuda")
     assert shapes == ["124M", "350M", "774M", "1.5B"]

@@ -109,7 +109,7 @@ def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
 def test_what_is_asked_for_has_a_name() -> None:
     with pytest.raises(
         UserError,
-        match=r"--method lora-r8 is none of full, lora, last-layer \(did you mean lora\?\)",
+        match=r"--method lora-r8 is not one of full, lora, last-layer \(did you mean lora\?\)",
     ):
         classifying.cases_of(Options(method="lora-r8"), "cpu", "bf16", "")
     cases = classifying.cases_of(Options(method="last-layer,full"), "cpu", "bf16", "weights")

@@ -292,7 +292,7 @@ def test_only_names_parts_or_groups() -> None:
     assert [p.name for p in asked_for("speed, a", parts)] == ["a", "c"]
     assert asked_for(None, parts) == parts
     with pytest.raises(
-        UserError, match=r"--only sped is none of tests, speed, a, b, c \(did you mean speed\?\)"
+        UserError, match=r"--only sped is not one of tests, speed, a, b, c \(did you mean speed\?\)"
     ):
         asked_for("sped", parts)
 

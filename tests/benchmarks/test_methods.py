@@ -566,7 +566,7 @@ def test_a_comparison_that_is_told_to_end_writes_what_it_has(
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"--only ful is none of .*did you mean full"):
+    with pytest.raises(UserError, match=r"--only ful is not one of .*did you mean full"):
         real_bench(only="ful,prefix")
     with pytest.raises(UserError, match="--augment is for tasks with labels"):
         real_bench(augment="more.csv")

@@ -457,7 +457,7 @@ def test_a_wrong_name_is_said_before_anything_is_made(monkeypatch, tmp_path) -> 
     words = ["stages", "--only", "baseline,flash-attn", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(stages, "outlive", lambda: None)
-    with pytest.raises(UserError, match="--only flash-attn is none of cpu, baseline, ") as error:
+    with pytest.raises(UserError, match="--only flash-attn is not one of cpu, baseline, ") as error:
         stages.main()
     assert "(did you mean flash-attention?)" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,4 @@
-"""torch.compile of a training step: no graph break, and after the first step nothing is compiled
-again."""
+"""torch.compile of a training step: the graph never breaks, and only the first step compiles."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ MINUTE = GPTConfig(vocab_size=40, block_size=8, n_layer=3, n_head=1, n_embd=16)
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Compiles with everything but code generation, which takes the time and is not what is asked
-    about."""
+    """Run all of torch.compile except code generation, which is slow and not tested here."""
     compile = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda m, **options: compile(m, backend="aot_eager", fullgraph=True)
@@ -55,14 +53,14 @@ def traced(monkeypatch):
     ],
 )
 def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, options):
-    # Of three blocks two are of one kind, whose graph serves both; a model is one graph of all.
+    # Two of the three blocks share a graph. A whole model is one graph.
     layers = 2 if unit == "model" else 3
     options = {"shape": SMALL, "compile": True, "compile_unit": unit} | options
     options["shape"] = dataclasses.replace(options["shape"], n_layer=layers)
     step, loader = make_step(precision=precision, **options)
     step(0, loader(0))
     graphs = traced["stats"]["unique_graphs"]
-    # Blocks with and without a branch to add are two graphs.
+    # Blocks with and without a branch to add have different graphs.
     assert 1 <= graphs <= (1 if unit == "model" else 2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for s in range(1, 3):
@@ -73,7 +71,7 @@ def test_neither_recompiles_nor_breaks_the_graph(traced, unit, precision, option
 
 
 @pytest.mark.parametrize("unit", ["model", "block"])
-def test_evaluation_compiles_once_and_leaves_training_alone(traced, monkeypatch, unit):
+def test_evaluation_compiles_once_and_training_not_again(traced, monkeypatch, unit):
     step, loader = make_step(shape=SMALL, precision="bf16", compile=True, compile_unit=unit)
     monkeypatch.setattr(step.task, "rows", lambda split, at: np.arange(16)[:, None])
     monkeypatch.setattr(step.task, "metrics", lambda sums, outputs: sums)
@@ -102,8 +100,7 @@ def test_compiled_losses_are_those_of_the_plain_model(traced, precision):
 
 
 def live_bytes(graph: torch.fx.Graph) -> int:
-    """The most bytes alive at one node of a traced graph, run in order; what its inputs hold counts
-    from the start."""
+    """The most bytes alive at any node of a traced graph that runs in order, inputs included."""
     size: dict[int, int] = {}
     last: dict[int, int] = {}
     born: dict[int, int] = {}
@@ -122,8 +119,8 @@ def live_bytes(graph: torch.fx.Graph) -> int:
 
 
 def test_compiled_recomputation_holds_one_block_at_a_time(monkeypatch):
-    """Of the whole model: the partitioner keeps the blocks' inputs, and the backward graph
-    recomputes each in turn."""
+    """With the whole model compiled, the partitioner keeps the blocks' inputs, and the backward
+    graph recomputes one block after another."""
     shape = GPTConfig(vocab_size=64, block_size=64, n_layer=4, n_head=2, n_embd=64)
 
     def backward_bytes(recompute: bool) -> int:

@@ -1,5 +1,4 @@
-"""What a CUDA run sets up, as far as it shows without a GPU: calls are recorded in place of a
-device."""
+"""The set-up of a CUDA run, tested without a GPU: fakes record the calls."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ def gradient_addresses(step: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_beside_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
-    """With accumulation a gradient may not lie in the graph's memory, which the next replay
+def test_with_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precision):
+    """With accumulation a gradient must not lie in the graph's memory, which the next replay
     overwrites."""
     plain, data = make_step(shape=SMALL, precision=precision, micro_batch=4)
     graphs, _ = make_step(shape=SMALL, precision=precision, micro_batch=4)
@@ -52,7 +51,7 @@ def test_beside_cuda_graphs_gradients_keep_their_addresses(monkeypatch, precisio
 
 
 def test_the_loader_thread_works_on_the_ranks_own_gpu(monkeypatch):
-    """Else leaving its stream opens a context of half a gigabyte on GPU 0, for every rank."""
+    """Otherwise every rank's thread would create a context of half a gigabyte on GPU 0."""
     calls: list[tuple[str, str]] = []
 
     def record(name: str) -> Any:
@@ -103,7 +102,7 @@ def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, worker
         assert inductor.compile_threads == workers
 
 
-def test_the_users_number_of_compile_workers_stands(monkeypatch):
+def test_the_users_number_of_compile_workers_is_kept(monkeypatch):
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")

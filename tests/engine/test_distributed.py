@@ -1,4 +1,4 @@
-"""Several ranks: the same sums, the same updates, the same end; real processes over gloo."""
+"""Several ranks, as real processes over gloo: the same sums, updates and end as on one rank."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from toy import Scripted, TwoHeads, capture_gradients, expected_gradients, loade
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
-# --- what two ranks do together, by scenario: all in one pair of processes
+# --- scenarios of two ranks, all run by one pair of processes
 
 
 def gradients(world: World) -> dict[Any, Any]:
-    """By (rows, step, micro-batch): 10 rows leave rank 1 without any in the last pass, 2 leave it
-    none at all."""
+    """Gradients by (rows, step, micro-batch). With 10 rows rank 1 has none in the last micro-batch,
+    and with 2 rows none at all."""
     found = {}
     for batch in (10, 2):
         for at in (0, 1, 2):
@@ -48,7 +48,7 @@ def gradients(world: World) -> dict[Any, Any]:
 
 
 def all_reduces(world: World) -> list[int]:
-    """DDP's all-reduces in each of three steps of three micro-batches a rank."""
+    """Count DDP's all-reduces in three steps of three micro-batches each."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     task = TwoHeads()
@@ -70,7 +70,7 @@ def all_reduces(world: World) -> list[int]:
 
 
 def trained(world: World, poison: dict[int, float] | None = None) -> dict[str, Tensor]:
-    """State after five steps, where the trunk begins to train at the third."""
+    """The state after five steps, of which the third is the first to train the trunk."""
     task = TwoHeads(unfreeze_at=2)
     task.poison = poison or {}
     train = step_of(task, world)
@@ -100,7 +100,7 @@ def replicas(world: World) -> list[str]:
 
 
 def agreements(world: World) -> list[int]:
-    """What six calls answer, where rank 1 is told to stop before the third."""
+    """The answers of six calls, if rank 1 gets a signal before the third."""
     signal = StopSignal(world)
     signal.defer()
     answers = []
@@ -125,7 +125,7 @@ def evaluation(world: World) -> list[dict[str, float] | None]:
 
 
 def micro_batch(world: World) -> int:
-    """What auto takes of 12 rows, where rank 0 has memory for all of them and rank 1 for seven."""
+    """auto's micro-batch for 12 rows. Rank 0 has memory for all of them, rank 1 for seven."""
 
     task, model = Scripted([]), torch.nn.Identity()
     cfg: Any = TrainConfig()  # nothing of it is asked
@@ -166,7 +166,7 @@ def play(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
+    """The results of both ranks."""
     folder = tmp_path_factory.mktemp("pair")
     ended = launch(folder, [], functools.partial(play, folder), ranks=2)
     assert [end.code for end in ended] == [0, 0], "\n".join(end.err for end in ended)
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_whole_batch(pair, batch, at, micro_batch):
         torch.testing.assert_close(mine[name].double(), value, rtol=2e-5, atol=1e-7, msg=name)
 
 
-def test_gradients_are_reduced_once_a_step_whatever_the_accumulation(pair):
+def test_ranks_all_reduce_gradients_once_a_step(pair):
     assert pair[0]["all_reduces"] == pair[1]["all_reduces"] == [1, 1, 1]
 
 
@@ -206,7 +206,7 @@ def test_groups_that_change_at_a_step_train_as_on_one_rank(pair):
         torch.testing.assert_close(pair[0]["trained"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_on_both(pair):
+def test_a_nan_on_one_rank_skips_the_update_on_both(pair):
     assert equal(pair[0]["skipped"], pair[1]["skipped"])
     assert pair[0]["skipped"]["optimizer.tagger.weight.step"].item() == 4
     assert all(value.isfinite().all() for value in pair[0]["skipped"].values())
@@ -224,13 +224,13 @@ def test_ranks_agree_to_stop_at_the_same_call(pair):
     assert pair[0]["agreements"] == pair[1]["agreements"] == [0, 0, 0, 15, 15, 15]
 
 
-def test_host_sums_take_keys_that_one_rank_lacks(pair):
+def test_sums_over_ranks_allow_missing_keys(pair):
     assert (
         pair[0]["host_sums"] == pair[1]["host_sums"] == {"both": 2.0, "only 0": 2.0, "only 1": 2.0}
     )
 
 
-def test_evaluation_over_two_ranks_is_that_of_one(pair):
+def test_evaluation_on_two_ranks_equals_that_on_one(pair):
     task = TwoHeads()
     expected = task.expected_metrics(step_of(task, ALONE).model)
     assert pair[0]["evaluation"] == pair[1]["evaluation"]
@@ -242,13 +242,13 @@ def test_micro_batch_auto_fits_on_every_rank(pair):
     assert [found["micro_batch"] for found in pair] == [6, 6]
 
 
-# --- ranks that meet in torchrun's store
+# --- the meeting of ranks in torchrun's store
 
 
 def ranks_meet(store: dist.Store, size: int) -> list[str]:
-    """What each rank, all alive, takes as the name of the meeting."""
+    """The name of the meeting that each rank returns, if all are alive."""
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: processes.meet(store, rank, size, 20), range(size)))
+        return list(pool.map(lambda rank: processes.rendezvous(store, rank, size, 20), range(size)))
 
 
 LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
@@ -256,8 +256,8 @@ LIVES = st.lists(st.sets(st.integers(0, 3)), max_size=4)
 
 @given(size=st.integers(2, 4), lives=LIVES)
 @settings(max_examples=10, deadline=None)
-def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
-    """Before them, starts in which only some ranks came before all were killed, or all came."""
+def test_ranks_ignore_what_dead_ranks_left_in_the_store(size, lives):
+    """Earlier starts left names in the store: of some ranks before all were killed, or of all."""
     store = dist.HashStore()
     met = set()
     for came in lives:
@@ -267,7 +267,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
             continue
         for rank in alive:
             with pytest.raises(TimeoutError, match="did not come"):
-                processes.meet(store, rank, size, 0.05)
+                processes.rendezvous(store, rank, size, 0.05)
     names = ranks_meet(store, size)
     assert len(set(names)) == 1 and names[0] not in met
 
@@ -283,7 +283,7 @@ def test_ranks_meet_whatever_dead_ranks_left_in_the_store(size, lives):
         ({"PET_NNODES": "1:2", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
     ],
 )
-def test_a_run_that_nodes_may_join_is_told_what_to_set(monkeypatch, env, told):
+def test_a_run_that_nodes_may_join_prints_advice(monkeypatch, env, told):
     for name, value in ({"TORCHELASTIC_USE_AGENT_STORE": "True"} | env).items():
         monkeypatch.setenv(name, value)
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (processes.restart_advice() or "")) == told
@@ -336,8 +336,8 @@ QUIET = (
 )
 
 
-# bf16: gradients of a micro-batch are rounded to 8 bits, and another rank adds them up in another
-# order.
+# In bf16 the gradients of a micro-batch are rounded to 8 bits, and another number of ranks adds
+# them up in another order.
 @pytest.mark.parametrize(
     ("precision", "tolerance", "numbers"), [("fp32", 1e-5, (1, 2, 4)), ("bf16", 2e-3, (1, 2))]
 )
@@ -376,8 +376,8 @@ def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
 
 
 def spoil_loss(from_step: int, steps: int) -> None:
-    """NaN on rank 1 alone, in the last micro-batch of `steps` steps; and the ranks are compared
-    after every step."""
+    """Make the loss NaN on rank 1 only, in the last micro-batch of `steps` steps, and compare the
+    ranks after every step."""
     mock.patch.object(trainer, "CHECK_EVERY", 1).start()
     per_step = 2
     original = LanguageModelling.loss
@@ -424,8 +424,8 @@ def test_ten_in_a_row_end_the_run_on_every_rank(inputs):
 
 
 def drift() -> None:
-    """One weight of rank 1 changes after the second step, and ranks are compared after every
-    third."""
+    """Change one weight of rank 1 after the second step, and compare the ranks after every third
+    step."""
     mock.patch.object(trainer, "CHECK_EVERY", 3).start()
     original = step.TrainStep.__call__
 

@@ -1,5 +1,5 @@
-"""Runs that are killed, stopped or broken at exact points, and resumed: nothing is lost and not a
-bit differs."""
+"""Runs that are killed, stopped or broken at chosen points and resumed: they lose nothing and end
+bit for bit the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from support import REPO
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the inputs and `run`, which nothing ever happened to."""
+    """A folder with the inputs and `run`, an undisturbed run."""
     folder = tmp_path_factory.mktemp("reference")
     write_inputs(folder)
     (end,) = launch(folder, small())
@@ -53,7 +53,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(reference: Path, tmp_path: Path) -> Path:
-    """The same inputs and no run."""
+    """A folder with the same inputs and without a run."""
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(reference / name)
     return tmp_path
@@ -74,7 +74,7 @@ DEATHS = [  # in this order, each in a start of its own
 ]
 
 
-def test_a_run_killed_anywhere_ends_like_one_that_was_not(reference: Path, folder: Path) -> None:
+def test_a_run_killed_at_any_point_ends_like_any_other(reference: Path, folder: Path) -> None:
     for where, nth, before in DEATHS:
         (end,) = launch(folder, small(), functools.partial(die, where, nth, before))
         assert end.code == -signal.SIGKILL, (where, end)
@@ -112,9 +112,7 @@ STOPS = [  # where, the exit code, the step whose checkpoint must stand, what el
 ]
 
 
-def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(
-    reference: Path, folder: Path
-) -> None:
+def test_a_stopped_run_saves_its_last_step_and_resumes(reference: Path, folder: Path) -> None:
     for where, nth, numbers, code, step in STOPS:
         (end,) = launch(folder, small(), functools.partial(receive, where, nth, numbers))
         assert (end.code, end.err) == (code, ""), (where, end)
@@ -122,13 +120,13 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on_from_there(
         assert end.out.count("saved run/checkpoints/") == (step is not None), "a step is saved once"
         assert max((x["step"] for x in log_of(folder / "run", "train")), default=None) == step
     (end,) = launch(folder, small(), functools.partial(receive, "whole file", 3, (TERM,)))
-    # too late to stop: it is finished
+    # The signal comes too late: the run is finished.
     assert end.code == 0 and "resumed from step-00000007" in end.out, end
     assert trace(folder / "run") == trace(reference / "run")
 
 
 def fail_of(where: str, nth: int, number: signal.Signals) -> None:
-    """A signal to the whole group also ends a compiler, of which this process sees no more than an
+    """A signal to the whole process group also ends a compiler, and this process only sees an
     error."""
     from engine.optim import Optimizers
 
@@ -153,7 +151,7 @@ FAILURES = [  # where, the exit code, the step whose checkpoint must stand
 ]
 
 
-def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> None:
+def test_an_error_after_a_signal_counts_as_a_stop(reference: Path, folder: Path) -> None:
     for where, nth, number, code, step in FAILURES:
         (end,) = launch(folder, small(), functools.partial(fail_of, where, nth, number))
         assert (end.code, end.err) == (code, ""), (where, end)
@@ -164,11 +162,11 @@ def test_an_error_after_a_signal_is_a_stop(reference: Path, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(("where", "save_every"), [("micro-batch", 4), ("evaluation", 1)])
-def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
+def test_stopping_a_run_does_not_change_its_best_model(
     folder: Path, where: str, save_every: int
 ) -> None:
-    """At a rate that ruins the model step 1 is the best: stopped after it, between two saves, or
-    while it is evaluated."""
+    """The rate ruins the model, so step 1 is the best. The run is stopped after that step, between
+    two saves, or during its evaluation."""
     words = small(
         "--steps",
         8,
@@ -191,13 +189,13 @@ def test_which_model_is_the_best_does_not_depend_on_when_a_run_was_stopped(
     assert best["step"] == 1 and (trace(folder / "run")["final_is_step"] == 1) == (save_every == 1)
 
 
-def test_a_folder_is_not_shared_with_a_run_that_goes_on(folder: Path) -> None:
+def test_two_runs_cannot_share_a_folder(folder: Path) -> None:
     (process,) = start(folder, small(), slow_steps)
     wait_for_steps(folder / "run", 1)
     other = small("--log-every", 2)
     end = Launch(folder, other, {}, None, "other").end()
     assert end.code == 2 and end.err.startswith(
-        "error: run is in use by a run that still goes on"
+        "error: run is in use by a run that is still going"
     ), end
     assert process.process.exitcode is None
     process.process.kill()
@@ -222,11 +220,10 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
         ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
         assert [end.code for end in ends] == [0, 0][:ranks], ends
     ends = launch(folder, words, functools.partial(die, "micro-batch", 9, on=1), ranks=2)
-    # rank 0 does not wait for the dead
+    # Rank 0 does not wait for the dead rank.
     assert [end.code for end in ends] == [1, -signal.SIGKILL], ends
     assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
-    # One rank alone hears of the signal; both leave at the same point, the second micro-batch from
-    # then.
+    # Only one rank gets the signal. Both stop at the same point, two micro-batches later.
     for where, nth, on, number, step in (
         ("micro-batch", 3, 1, INT, 5),
         ("evaluation", 2, 0, TERM, 6),
@@ -266,7 +263,7 @@ def wait_for_steps(run: Path, steps: int) -> None:
 def torchrun(
     folder: Path, patch: str, words: list[str], how: Sequence[str] = ("--standalone",)
 ) -> Launch:
-    """Two ranks of tests/launch.py, which calls `patch` of this file first."""
+    """Start two ranks of tests/launch.py, which first calls `patch` of this file."""
     command = [*how, "--nproc_per_node=2", str(REPO / "tests" / "launch.py")]
     command += [f"{__name__}:{patch}", *words]
     return Launch(folder, command, {}, fork_children, "torchrun", "torch.distributed.run")
@@ -280,12 +277,12 @@ def fault_on_rank_1() -> None:
     def fail() -> None:
         raise ArithmeticError("a fault made for this test")
 
-    # Rank 0 waits, and so is ended before it meets an error of its own.
+    # Rank 0 waits, so it is stopped before it has an error of its own.
     act = fail if rank() == 1 else functools.partial(time.sleep, 3)
     at_call(*point("micro-batch"), 5, act)
 
 
-def test_torchrun_hands_a_signal_to_every_rank(folder: Path) -> None:
+def test_torchrun_passes_a_signal_to_every_rank(folder: Path) -> None:
     process = torchrun(
         folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0)
     )
@@ -309,7 +306,7 @@ def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> N
     )
 
 
-def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
+def test_many_ranks_print_a_mistake_once(folder: Path) -> None:
     end = torchrun(folder, "nothing", small("--batch-tokens", 100)).end()
     assert end.code != 0
     lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
@@ -325,7 +322,7 @@ def test_a_mistake_is_told_once_by_many_ranks(folder: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 5 MiB: two checkpoints of these runs, not three."""
+    """A file system of 5 MiB, which holds two checkpoints of these runs but not three."""
     mount = tmp_path / "disk"
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(mount)]
@@ -335,14 +332,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_full_disk_loses_the_new_checkpoint_and_nothing_older(
-    reference: Path, folder: Path, disk: Path
-) -> None:
+def test_a_full_disk_keeps_the_older_checkpoints(reference: Path, folder: Path, disk: Path) -> None:
     (end,) = launch(folder, small("--out", "disk/run", "--keep", 9))
     run = disk / "run"
     assert end.code == 2 and "Traceback" not in end.err, end
     assert (
-        end.err.startswith("error: the end of the run could not be written")
+        end.err.startswith("error: the results of the run could not be written")
         and end.err.count("\n") == 1
     )
     assert [x["step"] for x in log_of(run, "train")] == list(range(1, 13))
@@ -370,13 +365,13 @@ def no_room_for_the_log() -> None:
     at_call(RunLog, "open", 1, fail)
 
 
-def test_a_log_that_cannot_be_opened_is_told_in_one_line(folder: Path) -> None:
+def test_a_log_that_cannot_be_opened_is_a_one_line_error(folder: Path) -> None:
     (end,) = launch(folder, small(), no_room_for_the_log)
     assert (end.code, end.err) == (2, "error: cannot write to --out run: No space left on device\n")
 
 
 def small_files() -> None:
-    """From the second save on, a file may hold 1 MiB: the training state needs more."""
+    """From the second save on, limit files to 1 MiB. The training state needs more."""
     import resource
 
     at_call(
@@ -387,7 +382,7 @@ def small_files() -> None:
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
-    """Needs no root; the last checkpoint is missing too, so the run ends with the error."""
+    """Needs no root. The last checkpoint fails too, so the run ends with the error."""
     (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0), small_files)
     assert end.code == 2 and "free space" in end.err and "Traceback" not in end.err, end
     assert checkpoint_steps(folder / "run") == [3]
@@ -400,18 +395,17 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
 
 
 def die_twice() -> None:
-    """Under torchrun rank 1 is killed in its first life, rank 0 in its second; the third one goes
-    through."""
+    """Under torchrun, kill rank 1 in the first start, rank 0 in the second, none in the third."""
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if life < 2:
         die("micro-batch", (9, 5)[life], on=(1, 0)[life])
 
 
-def test_torchrun_restarts_killed_ranks_without_a_variable(folder: Path) -> None:
+def test_torchrun_restarts_killed_ranks(folder: Path) -> None:
     words = small("--sample-every", 0)
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
-    # ranks that hang do so for ten minutes
+    # Ranks that hang would do so for ten minutes.
     end = torchrun(folder, "die_twice", words, how).end(timeout=240)
     assert end.code == 0, end
     # The rank that was not killed may save one step more before the launcher stops it.

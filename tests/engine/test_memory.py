@@ -1,5 +1,5 @@
-"""The estimate of --dry-run against the memory that training takes, and the properties that
-choosing by it needs."""
+"""The estimate of --dry-run against the measured memory of training, and the properties that the
+choice of a micro-batch relies on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model import GPT
 
 PLAIN = ("kept-memory", "cast-once")
 TINY = GPTConfig(vocab_size=331, block_size=64, n_layer=2, n_head=2, n_embd=64)
-# Narrow, deep and with many rows: much memory for few products.
+# Narrow and deep, for many rows: much memory with little computation.
 MEASURED = GPTConfig(vocab_size=2048, block_size=128, n_layer=6, n_head=4, n_embd=64)
 
-# Two real steps in a process of its own, whose base it prints too: the first on one row, which is
-# enough to leave the optimizer's state. VmHWM and not ru_maxrss: the latter begins at what the
-# parent had taken.
+# Two real steps in a separate process, which also prints its memory before the model. The first
+# step has one row, enough to create the optimizer's state. It reads VmHWM because ru_maxrss starts
+# at the parent's memory.
 TRAIN = """
 import json, re, sys
 import torch
@@ -64,7 +64,7 @@ with open("/proc/self/status") as status:
     ],
     ids=["fp32", "bf16", "recompute", "explicit"],
 )
-def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
+def test_the_estimate_is_within_15_percent_of_measured(run, changes, micro_batches, autocast):
     config, rows = dataclasses.replace(MEASURED, **changes), 32
     case = json.dumps([dataclasses.asdict(config), rows, micro_batches, autocast])
     done = run("-c", TRAIN, case, fresh=False)  # forked, so the libraries are in `base`
@@ -74,7 +74,7 @@ def test_within_15_percent_of_measured(run, changes, micro_batches, autocast):
     cfg = options(precision, without=("kept-memory", "cast-once"))
     cost = Cost(config, config.block_size)
     estimated = estimate(cost, cfg, rows, "cpu", accumulate=accumulate, base=base).total
-    # without the base, which would hide an error of the step's
+    # Without the base, which would hide an error in the step.
     assert estimated - base == pytest.approx(measured - base, rel=0.15)
 
 
@@ -94,7 +94,7 @@ def peak(
     return estimate(cost, cfg or options(), micro_batch, device_type, base=0, **more).total
 
 
-def test_static_parts_are_exact():
+def test_weights_gradients_and_moments_are_counted_exactly():
     bytes_fp32 = 4 * sum(p.numel() for p in GPT(TINY).parameters())
     memory = estimate(Cost(TINY, 64), options(), 2, "cpu", base=0)
     assert (memory.weights, memory.gradients, memory.optimizer) == (
@@ -107,12 +107,12 @@ def test_static_parts_are_exact():
 
 
 @pytest.mark.parametrize(("precision", "accumulate"), [("fp32", True), ("bf16", False)])
-def test_more_rows_take_more(precision, accumulate):
+def test_more_rows_need_more_memory(precision, accumulate):
     peaks = [peak(TINY, n, options(precision), accumulate=accumulate) for n in (1, 2, 3, 8)]
     assert peaks == sorted(set(peaks))
 
 
-def test_what_saves_memory_and_what_costs():
+def test_options_that_save_memory_and_that_cost_it():
     usual = peak(micro_batch=32)
     assert peak(dataclasses.replace(TINY, recompute=True), 32) < usual
     assert peak(dataclasses.replace(TINY, attention="explicit"), 32) > usual
@@ -124,12 +124,12 @@ def test_what_saves_memory_and_what_costs():
     assert peak(TINY, 32, saving, device_type="cuda") == peak(TINY, 32, device_type="cuda")
 
 
-def test_longer_than_block_size_is_refused():
+def test_a_length_above_block_size_is_refused():
     with pytest.raises(UserError, match="longer than block_size"):
         estimate(Cost(TINY, 65), options(), 1, "cpu")
 
 
-def test_checkpoint_is_as_large_as_what_is_written(tmp_path):
+def test_checkpoint_bytes_are_those_on_disk(tmp_path):
     model = GPT(TINY)
     model.save_pretrained(tmp_path)
     header = 16 << 10  # names and shapes
@@ -159,9 +159,9 @@ def test_optimizer_bytes_are_what_torch_keeps(optimizer):
     )
 
 
-def test_gpt2_is_answered_without_its_memory():
-    """Shapes alone: GPT-2 XL at its full length, whose training takes 40 GB, is counted on any
-    machine."""
+def test_estimating_gpt2_needs_little_memory():
+    """Only shapes are needed: GPT-2 XL at full length, which takes 40 GB to train, is estimated on
+    any machine."""
     config = GPTConfig(**PRESETS["gpt2-xl"])  # ty: ignore[invalid-argument-type]
     memory = estimate(Cost(config, 1024), options("bf16"), 4, "cpu", base=0)
     assert memory.weights == 4 * (1_557_611_200 + 47 * 1600)  # the padding's rows
@@ -189,7 +189,7 @@ print(full - kept, kept - left, float(last.sum()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_what_a_heap_keeps_beyond_a_limit_is_given_back(repo) -> None:
+def test_a_heap_above_its_limit_is_trimmed(repo) -> None:
     out = subprocess.run(
         [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, cwd=repo
     )

@@ -26,10 +26,10 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
 @pytest.mark.parametrize(
     "steps, warmup", [(1, 0), (7, 0), (10, 3), (100, 10), (50, 50), (20, 100), (1000, 1)]
 )
-def test_the_rate_lies_between_nothing_and_the_peak(schedule, steps, warmup):
+def test_the_rate_is_between_zero_and_the_peak(schedule, steps, warmup):
     rates = [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in range(steps)]
     assert all(0 < rate <= 1 + 1e-12 for rate in rates)
-    # pure
+    # It depends on nothing else.
     assert (
         rates
         == [lr_multiplier(s, steps, warmup, schedule, 0.1) for s in reversed(range(steps))][::-1]
@@ -66,7 +66,7 @@ def test_wsd_is_flat_until_its_last_fifth():
     assert rates[90] == pytest.approx(0.5)
 
 
-def test_slanted_triangular_peaks_at_a_tenth_whatever_the_warm_up():
+def test_slanted_triangular_peaks_at_a_tenth():
     rates = [lr_multiplier(s, 200, 77, "slanted-triangular") for s in range(201)]
     assert rates[0] == rates[200] == 1 / 32
     assert max(rates) == rates[20] == 1
@@ -74,7 +74,7 @@ def test_slanted_triangular_peaks_at_a_tenth_whatever_the_warm_up():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_restarted_decay_begins_at_the_peak_and_ends_as_the_first(schedule):
+def test_a_restarted_decay_goes_from_the_peak_to_the_end(schedule):
     rates = [lr_multiplier(s, Span(40, 240), 20, schedule, 0.05) for s in range(40, 241)]
     first = [lr_multiplier(s, 200, 0, schedule, 0.05) for s in range(201)]
     assert rates == pytest.approx(first)
@@ -115,7 +115,7 @@ def gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (seed % 3 - 2)
 
 
-def test_adamw_is_torch_s_own_unfused():
+def test_fused_adamw_equals_torchs_unfused():
     cfg = TrainConfig(weight_decay=0.2, beta1=0.8, beta2=0.97)
     ours, theirs = micro(), micro()
     groups = default_groups(ours, cfg)
@@ -135,11 +135,11 @@ def test_adamw_is_torch_s_own_unfused():
             group["lr"] = lr * scale
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # the fused kernel rounds in another order
+        # The fused kernel rounds in another order.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_muon_is_torch_s_own_at_adamw_s_size():
+def test_muon_equals_torchs():
     cfg = TrainConfig(optimizer="muon", weight_decay=0.1)
     ours, theirs = micro(), micro()
     optimizers = Optimizers(default_groups(ours, cfg), cfg)
@@ -152,15 +152,14 @@ def test_muon_is_torch_s_own_at_adamw_s_size():
         reference.step()
     mine = [p for name, p in ours.named_parameters() if ".h." in name and p.dim() == 2]
     assert all(map(torch.equal, mine, hidden))
-    # one update of AdamW moves an entry by about lr; so must one of Muon's, whatever the matrix's
-    # shape
+    # An update of AdamW moves an entry by about lr. Muon's must do the same, for every shape.
     moves = [
         ((p - q) / 3).pow(2).mean().sqrt().item() / 1e-2 for p, q in zip(mine, before, strict=True)
     ]
     assert all(0.1 < move < 0.5 for move in moves)
 
 
-def test_zero_gradients_shrink_matrices_and_leave_vectors_alone():
+def test_zero_gradients_only_decay_matrices():
     cfg = TrainConfig(weight_decay=0.5)
     model = micro()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -176,7 +175,7 @@ def test_zero_gradients_shrink_matrices_and_leave_vectors_alone():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_skipped_update_leaves_weights_moments_and_counters_to_the_bit(optimizer, steps_before):
+def test_a_skipped_update_changes_no_bit_of_the_state(optimizer, steps_before):
     cfg = TrainConfig(optimizer=optimizer)
     model = micro()
     optimizers = Optimizers(default_groups(model, cfg), cfg)
@@ -192,12 +191,12 @@ def test_a_skipped_update_leaves_weights_moments_and_counters_to_the_bit(optimiz
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     after = optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    # made by the first call
+    # The first call creates it.
     assert all(not value.any() for name, value in after.items() if name not in state)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_state_taken_over_by_another_instance_continues_to_the_bit(optimizer):
+def test_a_loaded_optimizer_state_continues_bit_for_bit(optimizer):
     cfg = TrainConfig(optimizer=optimizer)
     model, other = micro(), micro()
     first = Optimizers(default_groups(model, cfg), cfg)
@@ -214,7 +213,7 @@ def test_state_taken_over_by_another_instance_continues_to_the_bit(optimizer):
     assert second.state().keys() == first.state().keys()
 
 
-def test_a_group_s_scale_multiplies_the_rate():
+def test_a_groups_scale_multiplies_the_rate():
     p, q = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(3, 3))
     optimizers = Optimizers([Group({"p": p}), Group({"q": q}, lr_scale=0.25)], TrainConfig())
     for parameter in (p, q):
@@ -233,7 +232,7 @@ def factor(scale: LossScale, *oks: Tensor) -> float:
     return scale.scale.item()
 
 
-def test_the_loss_scale_halves_at_once_and_doubles_after_its_interval(monkeypatch):
+def test_the_loss_scale_halves_at_once_and_doubles_later(monkeypatch):
     monkeypatch.setattr(LossScale, "interval", 3)
     scale = LossScale(True, torch.device("cpu"))
     first = scale.scale.item()
@@ -251,7 +250,7 @@ def test_without_fp16_there_is_no_scale():
     assert factor(LossScale(False, torch.device("cpu")), NO, YES) == 1
 
 
-def test_a_checkpoint_of_another_precision_leaves_the_loss_scale_alone():
+def test_the_loss_scale_of_another_precision_is_ignored():
     cpu = torch.device("cpu")
     fp32, fp16 = LossScale(False, cpu), LossScale(True, cpu)
     fp16.update(NO)

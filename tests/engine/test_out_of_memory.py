@@ -1,5 +1,4 @@
-"""Memory that runs out: it is recognised in every wording, and the micro-batch that `auto` found
-shrinks."""
+"""Out of memory: every message of it is recognized, and the micro-batch of `auto` shrinks."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ OTHERS = [
 
 
 def wrapped(error: BaseException, explicitly: bool) -> BaseException:
-    """`error` as the compiler passes it on: as the cause, or as what was being handled."""
+    """Wrap `error` as a compiler does: as the cause or as the context of another error."""
     try:
         try:
             raise error
@@ -59,7 +58,7 @@ def wrapped(error: BaseException, explicitly: bool) -> BaseException:
 
 
 @pytest.mark.parametrize("error", WORDINGS, ids=lambda e: str(e)[:30])
-def test_every_wording_is_recognised_also_when_wrapped(error):
+def test_every_out_of_memory_message_is_recognized(error):
     assert is_out_of_memory(error)
     assert is_out_of_memory(wrapped(error, True)) and is_out_of_memory(wrapped(error, False))
 
@@ -71,7 +70,7 @@ def test_other_errors_are_not_out_of_memory(error):
 
 
 class Small(Scripted):
-    """A device that holds `room` rows; from step `since` on."""
+    """A task on a device that holds only `room` rows from step `since` on."""
 
     def __init__(self, room: int, since: int = 0, error: type[Exception] = RuntimeError):
         super().__init__([1.0] * 6)
@@ -103,7 +102,7 @@ def test_auto_takes_the_next_divisor_if_step_1_does_not_fit(tmp_path, capsys, er
     task = Small(room=1, error=error)
     assert train(task, options(tmp_path / "a")) == 0
     assert task.tried[:3] == [4, 2, 1]
-    assert "warning: the first step ran out of memory with --micro-batch 4; going on with 2" in (
+    assert "warning: the first step ran out of memory with --micro-batch 4; continuing with 2" in (
         capsys.readouterr().out
     )
     assert train(Small(room=4), options(tmp_path / "b", micro_batch=1)) == 0
@@ -124,7 +123,7 @@ def test_auto_takes_the_next_divisor_after_a_resume(tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "a", "eval")] == [2, 4]
 
 
-def test_what_the_user_asked_for_is_never_changed(tmp_path):
+def test_a_typed_micro_batch_is_never_changed(tmp_path):
     task = Small(room=2)
     with pytest.raises(UserError, match="out of memory with --micro-batch 4; lower --micro-batch"):
         train(task, options(tmp_path / "a", micro_batch=4))
@@ -150,7 +149,7 @@ def test_an_error_of_another_kind_passes_through(tmp_path):
         train(task, options(tmp_path / "a"))
 
 
-def test_a_smaller_micro_batch_whose_model_finds_no_memory_is_told(tmp_path, monkeypatch):
+def test_no_memory_for_the_next_smaller_micro_batch_is_an_error(tmp_path, monkeypatch):
     task, build = Small(room=2), Small.build_model
 
     def build_once(cfg: Any) -> nn.Module:

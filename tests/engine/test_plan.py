@@ -1,4 +1,4 @@
-"""What a run settles for its machine."""
+"""How a run resolves its options for the machine."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ ALONE = World(0, 0, 1, 1, torch.device("cpu"))
     [({}, [True]), ({"recompute": True}, [False]), ({"without": ("kept-memory",)}, [])],
     ids=["keeps", "gives back", "leaves glibc alone"],
 )
-def test_what_becomes_of_freed_memory_on_a_cpu(monkeypatch, options, calls):
+def test_the_allocator_of_a_cpu_run(monkeypatch, options, calls):
     made: list[bool] = []
     monkeypatch.setattr(plan, "set_allocator", lambda keep_freed: made.append(keep_freed))
     given: dict[str, Any] = {"precision": "fp32", "kernels": "torch", **options}
-    plan.settle(TrainConfig(**given), ALONE)
+    plan.resolve_for_machine(TrainConfig(**given), ALONE)
     assert made == calls
 
 
 def test_the_banner_names_what_computes_attention():
     def attention(**options: Any) -> str:
         given: dict[str, Any] = {"precision": "fp32", "kernels": "torch", **options}
-        return plan.settle(TrainConfig(**given), ALONE)[1].attention
+        return plan.resolve_for_machine(TrainConfig(**given), ALONE)[1].attention
 
     assert attention() == "flash_attention"
     assert attention(kernels="cpu_attention") == "cpu_attention kernel"
@@ -62,11 +62,11 @@ def test_cudnn_comes_first_on_hopper_unless_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize("without", [(), ("cpu-products",)])
-def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
+def test_the_banner_says_that_onednn_multiplies_fp32(monkeypatch, without):
     asked: list[Any] = []
     monkeypatch.setattr(plan, "set_products", lambda *args: asked.append(args) or not args[2])
     cfg = TrainConfig(precision="fp32", kernels="torch", without=without)
-    told = plan.settle(cfg, ALONE)[1].precision
+    told = plan.resolve_for_machine(cfg, ALONE)[1].precision
     assert asked == [("fp32", ALONE.device, without)]
     assert told == "asked for" + ("" if without else "; fp32 products by oneDNN")
 
@@ -75,15 +75,17 @@ def test_the_banner_says_whose_fp32_products_are(monkeypatch, without):
 
 
 @pytest.mark.parametrize("name", ["g++-nowhere", "ccache g++", "", "."])
-def test_no_cpp_compiler_is_said_before_the_run(name):
+def test_a_missing_cpp_compiler_is_reported_before_the_run(name):
     given: dict[str, Any] = {"precision": "fp32", "kernels": "torch"}
     with torch._inductor.config.patch({"cpp.cxx": (None, name)}):
         with pytest.raises(
             UserError, match=r"--compile needs a C\+\+ compiler: .*--no-compile$"
         ) as raised:
-            plan.settle(TrainConfig(compile=True, **given), ALONE)
+            plan.resolve_for_machine(TrainConfig(compile=True, **given), ALONE)
         assert f"({name} does not run)" in str(raised.value)
-        plan.settle(TrainConfig(**given), ALONE)  # a run that does not compile needs none
+        plan.resolve_for_machine(
+            TrainConfig(**given), ALONE
+        )  # a run that does not compile needs none
 
 
 def test_cuda_needs_a_c_compiler_for_triton(monkeypatch, tmp_path):
@@ -134,13 +136,13 @@ COMPILER_ERRORS = {
 
 
 @pytest.mark.parametrize(("error", "part"), COMPILER_ERRORS.values(), ids=COMPILER_ERRORS)
-def test_what_the_compiler_says_becomes_one_line(error, part):
+def test_a_compiler_error_becomes_one_line(error, part):
     line = str(failures.compiler_error(error))
     assert "compiler failed" in line and line.endswith("or type --no-compile")
     assert part in line and "\n" not in line
 
 
-def test_an_error_of_torch_compile_itself_is_not_the_compilers():
+def test_an_error_inside_torch_compile_keeps_its_traceback():
     assert (
         failures.compiler_error(InductorError(AssertionError("an internal error: 3"), None)) is None
     )
@@ -148,7 +150,7 @@ def test_an_error_of_torch_compile_itself_is_not_the_compilers():
 
 
 @pytest.mark.parametrize(("there", "files"), [(0, 4), (1, 3), (3, 1), (7, 1)])
-def test_the_disk_needed_counts_what_is_there(there, files):
+def test_existing_checkpoints_reduce_the_disk_needed(there, files):
     assert plan.Disk(kept=3, size=100, final=7).needed(there) == 100 * files + 7
     assert plan.Disk(kept=0, size=100, final=7).needed(there) == 7
 
@@ -159,8 +161,8 @@ def set_free(size: int) -> None:
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
-    """The dry run tells of it too; what suffices is not mentioned."""
+def test_a_disk_too_small_is_a_warning_before_the_first_step(dry, tmp_path):
+    """The dry run warns of it too. Enough space is not mentioned."""
     write_inputs(tmp_path)
     words = small("--steps", 2, "--save-every", 1, "--sample-every", 0, *["--dry-run"] * dry)
 
@@ -184,4 +186,4 @@ def test_a_disk_too_small_is_told_before_the_first_step(dry, tmp_path):
 def test_a_damaged_file_in_the_compilers_cache_is_named(path):
     error = InductorError(ImportError(f"{path}: file too short"), None)
     line = str(failures.compiler_error(error))
-    assert line.startswith(f"{path}, which torch.compile keeps, is damaged") and "\n" not in line
+    assert line.startswith(f"{path} in torch.compile's cache is damaged") and "\n" not in line

@@ -1,5 +1,5 @@
-"""Weights cast once a step: the numbers are those of fp32 up to bf16's rounding, and what is kept
-stays fp32."""
+"""Weights that are cast once a step: results match fp32 up to bf16's rounding, and the parameters
+stay fp32."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def losses(steps: int = 4, **options) -> list[float]:
 
 
 @pytest.mark.parametrize("without", [(), ("cast-once",), ("cast-once", "chunked-head")])
-def test_losses_are_those_of_fp32(without):
-    # 8 bits of mantissa a rounding; over a mean of hundreds of targets errors cancel to under 2e-3
-    # of the loss.
+def test_mixed_precision_losses_are_close_to_fp32(without):
+    # Each rounding keeps 8 bits. In a mean over hundreds of targets the errors cancel to less than
+    # 2e-3 of the loss.
     assert losses(precision="bf16", without=without) == pytest.approx(
         losses(precision="fp32"), rel=2e-3
     )
@@ -50,8 +50,8 @@ def test_leaving_an_optimization_out_changes_no_loss(without):
     )
 
 
-def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
-    """At shapes of a model's: every way that a product has its operands, against fp64."""
+def test_fp32_products_on_a_cpu_are_exact():
+    """Every layout of a product's operands, at a model's shapes, against fp64."""
     torch.manual_seed(0)
     by_onednn = set_products("fp32", torch.device("cpu"))
     assert torch.get_float32_matmul_precision() == ("medium" if by_onednn else "highest")
@@ -65,8 +65,8 @@ def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
             a.t().contiguous().t() @ b.t().contiguous().t(),
             *batched,
         ):
-            # Sums of k numbers, each rounded to 2^-24: bf16's 2^-9 would be off by thousands of
-            # times as much.
+            # Sums of k numbers, each rounded to 2^-24. With bf16's 2^-9 the error would be
+            # thousands of times larger.
             assert (found - exact).norm() <= 1e-6 * exact.norm()
     assert not set_products("fp32", torch.device("cpu"), ("cpu-products",))
     assert (
@@ -75,8 +75,8 @@ def test_a_cpu_s_fp32_products_are_exact_whoever_makes_them():
     )
 
 
-def test_products_that_round_are_not_taken(monkeypatch):
-    """As on a CPU with AMX that did not say so."""
+def test_onednn_is_not_used_if_its_products_round(monkeypatch):
+    """As on a CPU with AMX that does not report it."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr("engine.precision._products_are_exact", lambda: False)
@@ -89,7 +89,7 @@ def test_products_that_round_are_not_taken(monkeypatch):
     assert not set_products("fp32", torch.device("cpu"))
 
 
-def test_recomputed_activations_are_those_of_the_copies():
+def test_recompute_uses_the_cast_copies():
     assert losses(precision="bf16", recompute=True) == losses(precision="bf16")
 
 
@@ -112,7 +112,7 @@ def test_every_copy_follows_its_parameter():
         assert torch.equal(copy, named[name].bfloat16()), name
 
 
-def test_a_loaded_state_is_computed_with_at_once():
+def test_a_loaded_state_refreshes_the_copies():
     step, loader = make_step(shape=SMALL, precision="bf16")
     step(0, loader(0))
     other, _ = make_step(shape=SMALL, precision="bf16", seed=7)
@@ -122,7 +122,7 @@ def test_a_loaded_state_is_computed_with_at_once():
 
 
 def test_small_updates_are_not_lost_in_the_copies_rounding():
-    """A thousand steps of a millionth each: bf16 alone would stand still at 1."""
+    """A thousand updates of a millionth each, which pure bf16 would round away at 1."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
     cast = Cast(module, torch.bfloat16)

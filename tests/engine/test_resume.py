@@ -1,5 +1,5 @@
-"""Runs that go on: what must be as it was, what is as it was unless typed, what is told, and how
-they are made longer."""
+"""Resumed runs: what must not change, which options are restored, what is reported, and how a run
+is extended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from config import TrainConfig, UserError
 from engine import resume
 from engine.lengths import Extension, Length, extend, spans
 from engine.optim import lr_multiplier, span_at
-from engine.resume import own_options
+from engine.resume import restore_options
 from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
 from storage import checkpoint
 
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(inputs: Path, tmp_path: Path) -> Iterator[Path]:
-    """The same inputs and no run; the tests' own process stands in it."""
+    """The same inputs without a run, as the current folder of the tests."""
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(inputs / name)
     before = Path.cwd()
@@ -46,13 +46,13 @@ def folder(inputs: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def go(folder: Path, *words: Any, kill: tuple[Any, ...] = ()) -> Ended:
-    """A run of exactly these words, killed where `kill` says."""
+    """A run with exactly these words, killed at the point that `kill` names."""
     patch = functools.partial(die, *kill) if kill else None
     return launch(folder, list(map(str, words)), patch)[0]
 
 
 def cut_to(run: Path, step: int) -> None:
-    """Leave a run as a kill after the checkpoint of `step` leaves it."""
+    """Change a run to what a kill after the checkpoint of `step` would have left."""
     for later in [path for path in checkpoint.checkpoints(run) if int(path.name[5:]) > step]:
         shutil.rmtree(later)
     (run / "metrics.json").unlink(missing_ok=True)
@@ -62,7 +62,7 @@ QUIET = ("--sample-every", 0, "--eval-every", 4, "--save-every", 4, "--keep", 9)
 CONSTANT = (*QUIET, "--schedule", "constant")
 
 
-# --- what must be as it was
+# --- what must not change
 
 
 def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
@@ -81,7 +81,7 @@ def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
     assert end.code == 0 and "val-data val.txt -> moved.txt" in end.out, end
 
 
-def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
+def test_a_key_missing_in_an_older_run_is_reported_once(folder: Path) -> None:
     whole = go(folder, *small(*QUIET, "--steps", 8, "--out", "whole"))
     assert whole.code == 0 and "older version" not in whole.out
     go(folder, *small(*QUIET, "--steps", 8), kill=("retention", 1))
@@ -91,7 +91,7 @@ def test_a_key_that_an_older_run_lacks_is_told_once(folder: Path) -> None:
     (folder / "run" / "run.json").write_text(json.dumps({"identity": identity}))
     end = go(folder, *small(*QUIET, "--steps", 8), kill=("micro-batch", 3))
     told = (
-        "begun by an older version, which did not record padded_vocabulary, task, tied_head, "
+        "started by an older version, which did not record padded_vocabulary, task, tied_head, "
         "val_data: not compared"
     )
     assert end.code == -signal.SIGKILL and end.out.count(told) == 1, end
@@ -130,7 +130,7 @@ def test_options_that_change_are_logged_once(folder: Path) -> None:
     assert log_of(folder / "run", "warning") == [line]
 
 
-def test_an_option_that_was_not_typed_is_as_it_was(folder: Path) -> None:
+def test_an_option_that_was_not_typed_keeps_its_value(folder: Path) -> None:
     words = small(
         *QUIET,
         "--steps",
@@ -165,7 +165,7 @@ def resumed(run: Path, *words: Any) -> TrainConfig:
     argv = ["--out", str(run), *map(str, words)]
     from base.cli import parse
 
-    return own_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
+    return restore_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
 
 
 def test_a_config_file_counts_as_typed(tmp_path: Path) -> None:
@@ -197,7 +197,9 @@ FROM_A_GPU = {
         },
     ],
 )
-def test_a_run_moved_from_a_gpu_to_a_cpu_chooses_anew(tmp_path: Path, monkeypatch, record) -> None:
+def test_a_run_moved_from_gpu_to_cpu_chooses_options_again(
+    tmp_path: Path, monkeypatch, record
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     write_run(tmp_path / "run", FROM_A_GPU, **record)
     cfg = resumed(tmp_path / "run")
@@ -205,7 +207,7 @@ def test_a_run_moved_from_a_gpu_to_a_cpu_chooses_anew(tmp_path: Path, monkeypatc
     assert chosen == ("auto", "auto", "auto", None, False)
 
 
-def test_a_run_on_the_same_machine_keeps_what_was_chosen(tmp_path: Path) -> None:
+def test_a_run_on_the_same_machine_keeps_its_choices(tmp_path: Path) -> None:
     own = {
         "device": "cpu",
         "precision": "bf16",
@@ -225,7 +227,9 @@ def test_a_run_on_the_same_machine_keeps_what_was_chosen(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "value"), [("lr", "fast"), ("keep", 1.5), ("schedule", "up"), ("prompts", [1])]
 )
-def test_a_stored_option_of_the_wrong_kind_is_told(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_stored_option_of_the_wrong_type_is_an_error(
+    tmp_path: Path, name: str, value: Any
+) -> None:
     write_run(tmp_path / "run", {name: value})
     with pytest.raises(
         UserError, match=rf"config\.json of the run has {name} .+, which --{name} cannot be"
@@ -237,11 +241,11 @@ def test_a_stored_option_of_the_wrong_kind_is_told(tmp_path: Path, name: str, va
 
 
 @pytest.mark.parametrize(("schedule", "first"), [("constant", 8), ("wsd", 16)])
-def test_an_extended_run_is_bit_for_bit_one_of_that_length(
+def test_an_extended_run_equals_one_planned_that_long(
     folder: Path, schedule: str, first: int
 ) -> None:
-    """wsd is stopped before its decay. The extension is killed too, and goes on with or without its
-    option."""
+    """wsd is stopped before its decay. The extended run is killed too, and resumes with or without
+    --extend-to."""
     words = (*QUIET, "--schedule", schedule, "--warmup-steps", 2, "--save-every", 8)
     assert go(folder, *small(*words, "--steps", 24, "--out", "whole")).code == 0
     end = go(
@@ -278,7 +282,7 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert checkpoint_steps(folder / "run") == [4, 8] and (folder / "run" / "metrics.json").exists()
     end = go(folder, "--out", "run", "--extend-to", 16, "--reschedule", kill=("retention", 1))
     assert end.code == -signal.SIGKILL, end
-    # the restart is in run.json, wherever it resumes
+    # run.json holds the restart of the decay, wherever the run resumes.
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")
     end = go(folder, "--out", "run")
     assert end.code == 0 and "resumed from step-00000008" in end.out, end
@@ -296,12 +300,12 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
 def test_a_run_without_a_checkpoint_cannot_be_extended(folder: Path) -> None:
     words = small(*CONSTANT, "--save-every", 0, "--steps", 2)
     end = go(folder, *words, "--extend-to", 4)
-    assert end.code == 2 and "run holds no run to continue" in end.err, end
+    assert end.code == 2 and "run holds no run to extend" in end.err, end
     assert go(folder, *words).code == 0
     end = go(folder, *words, "--extend-to", 4)
     assert (
         end.code == 2
-        and "run has no checkpoint to go on from" in end.err
+        and "run has no checkpoint to resume from" in end.err
         and end.err.count("\n") == 1
     ), end
     assert "run is finished (2 steps)" in go(folder, *words).out
@@ -321,7 +325,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "slanted-triangular")
     reschedule=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_an_extension_changes_no_rate_that_a_step_had(
+def test_an_extension_changes_no_rate_of_the_past(
     schedule, warmup, planned, more, made, reschedule
 ) -> None:
     step, to = round(made * planned), planned + more
@@ -348,4 +352,4 @@ def test_an_extension_changes_no_rate_that_a_step_had(
 
 def test_every_option_of_a_start_and_machine_exists() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert {*resume.OF_A_START, *resume.BY_MACHINE} <= names
+    assert {*resume.START_OPTIONS, *resume.MACHINE_OPTIONS} <= names

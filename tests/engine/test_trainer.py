@@ -1,5 +1,5 @@
-"""The optimizer step against the same objective written out in fp64, for a task that is nothing
-like a GPT; and where whole runs end.
+"""The optimizer step against its objective written out in fp64, for a task that is quite unlike a
+GPT; and the end of whole runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from config import UserError
 from engine.evaluation import evaluate
 from engine.loader import partition
-from engine.log import finite
+from engine.log import json_safe
 from engine.precision import LossScale
 from engine.processes import World
 from engine.progress import Progress
@@ -56,13 +56,13 @@ def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name].double(), value, rtol=2e-5, atol=1e-7, msg=name)
 
 
-# --- how a global batch is cut
+# --- how a global batch is divided
 
 
 @pytest.mark.parametrize(
     "n, width, size, micro", [(8, 1, 1, 3), (8, 1, 3, 2), (7, 2, 2, 4), (3, 4, 4, 1), (1, 1, 4, 8)]
 )
-def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, size, micro):
+def test_ranks_and_micro_batches_never_split_a_group(n, width, size, micro):
     groups = np.arange(n * width).reshape(n, width)
     cuts = [partition(groups, rank, size, micro) for rank in range(size)]
     assert len({len(cut) for cut in cuts}) == 1  # DDP: as many passes on every rank
@@ -78,9 +78,9 @@ def test_ranks_and_micro_batches_share_the_rows_and_split_no_group(n, width, siz
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 16])
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(micro_batch, step):
-    # step 1 lacks the second term, step 2 has it in one row only; steps 0 and 2 have a group
-    # without the first
+def test_micro_batches_give_the_gradients_of_the_whole_batch(micro_batch, step):
+    # Step 1 has no second term, and step 2 has it in one row only. In steps 0 and 2 a group has no
+    # first term.
     task = TwoHeads()
     train = step_of(task, ALONE, clip=0)
     found = capture_gradients(train)
@@ -108,7 +108,7 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     result = run_step(train, 0, loader(task, ALONE, 4))
     _, _, gradients = expected_gradients(task, train.model, 0)
     assert result.grad_norm.item() == pytest.approx(norm(gradients), rel=1e-5)
-    # a millionth is added to the norm it is divided by
+    # Clipping adds a millionth to the norm that it divides by.
     assert norm(found) == pytest.approx(0.01, rel=1e-3)
     factor = 0.01 / (norm(gradients) + 1e-6)
     close(found, {name: factor * g for name, g in gradients.items()})
@@ -118,7 +118,7 @@ def test_clipping_scales_to_the_limit_and_logs_the_norm_before():
     close(found, gradients)
 
 
-def test_a_term_that_no_row_has_moves_its_head_by_decay_alone():
+def test_the_head_of_an_absent_term_only_decays():
     task = TwoHeads()
     train = step_of(task, ALONE)
     before = copy.deepcopy(train.model.state_dict())
@@ -142,10 +142,10 @@ def test_a_batch_without_any_target_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in train.model.state_dict().items())
 
 
-# --- what trains may change at a step
+# --- parameters that train from a later step on
 
 
-def test_groups_that_change_keep_the_state_of_what_goes_on_training():
+def test_changed_groups_keep_the_state_of_trained_parameters():
     task = TwoHeads(unfreeze_at=2)
     train = step_of(task, ALONE)
     data = loader(task, ALONE, 4)
@@ -166,7 +166,7 @@ def test_groups_that_change_keep_the_state_of_what_goes_on_training():
     assert not torch.equal(trunk, untouched)
 
 
-def test_state_taken_over_in_the_middle_continues_to_the_bit():
+def test_a_loaded_step_continues_bit_for_bit():
     task = TwoHeads(unfreeze_at=2)
     whole = step_of(task, ALONE)
     data = loader(task, ALONE, 3)
@@ -182,11 +182,11 @@ def test_state_taken_over_in_the_middle_continues_to_the_bit():
     assert all(map(torch.equal, whole.state().values(), resumed.state().values()))
 
 
-# --- what may go wrong
+# --- updates that are not finite, and other failures
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_update_that_is_not_finite_is_skipped_to_the_bit(value):
+def test_an_update_that_is_not_finite_changes_no_bit(value):
     task = TwoHeads()
     train = step_of(task, ALONE)
     data = loader(task, ALONE, 4)
@@ -211,7 +211,7 @@ def test_a_step_stopped_half_way_changes_nothing():
     assert all(map(torch.equal, train.model.parameters(), untroubled.model.parameters()))
 
 
-def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
+def test_fp16_overflow_halves_the_scale(monkeypatch):
     monkeypatch.setattr(LossScale, "interval", 2)
     task = TwoHeads()
     train = step_of(task, ALONE, precision="fp16", clip=0)
@@ -225,7 +225,7 @@ def test_fp16_overflow_halves_the_scale_and_gradients_are_unscaled(monkeypatch):
     run_step(train, 1, data)
     _, _, gradients = expected_gradients(task, train.model, 1)
     for name, expected in gradients.items():
-        # fp16 has 11 bits
+        # fp16 has 11 bits.
         torch.testing.assert_close(found[name].double(), expected, rtol=0.02, atol=1e-3)
     run_step(train, 2, data)
     assert train.scale.scale.item() == first  # two good ones
@@ -257,7 +257,7 @@ def test_dropout_repeats_from_its_seed_wherever_a_run_begins():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 64])
-def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_batch):
+def test_evaluation_counts_every_row_once(micro_batch):
     task = TwoHeads(dropout=0.5)
     train = step_of(task, ALONE)
     train.model.train()
@@ -268,20 +268,20 @@ def test_evaluation_counts_every_row_once_and_leaves_the_model_training(micro_ba
     assert train.model.training
 
 
-def test_one_rank_has_nobody_to_differ_from():
+def test_a_single_rank_compares_no_parameters():
     check_replicas(step_of(TwoHeads(), ALONE).model, ALONE)
 
 
-# --- where a run ends
+# --- the end of a run
 
 
 def test_a_failing_compiler_ends_a_run_with_one_line(untouched, monkeypatch, tmp_path):
     class Fails(Scripted):
         def loss(self, model: Any, batch: Any) -> Any:
-            # as Triton's build of a launcher fails, outside torch.compile
+            # As Triton's build of a launcher fails, outside torch.compile.
             raise subprocess.CalledProcessError(1, ["gcc", "/tmp/a/main.c", "-O3", "-shared"])
 
-    monkeypatch.setattr("engine.plan.compiler_lacks", lambda device_type: None)
+    monkeypatch.setattr("engine.plan.compiler_problem", lambda device_type: None)
     with pytest.raises(UserError, match="--no-compile"):
         train(Fails([1.0]), whole_run(tmp_path / "run", 1, compile=True))
     with pytest.raises(subprocess.CalledProcessError):
@@ -297,14 +297,14 @@ options = st.fixed_dictionaries({"eval_every": st.integers(1, 3), "patience": st
 
 
 def best_evaluations(values: list[float], mode: str) -> list[int]:
-    """Those (counted from 1) that were better than all before."""
+    """The numbers (from 1) of the scores that were better than all before."""
     signed = [-math.inf if not math.isfinite(v) else v if mode == "max" else -v for v in values]
     return [i for i, v in enumerate(signed, 1) if v > max([-math.inf, *signed[: i - 1]])]
 
 
 def expected_end(scores: list[float], mode: str, eval_every: int, patience: int) -> int:
-    """The step whose evaluation is the first that follows a better one, or the beginning, by
-    `patience`."""
+    """The first step at which `patience` evaluations have followed the best one (or the start),
+    else the last step."""
     steps = [s for s in range(1, len(scores) + 1) if s % eval_every == 0 or s == len(scores)]
     best = [0, *best_evaluations([scores[s - 1] for s in steps], mode)]
     ends = [
@@ -316,7 +316,7 @@ def expected_end(scores: list[float], mode: str, eval_every: int, patience: int)
 
 
 def what_happened(run: Path) -> dict[str, Any]:
-    """All that two runs of the same options must have in common."""
+    """Everything that two runs with the same options must have in common."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     kinds = ("train", "eval", "stopped_early", "sample")
     kept = ("kind", "step", "loss", "tokens", "score", "metric", "best", "text")
@@ -339,8 +339,7 @@ def die() -> None:
 
 
 def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]) -> None:
-    """Train to the end, through starts that each end at a point: by a signal that is obeyed, or
-    without notice."""
+    """Train to the end in several starts, each ended at a given point by a signal or a kill."""
     for *point, obeyed in falls:
         fall = functools.partial(os.kill, os.getpid(), signal.SIGTERM) if obeyed else die
         task.during = lambda *now, point=point, fall=fall: fall() if list(now) == point else None
@@ -359,7 +358,7 @@ def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]
 @example([2.0, 3.0, 1.0, 2.0, 0.0, 1.0, -1.0, 0.0], "min", {"eval_every": 1, "patience": 2})
 @example([2.0, 1.0, 3.0, 2.0, 4.0, 3.0, 3.0, 3.0], "max", {"eval_every": 1, "patience": 2})
 @settings(max_examples=15, deadline=None)
-def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scores, mode, options):
+def test_patience_ends_a_run_at_an_evaluation(untouched, scores, mode, options):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         cfg = whole_run(run, STEPS, save_every=3, sample_every=0, **options)
@@ -367,14 +366,14 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
         end = expected_end(scores, mode, **options)
         happened = what_happened(run)
         assert happened["figures"]["steps"] == end == log_of(run, "train")[-1]["step"]
-        # what metrics.json says is of the model in final/
+        # metrics.json describes the model in final/.
         of_final = happened["figures"]["final_is_step"]
-        assert happened["figures"]["score"] == finite(scores[of_final - 1])
+        assert happened["figures"]["score"] == json_safe(scores[of_final - 1])
         assert (run / "checkpoints" / f"step-{end:08d}").is_dir()
         early = log_of(run, "stopped_early")
         assert [line["step"] for line in early] == [end] * (end < STEPS)
         before = (run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes()
-        # it is finished
+        # The run is finished.
         assert train(Scripted(scores, mode), dataclasses.replace(cfg, patience=0)) == 0
         assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
 
@@ -395,7 +394,7 @@ def test_a_run_ends_at_the_evaluation_that_exhausts_its_patience(untouched, scor
     [("evaluation", 4, True), ("sample", 4, False)],
 )
 @settings(max_examples=8, deadline=None)
-def test_a_run_that_fell_ends_where_it_would_have(untouched, scores, options, save_every, falls):
+def test_a_killed_run_stops_early_at_the_same_step(untouched, scores, options, save_every, falls):
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "whole", Path(folder) / "fallen"
         whole, fallen = (
@@ -419,7 +418,7 @@ def test_a_run_stopped_early_says_so_and_keeps_its_best_model(untouched, tmp_pat
     assert f"{tmp_path}/run is finished (5 steps): its model is" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_path):
+def test_a_checkpoint_written_before_patience_existed_resumes(untouched, tmp_path):
     task, cfg = (
         Scripted([1.0] * 6),
         whole_run(tmp_path / "run", 6, eval_every=1, save_every=1, sample_every=0),
@@ -442,7 +441,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_no_patience(untouched, tmp_p
     newest = checkpoint.step_folder(tmp_path / "run", 3)
     checkpoint.write_folder(newest, fill)
     assert train(Scripted([1.0] * 6), dataclasses.replace(cfg, patience=2)) == 0
-    # step 4 is the best it knows of
+    # Step 4 is the best that it knows of.
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 6
 
 
@@ -471,21 +470,21 @@ def test_a_run_stopped_early_is_extended_only_with_more_patience(untouched, tmp_
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 8
 
 
-def test_a_run_whose_last_checkpoint_is_gone_repeats_its_last_steps(untouched, tmp_path, capsys):
+def test_a_run_without_its_last_checkpoint_repeats_steps(untouched, tmp_path, capsys):
     options = dict(eval_every=0, save_every=2, sample_every=0, schedule="constant")
     cfg = whole_run(tmp_path / "run", 4, **options)
     assert train(Scripted([]), cfg) == 0
     shutil.rmtree(checkpoint.step_folder(tmp_path / "run", 4))
     assert train(Scripted([]), dataclasses.replace(cfg, extend_to=8)) == 0
     assert (
-        "the checkpoint of step 4 is gone: the run goes on from step 2\n" in capsys.readouterr().out
+        "the checkpoint of step 4 is gone: the run resumes from step 2\n" in capsys.readouterr().out
     )
     assert [line["step"] for line in log_of(tmp_path / "run", "train")] == list(range(1, 9))
 
 
 def test_patience_without_evaluations_is_refused(untouched, tmp_path):
     with pytest.raises(
-        UserError, match="--patience 2 counts evaluations, and --eval-every 0 makes none"
+        UserError, match="--patience 2 counts evaluations, but --eval-every 0 turns them off"
     ):
         train(Scripted([1.0]), whole_run(tmp_path / "run", 1, eval_every=0, patience=2))
 
@@ -510,10 +509,10 @@ def test_ranks_end_together(untouched, tmp_path):
     assert what_happened(tmp_path / "run")["figures"]["steps"] == 10
 
 
-# --- how fast it was
+# --- rates
 
 
-def test_rates_of_all_that_batches_hold(untouched, tmp_path, capsys):
+def test_every_amount_in_a_batch_gets_a_rate(untouched, tmp_path, capsys):
     assert train(Scripted([1.0] * 5), whole_run(tmp_path / "run", 5, sample_every=0)) == 0
     lines, figures = (
         log_of(tmp_path / "run", "train"),

@@ -301,7 +301,7 @@ def test_invalid_utf8_does_not_lose_a_predict_row(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_an_option_only_if_it_exists(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,a text\n")
-    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the one that")):
+    for name, advice in (("text", "Use --text-column NAME"), ("sonnets", "Rename the column that")):
         with pytest.raises(UserError, match=f"has no column .* {advice}"):
             source_of(name).read(str(tmp_path / "rows.csv"), "train")
 

@@ -65,7 +65,7 @@ def test_a_method_learns_stores_its_parameters_and_resumes(method: str, folder: 
             key.endswith(("c_fc.bias", "wte.weight", "ln_f.weight")) for key in stored
         )
         assert newest.joinpath("training_state.safetensors").stat().st_size < 3 * (1 << 20)
-        assert hub.base_of(newest) == (
+        assert hub.adapter_base(newest) == (
             str((folder / "base").resolve()),
             weights_of(folder / "base"),
         )

@@ -54,11 +54,11 @@ MISTAKES = {  # a task and options, with fragments of the error line
     ],
     "sonnets --init base --method prefix --prefix-tokens 160": ["--prefix-tokens"],
     "sonnets --init base --seq-len 161": ["--seq-len 161 is longer than the 160 positions"],
-    "sonnets --init base --preset micro": ["--preset cannot go with --init base"],
+    "sonnets --init base --preset micro": ["--init base already determines", "leave out --preset"],
     "sonnets --init lora/checkpoints/step-00000001": [
         "is an adapter, not a whole model; name ",
-        "/base to begin without the adapter, or ",
-        "/lora/final, where both are",
+        "/base to start without the adapter, or ",
+        "/lora/final, which holds both",
     ],
     # rows with labels
     "sentiment --data typo.csv": [
@@ -176,8 +176,8 @@ PREDICT_MISTAKES = {  # a task and options, with fragments of the error before t
     "sentiment --predict toy --answers seven.csv/x.jsonl": [
         "--answers seven.csv/x.jsonl cannot be written"
     ],
-    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also what is read"],
-    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also what is read"],
+    "sentiment --predict word.csv --answers word.csv": ["--answers word.csv is also an input file"],
+    "sentiment --predict word.csv --answers word.jsonl": ["word.csv is also an input file"],
     "sentiment --predict toy --answers x.parquet": [
         "--answers x.parquet: answers are written as .jsonl and .csv"
     ],
@@ -202,7 +202,7 @@ def test_the_advice_for_an_adapter_as_init_works(mistakes: Path, tmp_path: Path)
     with pytest.raises(UserError) as refused:
         open_pretrained(asked)
     base, final = re.findall(
-        r"name (\S+) to begin without the adapter, or (\S+),", str(refused.value)
+        r"name (\S+) to start without the adapter, or (\S+),", str(refused.value)
     )[0]
     for named in (base, final):
         assert isinstance(open_pretrained(dataclasses.replace(asked, init=named)), GPT)

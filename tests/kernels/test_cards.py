@@ -1,4 +1,4 @@
-"""What `auto` would run on real cards, each of them faked: README shows the same table."""
+"""What `auto` would run on real cards, each of them faked: docs/kernels.md shows the same table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine import fit, plan
 from engine.compiling import compile_unit
 from engine.fit import peak_memory
 from engine.memory import Memory
-from engine.plan import settle
+from engine.plan import resolve_for_machine
 from engine.pretraining import rows_per_rank
 from engine.processes import World
 from engine.shape import model_config
@@ -88,8 +88,8 @@ def micro_batch(cfg: TrainConfig) -> int:
 
 def row(name: str) -> list[str]:
     """A card's row of the table: `python train_gpt2.py` without options."""
-    cfg, choices = settle(TrainConfig(data="stdlib"), world())
-    _, masked = settle(TrainConfig(data="stdlib", document_mask=True), world())
+    cfg, choices = resolve_for_machine(TrainConfig(data="stdlib"), world())
+    _, masked = resolve_for_machine(TrainConfig(data="stdlib", document_mask=True), world())
     units = [compile_unit(cfg, world(ranks)) for ranks in (1, 8)]
     return [
         name,
@@ -104,7 +104,7 @@ def row(name: str) -> list[str]:
     ]
 
 
-def test_what_auto_runs_on_each_card_is_what_readme_says(monkeypatch, repo):
+def test_what_auto_runs_on_each_card_is_what_the_page_says(monkeypatch, repo):
     rows = []
     for name in CARDS:
         with monkeypatch.context() as faked:
@@ -112,18 +112,18 @@ def test_what_auto_runs_on_each_card_is_what_readme_says(monkeypatch, repo):
             rows.append(row(name))
     table = markdown(HEADER, rows, words=(0, 1, 2, 3, 4, 5))
     print(table)
-    readme = (repo / "README.md").read_text(encoding="utf-8")
-    assert table in readme
+    page = (repo / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert table in page
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_auto_runs_nothing_that_a_card_lacks(monkeypatch, name):
     fake(monkeypatch, name)
-    cfg, choices = settle(TrainConfig(data="stdlib", document_mask=True), world())
+    cfg, choices = resolve_for_machine(TrainConfig(data="stdlib", document_mask=True), world())
     major = CARDS[name].capability[0]
     assert cfg.precision == ("bf16" if major >= 8 else "fp16")
     assert ("attention" in cfg.kernels.split(",")) == (major >= 8)
-    assert (choices.lost is None) == (major >= 8)
+    assert (choices.fallback is None) == (major >= 8)
     assert ("CUDNN_ATTENTION" in [b.name for b in choices.backends]) == (major in (9, 10))
     assert ("FLASH_ATTENTION" in [b.name for b in choices.backends]) == (major >= 8)
 
@@ -134,11 +134,13 @@ def test_the_banner_says_whether_attention_repeats(monkeypatch, name, determinis
     fake(monkeypatch, name)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    _, choices = settle(TrainConfig(data="stdlib", deterministic=deterministic), world())
+    _, choices = resolve_for_machine(
+        TrainConfig(data="stdlib", deterministic=deterministic), world()
+    )
     assert choices.repeatability.startswith("repeatable" if deterministic else "not repeatable")
     if deterministic:
         assert "cudnn" not in choices.attention
-    _, ours = settle(
+    _, ours = resolve_for_machine(
         TrainConfig(data="stdlib", kernels="torch", without=("flash-attention",)), world()
     )
     assert ours.repeatability == "repeatable bit for bit"

@@ -1,5 +1,4 @@
-"""Which files are data, what of them is kept between runs, and runs on shards whose tokenizer is
-elsewhere."""
+"""Which files are data, what the cache keeps, and runs on shards without a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare
-from text.rows import check_there, read_rows
+from text.rows import check_exists, read_rows
 from text.tokenizer import GPT2_SHA256
 
 HIDDEN = [
@@ -59,8 +58,8 @@ def found(spec: object) -> list[str]:
 # ---- hidden files, links
 
 
-def test_hidden_files_are_no_data(tmp_path: Path) -> None:
-    # the folder that is named may itself lie below a hidden one
+def test_hidden_files_are_skipped(tmp_path: Path) -> None:
+    # the named folder may itself be in a hidden one
     data = tmp_path / ".cache" / "data"
     for name in ("a.txt", "sub/b.txt", *HIDDEN):
         write(data / name)
@@ -83,13 +82,13 @@ def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
         assert found(tmp_path / spec), spec
 
 
-def test_rows_of_hidden_files_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_of_rows_are_skipped(tmp_path: Path) -> None:
     for name in ("train.csv", ".ipynb_checkpoints/train-checkpoint.csv", "._train.csv"):
         write(tmp_path / name, f"text\n{name}\n")
     assert [row["text"] for row in read_rows(str(tmp_path), {"text": "text"}).rows] == ["train.csv"]
 
 
-def test_hidden_shards_are_left_out(tmp_path: Path) -> None:
+def test_hidden_shards_are_skipped(tmp_path: Path) -> None:
     for name in ("train_0.npy", "val_0.npy"):
         np.save(tmp_path / name, np.arange(100, dtype=np.uint16))
         (tmp_path / f"._{name}").write_bytes(b"resource fork")
@@ -97,7 +96,7 @@ def test_hidden_shards_are_left_out(tmp_path: Path) -> None:
     assert data.train.n_tokens == data.val.n_tokens == 100
 
 
-def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
+def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
     a = write(tmp_path / "d" / "a.txt")
     write(tmp_path / "elsewhere" / "b.txt")
     os.link(a, tmp_path / "d" / "hard.txt")
@@ -117,14 +116,14 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
         assert found(spec) == ["a.txt", "b.txt"], spec
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
     os.symlink("gone", tmp_path / "b.txt")
     with pytest.raises(UserError, match=r"b.txt is a link to a file that is not there"):
         corpus.find_files(str(tmp_path))
 
 
-def test_a_very_long_list_of_files(tmp_path: Path) -> None:
+def test_a_very_long_list_of_files_is_read(tmp_path: Path) -> None:
     names = [str(write(tmp_path / f"{i}.txt")) for i in range(300)]
     assert len(found(",".join(names))) == 300
 
@@ -133,7 +132,7 @@ def test_a_very_long_list_of_files(tmp_path: Path) -> None:
     st.lists(st.sampled_from(["**", "*", "?", "a*", "b", "[ab]", "*.txt"]), min_size=1, max_size=4)
 )
 @settings(max_examples=60, deadline=None)
-def test_globs_match_as_in_python(
+def test_globs_match_like_those_of_python(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str]
 ) -> None:
     import glob
@@ -142,7 +141,7 @@ def test_globs_match_as_in_python(
     for name in ("a.txt", "b.txt", "a/a.txt", "b/ab.txt", "a/b/a.txt", "a/b/c/b.txt", "b/.a/b.txt"):
         write(root / name)
     pattern = str(root.joinpath(*parts))
-    assume(not os.path.isdir(pattern))  # a folder is all that is below it
+    assume(not os.path.isdir(pattern))  # a folder would name all files below it
     expected = sorted(
         {Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
     )
@@ -166,11 +165,11 @@ def test_a_whole_word_marks_validation(word: str, between: str, first: bool) -> 
 @pytest.mark.parametrize(
     "word", ["medieval", "modern", "evaluation", "valley", "interval", "trainval", "éval", "valid"]
 )
-def test_part_of_a_word_marks_nothing(word: str) -> None:
+def test_part_of_a_word_does_not_mark_validation(word: str) -> None:
     assert not is_validation(f"{word}_000.npy") and not is_validation(f"x-{word}.bin")
 
 
-def test_shards_without_a_word_are_all_trained_on(tmp_path: Path) -> None:
+def test_shards_with_other_names_are_all_trained_on(tmp_path: Path) -> None:
     for name in ("medieval_000.npy", "modern_000.npy"):
         np.save(tmp_path / name, np.arange(1000, dtype=np.uint16))
     data = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8)
@@ -188,7 +187,7 @@ def test_a_files_own_name_tells_its_split(tmp_path: Path) -> None:
     assert [row["text"] for row in rows["validation"]] == ["test-kit/dev.csv"]
 
 
-# ---- what is kept of a file
+# ---- measurements that are kept
 
 
 @given(size=st.integers(1, 1 << 19), data=st.data())
@@ -201,14 +200,14 @@ def test_a_replaced_file_is_measured_again(
     cache.mkdir()
     file.write_bytes(bytes(size))
     stat = file.stat()
-    first = Cache(cache).remember("sha256", [file], sha256)
+    first = Cache(cache).measure_once("sha256", [file], sha256)
     other = bytearray(size)
     other[data.draw(st.integers(0, size - 1))] = 1
     (folder / "b").write_bytes(other)
     (folder / "b").replace(file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert Cache(cache).remember("sha256", [file], sha256) != first
+    assert Cache(cache).measure_once("sha256", [file], sha256) != first
 
 
 FOREIGN = ['{"version": 3, "notes": ["mine"]}', "[]", "{}", '"x"', "not JSON", "[" * 100_000]
@@ -220,19 +219,21 @@ def test_another_programs_index_is_kept(tmp_path: Path, text: str) -> None:
     file.write_bytes(b"some text")
     cache.mkdir()
     (cache / "index.json").write_text(text)
-    first = Cache(cache).remember("sha256", [file], sha256)
+    first = Cache(cache).measure_once("sha256", [file], sha256)
     assert (cache / "index.json").read_text() == text
-    assert Cache(cache).remember("sha256", [file], lambda path: "measured anew") == first
+    assert Cache(cache).measure_once("sha256", [file], lambda path: "measured anew") == first
     (cache / "gpt2-index.json").write_text(text)
     other = Cache(cache)
-    assert other.remember("sha256", [file], sha256) == first
-    assert other.remember("sha256", [file], lambda path: "anew") == first, "known to this process"
+    assert other.measure_once("sha256", [file], sha256) == first
+    assert other.measure_once("sha256", [file], lambda path: "anew") == first, (
+        "known to this process"
+    )
     assert {path.name for path in cache.glob("*.json")} == {"index.json", "gpt2-index.json"}
     assert (cache / "gpt2-index.json").read_text() == text
 
 
-def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
-    """Of a small file all, of a large one the ends; of any a bounded number of bytes."""
+def test_blocks_show_a_change_that_times_do_not(tmp_path: Path) -> None:
+    """All of a small file is read, and both ends of a large one: a bounded number of bytes."""
     for size in (1, 100_000, 10 << 20):
         file = tmp_path / str(size)
         file.write_bytes(bytes(size))
@@ -248,22 +249,24 @@ def test_blocks_tell_what_the_file_system_does_not(tmp_path: Path) -> None:
 def test_an_unchanged_file_is_not_read_whole(tmp_path: Path) -> None:
     file = write(tmp_path / "a")
     (tmp_path / "cache").mkdir()
-    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1) == [1]
-    assert Cache(tmp_path / "cache").remember("x", [file], lambda _: 1 / 0) == [1]
+    assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: 1) == [1]
+    assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: 1 / 0) == [1]
 
 
-def test_what_an_older_version_kept_is_measured_again(tmp_path: Path) -> None:
+def test_entries_without_a_stamp_are_measured_again(tmp_path: Path) -> None:
     file = write(tmp_path / "a")
     stat = file.stat()
     old = {f"x {file}": [stat.st_size, stat.st_mtime_ns, "old"]}
     for index in (json.dumps(old), "[]", "3", "{"):
         write(tmp_path / "cache" / "index.json", index)
-        assert Cache(tmp_path / "cache").remember("x", [file], lambda _: "new") == ["new"]
+        assert Cache(tmp_path / "cache").measure_once("x", [file], lambda _: "new") == ["new"]
         left = (tmp_path / "cache" / "index.json").read_text()
-        assert "new" in left if index[:2] == '{"' else left == index  # another program's stays
+        assert (
+            "new" in left if index[:2] == '{"' else left == index
+        )  # another program's file is kept
 
 
-def test_a_file_that_changes_while_it_is_read(
+def test_a_file_that_changes_while_read_is_refused(
     tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "a.txt"
@@ -304,7 +307,7 @@ def read_only(cache: Path) -> None:
 
 @pytest.fixture
 def as_user() -> Iterator[None]:
-    """Permissions bind: they do not bind root."""
+    """Run as a user to whom file permissions apply, because they do not apply to root."""
     me = os.geteuid()
     if me == 0:
         os.seteuid(65534)
@@ -317,14 +320,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     np.save(folder / "tokens.npy", np.arange(2000, dtype=np.uint16) % 300)
-    for path in (folder, *folder.parents):  # another user reads them too
+    for path in (folder, *folder.parents):  # another user must be able to read them
         if path.owner() == "root" and str(path).startswith("/tmp/"):
             path.chmod(path.stat().st_mode | 0o055)
     return folder
 
 
 @pytest.mark.parametrize("spoil", [a_file, below_a_file, a_lost_link, read_only])
-def test_a_cache_that_cannot_be_written(
+def test_an_unwritable_cache_is_a_one_line_error(
     spoil: Callable[[Path], None], tmp_path: Path, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
     cache = tmp_path / "data" / "cache"
@@ -348,7 +351,7 @@ def test_shards_make_no_cache(tmp_path: Path, inputs: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_while_tokenizing(
+def test_a_full_disk_is_a_one_line_error(
     tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -371,7 +374,7 @@ def test_a_full_disk_while_tokenizing(
 
 
 @pytest.mark.parametrize("read", ["dry run", "run"])
-def test_a_text_that_cannot_be_read(
+def test_an_unreadable_text_is_a_one_line_error(
     read: str, tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, unguarded = inputs / "text.txt", Path.open
@@ -389,11 +392,11 @@ def test_a_text_that_cannot_be_read(
 
 def test_a_pipe_among_shards_is_refused_at_once(tmp_path: Path, inputs: Path) -> None:
     os.mkfifo(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a.bin is a pipe, where a shard is read at any place"):
+    with pytest.raises(UserError, match=r"a.bin is a pipe, but a shard is read in any order"):
         open_data(str(tmp_path), None, str(inputs / "tokenizer"), "text", tmp_path / "cache", 8)
 
 
-def test_a_file_system_without_locks(
+def test_a_cache_works_without_locks(
     tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -405,7 +408,7 @@ def test_a_file_system_without_locks(
     assert data.train.n_tokens and not list(cache.glob("*.tmp"))
 
 
-def test_another_users_cache_is_used_as_it_stands(
+def test_the_cache_of_another_user_is_used(
     tmp_path: Path, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
     said: list[str] = []
@@ -428,22 +431,20 @@ def test_another_users_cache_is_used_as_it_stands(
     assert len(said) == 1
 
 
-# ---- shards whose tokenizer is elsewhere
+# ---- shards whose tokenizer is not on this machine
 
 
 def missing(_: object) -> None:
     raise UserError("GPT-2's tokenizer is not on this machine")
 
 
-def test_shards_without_gpt2_are_still_gpt2s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_need_no_gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from text import tokenizer
 
     monkeypatch.setattr(tokenizer, "_tiktoken_gpt2", missing)
     np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16))
     known = open_data(str(tmp_path), None, None, "text", tmp_path / "cache", 8).vocabulary
-    # where GPT-2's files are, the same run goes on
+    # with GPT-2's files the same run would continue
     assert (known.size, known.eot, known.sha256) == (50257, 50256, GPT2_SHA256)
     assert known.tokenizer is None and known.missing == "GPT-2's tokenizer is not on this machine"
 
@@ -466,7 +467,7 @@ def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     assert end.code == 0, end.err
     assert not (tmp_path / "cache").exists()
     (warning,) = log_of(tmp_path / "run", "warning")
-    assert warning["text"].startswith("training without the tokenizer of the shards (there is no ")
+    assert warning["text"].startswith("training without the shards' tokenizer (there is no ")
     assert not log_of(tmp_path / "run", "sample") and not list(
         (tmp_path / "run").rglob("tokenizer*")
     )
@@ -478,7 +479,7 @@ def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     assert end.code == 2 and "--tokenizer" in end.err and end.err.count("\n") == 1
 
 
-def test_a_manifest_tells_the_vocabulary(tmp_path: Path, inputs: Path) -> None:
+def test_the_manifest_gives_the_vocabulary_size(tmp_path: Path, inputs: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(inputs / "tokenizer", tokenizer)
     first = open_data(str(inputs / "text.txt"), None, str(tokenizer), "text", tmp_path / "cache", 8)
@@ -493,7 +494,7 @@ def test_a_manifest_tells_the_vocabulary(tmp_path: Path, inputs: Path) -> None:
     assert (known.size, known.eot, known.sha256) == (before.size, before.eot, before.sha256)
 
 
-def test_ids_beyond_gpt2_tell_the_vocabulary(tmp_path: Path) -> None:
+def test_ids_beyond_gpt2_give_the_vocabulary_size(tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.array([60_000, *range(2000)], np.uint16))
     np.save(tmp_path / "other.npy", np.array([60_010, *range(2000)], np.uint16))
     for val, size in ((None, 60_001), (str(tmp_path / "other.npy"), 60_011)):
@@ -501,7 +502,7 @@ def test_ids_beyond_gpt2_tell_the_vocabulary(tmp_path: Path) -> None:
         assert data.vocabulary.tokenizer is None and data.vocabulary.size == size
 
 
-# ---- a dry run of what is not there
+# ---- dry runs of missing inputs
 
 
 @pytest.mark.parametrize(
@@ -517,27 +518,27 @@ def test_ids_beyond_gpt2_tell_the_vocabulary(tmp_path: Path) -> None:
         "--data empty",
     ],
 )
-def test_a_dry_run_of_what_is_not_there(inputs: Path, words: str) -> None:
+def test_a_dry_run_refuses_missing_inputs(inputs: Path, words: str) -> None:
     (inputs / "empty").mkdir(exist_ok=True)
     (end,) = launch(inputs, small("--dry-run", "--out", "new", *words.split()))
     assert end.code == 2 and end.err.count("\n") == 1, end
     assert words.split()[1] in end.err and not (inputs / "new").exists()
 
 
-def test_gzip_whose_name_does_not_tell_its_kind_is_named(tmp_path: Path) -> None:
+def test_gzip_with_an_unclear_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noend").write_bytes(gzip.compress(b"some text\n"))
     (tmp_path / "other.dat").write_bytes(b"BZh91AY&SY\0\0")
-    for find in (corpus.find_files, check_there):
+    for find in (corpus.find_files, check_exists):
         with pytest.raises(UserError, match=r"other.dat is compressed by bzip2; unpack it first$"):
             find(str(tmp_path / "other.dat"))
-    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.txt.gz"):
+    with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.txt.gz"):
         corpus.find_files(str(tmp_path / "noend"))
-    with pytest.raises(UserError, match=r"noend is gzip, .* such as noend.csv.gz"):
+    with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.csv.gz"):
         list(corpus.records_of(tmp_path / "noend"))
 
 
 def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: Path) -> None:
-    """Its tokenizer is that of the shards, here or not."""
+    """The text's tokenizer is that of the shards, even if it is not on this machine."""
     np.save(tmp_path / "train.npy", np.arange(2000, dtype=np.uint16) % 300)
     val = str(inputs / "val.txt")
     assert check_data(str(tmp_path), val, None, "text", tmp_path / "none") == 50257
@@ -548,7 +549,7 @@ def test_a_dry_run_takes_validation_text_beside_shards(tmp_path: Path, inputs: P
 @pytest.mark.parametrize(
     "task", ["text", "lyrics", "sonnets", "qa", "summarize", "sentiment", "topics"]
 )
-def test_a_dry_run_of_a_task_without_its_data(inputs: Path, task: str) -> None:
+def test_a_dry_run_of_a_task_refuses_missing_data(inputs: Path, task: str) -> None:
     words = [
         "--dry-run",
         "--init",
@@ -568,9 +569,7 @@ def test_a_dry_run_of_a_task_without_its_data(inputs: Path, task: str) -> None:
 @pytest.mark.parametrize(
     "words", ["--data gone.txt", "--data gone", "--val-data gone.txt", "--data val.txt,gone.txt"]
 )
-def test_missing_data_is_told_before_a_missing_tokenizer(
-    inputs: Path, words: str, more: str
-) -> None:
+def test_missing_data_comes_before_a_missing_tokenizer(inputs: Path, words: str, more: str) -> None:
     for lacking in (("--tokenizer", "lost"), ("--init", "lost")):
         cfg = resolve(parse(TrainConfig, [*small(*words.split(), *lacking), *more.split()]), "cpu")
         task = LanguageModelling()
@@ -578,7 +577,7 @@ def test_missing_data_is_told_before_a_missing_tokenizer(
             task.setup(cfg, print, dry=bool(more))
 
 
-def test_a_dataset_of_the_hub_is_looked_for_before_a_tokenizer(
+def test_a_hub_dataset_is_checked_before_the_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -590,7 +589,7 @@ def test_a_dataset_of_the_hub_is_looked_for_before_a_tokenizer(
 
 
 @pytest.mark.parametrize("task", ["sentiment", "text"])
-def test_a_task_tells_missing_data_before_a_missing_model(inputs: Path, task: str) -> None:
+def test_a_task_checks_its_data_before_the_model(inputs: Path, task: str) -> None:
     for words in ("--data gone.csv", "--val-data gone.csv", "--epochs 0 --predict gone.csv"):
         asked = ["--init", "lost", *words.split(), "--out", "new"]
         (end,) = launch(inputs, asked, program=f"finetune.{task}")

@@ -1,5 +1,7 @@
-"""Checkpoint folders: whole or absent, verified, pruned, written beside the training; and the log
-that goes with them."""
+"""Checkpoint folders are complete or absent, verified, pruned, and written during training.
+
+The log of a run is tested here too.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.write_folder(folder, write_texts(a_txt="old", b_txt="old")) == 6
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write_folder(folder, no_room)
-    assert checkpoint.fault(folder) is None and (folder / "a.txt").read_text() == "old"
+    assert checkpoint.find_damage(folder) is None and (folder / "a.txt").read_text() == "old"
     checkpoint.write_folder(folder, write_texts(a_txt="new"))
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "manifest.json"]
     assert [path.name for path in folder.parent.iterdir()] == ["final"], "nothing temporary stays"
@@ -61,7 +63,7 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_flushes_no_folders(
+def test_a_file_system_may_not_flush_folders(
     reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(descriptor: int) -> None:
@@ -74,13 +76,13 @@ def test_a_file_system_that_flushes_no_folders(
     flushes_files = True
     monkeypatch.setattr(os, "fsync", refuse)
     checkpoint.write_folder(tmp_path / "whole", fill)
-    assert checkpoint.fault(tmp_path / "whole") is None
+    assert checkpoint.find_damage(tmp_path / "whole") is None
     flushes_files = False
     with pytest.raises(OSError, match=re.escape(os.strerror(reason))):
         checkpoint.write_folder(tmp_path / "lost", fill)
 
 
-def test_every_file_is_flushed_before_the_folder_has_its_name(
+def test_files_are_flushed_before_the_folder_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
@@ -92,7 +94,7 @@ def test_every_file_is_flushed_before_the_folder_has_its_name(
     assert flushed == [*inside, "."], "the parent, which holds the new name, comes last"
 
 
-def test_a_removal_that_is_cut_off_leaves_no_half_folder(
+def test_an_interrupted_removal_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "step"
@@ -138,10 +140,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_folder_says_why(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "step"
     checkpoint.write_folder(folder, write_texts(a_txt="aaa", b_txt="bbb"))
-    assert checkpoint.fault(folder) is None
+    assert checkpoint.find_damage(folder) is None
     break_it, reason = DAMAGES[damage]
     break_it(folder)
-    assert reason in (checkpoint.fault(folder) or "")
+    assert reason in (checkpoint.find_damage(folder) or "")
 
 
 # --- retention
@@ -158,7 +160,7 @@ def make_run(run: Path, metrics: dict[int, float | None]) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: 3.0, 3: 5.0, 4: None, 5: 4.0, 6: 4.5})
     for mode, best in (("max", 3), ("min", 2)):
-        assert checkpoint.ranked(tmp_path, mode)[0][0].name == f"step-{best:08d}"
+        assert checkpoint.rank_by_metric(tmp_path, mode)[0][0].name == f"step-{best:08d}"
     checkpoint.prune(tmp_path, 5, 2, "max")
     assert checkpoint_steps(tmp_path) == [3, 4, 5, 6], (
         "6 is later than the step: neither kept nor counted"
@@ -177,9 +179,9 @@ def test_several_of_the_best_are_kept(tmp_path: Path, keep_best: int, left: list
     assert checkpoint_steps(tmp_path) == left
 
 
-def test_without_a_metric_none_is_the_best(tmp_path: Path) -> None:
+def test_checkpoints_without_a_metric_are_not_ranked(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
-    assert checkpoint.ranked(tmp_path, "min") == []
+    assert checkpoint.rank_by_metric(tmp_path, "min") == []
 
 
 # --- the user's own files
@@ -206,16 +208,14 @@ NOT_OURS = (
 
 @given(st.sets(st.sampled_from(NOT_OURS)), st.integers(1, 3), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
-    names, keep, with_link
-) -> None:
+def test_other_folders_are_neither_read_nor_deleted(names, keep, with_link) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary)
         make_run(run, {1: 1.0, 2: 5.0, 3: 4.0, 4: 3.0})
         folder = run / "checkpoints"
         for name in names:
             shutil.copytree(folder / "step-00000002", folder / name)
-        # a copy: it holds another step
+        # a copy of a checkpoint, which holds another step than its name says
         shutil.copytree(folder / "step-00000002", folder / "step-00000099")
         (folder / ".tmp-mine").mkdir()
         (folder / ".tmp-mine" / "a.txt").write_text("mine")
@@ -225,13 +225,13 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
                 folder / "step-00000003", target_is_directory=True
             )
         told: list[str] = []
-        assert checkpoint.newest(run, told.append) == checkpoint.step_folder(run, 4)
+        assert checkpoint.newest_sound(run, told.append) == checkpoint.step_folder(run, 4)
         assert told == [
-            f"passing over {folder}/step-00000099: it is a copy of the checkpoint of step 2"
+            f"skipping {folder}/step-00000099: it is a copy of the checkpoint of step 2"
         ]
-        checkpoint.clean(run)
+        checkpoint.remove_leftovers(run)
         checkpoint.prune(run, 99, keep, "min")
-        assert checkpoint.ranked(run, "max")[-1][0] == checkpoint.step_folder(run, 1), (
+        assert checkpoint.rank_by_metric(run, "max")[-1][0] == checkpoint.step_folder(run, 1), (
             "the best of those kept"
         )
         left = {path.name for path in folder.iterdir()}
@@ -246,7 +246,7 @@ def test_folders_that_are_no_checkpoints_are_neither_read_nor_deleted(
         assert (run / ".tmp-notes").exists()
 
 
-def test_files_that_a_user_put_into_a_checkpoint_are_kept(tmp_path: Path) -> None:
+def test_files_of_a_user_in_a_checkpoint_are_kept(tmp_path: Path) -> None:
     make_run(tmp_path, {1: None, 2: None})
     old = checkpoint.step_folder(tmp_path, 1)
     (old / "plots").mkdir()
@@ -256,7 +256,7 @@ def test_files_that_a_user_put_into_a_checkpoint_are_kept(tmp_path: Path) -> Non
     checkpoint.prune(tmp_path, 2, 1, "min", say=told.append)
     kept = tmp_path / "checkpoints" / "kept-step-00000001"
     assert contents(kept) == {"plots/loss.txt": "mine", "notes.txt": "mine"}
-    assert told == [f"{old} held files that this run did not write: they are in {kept}"]
+    assert told == [f"{old} held files that this run did not write; they are now in {kept}"]
     assert checkpoint_steps(tmp_path) == [2]
 
 
@@ -273,7 +273,7 @@ def test_a_final_folder_of_the_user_is_moved_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", ["rename", "rmtree"])
-def test_a_removal_cut_off_anywhere_keeps_the_users_files(
+def test_an_interrupted_removal_keeps_files_of_a_user(
     tmp_path: Path, monkeypatch, killed_at: str
 ) -> None:
     make_run(tmp_path, {1: None})
@@ -293,7 +293,7 @@ def test_a_removal_cut_off_anywhere_keeps_the_users_files(
         patch.setattr(owner, killed_at, killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint._remove(folder)
-    checkpoint.clean(tmp_path)
+    checkpoint.remove_leftovers(tmp_path)
     (kept,) = tmp_path.rglob("notes.txt")
     assert kept.read_text() == "mine" and not list(tmp_path.rglob(".tmp-*"))
     assert not checkpoint.checkpoints(tmp_path)
@@ -302,7 +302,7 @@ def test_a_removal_cut_off_anywhere_keeps_the_users_files(
 # --- modes
 
 
-UMASK = 0o026  # no mode that a library would set by itself: 640 and 751
+UMASK = 0o026  # gives the modes 640 and 751, which no library sets by itself
 
 
 def set_umask() -> None:
@@ -382,7 +382,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_older_checkpoints(tmp_path: Path) -> None:
     fails = iter([False, True, False])
     written = Written(tmp_path, lambda _, folder: no_room(folder) if next(fails) else None)
     for step in (1, 2, 3):
@@ -391,7 +391,10 @@ def test_a_save_that_fails_leaves_the_older_ones_and_the_next_may_succeed(tmp_pa
         assert (written.saver.error is not None) == (step == 2)
     assert ["error" in facts for facts in written.facts] == [False, True, False]
     assert "No space left" in written.facts[1]["error"]
-    assert [checkpoint.fault(folder) for folder in checkpoint.checkpoints(tmp_path)] == [None, None]
+    assert [checkpoint.find_damage(folder) for folder in checkpoint.checkpoints(tmp_path)] == [
+        None,
+        None,
+    ]
     assert checkpoint_steps(tmp_path) == [1, 3]
 
 
@@ -404,7 +407,7 @@ def open_run(run: Path, resume: str = "auto", **changes: object) -> start.Start:
     return start.open_run(run, resume, IDENTITY | changes, {}, lambda text: None)
 
 
-def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_options_that_contradict_the_folder_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     assert open_run(run) == start.Start()
@@ -419,10 +422,10 @@ def test_a_run_that_contradicts_its_folder_is_refused_by_name(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", checkpoint.WRITTEN)
-def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / ".tmp-mine").write_text("mine")
-    with pytest.raises(UserError, match=f"holds a {name} that is not of a run"):
+    with pytest.raises(UserError, match=f"holds a {name} that does not belong to a run"):
         open_run(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         name: "mine",
@@ -430,7 +433,7 @@ def test_a_folder_with_files_of_something_else_is_left_alone(tmp_path: Path, nam
     }
 
 
-def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed_at_the_next_start(tmp_path: Path) -> None:
     open_run(tmp_path)
     (tmp_path / ".tmp-run.json").write_text("{")
     (tmp_path / "checkpoints" / ".tmp-step-00000003").mkdir(parents=True)
@@ -438,13 +441,20 @@ def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     for _ in range(2):
-        with start.claimed(run), pytest.raises(UserError, match="in use"), start.claimed(run):
+        with (
+            start.claim_folder(run),
+            pytest.raises(UserError, match="in use"),
+            start.claim_folder(run),
+        ):
             pass
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to --out"), start.claimed(tmp_path / "file"):
+    with (
+        pytest.raises(UserError, match="cannot write to --out"),
+        start.claim_folder(tmp_path / "file"),
+    ):
         pass
 
 
@@ -454,7 +464,7 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_delays_the_log_and_loses_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(speaks=True)
+    log = RunLog(enabled=True)
     log.open(tmp_path, None)
     file = log.file
     log.record("train", {"step": 1})
@@ -483,7 +493,7 @@ def test_a_resumed_log_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"kind": kind, "step": step}) for kind, step in kinds]
     for done, last in (((), [("train", 2)]), (("eval",), [("train", 2), ("eval", 2)])):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
-        log = RunLog(speaks=True)
+        log = RunLog(enabled=True)
         log.open(tmp_path, 2, done)
         log.close()
         kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -505,14 +515,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cut_off(finished: Path, tmp_path: Path) -> Path:
-    """The same run, as a kill just before its end leaves it."""
+    """The same run, as after a kill just before its end."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "run" / "metrics.json").unlink()
     return folder
 
 
-def test_a_checkpoint_holds_no_pickle_and_says_what_it_cost(finished: Path) -> None:
+def test_a_checkpoint_has_no_pickle_and_logs_its_cost(finished: Path) -> None:
     run = finished / "run"
     assert checkpoint_steps(run) == [6, 9, 12]
     files = {path.name for path in checkpoint.step_folder(run, 12).iterdir()}
@@ -545,7 +555,7 @@ def test_a_finished_run_without_checkpoints_says_so_too(finished: Path) -> None:
     assert end.code == 0 and "unsaved is finished" in end.out and "step 1/2" not in end.out
 
 
-def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut_off: Path) -> None:
+def test_damaged_checkpoints_are_skipped_with_the_reason(finished: Path, cut_off: Path) -> None:
     run = cut_off / "run"
     (checkpoint.step_folder(run, 12) / "manifest.json").unlink()
     state = checkpoint.step_folder(run, 9) / checkpoint.STATE
@@ -554,8 +564,8 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
         cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False)
     )
     assert end.code == -signal.SIGKILL and "resumed from step-00000006" in end.out, end
-    assert "passing over run/checkpoints/step-00000012: it has no manifest.json" in end.out
-    assert f"passing over run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
+    assert "skipping run/checkpoints/step-00000012: it has no manifest.json" in end.out
+    assert f"skipping run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
     (end,) = launch(cut_off, small("--keep", 3))
     assert end.code == 0 and "resumed from step-00000009" in end.out, (
         "retention may not prefer the damaged one"
@@ -563,8 +573,8 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(finished: Path, cut
     assert trace(run) == trace(finished / "run")
 
 
-def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -> None:
-    """Step 6 is made the best by hand; then it is damaged, and final/ is of the last step, with a
+def test_final_is_the_best_model_unless_it_is_damaged(cut_off: Path) -> None:
+    """The test makes step 6 the best, then damages it. final/ is then the last step, with a
     warning."""
     run = cut_off / "run"
     best = checkpoint.step_folder(run, 6)
@@ -588,12 +598,12 @@ def test_the_best_model_is_final_and_a_damaged_one_is_not_taken(cut_off: Path) -
     (best / checkpoint.STATE).write_bytes(b"")
     (end,) = launch(cut_off, small("--keep", 3))
     assert (
-        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is not sound" in end.out
+        end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is damaged" in end.out
     ), end
     assert json.loads((run / "metrics.json").read_text())["final_is_step"] == 12
 
 
-def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -> None:
+def test_a_run_can_continue_in_another_folder(finished: Path, cut_off: Path) -> None:
     (end,) = launch(
         cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1)
     )
@@ -611,18 +621,18 @@ def test_a_run_branches_off_into_another_folder(finished: Path, cut_off: Path) -
 # --- the CHECKPOINT of a command line
 
 
-def test_locate(finished: Path, cut_off: Path) -> None:
+def test_locate_finds_checkpoints_and_refuses_bad_ones(finished: Path, cut_off: Path) -> None:
     run = cut_off / "run"
     assert checkpoint.locate(str(run)) == str(run / "final")
     shutil.rmtree(run / "final")
     assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 12))
     (checkpoint.step_folder(run, 12) / "config.json").write_text("{}")
     assert checkpoint.locate(str(run)) == str(checkpoint.step_folder(run, 9))
-    with pytest.raises(UserError, match=r"not a sound checkpoint: config\.json has 2 bytes"):
+    with pytest.raises(UserError, match=r"is damaged: config\.json has 2 bytes"):
         checkpoint.locate(str(checkpoint.step_folder(run, 12)))
     for step in (6, 9):
         (checkpoint.step_folder(run, step) / "manifest.json").unlink()
-    with pytest.raises(UserError, match="has no sound checkpoint yet"):
+    with pytest.raises(UserError, match="has no undamaged checkpoint yet"):
         checkpoint.locate(str(run))
     with pytest.raises(UserError, match="no folder someone/gpt2"):
         checkpoint.locate("someone/gpt2")

@@ -1,4 +1,4 @@
-"""One reader for all commands: tables, JSON, parquet and gzip as people write and damage them."""
+"""Tables, JSON, parquet and gzip are read as people write them, and also when they are damaged."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERI
 
 @given(st.data(), st.integers(1, 4), DELIMITERS, QUOTING, st.sampled_from(["\n", "\r\n", "\r"]))
 @settings(max_examples=200, deadline=None)
-def test_what_csv_writes_comes_back(tmp_path_factory, data, n, delimiter, quoting, end) -> None:
+def test_tables_of_csv_are_read_back(tmp_path_factory, data, n, delimiter, quoting, end) -> None:
     rows = data.draw(st.lists(st.tuples(*[CELL] * n), min_size=1, max_size=6))
-    # Python before 3.13 does not quote the other line end
+    # Python before 3.13 does not quote a cell with the other line end
     lost = {"\n": "\r", "\r": "\n", "\r\n": ""}[end]
     rows = [tuple(cell.replace(lost, "") if lost else cell for cell in row) for row in rows]
     header = ("text", "two", "three", "four")[:n]
@@ -109,7 +109,7 @@ PLAIN = st.text(st.sampled_from(list("ab',; \n|\té")), max_size=6)
 
 @given(st.data(), st.integers(2, 3), DELIMITERS, QUOTING)
 @settings(max_examples=100, deadline=None)
-def test_a_stray_quote_costs_its_row_at_most(tmp_path_factory, data, n, delimiter, quoting) -> None:
+def test_a_stray_quote_breaks_only_its_row(tmp_path_factory, data, n, delimiter, quoting) -> None:
     drawn = data.draw(st.lists(st.tuples(*[PLAIN] * n), min_size=1, max_size=6))
     rows = [(f"r{i}{first}", *rest) for i, (first, *rest) in enumerate(drawn)]
     rows += [(f"p{i}", *[f"a{delimiter} b"] * (n - 1)) for i in range(12)]
@@ -135,11 +135,10 @@ def test_a_quote_never_swallows_later_rows(
 
 
 @pytest.mark.parametrize("consumer", [pretraining, fine_tuning, tokenizer])
-def test_two_strays_do_not_join_what_is_between(
+def test_two_stray_quotes_do_not_join_the_rows_between(
     tmp_path: Path, consumer: Callable[..., list[str]]
 ) -> None:
-    """The text of row 10 opens with a quote and that of row 300 ends with one; the others are
-    quoted as they should."""
+    """Row 10 opens with a stray quote and row 300 ends with one. The others are quoted properly."""
     sound = ['"he said ""no"", twice"' if i % 7 == 0 else f"plain {i}" for i in range(400)]
     lines = [f"{i},{text}\n" for i, text in enumerate(sound)]
     lines[150:300] = [f"{i},plain {i}\n" for i in range(150, 300)]
@@ -162,10 +161,8 @@ def test_two_strays_do_not_join_what_is_between(
         ['"a', 'b"c'],
     ],
 )
-def test_a_line_between_tabs_that_quotes_break_is_read_plain(
-    tmp_path: Path, odd: list[str]
-) -> None:
-    """Between tabs most files have no quoting, even where most of the quotes look like some."""
+def test_tabs_win_over_quotes_that_break_a_row(tmp_path: Path, odd: list[str]) -> None:
+    """Most files with tabs have no quoting, even if most of their quotes look like it."""
     rows = [["one", "two"], *[[f'"{i}"', "y"] for i in range(9)], odd, ["z", "y"]]
     path = write(tmp_path / "a.tsv", "one\ttwo\n" + table(rows[1:], **PLAIN_TABS))
     found = [tuple(row) for row in [*[[f"{i}", "y"] for i in range(9)], odd, ["z", "y"]]]
@@ -196,7 +193,7 @@ def test_unreadable_rows_are_named_and_counted(tmp_path: Path) -> None:
     assert len(said) == 6 and said[-1] == f"left out: 1,002 more broken rows of {path}"
 
 
-def test_quotes_that_come_late_are_judged_there(
+def test_quotes_are_judged_where_the_first_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "SAMPLE", 1000)
@@ -232,7 +229,7 @@ def test_a_cell_longer_than_the_sample_is_one_cell(
         ("text,n\na\0b,1\n", [("a\0b", "1")]),
     ],
 )
-def test_odd_tables(tmp_path: Path, text: str, rows: list[tuple[str, ...]]) -> None:
+def test_unusual_tables_are_read(tmp_path: Path, text: str, rows: list[tuple[str, ...]]) -> None:
     assert rows_of(write(tmp_path / "a.csv", text)) == rows
 
 
@@ -247,8 +244,8 @@ def test_the_wanted_column_decides_between_delimiters(tmp_path: Path) -> None:
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=8)
 )
 @settings(max_examples=100, deadline=None)
-def test_lines_of_json_come_back(tmp_path_factory, texts: list[str]) -> None:
-    """U+2028, U+0085 and their like are no ends of lines."""
+def test_json_lines_are_read_back(tmp_path_factory, texts: list[str]) -> None:
+    """U+2028, U+0085 and similar characters do not end a line."""
     path = write(tmp_path_factory.mktemp("j") / "a.jsonl", jsonl(["x\u2028y\x85z", *texts]))
     assert pretraining(path) == tools(path) == ["x\u2028y\x85z", *texts]
 
@@ -256,7 +253,7 @@ def test_lines_of_json_come_back(tmp_path_factory, texts: list[str]) -> None:
 @pytest.mark.parametrize(
     "line", ['{"text": "x', "[1]", DEEP, f'{{"text": {"1" * 5000}}}', '{"text": 3}', "3", "\0"]
 )
-def test_a_broken_line_of_json_is_left_out(tmp_path: Path, line: str) -> None:
+def test_a_broken_json_line_is_left_out(tmp_path: Path, line: str) -> None:
     lines = jsonl(["a"]) + line + "\n" + jsonl(["b"])
     for name in ("a.jsonl", "a.json"):
         said: list[str] = []
@@ -271,7 +268,7 @@ def test_a_broken_line_of_json_is_left_out(tmp_path: Path, line: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_one_document_of_json(tmp_path: Path, name: str, indent: int | None) -> None:
+def test_one_json_document_gives_its_rows(tmp_path: Path, name: str, indent: int | None) -> None:
     rows = [{"text": "a"}, {"text": "b\n"}]
     for content in (rows, {"version": 1, "data": rows}):
         path = write(tmp_path / name, json.dumps(content, indent=indent))
@@ -280,7 +277,7 @@ def test_one_document_of_json(tmp_path: Path, name: str, indent: int | None) -> 
     assert tools(write(tmp_path / name, listed)) == ["a", "b\n"]
 
 
-def test_a_lone_surrogate_stays_a_document(tmp_path: Path) -> None:
+def test_a_text_with_a_lone_surrogate_is_kept(tmp_path: Path) -> None:
     assert pretraining(write(tmp_path / "a.jsonl", '{"text": "cut \\ud83d"}\n')) == ["cut \ud83d"]
 
 
@@ -297,7 +294,7 @@ DOCUMENT = st.text(st.sampled_from(list("ab \n\t,\"'é한\u2028")), min_size=1, 
     st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_all_consumers_read_the_same(
+def test_all_commands_read_the_same_rows(
     tmp_path_factory, texts: list[str], kind: str, packed: bool
 ) -> None:
     rows = [("id", "text"), *((str(i), text) for i, text in enumerate(texts))]
@@ -315,7 +312,7 @@ def test_all_consumers_read_the_same(
         assert consumer(path) == texts, consumer
 
 
-def test_reading_goes_on_at_any_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_resumes_at_any_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 40)
     files = [
         write(tmp_path / "a.csv", 'id,text\n1,a\n2\n3,"b\nc"\n4,d\n'),
@@ -336,7 +333,7 @@ def test_reading_goes_on_at_any_record(tmp_path: Path, monkeypatch: pytest.Monke
 # ---- parquet
 
 
-def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
+def test_each_type_of_parquet_column_is_handled(tmp_path: Path) -> None:
     import pyarrow as pa
 
     texts = ["a", "b", "a"]
@@ -363,7 +360,7 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
     assert fine_tuning(path) == texts
 
 
-def test_bad_bytes_in_parquet_cost_their_row(tmp_path: Path) -> None:
+def test_bad_bytes_in_parquet_break_only_their_row(tmp_path: Path) -> None:
     import pyarrow as pa
 
     raw = pa.array([b"a", b"caf\xe9", b"b"])
@@ -412,7 +409,9 @@ DAMAGED = {
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_one_line(tmp_path: Path, name: str, consumer: Callable[..., list[str]]) -> None:
+def test_a_damaged_file_gives_a_one_line_error(
+    tmp_path: Path, name: str, consumer: Callable[..., list[str]]
+) -> None:
     path = write(tmp_path / name, DAMAGED[name])
     with pytest.raises(UserError) as caught:
         consumer(path, lambda _: None)
@@ -424,7 +423,7 @@ def test_damage_is_one_line(tmp_path: Path, name: str, consumer: Callable[..., l
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-def test_gzip_is_known_by_its_bytes(tmp_path: Path, consumer: Callable[..., list[str]]) -> None:
+def test_gzip_is_detected_by_its_bytes(tmp_path: Path, consumer: Callable[..., list[str]]) -> None:
     texts = ["one", "two", "three"]
     raw = jsonl(texts).encode()
     for packed in (
@@ -439,7 +438,7 @@ def test_gzip_is_known_by_its_bytes(tmp_path: Path, consumer: Callable[..., list
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt"])
-def test_a_byte_order_mark_is_no_text(
+def test_a_byte_order_mark_is_removed(
     tmp_path: Path, name: str, consumer: Callable[..., list[str]]
 ) -> None:
     content = {
@@ -476,7 +475,7 @@ ENCODED = [
 @pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("encoding", "text", "name"), ENCODED)
-def test_the_advice_works_as_typed(
+def test_the_suggested_command_converts_the_file(
     tmp_path: Path, encoding: str, text: str, name: str, packed: bool
 ) -> None:
     for file, content in (
@@ -499,11 +498,11 @@ def test_the_advice_works_as_typed(
 
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
-def test_any_bytes_get_some_advice(data: bytes) -> None:
-    assert readers.convert("a.txt", data)
+def test_any_bytes_get_advice(data: bytes) -> None:
+    assert readers.conversion_advice("a.txt", data)
 
 
-def test_utf8_with_a_spoilt_byte_is_not_called_latin(tmp_path: Path) -> None:
+def test_utf8_with_a_bad_byte_is_not_called_latin(tmp_path: Path) -> None:
     assert readers.encoding_of(f"{KOREAN} caf".encode() + b"\xe9") is None
     path = write(tmp_path / "a.csv", f'id,text\n1,"{KOREAN}"\n2,caf'.encode() + b"\xe9 x\n3,y\n")
     said: list[str] = []
@@ -514,7 +513,7 @@ def test_utf8_with_a_spoilt_byte_is_not_called_latin(tmp_path: Path) -> None:
     assert len(said) == 2
 
 
-def test_a_row_in_another_encoding_is_told_with_advice(tmp_path: Path) -> None:
+def test_a_row_in_another_encoding_gets_advice(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
         b'{"text": "a"}\n{"text": "caf\xe9 noir"}\n{"id": "\xe9", "text": "b"}\n',
@@ -529,7 +528,7 @@ def test_a_row_in_another_encoding_is_told_with_advice(tmp_path: Path) -> None:
 # ---- tokenizer training
 
 
-def test_a_tokenizer_is_trained_on_what_data_reads(tmp_path: Path) -> None:
+def test_tokenizer_training_reads_what_data_reads(tmp_path: Path) -> None:
     texts = ["one text", "another"]
     write(tmp_path / "a.txt.gz", gzip.compress(("\n<|endoftext|>\n".join(texts)).encode()))
     write(tmp_path / "b.csv", table([("id", "text"), ("1", "in a table")]))
@@ -550,7 +549,7 @@ def test_a_tokenizer_is_trained_on_what_data_reads(tmp_path: Path) -> None:
             open_input([str(tmp_path / item)], "text", print)
 
 
-def test_standard_input_is_read_as_files_are() -> None:
+def test_standard_input_is_decoded_like_files() -> None:
     assert readers.decode_input(b"\xef\xbb\xbfcaf\xc3\xa9", "standard input") == "café"
     for raw, said in (
         (FRENCH.encode("latin-1"), "iconv -f ISO-8859-1"),
@@ -579,7 +578,7 @@ def squad(answers: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "nested"])
-def test_squad_as_the_hub_has_it(tmp_path: Path, kind: str) -> None:
+def test_squad_of_the_hub_is_read(tmp_path: Path, kind: str) -> None:
     found = {"text": ["rock", "a rock", "rock"], "answer_start": [20, 18, 20]}
     rows = [*squad(found), *squad({"text": [], "answer_start": []})]
     nested = [{"text": text, "answer_start": 0} for text in found["text"]]
@@ -605,10 +604,12 @@ def test_squad_as_the_hub_has_it(tmp_path: Path, kind: str) -> None:
     ]
     assert read.skipped == 3 and all("has nothing in column 'answer'" in line for line in said)
     asked = read_rows(str(path), QUESTIONS, optional=("answers", "answer"), expand=expand)
-    assert len(asked.rows) == 6  # each is answered
+    assert len(asked.rows) == 6  # every row gets an answer
 
 
-ANSWERS: list[tuple[dict[str, Any], str | None]] = [  # what a row has, and the answers read of it
+ANSWERS: list[
+    tuple[dict[str, Any], str | None]
+] = [  # the content of a row, and the answers that are read from it
     ({"answers": "rock"}, "rock"),
     ({"answers": "rock\na rock"}, "rock\na rock"),
     ({"answers": ["rock", "a rock", "rock"]}, "rock\na rock"),
@@ -639,7 +640,7 @@ ANSWERS: list[tuple[dict[str, Any], str | None]] = [  # what a row has, and the 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("given", "answers"), ANSWERS)
-def test_answers_are_read_in_whatever_layout(
+def test_answers_are_read_in_every_layout(
     tmp_path: Path, given: dict[str, Any], answers: str | None, nested: bool
 ) -> None:
     asked = {"question": "q?"} | given
@@ -666,15 +667,14 @@ def test_labels_match_in_both_unicode_forms() -> None:
     assert label_name(other) == nfc(other) == one
 
 
-def test_labels_keep_the_order_of_their_own_spelling() -> None:
-    """A run that began when labels were compared as they are spelled must find its head's rows
-    again."""
+def test_labels_keep_the_order_of_their_spelling() -> None:
+    """A run from before labels were normalized must find the rows of its head again."""
     for form in (("caf\u0301e", "cafz"), ("\u00e9", "z")):
         rows = [Row({"label": label}, "") for label in form]
         assert find_labels(rows) == tuple(map(nfc, sorted(form)))
 
 
-def test_a_broken_question_takes_no_other_with_it() -> None:
+def test_a_broken_question_breaks_no_other() -> None:
     asked = [{"id": "1", "question": "a"}, {"id": "2"}, "none", {"id": "3", "question": "c"}]
     found = list(
         expand(("row 1", {"paragraphs": [{"context": "x", "qas": asked}, {"qas": asked}]}))

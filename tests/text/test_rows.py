@@ -1,4 +1,4 @@
-"""Every kind of file to rows, each broken row by file and line, and what is held out."""
+"""Rows are read from every kind of file, broken ones are named by file and line, some held out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def parquet(items: list[dict[str, Any]]) -> bytes:
         ("a.parquet", parquet(SONGS)),
     ],
 )
-def test_every_kind_of_file(tmp_path: Path, name: str, content: str | bytes, gzipped: bool) -> None:
+def test_every_kind_of_file_gives_the_same_rows(
+    tmp_path: Path, name: str, content: str | bytes, gzipped: bool
+) -> None:
     raw = content if isinstance(content, bytes) else content.encode()
     spec = write(tmp_path / (name + ".gz" * gzipped), gzip.compress(raw) if gzipped else raw)
     assert fields(read_rows(spec, COLUMNS)) == FIELDS
@@ -88,7 +90,7 @@ CELLS = st.text(st.sampled_from(list("ab'\"\t,; \n\r\\|é한\u2028\x1c\0")), max
     items=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1), delimiter=st.sampled_from("\t,;|")
 )
 @settings(max_examples=150, deadline=None)
-def test_a_quoted_table_is_read_as_written(
+def test_a_quoted_table_keeps_its_cells(
     tmp_path_factory, items: list[tuple[str, ...]], delimiter: str
 ) -> None:
     file = tmp_path_factory.mktemp("table") / "a.csv"
@@ -104,9 +106,9 @@ def test_a_quoted_table_is_read_as_written(
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
-def test_quotes_that_mean_nothing_stay(tmp_path_factory, seed: int) -> None:
-    """Text as in MRPC: some cells begin with a quotation, most of those go on after it or never end
-    it."""
+def test_quotes_in_an_unquoted_table_are_text(tmp_path_factory, seed: int) -> None:
+    """Text as in MRPC: some cells begin with a quotation, and most of these continue after it or
+    never end it."""
     draw = random.Random(seed)
     kinds = [
         '"Yes," he said',
@@ -124,7 +126,7 @@ def test_quotes_that_mean_nothing_stay(tmp_path_factory, seed: int) -> None:
     assert [list(row.fields.values()) for row in rows.rows] == items
 
 
-def test_text_files(tmp_path: Path) -> None:
+def test_a_text_file_gives_documents_or_lines(tmp_path: Path) -> None:
     text = "one\r\ntwo\r\n<|endoftext|>\r\nthree <|endoftext|>\r\n\r\nfour\r\n<|endoftext|>\r\n"
     spec = write(tmp_path / "a.txt", text)
     documents = read_rows(spec, {"text": ("text",)}).rows
@@ -140,7 +142,7 @@ def test_text_files(tmp_path: Path) -> None:
     ]
 
 
-def test_a_value_that_is_not_a_number_is_missing(tmp_path: Path) -> None:
+def test_nan_is_a_missing_value(tmp_path: Path) -> None:
     nan = {"text": float("nan"), "title": "x"}
     specs = (
         write(tmp_path / "a.jsonl", json.dumps(nan) + "\n"),
@@ -152,7 +154,7 @@ def test_a_value_that_is_not_a_number_is_missing(tmp_path: Path) -> None:
             read_rows(spec, COLUMNS)
 
 
-def test_a_task_brings_its_own_reader(tmp_path: Path) -> None:
+def test_a_task_may_bring_its_own_reader(tmp_path: Path) -> None:
     def read(text: str, where: str):
         for number, poem in enumerate(text.split("\n\n"), 1):
             yield f"line {number}", {"poem": poem} if poem != "bad" else "is bad"
@@ -181,11 +183,11 @@ def test_a_folder_in_the_hubs_layout_is_read_by_split(tmp_path: Path) -> None:
         rows = read_rows(str(tmp_path), {"text": ("text",), "label": "label"}, split=split)
         assert fields(rows) == [{"text": split, "label": "1"}]
     write(tmp_path / "other" / "test.csv", "text,n\nx,1\n")
-    with pytest.raises(UserError, match="no file of the split 'train'"):
+    with pytest.raises(UserError, match="none of the split 'train'"):
         read_rows(str(tmp_path / "other"), {"text": ("text",)})
 
 
-def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_hub_dataset_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 
@@ -213,7 +215,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read_rows("org/name", columns, split="test")
 
 
-def test_what_names_the_content(tmp_path: Path) -> None:
+def test_sha256_depends_on_rows_only(tmp_path: Path) -> None:
     def sha256(items: list[dict[str, str]], name: str = "a.csv") -> str:
         return read_rows(write(tmp_path / name, table(items)), COLUMNS).sha256
 
@@ -229,11 +231,11 @@ def test_what_names_the_content(tmp_path: Path) -> None:
         )
         == 4
     )
-    # a column that is not read
+    # this column is not read
     assert sha256(SONGS) == sha256([song | {"artist": "other"} for song in SONGS])
 
 
-def test_optional_fields(tmp_path: Path) -> None:
+def test_an_optional_field_may_be_missing(tmp_path: Path) -> None:
     spec = write(tmp_path / "a.csv", "text,label\nx,\ny,1\n")
     columns = {"text": ("text",), "label": ("label",), "artist": ("artist",)}
     rows = read_rows(spec, columns, optional=("label", "artist"))
@@ -304,7 +306,7 @@ def test_optional_fields(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_broken_row_is_told_and_left_out(
+def test_a_broken_row_is_named_and_left_out(
     tmp_path: Path, name: str, content: str | bytes, line: int, wrong: str
 ) -> None:
     spec, said = write(tmp_path / name, content), []
@@ -315,7 +317,7 @@ def test_a_broken_row_is_told_and_left_out(
         read_rows(spec, COLUMNS, strict=True)
 
 
-def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
+def test_only_five_broken_rows_are_printed(tmp_path: Path) -> None:
     spec, said = write(tmp_path / "a.csv", "text,title\nx,y\n" + "x\n" * 1007), []
     assert read_rows(spec, COLUMNS, say=said.append).skipped == 1007
     assert len(said) == 6 and said[-1] == f"left out: 1,002 more broken rows of {spec}"
@@ -328,12 +330,12 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
                                          r"lyric\?\).*: artist, lyric\. Use --text-column"),
         ("a.csv", "text,name\nx,y\n", "no column 'title' or 'song'.*: text, name. Use "
                                       "--title-column NAME"),
-        ("a.csv", "I love you,1\nx,2\n", "names them in its first line.*: I love you, 1"),
+        ("a.csv", "I love you,1\nx,2\n", ": I love you, 1\\. .*first line must name its columns"),
         ("a.csv", "text,title\n", "holds no row that can be read; give other data"),
         ("a.csv", "", "holds no row"),
         ("a.csv", "text,title\nx\n", "holds no row that can be read: .* line 2 has 1 cells"),
         ("a.csv", "text,text,title\nx,y,z\n", "line 1 names the column 'text' twice"),
-        ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, and has a quote"),
+        ("a.csv", 'text,"title\nx,"y"\n', "line 1 should name the columns, but has a quote"),
         ("a.csv", "text,title\nx,y\n".encode("utf-16"), "is not UTF-8 text; it seems to be UTF-16; "
                                                         "convert"),
         ("a.json", '[{"text": "x"},', "is not valid JSON"),
@@ -343,26 +345,24 @@ def test_of_many_broken_rows_five_are_printed(tmp_path: Path) -> None:
         ("a.txt", "a poem\n", "no column 'title' or 'song'.*: text"),
         ("a.parquet", b"PAR1", "not a sound parquet file"),
         ("a.csv.gz", b"\x1f\x8b\x08 torn", "not a sound gzip file"),
-        ("a.xlsx", "x", "is none of .csv"),
+        ("a.xlsx", "x", "has none of the suffixes .csv"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_not_right(
-    tmp_path: Path, name: str, content: str | bytes, error: str
-) -> None:
+def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: str | bytes, error: str) -> None:
     with pytest.raises(UserError, match=error) as caught:
         read_rows(write(tmp_path / name, content), COLUMNS)
     assert "\n" not in str(caught.value) and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("spec", ["none.csv", "no/*.csv", "nowhere"])
-def test_a_file_that_is_not_there(spec: str) -> None:
+def test_a_missing_file_is_refused(spec: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"no such data: {spec}; give files")):
         read_rows(spec, COLUMNS)
 
 
 # ---- real files
 
-# Read without regard to quotes: MRPC and the Korean files. rte is quoted, whatever its README says.
+# MRPC and the Korean files have no quoting. rte is quoted, although its README denies it.
 UNQUOTED = ("korean/", "paraphrase/mrpc")
 NAMES = (
     "sentence",
@@ -379,7 +379,7 @@ NAMES += ("article", "dialogue", "source_path")
 
 
 def listed() -> list[tuple[str, int]]:
-    """Files of rows in the data's README, with their numbers of rows."""
+    """The files of rows that the data's README lists, with their numbers of rows."""
     table = (DATA / "README.md").read_text() if DATA.is_dir() else ""
     return [
         (n, int(c.replace(",", "")))
@@ -388,8 +388,8 @@ def listed() -> list[tuple[str, int]]:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
-def test_real_files() -> None:
-    """Every row is read, and every cell as pandas reads it when it is told delimiter and
+def test_real_files_are_read_as_pandas_reads_them() -> None:
+    """Every row is read, and every cell equals that of pandas with the right delimiter and
     quoting."""
     import pandas
 
@@ -417,7 +417,7 @@ TEXTS = st.lists(st.text("ab \n", max_size=4), min_size=2, max_size=40)
 
 
 @given(texts=TEXTS, order=st.randoms(use_true_random=False))
-def test_holding_out(texts: list[str], order: random.Random) -> None:
+def test_hold_out_ignores_order_and_repeats(texts: list[str], order: random.Random) -> None:
     same = {" ".join(text.split()) for text in texts}
     if len(same) == 1:
         with pytest.raises(UserError, match="same text; give --val-data"):
@@ -434,13 +434,13 @@ def test_holding_out(texts: list[str], order: random.Random) -> None:
 
 
 @given(train=TEXTS, val=TEXTS)
-def test_overlap(train: list[str], val: list[str]) -> None:
+def test_overlap_ignores_space_and_case(train: list[str], val: list[str]) -> None:
     wanted = sum(any(a.split() == b.split() for b in val) for a in train)
     assert overlap(train, val) == overlap([text.upper() for text in train], val) == wanted
     assert overlap(train, []) == 0
 
 
-def test_the_tenth_held_out_is_a_fair_sample() -> None:
+def test_held_out_rows_are_a_fair_sample() -> None:
     train, val = hold_out([str(n) for n in range(10_000)])
     assert (
         len(val) == 1000

@@ -1,5 +1,4 @@
-"""SentencePiece's models in the hub's layout, KoGPT-2's layout, and a model of a vocabulary of its
-own, end to end."""
+"""SentencePiece's models in the hub's layout, KoGPT-2's layout, and a new vocabulary end to end."""
 
 import json
 import random
@@ -41,8 +40,8 @@ SYLLABLES = [
     "ㅋㅋ",
 ]
 WORDS = [a + b for a in SYLLABLES for b in SYLLABLES]
-SPELT = ["<0x41>", "<0x0A>", "<unk>", "<|endoftext|>", "<answer>"]  # names of ids, as text
-# "▁" comes out as a space
+SPELT = ["<0x41>", "<0x0A>", "<unk>", "<|endoftext|>", "<answer>"]  # names of tokens, as text
+# "▁" is decoded as a space
 TEXTS = st.lists(
     st.one_of(st.sampled_from([*WORDS, *SPELT, " ", "  ", "\n", "ㅋ"]), st.text())
 ).map(lambda parts: "".join(parts).replace("▁", ""))
@@ -67,7 +66,7 @@ def made(lines, kind, tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def reference(lines, kind) -> tuple[Any, Any]:
-    """SentencePiece's own model, and it in `tokenizers`."""
+    """SentencePiece's own model, and the same model in `tokenizers`."""
     processor = sentencepiece_model(lines, SIZE, [], kind)
     pipeline = sentencepiece_pipeline(processor, kind)
     pipeline.encode_special_tokens = True
@@ -96,7 +95,7 @@ class TestSentencePiece:
         own, ids = processor.encode(text), pipeline.encode(text).ids
         if kind == "bpe":
             assert ids == own
-        else:  # of two ways that are as likely, each may take the other
+        else:  # of two splits that are equally likely, either may be chosen
             scores = [sum(processor.get_score(id) for id in way) for way in (ids, own)]
             assert processor.decode(ids) == text and scores[0] == pytest.approx(scores[1], rel=1e-5)
 
@@ -130,12 +129,12 @@ class TestSentencePiece:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (tmp_path / "a" / name).read_bytes() == (Path(made.source) / name).read_bytes()
 
-    def test_special_tokens_are_no_text_to_learn(self, lines, kind, tmp_path):
+    def test_special_tokens_are_not_learned(self, lines, kind, tmp_path):
         texts = [f"{line}<answer>{line}" for line in lines]
         made = train_sentencepiece(texts, SIZE, tmp_path / "t", kind, ["<answer>"])
         assert not any(b"sw" in made.token_bytes(id) for id in range(made.vocab_size))
 
-    def test_long_lines_and_runs(self, kind, tmp_path):
+    def test_long_lines_and_runs_are_trained_on(self, kind, tmp_path):
         texts = ["a" * 100_000 + " ", "ab " * 50_000, "\ud83d\ude42\ud800"]
         made = train_sentencepiece(texts, {"unigram": 285, "bpe": 265}[kind], tmp_path / "t", kind)
         assert made.decode(made.encode("aab 🙂\ud800")) == "aab 🙂\ufffd"
@@ -152,7 +151,9 @@ class TestSentencePiece:
             (None, SIZE, (" ",), "plain characters"),
         ],
     )
-    def test_bad_input(self, lines, kind, tmp_path, texts, vocab_size, special, says):
+    def test_bad_arguments_are_refused(
+        self, lines, kind, tmp_path, texts, vocab_size, special, says
+    ):
         with pytest.raises(UserError, match=says) as raised:
             train_sentencepiece(
                 lines if texts is None else texts, vocab_size, tmp_path / "t", kind, special
@@ -160,7 +161,7 @@ class TestSentencePiece:
         assert "\n" not in str(raised.value) and not (tmp_path / "t").exists()
 
     @pytest.mark.parametrize("vocab_size", [258, 9_000])
-    def test_the_size_that_the_message_names_can_be_given(self, lines, kind, tmp_path, vocab_size):
+    def test_the_suggested_size_works(self, lines, kind, tmp_path, vocab_size):
         special = ["<a>", "<b>"]
         with pytest.raises(UserError, match=r"make \d+|gives \d+") as raised:
             train_sentencepiece(lines, vocab_size, tmp_path / "t", kind, special)
@@ -169,7 +170,7 @@ class TestSentencePiece:
 
 
 class TestKoGPT2:
-    """A folder as KoGPT-2's: Metaspace BPE without bytes, NFKC, its special tokens first; no
+    """A folder like KoGPT-2's: Metaspace BPE without bytes, NFKC, special tokens first, no
     tokenizer_config.json."""
 
     SPECIAL = (
@@ -205,7 +206,7 @@ class TestKoGPT2:
             lines, vocab_size=300, special_tokens=list(cls.SPECIAL), show_progress=False
         )
         spec = json.loads(words.to_str())
-        # as the library wrote it in 2021
+        # the format of the library in 2021
         for part in ("pre_tokenizer", "decoder"):
             spec[part] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
         spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
@@ -226,7 +227,7 @@ class TestKoGPT2:
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
-    def test_ids_are_transformers(self, folder, tmp_path):
+    def test_ids_equal_those_of_transformers(self, folder, tmp_path):
         from transformers import PreTrainedTokenizerFast
 
         ours, theirs = load_tokenizer(str(folder)), PreTrainedTokenizerFast.from_pretrained(folder)
@@ -235,11 +236,11 @@ class TestKoGPT2:
         assert [theirs.decode(row) for row in ids] == [ours.decode(row) for row in ids]
         assert (ours.eot, ours.vocab_size, ours.special_id("<usr>")) == (1, len(theirs), 2)
         assert ours.decode(ids[0]) == "학교에서 고양이를" and ours.special_id("<unk>") in ids[6]
-        # names the class, which AutoTokenizer cannot know of KoGPT-2's folder itself
+        # names the class, which AutoTokenizer cannot infer from KoGPT-2's folder
         ours.save(tmp_path)
         assert hub_ids(tmp_path, list(self.TEXTS)) == ids
 
-    def test_takes_a_tasks_special_tokens(self, folder, tmp_path):
+    def test_special_tokens_can_be_added(self, folder, tmp_path):
         plain = load_tokenizer(str(folder))
         extended = plain.with_special(["<d>", "<요약>"])
         assert (extended.special_id("<d>"), extended.special_id("<요약>")) == (7, plain.vocab_size)
@@ -257,8 +258,8 @@ class TestKoGPT2:
         assert done.stdout.startswith("학교에서") and len(done.stdout) > len("학교에서\n")
 
 
-def test_from_scratch_end_to_end(lines, run, repo, tmp_path):
-    """Tokenizer with a task's tokens, empty GPT-2 of that vocabulary, training, and the lot in
+def test_a_new_vocabulary_works_end_to_end(lines, run, repo, tmp_path):
+    """A tokenizer with a task's tokens, a new GPT-2 of its size, training, and loading both in
     transformers."""
     from transformers import AutoModelForCausalLM
 

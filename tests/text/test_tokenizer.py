@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, the hub's library agrees, and mistakes are one line."""
+"""Tokenizers round-trip, agree with the hub's library, and give one-line errors."""
 
 import json
 import os
@@ -64,11 +64,11 @@ class TestTrained:
         assert trained._encoding is not None
         assert trained.encode_batch([text]) == trained._encode([text])
 
-    def test_a_very_long_run_of_white_space(self, trained):
+    def test_long_white_space_round_trips(self, trained):
         text = "a" + " \n" * 600_000 + "x"
         assert trained.encode(text) == trained._encode([text])[0]
 
-    def test_ids_are_bytes_then_merges_then_the_end(self, trained):
+    def test_ids_are_bytes_then_merges_then_eot(self, trained):
         assert trained.vocab_size == 400 and trained.eot == 399
         assert sorted(trained.token_bytes(i) for i in range(256)) == [
             bytes([b]) for b in range(256)
@@ -76,7 +76,7 @@ class TestTrained:
         assert all(len(trained.token_bytes(i)) > 1 for i in range(256, 399))
         assert trained.token_bytes(trained.eot) == b""
 
-    def test_learns(self, trained):
+    def test_training_shortens_the_text(self, trained):
         text = "".join(SENTENCES)
         assert len(trained.encode(text)) < len(text.encode()) / 2
 
@@ -101,7 +101,7 @@ class TestTrained:
             ).read_bytes()
         assert again.sha256 == trained.sha256
 
-    def test_writes_nothing_beside_and_keeps_what_is_there(self, trained):
+    def test_writes_only_its_own_new_folder(self, trained):
         folder = Path(trained.source)
         assert [path.name for path in folder.parent.iterdir()] == ["small"]
         with pytest.raises(UserError, match="is not empty; name a new folder"):
@@ -109,10 +109,12 @@ class TestTrained:
 
     def test_little_text_gives_fewer_tokens(self, tmp_path):
         small = train_bpe(["ab ab"], 10_000, tmp_path / "t")
-        assert small.vocab_size == 258 and small.eot == 257  # "ab" is the only pair seen twice
+        assert (
+            small.vocab_size == 258 and small.eot == 257
+        )  # "ab" is the only pair that occurs twice
         assert small.decode(small.encode("abba")) == "abba"
 
-    def test_special_tokens_are_last_and_no_text_to_learn(self, trained, tmp_path):
+    def test_special_tokens_are_last_and_not_learned(self, trained, tmp_path):
         texts = [f"<question>{sentence}<question>" for sentence in SENTENCES * 20]
         made = train_bpe(texts, 402, tmp_path / "t", ["<question>", "<답>"])
         assert (made.eot, made.special_id("<question>"), made.special_id("<답>")) == (399, 400, 401)
@@ -121,14 +123,14 @@ class TestTrained:
         ]
         assert made.sha256 == trained.with_special(["<question>", "<답>"]).sha256
 
-    def test_long_runs_train(self, tmp_path):
+    def test_long_runs_are_trained_on(self, tmp_path):
         long = train_bpe(["a" * 300_000 + " " * 300_000, "ab" * 50_000], 400, tmp_path / "t")
         assert (
             max(len(long.token_bytes(i)) for i in range(long.vocab_size))
             <= tokenizer_training.LONGEST_WORD
         )
 
-    def test_bad_input(self, tmp_path):
+    def test_bad_arguments_are_refused(self, tmp_path):
         with pytest.raises(UserError, match="257"):
             train_bpe(SENTENCES, 256, tmp_path / "t")
         with pytest.raises(UserError, match="no text"):
@@ -140,7 +142,7 @@ class TestTrained:
 
 
 class TestAny:
-    """What holds for both implementations."""
+    """Properties of both implementations."""
 
     @pytest.fixture(params=["trained", "gpt2"])
     def either(self, request) -> Tokenizer:
@@ -152,14 +154,16 @@ class TestAny:
         assert either.decode(ids) == text and either.eot not in ids
         assert either.encode_batch([text, "x", text]) == [ids, either.encode("x"), ids]
 
-    def test_one_thread_gives_the_same(self, either):
+    def test_one_thread_gives_the_same_ids(self, either):
         one = load_tokenizer(either.source, num_threads=1)
         assert one.encode_batch(SENTENCES) == either.encode_batch(SENTENCES)
 
     def test_lone_surrogates_are_replaced(self, either):
         assert either.decode(either.encode("a\ud800b")) == "a\ufffdb"
         assert either.decode(either.encode_batch(["\udfff", "\ud83d\ude42"])[0]) == "\ufffd"
-        assert either.encode("\ud83d\ude42") == either.encode("🙂")  # a pair is its character
+        assert either.encode("\ud83d\ude42") == either.encode(
+            "🙂"
+        )  # a surrogate pair is read as its character
 
     def test_partial_utf8_decodes(self, either):
         ids = either.encode("🙂")
@@ -172,13 +176,13 @@ class TestAny:
         assert either.decode([either.eot]) == "<|endoftext|>"
 
     @pytest.mark.parametrize("id", [-1, 10**6, 2**40])
-    def test_ids_outside_are_refused(self, either, id):
+    def test_ids_outside_the_vocabulary_are_refused(self, either, id):
         with pytest.raises(UserError, match="outside the vocabulary"):
             either.decode([1, id])
         with pytest.raises(UserError, match="outside the vocabulary"):
             either.token_bytes(id)
 
-    def test_pickles_small_and_whole(self, either):
+    def test_a_pickle_is_small_and_complete(self, either):
         pickled = pickle.dumps(either)
         again = pickle.loads(pickled)
         assert len(pickled) < 500
@@ -189,7 +193,7 @@ class TestAny:
         )
         assert again.encode(SENTENCES[0]) == either.encode(SENTENCES[0])
 
-    def test_saved_is_the_same(self, either, tmp_path):
+    def test_saving_keeps_the_ids(self, either, tmp_path):
         either.save(tmp_path / "copy")
         copy = load_tokenizer(str(tmp_path / "copy"))
         assert copy.name == "copy" and copy.source == str(tmp_path / "copy")
@@ -202,7 +206,7 @@ class TestAny:
 
 
 class TestSpecialTokens:
-    """What with_special adds, to either implementation."""
+    """with_special, on either implementation."""
 
     NEW = ("<question>", "<답>", "<end of it>")
 
@@ -223,12 +227,12 @@ class TestSpecialTokens:
 
     @given(st.text(alphabet=st.one_of(st.sampled_from("<answer>question답 the"), st.characters())))
     @settings(max_examples=100, deadline=None)
-    def test_text_is_what_it_was(self, trained, text):
+    def test_ids_of_text_do_not_change(self, trained, text):
         extended = trained.with_special(["<answer>"])
         text = text + "<answer>"
         assert extended.encode(text) == extended.encode_batch([text])[0] == trained.encode(text)
 
-    def test_awkward_texts_are_what_they_were(self, plain, extended):
+    def test_ids_of_awkward_texts_do_not_change(self, plain, extended):
         assert extended.encode_batch(AWKWARD) == plain.encode_batch(AWKWARD)
 
     def test_decode_spells_or_skips(self, extended):
@@ -252,7 +256,7 @@ class TestSpecialTokens:
             expected, skip_special=True
         )
 
-    def test_saved_and_pickled_are_the_same(self, plain, extended, tmp_path):
+    def test_saving_and_pickling_keep_special_tokens(self, plain, extended, tmp_path):
         extended.save(tmp_path)
         saved, pickled = load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(extended))
         assert saved.sha256 == extended.sha256 != plain.sha256
@@ -272,7 +276,7 @@ class TestSpecialTokens:
         [
             (["the"], "already is an ordinary one"),
             ([" the"], "already is an ordinary one"),
-            (["Ġthe"], "plain characters"),  # how the vocabulary writes " the"
+            (["Ġthe"], "plain characters"),  # the vocabulary's spelling of " the"
             (["t"], "already is an ordinary one"),
             (["<a>", "<b>", "<a>"], "'<a>' is given twice"),
             ([""], "plain characters"),
@@ -281,7 +285,7 @@ class TestSpecialTokens:
             (["<é>"], "plain characters"),
         ],
     )
-    def test_what_cannot_be_one(self, plain, tokens, says):
+    def test_bad_special_tokens_are_refused(self, plain, tokens, says):
         with pytest.raises(UserError, match=says):
             plain.with_special(tokens)
 
@@ -293,7 +297,7 @@ class TestSpecialTokens:
         spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         spec["model"]["vocab"]["fox"] = 500
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-        with pytest.raises(UserError, match="without a token"):
+        with pytest.raises(UserError, match="have no token"):
             load_tokenizer(str(tmp_path)).with_special(["<answer>"])
 
     def test_the_model_grows_with_the_tokenizer(self, trained, tmp_path):
@@ -339,7 +343,7 @@ class TestGPT2:
         texts = SENTENCES + AWKWARD
         assert hub_ids(gpt2_folder, texts) == gpt2.encode_batch(texts)
 
-    def test_one_identity_however_it_is_stored(self, gpt2, gpt2_folder, tmp_path):
+    def test_sha256_is_the_same_for_every_layout(self, gpt2, gpt2_folder, tmp_path):
         for name in ("vocab.json", "merges.txt"):
             (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
         stored = [tmp_path, gpt2_folder, gpt2_folder / "tokenizer.json"]
@@ -355,13 +359,13 @@ class TestGPT2:
 
     @given(text=st.text(alphabet="a' \n\r\x1c\x85\u00a0\u30001é고🙂.", max_size=60))
     @settings(max_examples=500, deadline=None)
-    def test_cutting_long_text_changes_nothing(self, gpt2, text):
+    def test_cutting_long_text_keeps_the_ids(self, gpt2, text):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenizer, "CHUNK", 3)
-            patch.setattr(tokenizer, "CHUNK", 3)
+            patch.setattr(tokenizer, "PIECE_CHARS", 3)
+            patch.setattr(tokenizer, "PIECE_CHARS", 3)
             assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)
 
-    def test_very_long_runs(self, gpt2):
+    def test_very_long_runs_are_encoded(self, gpt2):
         assert gpt2.encode(" " * 500_000 + "x") == [220] * 499_999 + gpt2.encode(" x")
         for run in ("a" * 300_000, "\n" * 300_000, "가" * 100_000, "x!" * 100_000):
             assert gpt2.decode(gpt2.encode(run)) == run
@@ -403,7 +407,7 @@ class TestOtherTokenizers:
         assert load_tokenizer(str(tmp_path / "saved")).sha256 == words.sha256
         assert not (tmp_path / "saved" / "merges.txt").exists()
 
-    def test_a_unigram_model_reads_no_special_token_in_text(self, tmp_path):
+    def test_a_unigram_model_finds_no_special_token(self, tmp_path):
         from tokenizers import Tokenizer as HubTokenizer
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -441,14 +445,14 @@ class TestOtherTokenizers:
             == 77
         )
 
-    def test_an_end_token_marked_ordinary_is_still_not_read_in_text(self, trained, tmp_path):
+    def test_an_end_token_marked_ordinary_is_not_found_in_text(self, trained, tmp_path):
         spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         spec["added_tokens"][0]["special"] = False
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         assert 399 not in load_tokenizer(str(tmp_path)).encode("a<|endoftext|>b")
 
     @pytest.mark.parametrize("change", ["split", "merge order", "added token"])
-    def test_tiktoken_is_left_out_where_it_could_differ(self, trained, tmp_path, change):
+    def test_tiktoken_is_not_used_if_ids_could_differ(self, trained, tmp_path, change):
         spec = json.loads((Path(trained.source) / "tokenizer.json").read_text())
         if change == "split":
             spec["pre_tokenizer"]["add_prefix_space"] = True
@@ -464,12 +468,12 @@ class TestOtherTokenizers:
         assert other.encode_batch(SENTENCES) == hub_ids(tmp_path, SENTENCES)
 
     @pytest.mark.parametrize("content", ["{", "{}", "[]", "\x00"])
-    def test_unreadable_files(self, tmp_path, content):
+    def test_an_unreadable_file_is_refused(self, tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json (is not|holds no)"):
+        with pytest.raises(UserError, match=r"tokenizer\.json (is not|must hold)"):
             load_tokenizer(str(tmp_path))
 
-    def test_nothing_there(self, tmp_path):
+    def test_a_missing_tokenizer_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="no tokenizer at"):
             load_tokenizer(str(tmp_path))
         with pytest.raises(UserError, match="no tokenizer at"):
@@ -504,7 +508,7 @@ class TestCommandLine:
             command("decode", "--tokenizer", out, *(id.decode() for id in ids)).stdout == b"the dog"
         )
 
-    def test_encode_says_that_bytes_are_no_text(self, trained):
+    def test_encode_warns_about_bytes_that_are_not_utf8(self, trained):
         done = command("encode", "--tokenizer", trained.source, "caf\udce9")
         assert [int(id) for id in done.stdout.split()] == trained.encode("caf\ufffd")
         assert (

@@ -1,5 +1,4 @@
-"""A tokenizer's folder in every layout is the tokenizer that transformers opens; what it cannot be
-is one line."""
+"""A tokenizer's folder in any layout is opened as by transformers. Bad ones give short errors."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
 def older(
     spec: dict[str, Any], tokens: tuple[str, ...] = (), first: bool = False
 ) -> dict[str, Any]:
-    """vocab.json and merges.txt, with `tokens` after the vocabulary or before it."""
+    """vocab.json and merges.txt, with `tokens` after or before the vocabulary."""
     plain = list(spec["model"]["vocab"])
     names = [*tokens, *plain] if first else [*plain, *tokens]
     merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"])
@@ -66,7 +65,7 @@ token = st.sampled_from(TOKENS)
 
 
 def written(content: str, form: str, own: dict[str, bool]) -> Any:
-    """A token as the hub's files write it."""
+    """A token in the form of the hub's files."""
     kinds = {"text": content, "object": own | {"content": content}}
     return kinds.get(form, own | {"content": content, "__type": "AddedToken"})
 
@@ -132,7 +131,7 @@ def opened_by_transformers(folder: Path) -> Any:
 
 
 def held(files: dict[str, Any]) -> set[str]:
-    """Tokens that a folder's files hold, beside those that are only named."""
+    """The tokens that a folder's files hold, without those that are only named."""
     whole, config = files.get("tokenizer.json"), files["tokenizer_config.json"]
     tokens = set(files["vocab.json"] if whole is None else whole["model"]["vocab"])
     tokens |= {entry["content"] for entry in config.get("added_tokens_decoder", {}).values()}
@@ -143,7 +142,7 @@ def held(files: dict[str, Any]) -> set[str]:
 
 @given(data=st.data())
 @settings(max_examples=int(os.environ.get("FOLDERS", 40)), deadline=None)
-def test_any_folder_is_as_transformers_opens_it(spec, data):
+def test_any_folder_is_opened_as_by_transformers(spec, data):
     files = data.draw(folders(spec))
     with tempfile.TemporaryDirectory() as temporary:
         folder = write(Path(temporary) / "t", files)
@@ -179,7 +178,7 @@ def same(ours: Any, hub: Any) -> None:
     assert set(ours.special_ids.values()) == special
     for text in PROBES:
         ids = hub(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-        # an end token that its file marks as ordinary text: never read in a text here
+        # an end token that its file marks as ordinary text: here it is never found in a text
         if ours.eot in ids:
             continue
         assert ours.encode(text) == ids and ours.encode_batch([text])[0] == ids
@@ -189,7 +188,7 @@ def same(ours: Any, hub: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_a_sentencepiece_folder_with_added_tokens(tmp_path, kind):
+def test_added_tokens_of_a_sentencepiece_folder(tmp_path, kind):
     from text.tokenizer_training import train_sentencepiece
 
     train_sentencepiece([TEXT] * 20, 308, tmp_path / "t", kind)
@@ -210,7 +209,7 @@ def test_a_sentencepiece_folder_with_added_tokens(tmp_path, kind):
     assert (ours.eot, ours.vocab_size) == (hub.eos_token_id, len(hub)) == (308, 311)
     for text in PROBES[:2]:
         ids = hub(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-        # Pieces that spell a special token are text here: a unigram model reads them as that token.
+        # The library's unigram model recognizes special tokens in a text. Here they are text.
         assert ours.encode(text) == ids or not set(ids).isdisjoint(ours.special_ids.values())
         assert ours.decode(ours.encode(text)) == hub.decode(ours.encode(text))
 
@@ -221,14 +220,14 @@ def test_an_older_folder_keeps_its_end_token(spec, tmp_path):
         "special_tokens_map.json": {"eos_token": "<|end|>"},
     }
     ours = load_tokenizer(str(write(tmp_path, files)))
-    # transformers makes up the unknown and the first token, which no file names, after all others.
+    # transformers appends the unknown and the first token, which no file names, after all others.
     assert (ours.eot, ours.vocab_size, ours.rows) == (296, 298, 297)
     assert ours.with_special(["<answer>"]).special_id("<answer>") == 298
 
 
 def test_one_id_for_two_tokens_is_refused(spec, tmp_path):
     files = older(spec, ("<|endoftext|>",))
-    # leaves a gap, and takes the id of the next added token
+    # it leaves a gap and takes the id of the next added token
     files["vocab.json"]["Ġdoesn"] = len(files["vocab.json"])
     files |= {"added_tokens.json": {"<x>": 5}}
     with pytest.raises(
@@ -307,7 +306,7 @@ WRONG = [
     ("tokenizer_config.json", {"add_prefix_space": "false"}, "add_prefix_space"),
     ("tokenizer_config.json", {"tokenizer_class": 3}, "tokenizer_class"),
     ("tokenizer_config.json", {"eos_token": "<\ud800>"}, "end token"),
-    ("tokenizer_config.json", {"pad_token": "<\ud800>"}, "no text"),
+    ("tokenizer_config.json", {"pad_token": "<\ud800>"}, "not valid text"),
     ("special_tokens_map.json", {"eos_token": "<nowhere>"}, "'<nowhere>'"),
     ("added_tokens.json", {"<x>": None}, "<x>"),
     ("added_tokens.json", {"<x>": -1}, "<x>"),
@@ -354,8 +353,8 @@ def test_bpe_dropout_is_left_out(spec, dropping, tmp_path):
     assert ours.sha256 == plain.sha256
 
 
-def test_what_is_written_has_no_bpe_dropout(dropping, tmp_path):
-    """A model that was trained without it must read texts without it everywhere."""
+def test_saved_tokenizers_have_no_bpe_dropout(dropping, tmp_path):
+    """A model that was trained without dropout must get ids without dropout everywhere."""
     ours = load_tokenizer(str(dropping))
     ours.save(tmp_path / "saved")
     assert (
@@ -364,7 +363,7 @@ def test_what_is_written_has_no_bpe_dropout(dropping, tmp_path):
     assert opened_by_transformers(tmp_path / "saved")(TEXT)["input_ids"] == ours.encode(TEXT)
 
 
-def test_bpe_dropout_is_spoken_of_once(dropping, repo):
+def test_bpe_dropout_is_warned_about_once(dropping, repo):
     script = (
         "import pickle, sys; from text.tokenizer import load_tokenizer\n"
         "t = [load_tokenizer(sys.argv[1]) for _ in range(3)][0]; pickle.loads(pickle.dumps(t))"
@@ -407,7 +406,7 @@ def test_a_run_logs_that_bpe_dropout_is_left_out(dropping, tmp_path):
     assert f"warning: {record['text']}\n" in end.err
 
 
-def test_a_worker_does_not_speak_of_bpe_dropout(dropping, repo):
+def test_a_worker_does_not_warn_about_bpe_dropout(dropping, repo):
     script = "import sys; from text.tokenizer import _restore; _restore(sys.argv[1], None, ())"
     result = subprocess.run(
         [sys.executable, "-c", script, dropping], cwd=repo, capture_output=True, text=True

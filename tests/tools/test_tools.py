@@ -286,10 +286,10 @@ def test_mistyped_predictions_are_refused(tool, runs, tmp_path) -> None:
     refused(tool("compare", a), "A.jsonl B.jsonl")
     refused(tool("compare", a, b, c), "3 files")
     refused(tool("compare", a, tmp_path / "none.jsonl"), "none.jsonl", "No such file")
-    refused(tool("compare", a, b, "--json", a), "also what is read")
+    refused(tool("compare", a, b, "--json", a), "also an input file")
     refused(tool("ensemble", a, *out), "two runs or more")
     refused(tool("ensemble", a, b), "--out")
-    refused(tool("ensemble", a, b, "--out", b), "also what is read")
+    refused(tool("ensemble", a, b, "--out", b), "also an input file")
     refused(tool("ensemble", a, b, "--out", tmp_path / "no" / "out.jsonl"), "no folder")
     refused(tool("ensemble", a, b, *out, "--weights", 1, 2, 3), "2 numbers")
     refused(tool("ensemble", a, b, *out, "--weights", 1, -1), "at least 0")
@@ -378,7 +378,7 @@ def test_mistyped_mining_is_refused(tool, tmp_path) -> None:
     base = ["--data", data, "--out", tmp_path / "hard.csv"]
     refused(tool("mine", "--out", tmp_path / "hard.csv"), "--data")
     refused(tool("mine", "--data", data), "--out")
-    refused(tool("mine", "--data", data, "--out", data), "also what is read")
+    refused(tool("mine", "--data", data, "--out", data), "also an input file")
     refused(tool("mine", *base, "--share", 0), "--share")
     refused(tool("mine", *base, "--share", 1.5), "--share")
     refused(

@@ -1,0 +1,195 @@
+"""The options of a dataclass: how they are typed, and the help that lists them.
+
+argparse prints the help. It does not read the words: how it takes positionals between options, a
+bare `--` and values that begin with a dash differs from one version of Python to the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from config import UserError, nearest, shown_name
+
+# The types of a value: what the help calls them, and what messages do.
+TYPES = {
+    int: ("INT", "a whole number"),
+    float: ("FLOAT", "a number"),
+    str: ("TEXT", "text"),
+    bool: ("", "true or false"),
+}
+DASHED = re.compile(r"--|-[^\W\d]")  # begins an option; -1, -.5 and a lone dash are values
+LONG = 60  # characters of a wrong value that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A field of a dataclass of options, as it is typed."""
+
+    name: str
+    label: str  # what help and messages call it
+    typed: tuple[str, ...]  # --its-name; --no-its-name too where it is a flag; none: a positional
+    kinds: tuple[Any, ...]  # types of its values, and words that may stand in place of one
+    most: int = 1  # values that it takes: a flag none, a tuple any number
+
+    def convert(self, where: str, given: Sequence[Any]) -> Any:
+        """Words or values of JSON as the field's value. Raises UserError, which says `where` they
+        were given."""
+        values = tuple(self._convert_one(where, value) for value in given)
+        return values if self.most > 1 else values[0]
+
+    def _convert_one(self, where: str, given: Any) -> Any:
+        if isinstance(given, bool):
+            if bool in self.kinds:
+                return given
+        elif isinstance(given, str | int | float):
+            if str(given) in self.kinds:
+                return str(given)
+            for kind in (int, float, str):
+                if kind in self.kinds:
+                    with contextlib.suppress(ValueError):
+                        return kind(str(given))
+        text = repr(given) if isinstance(given, str) else json.dumps(given)
+        if len(text) > LONG:
+            text = f"{text[:LONG]}... ({len(text)} characters)"
+        *others, last = [TYPES[kind][1] if kind in TYPES else kind for kind in self.kinds]
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        words = [kind for kind in self.kinds if kind not in TYPES]
+        raise UserError(f"{where} is {text}; it must be {allowed}{nearest(str(given), words)}")
+
+
+CONFIG = Option("config", "--config", ("--config",), (str,))  # of every command
+
+
+def options_of(cls: Any) -> list[Option]:
+    """The options that the fields of a dataclass stand for."""
+    options = []
+    for name, hint in get_type_hints(cls).items():
+        label, kinds, most = shown_name(cls, name), _kinds(hint), 1
+        typed = (label,) if label.startswith("--") else ()
+        if bool in kinds:
+            typed, most = (label, f"--no-{label[2:]}"), 0
+        elif get_origin(hint) is tuple:
+            most = sys.maxsize
+        options.append(Option(name, label, typed, kinds, most))
+    return options
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if parts := get_args(hint):
+        return tuple(kind for part in parts for kind in _kinds(part))
+    return () if hint in (NoneType, ...) else (hint,)
+
+
+def read_words(options: Sequence[Option], argv: Sequence[str]) -> dict[str, Any]:
+    """What the words of a command line give to each option, in its type.
+
+    Raises UserError for an unknown option (naming the nearest), a word that no option takes, and a
+    value that is missing or of the wrong kind.
+    """
+    named = {typed: option for option in options for typed in option.typed}
+    given, alone, words = dict[str, list[Any]](), list[str](), deque(argv)
+    while words:
+        word = words.popleft()
+        if word == "--":
+            alone += words
+            break
+        if not DASHED.match(word):
+            alone.append(word)
+            continue
+        head, equals, value = word.partition("=")
+        typed = head[:2] + head[2:].replace("_", "-")
+        if typed not in named:
+            raise UserError(_unknown(head, options, list(named)))
+        option = named[typed]
+        values: list[Any] = [value] if equals else []
+        while words and len(values) < option.most and not DASHED.match(words[0]):
+            values.append(words.popleft())
+        if option.most == 0:
+            if values:
+                raise UserError(f"{typed} takes no value; type {' or '.join(option.typed)} alone")
+            values = [typed == option.label]
+        elif option.most == 1 and not values:
+            raise UserError(f"{typed} needs a value")
+        given[option.name] = values
+    for option in options:
+        if alone and not option.typed:
+            given[option.name], alone = alone[: option.most], alone[option.most :]
+    if alone:
+        raise UserError(
+            f"unexpected word {alone[0]!r}; options are written --name value (see --help)"
+        )
+    return {
+        option.name: option.convert(option.label, given[option.name])
+        for option in options
+        if option.name in given
+    }
+
+
+def _unknown(typed: str, options: Sequence[Option], known: list[str]) -> str:
+    for option in options:
+        if not option.typed and option.name == typed[2:].replace("-", "_"):
+            return f"{typed} is no option: {option.label} is typed without a name (see --help)"
+    return f"unknown option {typed}{nearest(typed, known)}"
+
+
+def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
+    """The usage of a command, and each option with its docstring and its default."""
+    import argparse  # only here: other starts of a command do without it
+
+    options, texts, values = options_of(cls), field_docs(cls), cls(**defaults)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    positionals = [option.label for option in options if not option.typed]
+    parser = argparse.ArgumentParser(
+        usage=" ".join(["python", program, "[options]", *positionals]).replace("%", "%%"),
+        description=cls.__doc__,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="Print this help.")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Read options from a JSON or TOML file, a run's own config.json too. What is typed "
+        "beside it overrides it.",
+    )
+    for option in options:
+        text, default = texts.get(option.name, ""), getattr(values, option.name)
+        if default not in (None, "", ()) and "default" not in text.lower():
+            words = default if isinstance(default, tuple) else [default]
+            text += f" (default: {' '.join(map(str, words))})"
+        kinds = [TYPES[kind][0] if kind in TYPES else kind for kind in option.kinds]
+        shape: dict[str, Any] = {"metavar": "|".join(kinds) if option.typed else option.label}
+        if option.most == 0:
+            shape = {"action": "store_true"}
+        elif option.typed and option.most > 1:
+            shape["nargs"] = "*"
+        names = option.typed or [option.name]
+        parser.add_argument(*names, help=text.replace("%", "%%"), **shape)
+    return parser.format_help()
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string that stands after each field in the source of a dataclass and of the classes above
+    it; that of the most derived class counts."""
+    texts = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        source: Any = ast.parse(inspect.getsource(owner))
+        for statements in itertools.pairwise(source.body[0].body):
+            match statements:
+                case (ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text)))):
+                    texts[name] = " ".join(text.split())
+    return texts

@@ -1,0 +1,106 @@
+"""Writes docs/options.md, the page of all options, from the dataclasses that declare them.
+
+python docs/options.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # this script lies one folder below what it imports
+
+from base.arguments import TYPES, Option, field_docs, options_of  # noqa: E402
+from config import LARGEST, OPTIMIZATIONS, Range, marks  # noqa: E402
+
+HEAD = """# Options
+
+Every option of the commands and tools. Each command prints its own with `--help`. `--config FILE` reads options from
+a JSON or TOML file, a run's own `config.json` too, and what is typed overrides it. A flag has a `--no-` form. On resume, an
+option that is not typed takes the run's own value. `python docs/options.py` makes this page from the dataclasses that declare
+the options, and a test holds it. The options of benchmarks are in their `--help` alone.
+"""
+# heading, the commands that have these options, and the dataclass
+SECTIONS = (
+    ("Every run", "`train_gpt2.py`, `finetune.*`", "config.RunConfig"),
+    ("Pretraining", "`train_gpt2.py`", "config.TrainConfig"),
+    ("Fine-tuning", "`finetune.*`", "tasks.options.FinetuneConfig"),
+    ("Methods of fine-tuning", "`finetune.*`", "adapters.options.MethodConfig"),
+    (
+        "Classification",
+        "`finetune.sentiment`, `.paraphrase`, `.nli`, `.topics`",
+        "tasks.classification.options.ClassificationConfig",
+    ),
+    (
+        "Generation",
+        "`finetune.lyrics`, `.sonnets`, `.text`, `.summarize`, `.qa`",
+        "tasks.generation.options.GenerationConfig",
+    ),
+    ("Decoding", "`generate.py` and the tasks of generation", "decoding.options.DecodeConfig"),
+    *(
+        (name.capitalize(), f"`finetune.{name}`", f"finetune.{name}.{name.capitalize()}Config")
+        for name in (
+            "sentiment",
+            "paraphrase",
+            "nli",
+            "topics",
+            "lyrics",
+            "text",
+            "summarize",
+            "qa",
+        )
+    ),
+    ("Writing text", "`generate.py`", "generate.GenerateConfig"),
+    ("Evaluation", "`evaluate.py`", "evaluate.EvaluateConfig"),
+    ("Preparing data", "`fineweb_prep.py`", "fineweb_prep.PrepConfig"),
+    ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
+    ("Ensembles", "`tools.ensemble`", "tools.ensemble.EnsembleConfig"),
+    ("Hard pairs", "`tools.mine`", "tools.mine.MineConfig"),
+    ("Back-translation", "`tools.backtranslate`", "tools.backtranslate.BacktranslateConfig"),
+)
+
+
+def page() -> str:
+    """The page as Markdown: a table for each dataclass, of the fields that it declares itself."""
+    parts = [HEAD]
+    for heading, commands, name in SECTIONS:
+        module, _, kind = name.rpartition(".")
+        cls = getattr(importlib.import_module(module), kind)
+        own = [option for option in options_of(cls) if option.name in vars(cls)["__annotations__"]]
+        rows = [_row(cls, option) for option in own]
+        parts.append(f"## {heading}\n\n{commands}\n")
+        parts.append("| option | value | default | meaning |\n| --- | --- | --- | --- |")
+        parts.append("\n".join(rows) + "\n")
+    parts.append("## Names for `--without`\n\n| name | what is left out |\n| --- | --- |")
+    parts.append("\n".join(f"| {name} | {what} |" for name, what in OPTIMIZATIONS.items()) + "\n")
+    return "\n".join(parts)
+
+
+def _row(cls: type, option: Option) -> str:
+    value = [TYPES[kind][0] if kind in TYPES else str(kind) for kind in option.kinds]
+    ranges = [mark for mark in marks(cls)[option.name] if isinstance(mark, Range)]
+    default = getattr(cls, option.name, None)
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    cells = (
+        f"`{option.label}`",
+        ("several " if option.most > 1 else "") + _limits(", ".join(filter(None, value)), ranges),
+        "" if default in (None, (), "", False) else f"`{shown}`",
+        field_docs(cls)[option.name],
+    )
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def _limits(value: str, ranges: list[Range]) -> str:
+    """The kind of a value with its range, as far as the range says something."""
+    if not ranges:
+        return value
+    least, most = ranges[0].least, ranges[0].most
+    if most >= LARGEST:
+        return f"{value}, at least {least:g}" if least else value
+    return f"{value}, {least:g} to {most:g}"
+
+
+if __name__ == "__main__":
+    (REPO / "docs" / "options.md").write_text(page(), encoding="utf-8")
