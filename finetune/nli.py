@@ -43,7 +43,7 @@ def texts(row: Row) -> tuple[str, ...]:
 
 
 def prompt(row: Row, form: Form) -> Parts:
-    """Two special tokens separate the texts under --form word. Under prompt, words do."""
+    """The two texts, with special tokens between them under --form word and words under prompt."""
     premise, hypothesis = map(Truncatable, texts(row))
     if form == "word":
         return premise, SEPARATOR, hypothesis, INFER

@@ -118,7 +118,7 @@ def nll_and_unlikelihood(
 
 
 def first_occurrences(idx: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Where each token occurs for the first time in its row, (B, T) bool. idx (B, T) int64. counts
+    """Marks the first occurrence of each token in its row, (B, T) bool. idx (B, T) int64. counts
     (B, T) bool: False for tokens to ignore."""
     counts = torch.ones_like(idx, dtype=torch.bool) if counts is None else counts
     same = idx[:, :, None] == idx[:, None, :]  # (B, T, T)

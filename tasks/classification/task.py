@@ -188,8 +188,7 @@ class Classification(Finetuning):
     # --- a step
 
     def rows(self, split: str, step: int) -> np.ndarray:
-        """Row ids of a step, (groups, rows of a group) int64. Validation rows are sorted by head,
-        then by length."""
+        """Row ids of a step, (groups, rows of a group). Validation rows are sorted by length."""
         if split == "val":
             return np.lexsort((self.val.lengths, self.val.heads))[:, None]
         return self.order(step)
@@ -257,9 +256,8 @@ class Classification(Finetuning):
         return dataclasses.replace(cost, flops_per_token=flops, loss=self.objective.memory_probe)
 
     def _flops_left_out(self) -> int:
-        """FLOPs per token that a classifier does not compute: the language model's head, and if
-        only the last token is read, most of the last block (9 of 12 n_embd^2 weights, and its
-        attention)."""
+        """FLOPs per token that are not computed: the language model's head, and if only the last
+        token is read, most of the last block (9 of 12 n_embd^2 weights, and attention)."""
         shape = self.trunk.shape
         left_out = 6 * shape.vocab_size * shape.n_embd
         if self.objective.scorer.reads_last and shape.n_layer:
@@ -304,10 +302,8 @@ class Classification(Finetuning):
     def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]
     ) -> LabelPredictor:
-        """The classifier of checkpoint `where`, ready to answer the rows of --predict.
-
-        Raises UserError if the checkpoint or the rows cannot be used.
-        """
+        """The classifier of checkpoint `where`, ready to answer the rows of --predict. Raises
+        UserError if the checkpoint or the rows cannot be used."""
         rows = self.read_predict_rows(cfg, say)
         classifier = open_classifier(where, self.description, cfg)
         true_labels(rows, classifier.labels)  # raises for a new label before the work is done

@@ -151,7 +151,7 @@ def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
         task.trunk.tokenizer.eot,
         tokenizer.encode,
     )
-    counts = dict.fromkeys(("are cut", "cannot be cut", "go on"), 0)
+    counts = dict.fromkeys(("are truncated", "cannot be truncated", "are split"), 0)
     expected: list[tuple[list[int], int]] = []
     for r in rows:
         long, fixed, answer = (
@@ -165,18 +165,18 @@ def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
         if over <= 0:
             expected.append((whole, 1 + len(long) + len(fixed)))
         elif long and over <= len(long):
-            counts["are cut"] += 1
+            counts["are truncated"] += 1
             expected.append(
                 ([eot, *long[: len(long) - over], *rest], seq_len + 1 - len(answer) - 1)
             )
         elif not long and 1 + len(fixed) < seq_len + 1:
-            counts["go on"] += 1
+            counts["are split"] += 1
             expected.append((whole[: seq_len + 1], 1 + len(fixed)))
             expected += [
                 (whole[i : i + seq_len + 1], 1) for i in range(seq_len, len(whole) - 1, seq_len)
             ]
         else:
-            counts["cannot be cut"] += 1
+            counts["cannot be truncated"] += 1
     for split in (task.train, task.val):
         assert [
             (t.tolist(), n) for t, n in zip(split.tokens, split.answer_starts, strict=True)
@@ -218,7 +218,7 @@ def test_strict_refuses_a_row_that_is_too_long(tokenizer):
     # The answer is not lost.
     task = echo(tokenizer, [row("rain"), row(long)], [row("a")], seq_len=12, strict=True)
     assert len(task.train.rows) > 2
-    with pytest.raises(UserError, match="no training row that fits into 12 tokens"):
+    with pytest.raises(UserError, match="no training row fits into 12 tokens"):
         echo(tokenizer, [row(long, "a", "the")], [row("a")], seq_len=12)
 
 

@@ -205,7 +205,7 @@ def test_compare_prints_the_paired_test(tool, runs, tmp_path) -> None:
         assert f"{figure:.4f}" in done.out
     assert (
         f"{expected['accuracy']['difference']:+.4f}" in done.out
-        and f"p {expected['mcnemar_p']:.4g}" in done.out
+        and f"p is {expected['mcnemar_p']:.4g}" in done.out
     )
     assert f"only A is right on {expected['wins']}, only B on {expected['losses']}" in done.out
 
