@@ -19,7 +19,7 @@ CANDIDATES_AT_ONCE = 64
 
 
 @torch.inference_mode()
-def generate(
+def generate(  # noqa: PLR0913 (all but five have defaults)
     model: GPT,
     prompts: Sequence[Sequence[int]],
     options: DecodeConfig,

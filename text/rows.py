@@ -64,7 +64,7 @@ class Rows:
         return digest.hexdigest()
 
 
-def read_rows(
+def read_rows(  # noqa: PLR0913 (all but two have defaults)
     spec: str,
     columns: Columns,
     *,

@@ -118,10 +118,7 @@ def host_sums(world: World) -> dict[str, float]:
 def evaluation(world: World) -> list[dict[str, float] | None]:
     task = TwoHeads()
     train = step_of(task, world)
-    metrics = []
-    for micro_batch in (1, 4):
-        metrics.append(evaluate(train, micro_batch))
-    return metrics
+    return [evaluate(train, micro_batch) for micro_batch in (1, 4)]
 
 
 def micro_batch(world: World) -> int:
