@@ -15,8 +15,8 @@ from launch import log_of, small, write_inputs
 from support import REPO
 
 TEXT = {"read_text": 0, "write_text": 1}  # arguments before the encoding
-# whose `open` takes no encoding, or reads bytes unless told
-BINARY = {"os", "gzip", "tarfile", "zipfile", "log"}
+# Their `open` takes no encoding, or reads bytes unless the mode says otherwise.
+BINARY = {"os", "gzip", "tarfile", "zipfile", "Image", "log"}
 
 
 def without_encoding(source: str) -> list[int]:

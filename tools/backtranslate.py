@@ -8,6 +8,7 @@ Each batch of translations is flushed to OUT.part. A run that was killed continu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -178,6 +179,10 @@ class Journal:
         self._append([{"text": one, "back": other} for one, other in zip(texts, back, strict=True)])
         self.done |= zip(texts, back, strict=True)
 
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self.file.flush()
@@ -259,8 +264,8 @@ def main() -> None:
         Translator(where, option, cfg.beams, cfg.max_tokens, cfg.device)
         for where, option in ((cfg.to, "--to"), (cfg.back, "--back"))
     )
-    journal = Journal(out.with_name(out.name + ".part"), how)
-    translate_all(texts, to, back, journal, cfg.batch_tokens)
+    with contextlib.closing(Journal(out.with_name(out.name + ".part"), how)) as journal:
+        translate_all(texts, to, back, journal, cfg.batch_tokens)
     kept, same, long = replace_texts(rows, columns, journal.done)
     write(out, kept)
     journal.path.unlink()
