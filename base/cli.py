@@ -25,7 +25,7 @@ from config import (
 )
 
 # What a path can have against it, wherever it is used, that is no fault of this code.
-OF_THE_MACHINE = {
+MACHINE_ERRORS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -176,7 +176,7 @@ def _say_error(text: str) -> None:
 def _line_of(error: Exception) -> str | None:
     """What to tell of an error that may come from anywhere and is no fault of the code; None for
     the others."""
-    if isinstance(error, OSError) and error.filename is not None and error.errno in OF_THE_MACHINE:
+    if isinstance(error, OSError) and error.filename is not None and error.errno in MACHINE_ERRORS:
         return f"{error.filename}: {error.strerror}; name one that you may read, or write to"
     if _is_out_of_memory(error):
         return f"out of memory ({error}); ask for less: smaller sizes, fewer at once"

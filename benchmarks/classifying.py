@@ -30,7 +30,15 @@ import numpy as np
 from adapters.options import Method
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.contenders import HUGGING_FACE, RECIPE, SEED, Engine, device_of, quiet, step_of
+from benchmarks.contenders import (
+    HUGGING_FACE,
+    RECIPE,
+    SEED,
+    Engine,
+    device_of,
+    silence_transformers,
+    step_of,
+)
 from benchmarks.harness import OURS, Budget, Results, Turns, alternate, cells, ratio, say, spread
 from benchmarks.machine import facts
 from benchmarks.steps import COLUMNS, Case, Shape, Step, Trainer, compare, row_cells
@@ -236,7 +244,7 @@ def theirs(case: Fit) -> Step:
     import torch
     from transformers import GPT2ForSequenceClassification
 
-    quiet()
+    silence_transformers()
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), case.dropout)
     model: Any = GPT2ForSequenceClassification.from_pretrained(
         case.weights, attn_implementation="sdpa", dtype=torch.float32, **dropout

@@ -224,7 +224,7 @@ def compiled_if(compiled: bool, model: Any) -> Any:
     return torch.compile(model) if compiled else model
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """transformers without progress bars and warnings."""
     from transformers.utils import logging
 
@@ -252,7 +252,7 @@ def transformers_model(case: Case) -> Any:
     import torch
     from transformers import GPT2LMHeadModel
 
-    quiet()
+    silence_transformers()
     model: Any = GPT2LMHeadModel.from_pretrained(
         case.weights, attn_implementation="sdpa", dtype=torch.float32
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.contenders import quiet
+from benchmarks.contenders import silence_transformers
 from benchmarks.harness import OURS, Results, alternate, cells, ratio, say, timed
 from benchmarks.machine import facts
 from benchmarks.table import markdown
@@ -247,7 +247,7 @@ def main() -> None:
     known_names("--decode", options.decode, STRATEGIES)
     from engine import processes
 
-    quiet()
+    silence_transformers()
     device = processes.start(options.device).device
     path = Path(options.out) / f"decoding-{device.type}.json"
     results = Results(path, facts(options.device), options, report)

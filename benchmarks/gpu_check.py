@@ -449,7 +449,7 @@ def main() -> int:
     from base.cli import parse
     from base.console import outlive
     from base.machine import cores
-    from benchmarks.machine import elsewhere, engine_hash, facts
+    from benchmarks.machine import engine_hash, facts, in_own_process
     from config import UserError
 
     # a background job ignores it, and so would its children
@@ -463,7 +463,7 @@ def main() -> int:
         )
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
-    known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
+    known = in_own_process(facts, "cpu" if options.rehearse else "cuda")
     known |= {"engine": engine_hash()}
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(options, known, at_once)

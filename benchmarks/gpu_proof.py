@@ -160,8 +160,8 @@ def launch_attention(case: Case) -> None:
     B, T, H, D = 64, 1024, 12, case.size
     qkv, out = meta(B, T, 3, H, D, dtype=dtype_of(case)), meta(B, T, H, D, dtype=dtype_of(case))
     bounds = meta(2, B, T, dtype=torch.int32) if case.documents else None
-    within(module._attention)(qkv, bounds)
-    within(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
+    undecorated(module._attention)(qkv, bounds)
+    undecorated(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
 
 
 def launch_cross_entropy(case: Case) -> None:
@@ -173,8 +173,8 @@ def launch_cross_entropy(case: Case) -> None:
     logits, row = meta(ROWS, case.size, dtype=dtype_of(case)), meta(ROWS)
     targets = meta(ROWS, dtype=torch.int64)
     module.cross_entropy_in_place(logits, targets, vocab_size)
-    within(module._forward)(logits, targets, vocab_size)
-    within(module._backward)(row, logits, targets, row, row, vocab_size)
+    undecorated(module._forward)(logits, targets, vocab_size)
+    undecorated(module._backward)(row, logits, targets, row, row, vocab_size)
 
 
 def launch_layer_norm(case: Case) -> None:
@@ -186,7 +186,7 @@ def launch_layer_norm(case: Case) -> None:
     x = meta(ROWS, case.size, dtype=torch.float32 if case.autocast else branch_dtype)
     branch, weight, row = x.to(branch_dtype), meta(case.size), meta(ROWS)
     other = branch_dtype if case.autocast else None
-    forward, backward = within(module._forward), within(module._backward)
+    forward, backward = undecorated(module._forward), undecorated(module._backward)
     forward(x, branch, weight, weight, 1e-5)
     forward(x, None, weight, weight, 1e-5)
     backward(x, x, x, weight, row, row, True, other, True)
@@ -197,8 +197,8 @@ def launch_bias_gelu(case: Case) -> None:
     import kernels.bias_gelu as module
 
     x, bias = meta(ROWS, case.size, dtype=dtype_of(case)), meta(case.size, dtype=dtype_of(case))
-    within(module._forward)(x, bias)
-    within(module._backward)(x, x, bias, True, True)
+    undecorated(module._forward)(x, bias)
+    undecorated(module._backward)(x, x, bias, True, True)
 
 
 def launch_adamw(case: Case) -> None:
@@ -246,7 +246,7 @@ def dtype_of(case: Case) -> torch.dtype:
     return DTYPES.get(case.precision, torch.float32)
 
 
-def within(operator: Any) -> Callable[..., Any]:
+def undecorated(operator: Any) -> Callable[..., Any]:
     """The function behind a torch.library.custom_op, which for meta tensors would only tell
     shapes."""
     return operator._init_fn

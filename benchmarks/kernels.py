@@ -649,7 +649,7 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def here(device: torch.device, quick: bool) -> Place:
+def make_place(device: torch.device, quick: bool) -> Place:
     gpu = device.type == "cuda"
     size = SIZES["quick" if quick else device.type]
     if gpu and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD and not quick:
@@ -680,7 +680,7 @@ def main() -> None:
     device = processes.start(options.device).device
     if device.type == "cpu":
         set_allocator(keep_freed=True)  # as the engine does; alike for all forms
-    place = here(device, options.quick)
+    place = make_place(device, options.quick)
     facts = machine.facts(options.device) | {"dtype": str(place.dtype).removeprefix("torch.")}
     path = Path(options.out) / f"kernels-{device.type}.json"
     results = Results(path, facts, options, report)

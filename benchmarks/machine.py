@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel"
 SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that move figures
 
 
-def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     """What `function` returns in a process of its own: torch stays out of this one, whose memory
     children inherit."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive, time_text
-from benchmarks.machine import elsewhere, facts
+from benchmarks.machine import facts, in_own_process
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, compared, measured
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import rows_of, text_of
@@ -374,7 +374,7 @@ def main() -> int:
     options = parse(Options, sys.argv[1:])
     outlive()
     check(options)
-    seen = elsewhere(look, options.task, options.init, options.device)
+    seen = in_own_process(look, options.task, options.init, options.device)
     until = began + 60 * (options.budget_minutes or math.inf) - WRITING
     bench = make_bench(options, seen["of_task"], seen["base"], until)
     about = {

@@ -259,11 +259,13 @@ def figures_of(run: Path) -> Figures:
     warnings = [line["text"] for line in log if line["kind"] == "warning"]
     return {
         "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
-        "between_epochs": unrest([line for line in evals if 2 * line["step"] > results["steps"]]),
+        "between_epochs": spread_over_evals(
+            [line for line in evals if 2 * line["step"] > results["steps"]]
+        ),
         # what the predictions of the validation rows come to, where the answers are labels
         "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
         **(
-            course(results, config, log, evals)
+            training_figures(results, config, log, evals)
             if config["steps"]
             else {"seconds_to_best": results["seconds"]}
         ),
@@ -272,7 +274,7 @@ def figures_of(run: Path) -> Figures:
     }
 
 
-def unrest(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def spread_over_evals(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Standard deviation of each metric over evaluations, where there are at least two."""
     found = {}
     for name in [name for name in evals[0] if name not in NO_METRICS] if len(evals) > 1 else ():
@@ -282,7 +284,7 @@ def unrest(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def course(
+def training_figures(
     results: Mapping[str, Any],
     config: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],

@@ -19,7 +19,7 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import CONTENDERS, SEED, SHAPES, fitting
 from benchmarks.harness import OURS, Results, Turns, say
-from benchmarks.machine import elsewhere, facts
+from benchmarks.machine import facts, in_own_process
 from benchmarks.steps import COLUMNS, Case, Shape, compare, row_cells
 from benchmarks.table import markdown
 from config import Positive, Where, known_names
@@ -95,11 +95,11 @@ def measure(options: Options, results: Results) -> None:
     ceilings = {row["precision"]: row["ceiling_flops"] for row in results.cases}
     for precision in set(precisions) - ceilings.keys():
         seconds = 0 if options.quick else 3
-        ceilings[precision] = elsewhere(product_ceiling, device, precision, seconds)
+        ceilings[precision] = in_own_process(product_ceiling, device, precision, seconds)
     with tempfile.TemporaryDirectory() as folder:
         for name in shapes:
             shape = fitting(SHAPES[device][name], hardware["gpu_memory_bytes"])
-            flops = elsewhere(prepare, shape, device, f"{folder}/{name}")
+            flops = in_own_process(prepare, shape, device, f"{folder}/{name}")
             for precision in precisions:
                 case = Case(name, shape, precision, device, f"{folder}/{name}")
                 more = {
@@ -178,7 +178,7 @@ def sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     options = parse(Options, sys.argv[1:])
     outlive()
-    now = elsewhere(facts, options.device)
+    now = in_own_process(facts, options.device)
     results = Results(Path(options.out) / f"peers-{now['device']}.json", now, options, report)
     if options.resume:
         results.resume()

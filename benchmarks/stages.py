@@ -38,7 +38,7 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
-from benchmarks.machine import elsewhere, engine_hash
+from benchmarks.machine import engine_hash, in_own_process
 from benchmarks.runs import (
     REPO,
     at_least,
@@ -99,7 +99,7 @@ class Options:
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere; with --quick 256 and 128."""
     micro_batch: Count | None = None
     """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows;
-    elsewhere 4, quick 8."""
+    elsewhere 4, with --quick 8."""
     ranks: Few | None = None
     """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the
     stage ddp)."""
@@ -247,7 +247,7 @@ class Bench:
 
 def store_of(until: float) -> Store:
     """Runs whose every step is timed, so that an interrupted one begins anew."""
-    return Store(figures_of, until, anew=True)
+    return Store(figures_of, until, restart=True)
 
 
 def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -> Iterator[Cell]:
@@ -291,7 +291,7 @@ def measure_ceilings(bench: Bench, number: int) -> None:
     path = bench.folder / "runs" / f"ceilings-{number}.json"
     if not path.exists() and time.monotonic() < bench.store.until:
         names = [name for name in ("fp32", "tf32", "bf16") if name not in bench.machine.lacks]
-        write_json(path, elsewhere(product_ceilings, bench.machine.device, names))
+        write_json(path, in_own_process(product_ceilings, bench.machine.device, names))
 
 
 def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
@@ -372,7 +372,7 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     )
     micro_batch = options.micro_batch or (8 if options.quick else 4)
     if cuda and not options.micro_batch:
-        micro_batch = elsewhere(fitting_micro_batch, preset, seq_len, machine.memory)
+        micro_batch = in_own_process(fitting_micro_batch, preset, seq_len, machine.memory)
     accumulation = (
         max(1, BATCH_TOKENS // (micro_batch * seq_len))
         if cuda and not options.quick
@@ -412,7 +412,7 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
     if file.exists():
         return stored_plan(file, identity)
     say("preparing the tokens ...")
-    tokenizer, vocabulary, flops = elsewhere(
+    tokenizer, vocabulary, flops = in_own_process(
         prepare,
         shape["preset"],
         shape["seq_len"],
@@ -545,7 +545,7 @@ def make_folder(folder: Path) -> None:
         os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / "cache" / name.lower()))
 
 
-def ended(bench: Bench) -> int:
+def report_failures(bench: Bench) -> int:
     """Say what went wrong or was left out; returns the exit code."""
     store = bench.store
     for name, line in bench.failed.items():
@@ -565,7 +565,7 @@ def main() -> int:
     outlive()
     at_least(options, steps=max(WARM_UP.values()) + 1, minutes=1)
     only = asked_stages(options.only)
-    machine = elsewhere(look, options.device, options.ranks)
+    machine = in_own_process(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)
     if only and SCALING in only and most == 1:
         raise UserError(f"--only {SCALING}: up to how many ranks? add --ranks N")
@@ -590,7 +590,7 @@ def main() -> int:
     finally:  # an interrupted bench leaves what it has
         text = report(bench, only, most)
     print(text)
-    return ended(bench)
+    return report_failures(bench)
 
 
 if __name__ == "__main__":

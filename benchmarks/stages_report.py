@@ -280,7 +280,7 @@ BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch"
 def draw(result: Record, out: Path) -> None:
     """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone
     would set."""
-    rows = joined(result["stages"])
+    rows = merge_skipped(result["stages"])
     most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
     with chart(out, 13, 2.2 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
         axes = figure.subplots()
@@ -293,7 +293,7 @@ def draw(result: Record, out: Path) -> None:
         finish(axes, headline(rows), below)
 
 
-def joined(rows: Sequence[Record]) -> list[Record]:
+def merge_skipped(rows: Sequence[Record]) -> list[Record]:
     """The rows to draw: stages that are skipped one after another for the same reason share one."""
     drawn: list[Record] = []
     for (status, _), group in itertools.groupby(

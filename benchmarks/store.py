@@ -63,7 +63,7 @@ class Store:
     measure: Callable[[Path], Figures]  # what the run at a place has measured; it may tidy up there
     until: float = math.inf  # of time.monotonic
     grace: float = 0.0  # seconds for a run to save what it has
-    anew: bool = False  # an interrupted run begins anew; else its own command goes on with it
+    restart: bool = False  # an interrupted run begins anew; else its own command goes on with it
     done: dict[Cell, float] = field(default_factory=dict)  # seconds of each
     failed: dict[Cell, str] = field(default_factory=dict)  # the line that names the error
     left_out: dict[Cell, None] = field(default_factory=dict)  # for want of time
@@ -85,7 +85,7 @@ class Store:
             self.left_out[cell] = None
             return "left out"
         cell.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.anew:
+        if self.restart:
             shutil.rmtree(cell.path, ignore_errors=True)
         began = time.monotonic()
         output = cell.note.with_suffix(".txt")

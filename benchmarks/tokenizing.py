@@ -19,10 +19,12 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
 from benchmarks.machine import facts
+from benchmarks.runs import last_error
 from benchmarks.table import markdown
 from config import Count, Few, UserError, Where, Wheres
 
 DOCUMENT = 4000  # characters, about
+SHARD_TOKENS = 2_000_000
 PREPARED = "fineweb_prep.py"
 
 
@@ -60,8 +62,12 @@ def prepare(parquet: Path, workers: int) -> None:
     script = Path(__file__).resolve().parent.parent / "fineweb_prep.py"
     with tempfile.TemporaryDirectory() as folder:
         files = ["--input", str(parquet), "--out", f"{folder}/shards"]
-        words = [*files, "--workers", str(workers), "--shard-tokens", "2000000"]
-        subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True)
+        words = [*files, "--workers", str(workers), "--shard-tokens", str(SHARD_TOKENS)]
+        command = [sys.executable, str(script), *words]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        reason = last_error(done.stderr, done.returncode).removeprefix("error: ")
+        raise UserError(f"{PREPARED} failed: {reason}")
 
 
 def report(record: dict[str, Any]) -> str:
