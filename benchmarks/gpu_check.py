@@ -123,8 +123,8 @@ LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--
 LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")
 TINY_LADDER = (*QUICK, "--preset", "micro", "--only", "baseline,compile", "--steps", "4")
 DECODING = ("-m", "benchmarks.decoding", "--device", "cuda", "--out", "{out}")
-# First figures that replace assumptions, then comparisons. A rehearsal compiles one peer, which takes
-# a minute on a CPU.
+# First figures that replace assumptions, then comparisons. A rehearsal compiles one peer, which
+# takes a minute on a CPU.
 MEASUREMENTS = (
     Part("kernels", "kernels-first", (*KERNELS, *FIRST), seconds=110, rehearsal=QUICK),
     Part("kernels", "kernels-rest", (*KERNELS, *REST), seconds=100, rehearsal=QUICK),
@@ -204,7 +204,7 @@ def begun_in(parts: Sequence[Part], seconds: float, at_once: int) -> Iterator[tu
     """The parts that a call of `seconds` starts, each with the seconds that are left for it.
 
     Parts start in order. A part that does not fit into the remaining time lets the next one try.
-    The first part always starts.
+    Parts that can start at once always do.
     """
     free = [0.0] * at_once  # the time at which each slot becomes free
     for part in parts:
@@ -303,8 +303,7 @@ class Check:
         return self.cache / "parts" / part.name
 
     def _take(self, part: Part, ends: float, first: bool) -> None:
-        """Run a part if there is enough time for it. `first` marks the first of a call, which needs
-        less."""
+        """Run a part if there is enough time for it. The first part of a call runs in any case."""
         left = ends - time.monotonic()
         if left < part.least and not (first and left > 0):
             return
@@ -475,7 +474,7 @@ def main() -> int:
     parts = asked_for(options.only, all_parts())
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError(
-            "torch sees no CUDA GPU on this machine; type --rehearse to try every part tiny on the CPU"
+            "torch sees no CUDA GPU on this machine; --rehearse tries every part tiny on the CPU"
         )
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
@@ -488,8 +487,8 @@ def main() -> int:
             print(f"{part.name} will not run; {reason}", flush=True)
     todo = [part for part in parts if not lack(part) and (options.again or not check.done(part))]
     print(
-        f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected with "
-        "an H100 and 16 cores:"
+        f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected "
+        "with an H100 and 16 cores:"
     )
     print(
         "\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True
