@@ -491,6 +491,7 @@ def measure(options: Options, results: Results) -> None:
 
 
 def main() -> None:
+    """Measure, write the result files after each case, and print the tables."""
     options = parse(Options, sys.argv[1:])
     outlive()
     if options.quick:

@@ -115,6 +115,7 @@ class Engine:
         gc.freeze()
 
     def __call__(self, data: StepBatches) -> StepResult:
+        """Make one optimizer step on the batches of `data`."""
         from torch.nn.attention import sdpa_kernel
 
         with sdpa_kernel(self.backends, set_priority=True):

@@ -61,8 +61,8 @@ PYTORCH, CEILING = "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
 TURNS = Turns(3, 30, 6.0)  # for the forms of one operation
 # Largest norm of the difference over the norm, for outputs and gradients. fp32 sums in another
-# order. bf16 rounds each element by 2^-9 on average, at a few places. FP8 changes every factor by some 3%,
-# those of gradients by 5%.
+# order. bf16 rounds each element by 2^-9 on average, at a few places. FP8 changes every factor by
+# some 3%, those of gradients by 5%.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FP8_TOLERANCE = 0.1
 

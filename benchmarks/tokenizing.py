@@ -109,8 +109,8 @@ def main() -> None:
     amounts = {"documents": len(texts), "tokens": sum(map(len, ids))}
     if amounts["tokens"] <= SHARD_TOKENS:
         raise UserError(
-            f"--input {options.input} holds {amounts['tokens']:,} tokens; name files with more than "
-            f"{SHARD_TOKENS:,}"
+            f"--input {options.input} holds {amounts['tokens']:,} tokens; name files with more "
+            f"than {SHARD_TOKENS:,}"
         )
     results = Results(Path(options.out) / "tokenizing.json", facts("cpu"), options, report)
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ except ImportError:
 
 LOCK = Path(__file__).resolve().parent.parent / "constraints.txt"
 # What the engine, the GPU tests and the benchmarks import. matplotlib (charts) and datasets (hub
-# data) are left out, because they are larger than all of this together, and no GPU check needs them.
+# data) are left out: they are larger than all of this together, and no GPU check needs them.
 WANTED = (
     "numpy",
     "safetensors",
@@ -57,8 +57,8 @@ WANTED = (
     "liger-kernel==0.8.5",
     "litgpt==0.5.13",
 )
-# Not fetched: the parts of torch, because another version breaks it and they are too large to carry,
-# and packages that only download from a hub.
+# Not fetched: the parts of torch, because another version breaks it and they are too large to
+# carry, and packages that only download from a hub.
 NOT_WANTED = re.compile(r"torch|triton|nvidia-.*|cuda-.*|setuptools|hf-xet|pytorch-lightning")
 GLIBC = range(5, 40)  # minor versions of glibc 2 whose manylinux wheels are accepted
 MEBIBYTE = 1 << 20

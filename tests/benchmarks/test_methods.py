@@ -418,7 +418,7 @@ def test_rates_are_multiples_of_one() -> None:
 
 def test_extra_options() -> None:
     assert extra_options("--a 1 --no-b --c x 'y z'") == {"a": "1", "no-b": True, "c": "x\0y z"}
-    with pytest.raises(UserError, match="begins with no option"):
+    with pytest.raises(UserError, match="does not begin with an option"):
         extra_options("1 --a")
     with pytest.raises(UserError, match="--extra names --lr"):
         extra_options("--lr 1")

@@ -381,7 +381,7 @@ def test_no_run_begins_that_would_not_be_done_in_time(bench, runs, capsys) -> No
     bench.store.until = time.monotonic() - 1
     stages.measure(bench, ONLY, rounds=1, most=1)
     assert runs == [] and stages.report_failures(bench) == 0
-    assert "the time was up after 0 of 3 runs; the same command" in capsys.readouterr().err
+    assert "the time was up after 0 of 3 runs; repeat the command" in capsys.readouterr().err
 
 
 def test_a_failure_is_said_and_is_the_exit_code(bench, runs, capsys) -> None:
@@ -440,7 +440,7 @@ def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"holds another ladder \(preset was micro, is mini\)"):
         stages.stored_plan(file, {"preset": "mini", "steps": 5})
     file.write_text("[]")
-    with pytest.raises(UserError, match="not of a ladder"):
+    with pytest.raises(UserError, match="is not the plan of a ladder"):
         stages.stored_plan(file, {})
 
 
