@@ -1,7 +1,7 @@
-"""The options of a dataclass: how they are typed, and the help that lists them.
+"""The options of a dataclass: how users type them, and the help that lists them.
 
-argparse prints the help. It does not read the words: how it takes positionals between options, a
-bare `--` and values that begin with a dash differs from one version of Python to the next.
+argparse prints the help but does not parse. Versions of Python differ in how argparse takes
+positionals between options, a bare `--`, and values that begin with a dash.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from config import UserError, nearest, shown_name
 
-# The types of a value: what the help calls them, and what messages do.
+# The types of a value, with their names in the help and in messages.
 TYPES = {
     int: ("INT", "a whole number"),
     float: ("FLOAT", "a number"),
     str: ("TEXT", "text"),
     bool: ("", "true or false"),
 }
-DASHED = re.compile(r"--|-[^\W\d]")  # begins an option; -1, -.5 and a lone dash are values
-LONG = 60  # characters of a wrong value that are shown
+DASHED = re.compile(r"--|-[^\W\d]")  # matches options; -1, -.5 and a lone dash are values
+LONG = 60  # messages show this many characters of a wrong value
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A field of a dataclass of options, as it is typed."""
+    """A field of a dataclass of options, and how users type it."""
 
     name: str
-    label: str  # what help and messages call it
-    typed: tuple[str, ...]  # --its-name; --no-its-name too where it is a flag; none: a positional
-    kinds: tuple[Any, ...]  # types of its values, and words that may stand in place of one
-    most: int = 1  # values that it takes: a flag none, a tuple any number
+    label: str  # its name in help and messages
+    typed: tuple[str, ...]  # --name, and --no-name for a flag; empty for a positional
+    kinds: tuple[Any, ...]  # types of its values, and fixed words that it accepts
+    most: int = 1  # largest number of values: a flag takes 0, a tuple any number
 
     def convert(self, where: str, given: Sequence[Any]) -> Any:
-        """Words or values of JSON as the field's value. Raises UserError, which says `where` they
-        were given."""
+        """Turn words or JSON values into the field's value. Raises UserError, which says that they
+        came from `where`."""
         values = tuple(self._convert_one(where, value) for value in given)
         return values if self.most > 1 else values[0]
 
@@ -69,11 +69,11 @@ class Option:
         raise UserError(f"{where} is {text}; it must be {allowed}{nearest(str(given), words)}")
 
 
-CONFIG = Option("config", "--config", ("--config",), (str,))  # of every command
+CONFIG = Option("config", "--config", ("--config",), (str,))  # every command has it
 
 
 def options_of(cls: Any) -> list[Option]:
-    """The options that the fields of a dataclass stand for."""
+    """One option for each field of a dataclass."""
     options = []
     for name, hint in get_type_hints(cls).items():
         label, kinds, most = shown_name(cls, name), _kinds(hint), 1
@@ -95,7 +95,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def read_words(options: Sequence[Option], argv: Sequence[str]) -> dict[str, Any]:
-    """What the words of a command line give to each option, in its type.
+    """The values that a command line gives to each option, in the option's type.
 
     Raises UserError for an unknown option (naming the nearest), a word that no option takes, and a
     value that is missing or of the wrong kind.
@@ -142,13 +142,13 @@ def read_words(options: Sequence[Option], argv: Sequence[str]) -> dict[str, Any]
 def _unknown(typed: str, options: Sequence[Option], known: list[str]) -> str:
     for option in options:
         if not option.typed and option.name == typed[2:].replace("-", "_"):
-            return f"{typed} is no option: {option.label} is typed without a name (see --help)"
+            return f"{typed} is not an option; type {option.label} without a name (see --help)"
     return f"unknown option {typed}{nearest(typed, known)}"
 
 
 def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
-    """The usage of a command, and each option with its docstring and its default."""
-    import argparse  # only here: other starts of a command do without it
+    """The usage of a command, and each option with its docstring and default."""
+    import argparse  # here, because a command without --help does not need it
 
     options, texts, values = options_of(cls), field_docs(cls), cls(**defaults)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -163,8 +163,8 @@ def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="Read options from a JSON or TOML file, a run's own config.json too. What is typed "
-        "beside it overrides it.",
+        help="Read options from a JSON or TOML file, for example a run's config.json. Options on "
+        "the command line override it.",
     )
     for option in options:
         text, default = texts.get(option.name, ""), getattr(values, option.name)
@@ -183,8 +183,8 @@ def help_text(cls: Any, defaults: Mapping[str, Any]) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string that stands after each field in the source of a dataclass and of the classes above
-    it; that of the most derived class counts."""
+    """The docstring under each field of a dataclass and its base classes. A derived class overrides
+    its bases."""
     texts = {}
     for owner in reversed(cls.__mro__[:-1]):
         source: Any = ast.parse(inspect.getsource(owner))

@@ -1,6 +1,6 @@
-"""The look that all pictures share, and one way to write them.
+"""The style that all charts share, and the one way to save them.
 
-matplotlib is imported where a picture is drawn: most commands draw none.
+matplotlib is imported only in functions that draw, because most commands draw nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish, without their yellow, which
-# is hard to see on white.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without their yellow, which is
+# hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
 DARK, GREY, PALE = "#222222", "#6a6a6a", "#b0b0b0"
 STYLE: dict[str, Any] = {
@@ -35,12 +35,12 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 130,
 }
-PALETTE = 256  # colours of a picture: a PNG with a palette takes half of the bytes
+PALETTE = 256  # colours in a PNG: with a palette the file has half as many bytes
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG with a palette."""
-    from PIL import Image  # matplotlib brings it
+    from PIL import Image  # matplotlib depends on it
 
     whole = io.BytesIO()
     figure.savefig(whole, format="png")

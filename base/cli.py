@@ -1,4 +1,5 @@
-"""The command line made from a dataclass of options, and the exit codes of the contract."""
+"""Turn a command line into a dataclass of options, and errors into the exit codes of the
+contract."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from config import (
     shown_name,
 )
 
-# What a path can have against it, wherever it is used, that is no fault of this code.
-OF_THE_MACHINE = {
+# Errors of a path that are the machine's fault or the user's, not this code's.
+MACHINE_ERRORS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -39,10 +40,10 @@ Config = TypeVar("Config")  # any dataclass of options
 
 
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
-    """Command line to config: `defaults` below the file of `--config`, the command line on top.
+    """The options of a command line.
 
-    Raises UserError for an unknown option (naming the nearest), a value of the wrong kind, or a bad
-    file.
+    The command line overrides the file of `--config`, which overrides `defaults`. Raises UserError
+    for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
     """
     defaults = defaults or {}
     if {"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", argv)):
@@ -56,7 +57,7 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
 
 
 def warn_of_replaced(what: str) -> None:
-    """Say, once for all ranks, that an option held bytes that are no text."""
+    """Warn, on rank 0 only, that an option held bytes that are not UTF-8."""
     if os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {what} holds bytes that are not UTF-8; each is read as U+FFFD",
@@ -65,13 +66,13 @@ def warn_of_replaced(what: str) -> None:
 
 
 def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
-    """Options that a command line names, or the file of its --config: the others have their
+    """The options that a command line or its --config file names. All others have their
     defaults."""
     return frozenset(_given(cls, argv))
 
 
 def _given(cls: Any, argv: Sequence[str]) -> dict[str, Any]:
-    """Values of the options that a command line names, or the file of its --config."""
+    """The values of the options that a command line or its --config file names."""
     options = options_of(cls)
     words = read_words([CONFIG, *options], argv)
     file = words.pop(CONFIG.name, None)
@@ -81,7 +82,7 @@ def _given(cls: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_config(options: Sequence[Option], file: str) -> dict[str, Any]:
-    """Values of the options that a config file names."""
+    """The values of the options that a config file names."""
     named = {option.name: option for option in options}
     given = {}
     for key, value in _read_object(file).items():
@@ -89,7 +90,7 @@ def _read_config(options: Sequence[Option], file: str) -> dict[str, Any]:
         if name not in named:
             close = nearest(name, list(named))
             raise UserError(
-                f"--config {file} has the key {key[:60]!r}, which is no option here{close}"
+                f"--config {file} has the key {key[:60]!r}, which is not an option here{close}"
             )
         if value is not None:
             values = value if named[name].most > 1 and isinstance(value, list) else [value]
@@ -115,13 +116,13 @@ def _read_object(file: str) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise UserError(
-            f"--config {file} holds no options; it should be an object of names and values"
+            f"--config {file} holds no options; write them as an object of names and values"
         )
     return values
 
 
 def entry_point(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and turn what it returns or raises into the contract's exit codes."""
+    """Run `main`, then exit. What it returns or raises decides the exit code by the contract."""
     console.open_console()
     console.quiet_libraries()
     signals.watch_signals()
@@ -133,19 +134,19 @@ def entry_point(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
         code = _code_of_error(error)
     finally:
-        console.outlive()  # what Python flushes at its end raises no more
+        console.outlive()  # a lost output must not raise again when Python flushes at exit
     sys.exit(code)
 
 
 def _code_of(main: Callable[[], int | None]) -> Any:
     try:
         return main() or 0
-    except SystemExit as stop:  # --help, or a signal before there is anything to save
+    except SystemExit as stop:  # --help, or a signal before anything could be saved
         return 128 + signals.stopped_by() if signals.stopped_by() else stop.code or 0
 
 
 def _code_of_error(error: Exception) -> int:
-    """The exit code for an error, which is told in one line; a fault of the code is raised
+    """The exit code for an error, after one line about it. An error that is a bug is raised
     again."""
     if number := signals.stopped_by():
         return 128 + number
@@ -169,22 +170,21 @@ def _code_of_error(error: Exception) -> int:
 
 
 def _say_error(text: str) -> None:
-    """One line on standard error, whatever the message quotes."""
+    """Print one line on standard error, even if the message quotes line breaks."""
     print(printable(" ".join(text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def _line_of(error: Exception) -> str | None:
-    """What to tell of an error that may come from anywhere and is no fault of the code; None for
-    the others."""
-    if isinstance(error, OSError) and error.filename is not None and error.errno in OF_THE_MACHINE:
-        return f"{error.filename}: {error.strerror}; name one that you may read, or write to"
+    """The message for an error that can occur anywhere and is not a bug, else None."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in MACHINE_ERRORS:
+        return f"{error.filename}: {error.strerror}; name a path that you may read or write"
     if _is_out_of_memory(error):
-        return f"out of memory ({error}); ask for less: smaller sizes, fewer at once"
+        return f"out of memory ({error}); use smaller sizes or fewer at once"
     return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Asked without torch, which a command may not have imported."""
+    """Whether memory ran out. It avoids torch, which a command may not have imported."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and (

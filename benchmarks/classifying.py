@@ -1,14 +1,15 @@
-"""A classifier's step beside transformers and peft, and what padding costs:
+"""Compare a classifier's step with transformers and peft, and measure what padding costs:
 
 python -m benchmarks.classifying [--quick]
 
-Steps: the sentiment task under step.TrainStep, and GPT2ForSequenceClassification (under LoRA
-wrapped by peft), from the same weights on the same padded rows. benchmarks/steps.py compares them:
-two steps without dropout must agree, and those that are timed have it.
+Steps: the sentiment task under step.TrainStep beside GPT2ForSequenceClassification, which peft
+wraps for LoRA. Both start from the same weights and read the same padded rows. benchmarks/steps.py
+compares them: two steps without dropout must agree, and the timed steps have dropout.
 
-Padding: this engine's step alone, on the same rows put into batches in other ways. The rows of both
-are drawn: letters, each a token, since which tokens they are changes no time. --data reads real
-ones for the second.
+Padding: only this engine's step, on the same rows in batches that are made in different ways.
+
+The rows of both parts are random letters, one token each, because the choice of tokens does not
+change the time. --data reads real rows for the second part.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ import numpy as np
 from adapters.options import Method
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.contenders import HUGGING_FACE, RECIPE, SEED, Engine, device_of, quiet, step_of
+from benchmarks.contenders import (
+    HUGGING_FACE,
+    RECIPE,
+    SEED,
+    Engine,
+    device_of,
+    silence_transformers,
+    step_of,
+)
 from benchmarks.harness import OURS, Budget, Results, Turns, alternate, cells, ratio, say, spread
 from benchmarks.machine import facts
 from benchmarks.steps import COLUMNS, Case, Shape, Step, Trainer, compare, row_cells
@@ -58,20 +67,20 @@ SHAPES = {
     "10M": Shape(6, 6, 384, 8192, 16, 64),
     "124M": Shape(12, 12, 768, 50257, 16, 64),
 }
-CONTEXT = 256  # positions of each
+CONTEXT = 256  # block_size of every shape
 LABELS = tuple("01234")
-# LoRA of rank 8 on both products of attention
+# The LoRA has rank 8 on both attention projections.
 METHODS: tuple[Method, ...] = ("full", "lora", "last-layer")
 THEIRS, KEPT = "transformers", "transformers + our allocator"
-TURNS = 3, 30  # at least and at most
-PADDING_PARTS = 3  # of the time: as much as that of so many contenders
-# Lengths of drawn rows as those of SST-5 in a BPE of 8,192 tokens: the mean and the spread of their
-# logarithm, the ends.
+TURNS = 3, 30  # least and most
+PADDING_PARTS = 3  # the padding gets as much time as this many contenders
+# Random rows have lengths like those of SST-5 in a BPE of 8,192 tokens: mean and standard deviation
+# of the logarithm, then the limits.
 LOG_LENGTH, SHORTEST, LONGEST = (3.2, 0.57), 2, 97
 DRAWN_ROWS = 2048
-TOGETHER = 8  # steps of a turn
-# Ways to make batches, beside this engine's: transformers' Trainer does the second, and the third
-# if it is told to.
+TOGETHER = 8  # steps in a turn
+# Ways to make batches, besides this engine's. transformers' Trainer uses the second by default and
+# the third as an option.
 SET, RANDOM, OWN = (
     "to the longest of all rows",
     "any rows, to their longest",
@@ -84,41 +93,43 @@ class Options:
     """Options of the comparison."""
 
     shape: str = "10M,124M"
-    """Shapes, comma-separated: micro, 10M, 124M. The first is also that of the padding."""
+    """Shapes, comma-separated: micro, 10M, 124M. The padding is measured at the first."""
     precision: str | None = None
-    """Precisions, comma-separated: fp32, tf32, bf16. Default: fp32, and bf16 where it is native."""
+    """Precisions, comma-separated: fp32, tf32, bf16. Default: fp32, and bf16 if the device has it
+    natively."""
     method: str = ",".join(METHODS)
-    """Methods, comma-separated: full, lora, last-layer. Empty: only the padding."""
+    """Methods, comma-separated: full, lora, last-layer. Empty: measure only the padding."""
     against: str = f"{THEIRS},{KEPT}"
-    """Contenders, comma-separated: transformers (under LoRA with peft), transformers + our
+    """Contenders, comma-separated: transformers (with peft for LoRA), transformers + our
     allocator."""
     dropout: Probability = 0.1
-    """Dropout of both sides' timed steps."""
+    """Dropout of the timed steps, the same on both sides."""
     steps: CountOrNone = 96
-    """Steps of a round of the padding; 0: leave it out."""
+    """Steps in a round of the padding part; 0 skips that part."""
     data: Wheres | None = None
-    """Rows for the padding, in any form that finetune.sentiment reads. Default: drawn, with lengths
-    like SST's."""
+    """Rows for the padding part, in any form that finetune.sentiment reads. Default: random rows,
+    with lengths like SST's."""
     tokenizer: Where = "gpt2"
-    """Their tokenizer: gpt2, a folder, or a tokenizer.json."""
+    """Tokenizer of --data: gpt2, a folder, or a tokenizer.json."""
     minutes: Positive = 40
-    """Time for all of it; each part goes on with its turns for its share, at least three."""
+    """Time for everything. Each part takes turns for its share of it, and at least three."""
     quick: bool = False
-    """A tiny shape and few turns: does it work at all?"""
+    """A tiny shape and few turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure."""
     json: Where | None = None
-    """Write the figures into this file, and the tables beside it as .md."""
+    """Write the figures to this file, and the tables to an .md file beside it."""
 
 
 @dataclass(frozen=True)
 class Fit(Case):
-    """What both sides do alike: a step of a method on the rows of `weights`."""
+    """A step that both sides make: one method on the rows in the folder `weights`."""
 
     method: Method = "full"
 
     @property
     def key(self) -> dict[str, Any]:
+        """The fields that identify this case's rows in a result file, with the method."""
         return super().key | {"method": self.method}
 
     @property
@@ -127,16 +138,17 @@ class Fit(Case):
         return self.shape.rows
 
     def batch(self) -> dict[str, torch.Tensor]:
+        """The batch that `prepare` saved: idx (B, T), labels (B,) and lengths (B,)."""
         from safetensors.torch import load_file
 
         return load_file(f"{self.weights}/batch.safetensors")
 
 
-# --- what they start from
+# --- weights and rows
 
 
 def draw_rows(file: Path, lengths: np.ndarray, seed: int) -> None:
-    """Rows of so many letters each, whose labels take turns."""
+    """Write a JSONL file with one row of random letters per length. The labels repeat in order."""
     draw = np.random.default_rng(seed)
     texts = ("".join(draw.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in lengths)
     rows = (
@@ -146,8 +158,8 @@ def draw_rows(file: Path, lengths: np.ndarray, seed: int) -> None:
 
 
 def prepare(shape: Shape, folder: str) -> None:
-    """Write a classifier of random weights in the hub's layout, LoRA for it in PEFT's, drawn rows
-    and their batch."""
+    """Write a classifier with random weights in the hub's layout, a LoRA for it in PEFT's layout,
+    random rows, and a batch of them."""
     import torch
     from safetensors.torch import save_file
 
@@ -158,12 +170,14 @@ def prepare(shape: Shape, folder: str) -> None:
     path = Path(folder)
     torch.manual_seed(SEED)
     model = GPT(dataclasses.replace(shape.config, block_size=CONTEXT))
-    tokenizer = train_bpe(["letters"], 257, path / "tokenizer")  # the bytes and an end
+    tokenizer = train_bpe(
+        ["letters"], 257, path / "tokenizer"
+    )  # 256 bytes and the end-of-text token
     score = 0.02 * torch.randn(len(LABELS), shape.n_embd)
     model.save_pretrained(path, tokenizer.eot, score, LABELS)
     tokenizer.save(path)
-    # Rows as an order by length puts them together: the shortest has three quarters of what all are
-    # padded to.
+    # A batch like one from rows ordered by length: the shortest has three quarters of the padded
+    # length.
     draw_rows(
         path / "train.jsonl",
         np.linspace(3 * shape.seq_len // 4, shape.seq_len, shape.rows, dtype=int),
@@ -181,6 +195,7 @@ def prepare(shape: Shape, folder: str) -> None:
 
 
 def options_of(case: Fit) -> SentimentConfig:
+    """The options of this engine's run for a case. All rows of a step are in one micro-batch."""
     from finetune.sentiment import SentimentConfig
 
     precision: Any = case.precision
@@ -210,7 +225,7 @@ def options_of(case: Fit) -> SentimentConfig:
 
 
 def engine_of(cfg: SentimentConfig) -> Engine:
-    """The sentiment task as trainer.train sets it up."""
+    """The sentiment task, set up as trainer.train does it."""
     from engine import processes
     from engine.plan import resolve_for_machine
     from finetune.sentiment import TASK
@@ -227,16 +242,17 @@ def engine_of(cfg: SentimentConfig) -> Engine:
 
 
 def ours(case: Fit) -> Step:
+    """This engine's step."""
     return engine_of(options_of(case)).on_first_batch(case.shape.rows)
 
 
 def theirs(case: Fit) -> Step:
-    """GPT2ForSequenceClassification as users train it: a mask of the padding, fused AdamW, autocast
-    for bf16."""
+    """The step of GPT2ForSequenceClassification as users train it: an attention mask for the
+    padding, fused AdamW, and autocast for bf16."""
     import torch
     from transformers import GPT2ForSequenceClassification
 
-    quiet()
+    silence_transformers()
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), case.dropout)
     model: Any = GPT2ForSequenceClassification.from_pretrained(
         case.weights, attn_implementation="sdpa", dtype=torch.float32, **dropout
@@ -257,14 +273,16 @@ def theirs(case: Fit) -> Step:
 
 
 def with_lora(model: Any, folder: str) -> Any:
+    """Wrap `model` in peft with the adapter in `folder`."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that peft asks transformers by
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses old names of transformers
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def trainers(method: Method) -> dict[str, Trainer]:
+    """This engine and its contenders for a method, by name."""
     own = Trainer(ours, ("finetune.sentiment", "engine.plan", "engine.step"))
     more = ("peft",) if method == "lora" else ()
     other = Trainer(theirs, (HUGGING_FACE, "engine.precision", *more))
@@ -275,7 +293,7 @@ def trainers(method: Method) -> dict[str, Trainer]:
 
 
 def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
-    """The rows of the first `steps` batches of an epoch, put into batches in each of the ways."""
+    """The rows of an epoch's first `steps` batches, put into batches in each of the ways."""
     ordered = [
         task.rows("train", step).reshape(-1)
         for step in range(min(steps, task.order.steps_per_epoch))
@@ -292,7 +310,7 @@ def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
 
 
 def padded_to(task: Any, batches: Sequence[np.ndarray], sizes: np.ndarray) -> list[StepBatches]:
-    """Batches of row ids, each padded to the least of `sizes` that holds it."""
+    """Batches of row ids, each padded to the smallest of `sizes` that fits."""
     from engine.loader import StepBatches
 
     task.buckets = sizes
@@ -303,12 +321,12 @@ def padded_to(task: Any, batches: Sequence[np.ndarray], sizes: np.ndarray) -> li
 def measure_padding(
     options: Options, precision: Any, folder: str, turns: Turns
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of each way its rows and tokens, and the seconds of each round: within it the ways take turns
-    of a few steps."""
+    """Yields for each way of batching a key, and its rows, tokens and seconds per round. In a round
+    the ways take turns of a few steps."""
     engine = engine_of(options_of_padding(options, precision, folder))
     found = batchings(engine.task, options.steps)
     for batches in found.values():
-        run_all(engine, batches[:2])  # to warm up
+        run_all(engine, batches[:2])  # warm up
     run = functools.partial(run_all, engine)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     starts = range(0, len(found[SET]), TOGETHER)
@@ -333,6 +351,7 @@ def measure_padding(
 
 
 def options_of_padding(options: Options, precision: Any, folder: str) -> SentimentConfig:
+    """The options of this engine's run for the padding part, on random rows or on --data."""
     shape = SHAPES[options.shape.split(",")[0]]
     cfg = options_of(Fit("", shape, precision, options.device, folder, dropout=options.dropout))
     if not options.data:
@@ -350,11 +369,13 @@ def options_of_padding(options: Options, precision: Any, folder: str) -> Sentime
 
 
 def longest_of(task: Any) -> int:
+    """Tokens in the longest row of the training and validation rows."""
     return int(max(task.train.lengths.max(), task.val.lengths.max()))
 
 
 def amounts_of(batches: Sequence[StepBatches]) -> dict[str, Any]:
-    """Rows, tokens and padded tokens of all, and what they are padded to."""
+    """The total rows, tokens and padded tokens of all batches, and the padded lengths that
+    occur."""
     total = {
         name: sum(data.amounts[name] for data in batches)
         for name in ("rows", "tokens", "padded_tokens")
@@ -363,17 +384,18 @@ def amounts_of(batches: Sequence[StepBatches]) -> dict[str, Any]:
 
 
 def run_all(engine: Engine, batches: Sequence[StepBatches]) -> float:
-    """Seconds of a step on each."""
+    """The seconds of one step on each batch."""
     began = time.perf_counter()
     results = [engine(data) for data in batches]
     results[-1].loss.item()  # waits for the device
     return time.perf_counter() - began
 
 
-# --- in words
+# --- the report
 
 
 def report(record: dict[str, Any]) -> str:
+    """The tables of both parts, as Markdown."""
     padding = [row for row in record["cases"] if "batches" in row]
     steps = [row for row in record["cases"] if "batches" not in row]
     texts = [f"Classifiers, dropout {record['options']['dropout']:g}."]
@@ -404,6 +426,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def step_row(row: dict[str, Any]) -> list[str]:
+    """The cells of one trainer's row in the table of steps."""
     name = row["trainer"]
     if row["method"] == "lora":
         name = name.replace(THEIRS, f"{THEIRS} + peft")
@@ -414,6 +437,7 @@ def step_row(row: dict[str, Any]) -> list[str]:
 
 
 def padding_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """The rows of the padding table. `rows` starts with this engine's batches."""
     for row in rows:
         rates = spread(row["rows"] / s for s in row["seconds"])
         tokens, padded = (row[key] for key in ("tokens", "padded_tokens"))
@@ -426,11 +450,11 @@ def padding_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         ]
 
 
-# --- what is asked for
+# --- the command
 
 
 def cases_of(options: Options, device: str, native: str, folder: str) -> list[Fit]:
-    """UserError for a name that there is not."""
+    """The cases that the options ask for. Raises UserError for an unknown name."""
     shapes = known_names("--shape", options.shape, list(SHAPES))
     methods = known_names("--method", options.method, METHODS)
     usual = "fp32" if native == "fp32" else f"fp32,{native}"
@@ -442,6 +466,7 @@ def cases_of(options: Options, device: str, native: str, folder: str) -> list[Fi
 
 
 def measure(options: Options, results: Results) -> None:
+    """Measure all cases and the padding, and put each result into `results`."""
     device, native = results.record["device"], results.record["native"]
     options = dataclasses.replace(options, device=device)
     known = known_names("--against", options.against, [THEIRS, KEPT])
@@ -466,6 +491,7 @@ def measure(options: Options, results: Results) -> None:
 
 
 def main() -> None:
+    """Measure, write the result files after each case, and print the tables."""
     options = parse(Options, sys.argv[1:])
     outlive()
     if options.quick:

@@ -1,9 +1,9 @@
-"""Who is compared by benchmarks.peers, and at what: the shapes, and one function a trainer that
-builds its step.
+"""The contenders of benchmarks.peers: the shapes, and one function for each trainer that builds its
+step.
 
-Every trainer starts from the same weights, sees the same tokens and cuts its step into the same
-micro-batches. The trade-off of that: a trainer that would be faster in larger micro-batches than
-the others can hold does not show it.
+Every trainer starts from the same weights, sees the same tokens and splits its step into the same
+micro-batches. The trade-off: a trainer that would be faster with larger micro-batches than the
+others can hold does not show it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {
         "10M": Shape(6, 6, 384, 8192, 32, 256),
         "124M": Shape(12, 12, 768, 50257, 4, 512),
     },
-    "cuda": {  # the larger ones with shorter steps, so that one takes a second or less
+    "cuda": {  # larger models have fewer tokens in a step, so that it takes a second or less
         "micro": Shape(2, 2, 64, 1000, 2, 32, 2),
         "10M": Shape(6, 6, 384, 8192, 128, 256),
         "124M": Shape(12, 12, 768, 50257, 64, 1024, 8),
@@ -47,12 +47,12 @@ SHAPES = {
 }
 
 
-LARGE_CARD = 100e9  # bytes: with less, twice SMALL_ROWS do not fit where the logits are held whole
-SMALL_ROWS = 32 * 1024  # tokens of a micro-batch on such a card
+LARGE_CARD = 100e9  # bytes; below this, all logits of twice SMALL_ROWS do not fit
+SMALL_ROWS = 32 * 1024  # tokens in a micro-batch on a smaller card
 
 
 def fitting(shape: Shape, memory: int | None) -> Shape:
-    """The shape on a card of `memory` bytes (None: on a CPU): on a smaller one the same step in
+    """The shape for a card with `memory` bytes (None: a CPU). A smaller card gets the same step in
     smaller micro-batches."""
     tokens = shape.rows * shape.seq_len
     if memory is None or memory >= LARGE_CARD or tokens <= SMALL_ROWS:
@@ -64,7 +64,7 @@ def fitting(shape: Shape, memory: int | None) -> Shape:
 
 
 def tokens_of(case: Case) -> torch.Tensor:
-    """Random tokens of a step, (rows x accumulation, seq_len) int64, the same for all."""
+    """Random tokens for a step, (rows x accumulation, seq_len) int64, the same for all trainers."""
     import torch
 
     size = (case.shape.rows * case.shape.accumulation, case.shape.seq_len)
@@ -73,21 +73,23 @@ def tokens_of(case: Case) -> torch.Tensor:
 
 
 def targets_of(idx: torch.Tensor) -> torch.Tensor:
-    """Each token's successor; the last one's is unknown, as in transformers, which shifts its
-    labels itself."""
+    """Each token's successor, shaped like `idx`. The last target of a row is -100, because
+    transformers shifts its labels itself and so has none there."""
     import torch.nn.functional as F
 
     return F.pad(idx[:, 1:], (0, 1), value=-100)
 
 
-Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # mean loss of tokens and targets
+# from tokens and targets (B, T) to the mean loss
+Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 # --- this engine
 
 
 class Engine:
-    """step.TrainStep as trainer.train sets it up; the model is the same whenever it is built."""
+    """step.TrainStep, set up as trainer.train does it. Every Engine of a config has the same
+    model."""
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Engine:
         gc.freeze()
 
     def __call__(self, data: StepBatches) -> StepResult:
+        """Make one optimizer step on the batches of `data`."""
         from torch.nn.attention import sdpa_kernel
 
         with sdpa_kernel(self.backends, set_priority=True):
@@ -121,7 +124,7 @@ class Engine:
         return result
 
     def on_first_batch(self, rows: int) -> Step:
-        """The step on the rows of the task's first one."""
+        """A step that always uses the task's first batch, in micro-batches of `rows` rows."""
         from engine.loader import Loader
 
         loader = Loader(self.task, self.step.world, rows, steps=1)
@@ -136,7 +139,7 @@ class Engine:
 
 
 def ours(case: Case, **options: Any) -> Step:
-    """This engine's step on tokens that are made up. `options` are TrainConfig's."""
+    """This engine's step on random tokens. `options` are those of TrainConfig."""
     import numpy as np
 
     from engine import processes
@@ -176,7 +179,7 @@ def ours(case: Case, **options: Any) -> Step:
 
 
 def trained(case: Case, model: Any, loss_of: Loss) -> Step:
-    """The step of a trainer on random tokens, in micro-batches of (rows, seq_len)."""
+    """A trainer's step on random tokens, in micro-batches of (rows, seq_len)."""
     idx = tokens_of(case).to(device_of(case))
     both = (part.split(case.shape.rows) for part in (idx, targets_of(idx)))
     return step_of(case, model, list(zip(*both, strict=True)), loss_of)
@@ -188,8 +191,8 @@ def step_of(
     micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     loss_of: Loss,
 ) -> Step:
-    """Torch's fused AdamW, no decay on vectors, the norm clipped: as the peers' own examples train
-    them."""
+    """A step with torch's fused AdamW, no weight decay on vectors, and a clipped norm, as the
+    peers' own examples train."""
     import torch
 
     from engine.precision import autocast
@@ -219,13 +222,14 @@ def step_of(
 
 
 def compiled_if(compiled: bool, model: Any) -> Any:
+    """The model, under torch.compile if `compiled`."""
     import torch
 
     return torch.compile(model) if compiled else model
 
 
-def quiet() -> None:
-    """transformers without progress bars and warnings."""
+def silence_transformers() -> None:
+    """Turn off transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -233,6 +237,7 @@ def quiet() -> None:
 
 
 def plain(case: Case, compiled: bool) -> Step:
+    """The step of plain_gpt2.PlainGPT2."""
     from benchmarks.plain_gpt2 import PlainGPT2, load_hub
 
     model = PlainGPT2(case.shape.config)
@@ -241,6 +246,7 @@ def plain(case: Case, compiled: bool) -> Step:
 
 
 def transformers(case: Case, compiled: bool) -> Step:
+    """The step of transformers' GPT2LMHeadModel."""
     model = transformers_model(case)
     forward = compiled_if(compiled, model)
     return trained(
@@ -249,10 +255,11 @@ def transformers(case: Case, compiled: bool) -> Step:
 
 
 def transformers_model(case: Case) -> Any:
+    """transformers' GPT-2 with the case's weights in fp32, in training mode."""
     import torch
     from transformers import GPT2LMHeadModel
 
-    quiet()
+    silence_transformers()
     model: Any = GPT2LMHeadModel.from_pretrained(
         case.weights, attn_implementation="sdpa", dtype=torch.float32
     )
@@ -260,9 +267,11 @@ def transformers_model(case: Case) -> Any:
 
 
 def litgpt(case: Case, compiled: bool) -> Step:
-    """litgpt's blocks, head and chunked loss. It has no learned positions: they are added to its
-    embedding, and its rotary ones are set to none, so that it trains exact GPT-2 and its losses can
-    be checked."""
+    """The step of litgpt's blocks, head and chunked loss.
+
+    litgpt has no learned positions. They are added to its embedding, and its rotary positions are
+    turned off, so that it trains exactly GPT-2 and its losses can be checked.
+    """
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -293,7 +302,7 @@ def litgpt(case: Case, compiled: bool) -> Step:
     )
     model = GPT(config)
     model.transformer.wte = Embedding(shape.config.padded_vocab_size, shape.seq_len, shape.n_embd)
-    model.lm_head.weight = model.transformer.wte.weight  # its option tie_embeddings
+    model.lm_head.weight = model.transformer.wte.weight  # as litgpt's option tie_embeddings does
     theirs = {
         "norm_": "ln_",
         "attn.qkv": "attn.c_attn",
@@ -314,8 +323,8 @@ def litgpt(case: Case, compiled: bool) -> Step:
 
 
 def liger(case: Case, compiled: bool) -> Step:
-    """transformers' GPT-2 with Liger's layer norm and its fused head and loss; Liger has no patch
-    for GPT-2 itself."""
+    """The step of transformers' GPT-2 with Liger's layer norm and its fused head and loss. Liger
+    has no patch for GPT-2 itself."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
     from torch import nn
 
@@ -336,12 +345,13 @@ def liger(case: Case, compiled: bool) -> Step:
 
 
 def device_of(case: Case) -> torch.device:
+    """The device that the case runs on."""
     from engine import processes
 
     return processes.start(case.device).device
 
 
-# --- the list of them
+# --- the list of contenders
 
 HUGGING_FACE = "transformers.models.gpt2.modeling_gpt2"
 COMPILER = "torch._inductor.compile_fx"
@@ -355,7 +365,8 @@ PEERS = {
 
 
 def _all() -> Iterator[tuple[str, Trainer]]:
-    """The likely best first: a run that is cut short has compared with them."""
+    """All contenders by name, the likely fastest first, so that a run that is cut short has
+    measured those."""
     yield OURS, OWN
     for compiled, kept in ((True, False), (False, False), (True, True), (False, True)):
         for name, peer in PEERS.items():
@@ -373,7 +384,7 @@ def _all() -> Iterator[tuple[str, Trainer]]:
                     kept=kept,
                 ),
             )
-    # with what --compile gives on a CPU, where it is not the default
+    # this engine with --compile, which is not the default on a CPU
     compiled_step = functools.partial(ours, compile=True)
     imports = (*OWN.imports, COMPILER)
     yield (f"{OURS} compiled", Trainer(compiled_step, imports, ("cpu",), compiled=True, peer=False))

@@ -1,11 +1,11 @@
-"""Every way of decoding, beside transformers' where it has it:
+"""Compare every decoding method with transformers, if it has the method:
 
 python -m benchmarks.decoding [--quick] [--batch 1,8]
 
-All continue the same random prompts with the same random weights in one process and in turns:
-greedily, drawn, and by beam search beside transformers' generate, by contrastive search beside its
-definition written out with no cache. Where a method leaves no choice, the tokens must be equal in
-fp32 before a time counts.
+All contenders continue the same random prompts with the same random weights, in one process and in
+turns. Greedy decoding, sampling and beam search compete with transformers' generate. Contrastive
+search competes with its definition, written out without a cache. Methods without randomness must
+give equal tokens in fp32 before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.contenders import quiet
+from benchmarks.contenders import silence_transformers
 from benchmarks.harness import OURS, Results, alternate, cells, ratio, say, timed
 from benchmarks.machine import facts
 from benchmarks.table import markdown
@@ -46,7 +46,7 @@ STRATEGIES = {
     "mbr": DecodeConfig(decode="mbr", temperature=0.8, top_p=0.9, candidates=8),
     "ensemble": DecodeConfig(decode="ensemble", temperature=0.8, top_p=0.9, beams=3, candidates=8),
 }
-# the same in transformers' words
+# the same settings as arguments of transformers' generate
 THEIRS: dict[str, dict[str, Any]] = {
     "greedy": dict(do_sample=False),
     "sample": dict(do_sample=True, temperature=0.8, top_k=50, top_p=0.9),
@@ -68,15 +68,15 @@ class Options:
     shape: str = "10M,124M"
     """Shapes, comma-separated: micro, 10M, 124M."""
     batch: str = "1,8"
-    """Prompts generated together, comma-separated."""
+    """Numbers of prompts that are generated together, comma-separated."""
     decode: str = ",".join(STRATEGIES)
-    """Ways of decoding, comma-separated."""
+    """Decoding methods, comma-separated."""
     new_tokens: Count = 128
     """Tokens added to each prompt."""
     repetitions: Count = 5
-    """Turns of each; one for the search without a cache."""
+    """Turns of each contender. The search without a cache has one."""
     quick: bool = False
-    """A tiny shape, few tokens, two turns: does it work at all?"""
+    """A tiny shape, few tokens and two turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
     out: Where = "benchmarks/results"
@@ -89,8 +89,8 @@ Read = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 
 
 def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConfig) -> list[int]:
-    """Contrastive search as defined (Su et al. 2022), each text read from its beginning: what no
-    cache comes to."""
+    """Contrastive search as defined (Su et al. 2022), without a cache: every step reads each text
+    from its beginning. Returns the new ids."""
     import torch
     import torch.nn.functional as F
 
@@ -118,7 +118,7 @@ def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConf
 
 
 class Pair:
-    """A random model as this engine's and as transformers', and prompts for both."""
+    """A random model in this engine and in transformers, with prompts for both."""
 
     def __init__(self, config: GPTConfig, batch: int, new_tokens: int, device: torch.device):
         import torch
@@ -138,7 +138,7 @@ class Pair:
         self.device = device
 
     def contenders(self, decode: str) -> dict[str, Generate]:
-        """A function for each that continues the prompts; this engine first."""
+        """Functions that continue the prompts, by name, this engine first."""
         options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
         found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
         if decode in THEIRS:
@@ -179,25 +179,26 @@ class Pair:
 
 @dataclass
 class Words:
-    """In place of a tokenizer, for a model that has none: each id a word."""
+    """A substitute for the tokenizer of a model that has none: every id is a word."""
 
     vocab_size: int
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The ids as hexadecimal words."""
         return " ".join(f"{id:x}" for id in ids)
 
 
 def check(generators: dict[str, Generate]) -> None:
-    """Raise RuntimeError unless all give the same tokens."""
+    """Raise RuntimeError unless all contenders give the same tokens."""
     first, *others = [generate() for generate in generators.values()]
     if any(other != first for other in others):
-        raise RuntimeError("the tokens differ: nothing is compared")
+        raise RuntimeError("the tokens of the contenders differ, so they cannot be compared")
 
 
 def compare(
     shape: str, batch: int, options: Options, device: torch.device
 ) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """Each way of decoding, with the seconds of its contenders' turns."""
+    """Yields each decoding method, with the seconds of its contenders' turns."""
     import torch
 
     pair = Pair(SHAPES[shape], batch, options.new_tokens, device)
@@ -211,15 +212,16 @@ def compare(
         pair.theirs.to(torch.bfloat16)
     for decode, generators in named.items():
         say(f"{shape}, batch {batch}, {decode} ...")
-        if device.type == "cuda" or decode == "sample":  # the check warmed up the others
+        if device.type == "cuda" or decode == "sample":  # the check has warmed up all others
             for generate in generators.values():
                 generate()
-        # tokens come back to the host, so nothing is left to wait for
+        # generate returns tokens on the host, so the device is idle then
         turns = {name: timed(generate) for name, generate in generators.items()}
         yield decode, alternate(turns, range(options.repetitions), limits={NO_CACHE: 1})
 
 
 def report(record: dict[str, Any]) -> str:
+    """The table of all cases, as Markdown."""
     rows = []
     for case in record["cases"]:
         (_, ours), *others = case["seconds"].items()
@@ -239,6 +241,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure all cases, write the result files after each, and print the table."""
     options = parse(Options, sys.argv[1:])
     outlive()
     if options.quick:
@@ -247,7 +250,7 @@ def main() -> None:
     known_names("--decode", options.decode, STRATEGIES)
     from engine import processes
 
-    quiet()
+    silence_transformers()
     device = processes.start(options.device).device
     path = Path(options.out) / f"decoding-{device.type}.json"
     results = Results(path, facts(options.device), options, report)

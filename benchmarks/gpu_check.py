@@ -1,12 +1,12 @@
-"""Everything that needs a CUDA GPU, in order of worth:
+"""Run everything that needs a CUDA GPU, the most valuable parts first:
 
 make gpu-check  [WHEELS=FOLDER] [ARGS="--only correctness"]
 
-Each part is a command of its own with a time limit, so that one that hangs or fails costs the
-others nothing. A call lasts --minutes; the next one goes on where it ended, also on another machine
-of the same kind if --out is carried there. Tests run several at a time, measurements alone.
-`--rehearse` runs every part tiny on a CPU: it shows that the commands work, and measures nothing.
-The trade-off: every part starts Python anew, some ten seconds each.
+Each part is a command with a time limit, so a part that hangs or fails does not stop the others. A
+call lasts --minutes. The next call continues where it stopped, even on another machine of the same
+kind if --out is copied there. Tests run several at a time, measurements run alone. `--rehearse`
+runs every part tiny on a CPU, which shows that the commands work but measures nothing. The
+trade-off: every part starts a new Python, which takes some ten seconds.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from benchmarks.runs import (
 from benchmarks.table import markdown
 from config import Positive, Where
 
-SHORTEST = 60.0  # seconds: with less left, a part that a later call goes on with is not begun
-PATIENCE = 2.5  # a part is ended after this many times its expected seconds: it hangs
-CALLS = 3  # that the plan shows
-TAIL = 4000  # characters of a part's output that are kept in the JSON file
-CORES_EACH = 3  # of a test that runs beside others: it waits for compilers most of the time
-AT_ONCE = 5  # tests at most: the GPU's memory is shared
+SHORTEST = 60.0  # with fewer seconds left, a part that later calls can continue does not start
+PATIENCE = 2.5  # a part that takes this many times its expected seconds hangs, and is ended
+CALLS = 3  # the forecast shows this many calls
+TAIL = 4000  # characters of a part's output to keep in the JSON file
+CORES_EACH = 3  # for a test beside others, which mostly waits for compilers
+AT_ONCE = 5  # largest number of tests at a time, because they share the GPU's memory
 REHEARSAL = (
     "a rehearsal on a CPU with tiny sizes: it shows that the commands work, and measures nothing"
 )
@@ -61,52 +61,51 @@ class Options:
     """Options of the check."""
 
     only: str | None = None
-    """Parts or groups of parts, comma-separated. Default: all."""
+    """Parts or groups of parts to run, comma-separated. Default: all."""
     minutes: Positive = 9.0
-    """Time of this call; the next call goes on."""
+    """Length of this call. The next call continues."""
     again: bool = False
-    """Run also what was done before, from its beginning."""
+    """Run parts again that are done, from their beginning."""
     rehearse: bool = False
-    """Run every part's command tiny on the CPU, to see that it works; measures nothing."""
+    """Run every part's command tiny on the CPU, to check that it works. Measures nothing."""
     out: Where = "benchmarks/results/gpu"
     """Folder for gpu-check.json, gpu-check.md and gpu-check.log."""
     cache: Where | None = None
-    """Folder for what is compiled and what parts write, gigabytes. Default: cache in --out."""
+    """Folder for compiled code and the parts' output, several gigabytes. Default: cache in
+    --out."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command: words after `python`. Its JSON files are its result.
+    """A command: the words after `python`. Its result is the JSON files that it writes.
 
-    In the words {out} is a folder of its own, {minutes} the time it has and {engine} a hash of the
-    engine's source.
+    In the words, {out} stands for a folder of the part's own, {minutes} for the time it has, and
+    {engine} for a hash of the engine's source.
     """
 
     group: str
     name: str
     words: tuple[str, ...]
-    packages: tuple[str, ...] = NEEDED  # beside torch and triton
-    seconds: float = 60.0  # expected of an H100 and 16 cores
-    beside: bool = (
-        False  # it may run beside others: it measures nothing, and needs little of the GPU's memory
-    )
-    unfinished: str | None = (
-        None  # it goes on where it was cut off; its output has this where it cut itself off
-    )
+    packages: tuple[str, ...] = NEEDED  # needed besides torch and triton
+    seconds: float = 60.0  # expected with an H100 and 16 cores
+    # may run beside other parts, because it measures nothing and needs little GPU memory
+    beside: bool = False
+    # None: the part cannot be continued. Else text in its output that says that it stopped early;
+    # "" if it never stops itself.
+    unfinished: str | None = None
     rehearsal: tuple[str, ...] = ()  # words that make it run tiny, on a CPU
 
     @property
     def least(self) -> float:
-        """Seconds without which it is not begun."""
+        """With fewer seconds than this left, the part does not start."""
         return min(self.seconds, self.seconds if self.unfinished is None else SHORTEST)
 
 
-# --- what is run
+# --- the parts
 
 
 def peers(shape: str, *against: str) -> tuple[str, ...]:
-    """The words of the comparison with other trainers at one shape, which goes on where it was cut
-    off."""
+    """The words of benchmarks.peers at one shape. It resumes an interrupted comparison."""
     words = ("-m", "benchmarks.peers", "--device", "cuda", "--shape", shape, "--seconds", "8")
     return (*words, "--against", ",".join(against), "--resume", "--out", "{out}")
 
@@ -124,8 +123,8 @@ LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--
 LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")
 TINY_LADDER = (*QUICK, "--preset", "micro", "--only", "baseline,compile", "--steps", "4")
 DECODING = ("-m", "benchmarks.decoding", "--device", "cuda", "--out", "{out}")
-# What replaces assumptions, then comparisons. A rehearsal compiles one peer: that takes a minute on
-# a CPU.
+# First figures that replace assumptions, then comparisons. A rehearsal compiles one peer, which
+# takes a minute on a CPU.
 MEASUREMENTS = (
     Part("kernels", "kernels-first", (*KERNELS, *FIRST), seconds=110, rehearsal=QUICK),
     Part("kernels", "kernels-rest", (*KERNELS, *REST), seconds=100, rehearsal=QUICK),
@@ -152,7 +151,7 @@ MEASUREMENTS = (
         "decoding", "decoding", DECODING, (*NEEDED, "transformers"), seconds=240, rehearsal=QUICK
     ),
 )  # fmt: skip
-# Tests of tests/test_gpu.py that run whole programs several times; the others take 70.
+# Seconds of tests in tests/test_gpu.py that run whole programs several times. The others take 70.
 LONG = {
     "test_classifiers_have_the_losses_of_the_cpu": 350,
     "test_every_method_of_fine_tuning_has_the_losses_of_the_cpu": 310,
@@ -161,25 +160,33 @@ LONG = {
 
 
 def all_parts() -> list[Part]:
-    """Correctness, then the measurements. The seconds are estimates until they were measured."""
+    """The correctness parts, then the measurements. Their seconds are estimates where nothing was
+    measured yet."""
     return [*correctness(), *MEASUREMENTS]
 
 
 def correctness() -> list[Part]:
-    """The tests for a GPU, and the kernels' own tests, which are not interpreted there.
+    """The tests that need a GPU, and the kernels' own tests, which a GPU compiles instead of
+    interpreting.
 
-    Those of tests/test_gpu.py that run whole programs are a part each; those that fill the GPU's
-    memory have "memory" in their name. The longest come first, so that none ends long after the
-    others, and those that need the GPU alone come last.
+    Tests of tests/test_gpu.py that run whole programs are one part each. Tests that fill the GPU's
+    memory have "memory" in their name and run alone, last. The longest come first, so that no test
+    still runs long after the others have ended.
     """
     text = (REPO / "tests" / "test_gpu.py").read_text(encoding="utf-8")
     programs = re.findall(r"^def (test_\w+)\([^)]*\brun\b", text, re.MULTILINE)
     rest = ("-m", "gpu", "tests/test_gpu.py", "-k", f"not ({' or '.join(programs)})")
-    tests: list[tuple[str, tuple[str, ...], tuple[str, ...], float]] = [("steps", rest, (), 300)]
-    for file in sorted((REPO / "kernels").glob("[!_]*.py")):
-        tests.append((f"test_{file.stem}", (f"tests/kernels/test_{file.stem}.py",), (), 70))
-    for name in programs:
-        tests.append((name, (f"tests/test_gpu.py::{name}",), OF_PROGRAMS, LONG.get(name, 70)))
+    tests: list[tuple[str, tuple[str, ...], tuple[str, ...], float]] = [
+        ("steps", rest, (), 300),
+        *(
+            (f"test_{file.stem}", (f"tests/kernels/test_{file.stem}.py",), (), 70)
+            for file in sorted((REPO / "kernels").glob("[!_]*.py"))
+        ),
+        *(
+            (name, (f"tests/test_gpu.py::{name}",), OF_PROGRAMS, LONG.get(name, 70))
+            for name in programs
+        ),
+    ]
     parts = [
         Part(
             "correctness", name, (*PYTEST, *words), (*NEEDED, "pytest", *packages), seconds,
@@ -190,17 +197,16 @@ def correctness() -> list[Part]:
     return sorted(parts, key=lambda part: (not part.beside, -part.seconds))
 
 
-# --- when it is run
+# --- the schedule
 
 
 def begun_in(parts: Sequence[Part], seconds: float, at_once: int) -> Iterator[tuple[Part, float]]:
-    """The parts that a call of so many seconds begins, and how long each has: what the others leave
-    it.
+    """The parts that a call of `seconds` starts, each with the seconds that are left for it.
 
-    Parts come in turn; one that no longer fits leaves its place to the next. The first is begun in
-    any case.
+    Parts start in order. A part that does not fit into the remaining time lets the next one try.
+    Parts that can start at once always do.
     """
-    free = [0.0] * at_once  # when each place is free again
+    free = [0.0] * at_once  # the time at which each slot becomes free
     for part in parts:
         start = min(free) if part.beside else max(free)
         if start and seconds - start < part.least:
@@ -214,7 +220,8 @@ def begun_in(parts: Sequence[Part], seconds: float, at_once: int) -> Iterator[tu
 
 
 def forecast(parts: Sequence[Part], seconds: float, at_once: int, calls: int = CALLS) -> list[str]:
-    """One line a call: which parts it takes; and one for those that come after."""
+    """One line for each of the next `calls` calls with the parts that it runs, and one line for the
+    parts after them."""
     import dataclasses
 
     todo, lines = list(parts), []
@@ -238,7 +245,7 @@ def forecast(parts: Sequence[Part], seconds: float, at_once: int, calls: int = C
 
 
 class Check:
-    """Runs parts and keeps gpu-check.json, .md and .log, which a later call goes on from."""
+    """Runs parts, and writes gpu-check.json, .md and .log, which a later call continues from."""
 
     def __init__(self, options: Options, facts: dict[str, Any], at_once: int = 1):
         self.out, self.rehearse, self.at_once = Path(options.out), options.rehearse, at_once
@@ -248,7 +255,7 @@ class Check:
         self.engine = str(facts.get("engine", "engine"))
         self.log = self.out / f"{stem}.log"
         self.results = Results(self.out / f"{stem}.json", facts, options, report)
-        # --out may be emptied between two calls
+        # a copy, because --out may be emptied between two calls
         self.copy = self.cache / f"{stem}.json"
         if self.copy.exists():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -257,7 +264,8 @@ class Check:
         self.lock = threading.Lock()
 
     def run(self, parts: Sequence[Part], minutes: float, again: bool = False) -> bool:
-        """Run `parts` that are not done, in turn, for `minutes`; whether all are done."""
+        """Run the `parts` that are not done, in order, for `minutes`. Returns whether all are
+        done."""
         ends = time.monotonic() + 60 * minutes
         todo = [part for part in parts if again or not self.done(part)]
         for part in todo:
@@ -276,6 +284,7 @@ class Check:
         return all(map(self.done, parts))
 
     def done(self, part: Part) -> bool:
+        """Whether the part has run to its end without a failure."""
         return self._record(part)["result"] == "done"
 
     def _record(self, part: Part) -> dict[str, Any]:
@@ -294,7 +303,7 @@ class Check:
         return self.cache / "parts" / part.name
 
     def _take(self, part: Part, ends: float, first: bool) -> None:
-        """Run a part where the time suffices."""
+        """Run a part if there is enough time for it. The first part of a call runs in any case."""
         left = ends - time.monotonic()
         if left < part.least and not (first and left > 0):
             return
@@ -302,7 +311,8 @@ class Check:
         self._put(part, self._attempt(part, limit))
 
     def _attempt(self, part: Part, limit: float) -> dict[str, Any]:
-        """Run a part once; its record, with what its tries before have cost."""
+        """Run a part once. Returns its record, in which seconds and tries include earlier
+        attempts."""
         folder, before = self._folder(part), self._record(part)
         folder.mkdir(parents=True, exist_ok=True)
         restore(folder, before["files"])
@@ -347,8 +357,8 @@ class Check:
         }
 
     def _environment(self, part: Part) -> dict[str, str]:
-        """Compilers keep what they make from one part to the next, and leave cores to the tests
-        beside."""
+        """The environment of a part. Parts share the compilers' caches, and a test beside others
+        compiles on few cores."""
         more = {
             "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor",
             "TRITON_CACHE_DIR": f"{self.cache}/triton",
@@ -361,7 +371,7 @@ class Check:
         return os.environ | more
 
 
-# of a part; its result comes to be done, failed or timed out
+# The record of a part that has not run. Its other results are done, failed and timed out.
 NOT_RUN: dict[str, Any] = {
     "result": "not run",
     "command": "",
@@ -374,7 +384,7 @@ NOT_RUN: dict[str, Any] = {
 
 
 def report(record: dict[str, Any]) -> str:
-    """One row a part, with the last line of what it printed."""
+    """The table of parts, as Markdown, with the last line that each part printed."""
     rows = []
     for case in record["cases"]:
         lines = [line.strip(" =|") for line in case["output"].splitlines() if line.strip(" =|")]
@@ -386,7 +396,8 @@ def report(record: dict[str, Any]) -> str:
 
 
 def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts that follow one another and may run beside one another; each of the others alone."""
+    """Groups of consecutive parts that may run side by side. Every other part is a group of its
+    own."""
     batch: list[Part] = []
     for part in parts:
         if batch and not (part.beside and batch[-1].beside):
@@ -398,14 +409,15 @@ def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 
 def filled(word: str, values: dict[str, str]) -> str:
+    """The word with the placeholders replaced by their values."""
     for name, value in values.items():
         word = word.replace(name, value)
     return word
 
 
 def json_files(folder: Path) -> dict[str, Any]:
-    """The figures in a part's folder by path, those of a ladder's runs too; not its caches and
-    models."""
+    """The JSON files in a part's folder by path, including those of a ladder's runs, but not caches
+    and models."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.json"))]
     return {
         str(path): read_json(folder / path)
@@ -415,7 +427,8 @@ def json_files(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, files: dict[str, Any]) -> None:
-    """Write what an earlier call on another machine recorded, so that the part goes on from it."""
+    """Write the JSON files that an earlier call recorded, maybe on another machine, so that the
+    part continues from them."""
     for name, value in files.items():
         path = folder / name
         if value is not None and not path.exists():
@@ -423,17 +436,17 @@ def restore(folder: Path, files: dict[str, Any]) -> None:
             write_json(path, value)
 
 
-# --- before it begins
+# --- the command
 
 
 def lack(part: Part) -> str:
-    """What of its packages is not installed, in words; nothing where all are."""
+    """Which of the part's packages are not installed, as text. Empty if all are."""
     lacking = [package for package in part.packages if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
 
 def asked_for(only: str | None, parts: Sequence[Part]) -> list[Part]:
-    """The parts that --only names, by themselves or by their group. Raises UserError."""
+    """The parts that --only names, by part or by group. Raises UserError for an unknown name."""
     from config import known_names
 
     if only is None:
@@ -444,15 +457,17 @@ def asked_for(only: str | None, parts: Sequence[Part]) -> list[Part]:
 
 
 def main() -> int:
+    """Run the parts of this call and print the table. The exit code is 1 if parts are still to be
+    done."""
     import torch
 
     from base.cli import parse
     from base.console import outlive
     from base.machine import cores
-    from benchmarks.machine import elsewhere, engine_hash, facts
+    from benchmarks.machine import engine_hash, facts, in_own_process
     from config import UserError
 
-    # a background job ignores it, and so would its children
+    # a background job ignores SIGINT, and its children would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     options = parse(Options, sys.argv[1:])
     outlive()
@@ -463,7 +478,7 @@ def main() -> int:
         )
     if options.rehearse:
         print(f"This is {REHEARSAL}.", flush=True)
-    known = elsewhere(facts, "cpu" if options.rehearse else "cuda")
+    known = in_own_process(facts, "cpu" if options.rehearse else "cuda")
     known |= {"engine": engine_hash()}
     at_once = max(1, min(AT_ONCE, cores() // CORES_EACH))
     check = Check(options, known, at_once)
@@ -472,8 +487,8 @@ def main() -> int:
             print(f"{part.name} will not run; {reason}", flush=True)
     todo = [part for part in parts if not lack(part) and (options.again or not check.done(part))]
     print(
-        f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected of "
-        "an H100, 16 cores:"
+        f"calls of {options.minutes:g} minutes, {at_once} tests at a time; seconds as expected "
+        "with an H100 and 16 cores:"
     )
     print(
         "\n".join(forecast(todo, 60 * options.minutes, at_once)) or "everything is done", flush=True
@@ -481,7 +496,7 @@ def main() -> int:
     done = check.run(parts, options.minutes, options.again)
     print(check.results.text())
     if not done:
-        print("the same command goes on with what is not done")
+        print("repeat the command to run the parts that are not done")
     return int(not done)
 
 

@@ -1,14 +1,16 @@
-"""Every Triton kernel compiled for real cards on a machine that has none:
+"""Compile every Triton kernel for real cards on a machine that has none:
 
 python -m benchmarks.gpu_proof [--quick]
 
 The launch code of kernels/ runs on meta tensors, which have shapes but no bytes, under a driver
 that only names a GPU. Signatures, constants, warps and stages are therefore those of a real launch,
-and Triton's own ptxas makes the machine code. A kernel that a run refuses on a card
-(kernels.choose, choose_precision) is listed with the reason. Exit code 1 where another does not
-compile, spills more than SPILLS bytes a thread, or takes more shared memory than its card has or
-kernels/attention.py says. The trade-off: this proves neither results nor times, which only a GPU
-shows (gpu_check). kernels/fp8_linear.py is not here: its products are cuBLAS's.
+and Triton's own ptxas makes the machine code. Kernels that a run refuses on a card (kernels.choose,
+choose_precision) are listed with the reason. The exit code is 1 if any other kernel does not
+compile, spills more than SPILLS bytes per thread, or takes more shared memory than its card has or
+than kernels/attention.py says.
+
+The trade-off: this proves neither results nor times, which only a GPU can show (gpu_check).
+kernels/fp8_linear.py is left out, because its products are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ ARCHS = {
     100: "B200",
     120: "RTX 5090",
 }
-SPILLS = 64  # bytes a thread, stored and loaded
+SPILLS = 64  # bytes per thread, stored plus loaded
 HEADS, QUICK_HEADS = (32, 64, 80, 96, 128), (64, 128)
 WIDTHS, QUICK_WIDTHS = (128, 768, 1600), (768,)  # of the residual stream
-LOGITS = ((50304, 50257), (1024, 1000))  # columns of the padded and of the exact vocabulary
+LOGITS = ((50304, 50257), (1024, 1000))  # columns of the logits, and vocabulary size
 ROWS = 8192
 TENSOR_CORES = ("tcgen05.mma", "wgmma", "mma.sync")  # PTX's instructions
 
@@ -71,57 +73,60 @@ class Options:
     kernels: tuple[str, ...] = ()
     """Kernels to compile. Default: all."""
     quick: bool = False
-    """bf16 alone, heads of 64 and 128 with documents, one width."""
+    """Only bf16, heads of 64 and 128 with documents, and one width."""
     out: Where = "benchmarks/results"
     """Folder for gpu-proof.json and gpu-proof.md."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is launched: a kernel's forward and backward pass in one precision and one shape."""
+    """What is launched: the forward and backward pass of a kernel in one precision and one
+    shape."""
 
     kernel: str
     precision: str
     size: int = 0  # head_dim, or columns
     documents: bool = False
-    autocast: bool = False  # a residual stream of fp32 under products of 16 bits
+    autocast: bool = False  # the residual stream is fp32, the products have 16 bits
 
     @property
     def group(self) -> str:
-        """The row of the table."""
+        """The table's row that this case belongs to."""
         heads = f", heads of {self.size}" if self.kernel == "attention" else ""
         return f"{self.kernel}, {self.precision}" + (" autocast" if self.autocast else "") + heads
 
     @property
     def name(self) -> str:
+        """The name of the case, unique among the cases of an architecture."""
         size = f", {self.size} wide" if self.kernel not in ("attention", "adamw") else ""
         return self.group + size + (", documents" if self.documents else "")
 
 
 @dataclass
 class Row:
-    """One kernel as it was compiled, or why it was not."""
+    """One compiled kernel, or the reason why it was not compiled."""
 
     arch: int
     case: str
     group: str
     kernel: str = ""
-    result: str = "compiled"  # or refused, or failed
+    result: str = "compiled"  # compiled, refused or failed
     reason: str = ""
     warps: int = 0
     stages: int = 0
-    registers: int = 0  # a thread
-    spilled: int = 0  # bytes a thread, stored and loaded
-    shared: int = 0  # bytes a program
+    registers: int = 0  # per thread
+    spilled: int = 0  # bytes per thread, stored plus loaded
+    shared: int = 0  # bytes per program
     tensor_cores: str = ""
-    notes: str = ""  # ptxas's numbers for products that wait for each other
+    notes: str = ""  # ptxas's warnings of products that wait for each other
 
 
-# --- what is compiled
+# --- the launches
 
 
 def cases(kernel: str, quick: bool) -> Iterator[Case]:
-    """The shapes of GPT-2's sizes and around them, in every precision that a run may have."""
+    """The shapes of GPT-2's sizes and others around them, in every precision that a run may
+    have."""
     precisions = ("bf16",) if quick else ("bf16", "fp16", "tf32", "fp32")
     widths = QUICK_WIDTHS if quick else WIDTHS
     for precision in precisions:
@@ -132,7 +137,7 @@ def cases(kernel: str, quick: bool) -> Iterator[Case]:
                     for documents in ((True,) if quick else (False, True))
                 )
         elif precision == "tf32":
-            continue  # the others multiply nothing: as fp32
+            continue  # other kernels have no matrix products, so tf32 is the same as fp32
         elif kernel == "cross_entropy":
             yield from (
                 Case(kernel, precision, columns) for columns, _ in LOGITS[: 1 if quick else None]
@@ -145,13 +150,14 @@ def cases(kernel: str, quick: bool) -> Iterator[Case]:
             yield from (Case(kernel, precision, 4 * width) for width in widths)
         elif kernel != "adamw":
             raise ValueError(f"no shapes are given for the kernel {kernel}")
-        elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 where weights are cast once
+        elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 with cast-once
             yield Case(kernel, precision)
     if kernel == "layer_norm" and not quick:  # --without cast-once
         yield from (Case(kernel, "bf16", width, autocast=True) for width in widths)
 
 
 def launch_attention(case: Case) -> None:
+    """Launch both passes of attention on a packed qkv."""
     import torch
 
     import kernels.attention as module
@@ -160,11 +166,12 @@ def launch_attention(case: Case) -> None:
     B, T, H, D = 64, 1024, 12, case.size
     qkv, out = meta(B, T, 3, H, D, dtype=dtype_of(case)), meta(B, T, H, D, dtype=dtype_of(case))
     bounds = meta(2, B, T, dtype=torch.int32) if case.documents else None
-    within(module._attention)(qkv, bounds)
-    within(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
+    undecorated(module._attention)(qkv, bounds)
+    undecorated(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
 
 
 def launch_cross_entropy(case: Case) -> None:
+    """Launch both passes of cross-entropy, and the form that overwrites its logits."""
     import torch
 
     import kernels.cross_entropy as module
@@ -173,11 +180,12 @@ def launch_cross_entropy(case: Case) -> None:
     logits, row = meta(ROWS, case.size, dtype=dtype_of(case)), meta(ROWS)
     targets = meta(ROWS, dtype=torch.int64)
     module.cross_entropy_in_place(logits, targets, vocab_size)
-    within(module._forward)(logits, targets, vocab_size)
-    within(module._backward)(row, logits, targets, row, row, vocab_size)
+    undecorated(module._forward)(logits, targets, vocab_size)
+    undecorated(module._backward)(row, logits, targets, row, row, vocab_size)
 
 
 def launch_layer_norm(case: Case) -> None:
+    """Launch both passes of the layer norm, with and without a residual branch."""
     import torch
 
     import kernels.layer_norm as module
@@ -186,7 +194,7 @@ def launch_layer_norm(case: Case) -> None:
     x = meta(ROWS, case.size, dtype=torch.float32 if case.autocast else branch_dtype)
     branch, weight, row = x.to(branch_dtype), meta(case.size), meta(ROWS)
     other = branch_dtype if case.autocast else None
-    forward, backward = within(module._forward), within(module._backward)
+    forward, backward = undecorated(module._forward), undecorated(module._backward)
     forward(x, branch, weight, weight, 1e-5)
     forward(x, None, weight, weight, 1e-5)
     backward(x, x, x, weight, row, row, True, other, True)
@@ -194,15 +202,17 @@ def launch_layer_norm(case: Case) -> None:
 
 
 def launch_bias_gelu(case: Case) -> None:
+    """Launch both passes of bias and GELU."""
     import kernels.bias_gelu as module
 
     x, bias = meta(ROWS, case.size, dtype=dtype_of(case)), meta(case.size, dtype=dtype_of(case))
-    within(module._forward)(x, bias)
-    within(module._backward)(x, x, bias, True, True)
+    undecorated(module._forward)(x, bias)
+    undecorated(module._backward)(x, x, bias, True, True)
 
 
 def launch_adamw(case: Case) -> None:
-    """fp32 gradients, and with copies of the weights in bf16 gradients of bf16 too."""
+    """Launch AdamW and the gradient norm. Gradients are fp32, or bf16 with bf16 copies of the
+    weights."""
     import torch
 
     import kernels.adamw as module
@@ -233,12 +243,14 @@ LAUNCH: dict[str, Callable[[Case], None]] = {
 
 
 def meta(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized tensor on the meta device, fp32 by default."""
     import torch
 
     return torch.empty(shape, dtype=dtype or torch.float32, device="meta")
 
 
 def dtype_of(case: Case) -> torch.dtype:
+    """The dtype of the case's activations."""
     import torch
 
     from engine.precision import DTYPES
@@ -246,38 +258,43 @@ def dtype_of(case: Case) -> torch.dtype:
     return DTYPES.get(case.precision, torch.float32)
 
 
-def within(operator: Any) -> Callable[..., Any]:
-    """The function behind a torch.library.custom_op, which for meta tensors would only tell
-    shapes."""
+def undecorated(operator: Any) -> Callable[..., Any]:
+    """The function inside a torch.library.custom_op. The op itself would only compute shapes for
+    meta tensors."""
     return operator._init_fn
 
 
-# --- the compiler, in a process of its own
+# --- the compiler, which runs in worker processes
 
 
 class NoGPU:
-    """What Triton asks of a driver before it launches: here, for a GPU that is not there."""
+    """The part of a Triton driver that a launch uses, for a GPU that is not there."""
 
     def __init__(self, arch: int):
         self.arch = arch
 
     def get_current_device(self) -> int:
-        return self.arch  # compiled kernels are kept by device
+        """The architecture, because Triton caches compiled kernels by device."""
+        return self.arch
 
     def get_current_stream(self, device: int) -> int:
+        """The default stream."""
         return 0
 
     def get_current_target(self) -> Any:
+        """The target to compile for, with 32 threads in a warp."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.arch, 32)
 
     def get_device_interface(self) -> Any:
+        """torch's interface to CUDA, which Triton asks for."""
         import torch
 
         return torch.cuda
 
     def get_active_torch_device(self) -> torch.device:
+        """The device of the arguments."""
         import torch
 
         return torch.device("meta")
@@ -287,7 +304,8 @@ class NoGPU:
 def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
     """Inside, kernel[grid](...) compiles for `arch` and launches nothing.
 
-    Gives the kernels, each with what ptxas said of it."""
+    Yields a list that collects the kernels, each with ptxas's output.
+    """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -299,7 +317,7 @@ def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
         with contextlib.redirect_stdout(words):
             kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        if words.getvalue():  # a kernel that was compiled before has none
+        if words.getvalue():  # a kernel that is compiled already gives no output
             found.append((kernel, words.getvalue()))
         return kernel
 
@@ -312,7 +330,7 @@ def compiling(arch: int) -> Generator[list[tuple[Any, str]]]:
 
 
 def proof(arch: int, case: Case) -> list[Row]:
-    """The kernels of a case for a card of `arch`, as compiled; or a row that says why there are
+    """The rows of a case's kernels for the card of `arch`, or one row that says why there are
     none."""
     from kernels import _card
 
@@ -324,7 +342,7 @@ def proof(arch: int, case: Case) -> list[Row]:
         failed = []
         try:
             LAUNCH[case.kernel](case)
-        except Exception as error:  # of the compiler, of any kind
+        except Exception as error:  # the compiler raises errors of many kinds
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
             failed = [dataclasses.replace(row, result="failed", reason=reason)]
     most = limit(case, card)
@@ -332,7 +350,7 @@ def proof(arch: int, case: Case) -> list[Row]:
 
 
 def refusal(case: Case, card: Card) -> str | None:
-    """Why a run on this card does not take the kernel, in the engine's own words."""
+    """The engine's own reason if a run on this card does not take the kernel, else None."""
     import torch
 
     from engine.precision import choose_precision
@@ -350,7 +368,7 @@ def refusal(case: Case, card: Card) -> str | None:
 
 
 def limit(case: Case, card: Card) -> int:
-    """Bytes of shared memory that a program may take."""
+    """The largest number of bytes of shared memory that a program may take."""
     if case.kernel != "attention":
         return card.shared_memory
     from kernels.attention import KernelTiles, choose_tiles
@@ -361,7 +379,7 @@ def limit(case: Case, card: Card) -> int:
 
 
 def examined(row: Row, kernel: Any, words: str) -> Row:
-    """`row` with the figures of a compiled kernel; `words` are ptxas's."""
+    """`row` with the figures of a compiled kernel. `words` is ptxas's output."""
 
     def count(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, words)))
@@ -384,25 +402,26 @@ def examined(row: Row, kernel: Any, words: str) -> Row:
 
 
 def judged(row: Row, card: Card, limit: int) -> Row:
-    """`row`, failed where the kernel spills or does not fit."""
+    """`row`, marked as failed if the kernel spills or does not fit."""
     faults = []
     if not row.registers:
-        faults.append("ptxas told no registers")
+        faults.append("ptxas printed no number of registers")
     if row.spilled > SPILLS:
         faults.append(f"spills {row.spilled} bytes")
     if row.shared > card.shared_memory:
         faults.append(
-            f"takes {row.shared} bytes of shared memory where {card.name} has {card.shared_memory}"
+            f"takes {row.shared} bytes of shared memory, but {card.name} has {card.shared_memory}"
         )
     elif row.shared > limit:
         faults.append(
-            f"takes {row.shared} bytes of shared memory where kernels/attention.py says {limit}"
+            f"takes {row.shared} bytes of shared memory, but kernels/attention.py says {limit}"
         )
     return dataclasses.replace(row, result="failed", reason="; ".join(faults)) if faults else row
 
 
 def versions_of_tools() -> dict[str, str]:
-    """Of Triton and its assemblers. Raises UserError where they are missing."""
+    """The versions of Triton's assemblers. Raises UserError if Triton or an assembler is
+    missing."""
     try:
         from triton import knobs
     except ImportError:
@@ -418,11 +437,11 @@ def versions_of_tools() -> dict[str, str]:
         ) from None
 
 
-# --- all of it
+# --- the command
 
 
 def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
-    """Compile everything on two cores at most, and tell what is done."""
+    """Compile all cases in at most two processes, and report each on standard error."""
     work = [(arch, case) for arch in archs for name in names for case in cases(name, quick)]
     rows: dict[int, list[Row]] = {}
     began = time.perf_counter()
@@ -433,7 +452,7 @@ def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
             arch, case = work[futures[done]]
             try:
                 found = done.result()
-            except Exception as error:  # the compiler took the process with it
+            except Exception as error:  # the compiler may kill its process
                 found = [Row(arch, case.name, case.group, result="failed", reason=str(error))]
             rows[futures[done]] = found
             seconds = time.perf_counter() - began
@@ -446,7 +465,7 @@ def run(archs: Iterable[int], names: Iterable[str], quick: bool) -> list[Row]:
 
 
 def cell(rows: list[Row]) -> str:
-    """The worst of a card's kernels in one row of the table."""
+    """The worst figures of a card's kernels, for one cell of the table."""
     if not rows:
         return ""
     if failed := sum(row.result == "failed" for row in rows):
@@ -461,7 +480,7 @@ def cell(rows: list[Row]) -> str:
 
 
 def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
-    """The table of cards by kernels, what is refused and what failed."""
+    """The table of kernels by cards, then what was refused and what failed."""
     groups = dict.fromkeys(row.group for row in rows)
     lines = [
         [
@@ -504,7 +523,8 @@ def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
 
 
 def write(folder: Path, rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
-    """gpu-proof.json, a row on a line, and gpu-proof.md; returns the latter's text."""
+    """Write gpu-proof.json, one row per line, and gpu-proof.md. Returns the text of
+    gpu-proof.md."""
     text = report(rows, archs, facts)
     columns = [field.name for field in dataclasses.fields(Row)]
     head = json.dumps(facts | {"columns": columns})[:-1]
@@ -516,18 +536,22 @@ def write(folder: Path, rows: list[Row], archs: list[int], facts: dict[str, Any]
 
 
 def checked(options: Options) -> tuple[list[int], list[str]]:
-    """Architectures and kernels to compile. Raises UserError."""
+    """The architectures and kernels to compile. Raises UserError for an unknown one."""
     for arch in options.archs:
         if arch not in ARCHS:
-            raise UserError(f"--archs {arch}: there are {', '.join(map(str, ARCHS))}")
+            raise UserError(
+                f"--archs {arch} is unknown; it must be one of {', '.join(map(str, ARCHS))}"
+            )
     asked = known_names("--kernels", options.kernels, LAUNCH) or LAUNCH
     return sorted(set(options.archs)), [name for name in LAUNCH if name in asked]
 
 
 def main() -> int:
+    """Compile, write the result files and print the table. The exit code is 1 if a kernel
+    failed."""
     options = parse(Options, sys.argv[1:])
     archs, names = checked(options)
-    os.environ.pop("TRITON_INTERPRET", None)  # else nothing is ever compiled
+    os.environ.pop("TRITON_INTERPRET", None)  # else Triton interprets kernels and compiles nothing
     tools = versions_of_tools()
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}

@@ -1,9 +1,9 @@
-"""What all comparisons share: contenders take turns, ratios are of the same turn, and a result file
-is written after each case.
+"""What all comparisons share: turns, ratios, and result files.
 
-A benchmark says what is compared: its cases, its contenders (functions that take a turn each), the
-check that they agree, and the columns of its table. The trade-off of turns: each contender finds
-the caches as another left them, which is also what an interrupted machine does to all alike.
+A benchmark names its cases, its contenders (functions that take one turn each), the check that the
+contenders agree, and the columns of its table. Contenders take turns, ratios compare runs of the
+same turn, and the files are written after each case. The trade-off of turns: each contender finds
+the caches as the one before left them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from base.files import write_json
 from benchmarks.runs import now, read_json, say, write_report
 
 OURS = "this engine"
-MACHINE = ("device", "hardware", "driver", "versions", "settings")  # facts that --resume compares
+MACHINE = (
+    "device",
+    "hardware",
+    "driver",
+    "versions",
+    "settings",
+)  # facts that must be equal to resume a file
 
 Result = TypeVar("Result")
 
@@ -30,8 +36,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Turns:
-    """How many turns each contender takes: at least, at most, and the seconds to go on between the
-    two."""
+    """How many turns each contender takes: from `least` to `most`. After `least` turns they stop
+    when `seconds` are over."""
 
     least: int
     most: int
@@ -46,14 +52,14 @@ class Turns:
 
 
 class Budget:
-    """Seconds that `parts` of equal size share; what one part leaves goes to those after it."""
+    """Seconds shared equally by `parts`. Time that one part does not use goes to the later ones."""
 
     def __init__(self, seconds: float, parts: int, least: int, most: int):
         self.deadline, self.parts = time.monotonic() + seconds, parts
         self.least, self.most = least, most
 
     def turns(self, parts: int = 1) -> Turns:
-        """The turns of the next `parts` of them."""
+        """The turns for the next `parts` parts."""
         share = max(0.0, self.deadline - time.monotonic()) * parts / self.parts
         self.parts -= parts
         return Turns(self.least, self.most, share)
@@ -65,11 +71,11 @@ def alternate(
     limits: Mapping[str, int] | None = None,
     dropped: tuple[type[Exception], ...] = (),
 ) -> dict[str, list[Result]]:
-    """What each contender returned in its turns, A B A B: what else the machine does falls on all
-    alike.
+    """What each contender returned in its turns, in the order A B A B. A slow minute of the machine
+    then affects all of them.
 
-    `limits` are the turns of those that are too slow for more. A contender that raises an error in
-    `dropped` is left out, with the turns that it took.
+    `limits` gives a smaller number of turns to contenders that are slow. A contender that raises an
+    error in `dropped` is removed, with all of its results.
     """
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     for turn in turns:
@@ -84,7 +90,7 @@ def alternate(
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """A turn that returns the seconds of `work`, which waits for its device itself."""
+    """Make a turn that returns the seconds of `work`. `work` itself must wait for its device."""
 
     def turn() -> float:
         began = time.perf_counter()
@@ -98,19 +104,19 @@ def timed(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def spread(values: Iterable[float]) -> list[float]:
-    """Median, least and most."""
+    """The median, the least and the largest value."""
     ordered = sorted(values)
     return [statistics.median(ordered), ordered[0], ordered[-1]]
 
 
 def ratio(over: Iterable[float], under: Iterable[float]) -> list[float]:
-    """The spread of quotients of the same turn: a slow minute of the machine counts against
-    neither. The turns that only one of them took are left out."""
+    """The spread of the quotients `over / under` of the same turn, so that a slow minute of the
+    machine affects both. Turns that only one of them took are left out."""
     return spread(a / b for a, b in zip(over, under))
 
 
 def cells(figure: Sequence[float], form: str = ".2f") -> list[str]:
-    """A spread in two columns of a table."""
+    """A spread as two cells of a table: the median, and the range."""
     median, least, most = figure
     return [f"{median:{form}}", f"{least:{form}}-{most:{form}}"]
 
@@ -119,7 +125,8 @@ def cells(figure: Sequence[float], form: str = ".2f") -> list[str]:
 
 
 class Results:
-    """Facts, options and cases: a JSON file with all of it and, beside it, Markdown for people."""
+    """Facts, options and cases. A JSON file holds all of them, and a Markdown file beside it is for
+    people."""
 
     def __init__(
         self,
@@ -137,8 +144,8 @@ class Results:
         }
 
     def resume(self) -> None:
-        """Keep the cases that the file has of this machine with these versions; another one's file
-        is kept beside."""
+        """Load the cases of the file if it is from this machine with these versions. Keep any other
+        file under another name."""
         before = read_json(self.path) if self.path else None
         if not before or not self.path:
             return
@@ -153,12 +160,12 @@ class Results:
         )
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The case that has all of `key`."""
+        """The case that contains all items of `key`, or None."""
         return next((case for case in self.cases if key.items() <= case.items()), None)
 
     def put(self, key: dict[str, Any], figures: dict[str, Any]) -> None:
-        """Add a case, or replace the one of the same key, and write the files: an interrupted run
-        leaves what it has."""
+        """Add a case, or replace the one with the same key, and write the files. An interrupted run
+        then keeps its cases."""
         before = self.find(key)
         if before is None:
             self.cases.append(key | figures)
@@ -167,15 +174,17 @@ class Results:
         self.write()
 
     def write(self) -> None:
+        """Write the JSON and the Markdown file, if there is a path."""
         if self.path:
             write_report(self.path, self.record, self.text())
 
     def text(self) -> str:
+        """The report as Markdown: where and when it was measured, then the tables."""
         return f"{title(self.record)}\n\n{self.report(self.record)}\n"
 
 
 def title(record: dict[str, Any]) -> str:
-    """Where, when and with which versions it was measured."""
+    """The machine, the date and the versions of a measurement, as one sentence."""
     hardware = record["hardware"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items() if v)

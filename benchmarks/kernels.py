@@ -1,13 +1,15 @@
-"""Each operation of kernels/ beside PyTorch, torch.compile and Liger:
+"""Compare each operation of kernels/ with PyTorch, torch.compile and Liger:
 
 python -m benchmarks.kernels [--only NAME ...]
 
-An operation that waits for memory is counted in the fewest bytes that its forward and backward pass
-must move, one that computes in its floating-point operations, both beside what the same run gets
-from a large copy and a large matrix product. The forms of an operation take turns, A B A B, so that
-what else the machine does falls on all alike; nothing is timed before outputs and gradients agree.
-The trade-off: an operation alone is fed from memory and not from the one before it, so what a
-compiler gains by joining neighbours shows in benchmarks/peers.py and not here.
+An operation limited by memory counts the fewest bytes that its forward and backward pass must move.
+An operation limited by arithmetic counts its floating-point operations. Both are compared with what
+the same run reaches in a large copy and a large matrix product. The forms of an operation take
+turns, A B A B, so that a slow minute of the machine affects all of them. Nothing is timed before
+outputs and gradients agree.
+
+The trade-off: an operation that runs alone reads its inputs from memory, not from the operation
+before it. What a compiler gains by fusing neighbours shows in benchmarks/peers.py, not here.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ from model import GPT
 
 PYTORCH, CEILING = "PyTorch", "ceiling"
 OUT_OF_MEMORY = "not measured: out of memory"
-TURNS = Turns(3, 30, 6.0)  # of the forms of one operation
-# Of outputs and gradients, relative, as norms of the difference: fp32 sums in another order; bf16
-# rounds each element by 2^-9 on average, at a few places; FP8's formats move every factor by some
-# 3%, a gradient's by 5%.
+TURNS = Turns(3, 30, 6.0)  # for the forms of one operation
+# Largest norm of the difference over the norm, for outputs and gradients. fp32 sums in another
+# order. bf16 rounds each element by 2^-9 on average, at a few places. FP8 changes every factor by
+# some 3%, those of gradients by 5%.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FP8_TOLERANCE = 0.1
 
@@ -74,18 +76,20 @@ class Options:
     only: tuple[str, ...] = ()
     """Operations to measure. Default: all."""
     quick: bool = False
-    """Tiny shapes, two turns, nothing compiled: does it work at all?"""
+    """Tiny shapes, two turns and nothing compiled, to check that everything works."""
     out: Where = "benchmarks/results"
     """Folder for kernels-DEVICE.json and kernels-DEVICE.md."""
 
 
 @dataclass(frozen=True)
 class Size:
+    """The sizes of the operations on a device."""
+
     rows: int  # tokens
-    logit_rows: int  # tokens whose logits are held at once
+    logit_rows: int  # tokens whose logits are in memory at once
     model: GPTConfig  # block_size is the length of a sequence
-    document: int  # tokens in a document, where attention keeps to them
-    # bytes of the ceiling's copy, and of what is read between turns; larger than any cache
+    document: int  # tokens in a document, for attention within documents
+    # bytes of the ceiling's copy and of the buffer read between turns; larger than any cache
     copy: int
     product: int  # rows and columns of the ceiling's product
 
@@ -99,7 +103,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where it is measured, and why some forms cannot be there."""
+    """The device, dtype and sizes to measure with, and the reasons why some forms cannot run
+    there."""
 
     device: torch.device
     dtype: torch.dtype
@@ -110,13 +115,15 @@ class Place:
     no_fp8: str | None
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normally distributed values of the place's dtype on its device."""
         return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
 
     def targets(self, rows: int) -> Tensor:
+        """Random targets (rows,) int64."""
         return torch.randint(self.size.model.vocab_size, (rows,), device=self.device)
 
 
-Function = Callable[..., Sequence[Tensor]]  # from an operation's leaves to its outputs
+Function = Callable[..., Sequence[Tensor]]  # takes an operation's leaves, returns its outputs
 
 
 @dataclass(frozen=True)
@@ -125,41 +132,43 @@ class Form:
 
     make: Callable[[], Function]
     lacks: str | None = None  # why it cannot be measured here
-    direct: bool = False  # the function itself returns the gradients, or there are none
-    overwrites: bool = False  # its leaves: it gets a copy of them
+    direct: bool = False  # the function returns the gradients itself, or has none
+    overwrites: bool = False  # it overwrites its leaves, so it gets a copy of them
 
 
 @dataclass(frozen=True)
 class Operation:
+    """An operation at one shape, with its inputs and all forms that compute it."""
+
     shape: str
     work: float  # bytes or floating-point operations of forward and backward pass together
     ceiling: str  # a key of CEILINGS
-    leaves: tuple[Tensor, ...]  # whose gradients are computed
+    leaves: tuple[Tensor, ...]  # inputs that get gradients
     forms: dict[str, Form]
-    tolerance: float | None = None  # other than the usual of the type
-    # gradient of each output, drawn when a form first runs: 1 of a sum, as in training
+    tolerance: float | None = None  # None: that of the dtype in TOLERANCE
+    # gradient of each output, drawn when a form first runs; 1 for a sum, as in training
     incoming: list[Tensor] = field(default_factory=list)
 
 
-# --- what the machine does at its best, each a function that makes the work of one turn
+# --- the ceilings of the machine: each returns the work of one turn, and its amount
 
 
 def copy(place: Place) -> tuple[Function, float]:
-    """A function and the bytes that it moves."""
+    """A copy, and the bytes that it moves."""
     source = torch.randn(place.size.copy // 4, device=place.device)
     target = torch.empty_like(source)
     return lambda: [target.copy_(source)], 2.0 * place.size.copy
 
 
 def product(place: Place) -> tuple[Function, float]:
-    """A function and its floating-point operations."""
+    """A matrix product, and its floating-point operations."""
     n = place.size.product
     a, b = place.randn(n, n), place.randn(n, n)
     return lambda: [a @ b], 2.0 * n**3
 
 
 def fp8_product(place: Place) -> tuple[Function, float]:
-    """The same in FP8, the conversions left out."""
+    """Like `product`, but in FP8, without the conversions."""
     n = place.size.product
     (a, a_scale), (b, b_scale) = (
         kernels.fp8_linear.quantize(place.randn(n, n), torch.float8_e4m3fn) for _ in range(2)
@@ -172,13 +181,14 @@ def fp8_product(place: Place) -> tuple[Function, float]:
 CEILINGS = {"copy": copy, "product": product, "FP8 product": fp8_product}
 
 
-# --- the operations, each a function that makes its inputs and its forms
+# --- the operations: each function makes the inputs and the forms
 
 
 def usual(
     place: Place, eager: Function, triton: Function, liger: Form | None = None
 ) -> dict[str, Form]:
-    """PyTorch's operations, the same compiled, Liger's kernel where it has one, and ours."""
+    """The forms that most operations have: PyTorch's operations, the same compiled, Liger's kernel
+    if it has one, and this engine's kernel."""
     forms = {PYTORCH: Form(lambda: eager), "torch.compile": compiled(place, eager)}
     if liger:
         forms["Liger"] = liger
@@ -186,23 +196,25 @@ def usual(
 
 
 def compiled(place: Place, function: Function, lacks: str | None = None) -> Form:
+    """The function under torch.compile, unless `lacks` or the place says why it cannot run."""
     return Form(lambda: torch.compile(function, dynamic=False), lacks or place.no_compiler)
 
 
 def times(*sizes: int) -> str:
+    """The sizes as text, such as "8,192 x 768"."""
     return " x ".join(f"{size:,}" for size in sizes)
 
 
 def cross_entropy(place: Place) -> Operation:
-    """Logits are read once and their gradient is written, if the loss's own gradient is known: 1,
-    as of a sum."""
+    """Counts one read of the logits and one write of their gradient. That is enough if the loss's
+    own gradient is known, and for a sum it is 1."""
     ours, rows, model = kernels.cross_entropy, place.size.logit_rows, place.size.model
     V, logits, targets = (
         model.vocab_size,
         place.randn(rows, model.padded_vocab_size),
         place.targets(rows),
     )
-    logits[:, V:] = -torch.inf  # Liger knows of no padding
+    logits[:, V:] = -torch.inf  # Liger has no padding
 
     def make_liger() -> Function:
         from liger_kernel.ops import LigerCrossEntropyFunction
@@ -227,8 +239,8 @@ def cross_entropy(place: Place) -> Operation:
 
 
 def linear_cross_entropy(place: Place) -> Operation:
-    """Three products with the head's matrix: logits, gradient of the hidden states, gradient of the
-    head."""
+    """Counts three products with the head's matrix: for the logits, the gradient of the hidden
+    states, and the gradient of the head."""
     ours, rows, model = kernels.linear_cross_entropy, place.size.logit_rows, place.size.model
     V, padded, targets = model.vocab_size, model.padded_vocab_size, place.targets(rows)
     x, weight = place.randn(rows, model.n_embd), place.randn(padded, model.n_embd, scale=0.02)
@@ -236,7 +248,7 @@ def linear_cross_entropy(place: Place) -> Operation:
     def make_liger() -> Function:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
-        # Its sums in fp32, as ours are. It knows of no padding, so its head ends with the
+        # It sums in fp32, as ours does. It has no padding, so its head ends with the
         # vocabulary.
         settings: dict[str, Any] = dict(reduction="sum", accum_dtype=torch.float32)
         return lambda x, weight: [fused(x, weight[:V], targets, **settings)]
@@ -257,8 +269,8 @@ def linear_cross_entropy(place: Place) -> Operation:
 
 
 def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
-    """A product of a layer and the two of its gradients, as PyTorch makes them; widths in multiples
-    of n_embd."""
+    """A layer's product and the two for its gradients, by PyTorch. `inputs` and `outputs` are
+    multiples of n_embd."""
     rows, width = place.size.rows, place.size.model.n_embd
     sizes = rows, inputs * width, outputs * width
     x, weight = place.randn(*sizes[:2]), place.randn(*sizes[:0:-1], scale=0.02)
@@ -268,8 +280,8 @@ def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
 
 
 def layer_norm(place: Place) -> Operation:
-    """Two tensors in and two out, both ways; in the backward pass three in, since the norm's input
-    is one of them."""
+    """Counts two tensors read and two written in the forward pass, then three read and one written
+    in the backward pass, which also reads the norm's input."""
     rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
     tensors = [place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,))]
     ours = kernels.layer_norm.add_layer_norm
@@ -294,7 +306,8 @@ def layer_norm(place: Place) -> Operation:
 
 
 def bias_gelu(place: Place) -> Operation:
-    """One tensor in and one out, then two in and one out."""
+    """Counts one tensor read and one written in the forward pass, and two read and one written in
+    the backward pass."""
     rows, width = place.size.rows, 4 * place.size.model.n_embd
     x, bias = place.randn(rows, width), place.randn(width)
     ours = kernels.bias_gelu.bias_gelu
@@ -306,8 +319,8 @@ def bias_gelu(place: Place) -> Operation:
 
 
 def attention(place: Place, document: int | None = None) -> Operation:
-    """Two products over the pairs of query and key that are seen, and five more for the
-    gradients."""
+    """Counts two products over the visible pairs of query and key, and five more for the gradients.
+    `document` is the tokens in a document (None: no documents)."""
     size = place.size
     T, H, D = size.model.block_size, size.model.n_head, size.model.n_embd // size.model.n_head
     B, length = size.rows // T, document or T
@@ -339,16 +352,17 @@ def attention(place: Place, document: int | None = None) -> Operation:
 
 
 def attention_documents(place: Place) -> Operation:
+    """`attention` within documents."""
     return attention(place, place.size.document)
 
 
 def adamw(place: Place) -> Operation:
-    """Clip all gradients, update, round to bf16: 4 bytes for the norm, 16 in and 14 out for the
-    update."""
+    """Clip all gradients, update, and round to bf16. Counts 4 bytes per parameter for the norm, and
+    16 read and 14 written for the update."""
     with torch.device("meta"):
         shapes = [parameter.shape for parameter in GPT(place.size.model).parameters()]
     betas, eps, decay, clip = (0.9, 0.95), 1e-8, 0.1, 1.0
-    lr = 0.1  # so that a wrong update shows in the weights
+    lr = 0.1  # large, so that a wrong update shows in the weights
 
     def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters, gradients and bf16 copies, the same for every form."""
@@ -391,7 +405,7 @@ def adamw(place: Place) -> Operation:
     count = sum(shape.numel() for shape in shapes)
     forms = {
         PYTORCH: Form(make_eager, direct=True),
-        # 50 CPU seconds where it was tried, for a step that PyTorch itself has as one fused kernel.
+        # Compiling took 50 CPU seconds in a trial, for a step that PyTorch has as one fused kernel.
         "torch.compile": Form(make_eager, "a minute to compile so many tensors", direct=True),
         f"{OURS}, Triton": Form(make_triton, place.no_triton, direct=True),
     }
@@ -400,7 +414,7 @@ def adamw(place: Place) -> Operation:
 
 
 def fp8_linear(place: Place) -> Operation:
-    """The MLP's first layer: three products."""
+    """Counts the three products of the MLP's first layer."""
     rows, width = place.size.rows, place.size.model.n_embd
     x, bias = place.randn(rows, width), place.randn(4 * width)
     weight = place.randn(4 * width, width, scale=0.02)
@@ -434,10 +448,11 @@ OPERATIONS: dict[str, Callable[[Place], Operation]] = {
 # --- one run of a form
 
 
-Moment = Any  # a time that has come (CPU) or an event in the GPU's queue
+Moment = Any  # a time in seconds (CPU) or an event in the GPU's queue
 
 
 def moment(device: torch.device) -> Moment:
+    """The time now, or on a GPU an event that gets its time when the queue reaches it."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -446,12 +461,13 @@ def moment(device: torch.device) -> Moment:
 
 
 def seconds_between(first: Moment, second: Moment) -> float:
+    """The seconds from the first to the second moment. On a GPU both must have passed."""
     return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A form, built."""
+    """A form that is ready to run."""
 
     function: Function
     leaves: tuple[Tensor, ...]
@@ -460,8 +476,8 @@ class Contender:
     direct: bool
 
     def run(self) -> tuple[list[Tensor], list[Moment]]:
-        """Outputs and gradients; when it began, when the outputs and when the gradients were
-        there."""
+        """Outputs and gradients, and the moments of the start, of the outputs and of the
+        gradients."""
         moments = [moment(self.device)]
         with torch.set_grad_enabled(not self.direct):
             outputs = list(self.function(*self.leaves))
@@ -478,6 +494,7 @@ class Contender:
 
 
 def build(operation: Operation, form: Form, device: torch.device) -> Contender:
+    """Make a form ready to run. All forms share the leaves, except those that overwrite them."""
     mine = [leaf.detach().clone() if form.overwrites else leaf for leaf in operation.leaves]
     leaves = tuple(leaf.requires_grad_() for leaf in mine)
     return Contender(form.make(), leaves, operation.incoming, device, form.direct)
@@ -485,13 +502,14 @@ def build(operation: Operation, form: Form, device: torch.device) -> Contender:
 
 @functools.cache
 def buffer(device: torch.device, size: int) -> Tensor:
+    """A tensor of `size` bytes for `evict`, kept for all turns."""
     return torch.zeros(size // 4, device=device)
 
 
 def evict(place: Place) -> None:
-    """Fill the caches with something else, by reading: nothing is left to be written back.
+    """Fill the caches with other data, by reading, so that nothing must be written back.
 
-    On a GPU this also takes some milliseconds, in which the host queues what is timed next:
+    On a GPU this also takes some milliseconds. In that time the host queues the timed work, so
     launches do not count.
     """
     for _ in range(16 if place.device.type == "cuda" else 1):
@@ -499,7 +517,7 @@ def evict(place: Place) -> None:
 
 
 def turn(contender: Contender, place: Place) -> list[float]:
-    """Seconds of the forward and, where there is one, the backward pass."""
+    """The seconds of the forward pass, then of the backward pass if there is one."""
     evict(place)
     _, moments = contender.run()
     if place.device.type == "cuda":
@@ -508,8 +526,8 @@ def turn(contender: Contender, place: Place) -> list[float]:
 
 
 def peak_memory(contender: Contender) -> int | None:
-    """Bytes at the peak of one run beyond what was held before; None where the system does not
-    tell."""
+    """The bytes at the peak of one run, less those in use before. None if the system does not
+    say."""
     device = contender.device
     if not machine.forget_peak(device.type):
         return None
@@ -522,12 +540,12 @@ def peak_memory(contender: Contender) -> int | None:
 
 
 class Differs(Exception):
-    """A form computes something else."""
+    """A form computes something else than PyTorch."""
 
 
 def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Of norms, relative; NaN where anything is. Piece by piece: an fp32 copy of all logits may not
-    fit."""
+    """The largest relative difference of norms over all tensors, or NaN if any is NaN. It goes
+    piece by piece, because an fp32 copy of all logits may not fit."""
     worst = 0.0
     for a, b in zip(ours, reference, strict=True):
         pieces = zip(a.flatten().split(1 << 26), b.flatten().split(1 << 26), strict=True)
@@ -539,11 +557,11 @@ def largest_difference(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> f
 
 
 def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> dict[str, Any]:
-    """What is known before timing. The first to run fills `reference`; the others must agree with
-    it, else Differs."""
+    """Run a contender before timing. Returns its difference and peak memory. The first to run fills
+    `reference`. Raises Differs if a later one does not agree with it."""
     results, _ = contender.run()
     if not reference:
-        # a form may work on its results in place
+        # cloned, because a form may change its results later
         reference += [result.clone() for result in results]
     difference = largest_difference(results, reference)
     if not difference <= tolerance:
@@ -555,7 +573,8 @@ def try_out(contender: Contender, reference: list[Tensor], tolerance: float) -> 
 
 
 def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
-    """The rows of one operation, one a form: figures, or a note that says why there are none."""
+    """The rows of one operation, one per form, with figures or a note that says why there are
+    none."""
     torch.manual_seed(0)
     operation = OPERATIONS[name](place)
     rows: dict[str, dict[str, Any]] = {}
@@ -572,7 +591,7 @@ def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
                 contender, reference, operation.tolerance or TOLERANCE[place.dtype]
             )
             ready[label] = contender
-        except Exception as error:  # of other people's code as well
+        except Exception as error:  # other people's code raises anything
             rows[label]["note"] = OUT_OF_MEMORY
             if not is_out_of_memory(error):
                 traceback.print_exc()
@@ -582,7 +601,7 @@ def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
     ready[CEILING] = Contender(function, (), [], place.device, direct=True)
     ready[CEILING].run()
     each = {label: functools.partial(turn, of, place) for label, of in ready.items()}
-    # what fitted alone may not beside the others' inputs
+    # a form that fitted alone may not fit beside the others' inputs
     taken = alternate(each, turns, dropped=(torch.OutOfMemoryError,))
     ceiling = statistics.median(work / sum(passes) for passes in taken[CEILING])
     for label in ready.keys() - {CEILING}:
@@ -597,7 +616,7 @@ def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
 def figures(
     operation: Operation, mine: list[list[float]], first: list[list[float]] | None
 ) -> dict[str, Any]:
-    """Medians over turns; `first` are PyTorch's turns."""
+    """Medians over the turns. `first` holds PyTorch's turns."""
     passes = [statistics.median(column) for column in zip(*mine)]
     return {
         "unit": "B/s" if operation.ceiling == "copy" else "FLOP/s",
@@ -613,6 +632,7 @@ def figures(
 
 
 def report(record: dict[str, Any]) -> str:
+    """The table of all operations, as Markdown."""
     head = ("operation", "form", "forward ms", "backward ms", "rate", "least-most", "of ceiling")
     head += ("speed x", "least-most", "memory", "note")
     rows = map(list, map(table_row, record["cases"]))
@@ -627,6 +647,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def table_row(row: dict[str, Any]) -> Iterator[str]:
+    """The cells of one row."""
     yield f"{row['operation']}, {row['shape']}"
     yield row["form"]
     if "note" in row:
@@ -645,15 +666,16 @@ def table_row(row: dict[str, Any]) -> Iterator[str]:
 
 
 def number(x: float) -> str:
-    """Three digits at least."""
+    """The number as text with at least three digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def here(device: torch.device, quick: bool) -> Place:
+def make_place(device: torch.device, quick: bool) -> Place:
+    """The device with its sizes, and the reasons why some forms cannot run on it."""
     gpu = device.type == "cuda"
     size = SIZES["quick" if quick else device.type]
     if gpu and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD and not quick:
-        # PyTorch holds the logits seven times over
+        # PyTorch's form has seven copies of the logits in memory
         size = dataclasses.replace(size, logit_rows=size.logit_rows // 2)
     no_compiler = no_liger = no_fp8 = None
     if quick:
@@ -674,13 +696,15 @@ def here(device: torch.device, quick: bool) -> Place:
 
 
 def main() -> None:
+    """Measure the operations and print the table. Raises RuntimeError if one of this engine's forms
+    failed."""
     options = parse(Options, sys.argv[1:])
     outlive()
     known_names("--only", options.only, OPERATIONS)
     device = processes.start(options.device).device
     if device.type == "cpu":
-        set_allocator(keep_freed=True)  # as the engine does; alike for all forms
-    place = here(device, options.quick)
+        set_allocator(keep_freed=True)  # as the engine does; the same for all forms
+    place = make_place(device, options.quick)
     facts = machine.facts(options.device) | {"dtype": str(place.dtype).removeprefix("torch.")}
     path = Path(options.out) / f"kernels-{device.type}.json"
     results = Results(path, facts, options, report)
@@ -689,7 +713,7 @@ def main() -> None:
             say(f"{name} ...")
             for row in compare(name, place, Turns(2, 2) if options.quick else TURNS):
                 results.put({key: row[key] for key in ("operation", "form")}, row)
-            torch._dynamo.reset()  # lets go of compiled functions and what they hold
+            torch._dynamo.reset()  # frees compiled functions and what they hold
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print(results.text())

@@ -1,4 +1,5 @@
-"""The stages of benchmarks.stages as data, and how a machine runs them. Needs no torch."""
+"""The stages of benchmarks.stages as data, and how a machine runs them. It does not import
+torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from config import OPTIMIZATIONS
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the engine's options those that some stage changes, as the baseline has them."""
+    """The engine's options that some stage changes, with the values of the baseline."""
 
     device: str = "cpu"
     precision: str = "fp32"
@@ -21,10 +22,9 @@ class Settings:
     without: tuple[str, ...] = tuple(OPTIMIZATIONS)
     kernels: tuple[str, ...] = ()
     cuda_graphs: bool = False
-    accumulation: int | None = (
-        1  # micro-batches in a step, over all ranks; None: those that make the plan's batch
-    )
-    ranks: int | None = 1  # None, here and below: the plan's
+    # micro-batches in a step, over all ranks. None, here and below: the plan's value.
+    accumulation: int | None = 1
+    ranks: int | None = 1
     micro_batch: int | None = None
     steps: int | None = None
     profile: bool = False
@@ -32,13 +32,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stage:
+    """One optimization: what it changes, and what it needs."""
+
     name: str
     adds: str
-    # of Settings; "with" takes names off `without`, "kernel" adds one to `kernels`
+    # new values of Settings; "with" removes names from `without`, "kernel" adds one to `kernels`
     change: dict[str, Any]
-    needs: str = ""  # what some machines lack: a key of Machine.lacks, as a kernel's name is
-    by_design: bool = False  # it changes the loss
-    branch: bool = False  # never the engine's default: the next stage does not build on it
+    needs: str = ""  # a key of Machine.lacks; a kernel needs the key of its name
+    by_design: bool = False  # the stage changes the loss on purpose
+    branch: bool = False  # never the engine's default, so the next stage does not build on it
 
 
 LADDER = (
@@ -111,28 +113,28 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to measure on."""
+    """The machine that is measured."""
 
     device: str  # cpu or cuda
-    name: str  # what the hardware calls itself
+    name: str  # the name that the hardware reports
     threads: int
     cores: int
     devices: int  # GPUs, or 1
     memory: int  # bytes of a GPU, or of the machine
-    lacks: dict[str, str]  # what a stage may need and this machine has not: why
-    kernels: tuple[str, ...]  # those that the engine runs here by itself
+    lacks: dict[str, str]  # needs of stages that this machine lacks, with the reason
+    kernels: tuple[str, ...]  # the engine's default kernels here
     facts: dict[str, Any]  # hardware and versions
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all stages do alike."""
+    """The settings that all stages share."""
 
     preset: str
     seq_len: int
     micro_batch: int
-    accumulation: int  # micro-batches of a step, from the stage of that name on
-    ranks: int  # of the ddp stage
+    accumulation: int  # micro-batches in a step, from the stage accumulation on
+    ranks: int  # processes of the stage ddp
     steps: int
     data: str
     tokenizer: str | None
@@ -142,18 +144,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rung:
-    """A stage as it is run on this machine."""
+    """A stage with its settings on this machine."""
 
     stage: Stage
     settings: Settings
-    before: str | None = None  # the stage that it is measured against
+    before: str | None = None  # the stage that it is compared with
     kept: bool = False  # the next stage builds on it
-    by_design: bool = False  # its loss is not that of `before`
-    skipped: str | None = None  # why
+    by_design: bool = False  # its loss may differ from that of `before`
+    skipped: str | None = None  # the reason
 
 
 def apply(change: Mapping[str, Any], settings: Settings) -> Settings:
-    """`settings` with a stage's change."""
+    """`settings` with the changes of a stage."""
     change = dict(change)
     added, kernel = change.pop("with", ()), change.pop("kernel", None)
     without = tuple(name for name in settings.without if name not in added)
@@ -162,7 +164,7 @@ def apply(change: Mapping[str, Any], settings: Settings) -> Settings:
 
 
 def stays(stage: Stage, machine: Machine) -> bool:
-    """Whether the engine does this here by itself; where not, the stage is a branch."""
+    """Whether the engine does this by default here. If not, the stage is a branch."""
     if "kernel" in stage.change:
         return stage.change["kernel"] in machine.kernels
     if "compile" in stage.change:
@@ -173,17 +175,16 @@ def stays(stage: Stage, machine: Machine) -> bool:
 def ladder(
     machine: Machine, only: Sequence[str] | None = None, failed: Iterable[str] = ()
 ) -> list[Rung]:
-    """The stages in `only` (None: all) as this machine runs them, each on what is kept of all
-    before it.
+    """The stages in `only` (None: all) for this machine, each on top of all kept stages before it.
 
-    None builds on one that failed, and none is measured against one that is not in `only`.
+    No stage builds on a failed one, and none is compared with one that is not in `only`.
     """
     rungs: list[Rung] = []
-    # design: of what was kept since `before`
+    # design: whether a kept stage since `before` changes the loss on purpose
     settings, before, design = (Settings(device=machine.device), None, False)
     for stage in LADDER:
         if stage.name == "cpu" and machine.device == "cpu":
-            continue  # the baseline is just that
+            continue  # the baseline already runs on the CPU
         wanted = only is None or stage.name in only
         mine, kept = apply(stage.change, settings), stays(stage, machine)
         reason = machine.lacks.get(stage.change.get("kernel", stage.needs))
@@ -196,14 +197,14 @@ def ladder(
             continue
         if kept:
             settings, design = mine, design or stage.by_design
-        # the baseline is measured against the CPU; it has nothing of it
+        # the baseline is compared with the CPU but takes no settings from it
         if wanted and (kept or stage.name == "cpu"):
             before, design = stage.name, False
     return rungs
 
 
 def default_settings(machine: Machine, failed: Iterable[str] = ()) -> Settings:
-    """What the engine does here by itself: the settings of the last kept stage."""
+    """The settings of the last kept stage, which are the engine's defaults here."""
     return [
         rung
         for rung in ladder(machine, None, failed)
@@ -215,13 +216,15 @@ def default_settings(machine: Machine, failed: Iterable[str] = ()) -> Settings:
 
 
 def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def scaling_points(most: int) -> dict[str, list[tuple[int, int]]]:
-    """(ranks, micro-batches of each) up to `most` ranks.
+    """The (ranks, micro-batches per rank) to measure, up to `most` ranks.
 
-    Weak scaling gives each rank one micro-batch, strong scaling divides `most` of them.
+    Weak scaling gives each rank one micro-batch. Strong scaling divides `most` micro-batches among
+    the ranks.
     """
     return {
         "weak": [(n, 1) for n in divisors(most)],

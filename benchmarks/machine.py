@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, and the memory that its processes take."""
+"""The machine that a benchmark runs on, and the memory that its processes take."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from base.machine import total_bytes
 from benchmarks.runs import REPO
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
-SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")  # that move figures
+SETTINGS = (
+    "MALLOC_",
+    "GLIBC_",
+    "PYTORCH_",
+    "LD_PRE",
+    "OMP_",
+    "THP_",
+)  # beginnings of variables that change figures
 
 
-def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns in a process of its own: torch stays out of this one, whose memory
-    children inherit."""
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function` in a new process and return its result. The caller then does not load torch,
+    whose memory its child processes would inherit."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The device that is meant, the precision native to it, hardware and versions. UserError if
-    there is none."""
+    """The device to use, the precision native to it, the hardware and the versions. Raises
+    UserError if there is no such device."""
     import torch
 
     from engine import processes
@@ -55,7 +62,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, where they are installed."""
+    """The versions of the installed packages that can change figures."""
     installed = {}
     for package in PACKAGES:
         try:
@@ -66,7 +73,7 @@ def versions() -> dict[str, str]:
 
 
 def engine_hash() -> str:
-    """Of the source that runs of the engine run."""
+    """A short hash of the source that a run of the engine executes."""
     packages = ("base", "storage", "kernels", "text", "decoding", "engine")
     files = [file for name in packages for file in (REPO / name).glob("*.py")]
     files = sorted([*REPO.glob("*.py"), *files])
@@ -74,7 +81,7 @@ def engine_hash() -> str:
 
 
 def driver() -> str | None:
-    """Version of the GPU's driver."""
+    """The version of the GPU's driver, or None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -83,7 +90,7 @@ def driver() -> str | None:
 
 
 def forget_peak(device: str) -> bool:
-    """Let the peak of memory begin anew at what is held now. False where the system cannot."""
+    """Reset the peak memory to what is in use now. Returns False if the system cannot."""
     import torch
 
     from engine.memory import trim
@@ -91,7 +98,7 @@ def forget_peak(device: str) -> bool:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return True
-    trim()  # what is free counts again when it is used
+    trim()  # return freed memory to the system, so that using it again counts
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:

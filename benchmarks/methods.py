@@ -1,12 +1,12 @@
-"""Ways of fine-tuning and of decoding, side by side:
+"""Compare methods of fine-tuning and of decoding:
 
-python -m benchmarks.methods --task sonnets --init FOLDER --data FILE --val-data FILE --out FOLDER --budget-minutes N
+python -m benchmarks.methods --task sonnets --init FOLDER --data FILE --val-data FILE --out FOLDER
 python -m benchmarks.methods --task paraphrase --init FOLDER --data FILE --val-data FILE --search
 
-A cell of the tables is a run of `python -m finetune.TASK` in a process of its own, so that a
-failure loses one cell. One seed for all methods comes first, then all decodings of what that seed
-trained, then more seeds for the methods that did best. The trade-off: rates are set by rule (--lr
-times a factor a method); --search tries others too, as many for each method.
+A cell of the tables is a run of `python -m finetune.TASK` in its own process, so a failure loses
+only one cell. All methods first run with one seed. Then all decodings use what that seed trained.
+Then the best methods run with more seeds. The trade-off: learning rates follow a rule (--lr times a
+factor per method). --search tries other rates too, the same number for each method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive, time_text
-from benchmarks.machine import elsewhere, facts
+from benchmarks.machine import facts, in_own_process
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, compared, measured
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import rows_of, text_of
@@ -47,13 +47,13 @@ from config import (
     known_names,
 )
 
-GIVEN = ("augment", "also", "also-data", "words")  # options that go to some methods alone
+GIVEN = ("augment", "also", "also-data", "words")  # options that only some methods get
 SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
-# parameters below which a base takes so many times the rate of GPT-2
+# A base with fewer parameters than SMALL gets SMALL_RATE times GPT-2's learning rate.
 SMALL, SMALL_RATE = (50_000_000, 3)
-RATES = (1.0, 0.3, 3.0)  # of a search
-GRACE = 60.0  # seconds that a run has to save its last step in, once it is told to end
+RATES = (1.0, 0.3, 3.0)  # rates of a search, in multiples of a method's own
+GRACE = 60.0  # seconds that a run gets to save its last step when it must end
 
 
 @dataclass(frozen=True)
@@ -63,61 +63,62 @@ class Options:
     task: str = "sonnets"
     """A module of finetune/."""
     init: Where = "gpt2"
-    """The base: a hub id, or a folder as in the task's own --init."""
+    """The base model: a hub id, or a folder as in the task's own --init."""
     data: Wheres | None = None
-    """Rows to train on, as in the task. Default: the task's toy rows."""
+    """Training rows, as in the task. Default: the task's toy rows."""
     val_data: Wheres | None = None
-    """Rows to choose and score by, as in the task; decodings answer these."""
+    """Validation rows, which choose the epoch and give the scores. The decodings answer them."""
     out: Where | None = None
     """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
     budget_minutes: Positive | None = None
-    """Time for all of it; what it leaves out, the same command adds. Default: no limit."""
+    """Time for everything. Repeating the command adds what is left out. Default: no limit."""
     seeds: tuple[Seed, ...] = (11711, 11712, 11713)
-    """The first for all methods, the others for the best."""
+    """Seeds. All methods use the first, the best methods use the others too."""
     best: Few = 5
-    """Methods that are run with every seed."""
+    """Number of methods that run with every seed."""
     only: str = ""
-    """Methods and decodings to run, by name, comma-separated."""
+    """Methods and decodings to run, comma-separated. Default: all."""
     epochs: CountOrNone | None = None
-    """Passes over the rows. Default: the task's."""
+    """Passes over the training rows. Default: the task's."""
     batch_size: Count | None = None
-    """Rows in a step. Default: the task's."""
+    """Rows in a batch. Default: the task's."""
     lr: Rate | None = None
-    """Peak rate of full fine-tuning, of which each method has its multiple. Default: the task's,
-    thrice for small bases."""
+    """Peak learning rate of full fine-tuning. Each method uses a multiple of it. Default: the
+    task's, or three times that for a small base."""
     search: bool = False
-    """Try each method with the first seed at several rates and lengths; the tables hold the best of
-    each."""
+    """Try each method with the first seed at several rates and epochs. The tables hold the best
+    setting of each."""
     search_rates: tuple[Positive, ...] = RATES
-    """Rates to try, in multiples of a method's own."""
+    """Learning rates to try, in multiples of a method's own."""
     search_epochs: tuple[CountOrNone, ...] = ()
-    """Lengths to try, in passes over the rows. Default: that of --epochs alone."""
+    """Numbers of epochs to try. Default: only --epochs."""
     augment: Wheres | None = None
-    """More training rows for the method full+augment, of tasks with labels."""
+    """More training rows, for the method full+augment of tasks with labels."""
     also: tuple[str, ...] = ()
-    """Other tasks, each TASK:WEIGHT, for the method full+also, of tasks with labels."""
+    """Other tasks, each as TASK:WEIGHT, for the method full+also of tasks with labels."""
     also_data: tuple[Wheres, ...] = ()
-    """Their training rows. Default: their toy rows."""
+    """Training rows of the tasks in --also. Default: their toy rows."""
     words: tuple[str, ...] = ()
-    """The labels' words, for methods whose language model answers with them. Default: the
+    """The word for each label, for methods whose language model answers with a word. Default: the
     task's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     extra: str = ""
-    """More options for every run, in one word: --extra="--precision fp32 --eval-rows 4"."""
+    """More options for every run, as one word: --extra="--precision fp32 --eval-rows 4"."""
 
 
-# --- what is asked of a process that has torch
+# --- facts, from a process that loads torch
 
 
 def look(task: str, init: str, device: str) -> dict[str, Any]:
-    """Of task, base and machine. Raises UserError for a base that there is not."""
+    """Facts of the task, the base and the machine. Raises UserError for a base that does not
+    exist."""
     return {"of_task": task_facts(task), "base": base_facts(init), "machine": facts(device)}
 
 
 def task_facts(name: str) -> dict[str, Any]:
-    """Of the task in finetune/NAME.py: its family, its metric, its options' defaults, and its file
-    of answers if these are texts that have scores."""
+    """The family, the metric, the default options and the file of answers of the task in
+    finetune/NAME.py. The file is None unless the answers are texts with scores."""
     from tasks.classification.description import ClassificationDescription
     from tasks.generation.description import GenerationDescription, no_scores
 
@@ -137,7 +138,7 @@ def task_facts(name: str) -> dict[str, Any]:
 
 
 def base_facts(init: str) -> dict[str, Any]:
-    """Where a base's weights lie, its shape, and what the run that made it says of it."""
+    """The folder of a base's weights, its shape, and what the run that made it recorded."""
     from model import GPT
     from storage.checkpoint import locate
 
@@ -164,7 +165,7 @@ def base_facts(init: str) -> dict[str, Any]:
 
 
 def compare(bench: Bench, write: Callable[[], object]) -> None:
-    """Make what the folder lacks, and `write()` what there is after each cell."""
+    """Run the cells that the folder lacks, and call `write()` after each."""
     for cell, how in bench.store.make(bench.cells()):
         write()
         score = bench.score(cell)
@@ -177,13 +178,13 @@ def compare(bench: Bench, write: Callable[[], object]) -> None:
 
 
 def fits(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether a task has all these options."""
+    """Whether a task has all of these options."""
     return all(name.replace("-", "_") in defaults for name in options)
 
 
 def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
-    """Those that fit the task and what the user gives. Raises UserError for what no method
-    takes."""
+    """The methods that fit the task and the user's options. Raises UserError for an option that no
+    method takes."""
     given = {name: getattr(options, name.replace("-", "_")) for name in GIVEN}
     given = {
         name: "\0".join((value,) if isinstance(value, str) else value)
@@ -193,7 +194,7 @@ def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
     for name in given:
         if name.replace("-", "_") not in task["defaults"]:
             raise UserError(
-                f"--{name} is for tasks with labels, and {options.task} is none; leave it out"
+                f"--{name} is for tasks with labels, and {options.task} has none; leave it out"
             )
     found = []
     for method in METHODS:
@@ -212,8 +213,8 @@ def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
 def names_to_run(
     options: Options, methods: Sequence[Method], decodings: Sequence[Decoding]
 ) -> list[str]:
-    """Of --only, else of all that the task is run with. Raises UserError for a name that is
-    none."""
+    """The names in --only, or else all methods and decodings of the task. Raises UserError for an
+    unknown name."""
     known = [*(method.name for method in methods), *(decoding.name for decoding in decodings)]
     names = known_names("--only", options.only, known)
     other = {method.name for method in methods if method.tasks and options.task not in method.tasks}
@@ -223,8 +224,7 @@ def names_to_run(
 def make_bench(
     options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float
 ) -> Bench:
-    """What is to be run of a task from a base. Raises UserError for a name in --only that is
-    none."""
+    """The comparison of a task from a base. Raises UserError for an unknown name in --only."""
     defaults, more = task["defaults"], extra_options(options.extra)
     given = {"data": options.data, "val-data": options.val_data, "batch-size": options.batch_size}
     common = {"init": options.init} | {
@@ -263,13 +263,13 @@ def make_bench(
 
 
 def usual_rate(lr: float | None, parameters: int) -> float:
-    """A task's rate, which is meant for GPT-2's sizes; a small base takes more, as in
-    pretraining."""
+    """A task's learning rate, which is meant for GPT-2's sizes. A small base gets a higher one, as
+    in pretraining."""
     return (lr or 5e-5) * (SMALL_RATE if parameters < SMALL else 1)
 
 
 def extra_options(text: str) -> dict[str, Any]:
-    """The options of --extra by name, several words of one joined by NUL."""
+    """The options in --extra by name. Several words of one option are joined by NUL."""
     found: dict[str, list[str]] = {}
     for word in shlex.split(text):
         if word.startswith("--"):
@@ -278,18 +278,18 @@ def extra_options(text: str) -> dict[str, Any]:
             found[list(found)[-1]].append(word)
         else:
             raise UserError(
-                f"--extra {text!r} begins with no option; write --extra='--name value ...'"
+                f"--extra {text!r} does not begin with an option; write --extra='--name value ...'"
             )
     if own := found.keys() & {*SET_HERE, *GIVEN}:
         raise UserError(
-            f"--extra names --{min(own)}, which this command sets; give it outside of --extra, if "
-            "at all"
+            f"--extra names --{min(own)}, which this command sets; type it outside of --extra, if "
+            "this command has it"
         )
     return {name: "\0".join(values) if values else True for name, values in found.items()}
 
 
 def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What methods.json holds."""
+    """The content of methods.json."""
     found: dict[str, list[Figures]] = defaultdict(list)
     for seed in bench.seeds:
         cells = [bench.run_of(bench.chosen(method), seed) for method in bench.methods]
@@ -323,7 +323,7 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trials_of(bench: Bench) -> list[dict[str, Any]]:
-    """What a search tried, or would have, with the score of each."""
+    """The settings of a search, each with its score, which is None if it has not run."""
     found = []
     for method in bench.methods:
         if method.rate is None or not bench.wanted(method.name):
@@ -343,8 +343,7 @@ def trials_of(bench: Bench) -> list[dict[str, Any]]:
 
 
 def report(bench: Bench, about: Mapping[str, Any]) -> str:
-    """Write methods.json and methods.md from the cells that are done; returns the text of the
-    second."""
+    """Write methods.json and methods.md from the finished cells. Returns the text of methods.md."""
     result = result_of(bench, about)
     text = text_of(result)
     write_report(bench.folder / "methods.json", result, text)
@@ -352,7 +351,7 @@ def report(bench: Bench, about: Mapping[str, Any]) -> str:
 
 
 def check(options: Options) -> None:
-    """Raise UserError for a task that there is not, or a number out of its range."""
+    """Raise UserError for an unknown task or a number out of its range."""
     tasks = sorted(path.stem for path in (REPO / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
     at_least(options, budget_minutes=0.1, epochs=1)
@@ -362,19 +361,20 @@ def check(options: Options) -> None:
         )
     if not options.search_rates or min(options.search_epochs, default=1) < 1:
         raise UserError(
-            "--search-rates takes one or more numbers above 0, --search-epochs whole numbers from "
-            "1 on"
+            "--search-rates takes one or more numbers above 0, --search-epochs whole numbers of at "
+            "least 1"
         )
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes one or more numbers, each once")
 
 
 def main() -> int:
+    """Run the cells within the time, write tables and chart, and return 1 if a cell failed."""
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
     check(options)
-    seen = elsewhere(look, options.task, options.init, options.device)
+    seen = in_own_process(look, options.task, options.init, options.device)
     until = began + 60 * (options.budget_minutes or math.inf) - WRITING
     bench = make_bench(options, seen["of_task"], seen["base"], until)
     about = {
@@ -386,11 +386,11 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]]),
     }
     make_folders(bench.folder, ("runs", "decodings"))
-    # the run under way ends with this one
+    # exit by SystemExit, so that the current run is ended too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         compare(bench, lambda: report(bench, about))
-    finally:  # an interrupted comparison leaves what it has
+    finally:  # an interrupted comparison reports what it has
         text = report(bench, about)
         draw(
             json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")),
@@ -401,7 +401,7 @@ def main() -> int:
         say(f"{cell.label} failed: {reason}")
     if bench.store.left_out:
         labels = ", ".join(cell.label for cell in bench.store.left_out)
-        say(f"left out: {labels}; the same command makes them")
+        say(f"left out: {labels}; repeat the command to run them")
     return 1 if bench.store.failed else 0
 
 

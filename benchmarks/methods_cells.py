@@ -1,5 +1,5 @@
-"""The cells of benchmarks.methods: the methods, the decodings, what a finished run measured, and in
-which order they come."""
+"""The cells of benchmarks.methods: the methods, the decodings, their order, and the figures of a
+finished run."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ from benchmarks.runs import read_json, records
 from benchmarks.store import Cell, Figures, Store, place
 from text.corpus import records_of
 
-NO_METRICS = ("kind", "time", "step", "seconds")  # of an evaluation's record
+NO_METRICS = ("kind", "time", "step", "seconds")  # other keys of an evaluation's record
 COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memory_bytes")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training: its options of `python -m finetune.TASK`."""
+    """A method of training: its options for `python -m finetune.TASK`."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    rate: float | None = (
-        1.0  # its peak learning rate, over that of full fine-tuning; None: no steps and no draws
-    )
-    family: str = ""  # of tasks that it is for; else all that have its options
-    tasks: tuple[str, ...] = ()  # that it is run for unless asked by name; else all of those
-    # options that the user gives; without the first there is no such method
+    # peak learning rate over that of full fine-tuning; None: no steps and no randomness
+    rate: float | None = 1.0
+    family: str = ""  # the family of tasks that has it; empty: every task that has its options
+    tasks: tuple[str, ...] = ()  # only these run it unless --only names it; empty: all
+    # options that come from the user; without the first the method does not run
     needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A way of decoding what the method `of` trained."""
+    """A way to decode with the weights that the method `of` trained."""
 
     name: str
     options: Mapping[str, Any]
@@ -51,7 +50,7 @@ class Decoding:
 SCRATCH = {"init": "scratch"}
 UNLIKELIHOOD = {"objective": "unlikelihood"}
 LORA = {"method": "lora", "lora-rank": 8, "lora-alpha": 16}
-LAST_LAYER = {"method": "last-layer"}  # of a classifier its head alone, which is new
+LAST_LAYER = {"method": "last-layer"}  # for a classifier this trains only the new head
 TEXTS, LABELS = "generation", "classification"
 METHODS = (
     Method("scratch", SCRATCH, 10),
@@ -87,7 +86,7 @@ METHODS = (
 CONTRASTIVE = {"decode": "contrastive", "contrastive-k": 4, "contrastive-alpha": 0.6}
 GROWTH, MEAN = {"contrastive-growth": True}, {"contrastive-similarity": "mean"}
 BEAMS = {"decode": "beam", "beams": 5, "length-penalty": 0.6, "no-repeat-ngram": 3}
-DECODINGS = (  # sampling is the task's own
+DECODINGS = (  # `sample` uses the task's own settings
     Decoding("sample", {"decode": "sample"}),
     Decoding("sample-hot", {"decode": "sample", "temperature": 1.2, "top-p": 0.9}),
     Decoding("sample-of-prefix", {"decode": "sample"}, of="prefix"),
@@ -109,33 +108,33 @@ DECODINGS = (  # sampling is the task's own
 
 @dataclass
 class Bench:
-    """What there is to run, where it lies, and in which order."""
+    """All cells of a comparison, their places and their order."""
 
     folder: Path
     program: Sequence[str]  # the command of the task, without options
-    best: tuple[str, str]  # the metric that ranks, and which way
-    rate: float  # of full fine-tuning
-    common: Mapping[str, Any]  # options of every run
+    best: tuple[str, str]  # the metric that ranks, and max or min
+    rate: float  # peak learning rate of full fine-tuning
+    common: Mapping[str, Any]  # options that every run gets
     scratch: Mapping[str, Any]  # options that give a model from scratch the base's shape
-    predict: str | None  # the rows that decodings answer
+    predict: str | None  # the rows that decodings answer; None: no decodings
     store: Store
-    answers: str = ".txt"  # suffix of a file of answers
+    answers: str = ".txt"  # suffix of the file of answers
     methods: Sequence[Method] = METHODS
     decodings: Sequence[Decoding] = DECODINGS
     only: Sequence[str] | None = None
     seeds: Sequence[int] = (11711,)
-    # settings to try with the first seed: times a method's rate, and epochs
+    # settings to try with the first seed: multiple of a method's rate, and epochs
     search: Sequence[tuple[float, int]] = ()
-    keep: int = 5  # methods that are run with every seed
+    keep: int = 5  # number of methods that run with every seed
 
     def options_of(self, method: Method, seed: int) -> dict[str, Any]:
-        """Those of the task for a method and a seed."""
+        """The task's options for a method and a seed."""
         lr = {} if method.rate is None else {"lr": float(f"{method.rate * self.rate:.3g}")}
         options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
         return {**options, **(self.scratch if options["init"] == "scratch" else {})}
 
     def run_of(self, method: Method, seed: int) -> Cell:
-        """The cell of a method and a seed."""
+        """The cell that trains a method with a seed."""
         options = self.options_of(method, seed)
         path = place(self.folder / "runs", method.name, seed, options)
         searched = self.search and method.rate is not None
@@ -143,7 +142,7 @@ class Bench:
         return self._cell(method.name + setting, method.name, seed, options, path, {"out": path})
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
-        """The cell of a decoding of the run of its method with that seed."""
+        """The cell that decodes with the weights of the decoding's method and that seed."""
         method = self.chosen(self.method_of(decoding))
         options = self.options_of(method, seed) | {"predict": self.predict, **decoding.options}
         path = place(self.folder / "decodings", decoding.name, seed, options)
@@ -166,14 +165,16 @@ class Bench:
         return Cell(name, seed, path, tuple(words), f"{label} ({seed})", work=options["epochs"])
 
     def wanted(self, name: str) -> bool:
+        """Whether --only allows this name."""
         return self.only is None or name in self.only
 
     def method_of(self, decoding: Decoding) -> Method:
+        """The method whose weights a decoding uses."""
         return next(method for method in self.methods if method.name == decoding.of)
 
     def trials(self, method: Method) -> list[Method]:
-        """What is tried of a method with the first seed: itself alone, or with each setting of the
-        search."""
+        """The method with each setting that the first seed tries. Without a search only the method
+        itself."""
         if method.rate is None or not self.search:
             return [method]
         return [
@@ -184,24 +185,26 @@ class Bench:
         ]
 
     def chosen(self, method: Method) -> Method:
-        """The best of a method's trials so far, the first of equal ones."""
+        """The best trial of a method so far. If trials are equal, the first."""
         return max(
             self.trials(method), key=lambda trial: self.merit(self.run_of(trial, self.seeds[0]))
         )
 
     def score(self, cell: Cell) -> float | None:
-        """The metric that ranks, of a cell that is done."""
+        """The value of the ranking metric for a finished cell, else None."""
         figures = cell.figures()
         return figures["metrics"].get(self.best[0]) if figures else None
 
     def merit(self, cell: Cell) -> float:
-        """The score, its sign such that more is better; minus infinity without one."""
+        """The score with its sign changed if less is better. Minus infinity if there is no
+        score."""
         score = self.score(cell)
         return -math.inf if score is None else score if self.best[1] == "max" else -score
 
     def ranking(self) -> list[Method]:
-        """Methods by the first seed, best first, then those whose turn is yet to come; none that
-        draws nothing."""
+        """The methods by their score with the first seed, best first, then the methods that are
+        still to run. Methods without randomness are left out, because more seeds do not change
+        them."""
         ranked, waiting = [], []
         for method in self.methods:
             if not self.wanted(method.name) or method.rate is None:
@@ -215,10 +218,10 @@ class Bench:
         return [method for _, method in sorted(ranked, key=lambda pair: pair[0])] + waiting
 
     def cells(self) -> Iterator[Cell]:
-        """All there is to do, in order; what comes later depends on what the earlier ones gave."""
+        """All cells in order. Which cells come later depends on the results of the earlier ones."""
         first = [method for method in self.methods if self.wanted(method.name)]
-        # The first trial of each method, then the second of each: when time runs out, all have had
-        # about as many.
+        # The first trial of each method, then the second of each, so that all have had about as
+        # many when time runs out.
         for of_all in itertools.zip_longest(*map(self.trials, first)):
             yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
         for number, seed in enumerate(self.seeds):
@@ -232,12 +235,12 @@ class Bench:
                     yield self.decoding_of(decoding, seed)
 
 
-# --- what a finished run measured
+# --- the figures of a finished run
 
 
 def measured(path: Path) -> Figures:
-    """The figures of a run's folder or of a file of answers. Of a run its final/ is all that is
-    needed from here on."""
+    """The figures of a run's folder or of a file of answers. Deletes a run's checkpoints, because
+    only its final/ is still needed."""
     if path.suffix:
         scores = json.loads(path.with_suffix(".scores.json").read_text(encoding="utf-8"))
         return {"metrics": {name: of for name, of in scores.items() if name != "eval_precision"}}
@@ -247,7 +250,7 @@ def measured(path: Path) -> Figures:
 
 
 def figures_of(run: Path) -> Figures:
-    """Of a finished run: the metrics of the step that final/ is of, how steady they were, and the
+    """The figures of a finished run: the metrics at the step of final/, how much they vary, and the
     cost."""
     results, config = (
         json.loads((run / name).read_text(encoding="utf-8"))
@@ -259,11 +262,13 @@ def figures_of(run: Path) -> Figures:
     warnings = [line["text"] for line in log if line["kind"] == "warning"]
     return {
         "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
-        "between_epochs": unrest([line for line in evals if 2 * line["step"] > results["steps"]]),
-        # what the predictions of the validation rows come to, where the answers are labels
+        "between_epochs": spread_over_evals(
+            [line for line in evals if 2 * line["step"] > results["steps"]]
+        ),
+        # confidence intervals over the validation rows, for tasks with labels
         "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
         **(
-            course(results, config, log, evals)
+            training_figures(results, config, log, evals)
             if config["steps"]
             else {"seconds_to_best": results["seconds"]}
         ),
@@ -272,8 +277,8 @@ def figures_of(run: Path) -> Figures:
     }
 
 
-def unrest(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard deviation of each metric over evaluations, where there are at least two."""
+def spread_over_evals(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard deviation of each metric over the evaluations, if there are at least two."""
     found = {}
     for name in [name for name in evals[0] if name not in NO_METRICS] if len(evals) > 1 else ():
         values = [line[name] for line in evals if line.get(name) is not None]
@@ -282,14 +287,14 @@ def unrest(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def course(
+def training_figures(
     results: Mapping[str, Any],
     config: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
     evals: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Of a run of steps: where it was best, and how long it took to be there."""
-    epoch = config["steps"] / config["epochs"]  # steps that are planned: a run may end sooner
+    """When a run of steps was best, and how long that took."""
+    epoch = config["steps"] / config["epochs"]  # planned steps, because a run may end early
     losses = [
         (line["val_loss"], line["step"]) for line in evals if line.get("val_loss") is not None
     ]
@@ -314,8 +319,8 @@ def course(
 
 @functools.cache
 def compared(run: Path, other: Path) -> dict[str, Any] | None:
-    """`confusion.paired_test` of two runs' predictions of the same validation rows; None where
-    there are none."""
+    """`confusion.paired_test` of two runs on the same validation rows. None if a run has no
+    predictions or other rows."""
     from tasks.classification.confusion import paired_test
 
     one, two = labels_of(run), labels_of(other)
@@ -326,7 +331,7 @@ def compared(run: Path, other: Path) -> dict[str, Any] | None:
 
 @functools.cache
 def labels_of(run: Path) -> tuple[list[int], list[int]] | None:
-    """True and predicted labels of the validation rows, as numbers."""
+    """The true and the predicted labels of a run's validation rows, as indices."""
     file = run / "validation.jsonl"
     if not file.exists():
         return None
@@ -339,7 +344,7 @@ def labels_of(run: Path) -> tuple[list[int], list[int]] | None:
 
 
 def is_name(label: str, cell: str) -> bool:
-    """Whether a cell of a file names this label: 1.0 is 1."""
+    """Whether a cell of a file names this label. As numbers, 1.0 and 1 are the same label."""
     try:
         return float(label) == float(cell)
     except ValueError:

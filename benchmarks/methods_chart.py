@@ -1,5 +1,5 @@
-"""The chart of benchmarks.methods: a row a method, the costly ones on top, quality and cost side by
-side; then decodings."""
+"""The chart of benchmarks.methods: a row per method with its quality and cost, most trained
+parameters first, then the decodings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOWEST = "lowest perplexity"  # of all epochs, not of the one that was chosen
-# beside the first
+LOWEST = "lowest perplexity"  # over all epochs, not at the chosen one
+# A second metric beside the one that ranks: its key, its name, and which way is better.
 SECOND = {
     "generation": (LOWEST, "perplexity", "min"),
     "classification": ("macro_f1", "macro-F1", "max"),
 }
-HEAD = 1.15  # inches for title and legend
-FAMILIES = {  # beginnings of names, a colour each, and what trains
+HEAD = 1.15  # inches for the title and the legend
+FAMILIES = {  # beginning of a method's name to its colour and what it trains
     "scratch": (COLOURS[6], "from scratch"),
     "full": (COLOURS[0], "everything"),
     "ulmfit": (COLOURS[0], "everything"),
@@ -39,7 +39,7 @@ OTHER = (COLOURS[1], "without GPT-2")
 
 
 class Line(NamedTuple):
-    """A figure of a row, if there is one: mean and spread over seeds."""
+    """One value to draw: its mean and spread over seeds. The mean is None if there is no value."""
 
     name: str
     colour: str
@@ -48,11 +48,12 @@ class Line(NamedTuple):
 
 
 def family(name: str) -> tuple[str, str]:
-    """Colour and name of what a method trains."""
+    """The colour and the name of what a method trains."""
     return next((found for begin, found in FAMILIES.items() if name.startswith(begin)), OTHER)
 
 
 def line(row: Row, figure: Mapping[str, float | None] | None) -> Line:
+    """A figure of a row as a Line in the colour of its family."""
     colour = family(row["name"])[0]
     if figure is None or figure["mean"] is None:
         return Line(row["name"], colour)
@@ -60,7 +61,7 @@ def line(row: Row, figure: Mapping[str, float | None] | None) -> Line:
 
 
 def quality(row: Row, metric: str) -> Line:
-    """A metric of a row; the lowest perplexity comes of the lowest validation loss."""
+    """A metric of a row. The lowest perplexity is computed from the lowest validation loss."""
     if metric != LOWEST:
         return line(row, row["metrics"].get(metric))
     found = line(row, row.get("lowest_val_loss"))
@@ -71,7 +72,7 @@ def quality(row: Row, metric: str) -> Line:
 
 
 def draw(result: Row, out: Path) -> None:
-    """Write the chart; no file where there is nothing to draw."""
+    """Write the chart. Without methods there is no file."""
     metric = result["best"][0]
     methods = sorted(result["methods"], key=lambda row: -row["trained_parameters"]["mean"])
     decodings = [row for row in result["decodings"] if metric in row["metrics"]]
@@ -98,6 +99,7 @@ def draw(result: Row, out: Path) -> None:
 def draw_methods(
     axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str], second: tuple[str, str, str]
 ) -> None:
+    """Draw the panels of the methods: metrics, trained parameters and seconds."""
     metric, way = best
     draw_points(
         axes["best"], f"{label(metric)} {better(way)}", [quality(row, metric) for row in rows]
@@ -111,6 +113,7 @@ def draw_methods(
 
 
 def draw_decodings(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence[str]) -> None:
+    """Draw the panels of the decodings: metric and seconds."""
     metric, way = best
     points = [coloured(quality(row, metric)) for row in rows]
     draw_points(axes["decoding"], f"{label(metric)} {better(way)} by decoding", points)
@@ -122,17 +125,18 @@ def draw_decodings(axes: Mapping[str, Axes], rows: Sequence[Row], best: Sequence
 
 
 def better(way: str) -> str:
+    """Which way is better, for a panel's title."""
     return "(more is better)" if way == "max" else "(less is better)"
 
 
 def coloured(found: Line) -> Line:
-    """A decoding in the colour of the method whose weights it decodes."""
+    """A decoding in the colour of the method whose weights it uses."""
     return found._replace(colour=family(found.name.partition("-of-")[2] or "full")[0])
 
 
 def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
-    """A point a row and its spread; no zero, so that small differences show. A dashed line goes
-    through that of `full`."""
+    """Draw a point per row with its spread. The axis need not start at zero, so that small
+    differences show. A dashed line marks the value of `full`."""
     for found in lines:
         if found.name == "full" and found.mean is not None:
             axes.axvline(
@@ -164,6 +168,7 @@ def draw_points(axes: Axes, title: str, lines: Sequence[Line]) -> None:
 
 
 def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) -> None:
+    """Draw a bar per row with its value."""
     for y, (_, colour, mean, _) in enumerate(lines):
         if mean is not None:
             axes.barh(y, mean, height=0.6, color=colour, zorder=2)
@@ -172,6 +177,7 @@ def draw_bars(axes: Axes, title: str, lines: Sequence[Line], log: bool = False) 
 
 
 def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:
+    """Set the scale, the rows' names and the title of a panel."""
     if log:
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -183,7 +189,7 @@ def finish(axes: Axes, title: str, lines: Sequence[Line], log: bool) -> None:
 
 
 def draw_head(figure: Figure, result: Row) -> None:
-    """Title, the line below it, and what the colours mean."""
+    """Draw the title, the line below it, and the legend of colours."""
     from matplotlib.lines import Line2D
 
     left, inch = 0.012, 1 / figure.get_figheight()
@@ -215,6 +221,7 @@ def draw_head(figure: Figure, result: Row) -> None:
 
 
 def below_title(result: Row) -> str:
+    """The line below the title: base, machine and date."""
     base, machine = result["base"], result["machine"]
     name = Path(base["folder"]).parent.name if "results" in base else base["init"]
     seen = (

@@ -1,4 +1,4 @@
-"""What benchmarks.methods found, as figures over seeds and as tables. Needs neither torch nor the
+"""The figures of benchmarks.methods over seeds, and its tables. It needs neither torch nor the
 runs."""
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LABELS = {
     "longest_copied": "longest copy",
     "macro_f1": "macro-F1",
 }
-# metrics of a task with labels: the table's order
+# metrics of a task with labels, in the order of the table
 OF_LABELS = ("accuracy", "macro_f1", "val_loss", "calibration_error")
-# What the systems that this project replaces published, of another base: by task, and by what the
-# name of the rows holds.
+# Figures that the systems replaced by this project published, from another base. The keys are the
+# task and a part of the data's name.
 PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("sonnets", ""): {
         "full": {
@@ -84,7 +84,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
 
 
 def published(result: Row) -> dict[str, dict[str, float]]:
-    """What was published of these rows, by method or decoding."""
+    """The published figures for these rows, by method or decoding."""
     name = Path(result["data"][0]).name.lower()
     return next(
         (of for (task, part), of in PUBLISHED.items() if task == result["task"] and part in name),
@@ -96,7 +96,7 @@ def published(result: Row) -> dict[str, dict[str, float]]:
 
 
 def stat(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation (n - 1) over seeds; none of one seed."""
+    """The mean and the standard deviation (n - 1) over seeds. One seed has no deviation."""
     return {
         "mean": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
@@ -106,10 +106,10 @@ def stat(values: Sequence[float]) -> dict[str, float | None]:
 def rows_of(
     names: Sequence[str], found: Mapping[str, Sequence[Row]], best: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row a name that has figures; a figure is {"mean", "spread"} over seeds, absent where a
-    seed has none.
+    """One row for each name that has figures. A figure is {"mean", "spread"} over seeds, and is
+    absent if a seed lacks it.
 
-    "intervals" are those of the seed that is best by the metric that ranks.
+    "intervals" are those of the seed that is best by the ranking metric.
     """
     rows = []
     for name in names:
@@ -132,7 +132,7 @@ def rows_of(
 
 
 def stats(cells: Sequence[Row]) -> dict[str, dict[str, float | None]]:
-    """Of each figure that all cells have."""
+    """`stat` of each figure that all cells have."""
     named = [name for name in cells[0] if all(cell.get(name) is not None for cell in cells)]
     return {name: stat([cell[name] for cell in cells]) for name in named}
 
@@ -141,12 +141,12 @@ def stats(cells: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 
 
 def number(value: float) -> str:
-    """Four digits that count."""
+    """The number as text with four significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def cell(figure: Mapping[str, float | None] | None, write: Callable[[float], str] = number) -> str:
-    """Mean ± spread."""
+    """A figure as text: mean ± spread."""
     if figure is None or figure["mean"] is None:
         return ""
     spread = figure["spread"]
@@ -154,31 +154,34 @@ def cell(figure: Mapping[str, float | None] | None, write: Callable[[float], str
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
-    """In the order in which the task gives them."""
+    """The names of the metrics, in the task's order."""
     return list(dict.fromkeys(name for row in rows for name in row["metrics"] if name != "seconds"))
 
 
 def label(metric: str) -> str:
+    """The name of a metric in tables and charts."""
     return LABELS.get(metric, metric.replace("_", " "))
 
 
 def best_of(
     rows: Sequence[Row], best: Sequence[str], value: Callable[[Row, str], float | None]
 ) -> Row | None:
-    """The row with the best value of the metric that ranks."""
+    """The row with the best value of the ranking metric, or None."""
     having = [(found, row) for row in rows if (found := value(row, best[0])) is not None]
     pick = max if best[1] == "max" else min
     return pick(having, key=lambda pair: pair[0])[1] if having else None
 
 
 def mean_of(row: Row, metric: str) -> float | None:
+    """The mean of a row's metric, or None."""
     return row["metrics"].get(metric, {}).get("mean")
 
 
 def quality_columns(
     head: str, rows: Sequence[Row], metrics: Sequence[str], best: Sequence[str]
 ) -> list[Column]:
-    """The metrics, of the one that ranks the best row in bold, and how sure it is."""
+    """The columns of the metrics. The ranking metric is bold in the best row, and its confidence
+    follows it."""
     ranks, top = best[0], best_of(rows, best, mean_of)
 
     def quality(metric: str) -> Column:
@@ -200,10 +203,12 @@ def quality_columns(
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
+    """The limits of a confidence interval as text."""
     return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
 def p_text(test: Row | None) -> str:
+    """The p-value of McNemar's test as text."""
     if not test:
         return ""
     p = test["mcnemar_p"]
@@ -211,16 +216,18 @@ def p_text(test: Row | None) -> str:
 
 
 def name(row: Row) -> str:
+    """The cell of a row's name."""
     return row["name"]
 
 
 def seeds(row: Row) -> str:
+    """The cell of a row's number of seeds."""
     return str(len(row["seeds"]))
 
 
 def quality_table(result: Row) -> str:
-    """Of the methods: the task's metrics at the step that was chosen; of texts the lowest
-    perplexity of all epochs too."""
+    """The methods' metrics at the chosen step. For texts also the lowest perplexity over all
+    epochs."""
     rows, texts = result["methods"], not of_labels(result)
     metrics = metric_names(rows) if texts else OF_LABELS
     columns = quality_columns("method", rows, metrics, result["best"])
@@ -229,11 +236,12 @@ def quality_table(result: Row) -> str:
 
 
 def of_labels(result: Row) -> bool:
+    """Whether the task has labels."""
     return result["family"] == "classification"
 
 
 def other_tasks(result: Row) -> str:
-    """What `full+also` comes to on the tasks that it learns as well."""
+    """The metrics of `full+also` on the tasks that it learns as well."""
     lines = [
         f"{row['name']}: "
         f"{', '.join(f'{label(m)} {cell(figure)}' for m, figure in more.items())}.\n\n"
@@ -244,6 +252,7 @@ def other_tasks(result: Row) -> str:
 
 
 def lowest_perplexity(row: Row) -> str:
+    """The cell of the lowest perplexity and its epoch."""
     if "lowest_val_loss" not in row:
         return ""
     return (
@@ -253,7 +262,8 @@ def lowest_perplexity(row: Row) -> str:
 
 
 def cost_table(result: Row) -> str:
-    """Of the methods: what trained, how long, in how much memory, how fast and how steadily."""
+    """The methods' trained parameters, time, memory and speed, and how much the metric varies
+    between epochs."""
     steady = result["best"][0]
     columns: list[Column] = [
         ("method", name),
@@ -275,19 +285,23 @@ def cost_table(result: Row) -> str:
 
 
 def mean(figure: str, form: str) -> Callable[[Row], str]:
+    """A function that formats the mean of a figure. Rows without the figure get an empty cell."""
     return lambda row: form.format(row[figure]["mean"]) if figure in row else ""
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text."""
     return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def share(row: Row) -> float:
+    """The trained share of all parameters."""
     return row["trained_parameters"]["mean"] / row["parameters"]["mean"]
 
 
 def trial_table(result: Row) -> str:
-    """What a search tried: a column a setting, what was chosen of each method in bold."""
+    """The scores of a search, with a column per setting and the chosen setting of each method in
+    bold."""
     tried: dict[str, dict[str, Any]] = {}
     for trial in result["trials"]:
         setting = f"rate x {trial['rate']:g}, {epochs_text(trial['epochs'])}"
@@ -298,10 +312,12 @@ def trial_table(result: Row) -> str:
 
 
 def epochs_text(epochs: int) -> str:
+    """The number of epochs as text."""
     return f"{epochs} epoch" + "s" * (epochs != 1)
 
 
 def trial_text(trial: Row) -> str:
+    """The cell of a trial's score."""
     if trial["score"] is None:
         return ""
     text = number(trial["score"])
@@ -309,7 +325,7 @@ def trial_text(trial: Row) -> str:
 
 
 def decoding_table(result: Row) -> str:
-    """Of the decodings: the task's metrics and the seconds that all answers took."""
+    """The decodings' metrics, and the seconds for all answers."""
     rows = result["decodings"]
     columns = quality_columns("decoding", rows, metric_names(rows), result["best"])
     seconds: Column = ("seconds", lambda row: cell(row["metrics"]["seconds"]))
@@ -327,7 +343,7 @@ PUBLISHED_NOTE = {
 
 
 def published_table(result: Row) -> str:
-    """The methods and decodings that have published figures, beside these."""
+    """The methods and decodings that have published figures, with both figures side by side."""
     beside = published(result)
     rows = [row for row in [*result["methods"], *result["decodings"]] if row["name"] in beside]
     if not rows:
@@ -349,7 +365,7 @@ def published_table(result: Row) -> str:
 
 
 def base_line(base: Row) -> str:
-    """Which weights all methods but `scratch` begin with."""
+    """A sentence on the weights that all methods except `scratch` start from."""
     text = (
         f"Base: {base['init']}, {base['parameters']:,} parameters ({base['n_layer']} layers x "
         f"{base['n_embd']} wide, "
@@ -364,6 +380,7 @@ def base_line(base: Row) -> str:
 
 
 def machine_line(machine: Row) -> str:
+    """The hardware and the versions, as text."""
     hardware = machine["hardware"]
     where = (
         hardware["gpu"]
@@ -376,7 +393,7 @@ def machine_line(machine: Row) -> str:
 
 
 def text_of(result: Row) -> str:
-    """methods.md"""
+    """The text of methods.md."""
     train, val = result["data"]
     parts = [
         f"# {result['task']}: methods compared\n\n{base_line(result['base'])}\n\nTrained on "
@@ -401,6 +418,7 @@ def text_of(result: Row) -> str:
 
 
 def method_note(result: Row) -> str:
+    """The explanation below the tables of methods."""
     metric, way = result["best"]
     most = "highest" if way == "max" else "lowest"
     return (
@@ -423,6 +441,7 @@ LABEL_NOTE = (
 
 
 def trial_note(result: Row) -> str:
+    """The explanation below the table of a search."""
     return (
         f"{label(result['best'][0])} of the first seed; rates in multiples of the method's own. The "
         "tables above hold the setting in bold.\nA best setting at the edge of what was tried may "
@@ -431,6 +450,7 @@ def trial_note(result: Row) -> str:
 
 
 def decoding_note(result: Row) -> str:
+    """The explanation below the table of decodings."""
     prefix = any(row["name"] == "sample-of-prefix" for row in result["decodings"])
     return (
         "All decode the validation rows with the final weights of `full`"
@@ -441,7 +461,7 @@ def decoding_note(result: Row) -> str:
 
 
 def lost(result: Row) -> str:
-    """Cells without figures, and why."""
+    """The cells without figures, with the reasons."""
     lines = [f"- {name} failed: {reason}" for name, reason in result["failed"].items()]
     lines += (
         [f"- left out for want of time: {', '.join(result['left_out'])}"]

@@ -1,11 +1,12 @@
-"""What token unlikelihood costs:
+"""Measure what token unlikelihood costs:
 
 python -m benchmarks.objectives [--preset mini] [--vocab 8192,50257]
 
-Whole optimizer steps of one model (forward, backward, AdamW), in turns: the likelihood alone with
-its logits in memory whole; with the unlikelihood of tasks/objectives.py; with it as Welleck et al.
-published it, a (T, V) mask of candidates and their probabilities clamped; and position by position.
-The two written out here are what the tests compare with too.
+Whole optimizer steps of one model (forward, backward, AdamW) take turns. The steps are: the
+likelihood alone, with all logits in memory; the unlikelihood of tasks/objectives.py; the
+unlikelihood as Welleck et al. published it, with a (T, V) mask of candidates and clamped
+probabilities; and a loop over positions. The last two are written out here, and the tests compare
+with them too.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class Options:
     preset: Preset = "mini"
     """Size of the model."""
     vocab: str = "8192,50257"
-    """Vocabularies, comma-separated."""
+    """Vocabulary sizes, comma-separated."""
     seq_len: Count = 256
-    """Tokens of a row."""
+    """Tokens in a row."""
     batch: Count = 8
-    """Rows of a step."""
+    """Rows in a step."""
     repetitions: Count = 7
-    """Turns of each; the loop has two at most."""
+    """Turns of each step. The loop takes two at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure, in fp32 on a CPU and under bf16 autocast on a GPU."""
     out: Where = "benchmarks/results"
@@ -58,8 +59,8 @@ class Options:
 def with_mask(
     logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Both sums from dense tensors: a mask (B, T, V) of the candidates, and 1 - p clamped from
-    below."""
+    """The sums of negative log-likelihood and unlikelihood, from dense tensors: a mask (B, T, V) of
+    the candidates, and 1 - p clamped to at least `least`."""
     import torch
     import torch.nn.functional as F
 
@@ -67,7 +68,7 @@ def with_mask(
     B, T, _ = log_p.shape
     target = targets.clamp(min=0)[..., None]
     ahead = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
-    # in place of tokens to come, the target
+    # tokens that come later are replaced by the target
     read = torch.where(ahead, target, idx[:, None, :].expand(B, T, T))
     mask = (
         torch.zeros_like(log_p).scatter_(2, read, 1).scatter_(2, target, 0)
@@ -80,7 +81,7 @@ def with_mask(
 def with_loop(
     logits: Tensor, idx: Tensor, targets: Tensor, least: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Both sums position by position."""
+    """The sums of negative log-likelihood and unlikelihood, position by position."""
     import torch
 
     nll, unlikelihood = [], []
@@ -101,7 +102,7 @@ def with_loop(
 
 
 def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Callable[[], float]]:
-    """A function for each that makes one optimizer step of the same model on the same rows, and
+    """Functions by name. Each makes one optimizer step of the same model on the same rows and
     returns its loss."""
     import torch
 
@@ -137,6 +138,7 @@ def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Ca
 
 
 def report(record: dict[str, Any]) -> str:
+    """The table of steps, as Markdown."""
     rows = []
     for case in record["cases"]:
         plain = case["seconds"][PLAIN]
@@ -152,6 +154,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure all vocabularies, write the result files and print the table."""
     options = parse(Options, sys.argv[1:])
     outlive()
     from engine import processes
@@ -164,7 +167,7 @@ def main() -> None:
         say(f"vocabulary {vocab} ...")
         steps = contenders(GPTConfig(vocab_size=vocab, **shape), options, device)
         for step in steps.values():
-            step()  # to warm up
+            step()  # warm up
         turns = {name: timed(step) for name, step in steps.items()}
         seconds = alternate(turns, range(options.repetitions), limits={LOOP: 2})
         results.put({"vocab": vocab}, {"seconds": seconds})

@@ -1,8 +1,8 @@
-"""One optimizer step of this engine beside other trainers':
+"""Compare one optimizer step of this engine with other trainers' steps:
 
 python -m benchmarks.peers [--quick] [--device cuda]
 
-The trainers are those of benchmarks/contenders.py; how they are compared is in benchmarks/steps.py.
+benchmarks/contenders.py has the trainers, and benchmarks/steps.py compares them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import CONTENDERS, SEED, SHAPES, fitting
 from benchmarks.harness import OURS, Results, Turns, say
-from benchmarks.machine import elsewhere, facts
+from benchmarks.machine import facts, in_own_process
 from benchmarks.steps import COLUMNS, Case, Shape, compare, row_cells
 from benchmarks.table import markdown
 from config import Positive, Where, known_names
 from engine.roofline import peak_flops, product_ceiling
 
-TURNS = 3, 30  # of a contender, at least and at most
-BASELINE = "transformers compiled"  # whose memory the project's goal is a share of
+TURNS = 3, 30  # least and most turns of a contender
+BASELINE = "transformers compiled"  # the project's memory goal is a share of its memory
 NOTES = """\
 Shapes: micro-batch x length x accumulation. Speed x and memory x: this engine over the other, the
 median, least and most of turns side by side (on a GPU, medians of each alone); more speed, less
@@ -45,22 +45,24 @@ class Options:
     shape: str | None = None
     """Shapes, comma-separated. Default: 10M,124M on a CPU; 124M,350M,774M,1.5B on a GPU."""
     precision: str | None = None
-    """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 where it is native, else
-    fp32."""
+    """Precisions, comma-separated: fp32, tf32, bf16. Default: bf16 if the device has it natively,
+    else fp32."""
     against: str | None = None
-    """Contenders, comma-separated. Default: all that the device has."""
+    """Contenders, comma-separated. Default: all that run on the device."""
     seconds: Positive | None = None
     """Time for the turns of each contender. Default: 45 on a CPU, 15 on a GPU."""
     quick: bool = False
-    """A tiny shape and two turns each: does it work at all?"""
+    """A tiny shape and two turns each, to check that everything works."""
     resume: bool = False
-    """Keep what --out has of this machine, with these versions, and measure what it lacks."""
+    """Keep the results in --out that are from this machine with these versions, and measure the
+    others."""
     out: Where = "benchmarks/results"
     """Folder for peers-DEVICE.json and peers-DEVICE.md."""
 
 
 def asked_for(options: Options, device: str) -> tuple[list[str], list[str], Turns]:
-    """Shapes, contenders and turns. UserError for a name that this device has not."""
+    """Shapes, contenders and turns. Raises UserError for a name that does not exist on this
+    device."""
     shapes = list(SHAPES[device])
     default = "micro" if options.quick else ",".join(shapes[1:] if device == "cpu" else shapes[2:])
     peers = [name for name, of in CONTENDERS.items() if name != OURS and device in of.devices]
@@ -73,7 +75,7 @@ def asked_for(options: Options, device: str) -> tuple[list[str], list[str], Turn
 
 
 def prepare(shape: Shape, device: str, folder: str) -> int:
-    """Write the weights that all contenders start from, drawn on the device; returns FLOPs a
+    """Write the weights that all contenders start from, drawn on the device. Returns the FLOPs per
     token."""
     import torch
 
@@ -87,6 +89,7 @@ def prepare(shape: Shape, device: str, folder: str) -> int:
 
 
 def measure(options: Options, results: Results) -> None:
+    """Measure every case that `results` lacks, and put each into it."""
     device, hardware = results.record["device"], results.record["hardware"]
     shapes, peers, turns = asked_for(options, device)
     precisions = known_names(
@@ -95,11 +98,11 @@ def measure(options: Options, results: Results) -> None:
     ceilings = {row["precision"]: row["ceiling_flops"] for row in results.cases}
     for precision in set(precisions) - ceilings.keys():
         seconds = 0 if options.quick else 3
-        ceilings[precision] = elsewhere(product_ceiling, device, precision, seconds)
+        ceilings[precision] = in_own_process(product_ceiling, device, precision, seconds)
     with tempfile.TemporaryDirectory() as folder:
         for name in shapes:
             shape = fitting(SHAPES[device][name], hardware["gpu_memory_bytes"])
-            flops = elsewhere(prepare, shape, device, f"{folder}/{name}")
+            flops = in_own_process(prepare, shape, device, f"{folder}/{name}")
             for precision in precisions:
                 case = Case(name, shape, precision, device, f"{folder}/{name}")
                 more = {
@@ -118,10 +121,11 @@ def measure(options: Options, results: Results) -> None:
             shutil.rmtree(f"{folder}/{name}")
 
 
-# --- in words
+# --- the report
 
 
 def report(record: dict[str, Any]) -> str:
+    """The table, its notes, and one sentence per case."""
     rows = record["cases"]
     sheet = any(row["sheet_flops"] for row in rows)
     head = ["shape", "precision", "trainer", "tokens/s", *COLUMNS]
@@ -137,6 +141,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def table_row(row: dict[str, Any], sheet: bool) -> list[str]:
+    """The cells of one trainer's row. `sheet` adds the share of the data sheet's FLOP/s."""
     size = f"{row['rows']} x {row['seq_len']}"
     if row["accumulation"] > 1:
         size += f" x {row['accumulation']}"
@@ -152,7 +157,7 @@ def table_row(row: dict[str, Any], sheet: bool) -> list[str]:
 
 
 def sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """This engine beside the best of the others in each case: the one that loses least."""
+    """One sentence per case: this engine beside the fastest of the peers."""
     for shape, precision in dict.fromkeys((row["shape"], row["precision"]) for row in rows):
         peers = {
             row["trainer"]: row
@@ -176,9 +181,10 @@ def sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
+    """Measure, write the result files and print the table."""
     options = parse(Options, sys.argv[1:])
     outlive()
-    now = elsewhere(facts, options.device)
+    now = in_own_process(facts, options.device)
     results = Results(Path(options.out) / f"peers-{now['device']}.json", now, options, report)
     if options.resume:
         results.resume()

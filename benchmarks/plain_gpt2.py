@@ -1,8 +1,7 @@
-"""GPT-2 as nanoGPT writes it, for comparison: plain modules under autocast, the logits of a batch
-whole.
+"""GPT-2 as nanoGPT writes it, for comparison: plain modules under autocast, with the logits of a
+whole batch in memory.
 
-Its trade-off is the one that its many readers make with it: nothing is special, so torch.compile is
-left to find what can be fused.
+The trade-off is the same as nanoGPT's: the code is simple, and all fusion is left to torch.compile.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from config import GPTConfig
 
 
 class Attention(nn.Module):
+    """Causal self-attention with one projection for queries, keys and values."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to the same shape."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.heads, -1).transpose(1, 2)
@@ -37,16 +39,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward layers, with GPT-2's tanh form of GELU."""
+
     def __init__(self, width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to the same shape."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
+    """A transformer block with its layer norms before attention and MLP."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -55,13 +62,14 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to the same shape."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class PlainGPT2(nn.Module):
-    """Without dropout. Parameters are named as in the hub's layout. Every row of the padded
-    embedding is in the softmax."""
+    """GPT-2 without dropout. Parameters have the hub's names. The softmax includes every row of the
+    padded embedding."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -77,7 +85,7 @@ class PlainGPT2(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """idx, targets (B, T) int64; the mean loss, where targets are not -100."""
+        """idx, targets (B, T) int64 to the mean loss (). Targets of -100 do not count."""
         parts = self.transformer
         x = parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device))
         for block in parts.h:
@@ -87,13 +95,13 @@ class PlainGPT2(nn.Module):
 
 
 def load_hub(model: nn.Module, folder: str, name_of: Callable[[str], str] = str) -> None:
-    """Copy weights in the hub's layout, which has the blocks' matrices transposed; `name_of` gives
-    the hub's names."""
+    """Copy weights in the hub's layout, whose block matrices are transposed, into `model`.
+    `name_of` maps a parameter's name to the hub's."""
     tensors = load_file(Path(folder) / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = tensors[name_of(name)]
             if ".h." in name and tensor.dim() == 2:
                 tensor = tensor.T
-            parameter.zero_()  # the vocabulary's padding stays so
+            parameter.zero_()  # the padding rows of the vocabulary stay zero
             parameter[: len(tensor)] = tensor

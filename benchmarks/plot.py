@@ -1,8 +1,9 @@
-"""Runs as one picture:  python -m benchmarks.plot runs/A [runs/B ...] [--out FILE.png]
+"""Plot runs:
 
-Loss, tokens per second and gradient norm out of each run's log.jsonl, which may belong to a run
-that is still going on. Thin lines are the steps as logged, thick ones a running median over a
-fortieth of the run.
+python -m benchmarks.plot runs/A [runs/B ...] [--out FILE.png]
+
+Draws loss, tokens per second and gradient norm from each run's log.jsonl. A run need not have
+ended. Thin lines are the logged steps. Thick lines are running medians over a fortieth of the run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Of a chart with a row for each thing that is compared.
+# Style of a chart with one row for each thing that is compared.
 ROWS = {"font.size": 11.5, "axes.spines.left": False}
 
 
@@ -40,7 +41,7 @@ class Options:
     out: Where = "runs.png"
     """The PNG to write."""
     x: Literal["tokens", "steps"] = "tokens"
-    """What is along the x axis."""
+    """The quantity on the x axis."""
 
 
 Series = list[tuple[float, float]]
@@ -48,7 +49,7 @@ Series = list[tuple[float, float]]
 
 @dataclass
 class Curves:
-    """What is drawn of one run; x is tokens or steps."""
+    """The curves of one run. x is tokens or steps."""
 
     name: str
     loss: Series
@@ -58,7 +59,7 @@ class Curves:
 
 
 def curves(folder: Path, x: str, name: str) -> Curves:
-    """UserError where no step has been logged yet."""
+    """The curves of a run's log. Raises UserError if no step has been logged yet."""
     log = records(folder)
     steps = [
         r for r in log if r["kind"] == "train" and r.get("step") and finite_values([r], "tokens")
@@ -69,7 +70,7 @@ def curves(folder: Path, x: str, name: str) -> Curves:
     evals = [r for r in log if r.get("kind") == "eval"]
 
     def series(rows: list[dict[str, Any]], key: str) -> Series:
-        # a number that was not finite is null in the log
+        # values that are not finite are null in the log and are left out
         return [
             (at[r["step"]], r[key]) for r in rows if finite_values([r], key) and r.get("step") in at
         ]
@@ -81,13 +82,13 @@ def curves(folder: Path, x: str, name: str) -> Curves:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """Folders' own names, or as typed where two would be alike."""
+    """The folders' own names, or the paths as typed if two names are equal."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
 def smooth(series: Series) -> Series:
-    """Running median, centred, over a fortieth of the points (at least five)."""
+    """The centred running median over a fortieth of the points, at least five."""
     import numpy as np
 
     if len(series) < 5:
@@ -99,8 +100,7 @@ def smooth(series: Series) -> Series:
 
 
 def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:
-    """Of a y axis: what the settled runs span, without the first twentieth of each and its rare
-    spikes."""
+    """The limits of the y axis. They ignore the first twentieth of each series and rare spikes."""
     import numpy as np
 
     settled = [y for series in all_series for _, y in series[len(series) // 20 :]]
@@ -115,12 +115,12 @@ def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float
 def chart(
     out: Path, width: float, height: float, look: Mapping[str, Any] | None = None, **layout: Any
 ) -> Generator[Figure]:
-    """A figure to draw on, which is written as a PNG at the end; its size is in inches."""
+    """Yields a figure of `width` x `height` inches, and saves it as a PNG at the end."""
     import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window system is looked for
+    from matplotlib.figure import Figure  # not pyplot, which looks for a window system
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style: Any = STYLE | dict(look or {})  # the parameter is typed as every key there is
+    style: Any = STYLE | dict(look or {})  # rc_context's type hint demands every key
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**layout))
         yield figure
@@ -128,7 +128,7 @@ def chart(
 
 
 def short_numbers(axis: Axis) -> None:
-    """Write the numbers of an axis as 1.5M."""
+    """Label an axis with short numbers such as 1.5M."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
@@ -137,7 +137,8 @@ def short_numbers(axis: Axis) -> None:
 def write(
     axes: Axes, text: str, at: tuple[float, float], points: tuple[float, float], **look: Any
 ) -> None:
-    """Write text so many points away from a place, on a white ground so that no line crosses it."""
+    """Write text at an offset in points from a position. A white background keeps lines from
+    crossing it."""
     white = dict(facecolor="white", edgecolor="none", pad=0.8)
     usual: dict[str, Any] = dict(
         textcoords="offset points", va="center", color=DARK, zorder=5, bbox=white
@@ -147,6 +148,7 @@ def write(
 
 
 def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
+    """Draw the three panels and save the chart."""
     with chart(out, 12, 6.2, w_pad=0.15, h_pad=0.15) as figure:
         panels = figure.subplot_mosaic(
             [["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1]
@@ -161,6 +163,7 @@ def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
 
 
 def draw_loss(axes: Axes, runs: Sequence[Curves]) -> None:
+    """Draw training losses as lines and validation losses as dots."""
     axes.set_title("Loss (nats per token)")
     for i, run in enumerate(runs):
         draw_line(axes, run.loss, COLOURS[i % len(COLOURS)], run.name)
@@ -186,6 +189,7 @@ def draw_loss(axes: Axes, runs: Sequence[Curves]) -> None:
 def draw_panel(
     axes: Axes, title: str, all_series: Sequence[Series], from_zero: bool = False
 ) -> None:
+    """Draw one series per run."""
     axes.set_title(title)
     for i, series in enumerate(all_series):
         draw_line(axes, series, COLOURS[i % len(COLOURS)])
@@ -195,13 +199,15 @@ def draw_panel(
 
 
 def draw_line(axes: Axes, series: Series, colour: str, name: str | None = None) -> None:
-    """As logged, thin and pale; smoothed, thick, with the legend's name."""
+    """Draw the logged values thin and pale, and the smoothed ones thick. `name` is for the
+    legend."""
     if series:
         axes.plot(*zip(*series), color=colour, alpha=0.28, linewidth=0.9, zorder=2)
         axes.plot(*zip(*smooth(series)), color=colour, linewidth=2.0, label=name, zorder=3)
 
 
 def finish(axes: Axes, x: str) -> None:
+    """Set the x axis and short numbers on both axes."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(left=0)
@@ -212,7 +218,7 @@ def finish(axes: Axes, x: str) -> None:
 
 
 def short_number(value: float) -> str:
-    """1500000 as 1.5M."""
+    """The number as text: 1500000 as 1.5M. Empty if it is not finite."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -220,10 +226,11 @@ def short_number(value: float) -> str:
 
 
 def main() -> None:
+    """Draw the runs. Raises UserError for a missing log or a file that cannot be written."""
     options = parse(Options, sys.argv[1:])
     outlive()
     if not options.runs:
-        raise UserError("which runs? python -m benchmarks.plot runs/A [runs/B ...]")
+        raise UserError("no run is named; type python -m benchmarks.plot runs/A [runs/B ...]")
     folders, out = [Path(run) for run in options.runs], Path(options.out)
     runs = [
         curves(folder, options.x, name)

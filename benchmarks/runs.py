@@ -1,5 +1,5 @@
-"""Commands that benchmarks start: within a limit, some at a time, and how one failed; and the files
-of a report."""
+"""Run the commands of a benchmark, with time limits and side by side, and read and write its
+files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from config import UserError
 from engine.log import read_log
 
 REPO = Path(__file__).resolve().parent.parent
-GRACE = 10.0  # seconds for interrupted commands to end: pytest ends its programs
-REAPED = 10.0  # seconds to wait for a killed command: a driver may hold it for good
+GRACE = (
+    10.0  # seconds that interrupted commands get to end, because pytest must end its own programs
+)
+REAPED = 10.0  # seconds to wait for a killed command, which a driver may hold forever
 
 Item = TypeVar("Item")
 
 
 class Failed(Exception):
-    """A command failed: the line that names its error, and its exit code."""
+    """A command failed. Holds the line that names its error, and its exit code."""
 
     def __init__(self, line: str, code: int):
         super().__init__(line)
@@ -38,19 +40,22 @@ class Failed(Exception):
 
 
 class TimeUp(Exception):
-    """A command was cut off, or not begun, because the time was over."""
+    """A command was stopped, or not started, because the time was over."""
 
 
 def say(text: str) -> None:
+    """Report progress on standard error. Standard output is for the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def now() -> str:
+    """The local time with its offset, as ISO 8601 text."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def at_least(options: Any, **least: float) -> None:
-    """Raise UserError for an option below its least value; None is one that was not given."""
+    """Raise UserError for an option below its smallest allowed value. An option that is None was
+    not given."""
     for name, value in least.items():
         given = getattr(options, name)
         if given is not None and given < value:
@@ -59,7 +64,7 @@ def at_least(options: Any, **least: float) -> None:
 
 # --- commands
 
-_running: set[subprocess.Popen[bytes]] = set()  # in all threads of this process
+_running: set[subprocess.Popen[bytes]] = set()  # commands that any thread of this process runs
 
 
 def execute(
@@ -72,11 +77,11 @@ def execute(
     first: signal.Signals = signal.SIGTERM,
     grace: float = 0.0,
 ) -> None:
-    """Run a command to its end, its output in a file.
+    """Run a command and write its output to a file.
 
-    It has a session of its own, `cores` of the cores (None: all), and REPO for its folder where its
-    environment is given. Raises Failed, or TimeUp at `until` (of time.monotonic), when it gets the
-    signal `first` and has `grace` seconds to save what it has.
+    The command has a session of its own and runs on `cores` cores (None: all). With an environment
+    it runs in REPO. Raises Failed, or TimeUp at `until` (of time.monotonic). In the latter case the
+    command gets the signal `first` and then `grace` seconds to save its work.
     """
     with output.open("w", encoding="utf-8") as file, on_cores(cores):
         process = subprocess.Popen(
@@ -103,8 +108,8 @@ def execute(
 
 
 def end(process: subprocess.Popen[bytes], first: signal.Signals, grace: float) -> None:
-    """End what is left of a command's session, as torchrun's workers: by the signal `first`, and
-    after `grace` seconds, if any, by SIGKILL."""
+    """End all processes of a command's session, such as torchrun's workers. They get the signal
+    `first`, then `grace` seconds if any, then SIGKILL."""
     for number, patience in ((first, grace), (signal.SIGKILL, REAPED)):
         if patience:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -114,10 +119,10 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals, grace: float) -
 
 
 def side_by_side(work: Callable[[Item], object], items: Sequence[Item], at_once: int) -> None:
-    """Do the work of each item in threads, so many at a time.
+    """Process the items in threads, `at_once` at a time.
 
-    When this process is interrupted, no more is begun and the commands under way are ended: a pool
-    waits for them before it lets an error through.
+    When this process is interrupted, no further item starts and the running commands are ended.
+    Without that the pool would wait for them before it raises.
     """
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -131,6 +136,7 @@ def side_by_side(work: Callable[[Item], object], items: Sequence[Item], at_once:
 
 @contextlib.contextmanager
 def on_cores(count: int | None) -> Generator[None]:
+    """Inside, this process and its new children use only the first `count` cores (None: all)."""
     if count is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -143,7 +149,7 @@ def on_cores(count: int | None) -> Generator[None]:
 
 
 def last_error(output: str, code: int) -> str:
-    """The line that names the error: torchrun adds many after it."""
+    """The line of a command's output that names its error. torchrun prints many lines after it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [
         line
@@ -158,7 +164,7 @@ def last_error(output: str, code: int) -> str:
 
 
 def make_folders(folder: Path, parts: Sequence[str]) -> None:
-    """`folder` with these parts, which git passes over. Raises UserError."""
+    """Create the subfolders `parts`, which git ignores. Raises UserError."""
     try:
         for part in parts:
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -168,7 +174,8 @@ def make_folders(folder: Path, parts: Sequence[str]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """None for a file that is missing or torn: its writer may have been killed."""
+    """The content of a JSON file. None if the file is missing or incomplete, because its writer may
+    have been killed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -176,8 +183,8 @@ def read_json(path: Path) -> Any:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log.jsonl; a last line torn by a kill is passed over. UserError
-    without a log."""
+    """The complete lines of a run's log.jsonl. A last line cut off by a kill is skipped. Raises
+    UserError if there is no log."""
     path = folder / "log.jsonl"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -189,7 +196,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_report(file: Path, result: Any, text: str) -> None:
-    """Write a JSON file and, beside it, Markdown for people."""
+    """Write a JSON file, and a Markdown file beside it for people."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     replace_text(file.with_suffix(".md"), text)

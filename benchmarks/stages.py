@@ -1,11 +1,11 @@
-"""What each optimization buys on this machine:
+"""Measure what each optimization gains on this machine:
 
 python -m benchmarks.stages --preset gpt2 --out FOLDER [--quick]
 
-Every stage is the stage before plus one thing, and every figure is read from the log of a real run:
-train_gpt2.py in a process of its own, told by its own options what to leave out. Repetitions go
-round the whole ladder, so that what else the machine does falls on all stages alike. The trade-off:
-a process for each run costs some ten seconds of start-up, so a run is only a few steps long.
+Every stage is the stage before it plus one thing. Every figure comes from the log of a real run:
+train_gpt2.py in its own process, with options that say what to leave out. A round runs the whole
+ladder once, so that a slow minute of the machine affects all stages. The trade-off: starting a
+process takes some ten seconds, so a run is only a few steps long.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
-from benchmarks.machine import elsewhere, engine_hash
+from benchmarks.machine import engine_hash, in_own_process
 from benchmarks.runs import (
     REPO,
     at_least,
@@ -64,18 +64,18 @@ from benchmarks.store import Cell, Figures, Store, place
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
 from engine.roofline import peak_flops
 
-BATCH_TOKENS = 524288  # of a step with accumulation on a GPU, as GPT-3's smallest model had
-ACCUMULATION = 4  # on a CPU
-# steps that are not counted: compilation, recording of graphs, a heap that grows
+BATCH_TOKENS = 524288  # tokens in a step with accumulation on a GPU, like GPT-3's smallest model
+ACCUMULATION = 4  # micro-batches in a step on a CPU
+# first steps that do not count: they compile, record graphs, and grow the heap
 WARM_UP = {"cuda": 3, "cpu": 2}
-TIMED = 4, 12  # steps that are: at least and at most
-LIKELY_STEP = (
-    1.5  # a stage's mean step over the baseline's: later ones are faster and hold more tokens
-)
+TIMED = 4, 12  # least and most steps that count
+# A stage's mean step over the baseline's. Later stages are faster but have more tokens in a step.
+LIKELY_STEP = 1.5
 SEED = 1337
-LEARNING_RATE = 3e-4  # constant, and small: Adam's first steps blow up differences of rounding
-WRITING = 6.0  # seconds kept for table and chart
-SCALING, TRACE = "scaling", 0  # the former's name in --only; the number of a traced run
+LEARNING_RATE = 3e-4  # constant and small, because Adam's first steps amplify rounding differences
+WRITING = 6.0  # seconds reserved for the table and the chart
+SCALING = "scaling"  # its name in --only
+TRACE = 0  # the number of a traced run, in place of a round
 
 
 @dataclass(frozen=True)
@@ -89,36 +89,36 @@ class Options:
     quick: bool = False
     """A small shape (mini, where the preset is larger) and short sequences."""
     minutes: Positive | None = None
-    """Time for all of it; what it leaves out, the same command adds. Default: 10 on a GPU or with
-    --quick, else none."""
+    """Time for everything. Repeating the command adds what is left out. Default: 10 on a GPU or
+    with --quick, else no limit."""
     rounds: Count = 3
-    """Repetitions of the ladder, as far as the time allows."""
+    """Repetitions of the ladder, if there is time."""
     steps: Count | None = None
-    """Optimizer steps of a run. Default: what the time allows."""
+    """Optimizer steps of a run. Default: as many as there is time for."""
     seq_len: Count | None = None
-    """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere; with --quick 256 and 128."""
+    """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere. With --quick: 256 and 128."""
     micro_batch: Count | None = None
-    """Sequences in a forward pass. Default: on CUDA up to 32, as the baseline's memory allows;
-    elsewhere 4, quick 8."""
+    """Sequences in a forward pass. Default: on CUDA up to 32, as far as the baseline fits;
+    elsewhere 4, with --quick 8."""
     ranks: Few | None = None
-    """Processes up to which scaling is measured. Default: every GPU; on a CPU none (and 2 in the
-    stage ddp)."""
+    """Largest number of processes for the scaling. Default: all GPUs; on a CPU no scaling (and 2 in
+    the stage ddp)."""
     only: str = ""
-    """Stages to run, by name, comma-separated; scaling is one of them."""
+    """Stages to run, comma-separated. scaling is one of them. Default: all."""
     data: Wheres = "stdlib"
-    """Tokens to train on, as in train_gpt2.py: folders of shards too."""
+    """Training tokens, as in train_gpt2.py, also folders of shards."""
     tokenizer: Where | None = None
-    """As in train_gpt2.py. Default: the data's own; for stdlib one of GPT-2's size, trained on this
-    machine's Python."""
+    """As in train_gpt2.py. Default: the data's own. For stdlib, one of GPT-2's size that is trained
+    on this machine's Python source."""
     out: Where = "runs/stages"
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
 
-# --- one run
+# --- a run
 
 
 def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> tuple[str, ...]:
-    """train_gpt2.py with a stage's options, through torchrun where there are several ranks."""
+    """The command of train_gpt2.py for a stage, through torchrun if there are several ranks."""
     ranks = settings.ranks or plan.ranks
     micro_batch = settings.micro_batch or plan.micro_batch
     options: dict[str, Any] = {
@@ -162,8 +162,8 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> tuple[str
 
 
 def figures_of(run: Path) -> Figures:
-    """What a finished run's log says, and its trace where it has one; the model and the trace,
-    which are large, go."""
+    """The figures of a finished run, from its log and its trace if it has one. Deletes the model
+    and the trace, which are large."""
     log = records(run)
     steps = [line for line in log if line["kind"] == "train"]
     figures: Figures = {
@@ -181,10 +181,10 @@ def figures_of(run: Path) -> Figures:
 
 
 def communication_share(events: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the traced steps in which ranks talk and this one computes nothing.
+    """The share of the traced steps in which ranks communicate and this one does not compute.
 
-    On a GPU: NCCL's kernels without the time of other kernels beside them. On a CPU: gloo's
-    collectives without the time of PyTorch's operations.
+    On a GPU that is the time of NCCL's kernels without other kernels beside them. On a CPU it is
+    the time of gloo's collectives without PyTorch's operations.
     """
     talk, work, steps = [], [], []
     on_gpu = any(event.get("cat") == "kernel" for event in events)
@@ -203,7 +203,7 @@ def communication_share(events: Sequence[Mapping[str, Any]]) -> float:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans (begin, end)."""
+    """The length of the union of spans (begin, end)."""
     total, reached = 0.0, -math.inf
     for begin, finish in sorted(spans):
         total += max(0.0, finish - max(begin, reached))
@@ -211,12 +211,12 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-# --- one invocation
+# --- one call of the command
 
 
 @dataclass
 class Bench:
-    """The cells of a ladder: its runs by stage and round, and what is known of them."""
+    """The runs of a ladder by stage and round, and their figures."""
 
     folder: Path
     machine: Machine
@@ -224,37 +224,38 @@ class Bench:
     store: Store
 
     def cell(self, name: str, number: int, settings: Settings, cores: int | None = None) -> Cell:
+        """The run of a stage in a round, on `cores` cores (None: all)."""
         path = place(self.folder / "runs", name, number, dataclasses.asdict(settings))
         words = command(settings, self.plan, self.folder / "cache", path)
         return Cell(name, number, path, words, name, cores=cores)
 
     def record(self, name: str, number: int, settings: Settings) -> Figures | None:
-        """What was measured without the steps that warm up, or None."""
+        """The figures of a run without its warm-up steps. None if the run is not done."""
         figures = self.cell(name, number, settings).figures()
         warm_up = WARM_UP[self.machine.device] if settings.steps is None else 1
         return figures and figures | {"step_ms": figures["step_ms"][warm_up:]}
 
     def records(self, name: str, settings: Settings) -> list[Figures]:
-        """Of rounds 1, 2, ... as far as there are any."""
+        """The figures of rounds 1, 2, ... up to the first that is missing."""
         found = (self.record(name, number, settings) for number in itertools.count(1))
         return [record for record in itertools.takewhile(bool, found) if record]
 
     @property
     def failed(self) -> dict[str, str]:
-        """The error of each stage and point that failed: later rounds leave it out."""
+        """The error of each stage or point that failed. Later rounds leave it out."""
         return {cell.name: error for cell, error in self.store.failed.items()}
 
 
 def store_of(until: float) -> Store:
-    """Runs whose every step is timed, so that an interrupted one begins anew."""
-    return Store(figures_of, until, anew=True)
+    """A store that restarts interrupted runs, because every step of a run is timed."""
+    return Store(figures_of, until, restart=True)
 
 
 def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -> Iterator[Cell]:
-    """One round: the stages, none on one that failed, then the points of scaling up to `most`
-    ranks. What failed in a round before is left out."""
+    """The cells of one round: the stages, none of them on a failed one, then the scaling points up
+    to `most` ranks. Cells that failed in an earlier round are left out."""
     for stage in LADDER:
-        # asked anew for each: what has failed since is built on no more
+        # computed again for each stage, because an earlier stage may have failed just now
         rungs = ladder(bench.machine, only, bench.failed)
         rung = next((rung for rung in rungs if rung.stage == stage and not rung.skipped), None)
         if rung and is_due(bench, cell := bench.cell(stage.name, number, rung.settings)):
@@ -268,11 +269,13 @@ def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -
 
 
 def is_due(bench: Bench, cell: Cell) -> bool:
+    """Whether the cell must run. A name that failed runs no more; the failed cell itself is tried
+    again."""
     return cell.name not in bench.failed or cell in bench.store.failed
 
 
 def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) -> None:
-    """Make the runs that the folder lacks, round by round, and say how each went."""
+    """Run the cells that the folder lacks, round by round, and report each."""
     compile_ahead(bench, [rung for rung in ladder(bench.machine, only) if not rung.skipped])
     numbers = range(1, rounds + 1)
     for number in numbers:
@@ -287,18 +290,18 @@ def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) ->
 
 
 def measure_ceilings(bench: Bench, number: int) -> None:
-    """How fast large matrix products are, measured in each round anew."""
+    """Measure the speed of large matrix products, again in each round."""
     path = bench.folder / "runs" / f"ceilings-{number}.json"
     if not path.exists() and time.monotonic() < bench.store.until:
         names = [name for name in ("fp32", "tf32", "bf16") if name not in bench.machine.lacks]
-        write_json(path, elsewhere(product_ceilings, bench.machine.device, names))
+        write_json(path, in_own_process(product_ceilings, bench.machine.device, names))
 
 
 def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
-    """Fill the compiler's caches with several stages at a time, so that the timed runs need not
-    wait for it in turn.
+    """Fill the compiler's caches with several stages at a time, so that the timed runs do not
+    compile one after another.
 
-    What fails here fails again, and is reported, in its own run.
+    A failure here occurs again in the stage's own run, which reports it.
     """
     machine = bench.machine
     at_once = min(4, machine.cores // 4, machine.memory // (32 << 30))
@@ -316,8 +319,8 @@ def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
 
 
 def compiled_part(settings: Settings) -> Settings:
-    """What of the settings the compiler sees, for one step: stages alike in it share their compiled
-    code."""
+    """The settings that affect compiled code, with one step. Stages for which they are equal share
+    their compiled code."""
     unseen = ("decay-groups", "fused-adamw", "kept-memory")
     return dataclasses.replace(
         settings,
@@ -330,7 +333,8 @@ def compiled_part(settings: Settings) -> Settings:
 
 
 def distinct_points(most: int) -> list[tuple[int, int]]:
-    """Weak and strong scaling share some; none for one rank."""
+    """The scaling points without duplicates. Weak and strong scaling share some, and one rank has
+    none."""
     return list(
         dict.fromkeys(
             point for points in scaling_points(most).values() for point in points if most > 1
@@ -339,7 +343,7 @@ def distinct_points(most: int) -> list[tuple[int, int]]:
 
 
 def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Settings]:
-    """Name and settings of a point's run: the engine's own choices on so many ranks."""
+    """The name and the settings of a point's run: the engine's defaults on that many ranks."""
     ranks, each = point
     best = default_settings(bench.machine, bench.failed)
     trace = dict(steps=5, profile=True) if number == TRACE else {}
@@ -349,18 +353,17 @@ def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Se
 
 
 def point_cell(bench: Bench, point: tuple[int, int], number: int, most: int) -> Cell:
-    """A run of a point. On a CPU each rank has the same number of cores, however many ranks there
-    are."""
+    """A run of a point. On a CPU each rank gets the same number of cores at every point."""
     name, settings = point_of(bench, point, number)
     cores = bench.machine.cores // most * point[0] if bench.machine.device == "cpu" else None
     return bench.cell(name, number, settings, cores)
 
 
-# --- the plan, and what it has in common with an earlier invocation
+# --- the plan, which later calls in the same folder must share
 
 
 def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
-    """The part of the plan that options and machine decide."""
+    """The part of the plan that follows from the options and the machine."""
     cuda, names = machine.device == "cuda", list(PRESETS)
     preset = (
         names[min(names.index(options.preset), names.index("mini"))]
@@ -372,14 +375,14 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     )
     micro_batch = options.micro_batch or (8 if options.quick else 4)
     if cuda and not options.micro_batch:
-        micro_batch = elsewhere(fitting_micro_batch, preset, seq_len, machine.memory)
+        micro_batch = in_own_process(fitting_micro_batch, preset, seq_len, machine.memory)
     accumulation = (
         max(1, BATCH_TOKENS // (micro_batch * seq_len))
         if cuda and not options.quick
         else ACCUMULATION
     )
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    # its batch is that of the stage before
+    # so that the stage ddp has the batch of the stage before it
     ranks = max(n for n in range(1, most + 1) if accumulation % n == 0)
     return dict(
         preset=preset,
@@ -392,7 +395,7 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
 
 
 def identity_of(options: Options, machine: Machine, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """What the figures of one table have in common, by name."""
+    """Everything that must be equal for all figures of a table, by name."""
     known = {
         "device": machine.device,
         "hardware": machine.name,
@@ -404,15 +407,15 @@ def identity_of(options: Options, machine: Machine, shape: Mapping[str, Any]) ->
 
 
 def make_plan(options: Options, machine: Machine, folder: Path, until: float) -> Plan:
-    """The plan that the folder holds, or a new one. Raises UserError where the folder's is
-    another."""
+    """The plan stored in the folder, or a new one. Raises UserError if the stored plan has another
+    identity."""
     shape = shape_of(options, machine)
     identity = identity_of(options, machine, shape)
     file = folder / "plan.json"
     if file.exists():
         return stored_plan(file, identity)
     say("preparing the tokens ...")
-    tokenizer, vocabulary, flops = elsewhere(
+    tokenizer, vocabulary, flops = in_own_process(
         prepare,
         shape["preset"],
         shape["seq_len"],
@@ -433,12 +436,12 @@ def make_plan(options: Options, machine: Machine, folder: Path, until: float) ->
 
 
 def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
-    """Raises UserError where it is not of this identity."""
+    """The plan in a file. Raises UserError if it has another identity."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         then, plan = stored["identity"], Plan(**stored["plan"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not of a ladder; choose another --out") from None
+        raise UserError(f"{file} is not the plan of a ladder; choose another --out") from None
     differ = [
         f"{k} was {then.get(k)}, is {identity.get(k)}"
         for k in then | identity
@@ -453,7 +456,8 @@ def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
 
 
 def affordable_steps(bench: Bench) -> int:
-    """Steps of a run with which two rounds fit, judged by a short run of the baseline."""
+    """The number of steps in a run for which two rounds fit, estimated by a short run of the
+    baseline."""
     warm_up = WARM_UP[bench.machine.device]
     say("a short run, to see how long steps take ...")
     probe = Settings(device=bench.machine.device, steps=warm_up + 1)
@@ -461,7 +465,7 @@ def affordable_steps(bench: Bench) -> int:
     bench.store.attempt(cell)
     record = bench.record("probe", 0, probe)
     if record is None:
-        return warm_up + TIMED[0]  # the baseline's own run will say what is wrong
+        return warm_up + TIMED[0]  # the run of the baseline will report the error
     step = statistics.median(record["step_ms"]) / 1e3
     start_up = bench.store.done[cell] - (warm_up + 1) * step
     runs = 2 * sum(rung.skipped is None for rung in ladder(bench.machine))
@@ -470,8 +474,8 @@ def affordable_steps(bench: Bench) -> int:
 
 
 def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int:
-    """Steps that fit into a run of `seconds` with its start-up; those that count are within
-    TIMED."""
+    """The number of steps that fit into a run of `seconds` with its start-up. The steps that count
+    are within TIMED."""
     fit = int((seconds - start_up) / step) - warm_up
     return warm_up + min(max(fit, TIMED[0]), TIMED[1])
 
@@ -480,15 +484,15 @@ def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int
 
 
 def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
-    """Write stages.json, stages.md and stages.png from the folder's runs; returns the text of the
-    second."""
+    """Write stages.json, stages.md and stages.png from the folder's runs. Returns the text of
+    stages.md."""
     machine, plan = bench.machine, bench.plan
     records = {
         rung.stage.name: bench.records(rung.stage.name, rung.settings)
         for rung in ladder(machine, None, bench.failed)
     }
     known = [name for name, found in records.items() if found or only is None or name in only]
-    rungs = ladder(machine, known, bench.failed)  # what a stage is measured against is among these
+    rungs = ladder(machine, known, bench.failed)  # a stage is compared with one of these
     measured = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
@@ -522,53 +526,54 @@ def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
     if importlib.util.find_spec("matplotlib"):
         draw(result, bench.folder / "stages.png")
     else:
-        say(
-            "matplotlib is not installed: no chart was drawn; the same command draws it where it is"
-        )
+        say("matplotlib is not installed, so no chart was drawn; install it and repeat the command")
     return text
 
 
 def trace_of(bench: Bench, point: tuple[int, int]) -> Figures | None:
+    """The figures of a point's traced run, or None."""
     name, settings = point_of(bench, point, TRACE)
     return bench.record(name, TRACE, settings)
 
 
 def asked_stages(only: str) -> list[str] | None:
-    """The names of --only; None for all. Raises UserError for one that is none."""
+    """The names in --only, or None for all. Raises UserError for an unknown name."""
     return known_names("--only", only, [*(stage.name for stage in LADDER), SCALING]) or None
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` with places for runs and caches. What is compiled stays there too."""
+    """Create the folder with subfolders for runs and caches. Compilers keep their caches there
+    too."""
     make_folders(folder, ("cache", "runs"))
     for name in ("TORCHINDUCTOR", "TRITON"):
         os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / "cache" / name.lower()))
 
 
-def ended(bench: Bench) -> int:
-    """Say what went wrong or was left out; returns the exit code."""
+def report_failures(bench: Bench) -> int:
+    """Say what failed or was left out. Returns the exit code."""
     store = bench.store
     for name, line in bench.failed.items():
         say(f"{name} failed: {line}")
     if store.left_out:
         made = len(store.done) + len(store.failed)
         say(
-            f"the time was up after {made} of {made + len(store.left_out)} runs; the same command "
-            "makes the others"
+            f"the time was up after {made} of {made + len(store.left_out)} runs; repeat the "
+            "command for the others"
         )
     return 1 if store.failed else 0
 
 
 def main() -> int:
+    """Measure the ladder and print its table. The exit code is 1 if a stage failed."""
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
     at_least(options, steps=max(WARM_UP.values()) + 1, minutes=1)
     only = asked_stages(options.only)
-    machine = elsewhere(look, options.device, options.ranks)
+    machine = in_own_process(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)
     if only and SCALING in only and most == 1:
-        raise UserError(f"--only {SCALING}: up to how many ranks? add --ranks N")
+        raise UserError(f"--only {SCALING} needs a number of ranks; add --ranks N")
     minutes = options.minutes or (10.0 if machine.device == "cuda" or options.quick else math.inf)
     folder = Path(options.out).resolve()
     make_folder(folder)
@@ -577,7 +582,7 @@ def main() -> int:
     limit = (
         f"{minutes:g} minutes"
         if minutes < math.inf
-        else "no limit of time: see what is left after the first run"
+        else "no time limit: the first run shows how long the others take"
     )
     say(
         f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; "
@@ -587,10 +592,10 @@ def main() -> int:
     most = most if only is None or SCALING in only else 1
     try:
         measure(bench, only, options.rounds, most)
-    finally:  # an interrupted bench leaves what it has
+    finally:  # an interrupted ladder reports what it has
         text = report(bench, only, most)
     print(text)
-    return ended(bench)
+    return report_failures(bench)
 
 
 if __name__ == "__main__":

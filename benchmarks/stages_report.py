@@ -1,4 +1,4 @@
-"""What benchmarks.stages found, as figures, a table and a chart. Needs neither torch nor the
+"""The figures, the table and the chart of benchmarks.stages. It needs neither torch nor the
 machine."""
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from benchmarks.table import Column, Row, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Relative, of the last loss: how far rounding alone takes two runs of a few steps apart. The
-# coarser precision counts.
+# Largest relative difference of the last loss that rounding alone causes in a few steps. If two
+# precisions differ, the coarser one counts.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-3, "fp8": 1e-2}
 
 Record = Mapping[str, Any]  # the figures of one run
-Records = Mapping[str, Sequence[Record]]  # by stage, one a round
+Records = Mapping[str, Sequence[Record]]  # by stage, one for each round
 
 
 # --- figures
 
 
 def rate(record: Record) -> float:
-    """Tokens per second of a run: of its median step."""
+    """A run's tokens per second, from its median step."""
     return 1e3 * record["tokens_per_step"] / statistics.median(record["step_ms"])
 
 
 def ratio(mine: Sequence[Record], other: Sequence[Record]) -> float | None:
-    """Speed over the other's, the median over runs of the same round: a slow minute falls on
-    both."""
+    """Speed over the other's: the median over pairs of the same round, so that a slow minute of the
+    machine affects both."""
     pairs = list(zip(mine, other))
     return statistics.median(rate(a) / rate(b) for a, b in pairs) if pairs else None
 
 
 def last_loss(records: Sequence[Record]) -> float | None:
-    """Median over the rounds; None where one is not finite, or there are none."""
+    """The median of the last losses over the rounds. None if one is not finite, or there are
+    none."""
     losses = [record["loss"] for record in records]
     return statistics.median(losses) if losses and None not in losses else None
 
@@ -50,7 +51,7 @@ def last_loss(records: Sequence[Record]) -> float | None:
 def compare_loss(
     loss: float | None, before: float | None, precisions: Iterable[str], by_design: bool
 ) -> str:
-    """same, by design, differs or not finite; nothing where there is nothing to compare with."""
+    """same, by design, differs or not finite; empty if there is no loss to compare with."""
     if loss is None:
         return "not finite"
     if before is None:
@@ -69,10 +70,11 @@ def stage_rows(
     ceilings: Mapping[str, float],
     sheet: Mapping[str, float | None],
 ) -> list[dict[str, Any]]:
-    """One row a stage. status: kept, branch, skipped, failed, or not reached; the last three have
-    no figures.
+    """One row per stage. Its status is kept, branch, skipped, failed or not reached. The last three
+    have no figures.
 
-    `ceilings` and `sheet` are FLOP/s of one device by precision, measured and as its maker says.
+    `ceilings` and `sheet` are the FLOP/s of one device by precision, as measured and as its maker
+    states.
     """
     rows = []
     precision_of = {rung.stage.name: rung.settings.precision for rung in rungs}
@@ -95,7 +97,7 @@ def stage_rows(
             "x_first": ratio(mine, records.get("baseline", ())),
         }
         row["devices"] = (rung.settings.ranks or plan.ranks) if machine.device == "cuda" else 1
-        # what is not (the CPU beside a GPU) has no share of its ceiling
+        # a stage on another device (the CPU beside a GPU) has no share of this device's ceiling
         on_it = rung.settings.device == machine.device
         for share, flops in (
             ("mfu_measured", ceilings.get(precision)),
@@ -133,9 +135,9 @@ def speed(mine: Sequence[Record]) -> dict[str, Any]:
 def scaling_rows(
     points: Mapping[tuple[int, int], tuple[Sequence[Record], Record | None]], most: int
 ) -> list[dict[str, Any]]:
-    """Weak, then strong scaling, of each point's timed records and its traced one.
+    """The rows of weak, then of strong scaling. A point has timed records and a traced one.
 
-    speedup: over one rank; efficiency: that over the number of ranks.
+    "speedup" is over one rank, "efficiency" is the speedup over the number of ranks.
     """
     rows = []
     for kind, of_kind in scaling_points(most).items():
@@ -162,21 +164,23 @@ def scaling_rows(
 
 # --- the table
 
-LONGEST = 90  # letters of a reason
+LONGEST = 90  # characters of a note without figures
 LOSSES = {"differs": "loss differs", "by design": "loss by design", "not finite": "loss not finite"}
 
 
 def figure(name: str, form: str) -> Callable[[Row], str]:
-    """The cell of a figure that some rows lack."""
+    """A function that formats a figure. Rows without the figure get an empty cell."""
     return lambda row: "" if row.get(name) is None else form.format(row[name])
 
 
 def span(row: Row) -> str:
+    """The cell of the slowest and the fastest round."""
     return f"{row['slowest']:,.0f}-{row['fastest']:,.0f}" if row.get("rounds", 1) > 1 else ""
 
 
 def note(row: Row) -> str:
-    """What is to be known beside the figures."""
+    """The cell with everything besides figures: why there are none, or what is special about
+    them."""
     if "step_ms" not in row:
         reason = f": {row['reason']}".replace("|", "/") if row["reason"] else ""
         text = row["status"] + reason
@@ -224,12 +228,12 @@ def describe(plan: Plan, machine: Machine) -> str:
 
 
 def plan_of(result: Record) -> tuple[Plan, Machine]:
-    """What stages.json says of the plan and the machine."""
+    """The plan and the machine in stages.json."""
     return Plan(**result["plan"]), Machine(**result["machine"])
 
 
 def text_of(result: Record) -> str:
-    """stages.md"""
+    """The text of stages.md."""
     plan, machine = plan_of(result)
     versions = ", ".join(
         f"{name} {version}" for name, version in machine.facts["versions"].items() if version
@@ -256,6 +260,7 @@ def text_of(result: Record) -> str:
 
 
 def scaling_text(rows: Sequence[Record], machine: Machine) -> str:
+    """The table of scaling, with its explanation."""
     cuda = machine.device == "cuda"
     how = (
         "NCCL's kernels beside no other kernel"
@@ -278,9 +283,9 @@ BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch"
 
 
 def draw(result: Record, out: Path) -> None:
-    """The ladder as bars of tokens per second, beside the ceiling that the matrix products alone
+    """Draw the ladder as bars of tokens per second, beside the limit that matrix products alone
     would set."""
-    rows = joined(result["stages"])
+    rows = merge_skipped(result["stages"])
     most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
     with chart(out, 13, 2.2 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
         axes = figure.subplots()
@@ -293,8 +298,8 @@ def draw(result: Record, out: Path) -> None:
         finish(axes, headline(rows), below)
 
 
-def joined(rows: Sequence[Record]) -> list[Record]:
-    """The rows to draw: stages that are skipped one after another for the same reason share one."""
+def merge_skipped(rows: Sequence[Record]) -> list[Record]:
+    """The rows to draw. Consecutive stages that are skipped for the same reason become one row."""
     drawn: list[Record] = []
     for (status, _), group in itertools.groupby(
         rows, key=lambda row: (row["status"], row["reason"])
@@ -308,12 +313,13 @@ def joined(rows: Sequence[Record]) -> list[Record]:
 
 
 def headline(rows: Sequence[Record]) -> str:
+    """The title of the chart, with the total gain."""
     gains = [row["x_first"] for row in rows if row["status"] == "kept" and row["x_first"]]
     return "What each optimization buys" + (f": × {gains[-1]:.3g} in all" if len(gains) > 1 else "")
 
 
 def draw_row(axes: Axes, y: int, row: Record) -> None:
-    """A stage's names, and its bar or why it has none."""
+    """Draw a stage's name, and its bar or the reason why it has none."""
     left: dict[str, Any] = dict(xycoords=axes.get_yaxis_transform(), ha="right", bbox=None)
     write(axes, row["stage"], (0, y), (-8, 6), **left)
     write(axes, row["adds"], (0, y), (-8, -7), color=GREY, fontsize=8.5, **left)
@@ -333,8 +339,8 @@ def draw_row(axes: Axes, y: int, row: Record) -> None:
 
 
 def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
-    """Where a stage would be if large matrix products in its precision were all there is: a line
-    beside its rows."""
+    """Draw a line beside the rows of each precision: the speed if there were only large matrix
+    products."""
     edge = axes.get_xlim()[1]
     groups = itertools.groupby(
         enumerate(rows), key=lambda item: (item[1]["precision"], item[1].get("devices", 1))
@@ -360,7 +366,7 @@ def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
 
 
 def finish(axes: Axes, title: str, below: str) -> None:
-    """Axis, legend, and title with a line below it."""
+    """Draw the axis, the legend, and the title with a line below it."""
     from matplotlib.patches import Patch
 
     axes.set_yticks([])

@@ -1,5 +1,5 @@
-"""What benchmarks.stages asks of torch before it starts: the machine and the tokens. Each in a
-process of its own."""
+"""Set-up work of benchmarks.stages that needs torch: facts of the machine, and the tokens. Each
+call runs in its own process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from engine.roofline import product_ceiling
 if TYPE_CHECKING:
     import torch
 
-GPT2_VOCABULARY = 50257  # no multiple of anything, as padding it needs
-# bytes of it beside the standard library: together they have pairs enough for that vocabulary
+GPT2_VOCABULARY = 50257  # not a multiple of 128, so that padding it makes a difference
+# bytes of torch's source; with the standard library they have enough pairs for that vocabulary
 TORCH_SOURCE = 8 << 20
 
 
 def look(device: str, ranks: int | None) -> Machine:
-    """The machine that is meant. Raises UserError where there is none, or not so many ranks fit on
-    it."""
+    """The machine with this device. Raises UserError if the device is missing or has no room for
+    `ranks` ranks."""
     import torch
 
     known = facts(device)
     device, hardware = known["device"], known["hardware"]
     if device not in ("cpu", "cuda"):
-        raise UserError(f"there is no ladder for {device}; use --device cpu")
+        raise UserError(f"--device {device} has no ladder; use --device cpu")
     cuda = device == "cuda"
     n_cores = cores()
     devices = torch.cuda.device_count() if cuda else 1
@@ -60,7 +60,7 @@ def look(device: str, ranks: int | None) -> Machine:
 
 
 def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The kernels that the engine runs here by itself, and why others cannot run."""
+    """The engine's default kernels here, and why other kernels cannot run."""
     from kernels import OPERATIONS, choose, operation_names
 
     cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=precision)
@@ -74,8 +74,8 @@ def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, 
 
 
 def lacks(device: torch.device, room: int) -> dict[str, str]:
-    """What stages need and this machine has not, in the engine's own words; `room`: for how many
-    ranks."""
+    """The needs of stages that this machine lacks, with the engine's own reasons. `room` is the
+    number of ranks that fit."""
     import torch
 
     from engine.compiling import compiler_problem
@@ -118,8 +118,8 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 def prepare(
     preset: str, seq_len: int, data: str, tokenizer: str | None, cache: Path
 ) -> tuple[str | None, int, int]:
-    """Make the tokenizer and the tokens, once; returns the tokenizer, its vocabulary and the FLOPs
-    of a token."""
+    """Make the tokenizer and the tokens, once. Returns the tokenizer, the size of its vocabulary,
+    and the FLOPs per token."""
     import torch
 
     from engine.data import open_data
@@ -137,7 +137,8 @@ def prepare(
 
 
 def train_tokenizer(folder: Path) -> None:
-    """A byte-level BPE with as many tokens as GPT-2's, from the Python source on this machine."""
+    """Train a byte-level BPE with as many tokens as GPT-2's on the Python source on this
+    machine."""
     import torch
 
     from text import corpus
@@ -152,8 +153,8 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
-    """The largest power of two up to 32 with which the baseline, which holds the most, fits into a
-    GPU."""
+    """The largest power of two up to 32 for which the baseline fits into a GPU. The baseline needs
+    the most memory."""
     from engine.memory import estimate
     from engine.task import Cost
 
@@ -166,10 +167,11 @@ def fitting_micro_batch(preset: str, seq_len: int, memory: int) -> int:
 
 
 def product_ceilings(device: str, precisions: Sequence[str]) -> dict[str, float]:
-    """FLOP/s of one large matrix product by precision."""
+    """The FLOP/s of one large matrix product, by precision."""
     return {precision: product_ceiling(device, precision, 1.0) for precision in precisions}
 
 
 def config_of(preset: str, seq_len: int, **more: Any) -> GPTConfig:
+    """The preset's GPTConfig with this block_size. `more` overrides its fields."""
     shape: dict[str, Any] = PRESETS[preset] | more
     return GPTConfig(block_size=seq_len, **shape)

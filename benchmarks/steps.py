@@ -1,10 +1,10 @@
-"""Optimizer steps of trainers side by side, each trainer in a process of its own, so that its peak
-memory is its own.
+"""Compare optimizer steps of trainers, each in its own process so that its peak memory can be
+measured.
 
-On a CPU this engine's process stays, and the others come one after another and take turns with it.
-On a GPU each is alone, this engine first: two do not fit, and nothing else runs there. Nothing is
-timed before losses and gradient norms agree. The trade-off: two others are compared only through
-this engine.
+On a CPU this engine's process stays, and the other trainers come one after another and take turns
+with it. On a GPU each trainer runs alone, this engine first, because two do not fit and nothing
+else runs there. Nothing is timed before losses and gradient norms agree. The trade-off: two other
+trainers are compared only through this engine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from config import GPTConfig, UserError
 if TYPE_CHECKING:
     import torch
 
-TURN_SECONDS = 0.5  # a turn has as many steps as fit in this, at least one
-FREE = 0.85  # share of a GPU's memory that is free where no other process uses it
-# Relative, of the first loss and gradient norm. fp32: sums in another order. bf16 has 8 bits, and
-# the two round at other places (the residual stream, the logits); FP8 has 4 of them.
+TURN_SECONDS = 0.5  # a turn has as many steps as fit into this, at least one
+FREE = 0.85  # share of a GPU's memory that is free if no other process uses it
+# Largest relative differences of the first loss and gradient norm. fp32 sums in another order. bf16
+# has 8 bits, and trainers round at different places (the residual stream, the logits). FP8 has 4
+# bits.
 TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 1e-2), "bf16": (1e-3, 3e-2), "fp8": (1e-2, 1e-1)}
 
 # one optimizer step: its loss and gradient norm
@@ -47,6 +48,8 @@ Step = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
 
 @dataclass(frozen=True)
 class Shape:
+    """The size of the model and of a step."""
+
     n_layer: int
     n_head: int
     n_embd: int
@@ -57,53 +60,54 @@ class Shape:
 
     @property
     def config(self) -> GPTConfig:
+        """The model's config, with seq_len as its block_size."""
         return GPTConfig(self.vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all trainers do alike."""
+    """The work that all trainers do."""
 
     name: str
     shape: Shape
     precision: str
     device: str
-    weights: str  # folder in the hub's layout that everyone starts from
-    # None: no model has any. Else the steps that are compared have none, and those that are timed
-    # have this.
+    weights: str  # folder in the hub's layout with everyone's first weights
+    # None: no model has dropout. Else the timed steps have this dropout, and the steps that must
+    # agree have none.
     dropout: float | None = None
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells its rows from others in a result file."""
+        """The fields that identify this case's rows in a result file."""
         return {"shape": self.name, **dataclasses.asdict(self.shape), "precision": self.precision}
 
     @property
     def alone(self) -> bool:
-        """Whether no two trainers are in memory at once."""
+        """Whether only one trainer is in memory at a time."""
         return self.device == "cuda"
 
     @property
     def amount(self) -> int:
-        """Tokens of an optimizer step."""
+        """Tokens in an optimizer step."""
         return self.shape.rows * self.shape.seq_len * self.shape.accumulation
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """How to build a trainer's step, and what it needs."""
+    """A function that builds a trainer's step, and what it needs."""
 
-    build: Callable[..., Step]  # of a case
-    imports: tuple[str, ...]  # what it needs of code; its memory is counted from there on
+    build: Callable[..., Step]  # takes a case
+    imports: tuple[str, ...]  # modules to load first, so that their memory does not count
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled: bool = False
-    peer: bool = True  # not a form of this engine
-    kept: bool = False  # with this engine's allocator, so that what is left is the code's
+    peer: bool = True  # False: a form of this engine
+    kept: bool = False  # uses this engine's allocator, so that differences are the code's
     padded: bool = False  # the vocabulary's padding takes part in the softmax
     needs_gpu: bool = False
 
     def lacking(self, device: str) -> str | None:
-        """What this machine has not that it needs."""
+        """What the trainer needs and this machine does not have, or None."""
         if self.needs_gpu and device == "cpu":
             return "needs a CUDA GPU"
         compilers = map(shutil.which, ("c++", "g++", "clang++"))
@@ -117,37 +121,37 @@ class Trainer:
 
 @dataclass
 class Turn:
-    """What a trainer answers to being asked for some steps."""
+    """The figures of one turn of a trainer."""
 
-    seconds: float  # of a step
-    cpu_seconds: float  # of a step, over all threads: less moved by what else the machine does
-    loss: float  # of the last step
+    seconds: float  # per step
+    cpu_seconds: float  # of a step, over all threads; other load changes it less
+    loss: float  # in the last step
     grad_norm: float
     memory: int  # peak so far, in bytes, without the code
 
 
 @dataclass
 class Opening:
-    """The first two steps, which show that all do the same: the second has the first update behind
-    it."""
+    """The first two steps, which show that all trainers do the same work. The second follows the
+    first update."""
 
     loss: float
     grad_norm: float
     next_loss: float
-    seconds: float  # of a later step, which compiles nothing
+    seconds: float  # the second step's, which compiles nothing
 
 
-_held: list[Callable[[int], Turn]] = []  # takes a turn of the step
+_held: list[Callable[[int], Turn]] = []  # the function that takes a turn, once `begin` has made it
 
 
 def begin(trainer: Trainer, case: Case) -> Opening:
-    """Build the step that is compared, take it twice, and get ready the one that is timed."""
+    """Build the step that must agree and take it twice. Then prepare the step that is timed."""
     import torch
 
     from engine import memory
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    for module in ("torch._dynamo", *trainer.imports):  # torch's optimizers load the former late
+    for module in ("torch._dynamo", *trainer.imports):  # torch's optimizers load torch._dynamo late
         importlib.import_module(module)
     check_free(case.device)
     if trainer.kept:
@@ -165,18 +169,19 @@ def begin(trainer: Trainer, case: Case) -> Opening:
         gc.collect()
         hold(case)
         take(1)
-        forget_peak(case.device)  # what steps take is asked for, and not what loading took
+        forget_peak(case.device)  # measure the memory of steps, not of loading
         start = dataclasses.replace(start, seconds=take(1).seconds)
     return start
 
 
 def take(steps: int) -> Turn:
+    """Take a turn of so many steps."""
     return _held[0](steps)
 
 
 def check_free(device: str) -> None:
-    """Raise UserError where other processes hold a GPU's memory: nothing is measured beside
-    them."""
+    """Raise UserError if other processes hold memory of the GPU, because they would change the
+    figures."""
     import torch
 
     if device == "cuda":
@@ -188,6 +193,7 @@ def check_free(device: str) -> None:
 
 
 def take_turn(step: Step, device: str, code: int, steps: int) -> Turn:
+    """Make `steps` steps. `code` is the memory in bytes before the trainer was built."""
     import torch
 
     from engine import processes
@@ -204,12 +210,13 @@ def take_turn(step: Step, device: str, code: int, steps: int) -> Turn:
 
 
 def opening(turn: Callable[[int], Turn]) -> Opening:
+    """The figures of the first two steps."""
     first, second = turn(1), turn(1)
     return Opening(first.loss, first.grad_norm, second.loss, second.seconds)
 
 
 def answer(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns, or as text why it cannot."""
+    """What the function returns, or a text that says why it failed."""
     from engine.failures import is_out_of_memory
 
     try:
@@ -218,7 +225,7 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"not installed (no module {error.name})"
     except UserError as error:
         return str(error)
-    except Exception as error:  # of other people's code as well
+    except Exception as error:  # other people's code raises anything
         traceback.print_exc()
         if is_out_of_memory(error):
             return "out of memory"
@@ -226,7 +233,7 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def serve(pipe: Connection) -> None:
-    """Answer what is asked until None is, or the process that asks was killed."""
+    """Run the functions that the other process sends. Ends when it sends None or was killed."""
     with contextlib.suppress(EOFError, OSError):
         while asked := pipe.recv():
             pipe.send(answer(*asked))
@@ -236,7 +243,7 @@ def serve(pipe: Connection) -> None:
 
 
 class Failed(RuntimeError):
-    """Trainer `name` could not make its steps, or made other ones than this engine."""
+    """Trainer `name` could not make its steps, or made other steps than this engine."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -247,7 +254,7 @@ class Failed(RuntimeError):
 def process(
     name: str, trainer: Trainer, case: Case
 ) -> Generator[tuple[Opening, Callable[[int], Turn]]]:
-    """How a trainer begins, and a function that has it make some steps in its own process. Both
+    """Yields a trainer's opening and a function that makes it take a turn in its own process. Both
     raise Failed."""
     if reason := trainer.lacking(case.device):
         raise Failed(name, reason)
@@ -279,15 +286,16 @@ def process(
 
 
 def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other: Opening) -> None:
-    """Raise Failed where a trainer's first steps are not ours: it would be timed at other work."""
+    """Raise Failed if a trainer's first steps differ from ours: its times would be those of other
+    work."""
     loss_tolerance, norm_tolerance = TOLERANCE["fp8" if "fp8" in name else case.precision]
-    # The vocabulary's padding in a softmax raises the loss by the logarithm of its share, where all
-    # are as likely.
+    # Padding rows in the softmax raise the loss. While all ids are equally likely, they raise it by
+    # the logarithm of this quotient.
     vocab = case.shape.config
     padding = math.log(vocab.padded_vocab_size / vocab.vocab_size) if trainer.padded else 0.0
     limits = {
         "loss": loss_tolerance * own.loss + padding,
-        # Adam's first update is the gradient's mere sign
+        # wider, because Adam's first update is only the gradient's sign
         "next_loss": 10 * loss_tolerance * own.loss + padding,
         "grad_norm": (norm_tolerance + padding) * own.grad_norm,
     }
@@ -300,11 +308,11 @@ def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other
 def compare(
     case: Case, ours: Trainer, others: dict[str, Trainer], turns: Callable[[], Turns]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and figures, or an error, of this engine and of each of the others, as soon as they are
-    there. This engine comes again after each that it took turns with: its figures are of all its
-    turns.
+    """Yields the name and the figures, or an error, of this engine and of each other trainer as
+    soon as they are known. This engine comes again after each trainer that took turns with it, with
+    the figures of all its turns.
 
-    `turns` are asked for before each of the others. Where there are none, nothing is measured.
+    `turns` is called before each of the others. Without others, nothing is measured.
     """
     if not others:
         return
@@ -336,10 +344,12 @@ def compare(
 
 
 def steps_of(start: Opening) -> int:
+    """Steps in a turn: as many as fit into TURN_SECONDS, at least one."""
     return max(1, round(TURN_SECONDS / start.seconds))
 
 
 def figures(case: Case, start: Opening, turns: Sequence[Turn]) -> dict[str, Any]:
+    """The figures of a trainer's turns, as they go into a result file."""
     return {
         "opening": dataclasses.asdict(start),
         "seconds": [turn.seconds for turn in turns],
@@ -350,7 +360,8 @@ def figures(case: Case, start: Opening, turns: Sequence[Turn]) -> dict[str, Any]
 
 
 def against(theirs: Sequence[Turn], mine: Sequence[Turn], alone: bool) -> dict[str, Any]:
-    """Ratios of this engine's turns to another's, from turns side by side where there are any."""
+    """Ratios of this engine's turns to another trainer's, of the same turn unless each ran
+    alone."""
     found: dict[str, Any] = {"memory_ratio": mine[-1].memory / theirs[-1].memory}
     for name, ratio_name in (("seconds", "speed_ratio"), ("cpu_seconds", "cpu_ratio")):
         over, under = ([getattr(turn, name) for turn in side] for side in (theirs, mine))
@@ -363,13 +374,13 @@ def against(theirs: Sequence[Turn], mine: Sequence[Turn], alone: bool) -> dict[s
     return found
 
 
-# --- in a table
+# --- in the table
 
 COLUMNS = ("least-most", "peak memory", "speed x", "least-most", "memory x")
 
 
 def row_cells(row: dict[str, Any], form: str = ",.0f") -> list[str]:
-    """The rate and the cells under COLUMNS; all are empty where there are no figures."""
+    """The rate, then the cells under COLUMNS. All are empty if there are no figures."""
     if "error" in row:
         return [""] * (1 + len(COLUMNS))
     ratios = [""] * 3

@@ -1,10 +1,11 @@
-"""Finished runs in a folder, for benchmarks that start whole commands.
+"""Finished runs in a folder, for benchmarks that run whole commands.
 
-A cell is a command and the place where its run lies. It is done when its note is there: the file
-with its command, its seconds and its figures, which is written after its process has ended. Whoever
-is told anything else is another cell, in another place. So the same command makes what a folder
-lacks, and an interrupted run is not taken for a finished one. A cell that failed keeps its error for the report and
-is tried again by the next command. The trade-off: a process for each cell costs some ten seconds.
+A cell is a command and the place of its run. A cell is done when its note exists: a file with its
+command, its seconds and its figures. The note is written after the process has ended, so an
+interrupted run does not count as finished. Another command or other options make another cell in
+another place. Therefore repeating a command makes only the cells that the folder lacks. A failed
+cell keeps its error for the report, and the next command tries it again. The trade-off: a process
+for each cell costs some ten seconds.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A command, and where what it writes lies."""
+    """A command, and the place that it writes to."""
 
     name: str
     number: int  # round or seed
     path: Path  # a run's folder, or a file
     words: tuple[str, ...] = field(compare=False)
-    label: str = field(compare=False)  # for people
-    work: float = field(default=1.0, compare=False)  # seconds of cells are in proportion to it
-    cores: int | None = field(default=None, compare=False)  # that it may use; None: all
+    label: str = field(compare=False)  # its name in messages
+    work: float = field(default=1.0, compare=False)  # the expected seconds are proportional to this
+    cores: int | None = field(
+        default=None, compare=False
+    )  # number of cores that it may use; None: all
 
     @property
     def note(self) -> Path:
@@ -45,39 +48,42 @@ class Cell:
         return self.path.with_name(f"{self.path.stem}.cell.json")
 
     def figures(self) -> Figures | None:
-        """What was measured, and the command; None where the cell is not done."""
+        """What was measured, and the command. None if the cell is not done."""
         note = read_json(self.note) or {}
         return note["figures"] | {"command": note["command"]} if "figures" in note else None
 
 
 def place(folder: Path, name: str, number: int, options: Mapping[str, Any]) -> Path:
-    """Where a cell with these options lies."""
+    """The path of the cell with these options."""
     text = json.dumps(options, sort_keys=True, default=str)
     return folder / f"{name}-{number}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass
 class Store:
-    """Makes cells within a time, and knows how each went."""
+    """Runs cells until a time, and records the result of each."""
 
-    measure: Callable[[Path], Figures]  # what the run at a place has measured; it may tidy up there
-    until: float = math.inf  # of time.monotonic
-    grace: float = 0.0  # seconds for a run to save what it has
-    anew: bool = False  # an interrupted run begins anew; else its own command goes on with it
+    measure: Callable[
+        [Path], Figures
+    ]  # reads the figures of a finished run; it may delete files there
+    until: float = math.inf  # a time of time.monotonic
+    grace: float = 0.0  # seconds that a run gets to save its work
+    restart: bool = False  # delete an interrupted run; else its command resumes it
     done: dict[Cell, float] = field(default_factory=dict)  # seconds of each
     failed: dict[Cell, str] = field(default_factory=dict)  # the line that names the error
-    left_out: dict[Cell, None] = field(default_factory=dict)  # for want of time
+    left_out: dict[Cell, None] = field(default_factory=dict)  # cells that there was no time for
 
     def make(self, cells: Iterable[Cell]) -> Iterator[tuple[Cell, str]]:
-        """Make what is missing; yields each cell that is done or failed, and how it went, in
-        words."""
+        """Run the cells that are missing. Yields each cell that is done or failed, with a text that
+        says how it went."""
         for cell in cells:
             how = self.attempt(cell)
             if cell not in self.left_out:
                 yield cell, how
 
     def attempt(self, cell: Cell) -> str:
-        """Make a cell that is not done, if there is time for it; how it went, in words."""
+        """Run a cell that is not done, if there is time for it. Returns a text that says how it
+        went."""
         if cell.figures():
             self.done[cell] = read_json(cell.note)["wall_seconds"]
             return "found in the folder"
@@ -85,7 +91,7 @@ class Store:
             self.left_out[cell] = None
             return "left out"
         cell.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.anew:
+        if self.restart:
             shutil.rmtree(cell.path, ignore_errors=True)
         began = time.monotonic()
         output = cell.note.with_suffix(".txt")
@@ -104,11 +110,12 @@ class Store:
         return f"{seconds:.0f} s"
 
     def settled(self, cell: Cell) -> bool:
-        """Whether a cell has had its turn."""
+        """Whether a cell is done, failed or left out."""
         return cell in self.failed or cell in self.left_out or cell in self.done
 
     def usual(self, cell: Cell) -> float:
-        """Seconds that a cell may take: as those of its name did, or else as its like did."""
+        """The expected seconds of a cell: the median of done cells with the same name, else of done
+        cells in the same folder."""
         like = {
             other: cell.work * seconds / other.work
             for other, seconds in self.done.items()
@@ -118,6 +125,6 @@ class Store:
         return statistics.median(same or like.values() or [0.0])
 
     def rest(self, cells: Iterable[Cell]) -> float:
-        """Seconds until the last cell is done, or the time is up."""
+        """The seconds until the last cell is done, or until the time is over."""
         left = sum(self.usual(cell) for cell in cells if not self.settled(cell))
         return min(left, self.until - time.monotonic())

@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]  # the figures of one row of a table
-Column = tuple[str, Callable[[Row], str]]  # its head, and the text of a row's cell
+Column = tuple[
+    str, Callable[[Row], str]
+]  # the head, and a function from a row to the text of its cell
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row], words: Collection[str] = ()) -> str:
-    """A Markdown table without the columns that are empty in all rows. `words` are the heads of the
-    columns, besides the first, that hold no numbers."""
+    """A Markdown table without the columns that are empty in all rows. The first column and those
+    whose heads are in `words` hold text and are aligned left; the others hold numbers."""
     cells = {head: [cell(row) for row in rows] for head, cell in columns}
     cells = {head: texts for head, texts in cells.items() if any(texts)}
     left = [n for n, head in enumerate(cells) if n == 0 or head in words]
@@ -19,8 +21,8 @@ def table(columns: Sequence[Column], rows: Sequence[Row], words: Collection[str]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int]) -> str:
-    """A Markdown table, aligned so that it reads as plain text too; `words`: the columns that are
-    no numbers."""
+    """A Markdown table, padded so that it can be read as plain text too. `words` are the indices of
+    the columns that hold text, not numbers."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 

@@ -1,9 +1,11 @@
-"""fineweb_prep.py beside tiktoken alone:  python -m benchmarks.tokenizing --input 'corpus/*.txt'
+"""Compare fineweb_prep.py with tiktoken alone:
 
-The text is cut into documents of a few kilobytes and written to a parquet file, which
-fineweb_prep.py turns into shards, timed as a whole process (start, reading, tokenizing, hashing,
-flushing). tiktoken gets the same documents as strings in memory and only makes ids. Same number of
-threads as processes, in turns.
+python -m benchmarks.tokenizing --input 'corpus/*.txt'
+
+The text is cut into documents of a few kilobytes and written to a parquet file. fineweb_prep.py
+turns the file into shards and is timed as a whole process (start, reading, tokenizing, hashing,
+flushing). tiktoken gets the same documents as strings in memory and only makes ids, in as many
+threads as fineweb_prep.py has processes. The two take turns.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
 from benchmarks.machine import facts
+from benchmarks.runs import last_error
 from benchmarks.table import markdown
 from config import Count, Few, UserError, Where, Wheres
 
-DOCUMENT = 4000  # characters, about
+DOCUMENT = 4000  # characters, at least
+SHARD_TOKENS = 2_000_000  # fineweb_prep.py needs more than one shard
 PREPARED = "fineweb_prep.py"
 
 
@@ -31,18 +35,19 @@ class Options:
     """Options of the comparison."""
 
     input: Wheres | None = None
-    """Text files, folders or globs, separated by commas."""
+    """Text files, folders or globs, separated by commas. They must hold more than 2 million tokens,
+    about 8 MB of English."""
     workers: Few | None = None
-    """Processes, and threads of tiktoken. Default: one for each core."""
+    """Processes of fineweb_prep.py, and threads of tiktoken. Default: one for each core."""
     repetitions: Count = 3
-    """Turns of each."""
+    """Turns of each side."""
     out: Where = "benchmarks/results"
     """Folder for tokenizing.json and tokenizing.md."""
 
 
 def documents(spec: str) -> list[str]:
-    """The files' text, cut at the ends of lines into pieces of DOCUMENT characters and a little
-    more."""
+    """The files' text, cut after the first line end that follows each DOCUMENT characters. Pieces
+    without any text are dropped."""
     from text.corpus import TextFiles, find_files
 
     texts: list[str] = []
@@ -56,15 +61,21 @@ def documents(spec: str) -> list[str]:
 
 
 def prepare(parquet: Path, workers: int) -> None:
-    """Run a whole fineweb_prep.py."""
+    """Make shards from a parquet file with fineweb_prep.py. Raises UserError with its reason if it
+    fails."""
     script = Path(__file__).resolve().parent.parent / "fineweb_prep.py"
     with tempfile.TemporaryDirectory() as folder:
         files = ["--input", str(parquet), "--out", f"{folder}/shards"]
-        words = [*files, "--workers", str(workers), "--shard-tokens", "2000000"]
-        subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True)
+        words = [*files, "--workers", str(workers), "--shard-tokens", str(SHARD_TOKENS)]
+        command = [sys.executable, str(script), *words]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        reason = last_error(done.stderr, done.returncode).removeprefix("error: ")
+        raise UserError(f"{PREPARED} failed: {reason}")
 
 
 def report(record: dict[str, Any]) -> str:
+    """The table of tokens per second, as Markdown."""
     (case,) = record["cases"]
     prepared = case["seconds"][PREPARED]
     rows = []
@@ -79,10 +90,11 @@ def report(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, write the result files and print the table. Raises UserError for too little text."""
     options = parse(Options, sys.argv[1:])
     outlive()
     if not options.input:
-        raise UserError("no text is named; type --input FILES")
+        raise UserError("--input is missing; name text files, for example --input corpus.txt")
     import pyarrow
     import tiktoken
     from pyarrow import parquet
@@ -90,9 +102,16 @@ def main() -> None:
     from base.machine import cores
     from text.tokenizer import load_tokenizer
 
-    load_tokenizer("gpt2")  # says what to do where it is not to be had
+    load_tokenizer("gpt2")  # its error says what to do without a network, tiktoken's does not
     encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input)
     workers = options.workers or cores()
+    ids = encoding.encode_ordinary_batch(texts, num_threads=workers)
+    amounts = {"documents": len(texts), "tokens": sum(map(len, ids))}
+    if amounts["tokens"] <= SHARD_TOKENS:
+        raise UserError(
+            f"--input {options.input} holds {amounts['tokens']:,} tokens; name files with more "
+            f"than {SHARD_TOKENS:,}"
+        )
     results = Results(Path(options.out) / "tokenizing.json", facts("cpu"), options, report)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.parquet"
@@ -102,8 +121,6 @@ def main() -> None:
             "tiktoken": timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=workers)),
         }
         seconds = alternate(turns, range(options.repetitions))
-    ids = encoding.encode_ordinary_batch(texts, num_threads=workers)
-    amounts = {"documents": len(texts), "tokens": sum(map(len, ids))}
     results.put({"workers": workers} | amounts, {"seconds": seconds})
     print(results.text())
 

@@ -2,11 +2,12 @@
 
 make wheels, carry the folder there,  make gpu-check WHEELS=FOLDER
 
-`download` fetches the wheels that a Python with torch alone lacks; `install` puts those that are
-missing into a folder for PYTHONPATH and changes nothing else. Both run before anything is
-installed, so they need only Python and its pip. The trade-off: the packages of one machine are
-mixed with the wheels of another, and a mix may not work; so a package that is there stays, unless a
-wheel needs another version of it.
+`download` fetches the wheels that a Python with only torch lacks. `install` puts the missing ones
+into a folder for PYTHONPATH and changes nothing else. Both run before anything is installed, so
+they need only Python and its pip.
+
+The trade-off: packages of one machine are mixed with wheels from another, and the mix may not work.
+So an installed package stays, unless a wheel needs another version of it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ except ImportError:
     sys.exit(2)
 
 LOCK = Path(__file__).resolve().parent.parent / "constraints.txt"
-# What the engine, the GPU's tests and the benchmarks import. Charts and hub data are left out:
-# matplotlib and datasets are larger than all of this together, and nothing that needs a GPU needs
-# them.
+# What the engine, the GPU tests and the benchmarks import. matplotlib (charts) and datasets (hub
+# data) are left out: they are larger than all of this together, and no GPU check needs them.
 WANTED = (
     "numpy",
     "safetensors",
@@ -57,16 +57,16 @@ WANTED = (
     "liger-kernel==0.8.5",
     "litgpt==0.5.13",
 )
-# Not fetched: what belongs to torch (another version beside it breaks it, and it is far too large
-# to carry), and what is loaded only to download from a hub.
+# Not fetched: the parts of torch, because another version breaks it and they are too large to
+# carry, and packages that only download from a hub.
 NOT_WANTED = re.compile(r"torch|triton|nvidia-.*|cuda-.*|setuptools|hf-xet|pytorch-lightning")
-GLIBC = range(5, 40)  # minor versions of glibc 2 whose manylinux wheels are taken
+GLIBC = range(5, 40)  # minor versions of glibc 2 whose manylinux wheels are accepted
 MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel file, known by its name; `fits` where this Python can install it."""
+    """A wheel file. `fits` is whether this Python can install it."""
 
     path: Path
     name: str
@@ -74,7 +74,7 @@ class Wheel:
     fits: bool
 
     def needs(self, environment: dict[str, str] | None = None) -> list[Requirement]:
-        """What it requires by itself, with no extras of its own or of what it requires."""
+        """The packages that it requires, without any extras."""
         with zipfile.ZipFile(self.path) as file:
             (metadata,) = (
                 name for name in file.namelist() if re.fullmatch(r"[^/]*\.dist-info/METADATA", name)
@@ -91,14 +91,14 @@ class Wheel:
 
 
 def wheels_of(folder: Path) -> list[Wheel]:
-    """Every wheel of a folder, the newest version of a package last. Raises UserError where there
-    is none."""
+    """All wheels in a folder, sorted so that the newest version of a package is last. Raises
+    UserError if there are none."""
     tags, found = set(sys_tags()), []
     for path in folder.glob("*.whl"):
         try:
             name, version, _, its = parse_wheel_filename(path.name)
         except ValueError:
-            print(f"{path.name} is no wheel's name; it is left out")
+            print(f"{path.name} is not the name of a wheel; it is left out")
             continue
         found.append(Wheel(path, name, version, not tags.isdisjoint(its)))
     if not found:
@@ -107,7 +107,7 @@ def wheels_of(folder: Path) -> list[Wheel]:
 
 
 def pip(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run this Python's pip; its output is printed where it fails."""
+    """Run this Python's pip and capture its output."""
     command = [
         sys.executable,
         "-m",
@@ -123,8 +123,8 @@ def pip(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def download(folder: Path, python: str) -> None:
-    """Fill `folder` with WANTED and all that it needs, for Python `python` on x86-64 Linux. Raises
-    UserError."""
+    """Fill `folder` with WANTED and everything it needs, for Python `python` on x86-64 Linux.
+    Raises UserError."""
     target = {
         "python_version": python,
         "python_full_version": f"{python}.0",
@@ -148,7 +148,7 @@ def download(folder: Path, python: str) -> None:
                 name: need for need in needs if (name := canonicalize_name(need.name)) not in seen
             }
             todo = {name: need for name, need in todo.items() if not NOT_WANTED.fullmatch(name)}
-        # of a package that was fetched anew; the install takes one version of each
+        # remove older wheels of the new packages, because install takes one version of each
         for old in folder.glob("*.whl"):
             if old.name.partition("-")[0] in {
                 path.name.partition("-")[0] for path in Path(new).iterdir()
@@ -165,14 +165,14 @@ def download(folder: Path, python: str) -> None:
 
 
 def pinned(need: Requirement, lock: dict[str, str]) -> str:
-    """The lock's version where it has one, whatever the package that needs it says: that is what
-    was tested."""
+    """The requirement with the lock's version if it has one, because that version was tested. It
+    overrides what the requiring package says."""
     version = lock.get(canonicalize_name(need.name))
     return f"{need.name}=={version}" if version else f"{need.name}{need.specifier}"
 
 
 def fetch(requirements: Sequence[str], folder: Path, python: str) -> None:
-    """Download the wheels of just these. Raises UserError with pip's own reason."""
+    """Download exactly these wheels, without what they need. Raises UserError with pip's reason."""
     names = ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
     names += [f"manylinux_2_{minor}_x86_64" for minor in GLIBC]
     platforms = [word for name in names for word in ("--platform", name)]
@@ -185,6 +185,7 @@ def fetch(requirements: Sequence[str], folder: Path, python: str) -> None:
 
 
 def last_line(text: str) -> str:
+    """pip's last error line, or else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["it said nothing"])[-1]
@@ -194,15 +195,15 @@ def last_line(text: str) -> str:
 
 
 def install(folder: Path, site: Path) -> None:
-    """Put what this Python lacks into `site`; a wheel that cannot be installed is named and costs
-    the others nothing."""
+    """Put the packages that this Python lacks into `site`. A wheel that cannot be installed is
+    reported, and the others are installed."""
     wheels = wheels_of(folder)
-    fitting = {wheel.name: wheel for wheel in wheels if wheel.fits}  # of two versions the newer
+    fitting = {wheel.name: wheel for wheel in wheels if wheel.fits}  # the newer of two versions
     for name in sorted({wheel.name for wheel in wheels} - fitting.keys()):
         print(f"{name} is left out: its wheel is for another Python or system")
     chosen = missing(fitting)
     site.mkdir(parents=True, exist_ok=True)
-    if chosen and into(site, chosen):  # one of them is broken: find out which
+    if chosen and into(site, chosen):  # some wheel is broken, so install them one by one to find it
         for wheel in chosen:
             if reason := into(site, [wheel]):
                 print(f"{wheel.name} is left out: {reason}")
@@ -213,10 +214,10 @@ def install(folder: Path, site: Path) -> None:
 
 
 def missing(wheels: dict[str, Wheel]) -> list[Wheel]:
-    """Wheels of packages that this Python lacks, or has in a version that another of the chosen
-    wheels refuses."""
+    """The wheels of packages that this Python lacks, or that it has in a version which another
+    chosen wheel does not accept."""
     chosen = [wheel for wheel in wheels.values() if installed(wheel.name) is None]
-    for wheel in chosen:  # grows on the way
+    for wheel in chosen:  # the list grows during the loop
         for need in needs_of(wheel):
             other = wheels.get(canonicalize_name(need.name))
             if (
@@ -231,7 +232,7 @@ def missing(wheels: dict[str, Wheel]) -> list[Wheel]:
 
 
 def needs_of(wheel: Wheel) -> list[Requirement]:
-    """Nothing where the file is broken, which its installation will say."""
+    """The wheel's requirements. Empty if the file is broken, which its installation will report."""
     try:
         return wheel.needs()
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -239,6 +240,7 @@ def needs_of(wheel: Wheel) -> list[Requirement]:
 
 
 def installed(name: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -246,7 +248,7 @@ def installed(name: str) -> str | None:
 
 
 def into(site: Path, wheels: Sequence[Wheel]) -> str | None:
-    """Install wheels as they are; None, or why not."""
+    """Install wheels without their requirements. Returns None, or the reason why it failed."""
     options = (
         "--isolated",
         "--no-index",
@@ -262,6 +264,7 @@ def into(site: Path, wheels: Sequence[Wheel]) -> str | None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command. Raises UserError for a failed download or a folder without wheels."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wheels", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     of_download = commands.add_parser(

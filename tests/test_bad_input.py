@@ -272,7 +272,11 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
     ),
     "bad JSON": (write("c.json", b'{"steps": 4'), "--config c.json", ["c.json is not valid json"]),
     "bad TOML": (write("c.toml", b"steps = = 4"), "--config c.toml", ["c.toml is not valid toml"]),
-    "no object": (write("c.json", b"[1, 2]"), "--config c.json", ["c.json holds no options"]),
+    "no object": (
+        write("c.json", b"[1, 2]"),
+        "--config c.json",
+        ["c.json holds no options; write them as an object"],
+    ),
     "wrong kind": (
         write("c.json", b'{"warmup_steps": "many"}'),
         "--config c.json",

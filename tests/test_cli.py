@@ -676,7 +676,7 @@ def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, caps
         cli.entry_point(main)
     if isinstance(end.value, SystemExit):
         assert end.value.code == 2
-        line = f"error: some/file: {os.strerror(number)}; name one that you may read, or write to\n"
+        line = f"error: some/file: {os.strerror(number)}; name a path that you may read or write\n"
         assert capsys.readouterr().err == line
 
 

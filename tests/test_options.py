@@ -312,7 +312,7 @@ def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) ->
     assert parse(GenerateConfig, ["d", "e", *given]).prompts == ("e",)
     for words, called in ((["--prompts", "a"], "PROMPT"), (["--checkpoint=a"], "CHECKPOINT")):
         with pytest.raises(
-            UserError, match=f"^{words[0].partition('=')[0]} is no option: {called}"
+            UserError, match=f"^{words[0].partition('=')[0]} is not an option; type {called}"
         ):
             parse(GenerateConfig, words)
     with pytest.raises(UserError, match=r"^A B is empty"):

@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def place() -> Place:
     """Tiny shapes, with our own kernels: in Triton's interpreter on a CPU."""
-    return dataclasses.replace(bench.here(DEVICE, quick=True), no_triton=None)
+    return dataclasses.replace(bench.make_place(DEVICE, quick=True), no_triton=None)
 
 
 def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None:

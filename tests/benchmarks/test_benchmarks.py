@@ -329,6 +329,7 @@ def test_tokenizing_compares_the_same_documents(tmp_path, monkeypatch, capsys) -
     read = SimpleNamespace(encode_ordinary_batch=lambda texts, num_threads: texts)
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: read)
     monkeypatch.setattr("text.tokenizer.load_tokenizer", lambda name: None)
+    monkeypatch.setattr(tokenizing, "SHARD_TOKENS", len(text) - 1)
     monkeypatch.setattr(tokenizing, "prepare", lambda parquet, workers: parquet.read_bytes())
     words = ["tokenizing", "--input", f"{tmp_path}/a.txt", "--out", f"{tmp_path}/results"]
     monkeypatch.setattr(sys, "argv", [*words, "--workers", "1"])
@@ -337,3 +338,22 @@ def test_tokenizing_compares_the_same_documents(tmp_path, monkeypatch, capsys) -
     assert case["tokens"] == len(text) and case["documents"] == 5
     assert [len(seconds) for seconds in case["seconds"].values()] == [3, 3]
     assert (tmp_path / "results/tokenizing.md").read_text() in capsys.readouterr().out
+
+
+def test_tokenizing_refuses_too_little_text(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("a line\n")
+    read = SimpleNamespace(encode_ordinary_batch=lambda texts, num_threads: texts)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: read)
+    monkeypatch.setattr("text.tokenizer.load_tokenizer", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["tokenizing", "--input", str(tmp_path / "a.txt")])
+    with pytest.raises(UserError, match=r"a\.txt holds 7 tokens; name files with more than 2,000"):
+        tokenizing.main()
+
+
+def test_tokenizing_passes_on_why_fineweb_prep_failed(tmp_path) -> None:
+    (tmp_path / "text.parquet").write_text("this is not parquet")
+    # without a network the reason is GPT-2's tokenizer, else the broken file
+    reason = r"^fineweb_prep\.py failed: .*(text\.parquet|GPT-2's tokenizer).*$"
+    with pytest.raises(UserError, match=reason) as caught:
+        tokenizing.prepare(tmp_path / "text.parquet", 1)
+    assert "\n" not in str(caught.value)

@@ -418,7 +418,7 @@ def test_rates_are_multiples_of_one() -> None:
 
 def test_extra_options() -> None:
     assert extra_options("--a 1 --no-b --c x 'y z'") == {"a": "1", "no-b": True, "c": "x\0y z"}
-    with pytest.raises(UserError, match="begins with no option"):
+    with pytest.raises(UserError, match="does not begin with an option"):
         extra_options("1 --a")
     with pytest.raises(UserError, match="--extra names --lr"):
         extra_options("--lr 1")
@@ -437,7 +437,7 @@ def test_extra_options() -> None:
 )
 def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["methods", *words])
-    monkeypatch.setattr(bench_module, "elsewhere", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench_module, "in_own_process", lambda function, *args: function(*args))
     with pytest.raises(UserError, match=message) as error:
         bench_module.main()
     assert "\n" not in str(error.value)
@@ -452,7 +452,7 @@ def test_a_comparison_that_is_told_to_end_writes_what_it_has(
         fake.execute(words[2:], output, until)
 
     seen = {"of_task": facts_of("generation"), "base": ABOUT["base"], "machine": ABOUT["machine"]}
-    monkeypatch.setattr(bench_module, "elsewhere", lambda *_: seen)
+    monkeypatch.setattr(bench_module, "in_own_process", lambda *_: seen)
     monkeypatch.setattr(store, "execute", stopped)
     monkeypatch.setattr(sys, "argv", ["methods", "--out", str(tmp_path), "--data", "a.txt"])
     before = signal.getsignal(signal.SIGTERM)

@@ -260,7 +260,7 @@ def test_a_note_says_what_went_wrong_in_one_cell() -> None:
 
 
 def test_stages_skipped_alike_share_a_row_of_the_chart() -> None:
-    drawn = [row["stage"] for row in stages_report.joined(made_up())]
+    drawn = [row["stage"] for row in stages_report.merge_skipped(made_up())]
     assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn
 
 
@@ -380,13 +380,13 @@ def test_a_second_call_makes_only_what_is_missing(bench, runs) -> None:
 def test_no_run_begins_that_would_not_be_done_in_time(bench, runs, capsys) -> None:
     bench.store.until = time.monotonic() - 1
     stages.measure(bench, ONLY, rounds=1, most=1)
-    assert runs == [] and stages.ended(bench) == 0
-    assert "the time was up after 0 of 3 runs; the same command" in capsys.readouterr().err
+    assert runs == [] and stages.report_failures(bench) == 0
+    assert "the time was up after 0 of 3 runs; repeat the command" in capsys.readouterr().err
 
 
 def test_a_failure_is_said_and_is_the_exit_code(bench, runs, capsys) -> None:
     stages.measure(bench, ONLY, rounds=1, most=1)
-    assert stages.ended(bench) == 1
+    assert stages.report_failures(bench) == 1
     assert "flash-attention failed: RuntimeError: boom" in capsys.readouterr().err
 
 
@@ -440,7 +440,7 @@ def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"holds another ladder \(preset was micro, is mini\)"):
         stages.stored_plan(file, {"preset": "mini", "steps": 5})
     file.write_text("[]")
-    with pytest.raises(UserError, match="not of a ladder"):
+    with pytest.raises(UserError, match="is not the plan of a ladder"):
         stages.stored_plan(file, {})
 
 

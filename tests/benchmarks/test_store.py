@@ -42,15 +42,15 @@ def test_a_done_cell_is_not_made_again_and_a_failure_is_named(tmp_path) -> None:
     assert again.done == pytest.approx(store.done)
 
 
-@pytest.mark.parametrize(("anew", "expected"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("restart", "expected"), [(False, 2), (True, 1)])
 @pytest.mark.parametrize("note", ['{"torn', '{"command": "", "wall_seconds": 1}', None])
-def test_an_unfinished_cell_goes_on_or_begins_anew(tmp_path, note, anew, expected) -> None:
+def test_an_unfinished_cell_resumes_or_restarts(tmp_path, note, restart, expected) -> None:
     """Its process was killed, its note is torn, or an earlier version has written it."""
     one = cell(tmp_path, "a")
     list(Store(runs).make([one]))
     one.note.unlink() if note is None else one.note.write_text(note)
     assert one.figures() is None
-    list(Store(runs, anew=anew).make([one]))
+    list(Store(runs, restart=restart).make([one]))
     assert (one.figures() or {})["runs"] == expected
 
 
