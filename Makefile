@@ -1,6 +1,6 @@
 # make train       set up and run the main job on this machine       make train ARGS="--steps 100"
 # make test        set up, lint, check types, run the tests          make test PYTEST_ARGS="-k floors"
-# make fast        the same with the tests that start no program: under two minutes
+# make fast        the same with the tests that train nothing: under two minutes
 # make lint        set up, lint, check types
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
@@ -11,6 +11,10 @@
 
 # Two processes: most of the tests' time is spent in programs that they start.
 PYTEST_ARGS = -n 2 --dist worksteal
+# The tests of `make fast`: structure, options, the model, the data order, readers, adapters, metrics.
+FAST = $(addprefix tests/, adapters text kernels/test_ops.py engine/test_optim.py engine/test_precision.py \
+	tasks/test_metrics.py tasks/test_objectives.py tasks/test_order.py test_dataset.py test_imports.py test_model.py \
+	test_options.py test_size.py)
 # The Python that will install the wheels.
 TARGET = 3.12
 # Another PyTorch than the lock's, and the Triton that belongs to it.
@@ -43,7 +47,7 @@ test: lint
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 fast: lint
-	$(PYTHON) -m pytest $(PYTEST_ARGS) -m "not program"
+	$(PYTHON) -m pytest $(PYTEST_ARGS) $(FAST)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check --quiet .

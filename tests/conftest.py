@@ -44,9 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         config.hook.pytest_deselected(items=[item for item in items if item not in cases.values()])
         items[:] = reversed(cases.values())
-    for item in items:
-        if {"run", "untouched"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker("program")  # `make fast` leaves it out
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     rehearsed = "GPU_TESTS_DEVICE" in os.environ
     for item in gpu if not torch.cuda.is_available() else ():
