@@ -268,7 +268,7 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
     "unknown key": (
         write("c.json", b'{"stepz": 4}'),
         "--config c.json",
-        ["'stepz'", "no option", "did you mean steps?"],
+        ["'stepz'", "not an option here", "did you mean steps?"],
     ),
     "bad JSON": (write("c.json", b'{"steps": 4'), "--config c.json", ["c.json is not valid json"]),
     "bad TOML": (write("c.toml", b"steps = = 4"), "--config c.toml", ["c.toml is not valid toml"]),

@@ -118,7 +118,7 @@ def test_every_triton_kernel_is_in_the_proof():
     ("figures", "fault"),
     [
         ({}, None),
-        ({"registers": 0}, "no registers"),
+        ({"registers": 0}, "no number of registers"),
         ({"spilled": 65}, "spills 65 bytes"),
         ({"shared": 99 * 1024 + 1}, "RTX 4090 has 101376"),
         ({"shared": 2000}, "says 1000"),
