@@ -56,7 +56,8 @@ WORDS = [
     "text",
     "learns",
 ]
-OPTIONS = {  # a step has 8 rows of 16 tokens, two at a time: accumulation 4 on one process, 2 on two
+# A step has 8 rows of 16 tokens, two at a time: accumulation 4 on one process, 2 on two.
+OPTIONS = {
     "preset": "micro",
     "data": "text.txt",
     "val-data": "val.txt",
@@ -230,7 +231,7 @@ def fork_children() -> None:
     """From now on, Python processes that this process starts are forks of it."""
     forking = multiprocessing.get_context("fork")
     mock.patch.object(multiprocessing, "get_context", lambda method=None: forking).start()
-    # torchrun's own name of it
+    # torchrun imports Popen under a name of its own
     mock.patch.object(subprocess_handler, "Popen", ForkedPopen).start()
     mock.patch.object(subprocess, "Popen", ForkedPopen).start()
 
@@ -254,7 +255,7 @@ def _fork(words: list[str], env: dict[str, str], open_before: set[str]) -> None:
     """Called in the child instead of starting another program."""
     for file in set(os.listdir("/dev/fd")) - open_before:
         with contextlib.suppress(OSError):
-            os.close(int(file))  # the parent waits for this end of a pipe
+            os.close(int(file))  # the parent waits until its pipe is closed here too
     code: Any = 1
     try:
         _be_python(words, env)

@@ -36,8 +36,8 @@ HEADER = [
     "compiled by",
     "micro-batch",
 ]
-# GiB that a process finds free on an idle card. The cards are sold with 16, 80, 24, 24, 80, 141, 180
-# and 32 GB.
+# GiB that a process finds free on an idle card. The cards are sold with 16, 80, 24, 24, 80, 141,
+# 180 and 32 GB.
 FREE = {
     "T4": 14.6, "A100": 79.0, "RTX 3090": 23.4, "RTX 4090": 23.4,
     "H100": 79.0, "H200": 139.5, "B200": 177.5, "RTX 5090": 31.2,
