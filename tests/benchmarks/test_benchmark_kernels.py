@@ -62,7 +62,7 @@ def test_only_names_the_nearest(run) -> None:
 
 @pytest.mark.parametrize("name", bench.OPERATIONS)
 def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
-    # "eager" traces as for a real compilation and then runs without one. That needs no compiler and
+    # aot_eager traces as for a real compilation and then runs without one. That needs no compiler and
     # is fast.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     place = dataclasses.replace(place, no_compiler=None)

@@ -289,7 +289,7 @@ class TestSpecialTokens:
         with pytest.raises(UserError, match=says):
             plain.with_special(tokens)
 
-    def test_cases_follow_the_options(self, extended):
+    def test_unknown_names_are_refused(self, extended):
         with pytest.raises(UserError, match=r"no special token '<anser>'; it has .*<question>"):
             extended.special_id("<anser>")
 
