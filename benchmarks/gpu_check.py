@@ -153,8 +153,8 @@ MEASUREMENTS = (
 )  # fmt: skip
 # Seconds of tests in tests/test_gpu.py that run whole programs several times. The others take 70.
 LONG = {
-    "test_classifiers_have_the_losses_of_the_cpu": 350,
-    "test_every_method_of_fine_tuning_has_the_losses_of_the_cpu": 310,
+    "test_losses_of_classifiers_match_the_cpu": 350,
+    "test_losses_of_every_fine_tuning_method_match_the_cpu": 310,
     "test_options_run_under_torchrun": 190,
 }
 

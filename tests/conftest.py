@@ -1,5 +1,5 @@
-"""What every test may use: the `repo` folder, `run` for whole scripts, and the rule that skips
-`gpu` tests."""
+"""Fixtures for every test: the `repo` folder, and `run` for whole programs. Also the rule that
+skips `gpu` tests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from launch import fork_python
 from support import OFFLINE, ONE_THREAD, OWN_MODULES, REPO, python_path
 
 os.environ.update(OFFLINE)
-# Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before Triton
-# is imported; and two processes of tests share two cores, where threads that wait for each other
-# cost more than these models' work.
+# Without a GPU, Triton's kernels run in its interpreter. The variable must be set before Triton is
+# imported. Two test processes share two cores, where threads that wait for each other cost more
+# than the work of these small models.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
 
-# A shell's background jobs begin with Ctrl-C ignored, and so would the programs that tests
-# interrupt.
+# A shell's background jobs ignore Ctrl-C. The programs that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,14 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "GPU_TESTS_DEVICE" in os.environ:  # a rehearsal: one case of each test shows that it works
+    if "GPU_TESTS_DEVICE" in os.environ:  # a rehearsal runs one case of each test
         cases = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         config.hook.pytest_deselected(items=[item for item in items if item not in cases.values()])
         items[:] = reversed(cases.values())
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     rehearsed = "GPU_TESTS_DEVICE" in os.environ
     for item in gpu if not torch.cuda.is_available() else ():
-        if not rehearsed or item.path.parent.name == "kernels":  # those have no form for a CPU
+        if not rehearsed or item.path.parent.name == "kernels":  # these tests cannot run on a CPU
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU (make gpu-check)"))
 
 
@@ -56,8 +55,8 @@ def pytest_collection_finish() -> None:
 
 
 def forget_collected() -> None:
-    """Take the libraries and tests that are loaded out of every garbage collection from here on:
-    those of training runs would walk a million objects each."""
+    """Exclude the loaded libraries and tests from every later garbage collection. Collections in
+    training runs would walk a million objects each."""
     gc.collect()
     gc.freeze()
 
@@ -69,31 +68,32 @@ def repo() -> Path:
 
 @pytest.fixture(scope="module")
 def untouched() -> Iterator[None]:
-    """Whole runs in a test's own process freeze what it has built."""
+    """For tests that run whole runs in their own process. The runs freeze their objects, and this
+    frees them afterwards."""
     yield
     gc.unfreeze()
     forget_collected()
 
 
 @pytest.fixture(autouse=True)
-def the_process_is_as_it_was() -> Iterator[None]:
-    """A command in a test's own process sets its threads and who multiplies fp32 matrices, and
-    takes its signals."""
+def restore_process() -> Iterator[None]:
+    """Restore the threads, the precision of fp32 products and the signal handlers, which a command
+    in the tests' own process changes."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     for number, handler in signals.items():
-        if handler is not None:  # of Python's own kind
+        if handler is not None:  # None: the handler was not set from Python
             signal.signal(number, handler)
 
 
 @pytest.fixture
 def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(*words, cwd=, env=, timeout=, fresh=)`: this Python on `words`, offline, in a folder of
-    its own. Unless it has to be `fresh`, it is forked with torch loaded, and so is what it
-    starts."""
+    """`run(*words, cwd=, env=, timeout=, fresh=)` runs this Python with `words`, offline, in a
+    folder of its own. Unless `fresh`, the process and its children are forked with torch already
+    loaded."""
 
     def run(
         *words: str | Path,
@@ -102,7 +102,7 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         timeout: float = 240,
         fresh: bool = torch.cuda.is_available(),
     ) -> subprocess.CompletedProcess[str]:
-        # As for a user Triton is not interpreted, unless a test says so.
+        # Triton is not interpreted, as for a user, unless a test sets the variable.
         base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ONE_THREAD
         base |= {"PYTHONPATH": python_path(REPO), **(env or {})}
         if not fresh:
@@ -122,7 +122,7 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            # torchrun's workers too: they hold the pipes open
+            # end torchrun's workers too, because they hold the pipes open
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
             print(out, err, sep="\n")

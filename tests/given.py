@@ -1,4 +1,4 @@
-"""Fine-tuning tasks whose rows a test gives, in place of files."""
+"""Fine-tuning tasks that get their rows from a test instead of files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from text.row import Row
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    given: Mapping[str, list[dict[str, str]]]  # by the name of their file, or by their split
+    given: Mapping[str, list[dict[str, str]]]  # rows by the name of their file, or by their split
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenLabels(Given, ClassificationDescription):
-    """A task of labels on given rows."""
+    """A classification task on given rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenTexts(Given, GenerationDescription):
-    """A task of texts on given rows."""
+    """A generation task on given rows."""
 
 
 def read(source: Source, spec: str, split: str) -> list[Row]:
@@ -36,6 +36,6 @@ def read(source: Source, spec: str, split: str) -> list[Row]:
 
 @contextlib.contextmanager
 def rows_are_given() -> Generator[None]:
-    """Within it, no task reads a file."""
+    """Inside, no task reads a file."""
     with mock.patch.object(Source, "read", read):
         yield

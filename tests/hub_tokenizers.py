@@ -1,4 +1,4 @@
-"""Texts that are hard to tokenize, and what transformers makes of them."""
+"""Texts that are hard to tokenize, and the ids that transformers gives them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def hub_tokenizer(folder: Path) -> Any:
 
 
 def hub_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """The ids by transformers, special tokens in the text read as text."""
+    """The ids by transformers. Special tokens in the text are read as text."""
     hub = hub_tokenizer(folder)
     return [hub(text, split_special_tokens=True)["input_ids"] for text in texts]

@@ -1,9 +1,10 @@
-"""Runs forked from a server that has torch loaded, so one starts in no time: training runs for the
-tests of faults, and any program that is begun as `python` would.
+"""Run programs as forks of a server that has torch loaded, so that they start at once.
 
-A run may get a `patch`, a function called before it begins: that is how a test kills, stops, slows
-or breaks it at an exact point, without any hook in the engine itself. `python launch.py
-MODULE:FUNCTION ...` is the same for a rank under torchrun.
+Training runs for the tests of faults start this way, and so does any program that would start as
+`python`. A run may get a `patch`, a function that is called before the run begins. With it a test
+kills, stops, slows or breaks a run at an exact point, and the engine needs no hooks for tests.
+
+`python launch.py MODULE:FUNCTION ...` does the same for a rank under torchrun.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ WORDS = [
     "text",
     "learns",
 ]
-OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on one process, 2 on two
+# A step has 8 rows of 16 tokens, two at a time: accumulation 4 on one process, 2 on two.
+OPTIONS = {
     "preset": "micro",
     "data": "text.txt",
     "val-data": "val.txt",
@@ -78,8 +80,7 @@ OPTIONS = {  # 8 rows of 16 tokens in a step, two at a time: accumulation 4 on o
 
 
 def small(*words: Any) -> list[str]:
-    """The options of a tiny run, then `words`; of an option that is there twice the later one
-    counts."""
+    """The options of a tiny run, then `words`. The last value of a repeated option counts."""
     chosen = {
         name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in words
     }
@@ -90,7 +91,7 @@ def small(*words: Any) -> list[str]:
 
 
 def write_inputs(folder: Path) -> None:
-    """text.txt, val.txt and tokenizer/: what `small` reads."""
+    """Write text.txt, val.txt and tokenizer/, which the options of `small` read."""
     from text.tokenizer_training import train_bpe
 
     draw = random.Random(1)
@@ -102,7 +103,8 @@ def write_inputs(folder: Path) -> None:
 
 @dataclass
 class Ended:
-    """How a process ended: its exit code (minus the signal that killed it) and what it said."""
+    """How a process ended: its exit code (minus the number of the signal that killed it) and its
+    output."""
 
     code: int | None
     out: str
@@ -110,7 +112,7 @@ class Ended:
 
 
 class Launch:
-    """One process of a run, under way."""
+    """One running process of a run."""
 
     def __init__(
         self,
@@ -148,8 +150,7 @@ def start(
     ranks: int = 1,
     program: str = "train_gpt2",
 ) -> list[Launch]:
-    """Start a program (a module) with `words` in `folder`, on `ranks` processes that have `patch`
-    alike."""
+    """Start a module with `words` in `folder`, on `ranks` processes with the same `patch`."""
     if ranks == 1:
         return [Launch(folder, words, {}, patch, "rank0", program)]
     with socket.socket() as free:
@@ -170,15 +171,15 @@ def launch(
     ranks: int = 1,
     program: str = "train_gpt2",
 ) -> list[Ended]:
-    """`start`, and how each rank ended."""
+    """`start`, then wait. Returns how each rank ended."""
     return [process.end() for process in start(folder, words, patch, ranks, program)]
 
 
 def fork_python(
     words: Sequence[str], cwd: Path, env: dict[str, str], output: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """What `python *words` does and says, by a process of the server; `output` is a folder for what
-    it says. The Python that the process starts is forked from it in turn."""
+    """Run `python *words` as a fork of the server. Its output goes to files in the folder `output`.
+    Python processes that it starts are forked too."""
     out, err = output / "out", output / "err"
     process = _server().Process(target=_python, args=(list(words), cwd, env, out, err))
     process.start()
@@ -208,7 +209,7 @@ def _python(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Pa
 
 
 def _be_python(words: Sequence[str], env: dict[str, str]) -> None:
-    """Run what `python *words` runs, with all of its environment."""
+    """Run in this process what `python *words` would run, with its environment."""
     os.environ.clear()
     os.environ.update(env)
     if words[0] == "-m":
@@ -227,16 +228,17 @@ def _be_python(words: Sequence[str], env: dict[str, str]) -> None:
 
 
 def fork_children() -> None:
-    """From now on what this process starts of Python is forked from it."""
+    """From now on, Python processes that this process starts are forks of it."""
     forking = multiprocessing.get_context("fork")
     mock.patch.object(multiprocessing, "get_context", lambda method=None: forking).start()
-    # torchrun's own name of it
+    # torchrun imports Popen under a name of its own
     mock.patch.object(subprocess_handler, "Popen", ForkedPopen).start()
     mock.patch.object(subprocess, "Popen", ForkedPopen).start()
 
 
 class ForkedPopen(subprocess.Popen):
-    """Starts Python on words as a fork of this process, and all else as ever."""
+    """A Popen that forks this process for Python commands and starts all other commands as
+    usual."""
 
     def __init__(self, args: Any, *more: Any, env: Any = None, **how: Any):
         words = [""] if isinstance(args, str) else [os.fsdecode(word) for word in args]
@@ -250,10 +252,10 @@ class ForkedPopen(subprocess.Popen):
 
 
 def _fork(words: list[str], env: dict[str, str], open_before: set[str]) -> None:
-    """In the child, in place of what would begin another program there."""
+    """Called in the child instead of starting another program."""
     for file in set(os.listdir("/dev/fd")) - open_before:
         with contextlib.suppress(OSError):
-            os.close(int(file))  # the parent waits for this end of a pipe
+            os.close(int(file))  # the parent waits until its pipe is closed here too
     code: Any = 1
     try:
         _be_python(words, env)
@@ -307,11 +309,11 @@ def _run(patch: Patch | None, program: str = "train_gpt2") -> None:
     runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
-# --- patches: what happens to a run, and where
+# --- patches: what happens to a run, and at which point
 
 
 def at_call(owner: Any, name: str, nth: int, act: Callable[[], Any], before: bool = True) -> None:
-    """Make the nth call of owner.name do `act()` too, before or after its own work."""
+    """Make the nth call of owner.name also do `act()`, before or after its own work."""
     original, count = getattr(owner, name), itertools.count(1)
 
     @functools.wraps(original)
@@ -328,7 +330,7 @@ def at_call(owner: Any, name: str, nth: int, act: Callable[[], Any], before: boo
 
 
 def point(where: str) -> tuple[Any, str]:
-    """(owner, function) that runs at a place of a training run."""
+    """The (owner, function) that runs at a named point of a training run."""
     import safetensors.torch
 
     from base import files
@@ -362,8 +364,8 @@ def die(where: str, nth: int, before: bool = True, on: int = 0) -> None:
 
 
 def receive(where: str, nth: int, numbers: tuple[signal.Signals, ...], on: int = 0) -> None:
-    """One rank sends itself signals from the nth call; what is under way there takes a moment
-    longer."""
+    """Make one rank send itself signals from the nth call on. The running function then takes a
+    moment longer."""
 
     def act() -> None:
         for number in numbers:
@@ -379,7 +381,7 @@ def slow_steps() -> None:
         at_call(*point("micro-batch"), nth, lambda: time.sleep(0.1))
 
 
-# --- what a run left
+# --- the files of a run
 
 
 def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -388,7 +390,7 @@ def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def trace(run: Path) -> dict[str, Any]:
-    """All that two runs of the same options must have in common, bit for bit."""
+    """Everything that must be equal, bit for bit, in two runs with the same options."""
     train = [
         [x[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")] for x in log_of(run, "train")
     ]

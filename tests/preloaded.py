@@ -1,6 +1,6 @@
-"""What the server of tests/launch.py has loaded, and done once, before a run is forked from it.
+"""Everything that the server of tests/launch.py loads and runs once before it forks runs.
 
-PyTorch imports and works out much at the first use of an operation: most of what a tiny run takes.
+PyTorch does much work at the first use of an operation. That is most of the time of a tiny run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import warnings
 from typing import Any
 from unittest import mock
 
-# F401: these are loaded for the runs that are forked, which import them again at no cost.
+# F401: the unused imports are for the forked runs, which then import them at no cost.
 import matplotlib.figure
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
-import torch._dynamo  # what an optimizer would import
+import torch._dynamo  # an optimizer would import it
 
 import finetune  # noqa: F401
 import train_gpt2  # noqa: F401
@@ -33,8 +33,8 @@ counted: dict[tuple[object, ...], dict[str, int]] = {}
 
 
 def remembered(cost: Cost, *rest: Any) -> dict[str, int]:
-    """The memory of a step, which takes a quarter of a tiny run's time to count; counted anew where
-    functions are part of the cost."""
+    """The memory of a step, cached because counting it takes a quarter of a tiny run's time. Costs
+    that contain functions are not cached."""
     if cost.added or cost.loss:
         return count(cost, *rest)
     key = (repr(cost), *rest)
@@ -44,7 +44,7 @@ def remembered(cost: Cost, *rest: Any) -> dict[str, int]:
 
 
 def step() -> None:
-    """What the runs of `small` do, once: the answers for its shapes are remembered too."""
+    """Do once what the runs of `small` do. This also caches the memory estimates for its shapes."""
     config = GPTConfig(300, 16, n_layer=2, n_head=2, n_embd=64, dropout=0.1, chunked_head=True)
     parse(TrainConfig, [])
     for dropout in (0.1, 0.0):
@@ -59,7 +59,7 @@ def step() -> None:
 
 
 def picture() -> None:
-    """None of anything: its fonts are found once."""
+    """Save an empty chart, so that matplotlib finds its fonts once."""
     figure = matplotlib.figure.Figure()
     figure.add_subplot().set_title("title")
     figure.savefig(io.BytesIO(), format="png")
@@ -68,9 +68,9 @@ def picture() -> None:
 warnings.filterwarnings("error", module=OWN_MODULES)
 mock.patch.object(memory, "_peak_by_part", remembered).start()
 picture()
-# Where PyTorch is built for an accelerator, be there one or not, a backward pass starts threads, and
-# a forked process is without them.
+# If PyTorch is built for an accelerator, a backward pass starts threads even without one, and a
+# forked process would lack these threads.
 if torch.accelerator.current_accelerator() is None:
     step()
 gc.collect()
-gc.freeze()  # no collection of a forked run walks it, and copies it
+gc.freeze()  # a collection in a forked run would touch, and so copy, these objects

@@ -1,4 +1,4 @@
-"""Language modelling on seeded random tokens, a step of it at a time: no corpus, no tokenizer, no
+"""Training steps of a language model on seeded random tokens, without a corpus, a tokenizer or
 files."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RandomTokens(LanguageModelling):
 def make_step(
     device: str = "cpu", shape: GPTConfig = SHAPE, **options: Any
 ) -> tuple[TrainStep, Loader]:
-    """A step of the engine and its batches; `options` are TrainConfig's."""
+    """A step of the engine and the loader of its batches. `options` are those of TrainConfig."""
     T = shape.block_size
     given: dict[str, Any] = dict(
         seq_len=T, batch_tokens=16 * T, micro_batch=8, steps=STEPS, lr=1e-3, warmup_steps=0

@@ -1,5 +1,5 @@
-"""What tests share that is no fixture: where the project is, and what programs get that a test
-starts."""
+"""What tests share besides fixtures: the project's folder, and the environment of programs that a
+test starts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import re
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-# No test reaches a network: a library that tries fails at once and does not hang.
+# Tests use no network. With these a library that tries fails at once instead of hanging.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-# Programs of several tests share the cores: threads that wait for each other there cost more than
-# these models' work.
+# Programs of several tests share the cores. Threads that wait for each other would cost more than
+# the work of these small models.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def python_path(*folders: Path) -> str:
-    """PYTHONPATH for a child: `folders`, then what is on it already, such as the wheels of `make
-    gpu-check`."""
+    """PYTHONPATH for a child process: `folders`, then its present entries, such as the wheels of
+    `make gpu-check`."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-# The modules whose warnings are errors in tests: the project's own.
+# The project's own modules. Their warnings are errors in tests.
 OWN_MODULES = (
     r"(config|model|dataset|adapters|base|benchmarks|decoding|engine|evaluate|finetune|fineweb_prep"
     r"|generate|kernels|storage|tasks|text|tokenizer|tools|train_gpt2)(\.|$)"
@@ -30,6 +30,6 @@ WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?", re.MULTILINE)
 
 
 def own_lines(stderr: str) -> str:
-    """Standard error without Python's warnings, which depend on the libraries' versions, and their
-    source lines."""
+    """Standard error without Python's warnings and their source lines, which depend on the versions
+    of libraries."""
     return WARNING.sub("", stderr)

@@ -1,5 +1,5 @@
-"""What a user gets wrong: one line that says what and what to type, exit code 2, and every file as
-it was."""
+"""Mistakes of users. Each gives one line that says what is wrong and what to type, and exit code 2.
+No file changes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Change = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, tokenizers, shards and a finished run: what the mistakes are made
-    with."""
+    """A folder with text, tokenizers, shards and a finished run, in which the tests make
+    mistakes."""
     from text.corpus import TextFiles
     from text.prepare import tokenize_to_folder
     from text.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Every file of the folder but what a launch says, with its contents' hash."""
+    """The hash of every file in the folder, except the outputs of launches."""
     files = (
         path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "cache"
     )
@@ -65,7 +65,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def refused(folder: Path, *words: object) -> str:
-    """The line that the mistake in `words` gets, after all else that was promised is checked."""
+    """The error line for the mistake in `words`, after a check of everything else that must
+    hold."""
     before = fingerprint(folder)
     (end,) = launch(folder, small(*words))
     return line_of(end, fingerprint(folder) == before)
@@ -80,7 +81,7 @@ def line_of(end: Ended, unchanged: bool = True) -> str:
     return end.err
 
 
-MISTAKES = {  # options: what the line must hold
+MISTAKES = {  # options, and parts of the error line
     # data
     "--out new --data nowhere": [
         "no such data: nowhere",
@@ -183,7 +184,7 @@ def cut(name: str) -> Change:
 
 
 def flip(name: str) -> Change:
-    """Change one byte in the middle: size and format stay."""
+    """Change one byte in the middle of a file. Size and format stay the same."""
 
     def change(folder: Path) -> None:
         data = bytearray((folder / name).read_bytes())
@@ -268,7 +269,7 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
     "unknown key": (
         write("c.json", b'{"stepz": 4}'),
         "--config c.json",
-        ["'stepz'", "no option", "did you mean steps?"],
+        ["'stepz'", "not an option here", "did you mean steps?"],
     ),
     "bad JSON": (write("c.json", b'{"steps": 4'), "--config c.json", ["c.json is not valid json"]),
     "bad TOML": (write("c.toml", b"steps = = 4"), "--config c.toml", ["c.toml is not valid toml"]),
@@ -306,7 +307,7 @@ def test_a_file_that_is_not_what_it_should_be(world: Path, tmp_path: Path, damag
 
 
 def little_memory() -> None:
-    """Room for a micro-batch of two rows, not for eight."""
+    """Limit memory so that a micro-batch of two rows fits, but not one of eight."""
     from engine import fit
 
     mock.patch.object(fit, "estimate_fits", lambda *_: lambda rows: rows <= 2).start()
@@ -321,19 +322,19 @@ def allocation_fails() -> None:
     mock.patch.object(step.TrainStep, "_backward", fail).start()
 
 
-def test_out_of_memory_names_the_option_and_a_value_that_fits(world: Path) -> None:
+def test_out_of_memory_names_an_option_and_a_value_that_fits(world: Path) -> None:
     (end,) = launch(world, small("--out", "oom", "--micro-batch", 8), little_memory)
     assert line_of(end) == "error: out of memory with --micro-batch 8; lower --micro-batch to 2\n"
     (end,) = launch(world, small("--out", "oom", "--micro-batch", 4), allocation_fails)
     assert line_of(end) == "error: out of memory with --micro-batch 4; lower --micro-batch to 2\n"
 
 
-# --- the real thing
+# --- a real process
 
 
 def test_a_plain_python_process(world: Path) -> None:
-    """Not forked by a test: the exit code, one line on stderr and no torch for a mistyped
-    option."""
+    """A Python that is not forked by the test also gives the exit code and one line, and a mistyped
+    option loads no torch."""
     command = [sys.executable, str(REPO / "train_gpt2.py")]
     for words, part in (
         (["--stpes", "5"], "--steps?"),

@@ -1,5 +1,4 @@
-"""The command as a user meets it: what it prints, what it leaves behind, and what its options
-do."""
+"""The command as a user sees it: its output, the files it leaves, and the effect of its options."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, *words: Any, patch: Any = None) -> str:
-    """Run to its end; what it printed."""
+    """A run that must succeed. Returns what it printed."""
     (ended,) = launch(folder, small(*words), patch)
     assert ended.code == 0, ended.err
     assert own_lines(ended.err) == ""
@@ -58,7 +57,7 @@ def train(folder: Path, *words: Any, patch: Any = None) -> str:
 
 @pytest.fixture(scope="module")
 def finished(inputs) -> tuple[Path, str]:
-    """The folder of a finished run and what it printed."""
+    """The folder of a finished run, and what the run printed."""
     return inputs / "run", train(inputs, "--out", "run")
 
 
@@ -88,7 +87,7 @@ def test_help_names_every_option_without_torch(repo, run):
 # --- what a run prints
 
 
-def test_a_finished_run_says_what_matters_in_plain_lines(finished):
+def test_a_finished_run_prints_its_main_figures(finished):
     _, out = finished
     assert "\x1b" not in out and "\r" not in out
     rows = dict(re.findall(r"^  (\w+) +(.+)$", out.split("\n\n")[0], re.M))
@@ -117,7 +116,7 @@ def test_a_finished_run_says_what_matters_in_plain_lines(finished):
         assert f"\n  {name} " in summary
 
 
-def test_the_log_has_the_contract_s_fields(finished):
+def test_the_log_has_the_fields_of_the_contract(finished):
     run, _ = finished
     train_lines = log_of(run, "train")
     assert [line["step"] for line in train_lines] == list(range(1, 13))
@@ -134,7 +133,7 @@ def test_the_log_has_the_contract_s_fields(finished):
     ]
     assert all(field in line for line in train_lines for field in fields)
     assert [line["tokens"] for line in train_lines] == [128 * i for i in range(1, 13)]
-    assert all(line["mfu"] is None for line in train_lines)  # nobody states the peak of this CPU
+    assert all(line["mfu"] is None for line in train_lines)  # the peak of this CPU is not known
     assert all(
         128 / line["tokens_per_second"] == pytest.approx(line["step_ms"] / 1e3)
         for line in train_lines
@@ -157,7 +156,7 @@ def test_the_log_has_the_contract_s_fields(finished):
     assert metrics["steps"] == 12 and metrics["tokens"] == 12 * 128 and metrics["skipped"] == 0
 
 
-def test_intervals_of_0_turn_things_off_but_not_the_log(inputs):
+def test_intervals_of_0_turn_everything_but_the_log_off(inputs):
     out = train(inputs, *QUIET, "--log-every", "0", "--out", "quiet")
     assert not re.search(r"^(step \d|evaluation|--- sample|saved)", out, re.M)
     kinds = {
@@ -169,7 +168,7 @@ def test_intervals_of_0_turn_things_off_but_not_the_log(inputs):
     assert (inputs / "quiet" / "final" / "model.safetensors").is_file()
 
 
-def test_step_lines_are_printed_every_so_often(inputs):
+def test_step_lines_are_printed_at_an_interval(inputs):
     out = train(inputs, *QUIET, "--log-every", "5", "--out", "often")
     assert re.findall(r"^step +(\d+)/", out, re.M) == ["5", "10", "12"]
 
@@ -196,7 +195,8 @@ else:
 
 
 def screen(written: str) -> list[str]:
-    """What a terminal shows after `written`: carriage returns, cursor up, and erased lines."""
+    """The text on a terminal after `written`, which may contain carriage returns, cursor up and
+    erased lines."""
     lines, row, column = [""], 0, 0
     for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
         if token == "\r":
@@ -227,7 +227,7 @@ def on_a_terminal(source: str, *words: str) -> list[str]:
     try:
         while piece := os.read(ours, 65536):
             written += piece
-    except OSError:  # Linux: the other side has closed
+    except OSError:  # on Linux this means that the other side has closed
         pass
     os.close(ours)
     assert process.wait(60) == 0, written.decode()
@@ -242,16 +242,16 @@ def test_a_terminal_shows_one_live_bar_below_whole_lines():
     assert len(lines) == 6
 
 
-def test_the_bar_leaves_nothing_behind():
+def test_the_bar_is_erased_at_the_end():
     lines = [line for line in on_a_terminal(BAR, "stop") if line]
     assert lines[-1] == "done" and len(lines) == 6 and not any("━" in line for line in lines)
 
 
-def test_control_characters_of_a_sample_are_spelled_out():
+def test_control_characters_of_a_sample_are_escaped():
     assert printable("a\x1b[31m\r\x07\tb\nc é�") == "a\\x1b[31m\\r\\x07\tb\nc é�"
 
 
-def test_figures_read_well():
+def test_figures_are_easy_to_read():
     record = {
         "step": 7,
         "loss": 3.25,
@@ -314,11 +314,11 @@ def test_figures_read_well():
         ("NVIDIA H2000", None),
     ],
 )
-def test_a_peak_belongs_to_the_whole_name_of_a_card(name, peak):
+def test_a_peak_is_found_by_the_whole_name_of_a_card(name, peak):
     assert peak_flops(name, "bf16") == peak
 
 
-def test_mfu_is_of_all_ranks_together():
+def test_mfu_counts_all_ranks():
     peak_of_two = 2 * 1e15
     assert Rates(flops=6 * 10**9, peak=peak_of_two).mfu(1e5) == pytest.approx(0.3)
     assert Rates(flops=6 * 10**9, peak=None).mfu(1e5) is None
@@ -327,7 +327,7 @@ def test_mfu_is_of_all_ranks_together():
 # --- what a run leaves
 
 
-def test_its_own_config_repeats_a_run_bit_for_bit(inputs, finished):
+def test_the_config_of_a_run_repeats_it_bit_for_bit(inputs, finished):
     run, _ = finished
     (ended,) = launch(inputs, ["--config", "run/config.json", "--out", "again"])
     assert ended.code == 0, ended.err
@@ -407,7 +407,7 @@ def test_muon_trains(inputs, plain):
 
     found = variant(inputs, "muon", "--optimizer", "muon", "--save-every", "12")
     assert found[0] == plain[0] and found[-1] < found[0] - 0.5
-    # at the same rate: its updates are of AdamW's size
+    # same rate, because its updates have the size of AdamW's
     assert found[-1] == pytest.approx(plain[-1], abs=0.5)
     state = inputs / "muon" / "checkpoints" / "step-00000012" / "training_state.safetensors"
     with safe_open(state, "pt") as file:
@@ -426,11 +426,11 @@ def test_accumulation_and_recomputation_change_no_loss(inputs, plain):
     assert variant(inputs, "recompute", "--recompute") == pytest.approx(plain, rel=1e-6)
 
 
-def test_deterministic_is_what_the_cpu_does_anyway(inputs, plain):
+def test_deterministic_changes_nothing_on_a_cpu(inputs, plain):
     assert variant(inputs, "deterministic", "--deterministic") == plain
 
 
-def test_samples_are_from_the_prompts_asked_for(inputs):
+def test_samples_continue_the_given_prompts(inputs):
     train(
         inputs,
         *QUIET,
@@ -465,8 +465,7 @@ def test_document_mask_changes_what_a_token_sees(inputs, plain):
 
 
 def aot_eager(counts: Path) -> None:
-    """Compile without the C++ compiler: it is the captured graphs that are looked at, after every
-    step."""
+    """Compile without a C++ compiler. The tests check the captured graphs after every step."""
     from torch._dynamo.utils import counters
 
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -482,7 +481,7 @@ def aot_eager(counts: Path) -> None:
     mock.patch.object(step.TrainStep, "__call__", call).start()
 
 
-def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, tmp_path):
+def test_compiled_training_is_one_graph_and_never_recompiles(inputs, plain, tmp_path):
     often = ("--eval-every", "3", "--sample-every", "4")
     words = ("--compile", "--compile-unit", "model", *often)
     found = variant(
@@ -491,7 +490,7 @@ def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, 
     assert found == pytest.approx(plain, rel=1e-4)
     counts = [json.loads(line) for line in (tmp_path / "counts").read_text().splitlines()]
     assert counts[:3] == [[1, 0]] * 3  # one graph for training, no break
-    # evaluation: one more, and one for its last batch
+    # evaluation adds one graph, and one for its smaller last batch
     assert counts[3:] == [counts[3]] * 9 and counts[3][0] <= 3
     assert counts[-1][1] == 0
 
@@ -500,19 +499,19 @@ def test_compiled_training_is_one_graph_and_never_compiled_again(inputs, plain, 
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile needs a C++ compiler",
 )
-def test_compiled_losses_are_those_of_eager(inputs, plain):
+def test_compiled_losses_equal_eager_losses(inputs, plain):
     found = variant(inputs, "compiled", "--compile")
     assert found == pytest.approx(plain, rel=1e-4)
 
 
-# --- options that are settled for the user
+# --- options with automatic values
 
 
 @pytest.mark.parametrize("room, found", [(100, 12), (11.9, 6), (6, 6), (5.9, 4), (1, 1), (0.5, 0)])
 def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, found):
     monkeypatch.setattr(processes, "available_memory", lambda device, ranks: room / 0.8)
     monkeypatch.setattr(processes, "memory_bytes", lambda device: 0)
-    # n bytes for a micro-batch of n
+    # a micro-batch of n rows takes n bytes
     monkeypatch.setattr(fit, "peak_memory", lambda facts, cfg, n, world: Memory(n, 0, 0, 0, 0, 0))
     alone, task, model = World(0, 0, 1, 1, CPU), Scripted([]), torch.nn.Identity()
     cfg = resolved(resolve(TrainConfig(), "cpu"), ResolvedTrain)
@@ -548,10 +547,10 @@ def test_precision_says_why(monkeypatch):
             choose_precision(lacking, CPU)
 
 
-# --- seeing it
+# --- dry run and profile
 
 
-def test_dry_run_starts_nothing_and_its_memory_is_what_is_then_measured(inputs, run, repo):
+def test_dry_run_starts_nothing_and_predicts_the_memory(inputs, run, repo):
     words = small(*QUIET, "--preset", "mini", "--steps", "2", "--seq-len", "16", "--out", "dry")
     before = sorted(inputs.rglob("*"))
     said = run(repo / "train_gpt2.py", *words, "--dry-run", cwd=inputs)
@@ -589,7 +588,7 @@ def test_a_run_too_short_to_profile_says_so(inputs):
     ] == [True]
 
 
-def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
+def test_profile_writes_a_trace_and_memory_of_three_steps(inputs):
     out = train_with_noise(inputs, *QUIET, "--profile", "--steps", "7", "--out", "profiled")
     assert "profile of three steps: profiled/profile/trace.json" in out
     events = json.loads((inputs / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
@@ -599,7 +598,7 @@ def test_profile_writes_a_trace_and_a_memory_table_of_three_steps(inputs):
 
 
 def train_with_noise(folder: Path, *words: Any) -> str:
-    """As `train`, where a library may say something on stderr."""
+    """Like `train`, but libraries may print to stderr."""
     (ended,) = launch(folder, small(*words))
     assert ended.code == 0, ended.err
     return ended.out
@@ -609,7 +608,7 @@ def train_with_noise(folder: Path, *words: Any) -> str:
 
 
 def broken_wandb(where: str) -> None:
-    """A wandb of which one call raises."""
+    """A fake wandb in which one call raises."""
 
     def call(name: str, answer: Any = None) -> Any:
         def answer_or_raise(*args: Any, **kwargs: Any) -> Any:
@@ -638,7 +637,7 @@ def test_a_broken_wandb_is_a_warning(inputs, plain, where):
 
 
 def no_wandb() -> None:
-    mock.patch.dict(sys.modules, wandb=None).start()  # its import raises
+    mock.patch.dict(sys.modules, wandb=None).start()  # importing it raises
 
 
 def test_a_missing_wandb_is_a_warning(inputs, plain):
@@ -661,15 +660,15 @@ def test_wandb_without_a_key_logs_offline(inputs):
     ("reason", "told"),
     [("EACCES", True), ("EISDIR", True), ("ELOOP", True), ("EROFS", True), ("ENOENT", False)],
 )
-def test_a_path_that_may_not_be_used_is_one_line(reason, told, monkeypatch, capsys):
-    """Wherever it is met; what is not there is looked for by name before, so that this would be a
-    fault of the code."""
+def test_a_forbidden_path_is_one_line(reason, told, monkeypatch, capsys):
+    """The error may occur anywhere. Missing files are reported before by name, so an unexpected one
+    would be a bug."""
     number = getattr(errno, reason)
 
     def main() -> int:
         raise OSError(number, os.strerror(number), "some/file")
 
-    # what belongs to a process of its own
+    # these would change the tests' own process
     for name in ("open_console", "quiet_libraries", "outlive"):
         monkeypatch.setattr(cli.console, name, lambda: None)
     with pytest.raises(SystemExit if told else OSError) as end:
@@ -687,8 +686,8 @@ def test_a_name_too_long_for_a_path_is_one_line(run, repo):
     ), end.stderr
 
 
-def test_weights_that_may_not_be_read_are_told_as_such(tmp_path, monkeypatch):
-    """safetensors itself says that there is no such file."""
+def test_unreadable_weights_are_not_reported_as_missing(tmp_path, monkeypatch):
+    """The message must be ours, because safetensors reports such a file as missing."""
 
     def refuse(path: Path, *how: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))

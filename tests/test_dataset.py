@@ -190,7 +190,7 @@ def test_order_is_a_bijection(n: int, seed: int, epoch: int) -> None:
 
 @given(n=st.integers(1, 10**15), seed=st.integers(0, 2**40), data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_order_is_pure_and_elementwise(n: int, seed: int, data: st.DataObject) -> None:
+def test_order_is_a_pure_function_of_each_index(n: int, seed: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, 10**17), min_size=1, max_size=20)))
     whole = window_order(positions, n, seed)
     assert whole.min() >= 0 and whole.max() < n
@@ -208,7 +208,7 @@ def test_order_looks_random(n: int) -> None:
     for seed in range(5):
         ids, later = window_order(place, n, seed), window_order(place + n, n, seed)
         other = window_order(place, n, seed + 1)
-        limit = 4.5 / n**0.5  # of a correlation whose deviation is 1/sqrt(n)
+        limit = 4.5 / n**0.5  # a random correlation has the standard deviation 1/sqrt(n)
         for a, b in (
             (place, ids),
             (ids[1:], ids[:-1]),
@@ -225,7 +225,7 @@ def test_order_looks_random(n: int) -> None:
 # A true uniform order exceeds these limits once in 100,000 times.
 @pytest.mark.parametrize(("n", "chi2_limit"), [(2, 19.5), (3, 33.0), (7, 90.0)])
 def test_small_orders_are_uniform(n: int, chi2_limit: float) -> None:
-    """Over many epochs, each window comes equally often at each place."""
+    """Over many epochs, each window comes equally often at each position."""
     epochs = 4000
     ids = window_order(np.arange(n * epochs), n, 1).reshape(epochs, n)
     counts = np.array([np.bincount(column, minlength=n) for column in ids.T])
@@ -433,7 +433,7 @@ def test_stdlib_needs_no_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 class Streamed:
-    """A fake of a streamed hub dataset, with the methods that are used."""
+    """A fake streamed hub dataset with the methods that the code uses."""
 
     def __init__(self, rows: list[dict[str, object]]):
         self.rows, self.at = rows, 0
@@ -603,7 +603,7 @@ def test_a_second_start_reads_the_cache(
     assert files == {
         file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()
     }
-    renamed = path.rename(tmp_path / "b.txt")  # the content is what counts
+    renamed = path.rename(tmp_path / "b.txt")  # the name does not matter, only the content
     open_here(renamed, say=said.append)
     assert len(said) == 1
     write_txt(renamed, DOCUMENTS[1:])
@@ -611,7 +611,7 @@ def test_a_second_start_reads_the_cache(
     assert len(said) == 2
 
 
-def test_whatever_changes_the_tokens_is_tokenized_again(
+def test_all_that_changes_the_tokens_tokenizes_again(
     tmp_path: Path, other_bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
     path, said = write_txt(tmp_path / "a.txt", DOCUMENTS), []
@@ -621,7 +621,7 @@ def test_whatever_changes_the_tokens_is_tokenized_again(
     assert len(said) == 3
 
 
-def test_bytes_do_not_depend_on_workers(
+def test_shards_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_CHARS", 2000)
@@ -637,7 +637,7 @@ def test_bytes_do_not_depend_on_workers(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slowly results are read, only a few chunks are between input and output."""
+    """Even if results are read slowly, only a few chunks are between input and output."""
     pulled = given_back = 0
 
     def source():
@@ -688,14 +688,14 @@ def test_progress_on_a_terminal_and_elsewhere(
     monkeypatch.setenv("COLUMNS", "100")
     with corpus.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
         progress.update(10_000_000, 2_000_000)
-        assert threading.active_count() == threads  # one more would forbid the quick fork
+        assert threading.active_count() == threads  # another thread would prevent the quick fork
     assert len(said) == 2
     assert "10 MB, 2.0M tokens" in capsys.readouterr().err
 
 
-def test_a_dead_worker_is_a_fault(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_an_error(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
-    # One thread, so workers are forked and see the next line.
+    # With one thread, workers are forked and so inherit the next line's change.
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
@@ -890,7 +890,7 @@ def test_missing_data_is_refused(
         open_here("org/name")
 
 
-def test_a_path_wins_over_a_name(
+def test_a_path_takes_precedence_over_a_name(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -901,7 +901,9 @@ def test_a_path_wins_over_a_name(
         assert open_here(name).train.n_tokens < 50_000
 
 
-def test_too_short_names_what_fits(tmp_path: Path, open_here: Callable[..., data.Data]) -> None:
+def test_too_short_data_names_a_seq_len_that_fits(
+    tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
     few, many = (
         write_txt(tmp_path / "a.txt", DOCUMENTS[:20]),
         write_txt(tmp_path / "b.txt", DOCUMENTS),
@@ -993,7 +995,7 @@ def test_only_validation_shards(tmp_path: Path, open_here: Callable[..., data.Da
         open_here(folder)
 
 
-def test_the_largest_id_is_searched_once(
+def test_the_largest_id_is_computed_once(
     tmp_path: Path, open_here: Callable[..., data.Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shard_folder(tmp_path)

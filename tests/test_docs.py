@@ -1,7 +1,8 @@
-"""The pages: their commands parse, those marked `<!-- runs -->` run, and their links lead somewhere.
+"""The pages: their commands parse, commands marked `<!-- runs -->` run, and links lead to
+something.
 
-A command is checked as a user would type it, so a renamed option or script fails here and not in a
-reader's terminal. Only ```sh blocks are commands; other blocks show files or output.
+A command is checked as a user would type it, so a renamed option or script fails here and not at a
+reader. Only ```sh blocks are commands. Other blocks show files or output.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ OPERATORS = ("|", ">", ">>", "<", "&", "&&", ";", "2>")
 
 
 def commands(text: str, marked: bool = False) -> Iterator[list[str]]:
-    """The words of each line that begins with python or torchrun, in the ```sh blocks of a page;
-    `marked`: in those that run alone."""
+    """The words of each line in a page's ```sh blocks that begins with python or torchrun.
+    `marked`: only in the blocks that run."""
     for runs, block in BLOCK.findall(text):
         if runs or not marked:
             for line in block.replace("\\\n", " ").splitlines():
@@ -42,7 +43,8 @@ def commands(text: str, marked: bool = False) -> Iterator[list[str]]:
 
 
 def words_of(line: str) -> list[str]:
-    """A command line as the shell would hand it over, without its comment and what follows it."""
+    """The words of a command line as the shell splits it, without comments and without what follows
+    the command."""
     reader = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     reader.whitespace_split = True
     words = list(reader)
@@ -50,7 +52,7 @@ def words_of(line: str) -> list[str]:
 
 
 def program(words: list[str]) -> tuple[str, list[str]]:
-    """The module that a command line runs, and the options of that module."""
+    """The module that a command line runs, and its options."""
     if words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
         name, rest = launched.training_script, launched.training_script_args
@@ -64,7 +66,7 @@ def module_of(script: str) -> str:
 
 
 def check(words: list[str]) -> None:
-    """Fail unless the command's module is there and takes these options."""
+    """Fail unless the command's module exists and accepts these options."""
     name, options = program(words)
     module: Any = importlib.import_module(name)
     if Path(str(module.__file__)).is_relative_to(REPO / "tests") or name in ("pytest", "pip"):
@@ -103,7 +105,7 @@ def test_the_command_of_a_page_parses(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", MARKED, ids=lambda page: page.stem)
 def test_marked_commands_run(page: Path, run: Any, tmp_path: Path) -> None:
-    """In a folder that links to the project, so that runs/ and data/ are its own."""
+    """They run in a folder that links to the project, so that runs/ and data/ are separate."""
     for path in REPO.iterdir():
         if path.name not in ("runs", "data") and not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -142,7 +144,7 @@ def test_a_relative_link_leads_to_a_file_and_its_heading(page: Path, target: str
         assert anchor in anchors(file.read_text(encoding="utf-8"))
 
 
-def test_a_mistyped_option_and_a_lost_script_are_found() -> None:
+def test_a_wrong_option_and_a_missing_script_are_found() -> None:
     text = (
         "```sh\npython train_gpt2.py --stepz 5\n```\n"
         "```sh\npython no_such_file.py\n```\n"
@@ -163,6 +165,6 @@ def test_some_commands_run() -> None:
     assert MARKED
 
 
-def test_anchors_are_those_of_github() -> None:
+def test_anchors_match_github() -> None:
     text = "# A page\n## What `auto` runs, and why\n```sh\n# no heading\n```\n## Twice\n## Twice\n"
     assert anchors(text) == {"a-page", "what-auto-runs-and-why", "twice", "twice-1"}

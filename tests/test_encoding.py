@@ -1,4 +1,4 @@
-"""Files are UTF-8 whatever the locale says: no text file is opened without its encoding."""
+"""Files are UTF-8 in every locale: no code opens a text file without an encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BINARY = {"os", "gzip", "tarfile", "zipfile", "Image", "log"}
 
 
 def without_encoding(source: str) -> list[int]:
-    """Lines that open, read or write a text file in the locale's encoding."""
+    """The lines that open, read or write a text file in the locale's encoding."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or {"encoding", None} & {

@@ -91,7 +91,7 @@ def log_probs(reference, ids: list[int]) -> torch.Tensor:
 def of_continuation(
     reference, before: list[int], after: list[int], block: int
 ) -> tuple[torch.Tensor, bool]:
-    """The log-probability of each token of `after`, and whether each is the argmax."""
+    """The log-probability of each token of `after`, and whether each token is the argmax."""
     ids = (before + after)[-(block + 1) :]
     scores = log_probs(reference, ids)[-len(after) :]
     return scores[torch.arange(len(after)), after], scores.argmax(-1).tolist() == after
@@ -328,7 +328,8 @@ def test_a_corpus_shorter_than_a_window(
 def test_only_validation_shards_are_scored(
     checkpoint, tokenizer, tmp_path, monkeypatch, capsys
 ) -> None:
-    """Of a folder, only the val shards are scored. A single val shard can be named too."""
+    """A folder's val shards are scored and its others are not. A single val shard can be named
+    too."""
     from text import corpus
 
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(text(i, 10) for i in range(200)))

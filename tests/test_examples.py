@@ -1,4 +1,4 @@
-"""The notebook in examples/ runs as it is, on a smaller model and a smaller corpus."""
+"""The notebook in examples/ runs unchanged, except for a smaller model and corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate.py as a user meets it."""
+"""generate.py as a user runs it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 331 tokens (so its embedding is padded) that does not repeat itself, and
-    its tokenizer."""
+    """A random model of 331 tokens, so that its embedding is padded, and its tokenizer. The model
+    does not repeat itself."""
     folder = tmp_path_factory.mktemp("model") / "hub"
     tokenizer = train_bpe(texts(), 331, folder)
     assert tokenizer.vocab_size == 331
@@ -88,7 +88,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str | Path, stdin: str = "") -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_streamed_text_is_the_whole_text(checkpoint: Path, monkeypatch, capsys, seed: int) -> None:
+def test_streamed_pieces_join_to_the_whole_text(
+    checkpoint: Path, monkeypatch, capsys, seed: int
+) -> None:
     words = (
         checkpoint,
         "日本 é",
@@ -107,7 +109,7 @@ def test_streamed_text_is_the_whole_text(checkpoint: Path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("decode", ["greedy", "contrastive", "beam", "mbr", "ensemble"])
-def test_every_way_of_decoding_writes_the_text_it_streams(
+def test_every_decoding_method_writes_the_text_it_streams(
     checkpoint: Path, monkeypatch, capsys, decode: str
 ) -> None:
     words = (
@@ -129,7 +131,7 @@ def test_every_way_of_decoding_writes_the_text_it_streams(
     assert streamed.startswith("abc") and len(streamed) > 5
 
 
-def test_a_character_waits_for_its_bytes(tokenizer: Tokenizer, capsys) -> None:
+def test_a_character_is_printed_when_its_bytes_are_complete(tokenizer: Tokenizer, capsys) -> None:
     pieces = []
     stream = script.TextStream(tokenizer, "")
     for byte in "é本".encode():
@@ -139,7 +141,7 @@ def test_a_character_waits_for_its_bytes(tokenizer: Tokenizer, capsys) -> None:
     assert pieces == ["", "é", "", "", "本"]
 
 
-def test_prompts_and_samples_are_told_apart(
+def test_a_rule_separates_prompts_and_samples(
     checkpoint: Path, tokenizer: Tokenizer, model: GPT, monkeypatch, capsys
 ):
     words = (
@@ -175,7 +177,7 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, monkeypatch, capsys
     assert capsys.readouterr().out.strip()
 
 
-def test_a_long_prompt_is_cut_aloud(checkpoint: Path, monkeypatch, capsys) -> None:
+def test_a_long_prompt_is_truncated_with_a_warning(checkpoint: Path, monkeypatch, capsys) -> None:
     call(monkeypatch, checkpoint, "abc " * 100, "--max-new-tokens", "5")
     assert f"only its last {kept_tokens(BLOCK)} are read" in capsys.readouterr().err
 
@@ -228,7 +230,7 @@ def test_bad_input_exits_2_and_help_needs_no_torch(repo: Path, run) -> None:
 
 
 class Terminal:
-    """generate.py at a pseudo-terminal."""
+    """generate.py in a pseudo-terminal."""
 
     def __init__(self, *words: str | Path):
         import pty
@@ -245,7 +247,7 @@ class Terminal:
         self.unread = b""
 
     def expect(self, text: str, timeout: float = 120) -> None:
-        """Wait until it has printed `text`, after what was expected before."""
+        """Wait until it has printed `text` after the text that was expected before."""
         deadline = time.monotonic() + timeout
         while text.encode() not in self.unread:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
@@ -264,14 +266,14 @@ class Terminal:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_dialogue(checkpoint: Path, repo: Path) -> None:
+def test_a_dialogue_in_a_terminal(checkpoint: Path, repo: Path) -> None:
     words = (repo / "generate.py", checkpoint, "--max-new-tokens", "3")
     polite, hasty = Terminal(*words), Terminal(*words)
     try:
         for prompt in ("abc", "de f"):
             polite.expect("> ")
             polite.type(prompt + "\n")
-            polite.expect(prompt)  # the echo of what was typed
+            polite.expect(prompt)  # the echo of the typed text
             polite.expect(prompt)  # the continued text
         polite.expect("> ")
         polite.type("\n")

@@ -1,5 +1,5 @@
-"""What only a CUDA GPU can show. Skipped elsewhere; `make gpu-check` runs it. Needs no network and
-no other file."""
+"""Tests that only a CUDA GPU can pass. They are skipped elsewhere, and `make gpu-check` runs them.
+They need no network and no other file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from random_tokens import make_step
 
 pytestmark = pytest.mark.gpu
 
-# cpu: a rehearsal, which shows that the tests themselves work
+# cpu: a rehearsal, which checks that the tests themselves work
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 on_cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU, also in a rehearsal")
-# A fine-tune takes a CPU minutes to compile.
+# Compiling a fine-tune takes minutes on a CPU.
 COMPILE = "--compile" if DEVICE == "cuda" else "--no-compile"
 PROCESSES = max(1, torch.cuda.device_count())
 
 DEEP = GPTConfig(vocab_size=1000, block_size=256, n_layer=12, n_head=4, n_embd=256)
 SMALL = [
     "--preset",
-    "mini" if DEVICE == "cuda" else "micro",  # a rehearsal's thread takes minutes for mini
+    "mini" if DEVICE == "cuda" else "micro",  # mini takes minutes in a rehearsal
     "--steps",
     "8",
     "--seq-len",
@@ -59,11 +59,11 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-# Relative to the fp32 losses of the CPU: bf16 keeps 8 bits of mantissa, fp16 and tf32 11; errors
-# partly cancel. Exact fp32 differs in the order of its sums, and AdamW's first updates are the rate
-# times a gradient's sign, which flips where a gradient is near zero. On a CPU, noise of 1e-5 of
-# each gradient's largest value moves these losses by 1.2e-6 at most, so 1e-4 leaves room for what a
-# GPU may do; before any update the limit is tight (the test below).
+# Limits relative to the CPU's fp32 losses. bf16 keeps 8 bits of mantissa, fp16 and tf32 keep 11,
+# and errors partly cancel. fp32 sums in another order, and AdamW's first updates are the rate times
+# the sign of a gradient, which flips if the gradient is near zero. On a CPU, noise of 1e-5 of each
+# gradient's largest value moves these losses by at most 1.2e-6, so 1e-4 leaves room for a GPU.
+# Before any update the limit is tight (the test below).
 @pytest.mark.parametrize(
     "precision, tolerance",
     [
@@ -74,7 +74,7 @@ def records(folder: Path, kind: str) -> list[dict]:
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
-def test_losses_are_those_of_the_cpu(precision, tolerance, compiled):
+def test_losses_match_the_cpu(precision, tolerance, compiled):
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         ours = losses(precision=precision, compile=compiled)
@@ -83,9 +83,8 @@ def test_losses_are_those_of_the_cpu(precision, tolerance, compiled):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_first_gradients_in_fp32_are_those_of_the_cpu():
-    """Before any update there is no sign to differ: norm and loss agree to the order of their
-    sums."""
+def test_the_first_fp32_gradients_match_the_cpu():
+    """Before any update no sign can flip, so norm and loss agree up to the order of sums."""
     found = []
     for device in (DEVICE, "cpu"):
         step, loader = make_step(device, precision="fp32")
@@ -110,12 +109,12 @@ def test_recomputation_saves_memory_in_a_compiled_model():
 
 
 @on_cuda_only
-# Relative, as above: FP8 keeps 4 bits (e4m3) and 3 (e5m2).
+# Relative limits, as above. FP8 keeps 4 bits (e4m3) and 3 bits (e5m2).
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9,
     reason="needs a Hopper GPU or newer",
 )
-def test_losses_in_fp8_are_those_of_the_cpu():
+def test_losses_in_fp8_match_the_cpu():
     assert losses(precision="fp8", compile=True) == pytest.approx(
         losses("cpu", precision="fp32"), rel=3e-2
     )
@@ -123,7 +122,7 @@ def test_losses_in_fp8_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("without", [(), ("cast-once",), ("chunked-head",), ("flash-attention",)])
-def test_losses_are_those_of_the_cpu_with_and_without_each_optimization(kernels, without):
+def test_losses_match_the_cpu_without_each_optimization(kernels, without):
     ours = losses(precision="bf16", kernels=kernels, without=without)
     assert ours == pytest.approx(losses("cpu", precision="fp32"), rel=8e-3)
 
@@ -132,8 +131,8 @@ def test_losses_are_those_of_the_cpu_with_and_without_each_optimization(kernels,
 @pytest.mark.parametrize("unit", ["model", "block"])
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 8e-3), ("tf32", 2e-3)])
 def test_cuda_graphs_replay_the_same_losses(unit, precision, tolerance):
-    """Over eight micro-batches of a step: each replay overwrites what the one before it
-    returned."""
+    """A step has eight micro-batches, because each replay overwrites the results of the one before
+    it."""
     ours = losses(
         precision=precision, compile=True, compile_unit=unit, cuda_graphs=True, micro_batch=2
     )
@@ -141,7 +140,7 @@ def test_cuda_graphs_replay_the_same_losses(unit, precision, tolerance):
 
 
 @on_cuda_only
-def test_the_loaders_thread_is_on_the_ranks_gpu():
+def test_the_thread_of_the_loader_uses_the_gpu_of_its_rank():
     last = torch.cuda.device_count() - 1
     step, loader = make_step("cuda", precision="bf16")
     loader.close()
@@ -169,8 +168,8 @@ def test_the_steady_state_never_waits_for_the_gpu(kernels, compiled):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@on_cuda_only  # a CPU takes minutes for it, and test_compile.py shows it there
-def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
+@on_cuda_only  # takes minutes on a CPU, where test_compile.py tests it
+def test_compiled_training_is_one_graph_that_never_recompiles():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step, loader = make_step(DEVICE, precision="bf16", kernels="triton", compile=True)
@@ -182,7 +181,7 @@ def test_compiled_training_neither_recompiles_nor_breaks_the_graph():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_every_attention_backend_offered_gives_the_same_output():
+def test_every_attention_backend_gives_the_same_output():
     device = torch.device(DEVICE)
     q, k, v = (torch.randn(2, 4, 256, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(
@@ -191,7 +190,9 @@ def test_every_attention_backend_offered_gives_the_same_output():
     for backend in attention_backends(device, torch.bfloat16):
         with torch.nn.attention.sdpa_kernel(backend):
             y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        assert (y.double() - expected).abs().max() < 0.03, backend  # outputs of order 1 in 8 bits
+        assert (y.double() - expected).abs().max() < 0.03, (
+            backend
+        )  # outputs are near 1 and have 8 bits
 
 
 def test_the_kv_cache_gives_the_logits_of_the_whole_sequence():
@@ -220,7 +221,7 @@ def test_a_whole_run_then_generate_and_evaluate(repo, run, tmp_path):
     assert scores.returncode == 0 and json.loads(scores.stdout)["data"]["loss"] > 0, scores.stderr
 
 
-def test_deterministic_runs_repeat_bit_for_bit_also_when_resumed(repo, run, tmp_path):
+def test_deterministic_runs_repeat_and_resume_bit_for_bit(repo, run, tmp_path):
     options = [*SMALL, *OFTEN, "--deterministic", "--dropout", "0.1", "--no-compile"]
     for out in ("a", "b"):
         assert run(repo / "train_gpt2.py", *options, "--out", f"runs/{out}").returncode == 0
@@ -245,8 +246,8 @@ def test_deterministic_runs_repeat_bit_for_bit_also_when_resumed(repo, run, tmp_
 
 @on_cuda_only
 def test_a_deterministic_run_repeats_at_a_full_batch(repo, run, tmp_path):
-    """Attention's order of sums first shows at large batches: GPT-2's size, 16 rows of 1,024 tokens
-    at once, resumed."""
+    """The order of attention's sums varies only at large batches. So this resumes GPT-2's size with
+    16 rows of 1,024 tokens at once."""
     size = [
         "--preset",
         "gpt2",
@@ -296,7 +297,7 @@ def test_a_deterministic_run_repeats_at_a_full_batch(repo, run, tmp_path):
 @pytest.mark.parametrize(
     "method", ["full", "last-k", "ulmfit", "lora", "dora", "prefix", "soft-prompt"]
 )
-def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, method):
+def test_losses_of_every_fine_tuning_method_match_the_cpu(run, tmp_path, method):
     from text.tokenizer_training import train_bpe
 
     torch.manual_seed(0)
@@ -340,7 +341,7 @@ def test_every_method_of_fine_tuning_has_the_losses_of_the_cpu(run, tmp_path, me
         ["--class-weights", "balanced"],
     ],
 )
-def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
+def test_losses_of_classifiers_match_the_cpu(run, tmp_path, more):
     from text.tokenizer_training import train_bpe
 
     torch.manual_seed(0)
@@ -375,8 +376,8 @@ def test_classifiers_have_the_losses_of_the_cpu(run, tmp_path, more):
 
 
 def test_two_passes_under_dropout_run_compiled(run, tmp_path):
-    """R-Drop and SimCSE: draws differ between devices, so that it learns is all that can be
-    told."""
+    """R-Drop and SimCSE. Random draws differ between devices, so the test only checks that the
+    model learns."""
     from text.tokenizer_training import train_bpe
 
     train_bpe(["A warm film, a dull film, a loud one. " * 20], 300, tmp_path / "tokenizer")

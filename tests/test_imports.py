@@ -1,5 +1,5 @@
-"""A module imports only from its own package and those to the left; no circles; importing has no
-side effect."""
+"""A module imports only from its own package and from packages before it. There are no circles, and
+importing has no side effects."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from docs.packages import COMMANDS, draw, imports, modules
 from support import OWN_MODULES, REPO, own_lines
 
-# The import order: a module imports from its own package and from those before it. Commands do not
-# import each other.
+# The import order. A module imports from its own package and from packages before it. Commands do
+# not import each other.
 ORDER = (
     "config",
     "base",
@@ -44,12 +44,12 @@ def unit(module: str) -> str:
     return module.partition(".")[0]
 
 
-def test_every_file_has_a_place_in_the_order() -> None:
+def test_every_file_is_in_the_import_order() -> None:
     homeless = {unit(name) for name in MODULES} - set(ORDER)
     assert not homeless, f"place these in ORDER (and in the design): {sorted(homeless)}"
 
 
-def test_imports_go_left() -> None:
+def test_imports_follow_the_order() -> None:
     at = {name: place for place, name in enumerate(ORDER)}
     wrong = [
         f"{name} -> {other}"
@@ -78,7 +78,7 @@ def test_pretraining_does_not_import_fine_tuning() -> None:
     }
 
 
-def test_no_circles() -> None:
+def test_imports_have_no_circles() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
 
 
@@ -96,8 +96,9 @@ def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
     assert drawn == committed == boxes, "run python docs/packages.py"
 
 
-# Floor by floor in one process, so that what each import does is its own doing. torch comes after
-# config, which must do without it, and before the others, whose effects are then told from torch's.
+# One process imports package after package, so that an effect is that of the last import. torch
+# comes after config, which must not import it, and before the others, so that its effects do not
+# count as theirs.
 IMPORT_EACH = """
 import importlib, json, os, random, sys, threading
 
@@ -142,7 +143,7 @@ def test_importing_has_no_side_effect(run) -> None:
 @pytest.mark.parametrize(
     "command", [[REPO / "train_gpt2.py"], ["-m", "finetune.sentiment"], ["-m", "finetune.sonnets"]]
 )
-def test_help_answers_without_torch_and_numpy(run, command) -> None:
+def test_help_needs_neither_torch_nor_numpy(run, command) -> None:
     done = run("-X", "importtime", *command, "--help", fresh=True)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

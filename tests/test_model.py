@@ -27,7 +27,7 @@ SMALL = GPTConfig(vocab_size=331, block_size=32, n_layer=2, n_head=4, n_embd=64)
 
 
 def gpt(**changes: Any) -> GPT:
-    """A small model in which biases and gains are random too, so that every parameter matters."""
+    """A small model whose biases and gains are random too, so that every parameter matters."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(SMALL, **changes))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_initial_weights_have_gpt2s_deviations():
         else:
             std = 0.02 / math.sqrt(2 * 3) if name.endswith("c_proj.weight") else 0.02
             rows = config.vocab_size if "wte" in name else None
-            # The standard error of a deviation over n numbers is std / sqrt(2 n): five of them.
+            # Five standard errors. That of a deviation over n numbers is std / sqrt(2 n).
             assert p[:rows].std().item() == pytest.approx(
                 std, rel=5 / math.sqrt(2 * p[:rows].numel())
             ), name
@@ -138,7 +138,7 @@ def test_dropout_reaches_attention(attention):
     model = gpt(attention=attention, dropout=0.5)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # what is left is attention's own
+            module.p = 0.0  # only attention's own dropout remains
     idx = tokens(1, 16)
     assert not torch.equal(model.train()(idx), model(idx))
     assert torch.equal(model.eval()(idx), model(idx))
@@ -167,7 +167,7 @@ def test_padding_takes_no_part_in_the_loss():
     padded, plain = gpt(), gpt(padded_vocab=False)
     plain.load_state_dict({k: v[:331] if "wte" in k else v for k, v in padded.state_dict().items()})
     with torch.no_grad():
-        padded.head_weight[331:] = 9.0  # even where something has put numbers there
+        padded.head_weight[331:] = 9.0  # even if the padding rows are not zero
     idx = tokens(2, 8)
     for reduction in ("none", "sum"):
         torch.testing.assert_close(
@@ -281,7 +281,7 @@ def test_loads_nanogpt(tmp_path, bias, vocab, prefix):
 
 
 class Malicious:
-    """Makes a folder when it is unpickled, as an example of arbitrary code."""
+    """Makes a folder when it is unpickled, as an example of code that a pickle can run."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -326,19 +326,19 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"n_layer": None}, "n_layer is null"),
     ],
 )
-def test_a_config_that_is_not_the_weights_or_not_gpt2(tmp_path, changes, match):
+def test_a_config_of_other_weights_or_not_of_gpt2(tmp_path, changes, match):
     gpt().save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
     refused(tmp_path, match)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"model_type": "gpt2"}', '{"model_type": "gp'])
-def test_a_config_that_is_no_json_object(tmp_path, text):
+def test_a_config_that_is_not_a_json_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     refused(tmp_path, "config.json")
 
 
-def test_folders_that_hold_no_model(tmp_path):
+def test_folders_without_a_model(tmp_path):
     refused(tmp_path, "no config.json")
     gpt().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -382,7 +382,7 @@ def test_a_tensor_or_a_shard_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("T", [1, 2, 31, 32])
-def test_explicit_attention_is_sdpa(T):
+def test_explicit_attention_equals_sdpa(T):
     idx, segments = tokens(2, T), (torch.arange(T) // 5).expand(2, T)
     fused, explicit = gpt(), gpt(attention="explicit")
     torch.testing.assert_close(explicit(idx), fused(idx), atol=1e-5, rtol=1e-5)
@@ -576,7 +576,7 @@ def test_trains_as_transformers_does(tmp_path):
         torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         for m in models
     ]
-    # A language that can be learnt: each token follows from the previous one, with some noise.
+    # A language that can be learnt: each token follows from the one before it, with some noise.
     follows = torch.randperm(331, generator=torch.Generator().manual_seed(4))
     apart, losses = 0.0, []
     for step in range(200):
@@ -597,7 +597,7 @@ def test_trains_as_transformers_does(tmp_path):
         apart = max(apart, abs(a.item() - b.item()))
         losses.append(a.item())
     assert apart <= 1e-4
-    assert losses[-1] < losses[0] - 1  # and it was training, not standing still
+    assert losses[-1] < losses[0] - 1  # the model did learn
 
 
 def test_impossible_shapes_are_refused():
@@ -654,7 +654,7 @@ def test_new_tokens_start_at_the_mean_and_old_ones_stay() -> None:
             assert model(torch.tensor([[ids[0], 5]])).shape == (1, 2, model.config.vocab_size)
 
 
-# --- layouts in which others save the same weights
+# --- other layouts of the same weights
 
 WRAPPED = {
     "plain": lambda name: name,
@@ -819,12 +819,12 @@ def test_two_models_in_one_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module."])
-def test_loads_nanogpt_of_ddp(tmp_path, prefix):
+def test_loads_nanogpt_saved_under_ddp(tmp_path, prefix):
     expected, idx = nanogpt(tmp_path, True, 331, prefix), tokens(2, 32)
     assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx), expected(idx))
 
 
-# --- what people and programs write into config.json
+# --- the values in config.json
 
 READ = [
     {"layer_norm_epsilon": "1e-05"},

@@ -1,5 +1,5 @@
-"""Every option of every command: its range and its path are beside its definition, and extremes are
-refused in a line."""
+"""Every option of every command. A number's range and a path's mark are part of its definition, and
+an extreme value gives one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from docs.packages import source_files
 from support import REPO
 from tasks.description import Description
 
-TEXTS = {  # options of text that name no file or folder
+TEXTS = {  # text options that do not name a file or folder
     "kernels",
     "without",
     "prompts",
@@ -52,8 +52,8 @@ TEXTS = {  # options of text that name no file or folder
 
 
 def kinds_of_options() -> list[Any]:
-    """The dataclass of each command: what its file gives to `parse`, and the `config` of each
-    task."""
+    """The dataclass of options of each command: the one that its file gives to `parse`, or the
+    `config` of its task."""
     found: dict[str, type] = {}
     for path in source_files():
         text = path.read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def numeric(kind: Any) -> dict[str, tuple[type, Range]]:
     return found
 
 
-def test_there_are_options_of_every_command() -> None:
+def test_every_command_has_options() -> None:
     names = {kind.__module__ for kind in KINDS}
     assert {
         "config",
@@ -113,7 +113,7 @@ def test_there_are_options_of_every_command() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_number_has_a_range_and_every_path_is_marked(kind: Any) -> None:
-    numeric(kind)  # raises where a number has no range, or two
+    numeric(kind)  # raises if a number has no range, or two
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if str in scalars(hints[field.name]):
@@ -152,7 +152,7 @@ EXTREMES = (
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_an_extreme_number_is_accepted_or_refused_in_a_line(data: st.DataObject) -> None:
+def test_an_extreme_number_is_accepted_or_refused_in_one_line(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([kind for kind in KINDS if numeric(kind)]))
     name = data.draw(st.sampled_from(sorted(numeric(kind))))
     of, limits = numeric(kind)[name]
@@ -204,7 +204,9 @@ def test_defaults_lie_in_their_ranges(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
-def test_every_path_option_knows_the_home(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_option_expands_the_home_folder(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     words, expected = [], {}
     for name, found in marks(kind).items():
@@ -225,7 +227,7 @@ def test_every_path_option_knows_the_home(kind: type, monkeypatch: pytest.Monkey
         assert got == ((meant,) if isinstance(got, tuple) else meant)
 
 
-def test_the_home_is_known_in_config_files_and_positionals(
+def test_config_files_and_positionals_expand_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from config import TrainConfig
@@ -243,7 +245,7 @@ def test_the_home_is_known_in_config_files_and_positionals(
     assert parse(GenerateConfig, ["~/m", "~ is a tilde"]).prompts == ("~ is a tilde",)
 
 
-def test_another_user_s_home_and_no_such_user() -> None:
+def test_the_home_of_another_user_and_of_no_user() -> None:
     assert expand("~root/x").endswith("/x") and not expand("~root/x").startswith("~")
     assert expand("~no-such-user-here/x") == "~no-such-user-here/x"
     assert expand("./~") == "./~" and expand("org/model") == "org/model" and expand(None) is None
@@ -266,7 +268,9 @@ def test_an_empty_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", ["caf\udce9", "\ud800", "\udced\udc95\udc9c x"])
-def test_bytes_that_are_no_text_are_replaced_and_said(bad: str, tmp_path: Path, capsys) -> None:
+def test_bytes_that_are_not_utf_8_are_replaced_with_a_warning(
+    bad: str, tmp_path: Path, capsys
+) -> None:
     from config import TrainConfig
     from generate import GenerateConfig
 
@@ -283,8 +287,8 @@ def test_bytes_that_are_no_text_are_replaced_and_said(bad: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
-def test_a_config_file_gives_every_text(kind: Any, tmp_path: Path) -> None:
-    """Also one that begins with a dash, and one that is typed without a name."""
+def test_a_config_file_can_hold_any_text(kind: Any, tmp_path: Path) -> None:
+    """Also a text that begins with a dash, and the text of a positional."""
     hints, texts = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         if hints[field.name] in (str, str | None):
@@ -300,7 +304,7 @@ def test_a_config_file_gives_every_text(kind: Any, tmp_path: Path) -> None:
     assert set(texts) <= typed_options(kind, [f"--config={file}"])
 
 
-def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) -> None:
+def test_a_positional_overrides_a_config_file(tmp_path: Path) -> None:
     from generate import GenerateConfig
     from tools.compare import CompareConfig
 
@@ -328,9 +332,7 @@ def test_what_is_typed_without_a_name_overrides_a_config_file(tmp_path: Path) ->
         ('{"tokenizer": true}', 'tokenizer is true; it must be text'),
     ],
 )  # fmt: skip
-def test_a_config_file_that_cannot_be_meant_is_one_line(
-    text: str, told: str, tmp_path: Path
-) -> None:
+def test_a_wrong_config_file_is_one_line(text: str, told: str, tmp_path: Path) -> None:
     from generate import GenerateConfig
 
     (tmp_path / "c.json").write_text(text, encoding="utf-8")
@@ -359,7 +361,7 @@ def test_a_config_file_that_cannot_be_meant_is_one_line(
         ("--out a=b --", {"out": "a=b"}),
     ],
 )
-def test_options_are_typed_in_many_ways(words: str, options: dict[str, Any]) -> None:
+def test_options_can_be_typed_in_many_ways(words: str, options: dict[str, Any]) -> None:
     typed = shlex.split(words)
     cfg = parse(TrainConfig, typed)
     assert {name: getattr(cfg, name) for name in options} == options
@@ -377,7 +379,7 @@ def test_options_are_typed_in_many_ways(words: str, options: dict[str, Any]) -> 
         ("m '' -1 -1e5 '- a dash'", ("", "-1", "-1e5", "- a dash")),
     ],
 )
-def test_prompts_stand_anywhere_between_options(words: str, prompts: tuple[str, ...]) -> None:
+def test_prompts_may_come_anywhere_between_options(words: str, prompts: tuple[str, ...]) -> None:
     from generate import GenerateConfig
 
     cfg = parse(GenerateConfig, shlex.split(words))
@@ -415,7 +417,7 @@ def test_prompts_stand_anywhere_between_options(words: str, prompts: tuple[str, 
         ("--config ''", "--config is empty; give a file, or leave --config out"),
     ],
 )
-def test_a_word_that_cannot_be_meant_is_one_line(words: str, told: str) -> None:
+def test_a_wrong_word_is_one_line(words: str, told: str) -> None:
     with pytest.raises(UserError) as error:
         parse(TrainConfig, shlex.split(words))
     assert str(error.value) == told
@@ -432,9 +434,7 @@ def test_a_word_that_cannot_be_meant_is_one_line(words: str, told: str) -> None:
         ('{"optimizer": "sgd"}', "optimizer is 'sgd'; it must be adamw or muon"),
     ],
 )
-def test_a_config_file_s_value_of_the_wrong_kind_is_one_line(
-    text: str, told: str, tmp_path: Path
-) -> None:
+def test_a_config_value_of_the_wrong_kind_is_one_line(text: str, told: str, tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
@@ -460,7 +460,7 @@ def test_help_names_every_option(
         assert all(typed in shown for typed in option.typed)
 
 
-def test_the_page_of_options_is_made_from_the_dataclasses() -> None:
+def test_the_page_of_options_matches_the_dataclasses() -> None:
     committed = (REPO / "docs" / "options.md").read_text(encoding="utf-8")
     assert committed == page(), "run python docs/options.py"
     commands = [kind for kind in KINDS if not kind.__module__.startswith("benchmarks")]
@@ -468,7 +468,7 @@ def test_the_page_of_options_is_made_from_the_dataclasses() -> None:
         assert f"| `{option}` |" in committed
 
 
-def test_help_tells_defaults_and_what_fields_of_classes_above_say(capsys) -> None:
+def test_help_has_defaults_and_docstrings_of_base_classes(capsys) -> None:
     from finetune.sentiment import SentimentConfig
 
     with pytest.raises(SystemExit):
@@ -477,7 +477,7 @@ def test_help_tells_defaults_and_what_fields_of_classes_above_say(capsys) -> Non
     docs = field_docs(SentimentConfig)
     for line in (
         "--config FILE Read options from a JSON or TOML file",
-        # A docstring of the class itself, one of a class above it, and defaults of both.
+        # A docstring of the class itself, one of a base class, and defaults of both.
         f"--label-column TEXT {docs['label_column']}",
         f"--steps INT {docs['steps']} --",
         f"--dropout FLOAT {docs['dropout']} (default: 0.1)",

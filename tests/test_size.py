@@ -1,4 +1,4 @@
-"""Limits on size, so that a person can read the spine in an afternoon: spine, seam and model."""
+"""Limits on the size of the code that a person must read: the spine, the seam and the model."""
 
 from __future__ import annotations
 

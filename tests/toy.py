@@ -1,9 +1,9 @@
-"""Tasks that are nothing like a GPT: a tagger and a ranker on one trunk, ragged rows, two loss
-terms; and a task for whole runs, whose evaluations find what was written down.
+"""Toy tasks that are not language models: a tagger and a ranker on one trunk, with ragged rows and
+two loss terms. And a task for whole runs whose evaluations return given scores.
 
-TwoHeads: row i has `lengths[i]` tokens. Some tokens have a target for the tagger and some rows one
-for the ranker, so both terms have a different number of targets in every micro-batch; a batch may
-lack either of them or both, and a step may.
+TwoHeads: row i has `lengths[i]` tokens. Some tokens have a target for the tagger, and some rows
+have one for the ranker. So every micro-batch has a different number of targets for each term. A
+batch or a step may lack the targets of one term or of both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 
 ROWS = 64
 STEPS = 12
-BATCH = 10  # rows of a step, in groups of GROUP
+BATCH = 10  # rows in a step, in groups of GROUP
 GROUP = 2
 
 
@@ -137,7 +137,7 @@ class TwoHeads(Task):
         }
 
     def expected_metrics(self, model: nn.Module) -> dict[str, float]:
-        """Of all validation rows at once, in fp64."""
+        """The metrics of all validation rows at once, in fp64."""
         ids = self.rows("val", 0).reshape(-1)
         batch = self.batch("val", ids).tensors
         with torch.no_grad():
@@ -155,7 +155,7 @@ SMALLEST = GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=1)
 
 
 class Counter(nn.Module):
-    """One weight, and the number of steps that it has been trained."""
+    """One weight, and the number of steps that it was trained."""
 
     steps: Tensor
 
@@ -166,14 +166,14 @@ class Counter(nn.Module):
 
 
 class Scripted(Task):
-    """After s steps an evaluation (of two batches) finds scores[s - 1]."""
+    """A task whose evaluation after s steps, in two batches, returns scores[s - 1]."""
 
     name = "scripted"
     config = TrainConfig
 
     def __init__(self, scores: list[float], mode: str = "min"):
         self.scores, self.best = scores, ("score", mode)
-        # called within whatever a run does
+        # called at this point of a run
         self.during: Callable[[str, int], None] = lambda what, step: None
 
     def setup(self, cfg: TrainConfig, say: Callable[[str], None], dry: bool = False) -> Facts:
@@ -215,7 +215,8 @@ class Scripted(Task):
 
 
 def whole_run(out: Path, steps: int, **options: Any) -> TrainConfig:
-    """Options of a run of Scripted with whole global batches, that leaves this process as it is."""
+    """Options for a run of Scripted with whole global batches. The run leaves this process
+    unchanged."""
     fixed: dict[str, Any] = {
         "out": str(out),
         "micro_batch": "auto",
@@ -247,15 +248,15 @@ def loader(task: Task, world: World, micro_batch: int) -> Loader:
 
 
 def run_step(train: TrainStep, step: int, data: Loader) -> StepResult:
-    """One step that nothing stops."""
+    """Make one step, which must not be stopped."""
     result = train(step, data(step))
     assert result is not None
     return result
 
 
 def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
-    """A dictionary that the next step fills with the gradients it would update with; the update is
-    left out."""
+    """A dictionary that the next step fills with the gradients for its update. The update is
+    skipped."""
     found: dict[str, Tensor] = {}
 
     def keep(lr: float, factor: Tensor | None, ok: Tensor) -> None:
@@ -275,7 +276,8 @@ def capture_gradients(step: TrainStep) -> dict[str, Tensor]:
 def expected_gradients(
     task: TwoHeads, model: nn.Module, step: int
 ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-    """Objective, mean of each term and gradients of the whole batch of `step` at once, in fp64."""
+    """The objective, the mean of each term and the gradients of a step's whole batch at once, in
+    fp64."""
     exact = copy.deepcopy(model).double()
     exact.zero_grad()
     batch = task.batch("train", task.rows("train", step).reshape(-1))

@@ -65,8 +65,8 @@ CLASSIFICATION = [
 
 
 def task_options(name: str, *more: Any) -> list[str]:
-    """The words of a tiny run's command: the defaults of a task, then `more`, split at spaces. The
-    last value of a repeated option counts."""
+    """The command line of a tiny run: the task's defaults, then `more`, split at spaces. The last
+    value of a repeated option counts."""
     typed = " ".join(map(str, more)).split()
     defaults = {k: v for k, v in OPTIONS.items() if k != "preset" or "--init" not in typed}
     defaults |= {"eval-rows": 0} if name in GENERATION else {}
@@ -74,12 +74,12 @@ def task_options(name: str, *more: Any) -> list[str]:
 
 
 def run_task(name: str, folder: Path, *more: Any, **how: Any) -> list[Ended]:
-    """Run a task as a command, with task_options. Returns how each rank ended."""
+    """Run a task as a command with the options of task_options. Returns how each rank ended."""
     return launch(folder, task_options(name, *more), program=f"finetune.{name}", **how)
 
 
 def run_well(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
-    """The first rank of a run that must end with exit code 0."""
+    """Run a task that must end with exit code 0. Returns how rank 0 ended."""
     ends = run_task(name, folder, *more, **how)
     assert [end.code for end in ends] == [0] * len(ends), ends
     return ends[0]
@@ -88,7 +88,7 @@ def run_well(name: str, folder: Path, *more: Any, **how: Any) -> Ended:
 def set_up_task(
     name: str, inputs: Path, say: Callable[[str], None] = lambda text: None, **options: Any
 ) -> Any:
-    """A task that is set up on its toy rows in this process. The default is no dropout."""
+    """Set up a task on its toy rows in this process, by default without dropout."""
     task = description_of(name)
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32"

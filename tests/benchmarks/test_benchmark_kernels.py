@@ -1,5 +1,5 @@
-"""The benchmark of the operations runs, compares what is equal, and says why a figure is missing.
-No timing is asserted."""
+"""The benchmark of the operations runs, compares equal work, and says why a figure is missing. No
+test asserts a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def place() -> Place:
-    """Tiny shapes, with our own kernels: in Triton's interpreter on a CPU."""
+    """Tiny shapes, with our own kernels. On a CPU they run in Triton's interpreter."""
     return dataclasses.replace(bench.make_place(DEVICE, quick=True), no_triton=None)
 
 
@@ -62,15 +62,15 @@ def test_only_names_the_nearest(run) -> None:
 
 @pytest.mark.parametrize("name", bench.OPERATIONS)
 def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
-    # Traced as for a real compilation, then run as it is: that needs no compiler and takes no
-    # seconds.
+    # aot_eager traces as for a real compilation and then runs without one. That needs no compiler and
+    # is fast.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     place = dataclasses.replace(place, no_compiler=None)
     if DEVICE.type == "cpu":
-        place = dataclasses.replace(place, no_fp8=None)  # slow, but it runs
+        place = dataclasses.replace(place, no_fp8=None)  # slow on a CPU, but it works
     rows = {row["form"]: row for row in bench.compare(name, place, Turns(1, 1))}
     ours = [form for form in rows if form.startswith(OURS)]
-    assert ours or name.startswith("product_")  # products of a layer are PyTorch's own
+    assert ours or name.startswith("product_")  # a layer's products have only PyTorch's form
     for form in (bench.PYTORCH, *ours):
         assert "note" not in rows[form], rows[form]["note"]
         assert len(rows[form]["seconds"]) == 1
@@ -110,7 +110,7 @@ def test_a_form_that_differs_or_fails_is_not_timed(place, monkeypatch) -> None:
 
 
 def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch) -> None:
-    calls = iter([None, None, torch.OutOfMemoryError()])  # tried out, its memory measured, timed
+    calls = iter([None, None, torch.OutOfMemoryError()])  # try-out, memory, timing
 
     def function(x: torch.Tensor) -> list[torch.Tensor]:
         if error := next(calls):
@@ -121,7 +121,9 @@ def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch)
     monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
     first, second = bench.compare("add", place, Turns(2, 2))
     assert first["note"] == "not measured: out of memory"
-    assert len(second["seconds"]) == 2 and second["speed"] is None  # over nothing
+    assert (
+        len(second["seconds"]) == 2 and second["speed"] is None
+    )  # there is nothing to compare with
 
 
 def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
@@ -130,7 +132,7 @@ def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
         f"{OURS}, Triton": Form(lambda: lambda x: [3 * x]),
     }
     monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
-    # this process's own stays as it is
+    # this process keeps its allocator
     monkeypatch.setattr(bench, "set_allocator", lambda keep_freed: None)
     monkeypatch.setattr(
         sys, "argv", ["kernels", "--quick", "--only", "add", "--out", str(tmp_path)]
@@ -149,8 +151,8 @@ def test_attention_counts_the_pairs_that_are_seen(place, document) -> None:
         token[:, None] // (document or T) == token // (document or T)
     )
     pairs = place.size.rows // T * model.n_head * seen.sum().item()
-    # q k' and p v forward; dp, dv, dq, dk and the scores again backward: a multiplication and an
-    # addition each
+    # q k' and p v forward; dp, dv, dq, dk and the scores again backward. Each has a multiplication
+    # and an addition.
     assert bench.attention(place, document).work == pairs * D * 2 * 7
 
 
@@ -160,6 +162,6 @@ def test_peak_memory_is_that_of_one_run(place) -> None:
     held = bench.Contender(
         lambda: [torch.ones(size // 4, device=DEVICE)], (), [], DEVICE, direct=True
     )
-    for _ in range(2):  # what a first run freed counts again
+    for _ in range(2):  # the second run reuses memory that the first freed
         peak = bench.peak_memory(held)
         assert peak is not None and size <= peak + (1 << 20) < 1.2 * size

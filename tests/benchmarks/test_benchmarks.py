@@ -1,5 +1,5 @@
-"""The benchmarks run, write what they say, and answer a mistake with one line. No timing is
-asserted."""
+"""The benchmarks run, write their results, and answer a mistake with one line. No test asserts a
+time."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_a_run_without_steps_is_refused(tmp_path) -> None:
         plot.curves(write_run(tmp_path / "new", 0), "tokens", "new")
 
 
-def test_curves_leave_out_what_is_not_whole(tmp_path) -> None:
+def test_curves_skip_torn_lines_and_infinite_values(tmp_path) -> None:
     got = plot.curves(write_run(tmp_path / "a", 10, torn=True), "tokens", "a")
     assert [x for x, _ in got.loss] == [1024 * step for step in range(1, 11)]
     assert [x for x, _ in got.val_loss] == [5 * 1024, 10 * 1024]
-    assert len(got.grad_norm) == 9  # one was not finite
+    assert len(got.grad_norm) == 9  # one value was not finite
 
 
 def test_warm_up_does_not_set_the_limits() -> None:
@@ -84,7 +84,7 @@ def test_warm_up_does_not_set_the_limits() -> None:
     assert abs(smoothed[100][1] - 5) < 0.1
 
 
-def test_runs_of_the_same_name_are_told_apart() -> None:
+def test_runs_with_equal_names_are_shown_by_path() -> None:
     assert plot.names([Path("a/x"), Path("a/y")]) == ["x", "y"]
     assert plot.names([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
 
@@ -113,7 +113,7 @@ def test_time_that_is_left_is_shared() -> None:
 
 def test_ratios_are_of_the_same_turn() -> None:
     assert ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == [3, 2, 4]
-    assert ratio([2.0], [1.0, 10.0]) == [2, 2, 2]  # one took fewer turns
+    assert ratio([2.0], [1.0, 10.0]) == [2, 2, 2]  # one side took fewer turns
 
 
 FACTS = {
@@ -143,7 +143,9 @@ def test_results_resume_on_the_same_machine_only(tmp_path, capsys) -> None:
     assert again.find({"shape": "b"}) and not again.find({"shape": "c"})
     assert capsys.readouterr().err == ""
     assert resumed(FACTS | {"versions": {"torch": "3"}}).cases == []
-    file.write_text(json.dumps(FACTS | {"cases": [{"shape": "a"}]}))  # as earlier versions wrote it
+    file.write_text(
+        json.dumps(FACTS | {"cases": [{"shape": "a"}]})
+    )  # as earlier versions wrote the file
     assert resumed().cases == []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all("is of another machine" in line for line in lines)
@@ -167,7 +169,7 @@ def test_peers_writes_its_figures(run, tmp_path) -> None:
         assert 0 < row["memory_bytes"] < 2**30 and row["accumulation"] == 2
         assert row["opening"]["next_loss"] < row["opening"]["loss"]
     assert len(plain["seconds"]) == 2
-    assert ours["seconds"][2:] == plain["beside_seconds"]  # after those that it took alone
+    assert ours["seconds"][2:] == plain["beside_seconds"]  # without the turns that it took alone
     assert plain["speed_ratio"] == ratio(plain["seconds"], plain["beside_seconds"])
     assert liger["error"] == "needs a CUDA GPU"
     text = (tmp_path / "results/peers-cpu.md").read_text()
@@ -177,7 +179,7 @@ def test_peers_writes_its_figures(run, tmp_path) -> None:
 
 @pytest.fixture
 def case(tmp_path) -> Case:
-    """The tiny one, with weights for all."""
+    """The tiny shape, with weights for all contenders."""
     shape = contenders.SHAPES["cpu"]["micro"]
     peers.prepare(shape, "cpu", str(tmp_path / "weights"))
     return Case("micro", shape, "fp32", "cpu", str(tmp_path / "weights"))
@@ -202,10 +204,10 @@ def test_the_peers_train_exact_gpt2(case) -> None:
     check("litgpt compiled", case, reference, litgpt)
 
 
-def test_a_contender_at_other_work_is_not_timed(case) -> None:
+def test_a_contender_that_does_other_work_is_not_timed(case) -> None:
     own = Opening(loss=7.0, grad_norm=1.0, next_loss=6.9, seconds=1.0)
     check("transformers", case, own, own)
-    # what the padding of 24 in 1,000 words may add
+    # the padding of 24 rows for 1,000 ids may add this much
     more = dataclasses.replace(own, loss=7.01, next_loss=6.91)
     check("plain", case, own, more)
     later = dataclasses.replace(own, next_loss=7.0)
@@ -267,7 +269,7 @@ def test_on_a_gpu_each_contender_trains_alone(monkeypatch, tmp_path) -> None:
     assert found[OURS]["seconds"] == found["plain"]["beside_seconds"] == [1, 1]
 
 
-def test_a_process_says_why_it_cannot(capsys) -> None:
+def test_a_process_says_why_it_cannot_build_its_step(capsys) -> None:
     def out_of_memory() -> None:
         raise MemoryError
 
@@ -285,13 +287,13 @@ def test_a_small_card_gets_the_same_step_in_fewer_rows(name) -> None:
     assert contenders.fitting(shape, None) == contenders.fitting(shape, 144_000_000_000) == shape
     small = contenders.fitting(shape, 80 * 2**30)
     assert small.rows * small.seq_len <= 32 * 1024
-    # the same tokens in a step
+    # the step has the same tokens
     assert small.rows * small.accumulation == shape.rows * shape.accumulation
     assert dataclasses.replace(small, rows=shape.rows, accumulation=shape.accumulation) == shape
     assert (small.rows, small.accumulation) == (32, 16) if name == "124M" else small == shape
 
 
-def test_peers_names_what_is_nearest() -> None:
+def test_peers_suggests_the_nearest_name() -> None:
     with pytest.raises(
         UserError, match=r"--shape 124 is not one of micro, 10M, 124M \(did you mean 124M\?\)"
     ):

@@ -1,5 +1,5 @@
-"""What benchmarks.classifying compares does the same work, and it runs from end to end. No timing
-is asserted."""
+"""The two sides of benchmarks.classifying do the same work, and the benchmark runs from end to end.
+No test asserts a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from config import UserError
 
 @pytest.fixture(scope="module", autouse=True)
 def allocator() -> object:
-    """The tests' process keeps its own."""
+    """The process of the tests keeps its own allocator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.plan.set_allocator", lambda keep_freed: None)
         yield
@@ -27,7 +27,7 @@ def allocator() -> object:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Fit:
-    """The tiny one, with weights and rows for both sides."""
+    """The tiny shape, with weights and rows for both sides."""
     folder = str(tmp_path_factory.mktemp("classifying"))
     classifying.prepare(SHAPES["micro"], folder)
     return Fit("micro", SHAPES["micro"], "fp32", "cpu", folder, dropout=0.0)
@@ -40,14 +40,14 @@ def test_both_sides_make_the_same_steps(case, method) -> None:
     losses = []
     for _ in range(3):
         (loss, norm), (its_loss, its_norm) = own(), other()
-        # Adam begins with signs
+        # Adam's first update has only signs
         assert its_loss.item() == pytest.approx(loss.item(), rel=1e-5 if not losses else 1e-4)
         assert its_norm.item() == pytest.approx(norm.item(), rel=1e-4 if not losses else 1e-2)
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_batch_is_padded_and_drops_only_where_it_is_told_to(case) -> None:
+def test_the_batch_is_padded_and_dropout_follows_the_case(case) -> None:
     lengths = case.batch()["lengths"]
     assert lengths.min() < lengths.max() == case.batch()["idx"].shape[1] == case.shape.seq_len
     for build in (classifying.ours, classifying.theirs):
@@ -106,7 +106,7 @@ def test_it_runs_and_writes_what_it_prints(run, tmp_path) -> None:
     assert text.count("| micro, 8 x 16 ") == 2 and f"| {SET} " in text and str(tmp_path) not in text
 
 
-def test_what_is_asked_for_has_a_name() -> None:
+def test_cases_follow_the_options() -> None:
     with pytest.raises(
         UserError,
         match=r"--method lora-r8 is not one of full, lora, last-layer \(did you mean lora\?\)",
@@ -120,7 +120,7 @@ def test_what_is_asked_for_has_a_name() -> None:
     assert {case.dropout for case in cases} == {0.1} and cases[-1].weights == "weights/124M"
 
 
-def test_a_side_at_other_work_is_named() -> None:
+def test_a_side_that_does_other_work_is_named() -> None:
     row = {"shape": "micro", "rows": 8, "seq_len": 16, "precision": "fp32", "method": "lora"}
     row |= {"trainer": THEIRS, "error": "loss 1.7, this engine's 1.6"}
     assert "transformers + peft: loss 1.7, this engine's 1.6" in classifying.step_row(row)

@@ -1,5 +1,5 @@
-"""gpu-check's order, limits and records, with parts that need no GPU; and that its real parts name
-what there is."""
+"""The order, limits and records of gpu-check, with parts that need no GPU. And its real parts name
+commands and options that exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FACTS = {"hardware": {"gpu": "none such"}, "driver": "1", "versions": {"torch": 
 def part(
     name: str, code: str, packages: tuple[str, ...] = (), seconds: float = 12, **more: Any
 ) -> Part:
-    """A part that runs `code`; {out} in it is the part's folder."""
+    """A part that runs `code`, in which {out} is the part's folder."""
     return Part("tests", name, ("-c", code), packages, seconds, **more)
 
 
@@ -43,12 +43,12 @@ def check(folder: Path, at_once: int = 1, rehearse: bool = False, **facts: Any) 
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """gpu-check.json, its parts by name."""
+    """The parts in gpu-check.json by name."""
     result = json.loads((folder / "gpu-check.json").read_text())
     return result | {"parts": {record["part"]: record for record in result["cases"]}}
 
 
-COUNT = "open('{out}/runs', 'a').write('x')\n"  # a letter for each time that a part ran
+COUNT = "open('{out}/runs', 'a').write('x')\n"  # one letter for each run of a part
 FIGURES = (
     "import os, json\njson.dump(os.environ['TRITON_CACHE_DIR'], open('{out}/a.json', "
     "'w'))\nprint('| 7 | ==')"
@@ -79,7 +79,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path, capsys) -
         and table[3].startswith("| good | done ")
         and "| 7" in table[3]
     )
-    assert "so it is" in capsys.readouterr().out  # a failure is seen where it happens
+    assert "so it is" in capsys.readouterr().out  # the output of a failed part is printed
 
 
 def test_done_parts_are_not_run_again(tmp_path) -> None:
@@ -88,7 +88,7 @@ def test_done_parts_are_not_run_again(tmp_path) -> None:
     check(tmp_path).run(parts, minutes=1)
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (2, 1)
     assert check(tmp_path).run(parts[1:], minutes=1)
-    # what was not asked for now stays in the table
+    # parts that this call does not name stay in the table
     assert set(written(tmp_path)["parts"]) == {"bad", "good"}
     check(tmp_path, driver="2").run(parts, minutes=1)  # other figures
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (3, 2)
@@ -98,10 +98,10 @@ def test_done_parts_are_not_run_again(tmp_path) -> None:
     assert (runs(tmp_path, "bad"), runs(tmp_path, "good")) == (1, 1)
 
 
-def test_a_part_that_hangs_is_ended_and_may_go_on(tmp_path) -> None:
+def test_a_part_that_hangs_is_ended_and_can_continue(tmp_path) -> None:
     hang = COUNT + (
         "import time\nprint('begun', flush=True)\n"
-        # as pytest does, which ends its programs
+        # like pytest, which ends its programs
         "try:\n  time.sleep(60)\nfinally:\n  open('{out}/tidy', 'w')\n"
     )
     parts = [part("hangs", hang, seconds=1), part("good", COUNT)]
@@ -114,7 +114,7 @@ def test_a_part_that_hangs_is_ended_and_may_go_on(tmp_path) -> None:
     assert (tmp_path / "cache/parts/hangs/tidy").exists() and result["good"]["result"] == "done"
 
 
-def test_a_part_that_says_it_is_unfinished_goes_on(tmp_path) -> None:
+def test_a_part_that_says_it_is_unfinished_continues(tmp_path) -> None:
     code = COUNT + "import os\nif os.path.getsize('{out}/runs') < 2: print('the time was up')"
     slices = part("slices", code, unfinished="the time was up")
     assert not check(tmp_path).run([slices], minutes=1)
@@ -123,7 +123,7 @@ def test_a_part_that_says_it_is_unfinished_goes_on(tmp_path) -> None:
     assert check(tmp_path).run([slices], minutes=1) and runs(tmp_path, "slices") == 2
 
 
-def test_another_machine_goes_on_from_the_record(tmp_path) -> None:
+def test_another_machine_continues_from_the_record(tmp_path) -> None:
     code = (
         "import json, os, pathlib\nfolder = "
         "pathlib.Path('{out}/runs')\nfolder.mkdir(exist_ok=True)\n"
@@ -167,7 +167,7 @@ def test_tests_run_beside_one_another_and_measurements_alone(tmp_path) -> None:
     assert spans["alone"][0] > max(spans["x"][1], spans["y"][1])
 
 
-def test_the_plan_fills_calls_in_turn() -> None:
+def test_the_forecast_fills_calls_in_order() -> None:
     parts = [
         part("a", "", seconds=50),
         part("b", "", seconds=400),
@@ -273,7 +273,7 @@ def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
     )
 
 
-def test_a_missing_package_costs_its_parts_only(tmp_path) -> None:
+def test_a_missing_package_only_skips_its_parts(tmp_path) -> None:
     checked = check(tmp_path)
     assert not checked.run(
         [part("poor", COUNT, packages=("json", "no_such")), part("good", COUNT)], minutes=1
@@ -305,7 +305,7 @@ def test_only_names_parts_or_groups() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(repo) -> None:
     command = ["make", "--silent", "-C", repo, "gpu-check", f"PYTHON={sys.executable}"]
-    # as under no make
+    # as if no make were running
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     line, of_make = done.stderr.splitlines()
@@ -355,7 +355,7 @@ def test_every_kernel_and_every_gpu_test_is_in_a_part(repo) -> None:
     assert all((repo / file).is_file() for file in files)
     programs = {word.partition("::")[2] for word in words if "::" in word}
     (others,) = (word for word in words if word.startswith("not ("))
-    # so whatever is no program is among the steps
+    # so the part `steps` has all tests that are not programs
     assert set(others[len("not (") : -1].split(" or ")) == programs
     assert {
         "test_a_whole_run_then_generate_and_evaluate",
@@ -381,7 +381,7 @@ def test_every_peer_of_a_gpu_is_compared() -> None:
 
 
 def test_the_engine_needs_small_packages_only(repo) -> None:
-    """What its modules import at their top, without which no part could run."""
+    """The top-level imports of its modules. Without these packages no part can run."""
     packages = ("base", "storage", "kernels", "text", "decoding", "engine")
     files = [*repo.glob("*.py"), repo / "benchmarks/peers.py"]
     files += [file for name in packages for file in (repo / name).glob("*.py")]
@@ -423,7 +423,7 @@ def test_wheels_that_fit_are_installed_and_others_named(run, tmp_path) -> None:
     make_wheel(folder, "gpu_tiny", "1.10")  # newer than 1.9
     make_wheel(folder, "gpu_tiny", "1.9")
     make_wheel(folder, "gpu_other", "1.0", tag="cp27-cp27m-win32")
-    make_wheel(folder, "pytest", "0.1")  # there is another one
+    make_wheel(folder, "pytest", "0.1")  # another version is installed
     (folder / "gpu_broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
     done = run("-m", "benchmarks.wheels", "install", folder, tmp_path / "site")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Which kernels fit which card: the choice, and a part of the proof that compiles them."""
+"""Which kernels fit on which card: the engine's choice, and a small part of the proof that compiles
+them."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def test_wide_heads_get_blocks_that_fit(card, precision):
     assert narrow != wide and wide.shared <= CARDS[card].shared_memory
 
 
-def test_auto_takes_smaller_blocks_where_memory_is_short():
+def test_auto_takes_smaller_blocks_if_memory_is_short():
     large, small = (choose_tiles(CARDS[name], "tf32", 128) for name in ("A100", "RTX 4090"))
     assert (
         isinstance(large, KernelTiles)
@@ -118,13 +119,13 @@ def test_every_triton_kernel_is_in_the_proof():
     ("figures", "fault"),
     [
         ({}, None),
-        ({"registers": 0}, "no registers"),
+        ({"registers": 0}, "no number of registers"),
         ({"spilled": 65}, "spills 65 bytes"),
         ({"shared": 99 * 1024 + 1}, "RTX 4090 has 101376"),
         ({"shared": 2000}, "says 1000"),
     ],
 )
-def test_what_the_proof_calls_a_fault(figures, fault):
+def test_spills_and_too_much_memory_are_failures(figures, fault):
     sound = Row(89, "", "", registers=9, spilled=64, shared=1000)
     row = judged(dataclasses.replace(sound, **figures), CARDS["RTX 4090"], limit=1000)
     assert row.result == ("failed" if fault else "compiled") and (fault or "") in row.reason
@@ -138,7 +139,7 @@ def test_a_failed_kernel_is_exit_code_1(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_proof, "run", lambda archs, names, quick: rows)
     monkeypatch.setattr(gpu_proof, "versions_of_tools", lambda: {})
     for name in ("TRITON_CACHE_DIR", "TRITON_DUMP_PTXAS_LOG", "TRITON_INTERPRET"):
-        monkeypatch.setenv(name, "1")  # main sets them; the test puts them back
+        monkeypatch.setenv(name, "1")  # main sets them, and monkeypatch restores them
     monkeypatch.setattr(sys, "argv", ["gpu_proof", "--archs", "80", "90", "--out", str(tmp_path)])
     assert gpu_proof.main() == 1
     assert "1 FAILED" in capsys.readouterr().out
@@ -191,7 +192,7 @@ def test_the_proof_without_triton_is_one_line(run):
 
 
 @pytest.mark.parametrize("words", [["--archs", "70"], ["--kernels", "atention"]])
-def test_what_the_proof_does_not_know_is_refused(monkeypatch, words):
+def test_unknown_architectures_and_kernels_are_refused(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["gpu_proof", *words])
     with pytest.raises(UserError, match=words[1]):
         gpu_proof.main()

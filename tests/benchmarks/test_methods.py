@@ -1,5 +1,5 @@
-"""benchmarks.methods: what is run and in which order, budget, resume, failures, figures, tables,
-chart; one real run."""
+"""benchmarks.methods: which cells run and in which order, the budget, resuming, failures, figures,
+tables and the chart. And one real run."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ ABOUT: dict[str, Any] = {
 
 
 class Fake:
-    """Stands for `execute` and the clock: a run takes its seconds, writes what the loop writes, and
-    is remembered."""
+    """A fake of `execute` and of the clock. A run takes its seconds, writes the files of a real
+    run, and is recorded."""
 
     def __init__(
         self, score: Callable[..., float] = lambda name, seed, **options: 1.0, seconds: float = 10.0
@@ -78,7 +78,7 @@ class Fake:
         self.score, self.seconds = score, seconds
         self.now = 1000.0
         self.ran: list[tuple[str, int]] = []
-        self.options: list[dict[str, str]] = []  # of each of those
+        self.options: list[dict[str, str]] = []  # the options of each run
         self.failing: set[str] = set()
 
     def monotonic(self) -> float:
@@ -108,8 +108,8 @@ class Fake:
 def write_run(
     folder: Path, score: float, steps: int = 6, best_step: int = 4, lr: Any = 0.5
 ) -> None:
-    """What a run of three epochs leaves; `score` is of the step whose model is final/, other steps
-    have less. Without a rate, what remains of a model that takes no steps."""
+    """Write the files of a run of three epochs. `score` is that of the step whose model is final/;
+    other steps have less. Without a rate, write the files of a model that takes no steps."""
     (folder / "checkpoints").mkdir(parents=True)
     config = {"epochs": 3, "lr": lr, "steps": steps if lr else None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -138,8 +138,8 @@ def write_run(
 
 
 def write_labels(folder: Path, predicted: Sequence[int]) -> None:
-    """What a classifier says of validation rows, whose true labels are 0, 1, 0, ..., written as
-    0.0, 1.0, ..."""
+    """Write a classifier's predictions for validation rows whose true labels are 0, 1, 0, ...,
+    written as 0.0, 1.0, ..."""
     rows = [
         {"label": f"{n % 2}.0", "prediction": str(label), "probabilities": {"0": 0.5, "1": 0.5}}
         for n, label in enumerate(predicted)
@@ -180,7 +180,7 @@ def silent() -> None:
     return None
 
 
-# --- what is run
+# --- the cells
 
 
 @pytest.mark.parametrize(("way", "best"), [("max", ["f", "c"]), ("min", ["d", "a"])])
@@ -202,16 +202,16 @@ def test_one_seed_for_all_then_more_for_the_best(
     assert rows == {name: [1, 2, 3] if name in best else [1] for name in names}
 
 
-def test_a_done_cell_is_not_run_again_and_other_options_are_another_cell(
-    fake: Fake, tmp_path: Path
-) -> None:
+def test_a_done_cell_is_kept_and_other_options_make_another(fake: Fake, tmp_path: Path) -> None:
     compare(bench_of(tmp_path), silent)
     first = len(fake.ran)
     compare(bench_of(tmp_path), silent)
     assert len(fake.ran) == first
     compare(bench_of(tmp_path, common={"init": "base", "epochs": 4}), silent)
     assert len(fake.ran) == 2 * first
-    assert not list(tmp_path.glob("runs/*/checkpoints"))  # final/ is enough
+    assert not list(
+        tmp_path.glob("runs/*/checkpoints")
+    )  # checkpoints are deleted, because final/ is enough
 
 
 def test_a_failure_loses_one_cell_and_is_named(fake: Fake, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_failure_loses_one_cell_and_is_named(fake: Fake, tmp_path: Path) -> No
     bench = bench_of(tmp_path, keep=3)
     compare(bench, silent)
     assert [cell.name for cell in bench.store.failed] == ["a"]
-    # there is nothing of `a` to decode
+    # `a` has no weights to decode with
     assert ("draw", 1) not in fake.ran and ("first", 1) in fake.ran
     assert ("a", 2) not in fake.ran and ("g", 1) in fake.ran
     result = result_of(bench, ABOUT)
@@ -241,7 +241,7 @@ def test_the_budget_is_kept_and_the_rest_is_named(
         left_out = {cell.label for cell in bench.store.left_out}
         assert set(result_of(bench, ABOUT)["left_out"]) == left_out
         assert all(label in text_of(result_of(bench, ABOUT)) for label in left_out)
-        compare(bench_of(folder), silent)  # the same command without a limit makes all the others
+        compare(bench_of(folder), silent)  # the command without a limit runs all others
         # 7 methods + 2 decodings, then twice 2 + 2
         assert len(fake.ran) == len(set(fake.ran)) == 17
 
@@ -254,17 +254,17 @@ FITTED = Method("fitted", {"method": "z"}, rate=None)
 
 
 @pytest.mark.parametrize("best", SETTINGS)
-def test_a_search_tries_each_method_alike_and_goes_on_with_the_best(
+def test_a_search_tries_all_methods_equally_and_keeps_the_best(
     fake: Fake, tmp_path: Path, best: tuple[float, int]
 ) -> None:
-    rate, epochs = best  # of b, the second method, whose own rate is twice a's
+    rate, epochs = best  # of b, the second method, which has twice the rate of a
     fake.score = lambda name, seed, **tried: float(
         name == "b" and tried == {"lr": rate * 2 * 0.5, "epochs": epochs}
     )
     methods = (*FEW[:2], FITTED)
     bench = bench_of(tmp_path, methods=methods, decodings=(), search=SETTINGS, keep=1)
     compare(bench, silent)
-    # all have their first trial first; what draws nothing has one
+    # first trials come first; a method without randomness has one trial
     names = ["a", "b", "fitted", *"ab" * 3]
     assert fake.ran == [*((name, 1) for name in names), ("b", 2), ("b", 3)]
     settings = [(float(o.get("lr", 0)), float(o["epochs"])) for o in fake.options]
@@ -287,9 +287,7 @@ def test_a_search_and_a_comparison_share_the_run_that_both_want(fake: Fake, tmp_
     assert len(fake.ran) == ran + 3 * len(FEW)
 
 
-def test_what_draws_nothing_has_one_seed_and_no_place_among_the_best(
-    fake: Fake, tmp_path: Path
-) -> None:
+def test_a_method_without_randomness_runs_with_one_seed(fake: Fake, tmp_path: Path) -> None:
     fake.score = lambda name, seed, **options: 9.0 if name == "fitted" else 1.0
     bench = bench_of(tmp_path, methods=(FITTED, *FEW), keep=2)
     compare(bench, silent)
@@ -300,7 +298,7 @@ def test_what_draws_nothing_has_one_seed_and_no_place_among_the_best(
     assert "--lr" not in rows["fitted"]["command"]
 
 
-def test_only_what_is_named_is_run(fake: Fake, tmp_path: Path) -> None:
+def test_only_named_methods_and_decodings_run(fake: Fake, tmp_path: Path) -> None:
     compare(bench_of(tmp_path, only=("b", "first"), seeds=(1,)), silent)
     assert fake.ran == [("b", 1), ("first", 1)]
     fake.ran = []
@@ -371,7 +369,7 @@ def test_every_cell_is_a_command_that_the_tasks_take(family: str, name: str) -> 
 
 
 def test_every_method_is_a_run_of_its_own() -> None:
-    """No two methods of a family differ in name alone."""
+    """Two methods of a family differ in their options, not only in their names."""
     for bench in (real_bench(), real_bench("topics", "classification", **GIVEN)):
         options = [
             {k: str(v) for k, v in bench.options_of(method, 1).items()} for method in bench.methods
@@ -410,7 +408,7 @@ def test_rates_are_multiples_of_one() -> None:
     assert rates["full"] == 2e-4 and rates["lora-attention-8"] == 2e-3
     labels = real_bench("sentiment", "classification", lr=2e-4)
     heads = {method.name: labels.options_of(method, 1).get("lr") for method in labels.methods}
-    # a head is new, a base's last layer is not
+    # a classifier's head is new, the base's last layer is not
     assert heads["last-layer"] > rates["last-layer"] > heads["full"] == 2e-4
     assert heads["tf-idf"] is None
     assert usual_rate(1e-4, 124_000_000) == 1e-4 < usual_rate(1e-4, 14_000_000) < 1e-3
@@ -443,7 +441,7 @@ def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(error.value)
 
 
-def test_a_comparison_that_is_told_to_end_writes_what_it_has(
+def test_a_terminated_comparison_writes_its_results(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def stopped(words: Sequence[str], output: Path, until: float, **more: Any) -> None:
@@ -475,10 +473,10 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 # --- figures
 
 
-def test_figures_are_of_the_step_that_final_is_of(tmp_path: Path) -> None:
+def test_figures_are_those_of_the_step_of_final(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 40.0)
     figures = methods_cells.figures_of(tmp_path / "run")
-    # step 4, not the last of metrics.json
+    # those of step 4, not of the last step
     assert figures["metrics"] == {"val_loss": 2.4, "chrf": 40.0}
     assert (figures["lowest_val_loss"], figures["lowest_epoch"], figures["best_epoch"]) == (
         2.2,
@@ -487,9 +485,9 @@ def test_figures_are_of_the_step_that_final_is_of(tmp_path: Path) -> None:
     )
     assert figures["trained_parameters"] == 1000
     assert figures["warnings"] == ["two rows are cut"]
-    # of steps, without the evaluations between them
+    # the time of steps, without evaluations
     assert figures["seconds_to_best"] == 1 + 2 + 3 + 4
-    of_half = [40.0, 34.0]  # steps 4 and 6: step 2 is of the first half
+    of_half = [40.0, 34.0]  # steps 4 and 6, because step 2 is in the first half
     assert figures["between_epochs"]["chrf"] == pytest.approx(statistics.stdev(of_half))
 
 
@@ -500,10 +498,10 @@ def test_a_run_that_ends_early_has_fewer_epochs(tmp_path: Path) -> None:
     )
     figures = methods_cells.figures_of(tmp_path / "run")
     assert (figures["epochs"], figures["best_epoch"]) == (2, 1)
-    assert figures["between_epochs"] == {}  # one evaluation in its second half
+    assert figures["between_epochs"] == {}  # its second half has only one evaluation
 
 
-def test_what_takes_no_steps_has_no_epochs(tmp_path: Path) -> None:
+def test_a_method_without_steps_has_no_epochs(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 40.0, lr=None)
     figures = methods_cells.figures_of(tmp_path / "run")
     assert (
@@ -513,7 +511,7 @@ def test_what_takes_no_steps_has_no_epochs(tmp_path: Path) -> None:
     assert not figures.keys() & {"lr", "epochs", "best_epoch", "lowest_val_loss"}
 
 
-def test_labels_of_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
+def test_labels_of_two_runs_are_compared_by_row(tmp_path: Path) -> None:
     right = [(True, True), (True, False), (True, False), (False, True), (False, False)]
     for name, of_one in zip("ab", zip(*right)):
         (tmp_path / name).mkdir()
@@ -531,9 +529,9 @@ def test_figures_of_seeds_are_means_and_spreads() -> None:
 
     cells = [cell(1, 1.0, 2.0), cell(2, 2.0, None)]
     (row,) = rows_of(["m", "none"], {"m": cells}, ("x", "max"))
-    # y is no figure of the row: a seed lacks it
+    # the row has no y, because a seed lacks it
     assert row["metrics"] == {"x": {"mean": 1.5, "spread": pytest.approx(0.5**0.5)}}
-    assert row["intervals"]["x"] == pytest.approx([0.2, 0.4])  # of the best seed
+    assert row["intervals"]["x"] == pytest.approx([0.2, 0.4])  # those of the best seed
     (row,) = rows_of(["m"], {"m": cells}, ("x", "min"))
     assert row["intervals"]["x"] == pytest.approx([0.1, 0.3])
     (row,) = rows_of(["m"], {"m": cells[:1]}, ("x", "max"))
@@ -545,7 +543,7 @@ def test_figures_of_seeds_are_means_and_spreads() -> None:
     [
         ("sentiment", "x/ids-sst-train.csv", 0.518),
         ("sentiment", "x/ids-CFIMDB-train.csv", 0.988),
-        ("sentiment", "sst/reviews.csv", None),  # the name of the file, not of its folder
+        ("sentiment", "sst/reviews.csv", None),  # the file's name counts, not its folder's
         ("paraphrase", "quora-train.csv", 0.8919),
         ("paraphrase", "mrpc_train.tsv", None),
     ],
@@ -557,12 +555,12 @@ def test_published_figures_stand_beside_the_same_rows(
     assert beside.get("accuracy") == expected
 
 
-def test_published_figures_are_of_methods_that_there_are() -> None:
+def test_published_figures_belong_to_existing_methods() -> None:
     names = {each.name for each in (*METHODS, *DECODINGS)}
     assert {name for of in PUBLISHED.values() for name in of} <= names
 
 
-# --- all of it
+# --- a whole comparison
 
 
 OPTIONS = "--init base --out out --epochs 1 --seeds 3 --device cpu"

@@ -1,4 +1,4 @@
-"""The committed reports are what the code of today makes of their committed figures."""
+"""The committed reports are equal to what today's code makes of their committed figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from support import REPO
 
 RESULTS = REPO / "benchmarks/results"
 FILES = [*RESULTS.glob("methods-*.json"), RESULTS / "stages-cpu.json"]
-DRAWN = ("methods-sonnets", "methods-ag", "stages-cpu")  # texts, a search of labels, a ladder
+DRAWN = (
+    "methods-sonnets",
+    "methods-ag",
+    "stages-cpu",
+)  # a task with texts, a search on a task with labels, a ladder
 
 
 def read(name: str) -> dict[str, Any]:
@@ -22,13 +26,13 @@ def read(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_report_is_what_its_figures_give(file: Path) -> None:
+def test_a_committed_report_follows_from_its_figures(file: Path) -> None:
     module = stages_report if file.stem.startswith("stages") else methods_report
     assert file.with_suffix(".md").read_text(encoding="utf-8") == module.text_of(read(file.stem))
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_a_chart_is_drawn_of_them(name: str, tmp_path: Path) -> None:
+def test_committed_figures_can_be_drawn(name: str, tmp_path: Path) -> None:
     draw: Callable[..., None] = (stages_report if "stages" in name else methods_chart).draw
     draw(read(name), tmp_path / "chart.png")
     png = (tmp_path / "chart.png").read_bytes()

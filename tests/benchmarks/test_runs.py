@@ -1,4 +1,4 @@
-"""A command of a benchmark: its limit, its grace, and how it failed."""
+"""A benchmark's command: its time limit, its grace time, and its errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_process_that_is_killed_leaves_the_signal(tmp_path: Path) -> None:
         execute(words, tmp_path / "out.txt", math.inf)
 
 
-def test_at_the_end_of_the_budget_a_run_may_save(tmp_path: Path) -> None:
+def test_a_run_may_save_when_its_time_is_over(tmp_path: Path) -> None:
     words = stub(
         tmp_path,
         "import signal, sys, time, pathlib\n"
@@ -66,13 +66,13 @@ def test_at_the_end_of_the_budget_a_run_may_save(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
-def test_a_command_past_its_time_is_ended_and_is_no_failure(tmp_path: Path) -> None:
+def test_a_command_past_its_time_is_ended_without_failure(tmp_path: Path) -> None:
     words = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
     with pytest.raises(TimeUp):
         execute(words, tmp_path / "out.txt", time.monotonic() + 0.2)
 
 
-def test_a_torn_file_is_no_record(tmp_path: Path) -> None:
+def test_an_incomplete_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"a": ')
     (tmp_path / "whole.json").write_text('{"a": 1}')
     found = [read_json(tmp_path / f"{name}.json") for name in ("torn", "none", "whole")]

@@ -1,8 +1,5 @@
-"""The ladder: its stages are the engine's own options, its figures are what the logs say, and it
-goes on where it ended.
-
-No timing is asserted.
-"""
+"""The ladder. Its stages are the engine's own options, its figures are those in the logs, and it
+resumes. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 from launch import write_inputs
 
-AUTO = ("cross_entropy", "adamw")  # of a GPU and a compiled model
+AUTO = ("cross_entropy", "adamw")  # the default kernels on a GPU with a compiled model
 H200 = Machine(
     "cuda",
     "NVIDIA H200",
@@ -68,7 +65,7 @@ def rungs_of(machine: Machine, **options: Any) -> dict[str, Any]:
 
 
 def record(rate: float, loss: float | None = 5.0, **more: Any) -> dict[str, Any]:
-    """Figures of a run of `rate` tokens a second."""
+    """The figures of a run with `rate` tokens per second."""
     known = dict(
         step_ms=[1e6 / rate] * 3,
         tokens_per_step=1000,
@@ -93,7 +90,7 @@ def test_each_optimization_and_kernel_is_a_stage_once() -> None:
 
 
 @pytest.mark.parametrize("machine", [H200, CPU])
-def test_the_last_kept_stage_is_what_the_engine_does_by_itself(machine, monkeypatch) -> None:
+def test_the_last_kept_stage_is_the_default_of_the_engine(machine, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "no_triton_reason", lambda device: None)
     engine = resolve(TrainConfig(precision="bf16"), machine.device)
     chosen = kernels.operation_names(kernels.choose(engine, machine.device)[0])
@@ -139,7 +136,7 @@ def test_nothing_builds_on_a_stage_that_failed() -> None:
     assert gpu["triton-adamw"].settings.kernels == ("adamw",)
 
 
-def test_of_some_stages_each_is_measured_against_one_of_them() -> None:
+def test_some_stages_are_compared_among_themselves() -> None:
     rungs = rungs_of(CPU, only=["baseline", "bf16", "flash-attention", "clip"])
     assert [(name, rung.before) for name, rung in rungs.items()] == [
         ("baseline", None),
@@ -147,7 +144,7 @@ def test_of_some_stages_each_is_measured_against_one_of_them() -> None:
         ("flash-attention", "bf16"),
         ("clip", "flash-attention"),
     ]
-    assert rungs["bf16"].by_design  # the head and the initialisation lie between
+    assert rungs["bf16"].by_design  # the head and the initialization changed since then
     assert not rungs["flash-attention"].by_design
     assert rungs["clip"].settings == rungs_of(CPU)["clip"].settings
 
@@ -197,7 +194,7 @@ def test_rates_and_ratios_are_medians_of_the_same_rounds() -> None:
     [
         (5.00004, 5.0, {"fp32"}, False, "same"),
         (5.001, 5.0, {"fp32"}, False, "differs"),
-        (5.001, 5.0, {"fp32", "bf16"}, False, "same"),  # the coarser counts
+        (5.001, 5.0, {"fp32", "bf16"}, False, "same"),  # the coarser precision counts
         (5.1, 5.0, {"bf16"}, False, "differs"),
         (5.1, 5.0, {"bf16"}, True, "by design"),
         (5.0, 5.0, {"bf16"}, True, "same"),
@@ -249,7 +246,7 @@ def test_a_row_beside_the_gpu_has_no_share_of_its_ceiling() -> None:
     rows = {row["stage"]: row for row in made_up(H200)}
     assert rows["cpu"]["mfu_measured"] is None and rows["cpu"]["loss_is"] == ""
     assert rows["baseline"]["x_before"] == pytest.approx(1.1)
-    assert rows["fp8"]["mfu_measured"] is None  # no ceiling was measured in it
+    assert rows["fp8"]["mfu_measured"] is None  # there is no ceiling for its precision
 
 
 def test_a_note_says_what_went_wrong_in_one_cell() -> None:
@@ -259,7 +256,7 @@ def test_a_note_says_what_went_wrong_in_one_cell() -> None:
     assert rows["clip"].startswith("failed: RuntimeError: a / b x") and len(rows["clip"]) == 90
 
 
-def test_stages_skipped_alike_share_a_row_of_the_chart() -> None:
+def test_stages_skipped_for_one_reason_share_a_row() -> None:
     drawn = [row["stage"] for row in stages_report.merge_skipped(made_up())]
     assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn
 
@@ -292,7 +289,7 @@ STEPS = [
     event("ProfilerStep#2", "user_annotation", 0, 60),
     event("ProfilerStep#3", "user_annotation", 60, 100),
 ]
-TRACED = [  # on a CPU
+TRACED = [  # events of a CPU
     *STEPS,
     event("gloo:all_reduce", "user_annotation", 10, 40),
     event("aten::mm", "cpu_op", 0, 20),
@@ -323,7 +320,7 @@ def test_steps_are_those_that_the_time_allows() -> None:
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
-    """A bench without ceilings whose runs are made up: see `runs`."""
+    """A Bench without ceilings, whose runs are fake (see `runs`)."""
     monkeypatch.setattr(stages, "measure_ceilings", lambda bench, number: None)
     return bench_of(tmp_path)
 
@@ -334,7 +331,7 @@ def bench_of(folder: Path, machine: Machine = CPU) -> Bench:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[tuple[str, int]]:
-    """The runs made, in order; that of `flash-attention` fails."""
+    """The fake runs in order. The run of `flash-attention` fails."""
     made: list[tuple[str, int]] = []
 
     def execute(words: Sequence[str], output: Path, until: float, **more: Any) -> None:
@@ -356,13 +353,13 @@ def runs(monkeypatch) -> list[tuple[str, int]]:
 ONLY = ["baseline", "flash-attention", "clip"]
 
 
-def test_rounds_go_round_the_ladder_and_past_a_failure(bench, runs, capsys) -> None:
+def test_rounds_repeat_the_ladder_despite_a_failure(bench, runs, capsys) -> None:
     stages.measure(bench, ONLY, rounds=2, most=1)
     first = [("baseline", 1), ("flash-attention", 1), ("clip", 1)]
     assert runs == [*first, ("baseline", 2), ("clip", 2)]
     assert bench.failed == {"flash-attention": "RuntimeError: boom"}
     clip = rungs_of(CPU, failed=["flash-attention"])["clip"].settings
-    assert "flash-attention" in clip.without  # not built on
+    assert "flash-attention" in clip.without  # no later stage builds on it
     assert [len(record["step_ms"]) for record in bench.records("clip", clip)] == [3, 3]
     assert "[2/5] flash-attention        failed: RuntimeError: boom" in capsys.readouterr().err
 
@@ -372,45 +369,45 @@ def test_a_second_call_makes_only_what_is_missing(bench, runs) -> None:
     stages.measure(bench_of(bench.folder), ["baseline", "clip"], rounds=2, most=1)
     assert runs == [("baseline", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
     (note,) = bench.folder.glob("runs/clip-2-*.cell.json")
-    note.write_text('{"torn')  # and its run's folder is there
+    note.write_text('{"torn')  # the run's folder still exists
     stages.measure(bench_of(bench.folder), ["baseline", "clip"], rounds=2, most=1)
     assert runs[4:] == [("clip", 2)]
 
 
-def test_no_run_begins_that_would_not_be_done_in_time(bench, runs, capsys) -> None:
+def test_no_run_starts_that_cannot_end_in_time(bench, runs, capsys) -> None:
     bench.store.until = time.monotonic() - 1
     stages.measure(bench, ONLY, rounds=1, most=1)
     assert runs == [] and stages.report_failures(bench) == 0
     assert "the time was up after 0 of 3 runs; repeat the command" in capsys.readouterr().err
 
 
-def test_a_failure_is_said_and_is_the_exit_code(bench, runs, capsys) -> None:
+def test_a_failure_is_reported_and_sets_the_exit_code(bench, runs, capsys) -> None:
     stages.measure(bench, ONLY, rounds=1, most=1)
     assert stages.report_failures(bench) == 1
     assert "flash-attention failed: RuntimeError: boom" in capsys.readouterr().err
 
 
-def test_scaling_runs_each_point_and_traces_those_of_several_ranks(bench, runs) -> None:
+def test_scaling_runs_each_point_and_traces_several_ranks(bench, runs) -> None:
     stages.measure(bench, ["scaling"], rounds=2, most=2)
     timed = ["ranks-1-each-1", "ranks-2-each-1", "ranks-1-each-2"]
     traced = ("ranks-2-each-1", stages.TRACE)
     assert runs == [*((n, 1) for n in timed), traced, *((n, 2) for n in timed)]
     found = stages.trace_of(bench, (2, 1))
     assert found and found["communication"] == pytest.approx(0.1) and len(found["step_ms"]) == 4
-    assert not list(bench.folder.glob("runs/*/profile"))  # traces are large
+    assert not list(bench.folder.glob("runs/*/profile"))  # traces are large, so they are deleted
 
 
-def test_each_compiled_graph_is_made_once_ahead(tmp_path, runs) -> None:
+def test_each_graph_is_compiled_ahead_once(tmp_path, runs) -> None:
     rungs = [rung for rung in ladder(H200) if rung.skipped is None]
     compiled = {rung.stage.name for rung in rungs if rung.settings.compile}
-    # these change no graph, or run on several ranks
+    # these do not change the graph, or run on several ranks
     distinct = compiled - {"clip", "adamw", "accumulation", "ddp", "triton-adamw"}
     bench = bench_of(tmp_path, H200)
     stages.compile_ahead(bench, rungs)
     assert {name for name, _ in runs} == {f"compile-{name}" for name in distinct}
     assert len(runs) == len(distinct)
     stages.compile_ahead(bench, rungs)
-    assert len(runs) == len(distinct)  # their code is in the cache
+    assert len(runs) == len(distinct)  # their compiled code is cached
 
 
 def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
@@ -421,7 +418,7 @@ def test_the_baseline_sets_the_micro_batch_of_a_gpu() -> None:
 # --- the command
 
 
-def test_a_wrong_name_is_said_before_anything_is_made(monkeypatch, tmp_path) -> None:
+def test_a_wrong_name_is_refused_before_anything_runs(monkeypatch, tmp_path) -> None:
     words = ["stages", "--only", "baseline,flash-attn", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(stages, "outlive", lambda: None)
@@ -457,7 +454,7 @@ def test_a_number_out_of_range_is_refused(monkeypatch) -> None:
 
 @pytest.fixture
 def small(run, tmp_path) -> Callable[[], Any]:
-    """The whole program on three stages of a tiny model, where it can be called again."""
+    """A whole run of the command on three stages of a tiny model, which a test can call again."""
     write_inputs(tmp_path)
     words = (
         "--preset micro --quick --device cpu --seq-len 16 --micro-batch 2 --steps 4 --rounds 1 "
@@ -471,7 +468,7 @@ def only(out: Path, pattern: str) -> Path:
     return path
 
 
-def test_it_measures_writes_and_goes_on(small, tmp_path) -> None:
+def test_the_command_measures_writes_and_resumes(small, tmp_path) -> None:
     done = small()
     assert done.returncode == 0, done.stderr
     out = tmp_path / "ladder"

@@ -1,4 +1,5 @@
-"""The store of finished runs: what is made, made again, left out, and how long it may take."""
+"""The store of finished runs: which cells are run, repeated or left out, and the time they may
+take."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def runs(path: Path) -> dict[str, Any]:
     return {"runs": len(list(path.iterdir()))}
 
 
-def test_a_done_cell_is_not_made_again_and_a_failure_is_named(tmp_path) -> None:
+def test_a_done_cell_is_not_repeated_and_a_failure_is_named(tmp_path) -> None:
     cells = [cell(tmp_path, "a"), cell(tmp_path, "b", COUNT + "sys.exit('error: it broke')")]
     store = Store(runs)
     (_, first), (_, second) = store.make(cells)
@@ -38,14 +39,14 @@ def test_a_done_cell_is_not_made_again_and_a_failure_is_named(tmp_path) -> None:
     (_, found), _ = again.make(cells)
     assert found == "found in the folder"
     assert cells[0].figures() == {"runs": 1, "command": shlex.join(cells[0].words)}
-    assert len(list(cells[1].path.iterdir())) == 2  # tried again
+    assert len(list(cells[1].path.iterdir())) == 2  # it was tried again
     assert again.done == pytest.approx(store.done)
 
 
 @pytest.mark.parametrize(("restart", "expected"), [(False, 2), (True, 1)])
 @pytest.mark.parametrize("note", ['{"torn', '{"command": "", "wall_seconds": 1}', None])
 def test_an_unfinished_cell_resumes_or_restarts(tmp_path, note, restart, expected) -> None:
-    """Its process was killed, its note is torn, or an earlier version has written it."""
+    """The process was killed, the note is incomplete, or an earlier version wrote it."""
     one = cell(tmp_path, "a")
     list(Store(runs).make([one]))
     one.note.unlink() if note is None else one.note.write_text(note)
@@ -54,19 +55,19 @@ def test_an_unfinished_cell_resumes_or_restarts(tmp_path, note, restart, expecte
     assert (one.figures() or {})["runs"] == expected
 
 
-def test_told_anything_else_it_is_another_cell(tmp_path) -> None:
+def test_other_options_make_another_cell(tmp_path) -> None:
     assert place(tmp_path, "a", 1, {"lr": 1}) == place(tmp_path, "a", 1, {"lr": 1})
     assert place(tmp_path, "a", 1, {"lr": 1}) != place(tmp_path, "a", 1, {"lr": 2})
 
 
-def test_what_the_time_cuts_off_or_leaves_out_is_no_failure(tmp_path) -> None:
+def test_cells_without_time_are_not_failures(tmp_path) -> None:
     cells = [cell(tmp_path, "slow", "import time; time.sleep(60)"), cell(tmp_path, "b")]
     store = Store(runs, until=time.monotonic() + 0.5)
     assert list(store.make(cells)) == [] and not store.failed
     assert list(store.left_out) == cells and store.rest(cells) <= 0
 
 
-def test_usual_seconds_are_of_the_same_name_or_of_its_like(tmp_path) -> None:
+def test_expected_seconds_come_from_similar_cells(tmp_path) -> None:
     one, other = cell(tmp_path / "runs", "a", work=2), cell(tmp_path / "runs", "b", "", work=1)
     store = Store(runs, done={one: 10.0, other: 2.0, cell(tmp_path / "elsewhere", "c"): 99.0})
     longer, unlike = cell(tmp_path / "runs", "a", "1", work=4), cell(tmp_path / "runs", "d", work=1)

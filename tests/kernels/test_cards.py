@@ -1,4 +1,5 @@
-"""What `auto` would run on real cards, each of them faked: docs/kernels.md shows the same table."""
+"""The choices of `auto` on real cards, each of which is faked. docs/kernels.md shows the same
+table."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ HEADER = [
     "compiled by",
     "micro-batch",
 ]
-# GiB that a process finds free on an idle card: what is sold as 16, 80, 24, 24, 80, 141, 180 and 32
-# GB.
+# GiB that a process finds free on an idle card. The cards are sold with 16, 80, 24, 24, 80, 141,
+# 180 and 32 GB.
 FREE = {
     "T4": 14.6, "A100": 79.0, "RTX 3090": 23.4, "RTX 4090": 23.4,
     "H100": 79.0, "H200": 139.5, "B200": 177.5, "RTX 5090": 31.2,
@@ -51,7 +52,7 @@ def process_as_it_was() -> Any:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let this process find one card, idle."""
+    """Make this process see one idle card."""
     card, free = CARDS[name], int(FREE[name] * 2**30)
     monkeypatch.setattr(_card, "card", lambda *device: card)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -67,7 +68,7 @@ def world(ranks: int = 1) -> World:
     return World(0, 0, ranks, ranks, torch.device("cuda", 0))
 
 
-known: dict[tuple[str, int], Memory] = {}  # cards of one precision share the estimates
+known: dict[tuple[str, int], Memory] = {}  # cards with the same precision share estimates
 
 
 def estimated(facts: Facts, cfg: Resolved, micro_batch: int, world: World) -> Memory:
@@ -78,7 +79,7 @@ def estimated(facts: Facts, cfg: Resolved, micro_batch: int, world: World) -> Me
 
 
 def micro_batch(cfg: TrainConfig) -> int:
-    """By estimate: on a card a trial of the real model decides."""
+    """The micro-batch by estimate. On a real card a trial of the model decides."""
     done = resolved(cfg, ResolvedTrain)
     cost = Cost(model_config(done, GPT2_VOCABULARY, done.seq_len), done.seq_len)
     facts = Facts({}, {}, functools.partial(rows_per_rank, done), 0, cost)
@@ -95,8 +96,8 @@ def row(name: str) -> list[str]:
         name,
         cfg.precision,
         choices.attention.removesuffix("_attention"),
-        # A mask of documents is written out where the kernel is not: PyTorch's fused ones take it
-        # or the plain one.
+        # Without the kernel the document mask is a tensor, which PyTorch's fused or plain attention
+        # takes.
         masked.attention if masked.attention.endswith("kernel") else "mask",
         cfg.kernels.replace(",", ", "),
         f"{units[0]}; {units[1]} on 8 GPUs",
@@ -104,7 +105,7 @@ def row(name: str) -> list[str]:
     ]
 
 
-def test_what_auto_runs_on_each_card_is_what_the_page_says(monkeypatch, repo):
+def test_the_page_shows_what_auto_runs_on_each_card(monkeypatch, repo):
     rows = []
     for name in CARDS:
         with monkeypatch.context() as faked:
@@ -117,7 +118,7 @@ def test_what_auto_runs_on_each_card_is_what_the_page_says(monkeypatch, repo):
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_auto_runs_nothing_that_a_card_lacks(monkeypatch, name):
+def test_auto_uses_only_features_of_the_card(monkeypatch, name):
     fake(monkeypatch, name)
     cfg, choices = resolve_for_machine(TrainConfig(data="stdlib", document_mask=True), world())
     major = CARDS[name].capability[0]
