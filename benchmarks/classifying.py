@@ -116,7 +116,7 @@ class Options:
     quick: bool = False
     """A tiny shape and few turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
+    """The device to measure on."""
     json: Where | None = None
     """Write the figures to this file, and the tables to an .md file beside it."""
 
@@ -170,9 +170,7 @@ def prepare(shape: Shape, folder: str) -> None:
     path = Path(folder)
     torch.manual_seed(SEED)
     model = GPT(dataclasses.replace(shape.config, block_size=CONTEXT))
-    tokenizer = train_bpe(
-        ["letters"], 257, path / "tokenizer"
-    )  # 256 bytes and the end-of-text token
+    tokenizer = train_bpe(["letters"], 257, path / "tokenizer")  # bytes and end of text
     score = 0.02 * torch.randn(len(LABELS), shape.n_embd)
     model.save_pretrained(path, tokenizer.eot, score, LABELS)
     tokenizer.save(path)

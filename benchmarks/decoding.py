@@ -78,7 +78,7 @@ class Options:
     quick: bool = False
     """A tiny shape, few tokens and two turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
+    """The device to measure on, in fp32 on a CPU and bf16 on a GPU."""
     out: Where = "benchmarks/results"
     """Folder for decoding-DEVICE.json and decoding-DEVICE.md."""
 

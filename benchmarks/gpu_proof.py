@@ -80,8 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """What is launched: the forward and backward pass of a kernel in one precision and one
-    shape."""
+    """A kernel's forward and backward pass in one precision and one shape."""
 
     kernel: str
     precision: str

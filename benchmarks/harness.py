@@ -1,4 +1,4 @@
-"""What all comparisons share: turns, ratios, and result files.
+"""The parts that all comparisons share: turns, ratios, and result files.
 
 A benchmark names its cases, its contenders (functions that take one turn each), the check that the
 contenders agree, and the columns of its table. Contenders take turns, ratios compare runs of the
@@ -20,13 +20,8 @@ from base.files import write_json
 from benchmarks.runs import now, read_json, say, write_report
 
 OURS = "this engine"
-MACHINE = (
-    "device",
-    "hardware",
-    "driver",
-    "versions",
-    "settings",
-)  # facts that must be equal to resume a file
+# facts that must be equal to resume a file
+MACHINE = ("device", "hardware", "driver", "versions", "settings")
 
 Result = TypeVar("Result")
 
@@ -71,8 +66,8 @@ def alternate(
     limits: Mapping[str, int] | None = None,
     dropped: tuple[type[Exception], ...] = (),
 ) -> dict[str, list[Result]]:
-    """What each contender returned in its turns, in the order A B A B. A slow minute of the machine
-    then affects all of them.
+    """Let the contenders take turns, in the order A B A B, and return each one's results. A slow
+    minute of the machine then affects all of them.
 
     `limits` gives a smaller number of turns to contenders that are slow. A contender that raises an
     error in `dropped` is removed, with all of its results.

@@ -72,7 +72,7 @@ class Options:
     """Options of the comparison."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure, in fp32 on a CPU and bf16 on a GPU."""
+    """The device to measure on, in fp32 on a CPU and bf16 on a GPU."""
     only: tuple[str, ...] = ()
     """Operations to measure. Default: all."""
     quick: bool = False
@@ -591,7 +591,7 @@ def compare(name: str, place: Place, turns: Turns) -> list[dict[str, Any]]:
                 contender, reference, operation.tolerance or TOLERANCE[place.dtype]
             )
             ready[label] = contender
-        except Exception as error:  # other people's code raises anything
+        except Exception as error:  # other projects' code may raise any error
             rows[label]["note"] = OUT_OF_MEMORY
             if not is_out_of_memory(error):
                 traceback.print_exc()

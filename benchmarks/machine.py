@@ -18,14 +18,8 @@ from base.machine import total_bytes
 from benchmarks.runs import REPO
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
-SETTINGS = (
-    "MALLOC_",
-    "GLIBC_",
-    "PYTORCH_",
-    "LD_PRE",
-    "OMP_",
-    "THP_",
-)  # beginnings of variables that change figures
+# beginnings of the environment variables that can change figures
+SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -102,7 +102,7 @@ class Options:
     """The word for each label, for methods whose language model answers with a word. Default: the
     task's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """The device to run on."""
     extra: str = ""
     """More options for every run, as one word: --extra="--precision fp32 --eval-rows 4"."""
 

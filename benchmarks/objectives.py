@@ -51,7 +51,7 @@ class Options:
     repetitions: Count = 7
     """Turns of each step. The loop takes two at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure, in fp32 on a CPU and under bf16 autocast on a GPU."""
+    """The device to measure on, in fp32 on a CPU and under bf16 autocast on a GPU."""
     out: Where = "benchmarks/results"
     """Folder for objectives-DEVICE.json and objectives-DEVICE.md."""
 

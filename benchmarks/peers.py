@@ -41,7 +41,7 @@ class Options:
     """Options of the comparison."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
+    """The device to measure on."""
     shape: str | None = None
     """Shapes, comma-separated. Default: 10M,124M on a CPU; 124M,350M,774M,1.5B on a GPU."""
     precision: str | None = None

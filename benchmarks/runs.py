@@ -23,9 +23,7 @@ from config import UserError
 from engine.log import read_log
 
 REPO = Path(__file__).resolve().parent.parent
-GRACE = (
-    10.0  # seconds that interrupted commands get to end, because pytest must end its own programs
-)
+GRACE = 10.0  # seconds that interrupted commands get, because pytest must end its programs
 REAPED = 10.0  # seconds to wait for a killed command, which a driver may hold forever
 
 Item = TypeVar("Item")
@@ -108,8 +106,8 @@ def execute(
 
 
 def end(process: subprocess.Popen[bytes], first: signal.Signals, grace: float) -> None:
-    """End all processes of a command's session, such as torchrun's workers. They get the signal
-    `first`, then `grace` seconds if any, then SIGKILL."""
+    """End all processes of a command's session, such as torchrun's workers. With `grace` they get
+    the signal `first` and that many seconds. Then they get SIGKILL."""
     for number, patience in ((first, grace), (signal.SIGKILL, REAPED)):
         if patience:
             with contextlib.suppress(ProcessLookupError, PermissionError):

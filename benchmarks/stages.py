@@ -85,7 +85,7 @@ class Options:
     preset: Preset = "gpt2"
     """Shape of the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
+    """The device to measure on."""
     quick: bool = False
     """A small shape (mini, where the preset is larger) and short sequences."""
     minutes: Positive | None = None
@@ -269,8 +269,8 @@ def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -
 
 
 def is_due(bench: Bench, cell: Cell) -> bool:
-    """Whether the cell must run. A name that failed runs no more; the failed cell itself is tried
-    again."""
+    """Whether the cell belongs to a round. A name that failed gets no further cells, but its failed
+    cell still counts."""
     return cell.name not in bench.failed or cell in bench.store.failed
 
 

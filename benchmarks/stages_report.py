@@ -217,7 +217,7 @@ SCALING: Sequence[Column] = (
 
 
 def describe(plan: Plan, machine: Machine) -> str:
-    """What was measured and where."""
+    """The model, the step and the hardware, as one line."""
     hardware = (
         f"{machine.name}, {machine.threads} threads" if machine.device == "cpu" else machine.name
     )

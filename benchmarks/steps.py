@@ -107,7 +107,7 @@ class Trainer:
     needs_gpu: bool = False
 
     def lacking(self, device: str) -> str | None:
-        """What the trainer needs and this machine does not have, or None."""
+        """The reason why the trainer cannot run on this machine, or None."""
         if self.needs_gpu and device == "cpu":
             return "needs a CUDA GPU"
         compilers = map(shutil.which, ("c++", "g++", "clang++"))
@@ -216,7 +216,7 @@ def opening(turn: Callable[[int], Turn]) -> Opening:
 
 
 def answer(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns, or a text that says why it failed."""
+    """The function's result, or a text that says why it failed."""
     from engine.failures import is_out_of_memory
 
     try:
@@ -225,7 +225,7 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"not installed (no module {error.name})"
     except UserError as error:
         return str(error)
-    except Exception as error:  # other people's code raises anything
+    except Exception as error:  # other projects' code may raise any error
         traceback.print_exc()
         if is_out_of_memory(error):
             return "out of memory"
@@ -289,8 +289,8 @@ def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other
     """Raise Failed if a trainer's first steps differ from ours: its times would be those of other
     work."""
     loss_tolerance, norm_tolerance = TOLERANCE["fp8" if "fp8" in name else case.precision]
-    # Padding rows in the softmax raise the loss. While all ids are equally likely, they raise it by
-    # the logarithm of this quotient.
+    # Padding rows in the softmax raise the loss, at equal probabilities by the logarithm of this
+    # quotient.
     vocab = case.shape.config
     padding = math.log(vocab.padded_vocab_size / vocab.vocab_size) if trainer.padded else 0.0
     limits = {

@@ -38,9 +38,7 @@ class Cell:
     words: tuple[str, ...] = field(compare=False)
     label: str = field(compare=False)  # its name in messages
     work: float = field(default=1.0, compare=False)  # the expected seconds are proportional to this
-    cores: int | None = field(
-        default=None, compare=False
-    )  # number of cores that it may use; None: all
+    cores: int | None = field(default=None, compare=False)  # that it may use; None: all
 
     @property
     def note(self) -> Path:
@@ -48,7 +46,7 @@ class Cell:
         return self.path.with_name(f"{self.path.stem}.cell.json")
 
     def figures(self) -> Figures | None:
-        """What was measured, and the command. None if the cell is not done."""
+        """The figures and the command. None if the cell is not done."""
         note = read_json(self.note) or {}
         return note["figures"] | {"command": note["command"]} if "figures" in note else None
 
@@ -63,9 +61,8 @@ def place(folder: Path, name: str, number: int, options: Mapping[str, Any]) -> P
 class Store:
     """Runs cells until a time, and records the result of each."""
 
-    measure: Callable[
-        [Path], Figures
-    ]  # reads the figures of a finished run; it may delete files there
+    # reads the figures of a finished run; it may delete files there
+    measure: Callable[[Path], Figures]
     until: float = math.inf  # a time of time.monotonic
     grace: float = 0.0  # seconds that a run gets to save its work
     restart: bool = False  # delete an interrupted run; else its command resumes it

@@ -6,9 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]  # the figures of one row of a table
-Column = tuple[
-    str, Callable[[Row], str]
-]  # the head, and a function from a row to the text of its cell
+# the head, and a function from a row to the text of its cell
+Column = tuple[str, Callable[[Row], str]]
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row], words: Collection[str] = ()) -> str:

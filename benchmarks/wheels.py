@@ -268,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wheels", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     of_download = commands.add_parser(
-        "download", help="fetch the wheels that a Python with torch alone lacks"
+        "download", help="fetch the wheels that a Python with only torch lacks"
     )
     of_download.add_argument("folder", type=Path)
     of_download.add_argument(

@@ -1,5 +1,5 @@
-"""What tests share besides fixtures: the project's folder, and the environment of programs that a
-test starts."""
+"""The project's folder, the environment of programs that tests start, and other helpers that are
+not fixtures."""
 
 from __future__ import annotations
 

@@ -121,9 +121,7 @@ def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch)
     monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
     first, second = bench.compare("add", place, Turns(2, 2))
     assert first["note"] == "not measured: out of memory"
-    assert (
-        len(second["seconds"]) == 2 and second["speed"] is None
-    )  # there is nothing to compare with
+    assert len(second["seconds"]) == 2 and second["speed"] is None  # nothing to compare with
 
 
 def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:

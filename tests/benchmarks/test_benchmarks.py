@@ -143,9 +143,7 @@ def test_results_resume_on_the_same_machine_only(tmp_path, capsys) -> None:
     assert again.find({"shape": "b"}) and not again.find({"shape": "c"})
     assert capsys.readouterr().err == ""
     assert resumed(FACTS | {"versions": {"torch": "3"}}).cases == []
-    file.write_text(
-        json.dumps(FACTS | {"cases": [{"shape": "a"}]})
-    )  # as earlier versions wrote the file
+    file.write_text(json.dumps(FACTS | {"cases": [{"shape": "a"}]}))  # from earlier versions
     assert resumed().cases == []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all("is of another machine" in line for line in lines)

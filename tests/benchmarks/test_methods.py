@@ -209,9 +209,7 @@ def test_a_done_cell_is_kept_and_other_options_make_another(fake: Fake, tmp_path
     assert len(fake.ran) == first
     compare(bench_of(tmp_path, common={"init": "base", "epochs": 4}), silent)
     assert len(fake.ran) == 2 * first
-    assert not list(
-        tmp_path.glob("runs/*/checkpoints")
-    )  # checkpoints are deleted, because final/ is enough
+    assert not list(tmp_path.glob("runs/*/checkpoints"))  # deleted: final/ is enough
 
 
 def test_a_failure_loses_one_cell_and_is_named(fake: Fake, tmp_path: Path) -> None:
