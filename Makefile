@@ -49,10 +49,11 @@ test: lint
 fast: lint
 	$(PYTHON) -m pytest $(PYTEST_ARGS) $(FAST)
 
+# With a PYTHONPATH set, ty does not search tests/ by itself.
 lint: $(SETUP)
 	$(PYTHON) -m ruff check --quiet .
 	$(PYTHON) -m ruff format --check --quiet .
-	$(PYTHON) -m ty check --quiet
+	unset PYTHONPATH; $(PYTHON) -m ty check --output-format concise --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
 # The wheels go to a folder that only this call sees: this Python's own packages stay as they are.
 ifeq ($(origin WHEELS),command line)
