@@ -86,7 +86,7 @@ def _row(cls: type, option: Option) -> str:
     cells = (
         f"`{option.label}`",
         ("several " if option.most > 1 else "") + _limits(", ".join(filter(None, value)), ranges),
-        "" if default in (None, (), "", False) else f"`{shown}`",
+        "" if default is None or default is False or default in ((), "") else f"`{shown}`",
         field_docs(cls)[option.name],
     )
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
