@@ -135,7 +135,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if lacks.get(asked):
         raise UserError(f"--precision {asked} {lacks[asked]}")
     if asked != "auto":
-        return asked, "asked for"
+        return asked, "set by --precision or by the run"
     if cuda:
         return (
             ("bf16", "native on this GPU")

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import signal
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -261,11 +262,11 @@ class Run:
 
     def _say_stopped(self, number: int, why: str = "") -> int:
         step, saved = self.loop.progress.step, self.loop.checkpoints.saved
-        self.log.record("warning", {"step": step, "text": f"stopped by signal {number}{why}"})
+        name = signal.Signals(number).name
+        self.log.record("warning", {"step": step, "text": f"stopped by {name}{why}"})
         outcome = "its checkpoint is saved" if saved == step else "nothing new was saved"
         self.log.say(
-            f"stopped by signal {number} after step {step}{why}; {outcome}; "
-            "the same command resumes"
+            f"stopped by {name} after step {step}{why}; {outcome}; the same command resumes"
         )
         return 128 + number
 

@@ -92,7 +92,7 @@ def test_a_finished_run_prints_its_main_figures(finished):
     assert "\x1b" not in out and "\r" not in out
     rows = dict(re.findall(r"^  (\w+) +(.+)$", out.split("\n\n")[0], re.M))
     assert re.fullmatch(r"1 x cpu \(.+\), threads a rank: 1", rows["device"])
-    assert rows["precision"].startswith("fp32 (asked for")
+    assert rows["precision"].startswith("fp32 (set by --precision")
     attention, repeatability = rows["attention"].split(", ")
     assert (
         attention in ("flash_attention", "cpu_attention kernel")
@@ -541,7 +541,7 @@ def test_precision_says_why(monkeypatch):
     assert choose_precision("auto", CPU) == ("bf16", "native on this CPU")
     monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: False)
     assert choose_precision("auto", CPU) == ("fp32", "no fast bf16 on this cpu")
-    assert choose_precision("bf16", CPU) == ("bf16", "asked for")
+    assert choose_precision("bf16", CPU) == ("bf16", "set by --precision or by the run")
     for lacking in ("fp16", "tf32", "fp8"):
         with pytest.raises(UserError, match=rf"--precision {lacking} .*use --precision"):
             choose_precision(lacking, CPU)

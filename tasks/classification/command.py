@@ -109,6 +109,7 @@ def run_baseline(
         return 0
     with writing_to("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    print(f"fitting {kind} on {len(train):,} rows; with many rows this takes minutes", flush=True)
     began = time.perf_counter()
     with ends_promptly():
         numbers = np.array([label_index(row, labels) for row in train])

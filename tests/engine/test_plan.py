@@ -68,7 +68,9 @@ def test_the_banner_says_that_onednn_multiplies_fp32(monkeypatch, without):
     cfg = TrainConfig(precision="fp32", kernels="torch", without=without)
     told = plan.resolve_for_machine(cfg, ALONE)[1].precision
     assert asked == [("fp32", ALONE.device, without)]
-    assert told == "asked for" + ("" if without else "; fp32 products by oneDNN")
+    assert told == "set by --precision or by the run" + (
+        "" if without else "; fp32 products by oneDNN"
+    )
 
 
 # --- the compiler behind --compile
