@@ -53,14 +53,14 @@ class Option:
         if isinstance(given, bool):
             if bool in self.kinds:
                 return given
-        elif isinstance(given, str | int | float):
+        elif given is not None and not isinstance(given, list | dict):  # TOML has dates too
             if str(given) in self.kinds:
                 return str(given)
             for kind in (int, float, str):
                 if kind in self.kinds:
                     with contextlib.suppress(ValueError):
                         return kind(str(given))
-        text = repr(given) if isinstance(given, str) else json.dumps(given)
+        text = repr(given) if isinstance(given, str) else json.dumps(given, default=str)
         if len(text) > LONG:
             text = f"{text[:LONG]}... ({len(text)} characters)"
         *others, last = [TYPES[kind][1] if kind in TYPES else kind for kind in self.kinds]

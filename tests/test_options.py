@@ -442,6 +442,15 @@ def test_a_config_value_of_the_wrong_kind_is_one_line(text: str, told: str, tmp_
     assert str(error.value) == f"--config {file}: {told}"
 
 
+def test_a_date_in_a_toml_file_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("out = 2026-01-02", encoding="utf-8")
+    assert parse(TrainConfig, ["--config", str(file)]).out == "2026-01-02"
+    file.write_text("steps = 2026-01-02", encoding="utf-8")
+    with pytest.raises(UserError, match=r"steps is .*2026-01-02.*; it must be a whole number"):
+        parse(TrainConfig, ["--config", str(file)])
+
+
 # --- help
 
 
