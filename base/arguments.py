@@ -29,7 +29,9 @@ TYPES = {
     str: ("TEXT", "text"),
     bool: ("", "true or false"),
 }
-DASHED = re.compile(r"--|-[^\W\d]")  # matches options; -1, -.5 and a lone dash are values
+DASHED = re.compile(
+    r"--|-(?!inf\b|nan\b)[^\W\d]"
+)  # begins an option; -1, -.5, -inf and a lone dash are values
 LONG = 60  # messages show this many characters of a wrong value
 
 
