@@ -11,8 +11,8 @@
 
 # Two processes: most of the tests' time is spent in programs that they start.
 PYTEST_ARGS = -n 2 --dist worksteal
-# The tests of `make fast`: structure, options, the model, the data order, readers, adapters, metrics.
-FAST = $(addprefix tests/, adapters text kernels/test_ops.py engine/test_optim.py engine/test_precision.py \
+# The tests of `make fast`: structure, options, the model, the data order, readers, metrics.
+FAST = $(addprefix tests/, text/test_readers.py text/test_rows.py kernels/test_ops.py engine/test_optim.py engine/test_precision.py \
 	tasks/test_metrics.py tasks/test_objectives.py tasks/test_order.py test_dataset.py test_imports.py test_model.py \
 	test_options.py test_size.py)
 # The Python that will install the wheels.
