@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from base.cli import entry_point, parse
 from config import Count, Positional, Range, Seed, UserError, Where
 from decoding.options import DecodeConfig, check_decode
-from text.readers import HEAD, decode_input, wide_encoding
+from text.encodings import HEAD, decode_input, wide_encoding
 
 if TYPE_CHECKING:
     from text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from base.cli import entry_point, warn_of_replaced
 from base.console import outlive
 from base.signals import ends_promptly
 from config import UserError, expand, without_surrogates
-from text.readers import decode_input
+from text.encodings import decode_input
 from text.tokenizer import load_tokenizer
 
 MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe")

@@ -34,7 +34,7 @@ import numpy as np
 from base.errors import reason
 from config import UserError
 from storage.shards import token_dtype
-from text import readers
+from text import encodings, readers
 from text.readers import MAX_SHOWN, SkippedRows
 from text.row import Record
 
@@ -69,16 +69,16 @@ def _read_txt(stream: io.BufferedReader, path: Path, errors: str = "strict") -> 
     """
     checked = errors == "strict"
     try:
-        with readers.text_stream(stream, path, errors) as decoded:
+        with encodings.text_stream(stream, path, errors) as decoded:
             for text, starts, ends in readers.split_documents(decoded, CHUNK_CHARS):
-                if not checked and readers.BAD_BYTE.search(text):
-                    if readers.encoding_of(readers.encoding_sample(path)):
-                        raise readers.not_utf8(str(path), path)
+                if not checked and encodings.BAD_BYTE.search(text):
+                    if encodings.encoding_of(encodings.encoding_sample(path)):
+                        raise encodings.not_utf8(str(path), path)
                     checked = True
                 cut = ends and text.endswith("\n")
                 yield (text[:-1].removesuffix("\r") if cut else text), starts
     except UnicodeDecodeError:
-        raise readers.not_utf8(str(path), path) from None
+        raise encodings.not_utf8(str(path), path) from None
 
 
 def _read_python(stream: io.BufferedReader, path: Path, errors: str) -> Iterator[Segment]:
@@ -211,13 +211,13 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def unknown_kind(path: Path, known: Sequence[str]) -> str:
     """The error for a file whose suffix is not one of `known`, and what to type."""
-    if readers.is_gzip(path):
+    if encodings.is_gzip(path):
         return (
             f"{path} is gzip, and its name does not say what is in it; rename it, for example to "
             f"{path.name.removesuffix('.gz')}{known[0]}.gz"
         )
     with contextlib.suppress(OSError), path.open("rb") as file:
-        if kind := readers.other_kind(file.read(readers.HEAD)):
+        if kind := encodings.other_kind(file.read(encodings.HEAD)):
             return f"{path} is {kind}"
     return (
         f"{path} has none of the suffixes {' '.join(known)} (or these with .gz); convert or rename "
@@ -416,7 +416,7 @@ class TextFiles:
     def _read(self, path: Path, skip: int, rows: _RowDocuments) -> Iterator[Segment | None]:
         suffix = suffix_of(path)
         reader = _READERS.get(suffix, _read_txt)
-        with readers.open_decompressed(path) as (self._raw, stream):
+        with encodings.open_decompressed(path) as (self._raw, stream):
             if reader:
                 yield from itertools.islice(reader(stream, path, self.errors), skip, None)
                 return
@@ -491,7 +491,7 @@ def records_of(path: Path, otherwise: str = "") -> Iterator[Record]:
         suffix = otherwise
     if suffix not in (*readers.ROW_SUFFIXES, ".txt"):
         raise UserError(unknown_kind(path, readers.ROW_SUFFIXES))
-    with readers.open_decompressed(path) as (_, stream):
+    with encodings.open_decompressed(path) as (_, stream):
         yield from readers.read_records(stream, path, suffix)
 
 

@@ -28,19 +28,10 @@ from text.corpus import (
     unknown_kind,
     words_in_name,
 )
-from text.readers import (
-    HEAD,
-    MAX_SHOWN,
-    NotUtf8,
-    RaggedRow,
-    open_decompressed,
-    read_records,
-    read_text,
-    split_documents,
-    text_stream,
-    with_advice,
-)
+from text.encodings import HEAD, NotUtf8, open_decompressed, read_text, text_stream
+from text.readers import MAX_SHOWN, read_records, split_documents, with_advice
 from text.row import Expand, Reader, Record, Row
+from text.tables import RaggedRow
 
 Columns = Mapping[str, str | tuple[str, ...]]
 

@@ -24,7 +24,8 @@ from base.files import replace_text
 from config import Count, Few, UserError, Where, nearest
 from tasks.order import group_by_length
 from text.corpus import records_of
-from text.readers import MAX_SHOWN, NotUtf8, SkippedRows, with_advice
+from text.encodings import NotUtf8
+from text.readers import MAX_SHOWN, SkippedRows, with_advice
 from tools.predictions import check_out
 
 if TYPE_CHECKING:  # the module loads torch

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from config import UserError
 from tasks.classification.labels import find_labels, label_name, nfc
 from tasks.generation.squad import expand
-from text import corpus, readers
+from text import corpus, encodings, tables
 from text.corpus import TextFiles, records_of
 from text.rows import Row, read_rows
 from text.tokenizer_training import open_input
@@ -82,7 +82,7 @@ def rows_of(path: Path) -> list[tuple[str, ...] | str]:
 
 
 CELL = st.text(st.sampled_from(list("ab'\"\t,; \n\r\\|é한\u2028\x85\x1c\0")), max_size=8)
-DELIMITERS = st.sampled_from(readers.DELIMITERS)
+DELIMITERS = st.sampled_from(tables.DELIMITERS)
 QUOTING = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
 
 
@@ -147,7 +147,7 @@ def test_two_stray_quotes_do_not_join_the_rows_between(
     path = write(tmp_path / "a.csv", "id,text\n" + "".join(lines))
     found = consumer(path, said.append)
     assert len(found) == 399 and 'a screen of 19"' in found and 'he said "no", twice' in found
-    assert said == [f"left out: {path} line 162 {readers.UNCLOSED}"]
+    assert said == [f"left out: {path} line 162 {tables.UNCLOSED}"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_broken_cell_of_several_lines_is_not_cut(tmp_path: Path) -> None:
     rows = table([("one", "two"), *[(f"{i}", "a\nb") for i in range(9)]], delimiter="\t")
     path = write(tmp_path / "a.tsv", rows.replace('5\t"a', '5\t"a "no" a'))
     found = rows_of(path)
-    assert readers.UNCLOSED in found
+    assert tables.UNCLOSED in found
     assert all(isinstance(row, str) or row[1] == "a\nb" for row in found)
 
 
@@ -196,7 +196,7 @@ def test_unreadable_rows_are_named_and_counted(tmp_path: Path) -> None:
 def test_quotes_are_judged_where_the_first_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "SAMPLE", 1000)
+    monkeypatch.setattr(tables, "SAMPLE", 1000)
     plain = [f"row {i}" for i in range(1000)]
     for late in ('"Yes," he said', '"one, two"'):
         rows = "".join(
@@ -210,7 +210,7 @@ def test_quotes_are_judged_where_the_first_one_is(
 def test_a_cell_longer_than_the_sample_is_one_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "SAMPLE", 1000)
+    monkeypatch.setattr(tables, "SAMPLE", 1000)
     long = "a line\n" * 400
     path = write(tmp_path / "a.csv", table([("id", "text"), ("1", long), ("2", "x")]))
     assert pretraining(path) == [long, "x"]
@@ -499,11 +499,11 @@ def test_the_suggested_command_converts_the_file(
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_get_advice(data: bytes) -> None:
-    assert readers.conversion_advice("a.txt", data)
+    assert encodings.conversion_advice("a.txt", data)
 
 
 def test_utf8_with_a_bad_byte_is_not_called_latin(tmp_path: Path) -> None:
-    assert readers.encoding_of(f"{KOREAN} caf".encode() + b"\xe9") is None
+    assert encodings.encoding_of(f"{KOREAN} caf".encode() + b"\xe9") is None
     path = write(tmp_path / "a.csv", f'id,text\n1,"{KOREAN}"\n2,caf'.encode() + b"\xe9 x\n3,y\n")
     said: list[str] = []
     assert pretraining(path, said.append) == fine_tuning(path, said.append) == [KOREAN, "y"]
@@ -550,14 +550,14 @@ def test_tokenizer_training_reads_what_data_reads(tmp_path: Path) -> None:
 
 
 def test_standard_input_is_decoded_like_files() -> None:
-    assert readers.decode_input(b"\xef\xbb\xbfcaf\xc3\xa9", "standard input") == "café"
+    assert encodings.decode_input(b"\xef\xbb\xbfcaf\xc3\xa9", "standard input") == "café"
     for raw, said in (
         (FRENCH.encode("latin-1"), "iconv -f ISO-8859-1"),
         (gzip.compress(b"x"), "gzip -dc"),
         ("x y".encode("utf-16"), "-f UTF-16"),
     ):
         with pytest.raises(UserError, match=said):
-            readers.decode_input(raw, "standard input")
+            encodings.decode_input(raw, "standard input")
 
 
 # ---- questions as SQuAD has them
