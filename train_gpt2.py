@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 
-from base.cli import entry_point, parse, typed_options
+from base.cli import entry_point, parse_typed
 from base.console import outlive
 from config import TrainConfig
 
 
 def main() -> int:
     """Parse the command line, train, and return the exit code."""
-    cfg = parse(TrainConfig, sys.argv[1:])
+    cfg, typed = parse_typed(TrainConfig, sys.argv[1:])
     if not cfg.dry_run:
         outlive()
     # Importing torch takes seconds, so --help and a mistyped option are answered before it.
@@ -23,9 +23,7 @@ def main() -> int:
     from engine.processes import record_failures
     from engine.trainer import train
 
-    return record_failures(
-        train, LanguageModelling(), cfg, typed_options(TrainConfig, sys.argv[1:])
-    )
+    return record_failures(train, LanguageModelling(), cfg, typed)
 
 
 if __name__ == "__main__":

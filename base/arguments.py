@@ -29,9 +29,8 @@ TYPES = {
     str: ("TEXT", "text"),
     bool: ("", "true or false"),
 }
-DASHED = re.compile(
-    r"--|-(?!inf\b|nan\b)[^\W\d]"
-)  # begins an option; -1, -.5, -inf and a lone dash are values
+# The beginning of an option. -1, -.5, -inf and a lone dash are values.
+DASHED = re.compile(r"--|-(?!inf\b|nan\b)[^\W\d]")
 LONG = 60  # messages show this many characters of a wrong value
 
 

@@ -40,7 +40,14 @@ Config = TypeVar("Config")  # any dataclass of options
 
 
 def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
-    """The options of a command line.
+    """The options of a command line: see `parse_typed`."""
+    return parse_typed(cls, argv, defaults)[0]
+
+
+def parse_typed(
+    cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | None = None
+) -> tuple[Config, frozenset[str]]:
+    """The options of a command line, and the names of those that it or its --config file gives.
 
     The command line overrides the file of `--config`, which overrides `defaults`. Raises UserError
     for an unknown option (naming the nearest), a value of the wrong kind, or a bad file.
@@ -49,11 +56,12 @@ def parse(cls: type[Config], argv: Sequence[str], defaults: dict[str, Any] | Non
     if {"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", argv)):
         print(help_text(cls, defaults), end="")
         raise SystemExit(0)
-    config, replaced = replace_surrogates(expand_paths(cls(**defaults | _given(cls, argv))))
+    given = _given(cls, argv)
+    config, replaced = replace_surrogates(expand_paths(cls(**defaults | given)))
     for name in replaced:
         warn_of_replaced(shown_name(cls, name))
     check_ranges(config)
-    return config
+    return config, frozenset(given)
 
 
 def warn_of_replaced(what: str) -> None:
@@ -63,12 +71,6 @@ def warn_of_replaced(what: str) -> None:
             f"warning: {what} holds bytes that are not UTF-8; each is read as U+FFFD",
             file=sys.stderr,
         )
-
-
-def typed_options(cls: Any, argv: Sequence[str]) -> frozenset[str]:
-    """The options that a command line or its --config file names. All others have their
-    defaults."""
-    return frozenset(_given(cls, argv))
 
 
 def _given(cls: Any, argv: Sequence[str]) -> dict[str, Any]:

@@ -1,26 +1,23 @@
 """Writes docs/options.md, the page of all options, from the dataclasses that declare them.
 
-python docs/options.py
+python -m docs.options
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))  # this script lies one folder below what it imports
+from base.arguments import TYPES, Option, field_docs, options_of
+from config import LARGEST, OPTIMIZATIONS, Range, marks
 
-from base.arguments import TYPES, Option, field_docs, options_of  # noqa: E402
-from config import LARGEST, OPTIMIZATIONS, Range, marks  # noqa: E402
-
+PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Options
 
 Every option of the commands and tools. Each command prints its own with `--help`. `--config FILE` reads options from
-a JSON or TOML file, a run's own `config.json` too, and what is typed overrides it. A flag has a `--no-` form. On resume, an
-option that is not typed takes the run's own value. `python docs/options.py` makes this page from the dataclasses that declare
-the options, and a test holds it. The options of benchmarks are in their `--help` alone.
+a JSON or TOML file, for example a run's `config.json`, and the command line overrides it. A flag has a `--no-` form. On
+resume, an option that is not typed takes the run's own value. `python -m docs.options` makes this page from the
+dataclasses that declare the options, and a test holds it. The options of benchmarks are in their `--help` alone.
 """
 # heading, the commands that have these options, and the dataclass
 SECTIONS = (
@@ -103,4 +100,4 @@ def _limits(value: str, ranges: list[Range]) -> str:
 
 
 if __name__ == "__main__":
-    (REPO / "docs" / "options.md").write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Draws docs/packages.svg, the picture of the packages, from the imports that the code has.
 
-python docs/packages.py
+python -m docs.packages
 
 It also holds the two readers of source that the tests on structure share: who imports whom, and
 how many tokens a file has.

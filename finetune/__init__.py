@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from base.cli import parse, typed_options
+from base.cli import parse_typed
 from base.console import outlive
 from config import UserError, nearest
 from tasks.classification.description import ClassificationDescription
@@ -38,9 +38,8 @@ def options(task: Description) -> tuple[Any, frozenset[str]]:
 
     A run that resumes keeps its own values for options that were not typed.
     """
-    words = sys.argv[1:]
-    cfg = parse(task.config, words, {"out": f"runs/{task.name}", **task.defaults})
-    typed = typed_options(task.config, words)
+    defaults = {"out": f"runs/{task.name}", **task.defaults}
+    cfg, typed = parse_typed(task.config, sys.argv[1:], defaults)
     from engine.resume import restore_options  # imported late: it loads torch, which slows --help
 
     cfg = restore_options(cfg, typed)

@@ -3,6 +3,7 @@ not fixtures."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -33,3 +34,14 @@ def own_lines(stderr: str) -> str:
     """Standard error without Python's warnings and their source lines, which depend on the versions
     of libraries."""
     return WARNING.sub("", stderr)
+
+
+def parsed_classes(source: str) -> set[str]:
+    """The names of the classes of options that a program's source gives to `parse`."""
+    return {
+        node.args[0].id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in ("parse", "parse_typed")
+        and isinstance(node.args[0], ast.Name)
+    }

@@ -20,10 +20,13 @@ from torch.distributed.run import get_args_parser
 import tokenizer
 from base.cli import parse
 from config import UserError
-from support import REPO
+from support import REPO, parsed_classes
 from tasks.description import Description
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [
+    *(REPO / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((REPO / "docs").glob("*.md")),
+]
 MARKED = [page for page in PAGES if "<!-- runs -->" in page.read_text(encoding="utf-8")]
 BLOCK = re.compile(r"^(<!-- runs -->\n+)?```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -81,9 +84,8 @@ def check(words: list[str]) -> None:
             parse(task.config, options, dict(task.defaults))
         else:
             source = Path(str(module.__file__)).read_text(encoding="utf-8")
-            kind = re.search(r"\bparse\((\w+), sys\.argv", source)
-            assert kind, f"{name} takes no options"
-            parse(getattr(module, kind[1]), options)
+            (kind,) = parsed_classes(source)
+            parse(getattr(module, kind), options)
     except SystemExit as stop:  # --help
         assert not stop.code
     except UserError as error:

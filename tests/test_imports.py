@@ -93,7 +93,7 @@ def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
         for folder in (tmp_path, REPO / "docs")
     )
     boxes = {unit(name) for name in MODULES} - set(COMMANDS) | {"commands"}
-    assert drawn == committed == boxes, "run python docs/packages.py"
+    assert drawn == committed == boxes, "run python -m docs.packages"
 
 
 # One process imports package after package, so that an effect is that of the last import. torch

@@ -3,13 +3,14 @@ an extreme value gives one line."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shlex
+import threading
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.arguments import field_docs, options_of
-from base.cli import parse, typed_options
+from base.cli import parse, parse_typed
 from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
 from docs.options import page
 from docs.packages import source_files
-from support import REPO
+from support import REPO, parsed_classes
 from tasks.description import Description
 
 TEXTS = {  # text options that do not name a file or folder
@@ -59,13 +60,7 @@ def kinds_of_options() -> list[Any]:
         text = path.read_text(encoding="utf-8")
         if "entry_point(" not in text or path.name == "cli.py":
             continue
-        tree = ast.walk(ast.parse(text))
-        calls = [
-            node
-            for node in tree
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"
-        ]
-        names = {call.args[0].id for call in calls if isinstance(call.args[0], ast.Name)}
+        names = parsed_classes(text)
         if not names and path.parent.name != "finetune":
             continue
         module = importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
@@ -299,9 +294,19 @@ def test_a_config_file_can_hold_any_text(kind: Any, tmp_path: Path) -> None:
                 texts[field.name] = ("-a b", "c")
     file = tmp_path / "-c.json"
     file.write_text(json.dumps(texts), encoding="utf-8")
-    cfg = parse(kind, [f"--config={file}"])
+    cfg, typed = parse_typed(kind, [f"--config={file}"])
     assert {name: getattr(cfg, name) for name in texts} == texts
-    assert set(texts) <= typed_options(kind, [f"--config={file}"])
+    assert typed == set(texts)
+
+
+def test_a_config_file_is_read_once(tmp_path: Path) -> None:
+    """A pipe, such as `--config <(...)`, gives its content only once."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=('{"steps": 3}',))
+    writer.start()
+    cfg, typed = parse_typed(TrainConfig, ["--config", str(tmp_path / "pipe")])
+    writer.join()
+    assert cfg.steps == 3 and typed == {"steps"}
 
 
 def test_a_positional_overrides_a_config_file(tmp_path: Path) -> None:
@@ -362,11 +367,10 @@ def test_a_wrong_config_file_is_one_line(text: str, told: str, tmp_path: Path) -
     ],
 )
 def test_options_can_be_typed_in_many_ways(words: str, options: dict[str, Any]) -> None:
-    typed = shlex.split(words)
-    cfg = parse(TrainConfig, typed)
+    cfg, typed = parse_typed(TrainConfig, shlex.split(words))
     assert {name: getattr(cfg, name) for name in options} == options
     assert cfg == dataclasses.replace(TrainConfig(), **options)
-    assert typed_options(TrainConfig, typed) == set(options)
+    assert typed == set(options)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +475,7 @@ def test_help_names_every_option(
 
 def test_the_page_of_options_matches_the_dataclasses() -> None:
     committed = (REPO / "docs" / "options.md").read_text(encoding="utf-8")
-    assert committed == page(), "run python docs/options.py"
+    assert committed == page(), "run python -m docs.options"
     commands = [kind for kind in KINDS if not kind.__module__.startswith("benchmarks")]
     for option in {option.label for kind in commands for option in options_of(kind)}:
         assert f"| `{option}` |" in committed

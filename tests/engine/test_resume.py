@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from base.cli import typed_options
+from base.cli import parse_typed
 from config import TrainConfig, UserError
 from engine import resume
 from engine.lengths import Extension, Length, extend, spans
@@ -163,9 +163,7 @@ def write_run(run: Path, options: dict[str, Any], **record: Any) -> None:
 
 def resumed(run: Path, *words: Any) -> TrainConfig:
     argv = ["--out", str(run), *map(str, words)]
-    from base.cli import parse
-
-    return restore_options(parse(TrainConfig, argv), typed_options(TrainConfig, argv))
+    return restore_options(*parse_typed(TrainConfig, argv))
 
 
 def test_a_config_file_counts_as_typed(tmp_path: Path) -> None:

@@ -75,14 +75,15 @@ def targets_of(rows: int) -> Tensor:
 
 
 def attention_case(
-    operation: Callable[..., Tensor], dtype: torch.dtype = FP32, documents: bool = False
+    operation: Callable[..., Tensor], rows: int, dtype: torch.dtype = FP32, documents: bool = False
 ) -> Case:
-    qkv = numbers(
-        2, ROWS, 3, 2, 16, dtype=dtype, device="cpu" if operation is cpu_attention else DEVICE
-    )
+    batch = max(2, rows // 10)
+    device = "cpu" if operation is cpu_attention else DEVICE
+    qkv = numbers(batch, ROWS, 3, 2, 16, dtype=dtype, device=device)
     more = []
     if documents:
-        more = [torch.arange(ROWS, device=DEVICE).div(5, rounding_mode="floor").expand(2, ROWS)]
+        segments = torch.arange(ROWS, device=DEVICE).div(5, rounding_mode="floor")
+        more = [segments.expand(batch, ROWS)]
     return Case(
         lambda qkv: operation(qkv, *more),
         lambda qkv: attention_reference(qkv, *more),
@@ -150,11 +151,11 @@ def fp8_case(rows: int) -> Case:
 
 
 CASES: dict[str, Callable[[int], Case]] = {
-    "attention torch": lambda rows: attention_case(attention_reference, documents=True),
-    "attention triton": lambda rows: attention_case(attention),
-    "attention triton documents": lambda rows: attention_case(attention, documents=True),
-    "cpu_attention": lambda rows: attention_case(cpu_attention),
-    "cpu_attention bf16": lambda rows: attention_case(cpu_attention, BF16),
+    "attention torch": lambda rows: attention_case(attention_reference, rows, documents=True),
+    "attention triton": lambda rows: attention_case(attention, rows),
+    "attention triton documents": lambda rows: attention_case(attention, rows, documents=True),
+    "cpu_attention": lambda rows: attention_case(cpu_attention, rows),
+    "cpu_attention bf16": lambda rows: attention_case(cpu_attention, rows, BF16),
     "layer_norm torch": lambda rows: layer_norm_case(False, rows),
     "layer_norm torch bf16": lambda rows: layer_norm_case(False, rows, BF16),
     "layer_norm torch alone": lambda rows: layer_norm_case(False, rows, branch=False),
