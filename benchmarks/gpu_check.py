@@ -178,6 +178,7 @@ def correctness() -> list[Part]:
     rest = ("-m", "gpu", "tests/test_gpu.py", "-k", f"not ({' or '.join(programs)})")
     tests: list[tuple[str, tuple[str, ...], tuple[str, ...], float]] = [
         ("steps", rest, (), 300),
+        ("test_contract", ("tests/kernels/test_contract.py",), (), 100),
         *(
             (f"test_{file.stem}", (f"tests/kernels/test_{file.stem}.py",), (), 70)
             for file in sorted((REPO / "kernels").glob("[!_]*.py"))
@@ -273,7 +274,7 @@ class Check:
                 shutil.rmtree(self._folder(part), ignore_errors=True)
             if again or not self.results.find({"part": part.name}):
                 self._put(part, NOT_RUN | {"output": lack(part)})
-        self._write()
+        self.results.write()  # the date of this call
         todo = [part for part in todo if not lack(part)]
         for batch in batches(todo):
             side_by_side(
@@ -293,11 +294,7 @@ class Check:
     def _put(self, part: Part, figures: dict[str, Any]) -> None:
         with self.lock:
             self.results.put({"part": part.name, "group": part.group}, figures)
-            self._write()
-
-    def _write(self) -> None:
-        self.results.write()
-        write_json(self.copy, self.results.record)
+            write_json(self.copy, self.results.record)
 
     def _folder(self, part: Part) -> Path:
         return self.cache / "parts" / part.name

@@ -350,6 +350,7 @@ def test_every_kernel_and_every_gpu_test_is_in_a_part(repo) -> None:
     files = {word for word in words if word.startswith("tests/") and "::" not in word}
     assert files == {
         "tests/test_gpu.py",
+        "tests/kernels/test_contract.py",
         *(f"tests/kernels/test_{f.stem}.py" for f in (repo / "kernels").glob("[!_]*.py")),
     }
     assert all((repo / file).is_file() for file in files)
