@@ -236,8 +236,8 @@ class RunConfig:
     without: tuple[str, ...] = ()
     """Optimizations to leave out, to see what each is worth. docs/options.md lists their names."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
-    """What torch.compile compiles as one. auto: each block on a CPU or with several ranks, else
-    the whole model."""
+    """What torch.compile compiles as one. auto: each block, or the whole model for CUDA graphs on
+    one GPU."""
     cuda_graphs: bool = False
     """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False
