@@ -656,6 +656,37 @@ def test_wandb_without_a_key_logs_offline(inputs):
     assert recorded.stat().st_size > 0
 
 
+def test_tensorboard_shows_the_figures_of_the_log(inputs):
+    """Also after a resume: each step once."""
+    pytest.importorskip("tensorboard", reason="needs the tensorboard package")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = (*QUIET, "--save-every", "2", "--tensorboard", "--steps", "4", "--out", "board")
+    for more in ((), ("--extend-to", "6")):
+        train_with_noise(inputs, *board, *more)
+    events = EventAccumulator(str(inputs / "board" / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    logged = {line["step"]: line["loss"] for line in log_of(inputs / "board", "train")}
+    assert shown == pytest.approx(logged) and len(events.Scalars("train/loss")) == 6
+
+
+def no_tensorboard() -> None:
+    mock.patch.dict(sys.modules, tensorboard=None).start()
+
+
+def test_a_missing_tensorboard_is_a_warning(inputs, plain):
+    assert variant(inputs, "no-board", "--tensorboard", patch=no_tensorboard) == plain
+    (warning,) = log_of(inputs / "no-board", "warning")
+    assert "tensorboard stopped" in warning["text"]
+
+
+def test_a_pipe_gets_about_a_hundred_step_lines(inputs):
+    options = ("--steps", "250", "--batch-tokens", "16", "--seq-len", "8", "--out", "long")
+    lines = train_with_noise(inputs, *QUIET, *options).splitlines()
+    assert 100 <= sum(line.startswith("step ") for line in lines) <= 130
+    assert len(log_of(inputs / "long", "train")) == 250
+
+
 @pytest.mark.parametrize(
     ("reason", "told"),
     [("EACCES", True), ("EISDIR", True), ("ELOOP", True), ("EROFS", True), ("ENOENT", False)],
