@@ -662,7 +662,7 @@ def test_tensorboard_shows_the_figures_of_the_log(inputs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = (*QUIET, "--save-every", "2", "--tensorboard", "--steps", "4", "--out", "board")
-    for more in ((), ("--extend-to", "6")):
+    for more in ((), ("--extend-to", "6", "--reschedule")):
         train_with_noise(inputs, *board, *more)
     events = EventAccumulator(str(inputs / "board" / "tensorboard")).Reload()
     shown = {event.step: event.value for event in events.Scalars("train/loss")}
