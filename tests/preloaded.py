@@ -34,7 +34,7 @@ from support import OWN_MODULES
 count = memory._peak_by_part
 counted: dict[str, dict[str, int]] = {}
 # All runs share this file and append to it: lines with a key and what was counted.
-shared = tempfile.TemporaryFile("a+b", buffering=0)
+shared = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115 (open as long as the server)
 
 
 def identity(function: Any) -> Any:
