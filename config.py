@@ -236,8 +236,8 @@ class RunConfig:
     without: tuple[str, ...] = ()
     """Optimizations to leave out, to see what each is worth. docs/options.md lists their names."""
     compile_unit: Literal["auto", "model", "block"] = "auto"
-    """What torch.compile compiles as one. auto: each block on a CPU or with several ranks, else
-    the whole model."""
+    """What torch.compile compiles as one. auto: each block, or the whole model for CUDA graphs on
+    one GPU."""
     cuda_graphs: bool = False
     """Replay a compiled step from CUDA graphs: fewer launches, for small models."""
     recompute: bool = False
@@ -266,8 +266,9 @@ class RunConfig:
     epoch."""
     sample_every: CountOrNone | None = None
     """Steps between samples. Default: the same as --eval-every."""
-    log_every: CountOrNone = 1
-    """Steps between printed step lines. log.jsonl has every step."""
+    log_every: CountOrNone | None = None
+    """Steps between printed step lines. Default: 1 at a terminal, elsewhere a hundredth of the run.
+    log.jsonl has every step."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
     keep: Count = 3
@@ -278,6 +279,8 @@ class RunConfig:
     """End the run after this many evaluations in a row without improvement. 0: never."""
     wandb: bool = False
     """Log to Weights & Biases too (offline if there is no key or network)."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, into the run's folder."""
     profile: bool = False
     """Write a trace and a memory snapshot of three steps."""
     dry_run: bool = False

@@ -313,11 +313,10 @@ class GPT(nn.Module):
         end = past.length + positions.shape[-1]
         if end > (limit := self.config.block_size):
             raise UserError(f"a sequence of {end} tokens is longer than block_size {limit}")
-        parts, blocks = self.transformer, self.transformer.h
-        x = parts.drop(parts.wte(idx) + parts.wpe(positions)).to(self.dtype)
+        blocks = self.transformer.h
         unmasked = self.ops.masks_segments and past is NO_PAST
         mask = None if unmasked else past.mask(T, segments, idx.device)
-        branch = None
+        x, branch = self.embed(idx, positions), None
         for layer, block in enumerate(blocks):
             inputs = (x, branch, mask, segments, past.extension(layer), None)
             if query_index is not None and layer == len(blocks) - 1:
@@ -332,7 +331,12 @@ class GPT(nn.Module):
         if query_index is not None and not blocks:
             x = pick(x, query_index)
         past.advance(T)
-        return parts.ln_f(x, branch)[1]
+        return self.transformer.ln_f(x, branch)[1]
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream (B, T, n_embd) before the first block."""
+        parts = self.transformer
+        return parts.drop(parts.wte(idx) + parts.wpe(positions)).to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size); the padding's are cut off."""
@@ -340,9 +344,7 @@ class GPT(nn.Module):
 
     def n_params(self) -> int:
         """How many parameters the model has, the vocabulary's padding not counted."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        tables = 1 if self.config.tied_head else 2
-        return sum(p.numel() for p in self.parameters()) - tables * padding
+        return sum(p[: self.rows_of(name)].numel() for name, p in self.named_parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of a forward and backward pass: 6N + 12 L d T (Chowdhery et al. 2022, app. B).
@@ -394,7 +396,5 @@ class GPT(nn.Module):
 def query_mask(index: Tensor, T: int, segments: Tensor | None, past: Past) -> Tensor:
     """The mask (B, 1, 1, keys) of one query in each row, at position index (B,)."""
     mask = past.mask(T, segments, index.device)
-    if mask is not None:
-        return pick(mask.expand(len(index), -1, -1, -1).transpose(1, 2), index).transpose(1, 2)
-    keys = torch.arange(past.length + T, device=index.device)
-    return (keys <= past.length + index[:, None])[:, None, None]
+    mask = causal_mask(T, None, index.device, past.length) if mask is None else mask
+    return pick(mask.expand(len(index), -1, -1, -1).transpose(1, 2), index).transpose(1, 2)

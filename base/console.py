@@ -176,6 +176,11 @@ def quiet_libraries() -> None:
     )
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and its noun, whose plural ends in s: 1 row, 2,000 rows."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def bytes_text(n: float) -> str:
     """A number of bytes in the largest suitable unit, up to GiB."""
     for unit in ("B", "KiB", "MiB"):

@@ -36,6 +36,7 @@ from base.cli import entry_point, parse
 from base.machine import cores
 from benchmarks import machine
 from benchmarks.runs import now
+from benchmarks.sass import disassembled, per_element
 from benchmarks.table import markdown
 from config import Few, TrainConfig, UserError, Where, known_names
 
@@ -118,6 +119,8 @@ class Row:
     shared: int = 0  # bytes per program
     tensor_cores: str = ""
     notes: str = ""  # ptxas's warnings of products that wait for each other
+    loops: float = 0.0  # instructions per element, as in benchmarks.sass; cross_entropy only
+    whole_row: float = 0.0
 
 
 # --- the launches
@@ -345,7 +348,11 @@ def proof(arch: int, case: Case) -> list[Row]:
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
             failed = [dataclasses.replace(row, result="failed", reason=reason)]
     most = limit(case, card)
-    return [judged(examined(row, kernel, words), card, most) for kernel, words in found] + failed
+    rows = [
+        judged(counted(examined(row, kernel, words), case, kernel), card, most)
+        for kernel, words in found
+    ]
+    return rows + failed
 
 
 def refusal(case: Case, card: Card) -> str | None:
@@ -398,6 +405,16 @@ def examined(row: Row, kernel: Any, words: str) -> Row:
         ),
         notes=", ".join(sorted(set(re.findall(r"C75\d\d", words)))),
     )
+
+
+def counted(row: Row, case: Case, kernel: Any) -> Row:
+    """`row` with the instructions per element, for kernels whose programs each read a row."""
+    if case.kernel != "cross_entropy":
+        return row
+    threads = 32 * kernel.metadata.num_warps
+    sass = disassembled(kernel.asm["cubin"])
+    count = per_element(sass, dtype_of(case).itemsize, threads, case.size)
+    return dataclasses.replace(row, loops=count.loops, whole_row=count.row)
 
 
 def judged(row: Row, card: Card, limit: int) -> Row:
@@ -478,6 +495,27 @@ def cell(rows: list[Row]) -> str:
     return f"{registers} / {spilled} / {shared / 1024:.0f} / {cores}"
 
 
+def instructions(rows: list[Row], archs: list[int]) -> str:
+    """The table of instructions per element by cards, or nothing if no kernel was counted."""
+    counts: dict[str, dict[int, list[str]]] = {}
+    for row in rows:
+        if row.loops:
+            cells = counts.setdefault(row.case, {})
+            cells.setdefault(row.arch, []).append(f"{row.loops:.1f} ({row.whole_row:.1f})")
+    if not counts:
+        return ""
+    lines = [
+        [case, *(", ".join(cells.get(arch, [])) for arch in archs)]
+        for case, cells in counts.items()
+    ]
+    heads = ["instructions per element", *(f"{ARCHS[arch]} (sm_{arch})" for arch in archs)]
+    return (
+        markdown(heads, lines, range(len(heads)))
+        + "\n\nEach cell: in place, forward, backward, in the loops over whole blocks (in all of a "
+        "row)."
+    )
+
+
 def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
     """The table of kernels by cards, then what was refused and what failed."""
     groups = dict.fromkeys(row.group for row in rows)
@@ -512,6 +550,7 @@ def report(rows: list[Row], archs: list[int], facts: dict[str, Any]) -> str:
         "the tensor cores'\n"
         "instruction; the most over forward and backward passes, widths, and documents or none.",
     ]
+    parts += filter(None, [instructions(rows, archs)])
     lists = (
         ("Refused, as a run refuses it:", refused),
         ("Failed:", failed),

@@ -13,6 +13,7 @@ from base.machine import cores
 from config import RunConfig
 from engine.processes import World
 from kernels._triton import no_triton_reason
+from model import GPT
 
 BLOCK_GRAPHS = 32  # graphs that the blocks may share, see compile_model
 
@@ -21,13 +22,17 @@ def compile_unit(cfg: RunConfig, world: World, whole: bool = True) -> str:
     """The part that torch.compile compiles as one: "model" or "block". `whole`: whether training
     calls the model's own forward pass.
 
-    A model compiled as one yields all gradients together at the end, so with several ranks no
+    Blocks share their graphs, so twelve compile about as fast as two, and they give the same
+    kernels as a whole model: a block leaves the addition of its branch to the next block's norm. A
+    model compiled as one yields all gradients together at the end, so with several ranks no
     all-reduce overlaps with the backward pass. On a CPU it would split the head's loss, which works
-    on chunks that fit the caches, into passes over the whole logits.
+    on chunks that fit the caches, into passes over the whole logits. Only CUDA graphs prefer a
+    whole model, which is one replay in each direction.
     """
     if cfg.compile_unit != "auto":
         return cfg.compile_unit
-    return "block" if world.size > 1 or world.device.type == "cpu" or not whole else "model"
+    one_replay = cfg.cuda_graphs and world.device.type == "cuda" and world.size == 1
+    return "model" if one_replay and whole else "block"
 
 
 def compiler_problem(device_type: str) -> str | None:
@@ -55,7 +60,11 @@ def compiler_problem(device_type: str) -> str | None:
 
 
 def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = True) -> None:
-    """torch.compile the model in place. Its blocks are the members of its module lists."""
+    """torch.compile the model in place. Its blocks are the members of its module lists.
+
+    With blocks on CUDA a GPT's embedding and last norm are compiled too. On a CPU these small
+    operations gain less than the compiler takes.
+    """
     # Imported here, because it takes a second that other runs save.
     import torch._inductor.config as inductor
 
@@ -66,6 +75,7 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
     warnings.filterwarnings(
         "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
     )
+    mode = "reduce-overhead" if cfg.cuda_graphs else None
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
         # All blocks share the graphs of one function: for the first, a middle and the last block,
@@ -75,5 +85,9 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
         units = [
             block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part
         ]
+        for gpt in model.modules() if world.device.type == "cuda" else ():
+            if isinstance(gpt, GPT):
+                units.append(gpt.transformer.ln_f)
+                gpt.embed = torch.compile(gpt.embed, mode=mode)
     for unit in units:
-        unit.compile(mode="reduce-overhead" if cfg.cuda_graphs else None)
+        unit.compile(mode=mode)

@@ -1,4 +1,4 @@
-"""The output of a run: banner, step lines, log.jsonl, progress bar, Weights & Biases.
+"""The output of a run: banner, step lines, log.jsonl, progress bar, and other loggers.
 
 Only rank 0 prints and writes. The other ranks have a RunLog that does nothing.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from base import console
 from base.console import bytes_text, time_text
 from base.files import replace_text
+from engine.loggers import Logger
 
 
 class RunLog:
@@ -30,7 +30,7 @@ class RunLog:
         self.unwritten = b""  # lines that could not be written yet, on a full disk
         self.failed = False
         self.warned_lost_output = False
-        self.wandb: Any = None
+        self.loggers: dict[str, Logger] = {}
         self.bar: Any = None
         self.lock = threading.RLock()  # the checkpoint writer logs from its own thread
 
@@ -124,7 +124,7 @@ class RunLog:
         with self.lock:
             self.unwritten += json.dumps(json_safe(line)).encode() + b"\n"
             full = self._write()
-            self._to_wandb(line)
+            self._to_loggers(line)
         if full:
             self.say(
                 f"warning: log.jsonl cannot be written ({full}); its lines are kept until it can be"
@@ -154,10 +154,10 @@ class RunLog:
             self.bar = None
 
     def close(self) -> None:
-        """Finish the bar, wandb and log.jsonl. Warn if lines of it could not be written."""
+        """Finish the bar, the loggers and log.jsonl. Warn if lines of it could not be written."""
         self.stop_progress()
-        if self.wandb is not None:
-            self._guard(self.wandb.finish)
+        for name, logger in list(self.loggers.items()):
+            self._guard(name, logger.close)
         if self.file is not None:
             self._write()
             if self.unwritten:
@@ -165,50 +165,32 @@ class RunLog:
             self.file.close()
             self.file = None
 
-    # --- Weights & Biases, whose errors must never stop a run
+    # --- other services, whose errors must never stop a run
 
-    def start_wandb(self, folder: Path, config: dict[str, Any]) -> None:
-        """Log to wandb too: offline without a key, and to the same wandb run after a resume."""
-        if not self.enabled:
+    def start_logger(self, name: str, start: Callable[[], Logger]) -> None:
+        """Log to another service too."""
+        if self.enabled:
+            self._guard(name, lambda: self.loggers.__setitem__(name, start()))
+
+    def _to_loggers(self, line: dict[str, Any]) -> None:
+        step = line.get("step")
+        if not self.loggers or step is None:
             return
+        numbers = {
+            f"{line['kind']}/{k}": float(v)
+            for k, v in line.items()
+            if isinstance(v, int | float) and k not in ("step", "time")
+        }
+        for name, logger in list(self.loggers.items()):
+            self._guard(name, lambda logger=logger: logger.log(numbers, step))
 
-        def start() -> None:
-            import wandb
-
-            offline = not (os.environ.get("WANDB_API_KEY") or _has_netrc_key())
-            mode: Any = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-            if mode == "offline":
-                self.warn(f"wandb logs offline under {folder}/wandb; upload later with: wandb sync")
-            settings = wandb.Settings(init_timeout=30, silent=True, console="off")
-            self.wandb = wandb.init(
-                project="gpt2",
-                name=folder.name,
-                id=_wandb_id(folder),
-                resume="allow",
-                dir=str(folder),
-                mode=mode,
-                config=config,
-                settings=settings,
-            )
-
-        self._guard(start)
-
-    def _to_wandb(self, line: dict[str, Any]) -> None:
-        if self.wandb is not None and line.get("step") is not None:
-            numbers = {
-                f"{line['kind']}/{k}": v
-                for k, v in line.items()
-                if isinstance(v, int | float) and k not in ("step", "time")
-            }
-            self._guard(lambda: self.wandb.log(numbers | {"step": line["step"]}))
-
-    def _guard(self, call: Any) -> None:
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # any error of wandb's
-            self.wandb = None
+        except Exception as error:  # any error of the service's
+            self.loggers.pop(name, None)
             self.warn(
-                f"wandb stopped ({type(error).__name__}: {error}); training goes on without it"
+                f"{name} stopped ({type(error).__name__}: {error}); training goes on without it"
             )
 
 
@@ -287,15 +269,3 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: json_safe(v) for k, v in value.items()}
     return [json_safe(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _wandb_id(folder: Path) -> str:
-    """An id that depends on the folder, so that a resumed run continues its wandb run."""
-    import hashlib
-
-    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-
-
-def _has_netrc_key() -> bool:
-    path = Path.home() / ".netrc"
-    return path.is_file() and "api.wandb.ai" in path.read_text(errors="replace", encoding="utf-8")

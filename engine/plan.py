@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend
 
-from base.console import bytes_text, time_text
+from base.console import bytes_text, counted, time_text
 from config import Resolved, RunConfig, RunOptions, UserError, resolve
 from engine import processes
 from engine.compiling import compile_unit, compiler_problem
@@ -137,7 +137,7 @@ def describe_step(facts: Facts, micro_batch: int, world_size: int) -> str:
     if facts.longest is not None:
         return (
             f"{facts.rows_per_rank(1)} rows, up to {micro_batch} in a forward pass, on "
-            f"{world_size} ranks"
+            f"{counted(world_size, 'rank')}"
         )
     return (
         f"{int(facts.tokens_per_step):,} tokens = micro-batch {micro_batch} x length "

@@ -45,7 +45,7 @@ class LanguageModelling(Task):
         self.cfg = cfg = resolved(cfg, ResolvedTrain)
         # Reading the data may take long, so check first whether the batch divides.
         rows_per_rank(cfg, int(os.environ.get("WORLD_SIZE", "1")))
-        if cfg.data == "stdlib":
+        if cfg.data == "stdlib" and not Path(cfg.out, "config.json").exists():  # not on a resume
             say(STDLIB_NOTE)
         _check_data_exists(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)

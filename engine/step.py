@@ -132,7 +132,8 @@ class TrainStep:
         self.module = self.synced = TaskModule(self.task, self.model)
         copies = None
         if casts_once(self.cfg.precision, self.cfg.without):
-            self.module = self.synced = Cast(self.module, DTYPES[self.cfg.precision])
+            alone = self.world.size == 1
+            self.module = self.synced = Cast(self.module, DTYPES[self.cfg.precision], alone)
             copies = {
                 name.removeprefix("model."): copy for name, copy in self.module.copies.items()
             }

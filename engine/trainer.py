@@ -34,6 +34,7 @@ from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_m
 from engine.lengths import as_json, spans
 from engine.loader import Loader
 from engine.log import RunLog
+from engine.loggers import TensorBoard, Wandb
 from engine.memory import Heap
 from engine.opening import OpenedRun, identity, open_folder
 from engine.plan import Choices, banner, device_peak, disk_of, dry_run, resolve_for_machine
@@ -192,8 +193,11 @@ class Run:
             self.log.open(self.folder, resumed_at, tuple(progress.done))
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
+        about = (self.folder, self._options(), self.log.warn)
         if self.cfg.wandb:
-            self.log.start_wandb(self.folder, self._options())
+            self.log.start_logger("wandb", lambda: Wandb(*about))
+        if self.cfg.tensorboard:
+            self.log.start_logger("tensorboard", lambda: TensorBoard(*about, resumed_at or 0))
 
     def _write_options(self) -> None:
         try:
@@ -404,6 +408,8 @@ class Loop:
         if len(terms) > 1:
             record |= dict(zip(result.terms, terms, strict=True))
         every = self.cfg.log_every
+        if every is None:
+            every = 1 if self.log.bar is not None else max(1, self.steps // 100)
         shown = bool(every) and (step % every == 0 or step == self.steps)
         self.log.step(record, self.steps, self.rates.eta(self.steps - step, tokens), shown)
         self.progress.updated(bool(ok))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from base.console import counted
 from base.files import sha256
 from base.machine import cores
 from config import UserError
@@ -82,7 +83,7 @@ def tokenize_to_folder(
             empty_documents=empty,
         )
     without = f" ({empty} empty ones left out)" if empty else ""
-    say(f"tokenized {label}: {documents:,} documents{without}, {tokens:,} tokens")
+    say(f"tokenized {label}: {counted(documents, 'document')}{without}, {counted(tokens, 'token')}")
 
 
 def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]) -> Tokenizer:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import kernels
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import ARCHS, LAUNCH, Row, judged
+from benchmarks.sass import per_element
 from config import ATTENTION_WIDTH, TrainConfig, UserError, resolve
 from kernels import _card
 from kernels._card import CARDS, Card
@@ -131,6 +132,24 @@ def test_spills_and_too_much_memory_are_failures(figures, fault):
     assert row.result == ("failed" if fault else "compiled") and (fault or "") in row.reason
 
 
+def sass(*code: str) -> str:
+    """Lines as nvdisasm prints them."""
+    lines = (line if line[0] == "." else f"/*0000*/ {line} ;" for line in code)
+    return "\n".join(" " * 8 + line for line in lines)
+
+
+def test_instructions_are_counted_per_element_read():
+    zeros = (".L_x_0:", "STG.E.128 [R2], RZ", "@P0 BRA `(.L_x_0)")
+    whole = (".L_x_1:", "LDG.E.128 R4, [R2.64]", "FADD R4", "@P0 BRA `(.L_x_1)")
+    tail = (".L_x_2:", "@!P1 LDG.E.64 R4, [R2.64]", "FADD R4", "FADD R5", "@P0 BRA `(.L_x_2)")
+    # 8 bf16 elements per pass and thread; 100 / (8 x 4) = 3 whole passes, the last one masked
+    count = per_element(sass(*zeros, *whole, *tail, "EXIT"), 2, threads=4, width=100)
+    assert count.loops == 3 / 8 and count.row == (3 * 3 + 4 + 1) * 4 / 100
+    # all loads masked: 100 / (4 x 4) = 7 passes
+    count = per_element(sass(*zeros, *tail, "EXIT"), 2, threads=4, width=100)
+    assert count.loops == 4 / 4 and count.row == (7 * 4 + 1) * 4 / 100
+
+
 def test_a_failed_kernel_is_exit_code_1(monkeypatch, tmp_path, capsys):
     rows = [
         Row(90, "one", "group", result="failed", reason="spills"),
@@ -170,6 +189,7 @@ def test_attention_and_cross_entropy_compile_for_real_cards(run, tmp_path):
         assert 0 < row.registers < 256 and row.shared <= CARDS[ARCHS[row.arch]].shared_memory
         products = "wgmma" if row.arch == 90 else "mma.sync"
         assert (row.tensor_cores or "none") == ("none" if "entropy" in row.case else products)
+        assert (0 < row.loops <= 16) == ("entropy" in row.case)  # instructions per element
     table = (tmp_path / "out/gpu-proof.md").read_text()
     assert table.strip() == done.stdout.strip() and "RTX 4090 (sm_89)" in table
 

@@ -365,7 +365,6 @@ def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
         repo / "train_gpt2.py",
         *words,
         cwd=inputs,
-        fresh=True,
     )
     assert done.returncode == 0, done.stderr
     threads = re.search(r"device +2 x cpu \(.+\), threads a rank: (\d+)", done.stdout)

@@ -137,6 +137,18 @@ def test_small_updates_are_not_lost_in_the_copies_rounding():
     assert cast.copies["weight"].item() == pytest.approx(0.98, abs=2**-8)
 
 
+def test_gradients_added_in_place_have_the_same_bits():
+    grads = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        module = nn.Linear(5, 3)
+        cast = Cast(module, torch.bfloat16, in_place)
+        for _ in range(3):  # micro-batches
+            cast(torch.randn(4, 5, dtype=torch.bfloat16)).square().sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    assert all(map(torch.equal, *grads)) and grads[1][0].dtype == torch.float32
+
+
 def test_frozen_parameters_have_no_gradient():
     module = nn.Linear(3, 3)
     module.weight.requires_grad_(False)

@@ -357,7 +357,7 @@ def trained_through(task: Scripted, cfg: Any, falls: list[tuple[str, int, bool]]
 @given(scores=scores, mode=st.sampled_from(["min", "max"]), options=options)
 @example([2.0, 3.0, 1.0, 2.0, 0.0, 1.0, -1.0, 0.0], "min", {"eval_every": 1, "patience": 2})
 @example([2.0, 1.0, 3.0, 2.0, 4.0, 3.0, 3.0, 3.0], "max", {"eval_every": 1, "patience": 2})
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_patience_ends_a_run_at_an_evaluation(untouched, scores, mode, options):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -393,7 +393,7 @@ def test_patience_ends_a_run_at_an_evaluation(untouched, scores, mode, options):
     4,
     [("evaluation", 4, True), ("sample", 4, False)],
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_killed_run_stops_early_at_the_same_step(untouched, scores, options, save_every, falls):
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "whole", Path(folder) / "fallen"

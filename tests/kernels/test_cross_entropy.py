@@ -60,7 +60,8 @@ def check(logits: Tensor, targets: Tensor, vocab: int, grad: Tensor | None = Non
 SHAPES = [
     (1, 384, 331),
     (5, 48, 48),
-    (131, 64, 37),
+    (31, 64, 37),
+    (2, 2500, 2100),  # a whole block of columns, then masked ones, the last of only padding
     (3, 50304, 50257),
     (2, 50257, 50257),
     (2, 8193, 8192),
@@ -163,6 +164,22 @@ def test_target_outside_the_vocabulary_is_not_a_number(target):
     logits, targets = inputs(3, 384, 331)
     targets[1] = target
     assert cross_entropy(logits, targets, 331).isnan().tolist() == [False, True, False]
+    own = logits.detach().clone()
+    assert cross_entropy_in_place(own, targets, 331).isnan().tolist() == [False, True, False]
+    _, gradient64 = exact(logits[::2], targets[::2], 331, torch.ones(2, device=DEVICE))
+    # nothing is written beside the row
+    assert (own[::2] - gradient64).abs().max() <= FP32 and not own[:, 331:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_target_beside_the_end_of_the_whole_blocks(dtype):
+    logits, _ = inputs(5, 2500, 2100, dtype)
+    targets = torch.tensor([0, 2047, 2048, 2099, IGNORE], device=DEVICE)
+    check(logits, targets, 2100)
+    _, gradient64 = exact(logits, targets, 2100, torch.ones(5, device=DEVICE))
+    own = logits.detach().clone()
+    cross_entropy_in_place(own, targets, 2100)
+    assert (own - gradient64).abs().max() <= ROUNDED[dtype] * gradient64.abs().max()
 
 
 def test_incoming_gradient():

@@ -16,7 +16,7 @@ from launch import small, write_inputs
 TRITON = ",".join(kernels.TRITON)
 # The kernels that auto may choose without documents, uncompiled and compiled.
 NO_ATTENTION = [name for name in kernels.TRITON if name != "attention"]
-COMPILED = [name for name in NO_ATTENTION if name not in ("layer_norm", "bias_gelu")]
+COMPILED = [name for name in NO_ATTENTION if name != "layer_norm"]
 
 
 def choose(asked: str, device_type: str, **options: Any) -> tuple[str, str | None]:
@@ -83,7 +83,7 @@ def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
 
 
 def test_without_turns_a_kernel_off():
-    assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy", None)
+    assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy,bias_gelu", None)
     assert (
         "attention"
         not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
