@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.log import finite_values, kept_lines, read_log
-from launch import log_of, receive, small, start, write_inputs
+from launch import launch, log_of, receive, small, write_inputs
 from support import REPO, own_lines, python_path
 
 PROGRAM = """
@@ -102,21 +103,37 @@ def test_a_nonblocking_pipe_gets_every_line(tmp_path: Path) -> None:
     assert len((tmp_path / "out").read_bytes().splitlines()) == 3000
 
 
+def leave_without_reader() -> None:
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="latin-1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, sys.stdout.fileno())
+
+
 def test_training_finishes_without_a_reader(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    words = " ".join(small("--steps", "6", "--sample-every", "2", "--prompts", "한글"))
-    command = f"{sys.executable} {REPO}/train_gpt2.py {words} | head -3; exit ${{PIPESTATUS[0]}}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=120, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 3
-    assert "warning: standard output cannot be written (Broken pipe)" in done.stderr
+    words = small("--steps", "6", "--sample-every", "2", "--prompts", "한글")
+    (end,) = launch(tmp_path, words, leave_without_reader)
+    assert end.code == 0, end.err
+    assert "warning: standard output cannot be written (Broken pipe)" in end.err
     assert len(log_of(tmp_path / "run", "train")) == 6
     assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 6
     (warning,) = [w for w in log_of(tmp_path / "run", "warning") if "standard output" in w["text"]]
     assert "Broken pipe" in warning["text"]
+
+
+def fill_the_disk() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_word_baseline_finishes_on_a_full_disk(tmp_path: Path) -> None:
+    words = ["--model", "naive-bayes", "--out", "run"]
+    (end,) = launch(tmp_path, words, fill_the_disk, program="finetune.sentiment")
+    assert end.code == 0, end.err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] is None
 
 
 def hang_up() -> None:
@@ -126,8 +143,7 @@ def hang_up() -> None:
 
 def test_a_run_is_saved_when_its_terminal_closes(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    (launched,) = start(tmp_path, small("--save-every", "100"), hang_up)
-    end = launched.end()
+    (end,) = launch(tmp_path, small("--save-every", "100"), hang_up)
     assert end.code == 128 + signal.SIGHUP
     assert "its checkpoint is saved" in end.out
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -223,19 +239,3 @@ def test_own_lines_leave_out_the_warnings_of_libraries() -> None:
     )
     assert own_lines(ours) == ours
     assert own_lines(f"error: a\n{foreign}error: b\n") == "error: a\nerror: b\n"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_word_baseline_finishes_without_a_reader(tmp_path: Path) -> None:
-    words = "-m finetune.sentiment --model naive-bayes --out run"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(REPO)}
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {words} > /dev/full"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == 1
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] is None

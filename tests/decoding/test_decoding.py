@@ -141,7 +141,6 @@ def test_a_row_of_a_batch_is_the_row_alone(model: GPT, options: DecodeConfig) ->
     for count, lines in ((20, [0, 0, 0]), (BLOCK + 10, [4, 0, 2])):  # the second slides
         options = dataclasses.replace(options, max_new_tokens=count)
         batch = generate(model, PROMPTS, options, 3, tokenizer=LETTERS, stop_lines=lines)
-        assert batch == generate(model, PROMPTS, options, 3, tokenizer=LETTERS, stop_lines=lines)
         assert max(map(len, batch)) > count // 3
         for i, prompt in enumerate(PROMPTS):
             alone = generate(
@@ -335,12 +334,8 @@ SLIDING = {
 def test_sliding_past_the_context(
     model: GPT, reference, options: DecodeConfig, context: int
 ) -> None:
-    prompts = [
-        *PROMPTS,
-        list(range(BLOCK - 1)),
-        list(range(BLOCK)),
-        list(range(100, 100 + BLOCK + 30)),
-    ]
+    lengths = range(BLOCK - 1), range(BLOCK), range(100, 100 + BLOCK + 30)
+    prompts = [PROMPTS[0], *map(list, lengths)]
     ours = generate(model, prompts, dataclasses.replace(options, max_new_tokens=BLOCK), eot=None)
     for prompt, continuation in zip(prompts, ours, strict=True):
         assert continuation == greedy_without_cache(reference, prompt, BLOCK, context)
@@ -589,7 +584,7 @@ CONTRASTIVE = {
 
 @pytest.mark.parametrize("options", CONTRASTIVE.values(), ids=CONTRASTIVE)
 def test_contrastive_search_is_its_definition(model: GPT, reference, options: dict) -> None:
-    config = DecodeConfig(decode="contrastive", max_new_tokens=24, **options)
+    config = DecodeConfig(decode="contrastive", max_new_tokens=16, **options)
     greedy = generate(model, PROMPTS, dataclasses.replace(config, decode="greedy"), eot=None)
     ours = generate(model, PROMPTS, config, eot=None)
     assert ours != greedy
