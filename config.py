@@ -269,6 +269,9 @@ class RunConfig:
     log_every: CountOrNone | None = None
     """Steps between printed step lines. Default: 1 at a terminal, elsewhere a hundredth of the run.
     log.jsonl has every step."""
+    digest_every: CountOrNone = 100
+    """Steps between digests of the parameters in log.jsonl, besides those at evaluations and
+    checkpoints. tools.verify compares them."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
     keep: Count = 3

@@ -54,6 +54,7 @@ SECTIONS = (
     ("Preparing data", "`fineweb_prep.py`", "fineweb_prep.PrepConfig"),
     ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
     ("Export", "`tools.export`", "tools.export.ExportConfig"),
+    ("Verifying a run", "`tools.verify`", "tools.verify.VerifyConfig"),
     ("Ensembles", "`tools.ensemble`", "tools.ensemble.EnsembleConfig"),
     ("Hard pairs", "`tools.mine`", "tools.mine.MineConfig"),
     ("Back-translation", "`tools.backtranslate`", "tools.backtranslate.BacktranslateConfig"),

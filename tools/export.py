@@ -366,7 +366,7 @@ def push(cfg: ExportConfig, folder: Path, file: Path | None) -> str:
         done = api.create_commit(url.repo_id, adds, commit_message="Upload a GPT-2")
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"--push {cfg.push}: {reason(error)}; check the id, the network and hf auth login"
+            f"--push {cfg.push}: {reason(error, whole=True)}; check the id, the network and hf auth login"
         ) from None
     return done.commit_url
 
