@@ -22,6 +22,7 @@ from engine.resume import PreviousStart, changes, previous_start
 from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
+from text.corpus import files_sha256
 
 
 @dataclass
@@ -70,6 +71,7 @@ def open_folder(
         "device": world.device.type,
         "launcher": processes.launcher(),
         "asked": asked,
+        "data_sha256": files_sha256(cfg.data),  # for evaluate.py, which reads the files again
     }
     held.enter_context(claim_folder(folder))
     previous = previous_start(cfg)
