@@ -326,6 +326,9 @@ class TrainConfig(RunConfig):
     """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
+    decontaminate: Wheres | None = None
+    """Data of an evaluation, in any form of --data but shards. Documents of --data that share 13
+    words in a row with it are left out and counted."""
     cache: Where = "data/cache"
     """Folder that keeps tokenized text."""
     document_mask: bool = False

@@ -23,6 +23,7 @@ from engine.resume import PreviousStart, changes, previous_start
 from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
+from text.corpus import files_sha256
 
 
 @dataclass
@@ -85,6 +86,7 @@ def open_folder(
         **environment(world.device),
         "launcher": processes.launcher(),
         "asked": asked,
+        "data_sha256": files_sha256(cfg.data),  # for evaluate.py, which reads the files again
     }
     held.enter_context(claim_folder(folder))
     previous = previous_start(cfg)
