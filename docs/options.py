@@ -53,6 +53,7 @@ SECTIONS = (
     ("Evaluation", "`evaluate.py`", "evaluate.EvaluateConfig"),
     ("Preparing data", "`fineweb_prep.py`", "fineweb_prep.PrepConfig"),
     ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
+    ("Sweeps", "`tools.sweep`", "tools.sweep.SweepConfig"),
     ("Ensembles", "`tools.ensemble`", "tools.ensemble.EnsembleConfig"),
     ("Hard pairs", "`tools.mine`", "tools.mine.MineConfig"),
     ("Back-translation", "`tools.backtranslate`", "tools.backtranslate.BacktranslateConfig"),
