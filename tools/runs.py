@@ -55,7 +55,8 @@ class RunFolder:
     @property
     def planned_steps(self) -> int | None:
         """The steps that the run was to take, or None if that is unknown."""
-        return self.options.get("steps")
+        steps = self.options.get("steps")
+        return steps if isinstance(steps, int) else None
 
     def configuration(self) -> dict[str, Any]:
         """What determines the run's results, but for its seed and the machine."""
@@ -134,10 +135,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _is_finished(results: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     """Whether these metrics are of the run's end. A run that has been extended since goes on."""
-    match record.get("lengths"):
-        case [*_, {"steps": int(planned)}]:
-            return results.get("planned_steps", planned if results else None) == planned
-    return bool(results)
+    lengths = record.get("lengths")
+    planned = [length.get("steps") for length in lengths] if isinstance(lengths, list) else []
+    if not results or not planned:
+        return bool(results)
+    return results.get("planned_steps", planned[0]) == planned[-1]  # older versions wrote none
 
 
 def _metrics_of_log(

@@ -36,7 +36,7 @@ from base.files import read_json, writing_to
 from base.signals import note_signal
 from config import Few, Positional, Positive, RunConfig, UserError, Where
 from engine.log import finite_values, read_log
-from tools.compare import compare_runs
+from tools.comparison import compare_runs
 from tools.runs import read_run, run_names
 
 # Options that a sweep sets itself or that would let its runs do something else.
@@ -244,6 +244,7 @@ def _load(script: str) -> Any:
         raise UserError(f"{script} is no Python script; name train_gpt2.py or -m finetune.TASK")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass looks up its types there
+    sys.path.append(str(Path(script).resolve().parent))  # as Python does for a script that it runs
     spec.loader.exec_module(module)
     return module
 
