@@ -55,6 +55,7 @@ SECTIONS = (
     ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
     ("Export", "`tools.export`", "tools.export.ExportConfig"),
     ("Verifying a run", "`tools.verify`", "tools.verify.VerifyConfig"),
+    ("Sweeps", "`tools.sweep`", "tools.sweep.SweepConfig"),
     ("Ensembles", "`tools.ensemble`", "tools.ensemble.EnsembleConfig"),
     ("Hard pairs", "`tools.mine`", "tools.mine.MineConfig"),
     ("Back-translation", "`tools.backtranslate`", "tools.backtranslate.BacktranslateConfig"),
