@@ -567,12 +567,13 @@ def files_of(spec: str) -> list[Path] | None:
 
 
 def files_sha256(spec: str) -> str | None:
-    """A hash of the content of the text files that `spec` names. None if it names none."""
+    """A hash of the content of the text files that `spec` names. None if it names none, or more
+    than 1 GiB, which would take seconds at each start."""
     try:
         files = files_of(spec)
     except UserError:
         return None
-    if files is None:
+    if files is None or sum(file.stat().st_size for file in files) > 1 << 30:
         return None
     content = "".join(map(sha256, files))
     return hashlib.sha256(content.encode()).hexdigest()

@@ -84,18 +84,25 @@ def test_a_model_is_downloaded_once(hub, world, repo, tmp_path):
     assert len(hub.requests) == asked
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
-def test_a_refused_download_is_one_line(hub, repo, tmp_path, status):
-    hub.fault = lambda method, path: status
-    code, out, err = write(repo, tmp_path, hub.environment(tmp_path / "home"))
-    (line,) = err.splitlines()
-    assert (code, out) == (2, "") and line.startswith("error: ") and FULL in line
-
-
-def test_a_model_that_is_not_there_is_one_line(hub, repo, tmp_path):
-    code, _, err = write(repo, tmp_path, hub.environment(tmp_path / "home"), "org/typo")
-    (line,) = err.splitlines()
-    assert code == 2 and "org/typo" in line and "check the name" in line
+def test_a_refused_download_is_one_line(hub, repo, tmp_path):
+    """One program asks for a model that is not there, and for models whose download is refused."""
+    hub.fault = lambda method, path: next(
+        (status for status in (401, 403, 404, 429, 500) if f"/refused-{status}" in path), None
+    )
+    names = ["org/typo", *(f"org/refused-{status}" for status in (401, 403, 404, 429, 500))]
+    (tmp_path / "ask.py").write_text(
+        "from base.cli import entry_point\nfrom storage.checkpoint import locate\n"
+        f"for name in {names}:\n"
+        "    try:\n        entry_point(lambda: locate(name))\n"
+        "    except SystemExit as end:\n        print(end.code)\n"
+    )
+    asked = start(repo, tmp_path, hub.environment(tmp_path), str(tmp_path / "ask.py"))
+    out, err = asked.communicate(timeout=200)
+    assert out.split() == ["2"] * 6
+    lines = err.splitlines()
+    assert len(lines) == 6
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith("error: ") and name in line and "check the name" in line
 
 
 def test_streamed_data_resumes_after_a_kill(hub, world, repo, tmp_path):
