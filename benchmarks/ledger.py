@@ -353,7 +353,8 @@ def ms(seconds: float | None) -> str:
 
 def bars_of(case: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """The bars of a case: a label, and the seconds of each group."""
-    label = f"{case['device'].replace('NVIDIA ', '')}\n{case['preset']} {case['precision']}"
+    vocab = case["shape"][2]
+    label = f"{case['device'].replace('NVIDIA ', '')}\n{case['preset']} {case['precision']}, V {vocab:,}"
     groups = {op["name"]: op["group"] for op in case["operations"]}
 
     def sums(seconds: Mapping[str, float]) -> dict[str, float]:
