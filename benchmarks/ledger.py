@@ -30,7 +30,7 @@ from benchmarks.contenders import ours
 from benchmarks.harness import cells, spread, title
 from benchmarks.machine import facts, in_own_process
 from benchmarks.peers import prepare
-from benchmarks.runs import now, say, write_report
+from benchmarks.runs import now, read_json, say, write_report
 from benchmarks.steps import Case, Shape
 from benchmarks.table import markdown
 from config import (
@@ -353,7 +353,8 @@ def ms(seconds: float | None) -> str:
 
 def bars_of(case: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """The bars of a case: a label, and the seconds of each group."""
-    label = f"{case['device'].replace('NVIDIA ', '')}\n{case['preset']} {case['precision']}"
+    vocab = case["shape"][2]
+    label = f"{case['device'].replace('NVIDIA ', '')}\n{case['preset']} {case['precision']}, V {vocab:,}"
     groups = {op["name"]: op["group"] for op in case["operations"]}
 
     def sums(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -437,6 +438,18 @@ def sheet_case(preset: str, precision: str, options: Options) -> dict[str, Any]:
     return {"preset": preset} | counted(config, options, precision, ceilings)
 
 
+def key_of(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What a later run of the same case replaces."""
+    return case["preset"], case["precision"], *case["shape"]
+
+
+def earlier_cases(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cases of the file that is there, if it is from this machine with these versions."""
+    before = read_json(path) or {}
+    same = all(before.get(name) == known.get(name) for name in ("hardware", "versions"))
+    return list(before.get("cases", [])) if same else []
+
+
 def main() -> None:
     """Make the ledgers, write the result files and the picture, and print the tables."""
     options, presets, precisions = settled(parse(Options, sys.argv[1:]))
@@ -444,19 +457,19 @@ def main() -> None:
     known = {} if options.device_name else in_own_process(facts, options.device)
     name = options.device_name.lower().replace(" ", "-") or known["device"]
     path = Path(options.out) / f"ledger-{name}.json"
-    cases: list[dict[str, Any]] = []
+    cases = earlier_cases(path, known)
     record = known | {"date": now(), "options": dataclasses.asdict(options), "cases": cases}
     for preset in presets:
         for precision in precisions:
-            if options.device_name:
-                cases.append(sheet_case(preset, precision, options))
-                continue
             say(f"{preset} {precision} ...")
-            with tempfile.TemporaryDirectory() as folder:
-                arguments = preset, precision, options, known["device"], folder
-                cases.append(in_own_process(measure, *arguments))
+            if options.device_name:
+                case = sheet_case(preset, precision, options)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    arguments = preset, precision, options, known["device"], folder
+                    case = in_own_process(measure, *arguments)
+            cases[:] = [old for old in cases if key_of(old) != key_of(case)] + [case]
             write_report(path, record, report(record))
-    write_report(path, record, report(record))
     draw(cases, path.with_suffix(".png"))
     print(report(record))
 

@@ -31,7 +31,7 @@ ROUNDS = 3
 ELEMENTS = 8 << 20  # of parameters that the optimizer, clipping and casts are timed on
 DRAWN = 1 << 16  # random numbers that are repeated: drawing them takes longer than a product
 SLOW = 1e9  # FLOP/s of products that nothing speeds up
-LEAST_SECONDS = 0.01  # a call that is shorter gets more rows
+LEAST_SECONDS = 0.015  # a call that is shorter gets more rows
 FEW, SOME = 8, 1024  # rows that products, and all other operations, begin with
 
 Call = Callable[[], object]
@@ -103,13 +103,14 @@ def calibrate(
 def _grown(
     probe: Probe, target: float, device: torch.device, clock: Callable[[], float]
 ) -> tuple[Call, int]:
-    """A call with so many units that it takes about `target` seconds, and its units. It has run, so
-    its memory is there."""
+    """A call with so many units that it takes about `target` seconds, and its units. It has
+    run."""
     work = probe.operation.flops / probe.operation.units
     units = max(probe.least, int(target * SLOW / work)) if work else probe.least
     while True:
         units = min(units, probe.most)
         call = probe.build(units)
+        call()  # the first call allocates, and packs weights
         took = _seconds(call, device, clock)
         if took >= target / 2 or units == probe.most:
             return call, units

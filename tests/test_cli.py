@@ -558,7 +558,7 @@ def test_dry_run_starts_nothing_and_predicts_the_memory(inputs, run, repo):
     assert sorted(inputs.rglob("*")) == before
     rows = dict(re.findall(r"^  (\w.*?)  +(.+)$", said.stdout, re.M))
     assert rows["tokens"] == "256 in 2 steps"
-    assert rows["time"].startswith("unknown")
+    assert re.search(r"at [\d,]+ tokens/s \(estimated from operations timed on", rows["time"])
     assert re.match(r"\S+ FLOP \(\S+ MFLOP a token\)", rows["compute"])
     value, unit = rows["memory, peak of a rank"].split()
     promised = float(value) * {"MiB": 1 << 20, "GiB": 1 << 30}[unit]
@@ -568,6 +568,11 @@ def test_dry_run_starts_nothing_and_predicts_the_memory(inputs, run, repo):
     assert promised == pytest.approx(measured, rel=0.15)
     (ended,) = launch(inputs, [*words, "--dry-run"])
     assert "tokens/s (measured in dry)" in ended.out
+
+
+def test_dry_run_estimates_no_speed_that_it_does_not_count(inputs):
+    said = train(inputs, "--dry-run", "--out", "never", "--optimizer", "muon")
+    assert re.search(r"time +unknown: no run in --out .* none is estimated with --opt", said)
 
 
 def no_memory() -> None:
