@@ -132,6 +132,7 @@ def test_the_log_has_the_fields_of_the_contract(finished):
         "memory_bytes",
     ]
     assert all(field in line for line in train_lines for field in fields)
+    assert not any("nll" in line for line in train_lines)  # a single term is the loss itself
     assert [line["tokens"] for line in train_lines] == [128 * i for i in range(1, 13)]
     assert all(line["mfu"] is None for line in train_lines)  # the peak of this CPU is not known
     assert all(

@@ -611,6 +611,16 @@ def test_a_second_start_reads_the_cache(
     assert len(said) == 2
 
 
+def test_shards_that_differ_at_their_end_are_other_data(
+    tmp_path: Path, open_here: Callable[..., data.Data]
+) -> None:
+    hashes = set()
+    for last in (1, 2):
+        np.save(tmp_path / "train.npy", np.array([*[0] * 99_999, last], np.uint16))
+        hashes.add(open_here(tmp_path / "train.npy").train.sha256)
+    assert len(hashes) == 2
+
+
 def test_all_that_changes_the_tokens_tokenizes_again(
     tmp_path: Path, other_bpe: str, open_here: Callable[..., data.Data]
 ) -> None:
