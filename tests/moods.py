@@ -141,7 +141,7 @@ def model_of(task: Mood) -> GPT:
 
 
 quick = settings(
-    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 READS: dict[str, dict[str, Any]] = {name: dict(pooling=name) for name in get_args(Pooling)}
