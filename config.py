@@ -269,6 +269,9 @@ class RunConfig:
     log_every: CountOrNone | None = None
     """Steps between printed step lines. Default: 1 at a terminal, elsewhere a hundredth of the run.
     log.jsonl has every step."""
+    digest_every: CountOrNone = 100
+    """Steps between digests of the parameters in log.jsonl, besides those at evaluations and
+    checkpoints. tools.verify compares them."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training."""
     keep: Count = 3
@@ -323,6 +326,9 @@ class TrainConfig(RunConfig):
     """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
+    decontaminate: Wheres | None = None
+    """Data of an evaluation, in any form of --data but shards. Documents of --data that share 13
+    words in a row with it are left out and counted."""
     cache: Where = "data/cache"
     """Folder that keeps tokenized text."""
     document_mask: bool = False

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from dataset import TokenDataset
     from model import GPT
+    from text.overlap import Overlap
     from text.tokenizer import Tokenizer
 
 HUB = {
@@ -35,8 +36,9 @@ HUB = {
 NO_LABEL = ("", "-1")  # labels of HellaSwag's test rows
 LOGIT_ROWS = 512  # positions whose logits are held at once: 100 MB in fp32 for GPT-2
 
-Figures = dict[str, float]  # metrics by name
+Figures = dict[str, Any]  # metrics by name, and `clean`, the counts of clean and shared rows
 Parsed = TypeVar("Parsed")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class EvaluateConfig:
     lambada: Where | None = None
     """JSONL file for LAMBADA's last-word accuracy and perplexity, or hub for the hub's test
     rows."""
+    train_data: Wheres | None = None
+    """Training data of the model, in any form of --data but shards. Each score is shown again for
+    the rows that share no 13 words in a row with it. Default: the run's own --data, if its files
+    are unchanged."""
     limit: Count | None = None
     """Number of first rows of --hellaswag and --lambada to score. Default: all."""
     seq_len: Count | None = None
@@ -79,38 +85,65 @@ class EvaluateConfig:
 
 
 def evaluate_data(
-    model: GPT, dataset: TokenDataset, n_bytes: int | None, seq_len: int, batch_size: int
+    model: GPT,
+    dataset: TokenDataset,
+    n_bytes: int | None,
+    seq_len: int,
+    batch_size: int,
+    eot: int | None = None,
+    overlap: Overlap | None = None,
 ) -> Figures:
     """Loss (nats per token), perplexity and bits per byte. Every token but the first is predicted
     once.
 
     Windows of seq_len tokens do not overlap, so a prediction sees at most seq_len tokens. The last
-    window may be shorter. n_bytes: length of the text in bytes, None if unknown. Raises UserError
+    window may be shorter. overlap: that of the documents, each of which begins with `eot`. n_bytes: length of the text in bytes, None if unknown. Raises UserError
     for a corpus of fewer than two tokens.
     """
     import torch
 
-    from engine.pretraining import bits_per_byte, perplexity
+    from kernels.linear_cross_entropy import IGNORE
+    from text.overlap import with_clean
 
     tokens = dataset.n_tokens - 1
     if tokens < 1:
         raise UserError("--data holds a single token, so there is nothing to predict; give more")
-    began, nll = time.perf_counter(), 0.0
+    began, nll, shared_nll, shared_tokens, document = time.perf_counter(), 0.0, 0.0, 0, 0
     device = model.head_weight.device
+    shared = None if overlap is None else torch.from_numpy(overlap.shared)
     with torch.inference_mode(), progress("data", tokens) as advance:
         for windows in batches_of_windows(dataset, seq_len, batch_size):
             idx, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
             nll += float(model(idx, targets, reduction="sum"))
             advance(targets.numel())
-    per_byte = (
-        {} if n_bytes is None else {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes}
-    )
-    return {
-        "loss": nll / tokens,
-        "perplexity": perplexity(nll, tokens),
-        **per_byte,
-        "tokens": tokens,
-        "seconds": time.perf_counter() - began,
+            if shared is not None:
+                documents = document + torch.eq(
+                    windows[:, 1:], -1 if eot is None else eot
+                ).flatten().cumsum(0)
+                document = int(documents[-1])
+                is_shared = shared[documents].view_as(windows[:, 1:]).to(device)
+                if bool(is_shared.any()):
+                    masked = targets.where(is_shared, IGNORE)
+                    shared_nll += float(model(idx, masked, reduction="sum"))
+                    shared_tokens += int(is_shared.sum())
+    figures = _loss_figures(nll, tokens, n_bytes)
+    if overlap is not None:
+        others = [overlap.rows[i] for i in overlap.shared.nonzero()[0]]
+        left = None if n_bytes is None else n_bytes - sum(len(text.encode()) for text in others)
+        clean = _loss_figures(nll - shared_nll, tokens - shared_tokens, left)
+        figures = with_clean(figures, clean) | {"clean": overlap.counts}
+    return figures | {"seconds": time.perf_counter() - began}
+
+
+def _loss_figures(nll: float, tokens: int, n_bytes: int | None) -> Figures:
+    """The figures of a sum of nats. {} without tokens."""
+    from engine.pretraining import bits_per_byte, perplexity
+
+    if tokens < 1:
+        return {}
+    per_byte = {"bits_per_byte": bits_per_byte(nll, n_bytes), "bytes": n_bytes} if n_bytes else {}
+    return {"loss": nll / tokens, "perplexity": perplexity(nll, tokens), **per_byte} | {
+        "tokens": tokens
     }
 
 
@@ -269,7 +302,11 @@ def _without_markup(text: str) -> str:
 
 
 def evaluate_hellaswag(
-    model: GPT, tokenizer: Tokenizer, rows: Sequence[HellaSwagRow], batch_tokens: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    rows: Sequence[HellaSwagRow],
+    batch_tokens: int,
+    training: Training | None = None,
 ) -> Figures:
     """HellaSwag (Zellers et al. 2019): how often the right ending has the highest log-probability.
 
@@ -298,25 +335,58 @@ def evaluate_hellaswag(
         for row in known
     ]
     scores = score(model, list(places), batch_tokens, "hellaswag")
-    right = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_tokens"), 0)
-    for row, (plain, harness) in zip(known, spans_of_rows, strict=True):
-        nlls = [scores[n].nll for n in harness]
-        divisors = {
-            "acc": [1] * len(nlls),
-            "acc_norm": [len(end) for end in row.harness.endings],
-            "acc_bytes": [len(end.encode()) for end in row.harness.endings],
-        }
-        for name, each in divisors.items():
-            per_unit = [nll / n for nll, n in zip(nlls, each, strict=True)]
-            right[name] += row.label == _argmin(per_unit)
-        per_token = [scores[n].nll / scores[n].tokens for n in plain]
-        right["acc_tokens"] += row.label == _argmin(per_token)
+    hits = [
+        _hellaswag_hits(row, plain, harness, scores)
+        for row, (plain, harness) in zip(known, spans_of_rows, strict=True)
+    ]
+    texts = ["\n".join((row.plain.context, *row.plain.endings)) for row in known]
     return {
-        **{name: count / len(known) for name, count in right.items()},
+        **clean_scores(hits, _means, texts, training),
         "rows": len(known),
         "rows_without_label": len(rows) - len(known),
         "seconds": time.perf_counter() - began,
     }
+
+
+def _hellaswag_hits(
+    row: HellaSwagRow, plain: list[int], harness: list[int], scores: Sequence[Score]
+) -> dict[str, bool]:
+    """Whether each accuracy's choice is right. plain, harness: the places of the endings' scores."""
+    nlls = [scores[n].nll for n in harness]
+    divisors = {
+        "acc": [1] * len(nlls),
+        "acc_norm": [len(end) for end in row.harness.endings],
+        "acc_bytes": [len(end.encode()) for end in row.harness.endings],
+    }
+    per_unit = {
+        name: [nll / n for nll, n in zip(nlls, each, strict=True)]
+        for name, each in divisors.items()
+    }
+    per_unit["acc_tokens"] = [scores[n].nll / scores[n].tokens for n in plain]
+    return {name: row.label == _argmin(values) for name, values in per_unit.items()}
+
+
+def _means(hits: Sequence[Mapping[str, bool]]) -> Figures:
+    """The share of rows that are right."""
+    return {name: sum(row[name] for row in hits) / len(hits) for name in hits[0]}
+
+
+def clean_scores(
+    results: Sequence[Result],
+    figures: Callable[[Sequence[Result]], Figures],
+    texts: Sequence[str],
+    training: Training | None,
+) -> Figures:
+    """The figures of all rows' results, and beside each that of the rows whose texts share no
+    n-gram with the training data."""
+    from text.overlap import with_clean
+
+    if training is None:
+        return figures(results)
+    overlap = training.overlap(texts)
+    clean = [result for result, no in zip(results, overlap.shared, strict=True) if not no]
+    found = with_clean(figures(results), figures(clean) if clean else {})
+    return found | {"clean": overlap.counts}
 
 
 def _argmin(values: Sequence[float]) -> int:
@@ -339,26 +409,77 @@ def lambada_row(row: dict[str, Any]) -> LambadaRow:
 
 
 def evaluate_lambada(
-    model: GPT, tokenizer: Tokenizer, rows: Sequence[LambadaRow], batch_tokens: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    rows: Sequence[LambadaRow],
+    batch_tokens: int,
+    training: Training | None = None,
 ) -> Figures:
     """LAMBADA (Paperno et al. 2016): the last word counts as right if each of its tokens is the
     likeliest.
 
     "perplexity" is per word, as in GPT-2's paper: exp of the mean over rows of the word's nats.
     """
-    from engine.pretraining import perplexity
-
     began = time.perf_counter()
     spans = [make_span(tokenizer, *spaces_to_word(*row), model.config.block_size) for row in rows]
     scores = score(model, spans, batch_tokens, "lambada")
+    return {
+        **clean_scores(scores, _lambada_figures, ["".join(row) for row in rows], training),
+        "rows": len(scores),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _lambada_figures(scores: Sequence[Score]) -> Figures:
+    from engine.pretraining import perplexity
+
     nll = sum(s.nll for s in scores)
     return {
         "accuracy": sum(s.greedy for s in scores) / len(scores),
         "perplexity": perplexity(nll, len(scores)),
         "token_perplexity": perplexity(nll, sum(s.tokens for s in scores)),
-        "rows": len(scores),
-        "seconds": time.perf_counter() - began,
     }
+
+
+# ---- clean scores
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training data of a model."""
+
+    spec: str
+    column: str
+
+    def overlap(self, rows: Sequence[str]) -> Overlap:
+        """Which rows share an n-gram with the training data."""
+        from text.overlap import overlap, texts_of
+
+        return overlap(rows, texts_of(self.spec, self.column))
+
+
+def find_training(config: EvaluateConfig, where: Path) -> Training | str:
+    """The training data of --train-data or of the run that wrote the checkpoint `where`, or why it
+    is not known."""
+    from storage.checkpoint import RECORD
+    from text.corpus import files_of, files_sha256
+
+    if config.train_data:
+        files_of(config.train_data)
+        return Training(config.train_data, config.text_column)
+    for folder in (where, where.parent, where.parent.parent):
+        try:
+            known = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("data_sha256")
+            options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, AttributeError):
+            continue
+        data = options.get("data")
+        if not known:
+            return f"{folder} names no training files with their hash"
+        if files_sha256(data) != known:
+            return f"the training data {data} of {folder} is not there or has changed"
+        return Training(data, options.get("text_column") or "text")
+    return f"{where} does not belong to a run that names its training data"
 
 
 # ---- rows from a file or the hub
@@ -488,6 +609,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
             f"--seq-len {seq_len} is longer than the model's block_size {model.config.block_size}; "
             "use a shorter one"
         )
+    found = find_training(config, Path(where))
+    training = found if isinstance(found, Training) else None
+    if isinstance(found, str):
+        say(f"no clean scores: {found}; name it with --train-data FILE")
     figures: dict[str, Figures] = {}
     if config.data:
         dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
@@ -497,20 +622,50 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
                 f"{config.checkpoint} has only {model.config.vocab_size:,}; give shards that its "
                 "tokenizer made"
             )
-        figures["data"] = evaluate_data(model, dataset, dataset.n_bytes, seq_len, batch_size)
+        eot = tokenizer.eot if tokenizer else None
+        overlap = overlap_of_documents(config, dataset, training, eot)
+        figures["data"] = evaluate_data(
+            model, dataset, dataset.n_bytes, seq_len, batch_size, eot, overlap
+        )
     batch_tokens = batch_size * model.config.block_size
     if hellaswag and tokenizer:
-        figures["hellaswag"] = evaluate_hellaswag(model, tokenizer, hellaswag, batch_tokens)
+        figures["hellaswag"] = evaluate_hellaswag(
+            model, tokenizer, hellaswag, batch_tokens, training
+        )
     if lambada and tokenizer:
-        figures["lambada"] = evaluate_lambada(model, tokenizer, lambada, batch_tokens)
+        figures["lambada"] = evaluate_lambada(model, tokenizer, lambada, batch_tokens, training)
     return figures
+
+
+def overlap_of_documents(
+    config: EvaluateConfig, dataset: TokenDataset, training: Training | None, eot: int | None
+) -> Overlap | None:
+    """The overlap of the documents of --data. None, with a line that says why, if it is unknown."""
+    from text.corpus import open_text
+    from text.overlap import documents
+
+    if training is None or config.data is None:
+        return None
+    if not all(
+        shard.path.parent.parent == Path(config.cache).absolute() for shard in dataset.shards
+    ):
+        say(f"no clean score of --data {config.data}: token shards hold no text; give the text")
+        return None
+    source = open_text(config.data, config.text_column, lambda line: None)
+    texts = ["".join(pieces) for pieces in documents(source)]
+    return training.overlap([text for text in texts if text.strip()])
 
 
 def show(figures: dict[str, Figures]) -> None:
     """Print one line per figure."""
+    from text.overlap import summary
+
     for benchmark, values in figures.items():
         print(benchmark)
         for name, value in values.items():
+            if name == "clean":
+                print(f"  {name:<18}{summary(value)}")
+                continue
             print(f"  {name:<18}{f'{value:,}' if isinstance(value, int) else f'{value:,.4f}':>16}")
 
 
@@ -525,10 +680,11 @@ def main() -> None:
         )
     if config.json and config.json != "-":
         read = [where for where in (config.data, config.hellaswag, config.lambada) if where]
+        read += [config.train_data] if config.train_data else []
         writable_file("--json", config.json, read)
     figures = evaluate(config)
     finite = {
-        name: {k: v if math.isfinite(v) else None for k, v in values.items()}
+        name: {k: v if isinstance(v, dict) or math.isfinite(v) else None for k, v in values.items()}
         for name, values in figures.items()
     }
     about = {"config": dataclasses.asdict(config), "eval_precision": config.precision}

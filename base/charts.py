@@ -5,11 +5,15 @@ matplotlib is imported only in functions that draw, because most commands draw n
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without their yellow, which is
@@ -38,6 +42,25 @@ STYLE: dict[str, Any] = {
 PALETTE = 256  # colours in a PNG: with a palette the file has half as many bytes
 
 
+Series = list[tuple[float, float]]
+
+
+@contextlib.contextmanager
+def chart(
+    out: Path, width: float, height: float, look: Mapping[str, Any] | None = None, **layout: Any
+) -> Generator[Figure]:
+    """Yields a figure of `width` x `height` inches, and saves it as a PNG at the end."""
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which looks for a window system
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    style: Any = STYLE | dict(look or {})  # rc_context's type hint demands every key
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**layout))
+        yield figure
+        save(figure, out)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG with a palette."""
     from PIL import Image  # matplotlib depends on it
@@ -46,3 +69,42 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(whole, format="png")
     image = Image.open(whole).convert("RGB")
     image.quantize(PALETTE, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+
+
+def short_numbers(axis: Axis) -> None:
+    """Label an axis with short numbers such as 1.5M."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def short_number(value: float) -> str:
+    """The number as text: 1500000 as 1.5M. Empty if it is not finite."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}" if math.isfinite(value) else ""
+
+
+def smooth(series: Series) -> Series:
+    """The centred running median over a fortieth of the points, at least five."""
+    import numpy as np
+
+    if len(series) < 5:
+        return series
+    half = max(2, len(series) // 80)
+    y = np.pad([y for _, y in series], half, mode="reflect")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(y, 2 * half + 1), axis=1)
+    return [(x, float(m)) for (x, _), m in zip(series, medians, strict=True)]
+
+
+def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:
+    """The limits of the y axis. They ignore the first twentieth of each series and rare spikes."""
+    import numpy as np
+
+    settled = [y for series in all_series for _, y in series[len(series) // 20 :]]
+    if not settled:
+        return None
+    low, high = np.percentile(settled, [0.5, 99.5])
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return (0.0 if from_zero else low - margin), high + margin

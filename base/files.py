@@ -58,6 +58,15 @@ def write_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. None if the file is missing or incomplete, because its writer may
+    have been killed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace `path` in one step. A crash leaves the old file or the new one."""
     temporary = path.with_name(TEMPORARY + path.name)

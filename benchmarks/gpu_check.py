@@ -25,18 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.files import write_json
+from base.commands import GRACE, REPO, Failed, TimeUp, execute, side_by_side
+from base.files import read_json, write_json
 from benchmarks.harness import Results
-from benchmarks.runs import (
-    GRACE,
-    REPO,
-    Failed,
-    TimeUp,
-    execute,
-    make_folders,
-    read_json,
-    side_by_side,
-)
+from benchmarks.runs import make_folders
 from benchmarks.table import markdown
 from config import Positive, Where
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from base.files import write_json
-from benchmarks.runs import now, read_json, say, write_report
+from base.files import read_json, write_json
+from benchmarks.runs import now, say, write_report
 
 OURS = "this engine"
 # facts that must be equal to resume a file

@@ -14,8 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from base.commands import REPO
 from base.machine import total_bytes
-from benchmarks.runs import REPO
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
 # beginnings of the environment variables that can change figures

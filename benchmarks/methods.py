@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.cli import entry_point, parse
+from base.commands import REPO
 from base.console import outlive, time_text
 from benchmarks.machine import facts, in_own_process
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, compared, measured
 from benchmarks.methods_chart import draw
 from benchmarks.methods_report import rows_of, text_of
-from benchmarks.runs import REPO, at_least, make_folders, now, say, write_report
+from benchmarks.runs import at_least, make_folders, now, say, write_report
 from benchmarks.store import Figures, Store
 from config import (
     Count,

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from base.files import read_json
 from benchmarks.methods_report import epochs_text
-from benchmarks.runs import read_json, records
 from benchmarks.store import Cell, Figures, Store, place
+from engine.log import records
 from text.corpus import records_of
 
 NO_METRICS = ("kind", "time", "step", "seconds")  # other keys of an evaluation's record

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from base.charts import COLOURS, GREY
+from base.charts import COLOURS, GREY, chart, short_number, short_numbers
 from benchmarks.methods_report import label, number
-from benchmarks.plot import ROWS, chart, short_number, short_numbers, write
+from benchmarks.plot import ROWS, write
 from benchmarks.table import Row
 
 if TYPE_CHECKING:

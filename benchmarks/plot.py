@@ -8,25 +8,20 @@ ended. Thin lines are the logged steps. Thick lines are running medians over a f
 
 from __future__ import annotations
 
-import contextlib
-import math
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from base.charts import COLOURS, DARK, STYLE, save
+from base.charts import COLOURS, DARK, Series, chart, limits, short_numbers, smooth
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.runs import records
 from config import Positional, UserError, Where
-from engine.log import finite_values
+from engine.log import finite_values, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 # Style of a chart with one row for each thing that is compared.
 ROWS = {"font.size": 11.5, "axes.spines.left": False}
@@ -42,9 +37,6 @@ class Options:
     """The PNG to write."""
     x: Literal["tokens", "steps"] = "tokens"
     """The quantity on the x axis."""
-
-
-Series = list[tuple[float, float]]
 
 
 @dataclass
@@ -85,53 +77,6 @@ def names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names, or the paths as typed if two names are equal."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-
-
-def smooth(series: Series) -> Series:
-    """The centred running median over a fortieth of the points, at least five."""
-    import numpy as np
-
-    if len(series) < 5:
-        return series
-    half = max(2, len(series) // 80)
-    y = np.pad([y for _, y in series], half, mode="reflect")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(y, 2 * half + 1), axis=1)
-    return [(x, float(m)) for (x, _), m in zip(series, medians, strict=True)]
-
-
-def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:
-    """The limits of the y axis. They ignore the first twentieth of each series and rare spikes."""
-    import numpy as np
-
-    settled = [y for series in all_series for _, y in series[len(series) // 20 :]]
-    if not settled:
-        return None
-    low, high = np.percentile(settled, [0.5, 99.5])
-    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-    return (0.0 if from_zero else low - margin), high + margin
-
-
-@contextlib.contextmanager
-def chart(
-    out: Path, width: float, height: float, look: Mapping[str, Any] | None = None, **layout: Any
-) -> Generator[Figure]:
-    """Yields a figure of `width` x `height` inches, and saves it as a PNG at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot, which looks for a window system
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    style: Any = STYLE | dict(look or {})  # rc_context's type hint demands every key
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(**layout))
-        yield figure
-        save(figure, out)
-
-
-def short_numbers(axis: Axis) -> None:
-    """Label an axis with short numbers such as 1.5M."""
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
 
 def write(
@@ -215,14 +160,6 @@ def finish(axes: Axes, x: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     short_numbers(axes.xaxis)
     short_numbers(axes.yaxis)
-
-
-def short_number(value: float) -> str:
-    """The number as text: 1500000 as 1.5M. Empty if it is not finite."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}" if math.isfinite(value) else ""
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.cli import entry_point, parse
+from base.commands import REPO, side_by_side
 from base.console import outlive, time_text
-from base.files import write_json
+from base.files import read_json, write_json
 from benchmarks.ladder import (
     LADDER,
     Machine,
@@ -39,17 +40,7 @@ from benchmarks.ladder import (
     scaling_points,
 )
 from benchmarks.machine import engine_hash, in_own_process
-from benchmarks.runs import (
-    REPO,
-    at_least,
-    make_folders,
-    now,
-    read_json,
-    records,
-    say,
-    side_by_side,
-    write_report,
-)
+from benchmarks.runs import at_least, make_folders, now, say, write_report
 from benchmarks.stages_report import (
     TOLERANCE,
     describe,
@@ -62,6 +53,7 @@ from benchmarks.stages_report import (
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from benchmarks.store import Cell, Figures, Store, place
 from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
+from engine.log import records
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # tokens in a step with accumulation on a GPU, like GPT-3's smallest model

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from base.charts import COLOURS, DARK, GREY
+from base.charts import COLOURS, DARK, GREY, chart, short_number, short_numbers
 from base.console import bytes_text
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
-from benchmarks.plot import ROWS, chart, short_number, short_numbers, write
+from benchmarks.plot import ROWS, write
 from benchmarks.table import Column, Row, table
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from base.files import write_json
-from benchmarks.runs import Failed, TimeUp, execute, read_json
+from base.commands import Failed, TimeUp, execute
+from base.files import read_json, write_json
 
 Figures = dict[str, Any]
 

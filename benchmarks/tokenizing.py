@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from base.cli import entry_point, parse
+from base.commands import last_error
 from base.console import outlive
 from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
 from benchmarks.machine import facts
-from benchmarks.runs import last_error
 from benchmarks.table import markdown
 from config import Count, Few, UserError, Where, Wheres
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.console import counted
 from base.files import sha256
 from config import UserError
 from dataset import TokenDataset
@@ -21,6 +22,7 @@ from storage.cache import Cache, changed_while_read, digest
 from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
 from text import corpus
+from text.overlap import Decontaminated, N, NgramIndex, texts_of
 from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
 
@@ -66,6 +68,8 @@ class Data:
     train: TokenDataset
     val: TokenDataset
     vocabulary: Vocabulary
+    excluded: str | None = None  # hash of the data of --decontaminate
+    left_out: str = ""  # how many documents that data left out, for the banner
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -80,6 +84,35 @@ class _Splits:
     train: TokenDataset | None
     val: TokenDataset | None
     vocabulary: Vocabulary
+    shared_documents: int = 0  # left out because of --decontaminate
+
+
+@dataclass(frozen=True)
+class _Excluded:
+    """The data of --decontaminate."""
+
+    spec: str
+    column: str
+    sha256: str  # of its content
+
+    @staticmethod
+    def find(spec: str, column: str, store: Cache) -> _Excluded:
+        """Find the files. Raises UserError if there are none."""
+        files = corpus.files_of(spec)
+        if files is None:
+            return _Excluded(spec, column, digest("hub", spec, column))
+        store.prepare()
+        content = store.measure_once("sha256", files, sha256)
+        kinds = list(map(corpus.suffix_of, files))
+        return _Excluded(spec, column, digest(content, kinds, column))
+
+    def leave_out(self, source: corpus.Source) -> corpus.Source:
+        """The documents of `source` that share no n-gram with this data. Raises UserError if it
+        holds no words."""
+        index = NgramIndex(list(texts_of(self.spec, self.column)))
+        if not index.n_grams:
+            raise UserError(f"--decontaminate {self.spec} holds no words; give other data")
+        return Decontaminated(source, index)
 
 
 def _needed(vocabulary: Vocabulary) -> Tokenizer:
@@ -99,6 +132,7 @@ def open_data(
     cache: Path,
     seq_len: int,
     say: Callable[[str], None] = print,
+    decontaminate: str | None = None,
 ) -> Data:
     """Open the training and validation tokens that `data` names: shards, text, `stdlib`, or a
     dataset on the hub.
@@ -106,11 +140,13 @@ def open_data(
     Without `val_data` a part of `data` is held out: the shards whose names contain the word val or
     validation, or every hundredth document of a text. If there is neither (fewer than 100
     documents), it is the last hundredth of the stream, at least one window and at most a tenth.
+    Documents of `data` that share an n-gram with the texts of `decontaminate` are left out first.
     Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
     requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
-    opened = _open(data, requested, text_column, store, val_data is None, say)
+    excluded = _Excluded.find(decontaminate, text_column, store) if decontaminate else None
+    opened = _open(data, requested, text_column, store, val_data is None, say, excluded=excluded)
     train, val, vocabulary = opened.train, opened.val, opened.vocabulary
     if train is None:
         raise UserError(
@@ -134,7 +170,11 @@ def open_data(
     ):
         if not dataset.n_windows(seq_len):
             raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
-    return Data(train, val, vocabulary)
+    if excluded is None:
+        return Data(train, val, vocabulary)
+    left_out = counted(opened.shared_documents, "document")
+    note = f"; {left_out} left out for sharing {N} words in a row with {decontaminate}"
+    return Data(train, val, vocabulary, excluded.sha256, note)
 
 
 def open_whole(
@@ -197,22 +237,28 @@ def _open(
     holdout: bool,
     say: Callable[[str], None],
     named: bool = True,
+    excluded: _Excluded | None = None,
 ) -> _Splits:
     """Open what `spec` names. `named`: whether the user chose the requested vocabulary."""
     path = Path(spec).expanduser()
     if files := _shard_files(path):
+        if excluded:
+            raise UserError(
+                f"--decontaminate reads documents, and {spec} is token shards; name the text that "
+                "they were made from with --data"
+            )
         return _open_shards(path, files, requested, store, named)
     if spec == "stdlib" and not path.exists():
         texts = corpus.stdlib_files()
         tokenizer = _needed(requested) if requested else stdlib_tokenizer(texts, store, say)
-        return _open_text(texts, spec, tokenizer, column, store, holdout, say)
+        return _open_text(texts, spec, tokenizer, column, store, holdout, say, excluded)
     hub = not os.path.exists(path) and corpus.is_hub_id(spec)
     # Find the files before a tokenizer is loaded: if they are missing, it is of no use.
     texts = [] if hub else corpus.find_files(spec)
     tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     if hub:
-        return _open_hub(spec, tokenizer, column, store, holdout, say)
-    return _open_text(texts, spec, tokenizer, column, store, holdout, say)
+        return _open_hub(spec, tokenizer, column, store, holdout, say, excluded)
+    return _open_text(texts, spec, tokenizer, column, store, holdout, say, excluded)
 
 
 def check_data(
@@ -300,18 +346,20 @@ def _open_text(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
+    excluded: _Excluded | None,
 ) -> _Splits:
     """Open text files. They are tokenized once for each content, column and tokenizer."""
     store.prepare()
     content = store.measure_once("sha256", files, sha256)
     # Older versions read tables by other rules, so what they cached must not be used.
     kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(corpus.suffix_of, files)]
-    key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT)[:32]
+    own = [excluded.sha256] if excluded else []
+    key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT, *own)[:32]
 
     def make(folder: Path) -> None:
-        tokenize_to_folder(
-            corpus.TextFiles(files, column, say), tokenizer, folder, label, holdout, say
-        )
+        source: corpus.Source = corpus.TextFiles(files, column, say)
+        source = excluded.leave_out(source) if excluded else source
+        tokenize_to_folder(source, tokenizer, folder, label, holdout, say)
         for path, before, now in zip(
             files, content, store.measure_once("sha256", files, sha256), strict=True
         ):
@@ -329,14 +377,19 @@ def _open_hub(
     store: Cache,
     holdout: bool,
     say: Callable[[str], None],
+    excluded: _Excluded | None,
 ) -> _Splits:
     """Open a hub dataset. It is streamed and tokenized once for each name, column and tokenizer. To
     fetch it again, remove its folder in the cache."""
 
     def make(folder: Path) -> None:
-        tokenize_to_folder(_hub_dataset(spec, column, say), tokenizer, folder, spec, holdout, say)
+        source: corpus.Source = _hub_dataset(spec, column, say)
+        source = excluded.leave_out(source) if excluded else source
+        tokenize_to_folder(source, tokenizer, folder, spec, holdout, say)
 
-    folder = store.get_or_make(_hub_key(spec, column, tokenizer, holdout), make, say)
+    key = _hub_key(spec, column, tokenizer, holdout)
+    key = digest(key, excluded.sha256)[:32] if excluded else key
+    folder = store.get_or_make(key, make, say)
     return _open_shards(folder, _shard_files(folder), Vocabulary.of(tokenizer), store)
 
 
@@ -392,7 +445,9 @@ def _open_shards(
         identity = digest([marks[i] for i in chosen])
         return TokenDataset([shards[i] for i in chosen], identity, manifest) if chosen else None
 
-    return _Splits(split(False), split(True), vocabulary)
+    return _Splits(
+        split(False), split(True), vocabulary, (manifest or {}).get("shared_documents", 0)
+    )
 
 
 def _assumed_vocabulary(n_ids: int) -> Vocabulary:

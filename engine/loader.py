@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from engine import processes
+from engine.digest import BATCH, batch_checksum
 from engine.processes import World
 from engine.task import Task
 
@@ -78,10 +79,12 @@ class Loader:
         live = [batch for batch in found if batch is not None]
         batches = [None if batch is None else batch.tensors for batch in found]
         spare = (live[0] if live else self.task.batch("train", groups[0])).tensors
+        checksum = batch_checksum(batches, self.world.rank)
         if self.stream:
             batches, spare = self._copied((batches, spare))
         weights = sum_by_name(batch.weights for batch in live)
         amounts = sum_by_name(batch.amounts for batch in live)
+        amounts[BATCH] = checksum
         return StepBatches(batches, weights, amounts, spare)
 
     def _copied(self, batches: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 from base import console
 from base.console import bytes_text, time_text
 from base.files import replace_text
+from config import UserError
 from engine.loggers import Logger
 
 
@@ -228,6 +229,19 @@ def read_log(text: str) -> list[tuple[str, dict[str, Any]]]:
         ):
             found.append((line, record))
     return found
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's log.jsonl. A last line cut off by a kill is skipped. Raises
+    UserError if there is no log."""
+    path = folder / "log.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no log.jsonl that can be read"
+        ) from None
+    return [record for _, record in read_log(text)]
 
 
 def _is_step(value: Any) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import Resolved
@@ -22,6 +23,7 @@ from engine.resume import PreviousStart, changes, previous_start
 from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
+from text.corpus import files_sha256
 
 
 @dataclass
@@ -46,6 +48,21 @@ def identity(task: Task, facts: Facts, cfg: Resolved) -> dict[str, Any]:
     return {"task": task.name} | own | facts.identity
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """The versions and the hardware that decide whether a step gives the same bits."""
+    driver = Path("/proc/driver/nvidia/version")
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hardware": processes.device_name(device),
+        "cuda": torch.version.cuda if cuda else None,
+        "driver": driver.read_text().partition("\n")[0] if cuda and driver.is_file() else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def open_folder(
     task: Task,
     facts: Facts,
@@ -62,14 +79,14 @@ def open_folder(
     """
     folder = Path(cfg.out)
     record = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "machine": platform.platform(),
         "command": sys.argv,
         "world_size": world.size,
         "device": world.device.type,
+        **environment(world.device),
         "launcher": processes.launcher(),
         "asked": asked,
+        "data_sha256": files_sha256(cfg.data),  # for evaluate.py, which reads the files again
     }
     held.enter_context(claim_folder(folder))
     previous = previous_start(cfg)

@@ -18,13 +18,14 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, counted, time_text
 from config import Resolved, RunConfig, RunOptions, UserError, resolve
 from engine import processes
+from engine.calibration import calibrate
 from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, finite_values, read_log
 from engine.memory import checkpoint_bytes, keeps_freed_memory, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
-from engine.roofline import peak_flops
+from engine.roofline import peak_flops, predict
 from engine.task import Facts, Task
 from kernels import choose, operation_names
 from kernels.attention import attention_backends
@@ -215,7 +216,9 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
     tokens, flops = cfg.steps * facts.tokens_per_step, facts.cost.flops_per_token
     disk = disk_of(task, facts, cfg, memory.weights)
     free = processes.available_memory(world.device, world.local_size)
-    speed, source = known_speed(cfg, flops, world)
+    speed, source = known_speed(cfg)
+    if speed is None and fits(micro_batch):
+        speed, source = estimated_speed(facts, cfg, world, micro_batch)
     log.say(
         "dry run: nothing is started or written "
         f"({describe_step(facts, micro_batch, world.size)})\n"
@@ -244,8 +247,9 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
         log.warn(shortage)
 
 
-def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float | None, str]:
-    """Tokens per second of such a run, or None if unknown, and where the figure comes from."""
+def known_speed(cfg: Resolved) -> tuple[float | None, str]:
+    """Tokens per second of the run in --out, or None without one, and where the figure comes
+    from."""
     try:
         text = (Path(cfg.out) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -255,10 +259,31 @@ def known_speed(cfg: Resolved, flops: int | None, world: World) -> tuple[float |
     )
     if speeds and (speed := statistics.median(speeds)) > 0:
         return speed, f"measured in {cfg.out}"
-    peak = device_peak(world, cfg.precision)
-    if peak and flops:
-        return 0.4 * peak * world.size / flops, "assuming 40% of the data sheet's peak"
     return None, "no run in --out to take the speed from"
+
+
+def estimated_speed(
+    facts: Facts, cfg: Resolved, world: World, micro_batch: int
+) -> tuple[float | None, str]:
+    """Tokens per second of a run that has not begun, estimated from its operations, and where the
+    figure comes from. None for what the ledger does not count."""
+    cost = facts.cost
+    uncounted = {
+        "of other tasks than pretraining": cost.added or cost.loss or facts.longest is not None,
+        "with --optimizer muon": cfg.optimizer != "adamw",
+        "with --dropout": cfg.dropout,
+    }
+    if reasons := [reason for reason, applies in uncounted.items() if applies]:
+        return None, f"no run in --out to take the speed from, and none is estimated {reasons[0]}"
+    rows = facts.rows_per_rank(world.size)
+    ceilings = calibrate(
+        cost.shape, micro_batch, cost.length, cfg.precision, world.device, 3.0, cfg.without
+    )
+    expected = predict(
+        cost.shape, rows, cost.length, cfg.precision, ceilings, world.size, rows // micro_batch
+    )
+    share = f"give or take {expected.share:.0%}" if expected.share else "each timed once"
+    return expected.tokens_per_second, f"estimated from {ceilings.source}, {share}"
 
 
 def device_peak(world: World, precision: str) -> float | None:

@@ -54,7 +54,14 @@ class LanguageModelling(Task):
             self.shape = model_config(cfg, size, cfg.seq_len)
         else:
             self.data = open_data(
-                cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache, cfg.seq_len, say
+                cfg.data,
+                cfg.val_data,
+                tokenizer,
+                cfg.text_column,
+                cache,
+                cfg.seq_len,
+                say,
+                cfg.decontaminate,
             )
             self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
@@ -103,6 +110,7 @@ class LanguageModelling(Task):
             "padded_vocabulary": config.padded_vocab_size,
             "data": self.data.train.sha256,
             "val_data": self.data.val.sha256,
+            "decontaminate": self.data.excluded,
             "tokenizer": self.data.vocabulary.sha256,
         }
 
@@ -126,7 +134,7 @@ class LanguageModelling(Task):
             + ("" if data.vocabulary.tokenizer else ", not on this machine"),
             "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} "
             "epochs), "
-            f"{data.val.n_tokens:,} held out",
+            f"{data.val.n_tokens:,} held out{data.left_out}",
         }
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
@@ -230,9 +238,9 @@ def rows_per_rank(cfg: ResolvedTrain, world_size: int) -> int:
     return rows
 
 
-def _check_data_exists(cfg: RunConfig) -> None:
+def _check_data_exists(cfg: TrainConfig) -> None:
     """Raise UserError for missing data, before a model or a tokenizer is downloaded."""
-    for spec in filter(None, (cfg.data, cfg.val_data)):
+    for spec in filter(None, (cfg.data, cfg.val_data, cfg.decontaminate)):
         check_files(spec)
 
 

@@ -28,6 +28,7 @@ from base.console import printable
 from config import Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine import processes
 from engine.compiling import compile_model
+from engine.digest import start_digests
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
 from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_memory, too_large
@@ -365,9 +366,13 @@ class Loop:
                     gc.freeze()  # collections now skip everything that has been built
                 self.progress.completed()
                 self.heap.after_step()
-                figures = result.copy_to_host()
                 unread = functools.partial(
-                    self._log_step, self.progress.step, result, figures, waited
+                    self._log_step,
+                    self.progress.step,
+                    result,
+                    result.copy_to_host(),
+                    start_digests(self.step, result, self._is_anything_due()),
+                    waited,
                 )
                 if self.world.device.type != "cuda" or self._is_anything_due():
                     unread()
@@ -387,7 +392,12 @@ class Loop:
         return self.signal
 
     def _log_step(
-        self, step: int, result: StepResult, figures: Callable[[], list[float]], waited: float
+        self,
+        step: int,
+        result: StepResult,
+        figures: Callable[[], list[float]],
+        digests: Callable[[], dict[str, str]],
+        waited: float,
     ) -> None:
         loss, grad_norm, ok, *terms = figures()
         seconds, rates = self.rates.step(result.amounts)
@@ -404,6 +414,7 @@ class Loop:
             "step_ms": 1e3 * seconds,
             "data_ms": 1e3 * waited,
             "memory_bytes": processes.memory_bytes(self.world.device),
+            **digests(),
         }
         if len(terms) > 1:
             record |= dict(zip(result.terms, terms, strict=True))

@@ -45,7 +45,7 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: bool) -> Tensor:
+def loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, grad: bool) -> Tensor:
     """The sum of -log p(target), fp32 (). With `grad`, the gradient overwrites the logits (rows,
     V')."""
     logits[:, vocab_size:] = -torch.inf
@@ -120,7 +120,7 @@ def _in_chunks(
         ):
             # Not +=: torch 2.11 compiles a Function that returns a tensor changed in place to
             # gradients of zero.
-            total = total + _loss_and_gradient(part, target, vocab_size, grad)
+            total = total + loss_and_gradient(part, target, vocab_size, grad)
         if dx is not None:
             dx[start : start + rows] = logits @ head
         if dweight is not None:

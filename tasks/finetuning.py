@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters.options import METHODS
+from base.files import write_json
 from config import RunConfig
 from engine.optim import Group
 from engine.task import Cost, Facts, Task
 from model import GPT
+from storage.checkpoint import RESULTS
 from tasks import methods
 from tasks.description import Description
 from tasks.order import InterleavedOrder, bucket_lengths, padding_share
 from tasks.source import Source
 from tasks.trunk import Trunk
+from text.overlap import Overlap
 from text.row import Row
 
 # Scores are computed in fp32. In bf16, near ties change with the batch that a row is in.
@@ -75,6 +79,7 @@ class Finetuning(Task):
     order: InterleavedOrder
     train: Any  # the family's subclass of Split
     val: Any
+    overlap: Overlap  # of the validation rows with the training rows
     # options of the family that must not change when a run is resumed
     choices: tuple[str, ...] = ()
 
@@ -116,6 +121,16 @@ class Finetuning(Task):
 
     def write_reports(self, run: str, say: Callable[[str], None]) -> None:
         """Write reports on the final model into the folder of a finished run. Rank 0 only."""
+        self.write_clean(run, self.overlap, {}, say)
+
+    def write_clean(
+        self, run: str, overlap: Overlap, figures: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        """Write `figures` and the counts of clean and shared validation rows into metrics.json."""
+        file = Path(run) / RESULTS
+        results = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, results | figures | {"clean": overlap.counts})
+        say(f"clean: {overlap.summary}")
 
     def open_predictor(self, cfg: Any, where: str, say: Callable[[str], None]) -> Predictor:
         """The model of checkpoint `where`, ready to answer the rows of --predict.
@@ -200,4 +215,5 @@ class Finetuning(Task):
             "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on "
             f"({train.lengths.sum():,} tokens, "
             f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",
+            "clean": self.overlap.summary,
         }

@@ -923,6 +923,9 @@ def test_too_short_data_names_a_seq_len_that_fits(
         assert open_here(path, seq_len=fits).val.n_windows(fits) >= 1
     with pytest.raises(UserError, match=r"a.txt is too short"):
         open_here(few, val_data=str(many), seq_len=50_000)
+    n_tokens = open_here(few, val_data=str(many), seq_len=8).train.n_tokens
+    with pytest.raises(UserError, match=r"^\S+a.txt is too short"):
+        open_here(many, val_data=str(few), seq_len=n_tokens)
 
 
 def shard_folder(tmp_path: Path) -> Path:

@@ -7,6 +7,7 @@ reader. Only ```sh blocks are commands. Other blocks show files or output.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -79,6 +80,9 @@ def check(words: list[str]) -> None:
             tokenizer._parser().parse_args(options)
         elif name == "benchmarks.wheels":
             assert options[0] in ("download", "install")
+        elif name == "tools.sweep":
+            with contextlib.chdir(REPO):
+                module.plan(module.read_command(options))
         elif name.startswith("finetune."):
             task: Description = module.TASK
             parse(task.config, options, dict(task.defaults))

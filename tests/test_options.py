@@ -40,6 +40,8 @@ TEXTS = {  # text options that do not name a file or folder
     "columns",
     "alike",
     "only",
+    "grid",
+    "entry",
     "shape",
     "batch",
     "decode",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import hashlib
 import io
 import itertools
 import multiprocessing
@@ -32,6 +33,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from base.errors import reason
+from base.files import sha256
 from config import UserError
 from storage.shards import token_dtype
 from text import encodings, readers
@@ -553,6 +555,29 @@ class HubDataset:
         rows.close(self.name)
 
 
+def files_of(spec: str) -> list[Path] | None:
+    """The text files that `spec` names, or that `stdlib` stands for. None for a dataset on the hub.
+
+    Raises UserError if there are no such files.
+    """
+    path = Path(spec).expanduser()
+    if spec == "stdlib" and not path.exists():
+        return stdlib_files()
+    return None if not path.exists() and is_hub_id(spec) else find_files(spec)
+
+
+def files_sha256(spec: str) -> str | None:
+    """A hash of the content of the text files that `spec` names. None if it names none."""
+    try:
+        files = files_of(spec)
+    except UserError:
+        return None
+    if files is None:
+        return None
+    content = "".join(map(sha256, files))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def open_text(
     spec: str, column: str = "text", say: Callable[[str], None] = print, config: str | None = None
 ) -> Source:
@@ -560,13 +585,11 @@ def open_text(
 
     Raises UserError if there is no such text.
     """
-    path = Path(spec).expanduser()
-    if spec == "stdlib" and not path.exists():
-        return TextFiles(stdlib_files(), column, say)
-    if not path.exists() and is_hub_id(spec):
+    files = files_of(spec)
+    if files is None:
         name, _, config = spec.partition(":")
         return HubDataset(name, config or None, column=column, say=say)
-    return TextFiles(find_files(spec), column, say)
+    return TextFiles(files, column, say)
 
 
 # ---- documents to tokens

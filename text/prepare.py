@@ -16,6 +16,7 @@ from config import UserError
 from storage.cache import Cache, digest, writing_tokens
 from storage.shards import FORMAT, ShardWriter, write_manifest
 from text import corpus
+from text.overlap import Decontaminated
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -68,6 +69,12 @@ def tokenize_to_folder(
                 empty + chunk.empty,
             )
             progress.update(chunk.position, tokens)
+    shared = source.left_out if isinstance(source, Decontaminated) else 0
+    if shared and not documents:
+        raise UserError(
+            f"every document of {label} shares words with --decontaminate; divide it into more "
+            "documents, or leave the option out"
+        )
     if not documents:
         raise UserError(
             f"{label} is empty: none of its documents has any text ({empty} empty ones); "
@@ -81,6 +88,7 @@ def tokenize_to_folder(
             tokenizer,
             sorted(records, key=lambda record: record["name"]),
             empty_documents=empty,
+            shared_documents=shared,
         )
     without = f" ({empty} empty ones left out)" if empty else ""
     say(f"tokenized {label}: {counted(documents, 'document')}{without}, {counted(tokens, 'token')}")

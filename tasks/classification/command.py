@@ -27,6 +27,7 @@ from tasks.classification.rows import read_labelled_rows
 from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.command import answers_path, run_task
 from tasks.source import Source
+from text.overlap import Overlap, overlap
 from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
@@ -117,14 +118,16 @@ def run_baseline(
         model = fit_text_model(kind, texts, numbers, len(labels), cfg.seed, rows.weights)
     seconds = time.perf_counter() - began
 
-    def answer(rows: list[Row], path: Path) -> dict[str, float]:
-        found = model.log_probs([task.texts(row) for row in rows])
-        return write_answers(path, rows, probabilities(found), task, labels, cfg.seed, print, about)
+    def answer(rows: list[Row], path: Path, shared: Overlap | None = None) -> dict[str, float]:
+        found = probabilities(model.log_probs([task.texts(row) for row in rows]))
+        return write_answers(path, rows, found, task, labels, cfg.seed, print, about, shared)
 
     for warning in source.warnings:
         print(f"warning: {warning}")
     with writing_to("--out", folder):
-        figures = answer(val, folder / "validation.jsonl")
+        shared = overlap(list(map(task.content, val)), map(task.content, train))
+        figures = answer(val, folder / "validation.jsonl", shared)
+        print(f"clean: {shared.summary}")
         write_json(folder / "config.json", dataclasses.asdict(cfg))
         costs = {
             "steps": 1,
@@ -135,6 +138,7 @@ def run_baseline(
             "parameters": model.n_parameters,
             "trained_parameters": model.n_parameters,
             "warnings": source.warnings,
+            "clean": shared.counts,
         }
         write_json(folder / RESULTS, figures | {"eval_precision": about["eval_precision"]} | costs)
         (folder / "log.jsonl").write_text(

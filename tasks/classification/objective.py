@@ -105,6 +105,8 @@ class Objective:
         found: dict[str, float] = {}
         for head, key in enumerate(self.scorer.head_names):
             rows = [records[i][1:] for i in sorted(records) if records[i][0] == head]
+            if not rows:
+                continue  # no row of this head is clean
             labels, log_p = (np.array(column) for column in zip(*rows, strict=True))
             figures = {"val_loss": float(-log_p[np.arange(len(labels)), labels].mean())}
             figures |= confusion.figures(labels, probabilities(log_p))

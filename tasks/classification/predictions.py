@@ -15,6 +15,7 @@ from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
+from text.overlap import Overlap, with_clean
 from text.row import Row
 
 VALIDATION = "validation"  # stem of the files about the validation rows
@@ -26,7 +27,7 @@ def probabilities(log_p: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
-def write_answers(
+def write_answers(  # noqa: PLR0913 (the last has a default)
     path: Path,
     rows: Sequence[Row],
     found: np.ndarray,
@@ -35,12 +36,13 @@ def write_answers(
     seed: int,
     say: Callable[[str], None],
     about: dict[str, Any],
+    overlap: Overlap | None = None,
 ) -> dict[str, float]:
     """Write the predictions of rows, and a report on the rows with known labels. Returns the
     report's metrics, or {} if no label is known.
 
     found: probabilities (n, K). about: entries for the report, such as the precision and the step
-    of the model.
+    of the model. overlap: the overlap of the rows with the training rows; None if it is unknown.
     """
     true = true_labels(rows, labels)
     write_predictions(path, rows, found, labels, task.csv_header)
@@ -51,8 +53,14 @@ def write_answers(
         )
     if not true:
         return {}
+    clean: dict[str, float] = {}
+    if overlap:
+        ids = [i for i in true if not overlap.shared[i]]
+        clean = confusion.figures([true[i] for i in ids], found[ids]) if ids else {}
+        about = about | {"clean": overlap.counts | clean}
     known, scored = list(true.values()), found[list(true)]
-    return write_report(path, known, scored, labels, task.name, seed, say, about)
+    figures = write_report(path, known, scored, labels, task.name, seed, say, about)
+    return with_clean(figures, clean)
 
 
 def write_predictions(

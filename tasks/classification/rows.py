@@ -19,6 +19,7 @@ from tasks.encoder import Encoder
 from tasks.finetuning import Split
 from tasks.source import Source
 from tasks.trunk import Trunk
+from text.overlap import Overlap, overlap
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # fraction of the training rows that may be validation rows too
@@ -75,12 +76,12 @@ def read_labelled_rows(source: Source) -> LabelledRows:
     for row in (*augmented, *val):
         label_index(row, labels)
     train = [*train, *augmented]
-    if overlap := source.count_overlap(train, val):
+    if both := source.count_overlap(train, val):
         text = (
-            f"{overlap} of {len(train)} training rows ({overlap / len(train):.1%}) are also "
+            f"{both} of {len(train)} training rows ({both / len(train):.1%}) are also "
             "validation rows"
         )
-        if overlap > ALLOWED_OVERLAP * len(train) and not cfg.allow_overlap:
+        if both > ALLOWED_OVERLAP * len(train) and not cfg.allow_overlap:
             raise UserError(f"{text}; remove them, or allow it with --allow-overlap")
         source.warnings.append(text)
     weights = row_weights(train, labels, cfg, len(augmented))
@@ -101,6 +102,14 @@ def row_weights(
             "all training rows have the weight 0; raise --class-weights or --augment-weight"
         )
     return weights
+
+
+def find_overlap(tasks: Sequence[LabelledRows]) -> Overlap:
+    """Which validation rows of the tasks share an n-gram with a training row of any task."""
+    return overlap(
+        [each.source.task.content(row) for each in tasks for row in each.val],
+        (each.source.task.content(row) for each in tasks for row in each.train),
+    )
 
 
 def encode_rows(rows: LabelledRows, trunk: Trunk) -> tuple[LabelledSplit, LabelledSplit]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from adapters import heads
 from adapters.heads import ClassifierInfo, Head
-from base.files import write_json
 from config import RunConfig, UserError
 from engine.log import json_safe
 from engine.task import Batch, Cost, Facts, Sums, Tensors
@@ -37,6 +36,7 @@ from tasks.classification.predictions import VALIDATION, write_answers
 from tasks.classification.rows import (
     LabelledSplit,
     encode_rows,
+    find_overlap,
     join,
     read_labelled_rows,
     row_encoder,
@@ -45,6 +45,7 @@ from tasks.encoder import pad_rows
 from tasks.finetuning import EVAL_PRECISION, Finetuning
 from tasks.source import Source
 from tasks.trunk import Trunk
+from text.overlap import with_clean
 from text.row import Row
 
 CLASSIFIER = ("AutoModelForSequenceClassification", "text-classification")
@@ -108,11 +109,10 @@ class Classification(Finetuning):
         self.info = self._info()
         splits = [encode_rows(rows, self.trunk) for rows in self.rows_of]
         self.train, self.val = (join(parts) for parts in zip(*splits, strict=True))
+        self.overlap = find_overlap(self.rows_of)
         self.set_order(self.train.heads, cfg.simcse_group if "simcse" in cfg.objective else 1)
-        weights = {
-            name: task.weight
-            for name, task in zip(self.head_names[1:], self.auxiliary, strict=True)
-        }
+        pairs = zip(self.head_names[1:], self.auxiliary, strict=True)
+        weights = {name: task.weight for name, task in pairs}
         scorer = scorer_of(self.info, self.head_names, self.trunk.tokenizer)
         self.objective = Objective(cfg, scorer, weights)
         self.terms = self.objective.terms
@@ -218,8 +218,9 @@ class Classification(Finetuning):
         return self.objective.evaluate(model, batch)
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        """Validation loss, accuracy, macro-F1 and calibration error, from all records."""
-        return self.objective.metrics(records)
+        """Loss, accuracy, macro-F1 and calibration error of all rows and of clean rows."""
+        clean = {i: record for i, record in records.items() if not self.overlap.shared[i]}
+        return with_clean(self.objective.metrics(records), self.objective.metrics(clean))
 
     # --- the model
 
@@ -293,11 +294,11 @@ class Classification(Finetuning):
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         about = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
         rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
-        labels, seed = classifier.labels, self.cfg.seed
-        figures = write_answers(path, rows, found, self.description, labels, seed, say, about)
-        write_json(
-            folder / RESULTS, results | json_safe(figures) | {"eval_precision": EVAL_PRECISION}
+        task, seed, shared = self.description, self.cfg.seed, self.overlap.part(own)
+        figures = write_answers(
+            path, rows, found, task, classifier.labels, seed, say, about, shared
         )
+        self.write_clean(run, shared, json_safe(figures) | {"eval_precision": EVAL_PRECISION}, say)
 
     def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]

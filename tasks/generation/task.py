@@ -23,6 +23,7 @@ from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from tasks import methods
+from tasks.description import SpecialToken
 from tasks.finetuning import Finetuning
 from tasks.generation.answers import Answerer, TextPredictor
 from tasks.generation.description import Answer, GenerationDescription
@@ -32,6 +33,7 @@ from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
+from text.overlap import overlap, with_clean
 from text.row import Row
 
 
@@ -46,6 +48,7 @@ class Generation(Finetuning):
     encoder: SequenceEncoder
     answerer: Answerer
     shown: list[int]  # ids of the validation sequences whose answers are printed as samples
+    shared: np.ndarray  # whether the row of each validation sequence is shared with training rows
     decoded: list[int]  # ids of the validation sequences whose answers an evaluation decodes
 
     def __init__(self, description: GenerationDescription):
@@ -67,14 +70,16 @@ class Generation(Finetuning):
         self.train = self._sequences(train, "training")
         self.train_rows = self.train.rows
         self.val = self._sequences(val, "validation")
-        if overlap := source.count_overlap(train, val):
-            source.warnings.append(
-                f"{overlap} of {len(train)} training rows are also validation rows"
-            )
+        if both := source.count_overlap(train, val):
+            source.warnings.append(f"{both} of {len(train)} training rows are also validation rows")
         # Only the first sequence of a row begins with the end-of-text token.
         eot = trunk.tokenizer.eot
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
+        texts = [self._read_text(self.val.rows[i]) for i in begins]
+        self.overlap = overlap(texts, map(self._read_text, train))
+        row_of = np.searchsorted(begins, np.arange(len(self.val.rows)), side="right") - 1
+        self.shared = self.overlap.shared[row_of]
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
         self.set_order(np.zeros(len(self.train.rows), np.int64))
         if cfg.predict:  # encode the prompts now, so that --strict raises before training
@@ -95,6 +100,13 @@ class Generation(Finetuning):
         found, warnings = self.encoder.split(rows, lambda row: example(row, cfg), what)
         self.source.warnings += warnings
         return found
+
+    def _read_text(self, row: Row) -> str:
+        """The text of a row that is compared with other rows: what training shows as its prompt, or
+        the whole text of a task without prompts."""
+        example = self.description.example(row, self.cfg)
+        parts = [part for part in example.prompt if not isinstance(part, SpecialToken)]
+        return "\n".join(parts or example.answer)
 
     def _first_rows(self) -> list[str]:
         """The first rows of the first batch for --show-rows, with the learned text between ⟦ and
@@ -156,25 +168,43 @@ class Generation(Finetuning):
     # --- evaluation
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
-        """The sums of loss and tokens, and an Answer for each row that is decoded."""
+        """The sums of loss and tokens, those of shared rows too, and an Answer for each row that is
+        decoded."""
         assert isinstance(model, GPT)
         targets = batch["targets"]
-        nll = model(batch["idx"], targets, reduction="sum")
+        sums: Sums = {"nll": model(batch["idx"], targets, reduction="sum")}
+        sums |= {"tokens": (targets != IGNORE).sum(), "shared_nll": 0.0, "shared_tokens": 0.0}
+        shared = torch.from_numpy(self.shared[batch["ids"].cpu().numpy()])
+        if bool(shared.any()):
+            rows = shared.nonzero()[:, 0].to(targets.device)
+            sums["shared_nll"] = model(batch["idx"][rows], targets[rows], reduction="sum")
+            sums["shared_tokens"] = (targets[rows] != IGNORE).sum()
         ids = [i for i in batch["ids"].tolist() if i in self.decoded]
         answers = self.answerer(model, [self.prompt(i) for i in ids], ids)
         records = {
             i: Answer(*texts, self.val.references[i]) for i, texts in zip(ids, answers, strict=True)
         }
-        return {"nll": nll, "tokens": (targets != IGNORE).sum()}, records
+        return sums, records
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        """Loss and perplexity, and the task's scores of the decoded answers."""
+        """Loss and perplexity, and the task's scores of the decoded answers; each also of the clean
+        rows alone."""
+        clean = [i for i in sorted(records) if not self.shared[i]]
         nll, tokens = sums["nll"], sums["tokens"]
-        metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
-        if not records:
-            return metrics
-        answers = [records[i] for i in sorted(records)]
-        return metrics | self.description.scores(answers, self.train.rows)
+        return with_clean(
+            self._figures(nll, tokens, [records[i] for i in sorted(records)]),
+            self._figures(
+                nll - sums["shared_nll"],
+                tokens - sums["shared_tokens"],
+                [records[i] for i in clean],
+            ),
+        )
+
+    def _figures(self, nll: float, tokens: float, answers: Sequence[Answer]) -> dict[str, float]:
+        loss = (
+            {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)} if tokens else {}
+        )
+        return loss | (self.description.scores(answers, self.train.rows) if answers else {})
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """Answers to --prompts, or to the first two validation rows."""

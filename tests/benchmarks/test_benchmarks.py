@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from base.charts import limits, smooth
 from benchmarks import contenders, decoding, peers, plot, steps, tokenizing
 from benchmarks.contenders import CONTENDERS
 from benchmarks.harness import OURS, Budget, Results, Turns, alternate, ratio
@@ -77,9 +78,9 @@ def test_curves_skip_torn_lines_and_infinite_values(tmp_path) -> None:
 
 def test_warm_up_does_not_set_the_limits() -> None:
     series = [(float(i), 1000.0 if i < 5 else 5.0 + 0.1 * math.sin(i)) for i in range(200)]
-    low, high = plot.limits([series]) or (0, 0)
+    low, high = limits([series]) or (0, 0)
     assert 4.8 < low < high < 5.2
-    smoothed = plot.smooth(series)
+    smoothed = smooth(series)
     assert [x for x, _ in smoothed] == [x for x, _ in series]
     assert abs(smoothed[100][1] - 5) < 0.1
 

@@ -244,7 +244,7 @@ def test_a_part_that_ignores_the_interrupt_is_killed(tmp_path, monkeypatch) -> N
 
 
 def test_an_interrupt_ends_the_part_and_begins_no_other(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.runs.GRACE", 0.2)
+    monkeypatch.setattr("base.commands.GRACE", 0.2)
     monkeypatch.setattr("benchmarks.gpu_check.GRACE", 0.2)
     this = threading.get_ident()
 

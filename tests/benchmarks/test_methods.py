@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 import benchmarks.methods as bench_module
 from base.cli import parse
+from base.commands import Failed, TimeUp
 from benchmarks import methods_cells, store
 from benchmarks.methods import Options, compare, extra_options, make_bench, result_of, usual_rate
 from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, measured
 from benchmarks.methods_report import PUBLISHED, published, rows_of, text_of
-from benchmarks.runs import Failed, TimeUp
 from benchmarks.store import Store
 from config import UserError
 from model import GPT, GPTConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runs import Failed, TimeUp, execute, last_error, read_json
+from base.commands import Failed, TimeUp, execute, last_error
+from base.files import read_json
 
 
 @pytest.mark.parametrize(

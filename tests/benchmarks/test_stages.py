@@ -16,6 +16,7 @@ import pytest
 
 import kernels
 from base.cli import parse
+from base.commands import Failed
 from benchmarks import stages, stages_report, store
 from benchmarks.ladder import (
     LADDER,
@@ -26,7 +27,6 @@ from benchmarks.ladder import (
     ladder,
     scaling_points,
 )
-from benchmarks.runs import Failed
 from benchmarks.stages import Bench
 from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.runs import side_by_side
+from base.commands import side_by_side
 from benchmarks.store import Cell, Store, place
 
 COUNT = "import sys, pathlib; file = pathlib.Path(sys.argv[1]); file.mkdir(exist_ok=True)\n"

@@ -186,23 +186,32 @@ FROM_A_GPU = {
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "compile"),
     [
-        {},
-        {
-            "device": "cuda",
-            "asked": {"device": "auto", "precision": "auto", "kernels": "auto", "compile": None},
-        },
+        ({}, None),
+        (
+            {
+                "device": "cuda",
+                "asked": {
+                    "device": "auto",
+                    "precision": "auto",
+                    "kernels": "auto",
+                    "compile": None,
+                },
+            },
+            None,
+        ),
+        ({"device": "cuda", "asked": {"compile": True, "cuda_graphs": True}}, True),
     ],
 )
 def test_a_run_moved_from_gpu_to_cpu_chooses_options_again(
-    tmp_path: Path, monkeypatch, record
+    tmp_path: Path, monkeypatch, record, compile
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     write_run(tmp_path / "run", FROM_A_GPU, **record)
     cfg = resumed(tmp_path / "run")
     chosen = (cfg.device, cfg.precision, cfg.kernels, cfg.compile, cfg.cuda_graphs)
-    assert chosen == ("auto", "auto", "auto", None, False)
+    assert chosen == ("auto", "auto", "auto", compile, False)
 
 
 def test_a_run_on_the_same_machine_keeps_its_choices(tmp_path: Path) -> None:

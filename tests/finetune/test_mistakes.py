@@ -136,8 +136,10 @@ MISTAKES = {  # a task and options, with fragments of the error line
         "--objective simcse compares two passes",
         "set --dropout",
     ],
-    # dropout in the head is not enough for SimCSE
-    "sentiment --objective rdrop simcse --dropout 0": ["--objective simcse compares two passes"],
+    # neither dropout in the head nor an adapter without dropout is enough for SimCSE
+    "sentiment --objective rdrop simcse --dropout 0 --init base --method lora": [
+        "--objective simcse compares two passes"
+    ],
     "sentiment --objective rdrop --form word --dropout 0": [
         "--objective rdrop compares two passes"
     ],

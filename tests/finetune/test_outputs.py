@@ -130,6 +130,18 @@ def test_a_dry_run_of_predict_alone_writes_nothing(
     assert {path for path in folder.rglob("*") if not path.name.startswith("rank0.")} == before
 
 
+def test_a_baseline_writes_the_scores_of_its_answers(tmp_path: Path) -> None:
+    out, answers = tmp_path / "run", tmp_path / "answers.jsonl"
+    cfg = ClassificationConfig(out=str(out), predict="toy", answers=str(answers))
+    assert run_baseline(description_of("sentiment"), cfg, "naive-bayes") == 0
+    scores, metrics = (
+        json.loads(path.read_text())
+        for path in (tmp_path / "answers.scores.json", out / "metrics.json")
+    )
+    assert scores["eval_precision"] == "fp64"
+    assert {name: metrics[name] for name in scores} == scores  # both are of the toy rows
+
+
 def test_a_baseline_needs_a_writable_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(**options: Any) -> int:
         return run_baseline(

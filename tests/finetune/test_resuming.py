@@ -229,9 +229,10 @@ def test_an_adapter_with_a_head_resumes_and_predicts(method: str, folder: Path) 
         "title,text\n"
         + "".join(f"{row['title']},{row['text']}\n" for row in description_of("topics").toy)
     )
-    run_well(
+    end = run_well(
         "topics", folder, f"--init {newest} --epochs 0 --predict asked.csv --answers answers.jsonl"
     )
+    assert end.out.endswith("answers to asked.csv: answers.jsonl\n"), "no scores without labels"
     files = (run / "validation.jsonl", folder / "answers.jsonl")
     expected, found = (
         [json.loads(line) for line in file.read_text().splitlines()] for file in files

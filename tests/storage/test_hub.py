@@ -141,3 +141,29 @@ def test_data_that_is_not_there_is_one_line(hub, world, repo, tmp_path):
     _, err = process.communicate(timeout=200)
     (line,) = err.splitlines()
     assert process.returncode == 2 and "org/typo" in line
+
+
+def test_a_model_is_uploaded_and_comes_back(hub, world, repo, tmp_path):
+    """What was uploaded writes the same text when it is downloaded."""
+    pytest.importorskip("gguf", reason="needs the gguf package")
+    hub.token = "secret"
+    env = hub.environment(tmp_path / "home")
+    words = ("run/final", "--to", "gguf", "--out", tmp_path / "m.gguf", "--push", "me/new")
+    pushed = start(repo, world, env, "tools/export.py", *words)
+    out, err = pushed.communicate(timeout=200)
+    assert pushed.returncode == 0 and "/me/new/commit/" in out, err
+    assert "m.gguf" in hub.uploaded and b"read back" in hub.uploaded["README.md"]
+    (tmp_path / "copy").mkdir()
+    for name, content in hub.uploaded.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    hub.repositories["models"]["me/new"] = tmp_path / "copy"
+    assert write(repo, tmp_path, env, "me/new")[:2] == write(repo, world, {}, "run/final")[:2]
+
+
+def test_a_refused_upload_is_one_line(hub, world, repo, tmp_path):
+    hub.token = "secret"
+    env = {**hub.environment(tmp_path), "HF_TOKEN": "wrong"}
+    pushed = start(repo, world, env, "tools/export.py", "run/final", "--push", "me/new")
+    _, err = pushed.communicate(timeout=200)
+    (line,) = err.splitlines()
+    assert pushed.returncode == 2 and "--push me/new" in line and not hub.uploaded

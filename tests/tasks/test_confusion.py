@@ -386,6 +386,21 @@ def test_charts_are_drawn_without_output(n_labels, tmp_path, caplog, capfd):
     assert 700 < reliability_width < 1300 and 1000 < reliability_height < 1500
 
 
+def test_bins_show_accuracy_and_its_gap_to_confidence():
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    bins = [dict(low=0.5, high=0.6, accuracy=0.4, confidence=0.55)]
+    bins += [dict(low=0.9, high=1.0, accuracy=1.0, confidence=0.95)]
+    axes = Figure().add_subplot()
+    chart.draw_bins(axes, bins)
+    (diagonal,) = axes.lines
+    assert np.array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    heights = [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+    # accuracy, too confident, too cautious
+    assert heights == pytest.approx([0.4, 1.0, 0.15, 0.0, 0.0, 0.05])
+
+
 def test_counts_are_written_where_they_fit(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

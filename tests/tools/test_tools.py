@@ -284,7 +284,7 @@ def test_mistyped_predictions_are_refused(tool, runs, tmp_path) -> None:
     (a, b, c), _, _ = runs
     out = ["--out", tmp_path / "out.jsonl"]
     refused(tool("compare", a), "A.jsonl B.jsonl")
-    refused(tool("compare", a, b, c), "3 files")
+    refused(tool("compare", a, b, c, "--plot", tmp_path / "runs.png"), "no run has logged")
     refused(tool("compare", a, tmp_path / "none.jsonl"), "none.jsonl", "No such file")
     refused(tool("compare", a, b, "--json", a), "also an input file")
     refused(tool("ensemble", a, *out), "two runs or more")

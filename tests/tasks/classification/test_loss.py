@@ -128,6 +128,7 @@ def passes_of(task: Mood, exact: GPT, i: int) -> tuple[list[list[float]], list[t
 
 def test_loss_terms_match_a_loop_over_rows(learner):
     task, model = learner
+    assert task.objective.passes == (2 if task.cfg.objective else 1)
     for _, groups in own_steps(task):
         batch = task.batch("train", groups.reshape(-1))
         terms = task.loss(model, batch.tensors)
