@@ -26,11 +26,12 @@ from typing import Any, Literal
 from base.charts import COLOURS, PALE, STYLE, save
 from base.cli import entry_point, parse
 from base.console import outlive
+from base.files import read_json
 from benchmarks.contenders import ours
 from benchmarks.harness import cells, spread, title
 from benchmarks.machine import facts, in_own_process
 from benchmarks.peers import prepare
-from benchmarks.runs import now, read_json, say, write_report
+from benchmarks.runs import now, say, write_report
 from benchmarks.steps import Case, Shape
 from benchmarks.table import markdown
 from config import (
