@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 
 from base.cli import entry_point, parse
-from config import Positional, UserError, Where
+from config import Few, Positional, UserError, Where
 from decoding.loading import open_model
 from storage.checkpoint import locate
 from tools.export import ExportConfig, export
@@ -30,7 +30,7 @@ class CheckConfig:
 
     checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
     """A trained model."""
-    new_tokens: int = 24
+    new_tokens: Few = 24
     """How many tokens to compare after each prompt."""
 
 

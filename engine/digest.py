@@ -10,16 +10,11 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-from storage import checkpoint
-
-if TYPE_CHECKING:  # these import this module
-    from engine.step import StepResult, TrainStep
 
 BATCH = "batch"  # the amount of a step that holds the checksum of its batches
 CHUNK = 1 << 22  # elements that are summed at once: bounds the memory for their int64 bits
@@ -56,17 +51,6 @@ def start_digest(tensors: Mapping[str, Tensor]) -> Callable[[], str]:
         return hashlib.sha256(repr(list(pairs)).encode()).hexdigest()[:16]
 
     return read
-
-
-def start_digests(step: TrainStep, result: StepResult, due: bool) -> Callable[[], dict[str, str]]:
-    """Start to compute what the log says of a step's bits: the checksum of its batches, taken out of
-    the amounts, and the digest of the parameters if something is `due` or --digest-every says so."""
-    batch = {"batch": f"{int(result.amounts.pop(BATCH)):08x}"}
-    every, done = step.cfg.digest_every, step.weights_step or 0
-    if not (step.world.main and every and (due or done % every == 0)):
-        return lambda: batch
-    digest = start_digest(checkpoint.without_prefix(step.state(), "model"))
-    return lambda: batch | {"parameters": digest()}
 
 
 def batch_checksum(batches: Iterable[Any], rank: int) -> float:

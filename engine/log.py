@@ -88,14 +88,17 @@ class RunLog:
         self.bar.add_task("steps", total=steps, completed=done, eta="-")
         self.bar.start()
 
-    def step(self, record: dict[str, Any], steps: int, eta: float, show: bool) -> None:
-        """Log one optimizer step, and print its line if `show`. `eta` is in seconds."""
+    def step(self, record: dict[str, Any], steps: int, eta: float, every: int | None) -> None:
+        """Log one optimizer step, and print the line of each `every`-th (0: none; None: each at a
+        terminal, elsewhere about a hundred in all). `eta` is in seconds."""
         self.record("train", record)
         if not self.enabled:
             return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=record["step"], eta=time_text(eta))
-        if show:
+        if every is None:
+            every = 1 if self.bar is not None else max(1, steps // 100)
+        if every and (record["step"] % every == 0 or record["step"] == steps):
             self.say(step_line(record, steps, eta))
 
     # --- the files

@@ -58,7 +58,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "hardware": processes.device_name(device),
         "cuda": torch.version.cuda if cuda else None,
-        "driver": driver.read_text().partition("\n")[0] if cuda and driver.is_file() else None,
+        "driver": driver.read_text(encoding="utf-8").partition("\n")[0]
+        if cuda and driver.is_file()
+        else None,
         "threads": torch.get_num_threads(),
     }
 

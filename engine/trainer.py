@@ -28,7 +28,6 @@ from base.console import printable
 from config import Resolved, RunConfig, UserError, resolve_steps, resolved
 from engine import processes
 from engine.compiling import compile_model
-from engine.digest import start_digests
 from engine.evaluation import evaluate
 from engine.failures import compiler_error, is_out_of_memory, release_frames
 from engine.fit import choose_micro_batch, heap_limit, largest_divisor, out_of_memory, too_large
@@ -48,6 +47,7 @@ from engine.resume import MACHINE_OPTIONS, restore_options
 from engine.saving import Checkpoints
 from engine.start import Start
 from engine.step import StepResult, TrainStep, check_replicas
+from engine.step_digest import start_digests
 from engine.task import Facts, Task
 from storage import checkpoint
 from text import tokenizer_files
@@ -418,11 +418,8 @@ class Loop:
         }
         if len(terms) > 1:
             record |= dict(zip(result.terms, terms, strict=True))
-        every = self.cfg.log_every
-        if every is None:
-            every = 1 if self.log.bar is not None else max(1, self.steps // 100)
-        shown = bool(every) and (step % every == 0 or step == self.steps)
-        self.log.step(record, self.steps, self.rates.eta(self.steps - step, tokens), shown)
+        eta = self.rates.eta(self.steps - step, tokens)
+        self.log.step(record, self.steps, eta, self.cfg.log_every)
         self.progress.updated(bool(ok))
         if not ok:
             self._warn_of_skipped(step)

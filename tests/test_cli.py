@@ -185,7 +185,7 @@ for step in (1, 2, 3):
     figures = dict(loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=5.0, tokens_per_second=9.0, mfu=None,
                    memory_bytes=1 << 20)
     log.step(dict(step=step, **figures), 3, 60.0 * (3 - step), True)
-log.say("sample [bold]not markup[/bold] :smile:")
+log.say("sample [bold]not markup[/bold] :smile:" + 30 * " long")
 print("library noise", file=sys.stderr)
 if sys.argv[1] == "stop":
     log.stop_progress()
@@ -238,7 +238,8 @@ def on_a_terminal(source: str, *words: str) -> list[str]:
 def test_a_terminal_shows_one_live_bar_below_whole_lines():
     lines = [line for line in on_a_terminal(BAR, "live") if line]
     assert [line[:8] for line in lines[:3]] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert lines[3:5] == ["sample [bold]not markup[/bold] :smile:", "library noise"]
+    sample = "sample [bold]not markup[/bold] :smile:" + 30 * " long"
+    assert lines[3:5] == [sample, "library noise"]
     assert re.fullmatch(r"training ━+ 3/3 0:00:\d\d eta 0:00", lines[5])
     assert len(lines) == 6
 
@@ -372,6 +373,8 @@ def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_pat
         words = (
             "--init",
             init,
+            "--tokenizer",
+            "run",
             "--lr",
             "0",
             "--steps",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from base.arguments import field_docs, options_of
 from base.cli import parse, parse_typed
-from config import PathName, Range, TrainConfig, UserError, check_ranges, expand, marks
+from config import PathName, Positional, Range, TrainConfig, UserError, check_ranges, expand, marks
 from decoding.options import DecodeConfig, check_decode
 from docs.options import page
 from docs.packages import source_files
@@ -208,7 +208,7 @@ def test_every_path_option_expands_the_home_folder(
     words, expected = [], {}
     for name, found in marks(kind).items():
         path = next((mark for mark in found if isinstance(mark, PathName)), None)
-        positional = name in ("checkpoint", "files", "runs")
+        positional = any(isinstance(mark, Positional) for mark in found)
         if path is None or positional:
             continue
         typed = "~/a b,~/c*.txt,./~,org/name" if path.many else "~/a,~b"

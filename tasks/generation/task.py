@@ -194,8 +194,8 @@ class Generation(Finetuning):
         return with_clean(
             self._figures(nll, tokens, [records[i] for i in sorted(records)]),
             self._figures(
-                nll - sums["shared_nll"],
-                tokens - sums["shared_tokens"],
+                nll - sums.get("shared_nll", 0.0),
+                tokens - sums.get("shared_tokens", 0.0),
                 [records[i] for i in clean],
             ),
         )
