@@ -28,6 +28,8 @@ from support import REPO, parsed_classes
 from tasks.description import Description
 
 TEXTS = {  # text options that do not name a file or folder
+    "preset",
+    "push",
     "kernels",
     "without",
     "prompts",
