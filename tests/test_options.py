@@ -28,6 +28,7 @@ from support import REPO, parsed_classes
 from tasks.description import Description
 
 TEXTS = {  # text options that do not name a file or folder
+    "device_name",
     "preset",
     "push",
     "kernels",
