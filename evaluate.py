@@ -97,8 +97,9 @@ def evaluate_data(
     once.
 
     Windows of seq_len tokens do not overlap, so a prediction sees at most seq_len tokens. The last
-    window may be shorter. overlap: that of the documents, each of which begins with `eot`. n_bytes: length of the text in bytes, None if unknown. Raises UserError
-    for a corpus of fewer than two tokens.
+    window may be shorter. n_bytes: length of the text in bytes, None if unknown. overlap: that of
+    the documents, each of which begins with `eot`. Raises UserError for a corpus of fewer than two
+    tokens.
     """
     import torch
 

@@ -60,9 +60,9 @@ def calibrate(
     """This device's speeds for micro-batches of `batch` sequences, in about `seconds`.
 
     On a GPU the compiler fuses what multiplies no matrices, so that only products and attention are
-    timed there, and the memory's bandwidth stands for the rest. With time.process_time as `clock` and
-    one thread, work of other programs does not count. Sets how this process multiplies
-    and allocates, as a run does.
+    timed there, and the memory's bandwidth stands for the rest. With time.process_time as `clock`
+    and one thread, work of other programs does not count. Sets how this process multiplies and
+    allocates, as a run does.
     """
     set_products(precision, device, without)
     if device.type == "cpu" and "kept-memory" not in without:

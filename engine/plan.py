@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend
 from base.console import bytes_text, counted, time_text
 from config import Resolved, RunConfig, RunOptions, UserError, resolve
 from engine import processes
-from engine.calibration import calibrate
 from engine.compiling import compile_unit, compiler_problem
 from engine.fit import estimate_fits, largest_divisor, peak_memory
 from engine.log import RunLog, finite_values, read_log
@@ -267,6 +266,8 @@ def estimated_speed(
 ) -> tuple[float | None, str]:
     """Tokens per second of a run that has not begun, estimated from its operations, and where the
     figure comes from. None for what the ledger does not count."""
+    from engine.calibration import calibrate  # only a dry run measures
+
     cost = facts.cost
     uncounted = {
         "of other tasks than pretraining": cost.added or cost.loss or facts.longest is not None,

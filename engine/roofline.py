@@ -12,72 +12,43 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from config import GPTConfig
 
-# Dense peaks of the matrix units in FLOP/s with fp32 accumulation, from the makers' data sheets:
-# words of the device's name, the peak for bf16 and fp16, and that for tf32. The first row applies
-# whose words are all in the name.
-PEAKS = (
-    ("H200", 989e12, 494e12),
-    ("GH200", 989e12, 494e12),
-    ("H100 PCIe", 756e12, 378e12),
-    ("H100 NVL", 835e12, 417e12),
-    ("H100", 989e12, 494e12),
-    ("H20", 148e12, 74e12),
-    ("B300", 2250e12, 1125e12),
-    ("B200", 2250e12, 1125e12),
-    ("GB300", 2500e12, 1250e12),
-    ("GB200", 2500e12, 1250e12),
-    ("A100", 312e12, 156e12),
-    ("A40", 150e12, 75e12),
-    ("A30", 165e12, 82e12),
-    ("A10G", 70e12, 35e12),
-    ("A10", 125e12, 62e12),
-    ("L40S", 362e12, 183e12),
-    ("L40", 181e12, 90e12),
-    ("L4", 121e12, 60e12),
-    ("RTX 6000 Ada", 364e12, 182e12),
-    ("RTX A6000", 155e12, 77e12),
-    ("RTX 5090", 209e12, 105e12),
-    ("RTX 4090", 165e12, 83e12),
-    ("RTX 3090 Ti", 80e12, 40e12),
-    ("RTX 3090", 71e12, 36e12),
-    ("V100", 125e12, None),
-    ("T4", 65e12, None),
-)
-# Bytes per second of the memory and of the links to other GPUs (one direction), from the makers'
-# data sheets. PCIe cards have the 16 lanes of their generation.
-MEMORY = (
-    ("H200", 4.8e12, 450e9),
-    ("GH200", 4.9e12, 450e9),
-    ("H100 PCIe", 2.0e12, 64e9),
-    ("H100 NVL", 3.9e12, 300e9),
-    ("H100", 3.35e12, 450e9),
-    ("H20", 4.0e12, 450e9),
-    ("B300", 8.0e12, 900e9),
-    ("B200", 8.0e12, 900e9),
-    ("GB300", 8.0e12, 900e9),
-    ("GB200", 8.0e12, 900e9),
-    ("A100", 1.555e12, 300e9),
-    ("A40", 696e9, 32e9),
-    ("A30", 933e9, 32e9),
-    ("A10G", 600e9, 32e9),
-    ("A10", 600e9, 32e9),
-    ("L40S", 864e9, 32e9),
-    ("L40", 864e9, 32e9),
-    ("L4", 300e9, 32e9),
-    ("RTX 6000 Ada", 960e9, 32e9),
-    ("RTX A6000", 768e9, 32e9),
-    ("RTX 5090", 1792e9, 64e9),
-    ("RTX 4090", 1008e9, 32e9),
-    ("RTX 3090 Ti", 1008e9, 32e9),
-    ("RTX 3090", 936e9, 32e9),
-    ("V100", 900e9, 150e9),
-    ("T4", 300e9, 16e9),
+# From the makers' data sheets: words of the device's name, dense peaks of the matrix units in FLOP/s
+# with fp32 accumulation, for bf16 and fp16 and for tf32, and bytes per second of the memory and of
+# the links to other GPUs (one direction; PCIe cards have the 16 lanes of their generation). The
+# first row applies whose words are all in the name.
+DEVICES = (
+    ("H200", 989e12, 494e12, 4.8e12, 450e9),
+    ("GH200", 989e12, 494e12, 4.9e12, 450e9),
+    ("H100 PCIe", 756e12, 378e12, 2.0e12, 64e9),
+    ("H100 NVL", 835e12, 417e12, 3.9e12, 300e9),
+    ("H100", 989e12, 494e12, 3.35e12, 450e9),
+    ("H20", 148e12, 74e12, 4.0e12, 450e9),
+    ("B300", 2250e12, 1125e12, 8.0e12, 900e9),
+    ("B200", 2250e12, 1125e12, 8.0e12, 900e9),
+    ("GB300", 2500e12, 1250e12, 8.0e12, 900e9),
+    ("GB200", 2500e12, 1250e12, 8.0e12, 900e9),
+    ("A100", 312e12, 156e12, 1.555e12, 300e9),
+    ("A40", 150e12, 75e12, 696e9, 32e9),
+    ("A30", 165e12, 82e12, 933e9, 32e9),
+    ("A10G", 70e12, 35e12, 600e9, 32e9),
+    ("A10", 125e12, 62e12, 600e9, 32e9),
+    ("L40S", 362e12, 183e12, 864e9, 32e9),
+    ("L40", 181e12, 90e12, 864e9, 32e9),
+    ("L4", 121e12, 60e12, 300e9, 32e9),
+    ("RTX 6000 Ada", 364e12, 182e12, 960e9, 32e9),
+    ("RTX A6000", 155e12, 77e12, 768e9, 32e9),
+    ("RTX 5090", 209e12, 105e12, 1792e9, 64e9),
+    ("RTX 4090", 165e12, 83e12, 1008e9, 32e9),
+    ("RTX 3090 Ti", 80e12, 40e12, 1008e9, 32e9),
+    ("RTX 3090", 71e12, 36e12, 936e9, 32e9),
+    ("V100", 125e12, None, 900e9, 150e9),
+    ("T4", 65e12, None, 300e9, 16e9),
 )
 # Words that mark a variant slower than the data sheet of the device without that word.
 SLOWER = ("Laptop", "Max-Q", "D", "MIG")
@@ -85,16 +56,16 @@ SLOWER = ("Laptop", "Max-Q", "D", "MIG")
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of a device in a precision. None if it is unknown; MFU is then null."""
-    found = _row_of(device_name, PEAKS) if precision in ("bf16", "fp16", "tf32") else None
+    found = _sheet(device_name) if precision in ("bf16", "fp16", "tf32") else None
     return found[1 if precision == "tf32" else 0] if found else None
 
 
-def _row_of(device_name: str, table: Iterable[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+def _sheet(device_name: str) -> tuple[Any, ...] | None:
     """The figures of the first row whose words are all in the name; None for a slower variant."""
     words = re.split(r"[\s-]+", device_name)
     if any(word in words for word in SLOWER):
         return None
-    for name, *figures in table:
+    for name, *figures in DEVICES:
         if all(part in words for part in name.split()):
             return tuple(figures)
     return None
@@ -184,10 +155,10 @@ class Prediction:
 
 def sheet_ceilings(device_name: str, precision: str) -> Ceilings | None:
     """The data sheet's speeds of a GPU, by words of its name; None if it is unknown."""
-    peak, memory = peak_flops(device_name, precision), _row_of(device_name, MEMORY)
-    if peak is None or memory is None:
+    peak, sheet = peak_flops(device_name, precision), _sheet(device_name)
+    if peak is None or sheet is None:
         return None
-    return Ceilings(device_name, "the data sheet", peak, *memory)
+    return Ceilings(device_name, "the data sheet", peak, *sheet[2:])
 
 
 def predict(

@@ -237,7 +237,8 @@ def _same_run(
 
     A checkpoint may have been written under any of the run's `lengths`.
     """
-    unrecorded = sorted(set(now) - set(then))
+    # None is an option that is not used: the older version did not have it either.
+    unrecorded = sorted(name for name in set(now) - set(then) if now[name] is not None)
     differ = [
         name for name in now | then if name not in unrecorded and now.get(name) != then.get(name)
     ]

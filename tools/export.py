@@ -86,6 +86,7 @@ def main() -> None:
     where, file = locate(cfg.checkpoint), None
     if cfg.to != "none":
         model = open_weights(where, torch.device("cpu"), torch.float32)
+        check_plain(model, cfg.checkpoint)
         file = writable_file("--out", cfg.out or default_name(cfg))
         checked = export(model, where, file, cfg)
         print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB\n{checked}")
@@ -112,6 +113,15 @@ def export(model: GPT, where: str, file: Path, cfg: ExportConfig) -> str:
 def card_of(file: Path) -> Path:
     """Where an exported file's card stands."""
     return file.with_name(file.name + ".md")
+
+
+def check_plain(model: GPT, where: str) -> None:
+    """Raise UserError for a model with a prefix, which cannot be merged into its weights."""
+    if model.prefix is not None:
+        raise UserError(
+            f"{where} has a prefix or a soft prompt, which the file of a GPT-2 cannot hold; export "
+            "its base model"
+        )
 
 
 def default_name(cfg: ExportConfig) -> str:
@@ -177,8 +187,8 @@ def write_gguf(model: GPT, where: str, file: Path, cfg: ExportConfig) -> None:
     )
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([text for text, _, _ in tokens.rows])
-    writer.add_token_types([kind for _, kind, _ in tokens.rows])
+    writer.add_token_list([text for text, _ in tokens.rows])
+    writer.add_token_types([kind for _, kind in tokens.rows])
     writer.add_token_merges(tokens.merges)
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
@@ -201,7 +211,7 @@ def write_gguf(model: GPT, where: str, file: Path, cfg: ExportConfig) -> None:
 class Tokens:
     """A byte-level BPE as GGUF stores it."""
 
-    rows: list[tuple[str, int, int]]  # text, kind and id, by id
+    rows: list[tuple[str, int]]  # text and kind, by id
     merges: list[str]  # two texts with a space between, the first merge first
 
 
@@ -234,9 +244,9 @@ def gguf_tokens(folder: str, tokenizer: Tokenizer, rows: int) -> Tokens:
     by_id = {id: text for text, id in (vocabulary | special).items()}
     return Tokens(
         [
-            (by_id[id], CONTROL if by_id[id] in special else NORMAL, id)
+            (by_id[id], CONTROL if by_id[id] in special else NORMAL)
             if id in by_id
-            else (f"[unused {id}]", UNUSED, id)
+            else (f"[unused {id}]", UNUSED)
             for id in range(rows)
         ],
         merges,

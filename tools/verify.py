@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from base.cli import entry_point, parse
+from base.files import read_json
 from config import Count, CountOrNone, Positional, UserError, Where
 
 FIGURES = ("batch", "lr", "loss", "grad_norm", "parameters")  # in the order of a step's work
@@ -61,7 +62,7 @@ def main() -> int:
 
 def verify(run: Path, cfg: VerifyConfig) -> int:
     """Replay and compare. Returns the exit code."""
-    logged, record = logged_steps(run / "log.jsonl"), read_object(run / "run.json")
+    logged, record = logged_steps(run), read_record(run)
     start = choose_start(run, logged, cfg.from_step)
     check_files(run, start)
     first = start + 1
@@ -82,7 +83,7 @@ def verify(run: Path, cfg: VerifyConfig) -> int:
             if "world_size" in differing:  # the checksum depends on how ranks divide a batch
                 for step in steps:
                     logged[step].pop("batch", None)
-            found = compare(logged, logged_steps(replay.out / "log.jsonl"), steps, tolerance)
+            found = compare(logged, logged_steps(replay.out), steps, tolerance)
     if found:
         print(f"different: {found}")
     elif tolerance:
@@ -98,27 +99,21 @@ def verify(run: Path, cfg: VerifyConfig) -> int:
     return 1 if found else 0
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if the file holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; name a run's folder") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not belong to a run; name a run's folder")
-    return value
+def read_record(run: Path) -> dict[str, Any]:
+    """A run's run.json. Raises UserError if it is damaged."""
+    record = read_json(run / "run.json")
+    if not isinstance(record, dict):
+        raise UserError(f"{run}/run.json cannot be read; name another run")
+    return record
 
 
-def logged_steps(path: Path) -> dict[int, dict[str, Any]]:
-    """The records of the steps in a log.jsonl, by step."""
-    from engine.log import read_log
+def logged_steps(run: Path) -> dict[int, dict[str, Any]]:
+    """The records of the steps in a run's log, by step."""
+    from engine.log import records
 
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
     return {
         record["step"]: record
-        for _, record in read_log(text)
+        for record in records(run)
         if record["kind"] == "train" and record.get("step")
     }
 
@@ -181,7 +176,7 @@ class Replay:
             cfg = dataclasses.replace(cfg, **(here | {"device": device, "compile": None}))
         cfg = dataclasses.replace(
             cfg, out=str(self.out), eval_every=0, save_every=0, sample_every=0, patience=0,
-            digest_every=1, wandb=False, profile=False, extend_to=None, reschedule=False,
+            digest_every=1, wandb=False, tensorboard=False, profile=False, extend_to=None, reschedule=False,
             resume="never",
         )  # fmt: skip
         from engine.processes import choose_device, start

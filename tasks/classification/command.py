@@ -22,12 +22,12 @@ from tasks.classification.baselines import BaselineKind, fit_text_model
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_index, true_labels
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import probabilities, write_answers
-from tasks.classification.rows import read_labelled_rows
+from tasks.classification.predictions import clean_figures, probabilities, write_answers
+from tasks.classification.rows import find_overlap, read_labelled_rows
 from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.command import answers_path, run_task
 from tasks.source import Source
-from text.overlap import Overlap, overlap
+from text.overlap import Overlap, with_clean
 from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
@@ -120,12 +120,17 @@ def run_baseline(
 
     def answer(rows: list[Row], path: Path, shared: Overlap | None = None) -> dict[str, float]:
         found = probabilities(model.log_probs([task.texts(row) for row in rows]))
-        return write_answers(path, rows, found, task, labels, cfg.seed, print, about, shared)
+        if shared is None:
+            return write_answers(path, rows, found, task, labels, cfg.seed, print, about)
+        clean = clean_figures(rows, found, labels, shared)
+        more = about | {"clean": shared.counts | clean}
+        figures = write_answers(path, rows, found, task, labels, cfg.seed, print, more)
+        return with_clean(figures, clean)
 
     for warning in source.warnings:
         print(f"warning: {warning}")
     with writing_to("--out", folder):
-        shared = overlap(list(map(task.content, val)), map(task.content, train))
+        shared = find_overlap([rows])
         figures = answer(val, folder / "validation.jsonl", shared)
         print(f"clean: {shared.summary}")
         write_json(folder / "config.json", dataclasses.asdict(cfg))

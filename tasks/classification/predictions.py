@@ -15,7 +15,7 @@ from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
-from text.overlap import Overlap, with_clean
+from text.overlap import Overlap
 from text.row import Row
 
 VALIDATION = "validation"  # stem of the files about the validation rows
@@ -27,7 +27,7 @@ def probabilities(log_p: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
-def write_answers(  # noqa: PLR0913 (the last has a default)
+def write_answers(
     path: Path,
     rows: Sequence[Row],
     found: np.ndarray,
@@ -36,13 +36,12 @@ def write_answers(  # noqa: PLR0913 (the last has a default)
     seed: int,
     say: Callable[[str], None],
     about: dict[str, Any],
-    overlap: Overlap | None = None,
 ) -> dict[str, float]:
     """Write the predictions of rows, and a report on the rows with known labels. Returns the
     report's metrics, or {} if no label is known.
 
     found: probabilities (n, K). about: entries for the report, such as the precision and the step
-    of the model. overlap: the overlap of the rows with the training rows; None if it is unknown.
+    of the model.
     """
     true = true_labels(rows, labels)
     write_predictions(path, rows, found, labels, task.csv_header)
@@ -53,14 +52,17 @@ def write_answers(  # noqa: PLR0913 (the last has a default)
         )
     if not true:
         return {}
-    clean: dict[str, float] = {}
-    if overlap:
-        ids = [i for i in true if not overlap.shared[i]]
-        clean = confusion.figures([true[i] for i in ids], found[ids]) if ids else {}
-        about = about | {"clean": overlap.counts | clean}
     known, scored = list(true.values()), found[list(true)]
-    figures = write_report(path, known, scored, labels, task.name, seed, say, about)
-    return with_clean(figures, clean)
+    return write_report(path, known, scored, labels, task.name, seed, say, about)
+
+
+def clean_figures(
+    rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], overlap: Overlap
+) -> dict[str, float]:
+    """The metrics of the rows that share nothing with the training rows; {} without such a row.
+    found: probabilities (n, K)."""
+    clean = {i: label for i, label in true_labels(rows, labels).items() if not overlap.shared[i]}
+    return confusion.figures(list(clean.values()), found[list(clean)]) if clean else {}
 
 
 def write_predictions(

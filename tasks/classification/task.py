@@ -32,7 +32,7 @@ from tasks.classification.finished import LabelPredictor, open_classifier, score
 from tasks.classification.labels import nfc, true_labels, word_ids
 from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig, check_classification
-from tasks.classification.predictions import VALIDATION, write_answers
+from tasks.classification.predictions import VALIDATION, clean_figures, write_answers
 from tasks.classification.rows import (
     LabelledSplit,
     encode_rows,
@@ -292,12 +292,13 @@ class Classification(Finetuning):
         classifier = open_classifier(locate(run), self.description, self.cfg)
         found = classifier.probabilities([self.val.tokens[i] for i in own])
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        about = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
+        about: dict[str, Any] = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
         rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
         task, seed, shared = self.description, self.cfg.seed, self.overlap.part(own)
-        figures = write_answers(
-            path, rows, found, task, classifier.labels, seed, say, about, shared
-        )
+        clean = clean_figures(rows, found, classifier.labels, shared)
+        about["clean"] = shared.counts | clean
+        figures = write_answers(path, rows, found, task, classifier.labels, seed, say, about)
+        figures = with_clean(figures, clean)
         self.write_clean(run, shared, json_safe(figures) | {"eval_precision": EVAL_PRECISION}, say)
 
     def open_predictor(

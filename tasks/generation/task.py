@@ -175,7 +175,9 @@ class Generation(Finetuning):
         sums: Sums = {"nll": model(batch["idx"], targets, reduction="sum")}
         sums |= {"tokens": (targets != IGNORE).sum(), "shared_nll": 0.0, "shared_tokens": 0.0}
         shared = torch.from_numpy(self.shared[batch["ids"].cpu().numpy()])
-        if bool(shared.any()):
+        if shared.all():
+            sums |= {"shared_nll": sums["nll"], "shared_tokens": sums["tokens"]}
+        elif shared.any():
             rows = shared.nonzero()[:, 0].to(targets.device)
             sums["shared_nll"] = model(batch["idx"][rows], targets[rows], reduction="sum")
             sums["shared_tokens"] = (targets[rows] != IGNORE).sum()
@@ -194,8 +196,8 @@ class Generation(Finetuning):
         return with_clean(
             self._figures(nll, tokens, [records[i] for i in sorted(records)]),
             self._figures(
-                nll - sums.get("shared_nll", 0.0),
-                tokens - sums.get("shared_tokens", 0.0),
+                nll - sums["shared_nll"],
+                tokens - sums["shared_tokens"],
                 [records[i] for i in clean],
             ),
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 
 from config import GPTConfig, TrainConfig
 from engine import compiling, plan
@@ -100,6 +101,30 @@ def test_ranks_share_the_cores_for_compilation(monkeypatch, cores, ranks, worker
     with inductor.patch(compile_threads=32):
         compile_model(GPT(SMALL), TrainConfig(), World(0, 0, ranks, ranks, CPU))
         assert inductor.compile_threads == workers
+
+
+def test_blocks_are_the_units_except_for_one_replay():
+    units = {
+        (device.type, ranks, graphs): compiling.compile_unit(
+            TrainConfig(cuda_graphs=graphs), World(0, 0, ranks, ranks, device)
+        )
+        for device in (CPU, GPU_1)
+        for ranks in (1, 8)
+        for graphs in (False, True)
+    }
+    assert units.pop(("cuda", 1, True)) == "model"
+    assert set(units.values()) == {"block"}
+
+
+@pytest.mark.parametrize("device", [CPU, GPU_1])
+def test_on_cuda_the_embedding_and_the_last_norm_are_compiled_too(monkeypatch, device):
+    compiled: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
+    model = GPT(SMALL)
+    compile_model(model, TrainConfig(), World(0, 0, 1, 1, device))
+    others = [model.embed, model.transformer.ln_f] if device is GPU_1 else []
+    assert sorted(map(id, compiled)) == sorted(map(id, [*model.transformer.h, *others]))
 
 
 def test_the_users_number_of_compile_workers_is_kept(monkeypatch):

@@ -13,7 +13,7 @@ from launch import small, write_inputs
 from model import GPT
 from storage.foreign import read_object
 from text.tokenizer import load_tokenizer
-from tools.export import ExportConfig, check_gguf, gguf_tensors, unlike_gpt2
+from tools.export import ExportConfig, check_gguf, check_plain, gguf_tensors, unlike_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def test_a_mistake_is_one_line(run, trained, words, told):
     done = run("-m", "tools.export", *words, cwd=trained)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and told in line
+
+
+def test_a_prefix_is_refused(trained):
+    model = GPT.from_pretrained(trained / "run" / "final")
+    check_plain(model, "run")
+    model.prefix = torch.nn.Identity()
+    with pytest.raises(UserError, match="export its base model"):
+        check_plain(model, "run")
 
 
 @pytest.mark.parametrize(
