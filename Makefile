@@ -44,8 +44,9 @@ train: $(SETUP)
 	gpus=$$($(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
 	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$$gpus train_gpt2.py $(ARGS)
 
+# The tests start hundreds of programs, and without bytecode each would compile the project again.
 test: lint
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	unset PYTHONDONTWRITEBYTECODE; $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 fast: lint
 	$(PYTHON) -m pytest $(PYTEST_ARGS) $(FAST)

@@ -111,12 +111,17 @@ class Place:
     size: Size
     no_triton: str | None
     no_compiler: str | None
-    no_liger: str | None
     no_fp8: str | None
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normally distributed values of the place's dtype on its device."""
         return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
+
+    def without(self, package: str) -> str | None:
+        """Why the GPU kernels of a package cannot be measured here."""
+        if package not in machine.versions():
+            return "not installed"
+        return None if self.device.type == "cuda" else "needs a GPU"
 
     def targets(self, rows: int) -> Tensor:
         """Random targets (rows,) int64."""
@@ -227,7 +232,7 @@ def cross_entropy(place: Place) -> Operation:
         place,
         lambda x: [ours.cross_entropy_reference(x, targets, V).sum()],
         lambda x: [ours.cross_entropy(x, targets, V).sum()],
-        Form(make_liger, place.no_liger, overwrites=True),
+        Form(make_liger, place.without("liger-kernel"), overwrites=True),
     )
     forms[f"{OURS}, Triton in place"] = Form(
         lambda: lambda x: [ours.cross_entropy_in_place(x, targets, V).sum(), x],
@@ -253,6 +258,19 @@ def linear_cross_entropy(place: Place) -> Operation:
         settings: dict[str, Any] = dict(reduction="sum", accum_dtype=torch.float32)
         return lambda x, weight: [fused(x, weight[:V], targets, **settings)]
 
+    def make_cce() -> Function:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        # Its default leaves out gradients that it finds small; ours are exact.
+        settings: dict[str, Any] = dict(reduction="sum", filter_eps=None)
+        return lambda x, weight: [cut(x, weight[:V], targets, **settings)]
+
+    def make_torch() -> Function:
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        settings: dict[str, Any] = dict(reduction="sum", options=LinearCrossEntropyOptions())
+        return lambda x, weight: [F.linear_cross_entropy(x, weight[:V], targets, **settings)]
+
     def chunks(x: Tensor, weight: Tensor, triton: bool = False) -> Sequence[Tensor]:
         return [ours.linear_cross_entropy(x, weight, targets, V, triton=triton)]
 
@@ -260,8 +278,11 @@ def linear_cross_entropy(place: Place) -> Operation:
         place,
         lambda x, weight: [ours.linear_cross_entropy_reference(x, weight, targets, V)],
         functools.partial(chunks, triton=True),
-        Form(make_liger, place.no_liger),
+        Form(make_liger, place.without("liger-kernel")),
     )
+    old = None if hasattr(F, "linear_cross_entropy") else "needs PyTorch 2.13"
+    forms["F.linear_cross_entropy"] = Form(make_torch, old)
+    forms["Apple's cut cross-entropy"] = Form(make_cce, place.without("cut-cross-entropy"))
     forms[f"{OURS}, PyTorch"] = Form(lambda: chunks)
     work = 6.0 * rows * model.n_embd * V
     shape = f"{times(*x.shape)}, {padded:,}"
@@ -299,7 +320,7 @@ def layer_norm(place: Place) -> Operation:
         place,
         lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps),
         lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps, triton=True),
-        Form(make_liger, place.no_liger),
+        Form(make_liger, place.without("liger-kernel")),
     )
     work = 8.0 * tensors[0].nbytes
     return Operation(times(rows, width), work, "copy", tuple(tensors), forms)
@@ -677,22 +698,18 @@ def make_place(device: torch.device, quick: bool) -> Place:
     if gpu and torch.cuda.get_device_properties(device).total_memory < LARGE_CARD and not quick:
         # PyTorch's form has seven copies of the logits in memory
         size = dataclasses.replace(size, logit_rows=size.logit_rows // 2)
-    no_compiler = no_liger = no_fp8 = None
+    no_compiler = no_fp8 = None
     if quick:
         no_compiler = "--quick compiles nothing"
     elif not gpu and not shutil.which("c++") and not shutil.which("g++"):
         no_compiler = "needs a C++ compiler"
-    if "liger-kernel" not in machine.versions():
-        no_liger = "not installed"
-    elif not gpu:
-        no_liger = "needs a GPU"
     try:
         choose_precision("fp8", device)
     except UserError:
         no_fp8 = "needs a GPU with FP8"
     no_triton = no_triton_reason("cuda") if gpu else "needs a GPU"
     dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
-    return Place(device, dtype, size, no_triton, no_compiler, no_liger, no_fp8)
+    return Place(device, dtype, size, no_triton, no_compiler, no_fp8)
 
 
 def main() -> None:

@@ -17,7 +17,15 @@ from typing import Any
 from base.commands import REPO
 from base.machine import total_bytes
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "litgpt", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "litgpt",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 # beginnings of the environment variables that can change figures
 SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")
 

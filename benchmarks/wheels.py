@@ -55,6 +55,7 @@ WANTED = (
     "hypothesis",
     "transformers",
     "liger-kernel==0.8.5",
+    "cut-cross-entropy==25.1.1",
     "litgpt==0.5.13",
 )
 # Not fetched: the parts of torch, because another version breaks it and they are too large to

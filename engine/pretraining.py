@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from base.console import counted
 from config import ResolvedTrain, RunConfig, TrainConfig, UserError, resolved
 from dataset import window_order
 from decoding.options import DecodeConfig
@@ -119,7 +120,8 @@ class LanguageModelling(Task):
         with torch.device("meta"):
             model = GPT(config)
         shape = (
-            f"{config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads, context "
+            f"{counted(config.n_layer, 'layer')} x {config.n_embd} wide, "
+            f"{counted(config.n_head, 'head')}, context "
             f"{config.block_size}"
         )
         padded = (

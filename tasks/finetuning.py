@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters.options import METHODS
+from base.console import counted
 from base.files import write_json
 from config import RunConfig
 from engine.optim import Group
@@ -207,7 +208,8 @@ class Finetuning(Task):
         return {
             "task": f"{self.name}, {self.cfg.method}: {trained:,} of {total:,} parameters train "
             f"({trained / total:.2%})",
-            "model": f"{shape.n_layer} layers x {shape.n_embd} wide, {shape.n_head} heads, context "
+            "model": f"{counted(shape.n_layer, 'layer')} x {shape.n_embd} wide, "
+            f"{counted(shape.n_head, 'head')}, context "
             f"{self.trunk.seq_len}, "
             f"start: {self.cfg.init}",
             "tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"

@@ -59,6 +59,7 @@ WORDS = [
 # A step has 8 rows of 16 tokens, two at a time: accumulation 4 on one process, 2 on two.
 OPTIONS = {
     "preset": "micro",
+    "n-layer": 1,
     "data": "text.txt",
     "val-data": "val.txt",
     "tokenizer": "tokenizer",
@@ -82,7 +83,9 @@ OPTIONS = {
 def small(*words: Any) -> list[str]:
     """The options of a tiny run, then `words`. The last value of a repeated option counts."""
     chosen = {
-        name: value for name, value in OPTIONS.items() if name != "preset" or "--init" not in words
+        name: value
+        for name, value in OPTIONS.items()
+        if name not in ("preset", "n-layer") or "--init" not in words
     }
     return [
         *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)),

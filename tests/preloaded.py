@@ -60,7 +60,7 @@ def remembered(cost: Cost, *rest: Any) -> dict[str, int]:
 
 def step() -> None:
     """Do once what the runs of `small` do. This also caches the memory estimates for its shapes."""
-    config = GPTConfig(300, 16, n_layer=2, n_head=2, n_embd=64, dropout=0.1, chunked_head=True)
+    config = GPTConfig(300, 16, n_layer=1, n_head=2, n_embd=64, dropout=0.1, chunked_head=True)
     parse(TrainConfig, [])
     for dropout in (0.1, 0.0):
         shape = dataclasses.replace(config, dropout=dropout)

@@ -99,7 +99,7 @@ def test_a_finished_run_prints_its_main_figures(finished):
         and repeatability == "repeatable bit for bit"
     )
     assert rows["kernels"] in ("torch, not compiled", "cpu_attention, not compiled")
-    assert re.match(r"[\d,]+ parameters: 2 layers x 64 wide, 2 heads, context 16", rows["model"])
+    assert re.match(r"[\d,]+ parameters: 1 layer x 64 wide, 2 heads, context 16", rows["model"])
     assert rows["step"] == "128 tokens = micro-batch 2 x length 16 x accumulation 4 x ranks 1"
     assert "steps 0 to 12" in rows["plan"] and "MFLOP a token" in rows["plan"]
     lines = re.findall(r"^step .*$", out, re.M)

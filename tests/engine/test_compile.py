@@ -54,7 +54,7 @@ def traced(monkeypatch):
 )
 def test_neither_recompiles_nor_breaks_the_graph(traced, monkeypatch, unit, precision, more):
     # Two of the three blocks share a graph. A whole model is one graph.
-    layers = 2 if unit == "model" else 3
+    layers = 1 if unit == "model" else 3
     options = {"shape": SMALL, "compile": True, "compile_unit": unit} | more
     options["shape"] = dataclasses.replace(options["shape"], n_layer=layers)
     step, loader = make_step(precision=precision, **options)

@@ -322,10 +322,10 @@ def test_many_ranks_print_a_mistake_once(folder: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 5 MiB, which holds two checkpoints of these runs but not three."""
+    """A file system of 3 MiB, which holds two checkpoints of these runs but not three."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(mount)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield mount
@@ -371,13 +371,13 @@ def test_a_log_that_cannot_be_opened_is_a_one_line_error(folder: Path) -> None:
 
 
 def small_files() -> None:
-    """From the second save on, limit files to 1 MiB. The training state needs more."""
+    """From the second save on, limit files to 600 KiB. The training state needs more."""
     import resource
 
     at_call(
         *point("save"),
         2,
-        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600 << 10, resource.RLIM_INFINITY)),
     )
 
 

@@ -107,8 +107,10 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
     options = small(
         "--steps",
         2,
+        "--seq-len",
+        8,
         "--batch-tokens",
-        64,
+        32,
         "--n-embd",
         32,
         "--dropout",

@@ -73,7 +73,7 @@ SHAPES = [
     (3, 8, 50257, 50257),
 ]
 CASES = [
-    *((shape, triton) for shape in SHAPES for triton in BOTH),
+    *((shape, triton) for shape in SHAPES for triton in BOTH if shape[0] < 100 or not triton),
     ((257, 8, 50257, 50257), False),  # several of the pieces that a CPU takes at once
     ((1023, 48, 331, 384), False),
     # every row is Python in the interpreter
@@ -114,7 +114,7 @@ def chunks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 @each
 @pytest.mark.parametrize("chunk_rows", [1, 7, 16, 1000])
 def test_any_number_of_chunks(monkeypatch, chunk_rows, triton):
-    x, weight, targets = inputs(33, 24, 331, 384)
+    x, weight, targets = inputs(17, 24, 331, 384)
     targets[5:16] = IGNORE  # whole chunks without a target
     chunks_of(monkeypatch, 4 * 384 * chunk_rows)
     check(x, weight, targets, 331, triton)
@@ -134,7 +134,7 @@ def test_chunks_of_a_gpu_are_even_and_whole(monkeypatch, rows, size):
 
 @each
 def test_some_targets_ignored(triton):
-    x, weight, targets = inputs(65, 24, 331, 384)
+    x, weight, targets = inputs(17, 24, 331, 384)
     targets[::2] = IGNORE
     check(x, weight, targets, 331, triton)
     assert x.grad is not None and not x.grad[::2].any()
@@ -203,7 +203,7 @@ def test_one_input_frozen(frozen, triton):
 
 
 @pytest.mark.parametrize(
-    ("rows", "triton"), [(1, False), (1023, False), *((65, triton) for triton in BOTH[1:])]
+    ("rows", "triton"), [(1, False), (1023, False), *((17, triton) for triton in BOTH[1:])]
 )
 def test_bf16_under_autocast(rows, triton):
     x, weight, targets = inputs(rows, 48, 331, 384)
@@ -220,7 +220,7 @@ def test_bf16_under_autocast(rows, triton):
 def test_bf16_hidden_states(monkeypatch, head, triton):
     """What the model hands over when its last operation ran in bf16; a bf16 head too where weights
     are cast once."""
-    x, weight, targets = inputs(33, 48, 331, 384)
+    x, weight, targets = inputs(17, 48, 331, 384)
     x = x.detach().bfloat16().requires_grad_()
     weight = weight.detach().bfloat16().to(head).requires_grad_()
     chunks_of(monkeypatch, 2 * 384 * 16)  # the head's gradient is a sum of products
