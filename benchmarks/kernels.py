@@ -97,7 +97,7 @@ class Size:
 SIZES = {
     "cuda": Size(65536, 65536, GPTConfig(), 256, 1 << 30, 8192),
     "cpu": Size(8192, 1024, GPTConfig(n_layer=2), 256, 256 << 20, 2048),
-    "quick": Size(64, 32, GPTConfig(250, 32, n_layer=1, n_head=2, n_embd=64), 16, 1 << 16, 128),
+    "quick": Size(64, 8, GPTConfig(250, 32, n_layer=1, n_head=2, n_embd=64), 16, 1 << 16, 128),
 }
 
 
