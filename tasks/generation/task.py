@@ -33,7 +33,7 @@ from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.overlap import overlap, with_clean
+from text.overlap import with_clean
 from text.row import Row
 
 
@@ -77,7 +77,7 @@ class Generation(Finetuning):
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
         texts = [self._read_text(self.val.rows[i]) for i in begins]
-        self.overlap = overlap(texts, map(self._read_text, train))
+        self.overlap = source.find_shared(texts, list(map(self._read_text, train)))
         row_of = np.searchsorted(begins, np.arange(len(self.val.rows)), side="right") - 1
         self.shared = self.overlap.shared[row_of]
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
