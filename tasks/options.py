@@ -26,7 +26,7 @@ class FinetuneConfig(MethodConfig, RunConfig):
     """Longest row in tokens. Default: what the model has room for (256 from scratch)."""
     epochs: CountOrNone = 3
     """Passes over the training rows. --steps overrides it. 0 trains nothing and only answers
-    --predict."""
+    --predict. --data then names the training rows, for clean scores."""
     batch_size: Count = 16
     """Rows in an optimizer step, over all ranks."""
     keep: Count = 1
