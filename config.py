@@ -193,8 +193,8 @@ class RunConfig:
     val_data: Wheres | None = None
     """Validation data, in the same forms. Default: a fixed part of the training data, held out."""
     tokenizer: Where | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the tokenizer of the data or the checkpoint;
-    gpt2 for text."""
+    """gpt2, characters (those of the training text), a folder, a tokenizer.json, or nanoGPT's
+    meta.pkl. Default: the tokenizer of the data or the checkpoint; gpt2 for text."""
 
     # how long and how large
     steps: Count | None = None

@@ -16,7 +16,7 @@ from config import UserError, expand, without_surrogates
 from text.encodings import decode_input
 from text.tokenizer import load_tokenizer
 
-MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe")
+MODELS = ("byte-bpe", "unigram", "sentencepiece-bpe", "characters")
 
 
 def _train_command(options: argparse.Namespace) -> None:
@@ -24,18 +24,24 @@ def _train_command(options: argparse.Namespace) -> None:
     from text import tokenizer_training as training
 
     outlive()
+    if (options.vocab_size is None) != (options.model == "characters"):
+        raise UserError(
+            "--model characters has one token for each character of the text; leave --vocab-size out"
+            if options.vocab_size
+            else "--vocab-size is missing: give the size of the vocabulary, such as 8192"
+        )
     training.check_free(Path(options.out))
     text = training.open_input(
         options.input, options.text_column, lambda line: print(line, flush=True)
     )
-    print(
-        f"training a vocabulary of {options.vocab_size:,} on {' '.join(options.input)} ...",
-        flush=True,
-    )
+    size = f"of {options.vocab_size:,}" if options.vocab_size else "of characters"
+    print(f"training a vocabulary {size} on {' '.join(options.input)} ...", flush=True)
     start = time.perf_counter()
     arguments = (text, options.vocab_size, Path(options.out))
     with ends_promptly():
-        if options.model == "byte-bpe":
+        if options.model == "characters":
+            tokenizer = training.train_characters(text, Path(options.out), options.special)
+        elif options.model == "byte-bpe":
             tokenizer = training.train_bpe(*arguments, special=options.special)
         else:
             kind = "unigram" if options.model == "unigram" else "bpe"
@@ -44,7 +50,7 @@ def _train_command(options: argparse.Namespace) -> None:
     print(
         f"read {text.characters:,} characters; replaced {text.bad_bytes:,} bytes that are not UTF-8"
     )
-    if tokenizer.vocab_size < options.vocab_size:
+    if tokenizer.vocab_size < (options.vocab_size or 0):
         print(f"the text gives only {tokenizer.vocab_size:,} tokens: no other pair occurs twice")
     ratio = len(text.first) / len(tokenizer.encode(text.first))
     print(
@@ -111,9 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--vocab-size",
         type=int,
-        required=True,
         metavar="N",
-        help="size of the vocabulary, including the special tokens",
+        help="size of the vocabulary, including the special tokens; none for characters",
     )
     train.add_argument(
         "--special",
@@ -134,7 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     decode.set_defaults(command=_decode_command)
     for command in (encode, decode):
         command.add_argument(
-            "--tokenizer", default="gpt2", type=_named, help="gpt2, a folder or a tokenizer.json"
+            "--tokenizer",
+            default="gpt2",
+            type=_named,
+            help="gpt2, a folder, a tokenizer.json or nanoGPT's meta.pkl",
         )
     return parser
 

@@ -22,8 +22,17 @@ from storage.cache import Cache, changed_while_read, digest
 from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
 from text import corpus
+from text.characters import META
 from text.overlap import Decontaminated, N, NgramIndex, texts_of
-from text.prepare import HOLDOUT, STDLIB_VOCAB, stdlib_tokenizer, tokenize_to_folder
+from text.prepare import (
+    CHARACTERS,
+    HOLDOUT,
+    STDLIB_VOCAB,
+    characters_of,
+    characters_tokenizer,
+    stdlib_tokenizer,
+    tokenize_to_folder,
+)
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
 
 TABLE_READER_VERSIONS = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # part of the cache's keys
@@ -144,7 +153,11 @@ def open_data(
     Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
     store = Cache(cache)
-    requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
+    if tokenizer == CHARACTERS:
+        files = _text_for_characters(data)
+        requested = Vocabulary.of(characters_tokenizer(files, text_column, store, say))
+    else:
+        requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     excluded = _Excluded.find(decontaminate, text_column, store) if decontaminate else None
     opened = _open(data, requested, text_column, store, val_data is None, say, excluded=excluded)
     train, val, vocabulary = opened.train, opened.val, opened.vocabulary
@@ -175,6 +188,19 @@ def open_data(
     left_out = counted(opened.shared_documents, "document")
     note = f"; {left_out} left out for sharing {N} words in a row with {decontaminate}"
     return Data(train, val, vocabulary, excluded.sha256, note)
+
+
+def _text_for_characters(data: str) -> list[Path]:
+    """The text files whose characters --tokenizer characters takes."""
+    shards = _shard_files(Path(data).expanduser())
+    files = None if shards else corpus.files_of(data)
+    if files is None:
+        raise UserError(
+            f"--tokenizer {CHARACTERS} reads text files, and {data} is "
+            f"{'token shards' if shards else 'on the hub'}; name a tokenizer's folder (python "
+            "tokenizer.py train --model characters makes one)"
+        )
+    return files
 
 
 def open_whole(
@@ -272,6 +298,8 @@ def check_data(
         check_files(spec)  # before the tokenizer: if files are missing, it is of no use
     requested, tokenizer_error = None, None
     try:
+        if tokenizer == CHARACTERS:
+            return len(characters_of(_text_for_characters(data), text_column, print)) + 2
         requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     except UserError as error:  # raised below, after errors about the data
         tokenizer_error = error
@@ -435,7 +463,7 @@ def _open_shards(
     else:
         max_ids = store.measure_once("max_id", files, _max_id)
         marks = [_fingerprint(file) for file in files]
-        vocabulary = requested or _assumed_vocabulary(max(max_ids) + 1)
+        vocabulary = requested or _named_beside(folder) or _assumed_vocabulary(max(max_ids) + 1)
     for file, max_id in zip(files, max_ids, strict=True):
         if max_id >= vocabulary.size:
             raise UserError(beyond_vocabulary(file, max_id, vocabulary.size, vocabulary.name))
@@ -448,6 +476,12 @@ def _open_shards(
     return _Splits(
         split(False), split(True), vocabulary, (manifest or {}).get("shared_documents", 0)
     )
+
+
+def _named_beside(folder: Path) -> Vocabulary | None:
+    """The vocabulary of nanoGPT's character-level shards, which lies beside them."""
+    meta = folder / META
+    return Vocabulary.of(load_tokenizer(str(meta))) if meta.is_file() else None
 
 
 def _assumed_vocabulary(n_ids: int) -> Vocabulary:

@@ -24,6 +24,7 @@ from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
 from model import GPT
 from storage.checkpoint import locate
+from text.prepare import CHARACTERS
 from text.tokenizer_files import has_tokenizer
 
 STDLIB_NOTE = (
@@ -250,7 +251,7 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
     """The argument of load_tokenizer for --tokenizer, or else for the checkpoint of --init. None:
     the data determines the tokenizer."""
     if cfg.tokenizer:
-        return cfg.tokenizer if cfg.tokenizer == "gpt2" else locate(cfg.tokenizer)
+        return cfg.tokenizer if cfg.tokenizer in ("gpt2", CHARACTERS) else locate(cfg.tokenizer)
     if cfg.init == "scratch":
         return None
     where = locate(cfg.init)

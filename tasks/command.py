@@ -18,10 +18,12 @@ from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
 from tasks.finetuning import EVAL_PRECISION, Finetuning
+from text.overlap import summary
 from text.rows import check_exists
 
 # Stems of the files that a run writes itself. --answers must not overwrite them.
 RESERVED_NAMES = ("validation", "config", "log", "metrics", "run")
+NO_CLEAN = "no clean scores: the training rows are not known; name them with --data FILE"
 
 
 def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
@@ -90,8 +92,11 @@ def predict(task: Finetuning, cfg: Any, where: str) -> None:
         about = {"seconds": time.perf_counter() - began, "eval_precision": EVAL_PRECISION}
         if scores:
             write_json(sibling(path, ".scores.json"), json_safe(scores) | about)
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    print(f"answers to {cfg.predict}: {path}" + (f"\n{figures}" if figures else ""))
+    clean = scores.pop("clean", None)
+    print(f"answers to {cfg.predict}: {path}")
+    if scores:
+        print(", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        print(f"clean: {summary(clean)}" if clean else NO_CLEAN)
 
 
 def answers_path(task: Description, cfg: Any) -> Path:

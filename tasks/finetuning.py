@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from torch import Tensor
 from adapters.options import METHODS
 from base.console import counted
 from base.files import write_json
-from config import RunConfig
+from config import RunConfig, UserError
 from engine.optim import Group
 from engine.task import Cost, Facts, Task
 from model import GPT
@@ -61,8 +61,9 @@ class Predictor(Protocol):
         """The rows of --predict, in the order of the file."""
         ...
 
-    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
-        """Write the answers to all rows. Returns their scores, or {} if no true answer is known."""
+    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        """Write the answers to all rows. Returns the scores of all rows and of clean rows, with the
+        counts of both as "clean". {} if no true answer is known."""
         ...
 
 
@@ -139,6 +140,32 @@ class Finetuning(Task):
         Raises UserError if the checkpoint or the rows cannot be used.
         """
         raise NotImplementedError
+
+    def read_text(self, row: Row, cfg: Any) -> str:
+        """The text of a row that is compared with the texts of training rows."""
+        return self.description.content(row)
+
+    def training_texts(self) -> list[str]:
+        """The texts of the training rows that `setup` has read."""
+        return []
+
+    def predict_overlap(
+        self, cfg: Any, rows: Sequence[Row], say: Callable[[str], None]
+    ) -> Overlap | None:
+        """Which rows of --predict share an n-gram with a training row. If nothing is trained, the
+        training rows are those of --data. None if they are not known."""
+        source, training = Source(self.description, cfg, say), self.training_texts()
+        if not cfg.trains and cfg.data:
+            try:
+                train, _ = source.training_and_validation()
+            except UserError as error:
+                say(f"the training rows cannot be read: {error}")
+                return None
+            training = [self.read_text(row, cfg) for row in train]
+        if not training:
+            return None
+        texts = ["" if row.fault else self.read_text(row, cfg) for row in rows]
+        return source.find_shared(texts, training)
 
     def read_predict_rows(self, cfg: Any, say: Callable[[str], None]) -> list[Row]:
         """The rows of --predict. Reads the file only if `setup` has not read it."""

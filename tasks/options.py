@@ -26,7 +26,7 @@ class FinetuneConfig(MethodConfig, RunConfig):
     """Longest row in tokens. Default: what the model has room for (256 from scratch)."""
     epochs: CountOrNone = 3
     """Passes over the training rows. --steps overrides it. 0 trains nothing and only answers
-    --predict."""
+    --predict. --data then names the training rows, for clean scores."""
     batch_size: Count = 16
     """Rows in an optimizer step, over all ranks."""
     keep: Count = 1
@@ -38,6 +38,8 @@ class FinetuneConfig(MethodConfig, RunConfig):
     left out or truncated, and counted in a warning."""
     show_rows: CountOrNone = 2
     """Rows of the first batch to print. The text that the model learns is marked."""
+    cache: Where = "data/cache"
+    """Folder that keeps which rows of a large data set are shared with the training rows."""
     predict: Wheres | None = None
     """Answer the rows of this file after training. They are also scored if the file has the true
     answers."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tasks.description import Description
-from text.rows import Row, hold_out, overlap, read_rows
+from text.overlap import Overlap, kept_overlap, overlap
+from text.rows import Row, count_duplicates, hold_out, read_rows
 
 
 class Source:
@@ -77,4 +79,12 @@ class Source:
         """How many training rows are also in --val-data (0 without --val-data)."""
         if not self.cfg.val_data:
             return 0
-        return overlap(*([self.task.content(row) for row in rows] for rows in (train, val)))
+        return count_duplicates(
+            *([self.task.content(row) for row in rows] for rows in (train, val))
+        )
+
+    def find_shared(self, rows: Sequence[str], training: Sequence[str]) -> Overlap:
+        """Which texts `rows` share an n-gram with a `training` text. A dry run writes no cache."""
+        if self.cfg.dry_run:
+            return overlap(rows, training)
+        return kept_overlap(rows, training, Path(self.cfg.cache), self.say)

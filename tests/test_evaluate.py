@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate as script
 from config import UserError
@@ -344,14 +344,16 @@ def test_only_validation_shards_are_scored(
         lambda line: None,
     )
     shard = next(folder.glob("val_*.bin"))
-    one = figures(monkeypatch, capsys, checkpoint, "--data", folder, "--cache", tmp_path / "cache")[
-        "data"
-    ]
-    other = figures(
-        monkeypatch, capsys, checkpoint, "--data", shard, "--cache", tmp_path / "cache"
-    )["data"]
-    del one["seconds"], other["seconds"]
-    assert one == other and one["tokens"] < 200 and byte_lengths(tokenizer).max() > 1
+
+    def found(where: Path) -> dict[str, Any]:
+        words = ("--data", where, "--cache", tmp_path / "cache")
+        data = figures(monkeypatch, capsys, checkpoint, *words)["data"]
+        return {name: value for name, value in data.items() if name != "seconds"}
+
+    one = found(folder)
+    assert one == found(shard) and one["tokens"] < 200 and byte_lengths(tokenizer).max() > 1
+    (folder / "manifest.json").unlink()
+    assert found(shard) == one  # the tokenizer tells the bytes
 
 
 def test_metrics() -> None:
@@ -408,6 +410,68 @@ def test_bad_input_is_one_line(
     with pytest.raises(UserError, match=message) as raised:
         script.main()
     assert "\n" not in str(raised.value)
+
+
+# ---- lm-evaluation-harness
+
+
+def harness_task(name: str, file: Path, metrics: str, **fields: Any) -> dict[str, Any]:
+    """A task of the harness with the rows of a local file."""
+    files = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "datasets")}
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": files,
+        "test_split": "test",
+        "metric_list": [{"metric": metric} for metric in metrics.split()],
+        **fields,
+    }
+
+
+def test_the_harness_finds_the_same_scores(
+    checkpoint, tokenizer, tmp_path, monkeypatch, capsys
+) -> None:
+    names = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+    lm_eval, tasks_of, models = (pytest.importorskip(n, reason="needs lm-eval") for n in names)
+    # The harness gives more context to a window that is not full. These windows are full.
+    stream = tokenizer.decode(tokenizer.encode(text(0, 200))[: 3 * BLOCK])
+    more = [
+        {
+            "ctx": text(i, 4),
+            "endings": [text(100 * i + j, 3) + " 한" * j for j in range(4)],
+            "label": i % 4,
+        }
+        for i in range(20)  # The three accuracies of these rows differ.
+    ]
+    rows = {"data": [{"text": stream}], "hellaswag": HELLASWAG + more, "lambada": LAMBADA}
+    file = {name: write_rows(tmp_path / f"{name}.jsonl", rows[name]) for name in rows}
+    choices = {"doc_to_text": "ctx", "doc_to_choice": "endings", "doc_to_target": "label"}
+    words = "text.rsplit(' ', 1)"
+    word = {"doc_to_text": f"{{{{{words}[0]}}}}", "doc_to_target": f"{{{{' ' + {words}[1]}}}}"}
+    whole = {"doc_to_text": "", "doc_to_target": "text"}
+    tasks = [
+        harness_task("hellaswag", file["hellaswag"], "acc acc_norm acc_bytes", **choices),
+        harness_task("lambada", file["lambada"], "acc perplexity", **word),
+        harness_task("data", file["data"], "bits_per_byte", **whole),
+    ]
+    kinds = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = models.HFLM(pretrained=loaded, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
+    found = lm_eval.simple_evaluate(
+        model,
+        tasks=[task | {"output_type": kind} for task, kind in zip(tasks, kinds, strict=True)],
+        task_manager=tasks_of.TaskManager(include_defaults=False),  # does not read 14,000 files
+        bootstrap_iters=0,
+    )["results"]
+    capsys.readouterr()
+    options = [word for name in file for word in (f"--{name}", file[name])]
+    ours = figures(monkeypatch, capsys, checkpoint, *options, "--cache", tmp_path / "cache")
+    ours["lambada"]["acc"] = ours["lambada"]["accuracy"]
+    for task in tasks:
+        for metric in (each["metric"] for each in task["metric_list"]):
+            theirs = found[task["task"]][f"{metric},none"]
+            assert ours[task["task"]][metric] == pytest.approx(theirs, rel=1e-6), metric
+    assert len({ours["hellaswag"][name] for name in ("acc", "acc_norm", "acc_bytes")}) == 3
 
 
 @pytest.mark.skipif(not (SHARED / "lm_eval").is_dir(), reason="needs ../shared/data/lm_eval")

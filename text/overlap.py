@@ -14,10 +14,13 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from config import UserError
+from storage.cache import Cache, digest
 from text import corpus, readers
 from text.corpus import Segment
 
@@ -25,6 +28,8 @@ N = 13  # words of an n-gram
 EXAMPLES = 3  # shared texts that a report shows
 SHOWN = 100  # characters of each that are shown
 BATCH = 1 << 22  # characters that are compared at a time
+KEPT = 1 << 22  # characters of training texts above which the cache keeps the result
+SHARED = "shared.npy"  # file of the cache that tells which rows are shared
 WORD = re.compile(r"\w+")
 Item = TypeVar("Item")
 Score = TypeVar("Score")
@@ -270,6 +275,24 @@ def summary(counts: Mapping[str, Any]) -> str:
 def overlap(rows: Sequence[str], training: Iterable[str]) -> Overlap:
     """Find the `rows` of an evaluation that share an n-gram with a `training` text."""
     return Overlap(rows, NgramIndex(rows).found_in(training))
+
+
+def kept_overlap(
+    rows: Sequence[str], training: Sequence[str], cache: Path, say: Callable[[str], None]
+) -> Overlap:
+    """Like `overlap`, but a long search is made once: its result is kept in the folder `cache`, for
+    other ranks and later starts."""
+
+    def make(folder: Path) -> None:
+        np.save(folder / SHARED, overlap(rows, training).shared)
+
+    if sum(map(len, training)) < KEPT:
+        return overlap(rows, training)
+    key = digest(SHARED, N, list(rows), list(training))[:32]
+    try:
+        return Overlap(rows, np.load(Cache(cache).get_or_make(key, make, say) / SHARED))
+    except UserError:  # the cache cannot be written
+        return overlap(rows, training)
 
 
 def with_clean(scores: Mapping[str, Score], clean: Mapping[str, Score]) -> dict[str, Score]:

@@ -1,4 +1,5 @@
-"""Writes documents as token shards into the cache, and trains the tokenizer of `--data stdlib`."""
+"""Writes documents as token shards into the cache, and makes the tokenizers of `--data stdlib` and
+`--tokenizer characters`."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ from storage.shards import FORMAT, ShardWriter, write_manifest
 from text import corpus
 from text.overlap import Decontaminated
 from text.tokenizer import Tokenizer, load_tokenizer
-from text.tokenizer_training import train_bpe
+from text.tokenizer_training import train_bpe, train_characters
 
 CACHE_SHARD_TOKENS = 100_000_000
 STDLIB_VOCAB = 4096
+CHARACTERS = "characters"  # --tokenizer: one token for each character of the training text
 HOLDOUT = 100  # one document in this many is held out; for ready shards, one token in this many
 SMALL = 4 << 20  # bytes of text below which one process is faster than starting several
 
@@ -105,3 +107,22 @@ def stdlib_tokenizer(files: list[Path], store: Cache, say: Callable[[str], None]
     store.prepare()
     key = digest(store.measure_once("sha256", files, sha256), STDLIB_VOCAB, FORMAT)
     return load_tokenizer(str(store.get_or_make(f"bpe-{key[:24]}", make, say) / "stdlib-bpe"))
+
+
+def characters_of(files: list[Path], column: str, say: Callable[[str], None]) -> set[str]:
+    """The characters of the files' text."""
+    return set().union(*(text for text, _ in corpus.TextFiles(files, column, say).segments()))
+
+
+def characters_tokenizer(
+    files: list[Path], column: str, store: Cache, say: Callable[[str], None]
+) -> Tokenizer:
+    """The characters of the files' text as a tokenizer. It is made once and kept in the cache."""
+
+    def make(folder: Path) -> None:
+        found = characters_of(files, column, lambda line: None)  # the tokenizing names bad rows
+        train_characters(found, folder / CHARACTERS)
+
+    store.prepare()
+    key = digest(store.measure_once("sha256", files, sha256), column, CHARACTERS, FORMAT)
+    return load_tokenizer(str(store.get_or_make(f"chars-{key[:24]}", make, say) / CHARACTERS))

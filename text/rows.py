@@ -409,7 +409,7 @@ def hold_out(texts: Sequence[str], share: float = 0.1) -> tuple[np.ndarray, np.n
     return kept, held
 
 
-def overlap(train: Sequence[str], val: Sequence[str]) -> int:
+def count_duplicates(train: Sequence[str], val: Sequence[str]) -> int:
     """How many training texts are also validation texts. White space and case do not matter."""
     known = set(map(_normalized, val))
     return sum(_normalized(text) in known for text in train)

@@ -22,6 +22,7 @@ from typing import Any
 
 from base.machine import cores
 from config import UserError, without_surrogates
+from text.characters import META
 from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, open_tokenizer
 
 METASPACE = "▁"  # SentencePiece writes it for a space
@@ -288,7 +289,7 @@ class HubTokenizer(Tokenizer):
     def __init__(self, opened: OpenedTokenizer, source: Path, special: tuple[str, ...] = ()):
         self._opened = opened
         self._tokenizer = tokenizer = opened.tokenizer
-        folder = source.parent if source.name == "tokenizer.json" else source
+        folder = source.parent if source.name in ("tokenizer.json", META) else source
         self.name, self.source = folder.name.removesuffix(".json"), str(source)
         tokenizer.add_special_tokens([opened.end])
         tokenizer.encode_special_tokens = True  # the library's name for: as ordinary text
@@ -414,7 +415,7 @@ class HubTokenizer(Tokenizer):
 def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:
     """The tokenizer named "gpt2", of a folder, or of a tokenizer.json.
 
-    A folder holds tokenizer.json, or vocab.json and merges.txt. num_threads: see Tokenizer. quiet:
+    A folder holds tokenizer.json, or vocab.json and merges.txt, or nanoGPT's meta.pkl. num_threads: see Tokenizer. quiet:
     do not warn that BPE dropout is left out. Raises UserError if there is no tokenizer, it cannot
     be read, or it has no end token.
     """

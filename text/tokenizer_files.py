@@ -1,6 +1,7 @@
 """Opens a tokenizer's folder in any of the hub's layouts, as transformers' AutoTokenizer does.
 
-A folder holds tokenizer.json, or vocab.json with merges.txt. It may also hold tokenizer_config.json
+A folder holds tokenizer.json, or vocab.json with merges.txt, or nanoGPT's meta.pkl. It may also
+hold tokenizer_config.json
 and, from older versions, added_tokens.json and special_tokens_map.json. The precedence of these
 files and the ids of added tokens are those of transformers 5, so that checkpoints trained there
 keep their ids here.
@@ -17,13 +18,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from base.errors import reason
 from config import UserError
 from storage.foreign import JsonObject, read_object
+from text.characters import META, UNKNOWN, character_vocabulary, read_meta
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -56,7 +58,7 @@ class OpenedTokenizer(NamedTuple):
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds a tokenizer in one of the layouts."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json", META))
 
 
 def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
@@ -67,9 +69,10 @@ def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
-    if not file.is_file() and not all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    ):
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if path.name == META or (not file.is_file() and not pair and (folder / META).is_file()):
+        return characters(read_meta(folder / META))
+    if not file.is_file() and not pair:
         raise UserError(
             f"no tokenizer at {path}: give --tokenizer gpt2, a folder with tokenizer.json "
             "or vocab.json and merges.txt, or a tokenizer.json"
@@ -85,6 +88,14 @@ def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
     _leave_out_dropout(path, tokenizer, quiet)
     rows = 1 + max(vocab[token] for token in {*given, end} if token in vocab)
     return OpenedTokenizer(tokenizer, end, settings.resolved(end), rows)
+
+
+def characters(vocabulary: Iterable[str]) -> OpenedTokenizer:
+    """A vocabulary of single characters, then <unk> and the end token."""
+    tokenizer = character_vocabulary(vocabulary)
+    tokenizer.add_special_tokens([ENDOFTEXT])
+    size = tokenizer.get_vocab_size()
+    return OpenedTokenizer(tokenizer, ENDOFTEXT, {"unk_token": UNKNOWN}, size)
 
 
 class _Settings:

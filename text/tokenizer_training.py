@@ -1,4 +1,5 @@
-"""Trains tokenizers: byte-level BPE with `tokenizers`, unigram and BPE with SentencePiece.
+"""Trains tokenizers: byte-level BPE with `tokenizers`, unigram and BPE with SentencePiece, and
+characters.
 
 The libraries are imported where they are used, so that importing this module is cheap.
 """
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from base.files import temporary_folder, writing_to
 from config import UserError, without_surrogates
 from text import corpus
+from text.characters import UNKNOWN, character_vocabulary
 from text.tokenizer import (
     METASPACE,
     HubTokenizer,
@@ -28,9 +30,6 @@ from text.tokenizer import (
 )
 from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, byte_level
 
-# SentencePiece requires an unknown token. No text uses it, because byte tokens spell everything
-# that is not in the vocabulary.
-UNKNOWN = "<unk>"
 BAD_BYTE = re.compile(r"[\udc80-\udcff]")  # a byte that is not UTF-8, as surrogateescape decodes it
 
 LONGEST_WORD = 256  # bytes, because training time grows with the square of a word's length
@@ -109,6 +108,8 @@ def sentencepiece_model(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            # It requires an unknown token. No text uses it, because byte tokens spell everything
+            # that is not in the vocabulary.
             unk_piece=UNKNOWN,
             unk_id=0,
             bos_id=-1,
@@ -292,6 +293,20 @@ def train_sentencepiece(
     """
     train = functools.partial(train_pieces, kind=kind)
     return _train(train, texts, vocab_size, out, special, {"unk_token": UNKNOWN})
+
+
+def train_characters(texts: Iterable[str], out: Path, special: Sequence[str] = ()) -> Tokenizer:
+    """Make a vocabulary of the characters of the texts, in their order in Unicode as nanoGPT has
+    them, and write it to the new folder `out`.
+
+    The ids are the characters, <unk>, <|endoftext|>, then the `special` tokens. Special tokens in
+    the text do not count. Raises UserError as train_bpe does.
+    """
+
+    def train(texts: Iterable[str], size: int, special: Sequence[str]) -> Any:
+        return character_vocabulary(sorted(set().union(*training_pieces(texts, special))))
+
+    return _train(train, texts, 0, out, special, {"unk_token": UNKNOWN})
 
 
 def _train(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from tasks.classification.baselines import BaselineKind, fit_text_model
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import label_index, true_labels
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import clean_figures, probabilities, write_answers
-from tasks.classification.rows import find_overlap, read_labelled_rows
+from tasks.classification.predictions import Answered, probabilities, write_answers
+from tasks.classification.rows import find_overlap, read_labelled_rows, training_texts
 from tasks.classification.task import AuxiliaryTask, Classification
 from tasks.command import answers_path, run_task
 from tasks.source import Source
-from text.overlap import Overlap, with_clean
+from text.overlap import Overlap
 from text.row import Row
 
 LSTM_EMBEDDING = 256  # width of the embeddings that --model lstm learns
@@ -118,14 +118,10 @@ def run_baseline(
         model = fit_text_model(kind, texts, numbers, len(labels), cfg.seed, rows.weights)
     seconds = time.perf_counter() - began
 
-    def answer(rows: list[Row], path: Path, shared: Overlap | None = None) -> dict[str, float]:
+    def answer(rows: Sequence[Row], path: Path, shared: Overlap) -> dict[str, Any]:
         found = probabilities(model.log_probs([task.texts(row) for row in rows]))
-        if shared is None:
-            return write_answers(path, rows, found, task, labels, cfg.seed, print, about)
-        clean = clean_figures(rows, found, labels, shared)
-        more = about | {"clean": shared.counts | clean}
-        figures = write_answers(path, rows, found, task, labels, cfg.seed, print, more)
-        return with_clean(figures, clean)
+        answered = Answered(rows, found, shared)
+        return write_answers(path, answered, task, labels, cfg.seed, print, about)
 
     for warning in source.warnings:
         print(f"warning: {warning}")
@@ -143,16 +139,18 @@ def run_baseline(
             "parameters": model.n_parameters,
             "trained_parameters": model.n_parameters,
             "warnings": source.warnings,
-            "clean": shared.counts,
         }
+        without_counts = {name: value for name, value in figures.items() if name != "clean"}
         write_json(folder / RESULTS, figures | {"eval_precision": about["eval_precision"]} | costs)
         (folder / "log.jsonl").write_text(
-            json.dumps({"kind": "eval", "step": 1} | figures) + "\n", encoding="utf-8"
+            json.dumps({"kind": "eval", "step": 1} | without_counts) + "\n", encoding="utf-8"
         )
     if cfg.predict:
         with writing_to("--answers" if cfg.answers else "--out", answers.parent):
             answers.parent.mkdir(parents=True, exist_ok=True)
-            if scores := answer(source.predict_rows, answers):
+            asked = [task.content(row) for row in source.predict_rows]
+            shared = source.find_shared(asked, training_texts([rows]))
+            if scores := answer(source.predict_rows, answers, shared):
                 write_json(
                     sibling(answers, ".scores.json"),
                     scores | {"eval_precision": about["eval_precision"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from model import GPT
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import word_ids
 from tasks.classification.options import ClassificationConfig
-from tasks.classification.predictions import write_answers
+from tasks.classification.predictions import Answered, write_answers
 from tasks.classification.rows import RowEncoder
 from tasks.classification.scorer import Scorer
 from tasks.encoder import Encoder
 from tasks.finetuning import EVAL_PRECISION
+from text.overlap import Overlap
 from text.row import Row
 from text.tokenizer import Tokenizer
 
@@ -60,15 +62,16 @@ class LabelPredictor:
 
     classifier: Classifier
     rows: list[Row]
+    overlap: Overlap | None  # of the rows with the training rows
     seed: int  # of the resamples for confidence intervals
 
-    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
+    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         """Write the predictions as jsonl with probabilities and as CS224N's csv. Returns the scores
         of the rows with a known label."""
         found, task = self.classifier.answers(self.rows, say), self.classifier.encode.task
-        about = {"eval_precision": EVAL_PRECISION}
-        labels = self.classifier.labels
-        return write_answers(path, self.rows, found, task, labels, self.seed, say, about)
+        answered = Answered(self.rows, found, self.overlap)
+        labels, about = self.classifier.labels, {"eval_precision": EVAL_PRECISION}
+        return write_answers(path, answered, task, labels, self.seed, say, about)
 
 
 def open_classifier(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.log import json_safe
 from tasks.classification import chart, confusion
 from tasks.classification.description import ClassificationDescription
 from tasks.classification.labels import true_labels
-from text.overlap import Overlap
+from text.overlap import Overlap, with_clean
 from text.row import Row
 
 VALIDATION = "validation"  # stem of the files about the validation rows
@@ -27,22 +28,32 @@ def probabilities(log_p: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Rows and what a classifier found for them."""
+
+    rows: Sequence[Row]
+    probabilities: np.ndarray  # (n, K)
+    overlap: Overlap | None  # of the rows with the training rows, if these are known
+
+
 def write_answers(
     path: Path,
-    rows: Sequence[Row],
-    found: np.ndarray,
+    answered: Answered,
     task: ClassificationDescription,
     labels: Sequence[str],
     seed: int,
     say: Callable[[str], None],
     about: dict[str, Any],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write the predictions of rows, and a report on the rows with known labels. Returns the
     report's metrics, or {} if no label is known.
 
-    found: probabilities (n, K). about: entries for the report, such as the precision and the step
-    of the model.
+    about: entries for the report, such as the precision and the step of the model. If the overlap
+    is known, the report and the result have the metrics of clean rows too, and the counts of rows
+    as "clean".
     """
+    rows, found, overlap = answered.rows, answered.probabilities, answered.overlap
     true = true_labels(rows, labels)
     write_predictions(path, rows, found, labels, task.csv_header)
     if unread := sum(bool(row.fault) for row in rows):
@@ -53,16 +64,14 @@ def write_answers(
     if not true:
         return {}
     known, scored = list(true.values()), found[list(true)]
-    return write_report(path, known, scored, labels, task.name, seed, say, about)
-
-
-def clean_figures(
-    rows: Sequence[Row], found: np.ndarray, labels: Sequence[str], overlap: Overlap
-) -> dict[str, float]:
-    """The metrics of the rows that share nothing with the training rows; {} without such a row.
-    found: probabilities (n, K)."""
-    clean = {i: label for i, label in true_labels(rows, labels).items() if not overlap.shared[i]}
-    return confusion.figures(list(clean.values()), found[list(clean)]) if clean else {}
+    if overlap is None:
+        return write_report(path, known, scored, labels, task.name, seed, say, about)
+    counts = overlap.part(np.array(list(true))).counts
+    clean = {i: label for i, label in true.items() if not overlap.shared[i]}
+    figures = confusion.figures(list(clean.values()), found[list(clean)]) if clean else {}
+    about = about | {"clean": counts | figures}
+    every = write_report(path, known, scored, labels, task.name, seed, say, about)
+    return with_clean(every, figures) | {"clean": counts}
 
 
 def write_predictions(

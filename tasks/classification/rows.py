@@ -19,7 +19,7 @@ from tasks.encoder import Encoder
 from tasks.finetuning import Split
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.overlap import Overlap, overlap
+from text.overlap import Overlap
 from text.rows import Row, Rows
 
 ALLOWED_OVERLAP = 0.01  # fraction of the training rows that may be validation rows too
@@ -106,10 +106,13 @@ def row_weights(
 
 def find_overlap(tasks: Sequence[LabelledRows]) -> Overlap:
     """Which validation rows of the tasks share an n-gram with a training row of any task."""
-    return overlap(
-        [each.source.task.content(row) for each in tasks for row in each.val],
-        (each.source.task.content(row) for each in tasks for row in each.train),
-    )
+    texts = [each.source.task.content(row) for each in tasks for row in each.val]
+    return tasks[0].source.find_shared(texts, training_texts(tasks))
+
+
+def training_texts(tasks: Sequence[LabelledRows]) -> list[str]:
+    """The texts of the tasks' training rows."""
+    return [each.source.task.content(row) for each in tasks for row in each.train]
 
 
 def encode_rows(rows: LabelledRows, trunk: Trunk) -> tuple[LabelledSplit, LabelledSplit]:

@@ -32,14 +32,16 @@ from tasks.classification.finished import LabelPredictor, open_classifier, score
 from tasks.classification.labels import nfc, true_labels, word_ids
 from tasks.classification.objective import Objective
 from tasks.classification.options import ClassificationConfig, check_classification
-from tasks.classification.predictions import VALIDATION, clean_figures, write_answers
+from tasks.classification.predictions import VALIDATION, Answered, write_answers
 from tasks.classification.rows import (
+    LabelledRows,
     LabelledSplit,
     encode_rows,
     find_overlap,
     join,
     read_labelled_rows,
     row_encoder,
+    training_texts,
 )
 from tasks.encoder import pad_rows
 from tasks.finetuning import EVAL_PRECISION, Finetuning
@@ -81,6 +83,7 @@ class Classification(Finetuning):
         "also",
         "augment_weight",
     )
+    rows_of: Sequence[LabelledRows] = ()  # of each task, once `setup` has read them
     train: LabelledSplit
     val: LabelledSplit
     info: ClassifierInfo  # the classifier's settings, which each checkpoint stores
@@ -171,9 +174,8 @@ class Classification(Finetuning):
     def _trained_head(self) -> dict[str, Tensor]:
         """The head of --init if it is for the same labels. {} and a warning if it is not."""
         cfg = self.cfg
-        if cfg.init == "scratch" or cfg.form == "word":
-            return {}
-        found = heads.find(locate(cfg.init))
+        new = cfg.init == "scratch" or cfg.form == "word"
+        found = None if new else heads.find(locate(cfg.init))
         if found is None:
             return {}
         info, state = found
@@ -228,9 +230,8 @@ class Classification(Finetuning):
         cfg = self.cfg
         for key, rows in zip(self.head_names, self.rows_of, strict=True):
             if rows.source.cfg.form != "word":
-                model.heads[key] = Head(
-                    model.config.n_embd, len(rows.labels), cfg.pooling, cfg.head_dropout
-                )
+                n_embd, n_labels = model.config.n_embd, len(rows.labels)
+                model.heads[key] = Head(n_embd, n_labels, cfg.pooling, cfg.head_dropout)
 
     def build_model(self, cfg: RunConfig) -> GPT:
         """The base of --init with heads and adapter. A trained head of --init is loaded."""
@@ -282,34 +283,35 @@ class Classification(Finetuning):
     # --- the finished model
 
     def write_reports(self, run: str, say: Callable[[str], None]) -> None:
-        """Score the validation rows with final/, and write predictions, a report and charts into
-        the run's folder.
+        """Score the validation rows with final/. Write predictions, a report and charts.
 
         metrics.json takes these figures, so that it agrees with the report. The loop's figures are
         in fp32 too, but from other batches, and may differ in their last digits.
         """
         folder, own = Path(run), np.flatnonzero(self.val.heads == 0)
-        classifier = open_classifier(locate(run), self.description, self.cfg)
+        task, shared = self.description, self.overlap.part(own)
+        classifier = open_classifier(locate(run), task, self.cfg)
         found = classifier.probabilities([self.val.tokens[i] for i in own])
+        answered = Answered([self.val.rows[i] for i in own], found, shared)
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        about: dict[str, Any] = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
-        rows, path = [self.val.rows[i] for i in own], folder / f"{VALIDATION}.jsonl"
-        task, seed, shared = self.description, self.cfg.seed, self.overlap.part(own)
-        clean = clean_figures(rows, found, classifier.labels, shared)
-        about["clean"] = shared.counts | clean
-        figures = write_answers(path, rows, found, task, classifier.labels, seed, say, about)
-        figures = with_clean(figures, clean)
+        about = {"eval_precision": EVAL_PRECISION, "step": results["final_is_step"]}
+        path, labels = folder / f"{VALIDATION}.jsonl", classifier.labels
+        figures = write_answers(path, answered, task, labels, self.cfg.seed, say, about)
         self.write_clean(run, shared, json_safe(figures) | {"eval_precision": EVAL_PRECISION}, say)
 
     def open_predictor(
         self, cfg: ClassificationConfig, where: str, say: Callable[[str], None]
     ) -> LabelPredictor:
-        """The classifier of checkpoint `where`, ready to answer the rows of --predict. Raises
-        UserError if the checkpoint or the rows cannot be used."""
+        """The classifier of checkpoint `where`. Raises UserError if it or the rows do not suit."""
         rows = self.read_predict_rows(cfg, say)
         classifier = open_classifier(where, self.description, cfg)
-        true_labels(rows, classifier.labels)  # raises for a new label before the work is done
-        return LabelPredictor(classifier, rows, cfg.seed)
+        known = true_labels(rows, classifier.labels)  # raises for a new label before the work
+        overlap = self.predict_overlap(cfg, rows, say) if known else None
+        return LabelPredictor(classifier, rows, overlap, cfg.seed)
+
+    def training_texts(self) -> list[str]:
+        """The texts of the training rows of all tasks."""
+        return training_texts(self.rows_of)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from decoding.batched import generate
 from model import GPT
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
 from tasks.generation.sequences import SequenceEncoder
+from text.overlap import Overlap, with_clean
 from text.row import Row
 from text.tokenizer import Tokenizer
 
@@ -57,8 +61,9 @@ class TextPredictor:
     answerer: Answerer
     rows: list[Row]
     train_rows: Sequence[Row]  # for scores; empty if they were not read
+    overlap: Overlap | None  # of the rows with the training rows
 
-    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, float]:
+    def write(self, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         """Write the answers to all rows, in the order of the file. Returns the scores of the rows
         with a true answer. A row that cannot be read has an empty answer and is not scored."""
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
@@ -79,8 +84,15 @@ class TextPredictor:
                 f"{unread:,} of {len(rows):,} rows could not be read. Their answers are empty and "
                 "are not scored"
             )
-        known = [answers[i] for i in readable if answers[i].reference.strip()]
-        scores = task.scores(known, self.train_rows) if known else {}
+        known = [i for i in readable if answers[i].reference.strip()]
+        scores = self._scores([answers[i] for i in known])
         if scores and len(known) < len(rows):
             say(f"{len(known):,} of {len(rows):,} rows have a true answer. Only these are scored")
-        return scores
+        if self.overlap is None or not scores:
+            return scores
+        clean = self._scores([answers[i] for i in known if not self.overlap.shared[i]])
+        counts = self.overlap.part(np.array(known)).counts
+        return with_clean(scores, clean) | {"clean": counts}
+
+    def _scores(self, answers: Sequence[Answer]) -> dict[str, float]:
+        return self.answerer.task.scores(answers, self.train_rows) if answers else {}

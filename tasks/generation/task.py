@@ -33,7 +33,7 @@ from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
 from tasks.source import Source
 from tasks.trunk import Trunk
-from text.overlap import overlap, with_clean
+from text.overlap import with_clean
 from text.row import Row
 
 
@@ -76,8 +76,8 @@ class Generation(Finetuning):
         eot = trunk.tokenizer.eot
         begins = [i for i, tokens in enumerate(self.val.tokens) if tokens[0] == eot]
         self.shown, self.decoded = begins[:2], begins[: cfg.eval_rows]
-        texts = [self._read_text(self.val.rows[i]) for i in begins]
-        self.overlap = overlap(texts, map(self._read_text, train))
+        texts = [self.read_text(self.val.rows[i], cfg) for i in begins]
+        self.overlap = source.find_shared(texts, [self.read_text(row, cfg) for row in train])
         row_of = np.searchsorted(begins, np.arange(len(self.val.rows)), side="right") - 1
         self.shared = self.overlap.shared[row_of]
         self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
@@ -101,10 +101,14 @@ class Generation(Finetuning):
         self.source.warnings += warnings
         return found
 
-    def _read_text(self, row: Row) -> str:
+    def training_texts(self) -> list[str]:
+        """The texts of the training rows."""
+        return [self.read_text(row, self.cfg) for row in self.train_rows]
+
+    def read_text(self, row: Row, cfg: Any) -> str:
         """The text of a row that is compared with other rows: what training shows as its prompt, or
         the whole text of a task without prompts."""
-        example = self.description.example(row, self.cfg)
+        example = self.description.example(row, cfg)
         parts = [part for part in example.prompt if not isinstance(part, SpecialToken)]
         return "\n".join(parts or example.answer)
 
@@ -239,4 +243,7 @@ class Generation(Finetuning):
         rows = self.read_predict_rows(cfg, say)
         model, tokenizer = open_model(where, None, choose_device(cfg.device), torch.float32)
         answerer = Answerer(self.description, cfg, tokenizer)
-        return TextPredictor(model, answerer, rows, self.train_rows)
+        example = self.description.as_predict_example
+        known = any(example(row, cfg).true_answer.strip() for row in rows if not row.fault)
+        overlap = self.predict_overlap(cfg, rows, say) if known else None
+        return TextPredictor(model, answerer, rows, self.train_rows, overlap)

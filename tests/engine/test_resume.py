@@ -233,7 +233,8 @@ def test_a_run_on_the_same_machine_keeps_its_choices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", "fast"), ("keep", 1.5), ("schedule", "up"), ("prompts", [1])]
+    ("name", "value"),
+    [("lr", "fast"), ("lr", True), ("keep", 1.5), ("schedule", "up"), ("prompts", [1])],
 )
 def test_a_stored_option_of_the_wrong_type_is_an_error(
     tmp_path: Path, name: str, value: Any

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from config import UserError
-from launch import launch, log_of
+from launch import WORDS, launch, log_of
 from tasks.classification.command import run_baseline
 from tasks.classification.options import ClassificationConfig
 from tasks.command import dry_run_predict
@@ -63,6 +64,57 @@ def test_log_report_and_predict_agree_on_the_metrics(folder: Path) -> None:
         "--init run --epochs 0 --predict val.csv --answers again.csv --out other",
     )
     assert (folder / "again.jsonl").read_bytes() == (run / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "score"), [("sentiment", "accuracy"), ("qa", "f1")])
+def test_shared_rows_are_left_out_of_clean_scores(name: str, score: str, folder: Path) -> None:
+    """The clean scores are the scores of a run without the planted rows, in evaluations and under
+    --predict."""
+    draw = random.Random(0)
+    train, clean = ([" ".join(draw.choices(WORDS, k=20)) for _ in range(n)] for n in (12, 6))
+    planted = [f"So {text.upper()}" for text in train[:4]]
+    for file, texts in (("train", train), ("val", [*planted, *clean]), ("clean", clean)):
+        rows = [
+            {"text": text, "context": text, "question": "?"}
+            | {"answer": "y" if text in clean else "x", "label": int(text in planted or n % 2)}
+            for n, text in enumerate(texts)
+        ]
+        (folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = "--data train.jsonl --steps 20 --lr 1e-2 --eval-every 20 --predict val.jsonl"
+    more += " --eval-rows 10 --max-new-tokens 1" if name == "qa" else ""
+    end = run_well(name, folder, more, "--val-data val.jsonl --answers run.jsonl")
+    run_well(name, folder, more, "--val-data clean.jsonl --answers alone.jsonl --out alone")
+    found, alone = (
+        json.loads((folder / run / "metrics.json").read_text()) for run in ("run", "alone")
+    )
+    names = [name for name in found if f"clean_{name}" in found]
+    assert {n: found[f"clean_{n}"] for n in names} == pytest.approx({n: alone[n] for n in names})
+    for metric in ("val_loss", score):
+        assert found[metric] != pytest.approx(found[f"clean_{metric}"], rel=1e-4)
+    counts = {"rows": 10, "clean_rows": 6, "shared_rows": 4}
+    assert found["clean"] == counts | {"examples": [text[:100] for text in planted[:3]]}
+    card = (folder / "run" / "final" / "README.md").read_text()
+    assert "- clean: 6 of 10 rows share no 13 words in a row with the training rows" in card
+    assert f"- clean_val_loss: {found['clean_val_loss']:.4f}" in card
+    scores = json.loads((folder / "run.scores.json").read_text())
+    assert {n: found[n] for n in scores} == scores | {"seconds": found["seconds"]}
+    assert f"clean_{score}" in scores
+    assert "\nclean: 6 of 10 rows share no 13 words" in end.out.partition("answers to")[2]
+
+
+def test_predict_alone_compares_with_the_rows_of_data(folder: Path) -> None:
+    """Without --data, or if it cannot be read, the scores are those of all rows alone."""
+    run_well("sentiment", folder, "--steps 1 --eval-every 0")
+    words = "--init run --epochs 0 --predict toy --answers answers.jsonl --out other"
+    for more, clean, said in (
+        ("", None, "no clean scores: the training rows are not known; name them with --data FILE"),
+        ("--data nowhere.csv", None, "the training rows cannot be read: no such data: nowhere.csv"),
+        ("--data toy", 0, "clean: 0 of 8 rows share no 13 words in a row"),
+    ):
+        end = run_well("sentiment", folder, words, more)
+        assert said in end.out
+        scores = json.loads((folder / "answers.scores.json").read_text())
+        assert scores.get("clean", {}).get("clean_rows") == clean and "accuracy" in scores
 
 
 def test_a_finished_lstm_run_predicts_the_same_again(inputs: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from support import REPO
 from text import overlap
-from text.overlap import Decontaminated, NgramIndex, words_of
+from text.overlap import Decontaminated, NgramIndex, kept_overlap, words_of
 from text.overlap import overlap as find_overlap
 
 
@@ -75,6 +75,29 @@ def test_a_report_shows_counts_and_examples() -> None:
     counts = find_overlap(rows, ["word " * 13, "short and long"]).counts
     assert (counts["rows"], counts["clean_rows"], counts["shared_rows"]) == (11, 2, 9)
     assert [text[:6] for text in counts["examples"]] == ["row 0 ", "row 1 ", "row 2 "]
+
+
+def test_a_long_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is kept for the same texts alone. A cache that cannot be written is no error."""
+    monkeypatch.setattr(overlap, "KEPT", 20)
+    searches: list[int] = []
+
+    def search(rows: list[str], training: list[str]) -> overlap.Overlap:
+        searches.append(len(training))
+        return find_overlap(rows, training)
+
+    monkeypatch.setattr(overlap, "overlap", search)
+    cache, training, said = tmp_path / "cache", ["one two", "three"] * 4, list[str]()
+
+    def shared(training: list[str], folder: Path = cache) -> list[bool]:
+        found = kept_overlap(["three", "four"], training, folder, said.append)
+        return found.shared.tolist()
+
+    assert shared(training) == shared(training) == [True, False] and searches == [8]
+    assert shared([*training, "four"]) == [True, True] and searches == [8, 9]
+    assert shared(["four"]) == [False, True] and len(list(cache.glob("*/*"))) == 2  # a short one
+    (tmp_path / "file").touch()
+    assert shared(training, tmp_path / "file") == [True, False] and searches == [8, 9, 1, 8]
 
 
 def test_pretraining_leaves_out_documents_of_an_evaluation(run: Any, tmp_path: Path) -> None:

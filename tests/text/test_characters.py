@@ -1,0 +1,154 @@
+"""Vocabularies of characters: made from a text, or read from nanoGPT's meta.pkl."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import UserError
+from launch import launch, log_of
+from text.characters import read_meta
+from text.tokenizer import load_tokenizer
+from text.tokenizer_training import train_characters
+
+WORDS = [
+    "--preset",
+    "micro",
+    "--n-layer",
+    "1",
+    "--steps",
+    "2",
+    "--seq-len",
+    "16",
+    "--batch-tokens",
+    "64",
+    "--device",
+    "cpu",
+]
+TEXT = "First Citizen:\nSpeak, wörld. 한글\n" * 40
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30))
+def test_a_text_has_one_token_a_character(tmp_path_factory: Any, text: str) -> None:
+    folder = tmp_path_factory.mktemp("characters") / "tokenizer"
+    tokenizer = train_characters([text], folder)
+    ids = tokenizer.encode(text)
+    assert [sorted(set(text))[id] for id in ids] == list(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.encode_batch([text, ""]) == [ids, []]
+    assert tokenizer.vocab_size == len(set(text)) + 2 and tokenizer.eot == tokenizer.vocab_size - 1
+
+
+def test_other_characters_are_unknown_and_transformers_agrees(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = train_characters([TEXT], tmp_path / "tokenizer", special=["<answer>"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for text in (TEXT, "zZ <unk> ", "  \r\n\t"):
+        ids = ours.encode(text)
+        if "<" not in text:  # special tokens in a text are ordinary text here
+            assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert ours.encode("q") == [ours.special_id("<unk>")]
+    assert load_tokenizer(str(tmp_path / "tokenizer")).sha256 == ours.sha256
+
+
+def write_nanogpt(folder: Path, itos: Any = None) -> list[str]:
+    """The files of nanoGPT's data/shakespeare_char/prepare.py. Returns the characters."""
+    characters = sorted(set(TEXT))
+    ids = np.array([characters.index(c) for c in TEXT], dtype=np.uint16)
+    folder.mkdir()
+    ids[:-200].tofile(folder / "train.bin")
+    ids[-200:].tofile(folder / "val.bin")
+    stoi = {c: i for i, c in enumerate(characters)}
+    itos = dict(enumerate(characters)) if itos is None else itos
+    meta = {"vocab_size": len(characters), "itos": itos, "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return characters
+
+
+def test_a_run_on_the_data_of_nanogpt(tmp_path: Path) -> None:
+    characters = write_nanogpt(tmp_path / "data")
+    (end,) = launch(tmp_path, [*WORDS, "--data", "data", "--out", "run"])
+    assert end.code == 0, end.err
+    final = load_tokenizer(str(tmp_path / "run" / "final"))
+    assert final.vocab_size == len(characters) + 2
+    assert final.encode(TEXT) == load_tokenizer(str(tmp_path / "data" / "meta.pkl")).encode(TEXT)
+    assert final.decode(final.encode(TEXT)) == TEXT
+    shown = "".join(line["text"] for line in log_of(tmp_path / "run", "sample"))
+    assert set(shown.replace("<unk>", "").replace("<|endoftext|>", "")) <= {*characters, *"Onceup"}
+
+
+class Program:
+    """A pickle that runs a command when it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("opened",)
+
+
+@pytest.mark.parametrize(
+    ("itos", "said"),
+    [
+        (Program(), "posix.mkdir"),
+        ({0: "a", 1: "bc"}, "a single character"),
+        ({0: "a", 1: "a"}, "the same character"),
+        ({1: "a"}, "no 0"),
+        ({}, "a single character"),
+        (7, "len"),
+    ],
+)
+def test_another_pickle_is_refused_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, itos: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_nanogpt(tmp_path / "data", itos)
+    with pytest.raises(UserError, match=r"meta\.pkl is not .*" + said):
+        read_meta(tmp_path / "data" / "meta.pkl")
+    assert not (tmp_path / "opened").exists()
+
+
+def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
+    write_nanogpt(tmp_path / "data")
+    file = tmp_path / "data" / "meta.pkl"
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"\x80" + os.urandom(50), b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"meta\.pkl is not"):
+            load_tokenizer(str(file))
+
+
+def test_the_characters_of_the_training_text(tmp_path: Path) -> None:
+    """--tokenizer characters takes them, again when the run goes on; shards have none."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    words = [*WORDS, "--data", "text.txt", "--tokenizer", "characters", "--out", "run"]
+    (dry,) = launch(tmp_path, [*words, "--dry-run"])
+    assert dry.code == 0 and not (tmp_path / "data").exists(), dry.err
+    (first,) = launch(tmp_path, words)
+    assert first.code == 0 and f"characters, {len(set(TEXT)) + 2} ids" in first.out, first.err
+    (again,) = launch(tmp_path, words)
+    assert again.code == 0 and "finished" in again.out, again.err
+    write_nanogpt(tmp_path / "shards")
+    (refused,) = launch(tmp_path, [*words, "--data", "shards", "--out", "other"])
+    assert refused.code == 2 and "token shards" in refused.err and refused.err.count("\n") == 1
+
+
+def test_the_command(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    words = ("tokenizer.py", "train", "--model", "characters", "--input", "text.txt", "--out")
+    repo = Path(__file__).resolve().parents[2]
+    done = run(repo / words[0], *words[1:], "made")
+    assert done.returncode == 0 and f"vocabulary {len(set(TEXT)) + 2}," in done.stdout, done.stderr
+    for more, said in (
+        (("other", "--vocab-size", "300"), "leave --vocab-size out"),
+        (("other", "--model", "unigram"), "--vocab-size is missing"),
+    ):
+        done = run(repo / words[0], *words[1:], *more)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
