@@ -63,8 +63,8 @@ def calibrate(
 ) -> Ceilings:
     """This device's speeds for micro-batches of `batch` sequences, in about `seconds`.
 
-    On a slow or busy machine operations are left out when the time is over, the last ones first;
-    the ledger gives them their roofline's time. It takes at most about twice as long then.
+    When the time is over, as on a slow or busy machine, the products that are left get their
+    roofline's time, and each operation is timed once. It then takes about twice as long at most.
 
     On a GPU the compiler fuses what multiplies no matrices, so that only products and attention are
     timed there, and the memory's bandwidth stands for the rest. With time.process_time as `clock`
@@ -79,6 +79,8 @@ def calibrate(
     a, b = (torch.zeros(COPIED, device=device) for _ in range(2))
     copying = [_seconds(lambda: a.copy_(b), device, clock) for _ in range(3)]
     probes = list(_probes(config, batch, seq_len, precision, device))
+    # Products last: one that is left out is about as fast as the others.
+    probes.sort(key=lambda probe: " product " in probe.operation.key)
     flops = sum(probe.operation.flops for probe in probes)
     calls: dict[str, tuple[Call, int]] = {}
     for probe in probes:
@@ -102,11 +104,11 @@ def calibrate(
     sheet = sheet_ceilings(name, precision)
     source = "operations timed on this machine"
     if left := len(probes) - len(calls):
-        source += f", {left} of {len(probes)} by memory and products alone for lack of time"
+        source += f", {left} of {len(probes)} left to the roofline for lack of time"
     return Ceilings(
         name,
         source,
-        max(rates),
+        max(rates, default=SLOW),
         2 * 4 * COPIED / min(copying),
         sheet.link if sheet else math.inf,
         rounds={key: tuple(values) for key, values in rounds.items()},
@@ -132,7 +134,7 @@ def _grown(
         units = min(units, probe.most)
         call = probe.build(units)
         took = _seconds(call, device, clock)
-        few = units < probe.full and took < PATIENCE * target
+        few = units < probe.full and took < PATIENCE * target  # too few rows for the full rate
         if units == probe.most or (took >= target / 2 and not few):
             return call, units
         grown = math.ceil(units * min(16.0, max(2.0, target / took)))

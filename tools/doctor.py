@@ -31,7 +31,7 @@ from base.console import bytes_text, time_text
 from base.errors import reason
 from base.machine import cores
 from config import Preset, ResolvedTrain, TrainConfig, Where, resolved
-from tools.findings import INTERNAL, Finding, Folder, Gpu, Machine, check, disk, findings
+from tools.findings import INTERNAL, Finding, Gpu, Machine, check, disk, findings
 
 if TYPE_CHECKING:
     from engine.processes import World
@@ -73,14 +73,13 @@ def main() -> int:
     with warnings.catch_warnings():  # PyTorch warns of what is found below
         warnings.simplefilter("ignore")
         world = processes.start(cfg.device)
-        machine = gather(world.device.type, load)
-    found, expected = findings(machine), "\nno speed is predicted before that is repaired"
-    if not broken(found):
-        about_run, expected = examine(cfg, world)
-        found += about_run
+        machine = gather(world.device.type, load, ask_driver=cfg.device != "cpu")
+    found = findings(machine)
     show(found)
-    print(expected)
-    return int(broken(found))
+    if broken(found):
+        print("\nno speed is predicted before that is repaired")
+        return 1
+    return int(broken(examine(cfg, world)))
 
 
 def show(found: Sequence[Finding]) -> None:
@@ -99,8 +98,8 @@ def broken(found: Sequence[Finding]) -> bool:
 # --- the run
 
 
-def examine(cfg: DoctorConfig, world: World) -> tuple[list[Finding], str]:
-    """Findings about the run that would start here, and its speed in words."""
+def examine(cfg: DoctorConfig, world: World) -> list[Finding]:
+    """Print findings about the run that would start here, and its speed. Returns the findings."""
     from engine import plan
     from engine.fit import estimate_fits, largest_divisor, peak_memory
     from engine.pretraining import LanguageModelling
@@ -113,59 +112,64 @@ def examine(cfg: DoctorConfig, world: World) -> tuple[list[Finding], str]:
     batch = largest_divisor(facts.rows_per_rank(1), estimate_fits(facts, run, world))
     memory = peak_memory(facts, run, batch or 1, world)
     needed = plan.disk_of(task, facts, run, memory.weights).needed()
-    refused = choices.fallback, "slow", f"{choices.fallback}", "pip install triton"
+    refused = choices.fallback, "slow", f"{choices.fallback}", "add --kernels torch"
     little = f"one sequence takes {bytes_text(memory.total)}"
     advice = "add --recompute, or --preset micro"
     found = [
         *check("precision", f"{run.precision} ({choices.precision})"),
         *check("attention", choices.attention),
         *check("kernels", run.kernels, refused),
-        *check("memory", bytes_text(memory.total), (not batch, "broken", little, advice)),
-        *disk(folder("--out", run.out, needed)),
-        *disk(folder("--cache", run.cache)),
+        *check(
+            "memory",
+            f"a run takes {bytes_text(memory.total)}",
+            (not batch, "broken", little, advice),
+        ),
+        *folder("--out", run.out, needed),
+        *folder("--cache", run.cache),
     ]
+    show(found)
     if not batch:
-        return found, ""
-    print(f"timing this machine's operations for about {plan.TIMED:.0f} seconds\n", flush=True)
+        return found
+    print(f"\ntiming this machine's operations for about {plan.TIMED:.0f} seconds", flush=True)
     speed, ceilings = plan.expected_speed(facts, run, world, batch)
     took = time_text(run.steps * facts.tokens_per_step / speed.tokens_per_second)
-    return found, (
-        f"\nmeasured: products {ceilings.flops / 1e9:,.0f} GFLOP/s, memory "
+    print(
+        f"measured: products {ceilings.flops / 1e9:,.0f} GFLOP/s, memory "
         f"{ceilings.bandwidth / 1e9:,.1f} GB/s\n"
         f"expect {speed.tokens_per_second:,.0f} tokens/s, give or take {speed.share:.0%}\n"
         f"({run.preset}, {run.steps:,} steps in {took}; a step: "
         f"{plan.describe_step(facts, batch, 1)})"
     )
+    return found
 
 
-def folder(option: str, path: str, needed: int = 0) -> Folder:
-    """What is known of a folder, or of the nearest one above it that exists."""
+def folder(option: str, path: str, needed: int = 0) -> list[Finding]:
+    """Findings about a folder, or about the nearest one above it that exists."""
     absolute = Path(path).absolute()
     there = next(part for part in (absolute, *absolute.parents) if part.is_dir())
     writable = os.access(there, os.W_OK | os.X_OK)
-    return Folder(option, path, writable, shutil.disk_usage(there).free, needed)
+    return disk(option, path, writable, shutil.disk_usage(there).free, needed)
 
 
 # --- the machine
 
 
-def gather(device_type: str, load: float) -> Machine:
+def gather(device_type: str, load: float, ask_driver: bool) -> Machine:
     """The facts of this machine for a run on a kind of device."""
     import torch
     import torch.cuda.nccl
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     from engine.compiling import compiler_problem
     from kernels._triton import triton
 
-    asked = device_type == "cuda" or not torch.cuda.is_available()
-    problem, rows = _smi() if asked else (f"not asked about {device_type}", [])
+    smi, rows = _smi() if ask_driver else ("not asked, by --device cpu", [])
     count = torch.cuda.device_count() if device_type == "cuda" else 0
     cudnn, cudnn_problem = "", ""
     try:
         cudnn = str(torch.backends.cudnn.version())
     except RuntimeError as error:  # another version than PyTorch was built with
         cudnn_problem = reason(error)
-    hub = os.environ.get("HF_ENDPOINT", Machine.hub)
     return Machine(
         python=tuple(sys.version_info[:3]),
         torch=torch.__version__,
@@ -173,7 +177,7 @@ def gather(device_type: str, load: float) -> Machine:
         triton=triton and triton.__version__,
         triton_wanted=_wanted_triton(),
         driver=rows[0]["driver_version"] if rows else "",
-        smi=problem,
+        smi=smi,
         gpus=[_gpu(torch.cuda.get_device_properties(i), rows) for i in range(count)],
         archs=torch.cuda.get_arch_list(),
         cudnn=cudnn,
@@ -191,10 +195,12 @@ def gather(device_type: str, load: float) -> Machine:
         threads=torch.get_num_threads(),
         load=load,
         vectors=torch.backends.cpu.get_cpu_capability(),
-        avx512=bool(torch.cpu.get_capabilities().get("avx512_f")),
+        best_vectors="AVX512" * torch.cpu._is_avx512_supported()
+        or "AVX2" * torch.cpu._is_avx2_supported(),
         glibc="glibc" in platform.libc_ver(),
-        hub=hub,
-        hub_problem=_hub_problem(hub),
+        hub=ENDPOINT,
+        offline=HF_HUB_OFFLINE,
+        hub_problem="" if HF_HUB_OFFLINE else _hub_problem(ENDPOINT),
     )
 
 
@@ -236,9 +242,7 @@ def _wanted_triton() -> str | None:
 
 
 def _hub_problem(hub: str) -> str:
-    """Why the hub does not answer within a few seconds; "" if it does or must not be asked."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return ""
+    """Why the hub does not answer within a few seconds; "" if it does."""
     found = [f"no answer in {HUB_SECONDS:.0f} s"]
 
     def ask() -> None:

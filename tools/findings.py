@@ -48,17 +48,6 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder that a run writes to."""
-
-    option: str
-    path: str
-    writable: bool
-    free: int
-    needed: int = 0
-
-
-@dataclass(frozen=True)
 class Machine:
     """The facts of a machine. The defaults are those of a machine without a GPU."""
 
@@ -68,7 +57,7 @@ class Machine:
     triton: str | None = None
     triton_wanted: str | None = None  # by this build of torch
     driver: str = ""
-    smi: str = "no such program"  # why nvidia-smi does not tell the driver
+    smi: str = "no nvidia-smi"  # why the driver is not known
     gpus: Sequence[Gpu] = ()  # that PyTorch can use
     archs: Sequence[str] = ()  # that the build has code for
     cudnn: str = ""  # its version; empty if it does not load
@@ -84,9 +73,10 @@ class Machine:
     threads: int = 2
     load: float = 0.0
     vectors: str = "AVX2"  # used by PyTorch
-    avx512: bool = False  # the processor has it
+    best_vectors: str = ""  # that the processor has
     glibc: bool = True
     hub: str = "https://huggingface.co"
+    offline: bool = False  # the hub must not be asked
     hub_problem: str = ""  # why it cannot be reached
 
 
@@ -125,7 +115,7 @@ def _driver(m: Machine) -> list[Finding]:
     if not m.driver:
         text = f"nvidia-smi tells nothing ({m.smi})"
         unseen = m.gpus, "slow", text, "sudo apt install nvidia-utils-580"
-        return check("driver", f"{text}; no NVIDIA GPU", unseen)
+        return check("driver", f"none ({m.smi})", unseen)
     major = int(m.driver.partition(".")[0])
     needed = OLDEST_DRIVER.get(int((m.cuda or "0").partition(".")[0]), 0)
     old, legacy = major < needed, _install(m, "cu126")
@@ -189,6 +179,8 @@ def _libraries(m: Machine) -> Iterator[Finding]:
 
 def _cards(m: Machine) -> Iterator[Finding]:
     for index, gpu in enumerate(m.gpus):
+        if not gpu.smi:  # a part of a card (MIG), or no nvidia-smi
+            continue
         limit, usual = gpu.number("power.limit"), gpu.number("power.default_limit")
         mask = gpu.smi.get("clocks_throttle_reasons.active", "")
         mask = int(mask, 16) if mask.startswith("0x") else 0
@@ -239,8 +231,8 @@ def _cpu(m: Machine) -> Iterator[Finding]:
     yield from check("threads", f"{m.threads} on {counted(m.cores, 'core')}", few)
     text = f"other programs run here (load {m.load:.1f}), and a run shares its cores with them"
     yield from check("load", f"{m.load:.1f}", (m.load > m.cores / 2, "slow", text, "top"))
-    less = m.vectors == "DEFAULT" or (m.avx512 and m.vectors != "AVX512")
-    text = f"PyTorch uses {m.vectors}" + ", and the processor has AVX512" * m.avx512
+    less = m.best_vectors not in ("", m.vectors)
+    text = f"PyTorch uses {m.vectors}, and the processor has {m.best_vectors}"
     how = "unset ATEN_CPU_CAPABILITY" if "ATEN_CPU_CAPABILITY" in m.environment else "lscpu"
     yield from check("vectors", m.vectors, (less, "slow", text, how))
     other = m.environment.get("LD_PRELOAD")
@@ -262,21 +254,18 @@ def _compiler(m: Machine) -> list[Finding]:
 
 def _hub(m: Machine) -> list[Finding]:
     works = "--data stdlib, local files and what is in the cache work"
-    offline = m.environment.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    fine = f"not asked, by HF_HUB_OFFLINE; {works}" if offline else f"{m.hub} answers"
+    fine = f"not asked, by HF_HUB_OFFLINE; {works}" if m.offline else f"{m.hub} answers"
     text = f"{m.hub} cannot be reached ({m.hub_problem}); {works}"
     return check("hub", fine, (m.hub_problem, "slow", text, "export HF_HUB_OFFLINE=1"))
 
 
-def disk(folder: Folder) -> list[Finding]:
-    """Whether a run can write its files to a folder."""
-    free, needed = bytes_text(folder.free), bytes_text(folder.needed)
-    other = f"{folder.option} ANOTHER_FOLDER"
-    locked = f"{folder.path} cannot be written"
+def disk(option: str, path: str, writable: bool, free: int, needed: int = 0) -> list[Finding]:
+    """Whether a run can write `needed` bytes to the folder of an option."""
+    space, other = f"{path}: {bytes_text(free)} free", f"{option} ANOTHER_FOLDER"
+    taken = f"{space}, a run takes {bytes_text(needed)}"
     return check(
-        f"disk, {folder.option}",
-        f"{folder.path}: {free} free" + f", a run takes {needed}" * bool(folder.needed),
-        (not folder.writable, "broken", locked, other),
-        (folder.free < folder.needed, "broken", f"{folder.path}: {free} free, and a run takes "
-         f"{needed}", f"{other}, or lower --keep"),
-    )  # fmt: skip
+        f"disk, {option}",
+        taken if needed else space,
+        (not writable, "broken", f"{path} cannot be written", other),
+        (free < needed, "broken", taken, f"{other}, or a lower --keep"),
+    )
