@@ -30,7 +30,7 @@ from base.cli import entry_point, parse
 from base.console import bytes_text, time_text
 from base.errors import reason
 from base.machine import cores
-from config import Preset, ResolvedTrain, TrainConfig, Where, resolved
+from config import PathOrName, Preset, ResolvedTrain, TrainConfig, resolved
 from tools.findings import INTERNAL, Finding, Gpu, Machine, check, disk, findings
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DoctorConfig:
 
     preset: Preset | None = None
     """Shape of the run whose speed is predicted. Default: the one that train_gpt2.py takes here."""
-    out: Where | None = None
+    out: PathOrName | None = None
     """Folder that the run would write. Default: the one that train_gpt2.py takes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of the run."""
