@@ -86,15 +86,16 @@ Tokens = Annotated[int, Range(1, 2**62)]
 TokensOrAll = Annotated[int, Range(0, 2**62)]
 Width = Annotated[int, Range(1, 1 << 17)]  # size of a matrix
 WidthOrNone = Annotated[int, Range(0, 1 << 17)]
-Few = Annotated[int, Range(1, 4096)]  # things that are all in memory or started at once
+SmallCount = Annotated[int, Range(1, 4096)]  # things that are all in memory or started at once
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Rate = Annotated[float, Range(0, 1000)]
 Weight = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
 Probability = Annotated[float, Range(0, BELOW_ONE)]  # of dropping something: never everything
 Positive = Annotated[float, Range(1e-6, 1e6)]
-Where = Annotated[str, PathName()]
-Wheres = Annotated[str, PathName(many=True)]
+# a path, a hub id or a word such as auto
+PathOrName = Annotated[str, PathName()]
+PathsOrNames = Annotated[str, PathName(many=True)]
 
 
 @dataclass
@@ -175,7 +176,7 @@ class RunConfig:
     # what is trained
     preset: Preset | None = None
     """Shape of a model from scratch. Default: gpt2 on a CUDA GPU, tiny elsewhere."""
-    n_layer: Few | None = None
+    n_layer: SmallCount | None = None
     """Number of blocks. Default: the preset's."""
     n_head: Width | None = None
     """Number of attention heads. Default: the preset's."""
@@ -183,16 +184,16 @@ class RunConfig:
     """Width of the model. Default: the preset's."""
     dropout: Probability = 0.0
     """Dropout on embeddings, attention and residual branches."""
-    init: Where = "scratch"
+    init: PathOrName = "scratch"
     """What to start from: scratch, a hub id, or a folder that a run wrote or that has the hub's
     GPT-2 layout."""
 
     # data
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Training data."""
-    val_data: Wheres | None = None
+    val_data: PathsOrNames | None = None
     """Validation data, in the same forms. Default: a fixed part of the training data, held out."""
-    tokenizer: Where | None = None
+    tokenizer: PathOrName | None = None
     """gpt2, characters (those of the training text), a folder, a tokenizer.json, or nanoGPT's
     meta.pkl. Default: the tokenizer of the data or the checkpoint; gpt2 for text."""
 
@@ -250,9 +251,9 @@ class RunConfig:
     """Determines the initial weights, the data order and every random draw."""
 
     # what is written and when (an interval of 0 turns it off)
-    out: Where | None = None
+    out: PathOrName | None = None
     """Folder of the run. Default: runs/PRESET, or runs/TASK."""
-    resume: Where = "auto"
+    resume: PathOrName = "auto"
     """auto: from the newest undamaged checkpoint in --out; never; or a folder to resume from."""
     extend_to: Count | None = None
     """Continue the run in --out past its planned end, to this many steps in total."""
@@ -319,17 +320,17 @@ class TrainConfig(RunConfig):
     """Options of a pretraining run. Where an option's help names no default, the run chooses what
     suits the machine, and its banner says what."""
 
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
     has been prepared, else stdlib."""
-    val_data: Wheres | None = None
+    val_data: PathsOrNames | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
-    decontaminate: Wheres | None = None
+    decontaminate: PathsOrNames | None = None
     """Data of an evaluation, in any form of --data but shards. Documents of --data that share 13
     words in a row with it are left out and counted."""
-    cache: Where = "data/cache"
+    cache: PathOrName = "data/cache"
     """Folder that keeps tokenized text."""
     document_mask: bool = False
     """Keep attention within a document."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from base.cli import entry_point, parse
 from base.files import writable_file
-from config import Count, Positional, UserError, Where, Wheres
+from config import Count, PathOrName, PathsOrNames, Positional, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,18 +45,18 @@ Result = TypeVar("Result")
 class EvaluateConfig:
     """Score the model of CHECKPOINT on one or more of --data, --hellaswag and --lambada."""
 
-    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
+    checkpoint: Annotated[PathOrName, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
 
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Data for loss, perplexity and bits per byte: token shards (those named val, if there are
     any), text, a hub dataset or stdlib."""
-    hellaswag: Where | None = None
+    hellaswag: PathOrName | None = None
     """JSONL file for HellaSwag's accuracy, or hub for the hub's validation rows."""
-    lambada: Where | None = None
+    lambada: PathOrName | None = None
     """JSONL file for LAMBADA's last-word accuracy and perplexity, or hub for the hub's test
     rows."""
-    train_data: Wheres | None = None
+    train_data: PathsOrNames | None = None
     """Training data of the model, in any form of --data but shards. Each score is shown again for
     the rows that share no 13 words in a row with it. Default: the run's own --data, if its files
     are unchanged."""
@@ -69,15 +69,15 @@ class EvaluateConfig:
     elsewhere."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
-    cache: Where = "data/cache"
+    cache: PathOrName = "data/cache"
     """Folder for tokenized text."""
-    tokenizer: Where | None = None
+    tokenizer: PathOrName | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to run on."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the weights."""
-    json: Where | None = None
+    json: PathOrName | None = None
     """Also write the figures to this file. - prints JSON instead of the table."""
 
 

@@ -29,7 +29,7 @@ from base.console import outlive
 from base.files import sha256, write_json
 from base.locks import locked
 from base.machine import cores
-from config import Count, Few, Tokens, UserError, Where, Wheres
+from config import Count, PathOrName, PathsOrNames, SmallCount, Tokens, UserError
 from engine import data
 from storage import cache, shards
 from storage.foreign import read_value
@@ -48,7 +48,7 @@ PACKED = 2  # text bytes per byte of a parquet or gzip file, whose other columns
 class PrepConfig:
     """What to tokenize, and where the shards go."""
 
-    out: Where | None = None
+    out: PathOrName | None = None
     """Folder of the shards."""
     dataset: str | None = None
     """Hub id of a dataset to stream: HuggingFaceFW/fineweb-edu."""
@@ -56,17 +56,17 @@ class PrepConfig:
     """The dataset's configuration: sample-10BT."""
     split: str = "train"
     """The dataset's split."""
-    input: Wheres | None = None
+    input: PathsOrNames | None = None
     """Local text instead of a dataset: files, folders or globs, separated by commas."""
     text_column: str = "text"
     """Column that holds the text."""
-    tokenizer: Where = "gpt2"
+    tokenizer: PathOrName = "gpt2"
     """gpt2, a folder, or a tokenizer.json."""
     shard_tokens: Tokens = 100_000_000
     """Tokens in a shard."""
     max_tokens: Tokens | None = None
     """Stop after this many tokens. Default: tokenize all text."""
-    workers: Few | None = None
+    workers: SmallCount | None = None
     """Tokenizing processes. Default: one per core."""
     pretokenized: bool = False
     """The dataset is a repository of ready .bin shards: download them."""

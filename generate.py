@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from base.cli import entry_point, parse
-from config import Count, Positional, Range, Seed, UserError, Where
+from config import Count, PathOrName, Positional, Range, Seed, UserError
 from decoding.options import DecodeConfig, check_decode
 from text.encodings import HEAD, decode_input, wide_encoding
 
@@ -33,7 +33,7 @@ class GenerateConfig(DecodeConfig):
     Put a prompt that begins with a dash after a bare --.
     """
 
-    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
+    checkpoint: Annotated[PathOrName, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id."""
     prompts: Annotated[tuple[str, ...], Positional("PROMPT ...")] = ()
     """Texts to continue, batched together. An empty prompt starts a new document."""
@@ -45,7 +45,7 @@ class GenerateConfig(DecodeConfig):
     batch: Count = 16
     """Number of texts that are generated together."""
 
-    tokenizer: Where | None = None
+    tokenizer: PathOrName | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
     stream: bool = True
     """Print a single text while it is generated, if its method chooses token by token."""

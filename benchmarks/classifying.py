@@ -46,11 +46,11 @@ from benchmarks.steps import COLUMNS, Case, Shape, Step, Trainer, compare, row_c
 from benchmarks.table import markdown
 from config import (
     CountOrNone,
+    PathOrName,
+    PathsOrNames,
     Positive,
     Probability,
     Resolved,
-    Where,
-    Wheres,
     known_names,
     resolve_steps,
     resolved,
@@ -106,10 +106,10 @@ class Options:
     """Dropout of the timed steps, the same on both sides."""
     steps: CountOrNone = 96
     """Steps in a round of the padding part; 0 skips that part."""
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Rows for the padding part, in any form that finetune.sentiment reads. Default: random rows,
     with lengths like SST's."""
-    tokenizer: Where = "gpt2"
+    tokenizer: PathOrName = "gpt2"
     """Tokenizer of --data: gpt2, a folder, or a tokenizer.json."""
     minutes: Positive = 40
     """Time for everything. Each part takes turns for its share of it, and at least three."""
@@ -117,7 +117,7 @@ class Options:
     """A tiny shape and few turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device to measure on."""
-    json: Where | None = None
+    json: PathOrName | None = None
     """Write the figures to this file, and the tables to an .md file beside it."""
 
 

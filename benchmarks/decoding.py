@@ -25,7 +25,7 @@ from benchmarks.contenders import silence_transformers
 from benchmarks.harness import OURS, Results, alternate, cells, ratio, say, timed
 from benchmarks.machine import facts
 from benchmarks.table import markdown
-from config import Count, GPTConfig, Where, known_names
+from config import Count, GPTConfig, PathOrName, known_names
 from decoding.options import DecodeConfig
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Options:
     """A tiny shape, few tokens and two turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device to measure on, in fp32 on a CPU and bf16 on a GPU."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for decoding-DEVICE.json and decoding-DEVICE.md."""
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 
 from base.cli import entry_point, parse
-from config import Few, Positional, UserError, Where
+from config import PathOrName, Positional, SmallCount, UserError
 from decoding.loading import open_model
 from storage.checkpoint import locate
 from tools.export import ExportConfig, export
@@ -28,9 +28,9 @@ PROMPTS = ("The man", "def main():\n    ", "naïve 日本 \t  text,", "1984 was 
 class CheckConfig:
     """Export a model as f32 GGUF and compare llama.cpp's ids and greedy tokens with ours."""
 
-    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
+    checkpoint: Annotated[PathOrName, Positional("CHECKPOINT")] = ""
     """A trained model."""
-    new_tokens: Few = 24
+    new_tokens: SmallCount = 24
     """How many tokens to compare after each prompt."""
 
 

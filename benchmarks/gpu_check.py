@@ -30,7 +30,7 @@ from base.files import read_json, write_json
 from benchmarks.harness import Results
 from benchmarks.runs import make_folders
 from benchmarks.table import markdown
-from config import Positive, Where
+from config import PathOrName, Positive
 
 SHORTEST = 60.0  # with fewer seconds left, a part that later calls can continue does not start
 PATIENCE = 2.5  # a part that takes this many times its expected seconds hangs, and is ended
@@ -60,9 +60,9 @@ class Options:
     """Run parts again that are done, from their beginning."""
     rehearse: bool = False
     """Run every part's command tiny on the CPU, to check that it works. Measures nothing."""
-    out: Where = "benchmarks/results/gpu"
+    out: PathOrName = "benchmarks/results/gpu"
     """Folder for gpu-check.json, gpu-check.md and gpu-check.log."""
-    cache: Where | None = None
+    cache: PathOrName | None = None
     """Folder for compiled code and the parts' output, several gigabytes. Default: cache in
     --out."""
 

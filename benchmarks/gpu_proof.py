@@ -38,7 +38,7 @@ from benchmarks import machine
 from benchmarks.runs import now
 from benchmarks.sass import disassembled, per_element
 from benchmarks.table import markdown
-from config import Few, TrainConfig, UserError, Where, known_names
+from config import PathOrName, SmallCount, TrainConfig, UserError, known_names
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +68,14 @@ TENSOR_CORES = ("tcgen05.mma", "wgmma", "mma.sync")  # PTX's instructions
 class Options:
     """Options of the proof."""
 
-    archs: tuple[Few, ...] = tuple(ARCHS)
+    archs: tuple[SmallCount, ...] = tuple(ARCHS)
     """Architectures: 75 (T4), 80 (A100), 86 (RTX 3090), 89 (RTX 4090), 90 (H100, H200), 100 (B200),
     120 (RTX 5090)."""
     kernels: tuple[str, ...] = ()
     """Kernels to compile. Default: all."""
     quick: bool = False
     """Only bf16, heads of 64 and 128 with documents, and one width."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for gpu-proof.json and gpu-proof.md."""
 
 

@@ -47,7 +47,7 @@ from benchmarks import machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.harness import OURS, Results, Turns, alternate, cells, ratio, say, spread
 from benchmarks.table import markdown
-from config import GPTConfig, UserError, Where, known_names
+from config import GPTConfig, PathOrName, UserError, known_names
 from engine import processes
 from engine.failures import is_out_of_memory
 from engine.memory import set_allocator
@@ -77,7 +77,7 @@ class Options:
     """Operations to measure. Default: all."""
     quick: bool = False
     """Tiny shapes, two turns and nothing compiled, to check that everything works."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for kernels-DEVICE.json and kernels-DEVICE.md."""
 
 

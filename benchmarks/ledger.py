@@ -37,12 +37,12 @@ from benchmarks.table import markdown
 from config import (
     PRESETS,
     Count,
-    Few,
     GPTConfig,
+    PathOrName,
     Precision,
+    SmallCount,
     TrainConfig,
     UserError,
-    Where,
     known_names,
     resolve,
 )
@@ -98,7 +98,7 @@ class Options:
     """Number formats, comma-separated. Default: fp32 and bf16 on a CPU, bf16 on a GPU."""
     device_name: str = ""
     """A GPU whose data sheet is used, such as H100 or H200. Default: this machine, measured."""
-    ranks: Few = 1
+    ranks: SmallCount = 1
     """GPUs that share the step, each with --batch sequences. Only with --device-name."""
     rounds: Count = 3
     """Turns of the calibration and of the engine's steps."""
@@ -110,7 +110,7 @@ class Options:
     """The device to measure on."""
     quick: bool = False
     """The smallest shape and one short turn, to check that everything works."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for ledger-DEVICE.json, ledger-DEVICE.md and ledger.png."""
 
 

@@ -38,13 +38,13 @@ from benchmarks.store import Figures, Store
 from config import (
     Count,
     CountOrNone,
-    Few,
+    PathOrName,
+    PathsOrNames,
     Positive,
     Rate,
     Seed,
+    SmallCount,
     UserError,
-    Where,
-    Wheres,
     known_names,
 )
 
@@ -63,19 +63,19 @@ class Options:
 
     task: str = "sonnets"
     """A module of finetune/."""
-    init: Where = "gpt2"
+    init: PathOrName = "gpt2"
     """The base model: a hub id, or a folder as in the task's own --init."""
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Training rows, as in the task. Default: the task's toy rows."""
-    val_data: Wheres | None = None
+    val_data: PathsOrNames | None = None
     """Validation rows, which choose the epoch and give the scores. The decodings answer them."""
-    out: Where | None = None
+    out: PathOrName | None = None
     """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
     budget_minutes: Positive | None = None
     """Time for everything. Repeating the command adds what is left out. Default: no limit."""
     seeds: tuple[Seed, ...] = (11711, 11712, 11713)
     """Seeds. All methods use the first, the best methods use the others too."""
-    best: Few = 5
+    best: SmallCount = 5
     """Number of methods that run with every seed."""
     only: str = ""
     """Methods and decodings to run, comma-separated. Default: all."""
@@ -93,11 +93,11 @@ class Options:
     """Learning rates to try, in multiples of a method's own."""
     search_epochs: tuple[CountOrNone, ...] = ()
     """Numbers of epochs to try. Default: only --epochs."""
-    augment: Wheres | None = None
+    augment: PathsOrNames | None = None
     """More training rows, for the method full+augment of tasks with labels."""
     also: tuple[str, ...] = ()
     """Other tasks, each as TASK:WEIGHT, for the method full+also of tasks with labels."""
-    also_data: tuple[Wheres, ...] = ()
+    also_data: tuple[PathsOrNames, ...] = ()
     """Training rows of the tasks in --also. Default: their toy rows."""
     words: tuple[str, ...] = ()
     """The word for each label, for methods whose language model answers with a word. Default: the

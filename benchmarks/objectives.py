@@ -23,7 +23,7 @@ from base.console import outlive
 from benchmarks.harness import Results, alternate, cells, ratio, say, timed
 from benchmarks.machine import facts
 from benchmarks.table import markdown
-from config import PRESETS, Count, GPTConfig, Preset, Where
+from config import PRESETS, Count, GPTConfig, PathOrName, Preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Options:
     """Turns of each step. The loop takes two at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device to measure on, in fp32 on a CPU and under bf16 autocast on a GPU."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for objectives-DEVICE.json and objectives-DEVICE.md."""
 
 

@@ -22,7 +22,7 @@ from benchmarks.harness import OURS, Results, Turns, say
 from benchmarks.machine import facts, in_own_process
 from benchmarks.steps import COLUMNS, Case, Shape, compare, row_cells
 from benchmarks.table import markdown
-from config import Positive, Where, known_names
+from config import PathOrName, Positive, known_names
 from engine.roofline import peak_flops, product_ceiling
 
 TURNS = 3, 30  # least and most turns of a contender
@@ -56,7 +56,7 @@ class Options:
     resume: bool = False
     """Keep the results in --out that are from this machine with these versions, and measure the
     others."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for peers-DEVICE.json and peers-DEVICE.md."""
 
 

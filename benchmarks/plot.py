@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from base.charts import COLOURS, DARK, Series, chart, limits, short_numbers, smooth
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import Positional, UserError, Where
+from config import PathOrName, Positional, UserError
 from engine.log import finite_values, records
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ ROWS = {"font.size": 11.5, "axes.spines.left": False}
 class Options:
     """Options of the picture."""
 
-    runs: Annotated[tuple[Where, ...], Positional("RUN ...")] = ()
+    runs: Annotated[tuple[PathOrName, ...], Positional("RUN ...")] = ()
     """Folders of runs, each with a log.jsonl."""
-    out: Where = "runs.png"
+    out: PathOrName = "runs.png"
     """The PNG to write."""
     x: Literal["tokens", "steps"] = "tokens"
     """The quantity on the x axis."""

@@ -52,7 +52,17 @@ from benchmarks.stages_report import (
 )
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
 from benchmarks.store import Cell, Figures, Store, place
-from config import PRESETS, Count, Few, Positive, Preset, UserError, Where, Wheres, known_names
+from config import (
+    PRESETS,
+    Count,
+    PathOrName,
+    PathsOrNames,
+    Positive,
+    Preset,
+    SmallCount,
+    UserError,
+    known_names,
+)
 from engine.log import records
 from engine.roofline import peak_flops
 
@@ -92,17 +102,17 @@ class Options:
     micro_batch: Count | None = None
     """Sequences in a forward pass. Default: on CUDA up to 32, as far as the baseline fits;
     elsewhere 4, with --quick 8."""
-    ranks: Few | None = None
+    ranks: SmallCount | None = None
     """Largest number of processes for the scaling. Default: all GPUs; on a CPU no scaling (and 2 in
     the stage ddp)."""
     only: str = ""
     """Stages to run, comma-separated. scaling is one of them. Default: all."""
-    data: Wheres = "stdlib"
+    data: PathsOrNames = "stdlib"
     """Training tokens, as in train_gpt2.py, also folders of shards."""
-    tokenizer: Where | None = None
+    tokenizer: PathOrName | None = None
     """As in train_gpt2.py. Default: the data's own. For stdlib, one of GPT-2's size that is trained
     on this machine's Python source."""
-    out: Where = "runs/stages"
+    out: PathOrName = "runs/stages"
     """Folder for stages.json, stages.md, stages.png and the runs."""
 
 

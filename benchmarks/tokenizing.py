@@ -23,7 +23,7 @@ from base.console import outlive
 from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
 from benchmarks.machine import facts
 from benchmarks.table import markdown
-from config import Count, Few, UserError, Where, Wheres
+from config import Count, PathOrName, PathsOrNames, SmallCount, UserError
 
 DOCUMENT = 4000  # characters, at least
 SHARD_TOKENS = 2_000_000  # fineweb_prep.py needs more than one shard
@@ -34,14 +34,14 @@ PREPARED = "fineweb_prep.py"
 class Options:
     """Options of the comparison."""
 
-    input: Wheres | None = None
+    input: PathsOrNames | None = None
     """Text files, folders or globs, separated by commas. They must hold more than 2 million tokens,
     about 8 MB of English."""
-    workers: Few | None = None
+    workers: SmallCount | None = None
     """Processes of fineweb_prep.py, and threads of tiktoken. Default: one for each core."""
     repetitions: Count = 3
     """Turns of each side."""
-    out: Where = "benchmarks/results"
+    out: PathOrName = "benchmarks/results"
     """Folder for tokenizing.json and tokenizing.md."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from config import Count, CountOrNone, Few, Positive, Range, Share, UserError, check_ranges
+from config import Count, CountOrNone, Positive, Range, Share, SmallCount, UserError, check_ranges
 
 Decode = Literal["sample", "greedy", "beam", "contrastive", "mbr", "ensemble"]
 
@@ -31,7 +31,7 @@ class DecodeConfig:
     """Draw from the fewest tokens whose probability together reaches this."""
     repetition_penalty: Positive = 1.0
     """Values above 1 make tokens that the text already holds less likely."""
-    beams: Few = 5
+    beams: SmallCount = 5
     """Number of texts that beam search keeps."""
     length_penalty: Annotated[float, Range(0, 1e6)] = 1.0
     """Beam search divides a text's log-probability by its length to this power."""
@@ -45,7 +45,7 @@ class DecodeConfig:
     """Let that weight grow from 0 to its full value over the text."""
     contrastive_similarity: Literal["max", "mean"] = "max"
     """Compare with the most similar earlier token (max), or average over all (mean)."""
-    candidates: Few = 16
+    candidates: SmallCount = 16
     """Number of texts that mbr and ensemble choose from. An ensemble's are the beams, one text by
     contrastive search, and samples."""
     candidates_by: Literal["sample", "beam"] = "sample"

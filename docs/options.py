@@ -55,6 +55,7 @@ SECTIONS = (
     ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
     ("Export", "`tools.export`", "tools.export.ExportConfig"),
     ("Verifying a run", "`tools.verify`", "tools.verify.VerifyConfig"),
+    ("Looking at a machine", "`tools.doctor`", "tools.doctor.DoctorConfig"),
     ("Sweeps", "`tools.sweep`", "tools.sweep.SweepConfig"),
     ("Ensembles", "`tools.ensemble`", "tools.ensemble.EnsembleConfig"),
     ("Hard pairs", "`tools.mine`", "tools.mine.MineConfig"),

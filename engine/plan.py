@@ -24,11 +24,13 @@ from engine.log import RunLog, finite_values, read_log
 from engine.memory import checkpoint_bytes, keeps_freed_memory, set_allocator
 from engine.precision import DTYPES, choose_precision, set_products
 from engine.processes import World
-from engine.roofline import peak_flops, predict
+from engine.roofline import Ceilings, Prediction, peak_flops, predict
 from engine.task import Facts, Task
 from kernels import choose, operation_names
 from kernels.attention import attention_backends
 from storage.checkpoint import checkpoints
+
+TIMED = 4.0  # seconds that a prediction of the speed measures
 
 
 @dataclass
@@ -217,6 +219,7 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
     free = processes.available_memory(world.device, world.local_size)
     speed, source = known_speed(cfg)
     if speed is None and fits(micro_batch):
+        log.say(f"timing this machine's operations for about {TIMED:.0f} seconds")
         speed, source = estimated_speed(facts, cfg, world, micro_batch)
     log.say(
         "dry run: nothing is started or written "
@@ -266,8 +269,6 @@ def estimated_speed(
 ) -> tuple[float | None, str]:
     """Tokens per second of a run that has not begun, estimated from its operations, and where the
     figure comes from. None for what the ledger does not count."""
-    from engine.calibration import calibrate  # only a dry run measures
-
     cost = facts.cost
     uncounted = {
         "of other tasks than pretraining": cost.added or cost.loss or facts.longest is not None,
@@ -276,15 +277,25 @@ def estimated_speed(
     }
     if reasons := [reason for reason, applies in uncounted.items() if applies]:
         return None, f"no run in --out to take the speed from, and none is estimated {reasons[0]}"
-    rows = facts.rows_per_rank(world.size)
+    expected, ceilings = expected_speed(facts, cfg, world, micro_batch)
+    source = f"estimated from {ceilings.source}, give or take {expected.share:.0%}"
+    return expected.tokens_per_second, source
+
+
+def expected_speed(
+    facts: Facts, cfg: Resolved, world: World, micro_batch: int
+) -> tuple[Prediction, Ceilings]:
+    """The speed that a pretraining run with AdamW will have, from its operations, which are timed
+    now, and their ceilings."""
+    from engine.calibration import calibrate  # most runs do not measure
+
+    cost, rows = facts.cost, facts.rows_per_rank(world.size)
     ceilings = calibrate(
-        cost.shape, micro_batch, cost.length, cfg.precision, world.device, 3.0, cfg.without
+        cost.shape, micro_batch, cost.length, cfg.precision, world.device, TIMED, cfg.without
     )
-    expected = predict(
-        cost.shape, rows, cost.length, cfg.precision, ceilings, world.size, rows // micro_batch
-    )
-    share = f"give or take {expected.share:.0%}" if expected.share else "each timed once"
-    return expected.tokens_per_second, f"estimated from {ceilings.source}, {share}"
+    accumulation = rows // micro_batch
+    shape = cost.shape, rows, cost.length, cfg.precision
+    return predict(*shape, ceilings, world.size, accumulation), ceilings
 
 
 def device_peak(world: World, precision: str) -> float | None:

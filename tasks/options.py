@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapters.options import MethodConfig
-from config import Count, CountOrNone, RunConfig, Where, Wheres
+from config import Count, CountOrNone, PathOrName, PathsOrNames, RunConfig
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class FinetuneConfig(MethodConfig, RunConfig):
     """Options of a fine-tuning run. None means a value that suits the machine. The banner shows
     the value that was chosen."""
 
-    init: Where = "gpt2"
+    init: PathOrName = "gpt2"
     """Where the weights come from: a hub id, a folder in the hub's GPT-2 layout, a run's folder, or
     scratch (random weights)."""
-    data: Wheres | None = None
+    data: PathsOrNames | None = None
     """Training rows: files (comma-separated or globs), a hub dataset id, or toy, a few rows that
     the task brings. Default: toy."""
-    val_data: Wheres | None = None
+    val_data: PathsOrNames | None = None
     """Validation rows, in the same forms as --data. Default: a fixed tenth of --data is held
     out."""
     seq_len: Count | None = None
@@ -38,12 +38,12 @@ class FinetuneConfig(MethodConfig, RunConfig):
     left out or truncated, and counted in a warning."""
     show_rows: CountOrNone = 2
     """Rows of the first batch to print. The text that the model learns is marked."""
-    cache: Where = "data/cache"
+    cache: PathOrName = "data/cache"
     """Folder that keeps which rows of a large data set are shared with the training rows."""
-    predict: Wheres | None = None
+    predict: PathsOrNames | None = None
     """Answer the rows of this file after training. They are also scored if the file has the true
     answers."""
-    answers: Where | None = None
+    answers: PathOrName | None = None
     """File for the answers to --predict. Default: predictions.* in the run's folder."""
 
     @property

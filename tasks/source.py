@@ -51,9 +51,11 @@ class Source:
             keep_broken=answered,
             nameable=[name for name in task.columns if hasattr(cfg, f"{name}_column")],
         )
-        if found.skipped:
-            what = "their answers are empty" if answered else "are left out"
-            self.warnings.append(f"{spec}: {found.skipped:,} rows could not be read and {what}")
+        what = "their answers are empty" if answered else "are left out"
+        if unread := found.skipped - found.empty:
+            self.warnings.append(f"{spec}: {unread:,} rows could not be read and {what}")
+        if found.empty:
+            self.warnings.append(f"{spec}: {found.empty:,} rows have an empty field and {what}")
         if task.preprocess is None:
             return found.rows
         return task.preprocess(self, found.rows, spec, split)

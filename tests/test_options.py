@@ -120,7 +120,7 @@ def test_every_number_has_a_range_and_every_path_is_marked(kind: Any) -> None:
             is_path = any(isinstance(mark, PathName) for mark in marks(kind)[field.name])
             is_text = field.name in TEXTS or field.name.endswith("_column")
             assert is_path != is_text, (
-                f"{field.name}: mark it as Where or Wheres, or name it in TEXTS"
+                f"{field.name}: mark it as PathOrName or PathsOrNames, or name it in TEXTS"
             )
 
 

@@ -39,12 +39,17 @@ Columns = Mapping[str, str | tuple[str, ...]]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+class EmptyField(str):
+    """The fault of a row in which a field is empty."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows that could be read, in the order of the files."""
 
     rows: list[Row]
     skipped: int = 0  # broken rows: left out, or with `keep_broken` kept with a fault
+    empty: int = 0  # those of them in which a field is empty
 
     @cached_property
     def sha256(self) -> str:
@@ -92,6 +97,7 @@ def read_rows(  # noqa: PLR0913 (all but two have defaults)
     """
     rows: list[Row] = []
     broken: list[str] = []
+    empty = 0
     needed = [
         (names,) if isinstance(names, str) else names
         for field, names in columns.items()
@@ -114,6 +120,7 @@ def read_rows(  # noqa: PLR0913 (all but two have defaults)
                 else cells
             )
             where = f"{name} {place}"
+            empty += isinstance(fields, EmptyField)
             if isinstance(fields, str) and (strict or len(broken) < MAX_SHOWN):
                 fields = with_advice(fields, cells, name)
             if isinstance(fields, dict):
@@ -139,7 +146,9 @@ def read_rows(  # noqa: PLR0913 (all but two have defaults)
         say(f"{label}: {line}")
     if len(broken) > MAX_SHOWN:
         say(f"{label}: {len(broken) - MAX_SHOWN:,} more broken rows of {spec}")
-    return Rows(rows, sum(bool(row.fault) for row in rows) if keep_broken else len(broken))
+    if keep_broken:
+        return Rows(rows, sum(bool(row.fault) for row in rows))
+    return Rows(rows, len(broken), empty)
 
 
 def _salvage(
@@ -229,7 +238,7 @@ def _fields(
         if _SURROGATE.search(text):
             return f"is not UTF-8 text in column {column!r}"
         if not text.strip() and field not in optional:
-            return f"has nothing in column {column!r}"
+            return EmptyField(f"has nothing in column {column!r}")
         fields[field] = text
     return fields
 

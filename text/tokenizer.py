@@ -41,6 +41,8 @@ GPT2_SPLIT = (
 )
 # Tokenizer.sha256 of "gpt2"
 GPT2_SHA256 = "f48e711eae19af0544e922f2a4b1fe9ea883dcf66a4171d70e900ad7ddb74fea"
+# Names of the folders of a run that hold a tokenizer.
+IN_RUN = re.compile(r"final|checkpoints|step-\d+")
 # Characters up to which encoding a text costs less than building the tiktoken encoding.
 SHORT_TEXT = 1000
 
@@ -59,7 +61,7 @@ class Tokenizer(ABC):
 
     It pickles as its source, so it is cheap to send to a worker process.
 
-    name: "gpt2", or the folder's name.
+    name: "gpt2", or the folder's name; in a run the path from the run on, such as try/final.
     source: the argument with which load_tokenizer() returns this tokenizer, without `special`.
     eot: id of the token that ends a document.
     special: the tokens that with_special() added.
@@ -279,6 +281,15 @@ class _GPT2Tokenizer(Tokenizer):
         }
 
 
+def _name(folder: Path) -> str:
+    """The name of a folder or file. A folder in a run is named from the run on: try/final."""
+    parts = folder.absolute().parts
+    depth = 1
+    while depth < len(parts) and IN_RUN.fullmatch(parts[-depth]):
+        depth += 1
+    return "/".join(parts[-depth:]).removesuffix(".json")
+
+
 class HubTokenizer(Tokenizer):
     """Any tokenizer of the `tokenizers` library.
 
@@ -290,7 +301,7 @@ class HubTokenizer(Tokenizer):
         self._opened = opened
         self._tokenizer = tokenizer = opened.tokenizer
         folder = source.parent if source.name in ("tokenizer.json", META) else source
-        self.name, self.source = folder.name.removesuffix(".json"), str(source)
+        self.name, self.source = _name(folder), str(source)
         tokenizer.add_special_tokens([opened.end])
         tokenizer.encode_special_tokens = True  # the library's name for: as ordinary text
         tokenizer.no_truncation()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import replace_text
-from config import Count, Few, UserError, Where, nearest
+from config import Count, PathOrName, SmallCount, UserError, nearest
 from tasks.order import group_by_length
 from text.corpus import records_of
 from text.encodings import NotUtf8
@@ -66,17 +66,17 @@ class BacktranslateConfig:
     """Translate the texts of --data with the model --to, and the translations with the model
     --back."""
 
-    data: Where = ""
+    data: PathOrName = ""
     """File of rows: .csv .tsv .txt .json .jsonl .parquet, gzipped or not."""
-    to: Where = "Helsinki-NLP/opus-mt-en-de"
+    to: PathOrName = "Helsinki-NLP/opus-mt-en-de"
     """Translation model from the texts' language into one other language: a hub id or a folder."""
-    back: Where = "Helsinki-NLP/opus-mt-de-en"
+    back: PathOrName = "Helsinki-NLP/opus-mt-de-en"
     """Translation model back into the texts' language: a hub id or a folder."""
-    out: Where = ""
+    out: PathOrName = ""
     """File to write: .jsonl, with the columns of --data."""
     columns: tuple[str, ...] = ()
     """Columns to translate. Default: those with a usual name for a text."""
-    beams: Few = 1
+    beams: SmallCount = 1
     """Beams in beam search. 1 is greedy decoding."""
     max_tokens: Count = 256
     """Longest text and longest translation, in tokens. Rows with a longer one are left out, because

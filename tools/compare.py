@@ -16,7 +16,7 @@ from typing import Annotated
 
 from base.cli import entry_point, parse
 from base.files import writable_file, write_json
-from config import Positional, Seed, UserError, Weight, Where
+from config import PathOrName, Positional, Seed, UserError, Weight
 from tasks.classification.confusion import paired_test
 from tools.comparison import compare_runs
 from tools.predictions import check_out, read_predictions, show_table
@@ -27,14 +27,14 @@ from tools.runs import RunFolder, read_run, run_names
 class CompareConfig:
     """Compare runs, finished or not, or the predictions of runs for the same rows."""
 
-    files: Annotated[tuple[Where, ...], Positional("A B")] = ()
+    files: Annotated[tuple[PathOrName, ...], Positional("A B")] = ()
     """Two or more folders of runs, or files of predictions for rows with known labels: a run's
     validation.jsonl, or its predictions.jsonl where the labels are known."""
     seed: Seed = 1337
     """Seed of the resamples for the confidence intervals."""
-    json: Where | None = None
+    json: PathOrName | None = None
     """Also write the figures to this file."""
-    plot: Where | None = None
+    plot: PathOrName | None = None
     """Also draw the runs' losses over steps, tokens and time, as a PNG file."""
     loss: Weight | None = None
     """The loss to which time and tokens are given. Default: the worst of the final losses, which

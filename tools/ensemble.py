@@ -17,7 +17,7 @@ import numpy as np
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from config import Positional, UserError, Weight, Where
+from config import PathOrName, Positional, UserError, Weight
 from tools.predictions import UNKNOWN, Predictions, check_out, read_predictions, show_table
 
 How = Literal["mean", "geometric", "vote"]
@@ -27,9 +27,9 @@ How = Literal["mean", "geometric", "vote"]
 class EnsembleConfig:
     """Combine the predictions of several runs for the same rows."""
 
-    files: Annotated[tuple[Where, ...], Positional("FILE ...")] = ()
+    files: Annotated[tuple[PathOrName, ...], Positional("FILE ...")] = ()
     """Two or more files of predictions: the runs' validation.jsonl, or their predictions.jsonl."""
-    out: Where = ""
+    out: PathOrName = ""
     """File to write the ensemble's predictions to, in the same format."""
     how: How = "mean"
     """mean: the mean of the probabilities. geometric: the mean of their logarithms, in which a

@@ -22,7 +22,7 @@ from torch import Tensor
 from base.cli import entry_point, parse
 from base.errors import reason
 from base.files import TEMPORARY, sha256, writable_file, writing_to
-from config import Positional, UserError, Where
+from config import PathOrName, Positional, UserError
 from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
 from model import GPT
 from storage.checkpoint import locate
@@ -59,16 +59,16 @@ class ExportConfig:
     """Write the model of CHECKPOINT in another format, or upload it. The file is read back and
     compared with the model, and FILE.md records what was checked."""
 
-    checkpoint: Annotated[Where, Positional("CHECKPOINT")] = ""
+    checkpoint: Annotated[PathOrName, Positional("CHECKPOINT")] = ""
     """A folder that a run wrote, a folder in the hub's GPT-2 layout, or a hub id. An adapter is
     merged into its base."""
     to: Literal["none", "gguf", "onnx"] = "none"
     """The format. gguf is llama.cpp's, with the tokenizer inside. onnx has any batch and length."""
     dtype: Literal["f32", "f16", "q8_0"] = "f16"
     """Format of the matrices in a GGUF file."""
-    out: Where = ""
+    out: PathOrName = ""
     """The file to write. Default: the model's name in this folder."""
-    tokenizer: Where | None = None
+    tokenizer: PathOrName | None = None
     """Tokenizer to use in place of the checkpoint's own."""
     push: str = ""
     """Upload the checkpoint, and the file if --to is given, to this id on the hub."""

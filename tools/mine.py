@@ -14,7 +14,7 @@ from pathlib import Path
 
 from base.cli import entry_point, parse
 from base.console import outlive, printable
-from config import Share, UserError, Where, Wheres
+from config import PathOrName, PathsOrNames, Share, UserError
 from tasks.classification.labels import is_unknown, label_name
 from tasks.metrics import words
 from text.rows import Row, read_rows
@@ -33,9 +33,9 @@ class MineConfig:
     """Write the hardest rows of a file of pairs: similar pairs with few words in common, and other
     pairs with many."""
 
-    data: Wheres = ""
+    data: PathsOrNames = ""
     """Files of labelled pairs, as for training."""
-    out: Where = ""
+    out: PathOrName = ""
     """File to write: csv with the columns sentence1, sentence2 and label."""
     share: Share = 0.2
     """Fraction of the rows to take from each of the two kinds."""

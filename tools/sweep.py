@@ -34,7 +34,7 @@ from base.commands import end, start, why_it_failed
 from base.console import outlive, time_text
 from base.files import read_json, writing_to
 from base.signals import note_signal
-from config import Few, Positional, Positive, RunConfig, UserError, Where
+from config import PathOrName, Positional, Positive, RunConfig, SmallCount, UserError
 from engine.log import finite_values, read_log
 from tools.comparison import compare_runs
 from tools.runs import read_run, run_names
@@ -60,10 +60,10 @@ class SweepConfig:
     entry: Annotated[tuple[str, ...], Positional("COMMAND ...")] = ()
     """The command that trains, with the options that all runs share: a script, -m and a module, or
     torchrun with its options."""
-    out: Where = "sweep"
+    out: PathOrName = "sweep"
     """Folder of the sweep: a folder for each run, its output in a .txt beside, and the comparison
     in compare.png and compare.json."""
-    jobs: Few = 1
+    jobs: SmallCount = 1
     """Runs at a time."""
     minutes: Positive | None = None
     """Begin no run after this many minutes. Default: no limit."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from base.cli import entry_point, parse
 from base.files import read_json
-from config import Count, CountOrNone, Positional, UserError, Where
+from config import Count, CountOrNone, PathOrName, Positional, UserError
 
 FIGURES = ("batch", "lr", "loss", "grad_norm", "parameters")  # in the order of a step's work
 DEFAULT_STEPS = 10  # replayed if the log has no digest of the parameters after the checkpoint
@@ -35,7 +35,7 @@ class VerifyConfig:
     """Replay steps of a run from a checkpoint, and compare data, loss, gradient norm and parameters
     with its log. Exit code 0: the same; 1: different."""
 
-    run: Annotated[Where, Positional("RUN")] = ""
+    run: Annotated[PathOrName, Positional("RUN")] = ""
     """Folder of the run. Nothing is written into it."""
     from_step: CountOrNone | None = None
     """Step of the checkpoint to start from; 0: the start of the run. Default: the newest checkpoint

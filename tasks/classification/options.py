@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from adapters.options import LORA, Cut, Form, Pooling
-from config import LARGEST, Positive, Probability, Range, UserError, Weight, Wheres
+from config import LARGEST, PathsOrNames, Positive, Probability, Range, UserError, Weight
 from tasks.options import FinetuneConfig
 
 Classifier = Literal["gpt2", "naive-bayes", "tf-idf", "lstm"]
@@ -55,9 +55,9 @@ class ClassificationConfig(FinetuneConfig):
     also: tuple[str, ...] = ()
     """Auxiliary tasks to train at the same time, each on its own head: TASK:WEIGHT, where WEIGHT
     multiplies the task's loss."""
-    also_data: tuple[Wheres, ...] = ()
+    also_data: tuple[PathsOrNames, ...] = ()
     """Training rows of the auxiliary tasks, in the order of --also. Default: their toy rows."""
-    augment: Wheres | None = None
+    augment: PathsOrNames | None = None
     """Additional training rows, in the form of --data: back-translations, paraphrases, hard
     examples."""
     augment_weight: Weight = 1.0

@@ -13,7 +13,7 @@ import torch
 from benchmarks import ledger
 from config import GPTConfig, UserError
 from engine.calibration import calibrate
-from engine.roofline import Ceilings, operations, predict, sheet_ceilings
+from engine.roofline import ERROR, Ceilings, operations, predict, sheet_ceilings
 from model import GPT
 from support import REPO
 
@@ -59,12 +59,22 @@ def test_communication_counts_as_far_as_nothing_hides_it():
 
 
 def test_a_calibration_times_every_operation():
-    found = calibrate(SHAPE, 4, 16, "bf16", torch.device("cpu"), seconds=0.1)
+    found = calibrate(SHAPE, 4, 16, "bf16", torch.device("cpu"), seconds=60.0)
     ledger_of_step = list(operations(SHAPE, 4, 16, "bf16"))
     assert {op.key for op in ledger_of_step} == set(found.rounds)
     expected = predict(SHAPE, 4, 16, "bf16", found)
     assert expected.seconds == pytest.approx(sum(map(found.seconds, ledger_of_step)))
     assert expected.tokens_per_second == pytest.approx(64 / expected.seconds)
+
+
+def test_a_calibration_without_time_leaves_operations_to_the_roofline():
+    found = calibrate(SHAPE, 4, 16, "fp32", torch.device("cpu"), seconds=0.0)
+    ledger_of_step = list(operations(SHAPE, 4, 16, "fp32"))
+    (timed,) = found.rounds
+    left = [op for op in ledger_of_step if op.key != timed]
+    assert len(found.rounds[timed]) == 1 and "for lack of time" in found.source
+    assert all(found.seconds(op) == found.roofline(op) > 0 for op in left)
+    assert predict(SHAPE, 4, 16, "fp32", found).share == ERROR
 
 
 @pytest.mark.parametrize(

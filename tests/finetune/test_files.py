@@ -35,7 +35,7 @@ def test_squad_files_are_read_nested_or_flat(inputs: Path, tmp_path: Path) -> No
     ]
     data = {"data": [{"paragraphs": [{"context": f"{n} two men", "qas": asked} for n in range(5)]}]}
     task, rows = rows_of("qa", inputs, tmp_path / "squad.json", json.dumps(data))
-    told = f"{tmp_path / 'squad.json'}: 5 rows could not be read and are left out"
+    told = f"{tmp_path / 'squad.json'}: 5 rows have an empty field and are left out"
     first = {
         "context": "0 two men",
         "question": "who",

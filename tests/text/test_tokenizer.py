@@ -193,6 +193,11 @@ class TestAny:
         )
         assert again.encode(SENTENCES[0]) == either.encode(SENTENCES[0])
 
+    @pytest.mark.parametrize("name", ["own", "run/final", "run/checkpoints/step-00000010"])
+    def test_the_name_of_a_run_is_in_its_tokenizers_name(self, either, tmp_path, name):
+        either.save(tmp_path / name)
+        assert load_tokenizer(str(tmp_path / name)).name == name
+
     def test_saving_keeps_the_ids(self, either, tmp_path):
         either.save(tmp_path / "copy")
         copy = load_tokenizer(str(tmp_path / "copy"))
