@@ -4,7 +4,7 @@
 # make lint        set up, lint, check types
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
 # make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
-# make export-check  llama.cpp beside this project on an exported model; builds its Python package once, into .llama/
+# make export-check  llama.cpp beside this project on an exported model; installs its Python package once, into .llama/
 #   WHEELS=FOLDER      with what that folder has of packages that are missing here; no .venv, no network
 # make wheels      download those wheels for Python 3.12 on x86-64 Linux (into wheels/, or WHEELS=FOLDER)
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
@@ -77,7 +77,7 @@ gpu-proof: $(SETUP)
 	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)
 
 export-check: $(SETUP)
-	[ -d .llama/llama_cpp ] || $(PYTHON) -m pip install --target .llama --no-deps llama-cpp-python diskcache
+	[ -d .llama/xllamacpp ] || $(PYTHON) -m pip install --quiet --target .llama --no-deps xllamacpp
 	$(PYTHON) train_gpt2.py --preset micro --steps 60 --device cpu --no-compile --out runs/export-check > /dev/null
 	PYTHONPATH=.llama $(PYTHON) -m benchmarks.export_check runs/export-check
 

@@ -6,9 +6,11 @@ make export-check
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
 import tempfile
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,21 +40,19 @@ def main() -> None:
     """Run the comparison; exits 1 if anything differs."""
     cfg = parse(CheckConfig, sys.argv[1:])
     try:
-        llama: Any = importlib.import_module("llama_cpp")
+        importlib.import_module("xllamacpp")
     except ImportError:
-        raise UserError("llama-cpp-python is not installed; type make export-check") from None
+        raise UserError("xllamacpp is not installed; type make export-check") from None
     where = locate(cfg.checkpoint)
     model, tokenizer = open_model(where, None, torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         print(export(model, where, file, ExportConfig(dtype="f32", to="gguf")))
-        theirs = llama.Llama(str(file), n_ctx=model.context, verbose=False, logits_all=True)
-        wrong = 0
+        theirs, wrong = LlamaCpp(file, model.context), 0
         for prompt in (*PROMPTS, random_text()):
             ids = tokenizer.encode(prompt)
-            found = theirs.tokenize(prompt.encode(), add_bos=False, special=False)
-            ours = greedy(model, ids, cfg.new_tokens)
-            written = llama_greedy(theirs, ids, cfg.new_tokens)
+            found = theirs.encode(prompt)
+            ours, written = greedy(model, ids, cfg.new_tokens), theirs.greedy(ids, cfg.new_tokens)
             same = found == ids and written == ours
             wrong += not same
             print(f"{'same' if same else 'DIFFERENT'}: {prompt[:40]!r}, {len(ids)} ids")
@@ -60,6 +60,32 @@ def main() -> None:
                 print(f"  ids {ids} {found}\n  tokens {ours} {written}")
     print(f"{wrong} of {len(PROMPTS) + 1} prompts differ" if wrong else "llama.cpp agrees")
     sys.exit(1 if wrong else 0)
+
+
+class LlamaCpp:
+    """llama.cpp's server with a GGUF file, on loopback in this process."""
+
+    def __init__(self, file: Path, context: int):
+        xllamacpp: Any = importlib.import_module("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.port = str(file), context, 0
+        params.warmup, params.verbosity = False, 0
+        self.server = xllamacpp.Server(params)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are ordinary text."""
+        return self._ask("tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        """The n likeliest tokens after ids."""
+        how = {"temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+        return self._ask("completion", prompt=ids, n_predict=n, **how)["tokens"]
+
+    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+        url, content = f"{self.server.listening_address}/{path}", json.dumps(body).encode()
+        request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=100) as answer:
+            return json.load(answer)
 
 
 def random_text() -> str:
@@ -75,17 +101,6 @@ def greedy(model: Any, ids: list[int], n: int) -> list[int]:
     for _ in range(n):
         seen = torch.tensor([(ids + new)[-model.context :]])
         new.append(int(model(seen)[0, -1].argmax()))
-    return new
-
-
-def llama_greedy(llama: Any, ids: list[int], n: int) -> list[int]:
-    """The same by llama.cpp."""
-    llama.reset()
-    new: list[int] = []
-    for token in llama.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-        new.append(int(token))
-        if len(new) == n:
-            return new
     return new
 
 
