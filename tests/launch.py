@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -80,17 +81,23 @@ OPTIONS = {
 }
 
 
+def typed(*words: Any) -> list[str]:
+    """The words of a command line. A string that begins with an option is split as a shell does."""
+    texts = list(map(str, words))
+    split = (shlex.split(text) if text.startswith("--") else [text] for text in texts)
+    return list(itertools.chain.from_iterable(split))
+
+
 def small(*words: Any) -> list[str]:
-    """The options of a tiny run, then `words`. The last value of a repeated option counts."""
+    """The options of a tiny run, then `words`: see `typed`. The last value of a repeated option
+    counts."""
+    more = typed(*words)
     chosen = {
         name: value
         for name, value in OPTIONS.items()
-        if name not in ("preset", "n-layer") or "--init" not in words
+        if name not in ("preset", "n-layer") or "--init" not in more
     }
-    return [
-        *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)),
-        *map(str, words),
-    ]
+    return [str(word) for name, value in chosen.items() for word in (f"--{name}", value)] + more
 
 
 def write_inputs(folder: Path) -> None:

@@ -33,9 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("world")
     write_inputs(folder)
-    (end,) = launch(
-        folder, small("--steps", 4, "--save-every", 2, "--eval-every", 0, "--sample-every", 0)
-    )
+    (end,) = launch(folder, small("--steps 4 --save-every 2 --eval-every 0 --sample-every 0"))
     assert end.code == 0, end.err
     train_bpe(
         ["another text for another tokenizer, another text for another tokenizer"],
@@ -323,9 +321,9 @@ def allocation_fails() -> None:
 
 
 def test_out_of_memory_names_an_option_and_a_value_that_fits(world: Path) -> None:
-    (end,) = launch(world, small("--out", "oom", "--micro-batch", 8), little_memory)
+    (end,) = launch(world, small("--out oom --micro-batch 8"), little_memory)
     assert line_of(end) == "error: out of memory with --micro-batch 8; lower --micro-batch to 2\n"
-    (end,) = launch(world, small("--out", "oom", "--micro-batch", 4), allocation_fails)
+    (end,) = launch(world, small("--out oom --micro-batch 4"), allocation_fails)
     assert line_of(end) == "error: out of memory with --micro-batch 4; lower --micro-batch to 2\n"
 
 
@@ -338,7 +336,7 @@ def test_a_plain_python_process(world: Path) -> None:
     command = [sys.executable, str(REPO / "train_gpt2.py")]
     for words, part in (
         (["--stpes", "5"], "--steps?"),
-        (small("--batch-tokens", 100), "--batch-tokens 96"),
+        (small("--batch-tokens 100"), "--batch-tokens 96"),
     ):
         end = subprocess.run(
             [*command, *words], cwd=world, capture_output=True, text=True, timeout=120

@@ -37,7 +37,7 @@ from support import REPO, own_lines, python_path
 from toy import Scripted
 
 CPU = torch.device("cpu")
-QUIET = ("--eval-every", "0", "--save-every", "0", "--sample-every", "0", "--dropout", "0")
+QUIET = "--eval-every 0 --save-every 0 --sample-every 0 --dropout 0"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def train(folder: Path, *words: Any, patch: Any = None) -> str:
 @pytest.fixture(scope="module")
 def finished(inputs) -> tuple[Path, str]:
     """The folder of a finished run, and what the run printed."""
-    return inputs / "run", train(inputs, "--out", "run")
+    return inputs / "run", train(inputs, "--out run")
 
 
 def losses(run: Path) -> list[float]:
@@ -158,7 +158,7 @@ def test_the_log_has_the_fields_of_the_contract(finished):
 
 
 def test_intervals_of_0_turn_everything_but_the_log_off(inputs):
-    out = train(inputs, *QUIET, "--log-every", "0", "--out", "quiet")
+    out = train(inputs, QUIET, "--log-every 0 --out quiet")
     assert not re.search(r"^(step \d|evaluation|--- sample|saved)", out, re.M)
     kinds = {
         json.loads(line)["kind"]
@@ -170,7 +170,7 @@ def test_intervals_of_0_turn_everything_but_the_log_off(inputs):
 
 
 def test_step_lines_are_printed_at_an_interval(inputs):
-    out = train(inputs, *QUIET, "--log-every", "5", "--out", "often")
+    out = train(inputs, QUIET, "--log-every 5 --out often")
     assert re.findall(r"^step +(\d+)/", out, re.M) == ["5", "10", "12"]
 
 
@@ -386,7 +386,7 @@ def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_pat
             "--out",
             out,
         )
-        train(inputs, *words, "--sample-every", "0")
+        train(inputs, *words, "--sample-every 0")
         assert log_of(inputs / out, "eval")[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -395,21 +395,19 @@ def test_a_run_starts_from_a_run_and_from_transformers(inputs, finished, tmp_pat
 
 @pytest.fixture(scope="module")
 def plain(inputs) -> list[float]:
-    train(inputs, *QUIET, "--schedule", "constant", "--lr", "3e-3", "--out", "plain")
+    train(inputs, QUIET, "--schedule constant --lr 3e-3 --out plain")
     return losses(inputs / "plain")
 
 
 def variant(inputs: Path, name: str, *words: str, patch: Any = None) -> list[float]:
-    train(
-        inputs, *QUIET, "--schedule", "constant", "--lr", "3e-3", "--out", name, *words, patch=patch
-    )
+    train(inputs, QUIET, "--schedule constant --lr 3e-3 --out", name, *words, patch=patch)
     return losses(inputs / name)
 
 
 def test_muon_trains(inputs, plain):
     from safetensors import safe_open
 
-    found = variant(inputs, "muon", "--optimizer", "muon", "--save-every", "12")
+    found = variant(inputs, "muon", "--optimizer muon --save-every 12")
     assert found[0] == plain[0] and found[-1] < found[0] - 0.5
     # same rate, because its updates have the size of AdamW's
     assert found[-1] == pytest.approx(plain[-1], abs=0.5)
@@ -421,33 +419,21 @@ def test_muon_trains(inputs, plain):
 
 
 def test_bf16_is_near_fp32(inputs, plain):
-    found = variant(inputs, "bf16", "--precision", "bf16")
+    found = variant(inputs, "bf16", "--precision bf16")
     assert found == pytest.approx(plain, rel=0.02) and found != plain
 
 
 def test_accumulation_and_recomputation_change_no_loss(inputs, plain):
-    assert variant(inputs, "whole", "--micro-batch", "8") == pytest.approx(plain, rel=1e-5)
+    assert variant(inputs, "whole", "--micro-batch 8") == pytest.approx(plain, rel=1e-5)
     assert variant(inputs, "recompute", "--recompute") == pytest.approx(plain, rel=1e-6)
 
 
 def test_deterministic_changes_nothing_on_a_cpu(inputs, plain):
-    assert variant(inputs, "deterministic", "--deterministic", "--steps", "4") == plain[:4]
+    assert variant(inputs, "deterministic", "--deterministic --steps 4") == plain[:4]
 
 
 def test_samples_continue_the_given_prompts(inputs):
-    train(
-        inputs,
-        *QUIET,
-        "--steps",
-        "4",
-        "--sample-every",
-        "2",
-        "--prompts",
-        "alpha",
-        "beta of",
-        "--out",
-        "prompts",
-    )
+    train(inputs, QUIET, "--steps 4 --sample-every 2 --prompts alpha 'beta of' --out prompts")
     samples = log_of(inputs / "prompts", "sample")
     assert [(line["step"], line["prompt"]) for line in samples] == [
         (s, p) for s in (2, 4) for p in ("alpha", "beta of")
@@ -524,18 +510,7 @@ def test_micro_batch_auto_is_the_largest_divisor_that_fits(monkeypatch, room, fo
 
 
 def test_micro_batch_auto_is_stored(inputs):
-    out = train(
-        inputs,
-        *QUIET,
-        "--micro-batch",
-        "auto",
-        "--steps",
-        "1",
-        "--save-every",
-        "1",
-        "--out",
-        "auto",
-    )
+    out = train(inputs, QUIET, "--micro-batch auto --steps 1 --save-every 1 --out auto")
     assert "micro-batch 8 x length 16 x accumulation 1" in out
     assert json.loads((inputs / "auto" / "config.json").read_text())["micro_batch"] == 8
 
@@ -555,7 +530,7 @@ def test_precision_says_why(monkeypatch):
 
 
 def test_dry_run_starts_nothing_and_predicts_the_memory(inputs, run, repo):
-    words = small(*QUIET, "--preset", "mini", "--steps", "2", "--seq-len", "16", "--out", "dry")
+    words = small(QUIET, "--preset mini --steps 2 --seq-len 16 --out dry")
     before = sorted(inputs.rglob("*"))
     said = run(repo / "train_gpt2.py", *words, "--dry-run", cwd=inputs)
     assert said.returncode == 0 and own_lines(said.stderr) == "", said.stderr
@@ -575,7 +550,7 @@ def test_dry_run_starts_nothing_and_predicts_the_memory(inputs, run, repo):
 
 
 def test_dry_run_estimates_no_speed_that_it_does_not_count(inputs):
-    said = train(inputs, "--dry-run", "--out", "never", "--optimizer", "muon")
+    said = train(inputs, "--dry-run --out never --optimizer muon")
     assert re.search(r"time +unknown: no run in --out .* none is estimated with --opt", said)
 
 
@@ -584,21 +559,21 @@ def no_memory() -> None:
 
 
 def test_dry_run_says_what_does_not_fit(inputs):
-    said = train(inputs, "--dry-run", "--out", "never")
+    said = train(inputs, "--dry-run --out never")
     assert "too little" not in said
     said = train(inputs, "--dry-run", "--out", "never", patch=no_memory)
     assert re.search(r"free now for a rank +1\.0 MiB: too little", said)
 
 
 def test_a_run_too_short_to_profile_says_so(inputs):
-    train_with_noise(inputs, *QUIET, "--profile", "--steps", "2", "--out", "short")
+    train_with_noise(inputs, QUIET, "--profile --steps 2 --out short")
     assert [
         "--profile needs five steps" in line["text"] for line in log_of(inputs / "short", "warning")
     ] == [True]
 
 
 def test_profile_writes_a_trace_and_memory_of_three_steps(inputs):
-    out = train_with_noise(inputs, *QUIET, "--profile", "--steps", "7", "--out", "profiled")
+    out = train_with_noise(inputs, QUIET, "--profile --steps 7 --out profiled")
     assert "profile of three steps: profiled/profile/trace.json" in out
     events = json.loads((inputs / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
@@ -647,7 +622,7 @@ def test_a_broken_or_missing_wandb_is_a_warning(inputs, plain, where):
 
 def test_wandb_without_a_key_logs_offline(inputs):
     pytest.importorskip("wandb")
-    out = train_with_noise(inputs, *QUIET, "--steps", "2", "--wandb", "--out", "offline")
+    out = train_with_noise(inputs, QUIET, "--steps 2 --wandb --out offline")
     assert "wandb logs offline under offline/wandb" in out
     (folder,) = (inputs / "offline" / "wandb").glob("offline-run-*")
     (recorded,) = folder.glob("*.wandb")
@@ -659,7 +634,7 @@ def test_tensorboard_shows_the_figures_of_the_log(inputs):
     pytest.importorskip("tensorboard", reason="needs the tensorboard package")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = (*QUIET, "--save-every", "2", "--tensorboard", "--steps", "4", "--out", "board")
+    board = (QUIET, "--save-every 2 --tensorboard --steps 4 --out board")
     for more in ((), ("--extend-to", "6", "--reschedule")):
         train_with_noise(inputs, *board, *more)
     events = EventAccumulator(str(inputs / "board" / "tensorboard")).Reload()
@@ -679,8 +654,8 @@ def test_a_missing_tensorboard_is_a_warning(inputs, plain):
 
 
 def test_a_pipe_gets_about_a_hundred_step_lines(inputs):
-    options = ("--steps", "250", "--batch-tokens", "16", "--seq-len", "8", "--out", "long")
-    lines = train_with_noise(inputs, *QUIET, *options).splitlines()
+    options = "--steps 250 --batch-tokens 16 --seq-len 8 --out long"
+    lines = train_with_noise(inputs, QUIET, options).splitlines()
     assert 100 <= sum(line.startswith("step ") for line in lines) <= 130
     assert len(log_of(inputs / "long", "train")) == 250
 

@@ -75,7 +75,7 @@ def test_a_run_under_an_ascii_locale_writes_utf_8(tmp_path: Path) -> None:
         "PYTHONUTF8": "0",
         "OMP_NUM_THREADS": "1",
     }
-    words = small("--steps", "2", "--prompts", "한글", "--out", "läuft")
+    words = small("--steps 2 --prompts 한글 --out läuft")
     done = subprocess.run(
         [sys.executable, str(REPO / "train_gpt2.py"), *words],
         cwd=tmp_path,

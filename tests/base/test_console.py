@@ -113,7 +113,7 @@ def leave_without_reader() -> None:
 
 def test_training_finishes_without_a_reader(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    words = small("--steps", "6", "--sample-every", "2", "--prompts", "한글")
+    words = small("--steps 6 --sample-every 2 --prompts 한글")
     (end,) = launch(tmp_path, words, leave_without_reader)
     assert end.code == 0, end.err
     assert "warning: standard output cannot be written (Broken pipe)" in end.err
@@ -143,7 +143,7 @@ def hang_up() -> None:
 
 def test_a_run_is_saved_when_its_terminal_closes(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    (end,) = launch(tmp_path, small("--save-every", "100"), hang_up)
+    (end,) = launch(tmp_path, small("--save-every 100"), hang_up)
     assert end.code == 128 + signal.SIGHUP
     assert "its checkpoint is saved" in end.out
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -320,18 +320,7 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-QUIET = (
-    "--eval-every",
-    "0",
-    "--save-every",
-    "0",
-    "--sample-every",
-    "0",
-    "--dropout",
-    "0",
-    "--schedule",
-    "constant",
-)
+QUIET = "--eval-every 0 --save-every 0 --sample-every 0 --dropout 0 --schedule constant"
 
 
 # In bf16 the gradients of a micro-batch are rounded to 8 bits, and another number of ranks adds
@@ -342,9 +331,7 @@ QUIET = (
 def test_any_number_of_ranks_has_the_same_losses(inputs, precision, tolerance, numbers):
     losses = {}
     for ranks in numbers:
-        words = small(
-            *QUIET, "--steps", "20", "--precision", precision, "--out", f"{precision}{ranks}"
-        )
+        words = small(QUIET, "--steps 20 --precision", precision, "--out", f"{precision}{ranks}")
         ended = launch(inputs, words, ranks=ranks)
         assert [end.code for end in ended] == [0] * ranks, ended[0].err
         assert f"accumulation {4 // ranks} x ranks {ranks}" in ended[0].out
@@ -357,7 +344,7 @@ def test_any_number_of_ranks_has_the_same_losses(inputs, precision, tolerance, n
 
 
 def test_torchrun_starts_ranks_that_share_the_cores(inputs, run, repo):
-    words = small(*QUIET, "--steps", "2", "--out", "torchrun")
+    words = small(QUIET, "--steps 2 --out torchrun")
     done = run(
         "-m",
         "torch.distributed.run",
@@ -398,7 +385,7 @@ def spoil_loss(from_step: int, steps: int) -> None:
 
 
 def test_nine_updates_skipped_in_a_row_are_counted_and_survived(inputs):
-    words = small(*QUIET, "--steps", "15", "--out", "nine")
+    words = small(QUIET, "--steps 15 --out nine")
     ended = launch(inputs, words, functools.partial(spoil_loss, 3, 9), ranks=2)
     assert [end.code for end in ended] == [0, 0], ended[0].err
     warnings = log_of(inputs / "nine", "warning")
@@ -409,7 +396,7 @@ def test_nine_updates_skipped_in_a_row_are_counted_and_survived(inputs):
 
 
 def test_ten_in_a_row_end_the_run_on_every_rank(inputs):
-    words = small(*QUIET, "--steps", "15", "--out", "ten")
+    words = small(QUIET, "--steps 15 --out ten")
     ended = launch(inputs, words, functools.partial(spoil_loss, 3, 99), ranks=2)
     assert [end.code for end in ended] == [1, 1]
     message = (
@@ -437,7 +424,7 @@ def drift() -> None:
 
 
 def test_ranks_that_drift_apart_stop(inputs):
-    ended = launch(inputs, small(*QUIET, "--out", "drift"), drift, ranks=2)
+    ended = launch(inputs, small(QUIET, "--out drift"), drift, ranks=2)
     assert [end.code for end in ended] == [1, 1]
     assert all(
         "the parameters of ranks [1] differ from rank 0's; resume from a checkpoint" in end.err

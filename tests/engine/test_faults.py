@@ -167,18 +167,7 @@ def test_stopping_a_run_does_not_change_its_best_model(
 ) -> None:
     """The rate ruins the model, so step 1 is the best. The run is stopped after that step, between
     two saves, or during its evaluation."""
-    words = small(
-        "--steps",
-        8,
-        "--eval-every",
-        1,
-        "--save-every",
-        save_every,
-        "--keep",
-        1,
-        "--sample-every",
-        0,
-    )
+    words = small("--steps 8 --eval-every 1 --save-every", save_every, "--keep 1 --sample-every 0")
     words += ["--lr", "0.1", "--clip", "0"]
     launch(folder, [*words, "--out", "whole"])
     (end,) = launch(folder, words, functools.partial(receive, where, 5, (TERM,)))
@@ -192,7 +181,7 @@ def test_stopping_a_run_does_not_change_its_best_model(
 def test_two_runs_cannot_share_a_folder(folder: Path) -> None:
     (process,) = start(folder, small(), slow_steps)
     wait_for_steps(folder / "run", 1)
-    other = small("--log-every", 2)
+    other = small("--log-every 2")
     end = Launch(folder, other, {}, None, "other").end()
     assert end.code == 2 and end.err.startswith(
         "error: run is in use by a run that is still going"
@@ -215,7 +204,7 @@ def stop_and_save_slowly(*how: Any) -> None:
 
 
 def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) -> None:
-    words = small("--dropout", 0)
+    words = small("--dropout 0")
     for ranks in (1, 2):
         ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
         assert [end.code for end in ends] == [0, 0][:ranks], ends
@@ -284,7 +273,7 @@ def fault_on_rank_1() -> None:
 
 def test_torchrun_passes_a_signal_to_every_rank(folder: Path) -> None:
     process = torchrun(
-        folder, "slow_steps", small("--save-every", 0, "--eval-every", 0, "--sample-every", 0)
+        folder, "slow_steps", small("--save-every 0 --eval-every 0 --sample-every 0")
     )
     wait_for_steps(folder / "run", 2)
     os.kill(process.pid, signal.SIGTERM)
@@ -307,7 +296,7 @@ def test_a_fault_on_one_rank_ends_all_and_shows_its_traceback(folder: Path) -> N
 
 
 def test_many_ranks_print_a_mistake_once(folder: Path) -> None:
-    end = torchrun(folder, "nothing", small("--batch-tokens", 100)).end()
+    end = torchrun(folder, "nothing", small("--batch-tokens 100")).end()
     assert end.code != 0
     lines = [line for line in end.err.splitlines() if line.startswith("error: ")]
     assert lines == [
@@ -333,7 +322,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_the_older_checkpoints(reference: Path, folder: Path, disk: Path) -> None:
-    (end,) = launch(folder, small("--out", "disk/run", "--keep", 9))
+    (end,) = launch(folder, small("--out disk/run --keep 9"))
     run = disk / "run"
     assert end.code == 2 and "Traceback" not in end.err, end
     assert (
@@ -345,13 +334,13 @@ def test_a_full_disk_keeps_the_older_checkpoints(reference: Path, folder: Path, 
     assert [x["step"] for x in warnings] == [0, 9, 12] and "the run may take" in warnings[0]["text"]
     assert checkpoint_steps(run) == [3, 6]
     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
-    (end,) = launch(folder, small("--out", "disk/run"))
+    (end,) = launch(folder, small("--out disk/run"))
     assert (
         end.code == 2
         and end.err == "error: cannot write to --out disk/run: No space left on device\n"
     ), end
     subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
-    (end,) = launch(folder, small("--out", "disk/run"))
+    (end,) = launch(folder, small("--out disk/run"))
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
     assert trace(run) == trace(reference / "run")
 
@@ -383,10 +372,10 @@ def small_files() -> None:
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning(folder: Path) -> None:
     """Needs no root. The last checkpoint fails too, so the run ends with the error."""
-    (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0), small_files)
+    (end,) = launch(folder, small("--eval-every 0 --sample-every 0"), small_files)
     assert end.code == 2 and "free space" in end.err and "Traceback" not in end.err, end
     assert checkpoint_steps(folder / "run") == [3]
-    (end,) = launch(folder, small("--eval-every", 0, "--sample-every", 0))
+    (end,) = launch(folder, small("--eval-every 0 --sample-every 0"))
     assert end.code == 0 and "resumed from step-00000003" in end.out, end
     assert json.loads((folder / "run" / "metrics.json").read_text())["steps"] == 12
 
@@ -402,7 +391,7 @@ def die_twice() -> None:
 
 
 def test_torchrun_restarts_killed_ranks(folder: Path) -> None:
-    words = small("--sample-every", 0)
+    words = small("--sample-every 0")
     assert [end.code for end in launch(folder, [*words, "--out", "whole"], ranks=2)] == [0, 0]
     how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=3"]
     # Ranks that hang would do so for ten minutes.

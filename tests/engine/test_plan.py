@@ -166,7 +166,7 @@ def set_free(size: int) -> None:
 def test_a_disk_too_small_is_a_warning_before_the_first_step(dry, tmp_path):
     """The dry run warns of it too. Enough space is not mentioned."""
     write_inputs(tmp_path)
-    words = small("--steps", 2, "--save-every", 1, "--sample-every", 0, *["--dry-run"] * dry)
+    words = small("--steps 2 --save-every 1 --sample-every 0", *["--dry-run"] * dry)
 
     def run(free: int, out: str) -> str:
         (end,) = launch(tmp_path, [*words, "--out", out], functools.partial(set_free, free))

@@ -23,7 +23,7 @@ from engine import resume
 from engine.lengths import Extension, Length, extend, spans
 from engine.optim import lr_multiplier, span_at
 from engine.resume import restore_options
-from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, write_inputs
+from launch import Ended, checkpoint_steps, die, launch, log_of, small, trace, typed, write_inputs
 from storage import checkpoint
 
 
@@ -46,9 +46,9 @@ def folder(inputs: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def go(folder: Path, *words: Any, kill: tuple[Any, ...] = ()) -> Ended:
-    """A run with exactly these words, killed at the point that `kill` names."""
+    """A run with exactly these words (see `typed`), killed at the point that `kill` names."""
     patch = functools.partial(die, *kill) if kill else None
-    return launch(folder, list(map(str, words)), patch)[0]
+    return launch(folder, typed(*words), patch)[0]
 
 
 def cut_to(run: Path, step: int) -> None:
@@ -58,45 +58,45 @@ def cut_to(run: Path, step: int) -> None:
     (run / "metrics.json").unlink(missing_ok=True)
 
 
-QUIET = ("--sample-every", 0, "--eval-every", 4, "--save-every", 4, "--keep", 9)
-CONSTANT = (*QUIET, "--schedule", "constant")
+QUIET = "--sample-every 0 --eval-every 4 --save-every 4 --keep 9"
+CONSTANT = f"{QUIET} --schedule constant"
 
 
 # --- what must not change
 
 
 def test_other_validation_data_is_refused_by_name(folder: Path) -> None:
-    assert go(folder, *small(*QUIET, "--steps", 8), kill=("whole file", 3)).code == -signal.SIGKILL
+    assert go(folder, *small(QUIET, "--steps 8"), kill=("whole file", 3)).code == -signal.SIGKILL
     cut_to(folder / "run", 4)
     (folder / "other.txt").write_text(
         "another text to validate on, and no word of the first\n" * 20
     )
-    end = go(folder, *small(*QUIET, "--steps", 8, "--val-data", "other.txt"))
+    end = go(folder, *small(QUIET, "--steps 8 --val-data other.txt"))
     assert end.code == 2 and "run is of another run: val_data (was " in end.err, end
     assert "data (was" not in end.err.replace("val_data (was", ""), "the training data is the same"
-    end = go(folder, *small(*QUIET, "--steps", 8, "--without", "padded-vocab"))
+    end = go(folder, *small(QUIET, "--steps 8 --without padded-vocab"))
     assert end.code == 2 and "padded_vocabulary (was 384, is 300)" in end.err, end
     (folder / "moved.txt").write_bytes((folder / "val.txt").read_bytes())
-    end = go(folder, *small(*QUIET, "--steps", 8, "--val-data", "moved.txt"))
+    end = go(folder, *small(QUIET, "--steps 8 --val-data moved.txt"))
     assert end.code == 0 and "val-data val.txt -> moved.txt" in end.out, end
 
 
 def test_a_key_missing_in_an_older_run_is_reported_once(folder: Path) -> None:
-    whole = go(folder, *small(*QUIET, "--steps", 8, "--out", "whole"))
+    whole = go(folder, *small(QUIET, "--steps 8 --out whole"))
     assert whole.code == 0 and "older version" not in whole.out
-    go(folder, *small(*QUIET, "--steps", 8), kill=("retention", 1))
+    go(folder, *small(QUIET, "--steps 8"), kill=("retention", 1))
     # decontaminate is not used, so there is nothing to report about it
     forget = {"val_data", "task", "tied_head", "padded_vocabulary", "decontaminate"}
     record = json.loads((folder / "run" / "run.json").read_text())
     identity = {k: v for k, v in record["identity"].items() if k not in forget}
     (folder / "run" / "run.json").write_text(json.dumps({"identity": identity}))
-    end = go(folder, *small(*QUIET, "--steps", 8), kill=("micro-batch", 3))
+    end = go(folder, *small(QUIET, "--steps 8"), kill=("micro-batch", 3))
     told = (
         "started by an older version, which did not record padded_vocabulary, task, tied_head, "
         "val_data: not compared"
     )
     assert end.code == -signal.SIGKILL and end.out.count(told) == 1, end
-    end = go(folder, *small(*QUIET, "--steps", 8))
+    end = go(folder, *small(QUIET, "--steps 8"))
     assert end.code == 0 and "older version" not in end.out, end
     assert sum(told in line["text"] for line in log_of(folder / "run", "warning")) == 1
     assert trace(folder / "run") == trace(folder / "whole")
@@ -106,20 +106,8 @@ def test_a_key_missing_in_an_older_run_is_reported_once(folder: Path) -> None:
 
 
 def test_options_that_change_are_logged_once(folder: Path) -> None:
-    go(folder, *small(*QUIET, "--steps", 12), kill=("retention", 1))
-    words = small(
-        *QUIET,
-        "--steps",
-        12,
-        "--lr",
-        "0.002",
-        "--clip",
-        "0.5",
-        "--dropout",
-        "0.2",
-        "--weight-decay",
-        "0",
-    )
+    go(folder, *small(QUIET, "--steps 12"), kill=("retention", 1))
+    words = small(QUIET, "--steps 12 --lr 0.002 --clip 0.5 --dropout 0.2 --weight-decay 0")
     end = go(folder, *words, kill=("retention", 1))
     told = ("lr 0.001 -> 0.002", "clip 1.0 -> 0.5", "dropout 0.1 -> 0.2", "weight-decay 0.1 -> 0.0")
     assert all(change in end.out for change in told), end.out
@@ -132,26 +120,15 @@ def test_options_that_change_are_logged_once(folder: Path) -> None:
 
 
 def test_an_option_that_was_not_typed_keeps_its_value(folder: Path) -> None:
-    words = small(
-        *QUIET,
-        "--steps",
-        8,
-        "--weight-decay",
-        "0.3",
-        "--without",
-        "decay-groups",
-        "--prompts",
-        "a b",
-        "c",
-    )
-    assert go(folder, *words, "--out", "whole").code == 0
+    words = small(QUIET, "--steps 8 --weight-decay 0.3 --without decay-groups --prompts 'a b' c")
+    assert go(folder, *words, "--out whole").code == 0
     go(folder, *words, kill=("retention", 1))
-    end = go(folder, "--out", "run")
+    end = go(folder, "--out run")
     assert end.code == 0 and "resumed from step-00000004" in end.out and "->" not in end.out, end
     assert trace(folder / "run") == trace(folder / "whole")
     options = [json.loads((folder / name / "config.json").read_text()) for name in ("run", "whole")]
     assert options[0] | {"out": ""} == options[1] | {"out": ""}
-    end = go(folder, "--out", "run")
+    end = go(folder, "--out run")
     assert end.code == 0 and "run is finished (8 steps)" in end.out
 
 
@@ -255,8 +232,8 @@ def test_an_extended_run_equals_one_planned_that_long(
 ) -> None:
     """wsd is stopped before its decay. The extended run is killed too, and resumes with or without
     --extend-to."""
-    words = (*QUIET, "--schedule", schedule, "--warmup-steps", 2, "--save-every", 8)
-    assert go(folder, *small(*words, "--steps", 24, "--out", "whole")).code == 0
+    words = (QUIET, "--schedule", schedule, "--warmup-steps 2 --save-every 8")
+    assert go(folder, *small(*words, "--steps 24 --out whole")).code == 0
     end = go(
         folder, *small(*words, "--steps", first), kill=("retention", 1) if schedule == "wsd" else ()
     )
@@ -269,22 +246,22 @@ def test_an_extended_run_equals_one_planned_that_long(
         and "extended from" not in end.out
         and "steps 8 to 24" in end.out
     ), end
-    end = go(folder, "--out", "run")
+    end = go(folder, "--out run")
     assert end.code == 0 and "resumed from step-00000016" in end.out, end
     assert trace(folder / "run") == trace(folder / "whole")
     assert sum("extended" in line["text"] for line in log_of(folder / "run", "warning")) == 1
     assert json.loads((folder / "run" / "config.json").read_text())["steps"] == 24
     for again in ([], ["--steps", "24"], ["--extend-to", "24"]):
-        assert "run is finished (24 steps)" in go(folder, "--out", "run", *again).out
-    assert "planned for 24 steps already" in go(folder, "--out", "run", "--extend-to", 20).err
+        assert "run is finished (24 steps)" in go(folder, "--out run", *again).out
+    assert "planned for 24 steps already" in go(folder, "--out run --extend-to 20").err
 
 
 def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
-    assert go(folder, *small(*QUIET, "--steps", 8)).code == 0
-    end = go(folder, *small(*QUIET, "--steps", 16))
+    assert go(folder, *small(QUIET, "--steps 8")).code == 0
+    end = go(folder, *small(QUIET, "--steps 16"))
     assert end.code == 2 and "steps (was 8, is 16)" in end.err and "--extend-to 16" in end.err, end
     assert "--reschedule" in end.err
-    end = go(folder, "--out", "run", "--extend-to", 16)
+    end = go(folder, "--out run --extend-to 16")
     assert (
         end.code == 2 and "the cosine schedule decays" in end.err and "add --reschedule" in end.err
     ), end
@@ -293,7 +270,7 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
     assert end.code == -signal.SIGKILL, end
     # run.json holds the restart of the decay, wherever the run resumes.
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000012")
-    end = go(folder, "--out", "run")
+    end = go(folder, "--out run")
     assert end.code == 0 and "resumed from step-00000008" in end.out, end
     rates = [line["lr"] for line in log_of(folder / "run", "train")]
     assert rates[8] == rates[0] == 1e-3 and rates[8:] == pytest.approx(rates[:8]), rates
@@ -302,16 +279,16 @@ def test_a_decayed_schedule_is_restarted_only_when_asked(folder: Path) -> None:
         line["text"]
         == "extended from 8 to 16 steps at step 8; the decay of the cosine schedule restarts there"
     )
-    end = go(folder, "--out", "run", "--extend-to", 20, "--reschedule")
+    end = go(folder, "--out run --extend-to 20 --reschedule")
     assert end.code == 0 and log_of(folder / "run", "train")[16]["lr"] == 1e-3, end
 
 
 def test_a_run_without_a_checkpoint_cannot_be_extended(folder: Path) -> None:
-    words = small(*CONSTANT, "--save-every", 0, "--steps", 2)
-    end = go(folder, *words, "--extend-to", 4)
+    words = small(CONSTANT, "--save-every 0 --steps 2")
+    end = go(folder, *words, "--extend-to 4")
     assert end.code == 2 and "run holds no run to extend" in end.err, end
     assert go(folder, *words).code == 0
-    end = go(folder, *words, "--extend-to", 4)
+    end = go(folder, *words, "--extend-to 4")
     assert (
         end.code == 2
         and "run has no checkpoint to resume from" in end.err

@@ -105,22 +105,8 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
     val = tmp_path / "val.txt"
     val.write_text(val.read_text()[:200])
     options = small(
-        "--steps",
-        2,
-        "--seq-len",
-        8,
-        "--batch-tokens",
-        32,
-        "--n-embd",
-        32,
-        "--dropout",
-        0,
-        "--eval-every",
-        2,
-        "--save-every",
-        0,
-        "--sample-every",
-        0,
+        "--steps 2 --seq-len 8 --batch-tokens 32 --n-embd 32 --dropout 0",
+        "--eval-every 2 --save-every 0 --sample-every 0",
     )
     losses = {}
     for kernels_named in ("torch", "triton"):

@@ -458,7 +458,7 @@ def test_a_run_on_shards_needs_no_tokenizer(tmp_path: Path) -> None:
     manifest.parent.rename(tmp_path / "shards")
     shutil.rmtree(tmp_path / "shards" / "tokenizer")
     shutil.rmtree(tmp_path / "tokenizer")
-    words = [word for word in small("--data", "shards", "--steps", 2) if word != "tokenizer"]
+    words = [word for word in small("--data shards --steps 2") if word != "tokenizer"]
     for word in ("--tokenizer", "--val-data", "val.txt"):
         words.remove(word)
     (end,) = launch(
@@ -520,7 +520,7 @@ def test_ids_beyond_gpt2_give_the_vocabulary_size(tmp_path: Path) -> None:
 )
 def test_a_dry_run_refuses_missing_inputs(inputs: Path, words: str) -> None:
     (inputs / "empty").mkdir(exist_ok=True)
-    (end,) = launch(inputs, small("--dry-run", "--out", "new", *words.split()))
+    (end,) = launch(inputs, small("--dry-run --out new", *words.split()))
     assert end.code == 2 and end.err.count("\n") == 1, end
     assert words.split()[1] in end.err and not (inputs / "new").exists()
 

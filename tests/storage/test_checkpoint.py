@@ -312,7 +312,7 @@ def set_umask() -> None:
 def test_every_file_has_the_mode_that_the_umask_allows(finished: Path, tmp_path: Path) -> None:
     for name in ("text.txt", "val.txt", "tokenizer"):
         (tmp_path / name).symlink_to(finished / name)
-    words = small("--steps", 2, "--sample-every", 0)
+    words = small("--steps 2 --sample-every 0")
     (end,) = launch(tmp_path, words, set_umask)
     assert end.code == 0, end.err
     rows = [f"{label},the word {label} of row {n}" for n in range(4) for label in (0, 1)]
@@ -508,7 +508,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with inputs and a finished run with checkpoints 6, 9 and 12."""
     folder = tmp_path_factory.mktemp("finished")
     write_inputs(folder)
-    (end,) = launch(folder, small("--keep", 3))
+    (end,) = launch(folder, small("--keep 3"))
     assert end.code == 0, end.err
     return folder
 
@@ -541,15 +541,13 @@ def test_a_checkpoint_has_no_pickle_and_logs_its_cost(finished: Path) -> None:
 
 def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
-    (end,) = launch(finished, small("--keep", 1))
+    (end,) = launch(finished, small("--keep 1"))
     assert end.code == 0 and "run is finished (12 steps): its model is run/final" in end.out
     assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")} == before
 
 
 def test_a_finished_run_without_checkpoints_says_so_too(finished: Path) -> None:
-    words = small(
-        "--steps", 2, "--save-every", 0, "--eval-every", 0, "--sample-every", 0, "--out", "unsaved"
-    )
+    words = small("--steps 2 --save-every 0 --eval-every 0 --sample-every 0 --out unsaved")
     assert [launch(finished, words)[0].code for _ in range(2)] == [0, 0]
     (end,) = launch(finished, words)
     assert end.code == 0 and "unsaved is finished" in end.out and "step 1/2" not in end.out
@@ -561,12 +559,12 @@ def test_damaged_checkpoints_are_skipped_with_the_reason(finished: Path, cut_off
     state = checkpoint.step_folder(run, 9) / checkpoint.STATE
     state.write_bytes(state.read_bytes()[:-1] + b"\0")
     (end,) = launch(
-        cut_off, small("--keep", 1), functools.partial(die, "retention", 1, before=False)
+        cut_off, small("--keep 1"), functools.partial(die, "retention", 1, before=False)
     )
     assert end.code == -signal.SIGKILL and "resumed from step-00000006" in end.out, end
     assert "skipping run/checkpoints/step-00000012: it has no manifest.json" in end.out
     assert f"skipping run/checkpoints/step-00000009: {checkpoint.STATE} is damaged" in end.out
-    (end,) = launch(cut_off, small("--keep", 3))
+    (end,) = launch(cut_off, small("--keep 3"))
     assert end.code == 0 and "resumed from step-00000009" in end.out, (
         "retention may not prefer the damaged one"
     )
@@ -591,12 +589,12 @@ def test_final_is_the_best_model_unless_it_is_damaged(cut_off: Path) -> None:
         (folder / checkpoint.META).write_text(json.dumps(meta))
 
     checkpoint.write_folder(best, fill)
-    (end,) = launch(cut_off, small("--keep", 3))
+    (end,) = launch(cut_off, small("--keep 3"))
     assert end.code == 0 and json.loads((run / "metrics.json").read_text())["final_is_step"] == 6
     assert (run / "final" / "model.safetensors").read_bytes() == weights["model.safetensors"]
     (run / "metrics.json").unlink()
     (best / checkpoint.STATE).write_bytes(b"")
-    (end,) = launch(cut_off, small("--keep", 3))
+    (end,) = launch(cut_off, small("--keep 3"))
     assert (
         end.code == 0 and "best checkpoint, run/checkpoints/step-00000006, is damaged" in end.out
     ), end
@@ -604,14 +602,12 @@ def test_final_is_the_best_model_unless_it_is_damaged(cut_off: Path) -> None:
 
 
 def test_a_run_can_continue_in_another_folder(finished: Path, cut_off: Path) -> None:
-    (end,) = launch(
-        cut_off, small("--resume", "run/checkpoints/step-00000006", "--out", "branch", "--keep", 1)
-    )
+    (end,) = launch(cut_off, small("--resume run/checkpoints/step-00000006 --out branch --keep 1"))
     assert end.code == 0 and "resumed from step-00000006" in end.out, end
     assert [x["step"] for x in log_of(cut_off / "branch", "train")] == list(range(7, 13))
     assert trace(cut_off / "branch")["files"] == trace(finished / "run")["files"]
     assert checkpoint_steps(cut_off / "run") == [6, 9, 12]
-    (end,) = launch(cut_off, small("--resume", "run/checkpoints/step-00000006"))
+    (end,) = launch(cut_off, small("--resume run/checkpoints/step-00000006"))
     assert (
         end.code == 2
         and "run holds later checkpoints than step-00000006; choose another --out" in end.err

@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("hub")
     write_inputs(folder)
-    done = ask(folder, {}, "train_gpt2", *small("--steps", 1, "--out", "run"))
+    done = ask(folder, {}, "train_gpt2", *small("--steps 1 --out run"))
     assert done.code == 0, done.err
     lines = (folder / "text.txt").read_text().splitlines()
     (folder / "data" / "sample").mkdir(parents=True)

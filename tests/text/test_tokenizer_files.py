@@ -384,18 +384,7 @@ def test_bpe_dropout_is_warned_about_once(dropping, repo):
 
 def test_a_run_logs_that_bpe_dropout_is_left_out(dropping, tmp_path):
     write_inputs(tmp_path)
-    words = small(
-        "--steps",
-        1,
-        "--eval-every",
-        0,
-        "--sample-every",
-        0,
-        "--save-every",
-        0,
-        "--tokenizer",
-        dropping,
-    )
+    words = small("--steps 1 --eval-every 0 --sample-every 0 --save-every 0 --tokenizer", dropping)
     (end,) = launch(tmp_path, words)
     assert (
         end.code == 0 and end.err.count("BPE dropout 0.5") == 1 and "BPE dropout" not in end.out

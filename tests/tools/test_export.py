@@ -22,7 +22,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("export")
     write_inputs(folder)
-    (ended,) = launch(folder, small("--steps", 1, "--out", "run"))
+    (ended,) = launch(folder, small("--steps 1 --out run"))
     assert ended.code == 0, ended.err
     return folder
 

@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of 6 steps and checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("trained")
     write_inputs(folder)
-    (end,) = launch(folder, small("--steps", 6, "--sample-every", 0))
+    (end,) = launch(folder, small("--steps 6 --sample-every 0"))
     assert end.code == 0, end.err
     return folder
 
