@@ -72,8 +72,6 @@ class GenerateConfig(DecodeConfig):
                 f"--num-samples {self.num_samples}: a conversation has one answer to each message; "
                 "leave it or --chat out"
             )
-        if self.system is not None and not self.chat:
-            raise UserError("--system belongs to --chat; add it, or leave --system out")
 
 
 class Writer:
@@ -248,6 +246,8 @@ def main() -> int:
     config = parse(GenerateConfig, sys.argv[1:])
     if not config.checkpoint:
         raise UserError('no checkpoint is named; type python generate.py CHECKPOINT "prompt"')
+    if config.system is not None and not config.chat:
+        raise UserError("--system belongs to --chat; add it, or leave --system out")
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 must not stop a dialogue
         sys.stdin.reconfigure(errors="replace")
     prompts = config.prompts

@@ -3,8 +3,7 @@ the loss of a row is the same as alone. What is saved is the padding of short ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,16 +25,24 @@ class PackedPast(NoPast):
         return None if self.masks_segments else super().mask(T, segments, device)
 
 
-def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which rows share a sequence of `room` tokens, as indices into `lengths`: the longest row
-    first, each into the first sequence that has room for it."""
+def pack(lengths: np.ndarray, room: int, alone: int) -> tuple[list[list[int]], int]:
+    """Which rows of a batch share a sequence, as indices into `lengths` (n,), and the length of the
+    sequences. The longest row comes first, each goes into the first sequence that has room for it.
+
+    alone: the length that unpacked rows are padded to. They stay alone if that computes no more
+    tokens, so packing never needs more memory.
+    """
     packs: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((n for n, left in enumerate(free) if left >= lengths[i]), len(free))
-        if place == len(free):
+    used: list[int] = []
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        place = next((n for n, tokens in enumerate(used) if tokens + length <= room), len(used))
+        if place == len(used):
             packs.append([])
-            free.append(room)
+            used.append(0)
         packs[place].append(i)
-        free[place] -= lengths[i]
-    return packs
+        used[place] += length
+    longest = min(-(-max(used) // 8) * 8, room)
+    if len(packs) * longest < len(lengths) * alone:
+        return packs, longest
+    return [[i] for i in range(len(lengths))], alone

@@ -132,6 +132,11 @@ class Generation(Finetuning):
         parts = self.description.as_eval_example(self.val.rows[i], self.cfg).prompt
         return self.encoder.prompt(parts, self.trunk.seq_len)
 
+    def _asked(self, text: str) -> list[int]:
+        row = Row(dict.fromkeys(self.description.columns, text), "--prompts")
+        example = self.description.as_predict_example(row, self.cfg)
+        return self.encoder.prompt(example.prompt, self.trunk.seq_len)
+
     def cost(self) -> Cost:
         """The cost of the longest row. The unlikelihood objective needs all logits at once."""
         chunked = self.trunk.shape.chunked_head and not self.cfg.objective
@@ -152,14 +157,17 @@ class Generation(Finetuning):
         """Rows as "idx" and "targets" (B, T) int64, and "ids" (rows,). A target is -100 where
         nothing is learned. Packed rows also have "segments" and "positions" (B, T) int64."""
         data = self.train if split == "train" else self.val
-        packs, length = self._arrange(data, ids, self.cfg.pack and split == "train")
+        length = bucket_for(int(data.lengths[ids].max()), self.buckets)
+        packs = [[n] for n in range(len(ids))]
+        if self.cfg.pack and split == "train":
+            packs, length = pack(data.lengths[ids], self.trunk.seq_len, length)
         idx = torch.full((len(packs), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
         # Segments are numbered in their order, because a kernel searches them. The padding is last.
         segments, positions = torch.full_like(idx, len(ids)), torch.zeros_like(idx)
         for row, members in enumerate(packs):
             end = 0
-            for number, i in enumerate(members):
+            for number, i in enumerate(ids[members]):
                 tokens, learned = (
                     torch.from_numpy(data.tokens[i]),
                     torch.from_numpy(data.learned[i]),
@@ -173,21 +181,6 @@ class Generation(Finetuning):
             tensors |= {"segments": segments, "positions": positions}
         weights = dict.fromkeys(self.terms, float((targets != IGNORE).sum()))
         return Batch(tensors, weights, self.amounts(data, ids, idx))
-
-    def _arrange(
-        self, data: SequenceSplit, ids: np.ndarray, packed: bool
-    ) -> tuple[list[list[int]], int]:
-        """The rows of each sequence of a batch, and the length of its sequences. Rows are packed
-        only if fewer tokens are computed then, so a batch never needs more memory."""
-        lengths = data.lengths[ids]
-        alone = bucket_for(int(lengths.max()), self.buckets)
-        if packed:
-            packs = [[int(ids[i]) for i in each] for each in pack(lengths, self.trunk.seq_len)]
-            longest = max(int(data.lengths[each].sum()) for each in packs)
-            longest = min(-(-longest // 8) * 8, self.trunk.seq_len)
-            if len(packs) * longest < len(ids) * alone:
-                return packs, longest
-        return [[int(i)] for i in ids], alone
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         """The sum of each term over the batch, fp32 scalars."""
@@ -249,7 +242,9 @@ class Generation(Finetuning):
         """Answers to --prompts, or to the first two validation rows."""
         assert isinstance(model, GPT)
         tokenizer = self.trunk.tokenizer
-        if self.cfg.prompts:
+        if self.cfg.prompts and self.description.end:  # each is a message by the user
+            prompts = [self._asked(text) for text in self.cfg.prompts]
+        elif self.cfg.prompts:
             prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in self.cfg.prompts]
         else:
             prompts = [self.prompt(i) for i in self.shown]
