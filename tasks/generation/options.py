@@ -21,8 +21,8 @@ class GenerationConfig(DecodeConfig, FinetuneConfig):
     unlikelihood: Weight = 1.0
     """Weight of the unlikelihood term."""
     pack: bool = False
-    """Put several rows into one sequence of a training batch. None reads another, and positions
-    begin anew, so the loss is the same. It pays where rows are short beside --seq-len."""
+    """Put several rows into one sequence of a training batch, if fewer tokens are computed then. No
+    row reads another, and positions begin anew, so the loss is the same."""
     eval_rows: CountOrNone = 64
     """Number of validation rows to decode in an evaluation, from the first row on. The validation
     loss always uses all rows."""
