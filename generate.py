@@ -2,6 +2,7 @@
 from a dialogue.
 
 python generate.py CHECKPOINT "prompt" ["another prompt" ...]
+python generate.py CHECKPOINT --chat
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class GenerateConfig(DecodeConfig):
     prompts: Annotated[tuple[str, ...], Positional("PROMPT ...")] = ()
     """Texts to continue, batched together. An empty prompt starts a new document."""
 
+    chat: bool = False
+    """Hold a conversation with a model that finetune.chat trained. Each prompt or line is the next
+    message, and the model has read those before it."""
+    system: str | None = None
+    """With --chat, the message that says how to answer. It stays when older turns are left out."""
     seed: Seed = 1337
     """The random draws of a text depend only on this and the text's number."""
     num_samples: Annotated[int, Range(1, 100_000)] = 1
@@ -60,6 +66,11 @@ class GenerateConfig(DecodeConfig):
             raise UserError(
                 f"--num-samples {self.num_samples} would be one text repeated, because --decode "
                 f"{self.decode} draws nothing; use --decode sample"
+            )
+        if self.chat and self.num_samples > 1:
+            raise UserError(
+                f"--num-samples {self.num_samples}: a conversation has one answer to each message; "
+                "leave it or --chat out"
             )
 
 
@@ -96,36 +107,52 @@ class Writer:
         texts = [prompt for prompt in prompts for _ in range(self.config.num_samples)]
         if self.config.stream and len(texts) == 1:
             stream = TextStream(self.tokenizer, texts[0])
-            self._continue(texts, lambda row, token: stream.add(token))
+            self._continue(self._encode(texts), on_token=lambda row, token: stream.add(token))
             stream.close()
             return
         for begin in range(0, len(texts), self.config.batch):
             batch = texts[begin : begin + self.config.batch]
-            for i, (prompt, ids) in enumerate(
-                zip(batch, self._continue(batch), strict=True), begin
-            ):
+            continued = self._continue(self._encode(batch))
+            for i, (prompt, ids) in enumerate(zip(batch, continued, strict=True), begin):
                 added = b"".join(map(self.tokenizer.token_bytes, ids)).decode(errors="replace")
                 print(*[RULE] * (i > 0), prompt + added, sep="\n", flush=True)
 
+    def reply(self, prompt: list[int], end: int) -> str:
+        """Print and return the text that continues the prompt (token ids) up to the token `end`."""
+        stream = TextStream(self.tokenizer, "")
+        live = self.config.stream
+        (ids,) = self._continue(
+            [prompt], end, lambda row, token: stream.add(token) if live else None
+        )
+        for token in () if live else ids:
+            stream.add(token)
+        stream.close()
+        return self.tokenizer.decode(ids, skip_special=True)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        self._warn_of_long(ids)
+        return ids
+
     def _continue(
-        self, prompts: Sequence[str], on_token: Callable[[int, int], None] | None = None
+        self,
+        prompts: list[list[int]],
+        end: int | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         from decoding.batched import generate
 
-        tokenizer = self.tokenizer
-        ids = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
-        self._warn_of_long(ids)
-        rows = range(self.written, self.written + len(ids))
-        self.written += len(ids)
+        rows = range(self.written, self.written + len(prompts))
+        self.written += len(prompts)
         return generate(
             self.model,
-            ids,
+            prompts,
             self.config,
-            tokenizer.eot,
+            self.tokenizer.eot if end is None else end,
             on_token,
             seed=self.config.seed,
             rows=rows,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
         )
 
     def _warn_of_long(self, prompts: list[list[int]]) -> None:
@@ -157,15 +184,55 @@ class TextStream:
         print(self.decoder.decode(b"", final=True), flush=True)
 
 
-def interact(writer: Writer) -> int:
-    """Continue each typed line. Returns the exit code: 0 after an empty line or the end of input,
-    130 after Ctrl-C."""
+class Conversation:
+    """Answers one message after another. A model reads as many of the newest turns as fit."""
+
+    def __init__(self, writer: Writer):
+        """Raises UserError if the model was not trained on conversations."""
+        from tasks.generation.sequences import SequenceEncoder
+        from text.chat import END, Message, has_template
+
+        config = writer.config
+        if not has_template(writer.tokenizer.special_ids):
+            raise UserError(
+                f"{config.checkpoint} has no chat template of this project; train it on "
+                f"conversations with python -m finetune.chat --init {config.checkpoint}"
+            )
+        self.writer, self.context = writer, writer.model.context
+        self.encoder = SequenceEncoder(writer.tokenizer, self.context, False, END)
+        self.messages: list[Message] = []
+        if config.system:
+            self.messages.append({"role": "system", "content": config.system})
+        self.is_shortened = False  # whether that was said
+
+    def answer(self, text: str) -> None:
+        """Print the answer to the user's next message."""
+        from decoding.window import kept_tokens
+        from tasks.generation import chat
+
+        self.messages.append({"role": "user", "content": text})
+        prompt = self.encoder.fit(chat.prompt(self.messages), kept_tokens(self.context))
+        if "shortened" in prompt.lost and not self.is_shortened:
+            self._warn("the oldest turns are left out from now on")
+            self.is_shortened = True
+        if "truncated" in prompt.lost:
+            self._warn("the end of this message is not read")
+        reply = self.writer.reply(prompt.ids, self.encoder.end)
+        self.messages.append({"role": "assistant", "content": reply})
+
+    def _warn(self, text: str) -> None:
+        print(f"warning: the context of {self.context} tokens is full: {text}", file=sys.stderr)
+
+
+def interact(write: Callable[[str], None]) -> int:
+    """Call `write` for each typed line. Returns the exit code: 0 after an empty line or the end of
+    input, 130 after Ctrl-C."""
     with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  importing it gives input() editing and history
     print("Type a prompt. An empty line ends the dialogue.", file=sys.stderr)
     try:
         while prompt := input("> "):
-            writer.write([prompt])
+            write(prompt)
     except EOFError:
         print()
     except KeyboardInterrupt:
@@ -179,6 +246,8 @@ def main() -> int:
     config = parse(GenerateConfig, sys.argv[1:])
     if not config.checkpoint:
         raise UserError('no checkpoint is named; type python generate.py CHECKPOINT "prompt"')
+    if config.system is not None and not config.chat:
+        raise UserError("--system belongs to --chat; add it, or leave --system out")
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 must not stop a dialogue
         sys.stdin.reconfigure(errors="replace")
     prompts = config.prompts
@@ -190,9 +259,16 @@ def main() -> int:
                 "input"
             )
     writer = Writer(config)
+    conversation = Conversation(writer) if config.chat else None
     if not prompts:
-        return interact(writer)
-    writer.write(prompts)
+        return interact(conversation.answer if conversation else lambda text: writer.write([text]))
+    if not conversation:
+        writer.write(prompts)
+        return 0
+    for i, prompt in enumerate(prompts):
+        if i:
+            print(RULE)
+        conversation.answer(prompt)
     return 0
 
 

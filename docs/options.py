@@ -32,7 +32,7 @@ SECTIONS = (
     ),
     (
         "Generation",
-        "`finetune.lyrics`, `.sonnets`, `.text`, `.summarize`, `.qa`",
+        "`finetune.lyrics`, `.sonnets`, `.text`, `.summarize`, `.qa`, `.chat`",
         "tasks.generation.options.GenerationConfig",
     ),
     ("Decoding", "`generate.py` and the tasks of generation", "decoding.options.DecodeConfig"),
@@ -47,6 +47,7 @@ SECTIONS = (
             "text",
             "summarize",
             "qa",
+            "chat",
         )
     ),
     ("Writing text", "`generate.py`", "generate.GenerateConfig"),

@@ -18,6 +18,14 @@ class SpecialToken(str):
     """A text that is encoded as one token, added to the vocabulary."""
 
 
+class Turn(SpecialToken):
+    """A special token that begins a turn. A row that is too long loses its oldest turns."""
+
+
+class EarlierAnswer(str):
+    """An answer before the last one in a conversation. It is learned too, with an end token."""
+
+
 class Truncatable(str):
     """A text that may be truncated when its row is longer than the context."""
 

@@ -16,14 +16,12 @@ from tasks.order import bucket_for
 from text.tokenizer import Tokenizer
 
 
-def encode(tokenizer: Tokenizer, parts: Sequence[str], keep: int | None = None) -> list[int]:
-    """Token ids of the parts. Each truncatable text keeps its first `keep` tokens (None: all)."""
+def encode(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
+    """Token ids of the parts."""
     ids: list[int] = []
     for part in parts:
         if isinstance(part, SpecialToken):
             ids.append(tokenizer.special_id(part))
-        elif isinstance(part, Truncatable):
-            ids += tokenizer.encode(part)[:keep]
         else:
             ids += tokenizer.encode(part)
     return ids

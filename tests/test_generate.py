@@ -23,6 +23,7 @@ from decoding.options import DecodeConfig
 from decoding.window import kept_tokens
 from model import GPT, GPTConfig
 from support import own_lines
+from text.chat import END, ROLES
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -209,6 +210,11 @@ BAD_WORDS = {
         "--candidates 6 .* give 7 or more",
     ),
     "no samples": (["--num-samples", "0"], "--num-samples is 0"),
+    "a system message without a conversation": (["--system", "x"], "--system belongs to --chat"),
+    "several answers": (
+        ["--chat", "--num-samples", "2"],
+        "--num-samples 2: a conversation has one answer",
+    ),
     "temperature": (["--temperature", "0"], "--temperature is 0.0"),
     "no checkpoint": ([], "no checkpoint is named"),
 }
@@ -284,6 +290,28 @@ def test_a_dialogue_in_a_terminal(checkpoint: Path, repo: Path) -> None:
     finally:
         polite.close()
         hasty.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_conversation_in_a_terminal_ends_with_the_input(
+    tokenizer: Tokenizer, repo: Path, tmp_path: Path
+) -> None:
+    chat = tokenizer.with_special((*ROLES.values(), END))
+    model = GPT(GPTConfig(vocab_size=335, block_size=16, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(tmp_path, eot=chat.eot)
+    chat.save(tmp_path)
+    terminal = Terminal(repo / "generate.py", tmp_path, "--chat", "--max-new-tokens", "3")
+    try:
+        for message in ("abc", "de f"):
+            terminal.expect("> ")
+            terminal.type(message + "\n")
+            terminal.expect(message)  # the echo of the typed text
+        terminal.expect("context of 16 tokens is full: the oldest turns are left out")
+        terminal.expect("> ")
+        terminal.type("\x04")  # Ctrl-D
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
 
 
 def test_standard_input_in_utf_16_is_refused(monkeypatch, checkpoint) -> None:

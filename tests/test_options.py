@@ -34,6 +34,7 @@ TEXTS = {  # text options that do not name a file or folder
     "kernels",
     "without",
     "prompts",
+    "system",
     "words",
     "class_weights",
     "also",

@@ -17,6 +17,13 @@ Reader = Callable[[str, str], Iterator[Record]]
 Expand = Callable[[Record], Iterator[Record]]
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell that an Expand cannot read. The row is broken if a field of the task comes from it."""
+
+    reason: str  # goes before "in column ..."
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a file: a text for each field of the task.

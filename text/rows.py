@@ -30,7 +30,7 @@ from text.corpus import (
 )
 from text.encodings import HEAD, NotUtf8, open_decompressed, read_text, text_stream
 from text.readers import MAX_SHOWN, read_records, split_documents, with_advice
-from text.row import Expand, Reader, Record, Row
+from text.row import Expand, Reader, Record, Row, Unreadable
 from text.tables import RaggedRow
 
 Columns = Mapping[str, str | tuple[str, ...]]
@@ -231,6 +231,8 @@ def _fields(
     fields = {}
     for field, column in chosen.items():
         value = cells.get(column) if column is not None else None
+        if isinstance(value, Unreadable):
+            return f"{value.reason} in column {column!r}"
         if isinstance(value, list | dict | bytes):
             return f"has a {type(value).__name__} in column {column!r}, not text"
         missing = value is None or value != value  # NaN, which pandas writes for a missing value

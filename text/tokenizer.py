@@ -23,6 +23,7 @@ from typing import Any
 from base.machine import cores
 from config import UserError, without_surrogates
 from text.characters import META
+from text.chat import TEMPLATE, has_template
 from text.tokenizer_files import ENDOFTEXT, OpenedTokenizer, open_tokenizer
 
 METASPACE = "▁"  # SentencePiece writes it for a space
@@ -176,6 +177,8 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec, config = self._spec, self._config()
+        if has_template(self.special_ids):
+            config["chat_template"] = TEMPLATE
         _write_json(folder / "tokenizer.json", spec)
         _write_json(
             folder / "tokenizer_config.json",
@@ -420,7 +423,7 @@ class HubTokenizer(Tokenizer):
             return config
         new_name = isinstance(config.get("extra_special_tokens"), list)  # transformers 5 and later
         name = "extra_special_tokens" if new_name else "additional_special_tokens"
-        return config | {name: [*config.get(name, []), *self.special]}
+        return config | {name: list(dict.fromkeys([*config.get(name, []), *self.special]))}
 
 
 def load_tokenizer(where: str, num_threads: int | None = None, quiet: bool = False) -> Tokenizer:

@@ -27,6 +27,7 @@ from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
 from model import GPT
 from storage.checkpoint import locate
 from storage.foreign import JsonObject, read_object
+from text.chat import END, TEMPLATE, has_template
 from text.tokenizer import Tokenizer
 
 # llama.cpp's names of a GPT-2's tensors.
@@ -193,6 +194,9 @@ def write_gguf(model: GPT, where: str, file: Path, cfg: ExportConfig) -> None:
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
+    if has_template(tokenizer.special_ids):
+        writer.add_chat_template(TEMPLATE)
+        writer.add_eot_token_id(tokenizer.special_id(END))
     for name, tensor in gguf_tensors(model):
         array = tensor.float().numpy()
         # Vectors stay in fp32, and so do positions, as llama.cpp's own converter has it. q8_0 has

@@ -39,7 +39,7 @@ class Answerer:
             model,
             prompts,
             self.cfg,
-            self.tokenizer.eot,
+            self.encoder(model.context).end,
             seed=self.cfg.seed,
             rows=rows,
             tokenizer=self.tokenizer,
@@ -48,6 +48,10 @@ class Answerer:
         return [
             (self._text(prompt), self._text(out)) for prompt, out in zip(prompts, outs, strict=True)
         ]
+
+    def encoder(self, context: int) -> SequenceEncoder:
+        """The encoder of the task's rows for a model that reads `context` tokens."""
+        return SequenceEncoder(self.tokenizer, context, self.cfg.strict, self.task.end)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special=True)
@@ -67,7 +71,7 @@ class TextPredictor:
         """Write the answers to all rows, in the order of the file. Returns the scores of the rows
         with a true answer. A row that cannot be read has an empty answer and is not scored."""
         task, cfg, model, rows = self.answerer.task, self.answerer.cfg, self.model, self.rows
-        encoder = SequenceEncoder(self.answerer.tokenizer, model.context, cfg.strict)
+        encoder = self.answerer.encoder(model.context)
         prompts = encoder.prompts(
             rows, lambda row: task.as_predict_example(row, cfg).prompt, model.context, say
         )

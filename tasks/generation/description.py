@@ -40,15 +40,25 @@ def no_scores(answers: Sequence[Answer], train_rows: Sequence[Row]) -> dict[str,
     return {}
 
 
-def write_jsonl(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:
-    """Write one JSON object a line: the row's fields and the answer as "prediction". For a row that
-    cannot be read, "prediction" is null and "unreadable" is the reason."""
+def fields_of(row: Row) -> dict[str, Any]:
+    """The row's fields."""
+    return dict(row.fields)
+
+
+def write_jsonl(
+    path: Path,
+    rows: Sequence[Row],
+    answers: Sequence[Answer],
+    fields: Callable[[Row], dict[str, Any]] = fields_of,
+) -> None:
+    """Write one JSON object a line: the fields of a row and the answer as "prediction". For a row
+    that cannot be read, "prediction" is null and "unreadable" is the reason."""
     with path.open("w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
-            result = {"prediction": answer.text}
+            result: dict[str, Any] = {"prediction": answer.text}
             if row.fault:
                 result = {"prediction": None, "unreadable": row.fault}
-            file.write(json.dumps(row.fields | result, ensure_ascii=False) + "\n")
+            file.write(json.dumps(fields(row) | result, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,7 @@ class GenerationDescription(Description):
     predict_example: Callable[[Row, Any], Example] | None = None
     # metrics of the decoded answers; the second argument is the training rows, or () if unknown
     scores: Callable[[Sequence[Answer], Sequence[Row]], dict[str, float]] = no_scores
+    end: str | None = None  # the special token that ends an answer; None: the end-of-text token
     stop_lines: int = 0  # lines after which an answer ends, unless --stop-lines says otherwise
     write: Callable[[Path, Sequence[Row], Sequence[Answer]], None] = write_jsonl
 

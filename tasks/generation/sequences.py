@@ -1,17 +1,19 @@
-"""Encodes rows as sequences of tokens: end-of-text, the prompt, the answer, end-of-text."""
+"""Encodes rows as sequences of tokens: end-of-text, the prompt, the answer, and its end."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
 from decoding.window import kept_tokens
-from tasks.description import Parts, Truncatable, plain
+from tasks.description import EarlierAnswer, Parts, Truncatable, Turn, plain
 from tasks.encoder import encode
 from tasks.finetuning import Split
 from tasks.generation.description import Example
@@ -23,7 +25,7 @@ from text.tokenizer import Tokenizer
 class SequenceSplit(Split):
     """Rows as token sequences. A long text may become several sequences."""
 
-    answer_starts: list[int]  # index of the first token that is learned, for each sequence
+    learned: list[np.ndarray]  # (tokens,) bool, for each sequence: whether a token is learned
     references: list[str]  # the true answer of each sequence's row
 
     @functools.cached_property
@@ -34,10 +36,19 @@ class SequenceSplit(Split):
 
 
 TOO_LONG = {  # how a row that is too long is handled, and how a warning says it
+    "shortened": "lose their oldest turns",
     "truncated": "are truncated at the end of their text",
     "dropped": "cannot be truncated enough and are left out",
     "split": "are split into several sequences",
 }
+
+
+class Prompt(NamedTuple):
+    """An encoded prompt, and what it lost so that it fits."""
+
+    ids: list[int]
+    learned: list[bool]  # whether each token belongs to an earlier answer
+    lost: dict[str, int]  # tokens, by the keys of TOO_LONG
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,12 @@ class SequenceEncoder:
     tokenizer: Tokenizer
     seq_len: int
     strict: bool  # raise for a row that is too long instead of truncating it
+    end_token: str | None = None  # ends an answer; None: the end-of-text token
+
+    @property
+    def end(self) -> int:
+        """The id that ends an answer."""
+        return self.tokenizer.special_id(self.end_token) if self.end_token else self.tokenizer.eot
 
     def split(
         self, rows: Sequence[Row], example: Callable[[Row], Example], what: str
@@ -60,13 +77,11 @@ class SequenceEncoder:
         for row in rows:
             encoded = example(row)
             sequences, how = self.sequences(encoded, row.where)
-            counts[how] += 1
-            if how == "truncated" and self._loses_answer(encoded, *sequences[0]):
-                counts["lost"] += 1
-            for tokens, start in sequences:
+            counts.update(how)
+            for tokens, learned in sequences:
                 split.rows.append(row)
                 split.tokens.append(np.array(tokens))
-                split.answer_starts.append(start)
+                split.learned.append(np.array(learned))
                 split.references.append(encoded.true_answer)
         if not split.rows:
             raise UserError(f"no {what} row fits into {self.seq_len} tokens; raise --seq-len")
@@ -83,50 +98,73 @@ class SequenceEncoder:
             )
         return split, warnings
 
-    def _loses_answer(self, example: Example, tokens: list[int], start: int) -> bool:
+    def _loses_answer(self, example: Example, prompt: list[int]) -> bool:
         """Whether a truncatable text of the prompt contained the answer, and the truncated prompt
         does not."""
         answer = plain(example.answer)
         had = any(answer in part for part in example.prompt if isinstance(part, Truncatable))
-        return had and answer not in self.tokenizer.decode(tokens[1:start])
+        return had and answer not in self.tokenizer.decode(prompt[1:])
 
-    def sequences(self, example: Example, where: str) -> tuple[list[tuple[list[int], int]], str]:
-        """The sequences of a row, and the key in TOO_LONG that says how it was made to fit ("" if
-        it fits).
+    def sequences(
+        self, example: Example, where: str
+    ) -> tuple[list[tuple[list[int], list[bool]]], list[str]]:
+        """The sequences of a row, and how it was made to fit: keys of TOO_LONG, and "lost" if
+        truncation removed the answer.
 
-        Each sequence is a pair of tokens and the index of the first token that is learned.
+        Each sequence is a pair of tokens and whether each is learned.
         """
-        eot = self.tokenizer.eot
+        answer = [*encode(self.tokenizer, example.answer), self.end]
         room = self.seq_len + 1  # the last token is only a target
-        prompt, answer = (encode(self.tokenizer, part) for part in (example.prompt, example.answer))
-        excess = 2 + len(prompt) + len(answer) - room
-        tokens = [eot, *prompt, *answer, eot]
-        if excess <= 0:
-            return [(tokens, 1 + len(prompt))], ""
-        truncatable = self._truncatable(example.prompt)
-        if not truncatable and 1 + len(prompt) < room:
-            # Each sequence starts with the last token of the previous one. It is read, not learned.
-            pieces = [(tokens[i : i + room], 1) for i in range(0, len(tokens) - 1, room - 1)]
-            return [(pieces[0][0], 1 + len(prompt)), *pieces[1:]], "split"
-        if self.strict:
+        turns = any(isinstance(part, Turn) for part in example.prompt)
+        # A long answer of a conversation is split. It may not push its question out.
+        least = kept_tokens(self.seq_len) if turns else 0
+        prompt = self.fit(example.prompt, max(least, room - len(answer)))
+        tokens, learned = prompt.ids + answer, prompt.learned + [True] * len(answer)
+        too_long, how = len(tokens) > room, list(prompt.lost)
+        # The rest of an answer is learned in further sequences, unless the prompt has no room.
+        dropped = too_long and not turns and (bool(how) or len(prompt.ids) >= room)
+        if self.strict and (dropped or how):
+            excess = len(tokens) + sum(prompt.lost.values()) - room
             raise UserError(
                 f"{where}: {excess} tokens too long for --seq-len {self.seq_len} (--strict); raise "
                 "--seq-len or leave --strict out"
             )
-        if excess > truncatable:
-            return [], "dropped"
-        prompt = encode(self.tokenizer, example.prompt, keep=truncatable - excess)
-        return [([eot, *prompt, *answer, eot], 1 + len(prompt))], "truncated"
+        if dropped:
+            return [], ["dropped"]
+        if "truncated" in how and self._loses_answer(example, prompt.ids):
+            how.append("lost")
+        # Each sequence starts with the last token of the previous one. It is read, not learned.
+        begins = range(0, len(tokens) - 1, room - 1)
+        pieces = [(tokens[i : i + room], [False, *learned[i + 1 : i + room]]) for i in begins]
+        return pieces, how + ["split"] * too_long
 
     def prompt(self, parts: Parts, context: int) -> list[int]:
-        """The prompt from which the model writes the answer. A truncatable text is truncated so
-        that the answer has a quarter of the context."""
-        ids = [self.tokenizer.eot, *encode(self.tokenizer, parts)]
-        excess, truncatable = len(ids) - (context - context // 4), self._truncatable(parts)
-        if excess > 0 and truncatable:
-            keep = max(0, truncatable - excess)
-            ids = [self.tokenizer.eot, *encode(self.tokenizer, parts, keep)]
-        return ids
+        """The prompt from which the model writes the answer. The oldest turns are left out, and a
+        truncatable text is truncated, so that the answer has a quarter of the context."""
+        return self.fit(parts, context - context // 4).ids
+
+    def fit(self, parts: Parts, room: int) -> Prompt:
+        """The prompt without its oldest turns, if it is longer than `room` tokens. The newest turn
+        stays. If that is not enough, its truncatable text is truncated, as far as there is one."""
+        pieces = [encode(self.tokenizer, (part,)) for part in parts]
+        earlier = [isinstance(part, EarlierAnswer) for part in parts]
+        for piece in itertools.compress(pieces, earlier):
+            piece.append(self.end)
+        excess = 1 + sum(map(len, pieces)) - room
+        lost: Counter[str] = Counter()
+        turns = [n for n, part in enumerate(parts) if isinstance(part, Turn)]
+        for begin, end in itertools.pairwise(turns):
+            if lost.total() < excess:
+                lost["shortened"] += sum(map(len, pieces[begin:end]))
+                pieces[begin:end] = [[]] * (end - begin)
+        for n, part in enumerate(parts):
+            cut = min(excess - lost.total(), len(pieces[n]))
+            if isinstance(part, Truncatable) and cut > 0:
+                lost["truncated"] += cut
+                del pieces[n][len(pieces[n]) - cut :]
+        learned = [on for piece, on in zip(pieces, earlier, strict=True) for _ in piece]
+        ids = itertools.chain.from_iterable(pieces)
+        return Prompt([self.tokenizer.eot, *ids], [False, *learned], lost)
 
     def prompts(
         self,
@@ -158,9 +196,3 @@ class SequenceEncoder:
                 f"{kept_tokens(context)} tokens are read"
             )
         return prompts
-
-    def _truncatable(self, parts: Parts) -> int:
-        """Number of tokens in the truncatable texts among the parts."""
-        return sum(
-            len(self.tokenizer.encode(part)) for part in parts if isinstance(part, Truncatable)
-        )

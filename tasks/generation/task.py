@@ -1,13 +1,14 @@
 """Fine-tuning for generation: the language model's own head writes an answer after a prompt.
 
 A row becomes a sequence: end-of-text, the prompt, the answer, end-of-text. Only the answer and the
-final end-of-text are learned. Sequences are padded at the right. Causal attention never reads that
-padding.
+final end-of-text are learned. The prompt of a conversation has earlier answers, which are learned
+too. Sequences are padded at the right, where causal attention never reads, or packed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from base.files import write_json
 from decoding.loading import open_model
 from engine.pretraining import perplexity
 from engine.processes import choose_device
@@ -28,6 +30,7 @@ from tasks.finetuning import Finetuning
 from tasks.generation.answers import Answerer, TextPredictor
 from tasks.generation.description import Answer, GenerationDescription
 from tasks.generation.options import GenerationConfig
+from tasks.generation.packing import PackedPast, pack
 from tasks.generation.sequences import SequenceEncoder, SequenceSplit
 from tasks.objectives import nll_and_unlikelihood
 from tasks.order import bucket_for
@@ -65,7 +68,8 @@ class Generation(Finetuning):
             self.terms = {"nll": 1.0, "unlikelihood": cfg.unlikelihood}
         self.source = source = Source(self.description, cfg, say)
         self.trunk = trunk = Trunk(cfg, self.description.special_tokens(cfg))
-        self.encoder = SequenceEncoder(trunk.tokenizer, trunk.seq_len, cfg.strict)
+        self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
+        self.encoder = self.answerer.encoder(trunk.seq_len)
         train, val = source.training_and_validation()
         self.train = self._sequences(train, "training")
         self.train_rows = self.train.rows
@@ -80,7 +84,6 @@ class Generation(Finetuning):
         self.overlap = source.find_shared(texts, [self.read_text(row, cfg) for row in train])
         row_of = np.searchsorted(begins, np.arange(len(self.val.rows)), side="right") - 1
         self.shared = self.overlap.shared[row_of]
-        self.answerer = Answerer(self.description, cfg, trunk.tokenizer)
         self.set_order(np.zeros(len(self.train.rows), np.int64))
         if cfg.predict:  # encode the prompts now, so that --strict raises before training
             self.predict_rows = source.predict_rows
@@ -117,17 +120,26 @@ class Generation(Finetuning):
         ⟧."""
         texts, decode = [], self.trunk.tokenizer.decode
         for i in self.order(0).reshape(-1)[: self.cfg.show_rows]:
-            tokens, start = self.train.tokens[i].tolist(), self.train.answer_starts[i]
-            texts.append(
-                f"row {i} ({len(tokens)} tokens, {len(tokens) - start} of them "
-                f"learned):\n{decode(tokens[:start])}⟦{decode(tokens[start:])}⟧\n"
-            )
+            tokens, learned = self.train.tokens[i], self.train.learned[i]
+            pairs = zip(learned, tokens.tolist(), strict=True)
+            spans = [
+                (on, decode([token for _, token in span]))
+                for on, span in itertools.groupby(pairs, key=lambda pair: pair[0])
+            ]
+            text = "".join(f"⟦{text}⟧" if on else text for on, text in spans)
+            count = f"{len(tokens)} tokens, {learned.sum()} of them learned"
+            texts.append(f"row {i} ({count}):\n{text}\n")
         return texts
 
     def prompt(self, i: int) -> list[int]:
         """The prompt of validation sequence `i`, as token ids."""
         parts = self.description.as_eval_example(self.val.rows[i], self.cfg).prompt
         return self.encoder.prompt(parts, self.trunk.seq_len)
+
+    def _asked(self, text: str) -> list[int]:
+        row = Row(dict.fromkeys(self.description.columns, text), "--prompts")
+        example = self.description.as_predict_example(row, self.cfg)
+        return self.encoder.prompt(example.prompt, self.trunk.seq_len)
 
     def cost(self) -> Cost:
         """The cost of the longest row. The unlikelihood objective needs all logits at once."""
@@ -146,24 +158,42 @@ class Generation(Finetuning):
         return np.lexsort((self.val.lengths, others))[:, None]
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
-        """Rows as "idx" and "targets" (B, T) int64, and "ids" (B,). A target is -100 where nothing
-        is learned."""
+        """Rows as "idx" and "targets" (B, T) int64, and "ids" (rows,). A target is -100 where
+        nothing is learned. Packed rows also have "segments" and "positions" (B, T) int64."""
         data = self.train if split == "train" else self.val
         length = bucket_for(int(data.lengths[ids].max()), self.buckets)
-        idx = torch.full((len(ids), length), self.trunk.tokenizer.eot)
+        packs = [[n] for n in range(len(ids))]
+        if self.cfg.pack and split == "train":
+            packs, length = pack(data.lengths[ids], self.trunk.seq_len, length)
+        idx = torch.full((len(packs), length), self.trunk.tokenizer.eot)
         targets = torch.full_like(idx, IGNORE)
-        for row, i in enumerate(ids):
-            tokens, start = torch.from_numpy(data.tokens[i]), data.answer_starts[i]
-            idx[row, : len(tokens) - 1] = tokens[:-1]
-            targets[row, start - 1 : len(tokens) - 1] = tokens[start:]
+        # Segments are numbered in their order, because a kernel searches them. The padding is last.
+        segments, positions = torch.full_like(idx, len(ids)), torch.zeros_like(idx)
+        for row, members in enumerate(packs):
+            end = 0
+            for number, i in enumerate(ids[members]):
+                tokens, learned = (
+                    torch.from_numpy(data.tokens[i]),
+                    torch.from_numpy(data.learned[i]),
+                )
+                place = row, slice(end, end := end + len(tokens) - 1)
+                idx[place] = tokens[:-1]
+                targets[place] = tokens[1:].where(learned[1:], IGNORE)
+                segments[place], positions[place] = number, torch.arange(len(tokens) - 1)
         tensors = {"idx": idx, "targets": targets, "ids": torch.from_numpy(np.asarray(ids))}
+        if len(packs) < len(ids):
+            tensors |= {"segments": segments, "positions": positions}
         weights = dict.fromkeys(self.terms, float((targets != IGNORE).sum()))
         return Batch(tensors, weights, self.amounts(data, ids, idx))
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensors:
         """The sum of each term over the batch, fp32 scalars."""
         if "unlikelihood" not in self.terms:
-            return {"nll": model(batch["idx"], batch["targets"], reduction="sum")}
+            more: dict[str, Any] = {}
+            if "segments" in batch:
+                past = PackedPast(model, batch["positions"])
+                more = {"segments": batch["segments"], "past": past}
+            return {"nll": model(batch["idx"], batch["targets"], reduction="sum", **more)}
         nll, unlikelihood = nll_and_unlikelihood(
             model(batch["idx"]), batch["idx"], batch["targets"]
         )
@@ -216,7 +246,9 @@ class Generation(Finetuning):
         """Answers to --prompts, or to the first two validation rows."""
         assert isinstance(model, GPT)
         tokenizer = self.trunk.tokenizer
-        if self.cfg.prompts:
+        if self.cfg.prompts and self.description.end:  # each is a message by the user
+            prompts = [self._asked(text) for text in self.cfg.prompts]
+        elif self.cfg.prompts:
             prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in self.cfg.prompts]
         else:
             prompts = [self.prompt(i) for i in self.shown]
@@ -230,6 +262,10 @@ class Generation(Finetuning):
         """Write the model and its tokenizer, or under `stored_only` what a checkpoint stores."""
         assert isinstance(model, GPT)
         self.trunk.export(model, folder, stored_only, pads=False)
+        if self.description.end:  # else generate() of transformers stops at end-of-text alone
+            eot = self.trunk.tokenizer.eot
+            stops = {"bos_token_id": eot, "eos_token_id": [self.encoder.end, eot]}
+            write_json(folder / "generation_config.json", stops)
 
     # --- the finished model
 

@@ -152,9 +152,9 @@ def test_a_classifier_variant_solves_the_toy_rows(way: str, inputs: Path) -> Non
     losses = train_all(step, task)
     figures = evaluate(step, 3)
     assert figures is not None and figures["val_loss"] < 0.25 < losses[0], (losses[0], figures)
-    # In a model of random weights, training only biases cannot separate all eight rows.
-    right = 7 / 8 if way == "bitfit" else 1.0
-    assert {v for k, v in figures.items() if k.endswith("accuracy")} == {right}
+    # In a model of random weights, training only biases need not separate all eight rows.
+    least = 7 / 8 if way == "bitfit" else 1.0
+    assert min(v for k, v in figures.items() if k.endswith("accuracy")) >= least
     assert (
         len([k for k in figures if k.endswith("accuracy")])
         == len(task.head_names)

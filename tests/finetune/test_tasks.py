@@ -82,15 +82,13 @@ def test_show_rows_marks_the_learned_text(name: str, inputs: Path) -> None:
     task = set_up_task(name, inputs, said.append, show_rows=2)
     assert len(said) == 2
     for text, i in zip(said, task.order(0).reshape(-1), strict=False):
-        tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
-        read, answer = (
-            task.trunk.tokenizer.decode(tokens[:learned]),
-            task.trunk.tokenizer.decode(tokens[learned:]),
-        )
-        assert text.endswith(f":\n{read}⟦{answer}⟧\n") and answer.endswith("<|endoftext|>")
-        assert text.startswith(
-            f"row {i} ({len(tokens)} tokens, {len(tokens) - learned} of them learned)"
-        )
+        tokens, learned = task.train.tokens[i].tolist(), task.train.learned[i]
+        decode, start = task.trunk.tokenizer.decode, len(learned) - learned[::-1].argmin()
+        answer = decode(tokens[start:])  # the last of a conversation
+        assert text.endswith(f"⟦{answer}⟧\n")
+        assert answer.endswith(task.description.end or "<|endoftext|>")
+        assert text.partition(":\n")[2].replace("⟦", "").replace("⟧", "") == decode(tokens) + "\n"
+        assert text.startswith(f"row {i} ({len(tokens)} tokens, {learned.sum()} of them learned)")
         assert all(str(token) in text for token in task.trunk.special)
 
 
@@ -127,10 +125,10 @@ def test_evaluation_matches_a_loop_over_positions(name: str, inputs: Path) -> No
     task = set_up_task(name, inputs, decode="greedy", max_new_tokens=5, eval_rows=2)
     step = train_step(task)
     exact, nll, tokens = step.model.double().eval(), 0.0, 0
-    for ids, learned in zip(task.val.tokens, task.val.answer_starts, strict=True):
+    for ids, learned in zip(task.val.tokens, task.val.learned, strict=True):
         log_p = torch.log_softmax(exact(torch.from_numpy(ids[None, :-1]))[0].double(), -1)
-        nll -= sum(float(log_p[t - 1, ids[t]].detach()) for t in range(learned, len(ids)))
-        tokens += len(ids) - learned
+        nll -= sum(float(log_p[t - 1, ids[t]].detach()) for t in learned.nonzero()[0])
+        tokens += learned.sum()
     model = step.model.float()
     answers = task.answerer(model, [task.prompt(i) for i in task.decoded], task.decoded)
     found = [Answer(*a, task.val.references[i]) for a, i in zip(answers, task.decoded, strict=True)]
@@ -177,6 +175,10 @@ HAND: dict[str, tuple[list[Answer], dict[str, float]]] = {
         {"exact_match": 50, "f1": (100 + 50) / 2},
     ),
     "text": ([Answer("p", "any", "")], {}),
+    "chat": (
+        [Answer("p", "Paris.", "paris"), Answer("p", "4", "five")],
+        {"exact_match": 50, "f1": 50},
+    ),
 }
 
 

@@ -112,6 +112,13 @@ def row(answer: str, fixed: str = "", long: str = "") -> dict[str, str]:
     return {"answer": answer, "fixed": fixed, "long": long}
 
 
+def first(learned: np.ndarray) -> int:
+    """The index of the first token that is learned. All others after it are learned too."""
+    start = int(learned.argmax())
+    assert learned[start:].all()
+    return start
+
+
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 quick = settings(
     deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -162,7 +169,7 @@ def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
             counts["cannot be truncated"] += 1
     for split in (task.train, task.val):
         assert [
-            (t.tolist(), n) for t, n in zip(split.tokens, split.answer_starts, strict=True)
+            (t.tolist(), first(on)) for t, on in zip(split.tokens, split.learned, strict=True)
         ] == expected
         assert split.lengths.max() <= seq_len
     told = [
@@ -185,8 +192,8 @@ def test_long_rows_are_truncated_split_or_dropped(tokenizer, rows, seq_len):
 @quick
 def test_every_token_of_a_split_text_is_learned_once(tokenizer, answer, fixed, seq_len):
     task = echo(tokenizer, [row("the end"), row(answer, fixed)], [row("a")], seq_len=seq_len)
-    sequences = list(zip(task.train.tokens[1:], task.train.answer_starts[1:], strict=True))
-    learned = [token for tokens, at in sequences for token in tokens[at:].tolist()]
+    sequences = list(zip(task.train.tokens[1:], task.train.learned[1:], strict=True))
+    learned = [token for tokens, on in sequences for token in tokens[on].tolist()]
     assert learned == ([*tokenizer.encode(answer), tokenizer.eot] if sequences else [])
     assert bool(sequences) == (not fixed or len(tokenizer.encode(fixed)) + 2 < seq_len + 1)
 
@@ -209,7 +216,7 @@ def test_only_a_special_token_itself_is_one_token(tokenizer):
     task = echo(tokenizer, [row("<go> and <|endoftext|>", "a <go>")], [row("a")])
     go, tokens = task.trunk.tokenizer.special_id(GO), task.train.tokens[0].tolist()
     assert go == tokenizer.vocab_size and tokens.count(go) == 1 and tokens.count(tokenizer.eot) == 2
-    assert tokens[task.train.answer_starts[0] - 1] == go
+    assert tokens[first(task.train.learned[0]) - 1] == go
     assert task.trunk.tokenizer.decode(tokens, skip_special=True) == "a <go><go> and <|endoftext|>"
     assert plain(("a", GO, Truncatable("b"))) == "ab"
 
@@ -284,11 +291,11 @@ def test_a_batch_has_each_row_and_its_targets(trained, ids):
         task.buckets[task.buckets < batch["idx"].shape[1]] < task.train.lengths[ids].max()
     ).all()
     for i, idx, targets in zip(ids, batch["idx"].tolist(), batch["targets"].tolist(), strict=True):
-        tokens, learned = task.train.tokens[i].tolist(), task.train.answer_starts[i]
+        tokens, learned = task.train.tokens[i].tolist(), first(task.train.learned[i])
         for t in range(len(idx)):
             assert idx[t] == (tokens[t] if t < len(tokens) - 1 else task.trunk.tokenizer.eot)
             assert targets[t] == (tokens[t + 1] if learned - 1 <= t < len(tokens) - 1 else IGNORE)
-    n_learned = sum(len(task.train.tokens[i]) - task.train.answer_starts[i] for i in ids)
+    n_learned = sum(task.train.learned[i].sum() for i in ids)
     assert made.weights == dict.fromkeys(task.terms, n_learned)
     n_tokens = sum(len(task.train.tokens[i]) - 1 for i in ids)
     assert made.amounts == {
@@ -304,7 +311,7 @@ def plain_loss(task: Echo, model: GPT, i: int) -> dict[str, float]:
     with torch.no_grad():
         log_p = F.log_softmax(exact(torch.from_numpy(tokens[None, :-1]))[0], -1)
     sums = dict.fromkeys(task.terms, 0.0)
-    for t in range(task.train.answer_starts[i] - 1, len(tokens) - 1):
+    for t in range(first(task.train.learned[i]) - 1, len(tokens) - 1):
         sums["nll"] -= float(log_p[t, tokens[t + 1]])
         if "unlikelihood" in sums:
             candidates = set(tokens[: t + 1].tolist()) - {int(tokens[t + 1])}
@@ -377,7 +384,7 @@ def test_evaluation_does_not_depend_on_the_batches(tokenizer):
         assert metrics == pytest.approx(results[0][0], rel=1e-5)
     metrics, outputs = results[0]
     exact = [plain_loss(on_validation(task), model, i)["nll"] for i in range(len(order))]
-    learned = sum(len(t) - n for t, n in zip(task.val.tokens, task.val.answer_starts, strict=True))
+    learned = sum(int(on.sum()) for on in task.val.learned)
     assert metrics["val_loss"] == pytest.approx(sum(exact) / learned, rel=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(sum(exact) / learned), rel=1e-4)
     assert metrics["answered"] == 3
@@ -411,7 +418,7 @@ def test_a_prompt_leaves_the_answer_a_quarter_of_the_context(tokenizer):
     kept = 24 - 2 - len(fixed)
     assert task.prompt(0) == [tokenizer.eot, *words[:kept], *fixed, go]
     # In training, the text fills all the room that the answer leaves.
-    assert task.val.answer_starts[0] > 24
+    assert first(task.val.learned[0]) > 24
     assert task.prompt(1) == [tokenizer.eot, *tokenizer.encode(long[:60]), go]
 
 
