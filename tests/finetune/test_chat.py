@@ -309,6 +309,21 @@ def test_predict_answers_the_last_message_by_the_user(trained: Path) -> None:
     assert {"exact_match", "f1"} <= scores.keys()
 
 
+def test_a_typed_prompt_is_a_message_and_its_answer_ends_with_the_turn(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+
+    def decode(model: Any, prompts: Any, cfg: Any, end: int, **more: Any) -> list[list[int]]:
+        ends.append(end)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("tasks.generation.answers.generate", decode)
+    task = set_up_task("chat", inputs, prompts=("Hello!",))
+    assert task.samples(train_step(task).model) == [("<|user|>Hello!<|end|><|assistant|>", "")]
+    assert ends == [task.trunk.tokenizer.special_id(END)]
+
+
 # --- generate.py --chat
 
 
