@@ -50,6 +50,7 @@ class Hub:
         return {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
