@@ -146,7 +146,7 @@ MISTAKES = {  # options, and parts of the error line
         "steps (was 4, is 8)",
         "batch_tokens (was 128, is 64)",
     ],
-    "--n-layer 3 --tokenizer other": ["n_layer (was 2, is 3)", "tokenizer (was "],
+    "--n-layer 3 --tokenizer other": ["n_layer (was 1, is 3)", "tokenizer (was "],
     "--resume never": ["run already holds a run", "another --out"],
     "--out run/final": ["run/final holds a config.json", "another --out"],
     "--out text.txt": ["text.txt", "--out"],
