@@ -244,7 +244,8 @@ def measured(path: Path) -> Figures:
     only its final/ is still needed."""
     if path.suffix:
         scores = json.loads(path.with_suffix(".scores.json").read_text(encoding="utf-8"))
-        return {"metrics": {name: of for name, of in scores.items() if name != "eval_precision"}}
+        about = ("eval_precision", "clean")
+        return {"metrics": {name: of for name, of in scores.items() if name not in about}}
     figures = figures_of(path)
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return figures
