@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
 import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +21,7 @@ from decoding.batched import generate
 from decoding.loading import open_model
 from decoding.options import DecodeConfig
 from decoding.window import kept_tokens
+from launch import Launch
 from model import GPT, GPTConfig
 from support import own_lines
 from text.chat import END, ROLES
@@ -235,21 +236,25 @@ def test_bad_input_exits_2_and_help_needs_no_torch(repo: Path, run) -> None:
     assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
+def sit_at(terminal: str) -> None:
+    """Make a pseudo-terminal this process's own."""
+    opened = os.open(terminal, os.O_RDWR)
+    for number in range(3):
+        os.dup2(opened, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the process)
+
+
 class Terminal:
     """generate.py in a pseudo-terminal."""
 
-    def __init__(self, *words: str | Path):
+    def __init__(self, folder: Path, name: str, *words: str | Path):
         import pty
 
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
+        self.master, self.slave = pty.openpty()
+        patch = functools.partial(sit_at, os.ttyname(self.slave))
+        typed = [str(word) for word in words]
+        self.launched = Launch(folder, typed, {}, patch, name, "generate")
+        self.process = self.launched.process
         self.unread = b""
 
     def expect(self, text: str, timeout: float = 120) -> None:
@@ -264,17 +269,22 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def ended(self) -> int | None:
+        """The exit code, once the program has ended."""
+        self.process.join(60)
+        return self.process.exitcode
+
     def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.join()
         os.close(self.master)
+        os.close(self.slave)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_dialogue_in_a_terminal(checkpoint: Path, repo: Path) -> None:
-    words = (repo / "generate.py", checkpoint, "--max-new-tokens", "3")
-    polite, hasty = Terminal(*words), Terminal(*words)
+def test_a_dialogue_in_a_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    words = (checkpoint, "--max-new-tokens", "3")
+    polite, hasty = (Terminal(tmp_path, name, *words) for name in ("polite", "hasty"))
     try:
         for prompt in ("abc", "de f"):
             polite.expect("> ")
@@ -283,10 +293,10 @@ def test_a_dialogue_in_a_terminal(checkpoint: Path, repo: Path) -> None:
             polite.expect(prompt)  # the continued text
         polite.expect("> ")
         polite.type("\n")
-        assert polite.process.wait(60) == 0
+        assert polite.ended() == 0
         hasty.expect("> ")
-        hasty.process.send_signal(signal.SIGINT)
-        assert hasty.process.wait(60) == 130
+        os.kill(hasty.launched.pid, signal.SIGINT)
+        assert hasty.ended() == 130
     finally:
         polite.close()
         hasty.close()
@@ -294,13 +304,13 @@ def test_a_dialogue_in_a_terminal(checkpoint: Path, repo: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_conversation_in_a_terminal_ends_with_the_input(
-    tokenizer: Tokenizer, repo: Path, tmp_path: Path
+    tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     chat = tokenizer.with_special((*ROLES.values(), END))
     model = GPT(GPTConfig(vocab_size=335, block_size=16, n_layer=1, n_head=1, n_embd=8))
     model.save_pretrained(tmp_path, eot=chat.eot)
     chat.save(tmp_path)
-    terminal = Terminal(repo / "generate.py", tmp_path, "--chat", "--max-new-tokens", "3")
+    terminal = Terminal(tmp_path, "terminal", tmp_path, "--chat", "--max-new-tokens", "3")
     try:
         for message in ("abc", "de f"):
             terminal.expect("> ")
@@ -309,7 +319,7 @@ def test_a_conversation_in_a_terminal_ends_with_the_input(
         terminal.expect("context of 16 tokens is full: the oldest turns are left out")
         terminal.expect("> ")
         terminal.type("\x04")  # Ctrl-D
-        assert terminal.process.wait(60) == 0
+        assert terminal.ended() == 0
     finally:
         terminal.close()
 

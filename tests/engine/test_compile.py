@@ -41,7 +41,6 @@ def traced(monkeypatch):
     [
         ("model", "bf16", {}),
         ("block", "fp32", {}),
-        ("model", "bf16", {"without": ("cast-once",)}),
         ("model", "bf16", {"without": ("chunked-head",)}),
         ("model", "bf16", {"recompute": True}),
         ("block", "bf16", {"recompute": True}),
