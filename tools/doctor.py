@@ -209,6 +209,8 @@ def _smi() -> tuple[str, list[dict[str, str]]]:
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    except FileNotFoundError:
+        return "there is no nvidia-smi", []
     except (OSError, subprocess.TimeoutExpired) as error:
         return reason(error, whole=True), []
     lines = [line.split(", ") for line in done.stdout.splitlines()]
