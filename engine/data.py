@@ -22,7 +22,7 @@ from storage.cache import Cache, changed_while_read, digest
 from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
 from text import corpus
-from text.characters import META
+from text.characters import META, UNKNOWN
 from text.overlap import Decontaminated, N, NgramIndex, texts_of
 from text.prepare import (
     CHARACTERS,
@@ -34,6 +34,7 @@ from text.prepare import (
     tokenize_to_folder,
 )
 from text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer
+from text.tokenizer_files import ENDOFTEXT
 
 TABLE_READER_VERSIONS = {".csv": ".csv 2", ".tsv": ".tsv 3"}  # part of the cache's keys
 GPT2_VOCAB = 50257
@@ -299,7 +300,8 @@ def check_data(
     requested, tokenizer_error = None, None
     try:
         if tokenizer == CHARACTERS:
-            return len(characters_of(_text_for_characters(data), text_column, print)) + 2
+            found = characters_of(_text_for_characters(data), text_column, print)
+            return len(found) + len((UNKNOWN, ENDOFTEXT))
         requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     except UserError as error:  # raised below, after errors about the data
         tokenizer_error = error

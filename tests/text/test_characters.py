@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from engine.data import check_data
 from launch import launch, log_of
 from text.characters import read_meta
 from text.tokenizer import load_tokenizer
@@ -131,8 +132,11 @@ def test_the_characters_of_the_training_text(tmp_path: Path) -> None:
     words = [*WORDS, "--data", "text.txt", "--tokenizer", "characters", "--out", "run"]
     (dry,) = launch(tmp_path, [*words, "--dry-run"])
     assert dry.code == 0 and not (tmp_path / "data").exists(), dry.err
+    file = str(tmp_path / "text.txt")
+    size = check_data(file, None, "characters", "text", tmp_path / "cache")
+    assert size == len(set(TEXT)) + 2
     (first,) = launch(tmp_path, words)
-    assert first.code == 0 and f"characters, {len(set(TEXT)) + 2} ids" in first.out, first.err
+    assert first.code == 0 and f"characters, {size} ids" in first.out, first.err
     (again,) = launch(tmp_path, words)
     assert again.code == 0 and "finished" in again.out, again.err
     write_nanogpt(tmp_path / "shards")
