@@ -42,7 +42,8 @@ def expand(record: Record) -> Iterator[Record]:
     if isinstance(cells, dict) and "chosen" in cells and "rejected" in cells:
         prompt = next((cells[name] for name in PROMPTS if cells.get(name)), "")
         given = {"prompt": prompt, "chosen": cells["chosen"], "rejected": cells["rejected"]}
-        cells = given | _pair(**{name: _checked(value) for name, value in given.items()})
+        read = {name: _checked(value) for name, value in given.items()}
+        cells = {k: dumps(v) if isinstance(v, list) else v for k, v in read.items()} | _pair(**read)
     yield place, cells
 
 
@@ -67,6 +68,8 @@ def _pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
     }
     if prompt == "":
         broken.pop("prompt")
+    if "prompt" in broken:  # a field that may be empty: a row of --predict would be kept without it
+        broken["chosen"] = broken["prompt"]
     if broken:
         return broken
     if isinstance(prompt, list):  # the answers may still be texts
@@ -75,7 +78,7 @@ def _pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
         return _of_conversations(prompt, chosen, rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _of_texts(prompt, chosen, rejected)
-    return {"rejected": Unreadable("is a text and 'chosen' a conversation, or the reverse,")}
+    return {"rejected": Unreadable("is not of the kind of 'chosen', a text or a conversation,")}
 
 
 def _answered(value: list[Message] | str) -> list[Message]:

@@ -170,7 +170,10 @@ def pair_encoder(
 def end_of(rows: Sequence[Row], description: PreferenceDescription) -> str | None:
     """The special token that ends the answers of all rows. Raises UserError if some rows are
     conversations and others are not."""
-    ends = {description.pair(row).end: row.where for row in rows if not row.fault}
+    ends: dict[str | None, str] = {}
+    for row in rows:
+        if not row.fault:
+            ends.setdefault(description.pair(row).end, row.where)
     if len(ends) > 1:
         raise UserError(
             f"{ends[END]} is a conversation and {ends[None]} is not; give rows of one kind"

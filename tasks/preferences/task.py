@@ -54,6 +54,7 @@ class Preferences(Finetuning):
     choices = ("beta", "label_smoothing", "dpo_loss")
     # The last two have no part in the objective. Their means are logged.
     terms = {"dpo": 1.0, "reward_margin": 0.0, "reward_accuracy": 0.0}
+    train_rows: Sequence[Row] = ()  # of `train`, once `setup` has read them
     train: PairSplit
     val: PairSplit
     encoder: PairEncoder
@@ -79,6 +80,7 @@ class Preferences(Finetuning):
         self.trunk = trunk = Trunk(cfg, SPECIAL if self.end else ())
         self.encoder = pair_encoder(trunk.tokenizer, trunk.seq_len, cfg, self.end)
         self.train, self.val = self._split(train, "training"), self._split(val, "validation")
+        self.train_rows = self.train.rows
         if both := source.count_overlap(train, val):
             source.warnings.append(f"{both} of {len(train)} training rows are also validation rows")
         self.overlap = source.find_shared(
@@ -117,7 +119,7 @@ class Preferences(Finetuning):
 
     def training_texts(self) -> list[str]:
         """The texts of the training rows."""
-        return [self.read_text(row, self.cfg) for row in self.train.rows]
+        return [self.read_text(row, self.cfg) for row in self.train_rows]
 
     def read_text(self, row: Row, cfg: Any) -> str:
         """The prompt of a row, which is compared with other rows."""
