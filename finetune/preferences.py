@@ -21,6 +21,7 @@ TASK = PreferenceDescription(
     columns={"prompt": ("prompt",), "chosen": ("chosen",), "rejected": ("rejected",)},
     optional=("prompt",),
     expand=expand,
+    group=lambda row: row["prompt"],
     toy=(
         {
             "prompt": "Which animal gives us wool?",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from config import PathOrName, PathsOrNames, Positive, Range, UserError
 from decoding.options import DecodeConfig, check_decode
@@ -19,9 +19,6 @@ class PreferencesConfig(DecodeConfig, FinetuneConfig):
     an answer's log-probability. Small values allow large changes."""
     label_smoothing: Annotated[float, Range(0, 0.4999)] = 0.0
     """Share of pairs that are taken to be labelled the wrong way round."""
-    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: -log sigmoid of the reward margin; ipo: the squared distance of the margin over beta
-    from 1 / (2 beta), which does not grow without end."""
     reference: PathOrName | None = None
     """The model that rewards compare with: a hub id, a folder in the hub's layout or a run's folder.
     Default: --init, from which training starts. --epochs 0 needs it."""
@@ -36,10 +33,6 @@ class PreferencesConfig(DecodeConfig, FinetuneConfig):
         """Raise UserError for options that cannot be combined, including those of decoding."""
         super().check()
         check_decode(self)
-        if self.dpo_loss == "ipo" and self.label_smoothing:
-            raise UserError(
-                "--label-smoothing belongs to --dpo-loss sigmoid; leave out one of the two"
-            )
         if self.predict and not self.trains and not self.reference:
             raise UserError(
                 "--epochs 0 answers --predict with --init alone, and rewards compare it with another "

@@ -92,15 +92,19 @@ def kept_log_probs(
     sha256: str,
     split: PairSplit,
     precision: str,
+    device: torch.device,
     cfg: PreferencesConfig,
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """As `log_probs`, for a model whose weights have this `sha256`. They are computed only if --cache lacks them for the same weights, sequences
-    and precision. Raises UserError if it cannot be written: a resumed run must read the same."""
+    """As `log_probs`, for a model whose weights have this `sha256`. They are computed only if --cache
+    lacks them for the same weights, sequences and precision.
+
+    Raises UserError if the cache cannot be written, because a resumed run must read the same.
+    """
 
     def make(folder: Path) -> None:
         began = time.monotonic()
-        found = log_probs(model, split, precision, say, cfg.without)
+        found = log_probs(model.to(device), split, precision, say, cfg.without)
         np.save(folder / LOG_PROBS, found)
         seconds = time_text(time.monotonic() - began)
         say(

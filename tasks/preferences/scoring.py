@@ -69,17 +69,11 @@ class Preference:
 
     beta: float
     label_smoothing: float = 0.0
-    kind: str = "sigmoid"
 
     def losses(self, margins: Tensor) -> Tensor:
-        """The loss of each margin, in the shape and format of `margins`.
-
-        sigmoid: -log sigmoid(margin), and with label smoothing e (1 - e) x that of the margin + e x
-        that of its negative (Mitchell 2023). ipo: (margin / beta - 1 / (2 beta))^2 (Azar et al.
-        2023).
-        """
-        if self.kind == "ipo":
-            return (margins / self.beta - 1 / (2 * self.beta)) ** 2
+        """The loss of each margin, in the shape and format of `margins`: -log sigmoid(margin). With
+        label smoothing e it is (1 - e) x that of the margin + e x that of its negative (Mitchell
+        2023)."""
         e = self.label_smoothing
         return -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
 

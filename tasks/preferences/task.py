@@ -51,7 +51,7 @@ class Preferences(Finetuning):
     """Learns the preferences of a task's rows."""
 
     cfg: PreferencesConfig
-    choices = ("beta", "label_smoothing", "dpo_loss")
+    choices = ("beta", "label_smoothing")
     # The last two have no part in the objective. Their means are logged.
     terms = {"dpo": 1.0, "reward_margin": 0.0, "reward_accuracy": 0.0}
     train_rows: Sequence[Row] = ()  # of `train`, once `setup` has read them
@@ -104,13 +104,12 @@ class Preferences(Finetuning):
     def _score_with_reference(self, say: Callable[[str], None]) -> None:
         """Training compares in the run's precision, so that rounding is the same on both sides, and
         evaluation in that of evaluations."""
-        cfg, tokenizer = self.cfg, self.trunk.tokenizer
-        model = open_reference(cfg, tokenizer, self.trunk.shape).to(
-            choose_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
-        )
+        cfg = self.cfg
+        device = choose_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
+        model = open_reference(cfg, self.trunk.tokenizer, self.trunk.shape)
         self.reference_sha256 = peft.weights_sha256(model)
         self.reference = {
-            name: kept_log_probs(model, self.reference_sha256, split, precision, cfg, say)
+            name: kept_log_probs(model, self.reference_sha256, split, precision, device, cfg, say)
             for name, split, precision in (
                 ("train", self.train, cfg.precision),
                 ("val", self.val, EVAL_PRECISION),
@@ -162,7 +161,7 @@ class Preferences(Finetuning):
         """The lines of every task, and one on the objective."""
         cfg = self.cfg
         smoothing = f", label smoothing {cfg.label_smoothing:g}" if cfg.label_smoothing else ""
-        about = f"{cfg.dpo_loss} loss, beta {cfg.beta:g}{smoothing}, reference: "
+        about = f"beta {cfg.beta:g}{smoothing}, reference: "
         return super().banner() | {"preferences": about + (cfg.reference or cfg.init)}
 
     # --- a step
@@ -271,4 +270,4 @@ class Preferences(Finetuning):
 
 def preference_of(cfg: PreferencesConfig) -> Preference:
     """The loss that the options name."""
-    return Preference(cfg.beta, cfg.label_smoothing, cfg.dpo_loss)
+    return Preference(cfg.beta, cfg.label_smoothing)

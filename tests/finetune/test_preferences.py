@@ -90,17 +90,13 @@ def plain_log_p(model: GPT, tokens: np.ndarray, scored: np.ndarray) -> Tensor:
 
 
 def plain_loss(h: Tensor, cfg: Any) -> Tensor:
-    """The formulas of the papers, of a difference h of log-ratios."""
-    if cfg.dpo_loss == "ipo":
-        return (h - 1 / (2 * cfg.beta)) ** 2
+    """The formula of the paper, of a difference h of log-ratios."""
     p = 1 / (1 + torch.exp(-cfg.beta * h))
     return -(1 - cfg.label_smoothing) * p.log() - cfg.label_smoothing * (1 - p).log()
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"dpo_loss": "ipo", "beta": 0.5}],
-    ids=["sigmoid", "smoothing", "ipo"],
+    "options", [{}, {"beta": 0.7, "label_smoothing": 0.2}], ids=["plain", "smoothed"]
 )
 @pytest.mark.parametrize("chunk", [1 << 30, 12_000], ids=["whole", "in chunks"])
 def test_loss_and_gradients_equal_plain_float64(
@@ -395,11 +391,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path) -> None:
         assert end.code == 2 and message in end.err and end.err.count("\n") == 1, end
 
 
-def test_options_and_rows_that_do_not_go_together_are_refused(inputs: Path) -> None:
+def test_rows_and_references_of_another_kind_are_refused(inputs: Path) -> None:
     with pytest.raises(UserError, match=r"line 2 is a conversation and .*line 1 is not"):
         set_up(inputs, [PLAIN, TALK])
-    with pytest.raises(UserError, match="--label-smoothing belongs to --dpo-loss sigmoid"):
-        set_up(inputs, dpo_loss="ipo", label_smoothing=0.1)
     load_tokenizer(str(inputs / "base")).with_special(("<else>",)).save(inputs / "else")
     model = GPT.from_pretrained(inputs / "base")
     add_tokens(model, range(model.config.vocab_size, model.config.vocab_size + 1))
