@@ -48,10 +48,14 @@ def expand(record: Record) -> Iterator[Record]:
 
 
 def _checked(value: Any) -> Any:
-    """The messages of a conversation, a text with Unix line ends, or the value as it is if the
-    reader will refuse it."""
+    """The messages of a conversation, a text with Unix line ends ("" for a missing value), or the
+    value as it is if the reader will refuse it."""
     if isinstance(value, NotUtf8):
         return value
+    if value is None or value != value:  # NaN, which pandas writes for a missing value
+        return ""
+    if isinstance(value, int | float):
+        return str(value)
     if (messages := messages_of(value)) is not None:
         return messages
     if isinstance(value, list):
@@ -60,18 +64,12 @@ def _checked(value: Any) -> Any:
 
 
 def _pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    """The cells of a pair. See `_checked` for the values."""
-    broken = {
-        name: value
-        for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
-        if isinstance(value, Unreadable) or not isinstance(value, str | list) or not value
-    }
-    if prompt == "":
-        broken.pop("prompt")
-    if "prompt" in broken:  # a field that may be empty: a row of --predict would be kept without it
-        broken["chosen"] = broken["prompt"]
-    if broken:
-        return broken
+    """The cells that change when a pair is put into its common layout. See `_checked` for the
+    values."""
+    readable = all(isinstance(value, str | list) for value in (prompt, chosen, rejected))
+    if not (readable and chosen and rejected):  # the reader says what is wrong
+        # The prompt may be empty. So that --predict does not read the row without it:
+        return {} if isinstance(prompt, str | list) else {"chosen": prompt}
     if isinstance(prompt, list):  # the answers may still be texts
         return _of_conversations(prompt, _answered(chosen), _answered(rejected))
     if isinstance(chosen, list) and isinstance(rejected, list):

@@ -323,6 +323,7 @@ LAYOUTS: dict[str, tuple[Any, Any]] = {  # a row, and its prompt, chosen and rej
         {"chosen": f"{HUMAN} It is blue.", "rejected": f"{HUMAN} It is green.\n\nHuman: No"},
         {"prompt": HUMAN, "chosen": " It is blue.", "rejected": " It is green.\n\nHuman: No"},
     ),
+    "numbers": (PLAIN | {"chosen": 4, "rejected": 5.5}, PLAIN | {"chosen": "4", "rejected": "5.5"}),
     "a later difference": (
         {k: [*WHOLE["chosen"], user("Why?"), assistant(k)] for k in WHOLE},
         {"prompt": [*WHOLE["chosen"], user("Why?")]} | {k: [assistant(k)] for k in WHOLE},
@@ -461,6 +462,8 @@ def test_a_run_resumes_and_predicts(folder: Path) -> None:
     end = run_well("preferences", folder, more, f"--resume {middle} --out branch")
     assert "pairs with the reference" not in end.out
     check_same_second_half(run, folder / "branch", 4)
+    (end,) = launch(folder, ["run"], program="tools.verify")
+    assert end.code == 0 and "bit for bit the same" in end.out, end
 
 
 def test_two_ranks_and_kills_change_no_figure(folder: Path) -> None:
