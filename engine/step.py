@@ -29,7 +29,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Copy every tensor of a batch to the device. On CUDA this does not wait for the copies. On MPS
     it must: an unfinished copy reads memory that Python may have freed."""
     ahead = device.type == "cuda"
-    return tree_map(lambda v: v.to(device, non_blocking=ahead) if isinstance(v, Tensor) else v, batch)
+    return tree_map(
+        lambda v: v.to(device, non_blocking=ahead) if isinstance(v, Tensor) else v, batch
+    )
 
 
 def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:

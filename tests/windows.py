@@ -68,31 +68,32 @@ def _is_open(file: int) -> bool:
 
 def become() -> None:
     """Turn this process into one on Windows, before it imports modules of this project."""
+    used = psutil.Process().memory_info()
+    memory = types.SimpleNamespace(rss=used.rss, vms=used.vms, peak_wset=used.rss)
     for name in modules():
         sys.modules.pop(name, None)
     sys.modules["msvcrt"] = FakeMsvcrt()
-    builtins.__import__ = _import
-    subprocess.Popen.kill = lambda process: process.send_signal(9)
-    subprocess.Popen.terminate = lambda process: process.send_signal(15)
-    for name in FUNCTIONS:
-        if hasattr(os, name):
-            delattr(os, name)
-    for name in SIGNALS:
-        delattr(signal, name)
-    # The standard library then takes the ways that it takes on Windows.
-    mock.patch.object(shutil, "_use_fd_functions", False).start()
-    mock.patch.object(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile).start()
-    sys.platform = "win32"
-    used = psutil.Process().memory_info()
-    psutil.Process.memory_info = lambda process: types.SimpleNamespace(
-        rss=used.rss, vms=used.vms, peak_wset=used.rss
-    )
-    os.open = _checked(os.open, _refuse_folder)
-    os.fsync = _checked(os.fsync, _refuse_read_only)
-    for name in ("unlink", "remove"):
-        setattr(os, name, _checked(getattr(os, name), _refuse_open_files))
-    os.rename = _checked(os.rename, _refuse_open_files, _refuse_existing)
-    os.replace = _checked(os.replace, _refuse_open_files)
+    for owner, name, value in (
+        (builtins, "__import__", _import),
+        (sys, "platform", "win32"),
+        (os, "open", _checked(os.open, _refuse_folder)),
+        (os, "fsync", _checked(os.fsync, _refuse_read_only)),
+        (os, "unlink", _checked(os.unlink, _refuse_open_files)),
+        (os, "remove", _checked(os.remove, _refuse_open_files)),
+        (os, "rename", _checked(os.rename, _refuse_open_files, _refuse_existing)),
+        (os, "replace", _checked(os.replace, _refuse_open_files)),
+        (psutil.Process, "memory_info", lambda process: memory),
+        # The standard library takes the ways that it takes on Windows.
+        (shutil, "_use_fd_functions", False),
+        (tempfile, "TemporaryFile", tempfile.NamedTemporaryFile),
+        (subprocess.Popen, "kill", lambda process: process.send_signal(9)),
+        (subprocess.Popen, "terminate", lambda process: process.send_signal(15)),
+    ):
+        mock.patch.object(owner, name, value).start()
+    for owner, names in ((os, FUNCTIONS), (signal, SIGNALS)):
+        for name in names:
+            if hasattr(owner, name):
+                delattr(owner, name)
 
 
 def _import(name: str, globals: Any = None, *rest: Any, **named: Any) -> Any:
@@ -131,8 +132,8 @@ def _refuse_existing(old: Any, new: Any) -> None:
 def _refuse_open_files(*paths: Any) -> None:
     """Refuse to delete, rename or replace a file, or a folder with one, that this process has
     open or mapped."""
-    mapped = [line.split(maxsplit=5)[5:] for line in open("/proc/self/maps", encoding="utf-8")]
-    used = {entry[0].strip() for entry in mapped if entry}
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    used = {line.split(maxsplit=5)[-1] for line in maps}
     for number in os.listdir("/proc/self/fd"):
         if os.path.exists(link := f"/proc/self/fd/{number}"):
             used.add(os.readlink(link))
