@@ -49,6 +49,7 @@ WANTED = (
     "safetensors",
     "tokenizers",
     "rich",
+    "psutil",
     "tiktoken",
     "pytest",
     "pytest-timeout",
