@@ -43,7 +43,7 @@ REHEARSAL = (
 )
 
 
-NEEDED = ("numpy", "safetensors")
+NEEDED = ("numpy", "psutil", "safetensors")
 OF_PROGRAMS = ("tokenizers", "tiktoken", "rich")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
