@@ -495,7 +495,19 @@ def test_a_tuned_model_holds_a_conversation(folder: Path) -> None:
     rows = [TALK, TALK | {"prompt": [user("And the sea?")]}]
     write_rows(folder / "talk.jsonl", rows)
     more = "--data talk.jsonl --val-data talk.jsonl --method bitfit --steps 3 --save-every 1"
-    run_well("preferences", folder, "--init base", more, "--eval-every 1 --lr 1e-2")
+    same = TALK | {"rejected": TALK["chosen"]}
+    long = TALK | {"chosen": [assistant(LONG * 4)]}
+    write_rows(folder / "asked.jsonl", [same, TALK, long])
+    more += " --predict asked.jsonl --answers compared.jsonl"
+    end = run_well("preferences", folder, "--init base", more, "--eval-every 1 --lr 1e-2")
+    assert "2 of 3 rows could not be compared, and are not counted" in end.out
+    lines = map(json.loads, (folder / "compared.jsonl").read_text().splitlines())
+    broken, sound, dropped = lines
+    assert broken["preferred"] is None and "is the same as 'chosen'" in broken["unreadable"]
+    assert dropped["preferred"] is None and "does not fit into 160 tokens" in dropped["unreadable"]
+    assert {k: sound[k] for k in TALK} == TALK and sound["preferred"] == "chosen"
+    scores = json.loads((folder / "compared.scores.json").read_text())
+    assert scores["reward_margin"] == sound["reward_margin"] > 0
     words = ["run", "--chat", "--decode", "greedy", "--max-new-tokens", "5", "Which colour?"]
     (end,) = launch(folder, words, program="generate")
     assert end.code == 0 and end.out.strip(), end
