@@ -1,4 +1,4 @@
-"""The part of the task seam that classification and generation share: the model with its adapter,
+"""The part of the task seam that the families of tasks share: the model with its adapter,
 the order of rows, and the facts of a run.
 
 A row becomes a sequence of tokens, padded at the right. Causal attention never reads that padding.
@@ -75,10 +75,10 @@ class Predictor(Protocol):
 class Finetuning(Task):
     """A Task that follows a description.
 
-    Each family (Classification, Generation) implements `setup`, `batch`, `loss` and the metrics.
+    Each family (Classification, Generation, Preferences) implements `setup`, `batch`, `loss` and the metrics.
     """
 
-    description: Any  # a ClassificationDescription or a GenerationDescription
+    description: Any  # the family's subclass of Description
     cfg: Any  # an instance of description.config
     source: Source
     predict_rows: list[Row] | None = None  # the rows of --predict, once they are read

@@ -17,6 +17,7 @@ from text.encodings import NotUtf8
 from text.row import Record, Unreadable
 
 PROMPTS = ("prompt", "question", "instruction")  # usual names of the column
+ANSWERS = ("chosen", "rejected")
 TURN = "\n\nAssistant:"  # ends the prompt in the files of Anthropic's HH
 SAME = Unreadable("is the same as 'chosen'")
 
@@ -35,15 +36,15 @@ def messages_of(value: Any) -> list[Message] | None:
 def expand(record: Record) -> Iterator[Record]:
     """The record with the cells "prompt", "chosen" and "rejected", whichever layout it had.
 
-    A cell that does not fit becomes Unreadable. A record without a cell "chosen" or "rejected" stays
-    as it is, so that the reader names the missing column.
+    A cell that does not fit becomes Unreadable. If a cell is missing, the reader says so.
     """
     place, cells = record
-    if isinstance(cells, dict) and "chosen" in cells and "rejected" in cells:
+    if isinstance(cells, dict) and any(name in cells for name in ANSWERS):
         prompt = next((cells[name] for name in PROMPTS if cells.get(name)), "")
-        given = {"prompt": prompt, "chosen": cells["chosen"], "rejected": cells["rejected"]}
+        given = {"prompt": prompt} | {name: cells[name] for name in ANSWERS if name in cells}
         read = {name: _checked(value) for name, value in given.items()}
-        cells = {k: dumps(v) if isinstance(v, list) else v for k, v in read.items()} | _pair(**read)
+        cells = {k: dumps(v) if isinstance(v, list) else v for k, v in read.items()}
+        cells |= _pair(**read) if len(read) == 3 else {}
     yield place, cells
 
 

@@ -28,7 +28,7 @@ from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Tensors
 from model import GPT
 from tasks import methods
-from tasks.description import Parts, plain
+from tasks.description import Parts, SpecialToken
 from tasks.finetuning import EVAL_PRECISION, Finetuning
 from tasks.generation import chat
 from tasks.order import bucket_for
@@ -122,7 +122,8 @@ class Preferences(Finetuning):
 
     def read_text(self, row: Row, cfg: Any) -> str:
         """The prompt of a row, which is compared with other rows."""
-        return plain(self.description.pair(row).prompt)
+        prompt = self.description.pair(row).prompt
+        return "\n".join(part for part in prompt if not isinstance(part, SpecialToken))
 
     def _first_rows(self) -> list[str]:
         """The first pairs of the first batch for --show-rows, with the scored text between ⟦ and

@@ -4,6 +4,7 @@ layouts of rows, and whole runs."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import re
@@ -21,6 +22,7 @@ from adapters.options import Method
 from config import GPTConfig, UserError
 from engine.evaluation import evaluate
 from engine.loader import Loader
+from engine.memory import estimate
 from launch import die, launch, log_of, trace
 from model import GPT
 from tasks.description import EarlierAnswer
@@ -177,6 +179,17 @@ def test_a_prompt_token_changes_only_what_follows(inputs: Path) -> None:
     padded["idx"][0, 2] += 1
     other = scoring.answer_log_probs(model, padded)
     assert (other[1:] == found[1:]).all() and other[0] != found[0]
+
+
+def test_the_estimated_memory_holds_both_sequences(inputs: Path) -> None:
+    """A pair takes about what two rows of a language model do, and less for the head, which reads
+    the answers alone."""
+    task = set_up(inputs)
+    cost = task.cost()
+    pair = estimate(cost, task.cfg, 2, "cpu")
+    rows = estimate(dataclasses.replace(cost, loss=None), task.cfg, 4, "cpu")
+    assert 0.9 * rows.activations < pair.activations < 1.3 * rows.activations
+    assert 0 < pair.logits < rows.logits
 
 
 # --- rows that are too long
@@ -352,6 +365,7 @@ def test_every_layout_is_read(layout: str, tmp_path: Path) -> None:
 
 BROKEN: dict[str, Any] = {  # what is said of a row, and the row
     "is the same as 'chosen' in column 'rejected'": PLAIN | {"rejected": " blue."},
+    "has nothing in column 'rejected'": {k: TALK[k] for k in ("prompt", "chosen")},
     "has nothing in column 'chosen'": PLAIN | {"chosen": ""},
     "begins unlike 'chosen', and there is no prompt": {"chosen": "a b", "rejected": "c b"},
     "has no answer after what both texts share": {"chosen": HUMAN, "rejected": f"{HUMAN} a"},
