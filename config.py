@@ -339,6 +339,13 @@ class TrainConfig(RunConfig):
     eval_tokens: TokensOrAll | None = None
     """Validation tokens in one evaluation. 0: all of them. Default: 10485760 on CUDA, 65536
     elsewhere."""
+    eval_hellaswag: PathOrName | None = None
+    """JSONL file of HellaSwag's rows, or hub: each evaluation scores them too."""
+    eval_lambada: PathOrName | None = None
+    """JSONL file of LAMBADA's rows, or hub: each evaluation scores them too."""
+    eval_rows: CountOrNone | None = None
+    """First rows of each of these two to score. 0: all of them. Default: all on CUDA, 250
+    elsewhere."""
 
 
 class Resolved(RunConfig):
@@ -361,6 +368,7 @@ class ResolvedTrain(Resolved, TrainConfig):
     seq_len: int
     batch_tokens: int
     eval_tokens: int
+    eval_rows: int
 
 
 # Peak learning rates of GPT-3's models of these sizes (Brown et al. 2020, table 2.1). Smaller
@@ -417,6 +425,7 @@ def _pretraining_defaults(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
         "steps": 500 if data == "stdlib" else 19073 if gpu else 1000,
         "batch_tokens": 524288 if gpu else 8192,
         "eval_tokens": 10 << 20 if gpu else 1 << 16,
+        "eval_rows": 0 if gpu else 250,
         "seq_len": 1024 if gpu else 256,
     }
 

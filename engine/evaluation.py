@@ -22,15 +22,20 @@ def evaluate(
     task, model, world = step.task, step.model, step.world
     was_training = model.training
     model.eval()
+    parts = [
+        (split, ids)
+        for split in task.evaluated
+        for ids in partition(task.rows(split, 0), world.rank, world.size, micro_batch)
+    ]
     sums: dict[str, Tensor] = {}
     records: dict[int, Any] = {}
     try:
-        for ids in partition(task.rows("val", 0), world.rank, world.size, micro_batch):
+        for split, ids in parts:
             if stop():
                 return None
             if ids is None:
                 continue
-            counts, found = step.evaluate(task.batch("val", ids).tensors)
+            counts, found = step.evaluate(task.batch(split, ids).tensors)
             records |= found
             # MPS has no fp64, so its sums are kept on the host.
             device = torch.device("cpu") if world.device.type == "mps" else world.device

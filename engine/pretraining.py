@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,8 @@ from config import ResolvedTrain, RunConfig, TrainConfig, UserError, resolved
 from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
+from decoding.scoring import bits_per_byte, perplexity
+from engine import curves
 from engine.data import Data, check_data, check_files, open_data
 from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
@@ -39,6 +40,7 @@ class LanguageModelling(Task):
 
     name = "pretrain"
     config = TrainConfig
+    evaluated = ("val", curves.SPLIT)
     cfg: ResolvedTrain
     data: Data
 
@@ -50,6 +52,7 @@ class LanguageModelling(Task):
         if cfg.data == "stdlib" and not Path(cfg.out, "config.json").exists():  # not on a resume
             say(STDLIB_NOTE)
         _check_data_exists(cfg)
+        self.curves = curves.Curves(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
@@ -67,6 +70,7 @@ class LanguageModelling(Task):
             )
             self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
+            self.curves.prepare(self.data.vocabulary, self.shape.block_size)
         with torch.device("meta"):
             flops = GPT(self.shape).flops_per_token(cfg.seq_len)
         return Facts(
@@ -138,6 +142,7 @@ class LanguageModelling(Task):
             "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} "
             "epochs), "
             f"{data.val.n_tokens:,} held out{data.left_out}",
+            **self.curves.banner,
         }
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
@@ -154,13 +159,18 @@ class LanguageModelling(Task):
             return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[
                 :, None
             ]
+        if split == curves.SPLIT:
+            return self.curves.rows()
         windows = self.data.val.n_windows(seq_len)
         if self.cfg.eval_tokens:
             windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
         return np.arange(windows)[:, None]
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
-        """idx and targets (B, T) int64, and with --document-mask also segments (B, T)."""
+        """idx and targets (B, T) int64, and with --document-mask also segments (B, T); or the
+        numbers of a benchmark's batches."""
+        if split == curves.SPLIT:
+            return Batch({split: torch.from_numpy(ids)}, {}, {})
         data = self.data.train if split == "train" else self.data.val
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
@@ -177,18 +187,23 @@ class LanguageModelling(Task):
         return {"nll": model(**batch, reduction="sum")}
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
-        """The summed cross-entropy in nats and the number of targets. No records."""
+        """The summed cross-entropy in nats and the number of targets. The records are scores of
+        benchmarks."""
+        if curves.SPLIT in batch:
+            assert isinstance(model, GPT)
+            return {}, self.curves.score(model, batch[curves.SPLIT])
         nll = model(**batch, reduction="sum")
         return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        """Loss per token in nats, perplexity and, if the text's size is known, bits per byte."""
+        """Loss per token in nats, perplexity, if the text's size is known bits per byte, and the
+        figures of benchmarks."""
         nll, tokens = sums["nll"], sums["tokens"]
         metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
         val = self.data.val
         if val.n_bytes:
             metrics["val_bits_per_byte"] = bits_per_byte(nll, tokens * val.n_bytes / val.n_tokens)
-        return metrics
+        return metrics | self.curves.metrics(records)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """Sampled continuations (top-k 50) of --prompts; none if there is no tokenizer here."""
@@ -256,16 +271,3 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
         return None
     where = locate(cfg.init)
     return where if has_tokenizer(where) else None
-
-
-def perplexity(nll: float, count: float) -> float:
-    """exp(nll / count) for a sum of nats over `count` tokens (or words); inf on overflow."""
-    try:
-        return math.exp(nll / count)
-    except OverflowError:
-        return math.inf
-
-
-def bits_per_byte(nll: float, n_bytes: float) -> float:
-    """Convert a sum of nats to bits per byte of text, comparable between tokenizers."""
-    return nll / math.log(2) / n_bytes
