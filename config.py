@@ -66,9 +66,11 @@ class Range:
 
 @dataclass(frozen=True)
 class PathName:
-    """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated."""
+    """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated.
+    `weighted`: it also takes several words with weights, which become one text (base/sources.py)."""
 
     many: bool = False
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ Positive = Annotated[float, Range(1e-6, 1e6)]
 # a path, a hub id or a word such as auto
 PathOrName = Annotated[str, PathName()]
 PathsOrNames = Annotated[str, PathName(many=True)]
+Sources = Annotated[str, PathName(many=True, weighted=True)]
 
 
 @dataclass
@@ -320,10 +323,10 @@ class TrainConfig(RunConfig):
     """Options of a pretraining run. Where an option's help names no default, the run chooses what
     suits the machine, and its banner says what."""
 
-    data: PathsOrNames | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
-    has been prepared, else stdlib."""
-    val_data: PathsOrNames | None = None
+    data: Sources | None = None
+    """Token shards, text files or globs, a hub dataset id, or stdlib; or several of these with
+    weights: A=0.7 B=0.3. Default: data/fineweb if it has been prepared, else stdlib."""
+    val_data: Sources | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from base.cli import entry_point, parse
 from base.files import writable_file
+from base.sources import names_of, specs_of
 from config import Count, PathOrName, PathsOrNames, Positional, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class EvaluateConfig:
 
     data: PathsOrNames | None = None
     """Data for loss, perplexity and bits per byte: token shards (those named val, if there are
-    any), text, a hub dataset or stdlib."""
+    any), text, a hub dataset or stdlib. A run's "A=0.7 B=0.3", as one word, gives each source's."""
     hellaswag: PathOrName | None = None
     """JSONL file for HellaSwag's accuracy, or hub for the hub's validation rows."""
     lambada: PathOrName | None = None
@@ -323,17 +324,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     if isinstance(found, str):
         say(f"no clean scores: {found}; name it with --train-data FILE")
     figures: dict[str, Figures] = {}
-    if config.data:
-        dataset = open_whole(config.data, tokenizer, config.text_column, Path(config.cache), say)
+    sources = specs_of(config.data) if config.data else []
+    for name, source in zip(names_of(sources), sources, strict=True):
+        one = dataclasses.replace(config, data=source.spec)
+        dataset = open_whole(source.spec, tokenizer, config.text_column, Path(config.cache), say)
         if tokenizer is None and (dataset.vocab_size or 0) > model.config.vocab_size:
             raise UserError(
-                f"--data {config.data} has {dataset.vocab_size:,} token ids, but the model of "
+                f"--data {source.spec} has {dataset.vocab_size:,} token ids, but the model of "
                 f"{config.checkpoint} has only {model.config.vocab_size:,}; give shards that its "
                 "tokenizer made"
             )
         eot = tokenizer.eot if tokenizer else None
-        overlap = overlap_of_documents(config, dataset, training, eot)
-        figures["data"] = evaluate_data(
+        overlap = overlap_of_documents(one, dataset, training, eot)
+        figures["data" if len(sources) == 1 else f"data {name}"] = evaluate_data(
             model, dataset, dataset.n_bytes, seq_len, batch_size, eot, overlap
         )
     batch_tokens = batch_size * model.config.block_size

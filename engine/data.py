@@ -7,6 +7,7 @@ A vocabulary is identified by the hash of its tokenizer, if that is known.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from typing import Any
 
 from base.console import counted
 from base.files import sha256
+from base.sources import specs_of
 from config import UserError
 from dataset import TokenDataset
+from engine.mixture import Dataset, mixed
 from storage.cache import Cache, changed_while_read, digest
 from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
@@ -75,8 +78,8 @@ class Vocabulary:
 class Data:
     """The training and validation tokens of a run, and their vocabulary."""
 
-    train: TokenDataset
-    val: TokenDataset
+    train: Dataset
+    val: Dataset
     vocabulary: Vocabulary
     excluded: str | None = None  # hash of the data of --decontaminate
     left_out: str = ""  # how many documents that data left out, for the banner
@@ -150,50 +153,94 @@ def open_data(
     Without `val_data` a part of `data` is held out: the shards whose names contain the word val or
     validation, or every hundredth document of a text. If there is neither (fewer than 100
     documents), it is the last hundredth of the stream, at least one window and at most a tenth.
+    Each of several weighted sources holds out its own part, and all have one vocabulary: that of
+    token shards if there are any, else that of stdlib, else GPT-2's, unless `tokenizer` names it.
     Documents of `data` that share an n-gram with the texts of `decontaminate` are left out first.
     Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
-    store = Cache(cache)
+    store, sources = Cache(cache), specs_of(data)
     if tokenizer == CHARACTERS:
         files = _text_for_characters(data)
         requested = Vocabulary.of(characters_tokenizer(files, text_column, store, say))
     else:
         requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     excluded = _Excluded.find(decontaminate, text_column, store) if decontaminate else None
-    opened = _open(data, requested, text_column, store, val_data is None, say, excluded=excluded)
-    train, val, vocabulary = opened.train, opened.val, opened.vocabulary
-    if train is None:
-        raise UserError(
-            f"{data} holds only validation shards (val or validation in their names); give a "
-            "folder that holds others too"
+    vocabulary, named, opened = requested, True, dict[str, _Splits]()
+    for spec in _by_vocabulary([source.spec for source in sources]):
+        wanted = _wanted(spec, vocabulary)
+        found = _open(
+            spec, wanted, text_column, store, val_data is None, say, named, excluded=excluded
         )
-    if val_data is not None:
-        unknown = vocabulary.sha256 is None
-        other = _open(
-            val_data, None if unknown else vocabulary, text_column, store, False, say, named=False
-        )
-        val = other.val or other.train
-        if unknown:  # its size is then only known from the largest id
-            vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
-    elif val is None:
-        train, val = _split_tail(train, vocabulary, seq_len, data)
-    assert val is not None
-    for dataset, what in (
-        (train, data),
-        (val, f"validation data of {data}" if val_data is None else val_data),
-    ):
-        if not dataset.n_windows(seq_len):
-            raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+        opened[spec] = found
+        vocabulary, named = _larger(vocabulary, found.vocabulary), requested is not None
+    assert vocabulary is not None
+    trains, vals = [], []
+    for source in sources:
+        train, val = opened[source.spec].train, opened[source.spec].val
+        if train is None:
+            raise UserError(
+                f"{source.spec} holds only validation shards (val or validation in their names); "
+                "give a folder that holds others too"
+            )
+        if val_data is None:
+            train, val = (
+                (train, val) if val else _split_tail(train, vocabulary, seq_len, source.spec)
+            )
+            _check_length(val, f"validation data of {source.spec}", seq_len)
+            vals.append(val)
+        _check_length(train, source.spec, seq_len)
+        trains.append(train)
+    val_sources = sources if val_data is None else specs_of(val_data)
+    for source in val_sources if val_data is not None else ():
+        wanted = _wanted(source.spec, vocabulary)
+        found = _open(source.spec, wanted, text_column, store, False, say, named=False)
+        val = found.val or found.train
+        assert val is not None
+        _check_length(val, source.spec, seq_len)
+        vocabulary = _larger(vocabulary, found.vocabulary)
+        vals.append(val)
+    data_of_run = Data(mixed(sources, trains), mixed(val_sources, vals), vocabulary)
     if excluded is None:
-        return Data(train, val, vocabulary)
-    left_out = counted(opened.shared_documents, "document")
+        return data_of_run
+    n_shared = sum(found.shared_documents for found in opened.values())
+    left_out = counted(n_shared, "document")
     note = f"; {left_out} left out for sharing {N} words in a row with {decontaminate}"
-    return Data(train, val, vocabulary, excluded.sha256, note)
+    return dataclasses.replace(data_of_run, excluded=excluded.sha256, left_out=note)
+
+
+def _by_vocabulary(specs: list[str]) -> list[str]:
+    """The sources in the order in which they determine the vocabulary: token shards come first,
+    whose ids are fixed, then stdlib, which has a tokenizer of its own."""
+
+    def rank(spec: str) -> int:
+        path = Path(spec).expanduser()
+        return 0 if _shard_files(path) else 1 if spec == "stdlib" and not path.exists() else 2
+
+    return sorted(specs, key=rank)
+
+
+def _wanted(spec: str, vocabulary: Vocabulary | None) -> Vocabulary | None:
+    """The vocabulary to ask of a source when others have determined one. Of shards none is asked if
+    it is unknown."""
+    unknown = vocabulary is not None and vocabulary.sha256 is None
+    return None if unknown and _shard_files(Path(spec).expanduser()) else vocabulary
+
+
+def _larger(first: Vocabulary | None, second: Vocabulary) -> Vocabulary:
+    """The vocabulary of both. If it is unknown, its size is only known from the largest id."""
+    if first is None or first.sha256 is None:
+        return max(filter(None, (first, second)), key=lambda vocabulary: vocabulary.size)
+    return first
+
+
+def _check_length(dataset: TokenDataset, what: str, seq_len: int) -> None:
+    if not dataset.n_windows(seq_len):
+        raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
 
 
 def _text_for_characters(data: str) -> list[Path]:
     """The text files whose characters --tokenizer characters takes."""
-    shards = _shard_files(Path(data).expanduser())
+    shards = any(_shard_files(Path(source.spec).expanduser()) for source in specs_of(data))
     files = None if shards else corpus.files_of(data)
     if files is None:
         raise UserError(
@@ -297,6 +344,7 @@ def check_data(
     """
     for spec in filter(None, (data, val_data)):
         check_files(spec)  # before the tokenizer: if files are missing, it is of no use
+    specs = _by_vocabulary([source.spec for source in specs_of(data)])
     requested, tokenizer_error = None, None
     try:
         if tokenizer == CHARACTERS:
@@ -306,26 +354,30 @@ def check_data(
     except UserError as error:  # raised below, after errors about the data
         tokenizer_error = error
     store = Cache(cache)
-    _check_there(data, requested, text_column, store)
-    if val_data is not None:
-        _check_there(val_data, requested, text_column, store)
+    for spec in (*specs, *(source.spec for source in specs_of(val_data or "") if val_data)):
+        _check_there(spec, requested, text_column, store)
     if tokenizer_error:
         raise tokenizer_error
-    path = Path(data).expanduser()
+    path = Path(specs[0]).expanduser()
     if files := _shard_files(path):
         return _open_shards(path, files, requested, store).vocabulary.size
     if requested:
         return requested.size
     return (
         STDLIB_VOCAB
-        if data == "stdlib" and not path.exists()
+        if specs[0] == "stdlib" and not path.exists()
         else load_tokenizer("gpt2").vocab_size
     )
 
 
 def check_files(spec: str) -> None:
-    """Raise UserError if `spec` names files of which one is missing or cannot be read. The hub is
-    not asked about a dataset."""
+    """Raise UserError if `spec` names files of which one is missing or cannot be read, in any of
+    its sources. The hub is not asked about a dataset."""
+    specs = [source.spec for source in specs_of(spec)]
+    if specs != [spec]:
+        for each in specs:
+            check_files(each)
+        return
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return

@@ -40,6 +40,7 @@ def evaluate(
             # MPS has no fp64, so its sums are kept on the host.
             device = torch.device("cpu") if world.device.type == "mps" else world.device
             for key, value in counts.items():
+                key = key if split == "val" else f"{split} {key}"
                 count = torch.as_tensor(value, device=device)
                 sums[key] = sums.get(key, 0) + count.double()
     finally:

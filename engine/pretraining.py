@@ -14,11 +14,9 @@ import torch.nn as nn
 
 from base.console import counted
 from config import ResolvedTrain, RunConfig, TrainConfig, UserError, resolved
-from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
-from decoding.scoring import bits_per_byte, perplexity
-from engine import curves
+from engine import curves, mixture
 from engine.data import Data, check_data, check_files, open_data
 from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
@@ -40,7 +38,6 @@ class LanguageModelling(Task):
 
     name = "pretrain"
     config = TrainConfig
-    evaluated = ("val", curves.SPLIT)
     cfg: ResolvedTrain
     data: Data
 
@@ -68,6 +65,8 @@ class LanguageModelling(Task):
                 say,
                 cfg.decontaminate,
             )
+            self.val = mixture.Validation(self.data.val)
+            self.evaluated = (*self.val.splits, curves.SPLIT)
             self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
             self.curves.prepare(self.data.vocabulary, self.shape.block_size)
@@ -96,9 +95,11 @@ class LanguageModelling(Task):
             )
 
     def _warnings(self) -> tuple[str, ...]:
+        found = mixture.repeated(self.data.train, self.cfg.steps * self.cfg.batch_tokens)
         if self.data.vocabulary.tokenizer:
-            return ()
+            return found
         return (
+            *found,
             f"training without the shards' tokenizer ({self.data.vocabulary.missing}): no samples "
             "are printed, and the model is saved without a tokenizer",
         )
@@ -116,6 +117,8 @@ class LanguageModelling(Task):
             "padded_vocabulary": config.padded_vocab_size,
             "data": self.data.train.sha256,
             "val_data": self.data.val.sha256,
+            "weights": mixture.weights_of(self.data.train),
+            "val_weights": mixture.weights_of(self.data.val),
             "decontaminate": self.data.excluded,
             "tokenizer": self.data.vocabulary.sha256,
         }
@@ -134,14 +137,12 @@ class LanguageModelling(Task):
             if config.padded_vocab_size > config.vocab_size
             else ""
         )
-        epochs = self.cfg.steps * self.cfg.batch_tokens / data.train.n_tokens
+        tokens = self.cfg.steps * self.cfg.batch_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
             + ("" if data.vocabulary.tokenizer else ", not on this machine"),
-            "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} "
-            "epochs), "
-            f"{data.val.n_tokens:,} held out{data.left_out}",
+            **mixture.banner(self.cfg.data, data.train, data.val, data.left_out, tokens),
             **self.curves.banner,
         }
 
@@ -156,22 +157,17 @@ class LanguageModelling(Task):
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
-            return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[
-                :, None
-            ]
+            return self.data.train.order(positions, seq_len, self.cfg.seed)[:, None]
         if split == curves.SPLIT:
             return self.curves.rows()
-        windows = self.data.val.n_windows(seq_len)
-        if self.cfg.eval_tokens:
-            windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
-        return np.arange(windows)[:, None]
+        return self.val.rows(split, seq_len, self.cfg.eval_tokens)
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         """idx and targets (B, T) int64, and with --document-mask also segments (B, T); or the
         numbers of a benchmark's batches."""
         if split == curves.SPLIT:
             return Batch({split: torch.from_numpy(ids)}, {}, {})
-        data = self.data.train if split == "train" else self.data.val
+        data = self.data.train if split == "train" else self.val.splits[split]
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
@@ -196,14 +192,8 @@ class LanguageModelling(Task):
         return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        """Loss per token in nats, perplexity, if the text's size is known bits per byte, and the
-        figures of benchmarks."""
-        nll, tokens = sums["nll"], sums["tokens"]
-        metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
-        val = self.data.val
-        if val.n_bytes:
-            metrics["val_bits_per_byte"] = bits_per_byte(nll, tokens * val.n_bytes / val.n_tokens)
-        return metrics | self.curves.metrics(records)
+        """See Validation.metrics, and the figures of benchmarks."""
+        return self.val.metrics(sums) | self.curves.metrics(records)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """Sampled continuations (top-k 50) of --prompts; none if there is no tokenizer here."""

@@ -178,7 +178,7 @@ def differing(values: Sequence[Mapping[str, Any]], names: Sequence[str] | None =
 def same_losses(runs: Sequence[RunFolder]) -> bool:
     """Whether losses of the runs can be compared: same task, validation data and tokenizer, as far
     as the runs recorded them."""
-    names = ("task", "val_data", "tokenizer")
+    names = ("task", "val_data", "val_weights", "tokenizer")
     known = [[run.identity[name] for run in runs if name in run.identity] for name in names]
     return all(len(set(map(str, values))) <= 1 for values in known)
 
