@@ -12,6 +12,7 @@ of its epochs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -64,7 +65,10 @@ class Mixture:
         self.shares = [part / sum(self.parts) for part in self.parts]
         self.n_tokens = sum(dataset.n_tokens for dataset in datasets)
         self.sha256 = digest("mixture", [dataset.sha256 for dataset in datasets])
-        self._sources, self._before = schedule(self.parts)
+
+    @functools.cached_property
+    def _schedule(self) -> tuple[np.ndarray, np.ndarray]:
+        return schedule(self.parts)  # takes a moment, and validation data does not need it
 
     @property
     def weights(self) -> str:
@@ -77,9 +81,10 @@ class Mixture:
 
     def order(self, positions: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
         """The ids (P,) int64 of the windows at these positions (P,) of the run."""
-        period, slot = np.divmod(positions, len(self._sources))
-        sources, ids = self._sources[slot], np.empty(len(positions), np.int64)
-        numbers = period * np.array(self.parts)[sources] + self._before[slot]
+        scheduled, before = self._schedule
+        period, slot = np.divmod(positions, len(scheduled))
+        sources, ids = scheduled[slot], np.empty(len(positions), np.int64)
+        numbers = period * np.array(self.parts)[sources] + before[slot]
         first = 0
         for k, dataset in enumerate(self.datasets):
             own, n = sources == k, dataset.n_windows(seq_len)
