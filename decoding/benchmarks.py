@@ -1,7 +1,7 @@
 """HellaSwag and LAMBADA: their rows, what is scored of them, and the figures.
 
 A benchmark says which continuations are to be scored (`spans`), and makes figures of the scores.
-evaluate.py and training (engine/curves.py) score them, each in its own way.
+evaluate.py and training (engine/benchmarked.py) score them, each in its own way.
 """
 
 from __future__ import annotations

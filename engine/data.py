@@ -7,7 +7,6 @@ A vocabulary is identified by the hash of its tokenizer, if that is known.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -165,47 +164,86 @@ def open_data(
     else:
         requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     excluded = _Excluded.find(decontaminate, text_column, store) if decontaminate else None
-    vocabulary, named, opened = requested, True, dict[str, _Splits]()
-    for spec in _by_vocabulary([source.spec for source in sources]):
-        wanted = _wanted(spec, vocabulary)
-        found = _open(
-            spec, wanted, text_column, store, val_data is None, say, named, excluded=excluded
-        )
-        opened[spec] = found
-        vocabulary, named = _larger(vocabulary, found.vocabulary), requested is not None
-    assert vocabulary is not None
+    specs, named = [source.spec for source in sources], requested is not None
+    holdout = val_data is None
+    opened, vocabulary = _open_sources(
+        specs, requested, text_column, store, holdout, say, named, excluded
+    )
     trains, vals = [], []
-    for source in sources:
-        train, val = opened[source.spec].train, opened[source.spec].val
-        if train is None:
-            raise UserError(
-                f"{source.spec} holds only validation shards (val or validation in their names); "
-                "give a folder that holds others too"
-            )
-        if val_data is None:
-            train, val = (
-                (train, val) if val else _split_tail(train, vocabulary, seq_len, source.spec)
-            )
-            _check_length(val, f"validation data of {source.spec}", seq_len)
-            vals.append(val)
-        _check_length(train, source.spec, seq_len)
+    for spec, found in zip(specs, opened, strict=True):
+        train, val = _train_and_val(spec, found, vocabulary, seq_len, holdout)
         trains.append(train)
-    val_sources = sources if val_data is None else specs_of(val_data)
-    for source in val_sources if val_data is not None else ():
-        wanted = _wanted(source.spec, vocabulary)
-        found = _open(source.spec, wanted, text_column, store, False, say, named=False)
-        val = found.val or found.train
-        assert val is not None
-        _check_length(val, source.spec, seq_len)
-        vocabulary = _larger(vocabulary, found.vocabulary)
-        vals.append(val)
-    data_of_run = Data(mixed(sources, trains), mixed(val_sources, vals), vocabulary)
+        vals += [val] if val else []
+    val_sources = sources
+    if val_data is not None:
+        val_sources = specs_of(val_data)
+        specs = [source.spec for source in val_sources]
+        others, vocabulary = _open_sources(
+            specs, vocabulary, text_column, store, False, say, named=False
+        )
+        for source, found in zip(val_sources, others, strict=True):
+            val = found.val or found.train
+            assert val is not None
+            vals.append(_long_enough(val, source.spec, seq_len))
+    train, val = mixed(sources, trains), mixed(val_sources, vals)
     if excluded is None:
-        return data_of_run
-    n_shared = sum(found.shared_documents for found in opened.values())
-    left_out = counted(n_shared, "document")
+        return Data(train, val, vocabulary)
+    left_out = counted(sum(found.shared_documents for found in opened), "document")
     note = f"; {left_out} left out for sharing {N} words in a row with {decontaminate}"
-    return dataclasses.replace(data_of_run, excluded=excluded.sha256, left_out=note)
+    return Data(train, val, vocabulary, excluded.sha256, note)
+
+
+def _open_sources(
+    specs: list[str],
+    vocabulary: Vocabulary | None,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+    named: bool,
+    excluded: _Excluded | None = None,
+) -> tuple[list[_Splits], Vocabulary]:
+    """Open each of `specs` with one vocabulary, and return it too. `vocabulary`: the one to use, if
+    it is determined already; `named`: whether the user chose it."""
+    opened: dict[str, _Splits] = {}
+    for spec in _by_vocabulary(specs):
+        # Shards of an unknown vocabulary are of the same one, as far as anybody can tell.
+        unknown = vocabulary is not None and vocabulary.sha256 is None
+        wanted = None if unknown and _shard_files(Path(spec).expanduser()) else vocabulary
+        found = _open(spec, wanted, column, store, holdout, say, named, excluded)
+        opened[spec] = found
+        if vocabulary is None or unknown:  # its size is then only known from the largest id
+            sizes = filter(None, (vocabulary, found.vocabulary))
+            vocabulary = max(sizes, key=lambda vocabulary: vocabulary.size)
+    assert vocabulary is not None
+    return [opened[spec] for spec in specs], vocabulary
+
+
+def _train_and_val(
+    spec: str, found: _Splits, vocabulary: Vocabulary, seq_len: int, holdout: bool
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training data of a source, and with `holdout` its validation data."""
+    train, val = found.train, found.val
+    if train is None:
+        raise UserError(
+            f"{spec} holds only validation shards (val or validation in their names); give a "
+            "folder that holds others too"
+        )
+    if not holdout:
+        return _long_enough(train, spec, seq_len), None
+    if val is None:
+        train, val = _split_tail(train, vocabulary, seq_len, spec)
+    return (
+        _long_enough(train, spec, seq_len),
+        _long_enough(val, f"validation data of {spec}", seq_len),
+    )
+
+
+def _long_enough(dataset: TokenDataset, what: str, seq_len: int) -> TokenDataset:
+    """The same dataset. Raises UserError if it has no window."""
+    if not dataset.n_windows(seq_len):
+        raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+    return dataset
 
 
 def _by_vocabulary(specs: list[str]) -> list[str]:
@@ -217,25 +255,6 @@ def _by_vocabulary(specs: list[str]) -> list[str]:
         return 0 if _shard_files(path) else 1 if spec == "stdlib" and not path.exists() else 2
 
     return sorted(specs, key=rank)
-
-
-def _wanted(spec: str, vocabulary: Vocabulary | None) -> Vocabulary | None:
-    """The vocabulary to ask of a source when others have determined one. Of shards none is asked if
-    it is unknown."""
-    unknown = vocabulary is not None and vocabulary.sha256 is None
-    return None if unknown and _shard_files(Path(spec).expanduser()) else vocabulary
-
-
-def _larger(first: Vocabulary | None, second: Vocabulary) -> Vocabulary:
-    """The vocabulary of both. If it is unknown, its size is only known from the largest id."""
-    if first is None or first.sha256 is None:
-        return max(filter(None, (first, second)), key=lambda vocabulary: vocabulary.size)
-    return first
-
-
-def _check_length(dataset: TokenDataset, what: str, seq_len: int) -> None:
-    if not dataset.n_windows(seq_len):
-        raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
 
 
 def _text_for_characters(data: str) -> list[Path]:

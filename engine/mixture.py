@@ -73,7 +73,7 @@ class Mixture:
     @property
     def weights(self) -> str:
         """The shares as text, for a run's identity."""
-        return " ".join(f"{share:.5g}" for share in self.shares)
+        return " ".join(f"{share:.12g}" for share in self.shares)
 
     def n_windows(self, seq_len: int) -> int:
         """How many windows all sources have."""

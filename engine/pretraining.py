@@ -16,7 +16,7 @@ from base.console import counted
 from config import ResolvedTrain, RunConfig, TrainConfig, UserError, resolved
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
-from engine import curves, mixture
+from engine import benchmarked, mixture
 from engine.data import Data, check_data, check_files, open_data
 from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
@@ -49,7 +49,7 @@ class LanguageModelling(Task):
         if cfg.data == "stdlib" and not Path(cfg.out, "config.json").exists():  # not on a resume
             say(STDLIB_NOTE)
         _check_data_exists(cfg)
-        self.curves = curves.Curves(cfg)
+        self.benchmarks = benchmarked.BenchmarksOfRun(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
@@ -66,10 +66,10 @@ class LanguageModelling(Task):
                 cfg.decontaminate,
             )
             self.val = mixture.Validation(self.data.val)
-            self.evaluated = (*self.val.splits, curves.SPLIT)
+            self.evaluated = (*self.val.splits, benchmarked.SPLIT)
             self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
-            self.curves.prepare(self.data.vocabulary, self.shape.block_size)
+            self.benchmarks.prepare(self.data.vocabulary, self.shape.block_size)
         with torch.device("meta"):
             flops = GPT(self.shape).flops_per_token(cfg.seq_len)
         return Facts(
@@ -143,7 +143,7 @@ class LanguageModelling(Task):
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
             + ("" if data.vocabulary.tokenizer else ", not on this machine"),
             **mixture.banner(self.cfg.data, data.train, data.val, data.left_out, tokens),
-            **self.curves.banner,
+            **self.benchmarks.banner,
         }
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
@@ -158,14 +158,14 @@ class LanguageModelling(Task):
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
             return self.data.train.order(positions, seq_len, self.cfg.seed)[:, None]
-        if split == curves.SPLIT:
-            return self.curves.rows()
+        if split == benchmarked.SPLIT:
+            return self.benchmarks.rows()
         return self.val.rows(split, seq_len, self.cfg.eval_tokens)
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
         """idx and targets (B, T) int64, and with --document-mask also segments (B, T); or the
         numbers of a benchmark's batches."""
-        if split == curves.SPLIT:
+        if split == benchmarked.SPLIT:
             return Batch({split: torch.from_numpy(ids)}, {}, {})
         data = self.data.train if split == "train" else self.val.splits[split]
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
@@ -185,15 +185,15 @@ class LanguageModelling(Task):
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
         """The summed cross-entropy in nats and the number of targets. The records are scores of
         benchmarks."""
-        if curves.SPLIT in batch:
+        if benchmarked.SPLIT in batch:
             assert isinstance(model, GPT)
-            return {}, self.curves.score(model, batch[curves.SPLIT])
+            return {}, self.benchmarks.score(model, batch[benchmarked.SPLIT])
         nll = model(**batch, reduction="sum")
         return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
         """See Validation.metrics, and the figures of benchmarks."""
-        return self.val.metrics(sums) | self.curves.metrics(records)
+        return self.val.metrics(sums) | self.benchmarks.metrics(records)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """Sampled continuations (top-k 50) of --prompts; none if there is no tokenizer here."""

@@ -64,7 +64,9 @@ def test_shares_are_the_weights(weights: list[Fraction], exact: list[int]) -> No
     parts = mixture.parts_of(weights)
     for part, weight in zip(parts, weights, strict=True):
         share = float(weight / sum(weights))
-        assert part >= 1 and part / sum(parts) == pytest.approx(share, abs=2 / mixture.PERIOD)
+        assert part >= 1 and part / sum(parts) == pytest.approx(
+            share, abs=len(parts) / mixture.PERIOD
+        )
     tenths = [Fraction(n, 1000) for n in exact]
     parts = mixture.parts_of(tenths)
     assert [Fraction(part, sum(parts)) for part in parts] == [t / sum(tenths) for t in tenths]

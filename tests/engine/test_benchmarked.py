@@ -17,7 +17,7 @@ import torch
 import evaluate as script
 from config import ResolvedTrain, TrainConfig, UserError, resolve, resolved
 from decoding.benchmarks import BENCHMARKS
-from engine.curves import SPLIT
+from engine.benchmarked import SPLIT
 from engine.loader import partition
 from engine.pretraining import LanguageModelling
 from launch import WORDS, die, launch, log_of, small, trace, write_inputs
@@ -70,7 +70,7 @@ def figures(task: LanguageModelling, model: GPT, ranks: int, micro_batch: int) -
                 sums, found = task.evaluate(model, task.batch(SPLIT, ids).tensors)
                 assert not sums and not scores.keys() & found.keys()
                 scores |= found
-    return task.curves.metrics(scores)
+    return task.benchmarks.metrics(scores)
 
 
 def test_the_curves_are_the_figures_of_evaluate(folder: Path, monkeypatch, capsys) -> None:
@@ -123,7 +123,7 @@ def test_figures_do_not_depend_on_ranks_or_micro_batches(folder: Path) -> None:
         for parameter in model.parameters():
             parameter.mul_(4)
         expected = figures(task, model, 1, 1)
-        assert len(task.curves.batches) > 2
+        assert len(task.benchmarks.batches) > 2
         for ranks in range(1, 5):
             for micro_batch in (1, 3, 64):
                 assert figures(task, model, ranks, micro_batch) == expected
@@ -131,9 +131,9 @@ def test_figures_do_not_depend_on_ranks_or_micro_batches(folder: Path) -> None:
 
 
 def test_eval_rows_takes_the_first_rows(folder: Path) -> None:
-    counts = [each.counts["rows"] for each in task_of(folder, eval_rows=3).curves.benchmarks]
+    counts = [each.counts["rows"] for each in task_of(folder, eval_rows=3).benchmarks.encoded]
     assert counts == [3, 3]
-    assert len(task_of(folder, eval_rows=0).curves.spans) > 4 * N_ROWS
+    assert len(task_of(folder, eval_rows=0).benchmarks.spans) > 4 * N_ROWS
 
 
 def test_nothing_is_compiled_for_a_length(folder: Path) -> None:
@@ -158,8 +158,8 @@ def test_nothing_is_compiled_for_a_length(folder: Path) -> None:
 
 def test_without_the_option_nothing_is_scored(folder: Path) -> None:
     task = task_of(folder, eval_hellaswag=None, eval_lambada=None)
-    assert not len(task.rows(SPLIT, 0)) and task.curves.metrics({}) == {}
-    assert not any("benchmarks" in line for line in task.curves.banner)
+    assert not len(task.rows(SPLIT, 0)) and task.benchmarks.metrics({}) == {}
+    assert task.benchmarks.banner == {}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from config import ResolvedTrain, UserError
 from decoding.benchmarks import BENCHMARKS, Benchmark, read_rows
 from decoding.sampling import inference
-from decoding.scoring import Score, group_by_length, score_batch
+from decoding.scoring import Score, Span, group_by_length, score_batch
 from engine.data import Vocabulary
 from model import GPT
 
@@ -25,13 +25,16 @@ SPLIT = "benchmarks"  # the name of their rows, and of the tensor in a batch of 
 WINDOWS = 4
 
 
-class Curves:
+class BenchmarksOfRun:
     """The benchmarks of --eval-hellaswag and --eval-lambada. There may be none."""
+
+    spans: list[Span]  # what is to be scored, of all benchmarks
+    batches: list[list[int]]  # the same as batches of places in `spans`
 
     def __init__(self, cfg: ResolvedTrain):
         """Read the rows. Raises UserError for a file that is not of its benchmark, and for options
         that have no effect."""
-        self.benchmarks: list[Benchmark] = []
+        self.encoded: list[Benchmark] = []
         self.rows_of = [
             (kind, read_rows(kind, option, where, cfg.eval_rows or None))
             for kind in BENCHMARKS
@@ -54,15 +57,15 @@ class Curves:
             )
         for kind, rows in self.rows_of:
             assert vocabulary.tokenizer
-            self.benchmarks.append(kind(vocabulary.tokenizer, rows, block_size))
-        self.spans = [span for benchmark in self.benchmarks for span in benchmark.spans]
+            self.encoded.append(kind(vocabulary.tokenizer, rows, block_size))
+        self.spans = [span for benchmark in self.encoded for span in benchmark.spans]
         lengths = [len(span.ids) for span in self.spans]
         self.batches = list(group_by_length(lengths, WINDOWS * block_size))
 
     @property
     def banner(self) -> dict[str, str]:
         """A line with the rows of each benchmark, if there is one."""
-        told = [f"{each.name} {each.counts['rows']:,} rows" for each in self.benchmarks]
+        told = [f"{each.name} {each.counts['rows']:,} rows" for each in self.encoded]
         return {"benchmarks": ", ".join(told)} if told else {}
 
     def rows(self) -> np.ndarray:
@@ -83,7 +86,7 @@ class Curves:
         """The benchmarks' figures, from the scores of all continuations."""
         found: dict[str, Any] = {}
         first = 0
-        for benchmark in self.benchmarks:
+        for benchmark in self.encoded:
             end = first + len(benchmark.spans)
             figures = benchmark.figures(benchmark.results([scores[n] for n in range(first, end)]))
             found |= {f"{benchmark.name}_{name}": figures[name] for name in benchmark.curves}
