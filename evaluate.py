@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -289,7 +290,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     import torch
 
     from decoding.benchmarks import BENCHMARKS, read_rows
-    from decoding.loading import open_tokenizer, open_weights, tokenizer_folder
+    from decoding.loading import check_known, open_tokenizer, open_weights, tokenizer_folder
     from engine import processes
     from engine.data import check_files, open_whole
     from engine.precision import set_products
@@ -334,6 +335,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
                 f"{config.checkpoint} has only {model.config.vocab_size:,}; give shards that its "
                 "tokenizer made"
             )
+        if tokenizer and tokenizer.eot >= model.config.vocab_size:
+            for windows in batches_of_windows(dataset, 1 << 16, 1):
+                ids = windows.unique().tolist()
+                check_known(tokenizer, model.config.vocab_size, ids, f"--data {source.spec}")
         eot = tokenizer.eot if tokenizer else None
         overlap = overlap_of_documents(one, dataset, training, eot)
         figures["data" if len(sources) == 1 else f"data {name}"] = evaluate_data(
@@ -343,6 +348,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Figures]:
     for kind, rows in benchmarks:
         assert tokenizer  # opened, because it is needed
         benchmark = kind(tokenizer, rows, model.config.block_size)
+        spans = itertools.chain(*(span.ids for span in benchmark.spans))
+        check_known(tokenizer, model.config.vocab_size, spans, f"--{kind.name}")
         figures[kind.name] = evaluate_benchmark(model, benchmark, batch_tokens, training)
     return figures
 

@@ -57,8 +57,8 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """How many rows the embedding of a model must have."""
-        return self.tokenizer.rows if self.tokenizer else self.size
+        """How many rows the embedding of a model must have. Training needs the end token's."""
+        return max(self.tokenizer.rows, self.tokenizer.eot + 1) if self.tokenizer else self.size
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
