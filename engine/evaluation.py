@@ -25,7 +25,8 @@ def evaluate(
     parts = [
         (split, ids)
         for split in task.evaluated
-        for ids in partition(task.rows(split, 0), world.rank, world.size, micro_batch)
+        for rows in [micro_batch if split.startswith("val") else 1]
+        for ids in partition(task.rows(split, 0), world.rank, world.size, rows)
     ]
     sums: dict[str, Tensor] = {}
     records: dict[int, Any] = {}

@@ -80,7 +80,8 @@ class Task:
     defaults: Mapping[str, Any] = {}  # replace that class's defaults; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}  # the loss terms and their factors in the objective
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
-    # the splits whose rows an evaluation takes; sums are named "SPLIT SUM", but those of val "SUM"
+    # The splits whose rows an evaluation takes. The groups of one that does not begin with val are
+    # whole batches. Sums are named "SPLIT SUM", and those of val alone "SUM".
     evaluated: Sequence[str] = ("val",)
     cfg: Any  # its options, set by `setup`
 
