@@ -175,7 +175,7 @@ def banner(spec: str, train: Dataset, val: Dataset, left_out: str, tokens: int) 
         text = f"{dataset.n_tokens:,} tokens to train on ({epochs:.2f} epochs)"
         if not name:
             return {"data": f"{spec}: {text}, {held_out}"}
-        lines[f"data, {name}"] = f"{share:.2%} of the windows: {text}"
+        lines[f"data, {name}"] = f"{100 * share:.3g}% of the windows: {text}"
     return {"data": f"{len(sources)} sources, {train.n_tokens:,} tokens, {held_out}"} | lines
 
 

@@ -208,7 +208,7 @@ def test_the_validation_loss_is_the_weighted_mean(folder: Path) -> None:
     results = json.loads((folder / "run" / "metrics.json").read_text())
     assert results["val_loss_more"] != results["val_loss_val"]
     printed = (folder / "rank0.out").read_text()
-    assert re.search(r"data, text +70.00% of the windows: [\d,]+ tokens to train on \(\d", printed)
+    assert re.search(r"data, text +70% of the windows: [\d,]+ tokens to train on \(\d", printed)
 
 
 def test_two_ranks_have_the_losses_of_one(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_each_source_holds_out_its_own_part(folder: Path) -> None:
     assert all(len(task.rows(split, 0)) for split in task.evaluated[:2])
     assert facts.identity["weights"] == facts.identity["val_weights"] == "0.7 0.3"
     (line,) = [text for name, text in facts.banner.items() if name == "data, more"]
-    assert line.startswith("30.00% of the windows") and line.endswith("epochs)")
+    assert line.startswith("30% of the windows") and line.endswith("epochs)")
     plain, plain_facts = task_of(folder, data=str(folder / "text.txt"))
     assert plain.evaluated[0] == "val" and plain_facts.identity["weights"] is None
 
