@@ -13,7 +13,7 @@ from support import REPO
 from tasks.classification.description import ClassificationDescription
 from tasks.generation.description import GenerationDescription
 
-SPINE_TOKENS = 17_500
+SPINE_TOKENS = 17_630
 SPINE = (
     "train_gpt2.py",
     "config.py",
