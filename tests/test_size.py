@@ -15,7 +15,7 @@ from tasks.description import Description
 from tasks.generation.description import GenerationDescription
 from tasks.preferences.description import PreferenceDescription
 
-SPINE_TOKENS = 17_500
+SPINE_TOKENS = 17_630
 SPINE = (
     "train_gpt2.py",
     "config.py",

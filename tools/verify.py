@@ -179,6 +179,8 @@ class Replay:
             digest_every=1, wandb=False, tensorboard=False, profile=False, extend_to=None, reschedule=False,
             resume="never",
         )  # fmt: skip
+        if self.task.name == "pretrain":  # files of a benchmark need not be here
+            cfg = dataclasses.replace(cfg, eval_hellaswag=None, eval_lambada=None)
         from engine.processes import choose_device, start
 
         self.world = start(cfg.device)

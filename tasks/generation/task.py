@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from decoding.loading import open_model
-from engine.pretraining import perplexity
+from decoding.scoring import perplexity
 from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE

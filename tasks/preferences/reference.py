@@ -14,12 +14,12 @@ from adapters import layers
 from base.console import time_text
 from config import GPTConfig, UserError
 from decoding.loading import open_model
+from decoding.scoring import group_by_length
 from engine.precision import DTYPES, Cast, autocast, casts_once, exact_products
 from engine.step import to_device
 from model import GPT
 from storage.cache import Cache, digest
 from storage.checkpoint import locate
-from tasks.order import group_by_length
 from tasks.preferences.options import PreferencesConfig
 from tasks.preferences.pairs import PairSplit
 from tasks.preferences.scoring import AnswerScorer
