@@ -178,9 +178,9 @@ def open_data(
     if val_data is not None:
         val_sources = specs_of(val_data)
         specs = [source.spec for source in val_sources]
-        others, vocabulary = _open_sources(
-            specs, vocabulary, text_column, store, False, say, named=False
-        )
+        known = vocabulary if vocabulary.sha256 else None  # else its size is that of the largest id
+        others, theirs = _open_sources(specs, known, text_column, store, False, say, named=False)
+        vocabulary = known or max(vocabulary, theirs, key=lambda vocabulary: vocabulary.size)
         for source, found in zip(val_sources, others, strict=True):
             val = found.val or found.train
             assert val is not None
