@@ -169,6 +169,14 @@ def _results_of(run: Path) -> dict[str, Any] | None:
     return results if isinstance(results, dict) else {}
 
 
+def ended(run: Path, steps: int) -> bool:
+    """Whether a run of `steps` planned steps has ended in this folder, so that a start trains
+    nothing."""
+    record = _record_of(run)
+    lengths = lengths_of(record) if record else []
+    return bool(lengths) and lengths[-1].steps == steps and _is_finished(run, lengths)
+
+
 def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
     """Whether a run has ended and has not been extended since. An older version wrote no
     planned_steps."""
