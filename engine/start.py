@@ -146,7 +146,7 @@ def _extend(
             f"{meta['not_better'] + extension.patience}, or --patience 0 to never stop early"
         )
     start.lengths, start.extended = extend(start.lengths, step, extension), True
-    if results and step < results.get("steps", 0):
+    if results and step < results["steps"]:
         say(f"the checkpoint of step {results['steps']} is gone: the run resumes from step {step}")
     restarted = (
         f"; the decay of the {extension.schedule} schedule restarts there"
@@ -157,7 +157,8 @@ def _extend(
 
 
 def _results_of(run: Path) -> dict[str, Any] | None:
-    """metrics.json of a finished run. None if the run is not finished; {} if it is unreadable."""
+    """metrics.json of a finished run. None if the run is not finished. Raises UserError if it is
+    damaged."""
     if not (run / "final" / MANIFEST).exists():
         return None
     try:
@@ -165,8 +166,13 @@ def _results_of(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
+        results = None
+    if not isinstance(results, dict) or "steps" not in results:
+        raise UserError(
+            f"{run / RESULTS} is damaged; remove it: the same command then continues from the last "
+            "checkpoint and writes it again"
+        )
+    return results
 
 
 def ended(run: Path, steps: int) -> bool:
