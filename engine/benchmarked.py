@@ -61,7 +61,10 @@ class BenchmarksOfRun:
             )
         for kind, rows in self.rows_of:
             assert vocabulary.tokenizer
-            self.encoded.append(kind(vocabulary.tokenizer, rows, block_size))
+            try:
+                self.encoded.append(kind(vocabulary.tokenizer, rows, block_size))
+            except UserError as error:
+                raise UserError(f"--eval-{kind.name}: {error}") from None
         self.spans = [span for benchmark in self.encoded for span in benchmark.spans]
         lengths = [len(span.ids) for span in self.spans]
         self.batches = list(group_by_length(lengths, WINDOWS * block_size))

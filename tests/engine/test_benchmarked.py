@@ -175,9 +175,15 @@ def test_without_the_option_nothing_is_scored(folder: Path) -> None:
     [
         ({"eval_hellaswag": "{}/none.jsonl"}, "--eval-hellaswag .*none.jsonl: No such file"),
         ({"eval_lambada": "{}/hellaswag.jsonl"}, "--eval-lambada .* row 1 is not a row of this"),
-        ({"eval_hellaswag": "{}/unlabelled.jsonl"}, "no row of HellaSwag has a label"),
+        (
+            {"eval_hellaswag": "{}/unlabelled.jsonl"},
+            "--eval-hellaswag: no row of HellaSwag has a label",
+        ),
         ({"eval_every": 0}, "--eval-every 0 turns them off"),
-        ({"seq_len": 1, "batch_tokens": 8}, "only 1 to block_size 1 can be scored"),
+        (
+            {"seq_len": 1, "batch_tokens": 8},
+            "--eval-hellaswag: .* only 1 to block_size 1 can be scored",
+        ),
         (
             {"data": "{}/shards", "val_data": None, "tokenizer": None},
             "--eval-hellaswag needs the tokenizer of the shards, .*; name it with --tokenizer",
