@@ -81,22 +81,14 @@ class Writer:
     """
 
     def __init__(self, config: GenerateConfig):
-        import torch
-
         from decoding.loading import open_model
         from engine import processes
-        from engine.precision import choose_precision
+        from engine.precision import inference_dtype
         from storage.checkpoint import locate
 
         self.config = config
         device = processes.start(config.device).device
-        # Older GPUs emulate bf16, which is slower than fp32.
-        native = (
-            config.precision == "auto"
-            and device.type == "cuda"
-            and choose_precision("auto", device)[0] == "bf16"
-        )
-        dtype = torch.bfloat16 if native or config.precision == "bf16" else torch.float32
+        dtype = inference_dtype(config.precision, device)
         self.model, self.tokenizer = open_model(
             locate(config.checkpoint), config.tokenizer, device, dtype
         )
