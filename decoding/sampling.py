@@ -225,15 +225,16 @@ def sample(
 
 
 @contextlib.contextmanager
-def inference(model: GPT) -> Generator[None]:
-    """A context without dropout and compilation, for the time that texts are made."""
+def inference(model: GPT, compiled: bool = False) -> Generator[None]:
+    """A context without dropout and, unless `compiled`, without compilation, for the time that
+    texts are made."""
     training = model.training
     model.eval()
     # A compiled block would be compiled again for every length. set_stance imports torch._dynamo,
     # which is slow, and without that import nothing can have been compiled.
     eager = (
         torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
+        if "torch._dynamo" in sys.modules and not compiled
         else contextlib.nullcontext()
     )
     try:

@@ -216,6 +216,7 @@ BAD_WORDS = {
         ["--chat", "--num-samples", "2"],
         "--num-samples 2: a conversation has one answer",
     ),
+    "compiled beams": (["--compile", "--decode", "beam"], "--compile goes with --decode sample or"),
     "temperature": (["--temperature", "0"], "--temperature is 0.0"),
     "no checkpoint": ([], "no checkpoint is named"),
 }
