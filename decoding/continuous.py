@@ -138,6 +138,7 @@ class Batcher:
     def step(self) -> list[Progress]:
         """Let texts join, then add a token to each text of the batch. Call it within
         `sampling.inference`."""
+        self.waiting = deque(text for text in self.waiting if not text.dropped)
         self._leave([slot for slot, text in enumerate(self.batch) if text.dropped])
         self._join()
         if not self.batch:
@@ -164,8 +165,6 @@ class Batcher:
         read: dict[tuple[int, ...], int] = {}  # the slot of each prompt that was read in this call
         while self.waiting and len(self.batch) < self.rows and left > 0:
             text = self.waiting.popleft()
-            if text.dropped:
-                continue
             context = self.model.context
             if len(text.tokens) > context:
                 text.tokens = text.tokens[-kept_tokens(context) :]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tools.serve_app import Service
 
 GRACE = 2  # seconds that requests get to end after Ctrl-C
+SPARE_CONNECTIONS = 256  # besides those whose texts are open; each may send a body
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def run(service: Service, host: str, bound: socket.socket) -> None:
         log_level="critical",
         access_log=False,
         timeout_graceful_shutdown=GRACE + 2,
+        limit_concurrency=service.most_open + SPARE_CONNECTIONS,
     )
     service.worker.start()
     try:

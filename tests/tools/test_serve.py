@@ -12,13 +12,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from decoding import continuous
 from decoding.batched import generate
 from decoding.options import DecodeConfig
 from launch import Launch
@@ -69,9 +70,11 @@ def tokenizer(folder: Path) -> Tokenizer:
 class Server:
     """The command, and the port that it listens on."""
 
-    def __init__(self, folder: Path, name: str, *words: str | Path):
+    def __init__(
+        self, folder: Path, name: str, *words: str | Path, patch: Callable[[], None] | None = None
+    ):
         typed = [*map(str, words), "--port", "0", "--device", "cpu"]
-        self.launched = Launch(folder, typed, {}, None, name, "tools.serve")
+        self.launched = Launch(folder, typed, {}, patch, name, "tools.serve")
         deadline = time.monotonic() + 60
         while not (found := re.search(r"at http://[^/]*:(\d+)/v1", self.output())):
             assert time.monotonic() < deadline and self.launched.process.is_alive(), self.output()
@@ -112,8 +115,8 @@ Start = Callable[..., Server]
 def start(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     place, servers = tmp_path_factory.mktemp("servers"), []
 
-    def start(*words: str | Path) -> Server:
-        servers.append(Server(place, f"server{len(servers)}", *words))
+    def start(*words: str | Path, **options: Any) -> Server:
+        servers.append(Server(place, f"server{len(servers)}", *words, **options))
         return servers[-1]
 
     yield start
@@ -406,6 +409,31 @@ def test_the_page_is_self_contained(server: Server) -> None:
     page = connection.getresponse().read().decode()
     assert "/v1/completions" in page and "/v1/chat/completions" in page
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
+
+
+def fail_for_seed_13() -> None:
+    choose = continuous.choose
+
+    def choose_or_fail(logits: torch.Tensor, texts: Sequence[continuous.Text]) -> torch.Tensor:
+        if any(text.seed == 13 for text in texts):
+            raise RuntimeError("out of luck")
+        return choose(logits, texts)
+
+    continuous.choose = choose_or_fail
+
+
+def test_a_failure_of_the_model_ends_the_batch_and_not_the_server(
+    start: Start, folder: Path
+) -> None:
+    server = start(folder, patch=fail_for_seed_13)
+    asked: Any = dict(prompt="abc", max_tokens=3)
+    answer, status, _ = server.ask("POST", "/v1/completions", {**asked, "seed": 13})
+    assert status == 500 and answer["error"]["message"] == "the model failed: RuntimeError"
+    with pytest.raises(openai.APIError, match="the model failed"):
+        list(server.client().completions.create(model="toy", seed=13, stream=True, **asked))
+    assert server.ask("POST", "/v1/completions", {**asked, "seed": 14})[1] == 200
+    assert "out of luck" in server.output()
+    server.end()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
