@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ def write_model(folder: Path, shape: str) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def server(folder: Path, rows: int) -> Iterator[str]:
+def server(folder: Path, rows: int) -> Generator[str]:
     """A running server of the model in a folder. Yields its address."""
     words = ["-m", "tools.serve", str(folder), "--port", "0", "--max-batch", str(rows)]
     process = subprocess.Popen(

@@ -60,6 +60,7 @@ class Worker:
                     made = self.batcher.step()
                 except Exception as error:  # a request must not end the server
                     traceback.print_exc()
+                    sys.stderr.flush()
                     failed = Refused(f"the model failed: {type(error).__name__}", status=500)
                     self.deliver([(text, failed) for text in self.batcher.clear()])
                 else:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -419,7 +420,7 @@ def fail_for_seed_13() -> None:
             raise RuntimeError("out of luck")
         return choose(logits, texts)
 
-    continuous.choose = choose_or_fail
+    mock.patch.object(continuous, "choose", choose_or_fail).start()
 
 
 def test_a_failure_of_the_model_ends_the_batch_and_not_the_server(
