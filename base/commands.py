@@ -16,6 +16,7 @@ from typing import TypeVar
 
 REPO = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds that interrupted commands get, because pytest must end its programs
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process in one way only
 REAPED = 10.0  # seconds to wait for a killed command, which a driver may hold forever
 
 Item = TypeVar("Item")
@@ -100,7 +101,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]], first: signal.Signals, gra
         if grace:
             _signal_and_wait(processes, first, grace)
     finally:
-        _signal_and_wait(processes, signal.SIGKILL, REAPED)
+        _signal_and_wait(processes, KILL, REAPED)
 
 
 def _signal_and_wait(
@@ -108,7 +109,8 @@ def _signal_and_wait(
 ) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+            # Windows has no sessions: there the process itself is ended, and it saves nothing.
+            os.killpg(process.pid, number) if hasattr(os, "killpg") else process.kill()
     until = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):

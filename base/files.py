@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -21,13 +22,21 @@ TEMPORARY = ".tmp-"  # prefix of the name of a file or folder that is still bein
 def flush(path: Path) -> None:
     """Force a file, or a folder's entries, to the disk.
 
-    A file system that cannot flush folders is no error.
+    A system or a file system that cannot flush folders is no error.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    # Windows flushes only what is open for writing, and it opens no folder.
+    writing = sys.platform == "win32" and not is_folder
+    try:
+        descriptor = os.open(path, os.O_RDWR if writing else os.O_RDONLY)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not is_folder:
             raise
     finally:
         os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Generator
 from types import FrameType
@@ -51,23 +52,23 @@ def ends_promptly() -> Generator[None]:
 
     Python runs signal handlers only between bytecodes of the main thread, which may take minutes.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    reader, writer = socket.socketpair()  # Windows cannot make a pipe that does not block
+    writer.setblocking(False)
     left = threading.Event()
 
     def watch() -> None:
-        number = os.read(reader, 1)
+        number = reader.recv(1)
         if number and not left.wait(GRACE):
             os._exit(128 + number[0])
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
-    before = signal.set_wakeup_fd(writer)
+    before = signal.set_wakeup_fd(writer.fileno())
     thread.start()
     try:
         yield
     finally:
         left.set()
         signal.set_wakeup_fd(before)
-        os.close(writer)
+        writer.close()
         thread.join()
-        os.close(reader)
+        reader.close()

@@ -43,7 +43,7 @@ REHEARSAL = (
 )
 
 
-NEEDED = ("numpy", "safetensors")
+NEEDED = ("numpy", "psutil", "safetensors")
 OF_PROGRAMS = ("tokenizers", "tiktoken", "rich")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -111,6 +111,7 @@ KERNELS = ("-m", "benchmarks.kernels", "--device", "cuda", "--out", "{out}", "--
 FIRST = ("product_qkv", "product_projection", "product_up", "product_down")
 FIRST += ("attention", "cross_entropy", "bias_gelu")
 REST = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
+CANDIDATES = ("mlp", "mlp_fp8")  # what the engine may take once a GPU has measured it
 LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--rounds", "1")
 LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")
 TINY_LADDER = (*QUICK, "--preset", "micro", "--only", "baseline,compile", "--steps", "4")
@@ -120,6 +121,7 @@ DECODING = ("-m", "benchmarks.decoding", "--device", "cuda", "--out", "{out}")
 MEASUREMENTS = (
     Part("kernels", "kernels-first", (*KERNELS, *FIRST), seconds=110, rehearsal=QUICK),
     Part("kernels", "kernels-rest", (*KERNELS, *REST), seconds=100, rehearsal=QUICK),
+    Part("kernels", "candidates", (*KERNELS, *CANDIDATES), seconds=120, rehearsal=QUICK),
     Part(
         "peers", "peers-124M", peers("124M", *COMPILED), seconds=430, unfinished="",
         rehearsal=(*TINY_PEERS, "litgpt compiled"),

@@ -43,7 +43,7 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from base.errors import reason
 from base.machine import resident_bytes
-from benchmarks import machine
+from benchmarks import candidates, machine
 from benchmarks.contenders import LARGE_CARD
 from benchmarks.harness import OURS, Results, Turns, alternate, cells, ratio, say, spread
 from benchmarks.table import markdown
@@ -300,6 +300,65 @@ def layer_product(place: Place, inputs: int, outputs: int) -> Operation:
     return Operation(times(*sizes), work, "product", (x, weight), forms)
 
 
+def mlp_tensors(place: Place) -> tuple[str, float, tuple[Tensor, ...]]:
+    """The shape and the floating-point operations of a block's MLP, and its input, weights and
+    biases."""
+    rows, width = place.size.rows, place.size.model.n_embd
+    up, down = (
+        place.randn(*shape, scale=0.02) for shape in ((4 * width, width), (width, 4 * width))
+    )
+    tensors = (place.randn(rows, width), up, place.randn(4 * width), down, place.randn(width))
+    return times(rows, width, 4 * width), 48.0 * rows * width**2, tensors
+
+
+def mlp(place: Place) -> Operation:
+    """Counts the six products of a block's MLP. Bias and GELU are part of it, because a product's
+    epilogue may compute them."""
+    shape, work, tensors = mlp_tensors(place)
+    tuned = functools.partial(
+        torch.compile, candidates.mlp, dynamic=False, mode="max-autotune-no-cudagraphs"
+    )
+    forms = usual(place, candidates.mlp, candidates.mlp_triton)
+    on_gpu = None if place.device.type == "cuda" else "needs a GPU"
+    forms["torch.compile, max-autotune"] = Form(tuned, place.no_compiler or on_gpu)
+    forms["cuBLASLt's epilogues"] = Form(
+        lambda: candidates.mlp_epilogue, place.without("nvmath-python")
+    )
+    return Operation(shape, work, "product", tensors, forms)
+
+
+def mlp_fp8(place: Place) -> Operation:
+    """`mlp` in FP8: this engine's layers, which scale each tensor by itself, and scales from an
+    earlier step with weights that are converted once a step."""
+    shape, work, tensors = mlp_tensors(place)
+    layer = kernels.fp8_linear.fp8_linear
+
+    def scaled(x: Tensor, up: Tensor, b: Tensor, down: Tensor, c: Tensor) -> Sequence[Tensor]:
+        return [layer(F.gelu(layer(x, up, b), approximate="tanh"), down, c)]
+
+    def make_delayed() -> Function:
+        x, up, b, down, c = (tensor.detach().bfloat16() for tensor in tensors)
+        prepared = (
+            candidates.delayed_scales(x, up, b, down, c),
+            *map(candidates.quantized, (up, down)),
+        )
+        return lambda *leaves: candidates.mlp_delayed(
+            [leaf.bfloat16() for leaf in leaves], *prepared
+        )
+
+    forms = {
+        PYTORCH: Form(lambda: candidates.mlp),
+        f"{OURS}, FP8": Form(lambda: scaled, place.no_fp8),
+        f"{OURS}, FP8 compiled": compiled(place, scaled, place.no_fp8),
+        "delayed scales": Form(make_delayed, place.no_fp8),
+        "delayed scales, compiled": Form(
+            lambda: torch.compile(make_delayed(), dynamic=False), place.no_fp8 or place.no_compiler
+        ),
+    }
+    ceiling = "product" if place.no_fp8 else "FP8 product"
+    return Operation(shape, work, ceiling, tensors, forms, FP8_TOLERANCE)
+
+
 def layer_norm(place: Place) -> Operation:
     """Counts two tensors read and two written in the forward pass, then three read and one written
     in the backward pass, which also reads the norm's input."""
@@ -455,6 +514,8 @@ OPERATIONS: dict[str, Callable[[Place], Operation]] = {
     "product_projection": functools.partial(layer_product, inputs=1, outputs=1),
     "product_up": functools.partial(layer_product, inputs=1, outputs=4),
     "product_down": functools.partial(layer_product, inputs=4, outputs=1),
+    "mlp": mlp,
+    "mlp_fp8": mlp_fp8,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "layer_norm": layer_norm,

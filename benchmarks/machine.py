@@ -25,6 +25,7 @@ PACKAGES = (
     "litgpt",
     "liger-kernel",
     "cut-cross-entropy",
+    "nvmath-python",
 )
 # beginnings of the environment variables that can change figures
 SETTINGS = ("MALLOC_", "GLIBC_", "PYTORCH_", "LD_PRE", "OMP_", "THP_")

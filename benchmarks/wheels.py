@@ -49,6 +49,7 @@ WANTED = (
     "safetensors",
     "tokenizers",
     "rich",
+    "psutil",
     "tiktoken",
     "pytest",
     "pytest-timeout",
@@ -56,11 +57,15 @@ WANTED = (
     "transformers",
     "liger-kernel==0.8.5",
     "cut-cross-entropy==25.1.1",
+    "nvmath-python==1.0.0",
+    "cuda-core==1.2.2",  # nvmath-python needs it
     "litgpt==0.5.13",
 )
 # Not fetched: the parts of torch, because another version breaks it and they are too large to
 # carry, and packages that only download from a hub.
-NOT_WANTED = re.compile(r"torch|triton|nvidia-.*|cuda-.*|setuptools|hf-xet|pytorch-lightning")
+NOT_WANTED = re.compile(
+    r"torch|triton|nvidia-.*|cuda-(?!core).*|setuptools|hf-xet|pytorch-lightning"
+)
 GLIBC = range(5, 40)  # minor versions of glibc 2 whose manylinux wheels are accepted
 MEBIBYTE = 1 << 20
 

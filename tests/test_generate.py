@@ -275,6 +275,14 @@ class Terminal:
         self.process.join(60)
         return self.process.exitcode
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C until the program ends. Python loses a Ctrl-C that comes after readline
+        printed the prompt and before it waits for a key."""
+        for _ in range(12):
+            if self.process.exitcode is None:
+                os.kill(self.launched.pid, signal.SIGINT)
+                self.process.join(5)
+
     def close(self) -> None:
         self.process.kill()
         self.process.join()
@@ -296,7 +304,7 @@ def test_a_dialogue_in_a_terminal(checkpoint: Path, tmp_path: Path) -> None:
         polite.type("\n")
         assert polite.ended() == 0
         hasty.expect("> ")
-        os.kill(hasty.launched.pid, signal.SIGINT)
+        hasty.interrupt()
         assert hasty.ended() == 130
     finally:
         polite.close()

@@ -102,6 +102,8 @@ def test_the_picture_of_the_packages_shows_every_package(tmp_path) -> None:
 IMPORT_EACH = """
 import importlib, json, os, random, sys, threading
 
+import psutil  # on Linux it needs one of the modules below
+
 # Windows has neither: nothing may need them to be imported.
 sys.modules.update(fcntl=None, resource=None)
 

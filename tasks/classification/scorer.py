@@ -67,6 +67,6 @@ class Scorer:
             batch = pad_rows([tokens[i] for i in some], filler)
             idx, lengths = batch["idx"].to(device), batch["lengths"].to(device)
             log_p = self.log_p(model, *self.states(model, idx, lengths), 0)
-            for i, p in zip(some, probabilities(log_p.double().cpu().numpy()), strict=True):
+            for i, p in zip(some, probabilities(log_p.cpu().double().numpy()), strict=True):
                 found[i] = p
         return np.stack(found)

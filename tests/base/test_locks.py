@@ -6,45 +6,19 @@ import os
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
 
 from base import locks
-
-
-class Windows(types.ModuleType):
-    """A fake of msvcrt's locks: a byte of an open file is locked for one descriptor at a time."""
-
-    LK_NBLCK = 2
-
-    def __init__(self) -> None:
-        super().__init__("msvcrt")
-        self.held: dict[int, int] = {}  # inode number to the descriptor that holds the lock
-
-    def locking(self, file: int, mode: int, n_bytes: int) -> None:
-        assert mode == self.LK_NBLCK and n_bytes == 1 and os.lseek(file, 0, os.SEEK_CUR) == 0
-        open_files = {os.fstat(f).st_ino for f in self.held.values() if _is_open(f)}
-        number = os.fstat(file).st_ino
-        if number in self.held and number in open_files and self.held[number] != file:
-            raise PermissionError(13, "Permission denied")
-        self.held[number] = file
-
-
-def _is_open(file: int) -> bool:
-    try:
-        os.fstat(file)
-    except OSError:
-        return False
-    return True
+from windows import FakeMsvcrt
 
 
 @pytest.fixture(params=["Unix", "Windows"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "Windows":
         monkeypatch.setattr(locks, "fcntl", None)
-        monkeypatch.setitem(sys.modules, "msvcrt", Windows())
+        monkeypatch.setitem(sys.modules, "msvcrt", FakeMsvcrt())
     return request.param
 
 

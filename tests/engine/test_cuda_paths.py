@@ -16,6 +16,7 @@ from engine import compiling, plan
 from engine.compiling import compile_model
 from engine.loader import Loader
 from engine.processes import World
+from engine.step import to_device
 from model import GPT
 from random_tokens import make_step
 from toy import TwoHeads
@@ -66,6 +67,20 @@ def test_the_loader_thread_works_on_the_ranks_own_gpu(monkeypatch):
     loader = Loader(task, World(1, 1, 2, 2, GPU_1), micro_batch=2, steps=3, ahead=0)
     loader(0)
     assert calls[0] == ("set_device", "loader_0") and ("batch", "loader_0") in calls[1:]
+
+
+def test_only_a_copy_to_cuda_is_not_waited_for():
+    """On MPS such a copy may read memory that was freed: PyTorch's issue 189690."""
+    asked = []
+
+    class Recorded(torch.Tensor):
+        def to(self, device: Any, non_blocking: bool = False) -> Any:
+            asked.append((device.type, non_blocking))
+            return self
+
+    for name in ("cuda", "mps", "cpu"):
+        to_device({"idx": torch.zeros(1).as_subclass(Recorded)}, torch.device(name))
+    assert asked == [("cuda", True), ("mps", False), ("cpu", False)]
 
 
 @pytest.mark.parametrize(
