@@ -3,8 +3,8 @@ and leave at any step.
 
 A text's tokens depend on its own prompt, settings and seed, and not on its neighbours: they are
 those of decoding/sampling.py for the same seed and name. Rounding is the one exception. A product
-of another number of rows may differ in its last bits, which matters only where two tokens are as
-good as equally likely.
+of another number of rows may differ in its last bits, which matters only where two tokens are
+almost equally likely.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ class State:
 
     def __init__(self, model: GPT, rows: int, places: int, capacity: int, vocab_size: int):
         device, config = model.head_weight.device, model.config
+        self.capacity = capacity  # positions of the cache
         self.text = torch.zeros(rows, places, dtype=torch.int64, device=device)
         self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
         self.filled = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -78,8 +79,7 @@ class State:
 
     def mask(self, T: int, segments: Tensor | None, device: torch.device) -> Tensor:
         """(B, 1, 1, capacity) bool: a row's newest token attends to its text and to itself."""
-        capacity = self.layers[0][0].shape[2] if self.layers else 1
-        key = torch.arange(capacity, device=device)
+        key = torch.arange(self.capacity, device=device)
         return (key <= self.filled[:, None])[:, None, None]
 
     def extension(self, layer: int) -> Extend:

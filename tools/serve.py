@@ -86,9 +86,10 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host"
+            f"cannot listen on {host}, port {port}: {why}; give another --port or --host"
         ) from None
 
 
