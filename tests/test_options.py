@@ -56,6 +56,7 @@ TEXTS = {  # text options that do not name a file or folder
     "task",
     "extra",
     "host",
+    "parallel",
 }
 
 
