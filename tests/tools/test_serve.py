@@ -76,7 +76,7 @@ class Server:
     ):
         typed = [*map(str, words), "--port", "0", "--device", "cpu"]
         self.launched = Launch(folder, typed, {}, patch, name, "tools.serve")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (found := re.search(r"at http://[^/]*:(\d+)/v1", self.output())):
             assert time.monotonic() < deadline and self.launched.process.is_alive(), self.output()
             time.sleep(0.02)
@@ -289,7 +289,7 @@ def request_of(path: str, body: Any) -> bytes:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -448,7 +448,7 @@ def test_a_signal_ends_requests_and_then_the_server(
     with pytest.raises(openai.APIError, match="the server is stopping"):
         for _ in stream:
             pass
-    ended = server.launched.end(20)
+    ended = server.launched.end(60)
     assert ended.code == code and not ended.err
 
 
