@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import GPTConfig, UserError
 from decoding import fixed
@@ -96,6 +97,31 @@ def test_a_step_reads_no_value_on_the_host(options: DecodeConfig) -> None:
             next_token(model, options, state)
         with pytest.raises(DataDependentOutputException):
             state.newest.tolist()
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations that are more than a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [value.alias_info for value in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in returned)
+        self.count += not view and func is not torch.ops.prim.device.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_costs_16_operations() -> None:
+    """On a GPU without the compiler each is a kernel or two. Growth here would slow every token."""
+    counts = []
+    for n_layer in (1, 2):
+        with FakeTensorMode(), torch.no_grad():
+            model = GPT(dataclasses.replace(SHAPE, n_layer=n_layer)).eval()
+            state = State(model, 1, 64, CONTEXT, 331)
+            with Counting() as counting:
+                next_token(model, WAYS["greedy"], state)
+        counts.append(counting.count)
+    assert counts[1] - counts[0] <= 16 and counts[0] <= 32
 
 
 def test_a_gpu_replays_one_graph_of_a_shape(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
