@@ -66,9 +66,11 @@ class Range:
 
 @dataclass(frozen=True)
 class PathName:
-    """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated."""
+    """Marks an option as a path, in which `~` is expanded. `many`: several, comma-separated.
+    `weighted`: it also takes several words with weights, which become one text (base/sources.py)."""
 
     many: bool = False
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ Positive = Annotated[float, Range(1e-6, 1e6)]
 # a path, a hub id or a word such as auto
 PathOrName = Annotated[str, PathName()]
 PathsOrNames = Annotated[str, PathName(many=True)]
+Sources = Annotated[str, PathName(many=True, weighted=True)]
 
 
 @dataclass
@@ -320,10 +323,10 @@ class TrainConfig(RunConfig):
     """Options of a pretraining run. Where an option's help names no default, the run chooses what
     suits the machine, and its banner says what."""
 
-    data: PathsOrNames | None = None
-    """Token shards, text files or globs, a hub dataset id, or stdlib. Default: data/fineweb if it
-    has been prepared, else stdlib."""
-    val_data: PathsOrNames | None = None
+    data: Sources | None = None
+    """Token shards, text files or globs, a hub dataset id, or stdlib; or several of these with
+    weights: A=0.7 B=0.3. Default: data/fineweb if it has been prepared, else stdlib."""
+    val_data: Sources | None = None
     """Validation data, in the same forms. Default: a fixed hundredth of the documents, held out."""
     text_column: str = "text"
     """Column that holds the text in csv, tsv, jsonl and parquet files."""
@@ -338,6 +341,13 @@ class TrainConfig(RunConfig):
     """Tokens in an optimizer step, over all ranks. Default: 524288 on CUDA, 8192 elsewhere."""
     eval_tokens: TokensOrAll | None = None
     """Validation tokens in one evaluation. 0: all of them. Default: 10485760 on CUDA, 65536
+    elsewhere."""
+    eval_hellaswag: PathOrName | None = None
+    """JSONL file of HellaSwag's rows, or hub: each evaluation scores them too."""
+    eval_lambada: PathOrName | None = None
+    """JSONL file of LAMBADA's rows, or hub: each evaluation scores them too."""
+    eval_rows: CountOrNone | None = None
+    """First rows of each of these two to score. 0: all of them. Default: all on CUDA, 250
     elsewhere."""
 
 
@@ -361,6 +371,7 @@ class ResolvedTrain(Resolved, TrainConfig):
     seq_len: int
     batch_tokens: int
     eval_tokens: int
+    eval_rows: int
 
 
 # Peak learning rates of GPT-3's models of these sizes (Brown et al. 2020, table 2.1). Smaller
@@ -417,6 +428,7 @@ def _pretraining_defaults(cfg: TrainConfig, gpu: bool) -> dict[str, Any]:
         "steps": 500 if data == "stdlib" else 19073 if gpu else 1000,
         "batch_tokens": 524288 if gpu else 8192,
         "eval_tokens": 10 << 20 if gpu else 1 << 16,
+        "eval_rows": 0 if gpu else 250,
         "seq_len": 1024 if gpu else 256,
     }
 

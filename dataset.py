@@ -26,15 +26,12 @@ class TokenDataset:
     ):
         """`identity`: a hash of the shards' content. `manifest`: their manifest.json, if any."""
         manifest = manifest or {}
-        tokenizer = manifest.get("tokenizer", {})
         self.shards = list(shards)
         self._ends = np.cumsum([shard.n_tokens for shard in shards])
         self._start = 0
         self.n_tokens = int(self._ends[-1])
         self.sha256 = identity
         self.vocab_size: int | None = manifest.get("vocab_size")
-        self.tokenizer_source: str | None = tokenizer.get("source")
-        self.tokenizer_sha256: str | None = tokenizer.get("sha256")
         records = {record["name"]: record for record in manifest.get("shards", [])}
         sizes = [records.get(shard.path.name, {}).get("bytes") for shard in shards]
         self.n_bytes: int | None = None if None in sizes else sum(sizes)
@@ -55,6 +52,10 @@ class TokenDataset:
         """How many windows of seq_len + 1 tokens there are. Neighbours share one token: the last
         target of a window is the next one's first input. A window may span several shards."""
         return max(0, (self.n_tokens - 1) // seq_len)
+
+    def order(self, positions: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
+        """The ids (P,) int64 of the windows at these positions (P,) of a run."""
+        return window_order(positions, self.n_windows(seq_len), seed)
 
     def windows(self, ids: np.ndarray, seq_len: int) -> np.ndarray:
         """Window ids (B,) to tokens (B, seq_len + 1) int64; window i begins at token i * seq_len.

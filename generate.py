@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,13 @@ class Writer:
         return self.tokenizer.decode(ids, skip_special=True)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        from decoding.loading import check_known
+
+        tokenizer, size = self.tokenizer, self.model.config.vocab_size
+        # A model of nanoGPT's on characters has no end token. nanoGPT begins with a new line.
+        begin = [tokenizer.eot] if tokenizer.eot < size else tokenizer.encode("\n")
+        ids = [tokenizer.encode(prompt) or begin for prompt in prompts]
+        check_known(tokenizer, size, itertools.chain(*ids), "the prompt")
         self._warn_of_long(ids)
         return ids
 

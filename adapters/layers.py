@@ -340,6 +340,16 @@ def can_merge(model: GPT) -> bool:
     return model.prefix is None
 
 
+def _plain_table(layer: nn.Module) -> nn.Module:
+    """A table (an embedding or a head) without trained rows, but with their values."""
+    weight = layer.weight.detach().clone()
+    if isinstance(layer, nn.Embedding):
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    return head
+
+
 @torch.no_grad()
 def merge(model: GPT) -> None:
     """Fold LoRA, DoRA and the rows of new tokens into the weights, in place. The model is then a
@@ -357,7 +367,6 @@ def merge(model: GPT) -> None:
         plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.bias
         model.set_submodule(name, plain.train(layer.training))
     for name in token_rows(model):
-        parametrize.remove_parametrizations(
-            model.get_submodule(name), "weight", leave_parametrized=True
-        )
+        # Not remove_parametrizations: it changes the layer's class, which copies of the model share.
+        model.set_submodule(name, _plain_table(model.get_submodule(name)))
     model.requires_grad_(True)

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from config import UserError, nearest, shown_name
+from base.sources import joined
+from config import PathName, UserError, marks, nearest, shown_name
 
 # The types of a value, with their names in the help and in messages.
 TYPES = {
@@ -43,11 +44,14 @@ class Option:
     typed: tuple[str, ...]  # --name, and --no-name for a flag; empty for a positional
     kinds: tuple[Any, ...]  # types of its values, and fixed words that it accepts
     most: int = 1  # largest number of values: a flag takes 0, a tuple any number
+    weighted: bool = False  # several values become one text, see base/sources.py
 
     def convert(self, where: str, given: Sequence[Any]) -> Any:
         """Turn words or JSON values into the field's value. Raises UserError, which says that they
         came from `where`."""
         values = tuple(self._convert_one(where, value) for value in given)
+        if self.weighted:
+            return joined(where, values)
         return values if self.most > 1 else values[0]
 
     def _convert_one(self, where: str, given: Any) -> Any:
@@ -81,9 +85,10 @@ def options_of(cls: Any) -> list[Option]:
         typed = (label,) if label.startswith("--") else ()
         if bool in kinds:
             typed, most = (label, f"--no-{label[2:]}"), 0
-        elif get_origin(hint) is tuple:
+        weighted = any(isinstance(m, PathName) and m.weighted for m in marks(cls)[name])
+        if get_origin(hint) is tuple or weighted:
             most = sys.maxsize
-        options.append(Option(name, label, typed, kinds, most))
+        options.append(Option(name, label, typed, kinds, most, weighted))
     return options
 
 
@@ -123,7 +128,7 @@ def read_words(options: Sequence[Option], argv: Sequence[str]) -> dict[str, Any]
             if values:
                 raise UserError(f"{typed} takes no value; type {' or '.join(option.typed)} alone")
             values = [typed == option.label]
-        elif option.most == 1 and not values:
+        elif (option.most == 1 or option.weighted) and not values:
             raise UserError(f"{typed} needs a value")
         given[option.name] = values
     for option in options:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -40,6 +41,9 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 130,
 }
 PALETTE = 256  # colours in a PNG: with a palette the file has half as many bytes
+LINES = ("-", "--", ":", "-.")  # the next kind of line when the colours are used up
+# Benchmarks' accuracies in a run's log that are drawn: name, marker, and accuracy by chance.
+ACCURACIES = {"hellaswag_acc_norm": ("o", 0.25), "lambada_accuracy": ("s", 0.0)}
 
 
 Series = list[tuple[float, float]]
@@ -108,3 +112,18 @@ def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float
     low, high = np.percentile(settled, [0.5, 99.5])
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     return (0.0 if from_zero else low - margin), high + margin
+
+
+def draw_accuracies(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Series]]]) -> None:
+    """Draw the accuracies of runs: (colour, series by a name in ACCURACIES). Each benchmark has a
+    kind of line of its own, and a thin line where chance is."""
+    names = [name for name in ACCURACIES if any(name in found for _, found in runs)]
+    for name, line in zip(names, LINES):
+        marker, chance = ACCURACIES[name]
+        look: Any = {"linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.8}
+        for colour, found in runs:
+            if name in found:
+                axes.plot(*zip(*found[name]), color=colour, **look)
+        axes.plot([], [], color=GREY, label=name, **look)
+        if chance:
+            axes.axhline(chance, color=PALE, linewidth=1.0, zorder=1)

@@ -2,19 +2,31 @@
 
 python -m benchmarks.plot runs/A [runs/B ...] [--out FILE.png]
 
-Draws loss, tokens per second and gradient norm from each run's log.jsonl. A run need not have
-ended. Thin lines are the logged steps. Thick lines are running medians over a fortieth of the run.
+Draws loss, tokens per second and gradient norm from each run's log.jsonl, and the accuracy on
+HellaSwag and LAMBADA if a run has scored them. A run need not have ended. Thin lines are the logged
+steps. Thick lines are running medians over a fortieth of the run.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from base.charts import COLOURS, DARK, Series, chart, limits, short_numbers, smooth
+from base.charts import (
+    ACCURACIES,
+    COLOURS,
+    DARK,
+    Series,
+    chart,
+    draw_accuracies,
+    limits,
+    short_numbers,
+    smooth,
+)
 from base.cli import entry_point, parse
 from base.console import outlive
 from config import PathOrName, Positional, UserError
@@ -48,6 +60,7 @@ class Curves:
     val_loss: Series
     speed: Series
     grad_norm: Series
+    accuracies: dict[str, Series]  # of benchmarks, by the name in the log
 
 
 def curves(folder: Path, x: str, name: str) -> Curves:
@@ -70,6 +83,7 @@ def curves(folder: Path, x: str, name: str) -> Curves:
     return Curves(
         name, series(steps, "loss"), series(evals, "val_loss"), series(steps, "tokens_per_second"),
         series(steps, "grad_norm"),
+        {name: found for name in ACCURACIES if (found := series(evals, name))},
     )  # fmt: skip
 
 
@@ -93,12 +107,17 @@ def write(
 
 
 def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
-    """Draw the three panels and save the chart."""
-    with chart(out, 12, 6.2, w_pad=0.15, h_pad=0.15) as figure:
-        panels = figure.subplot_mosaic(
-            [["loss", "speed"], ["loss", "norm"]], width_ratios=[1.55, 1]
-        )
+    """Draw the panels and save the chart."""
+    scored = any(run.accuracies for run in runs)
+    layout: list[list[Any]] = [["loss", "speed"], ["accuracy" if scored else "loss", "norm"]]
+    with chart(out, 12, 7.4 if scored else 6.2, w_pad=0.15, h_pad=0.15) as figure:
+        panels = figure.subplot_mosaic(layout, width_ratios=[1.55, 1])
         draw_loss(panels["loss"], runs)
+        if scored:
+            panels["accuracy"].set_title("Accuracy on benchmarks")
+            coloured = zip(itertools.cycle(COLOURS), runs)
+            draw_accuracies(panels["accuracy"], [(c, run.accuracies) for c, run in coloured])
+            panels["accuracy"].legend(loc="best", fontsize=11)
         draw_panel(
             panels["speed"], "Tokens per second", [run.speed for run in runs], from_zero=True
         )

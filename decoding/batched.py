@@ -44,7 +44,8 @@ def generate(  # noqa: PLR0913 (all but five have defaults)
     `rows` numbers the prompts (default 0, 1, ...). A row's random draws depend on (seed, number)
     alone, so row i of a batch equals `generate(model, [prompts[i]], ..., rows=[i])`.
 
-    Ids from `vocab_size` on (default: the tokenizer's size, else the model's) are never chosen.
+    Ids from `vocab_size` on (default: the smaller of the tokenizer's and the model's) are never
+    chosen.
     `stop_lines` gives each row its own number of lines, in place of `options.stop_lines`. Counting
     lines, mbr and ensemble need the `tokenizer`. Past the model's context the window slides: see
     Window. `fixed` decodes with its compiled steps, sampling and greedily only. Raises UserError
@@ -53,7 +54,8 @@ def generate(  # noqa: PLR0913 (all but five have defaults)
     check_decode(options)
     if not prompts:
         return []
-    vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else model.config.vocab_size)
+    known = tokenizer.vocab_size if tokenizer else model.config.vocab_size
+    vocab_size = vocab_size or min(known, model.config.vocab_size)
     decoder = Decoder(model, options, eot, seed, vocab_size, tokenizer)
     names = map(str, rows if rows is not None else range(len(prompts)))
     lines = stop_lines if stop_lines is not None else [options.stop_lines] * len(prompts)

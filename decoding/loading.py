@@ -3,6 +3,8 @@ hub's layout, or an adapter's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from adapters.layers import can_merge, merge
@@ -56,3 +58,18 @@ def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
             f"only {model.config.vocab_size:,}; name the model's own tokenizer with --tokenizer"
         )
     return loaded
+
+
+def check_known(tokenizer: Tokenizer, size: int, ids: Iterable[int], what: str) -> None:
+    """Raise UserError if one of the token ids of `what` is not among the model's `size`: models of
+    nanoGPT's on characters have neither an end token nor one for unknown characters."""
+    if (id := max(ids, default=0)) < size:
+        return
+    if id == tokenizer.eot:
+        raise UserError(
+            f"{what} has documents, which begin with an end token, and the model has none among its "
+            f"{size:,} tokens; give token shards without it, such as nanoGPT's train.bin and val.bin"
+        )
+    raise UserError(
+        f"{what} has a character that is not among the {size:,} tokens of the model; leave it out"
+    )

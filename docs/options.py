@@ -35,7 +35,12 @@ SECTIONS = (
         "`finetune.lyrics`, `.sonnets`, `.text`, `.summarize`, `.qa`, `.chat`",
         "tasks.generation.options.GenerationConfig",
     ),
-    ("Decoding", "`generate.py` and the tasks of generation", "decoding.options.DecodeConfig"),
+    ("Preferences", "`finetune.preferences`", "tasks.preferences.options.PreferencesConfig"),
+    (
+        "Decoding",
+        "`generate.py`, the tasks of generation, `finetune.preferences`",
+        "decoding.options.DecodeConfig",
+    ),
     *(
         (name.capitalize(), f"`finetune.{name}`", f"finetune.{name}.{name.capitalize()}Config")
         for name in (

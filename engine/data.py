@@ -16,8 +16,10 @@ from typing import Any
 
 from base.console import counted
 from base.files import sha256
+from base.sources import specs_of
 from config import UserError
 from dataset import TokenDataset
+from engine.mixture import Dataset, mixed
 from storage.cache import Cache, changed_while_read, digest
 from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
@@ -55,8 +57,8 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """How many rows the embedding of a model must have."""
-        return self.tokenizer.rows if self.tokenizer else self.size
+        """How many rows the embedding of a model must have. Training needs the end token's."""
+        return max(self.tokenizer.rows, self.tokenizer.eot + 1) if self.tokenizer else self.size
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
@@ -75,8 +77,8 @@ class Vocabulary:
 class Data:
     """The training and validation tokens of a run, and their vocabulary."""
 
-    train: TokenDataset
-    val: TokenDataset
+    train: Dataset
+    val: Dataset
     vocabulary: Vocabulary
     excluded: str | None = None  # hash of the data of --decontaminate
     left_out: str = ""  # how many documents that data left out, for the banner
@@ -150,50 +152,114 @@ def open_data(
     Without `val_data` a part of `data` is held out: the shards whose names contain the word val or
     validation, or every hundredth document of a text. If there is neither (fewer than 100
     documents), it is the last hundredth of the stream, at least one window and at most a tenth.
+    Each of several weighted sources holds out its own part, and all have one vocabulary: that of
+    token shards if there are any, else that of stdlib, else GPT-2's, unless `tokenizer` names it.
     Documents of `data` that share an n-gram with the texts of `decontaminate` are left out first.
     Raises UserError for data that is missing, damaged, empty, too short or of another tokenizer.
     """
-    store = Cache(cache)
+    store, sources = Cache(cache), specs_of(data)
     if tokenizer == CHARACTERS:
         files = _text_for_characters(data)
         requested = Vocabulary.of(characters_tokenizer(files, text_column, store, say))
     else:
         requested = Vocabulary.of(load_tokenizer(tokenizer)) if tokenizer else None
     excluded = _Excluded.find(decontaminate, text_column, store) if decontaminate else None
-    opened = _open(data, requested, text_column, store, val_data is None, say, excluded=excluded)
-    train, val, vocabulary = opened.train, opened.val, opened.vocabulary
-    if train is None:
-        raise UserError(
-            f"{data} holds only validation shards (val or validation in their names); give a "
-            "folder that holds others too"
-        )
+    specs, named = [source.spec for source in sources], requested is not None
+    holdout = val_data is None
+    opened, vocabulary = _open_sources(
+        specs, requested, text_column, store, holdout, say, named, excluded
+    )
+    trains, vals = [], []
+    for spec, found in zip(specs, opened, strict=True):
+        train, val = _train_and_val(spec, found, vocabulary, seq_len, holdout)
+        trains.append(train)
+        vals += [val] if val else []
+    val_sources = sources
     if val_data is not None:
-        unknown = vocabulary.sha256 is None
-        other = _open(
-            val_data, None if unknown else vocabulary, text_column, store, False, say, named=False
-        )
-        val = other.val or other.train
-        if unknown:  # its size is then only known from the largest id
-            vocabulary = max(vocabulary, other.vocabulary, key=lambda vocabulary: vocabulary.size)
-    elif val is None:
-        train, val = _split_tail(train, vocabulary, seq_len, data)
-    assert val is not None
-    for dataset, what in (
-        (train, data),
-        (val, f"validation data of {data}" if val_data is None else val_data),
-    ):
-        if not dataset.n_windows(seq_len):
-            raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+        val_sources = specs_of(val_data)
+        specs = [source.spec for source in val_sources]
+        known = vocabulary if vocabulary.sha256 else None  # else its size is that of the largest id
+        others, theirs = _open_sources(specs, known, text_column, store, False, say, named=False)
+        vocabulary = known or max(vocabulary, theirs, key=lambda vocabulary: vocabulary.size)
+        for source, found in zip(val_sources, others, strict=True):
+            val = found.val or found.train
+            assert val is not None
+            vals.append(_long_enough(val, source.spec, seq_len))
+    train, val = mixed(sources, trains), mixed(val_sources, vals)
     if excluded is None:
         return Data(train, val, vocabulary)
-    left_out = counted(opened.shared_documents, "document")
+    left_out = counted(sum(found.shared_documents for found in opened), "document")
     note = f"; {left_out} left out for sharing {N} words in a row with {decontaminate}"
     return Data(train, val, vocabulary, excluded.sha256, note)
 
 
+def _open_sources(
+    specs: list[str],
+    vocabulary: Vocabulary | None,
+    column: str,
+    store: Cache,
+    holdout: bool,
+    say: Callable[[str], None],
+    named: bool,
+    excluded: _Excluded | None = None,
+) -> tuple[list[_Splits], Vocabulary]:
+    """Open each of `specs` with one vocabulary, and return it too. `vocabulary`: the one to use, if
+    it is determined already; `named`: whether the user chose it."""
+    opened: dict[str, _Splits] = {}
+    for spec in _by_vocabulary(specs):
+        # Shards of an unknown vocabulary are of the same one, as far as anybody can tell.
+        unknown = vocabulary is not None and vocabulary.sha256 is None
+        wanted = None if unknown and _shard_files(Path(spec).expanduser()) else vocabulary
+        found = _open(spec, wanted, column, store, holdout, say, named, excluded)
+        opened[spec] = found
+        if vocabulary is None or unknown:  # its size is then only known from the largest id
+            sizes = filter(None, (vocabulary, found.vocabulary))
+            vocabulary = max(sizes, key=lambda vocabulary: vocabulary.size)
+    assert vocabulary is not None
+    return [opened[spec] for spec in specs], vocabulary
+
+
+def _train_and_val(
+    spec: str, found: _Splits, vocabulary: Vocabulary, seq_len: int, holdout: bool
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training data of a source, and with `holdout` its validation data."""
+    train, val = found.train, found.val
+    if train is None:
+        raise UserError(
+            f"{spec} holds only validation shards (val or validation in their names); give a "
+            "folder that holds others too"
+        )
+    if not holdout:
+        return _long_enough(train, spec, seq_len), None
+    if val is None:
+        train, val = _split_tail(train, vocabulary, seq_len, spec)
+    return (
+        _long_enough(train, spec, seq_len),
+        _long_enough(val, f"validation data of {spec}", seq_len),
+    )
+
+
+def _long_enough(dataset: TokenDataset, what: str, seq_len: int) -> TokenDataset:
+    """The same dataset. Raises UserError if it has no window."""
+    if not dataset.n_windows(seq_len):
+        raise UserError(_too_short(what, dataset.n_tokens, seq_len, dataset.n_tokens - 1))
+    return dataset
+
+
+def _by_vocabulary(specs: list[str]) -> list[str]:
+    """The sources in the order in which they determine the vocabulary: token shards come first,
+    whose ids are fixed, then stdlib, which has a tokenizer of its own."""
+
+    def rank(spec: str) -> int:
+        path = Path(spec).expanduser()
+        return 0 if _shard_files(path) else 1 if spec == "stdlib" and not path.exists() else 2
+
+    return sorted(specs, key=rank)
+
+
 def _text_for_characters(data: str) -> list[Path]:
     """The text files whose characters --tokenizer characters takes."""
-    shards = _shard_files(Path(data).expanduser())
+    shards = any(_shard_files(Path(source.spec).expanduser()) for source in specs_of(data))
     files = None if shards else corpus.files_of(data)
     if files is None:
         raise UserError(
@@ -297,6 +363,7 @@ def check_data(
     """
     for spec in filter(None, (data, val_data)):
         check_files(spec)  # before the tokenizer: if files are missing, it is of no use
+    specs = _by_vocabulary([source.spec for source in specs_of(data)])
     requested, tokenizer_error = None, None
     try:
         if tokenizer == CHARACTERS:
@@ -306,26 +373,30 @@ def check_data(
     except UserError as error:  # raised below, after errors about the data
         tokenizer_error = error
     store = Cache(cache)
-    _check_there(data, requested, text_column, store)
-    if val_data is not None:
-        _check_there(val_data, requested, text_column, store)
+    for spec in (*specs, *(source.spec for source in specs_of(val_data or "") if val_data)):
+        _check_there(spec, requested, text_column, store)
     if tokenizer_error:
         raise tokenizer_error
-    path = Path(data).expanduser()
+    path = Path(specs[0]).expanduser()
     if files := _shard_files(path):
         return _open_shards(path, files, requested, store).vocabulary.size
     if requested:
         return requested.size
     return (
         STDLIB_VOCAB
-        if data == "stdlib" and not path.exists()
+        if specs[0] == "stdlib" and not path.exists()
         else load_tokenizer("gpt2").vocab_size
     )
 
 
 def check_files(spec: str) -> None:
-    """Raise UserError if `spec` names files of which one is missing or cannot be read. The hub is
-    not asked about a dataset."""
+    """Raise UserError if `spec` names files of which one is missing or cannot be read, in any of
+    its sources. The hub is not asked about a dataset."""
+    specs = [source.spec for source in specs_of(spec)]
+    if specs != [spec]:
+        for each in specs:
+            check_files(each)
+        return
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return

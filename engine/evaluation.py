@@ -22,19 +22,26 @@ def evaluate(
     task, model, world = step.task, step.model, step.world
     was_training = model.training
     model.eval()
+    parts = [
+        (split, ids)
+        for split in task.evaluated
+        for rows in [micro_batch if split.startswith("val") else 1]
+        for ids in partition(task.rows(split, 0), world.rank, world.size, rows)
+    ]
     sums: dict[str, Tensor] = {}
     records: dict[int, Any] = {}
     try:
-        for ids in partition(task.rows("val", 0), world.rank, world.size, micro_batch):
+        for split, ids in parts:
             if stop():
                 return None
             if ids is None:
                 continue
-            counts, found = step.evaluate(task.batch("val", ids).tensors)
+            counts, found = step.evaluate(task.batch(split, ids).tensors)
             records |= found
             # MPS has no fp64, so its sums are kept on the host.
             device = torch.device("cpu") if world.device.type == "mps" else world.device
             for key, value in counts.items():
+                key = key if split == "val" else f"{split} {key}"
                 count = torch.as_tensor(value, device=device)
                 sums[key] = sums.get(key, 0) + count.double()
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch.nn as nn
 
 from base.console import counted
 from config import ResolvedTrain, RunConfig, TrainConfig, UserError, resolved
-from dataset import window_order
 from decoding.options import DecodeConfig
 from decoding.sampling import sample
+from engine import benchmarked, mixture
 from engine.data import Data, check_data, check_files, open_data
 from engine.shape import model_config, runtime_fields
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
@@ -50,6 +49,7 @@ class LanguageModelling(Task):
         if cfg.data == "stdlib" and not Path(cfg.out, "config.json").exists():  # not on a resume
             say(STDLIB_NOTE)
         _check_data_exists(cfg)
+        self.benchmarks = benchmarked.BenchmarksOfRun(cfg)
         tokenizer, cache = _tokenizer_named(cfg), Path(cfg.cache)
         if dry:
             size = check_data(cfg.data, cfg.val_data, tokenizer, cfg.text_column, cache)
@@ -65,8 +65,11 @@ class LanguageModelling(Task):
                 say,
                 cfg.decontaminate,
             )
+            self.val = mixture.Validation(self.data.val)
+            self.evaluated = (*self.val.splits, benchmarked.SPLIT)
             self.shape = model_config(cfg, self.data.vocabulary.size, cfg.seq_len)
             self._check_vocabulary(cfg)
+            self.benchmarks.prepare(self.data.vocabulary, self.shape.block_size)
         with torch.device("meta"):
             flops = GPT(self.shape).flops_per_token(cfg.seq_len)
         return Facts(
@@ -92,9 +95,11 @@ class LanguageModelling(Task):
             )
 
     def _warnings(self) -> tuple[str, ...]:
+        found = mixture.repeated(self.data.train, self.cfg.steps * self.cfg.batch_tokens)
         if self.data.vocabulary.tokenizer:
-            return ()
+            return found
         return (
+            *found,
             f"training without the shards' tokenizer ({self.data.vocabulary.missing}): no samples "
             "are printed, and the model is saved without a tokenizer",
         )
@@ -112,6 +117,8 @@ class LanguageModelling(Task):
             "padded_vocabulary": config.padded_vocab_size,
             "data": self.data.train.sha256,
             "val_data": self.data.val.sha256,
+            "weights": mixture.weights_of(self.data.train),
+            "val_weights": mixture.weights_of(self.data.val),
             "decontaminate": self.data.excluded,
             "tokenizer": self.data.vocabulary.sha256,
         }
@@ -130,14 +137,13 @@ class LanguageModelling(Task):
             if config.padded_vocab_size > config.vocab_size
             else ""
         )
-        epochs = self.cfg.steps * self.cfg.batch_tokens / data.train.n_tokens
+        tokens = self.cfg.steps * self.cfg.batch_tokens
         return {
             "model": f"{model.n_params():,} parameters: {shape}, start: {self.cfg.init}",
             "tokenizer": f"{data.vocabulary.name}, {data.vocabulary.size:,} ids{padded}"
             + ("" if data.vocabulary.tokenizer else ", not on this machine"),
-            "data": f"{self.cfg.data}: {data.train.n_tokens:,} tokens to train on ({epochs:.2f} "
-            "epochs), "
-            f"{data.val.n_tokens:,} held out{data.left_out}",
+            **mixture.banner(self.cfg.data, data.train, data.val, data.left_out, tokens),
+            **self.benchmarks.banner,
         }
 
     def build_model(self, cfg: TrainConfig) -> nn.Module:
@@ -151,17 +157,17 @@ class LanguageModelling(Task):
         seq_len, batch = self.cfg.seq_len, self.cfg.batch_tokens // self.cfg.seq_len
         if split == "train":
             positions = np.arange(step * batch, (step + 1) * batch)
-            return window_order(positions, self.data.train.n_windows(seq_len), self.cfg.seed)[
-                :, None
-            ]
-        windows = self.data.val.n_windows(seq_len)
-        if self.cfg.eval_tokens:
-            windows = min(windows, max(1, self.cfg.eval_tokens // seq_len))
-        return np.arange(windows)[:, None]
+            return self.data.train.order(positions, seq_len, self.cfg.seed)[:, None]
+        if split == benchmarked.SPLIT:
+            return self.benchmarks.rows()
+        return self.val.rows(split, seq_len, self.cfg.eval_tokens)
 
     def batch(self, split: str, ids: np.ndarray) -> Batch:
-        """idx and targets (B, T) int64, and with --document-mask also segments (B, T)."""
-        data = self.data.train if split == "train" else self.data.val
+        """idx and targets (B, T) int64, and with --document-mask also segments (B, T); or the
+        numbers of a benchmark's batches."""
+        if split == benchmarked.SPLIT:
+            return Batch({split: torch.from_numpy(ids)}, {}, {})
+        data = self.data.train if split == "train" else self.val.splits[split]
         tokens = torch.from_numpy(data.windows(ids, self.cfg.seq_len))  # (B, T + 1)
         tensors = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.cfg.document_mask:
@@ -177,18 +183,17 @@ class LanguageModelling(Task):
         return {"nll": model(**batch, reduction="sum")}
 
     def evaluate(self, model: nn.Module, batch: Tensors) -> tuple[Sums, dict[int, Any]]:
-        """The summed cross-entropy in nats and the number of targets. No records."""
+        """The summed cross-entropy in nats and the number of targets. The records are scores of
+        benchmarks."""
+        if benchmarked.SPLIT in batch:
+            assert isinstance(model, GPT)
+            return {}, self.benchmarks.score(model, batch[benchmarked.SPLIT])
         nll = model(**batch, reduction="sum")
         return {"nll": nll, "tokens": (batch["targets"] != IGNORE).sum()}, {}
 
     def metrics(self, sums: dict[str, float], records: dict[int, Any]) -> dict[str, float]:
-        """Loss per token in nats, perplexity and, if the text's size is known, bits per byte."""
-        nll, tokens = sums["nll"], sums["tokens"]
-        metrics = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
-        val = self.data.val
-        if val.n_bytes:
-            metrics["val_bits_per_byte"] = bits_per_byte(nll, tokens * val.n_bytes / val.n_tokens)
-        return metrics
+        """See Validation.metrics, and the figures of benchmarks."""
+        return self.val.metrics(sums) | self.benchmarks.metrics(records)
 
     def samples(self, model: nn.Module) -> list[tuple[str, str]]:
         """Sampled continuations (top-k 50) of --prompts; none if there is no tokenizer here."""
@@ -256,16 +261,3 @@ def _tokenizer_named(cfg: RunConfig) -> str | None:
         return None
     where = locate(cfg.init)
     return where if has_tokenizer(where) else None
-
-
-def perplexity(nll: float, count: float) -> float:
-    """exp(nll / count) for a sum of nats over `count` tokens (or words); inf on overflow."""
-    try:
-        return math.exp(nll / count)
-    except OverflowError:
-        return math.inf
-
-
-def bits_per_byte(nll: float, n_bytes: float) -> float:
-    """Convert a sum of nats to bits per byte of text, comparable between tokenizers."""
-    return nll / math.log(2) / n_bytes

@@ -6,7 +6,7 @@ makes optimizer steps of them and knows nothing else about a task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class Task:
     defaults: Mapping[str, Any] = {}  # replace that class's defaults; the command line overrides
     terms: dict[str, float] = {"nll": 1.0}  # the loss terms and their factors in the objective
     best: tuple[str, str] = ("val_loss", "min")  # the metric that chooses the best checkpoint
+    # The splits whose rows an evaluation takes. The groups of one that does not begin with val are
+    # whole batches. Sums are named "SPLIT SUM", and those of val alone "SUM".
+    evaluated: Sequence[str] = ("val",)
     cfg: Any  # its options, set by `setup`
 
     def setup(self, cfg: Any, say: Callable[[str], None], dry: bool = False) -> Facts:
@@ -104,7 +107,7 @@ class Task:
 
     def rows(self, split: str, step: int) -> np.ndarray:
         """Row ids (groups, rows in a group) int64 of a step's global batch ("train") or of the
-        whole evaluation ("val").
+        whole evaluation ("val", or another split in `evaluated`).
 
         A group is never split across ranks or micro-batches. The result depends only on the seed
         and the step.

@@ -14,6 +14,7 @@ from config import UserError, nearest
 from tasks.classification.description import ClassificationDescription
 from tasks.description import Description
 from tasks.generation.description import GenerationDescription
+from tasks.preferences.description import PreferenceDescription
 
 
 def classify(task: ClassificationDescription) -> int:
@@ -31,6 +32,15 @@ def generate(task: GenerationDescription) -> int:
     from tasks.generation.task import Generation
 
     return run_task(Generation(task), cfg, typed)
+
+
+def prefer(task: PreferenceDescription) -> int:
+    """Run a preference task with the options of the command line. Returns the exit code."""
+    cfg, typed = options(task)
+    from tasks.command import run_task
+    from tasks.preferences.task import Preferences
+
+    return run_task(Preferences(task), cfg, typed)
 
 
 def options(task: Description) -> tuple[Any, frozenset[str]]:

@@ -1,7 +1,7 @@
 """The description of a fine-tuning task: which columns its rows have, and how a row reads.
 
-A description is data and plain functions. The two families, tasks/classification and
-tasks/generation, train and answer from it. Nothing here imports torch, so `--help` stays fast.
+A description is data and plain functions. The families tasks/classification, tasks/generation and
+tasks/preferences train and answer from it. Nothing here imports torch, so `--help` stays fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part of the task seam that classification and generation share: the model with its adapter,
+"""The part of the task seam that the families of tasks share: the model with its adapter,
 the order of rows, and the facts of a run.
 
 A row becomes a sequence of tokens, padded at the right. Causal attention never reads that padding.
@@ -52,6 +52,11 @@ class Split:
         """Number of tokens that the model reads of each sequence, (n,) int64."""
         return np.array([len(tokens) for tokens in self.tokens])
 
+    @property
+    def read(self) -> np.ndarray:
+        """Number of tokens that the model reads for each row, (n,) int64."""
+        return self.lengths
+
 
 class Predictor(Protocol):
     """A finished model and the rows of --predict that it will answer."""
@@ -70,10 +75,10 @@ class Predictor(Protocol):
 class Finetuning(Task):
     """A Task that follows a description.
 
-    Each family (Classification, Generation) implements `setup`, `batch`, `loss` and the metrics.
+    Each family (Classification, Generation, Preferences) implements `setup`, `batch`, `loss` and the metrics.
     """
 
-    description: Any  # a ClassificationDescription or a GenerationDescription
+    description: Any  # the family's subclass of Description
     cfg: Any  # an instance of description.config
     source: Source
     predict_rows: list[Row] | None = None  # the rows of --predict, once they are read
@@ -116,7 +121,7 @@ class Finetuning(Task):
 
     def amounts(self, split: Split, ids: np.ndarray, idx: Tensor) -> dict[str, float]:
         """The amounts that the log counts for the rows `ids` of a split, padded to idx (B, T)."""
-        tokens = float(split.lengths[ids].sum())
+        tokens = float(split.read[ids].sum())
         return {"tokens": tokens, "padded_tokens": idx.numel(), "rows": len(ids)}
 
     # --- the finished model
@@ -183,7 +188,7 @@ class Finetuning(Task):
             identity=self.identity(),
             banner=self.banner(),
             rows_per_rank=lambda world_size: -(-size // world_size),
-            tokens_per_step=float(self.train.lengths.mean()) * min(size, len(self.train.rows)),
+            tokens_per_step=float(self.train.read.mean()) * min(size, len(self.train.rows)),
             cost=self.cost(),
             length=(self.cfg.steps or self.cfg.epochs * epoch, epoch),
             longest=np.argsort(-self.train.lengths, kind="stable"),
@@ -242,7 +247,7 @@ class Finetuning(Task):
             "tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
             + (f", including {special}" if special else ""),
             "data": f"{self.cfg.data}: {len(train.rows):,} rows to train on "
-            f"({train.lengths.sum():,} tokens, "
+            f"({train.read.sum():,} tokens, "
             f"padding {padding:.0%} of a step), {len(self.val.rows):,} to validate on",
             "clean": self.overlap.summary,
         }

@@ -177,13 +177,3 @@ def padding_share(
             computed += len(part) * bucket_for(int(part.max()), sizes)
             real += int(part.sum())
     return 1 - real / computed
-
-
-def group_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Batches of indices of at most `batch_tokens` tokens after padding. The longest come first, so
-    that a lack of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, batch_tokens // max(1, lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]

@@ -348,6 +348,7 @@ def point(where: str) -> tuple[Any, str]:
     from engine.pretraining import LanguageModelling
     from engine.step import TrainStep
     from storage import checkpoint
+    from tasks.preferences import reference
 
     return {
         "micro-batch": (TrainStep, "_backward"),
@@ -360,6 +361,7 @@ def point(where: str) -> tuple[Any, str]:
         "removal": (checkpoint, "_remove"),
         "retention": (checkpoint, "prune"),
         "log": (RunLog, "record"),
+        "batch of the reference": (reference, "to_device"),
         "whole file": (files, "write_json"),
     }[where]
 

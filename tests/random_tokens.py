@@ -24,6 +24,8 @@ STEPS = 20
 
 
 class RandomTokens(LanguageModelling):
+    evaluated = ("val",)
+
     def __init__(self, config: GPTConfig, cfg: ResolvedTrain):
         self.shape, self.cfg = config, cfg
 

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate as script
 from config import UserError
-from engine.pretraining import bits_per_byte, perplexity
+from decoding.benchmarks import Benchmark, HellaSwag, Lambada, file_rows, hellaswag_row, read_rows
+from decoding.scoring import bits_per_byte, make_span, perplexity
 from model import GPT, GPTConfig
 from storage.shards import byte_lengths
 from text.prepare import tokenize_to_folder
@@ -80,6 +82,13 @@ def figures(monkeypatch, capsys, checkpoint: Path, *words: str | Path) -> dict:
     )
     script.main()
     return json.loads(capsys.readouterr().out)
+
+
+def evaluated(
+    kind: type[Benchmark], model: GPT, tokenizer: Tokenizer, rows: Iterable[Any], batch_tokens: int
+) -> dict[str, Any]:
+    benchmark = kind(tokenizer, list(rows), model.config.block_size)
+    return script.evaluate_benchmark(model, benchmark, batch_tokens)
 
 
 def log_probs(reference, ids: list[int]) -> torch.Tensor:
@@ -180,9 +189,7 @@ swag = st.fixed_dictionaries(
 )
 def test_hellaswag_accuracies_match_a_loop(model, tokenizer, reference, rows, batch_tokens) -> None:
     """These words differ in characters, bytes and tokens. The first of equal endings is chosen."""
-    ours = script.evaluate_hellaswag(
-        model, tokenizer, [script.hellaswag_row(row) for row in rows], batch_tokens
-    )
+    ours = evaluated(HellaSwag, model, tokenizer, map(hellaswag_row, rows), batch_tokens)
     expected, _ = plain_hellaswag(reference, tokenizer, rows, BLOCK)
     assert {name: ours[name] for name in expected} == expected
 
@@ -196,20 +203,18 @@ def test_official_hellaswag_rows_match_the_harness() -> None:
         "endings": ["[step] your eyes.  ", "a  door [title] Now"],
         "label": "1",
     }
-    row = script.hellaswag_row(official)
+    row = hellaswag_row(official)
     assert row.harness.context == "Health: How to nap. Find a bed Lie down. Then close"
     assert row.harness.endings == (" your eyes.", "a door. Now") and row.label == 1
     assert (row.plain.context, row.plain.endings) == (official["ctx"], tuple(official["endings"]))
 
 
 def test_rows_without_a_label_are_not_scored(model, tokenizer) -> None:
-    rows = [
-        script.hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)
-    ]
-    ours = script.evaluate_hellaswag(model, tokenizer, rows, 256)
+    rows = [hellaswag_row(HELLASWAG[0] | {"label": label}) for label in ("", -1, "-1", None, 0)]
+    ours = evaluated(HellaSwag, model, tokenizer, rows, 256)
     assert (ours["rows"], ours["rows_without_label"]) == (1, 4)
-    with pytest.raises(UserError, match="no row of --hellaswag has a label"):
-        script.evaluate_hellaswag(model, tokenizer, rows[:4], 256)
+    with pytest.raises(UserError, match="no row of HellaSwag has a label"):
+        evaluated(HellaSwag, model, tokenizer, rows[:4], 256)
 
 
 @pytest.mark.parametrize("target", ["folder", "rows.jsonl", "/proc/none/figures.json"])
@@ -228,9 +233,7 @@ def test_an_unwritable_json_is_refused_before_the_work(target, tmp_path, monkeyp
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_scores_do_not_depend_on_the_batch(model, tokenizer, reference, batch_tokens: int) -> None:
     spans = [
-        script.make_span(tokenizer, r["ctx"], " " + e, BLOCK)
-        for r in HELLASWAG
-        for e in r["endings"]
+        make_span(tokenizer, r["ctx"], " " + e, BLOCK) for r in HELLASWAG for e in r["endings"]
     ]
     scores = script.score(model, spans, batch_tokens, "")
     _, expected = plain_hellaswag(reference, tokenizer, HELLASWAG, BLOCK)
@@ -261,7 +264,7 @@ def test_lambada_counts_an_expected_word(model, tokenizer, reference) -> None:
         if word.startswith(" ") and word.strip() and tokenizer.encode(word) and " " not in word[1:]:
             rows.append((context, word))
     expected = [of_continuation(reference, *map(tokenizer.encode, row), BLOCK)[1] for row in rows]
-    ours = script.evaluate_lambada(model, tokenizer, rows, 256)
+    ours = evaluated(Lambada, model, tokenizer, rows, 256)
     assert ours["accuracy"] == sum(expected) / len(rows) > 0
 
 
@@ -485,16 +488,16 @@ def test_real_benchmark_rows_are_read(tmp_path, monkeypatch) -> None:
     model = GPT(GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=2, n_embd=16)).eval()
     model.save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    parsers = {"hellaswag_val": script.hellaswag_row, "lambada_test": script.lambada_row}
+    kinds: dict[str, Any] = {"hellaswag_val": HellaSwag, "lambada_test": Lambada}
     raw, parsed = {}, {}
-    for name, parser in parsers.items():
+    for name, kind in kinds.items():
         file = SHARED / "lm_eval" / f"{name}.jsonl"
-        raw[name] = script.file_rows(file, name)[:20]
-        parsed[name] = script.read_benchmark_rows("lambada", str(file), parser, 20)
-    ours = script.evaluate_hellaswag(model, tokenizer, parsed["hellaswag_val"], 1024)
+        raw[name] = file_rows(file, name)[:20]
+        parsed[name] = read_rows(kind, "--option", str(file), 20)
+    ours = evaluated(HellaSwag, model, tokenizer, parsed["hellaswag_val"], 1024)
     expected, _ = plain_hellaswag(reference, tokenizer, raw["hellaswag_val"], 256)
     assert {name: ours[name] for name in expected} == expected
-    ours = script.evaluate_lambada(model, tokenizer, parsed["lambada_test"], 1024)
+    ours = evaluated(Lambada, model, tokenizer, parsed["lambada_test"], 1024)
     expected = plain_lambada(reference, tokenizer, raw["lambada_test"], 256)
     assert (ours["accuracy"], ours["token_perplexity"]) == pytest.approx(
         (expected[0], expected[2]), rel=1e-4

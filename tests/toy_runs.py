@@ -23,6 +23,8 @@ from tasks.classification.task import Classification
 from tasks.finetuning import Finetuning
 from tasks.generation.description import GenerationDescription
 from tasks.generation.task import Generation
+from tasks.preferences.description import PreferenceDescription
+from tasks.preferences.task import Preferences
 from tasks.source import Source
 
 CPU = torch.device("cpu")
@@ -51,10 +53,17 @@ def description_of(name: str) -> Any:
     return importlib.import_module(f"finetune.{name}").TASK
 
 
+FAMILIES: dict[type, Any] = {
+    ClassificationDescription: Classification,
+    GenerationDescription: Generation,
+    PreferenceDescription: Preferences,
+}
+
+
 def task_of(name: str) -> Any:
     """The Task that trains on the description of a module."""
     task = description_of(name)
-    return Classification(task) if isinstance(task, ClassificationDescription) else Generation(task)
+    return FAMILIES[type(task)](task)
 
 
 TASKS = sorted(file.stem for file in (REPO / "finetune").glob("*.py") if file.stem != "__init__")
@@ -93,6 +102,7 @@ def set_up_task(
     fixed: dict[str, Any] = dict(
         init="scratch", preset="micro", tokenizer=str(inputs / "tokenizer"), precision="fp32"
     )
+    fixed["cache"] = str(inputs / "cache")
     fixed |= task.defaults | dict(
         data="toy", warmup_steps=0, lr=1e-3, steps=3, batch_size=4, dropout=0.0
     )

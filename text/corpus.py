@@ -34,6 +34,7 @@ import numpy as np
 
 from base.errors import reason
 from base.files import sha256
+from base.sources import specs_of
 from config import UserError
 from storage.shards import token_dtype
 from text import encodings, readers
@@ -556,10 +557,15 @@ class HubDataset:
 
 
 def files_of(spec: str) -> list[Path] | None:
-    """The text files that `spec` names, or that `stdlib` stands for. None for a dataset on the hub.
+    """The text files that `spec` names, or that `stdlib` stands for; of several weighted sources
+    those of all. None for a dataset on the hub.
 
     Raises UserError if there are no such files.
     """
+    specs = [source.spec for source in specs_of(spec)]
+    if specs != [spec]:
+        parts = list(map(files_of, specs))
+        return None if None in parts else [path for part in parts if part for path in part]
     path = Path(spec).expanduser()
     if spec == "stdlib" and not path.exists():
         return stdlib_files()

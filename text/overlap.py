@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from base.sources import specs_of
 from config import UserError
 from storage.cache import Cache, digest
 from text import corpus, readers
@@ -174,6 +175,11 @@ def texts_of(spec: str, column: str) -> Iterator[str]:
     A row's text is its `column`. Without such a column it is all of its text cells, so that a
     benchmark's file need not be converted. Rows that cannot be read are left out.
     """
+    specs = [source.spec for source in specs_of(spec)]
+    if specs != [spec]:
+        for each in specs:
+            yield from texts_of(each, column)
+        return
     files = corpus.files_of(spec)
     if files is None:
         name, _, config = spec.partition(":")

@@ -68,7 +68,8 @@ class Tokenizer(ABC):
     special: the tokens that with_special() added.
     special_ids: the id of every special token, including the end token.
     rows: how many rows a model's embedding table must have. This is less than vocab_size if the
-        files name special tokens that no model was trained on.
+        files name special tokens that no model was trained on, and for nanoGPT's meta.pkl, where
+        the end token may be among the missing ones.
     num_threads: threads of encode_batch; None uses every core.
     """
 

@@ -71,7 +71,9 @@ def open_tokenizer(path: Path, quiet: bool = False) -> OpenedTokenizer:
     folder = path if path.is_dir() else path.parent
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if path.name == META or (not file.is_file() and not pair and (folder / META).is_file()):
-        return characters(read_meta(folder / META))
+        known = read_meta(folder / META)
+        # nanoGPT's own models have no rows for the two special tokens.
+        return characters(known)._replace(rows=len(known))
     if not file.is_file() and not pair:
         raise UserError(
             f"no tokenizer at {path}: give --tokenizer gpt2, a folder with tokenizer.json "

@@ -22,7 +22,7 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import replace_text
 from config import Count, PathOrName, SmallCount, UserError, nearest
-from tasks.order import group_by_length
+from decoding.scoring import group_by_length
 from text.corpus import records_of
 from text.encodings import NotUtf8
 from text.readers import MAX_SHOWN, SkippedRows, with_advice

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from base.charts import COLOURS, GREY, Series, chart, limits, short_numbers
+from base.charts import COLOURS, GREY, LINES, Series, chart, draw_accuracies, limits, short_numbers
 from tools.runs import Point, RunFolder, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINES = ("-", "--", ":", "-.")  # the next kind of line when the colours are used up
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 DOTS: Any = {"markeredgecolor": "white", "markersize": 6}
 MOST_POINTS = 2000  # of a line: a picture does not show more
@@ -20,17 +20,25 @@ MOST_POINTS = 2000  # of a line: a picture does not show more
 
 def draw_curves(groups: Sequence[tuple[str, Sequence[RunFolder]]], out: Path) -> None:
     """Draw the curves of groups of runs, each with its label in the legend, as a PNG. Training
-    losses are lines, as running medians, and validation losses are dots."""
+    losses are lines, as running medians, and validation losses are dots. A second row has the
+    accuracies on benchmarks, if a run has scored them."""
     runs = [run for _, group in groups for run in group]
     longest = max(points[-1].seconds for run in runs if (points := run.train or run.val))
     unit, unit_name = next(unit for unit in UNITS if longest >= unit[0] or unit[0] == 1.0)
     axis = {"steps": ("step", 1.0), "tokens": ("tokens", 1.0), unit_name: ("seconds", unit)}
-    with chart(out, 12, 4.6, {"font.size": 11}, w_pad=0.1, h_pad=0.08) as figure:
-        panels = figure.subplots(1, 3, sharey=True)
-        for axes, (name, (spent, scale)) in zip(panels, axis.items()):
-            _panel(axes, groups, spent, scale)
-            axes.set_xlabel(f"{unit_name} of training" if spent == "seconds" else name)
+    rows = 2 if any(run.accuracies for run in runs) else 1
+    with chart(out, 12, 4.6 + 2.8 * (rows - 1), {"font.size": 11}, w_pad=0.1, h_pad=0.08) as figure:
+        grid = figure.subplots(rows, 3, sharey="row", squeeze=False)
+        panels = grid[0]
+        for column, (name, (spent, scale)) in zip(grid.T, axis.items()):
+            _panel(column[0], groups, spent, scale)
+            for axes in column[1:]:
+                _accuracies(axes, groups, spent, scale)
+            column[-1].set_xlabel(f"{unit_name} of training" if spent == "seconds" else name)
         panels[0].set_title("Loss")
+        for axes in grid[1:, 0]:
+            axes.set_title("Accuracy on benchmarks")
+            axes.legend(fontsize=9)
         lines = [smoothed(run.train) for run in runs] + [run.val[1:] for run in runs]
         if between := limits([_series(points, "step", 1.0) for points in lines if points]):
             panels[0].set_ylim(*between)
@@ -44,8 +52,6 @@ def draw_curves(groups: Sequence[tuple[str, Sequence[RunFolder]]], out: Path) ->
 def _panel(
     axes: Axes, groups: Sequence[tuple[str, Sequence[RunFolder]]], spent: str, scale: float
 ) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     for number, (label, group) in enumerate(groups):
         turn, colour = divmod(number, len(COLOURS))
         look: Any = {"color": COLOURS[colour], "linestyle": LINES[turn % len(LINES)]}
@@ -57,6 +63,25 @@ def _panel(
                 dots = zip(*_series(run.val, spent, scale))
                 axes.plot(*dots, "o", color=COLOURS[colour], **DOTS)
         axes.plot([], [], linewidth=2.0, label=label, **look)
+    _finish(axes)
+
+
+def _accuracies(
+    axes: Axes, groups: Sequence[tuple[str, Sequence[RunFolder]]], spent: str, scale: float
+) -> None:
+    """The accuracies of all runs, in the colours of their losses."""
+    drawn = [
+        (colour, {name: _series(points, spent, scale) for name, points in run.accuracies.items()})
+        for colour, (_, group) in zip(itertools.cycle(COLOURS), groups)
+        for run in group
+    ]
+    draw_accuracies(axes, drawn)
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     short_numbers(axes.xaxis)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from base.charts import smooth
+from base.charts import ACCURACIES, smooth
 from base.files import read_json
 from config import UserError
 from engine.log import finite_values, records
@@ -48,6 +48,8 @@ class RunFolder:
     identity: dict[str, Any] = field(default_factory=dict)  # task, hashes of data, shape
     train: list[Point] = field(default_factory=list)
     val: list[Point] = field(default_factory=list)
+    # accuracies on benchmarks, as the `loss` of points, by the name in the log
+    accuracies: dict[str, list[Point]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)  # those of metrics.json, or of the log
     finished: bool = True
     predictions: Path | None = None  # of its validation rows
@@ -82,11 +84,14 @@ def read_run(folder: Path, name: str) -> RunFolder:
     evals = [record for record in log if record["kind"] == "eval" and record.get("step")]
     if not spent and not evals:
         raise UserError(f"{folder}/log.jsonl has no training step and no evaluation yet")
-    val = [
-        spent[record["step"]]._replace(loss=record["val_loss"])
-        for record in evals
-        if record["step"] in spent and finite_values([record], "val_loss")
-    ]
+
+    def curve(metric: str) -> list[Point]:
+        return [
+            spent[record["step"]]._replace(loss=record[metric])
+            for record in evals
+            if record["step"] in spent and finite_values([record], metric)
+        ]
+
     options, record = _object(folder / "config.json"), _object(folder / "run.json")
     results = _object(folder / "metrics.json")
     finished = _is_finished(results, record)
@@ -98,7 +103,8 @@ def read_run(folder: Path, name: str) -> RunFolder:
         {key: record[key] for key in VERSIONS if key in record},
         record["identity"] if isinstance(record.get("identity"), dict) else {},
         train,
-        val,
+        curve("val_loss"),
+        {name: found for name in ACCURACIES if (found := curve(name))},
         results if finished else _metrics_of_log(spent, train, evals),
         finished,
         predictions if predictions.is_file() else None,
@@ -172,7 +178,7 @@ def differing(values: Sequence[Mapping[str, Any]], names: Sequence[str] | None =
 def same_losses(runs: Sequence[RunFolder]) -> bool:
     """Whether losses of the runs can be compared: same task, validation data and tokenizer, as far
     as the runs recorded them."""
-    names = ("task", "val_data", "tokenizer")
+    names = ("task", "val_data", "val_weights", "tokenizer")
     known = [[run.identity[name] for run in runs if name in run.identity] for name in names]
     return all(len(set(map(str, values))) <= 1 for values in known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
 import json
@@ -80,8 +81,8 @@ class Service:
     """Admits requests, and passes on what the worker makes of them. Its methods run in the event
     loop.
 
-    `open` counts the texts of requests that are not answered to the end, so it bounds the memory,
-    however slowly readers read.
+    `told` has the texts of all requests that are not answered to the end. Their number is limited,
+    which bounds the memory, however slowly readers read.
     """
 
     def __init__(self, batcher: Batcher, reader: RequestReader, most_waiting: int):
@@ -127,8 +128,9 @@ class Service:
 
     def _deliver(self, made: list[tuple[Text, Progress | Refused]]) -> None:
         """Called in the worker's thread."""
-        if made and self.loop and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._tell, made)
+        if made and self.loop:
+            with contextlib.suppress(RuntimeError):  # the loop is closed when the server has ended
+                self.loop.call_soon_threadsafe(self._tell, made)
 
     def _tell(self, made: list[tuple[Text, Progress | Refused]]) -> None:
         for text, what in made:

@@ -179,6 +179,8 @@ class Replay:
             digest_every=1, wandb=False, tensorboard=False, profile=False, extend_to=None, reschedule=False,
             resume="never",
         )  # fmt: skip
+        if self.task.name == "pretrain":  # files of a benchmark need not be here
+            cfg = dataclasses.replace(cfg, eval_hellaswag=None, eval_lambada=None)
         from engine.processes import choose_device, start
 
         self.world = start(cfg.device)
@@ -290,6 +292,8 @@ def task_of(record: dict[str, Any], cfg: Any = None) -> Any:
     from tasks.classification.description import ClassificationDescription
     from tasks.classification.task import Classification
     from tasks.generation.task import Generation
+    from tasks.preferences.description import PreferenceDescription
+    from tasks.preferences.task import Preferences
 
     try:
         description = importlib.import_module(f"finetune.{name}").TASK
@@ -297,6 +301,8 @@ def task_of(record: dict[str, Any], cfg: Any = None) -> Any:
         raise UserError(
             f"the run's task {name} is not in finetune/; verify it where it is"
         ) from None
+    if isinstance(description, PreferenceDescription):
+        return Preferences(description)
     if not isinstance(description, ClassificationDescription):
         return Generation(description)
     also = auxiliary_tasks(cfg, find_classification_task) if cfg else []

@@ -7,10 +7,12 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from base.files import write_json
 from config import UserError
 from decoding.window import kept_tokens
 from tasks.description import EarlierAnswer, Parts, Truncatable, Turn, plain
@@ -64,6 +66,14 @@ class SequenceEncoder:
     def end(self) -> int:
         """The id that ends an answer."""
         return self.tokenizer.special_id(self.end_token) if self.end_token else self.tokenizer.eot
+
+    def write_ends(self, folder: Path) -> None:
+        """Write the ids that end an answer into a model's folder, if end-of-text is not the only
+        one. Else generate() of transformers would not stop at a turn's end."""
+        if self.end_token:
+            eot = self.tokenizer.eot
+            stops = {"bos_token_id": eot, "eos_token_id": [self.end, eot]}
+            write_json(folder / "generation_config.json", stops)
 
     def split(
         self, rows: Sequence[Row], example: Callable[[Row], Example], what: str

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from base.files import write_json
 from decoding.loading import open_model
-from engine.pretraining import perplexity
+from decoding.scoring import perplexity
 from engine.processes import choose_device
 from engine.task import Batch, Cost, Facts, Sums, Task, Tensors
 from kernels.linear_cross_entropy import IGNORE
@@ -262,10 +261,7 @@ class Generation(Finetuning):
         """Write the model and its tokenizer, or under `stored_only` what a checkpoint stores."""
         assert isinstance(model, GPT)
         self.trunk.export(model, folder, stored_only, pads=False)
-        if self.description.end:  # else generate() of transformers stops at end-of-text alone
-            eot = self.trunk.tokenizer.eot
-            stops = {"bos_token_id": eot, "eos_token_id": [self.encoder.end, eot]}
-            write_json(folder / "generation_config.json", stops)
+        self.encoder.write_ends(folder)
 
     # --- the finished model
 

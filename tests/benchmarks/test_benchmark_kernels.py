@@ -69,12 +69,14 @@ def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
     # aot_eager traces as for a real compilation and then runs without one. That needs no compiler and
     # is fast.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    place = dataclasses.replace(place, no_compiler=None)
+    # mlp_fp8 compiles what fp8_linear compiles, twice
+    place = dataclasses.replace(place, no_compiler="slow" if name == "mlp_fp8" else None)
     if DEVICE.type == "cpu":
         place = dataclasses.replace(place, no_fp8=None)  # slow on a CPU, but it works
     rows = {row["form"]: row for row in bench.compare(name, place, Turns(1, 1))}
     ours = [form for form in rows if form.startswith(OURS)]
     assert ours or name.startswith("product_")  # a layer's products have only PyTorch's form
+    ours = [form for form in ours if rows[form].get("note") != "not measured: slow"]
     for form in (bench.PYTORCH, *ours):
         assert "note" not in rows[form], rows[form]["note"]
         assert len(rows[form]["seconds"]) == 1

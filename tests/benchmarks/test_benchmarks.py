@@ -42,7 +42,8 @@ def write_run(folder: Path, steps: int, evals: bool = True, torn: bool = False) 
             }
         )
         if evals and step % 5 == 0:
-            lines.append({"kind": "eval", "step": step, "val_loss": loss + 0.1})
+            scores = {"hellaswag_acc_norm": 0.25 + step / 100, "lambada_accuracy": step / 50}
+            lines.append({"kind": "eval", "step": step, "val_loss": loss + 0.1} | scores)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text(text + ('{"kind": "train", "step": 99, "lo' if torn else ""))
@@ -74,6 +75,7 @@ def test_curves_skip_torn_lines_and_infinite_values(tmp_path) -> None:
     assert [x for x, _ in got.loss] == [1024 * step for step in range(1, 11)]
     assert [x for x, _ in got.val_loss] == [5 * 1024, 10 * 1024]
     assert len(got.grad_norm) == 9  # one value was not finite
+    assert got.accuracies["lambada_accuracy"] == [(5 * 1024, 0.1), (10 * 1024, 0.2)]
 
 
 def test_warm_up_does_not_set_the_limits() -> None:

@@ -20,6 +20,7 @@ from base import locks
 from base.cli import parse
 from base.files import sha256
 from config import TrainConfig, UserError, resolve
+from dataset import TokenDataset
 from engine import data as data_module
 from engine.data import check_data, is_validation, open_data, open_whole
 from engine.pretraining import LanguageModelling
@@ -488,7 +489,8 @@ def test_the_manifest_gives_the_vocabulary_size(tmp_path: Path, inputs: Path) ->
     shutil.rmtree(tokenizer)
     data = open_data(str(manifest.parent), None, None, "text", tmp_path / "none", 8)
     known, before = data.vocabulary, first.vocabulary
-    assert known.tokenizer is None and data.val.n_bytes is None
+    assert isinstance(data.val, TokenDataset) and data.val.n_bytes is None
+    assert known.tokenizer is None
     whole = open_whole(str(manifest.parent), None, "text", tmp_path / "none")
     assert whole.n_bytes == len((inputs / "text.txt").read_bytes())
     assert (known.size, known.eot, known.sha256) == (before.size, before.eot, before.sha256)

@@ -10,8 +10,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding import similarity
-from engine import pretraining
+from decoding import scoring, similarity
 from support import own_lines
 from tasks import metrics
 
@@ -260,9 +259,9 @@ def test_line_count():
 
 
 def test_perplexity_and_bits():
-    assert pretraining.perplexity(4 * np.log(8), 4) == pytest.approx(8)
-    assert pretraining.perplexity(1e6, 1) == float("inf")
-    assert pretraining.bits_per_byte(16 * np.log(2), 4) == pytest.approx(4)
+    assert scoring.perplexity(4 * np.log(8), 4) == pytest.approx(8)
+    assert scoring.perplexity(1e6, 1) == float("inf")
+    assert scoring.bits_per_byte(16 * np.log(2), 4) == pytest.approx(4)
 
 
 QUIET = """

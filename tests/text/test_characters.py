@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+import evaluate
+import generate
+from config import GPTConfig, UserError
 from engine.data import check_data
 from launch import launch, log_of
+from model import GPT
 from text.characters import read_meta
 from text.tokenizer import load_tokenizer
 from text.tokenizer_training import train_characters
@@ -156,3 +161,57 @@ def test_the_command(run: Any, tmp_path: Path) -> None:
     ):
         done = run(repo / words[0], *words[1:], *more)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def nanogpt(tmp_path: Path) -> list[str]:
+    """A checkpoint as nanoGPT trains it on characters, without rows for special tokens: run/ckpt.pt.
+    Its data are in the folder data. Returns the characters."""
+    characters = write_nanogpt(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(len(characters), 16, n_layer=1, n_head=1, n_embd=8, padded_vocab=False))
+    sizes = dict(
+        n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=len(characters), bias=True
+    )
+    checkpoint = {"model": model.state_dict(), "model_args": sizes}
+    torch.save(checkpoint, tmp_path / "run" / "ckpt.pt")
+    return characters
+
+
+def test_a_checkpoint_of_nanogpt_on_characters(
+    tmp_path: Path, nanogpt: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meta = ("--tokenizer", "data/meta.pkl", "--device", "cpu")
+
+    def answer(module: Any, *words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["command", "run", *words, *meta])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    for prompt in ("First", ""):
+        text = answer(generate, prompt, "--max-new-tokens", "40", "--temperature", "3")
+        assert text.startswith(prompt) and len(text) >= 40 and set(text) <= {*nanogpt, "\n"}
+    found = json.loads(answer(evaluate, "--data", "data", "--json", "-"))["data"]
+    model = GPT.from_pretrained(tmp_path / "run").eval()
+    ids = torch.tensor([nanogpt.index(c) for c in TEXT[-200:]])
+    nll = 0.0
+    for i in range(0, 199, 16):
+        targets = ids[i + 1 : i + 17]
+        with torch.no_grad():
+            nll += float(model(ids[None, i : i + len(targets)], targets[None], reduction="sum"))
+    assert found["loss"] == pytest.approx(nll / 199, rel=1e-5)
+    assert found["tokens"] == 199 and found["bytes"] == len(TEXT[-200:].encode())
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a zebra"}))
+    for module, words, said in (
+        (generate, ["Qq"], "the prompt has a character that is not among the"),
+        (evaluate, ["--data", "text.txt"], "documents, which begin with an end token"),
+        (evaluate, ["--lambada", "rows.jsonl"], "--lambada has a character"),
+    ):
+        with pytest.raises(UserError, match=said):
+            answer(module, *words)
+    (end,) = launch(tmp_path, [*WORDS[4:], "--data", "data", "--init", "run", "--out", "on"])
+    assert end.code == 2 and "has only" in end.err, end

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from base.cli import entry_point
@@ -286,6 +287,27 @@ def test_a_run_without_training_steps_still_compares(command, tmp_path) -> None:
     b = write_run(tmp_path / "b", metrics={"accuracy": 0.8, "seconds": 2.0})
     code, figures, _, _ = command(a, b, "--plot", tmp_path / "plot.png")
     assert code == 0 and figures["metrics"] == {"accuracy": [0.7, 0.8], "seconds": [1.0, 2.0]}
+
+
+def test_benchmarks_of_a_run_get_panels_of_their_own(command, tmp_path) -> None:
+    plain = write_run(tmp_path / "plain")
+    lines = [json.loads(line) for line in (plain / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line["hellaswag_acc_norm"] = line["step"] / 100
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    runs = [write_run(tmp_path / name, log=log) for name in ("a", "b")]
+    points = read_run(runs[0], "a").accuracies["hellaswag_acc_norm"]
+    assert [(point.tokens, point.loss) for point in points] == [
+        (1000, 0.1), (2000, 0.2), (3000, 0.3), (4000, 0.4),
+    ]  # fmt: skip
+    assert not read_run(plain, "plain").accuracies
+    heights = []
+    for pair in ((plain, runs[0]), (plain, write_run(tmp_path / "other"))):
+        code, _, _, err = command(*pair, "--plot", tmp_path / "plot.png")
+        assert code == 0, err
+        heights.append(Image.open(tmp_path / "plot.png").height)
+    assert heights[0] > heights[1]
 
 
 def test_the_picture_is_small_and_the_runs_stay_as_they_were(command, tmp_path) -> None:
