@@ -89,7 +89,10 @@ class Trunk:
 
     def build(self) -> GPT:
         """The model to train. Draws heads and adapter from the global random state."""
-        model, self.base = self.base or GPT(self.shape), None
+        scratch = self.cfg.init == "scratch"
+        # Without room for its first step, the loop builds the model a second time.
+        model = self.base or (GPT(self.shape) if scratch else open_pretrained(self.cfg))
+        self.base = None
         if self.new_tokens:
             layers.add_tokens(model, self.new_tokens)
         return self.with_adapter(model)

@@ -142,6 +142,7 @@ def main() -> None:
                 f"warning: bound to {config.host}: every machine that reaches it may use it, "
                 "without a password",
                 file=sys.stderr,
+                flush=True,
             )
         host, port = bound.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"

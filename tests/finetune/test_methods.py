@@ -179,6 +179,13 @@ def train_all(step: TrainStep, task: Finetuning) -> list[float]:
     return [result.loss.item() for result in results if result is not None]
 
 
+def test_a_model_that_is_built_again_starts_from_the_same_weights(inputs: Path) -> None:
+    """The loop builds a second one if the first step ran out of memory."""
+    task = set_up_task("sonnets", inputs, init=str(inputs / "base"), preset=None, tokenizer=None)
+    first, second = (train_step(task, seed=1).model.state_dict() for _ in range(2))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
 def weights_of(folder: Path) -> str:
     return peft.weights_sha256(GPT.from_pretrained(folder))
 

@@ -452,13 +452,14 @@ def test_a_signal_ends_requests_and_then_the_server(
     assert ended.code == code and not ended.err
 
 
-def test_a_checkpoint_without_a_template_cannot_chat(
+def test_a_checkpoint_without_a_template_cannot_chat_and_an_open_address_warns(
     start: Start, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     folder = tmp_path / "plain"
     plain = train_bpe(["abc de"], 258, folder)
     GPT(GPTConfig(258, 16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder, eot=plain.eot)
-    server = start(folder)
+    server = start(folder, "--host", "0.0.0.0")
+    assert "warning: bound to 0.0.0.0" in server.output()
     body = {"messages": [{"role": "user", "content": "abc"}]}
     answer, status, _ = server.ask("POST", "/v1/chat/completions", body)
     assert status == 400 and answer["error"]["code"] == "no_chat_template"
