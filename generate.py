@@ -22,6 +22,8 @@ from decoding.options import DecodeConfig, check_decode
 from text.encodings import HEAD, decode_input, wide_encoding
 
 if TYPE_CHECKING:
+    from decoding.fixed import FixedDecoder
+    from model import GPT
     from text.tokenizer import Tokenizer
 
 RULE = "-" * 72  # between two texts
@@ -54,6 +56,9 @@ class GenerateConfig(DecodeConfig):
 
     tokenizer: PathOrName | None = None
     """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
+    compile: bool = False
+    """Compile the step of sampling and greedy decoding, and replay it from a CUDA graph on a GPU.
+    The first text of a shape waits for the compiler."""
     stream: bool = True
     """Print a single text while it is generated, if its method chooses token by token."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -67,6 +72,10 @@ class GenerateConfig(DecodeConfig):
             raise UserError(
                 f"--num-samples {self.num_samples} would be one text repeated, because --decode "
                 f"{self.decode} draws nothing; use --decode sample"
+            )
+        if self.compile and self.decode not in ("sample", "greedy"):
+            raise UserError(
+                f"--compile goes with --decode sample or greedy, not {self.decode}; leave one out"
             )
         if self.chat and self.num_samples > 1:
             raise UserError(
@@ -82,25 +91,18 @@ class Writer:
     """
 
     def __init__(self, config: GenerateConfig):
-        import torch
-
         from decoding.loading import open_model
         from engine import processes
-        from engine.precision import choose_precision
+        from engine.precision import inference_dtype
         from storage.checkpoint import locate
 
         self.config = config
         device = processes.start(config.device).device
-        # Older GPUs emulate bf16, which is slower than fp32.
-        native = (
-            config.precision == "auto"
-            and device.type == "cuda"
-            and choose_precision("auto", device)[0] == "bf16"
-        )
-        dtype = torch.bfloat16 if native or config.precision == "bf16" else torch.float32
+        dtype = inference_dtype(config.precision, device)
         self.model, self.tokenizer = open_model(
             locate(config.checkpoint), config.tokenizer, device, dtype
         )
+        self.fixed = compiled_decoder(self.model) if config.compile else None
         self.written = 0  # texts so far, and so the number of the next one
 
     def write(self, prompts: Sequence[str]) -> None:
@@ -160,6 +162,7 @@ class Writer:
             seed=self.config.seed,
             rows=rows,
             tokenizer=self.tokenizer,
+            fixed=self.fixed,
         )
 
     def _warn_of_long(self, prompts: list[list[int]]) -> None:
@@ -172,6 +175,16 @@ class Writer:
                 f"{block}: only its last {kept_tokens(block)} are read",
                 file=sys.stderr,
             )
+
+
+def compiled_decoder(model: GPT) -> FixedDecoder:
+    """A decoder of compiled steps. Raises UserError if nothing can be compiled here."""
+    from decoding.fixed import FixedDecoder
+    from engine.compiling import compiler_problem
+
+    if problem := compiler_problem(model.head_weight.device.type):
+        raise UserError(f"--compile {problem}; or leave it out")
+    return FixedDecoder(model)
 
 
 class TextStream:

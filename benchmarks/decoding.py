@@ -11,6 +11,7 @@ give equal tokens in fp32 before anything is timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from decoding.options import DecodeConfig
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from decoding.fixed import FixedDecoder
 
 SHAPES = {
     "micro": GPTConfig(vocab_size=1000, block_size=256, n_layer=2, n_head=2, n_embd=64),
@@ -59,6 +62,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     ),
 }
 NO_CACHE = "no cache"
+COMPILED = f"{OURS} compiled"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Options:
     """Tokens added to each prompt."""
     repetitions: Count = 5
     """Turns of each contender. The search without a cache has one."""
+    compile: bool = False
+    """Let the compiled steps of greedy decoding and sampling compete too."""
     quick: bool = False
     """A tiny shape, few tokens and two turns, to check that everything works."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -120,7 +126,14 @@ def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConf
 class Pair:
     """A random model in this engine and in transformers, with prompts for both."""
 
-    def __init__(self, config: GPTConfig, batch: int, new_tokens: int, device: torch.device):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        new_tokens: int,
+        device: torch.device,
+        compiles: bool = False,
+    ):
         import torch
         from transformers import GPT2LMHeadModel
 
@@ -134,13 +147,14 @@ class Pair:
                 GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
             )
         self.prompts = torch.randint(config.vocab_size, (batch, PROMPT))
-        self.new_tokens = new_tokens
-        self.device = device
+        self.new_tokens, self.device, self.compiles = new_tokens, device, compiles
 
     def contenders(self, decode: str) -> dict[str, Generate]:
         """Functions that continue the prompts, by name, this engine first."""
         options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
         found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
+        if decode in ("greedy", "sample") and self.compiles:
+            found[COMPILED] = lambda: self._ours(options, self._fixed)
         if decode in THEIRS:
             found["transformers"] = lambda: self._theirs(decode)
         elif decode == "contrastive" and len(self.prompts) == 1:
@@ -149,11 +163,18 @@ class Pair:
             ]
         return found
 
-    def _ours(self, options: DecodeConfig) -> list[list[int]]:
+    @functools.cached_property
+    def _fixed(self) -> FixedDecoder:
+        from decoding.fixed import FixedDecoder
+
+        return FixedDecoder(self.ours)
+
+    def _ours(self, options: DecodeConfig, fixed: FixedDecoder | None = None) -> list[list[int]]:
         from decoding.batched import generate
 
         tokenizer: Any = Words(self.ours.config.vocab_size)
-        return generate(self.ours, self.prompts.tolist(), options, eot=None, tokenizer=tokenizer)
+        prompts = self.prompts.tolist()
+        return generate(self.ours, prompts, options, eot=None, tokenizer=tokenizer, fixed=fixed)
 
     def _theirs(self, decode: str) -> list[list[int]]:
         import torch
@@ -201,7 +222,7 @@ def compare(
     """Yields each decoding method, with the seconds of its contenders' turns."""
     import torch
 
-    pair = Pair(SHAPES[shape], batch, options.new_tokens, device)
+    pair = Pair(SHAPES[shape], batch, options.new_tokens, device, options.compile)
     decodes = known_names("--decode", options.decode, STRATEGIES)
     named = {decode: pair.contenders(decode) for decode in decodes}
     for decode, generators in named.items():
@@ -209,6 +230,7 @@ def compare(
             check(generators)
     if device.type == "cuda":
         pair.ours.to(torch.bfloat16)
+        vars(pair).pop("_fixed", None)  # its steps are those of fp32
         pair.theirs.to(torch.bfloat16)
     for decode, generators in named.items():
         say(f"{shape}, batch {batch}, {decode} ...")
@@ -224,13 +246,16 @@ def report(record: dict[str, Any]) -> str:
     """The table of all cases, as Markdown."""
     rows = []
     for case in record["cases"]:
-        (_, ours), *others = case["seconds"].items()
-        rate = f"{case['tokens'] / statistics.median(ours):,.0f}"
-        beside = [""] * 4
-        for name, theirs in others:
-            beside = [name, f"{case['tokens'] / statistics.median(theirs):,.0f}"]
-            beside += cells(ratio(theirs, ours))
-        rows.append([case["shape"], str(case["batch"]), case["decode"], rate, *beside])
+        others = {k: v for k, v in case["seconds"].items() if not k.startswith(OURS)}
+        for form, ours in case["seconds"].items():
+            if form.startswith(OURS):
+                decode = case["decode"] + form.removeprefix(OURS).replace(" ", ", ")
+                rate = f"{case['tokens'] / statistics.median(ours):,.0f}"
+                beside = [""] * 4
+                for name, theirs in others.items():
+                    beside = [name, f"{case['tokens'] / statistics.median(theirs):,.0f}"]
+                    beside += cells(ratio(theirs, ours))
+                rows.append([case["shape"], str(case["batch"]), decode, rate, *beside])
     head = ("shape", "batch", "decode", f"{OURS}, tokens/s", "beside", "tokens/s")
     table = markdown([*head, "speed x", "least-most"], rows, words=(0, 2, 4))
     return (

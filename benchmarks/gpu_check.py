@@ -116,6 +116,7 @@ LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--
 LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")
 TINY_LADDER = (*QUICK, "--preset", "micro", "--only", "baseline,compile", "--steps", "4")
 DECODING = ("-m", "benchmarks.decoding", "--device", "cuda", "--out", "{out}")
+COMPILED_STEPS = ("--compile", "--decode", "greedy,sample", "--shape", "124M")
 # First figures that replace assumptions, then comparisons. A rehearsal compiles one peer, which
 # takes a minute on a CPU.
 MEASUREMENTS = (
@@ -140,6 +141,10 @@ MEASUREMENTS = (
             rehearsal=(*TINY_PEERS, "plain"),
         )
         for shape, seconds in (("350M", 480), ("774M", 600), ("1.5B", 700))
+    ),
+    Part(
+        "decoding", "decoding-compiled", (*DECODING, *COMPILED_STEPS), (*NEEDED, "transformers"),
+        seconds=200, rehearsal=(*QUICK, "--batch", "1", "--decode", "greedy"),
     ),
     Part(
         "decoding", "decoding", DECODING, (*NEEDED, "transformers"), seconds=240, rehearsal=QUICK

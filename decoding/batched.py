@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
+from decoding.fixed import FixedDecoder
 from decoding.options import DecodeConfig, check_decode
 from decoding.sampling import OnToken, PromptRow, SamplingDecoder, inference
 from decoding.search import Contrastive, beam_search
 from decoding.similarity import pairwise_chrf
+from decoding.window import Stop
 from model import GPT
 from text.tokenizer import Tokenizer
 
@@ -31,6 +33,7 @@ def generate(  # noqa: PLR0913 (all but five have defaults)
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     stop_lines: Sequence[int] | None = None,
+    fixed: FixedDecoder | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt (token ids). It ends before `eot`, with the last line asked
     for, or after `max_new_tokens`.
@@ -45,7 +48,8 @@ def generate(  # noqa: PLR0913 (all but five have defaults)
     chosen.
     `stop_lines` gives each row its own number of lines, in place of `options.stop_lines`. Counting
     lines, mbr and ensemble need the `tokenizer`. Past the model's context the window slides: see
-    Window. Raises UserError for an empty prompt and for invalid options.
+    Window. `fixed` decodes with its compiled steps, sampling and greedily only. Raises UserError
+    for an empty prompt and for invalid options.
     """
     check_decode(options)
     if not prompts:
@@ -55,10 +59,12 @@ def generate(  # noqa: PLR0913 (all but five have defaults)
     decoder = Decoder(model, options, eot, seed, vocab_size, tokenizer)
     names = map(str, rows if rows is not None else range(len(prompts)))
     lines = stop_lines if stop_lines is not None else [options.stop_lines] * len(prompts)
-    with inference(model):
-        return decoder.texts(
-            [PromptRow(*row) for row in zip(prompts, names, lines, strict=True)], on_token
-        )
+    prompt_rows = [PromptRow(*row) for row in zip(prompts, names, lines, strict=True)]
+    with inference(model, compiled=fixed is not None):
+        if fixed is not None:
+            stop = Stop(eot, lines, tokenizer)
+            return fixed.texts(prompt_rows, options, stop, seed, vocab_size, on_token)
+        return decoder.texts(prompt_rows, on_token)
 
 
 class Decoder(SamplingDecoder):

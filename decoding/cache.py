@@ -27,13 +27,15 @@ class KVCache:
         capacity: int,
         pad: Tensor | None = None,
         prefix: int = 0,
+        layers: Sequence[tuple[Tensor, Tensor]] = (),
     ):
         self.shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
         self.capacity = capacity
         self.length = 0  # positions filled
         self.pad = pad
         self.prefix = prefix
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        # memory of each layer, taken when the layer first extends it unless it is given
+        self.layers = list(layers)
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Positions of the next T tokens: (T,) or, with padding, (B, T)."""
@@ -149,9 +151,17 @@ def new_cache(
     capacity = min(model.context, tokens) + alternatives - 1
     if model.prefix is None:
         return KVCache(model.config, batch, capacity, pad)
-    length = model.prefix.length
-    cache = KVCache(model.config, batch, length + capacity, pad, length)
-    for layer, (k, v) in enumerate(model.prefix.layers(model)):
-        cache.extend(layer, *(t.expand(batch, -1, -1, -1).to(model.dtype) for t in (k, v)))
-    cache.advance(length)
+    prefix = model.prefix.length
+    cache = KVCache(model.config, batch, prefix + capacity, pad, prefix)
+    fill_prefix(cache, model)
     return cache
+
+
+def fill_prefix(cache: KVCache, model: GPT) -> None:
+    """Write the model's prefix, if there is one, into an empty cache."""
+    if model.prefix is None:
+        return
+    for layer, (k, v) in enumerate(model.prefix.layers(model)):
+        rows = (t.expand(cache.shape[0], -1, -1, -1).to(model.dtype) for t in (k, v))
+        cache.extend(layer, *rows)
+    cache.advance(model.prefix.length)

@@ -90,7 +90,9 @@ class Sampler:
         self.penalty = RepetitionPenalty(options.repetition_penalty, window)
         # (B, DRAWS) uniform in [0, 1), one column for each of the next steps
         self.draws = torch.empty(0)
-        self.streams = [] if options.decode == "greedy" else [_stream(seed, name) for name in names]
+        self.streams = (
+            [] if options.decode == "greedy" else [row_stream(seed, name) for name in names]
+        )
 
     def choose(self, step: int) -> Tensor:
         """The next token (B,) of each row."""
@@ -120,7 +122,7 @@ class Sampler:
             self.streams = [self.streams[row].clone_state() for row in rows]
 
 
-def _stream(seed: int, name: str) -> torch.Generator:
+def row_stream(seed: int, name: str) -> torch.Generator:
     """A generator seeded by (seed, name) alone. It draws on the CPU, so every machine gets the same
     numbers."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
@@ -223,15 +225,16 @@ def sample(
 
 
 @contextlib.contextmanager
-def inference(model: GPT) -> Generator[None]:
-    """A context without dropout and compilation, for the time that texts are made."""
+def inference(model: GPT, compiled: bool = False) -> Generator[None]:
+    """A context without dropout and, unless `compiled`, without compilation, for the time that
+    texts are made."""
     training = model.training
     model.eval()
     # A compiled block would be compiled again for every length. set_stance imports torch._dynamo,
     # which is slow, and without that import nothing can have been compiled.
     eager = (
         torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
+        if "torch._dynamo" in sys.modules and not compiled
         else contextlib.nullcontext()
     )
     try:

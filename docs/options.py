@@ -60,6 +60,7 @@ SECTIONS = (
     ("Preparing data", "`fineweb_prep.py`", "fineweb_prep.PrepConfig"),
     ("Comparing runs", "`tools.compare`", "tools.compare.CompareConfig"),
     ("Export", "`tools.export`", "tools.export.ExportConfig"),
+    ("Serving", "`tools.serve`", "tools.serve.ServeConfig"),
     ("Verifying a run", "`tools.verify`", "tools.verify.VerifyConfig"),
     ("Looking at a machine", "`tools.doctor`", "tools.doctor.DoctorConfig"),
     ("Sweeps", "`tools.sweep`", "tools.sweep.SweepConfig"),

@@ -160,6 +160,15 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"no fast bf16 on this {device.type}"
 
 
+def inference_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """The format of the weights for `--precision` auto, fp32 or bf16 of a command that trains
+    nothing. Older GPUs emulate bf16, which is slower than fp32."""
+    native = (
+        asked == "auto" and device.type == "cuda" and choose_precision("auto", device)[0] == "bf16"
+    )
+    return torch.bfloat16 if native or asked == "bf16" else torch.float32
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor has instructions for bf16, according to /proc/cpuinfo."""
     try:

@@ -18,9 +18,11 @@ import torch
 import generate as script
 from config import UserError
 from decoding.batched import generate
+from decoding.fixed import FixedDecoder
 from decoding.loading import open_model
 from decoding.options import DecodeConfig
 from decoding.window import kept_tokens
+from engine import compiling
 from launch import Launch
 from model import GPT, GPTConfig
 from support import own_lines
@@ -133,6 +135,26 @@ def test_every_decoding_method_writes_the_text_it_streams(
     assert streamed.startswith("abc") and len(streamed) > 5
 
 
+@pytest.mark.parametrize("words", [["abc"], ["abc", "de f", "--num-samples", "2"]])
+def test_compiled_steps_write_the_same_texts(
+    checkpoint: Path, monkeypatch, capsys, words: list[str]
+) -> None:
+    """Past the context. The compiler itself is left out: it would take most of a minute."""
+    asked = (checkpoint, *words, "--max-new-tokens", "70", "--temperature", "1.2")
+    call(monkeypatch, *asked)
+    expected = capsys.readouterr().out
+    decoder = functools.partial(FixedDecoder, backend=None)
+    monkeypatch.setattr(script, "compiled_decoder", decoder)
+    call(monkeypatch, *asked, "--compile")
+    assert capsys.readouterr().out == expected
+
+
+def test_compiling_without_a_compiler_is_refused(checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "compiler_problem", lambda device: "needs a C++ compiler")
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler; or leave it out"):
+        call(monkeypatch, checkpoint, "abc", "--compile")
+
+
 def test_a_character_is_printed_when_its_bytes_are_complete(tokenizer: Tokenizer, capsys) -> None:
     pieces = []
     stream = script.TextStream(tokenizer, "")
@@ -216,6 +238,7 @@ BAD_WORDS = {
         ["--chat", "--num-samples", "2"],
         "--num-samples 2: a conversation has one answer",
     ),
+    "compiled beams": (["--compile", "--decode", "beam"], "--compile goes with --decode sample or"),
     "temperature": (["--temperature", "0"], "--temperature is 0.0"),
     "no checkpoint": ([], "no checkpoint is named"),
 }

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from config import GPTConfig
+from decoding.batched import generate
 from decoding.cache import KVCache
+from decoding.fixed import FixedDecoder
+from decoding.options import DecodeConfig
 from engine.loader import Loader
 from engine.precision import autocast
 from engine.processes import World
@@ -206,6 +209,31 @@ def test_the_kv_cache_gives_the_logits_of_the_whole_sequence():
             *(model(idx[:, t : t + 1], past=cache) for t in range(20, 64)),
         ]
         torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=1e-4, atol=1e-4)
+
+
+@on_cuda_only
+def test_a_replayed_step_decodes_the_same_tokens_and_rarely_waits():
+    """Rows of two lengths, past the context, from one graph. The host waits once in 16 tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(331, block_size=64, n_layer=2, n_head=2, n_embd=64)).to(DEVICE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    fixed, prompts = FixedDecoder(model), [[1, 2, 3], [4] * 20]
+    for options in (
+        DecodeConfig(decode="greedy", max_new_tokens=100),
+        DecodeConfig(temperature=0.9, top_k=50, top_p=0.9, max_new_tokens=100),
+    ):
+        expected = generate(model, prompts, options, None)
+        assert generate(model, prompts, options, None, fixed=fixed) == expected
+        state, step = next(reversed(fixed.steps.values()))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                step(state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_whole_run_then_generate_and_evaluate(repo, run, tmp_path):

@@ -55,6 +55,8 @@ TEXTS = {  # text options that do not name a file or folder
     "method",
     "task",
     "extra",
+    "host",
+    "parallel",
 }
 
 

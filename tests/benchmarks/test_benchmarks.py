@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from base.charts import limits, smooth
-from benchmarks import contenders, decoding, peers, plot, steps, tokenizing
+from benchmarks import contenders, decoding, peers, plot, serving, steps, tokenizing
 from benchmarks.contenders import CONTENDERS
 from benchmarks.harness import OURS, Budget, Results, Turns, alternate, ratio
 from benchmarks.steps import Case, Opening, Step, Turn
@@ -316,6 +316,25 @@ def test_decoding_compares_equal_tokens(run, tmp_path) -> None:
     case = json.loads((tmp_path / "results/decoding-cpu.json").read_text())["cases"][0]
     assert case["tokens"] == 32 and all(len(seconds) == 2 for seconds in case["seconds"].values())
     assert (tmp_path / "results/decoding-cpu.md").read_text().strip() == done.stdout.strip()
+
+
+def test_a_compiled_step_has_a_row_of_its_own() -> None:
+    seconds = {OURS: [2.0, 2.0], decoding.COMPILED: [1.0, 1.0], "transformers": [3.0, 3.0]}
+    case = dict(shape="10M", batch=1, decode="greedy", tokens=6, seconds=seconds)
+    rows = decoding.report({"options": {"new_tokens": 6}, "cases": [case]}).splitlines()[-2:]
+    found = [[cell.strip() for cell in row.split("|")[3:8]] for row in rows]
+    assert found == [
+        ["greedy", "3", "transformers", "2", "1.50"],
+        ["greedy, compiled", "6", "transformers", "2", "3.00"],
+    ]
+
+
+def test_the_table_of_serving_compares_turns_with_one_after_another() -> None:
+    case = dict(shape="10M", equal=4, tokens_per_second={"1": [10.0, 20.0], "8": [30.0, 40.0]})
+    options = dict(parallel="1,8", requests=4, new_tokens=6)
+    row = serving.report({"options": options, "cases": [case]}).splitlines()[-1]
+    found = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert found == ["10M", "8", "35", "30-40", "2.50", "2.00-3.00"]
 
 
 def test_contenders_whose_tokens_differ_are_not_timed() -> None:
