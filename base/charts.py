@@ -76,18 +76,23 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def short_numbers(axis: Axis) -> None:
-    """Label an axis with short numbers such as 1.5M."""
+    """Label an axis with short numbers such as 1.5M, with as many digits as tell them apart."""
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    def label(value: float, _: int | None) -> str:
+        ticks = {float(tick) for tick in axis.get_majorticklocs()}
+        apart = (n for n in range(3, 9) if len({short_number(x, n) for x in ticks}) == len(ticks))
+        return short_number(value, next(apart, 9))
+
+    axis.set_major_formatter(FuncFormatter(label))
 
 
-def short_number(value: float) -> str:
+def short_number(value: float, digits: int = 3) -> str:
     """The number as text: 1500000 as 1.5M. Empty if it is not finite."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}" if math.isfinite(value) else ""
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}" if math.isfinite(value) else ""
 
 
 def smooth(series: Series) -> Series:

@@ -22,7 +22,6 @@ import numpy as np
 from base.sources import WeightedSpec, names_of
 from dataset import TokenDataset, window_order
 from decoding.scoring import bits_per_byte, perplexity
-from storage.cache import digest
 
 PERIOD = 100_000  # parts of the whole, of which shares are multiples
 # More epochs than these of one source are worth less and less (Muennighoff et al. 2023, "Scaling
@@ -64,7 +63,8 @@ class Mixture:
         self.parts = parts_of([source.weight for source in sources])
         self.shares = [part / sum(self.parts) for part in self.parts]
         self.n_tokens = sum(dataset.n_tokens for dataset in datasets)
-        self.sha256 = digest("mixture", [dataset.sha256 for dataset in datasets])
+        # of each source, so that a refused run shows which of them has changed
+        self.sha256 = " ".join(dataset.sha256 for dataset in datasets)
 
     @functools.cached_property
     def _schedule(self) -> tuple[np.ndarray, np.ndarray]:

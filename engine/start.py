@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +147,7 @@ def _extend(
             f"{meta['not_better'] + extension.patience}, or --patience 0 to never stop early"
         )
     start.lengths, start.extended = extend(start.lengths, step, extension), True
-    if results and step < results.get("steps", 0):
+    if results and step < results["steps"]:
         say(f"the checkpoint of step {results['steps']} is gone: the run resumes from step {step}")
     restarted = (
         f"; the decay of the {extension.schedule} schedule restarts there"
@@ -157,7 +158,8 @@ def _extend(
 
 
 def _results_of(run: Path) -> dict[str, Any] | None:
-    """metrics.json of a finished run. None if the run is not finished; {} if it is unreadable."""
+    """metrics.json of a finished run. None if the run is not finished. Raises UserError if it is
+    damaged."""
     if not (run / "final" / MANIFEST).exists():
         return None
     try:
@@ -165,8 +167,21 @@ def _results_of(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
+        results = None
+    if not isinstance(results, dict) or "steps" not in results:
+        raise UserError(
+            f"{run / RESULTS} is damaged; remove it: the same command then continues from the last "
+            "checkpoint and writes it again"
+        )
+    return results
+
+
+def ended(run: Path, steps: int) -> bool:
+    """Whether a run of `steps` planned steps has ended in this folder, so that a start trains
+    nothing."""
+    record = _record_of(run)
+    lengths = lengths_of(record) if record else []
+    return bool(lengths) and lengths[-1].steps == steps and _is_finished(run, lengths)
 
 
 def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
@@ -276,4 +291,5 @@ def _advice(differ: list[str], now: dict[str, Any], lengths: Sequence[Length]) -
 
 
 def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    """The value as text, in which sha256 hashes are shortened."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))

@@ -46,6 +46,9 @@ class PairPredictor:
         for i, row in enumerate(self.rows):
             if i in faults:
                 continue
+            if empty := [name for name in ("chosen", "rejected") if not row[name]]:
+                faults[i] = f"has nothing in column '{empty[0]}'"
+                continue
             sequences, _ = self.encoder.sequences(self.pair(row), row.where)
             if not sequences:
                 faults[i] = f"does not fit into {self.encoder.encoder.seq_len} tokens"
@@ -77,7 +80,7 @@ class PairPredictor:
             torch.from_numpy(log_probs(model, split, EVAL_PRECISION, say)).double()
             for model in (self.model, self.reference)
         )
-        return self.preference.beta * (own - other).view(-1, 2)
+        return self.preference.beta * (own - other).view(len(own) // 2, 2)
 
 
 EMPTY = dict.fromkeys(("preferred", "reward_margin", "reward_chosen", "reward_rejected"))

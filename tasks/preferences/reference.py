@@ -99,13 +99,16 @@ def kept_log_probs(
     """As `log_probs`, for a model whose weights have this `sha256`. They are computed only if --cache
     lacks them for the same weights, sequences and precision.
 
-    Raises UserError if the cache cannot be written, because a resumed run must read the same.
+    Raises UserError if the cache cannot be written, because a resumed run must read the same, and
+    for a damaged file in it.
     """
+    cache = Cache(Path(cfg.cache))
 
     def make(folder: Path) -> None:
         began = time.monotonic()
         found = log_probs(model.to(device), split, precision, say, cfg.without)
-        np.save(folder / LOG_PROBS, found)
+        with cache.writing():
+            np.save(folder / LOG_PROBS, found)
         seconds = time_text(time.monotonic() - began)
         say(
             f"scored {len(split.rows):,} pairs with the reference in {precision} ({seconds}), kept "
@@ -113,4 +116,14 @@ def kept_log_probs(
         )
 
     key = digest(LOG_PROBS, sha256, split.sequences_sha256, precision)[:32]
-    return np.load(Cache(Path(cfg.cache)).get_or_make(key, make, say) / LOG_PROBS)
+    file = cache.get_or_make(key, make, say) / LOG_PROBS
+    try:
+        found = np.load(file)
+    except (OSError, ValueError, EOFError):
+        found = None
+    if found is None or found.shape != (len(split.tokens),) or found.dtype != np.float32:
+        raise UserError(
+            f"{file} is damaged or missing; remove the folder {file.parent}, and the reference is "
+            "scored again"
+        )
+    return found

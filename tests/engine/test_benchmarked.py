@@ -114,6 +114,14 @@ def test_a_run_killed_in_a_benchmark_resumes(folder: Path) -> None:
     assert whole == 2 and trace(folder / "killed") == trace(folder / "run")
 
 
+def test_a_finished_run_needs_no_benchmark_file(folder: Path) -> None:
+    words = small(SHORT, FILES.replace("hellaswag.jsonl", "gone.jsonl"))
+    (end,) = launch(folder, words)
+    assert end.code == 0 and "run is finished (6 steps)" in end.out
+    (end,) = launch(folder, [*words, "--extend-to", "8"])  # which trains, and so evaluates
+    assert end.code == 2 and "--eval-hellaswag gone.jsonl: No such file" in end.err
+
+
 def test_figures_do_not_depend_on_ranks_or_micro_batches(folder: Path) -> None:
     task = task_of(folder)
     torch.manual_seed(0)
@@ -167,9 +175,15 @@ def test_without_the_option_nothing_is_scored(folder: Path) -> None:
     [
         ({"eval_hellaswag": "{}/none.jsonl"}, "--eval-hellaswag .*none.jsonl: No such file"),
         ({"eval_lambada": "{}/hellaswag.jsonl"}, "--eval-lambada .* row 1 is not a row of this"),
-        ({"eval_hellaswag": "{}/unlabelled.jsonl"}, "no row of HellaSwag has a label"),
+        (
+            {"eval_hellaswag": "{}/unlabelled.jsonl"},
+            "--eval-hellaswag: no row of HellaSwag has a label",
+        ),
         ({"eval_every": 0}, "--eval-every 0 turns them off"),
-        ({"seq_len": 1, "batch_tokens": 8}, "only 1 to block_size 1 can be scored"),
+        (
+            {"seq_len": 1, "batch_tokens": 8},
+            "--eval-hellaswag: .* only 1 to block_size 1 can be scored",
+        ),
         (
             {"data": "{}/shards", "val_data": None, "tokenizer": None},
             "--eval-hellaswag needs the tokenizer of the shards, .*; name it with --tokenizer",

@@ -233,6 +233,13 @@ def test_a_killed_run_goes_on_and_a_new_weight_is_refused(folder: Path) -> None:
     assert end.code == 2 and "weights (was 0.7 0.3, is 0.6 0.4)" in end.err, end
     (end,) = launch(folder, [*words, "--data", "more.txt=0.3", "text.txt=0.7"])
     assert end.code == 2 and "data (was " in end.err and end.err.count("\n") == 1, end
+    edited = folder / "more.txt"
+    text = edited.read_text()
+    edited.write_text(text + "alpha\n")
+    (end,) = launch(folder, words)
+    edited.write_text(text)
+    assert end.code == 2
+    assert re.search(r"data \(was (\w{12}) (\w{12}), is \1 (?!\2)\w{12}\); give", end.err), end
     # the same shares in other words
     (end,) = launch(folder, [*words, "--data", "text.txt=7", "more.txt=3"])
     assert end.code == 0, end

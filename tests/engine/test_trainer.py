@@ -379,6 +379,19 @@ def test_patience_ends_a_run_at_an_evaluation(untouched, scores, mode, options):
         assert before == ((run / "log.jsonl").read_bytes(), (run / "metrics.json").read_bytes())
 
 
+def test_damaged_metrics_of_a_finished_run_are_named(untouched, tmp_path):
+    task, cfg = Scripted([1.0] * STEPS), whole_run(tmp_path / "run", STEPS, sample_every=0)
+    assert train(task, cfg) == 0
+    file = tmp_path / "run" / "metrics.json"
+    steps = json.loads(file.read_text())["steps"]
+    for damaged in ("{", "[]", "{}", ""):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics\.json is damaged; remove it: "):
+            train(task, cfg)
+    file.unlink()
+    assert train(task, cfg) == 0 and json.loads(file.read_text())["steps"] == steps
+
+
 @given(
     scores=scores,
     options=options,

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 import json
+import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +32,7 @@ from tasks.description import EarlierAnswer
 from tasks.preferences import reference, scoring
 from tasks.preferences.description import Pair
 from tasks.preferences.pairs import pair_encoder
+from tasks.preferences.predictions import PairPredictor
 from tasks.preferences.task import Preferences
 from text.chat import END, ROLES, has_template
 from text.preferences import messages_of
@@ -305,6 +309,32 @@ def test_a_cache_that_cannot_be_written_is_named(inputs: Path, tmp_path: Path) -
         set_up(inputs, cache=str(tmp_path / "file"))
 
 
+def test_a_full_disk_is_named(inputs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(file: Path, found: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reference.np, "save", full)
+    with pytest.raises(UserError, match=r"cannot write to --cache .*: No space left on device"):
+        set_up(inputs, cache=str(tmp_path))
+    monkeypatch.undo()
+    set_up(inputs, cache=str(tmp_path))  # nothing is left of the attempt
+
+
+def test_a_damaged_file_of_the_reference_is_named(inputs: Path, tmp_path: Path) -> None:
+    first = set_up(inputs, cache=str(tmp_path)).reference["train"]
+    (file,) = tmp_path.glob("*/log_probs.npy")
+    whole = file.read_bytes()
+    np.save(file, first[:-1])
+    for damaged in (file.read_bytes(), whole[:-3], whole[:90], b"", None):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{file} is damaged or missing; remove the folder"):
+            set_up(inputs, cache=str(tmp_path))
+    shutil.rmtree(file.parent)
+    assert (set_up(inputs, cache=str(tmp_path)).reference["train"] == first).all()
+
+
 # --- layouts
 
 PLAIN = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
@@ -477,6 +507,26 @@ def test_a_run_resumes_and_predicts(folder: Path) -> None:
     check_same_second_half(run, folder / "branch", 4)
     record = json.loads((run / "run.json").read_text())
     assert isinstance(verify.task_of(record), Preferences)
+
+
+@pytest.mark.parametrize("sound", [[PLAIN], []])
+def test_predicted_rows_without_an_answer_do_not_count(
+    sound: list[Any], inputs: Path, tmp_path: Path
+) -> None:
+    """A missing answer is not an empty one, whose log-probability is no opinion on it."""
+    lacking = [PLAIN | {"rejected": ""}, {"prompt": "a", "chosen": " b"}, PLAIN | {"chosen": None}]
+    file = write_rows(tmp_path / "rows.jsonl", [*lacking, PLAIN | {"rejected": " blue."}, *sound])
+    rows = list(source_of("preferences", lambda text: None).read(file, "test"))
+    task = set_up(inputs)
+    model = GPT.from_pretrained(inputs / "base")
+    pair, said = task.description.pair, list[str]()
+    predictor = PairPredictor(model, model, task.encoder, pair, task.preference, rows, None)
+    figures = predictor.write(tmp_path / "out.jsonl", said.append)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["preferred"] for line in lines] == [None] * 4 + ["rejected"] * len(sound)
+    assert bool(figures) == bool(sound) and said[0].startswith(f"4 of {len(rows)} rows")
+    for line, name in zip(lines, ("rejected", "rejected", "chosen")):
+        assert line["unreadable"] == f"has nothing in column '{name}'"
 
 
 def test_two_ranks_and_kills_change_no_figure(folder: Path) -> None:

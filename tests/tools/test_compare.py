@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
+from base.charts import short_numbers
 from base.cli import entry_point
 from tasks.classification.confusion import paired_test
 from tools import compare, seeds
@@ -308,6 +310,17 @@ def test_benchmarks_of_a_run_get_panels_of_their_own(command, tmp_path) -> None:
         assert code == 0, err
         heights.append(Image.open(tmp_path / "plot.png").height)
     assert heights[0] > heights[1]
+
+
+@pytest.mark.parametrize("low, high", [(0.692, 0.6932), (2e6, 2.0004e6), (0, 7), (-1, 1e9)])
+def test_the_labels_of_an_axis_differ(low: float, high: float) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_ylim(low, high)
+    short_numbers(axes.yaxis)
+    figure.draw_without_rendering()
+    texts = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(texts) > 3 and len(set(texts)) == len(texts)
 
 
 def test_the_picture_is_small_and_the_runs_stay_as_they_were(command, tmp_path) -> None:
