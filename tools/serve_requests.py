@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from config import without_surrogates
+from config import UserError, without_surrogates
 from decoding.continuous import Choice, Progress, Sampling, Text
+from decoding.loading import check_known, opening
 from decoding.window import kept_tokens
 from model import GPT
 from tasks.generation import chat
@@ -142,7 +143,7 @@ class RequestReader:
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: str, max_new_tokens: int, rows: int):
-        self.context = model.context
+        self.context, self.vocab_size = model.context, model.config.vocab_size
         self.tokenizer, self.name = tokenizer, name
         self.max_new_tokens, self.rows = max_new_tokens, rows
         self.can_chat = has_template(tokenizer.special_ids)
@@ -196,7 +197,7 @@ class RequestReader:
             )
         messages = conversation(_plain_messages(fields.body.get("messages")))
         if isinstance(messages, str):
-            raise Refused(f"the request {messages}", "messages")
+            raise Refused(f"the request {messages.rstrip(',')}", "messages")
         for message in messages:
             message["content"] = without_surrogates(message["content"])
         encoder = SequenceEncoder(self.tokenizer, self.context, False, END)
@@ -267,15 +268,19 @@ class RequestReader:
 
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+            ids = self.tokenizer.encode(prompt) or opening(self.tokenizer, self.vocab_size)
+            try:
+                check_known(self.tokenizer, self.vocab_size, ids, "the prompt")
+            except UserError as error:
+                raise Refused(str(error), "prompt") from None
+            return ids
+        size = min(self.tokenizer.vocab_size, self.vocab_size)
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise Refused(f"{shown(token)} in prompt is no token id", "prompt")
-            if not 0 <= token < self.tokenizer.vocab_size:
+            if not 0 <= token < size:
                 raise Refused(
-                    f"the token id {shown(token)} in prompt is not one of "
-                    f"{self.tokenizer.vocab_size:,}",
-                    "prompt",
+                    f"the token id {shown(token)} in prompt is not one of {size:,}", "prompt"
                 )
         return prompt
 
