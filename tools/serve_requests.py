@@ -177,12 +177,13 @@ class RequestReader:
                     "prompt",
                     "context_length_exceeded",
                 )
-        most = fields.number("max_tokens", COMPLETION_TOKENS, 1, self.max_new_tokens)
+        usual = min(COMPLETION_TOKENS, self.max_new_tokens)
+        most = fields.number("max_tokens", usual, 1, self.max_new_tokens)
         alternatives = fields.number("logprobs", None, 0, 5)
         echo = fields.flag("echo")
         if echo and alternatives is not None:
             raise Refused("echo with logprobs is not supported here; leave one out", "echo")
-        ask = self._ask(fields, prompts, min(most, self.max_new_tokens), alternatives)
+        ask = self._ask(fields, prompts, most, alternatives)
         if echo:
             n = len(ask.texts) // len(prompts)
             ask.echoed = [self._spelled(prompt) for prompt in prompts for _ in range(n)]

@@ -477,7 +477,8 @@ def test_a_model_on_characters_without_an_end_token(start: Start, tmp_path: Path
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     shape = GPTConfig(3, 16, n_layer=1, n_head=1, n_embd=8, padded_vocab=False)
     GPT(shape).save_pretrained(tmp_path / "model", eot=0)
-    server = start(tmp_path / "model", "--tokenizer", tmp_path / "meta.pkl")
+    words = ("--tokenizer", tmp_path / "meta.pkl", "--max-new-tokens", "8")
+    server = start(tmp_path / "model", *words)
     body: dict[str, Any] = {"max_tokens": 3, "temperature": 0}
     texts = []
     for prompt in ("", "\n"):
@@ -488,6 +489,8 @@ def test_a_model_on_characters_without_an_end_token(start: Start, tmp_path: Path
     for prompt, message in (("é", "not among the 3 tokens"), ([4], "is not one of 3")):
         answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": prompt, **body})
         assert status == 400 and message in answer["error"]["message"]
+    answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 16})
+    assert status == 400 and "must be 1 to 8" in answer["error"]["message"]
     server.end()
 
 
