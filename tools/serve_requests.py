@@ -168,7 +168,9 @@ class RequestReader:
         return self._chat(fields) if is_chat else self._completion(fields)
 
     def _completion(self, fields: Fields) -> Ask:
-        prompts = [self._encoded(prompt) for prompt in _prompts(fields.body.get("prompt", ""))]
+        given = _prompts(fields.body.get("prompt", ""))
+        self._choices(fields, len(given))  # before encoding, which takes seconds for 1 MiB of texts
+        prompts = [self._encoded(prompt) for prompt in given]
         for prompt in prompts:
             if len(prompt) > self.context:
                 raise Refused(
@@ -232,13 +234,7 @@ class RequestReader:
         alternatives: int | None,
         chat_end: int | None = None,
     ) -> Ask:
-        n = fields.number("n", 1, 1, MOST_CHOICES)
-        if n * len(prompts) > self.rows:
-            raise Refused(
-                f"{n * len(prompts)} texts are too many for one request; ask for {self.rows} at "
-                "most",
-                "n",
-            )
+        n = self._choices(fields, len(prompts))
         sampling = Sampling(
             fields.number("temperature", 1.0, 0, 2),
             fields.number("top_k", 0, 0, 2**31 - 1),
@@ -266,6 +262,16 @@ class RequestReader:
             fields.flag("stream"),
             fields.with_usage(),
         )
+
+    def _choices(self, fields: Fields, prompts: int) -> int:
+        """The number of choices of each prompt."""
+        n = fields.number("n", 1, 1, MOST_CHOICES)
+        if n * prompts > self.rows:
+            raise Refused(
+                f"{n * prompts} texts are too many for one request; ask for {self.rows} at most",
+                "n",
+            )
+        return n
 
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -343,6 +343,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "an id too large": ({"prompt": [1, 10**9]}, 400, "token id 1000000000"),
     "a long prompt": ({"prompt": "abc " * 99}, 400, "context only 64"),
     "too many texts": ({"prompt": ["a"] * 99, "n": 99}, 400, "too many for one request"),
+    "too many long texts": ({"prompt": ["abc " * 99] * 999}, 400, "too many for one request"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, 400, "leave one out"),
     "a surrogate": (b'{"model": "\\ud800"}', 404, "no model"),
 }
