@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  importing pip first, as benchmarks.wheels does, would break it
 import torch
 
 from launch import fork_python
