@@ -133,12 +133,10 @@ class Writer:
         return self.tokenizer.decode(ids, skip_special=True)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        from decoding.loading import check_known
+        from decoding.loading import check_known, opening
 
         tokenizer, size = self.tokenizer, self.model.config.vocab_size
-        # A model of nanoGPT's on characters has no end token. nanoGPT begins with a new line.
-        begin = [tokenizer.eot] if tokenizer.eot < size else tokenizer.encode("\n")
-        ids = [tokenizer.encode(prompt) or begin for prompt in prompts]
+        ids = [tokenizer.encode(prompt) or opening(tokenizer, size) for prompt in prompts]
         check_known(tokenizer, size, itertools.chain(*ids), "the prompt")
         self._warn_of_long(ids)
         return ids

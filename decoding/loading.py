@@ -60,6 +60,12 @@ def open_tokenizer(where: str, tokenizer: str | None, model: GPT) -> Tokenizer:
     return loaded
 
 
+def opening(tokenizer: Tokenizer, size: int) -> list[int]:
+    """What a text without a prompt begins with, for a model of `size` tokens. nanoGPT's models on
+    characters have no end token. nanoGPT begins with a new line."""
+    return [tokenizer.eot] if tokenizer.eot < size else tokenizer.encode("\n")
+
+
 def check_known(tokenizer: Tokenizer, size: int, ids: Iterable[int], what: str) -> None:
     """Raise UserError if one of the token ids of `what` is not among the model's `size`: models of
     nanoGPT's on characters have neither an end token nor one for unknown characters."""

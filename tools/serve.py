@@ -88,6 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "it is no name of a host"
+        why = why.partition(" (while")[0]  # Python repeats the address there
         raise UserError(
             f"cannot listen on {host}, port {port}: {why}; give another --port or --host"
         ) from None

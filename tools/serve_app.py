@@ -249,9 +249,13 @@ def check_origin(request: Request, host: str) -> None:
     interface the name in the request must be a loopback name too."""
     named = request.headers.get("host", "")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != named:
+    try:
+        page, name = urlsplit(origin or "").netloc, urlsplit(f"//{named}").hostname or ""
+    except ValueError:
+        raise Refused("the header Host or Origin is no address", status=403) from None
+    if origin is not None and page != named:
         raise Refused("this server answers no pages of other sites", status=403)
-    if is_loopback(host) and not is_loopback(urlsplit(f"//{named}").hostname or ""):
+    if is_loopback(host) and not is_loopback(name):
         raise Refused(f"this server is not called {named[:60]!r}", status=403)
 
 

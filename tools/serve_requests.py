@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from config import without_surrogates
+from config import UserError, without_surrogates
 from decoding.continuous import Choice, Progress, Sampling, Text
+from decoding.loading import check_known, opening
 from decoding.window import kept_tokens
 from model import GPT
 from tasks.generation import chat
@@ -142,7 +143,7 @@ class RequestReader:
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: str, max_new_tokens: int, rows: int):
-        self.context = model.context
+        self.context, self.vocab_size = model.context, model.config.vocab_size
         self.tokenizer, self.name = tokenizer, name
         self.max_new_tokens, self.rows = max_new_tokens, rows
         self.can_chat = has_template(tokenizer.special_ids)
@@ -167,7 +168,9 @@ class RequestReader:
         return self._chat(fields) if is_chat else self._completion(fields)
 
     def _completion(self, fields: Fields) -> Ask:
-        prompts = [self._encoded(prompt) for prompt in _prompts(fields.body.get("prompt", ""))]
+        given = _prompts(fields.body.get("prompt", ""))
+        self._choices(fields, len(given))  # before encoding, which takes seconds for 1 MiB of texts
+        prompts = [self._encoded(prompt) for prompt in given]
         for prompt in prompts:
             if len(prompt) > self.context:
                 raise Refused(
@@ -176,12 +179,13 @@ class RequestReader:
                     "prompt",
                     "context_length_exceeded",
                 )
-        most = fields.number("max_tokens", COMPLETION_TOKENS, 1, self.max_new_tokens)
+        usual = min(COMPLETION_TOKENS, self.max_new_tokens)
+        most = fields.number("max_tokens", usual, 1, self.max_new_tokens)
         alternatives = fields.number("logprobs", None, 0, 5)
         echo = fields.flag("echo")
         if echo and alternatives is not None:
             raise Refused("echo with logprobs is not supported here; leave one out", "echo")
-        ask = self._ask(fields, prompts, min(most, self.max_new_tokens), alternatives)
+        ask = self._ask(fields, prompts, most, alternatives)
         if echo:
             n = len(ask.texts) // len(prompts)
             ask.echoed = [self._spelled(prompt) for prompt in prompts for _ in range(n)]
@@ -196,7 +200,7 @@ class RequestReader:
             )
         messages = conversation(_plain_messages(fields.body.get("messages")))
         if isinstance(messages, str):
-            raise Refused(f"the request {messages}", "messages")
+            raise Refused(f"the request {messages.rstrip(',')}", "messages")
         for message in messages:
             message["content"] = without_surrogates(message["content"])
         encoder = SequenceEncoder(self.tokenizer, self.context, False, END)
@@ -230,13 +234,7 @@ class RequestReader:
         alternatives: int | None,
         chat_end: int | None = None,
     ) -> Ask:
-        n = fields.number("n", 1, 1, MOST_CHOICES)
-        if n * len(prompts) > self.rows:
-            raise Refused(
-                f"{n * len(prompts)} texts are too many for one request; ask for {self.rows} at "
-                "most",
-                "n",
-            )
+        n = self._choices(fields, len(prompts))
         sampling = Sampling(
             fields.number("temperature", 1.0, 0, 2),
             fields.number("top_k", 0, 0, 2**31 - 1),
@@ -265,17 +263,31 @@ class RequestReader:
             fields.with_usage(),
         )
 
+    def _choices(self, fields: Fields, prompts: int) -> int:
+        """The number of choices of each prompt."""
+        n = fields.number("n", 1, 1, MOST_CHOICES)
+        if n * prompts > self.rows:
+            raise Refused(
+                f"{n * prompts} texts are too many for one request; ask for {self.rows} at most",
+                "n",
+            )
+        return n
+
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+            ids = self.tokenizer.encode(prompt) or opening(self.tokenizer, self.vocab_size)
+            try:
+                check_known(self.tokenizer, self.vocab_size, ids, "the prompt")
+            except UserError as error:
+                raise Refused(str(error), "prompt") from None
+            return ids
+        size = min(self.tokenizer.vocab_size, self.vocab_size)
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise Refused(f"{shown(token)} in prompt is no token id", "prompt")
-            if not 0 <= token < self.tokenizer.vocab_size:
+            if not 0 <= token < size:
                 raise Refused(
-                    f"the token id {shown(token)} in prompt is not one of "
-                    f"{self.tokenizer.vocab_size:,}",
-                    "prompt",
+                    f"the token id {shown(token)} in prompt is not one of {size:,}", "prompt"
                 )
         return prompt
 

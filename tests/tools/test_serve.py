@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -342,6 +343,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "an id too large": ({"prompt": [1, 10**9]}, 400, "token id 1000000000"),
     "a long prompt": ({"prompt": "abc " * 99}, 400, "context only 64"),
     "too many texts": ({"prompt": ["a"] * 99, "n": 99}, 400, "too many for one request"),
+    "too many long texts": ({"prompt": ["abc " * 99] * 999}, 400, "too many for one request"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, 400, "leave one out"),
     "a surrogate": (b'{"model": "\\ud800"}', 404, "no model"),
 }
@@ -377,7 +379,8 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("body", "message"), BAD_CHATS.values(), ids=BAD_CHATS)
 def test_a_bad_chat_gets_an_error(server: Server, body: Any, message: str) -> None:
     answer, status, _ = server.ask("POST", "/v1/chat/completions", body)
-    assert status == 400 and message in answer["error"]["message"]
+    found = answer["error"]["message"]
+    assert status == 400 and message in found and not found.endswith(",")
 
 
 def test_a_surrogate_in_a_prompt_is_echoed_as_a_replacement(server: Server) -> None:
@@ -402,6 +405,9 @@ def test_a_page_of_another_site_gets_nothing(server: Server) -> None:
     assert server.ask("GET", "/health", Origin=f"http://{here}")[1] == 200
     assert server.ask("GET", "/health", Origin="http://evil.example")[1] == 403
     assert server.ask("GET", "/health", Host="evil.example")[1] == 403
+    for broken in (dict(Host="[::1"), dict(Origin="http://[::1")):
+        answer, status, _ = server.ask("GET", "/health", **broken)
+        assert status == 403 and "no address" in answer["error"]["message"]
 
 
 def test_the_page_is_self_contained(server: Server) -> None:
@@ -466,6 +472,29 @@ def test_a_checkpoint_without_a_template_cannot_chat_and_an_open_address_warns(
     server.end()
 
 
+def test_a_model_on_characters_without_an_end_token(start: Start, tmp_path: Path) -> None:
+    """As nanoGPT trains it: an empty prompt is a new line, and unknown characters are refused."""
+    meta = {"vocab_size": 3, "itos": dict(enumerate("\nab")), "stoi": {"\n": 0, "a": 1, "b": 2}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    shape = GPTConfig(3, 16, n_layer=1, n_head=1, n_embd=8, padded_vocab=False)
+    GPT(shape).save_pretrained(tmp_path / "model", eot=0)
+    words = ("--tokenizer", tmp_path / "meta.pkl", "--max-new-tokens", "8")
+    server = start(tmp_path / "model", *words)
+    body: dict[str, Any] = {"max_tokens": 3, "temperature": 0}
+    texts = []
+    for prompt in ("", "\n"):
+        answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": prompt, **body})
+        assert status == 200, answer
+        texts.append(answer["choices"][0]["text"])
+    assert texts[0] == texts[1]
+    for prompt, message in (("é", "not among the 3 tokens"), ([4], "is not one of 3")):
+        answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": prompt, **body})
+        assert status == 400 and message in answer["error"]["message"]
+    answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 16})
+    assert status == 400 and "must be 1 to 8" in answer["error"]["message"]
+    server.end()
+
+
 def hide_starlette() -> None:
     absent: Any = None
     sys.modules["starlette"] = absent
@@ -475,7 +504,7 @@ def test_mistakes_on_the_command_line_are_one_line(run, folder: Path, tmp_path: 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = run("-m", "tools.serve", folder, "--port", port)
-        assert done.returncode == 2 and f"port {port}: Address already in use" in done.stderr
+        assert done.returncode == 2 and f"port {port}: Address already in use; give" in done.stderr
     done = run("-m", "tools.serve")
     assert done.returncode == 2 and "no checkpoint is named" in done.stderr
     launched = Launch(tmp_path, ["x"], {}, hide_starlette, "bare", "tools.serve")
