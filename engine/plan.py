@@ -232,7 +232,7 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
         }
         | {"memory, peak of a rank": bytes_text(memory.total)}
         | {"free now for a rank": bytes_text(free) + ("" if fits(micro_batch) else ": too little")}
-        | {"tokens": f"{tokens:,} in {cfg.steps:,} steps"}
+        | {"tokens": f"{round(tokens):,} in {cfg.steps:,} steps"}
         | {
             "compute": f"{flops * tokens:.3g} FLOP ({flops / 1e6:,.1f} MFLOP a token)"
             if flops
