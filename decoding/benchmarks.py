@@ -7,6 +7,7 @@ evaluate.py and training (engine/benchmarked.py) score them, each in its own way
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ NO_LABEL = ("", "-1")  # labels of HellaSwag's test rows
 Figures = dict[str, Any]  # metrics by name
 
 
-class Benchmark:
+class Benchmark(ABC):
     """A benchmark whose rows are encoded by a tokenizer, for a model of some block_size."""
 
     name: ClassVar[str]
@@ -33,23 +34,23 @@ class Benchmark:
     texts: Sequence[str]  # of each row that counts
     counts: dict[str, int]  # the number of rows, and of those that do not count
 
+    @abstractmethod
     def __init__(self, tokenizer: Tokenizer, rows: Sequence[Any], block_size: int):
         """`rows`: as `parse` returns them. Raises UserError for a row that cannot be scored."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def parse(row: dict[str, Any]) -> Any:
         """A row of the benchmark's file. Raises KeyError, TypeError, ValueError or AttributeError
         for any other row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self, scores: Sequence[Score]) -> list[Any]:
         """The result of each row that counts, from the scores of all `spans`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, results: Sequence[Any]) -> Figures:
         """The metrics of some rows' results, at least one."""
-        raise NotImplementedError
 
 
 # ---- HellaSwag
