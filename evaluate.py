@@ -66,7 +66,7 @@ class EvaluateConfig:
     cache: PathOrName = "data/cache"
     """Folder for tokenized text."""
     tokenizer: PathOrName | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
+    """gpt2, a folder, a tokenizer.json, or nanoGPT's meta.pkl. Default: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to run on."""
     precision: Literal["fp32", "bf16"] = "fp32"

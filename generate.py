@@ -55,7 +55,7 @@ class GenerateConfig(DecodeConfig):
     """Number of texts that are generated together."""
 
     tokenizer: PathOrName | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
+    """gpt2, a folder, a tokenizer.json, or nanoGPT's meta.pkl. Default: the checkpoint's own."""
     compile: bool = False
     """Compile the step of sampling and greedy decoding, and replay it from a CUDA graph on a GPU.
     The first text of a shape waits for the compiler."""

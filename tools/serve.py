@@ -42,7 +42,7 @@ class ServeConfig:
     max_new_tokens: Count = 1024
     """Most tokens that a request may ask for."""
     tokenizer: PathOrName | None = None
-    """gpt2, a folder, or a tokenizer.json. Default: the checkpoint's own."""
+    """gpt2, a folder, a tokenizer.json, or nanoGPT's meta.pkl. Default: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to run on."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
