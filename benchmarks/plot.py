@@ -20,6 +20,7 @@ from base.charts import (
     ACCURACIES,
     COLOURS,
     DARK,
+    GREY,
     Series,
     chart,
     draw_accuracies,
@@ -31,9 +32,11 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from config import PathOrName, Positional, UserError
 from engine.log import finite_values, records
+from tools.runs import run_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Style of a chart with one row for each thing that is compared.
 ROWS = {"font.size": 11.5, "axes.spines.left": False}
@@ -87,12 +90,6 @@ def curves(folder: Path, x: str, name: str) -> Curves:
     )  # fmt: skip
 
 
-def names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or the paths as typed if two names are equal."""
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-
-
 def write(
     axes: Axes, text: str, at: tuple[float, float], points: tuple[float, float], **look: Any
 ) -> None:
@@ -104,6 +101,14 @@ def write(
     )
     usual |= look
     axes.annotate(text, at, points, **usual)
+
+
+def add_head(figure: Figure, title: str, note: str, handles: list[Any]) -> None:
+    """Write the title above a chart of rows, and below it the legend and a note in small letters."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
+    look: dict[str, Any] = dict(ncols=6, fontsize=10.5, title_fontsize=9.5, alignment="left")
+    legend = figure.legend(handles=handles, loc="outside lower left", title=note, **look)
+    legend.get_title().set_color(GREY)
 
 
 def draw(runs: Sequence[Curves], x: str, out: Path) -> None:
@@ -190,7 +195,7 @@ def main() -> None:
     folders, out = [Path(run) for run in options.runs], Path(options.out)
     runs = [
         curves(folder, options.x, name)
-        for folder, name in zip(folders, names(folders), strict=True)
+        for folder, name in zip(folders, run_names(folders), strict=True)
     ]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

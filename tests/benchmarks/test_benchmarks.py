@@ -23,6 +23,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.harness import OURS, Budget, Results, Turns, alternate, ratio
 from benchmarks.steps import Case, Opening, Step, Turn
 from config import UserError
+from tools.runs import run_names
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -88,8 +89,8 @@ def test_warm_up_does_not_set_the_limits() -> None:
 
 
 def test_runs_with_equal_names_are_shown_by_path() -> None:
-    assert plot.names([Path("a/x"), Path("a/y")]) == ["x", "y"]
-    assert plot.names([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
+    assert run_names([Path("a/x"), Path("a/y")]) == ["x", "y"]
+    assert run_names([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
 
 
 # --- the harness
