@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.files import read_json, write_json
+from benchmarks.machine import facts
 from benchmarks.runs import now, say, write_report
+from benchmarks.table import Column, Row
 
 OURS = "this engine"
 # facts that must be equal to resume a file
@@ -84,6 +86,18 @@ def alternate(
     return results
 
 
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    turns: Iterable[int],
+    limits: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """The seconds of each contender's turns. Each first takes a turn that does not count, but not
+    the slow ones in `limits`. Each must itself wait for its device."""
+    for name in contenders.keys() - (limits or {}):
+        contenders[name]()
+    return alternate({name: timed(work) for name, work in contenders.items()}, turns, limits)
+
+
 def timed(work: Callable[[], object]) -> Callable[[], float]:
     """Make a turn that returns the seconds of `work`. `work` itself must wait for its device."""
 
@@ -108,6 +122,18 @@ def ratio(over: Iterable[float], under: Iterable[float]) -> list[float]:
     """The spread of the quotients `over / under` of the same turn, so that a slow minute of the
     machine affects both. Turns that only one of them took are left out."""
     return spread(a / b for a, b in zip(over, under))
+
+
+def spread_columns(
+    head: str, of: Callable[[Row], Sequence[float] | None], form: str = ".2f"
+) -> list[Column]:
+    """A spread as two columns of `table`. `of` returns None for a row without it."""
+
+    def text(row: Row, n: int) -> str:
+        figure = of(row)
+        return cells(figure, form)[n] if figure else ""
+
+    return [(head, lambda row: text(row, 0)), (f"{head}, least-most", lambda row: text(row, 1))]
 
 
 def cells(figure: Sequence[float], form: str = ".2f") -> list[str]:
@@ -176,6 +202,16 @@ class Results:
     def text(self) -> str:
         """The report as Markdown: where and when it was measured, then the tables."""
         return f"{title(self.record)}\n\n{self.report(self.record)}\n"
+
+
+def results_in(
+    out: str, name: str, device: str, options: Any, report: Callable[[dict[str, Any]], str]
+) -> Results:
+    """The results of a measurement on `device` in this process, in the folder `out`. In `name`,
+    DEVICE stands for the device that is found."""
+    known = facts(device)
+    path = Path(out) / f"{name.replace('DEVICE', known['device'])}.json"
+    return Results(path, known, options, report)
 
 
 def title(record: dict[str, Any]) -> str:

@@ -25,8 +25,7 @@ from base.cli import entry_point, parse
 from base.commands import REPO
 from base.console import outlive
 from benchmarks.decoding import SHAPES
-from benchmarks.harness import Results, alternate, cells, ratio, say, spread
-from benchmarks.machine import facts
+from benchmarks.harness import alternate, cells, ratio, results_in, say, spread
 from benchmarks.table import markdown
 from config import Count, PathOrName, UserError, known_names
 
@@ -161,7 +160,7 @@ def main() -> None:
             options, shape="micro", parallel="1,4", requests=8, new_tokens=8, repetitions=2
         )
     shapes = known_names("--shape", options.shape, SHAPES)
-    results = Results(Path(options.out) / "serving.json", facts("cpu"), options, report)
+    results = results_in(options.out, "serving", "cpu", options, report)
     for shape in shapes:
         results.put({"shape": shape}, measure(shape, options))
     print(results.text())

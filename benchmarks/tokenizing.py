@@ -20,8 +20,7 @@ from typing import Any
 from base.cli import entry_point, parse
 from base.commands import last_error
 from base.console import outlive
-from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
-from benchmarks.machine import facts
+from benchmarks.harness import alternate, cells, ratio, results_in, spread, timed
 from benchmarks.table import markdown
 from config import Count, PathOrName, PathsOrNames, SmallCount, UserError
 
@@ -112,7 +111,7 @@ def main() -> None:
             f"--input {options.input} holds {amounts['tokens']:,} tokens; name files with more "
             f"than {SHARD_TOKENS:,}"
         )
-    results = Results(Path(options.out) / "tokenizing.json", facts("cpu"), options, report)
+    results = results_in(options.out, "tokenizing", "cpu", options, report)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.parquet"
         parquet.write_table(pyarrow.table({"text": texts}), file)

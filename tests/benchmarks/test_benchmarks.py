@@ -220,12 +220,12 @@ def test_a_contender_that_does_other_work_is_not_timed(case) -> None:
 
 def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
     shape = contenders.SHAPES["cpu"]["micro"]
-    row = Case("micro", shape, "bf16", "cpu", "").key | {"flops_per_token": 1000}
-    row |= {"ceiling_flops": 1e6, "sheet_flops": 2e6, "memory_ratio": 0.5}
-    row |= {"per_second": [256.0, 128.0, 512.0], "memory_bytes": 2**30}
+    case = Case("micro", shape, "bf16", "cpu", "").key | {"flops_per_token": 1000}
+    case |= {"ceiling_flops": 1e6, "sheet_flops": 2e6}
+    row = case | {"per_second": [256.0, 128.0, 512.0], "memory_bytes": 2**30, "memory_ratio": 0.5}
     ratios = {"plain": 2.0, "transformers": 1.5, "plain + our allocator": 1.25, f"{OURS} fp8": 0.5}
     rows = [row | {"trainer": name, "speed_ratio": [x, x, x]} for name, x in ratios.items()]
-    rows.append(row | {"trainer": "transformers compiled", "error": "needs a C++ compiler"})
+    rows.append(case | {"trainer": "transformers compiled", "error": "needs a C++ compiler"})
     table, *_, words = peers.report({"cases": rows}).split("\n\n")
     assert words == (
         "- micro bf16: 1.50 x the speed of the best peer as it ships (transformers), 0.50 x its "
@@ -233,15 +233,8 @@ def test_the_best_peer_is_the_fastest_of_its_kind() -> None:
         "0.50 x its memory."
     )
     lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
-    assert lines[2][1:8] == [
-        "micro, 2 x 32 x 2",
-        "bf16",
-        "plain",
-        "256",
-        "128-512",
-        "25.6%",
-        "12.8%",
-    ]
+    assert lines[2][1:6] == ["micro, 2 x 32 x 2", "bf16", "plain", "256", "128-512"]
+    assert lines[2][10:12] == ["25.6%", "12.8%"]
     assert lines[6][3:5] == ["transformers compiled: needs a C++ compiler", ""]
 
 
@@ -255,7 +248,7 @@ def test_on_a_gpu_each_contender_trains_alone(monkeypatch, tmp_path) -> None:
 
         def take(count: int) -> Turn:
             beside.append(list(running))
-            return Turn(seconds, seconds, 7.0, 1.0, memory)
+            return Turn(seconds, 7.0, 1.0, memory)
 
         running.append(name)
         yield Opening(7.0, 1.0, 6.9, seconds=0.5), take
@@ -265,7 +258,9 @@ def test_on_a_gpu_each_contender_trains_alone(monkeypatch, tmp_path) -> None:
     shape = contenders.SHAPES["cuda"]["micro"]
     case = Case("micro", shape, "bf16", "cuda", str(tmp_path))
     others = {name: CONTENDERS[name] for name in ("transformers", "plain")}
-    found = dict(steps.compare(case, CONTENDERS[OURS], others, lambda: Turns(2, 2)))
+    results = Results(None, FACTS, Turns(2, 2), str)
+    steps.compare(case, CONTENDERS[OURS], others, lambda: Turns(2, 2), results, {})
+    found = {row["trainer"]: row for row in results.cases}
     assert beside == [[OURS]] * 2 + [["transformers"]] * 2 + [["plain"]] * 2 and not running
     assert found["plain"]["speed_ratio"] == [3, 3, 3] and found["plain"]["memory_ratio"] == 0.5
     assert found[OURS]["seconds"] == found["plain"]["beside_seconds"] == [1, 1]
