@@ -11,7 +11,7 @@ give equal tokens in fp32 before anything is timed.
 from __future__ import annotations
 
 import dataclasses
-import statistics
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import silence_transformers
-from benchmarks.harness import OURS, cells, race, ratio, results_in, say
-from benchmarks.table import markdown
+from benchmarks.harness import OURS, race, race_table, run_cases, say
 from config import Count, GPTConfig, PathOrName, known_names
 from decoding.options import DecodeConfig
 
@@ -147,18 +146,19 @@ class Pair:
         self.fixed = FixedDecoder(self.ours) if self.options.compile else None
 
     def contenders(self, decode: str) -> dict[str, Generate]:
-        """Functions that continue the prompts, by name, this engine first."""
+        """Functions that continue the prompts, by name, this engine last."""
         length = self.options.new_tokens
         options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=length)
-        found: dict[str, Generate] = {OURS: lambda: self._ours(options, None)}
-        if decode in ("greedy", "sample") and self.fixed:
-            found[COMPILED] = lambda: self._ours(options, self.fixed)
+        found: dict[str, Generate] = {}
         if decode in THEIRS:
             found["transformers"] = lambda: self._theirs(decode)
         elif decode == "contrastive" and len(self.prompts) == 1:
             found[NO_CACHE] = lambda: [
                 contrastive_reference(self._read, p, options) for p in self.prompts.tolist()
             ]
+        found[OURS] = lambda: self._ours(options, None)
+        if decode in ("greedy", "sample") and self.fixed:
+            found[COMPILED] = lambda: self._ours(options, self.fixed)
         return found
 
     def _ours(self, options: DecodeConfig, fixed: FixedDecoder | None) -> list[list[int]]:
@@ -202,48 +202,36 @@ def check(generators: dict[str, Generate]) -> None:
         raise RuntimeError("the tokens of the contenders differ, so they cannot be compared")
 
 
-def compare(
-    shape: str, batch: int, options: Options, device: str
-) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """Yields each decoding method, with the seconds of its contenders' turns."""
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields each case, with the seconds of its contenders' turns."""
     import torch
 
-    pair = Pair(SHAPES[shape], batch, options, device)
+    silence_transformers()
+    shapes = known_names("--shape", options.shape, SHAPES)
     decodes = known_names("--decode", options.decode, STRATEGIES)
-    named = {decode: pair.contenders(decode) for decode in decodes}
-    for decode, generators in named.items():
-        if decode != "sample":
-            check(generators)
-    if device == "cuda":
-        pair.to(torch.bfloat16)
-    for decode, generators in named.items():
-        say(f"{shape}, batch {batch}, {decode} ...")
-        # generate returns tokens on the host, so the device is idle then
-        yield decode, race(generators, range(options.repetitions), limits={NO_CACHE: 1})
+    for shape, batch in itertools.product(shapes, map(int, options.batch.split(","))):
+        pair = Pair(SHAPES[shape], batch, options, device)
+        named = {decode: pair.contenders(decode) for decode in decodes}
+        for decode, generators in named.items():
+            if decode != "sample":
+                check(generators)
+        if device == "cuda":
+            pair.to(torch.bfloat16)
+        for decode, generators in named.items():
+            say(f"{shape}, batch {batch}, {decode} ...")
+            # generate returns tokens on the host, so the device is idle then
+            seconds = race(generators, range(options.repetitions), limits={NO_CACHE: 1})
+            key = {"shape": shape, "batch": batch, "decode": decode}
+            yield key, {"tokens": batch * options.new_tokens, "seconds": seconds}
 
 
 def report(record: dict[str, Any]) -> str:
     """The table of all cases, as Markdown."""
-    rows = []
-    for case in record["cases"]:
-        rates = {
-            name: f"{case['tokens'] / statistics.median(seconds):,.0f}"
-            for name, seconds in case["seconds"].items()
-        }
-        others = [name for name in rates if not name.startswith(OURS)]
-        for name in (name for name in rates if name.startswith(OURS)):
-            decode = case["decode"] + (", compiled" if name == COMPILED else "")
-            beside = [""] * 4
-            for other in others:
-                speed = ratio(case["seconds"][other], case["seconds"][name])
-                beside = [other, rates[other], *cells(speed)]
-            rows.append([case["shape"], str(case["batch"]), decode, rates[name], *beside])
-    head = ("shape", "batch", "decode", f"{OURS}, tokens/s", "beside", "tokens/s")
-    table = markdown([*head, "speed x", "least-most"], rows, words=(0, 2, 4))
     return (
         f"Generation of {record['options']['new_tokens']} tokens after {PROMPT}. Tokens of the "
-        "chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8.\nSpeed x: of "
-        f"turns side by side.\n\n{table}"
+        "chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8.\nSpeed x: over "
+        "the first of the same case, of turns side by side.\n\n"
+        + race_table(record["cases"], ("shape", "batch", "decode"), "tokens/s", "tokens")
     )
 
 
@@ -253,16 +241,7 @@ def main() -> None:
     outlive()
     if options.quick:
         options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
-    shapes = known_names("--shape", options.shape, SHAPES)
-    known_names("--decode", options.decode, STRATEGIES)
-    silence_transformers()
-    results = results_in(options.out, "decoding-DEVICE", options.device, options, report)
-    for shape in shapes:
-        for batch in map(int, options.batch.split(",")):
-            for decode, seconds in compare(shape, batch, options, results.record["device"]):
-                key = {"shape": shape, "batch": batch, "decode": decode}
-                results.put(key, {"tokens": batch * options.new_tokens, "seconds": seconds})
-    print(results.text())
+    run_cases(options, "decoding-DEVICE", options.device, measure, report)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from base.files import read_json, write_json
 from benchmarks.machine import facts
 from benchmarks.runs import now, say, write_report
-from benchmarks.table import Column, Row
+from benchmarks.table import Column, Row, table
 
 OURS = "this engine"
 # facts that must be equal to resume a file
@@ -136,6 +136,29 @@ def spread_columns(
     return [(head, lambda row: text(row, 0)), (f"{head}, least-most", lambda row: text(row, 1))]
 
 
+def race_table(
+    cases: Sequence[Row], keys: Sequence[str], unit: str, amount: str = "", form: str = ",.0f"
+) -> str:
+    """A table of cases with the "seconds" of races: a case's `keys`, and for each contender its
+    rate (`amount` names what a turn makes; default: one) and its speed over the first one's."""
+    rows = [
+        {**case, "contender": name, "turns": turns, "first": next(iter(case["seconds"].values()))}
+        for case in cases
+        for name, turns in case["seconds"].items()
+    ]
+    names = (*keys, "contender")
+
+    def rate(row: Row) -> list[float]:
+        return spread(row.get(amount, 1) / seconds for seconds in row["turns"])
+
+    columns: list[Column] = [
+        *((name, lambda row, name=name: str(row[name])) for name in names),
+        *spread_columns(unit, rate, form),
+        *spread_columns("speed x", lambda row: ratio(row["first"], row["turns"])),
+    ]
+    return table(columns, rows, names)
+
+
 def cells(figure: Sequence[float], form: str = ".2f") -> list[str]:
     """A spread as two cells of a table: the median, and the range."""
     median, least, most = figure
@@ -204,14 +227,21 @@ class Results:
         return f"{title(self.record)}\n\n{self.report(self.record)}\n"
 
 
-def results_in(
-    out: str, name: str, device: str, options: Any, report: Callable[[dict[str, Any]], str]
-) -> Results:
-    """The results of a measurement on `device` in this process, in the folder `out`. In `name`,
-    DEVICE stands for the device that is found."""
+def run_cases(
+    options: Any,
+    name: str,
+    device: str,
+    measure: Callable[[Any, str], Iterable[tuple[dict[str, Any], dict[str, Any]]]],
+    report: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write the key and the figures of each case that `measure(options, device)` yields into NAME's
+    files in --out, and print the report. In `name`, DEVICE stands for the device that is found."""
     known = facts(device)
-    path = Path(out) / f"{name.replace('DEVICE', known['device'])}.json"
-    return Results(path, known, options, report)
+    path = Path(options.out) / f"{name.replace('DEVICE', known['device'])}.json"
+    results = Results(path, known, options, report)
+    for key, figures in measure(options, known["device"]):
+        results.put(key, figures)
+    print(results.text())
 
 
 def title(record: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from base.charts import COLOURS, DARK, chart, short_number, short_numbers
+from base.charts import COLOURS, chart, short_number, short_numbers
 from base.console import bytes_text
 from benchmarks.harness import title
-from benchmarks.plot import ROWS, add_head, write
+from benchmarks.rows import ROWS, Bar, add_head, draw_bars
 from benchmarks.table import Column, Row, table
 
 if TYPE_CHECKING:
@@ -476,26 +476,16 @@ def draw(result: Row, out: Path) -> None:
 def draw_panel(
     axes: Axes, rows: Sequence[Row], head: str, value: Callable[[Row], Figure | None], kind: str
 ) -> None:
-    """Draw a figure of each row. The axis of points need not start at zero, so that small
-    differences show. A line is the spread, and a dashed line the value of `full`."""
-    for y, row in enumerate(rows):
-        if not (figure := value(row)):
-            continue
-        x, spread, colour = figure["mean"], figure["spread"] or 0.0, family(row)[0]
-        if kind == "point":
-            axes.plot(x, y, "o", color=colour, markersize=9)
-            if row["name"] == "full":
-                axes.axvline(x, color=colour, alpha=0.5, linewidth=1, linestyle="--")
-        else:
-            axes.barh(y, x, height=0.6, color=colour)
-        line = colour if kind == "point" else DARK
-        axes.plot([x - spread, x + spread], [y, y], color=line, linewidth=2)
-        write(axes, short_number(x), (x + spread, y), (8, 0), fontsize=9.5)
+    """Draw a figure of each row with its spread. A dashed line marks the point of `full`."""
+    bars = []
+    for row in rows:
+        figure, colour = value(row) or {"mean": None, "spread": None}, family(row)[0]
+        x, spread = figure["mean"], figure["spread"] or 0.0
+        bars.append(Bar(row["name"], x, (x or 0) - spread, (x or 0) + spread, colour=colour))
+        if row["name"] == "full" and kind == "point" and x is not None:
+            axes.axvline(x, color=colour, alpha=0.5, linewidth=1, linestyle="--")
+    draw_bars(axes, head, bars, kind == "point")
     if kind == "log":
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.margins(x=0.2)
-    short_numbers(axes.xaxis)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_title(head, fontsize=11.5)
+        short_numbers(axes.xaxis)

@@ -11,17 +11,15 @@ with them too.
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.harness import cells, race, ratio, results_in, say
-from benchmarks.table import markdown
+from benchmarks.harness import race, race_table, run_cases, say
 from config import PRESETS, Count, GPTConfig, PathOrName, Preset
 
 if TYPE_CHECKING:
@@ -136,19 +134,22 @@ def contenders(vocab: int, options: Options, device: str) -> dict[str, Callable[
     return {name: partial(step, total) for name, total in totals.items()}
 
 
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields each vocabulary, with the seconds of each step's turns."""
+    for vocab in map(int, options.vocab.split(",")):
+        say(f"vocabulary {vocab} ...")
+        steps = contenders(vocab, options, device)
+        seconds = race(steps, range(options.repetitions), limits={LOOP: 2})
+        yield {"vocab": vocab}, {"seconds": seconds}
+
+
 def report(record: dict[str, Any]) -> str:
     """The table of steps, as Markdown."""
-    rows = []
-    for case in record["cases"]:
-        plain = case["seconds"][PLAIN]
-        for name, seconds in case["seconds"].items():
-            ms = f"{1000 * statistics.median(seconds):,.0f}"
-            rows.append([f"{case['vocab']:,}", name, ms, *cells(ratio(seconds, plain))])
     options = record["options"]
-    head = ("vocabulary", "step", "median ms", "median of a plain step", "least-most")
     return (
         f"Optimizer steps of {options['preset']} ({options['batch']} rows x {options['seq_len']} "
-        f"tokens).\n\n{markdown(head, rows, words=(1,))}"
+        "tokens). Speed x: over that of the likelihood alone.\n\n"
+        + race_table(record["cases"], ["vocab"], "steps/s", form=",.2f")
     )
 
 
@@ -156,13 +157,7 @@ def main() -> None:
     """Measure all vocabularies, write the result files and print the table."""
     options = parse(Options, sys.argv[1:])
     outlive()
-    results = results_in(options.out, "objectives-DEVICE", options.device, options, report)
-    for vocab in map(int, options.vocab.split(",")):
-        say(f"vocabulary {vocab} ...")
-        steps = contenders(vocab, options, results.record["device"])
-        seconds = race(steps, range(options.repetitions), limits={LOOP: 2})
-        results.put({"vocab": vocab}, {"seconds": seconds})
-    print(results.text())
+    run_cases(options, "objectives-DEVICE", options.device, measure, report)
 
 
 if __name__ == "__main__":

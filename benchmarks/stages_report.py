@@ -7,17 +7,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from base.charts import COLOURS, DARK, GREY, chart, short_number, short_numbers
+from base.charts import COLOURS, DARK, chart
 from base.console import bytes_text
 from benchmarks.harness import title
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
-from benchmarks.plot import ROWS, add_head, write
+from benchmarks.rows import ROWS, Bar, add_head, draw_bars
 from benchmarks.table import Column, Row, table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Largest relative difference of the last loss that rounding alone causes in a few steps. If two
 # precisions differ, the coarser one counts.
@@ -165,6 +162,8 @@ def scaling_rows(
 
 # --- the table
 
+KEPT, BRANCH = COLOURS[0], COLOURS[5]
+PRODUCTS: dict[str, Any] = dict(color=DARK, linestyle=(0, (4, 2)), linewidth=1.2)
 LONGEST = 90  # characters of a note without figures
 LOSSES = {"differs": "loss differs", "by design": "loss by design", "not finite": "loss not finite"}
 
@@ -257,33 +256,37 @@ def text_of(result: Record) -> str:
 
 # --- the chart
 
-KEPT: dict[str, Any] = {"color": COLOURS[0]}
-BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch": "////"}
-
 
 def draw(result: Record, out: Path) -> None:
-    """Draw the ladder as bars of tokens per second, beside the limit that matrix products alone
-    would set."""
+    """Draw the ladder as bars of tokens per second, with the speed that matrix products alone would
+    have."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     rows = merge_skipped(result["stages"])
-    most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
     gains = [row["x_first"] for row in rows if row["status"] == "kept" and row["x_first"]]
-    with chart(out, 13, 2.2 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
+    with chart(out, 13, 1.8 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
         axes = figure.subplots()
-        axes.set_xlim(0, 1.35 * most)
-        axes.set_ylim(len(rows) - 0.4, -1.0)
-        axes.set_yticks([])
-        axes.set_xlabel("tokens per second, and × the last stage above that is no branch")
-        short_numbers(axes.xaxis)
+        draw_bars(
+            axes, "tokens per second, and × the last stage above", [bar_of(row) for row in rows]
+        )
+        axes.tick_params(axis="y", labelsize=9)
         for y, row in enumerate(rows):
-            draw_row(axes, y, row)
-        draw_ceilings(axes, rows, result)
-        gain = f": × {gains[-1]:.3g} in all" if len(gains) > 1 else ""
+            ceiling = result["ceilings"].get(row["precision"])
+            if ceiling and "step_ms" in row and row["stage"] != "cpu":
+                x = row["devices"] * ceiling / result["plan"]["flops_per_token"]
+                axes.plot([x, x], [y - 0.5, y + 0.5], **PRODUCTS)
         handles = [
-            Patch(**KEPT, label="kept"),
-            Patch(**BRANCH, label="a branch: not what the engine does here by itself"),
+            Patch(color=KEPT, label="kept"),
+            Patch(
+                edgecolor=BRANCH,
+                facecolor="white",
+                hatch="////",
+                label="a branch: not what the engine does here by itself",
+            ),
+            Line2D([], [], **PRODUCTS, label="large matrix products alone"),
         ]
+        gain = f": × {gains[-1]:.3g} in all" if len(gains) > 1 else ""
         where = title(result["machine"]["facts"] | result).partition(":")[0]
         note = f"{describe(Plan(**result['plan']))}. {where}."
         add_head(figure, f"What each optimization buys{gain}", note, handles)
@@ -302,40 +305,20 @@ def merge_skipped(rows: Sequence[Record]) -> list[Record]:
     return drawn
 
 
-def draw_row(axes: Axes, y: int, row: Record) -> None:
-    """Draw a stage's name, and its bar or the reason why it has none."""
-    left: dict[str, Any] = dict(xycoords=axes.get_yaxis_transform(), ha="right", bbox=None)
-    write(axes, row["stage"], (0, y), (-8, 6), **left)
-    write(axes, row["adds"], (0, y), (-8, -7), color=GREY, fontsize=8.5, **left)
+def bar_of(row: Record) -> Bar:
+    """A stage's bar, or the reason why it has none."""
+    name = f"{row['stage']}\n{row['adds']}"
     if "step_ms" not in row:
-        colour = COLOURS[1] if row["status"] == "failed" else GREY
-        write(axes, note(row), (0, y), (6, 0), color=colour, style="italic")
-        return
+        return Bar(name, None, text=note(row))
     kept, gain = row["status"] == "kept", row["x_before"]
-    axes.barh(y, row["tokens_per_second"], height=0.66, zorder=2, **(KEPT if kept else BRANCH))
-    axes.plot([row["slowest"], row["fastest"]], [y, y], color=DARK, linewidth=1.3, zorder=3)
-    text = f"{row['tokens_per_second']:,.0f}" + (f"   × {gain:.2f}" if gain else "")
-    if row["loss_is"] in ("differs", "not finite"):
-        text += f"   {LOSSES[row['loss_is']]}"
-    weight = "bold" if kept and (gain or 1) >= 1.05 else "normal"
-    colour = DARK if kept else GREY
-    write(axes, text, (row["fastest"], y), (7, 0), color=colour, weight=weight)
-
-
-def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
-    """Draw a line beside the rows of each precision: the speed if there were only large matrix
-    products."""
-    edge = axes.get_xlim()[1]
-    groups = itertools.groupby(
-        enumerate(rows), key=lambda item: (item[1]["precision"], item[1].get("devices", 1))
+    loss = LOSSES[row["loss_is"]] if row["loss_is"] in ("differs", "not finite") else ""
+    return Bar(
+        name,
+        row["tokens_per_second"],
+        row["slowest"],
+        row["fastest"],
+        f"{row['tokens_per_second']:,.0f}" + (f"   × {gain:.2f}" if gain else "") + f"   {loss}",
+        KEPT if kept else BRANCH,
+        hollow=not kept,
+        bold=kept and (gain or 1) >= 1.05,
     )
-    for (precision, devices), group in groups:
-        ys = [y for y, row in group if row["stage"] != "cpu" and "step_ms" in row]
-        if not ys or not (ceiling := result["ceilings"].get(precision)):
-            continue
-        x = devices * ceiling / result["plan"]["flops_per_token"]
-        top, beyond = ys[0] - 0.5, " →" if x > edge else ""
-        axes.plot([x, x], [top, ys[-1] + 0.5], color=DARK, linestyle=(0, (4, 2)), zorder=4)
-        text = f"{precision} products alone: {short_number(x)}{beyond}"
-        small: dict[str, Any] = dict(fontsize=9, ha="right", va="bottom", zorder=6)
-        write(axes, text, (min(x, edge), top), (-4, 1), **small)

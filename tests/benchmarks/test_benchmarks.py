@@ -68,15 +68,15 @@ def test_plot_says_what_is_wrong_in_one_line(run, tmp_path) -> None:
 
 def test_a_run_without_steps_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no training step"):
-        plot.curves(write_run(tmp_path / "new", 0), "tokens", "new")
+        plot.curves(write_run(tmp_path / "new", 0), "tokens")
 
 
 def test_curves_skip_torn_lines_and_infinite_values(tmp_path) -> None:
-    got = plot.curves(write_run(tmp_path / "a", 10, torn=True), "tokens", "a")
-    assert [x for x, _ in got.loss] == [1024 * step for step in range(1, 11)]
-    assert [x for x, _ in got.val_loss] == [5 * 1024, 10 * 1024]
-    assert len(got.grad_norm) == 9  # one value was not finite
-    assert got.accuracies["lambada_accuracy"] == [(5 * 1024, 0.1), (10 * 1024, 0.2)]
+    got = plot.curves(write_run(tmp_path / "a", 10, torn=True), "tokens")
+    assert [x for x, _ in got["loss"]] == [1024 * step for step in range(1, 11)]
+    assert [x for x, _ in got["val_loss"]] == [5 * 1024, 10 * 1024]
+    assert len(got["grad_norm"]) == 9  # one value was not finite
+    assert got["lambada_accuracy"] == [(5 * 1024, 0.1), (10 * 1024, 0.2)]
 
 
 def test_warm_up_does_not_set_the_limits() -> None:
@@ -314,19 +314,17 @@ def test_decoding_compares_equal_tokens(run, tmp_path) -> None:
     assert (tmp_path / "results/decoding-cpu.md").read_text().strip() == done.stdout.strip()
 
 
-def test_a_compiled_step_has_a_row_of_its_own() -> None:
-    seconds = {OURS: [2.0, 2.0], decoding.COMPILED: [1.0, 1.0], "transformers": [3.0, 3.0]}
+def test_races_are_compared_with_the_first_contender() -> None:
+    seconds = {"transformers": [3.0, 6.0], OURS: [2.0, 2.0], decoding.COMPILED: [1.0, 1.0]}
     case = dict(shape="10M", batch=1, decode="greedy", tokens=6, seconds=seconds)
-    rows = decoding.report({"options": {"new_tokens": 6}, "cases": [case]}).splitlines()[-2:]
-    found = [[cell.strip() for cell in row.split("|")[3:8]] for row in rows]
+    rows = decoding.report({"options": {"new_tokens": 6}, "cases": [case]}).splitlines()[-3:]
+    found = [[cell.strip() for cell in row.split("|")[4:-1]] for row in rows]
     assert found == [
-        ["greedy", "3", "transformers", "2", "1.50"],
-        ["greedy, compiled", "6", "transformers", "2", "3.00"],
+        ["transformers", "2", "1-2", "1.00", "1.00-1.00"],
+        [OURS, "3", "3-3", "2.25", "1.50-3.00"],
+        [decoding.COMPILED, "6", "6-6", "4.50", "3.00-6.00"],
     ]
-
-
-def test_the_table_of_serving_compares_turns_with_one_after_another() -> None:
-    case = dict(shape="10M", equal=4, tokens_per_second={"1": [10.0, 20.0], "8": [30.0, 40.0]})
+    case = dict(shape="10M", equal=4, tokens=60, seconds={"1": [6.0, 3.0], "8": [2.0, 1.5]})
     options = dict(parallel="1,8", requests=4, new_tokens=6)
     row = serving.report({"options": options, "cases": [case]}).splitlines()[-1]
     found = [cell.strip() for cell in row.split("|")[1:-1]]
