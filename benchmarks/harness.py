@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.files import read_json, write_json
-from benchmarks.machine import facts
 from benchmarks.runs import now, say, write_report
 from benchmarks.table import Column, Row, table
 
@@ -236,6 +235,8 @@ def run_cases(
 ) -> None:
     """Write the key and the figures of each case that `measure(options, device)` yields into NAME's
     files in --out, and print the report. In `name`, DEVICE stands for the device that is found."""
+    from benchmarks.machine import facts  # gpu_check, which uses Results, runs without psutil
+
     known = facts(device)
     path = Path(options.out) / f"{name.replace('DEVICE', known['device'])}.json"
     results = Results(path, known, options, report)
