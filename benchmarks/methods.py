@@ -273,22 +273,18 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def trials_of(bench: Bench) -> list[dict[str, Any]]:
     """The settings of a search, each with its score, which is None if it has not run."""
-    found = []
-    for method in bench.methods:
-        if method.rate is None or method.name not in bench.names:
-            continue
-        chosen = bench.chosen(method)
-        for (rate, epochs), trial in zip(bench.search, bench.trials(method)):
-            row = {
-                "name": method.name,
-                "rate": rate,
-                "lr": bench.options_of(trial, bench.options.seeds[0])["lr"],
-                "epochs": epochs,
-                "score": bench.score(trial),
-                "chosen": trial == chosen,
-            }
-            found.append(row)
-    return found
+    return [
+        {
+            "name": method.name,
+            "rate": rate,
+            "epochs": epochs,
+            "score": bench.score(trial),
+            "chosen": trial == bench.chosen(method),
+        }
+        for method in bench.methods
+        if method.rate is not None and method.name in bench.names
+        for (rate, epochs), trial in zip(bench.search, bench.trials(method))
+    ]
 
 
 def report(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:

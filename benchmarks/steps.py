@@ -15,7 +15,6 @@ import functools
 import gc
 import importlib
 import math
-import shutil
 import statistics
 import time
 import traceback
@@ -108,15 +107,6 @@ class Trainer:
     padded: bool = False  # the vocabulary's padding takes part in the softmax
     needs_gpu: bool = False
 
-    def lacking(self, device: str) -> str | None:
-        """The reason why the trainer cannot run on this machine, or None."""
-        if self.needs_gpu and device == "cpu":
-            return "needs a CUDA GPU"
-        compilers = map(shutil.which, ("c++", "g++", "clang++"))
-        if self.compiled and device == "cpu" and not any(compilers):
-            return "needs a C++ compiler"
-        return None
-
 
 # --- in a trainer's process
 
@@ -146,11 +136,17 @@ _held: list[Callable[[int], Turn]] = []  # the function that takes a turn, once 
 
 
 def begin(trainer: Trainer, case: Case) -> Opening:
-    """Build the step that must agree and take it twice. Then prepare the step that is timed."""
+    """Build the step that must agree and take it twice. Then prepare the step that is timed. Raises
+    UserError if the trainer cannot run here."""
     import torch
 
     from engine import memory
+    from engine.compiling import compiler_problem
 
+    if trainer.needs_gpu and case.device == "cpu":
+        raise UserError("needs a CUDA GPU")
+    if trainer.compiled and (problem := compiler_problem(case.device)):
+        raise UserError(problem)
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     for module in ("torch._dynamo", *trainer.imports):  # torch's optimizers load torch._dynamo late
         importlib.import_module(module)
@@ -250,8 +246,6 @@ def process(
 ) -> Generator[tuple[Opening, Callable[[int], Turn]]]:
     """Yields a trainer's opening and a function that makes it take a turn in its own process. Both
     raise Failed."""
-    if reason := trainer.lacking(case.device):
-        raise Failed(name, reason)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
 
         def ask(function: Callable[..., Any], *args: Any) -> Any:
