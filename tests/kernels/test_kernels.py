@@ -146,4 +146,6 @@ def test_a_kernel_is_one_file(repo, tmp_path, monkeypatch):
     found, expected = (torch.autograd.grad(y, t, dy.to(y)) for y, t in ((ours, x), (exact, wide)))
     torch.testing.assert_close(found[0], expected[0].float())
     monkeypatch.setitem(all_kernels(), "gelu", kernel)
-    assert torch.equal(ops_of(config).linear_gelu(lambda x, bias: x + x, x, x), example.kernel(2 * x))
+    assert torch.equal(
+        ops_of(config).linear_gelu(lambda x, bias: x + x, x, x), example.kernel(2 * x)
+    )
