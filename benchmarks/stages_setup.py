@@ -77,7 +77,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
 
     from engine.compiling import compiler_problem
     from engine.precision import choose_precision, set_products
-    from kernels import OPERATIONS, choose
+    from kernels import KERNELS, choose
     from kernels._triton import no_triton_reason
     from kernels.attention import attention_backends
 
@@ -109,7 +109,7 @@ def lacks(device: torch.device, room: int) -> dict[str, str]:
     }
     if not cuda and sys.platform != "linux":
         reasons["heap"] = "needs Linux"
-    reasons |= {name: kernel(name) for name in OPERATIONS}
+    reasons |= {name: kernel(name) for name in KERNELS}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
