@@ -1,5 +1,5 @@
-"""The cells of benchmarks.methods: their commands, their order, and the figures of a finished
-run."""
+"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of a
+finished run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from base.files import read_json
 from benchmarks.methods_report import epochs_text, merit
 from benchmarks.store import Cell, Figures, Store, option_words, place
-from config import UserError, known_names
+from config import (
+    Count,
+    PathOrName,
+    PathsOrNames,
+    Positive,
+    Rate,
+    Seed,
+    SmallCount,
+    UserError,
+    known_names,
+)
 from engine.log import records
 
-if TYPE_CHECKING:
-    from benchmarks.methods import Options
-
+RATES = (1.0, 0.3, 3.0)  # rates of a search, in multiples of a method's own
 # options that --extra may not give, because this command sets them
 SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 # a run has no output that nobody reads
@@ -33,6 +41,57 @@ QUIET = {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-bes
 SMALL, SMALL_RATE = (50_000_000, 3)
 NO_METRICS = ("kind", "time", "step", "seconds")  # other keys of an evaluation's record
 COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memory_bytes")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the comparison."""
+
+    task: str = "sonnets"
+    """A module of finetune/."""
+    init: PathOrName = "gpt2"
+    """The base model: a hub id, or a folder as in the task's own --init."""
+    data: PathsOrNames | None = None
+    """Training rows, as in the task. Default: the task's toy rows."""
+    val_data: PathsOrNames | None = None
+    """Validation rows, which choose the epoch and give the scores. The decodings answer them."""
+    out: PathOrName | None = None
+    """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
+    budget_minutes: Positive | None = None
+    """Time for everything. Repeating the command adds what is left out. Default: no limit."""
+    seeds: tuple[Seed, ...] = (11711, 11712, 11713)
+    """Seeds. All methods use the first, the best methods use the others too."""
+    best: SmallCount = 5
+    """Number of methods that run with every seed."""
+    only: str = ""
+    """Methods and decodings to run, comma-separated. Default: all."""
+    epochs: Count | None = None
+    """Passes over the training rows. Default: the task's."""
+    batch_size: Count | None = None
+    """Rows in a batch. Default: the task's."""
+    lr: Rate | None = None
+    """Peak learning rate of full fine-tuning. Each method uses a multiple of it. Default: the
+    task's, or three times that for a small base."""
+    search: bool = False
+    """Try each method with the first seed at several rates and epochs. The tables hold the best
+    setting of each."""
+    search_rates: tuple[Positive, ...] = RATES
+    """Learning rates to try, in multiples of a method's own."""
+    search_epochs: tuple[Count, ...] = ()
+    """Numbers of epochs to try. Default: only --epochs."""
+    augment: PathsOrNames | None = None
+    """More training rows, for the method full+augment of tasks with labels."""
+    also: tuple[str, ...] = ()
+    """Other tasks, each as TASK:WEIGHT, for the method full+also of tasks with labels."""
+    also_data: tuple[PathsOrNames, ...] = ()
+    """Training rows of the tasks in --also. Default: their toy rows."""
+    words: tuple[str, ...] = ()
+    """The word for each label, for methods whose language model answers with a word. Default: the
+    task's."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The device to run on."""
+    extra: str = ""
+    """More options for every run, as one word: --extra="--precision fp32 --eval-rows 4"."""
 
 
 @dataclass(frozen=True)
