@@ -11,7 +11,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -128,10 +128,10 @@ class Bench:
     methods: Sequence[Method]
     decodings: Sequence[Decoding]
 
-    def run(self, write: Callable[[], object]) -> None:
-        """Run the cells that the folder lacks, and call `write()` after each."""
+    def show(self, figures: Figures) -> str:
+        """The ranking metric, for progress."""
         metric = self.task["best"][0]
-        self.store.run(self.cells, lambda of: f"{metric} {of['metrics'].get(metric)!s:.6}", write)
+        return f"{metric} {figures['metrics'].get(metric)!s:.6}"
 
     @property
     def folder(self) -> Path:

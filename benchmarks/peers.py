@@ -114,7 +114,7 @@ def measure(options: Options, results: Results) -> None:
                     for peer, of in CONTENDERS.items()
                     if peer in peers and not results.find(case.key | {"trainer": peer})
                 }
-                compare(case, CONTENDERS[OURS], todo, lambda: turns, results, more)
+                compare(case, CONTENDERS[OURS], todo, turns, results, more)
             shutil.rmtree(f"{folder}/{name}")
 
 

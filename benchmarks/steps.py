@@ -284,15 +284,14 @@ def compare(
     case: Case,
     ours: Trainer,
     others: dict[str, Trainer],
-    turns: Callable[[], Turns],
+    turns: Turns,
     results: Results,
     more: Mapping[str, Any],
 ) -> None:
     """Put the figures, or an error, of this engine and of each other trainer into `results`, with
     the fields `more`, as soon as they are known. This engine comes again after each trainer that
     took turns with it, with the figures of all its turns.
-
-    `turns` is called before each of the others. Without others, nothing is measured.
+    Without others, nothing is measured.
     """
     if not others:
         return
@@ -304,8 +303,8 @@ def compare(
 
     with contextlib.ExitStack() as stack:
         start, own = stack.enter_context(process(OURS, ours, case))
-        steps, first = steps_of(start), turns()
-        mine = [own(steps) for _ in (first if case.alone else range(first.least))]
+        steps = steps_of(start)
+        mine = [own(steps) for _ in (turns if case.alone else range(turns.least))]
         put(OURS, figures(case, start, mine))
         if case.alone:
             stack.close()
@@ -316,7 +315,7 @@ def compare(
                     steps = steps_of(its) if case.alone else max(steps_of(start), steps_of(its))
                     both = {} if case.alone else {OURS: functools.partial(own, steps)}
                     both[name] = functools.partial(other, steps)
-                    taken = alternate(both, turns())
+                    taken = alternate(both, turns)
             except Failed as error:
                 if error.name == OURS:
                     raise
