@@ -190,14 +190,13 @@ def prepare(shape: Shape, folder: str) -> None:
     )
 
 
-def options_of(case: Fit) -> SentimentConfig:
-    """The options of this engine's run for a case. All rows of a step are in one micro-batch."""
+def options_of(case: Fit, **more: Any) -> SentimentConfig:
+    """The options of this engine's run for a case, and `more`. All rows of a step are in one
+    micro-batch."""
     from finetune.sentiment import SentimentConfig
 
-    precision: Any = case.precision
-    device: Any = case.device
     rows, folder = case.shape.rows, case.weights
-    return SentimentConfig(
+    known: dict[str, Any] = dict(
         init=folder,
         data=f"{folder}/train.jsonl",
         val_data=f"{folder}/val.jsonl",
@@ -206,15 +205,15 @@ def options_of(case: Fit) -> SentimentConfig:
         steps=10**6,
         schedule="constant",
         warmup_steps=0,
-        precision=precision,
-        device=device,
+        precision=case.precision,
+        device=case.device,
         seed=SEED,
         method=case.method,
         dropout=case.dropout or 0.0,
         head_dropout=0.0,
         show_rows=0,
-        **RECIPE,
     )
+    return SentimentConfig(**known | RECIPE | more)
 
 
 # --- the two sides
@@ -337,18 +336,19 @@ def measure_padding(
 def options_of_padding(options: Options, precision: Any, folder: str) -> SentimentConfig:
     """The options of this engine's run for the padding part, on random rows or on --data."""
     shape = SHAPES[options.shape.split(",")[0]]
-    cfg = options_of(Fit("", shape, precision, options.device, folder, dropout=options.dropout))
+    case = Fit("", shape, precision, options.device, folder, dropout=options.dropout)
     if not options.data:
-        return dataclasses.replace(cfg, val_data=None, data=f"{folder}/tail.jsonl")
-    made = dict(
+        return options_of(case, val_data=None, data=f"{folder}/tail.jsonl")
+    return options_of(
+        case,
+        val_data=None,
+        data=options.data,
+        tokenizer=options.tokenizer,
+        init="scratch",
+        seq_len=CONTEXT,
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
-        init="scratch",
-        seq_len=CONTEXT,
-    )
-    return dataclasses.replace(
-        cfg, val_data=None, data=options.data, tokenizer=options.tokenizer, **made
     )
 
 

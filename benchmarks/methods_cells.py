@@ -1,5 +1,5 @@
-"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of a
-finished run."""
+"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of
+a finished run."""
 
 from __future__ import annotations
 
@@ -190,32 +190,26 @@ class Bench:
 
     def run_of(self, method: Method, seed: int) -> Cell:
         """The cell that trains a method with a seed."""
-        options = self.options_of(method, seed)
-        path = place(self.folder / "runs", method.name, seed, options)
-        label = method.name
+        options, label = self.options_of(method, seed), method.name
         if self.search and method.rate is not None:
             label += f", rate {options['lr']:g}, {epochs_text(options['epochs'])}"
-        return self._cell(label, method.name, path, options, {"out": path})
+        path = place(self.folder / "runs", method.name, seed, options)
+        return self._cell(method.name, label, path, options, {"out": path})
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell that decodes with the weights of the decoding's method and that seed."""
-        method = self.chosen(self.method_of(decoding))
+        name, method = decoding.name, self.chosen(self.method_of(decoding))
         options = self.options_of(method, seed) | {"predict": self.predict, **decoding.options}
-        path = place(self.folder / "decodings", decoding.name, seed, options)
+        path = place(self.folder / "decodings", name, seed, options)
         path = path.with_suffix(Path(self.task["answers"]).suffix)
         where = {"out": self.run_of(method, seed).path, "answers": path}
-        return self._cell(decoding.name, decoding.name, path, options, where)
+        return self._cell(name, name, path, options, where)
 
     def _cell(
-        self,
-        label: str,
-        name: str,
-        path: Path,
-        options: Mapping[str, Any],
-        where: Mapping[str, Path],
+        self, name: str, label: str, path: Path, options: dict[str, Any], where: dict[str, Path]
     ) -> Cell:
         program = (sys.executable, "-m", f"finetune.{self.options.task}")
-        words = (*program, *option_words({**options, **where}))
+        words = (*program, *option_words(options | where))
         seed = options["seed"]
         return Cell(name, seed, path, words, f"{label} ({seed})", work=options["epochs"])
 

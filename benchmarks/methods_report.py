@@ -1,5 +1,5 @@
-"""The figures of benchmarks.methods over seeds, its tables and its chart. It needs neither torch nor
-the runs."""
+"""The figures of benchmarks.methods over seeds, its tables and its chart. It needs neither torch
+nor the runs."""
 
 from __future__ import annotations
 

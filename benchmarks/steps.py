@@ -15,14 +15,16 @@ import functools
 import gc
 import importlib
 import math
+import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
@@ -229,6 +231,17 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"{type(error).__name__}: {reason(error)}"
 
 
+def end_with_parent() -> None:
+    """Let this process end, and free its GPU memory, when its parent ends or is killed."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 # --- side by side
 
 
@@ -246,7 +259,8 @@ def process(
 ) -> Generator[tuple[Opening, Callable[[int], Turn]]]:
     """Yields a trainer's opening and a function that makes it take a turn in its own process. Both
     raise Failed."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
 
         def ask(function: Callable[..., Any], *args: Any) -> Any:
             try:
