@@ -162,7 +162,7 @@ def base_facts(init: str) -> dict[str, Any]:
 
     folder = Path(locate(init)).resolve()
     model = GPT.from_pretrained(folder)
-    base: dict[str, Any] = {"init": init, "folder": str(folder), "parameters": model.n_params()}
+    base: dict[str, Any] = {"init": init, "parameters": model.n_params()}
     base |= dataclasses.asdict(model.config)
     if (card := folder / "README.md").is_file():
         lines = re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
@@ -197,7 +197,6 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     return dict(about) | {
         "date": now(),
         "best": list(best),
-        "seeds": list(bench.options.seeds),
         "methods": methods,
         "decodings": decodings,
         "trials": trials_of(bench),

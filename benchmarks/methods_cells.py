@@ -331,7 +331,6 @@ def figures_of(run: Path) -> Figures:
     log, best = records(run), results["final_is_step"]
     evals = [line for line in log if line["kind"] == "eval"]
     metrics = {line["step"]: metrics_of(line) for line in evals}
-    warnings = [line["text"] for line in log if line["kind"] == "warning"]
     figures = {
         "metrics": metrics.get(best, {}),
         "between_epochs": deviations(
@@ -341,7 +340,6 @@ def figures_of(run: Path) -> Figures:
         "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
         "seconds_to_best": results["seconds"],
         **{name: results.get(name) for name in COSTS},
-        "warnings": [*warnings, *results.get("warnings", ())],
     }
     if not config["steps"]:  # a model that takes no steps
         return figures

@@ -113,7 +113,7 @@ def write_run(
     (folder / "checkpoints").mkdir(parents=True)
     config = {"epochs": 3, "lr": lr, "steps": steps if lr else None}
     (folder / "config.json").write_text(json.dumps(config))
-    lines: list[dict[str, Any]] = [{"kind": "warning", "text": "two rows are cut"}]
+    lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1) if lr else ():
         lines.append({"kind": "train", "step": step, "loss": 1.0, "step_ms": 1000.0 * step})
         of_step = {
@@ -480,7 +480,6 @@ def test_figures_are_those_of_the_step_of_final(tmp_path: Path) -> None:
         2.0,
     )
     assert figures["trained_parameters"] == 1000
-    assert figures["warnings"] == ["two rows are cut"]
     # the time of steps, without evaluations
     assert figures["seconds_to_best"] == 1 + 2 + 3 + 4
     of_half = [40.0, 34.0]  # steps 4 and 6, because step 2 is in the first half
