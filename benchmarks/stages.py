@@ -74,6 +74,8 @@ WARM_UP = {"cuda": 3, "cpu": 2}
 TIMED = {"cuda": 8, "cpu": 4}  # steps that count
 SEED = 1337
 LEARNING_RATE = 3e-4  # constant and small, because Adam's first steps amplify rounding differences
+# options that must be equal for all figures of a table
+IDENTITY = ("preset", "quick", "steps", "seq_len", "micro_batch", "ranks", "data", "tokenizer")
 SCALING = "scaling"  # its name in --only
 TRACE = 0  # the number of a traced run, in place of a round
 
@@ -324,8 +326,8 @@ def compiled_part(settings: Settings) -> Settings:
 # --- the plan, which later calls in the same folder must share
 
 
-def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
-    """The part of the plan that follows from the options and the machine."""
+def new_plan(options: Options, machine: Machine, cache: Path) -> Plan:
+    """The plan that follows from the options and the machine. Prepares the tokens."""
     cuda, quick, presets = machine.device == "cuda", options.quick, list(PRESETS)
     preset = min(options.preset, "mini", key=presets.index) if quick else options.preset
     seq_len = options.seq_len or SEQ_LEN[machine.device][quick]
@@ -336,14 +338,22 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     if cuda and not quick:
         accumulation = max(1, BATCH_TOKENS // (micro_batch * seq_len))
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    return dict(
+    say("preparing the tokens ...")
+    tokenizer, vocabulary, flops = in_own_process(
+        prepare, preset, seq_len, options.data, options.tokenizer, cache
+    )
+    return Plan(
         preset=preset,
         seq_len=seq_len,
         micro_batch=micro_batch,
         accumulation=accumulation,
         # so that the stage ddp has the batch of the stage before it
         ranks=max(n for n in range(1, most + 1) if accumulation % n == 0),
+        steps=options.steps or WARM_UP[machine.device] + TIMED[machine.device],
         data=options.data,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        flops_per_token=flops,
     )
 
 
@@ -351,11 +361,10 @@ def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, d
     """The plan and the measured FLOP/s of large matrix products, by precision. Both are stored in
     the folder. Raises UserError if the folder holds a ladder with other options, or of another
     machine or engine."""
-    file, shape = folder / "plan.json", shape_of(options, machine)
-    identity = shape | {
+    file = folder / "plan.json"
+    identity = {
+        **{name: getattr(options, name) for name in IDENTITY},
         "layout": 2,  # of the file
-        "tokenizer": options.tokenizer,
-        "steps": options.steps,
         "device": machine.device,
         "hardware": machine.name,
         "threads": machine.threads,
@@ -364,13 +373,7 @@ def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, d
     }
     stored: dict[str, Any] | None = read_json(file)
     if not stored:
-        say("preparing the tokens ...")
-        made = prepare, shape["preset"], shape["seq_len"], options.data, options.tokenizer
-        tokenizer, vocabulary, flops = in_own_process(*made, folder / "cache")
-        steps = options.steps or WARM_UP[machine.device] + TIMED[machine.device]
-        plan = Plan(
-            **shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops
-        )
+        plan = new_plan(options, machine, folder / "cache")
         names = [name for name in ("fp32", "tf32", "bf16") if name not in machine.lacks]
         ceilings = in_own_process(product_ceilings, machine.device, names)
         stored = {"identity": identity, "plan": dataclasses.asdict(plan), "ceilings": ceilings}
