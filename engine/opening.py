@@ -23,7 +23,7 @@ from engine.resume import PreviousStart, changes, previous_start
 from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
-from text.corpus import files_sha256
+from text.files import files_sha256
 
 
 @dataclass
