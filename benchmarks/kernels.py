@@ -33,11 +33,9 @@ from torch.nn.attention import sdpa_kernel
 
 import kernels.adamw
 import kernels.attention
-import kernels.bias_gelu
 import kernels.cpu_attention
 import kernels.cross_entropy
 import kernels.fp8_linear
-import kernels.layer_norm
 import kernels.linear_cross_entropy
 from base.cli import entry_point, parse
 from base.console import outlive
@@ -52,7 +50,7 @@ from engine import processes
 from engine.failures import is_out_of_memory
 from engine.memory import set_allocator
 from engine.precision import choose_precision
-from kernels import _card
+from kernels import KERNELS, TRITON, _card
 from kernels._triton import no_triton_reason
 from kernels.attention import attention_backends
 from model import GPT
@@ -198,6 +196,26 @@ def usual(
     if liger:
         forms["Liger"] = liger
     return forms | {f"{OURS}, Triton": Form(lambda: triton, place.no_triton)}
+
+
+def own_example(place: Place, name: str, rows: int, liger: Form | None = None) -> Operation:
+    """A kernel's own example, limited by memory."""
+    make = KERNELS[name].example
+    assert make
+    example = make(rows, place.size.model, dtype=place.dtype, device=place.device)
+    forms = usual(place, listed(example.reference), listed(example.kernel), liger)
+    shape = times(*example.inputs[0].shape)
+    return Operation(shape, example.moved, "copy", example.inputs, forms)
+
+
+def listed(function: Callable[..., Tensor | Sequence[Tensor]]) -> Function:
+    """The function with a list of outputs, also where it returns one tensor."""
+
+    def outputs(*leaves: Tensor) -> Sequence[Tensor]:
+        found = function(*leaves)
+        return [found] if isinstance(found, Tensor) else found
+
+    return outputs
 
 
 def compiled(place: Place, function: Function, lacks: str | None = None) -> Form:
@@ -360,11 +378,8 @@ def mlp_fp8(place: Place) -> Operation:
 
 
 def layer_norm(place: Place) -> Operation:
-    """Counts two tensors read and two written in the forward pass, then three read and one written
-    in the backward pass, which also reads the norm's input."""
-    rows, width, eps = place.size.rows, place.size.model.n_embd, place.size.model.layer_norm_epsilon
-    tensors = [place.randn(*shape) for shape in ((rows, width), (rows, width), (width,), (width,))]
-    ours = kernels.layer_norm.add_layer_norm
+    """The kernel's example, with Liger beside it."""
+    eps = place.size.model.layer_norm_epsilon
 
     def make_liger() -> Function:
         from liger_kernel.ops import LigerLayerNormFunction
@@ -375,27 +390,8 @@ def layer_norm(place: Place) -> Operation:
 
         return liger
 
-    forms = usual(
-        place,
-        lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps),
-        lambda x, branch, weight, bias: ours(x, branch, weight, bias, eps, triton=True),
-        Form(make_liger, place.without("liger-kernel")),
-    )
-    work = 8.0 * tensors[0].nbytes
-    return Operation(times(rows, width), work, "copy", tuple(tensors), forms)
-
-
-def bias_gelu(place: Place) -> Operation:
-    """Counts one tensor read and one written in the forward pass, and two read and one written in
-    the backward pass."""
-    rows, width = place.size.rows, 4 * place.size.model.n_embd
-    x, bias = place.randn(rows, width), place.randn(width)
-    ours = kernels.bias_gelu.bias_gelu
-    forms = usual(
-        place, lambda x, bias: [ours(x, bias)], lambda x, bias: [ours(x, bias, triton=True)]
-    )
-    work = 5.0 * x.nbytes
-    return Operation(times(rows, width), work, "copy", (x, bias), forms)
+    liger = Form(make_liger, place.without("liger-kernel"))
+    return own_example(place, "layer_norm", place.size.rows, liger)
 
 
 def attention(place: Place, document: int | None = None) -> Operation:
@@ -519,11 +515,16 @@ OPERATIONS: dict[str, Callable[[Place], Operation]] = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "layer_norm": layer_norm,
-    "bias_gelu": bias_gelu,
     "attention": attention,
     "attention_documents": attention_documents,
     "adamw": adamw,
     "fp8_linear": fp8_linear,
+}
+# All other kernels in Triton: their own examples.
+OPERATIONS |= {
+    name: lambda place, name=name: own_example(place, name, place.size.rows)
+    for name in TRITON
+    if name not in OPERATIONS
 }
 
 

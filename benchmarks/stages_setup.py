@@ -61,11 +61,11 @@ def look(device: str, ranks: int | None) -> Machine:
 
 def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """The engine's default kernels here, and why other kernels cannot run."""
-    from kernels import OPERATIONS, choose, operation_names
+    from kernels import KERNELS, choose, operation_names
 
     cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=precision)
     lacking = {}
-    for name in OPERATIONS:
+    for name in KERNELS:
         try:
             choose(dataclasses.replace(cfg, kernels=name), device)
         except UserError as error:

@@ -32,7 +32,7 @@ from benchmarks.stages_setup import fitting_micro_batch
 from config import OPTIMIZATIONS, TrainConfig, UserError, resolve
 from launch import write_inputs
 
-AUTO = ("cross_entropy", "bias_gelu", "adamw")  # the default kernels on a GPU with a compiled model
+AUTO = ("adamw", "bias_gelu", "cross_entropy")  # the default kernels on a GPU with a compiled model
 H200 = Machine(
     "cuda",
     "NVIDIA H200",
@@ -84,7 +84,7 @@ def test_each_optimization_and_kernel_is_a_stage_once() -> None:
     added = [name for stage in LADDER for name in stage.change.get("with", ())]
     assert sorted(added) == sorted(OPTIMIZATIONS)
     assert sorted(s.change["kernel"] for s in LADDER if "kernel" in s.change) == sorted(
-        kernels.OPERATIONS
+        kernels.KERNELS
     )
     assert len(set(NAMES)) == len(NAMES)
 
@@ -120,20 +120,18 @@ def test_a_stage_is_the_kept_one_before_and_its_change() -> None:
     assert rungs["cast-once"].settings.ranks == 1 and rungs["ddp"].settings.ranks is None
     gpu = rungs_of(H200)
     assert gpu["baseline"].before == "cpu" and gpu["baseline"].settings.device == "cuda"
-    assert (
-        gpu["triton-bias-gelu"].settings.kernels == ("cross_entropy", "bias_gelu")
-        and gpu["triton-bias-gelu"].kept
-    )
-    assert gpu["triton-adamw"].settings.kernels == AUTO and gpu["fp8"].before == "triton-adamw"
+    assert gpu["triton-bias-gelu"].settings.kernels == AUTO[:2] and gpu["triton-bias-gelu"].kept
+    assert gpu["triton-cross-entropy"].settings.kernels == AUTO
+    assert gpu["fp8"].before == "triton-cross-entropy"
 
 
 def test_nothing_builds_on_a_stage_that_failed() -> None:
-    gpu = rungs_of(H200, failed=["compile", "triton-cross-entropy"])
+    gpu = rungs_of(H200, failed=["compile", "triton-adamw"])
     assert gpu["compile"].settings.compile and not gpu["flash-attention"].settings.compile
     assert gpu["flash-attention"].before == "bf16"
     assert gpu["cuda-graphs"].skipped == "needs compile"
-    assert default_settings(H200, ["triton-adamw"]).kernels == AUTO[:2]
-    assert gpu["triton-adamw"].settings.kernels == AUTO[1:]
+    assert default_settings(H200, ["triton-cross-entropy"]).kernels == AUTO[:2]
+    assert gpu["triton-cross-entropy"].settings.kernels == AUTO[1:]
 
 
 def test_some_stages_are_compared_among_themselves() -> None:
@@ -258,7 +256,7 @@ def test_a_note_says_what_went_wrong_in_one_cell() -> None:
 
 def test_stages_skipped_for_one_reason_share_a_row() -> None:
     drawn = [row["stage"] for row in stages_report.merge_skipped(made_up())]
-    assert "triton-cross-entropy to fp8" in drawn and "tf32" in drawn
+    assert "triton-adamw to fp8" in drawn and "tf32" in drawn
 
 
 def test_scaling_is_over_one_rank_at_the_same_work() -> None:
