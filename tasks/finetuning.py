@@ -80,7 +80,7 @@ class Finetuning(Task):
 
     description: Any  # the family's subclass of Description
     cfg: Any  # an instance of description.config
-    is_set_up = False
+    is_set_up = False  # a finished run whose data is gone is not
     source: Source
     predict_rows: list[Row] | None = None  # the rows of --predict, once they are read
     trunk: Trunk

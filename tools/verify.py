@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from base import machine
 from base.cli import entry_point, parse
+from base.console import counted
 from base.files import read_json
 from config import Count, CountOrNone, PathOrName, Positional, UserError
 
@@ -86,12 +87,10 @@ def ranks_to_start(record: dict[str, Any], device: str | None) -> int:
         return 1
     import torch
 
-    here, unit = (
-        (torch.cuda.device_count(), "GPUs") if then == "cuda" else (machine.cores(), "cores")
-    )
+    here, unit = (torch.cuda.device_count(), "GPU") if then == "cuda" else (machine.cores(), "core")
     if size <= here:
         return size
-    print(f"the run had {size} processes, and this machine has {here} {unit}: replaying on one")
+    print(f"the run had {size} processes, this machine has {counted(here, unit)}: replaying on one")
     return 1
 
 
@@ -154,8 +153,9 @@ def verify(run: Path, record: dict[str, Any], cfg: VerifyConfig) -> int:
         found = replay.first_difference_of_weights(start, logged)
         if not found:
             replay.run(start, steps[-1])
-            if not is_main():
-                return 0
+        if not is_main():
+            return 0
+        if not found:
             tolerance = replay.tolerance(differing)
             if "world_size" in differing:  # the checksum depends on how ranks divide a batch
                 for step in steps:
@@ -344,7 +344,8 @@ class Replay:
 
         task.rows = rows_until_end
         try:
-            train(task, cfg)
+            if stopped := train(task, cfg):
+                raise SystemExit(stopped)
         except ReplayEnded:
             finish(self.world)
 

@@ -126,7 +126,7 @@ def test_verify_starts_as_many_processes_as_the_run_had(run, trained: Path, tmp_
     assert [end.code for end in launch(tmp_path, words, ranks=2)] == [0, 0]
     found = run("-m", "tools.verify", "run")
     same = "bit for bit the same for 2 steps (3 to 4)"
-    alone = "this machine has 1 cores: replaying on one"
+    alone = "this machine has 1 core: replaying on one"
     assert found.returncode == 0 and (same if cores() > 1 else alone) in found.stdout, found
     (tmp_path / "text.txt").unlink()
     found = run("-m", "tools.verify", "run")
