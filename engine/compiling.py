@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 
 import torch
@@ -75,6 +76,8 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
     warnings.filterwarnings(
         "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
     )
+    if world.device.type == "cpu":
+        _prepare_cpp()
     mode = "reduce-overhead" if cfg.cuda_graphs else None
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
@@ -91,3 +94,22 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
                 gpt.embed = torch.compile(gpt.embed, mode=mode)
     for unit in units:
         unit.compile(mode=mode)
+
+
+def _prepare_cpp() -> None:
+    """Shorten the first step of a run that finds nothing in Inductor's cache.
+
+    Inductor would compile ten small programs to see which vector instructions compiler and
+    processor have. PyTorch's own kernels trust the processor's flags, and so do these. Then it
+    would compile the header of all kernels when the first graph is traced. A thread does this
+    meanwhile.
+    """
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if inductor.cpp.vec_isa_ok is None:  # else TORCHINDUCTOR_VEC_ISA_OK has set it
+        inductor.cpp.vec_isa_ok = True
+    pick_vec_isa()  # here, because two threads must not do it at a time
+    empty = 'extern "C" void kernel() {}'
+    threading.Thread(target=AsyncCompile().cpp_pybinding, args=([], empty), daemon=True).start()
