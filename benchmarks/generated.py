@@ -2,10 +2,9 @@
 
 A micro-batch of the engine's own step runs forward and backward on fake tensors, which have shapes
 but no values. Dynamo and AOTAutograd trace it with the CPU as its device. Each of their graphs is
-then said to be on CUDA, and Inductor generates its Triton code. For every kernel of that code
-Inductor counts the bytes it reads and writes. What runs outside of compiled graphs is counted
-operation by operation. The kernels of AdamW, which need addresses, are counted from their
-parameters.
+then said to be on CUDA, and Inductor fuses its operations into kernels and counts the bytes that
+each of them reads and writes. What runs outside of compiled graphs is counted operation by
+operation. The kernels of AdamW, which need addresses, are counted from their parameters.
 
 The trade-off: a count is what kernels must move when each of their inputs and outputs crosses the
 memory bus once. It shows no caches and no times, and it uses parts of PyTorch that may change.
@@ -41,13 +40,11 @@ class Kernel(NamedTuple):
 
 
 class Card:
-    """The properties of an H100 that Inductor asks for. They hardly change what is fused."""
+    """The properties of an H100 that Inductor asks for."""
 
-    name, major, minor, warp_size, gcnArchName = "NVIDIA H100", 9, 0, 32, ""
-    multi_processor_count, total_memory, L2_cache_size = 132, 80 << 30, 50 << 20
-    max_threads_per_block, max_threads_per_multi_processor = 1024, 2048
-    regs_per_multiprocessor, shared_memory_per_block = 65536, 49152
-    shared_memory_per_block_optin, shared_memory_per_multiprocessor = 232448, 233472
+    major, minor, warp_size, gcnArchName = 9, 0, 32, ""
+    multi_processor_count, max_threads_per_multi_processor = 132, 2048
+    regs_per_multiprocessor = 65536
 
 
 def uncounted_reason(precision: str) -> str | None:
@@ -70,9 +67,9 @@ def generated_kernels(
 ) -> list[Kernel] | str:
     """The kernels of one step of one micro-batch, or the reason why they cannot be counted. Changes
     this process's PyTorch, so it needs a process of its own."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
     if reason := uncounted_reason(precision):
         return reason
-    os.environ.pop("TRITON_INTERPRET", None)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -214,9 +211,6 @@ def prepare_compiler() -> None:
     import torch._dynamo.device_interface as interfaces
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
-    from triton.runtime.driver import driver
-
-    from benchmarks.gpu_proof import NoGPU
 
     class Interface(interfaces.CudaInterface):
         Worker = type("Worker", (), dict(FUNCTIONS))
@@ -225,7 +219,6 @@ def prepare_compiler() -> None:
     interfaces.init_device_reg()
     for device in ("cuda", "cuda:0"):
         interfaces.register_interface_for_device(device, Interface)
-    driver.set_active(NoGPU(90))
     functorch.enable_autograd_cache = inductor.fx_graph_cache = False
     dynamo.automatic_dynamic_local_pgo = False
     inductor.compile_threads = 1
@@ -236,19 +229,11 @@ def _returning(value: Any) -> Any:
     return staticmethod(lambda *args, **kwargs: value)
 
 
-# What Inductor asks a device for while it generates code.
+# What Inductor asks torch.cuda, or its own interface to it.
 FUNCTIONS = {
     "is_available": _returning(True),
-    "device_count": _returning(1),
     "current_device": _returning(0),
-    "set_device": _returning(None),
-    "synchronize": _returning(None),
     "get_device_properties": _returning(Card),
-    "get_compute_capability": _returning(90),
-    "get_device_capability": _returning((9, 0)),
-    "is_bf16_supported": _returning(True),
-    "is_triton_capable": _returning(True),
-    "raise_if_triton_unavailable": _returning(None),
     "get_rng_state": _returning(None),
     "set_rng_state": _returning(None),
     "_exchange_device": _returning(0),
@@ -256,21 +241,21 @@ FUNCTIONS = {
 }
 
 
-class Generated(BaseException):
-    """Ends Inductor's work as soon as the code of a graph is generated."""
+class Scheduled(BaseException):
+    """Ends Inductor's work on a graph when its kernels are settled, before it writes their code."""
 
 
 @contextlib.contextmanager
-def generating(kernels: list[Kernel], backward: bool) -> Generator[None]:
-    """Inside, Inductor takes this machine for one with a GPU. It stops when a graph's code is
-    generated and leaves that code's kernels in `kernels`."""
+def scheduling(kernels: list[Kernel], backward: bool) -> Generator[None]:
+    """Inside, Inductor takes this machine for one with a GPU. It stops when a graph's operations are
+    fused and leaves the kernels in `kernels`."""
     import torch
-    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import Scheduler
 
-    def stop(graph: Any, code: Any) -> None:
-        sizes = ((node, node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes)
+    def stop(scheduler: Any) -> None:
+        sizes = ((node, node.get_read_write_buffers_sizes()) for node in scheduler.nodes)
         kernels.extend(compiled_kernel(node, size, backward) for node, size in sizes if size)
-        raise Generated
+        raise Scheduled
 
     known = {name: f.__func__ for name, f in FUNCTIONS.items() if hasattr(torch.cuda, name)}
     known["get_rng_state"] = lambda *args: torch.zeros(16, dtype=torch.uint8)
@@ -278,8 +263,8 @@ def generating(kernels: list[Kernel], backward: bool) -> Generator[None]:
         mock.patch.multiple(torch.cuda, **known),
         # `~mask` asks for a CUDA device, and the function of the same meaning does not
         mock.patch.object(torch.Tensor, "__invert__", lambda self: torch.bitwise_not(self)),
-        mock.patch.object(GraphLowering, "_compile_to_module_lines", stop),
-        contextlib.suppress(Generated),
+        mock.patch.object(Scheduler, "codegen", stop),
+        contextlib.suppress(Scheduled),
     ):
         yield
 
@@ -303,7 +288,7 @@ def counting_backend(found: list[Kernel], graph: Any, inputs: Any) -> Any:
 
     def compile_one(graph: Any, inputs: Sequence[Any], **settings: Any) -> Any:
         kernels: list[Kernel] = []
-        with generating(kernels, settings.get("is_backward", False)):
+        with scheduling(kernels, settings.get("is_backward", False)):
             compile_fx.compile_fx_inner(on_cuda(graph), [moved(i) for i in inputs], **settings)
 
         def run(arguments: list[Any]) -> Any:
