@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -76,7 +77,7 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
     warnings.filterwarnings(
         "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
     )
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and sys.platform == "linux":
         _prepare_cpp()
     mode = "reduce-overhead" if cfg.cuda_graphs else None
     units = [model]
@@ -99,17 +100,19 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
 def _prepare_cpp() -> None:
     """Shorten the first step of a run that finds nothing in Inductor's cache.
 
-    Inductor would compile ten small programs to see which vector instructions compiler and
-    processor have. PyTorch's own kernels trust the processor's flags, and so do these. Then it
-    would compile the header of all kernels when the first graph is traced. A thread does this
-    meanwhile.
+    Inductor compiles small programs to see which vector instructions work here, most of them with
+    PyTorch's headers. PyTorch's own kernels trust the processor's flags, and so do these. A thread
+    compiles the header of all kernels while the first graph is traced.
     """
     import torch._inductor.config as inductor
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+    def compile_header() -> None:
+        with contextlib.suppress(Exception):  # the first graph meets the same error and reports it
+            AsyncCompile().cpp_pybinding([], 'extern "C" void kernel() {}')
+
     if inductor.cpp.vec_isa_ok is None:  # else TORCHINDUCTOR_VEC_ISA_OK has set it
         inductor.cpp.vec_isa_ok = True
-    pick_vec_isa()  # here, because two threads must not do it at a time
-    empty = 'extern "C" void kernel() {}'
-    threading.Thread(target=AsyncCompile().cpp_pybinding, args=([], empty), daemon=True).start()
+    pick_vec_isa()  # keeps its result, and two threads must not look at a time
+    threading.Thread(target=compile_header, daemon=True).start()
