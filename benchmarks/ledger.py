@@ -52,6 +52,9 @@ from engine.roofline import Ceilings, Operation, operations, predict, sheet_ceil
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 REMAINDER = "remainder"
+# A turn of the engine's steps lasts this long at least, or a small model's is over before other
+# programs have had their turn.
+TURN_SECONDS = 2
 SURROUNDINGS = "bias gradients, stack of dq dk dv"  # a group of the picture
 # What the profiler's operations and generated kernels belong to: the first rule applies whose word
 # is in the name of the operation, of one that called it, or of one that it was fused from. Products
@@ -111,7 +114,7 @@ class Options:
     rounds: Count = 3
     """Turns of the calibration and of the engine's steps."""
     steps: Count = 2
-    """Steps in a turn."""
+    """Steps in a turn, at least."""
     seconds: Count = 8
     """Seconds of one calibration."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -156,7 +159,10 @@ def measure(
         ceilings = calibrate(config, options.batch, options.seq_len, precision,
                              torch.device(device), options.seconds, clock=clock)  # fmt: skip
         found.append(ceilings)
-        turns.append(statistics.median(timed_step() for _ in range(options.steps)))
+        until, took = clock() + TURN_SECONDS, list[float]()
+        while len(took) < options.steps or clock() < until:
+            took.append(timed_step())
+        turns.append(statistics.median(took))
     together = merged(found)
     shares = profiled_shares(step, config, device)
     measured = statistics.median(turns)

@@ -125,11 +125,8 @@ def _load(device: torch.device) -> None:
 def _grown(
     probe: Probe, target: float, device: torch.device, clock: Callable[[], float]
 ) -> tuple[Call, int]:
-    """A call with so many units that it takes about `target` seconds, and its units. It has run.
-
-    A call that is short with all units of a step is repeated. Once would be too little: the step
-    finds the operands in the caches, where the operation before has left them.
-    """
+    """A call with so many units that it takes about `target` seconds, and its units. It has
+    run."""
     work = probe.operation.flops / probe.operation.units
     units = max(probe.least, int(target * SLOW / work)) if work else probe.least
     probe.build(min(units, probe.most))()  # the first call allocates, and packs weights
@@ -139,18 +136,9 @@ def _grown(
         took = _seconds(call, device, clock)
         few = units < probe.full and took < PATIENCE * target  # too few rows for the full rate
         if units == probe.most or (took >= target / 2 and not few):
-            times = math.ceil(LEAST_SECONDS / (2 * took))
-            return _repeated(call, times), units * times
+            return call, units
         grown = math.ceil(units * min(16.0, max(2.0, target / took)))
         units = min(grown, probe.full) if few and took >= target / 2 else grown
-
-
-def _repeated(call: Call, times: int) -> Call:
-    def run() -> None:
-        for _ in range(times):
-            call()
-
-    return run
 
 
 def _seconds(call: Call, device: torch.device, clock: Callable[[], float]) -> float:
