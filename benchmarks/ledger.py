@@ -52,9 +52,6 @@ from engine.roofline import Ceilings, Operation, operations, predict, sheet_ceil
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 REMAINDER = "remainder"
-# A turn of the engine's steps lasts this long at least, or a small model's is over before other
-# programs have had their turn.
-TURN_SECONDS = 2
 SURROUNDINGS = "bias gradients, stack of dq dk dv"  # a group of the picture
 # What the profiler's operations and generated kernels belong to: the first rule applies whose word
 # is in the name of the operation, of one that called it, or of one that it was fused from. Products
@@ -114,7 +111,7 @@ class Options:
     rounds: Count = 3
     """Turns of the calibration and of the engine's steps."""
     steps: Count = 2
-    """Steps in a turn, at least."""
+    """Steps in a turn. There are more if these take less than a quarter of --seconds."""
     seconds: Count = 8
     """Seconds of one calibration."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -159,7 +156,8 @@ def measure(
         ceilings = calibrate(config, options.batch, options.seq_len, precision,
                              torch.device(device), options.seconds, clock=clock)  # fmt: skip
         found.append(ceilings)
-        until, took = clock() + TURN_SECONDS, list[float]()
+        # A small model's steps would be over before other programs have had their turn.
+        until, took = clock() + options.seconds / 4, list[float]()
         while len(took) < options.steps or clock() < until:
             took.append(timed_step())
         turns.append(statistics.median(took))
