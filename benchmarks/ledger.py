@@ -7,7 +7,8 @@ Each class of operation has its FLOPs, its bytes, and the time of its roofline. 
 --device-name it is this machine's step: the engine's own step runs in turns with the calibration
 (engine/calibration.py), and the profiler says how its time divides. Beside what was measured stands
 what the calibration expects, and what no class explains is the remainder. With --device-name the
-data sheet's speeds of that GPU are used, nothing runs, and the sum is a bound.
+data sheet's speeds of that GPU are used, nothing runs, and the sum is a bound. Beside it stand the
+bytes that the generated code would really move there (benchmarks/generated.py), and their time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from base.cli import entry_point, parse
 from base.console import outlive
 from base.files import read_json
 from benchmarks.contenders import ours
+from benchmarks.generated import Kernel, generated_kernels
 from benchmarks.harness import cells, spread, title
 from benchmarks.machine import facts, in_own_process
 from benchmarks.peers import prepare
@@ -50,9 +52,13 @@ from engine.roofline import Ceilings, Operation, operations, predict, sheet_ceil
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 REMAINDER = "remainder"
-# What the profiler's operations belong to: the first rule applies whose word is in the name of the
-# operation or of one that called it. Products are told by their shapes.
+SURROUNDINGS = "bias gradients, stack of dq dk dv"  # a group of the picture
+# What the profiler's operations and generated kernels belong to: the first rule applies whose word
+# is in the name of the operation, of one that called it, or of one that it was fused from. Products
+# are told by their shapes.
 RULES = (
+    ("uncompiled aten::_to_copy", "gradient casts"),
+    ("uncompiled aten::", "gradient sums"),
     ("LinearCrossEntropySumBackward", "gradient sums"),
     ("CrossEntropy", "loss"),
     ("cross_entropy", "loss"),
@@ -78,6 +84,8 @@ RULES = (
     ("mbedding", "embedding"),
     ("AddmmBackward", "bias gradients"),
     ("aten::add", "norms and residual"),
+    ("aten.sum", "bias gradients"),
+    ("aten.stack", "stack of dq, dk, dv"),
 )
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 
@@ -103,7 +111,7 @@ class Options:
     rounds: Count = 3
     """Turns of the calibration and of the engine's steps."""
     steps: Count = 2
-    """Steps in a turn."""
+    """Steps in a turn. There are more if these take less than a quarter of --seconds."""
     seconds: Count = 8
     """Seconds of one calibration."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -148,7 +156,11 @@ def measure(
         ceilings = calibrate(config, options.batch, options.seq_len, precision,
                              torch.device(device), options.seconds, clock=clock)  # fmt: skip
         found.append(ceilings)
-        turns.append(statistics.median(timed_step() for _ in range(options.steps)))
+        # A small model's steps would be over before other programs have had their turn.
+        until, took = clock() + options.seconds / 4, list[float]()
+        while len(took) < options.steps or clock() < until:
+            took.append(timed_step())
+        turns.append(statistics.median(took))
     together = merged(found)
     shares = profiled_shares(step, config, device)
     measured = statistics.median(turns)
@@ -269,6 +281,25 @@ def row_of(op: Operation, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
+def moved_by(kernels: Sequence[Kernel], config: GPTConfig) -> dict[str, int]:
+    """The bytes that generated kernels move, by class."""
+    moved: dict[str, int] = {}
+    for kernel in kernels:
+        name = class_of(kernel.names, kernel.shapes, config)
+        moved[name] = moved.get(name, 0) + kernel.bytes
+    return moved | {REMAINDER: moved.pop(REMAINDER, 0)}
+
+
+def generated_seconds(case: Mapping[str, Any]) -> dict[str, float]:
+    """The time of each class if its generated kernels move their bytes at the memory's rate.
+    Communication is not generated and keeps its roofline."""
+    flops = {op["name"]: op["flops"] for op in case["operations"]}
+    return {
+        name: max(flops.get(name, 0.0) / case["flops"], moved / case["bandwidth"])
+        for name, moved in case["generated"].items()
+    } | {op["name"]: op["roofline"] for op in case["operations"] if op["group"] == "communication"}
+
+
 # --- the report
 
 
@@ -313,40 +344,82 @@ def _reversed(seconds: Sequence[float]) -> list[float]:
 def ledger_of(case: dict[str, Any]) -> str:
     """The ledger of one case: its ceilings, and a row for each class."""
     batch, seq_len, vocab, ranks = case["shape"]
-    parts, measured = dict(case.get("parts", {})), "parts" in case
+    columns = columns_of(case)
     rows = []
     for op in case["operations"]:
-        took = parts.pop(op["name"], None) if measured else None
+        more = [column.pop(op["name"], "") for column in columns.values()]
         rows.append([
-            op["name"], f"{op['flops'] / 1e9:,.2f}" if op["flops"] else "",
-            f"{op['bytes'] / 1e6:,.1f}", ms(op["roofline"]),
-            *([ms(op["expected"]), ms(took)] if measured else []),
+            op["name"], f"{op['flops'] / 1e9:,.2f}" if op["flops"] else "", mb(op["bytes"]),
+            ms(op["roofline"]), *more,
         ])  # fmt: skip
-    rows += [[name, "", "", "", "", ms(seconds)] for name, seconds in parts.items() if seconds]
-    sums = [sum(op[key] for op in case["operations"]) for key in
-            ("flops", "bytes", "roofline", "expected")]  # fmt: skip
-    whole = [ms(sums[3]), ms(statistics.median(case["measured"]))] if measured else []
-    rows.append(["all", f"{sums[0] / 1e9:,.2f}", f"{sums[1] / 1e6:,.1f}", ms(sums[2]), *whole])
-    head = ["class", "GFLOP", "MB", "roofline ms", *(["expected ms", "measured ms"] * measured)]
+    sums = [column.pop("all") for column in columns.values()]
+    left = dict.fromkeys(name for column in columns.values() for name in column)
+    rows += [[name, "", "", "", *(c.get(name, "") for c in columns.values())] for name in left]
+    flops, moved, seconds = (
+        sum(op[key] for op in case["operations"]) for key in ("flops", "bytes", "roofline")
+    )
+    rows.append(["all", f"{flops / 1e9:,.2f}", mb(moved), ms(seconds), *sums])
+    head = ["class", "GFLOP", "MB", "roofline ms", *columns]
     of = f"{case['preset']} {case['precision']}, {batch} x {seq_len} tokens, vocabulary {vocab:,}"
     of += f", {ranks} ranks" if ranks > 1 else ""
     words = (
         f"{case['device']}, {case['source']}: {case['flops'] / 1e12:,.3g} TFLOP/s, "
-        f"{case['bandwidth'] / 1e9:,.3g} GB/s. "
-    )
-    words += (
-        f"Expected: {case['tokens_per_second']:,.0f} tokens/s."
-        if measured
-        else f"No run exceeds {case['tokens_per_second']:,.0f} tokens/s."
+        f"{case['bandwidth'] / 1e9:,.3g} GB/s. {limit_of(case)}"
     )
     return f"### {of}\n\n{words}\n\n{markdown(head, rows, words=(0,))}"
 
 
-def ms(seconds: float | None) -> str:
-    """Milliseconds, with three digits at least; nothing for a class without a figure."""
-    if seconds is None:
-        return ""
-    return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
+def columns_of(case: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What stands beside the roofline, by the heading: a text for each class, and for all."""
+    if "parts" in case:
+        expected = {op["name"]: op["expected"] for op in case["operations"]}
+        expected["all"] = sum(expected.values())
+        took = {name: s for name, s in case["parts"].items() if s}
+        took["all"] = statistics.median(case["measured"])
+        return {"expected ms": texts(expected, ms), "measured ms": texts(took, ms)}
+    if "generated" not in case:
+        return {}
+    moved, took = dict(case["generated"]), generated_seconds(case)
+    bound = {op["name"]: op["roofline"] for op in case["operations"]}
+    for figures in (moved, took, bound):
+        figures["all"] = sum(figures.values())
+    more = {name: seconds - bound.get(name, 0.0) for name, seconds in took.items()}
+    return {
+        "generated MB": texts(moved, mb),
+        "generated ms": texts(took, ms),
+        "remainder ms": texts(more, lambda seconds: f"{1000 * seconds:.2f}"),
+    }
+
+
+def texts(figures: Mapping[str, float], text: Callable[[float], str]) -> dict[str, str]:
+    """The text of each figure."""
+    return {name: text(value) for name, value in figures.items()}
+
+
+def limit_of(case: Mapping[str, Any]) -> str:
+    """The speed that the ledger predicts or that it says no run exceeds."""
+    speed = f"{case['tokens_per_second']:,.0f} tokens/s"
+    if "parts" in case:
+        return f"Expected: {speed}."
+    if "generated" not in case:
+        return f"No run exceeds {speed}. The generated code is not counted: {case['uncounted']}."
+    seconds = case["seconds"] + sum(generated_seconds(case).values())
+    seconds -= sum(op["roofline"] for op in case["operations"])
+    batch, seq_len, _, ranks = case["shape"]
+    return (
+        f"No run exceeds {speed}, and none with the bytes of today's generated code "
+        f"{ranks * batch * seq_len / seconds:,.0f}."
+    )
+
+
+def mb(moved: float) -> str:
+    """Megabytes."""
+    return f"{moved / 1e6:,.1f}"
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds, with three digits at least; 0 below a microsecond."""
+    return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds * (seconds >= 1e-6):.3g}"
 
 
 # --- the picture
@@ -361,13 +434,16 @@ def bars_of(case: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     def sums(seconds: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, value in seconds.items():
-            group = groups.get(name, "products" if name == "bias gradients" else REMAINDER)
+            around = name == "bias gradients" or name.startswith("stack")
+            group = groups.get(name, SURROUNDINGS if around else REMAINDER)
             found[group] = found.get(group, 0.0) + value
         return found
 
     kinds = {"expected": "expected"} if "parts" in case else {"roofline": "roofline"}
     bars = [(f"{label}, {word}", sums({op["name"]: op[key] for op in case["operations"]}))
             for key, word in kinds.items()]  # fmt: skip
+    if "generated" in case:
+        bars.append((f"{label}, generated", sums(generated_seconds(case))))
     return bars + ([(f"{label}, measured", sums(case["parts"]))] if "parts" in case else [])
 
 
@@ -436,7 +512,12 @@ def sheet_case(preset: str, precision: str, options: Options) -> dict[str, Any]:
         )
     size: dict[str, Any] = PRESETS[preset]
     config = GPTConfig(options.vocab, options.seq_len, **size, chunked_head=True)
-    return {"preset": preset} | counted(config, options, precision, ceilings)
+    case = {"preset": preset} | counted(config, options, precision, ceilings)
+    shape = config, options.batch, options.seq_len, precision
+    kernels = in_own_process(generated_kernels, *shape)
+    if isinstance(kernels, str):
+        return case | {"uncounted": kernels}
+    return case | {"generated": moved_by(kernels, config)}
 
 
 def key_of(case: dict[str, Any]) -> tuple[Any, ...]:

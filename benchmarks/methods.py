@@ -139,8 +139,14 @@ def task_facts(name: str) -> dict[str, Any]:
     finetune/NAME.py. The file is None unless the answers are texts with scores."""
     from tasks.classification.description import ClassificationDescription
     from tasks.generation.description import GenerationDescription, no_scores
+    from tasks.preferences.description import PreferenceDescription
 
     task = importlib.import_module(f"finetune.{name}").TASK
+    if isinstance(task, PreferenceDescription):
+        raise UserError(
+            f"--task {name}: the methods are compared on tasks with labels or texts; name one of "
+            "these, such as sentiment or sonnets"
+        )
     defaults = {
         f.name: f.default
         for f in dataclasses.fields(task.config)

@@ -140,13 +140,14 @@ def train_tokenizer(folder: Path) -> None:
     import torch
 
     from text import corpus
+    from text.files import stdlib_files
     from text.tokenizer_training import train_bpe
 
     sources = sorted(Path(torch.__file__).parent.rglob("*.py"))
     sizes = itertools.accumulate(path.stat().st_size for path in sources)
     beside = [path for path, size in zip(sources, sizes) if size <= TORCH_SOURCE]
     say(f"training a tokenizer of {GPT2_VOCABULARY:,} tokens on this machine's Python source")
-    texts = (text for text, _ in corpus.TextFiles([*corpus.stdlib_files(), *beside]).segments())
+    texts = (text for text, _ in corpus.TextFiles([*stdlib_files(), *beside]).segments())
     train_bpe(texts, GPT2_VOCABULARY, folder)
 
 

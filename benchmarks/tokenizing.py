@@ -46,7 +46,8 @@ class Options:
 def documents(spec: str) -> list[str]:
     """The files' text, cut after the first line end that follows each DOCUMENT characters. Pieces
     without any text are dropped."""
-    from text.corpus import TextFiles, find_files
+    from text.corpus import TextFiles
+    from text.files import find_files
 
     texts: list[str] = []
     for text, _ in TextFiles(find_files(spec)).segments():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import warnings
 
 import torch
@@ -75,6 +77,8 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
     warnings.filterwarnings(
         "ignore", "TensorFloat32 tensor cores for float32 matrix multiplication"
     )
+    if world.device.type == "cpu" and sys.platform == "linux":
+        _prepare_cpp()
     mode = "reduce-overhead" if cfg.cuda_graphs else None
     units = [model]
     if compile_unit(cfg, world, whole) == "block":
@@ -91,3 +95,24 @@ def compile_model(model: nn.Module, cfg: RunConfig, world: World, whole: bool = 
                 gpt.embed = torch.compile(gpt.embed, mode=mode)
     for unit in units:
         unit.compile(mode=mode)
+
+
+def _prepare_cpp() -> None:
+    """Shorten the first step of a run that finds nothing in Inductor's cache.
+
+    Inductor compiles small programs to see which vector instructions work here, most of them with
+    PyTorch's headers. PyTorch's own kernels trust the processor's flags, and so do these. A thread
+    compiles the header of all kernels while the first graph is traced.
+    """
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    def compile_header() -> None:
+        with contextlib.suppress(Exception):  # the first graph meets the same error and reports it
+            AsyncCompile().cpp_pybinding([], 'extern "C" void kernel() {}')
+
+    if inductor.cpp.vec_isa_ok is None:  # else TORCHINDUCTOR_VEC_ISA_OK has set it
+        inductor.cpp.vec_isa_ok = True
+    pick_vec_isa()  # keeps its result, and two threads must not look at a time
+    threading.Thread(target=compile_header, daemon=True).start()

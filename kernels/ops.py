@@ -24,9 +24,9 @@ from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.split_heads import Heads, Product, split_heads_reference
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Ops:
     """The linear layers of a block in training. In evaluation they are always F.linear."""
     linear_gelu: Callable[[Product, Tensor, Tensor], Tensor] = linear_gelu_reference
     """Takes product, x and bias; returns the GELU of product(x, bias)."""
+    split_heads: Callable[[Product, Tensor, Tensor, int], Heads] = split_heads_reference
+    """Takes product, x, bias and n_head; returns q, k and v of product(x, bias)."""
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = fused_attention
     """Takes q, k, v (B, n_head, T, head_dim), a mask (None: plain causal) and the dropout."""
     packed_attention: Callable[[Tensor, Tensor | None, float], Tensor] | None = None

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import ledger
-from config import GPTConfig, UserError
+import kernels._triton
+from benchmarks import generated, ledger
+from config import PRESETS, GPTConfig, UserError
 from engine.calibration import calibrate
 from engine.roofline import ERROR, Ceilings, operations, predict, sheet_ceilings
 from model import GPT
@@ -93,17 +94,40 @@ def test_an_operation_of_the_profiler_has_a_class(names, shapes, found):
     assert ledger.class_of(names, shapes, SHAPE) == found
 
 
-def test_the_ledger_of_a_data_sheet(monkeypatch, tmp_path, capsys):
-    words = ["--device-name", "H200", "--ranks", "8", "--batch", "64", "--seq-len", "1024"]
-    monkeypatch.setattr(sys, "argv", ["ledger", *words, "--out", str(tmp_path)])
+def test_a_gpus_ledger_counts_the_generated_code(monkeypatch, tmp_path, capsys):
+    size = PRESETS["micro"] | {"n_layer": 1}  # every layer is compiled in the same way
+    monkeypatch.setitem(PRESETS, "micro", size)
+    shape = ["--preset", "micro", "--vocab", "512", "--batch", "3", "--seq-len", "32"]
+    words = ["--device-name", "H200", "--ranks", "8", *shape, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ledger", *words])
     ledger.main()
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "ledger-h200.md").read_text(encoding="utf-8").strip()
     assert "all-reduce" in text and "No run exceeds" in text
     assert (tmp_path / "ledger-h200.png").read_bytes().startswith(b"\x89PNG")
+    (case,) = json.loads((tmp_path / "ledger-h200.json").read_text(encoding="utf-8"))["cases"]
+    moved, bound = case["generated"], {op["name"]: op["bytes"] for op in case["operations"]}
+    assert moved["stack of dq, dk, dv"] == 2 * 6 * (3 * 32) * size["n_embd"]
+    assert moved[ledger.REMAINDER] < 0.01 * sum(moved.values())
+    for name in ("qkv forward", "fc dx", "mlp projection dW", "attention forward", "GELU forward"):
+        assert bound[name] <= moved[name] < 1.25 * bound[name], name
+
+
+def test_an_unknown_gpu_has_no_ledger(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ledger", "--device-name", "abacus"])
     with pytest.raises(UserError, match="abacus has no speed"):
         ledger.main()
+
+
+def test_a_ledger_says_why_the_generated_code_is_not_counted(monkeypatch):
+    monkeypatch.setattr(kernels._triton, "triton", None)
+    reason = generated.uncounted_reason("bf16")
+    assert reason and "pip install triton" in reason
+    ceilings = sheet_ceilings("H100", "bf16")
+    assert ceilings
+    case = ledger.counted(SHAPE, ledger.Options(), "bf16", ceilings)
+    text = ledger.ledger_of(case | {"preset": "micro", "uncounted": reason})
+    assert f"is not counted: {reason}." in text and "generated ms" not in text
 
 
 def test_a_measured_ledger_accounts_for_the_whole_step(run, tmp_path):

@@ -86,7 +86,10 @@ def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
 
 
 def test_without_turns_a_kernel_off():
-    assert choose("auto", "cuda", without=("fused-adamw",)) == ("bias_gelu,cross_entropy", None)
+    assert choose("auto", "cuda", without=("fused-adamw",)) == (
+        "bias_gelu,cross_entropy,split_heads",
+        None,
+    )
     assert (
         "attention"
         not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
