@@ -1,4 +1,4 @@
-"""The parts that all comparisons share: turns, ratios, and result files.
+"""The parts that all comparisons share: turns, ratios, tables, and result files.
 
 A benchmark names its cases, its contenders (functions that take one turn each), the check that the
 contenders agree, and the columns of its table. Contenders take turns, ratios compare runs of the
@@ -79,8 +79,9 @@ def race(
 ) -> dict[str, list[float]]:
     """The seconds of each contender's turns. Each first takes a turn that does not count, but not
     the slow ones in `limits`. Each must itself wait for its device."""
-    for name in contenders.keys() - (limits or {}):
-        contenders[name]()
+    for name, work in contenders.items():
+        if name not in (limits or {}):
+            work()
     return alternate({name: timed(work) for name, work in contenders.items()}, turns, limits)
 
 
